@@ -1,0 +1,1 @@
+"""The cloud: aggregator, gRPC data plane, HTTPS operator plane, registry and rollouts."""

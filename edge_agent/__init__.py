@@ -1,0 +1,1 @@
+"""The agent on a device: link, store, trainer, updater, serving."""

@@ -1,0 +1,33 @@
+"""edgefl: edge-cloud federated learning. The public door; everything heavy is imported when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgefl.config import JobConfig
+    from edgefl.errors import EdgeflError
+    from edgefl.operator.run import run
+    from edgefl.task import FitResult, Task
+
+__all__ = ["EdgeflError", "FitResult", "JobConfig", "Task", "run"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EdgeflError": "edgefl.errors",
+    "FitResult": "edgefl.task",
+    "JobConfig": "edgefl.config",
+    "Task": "edgefl.task",
+    "run": "edgefl.operator.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgefl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,73 @@
+"""The weighted mean of updates: FedAvg's and FedSGD's rule (McMahan et al. 2017, Algorithm 1).
+
+    result = sum_k weight_k * delta_k / sum_k weight_k
+
+Accumulates in float64, one model whatever the cohort; tiers of it give the flat mean.
+Integers (counters among buffers) are rounded to nearest; of booleans the weighted majority wins.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgefl.errors import UpdateRejected
+from edgefl.records import Partial, Update
+from edgefl.trees import Array, Tree, blocks, spec_of
+
+
+class WeightedMean:
+    """Streams, and merges in regions."""
+
+    streams = True
+    merges = True
+
+    def __init__(self, like: Tree) -> None:
+        self._spec = spec_of(like)
+        self._totals = {name: np.zeros(_size(spec.shape)) for name, spec in self._spec.items()}
+        self._weight = 0.0
+        self._contributors: list[str] = []
+
+    def add(self, update: Update) -> None:
+        """Fold one admitted update. Its weight must be finite and above 0: the guard's promise."""
+        weight = np.float64(update.weight)  # a numpy scalar, so that products are float64
+        for name, total in self._totals.items():
+            delta = _signed(update.tree[name]).reshape(-1)
+            for block in blocks(total.size):
+                total[block] += weight * delta[block]
+        self._weight += update.weight
+        self._contributors.append(update.device)
+
+    def merge(self, partial: Partial) -> None:
+        """Fold a partial sum; raises UpdateRejected where a device is in it that was counted already."""
+        if twice := sorted(set(partial.contributors) & set(self._contributors)):
+            raise UpdateRejected(twice[0], "it is already counted in another partial sum of this round")
+        for name, total in self._totals.items():
+            total += partial.total[name].reshape(-1)
+        self._weight += partial.weight
+        self._contributors.extend(partial.contributors)
+
+    def partial(self) -> Partial:
+        """Return the sum so far, for the tier above."""
+        total = {name: total.reshape(self._spec[name].shape) for name, total in self._totals.items()}
+        return Partial(total=total, weight=self._weight, contributors=tuple(self._contributors))
+
+    def result(self) -> Tree:
+        """Return the mean. Needs at least one update: the quorum's promise."""
+        return {name: self._mean(name, total) for name, total in self._totals.items()}
+
+    def _mean(self, name: str, total: Array) -> Array:
+        spec = self._spec[name]
+        mean = np.empty(total.size, spec.dtype)
+        for block in blocks(total.size):
+            value = total[block] / self._weight
+            mean[block] = value if spec.dtype.kind == "f" else np.rint(value).astype(np.int64).astype(spec.dtype)
+        return mean.reshape(spec.shape)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _signed(delta: Array) -> Array:
+    """Read a wrapped difference of unsigned integers as the signed one that it stands for."""
+    return delta.view(delta.dtype.str.replace("u", "i")) if delta.dtype.kind == "u" else delta

@@ -1,0 +1,24 @@
+"""The seam of aggregation rules."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from edgefl.records import Partial, Update
+from edgefl.trees import Tree
+
+
+class Rule(Protocol):
+    """Turns admitted updates into one aggregated update. Says what it can do, for config to check."""
+
+    streams: bool  # keeps no update after `add`
+    merges: bool  # partial sums of regions give the flat result
+
+    def add(self, update: Update) -> None:
+        """Fold one update that a guard has admitted."""
+
+    def merge(self, partial: Partial) -> None:
+        """Fold a region's partial sum."""
+
+    def result(self) -> Tree:
+        """Return the aggregated update, in the dtypes and shapes of the parameters."""

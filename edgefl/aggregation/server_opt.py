@@ -1,0 +1,120 @@
+"""The step at the centre: any `torch.optim` optimizer over the aggregated update.
+
+FedOpt (Reddi et al. 2021, Algorithm 2): the mean delta is taken as a negative gradient, so that
+SGD with lr 1 is FedAvg, SGD with momentum is FedAvgM, Adam is FedAdam. For FedSGD the aggregate is
+the gradient itself: w <- w - lr * g.  Buffers and integers have no gradient; they move by their mean.
+Plain SGD runs in numpy; everything else needs torch, which is imported only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from edgefl.config import ServerConfig
+from edgefl.errors import ConfigError, MissingExtra
+from edgefl.trees import Array, Tree, apply, blocks
+
+
+class ServerOptimizer:
+    """Moves the parameters by an aggregated update, and keeps the optimizer's state over rounds.
+
+    Raises ConfigError for an unknown optimizer or option, MissingExtra where torch is absent.
+    """
+
+    def __init__(self, config: ServerConfig, *, gradient: bool, buffers: Collection[str] = ()) -> None:
+        self._config = config
+        self._sign = -1.0 if gradient else 1.0
+        self._buffers = frozenset(buffers)
+        self._optimizer: _TorchOptimizer | None = None
+        if config.optimizer != "SGD" or config.options:
+            self._optimizer = _TorchOptimizer(config)
+
+    def step(self, parameters: Tree, mean: Tree) -> dict[str, Array]:
+        """Return the parameters of the next round."""
+        trained = [name for name, array in parameters.items() if array.dtype.kind == "f" and name not in self._buffers]
+        new = {name: apply(array, mean[name]) for name, array in parameters.items() if name not in set(trained)}
+        if self._optimizer is not None:
+            gradients = {name: -self._sign * mean[name] for name in trained}
+            new |= self._optimizer.step({name: parameters[name] for name in trained}, gradients)
+        else:
+            new |= {name: self._plain(parameters[name], mean[name]) for name in trained}
+        return {name: new[name] for name in parameters}
+
+    def state(self) -> dict[str, Array]:
+        """Return the optimizer's state as a tree, for a checkpoint; empty for plain SGD."""
+        return self._optimizer.state() if self._optimizer is not None else {}
+
+    def load(self, state: Tree) -> None:
+        """Take up a state that `state` returned."""
+        if self._optimizer is not None:
+            self._optimizer.pending = dict(state)
+
+    def _plain(self, old: Array, mean: Array) -> Array:
+        new = np.empty(old.shape, old.dtype)
+        flat_new, flat_old, flat_mean = new.reshape(-1), old.reshape(-1), mean.reshape(-1)
+        rate = old.dtype.type(self._sign * self._config.lr)
+        for block in blocks(new.size):
+            flat_new[block] = flat_old[block] + rate * flat_mean[block]
+        return new
+
+
+class _TorchOptimizer:
+    def __init__(self, config: ServerConfig) -> None:
+        try:
+            import torch
+        except ImportError as cause:
+            raise MissingExtra(f"server.optimizer={config.optimizer!r}", "train") from cause
+        kind = getattr(torch.optim, config.optimizer, None)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise ConfigError(f"server.optimizer={config.optimizer!r} is not an optimizer of torch.optim")
+        self._kind, self._config = kind, config
+        self._make([torch.nn.Parameter(torch.zeros(1))])  # refuses a wrong option now, not in round 1
+        self._parameters: dict[str, Any] = {}
+        self._optimizer: Any = None
+        self.pending: dict[str, Array] = {}
+
+    def step(self, parameters: Tree, gradients: Tree) -> dict[str, Array]:
+        import torch
+
+        if self._optimizer is None:
+            self._parameters = {n: torch.nn.Parameter(torch.from_numpy(np.array(a))) for n, a in parameters.items()}
+            self._optimizer = self._make(list(self._parameters.values()))
+            self._restore()
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(torch.from_numpy(np.array(parameters[name])))
+            parameter.grad = torch.from_numpy(np.array(gradients[name], dtype=parameters[name].dtype))
+        self._optimizer.step()
+        return {name: parameter.detach().numpy().copy() for name, parameter in self._parameters.items()}
+
+    def state(self) -> dict[str, Array]:
+        if self._optimizer is None:
+            return self.pending
+        slots = self._optimizer.state_dict()["state"]
+        return {
+            f"{index}.{slot}": np.array(value.detach().numpy() if hasattr(value, "detach") else value)
+            for index, values in slots.items()
+            for slot, value in values.items()
+            if value is not None
+        }
+
+    def _restore(self) -> None:
+        import torch
+
+        if not self.pending:
+            return
+        slots: dict[int, dict[str, Any]] = {}
+        for key, array in self.pending.items():
+            index, _, slot = key.partition(".")
+            slots.setdefault(int(index), {})[slot] = torch.from_numpy(np.array(array))
+        whole = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({"state": slots, "param_groups": whole["param_groups"]})
+        self.pending = {}
+
+    def _make(self, parameters: list[Any]) -> Any:
+        try:
+            return self._kind(parameters, lr=self._config.lr, **self._config.options)
+        except (TypeError, ValueError) as cause:
+            raise ConfigError(f"server.options={dict(self._config.options)}: {cause}") from cause

@@ -1,0 +1,83 @@
+"""Every error edgefl raises, in one tree.
+
+    EdgeflError
+    |-- ConfigError          a configuration, option or task reference that cannot be used
+    |-- MissingExtra         an optional dependency that this installation lacks
+    |-- TaskError            the user's task raised, hung, or returned what cannot be an update
+    |-- UpdateRejected       an update refused by a guard, before it changed anything
+    |-- QuorumNotMet         a round that ended with too few admitted updates
+    |-- JobCancelled         a job stopped by its operator
+    |-- ProtocolError        bytes that are not what the protocol says
+    |-- ManifestRejected     a bundle or release with a wrong signature, hash, size or version
+    |-- ParityError          an exported model that does not compute what its source computes
+    |-- AccuracyGateFailed   a compressed model that loses more accuracy than allowed
+    |-- EnrolmentRefused     a token or name the cloud does not accept
+    |-- CloudUnreachable     the cloud or its broker did not answer in time
+    `-- HomeError            a home folder that is missing, damaged, taken or of a newer version
+
+A message says who, what was seen, what was wanted and what to do.
+"""
+
+
+class EdgeflError(Exception):
+    """Base of all errors that edgefl raises on purpose."""
+
+
+class ConfigError(EdgeflError, ValueError):
+    """A configuration, option or task reference that cannot be used."""
+
+
+class MissingExtra(EdgeflError, ImportError):
+    """An optional dependency is absent; the message names the extra that brings it."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs the [{extra}] extra: pip install 'edgefl[{extra}]'")
+
+
+class TaskError(EdgeflError):
+    """The user's task raised, hung, or returned what cannot be an update."""
+
+
+class UpdateRejected(EdgeflError):
+    """An update was refused before it changed anything."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        super().__init__(f"update of device {device!r} refused: {reason}")
+        self.device = device
+        self.reason = reason
+
+
+class QuorumNotMet(EdgeflError):
+    """A round ended with fewer admitted updates than its quorum."""
+
+
+class JobCancelled(EdgeflError):
+    """A job was stopped by its operator."""
+
+
+class ProtocolError(EdgeflError, ValueError):
+    """Bytes that are not what the protocol says."""
+
+
+class ManifestRejected(EdgeflError):
+    """A bundle or release with a wrong signature, hash, size or version."""
+
+
+class ParityError(EdgeflError):
+    """An exported model does not compute what its source computes."""
+
+
+class AccuracyGateFailed(EdgeflError):
+    """A compressed model loses more accuracy than the gate allows."""
+
+
+class EnrolmentRefused(EdgeflError):
+    """The cloud does not accept this token or device name."""
+
+
+class CloudUnreachable(EdgeflError):
+    """The cloud or its broker did not answer in time."""
+
+
+class HomeError(EdgeflError):
+    """A home folder is missing, damaged, in use, or was made by a newer version."""

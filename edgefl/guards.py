@@ -1,0 +1,86 @@
+"""Admission: everything that is checked before an update may change any state.
+
+Invariant: `admit` either returns, or raises UpdateRejected and has changed nothing.
+A reason names the tensor and says what was seen and what was wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgefl.errors import UpdateRejected
+from edgefl.records import Plan, Update
+from edgefl.trees import TensorSpec, blocks, spec_of
+
+
+class RoundGuard:
+    """Admits each device of one plan once, with a finite update of the plan's shapes and dtypes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._spec = spec_of(plan.parameters)
+        self._cohort = frozenset(plan.clients)
+        self._admitted: set[str] = set()
+
+    def admit(self, update: Update) -> None:
+        """Raise UpdateRejected with the first fault found; otherwise remember the device."""
+        fault = (
+            self._wrong_origin(update)
+            or wrong_weight(update.weight)
+            or wrong_metrics(update.metrics)
+            or wrong_spec(spec_of(update.tree), self._spec)
+            or not_finite(update)
+        )
+        if fault:
+            raise UpdateRejected(update.device, fault)
+        self._admitted.add(update.device)
+
+    def _wrong_origin(self, update: Update) -> str | None:
+        plan = self._plan
+        if (update.job, update.round) != (plan.job, plan.round):
+            return f"it is for round {update.round} of job {update.job!r}; open is round {plan.round} of {plan.job!r}"
+        if update.device not in self._cohort:
+            return f"the device is not in the cohort of round {plan.round}"
+        if update.device in self._admitted:
+            return f"the device was already admitted in round {plan.round}"
+        return None
+
+
+def wrong_weight(weight: float) -> str | None:
+    """Say what is wrong with a weight, if anything is."""
+    if not math.isfinite(weight) or weight <= 0:
+        return f"weight {weight} must be finite and above 0"
+    return None
+
+
+def wrong_metrics(metrics: Mapping[str, float]) -> str | None:
+    """Say which metric is not a finite number, if one is not."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            return f"metric {name!r} is {value}, not a finite number"
+    return None
+
+
+def wrong_spec(seen: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> str | None:
+    """Say how names, shapes or dtypes differ, if they do. Nothing broadcasts, nothing is cast."""
+    if missing := sorted(wanted.keys() - seen.keys()):
+        return f"tensors missing: {', '.join(missing)}"
+    if unknown := sorted(seen.keys() - wanted.keys()):
+        return f"tensors unknown: {', '.join(unknown)}"
+    for name, spec in wanted.items():
+        if seen[name] != spec:
+            return f"tensor {name!r} is {seen[name]}, not {spec}"
+    return None
+
+
+def not_finite(update: Update) -> str | None:
+    """Say which tensor holds NaN or infinity, if one does."""
+    for name, array in update.tree.items():
+        if array.dtype.kind == "f":
+            flat = array.reshape(-1)
+            if not all(np.isfinite(flat[block]).all() for block in blocks(flat.size)):
+                return f"tensor {name!r} holds NaN or infinity"
+    return None

@@ -1,0 +1,75 @@
+"""Home folders: whose they are, which format they have, and that one process holds them.
+
+A home has `home.json` with its kind and format. A newer format is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO
+
+from edgefl import __version__
+from edgefl.errors import HomeError
+
+FORMAT = 1
+
+
+def create_home(folder: Path, kind: str) -> None:
+    """Make a home (mode 0700) unless the folder is one of this kind already; raises HomeError."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    marker = folder / "home.json"
+    if marker.exists():
+        check_home(folder, kind)
+        return
+    if any(folder.iterdir()):
+        raise HomeError(f"{folder} is not empty and not an edgefl home; choose another --home")
+    replace_file(marker, json.dumps({"kind": kind, "format": FORMAT, "made_by": __version__}).encode())
+
+
+def check_home(folder: Path, kind: str) -> None:
+    """Raise HomeError unless the folder is a home of this kind in a format that we know."""
+    marker = folder / "home.json"
+    if not marker.exists():
+        hint = "`edgefl agent enroll` makes one" if kind == "agent" else "`edgefl cloud start` makes one"
+        raise HomeError(f"{folder} is not an {kind} home (no home.json); {hint}")
+    try:
+        facts = json.loads(marker.read_text(encoding="utf-8"))
+        seen_kind, seen_format = str(facts["kind"]), int(facts["format"])
+    except (ValueError, KeyError, TypeError) as cause:
+        raise HomeError(f"{marker} is damaged: {cause}. Restore it from a backup or choose another --home") from cause
+    if seen_kind != kind:
+        raise HomeError(f"{folder} is the home of a {seen_kind}, not of a {kind}; choose another --home")
+    if seen_format > FORMAT:
+        raise HomeError(
+            f"{folder} has format {seen_format}, made by edgefl {facts.get('made_by', '?')}; this is edgefl "
+            f"{__version__}, which knows format {FORMAT}. Install that version, or choose another --home"
+        )
+
+
+def lock_home(folder: Path) -> IO[str]:
+    """Hold the home until the returned file is closed or the process ends; raises HomeError if it is held."""
+    file = (folder / "lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as cause:
+        file.seek(0)
+        holder = file.read().strip() or "?"
+        file.close()
+        raise HomeError(f"{folder} is in use by process {holder}; stop it, or choose another --home") from cause
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old or the new content and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Models as releases: export to ONNX, compress, sign and verify."""

@@ -1,0 +1,149 @@
+"""What a device accepts: documents signed by the fleet's key (Ed25519, RFC 8032).
+
+A signature covers the canonical JSON text itself (sorted keys, no spaces, ASCII), which travels
+unchanged. Invariant: a device acts on nothing whose signature, hash, size and version it has not
+checked, and goes back to an older version only where a signed `Desired` says `rollback`.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from edgefl.errors import ManifestRejected, ProtocolError
+from edgefl.protocols.messages import BlobRef, Signed, from_json
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """A task's code: a zip of its folder, and where in it the task is."""
+
+    blob: BlobRef
+    task: str  # module:attribute inside the bundle
+    kind: str = "bundle"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """A version of a model. Versions of one model only rise."""
+
+    model: str
+    version: int  # from 1
+    blob: BlobRef  # the ONNX file
+    metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. accuracy, accuracy_drop
+    kind: str = "release"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Desired:
+    """What one device should serve of one model. Of two, the one with the higher sequence counts."""
+
+    device: str
+    release: Release
+    sequence: int  # rises with every change that the cloud makes for this device and model
+    rollback: bool = False  # allows a version below the one installed
+    kind: str = "desired"
+
+
+def new_fleet_key() -> Ed25519PrivateKey:
+    """Make the key that signs for a fleet."""
+    return Ed25519PrivateKey.generate()
+
+
+def save_private_key(key: Ed25519PrivateKey, path: Path) -> None:
+    """Write PEM with mode 0600; the file must not exist yet."""
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)
+
+
+def load_private_key(path: Path) -> Ed25519PrivateKey:
+    """Read what `save_private_key` wrote; raises ManifestRejected for another kind of key."""
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ManifestRejected(f"{path} holds a {type(key).__name__}, not an Ed25519 private key")
+    return key
+
+
+def public_pem(key: Ed25519PrivateKey) -> bytes:
+    """Return the public half, as devices keep it."""
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def load_public_key(pem: bytes) -> Ed25519PublicKey:
+    """Read a public key; raises ManifestRejected for another kind of key."""
+    key = serialization.load_pem_public_key(pem)
+    if not isinstance(key, Ed25519PublicKey):
+        raise ManifestRejected(f"the fleet key is a {type(key).__name__}, not an Ed25519 public key")
+    return key
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """Return the first 16 hex digits of the key's SHA-256: enough to say which key is meant."""
+    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def canonical(document: Any) -> str:
+    """Return the one JSON text of a document; raises ValueError for NaN and infinity."""
+    return json.dumps(dataclasses.asdict(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sign(document: Bundle | Release | Desired, key: Ed25519PrivateKey) -> Signed:
+    """Sign a document with the fleet's key."""
+    text = canonical(document)
+    signature = base64.b64encode(key.sign(text.encode())).decode()
+    return Signed(text=text, key_id=key_id(key.public_key()), signature=signature)
+
+
+def verify(signed: Signed, schema: type[_T], key: Ed25519PublicKey) -> _T:
+    """Return the document of a good signature; raises ManifestRejected for everything else."""
+    what = schema.__name__.lower()
+    try:
+        key.verify(base64.b64decode(signed.signature, validate=True), signed.text.encode())
+    except (InvalidSignature, ValueError) as cause:
+        raise ManifestRejected(
+            f"the {what} is not signed by the fleet's key {key_id(key)} (it names {signed.key_id}). "
+            "Publish it through this fleet's cloud, or enrol the device again."
+        ) from cause
+    try:
+        value = json.loads(signed.text)
+        if value.get("kind") != what:
+            raise ManifestRejected(f"a signed {value.get('kind')!r} came where a {what} was wanted")
+        return from_json(schema, value)
+    except (ProtocolError, ValueError, AttributeError) as cause:
+        raise ManifestRejected(f"the signed {what} cannot be read: {cause}") from cause
+
+
+def check_blob(name: str, ref: BlobRef, path: Path) -> None:
+    """Raise ManifestRejected unless the file has exactly the size and SHA-256 that were signed."""
+    size = path.stat().st_size
+    if size != ref.size:
+        raise ManifestRejected(f"{name} has {size} bytes where {ref.size} were signed")
+    with path.open("rb") as file:
+        seen = hashlib.file_digest(file, "sha256").hexdigest()
+    if seen != ref.sha256:
+        raise ManifestRejected(f"{name} has SHA-256 {seen[:16]}..., signed was {ref.sha256[:16]}...")
+
+
+def check_version(desired: Desired, installed: int | None) -> None:
+    """Raise ManifestRejected for a version below the installed one, unless it is a rollback."""
+    version = desired.release.version
+    if installed is not None and version < installed and not desired.rollback:
+        raise ManifestRejected(
+            f"{desired.release.model} version {version} is older than the installed {installed}. "
+            "Only `edgefl rollout start --rollback` goes back."
+        )

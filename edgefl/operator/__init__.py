@@ -1,0 +1,1 @@
+"""The operator's side: a client of the cloud's HTTPS plane, and the commands on it."""

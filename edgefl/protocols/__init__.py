@@ -1,0 +1,1 @@
+"""What travels between cloud and device: gRPC, MQTT topics, messages, TLS."""

@@ -1,0 +1,109 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class NextRequest(_message.Message):
+    __slots__ = ("agent_version",)
+    AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    agent_version: str
+    def __init__(self, agent_version: _Optional[str] = ...) -> None: ...
+
+class NextReply(_message.Message):
+    __slots__ = ("plans", "desired", "broker")
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    DESIRED_FIELD_NUMBER: _ClassVar[int]
+    BROKER_FIELD_NUMBER: _ClassVar[int]
+    plans: _containers.RepeatedScalarFieldContainer[bytes]
+    desired: _containers.RepeatedScalarFieldContainer[bytes]
+    broker: str
+    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ...) -> None: ...
+
+class DownloadRequest(_message.Message):
+    __slots__ = ("sha256", "offset")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    offset: int
+    def __init__(self, sha256: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class UpdateKey(_message.Message):
+    __slots__ = ("job", "round")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    round: int
+    def __init__(self, job: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
+
+class UploadHeader(_message.Message):
+    __slots__ = ("key", "offset", "size", "sha256", "weight", "metrics")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    key: UpdateKey
+    offset: int
+    size: int
+    sha256: str
+    weight: float
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, key: _Optional[_Union[UpdateKey, _Mapping]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class UploadChunk(_message.Message):
+    __slots__ = ("header", "data")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    header: UploadHeader
+    data: bytes
+    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadState(_message.Message):
+    __slots__ = ("status", "offset", "reason")
+    class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        PARTIAL: _ClassVar[UploadState.Status]
+        STORED: _ClassVar[UploadState.Status]
+        STALE: _ClassVar[UploadState.Status]
+        REFUSED: _ClassVar[UploadState.Status]
+    PARTIAL: UploadState.Status
+    STORED: UploadState.Status
+    STALE: UploadState.Status
+    REFUSED: UploadState.Status
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    status: UploadState.Status
+    offset: int
+    reason: str
+    def __init__(self, status: _Optional[_Union[UploadState.Status, str]] = ..., offset: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class FailureReport(_message.Message):
+    __slots__ = ("key", "reason")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    key: UpdateKey
+    reason: str
+    def __init__(self, key: _Optional[_Union[UpdateKey, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class FailureReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

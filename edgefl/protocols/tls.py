@@ -1,0 +1,229 @@
+"""Certificates and TLS: a CA of the fleet's own, mutual TLS on every connection, TLS 1.3 where we choose.
+
+EC P-256 keys, X.509 by `cryptography`. A device's certificate names it (CN = device id) and is made
+from its own signing request, so that its key never leaves it. gRPC's Python API cannot set a
+minimum version; both of our ends speak 1.3, and a test checks that they do.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import ipaddress
+import os
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from edgefl.errors import HomeError, ProtocolError
+
+if TYPE_CHECKING:
+    import grpc
+
+CA_DAYS = 3650
+LEAF_DAYS = 397
+_BACKDATE = datetime.timedelta(hours=24)  # a device's clock may be behind
+
+CLOUD_NAME = "cloud"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Where one party keeps its key, its certificate and the CA that it trusts (PEM files)."""
+
+    key: Path
+    cert: Path
+    ca: Path
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Identity:
+        return cls(folder / "key.pem", folder / "cert.pem", folder / "ca.pem")
+
+
+def create_ca(folder: Path) -> None:
+    """Make `ca.key` (0600) and `ca.pem` in a folder that has none."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "edgefl fleet CA")])
+    usage = x509.KeyUsage(
+        digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False, key_encipherment=False,
+        data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    cert = (
+        _builder(name, name, key.public_key(), CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    write_private(folder / "ca.key", _key_pem(key))
+    (folder / "ca.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+
+
+def issue_server(ca_folder: Path, identity: Identity, hosts: Sequence[str]) -> None:
+    """Make the cloud's own key and certificate, good as server for `hosts` and as client `cloud`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = _sign_leaf(ca_folder, CLOUD_NAME, key.public_key(), hosts)
+    identity.key.unlink(missing_ok=True)
+    write_private(identity.key, _key_pem(key))
+    identity.cert.write_bytes(pem)
+
+
+def new_request(identity: Identity, device: str) -> bytes:
+    """Make a device's key (0600) and return its signing request (PEM)."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    identity.key.unlink(missing_ok=True)
+    write_private(identity.key, _key_pem(key))
+    return request.public_bytes(serialization.Encoding.PEM)
+
+
+def sign_request(ca_folder: Path, request_pem: bytes, device: str) -> bytes:
+    """Return the certificate (PEM) of a device's request; its CN is `device` whatever the request says.
+
+    Raises ProtocolError for a request that is not one or does not prove its key.
+    """
+    try:
+        request = x509.load_pem_x509_csr(request_pem)
+    except ValueError as cause:
+        raise ProtocolError(f"the signing request is not PKCS #10: {cause}") from cause
+    key = request.public_key()
+    if not request.is_signature_valid or not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ProtocolError("the signing request must hold an EC key and be signed by it")
+    return _sign_leaf(ca_folder, device, key, ())
+
+
+def fingerprint(cert_pem: bytes) -> str:
+    """Return the SHA-256 of a certificate in hex: how an enrolment token names its CA."""
+    return x509.load_pem_x509_certificate(cert_pem).fingerprint(hashes.SHA256()).hex()
+
+
+def serial_number(cert_pem: bytes) -> str:
+    """Return a certificate's serial number in hex."""
+    return f"{x509.load_pem_x509_certificate(cert_pem).serial_number:x}"
+
+
+def common_name(cert: bytes) -> str:
+    """Return the CN of a certificate in PEM or DER."""
+    load = x509.load_pem_x509_certificate if cert.startswith(b"-----") else x509.load_der_x509_certificate
+    names = load(cert).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
+
+
+def expires(cert_pem: bytes) -> datetime.datetime:
+    """Return when a certificate ends (UTC)."""
+    return x509.load_pem_x509_certificate(cert_pem).not_valid_after_utc
+
+
+def server_context(identity: Identity, *, client_certificates: bool) -> ssl.SSLContext:
+    """TLS 1.3 for a server of ours; with `client_certificates`, only for clients of our CA."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(identity.cert, identity.key)
+    if client_certificates:
+        context.load_verify_locations(identity.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(ca: Path, identity: Identity | None = None) -> ssl.SSLContext:
+    """TLS 1.3 to a server of our CA, with our certificate if there is one."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(ca)
+    if identity is not None:
+        context.load_cert_chain(identity.cert, identity.key)
+    return context
+
+
+def grpc_server_credentials(identity: Identity) -> grpc.ServerCredentials:
+    """Mutual TLS for a gRPC server."""
+    import grpc
+
+    pair = (identity.key.read_bytes(), identity.cert.read_bytes())
+    return grpc.ssl_server_credentials([pair], identity.ca.read_bytes(), require_client_auth=True)
+
+
+def grpc_channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
+    """Mutual TLS for a gRPC client."""
+    import grpc
+
+    return grpc.ssl_channel_credentials(identity.ca.read_bytes(), identity.key.read_bytes(), identity.cert.read_bytes())
+
+
+def token_for(secret: str, ca_pem: bytes) -> str:
+    """Return an enrolment token: a secret, and the CA that the device is to trust."""
+    return f"efl1.{secret}.{fingerprint(ca_pem)}"
+
+
+def parse_token(token: str) -> tuple[str, str]:
+    """Return (secret, CA fingerprint) of an enrolment token; raises ProtocolError."""
+    parts = token.strip().split(".")
+    if len(parts) != 3 or parts[0] != "efl1" or len(parts[2]) != hashlib.sha256().digest_size * 2:
+        raise ProtocolError("the token is not of the form efl1.<secret>.<fingerprint>; copy it whole")
+    return parts[1], parts[2]
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a new file with mode 0600; raises HomeError where one is there."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as cause:
+        raise HomeError(f"{path} exists already and is not overwritten") from cause
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _sign_leaf(ca_folder: Path, name: str, key: ec.EllipticCurvePublicKey, hosts: Sequence[str]) -> bytes:
+    ca = x509.load_pem_x509_certificate((ca_folder / "ca.pem").read_bytes())
+    ca_key = serialization.load_pem_private_key((ca_folder / "ca.key").read_bytes(), None)
+    if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
+        raise HomeError(f"{ca_folder / 'ca.key'} does not hold an EC key")
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if hosts else [])]
+    builder = (
+        _builder(subject, ca.subject, key, LEAF_DAYS)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+    )
+    if hosts:
+        builder = builder.add_extension(
+            x509.SubjectAlternativeName([_alternative_name(host) for host in hosts]), critical=False
+        )
+    return builder.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _alternative_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATE)
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )

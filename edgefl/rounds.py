@@ -1,0 +1,169 @@
+"""Rounds: choose a cohort, send the plan, admit and fold updates as they arrive, step, repeat.
+
+The same code runs in the cloud, in a region and in simulation; what differs is the fleet.
+Invariants: a refused update changes nothing; one device lost is normal; a round under its quorum
+raises; nobody holds the cohort's updates in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from edgefl.aggregation import Rule, make_rule
+from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.config import JobConfig
+from edgefl.errors import QuorumNotMet, UpdateRejected
+from edgefl.guards import RoundGuard
+from edgefl.records import Failure, Plan, RoundOutcome, Traffic, Update
+from edgefl.trees import Tree
+
+Clock = Callable[[], float]  # seconds, monotonic
+OnRefusal = Callable[[Plan, Update, str], None]
+
+
+class Fleet(Protocol):
+    """Whatever carries plans out and brings answers in."""
+
+    def clients(self) -> Sequence[str]:
+        """Return the clients that can take part now."""
+
+    def collect(self, plan: Plan) -> Iterator[Update | Failure]:
+        """Send the plan and yield answers as they arrive; ends by the plan's deadline at the latest.
+
+        Closing the iterator early tells the fleet that later answers are not wanted.
+        """
+
+    def traffic(self) -> Traffic:
+        """Return the bytes moved so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One federated training, ready to run: where it starts, and what hears of refusals."""
+
+    id: str
+    config: JobConfig
+    step: ServerOptimizer
+    first_round: int = 1
+    cohort: tuple[str, ...] = ()  # of the first round, where that was already announced
+    clock: Clock = field(default=time.monotonic)
+    on_refusal: OnRefusal = field(default=lambda plan, update, reason: None)
+
+
+def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
+    """Run the job's rounds, one at each step of the iterator; raises QuorumNotMet."""
+    cohort = job.cohort
+    for number in range(job.first_round, job.config.rounds.count + 1):
+        plan = Plan(
+            job=job.id,
+            round=number,
+            parameters=parameters,
+            clients=cohort or select_clients(fleet.clients(), job.config, number),
+            train=job.config.train,
+            deadline_s=job.config.rounds.deadline_s,
+        )
+        outcome = run_round(job, fleet, plan)
+        yield outcome
+        parameters, cohort = outcome.parameters, ()
+
+
+def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
+    """Run one round to its end; raises QuorumNotMet with every reason seen."""
+    start_s, before = job.clock(), fleet.traffic()
+    wanted = job.config.rounds.clients or len(plan.clients)
+    guard, rule = RoundGuard(plan), make_rule(job.config.aggregation.rule, plan.parameters)
+    tally = _Tally()
+    for answer in fleet.collect(plan):
+        if isinstance(answer, Failure):
+            tally.failed[answer.device] = answer.reason
+            continue
+        try:
+            guard.admit(answer)
+        except UpdateRejected as refusal:
+            tally.rejected[answer.device] = refusal.reason
+            job.on_refusal(plan, answer, refusal.reason)
+            continue
+        rule.add(answer)
+        tally.count(answer)
+        if len(tally.admitted) == wanted:
+            break
+    if len(tally.admitted) < job.config.rounds.quorum:
+        raise QuorumNotMet(tally.under_quorum(plan, job.config.rounds.quorum))
+    after = fleet.traffic()
+    return RoundOutcome(
+        job=plan.job,
+        round=plan.round,
+        parameters=_step(job.step, plan.parameters, rule),
+        admitted=tuple(tally.admitted),
+        rejected=tally.rejected,
+        failed=tally.failed,
+        missing=tally.missing(plan),
+        weight=tally.weight,
+        metrics=tally.metrics(),
+        seconds=job.clock() - start_s,
+        up_bytes=after.up_bytes - before.up_bytes,
+        down_bytes=after.down_bytes - before.down_bytes,
+    )
+
+
+def select_clients(available: Sequence[str], config: JobConfig, round_number: int) -> tuple[str, ...]:
+    """Draw a round's cohort, seeded by (seed, round); all clients where `rounds.clients` is 0.
+
+    Raises QuorumNotMet where fewer clients are there than the quorum.
+    """
+    rounds = config.rounds
+    if len(available) < rounds.quorum:
+        raise QuorumNotMet(
+            f"round {round_number}: {len(available)} clients are available, the quorum is {rounds.quorum}. "
+            "Start more agents, or lower rounds.quorum."
+        )
+    ordered = sorted(available)
+    wanted = math.ceil(rounds.clients * (1 + rounds.over_selection))
+    if rounds.clients == 0 or wanted >= len(ordered):
+        return tuple(ordered)
+    rng = np.random.default_rng([config.train.seed, round_number])
+    return tuple(ordered[i] for i in sorted(rng.choice(len(ordered), wanted, replace=False)))
+
+
+def _step(step: ServerOptimizer, parameters: Tree, rule: Rule) -> Tree:
+    return step.step(parameters, rule.result())
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Who answered what in a round."""
+
+    admitted: list[str] = field(default_factory=list)
+    rejected: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    weight: float = 0.0
+    _sums: dict[str, float] = field(default_factory=dict)
+    _weights: dict[str, float] = field(default_factory=dict)
+
+    def count(self, update: Update) -> None:
+        self.admitted.append(update.device)
+        self.weight += update.weight
+        for name, value in update.metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + update.weight * value
+            self._weights[name] = self._weights.get(name, 0.0) + update.weight
+
+    def metrics(self) -> dict[str, float]:
+        return {name: total / self._weights[name] for name, total in self._sums.items()}
+
+    def missing(self, plan: Plan) -> tuple[str, ...]:
+        answered = {*self.admitted, *self.rejected, *self.failed}
+        return tuple(client for client in plan.clients if client not in answered)
+
+    def under_quorum(self, plan: Plan, quorum: int) -> str:
+        reasons = [f"{device}: {reason}" for device, reason in {**self.rejected, **self.failed}.items()]
+        reasons += [f"{device}: no answer within {plan.deadline_s:g} s" for device in self.missing(plan)]
+        return (
+            f"round {plan.round} of job {plan.job}: {len(self.admitted)} of {len(plan.clients)} updates "
+            f"admitted, the quorum is {quorum}. " + "; ".join(reasons)
+        )

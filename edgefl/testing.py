@@ -1,0 +1,73 @@
+"""Doubles that we ship, for tests of code built on edgefl: a scripted fleet and a clock that is turned by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edgefl.records import Failure, Plan, Traffic, Update
+from edgefl.trees import tree_bytes
+
+__all__ = ["ManualClock", "ScriptedFleet", "make_update"]
+
+Answer = Callable[[Plan], Update | Failure | None]
+
+
+def make_update(
+    device: str, *, weight: float = 1.0, job: str = "job", round: int = 1, metrics: Mapping[str, float] | None = None,
+    **tensors: npt.ArrayLike,
+) -> Update:  # fmt: skip
+    """Return an update whose tensors are given by name; lists become float32."""
+    tree = {
+        name: value if isinstance(value, np.ndarray) else np.asarray(value, np.float32)
+        for name, value in tensors.items()
+    }
+    return Update(job=job, round=round, device=device, tree=tree, weight=weight, metrics=metrics or {})
+
+
+@dataclass
+class ManualClock:
+    """A clock that stands still until it is told to move. Call it to read it."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@dataclass
+class ScriptedFleet:
+    """A fleet whose clients answer as written: a function of the plan for each, None for silence."""
+
+    script: Mapping[str, Answer]
+    plans: list[Plan] = field(default_factory=list)
+    closed_early: int = 0
+    _traffic: Traffic = field(default_factory=Traffic)
+
+    def clients(self) -> Sequence[str]:
+        return tuple(self.script)
+
+    def collect(self, plan: Plan) -> Iterator[Update | Failure]:
+        self.plans.append(plan)
+        try:
+            for client in plan.clients:
+                answer = self.script[client](plan)
+                up_bytes = tree_bytes(answer.tree) if isinstance(answer, Update) else 0
+                self._traffic = Traffic(
+                    up_bytes=self._traffic.up_bytes + up_bytes,
+                    down_bytes=self._traffic.down_bytes + tree_bytes(plan.parameters),
+                )
+                if answer is not None:
+                    yield answer
+        except GeneratorExit:
+            self.closed_early += 1
+            raise
+
+    def traffic(self) -> Traffic:
+        return self._traffic

@@ -1,0 +1,187 @@
+"""Trees: named tensors, and their bytes.
+
+A tree is a flat mapping from a parameter's name to a numpy array, what PyTorch calls a state dict.
+Its bytes are the safetensors format (https://github.com/huggingface/safetensors, format section):
+8 bytes little-endian header length, a JSON header, then the tensors' raw little-endian bytes in the
+header's order. We read and write the format ourselves for one reason: `SpooledTree` maps a tensor
+at a time, so that a centre folds an update of any size without a copy of it in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from edgefl.errors import ProtocolError
+
+Array = npt.NDArray[Any]
+Tree = Mapping[str, Array]
+
+MAX_HEADER_BYTES = 16 << 20
+BLOCK_ELEMENTS = 1 << 16
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}{list(self.shape)}"
+
+
+def spec_of(tree: Tree) -> dict[str, TensorSpec]:
+    """Return the spec of each tensor. A `SpooledTree` answers from its header, reading no tensor."""
+    if isinstance(tree, SpooledTree):
+        return dict(tree.spec)
+    return {name: TensorSpec(array.shape, array.dtype) for name, array in tree.items()}
+
+
+def tree_bytes(tree: Tree) -> int:
+    """Bytes of the tensors alone, without a header."""
+    return sum(spec.num_bytes for spec in spec_of(tree).values())
+
+
+def encoded_bytes(tree: Tree) -> int:
+    """Bytes of `write_tree`'s output."""
+    return len(_header(spec_of(tree))) + tree_bytes(tree)
+
+
+def blocks(size: int) -> Iterator[slice]:
+    """Slices that cover `size` elements. A block's temporaries stay in cache: 20x on large tensors."""
+    return (slice(start, start + BLOCK_ELEMENTS) for start in range(0, size, BLOCK_ELEMENTS))
+
+
+def subtract(new: Array, old: Array) -> Array:
+    """Return the delta that `apply` undoes, in the same dtype: for booleans, where they differ."""
+    return new ^ old if new.dtype == np.bool_ else np.subtract(new, old)
+
+
+def apply(old: Array, delta: Array) -> Array:
+    """Return `old` moved by a delta."""
+    return old ^ delta if old.dtype == np.bool_ else np.add(old, delta)
+
+
+def write_tree(tree: Tree, file: BinaryIO) -> None:
+    """Write the tree in safetensors format; raises ProtocolError for a dtype the format lacks."""
+    file.write(_header(spec_of(tree)))
+    for array in tree.values():
+        wire = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        file.write(wire.reshape(-1).view(np.uint8).data)
+
+
+def read_tree(data: bytes | memoryview) -> dict[str, Array]:
+    """Decode a whole tree from memory, without copying the tensors."""
+    spec, start = _parse_header(memoryview(data)[: MAX_HEADER_BYTES + 8], len(data))
+    tree: dict[str, Array] = {}
+    for name, tensor in spec.items():
+        count = math.prod(tensor.shape)
+        tree[name] = np.frombuffer(data, tensor.dtype, count, start).reshape(tensor.shape)
+        start += tensor.num_bytes
+    return tree
+
+
+class SpooledTree(Mapping[str, Array]):
+    """A tree in a file; each access maps one tensor, read-only, and keeps nothing.
+
+    Raises ProtocolError where the file is not a safetensors file, is cut short or too long.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = _header_length(head)
+            self.spec, start = _parse_header(head + file.read(length), path.stat().st_size)
+        self._offsets: dict[str, int] = {}
+        for name, tensor in self.spec.items():
+            self._offsets[name] = start
+            start += tensor.num_bytes
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = self.spec[name]
+        if tensor.num_bytes == 0:  # nothing to map
+            return np.empty(tensor.shape, tensor.dtype)
+        return np.memmap(self.path, tensor.dtype, "r", self._offsets[name], tensor.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.spec)
+
+    def __len__(self) -> int:
+        return len(self.spec)
+
+
+def _header(spec: Mapping[str, TensorSpec]) -> bytes:
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, tensor in spec.items():
+        code = _CODES.get(tensor.dtype.newbyteorder("<") if tensor.dtype.itemsize > 1 else tensor.dtype)
+        if code is None:
+            known = ", ".join(sorted(d.name for d in _CODES))
+            raise ProtocolError(f"tensor {name!r} has dtype {tensor.dtype}; the wire carries {known}")
+        start, end = end, end + tensor.num_bytes
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for aligned data
+    return struct.pack("<Q", len(text)) + text
+
+
+def _header_length(head: bytes | memoryview) -> int:
+    if len(head) < 8:
+        raise ProtocolError(f"tree of {len(head)} bytes is too short for a safetensors header")
+    length = int(struct.unpack("<Q", head[:8])[0])
+    if length > MAX_HEADER_BYTES:
+        raise ProtocolError(f"tree header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    return length
+
+
+def _parse_header(head: bytes | memoryview, total_bytes: int) -> tuple[dict[str, TensorSpec], int]:
+    length = _header_length(head)
+    try:
+        entries = json.loads(bytes(head[8 : 8 + length]))
+        spec = {
+            name: TensorSpec(tuple(int(n) for n in entry["shape"]), _DTYPES[entry["dtype"]])
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        }
+        offsets = {name: tuple(entries[name]["data_offsets"]) for name in spec}
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise ProtocolError(f"tree header is not safetensors: {cause!r}") from cause
+    end = 0
+    ordered = dict(sorted(spec.items(), key=lambda item: offsets[item[0]]))
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.num_bytes
+        if min(tensor.shape, default=0) < 0 or offsets[name] != (start, end):
+            raise ProtocolError(f"tree header places {name!r} at {offsets[name]}, not at {(start, end)}")
+    if total_bytes != 8 + length + end:
+        raise ProtocolError(f"tree has {total_bytes} bytes where its header says {8 + length + end}")
+    return ordered, 8 + length
