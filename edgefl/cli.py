@@ -17,10 +17,10 @@ _EXTRAS = {"cloud": "cloud", "agent": "agent"}
 class _Commands(click.Group):
     """Loads a subcommand when it is first asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, _ctx: click.Context) -> list[str]:
         return sorted(name for name in _entries() if isinstance(_load(name), click.Command))
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _entries():
             return None
         loaded = _load(cmd_name)

@@ -53,7 +53,7 @@ class Job:
     first_round: int = 1
     cohort: tuple[str, ...] = ()  # of the first round, where that was already announced
     clock: Clock = field(default=time.monotonic)
-    on_refusal: OnRefusal = field(default=lambda plan, update, reason: None)
+    on_refusal: OnRefusal = field(default=lambda _plan, _update, _reason: None)
 
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:

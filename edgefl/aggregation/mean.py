@@ -42,7 +42,7 @@ class WeightedMean:
         if twice := sorted(set(partial.contributors) & set(self._contributors)):
             raise UpdateRejected(twice[0], "it is already counted in another partial sum of this round")
         for name, total in self._totals.items():
-            total += partial.total[name].reshape(-1)
+            np.add(total, partial.total[name].reshape(-1), out=total)
         self._weight += partial.weight
         self._contributors.extend(partial.contributors)
 
