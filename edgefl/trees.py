@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -102,16 +103,11 @@ def write_tree(tree: Tree, file: BinaryIO) -> None:
 def read_tree(data: bytes | memoryview) -> dict[str, Array]:
     """Decode a whole tree from memory, without copying the tensors."""
     spec, start = _parse_header(memoryview(data)[: MAX_HEADER_BYTES + 8], len(data))
-    tree: dict[str, Array] = {}
-    for name, tensor in spec.items():
-        count = math.prod(tensor.shape)
-        tree[name] = np.frombuffer(data, tensor.dtype, count, start).reshape(tensor.shape)
-        start += tensor.num_bytes
-    return tree
+    return _tensors(data, spec, start)
 
 
 class SpooledTree(Mapping[str, Array]):
-    """A tree in a file; each access maps one tensor, read-only, and keeps nothing.
+    """A tree in a file, mapped read-only when a tensor is first asked for, and unmapped with the object.
 
     Raises ProtocolError where the file is not a safetensors file, is cut short or too long.
     """
@@ -121,23 +117,31 @@ class SpooledTree(Mapping[str, Array]):
         with path.open("rb") as file:
             head = file.read(8)
             length = _header_length(head)
-            self.spec, start = _parse_header(head + file.read(length), path.stat().st_size)
-        self._offsets: dict[str, int] = {}
-        for name, tensor in self.spec.items():
-            self._offsets[name] = start
-            start += tensor.num_bytes
+            self.spec, self._start = _parse_header(head + file.read(length), path.stat().st_size)
+        self._tensors: dict[str, Array] | None = None
 
     def __getitem__(self, name: str) -> Array:
-        tensor = self.spec[name]
-        if tensor.num_bytes == 0:  # nothing to map
-            return np.empty(tensor.shape, tensor.dtype)
-        return np.memmap(self.path, tensor.dtype, "r", self._offsets[name], tensor.shape)
+        if self._tensors is None:
+            with self.path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._tensors = _tensors(data, self.spec, self._start)
+        return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.spec)
 
     def __len__(self) -> int:
         return len(self.spec)
+
+
+def _tensors(data: bytes | memoryview | mmap.mmap, spec: Mapping[str, TensorSpec], start: int) -> dict[str, Array]:
+    """View the tensors of encoded bytes, without a copy."""
+    tree: dict[str, Array] = {}
+    for name, tensor in spec.items():
+        count = math.prod(tensor.shape)
+        tree[name] = np.frombuffer(data, tensor.dtype, count, start).reshape(tensor.shape)
+        start += tensor.num_bytes
+    return tree
 
 
 def _header(spec: Mapping[str, TensorSpec]) -> bytes:

@@ -52,8 +52,11 @@ class WeightedMean:
         return Partial(total=total, weight=self._weight, contributors=tuple(self._contributors))
 
     def result(self) -> Tree:
-        """Return the mean. Needs at least one update: the quorum's promise."""
-        return {name: self._mean(name, total) for name, total in self._totals.items()}
+        """Return the mean and end the rule: sums are let go one by one, so that memory stays one model.
+
+        Needs at least one update: the quorum's promise.
+        """
+        return {name: self._mean(name, self._totals.pop(name)) for name in self._spec}
 
     def _mean(self, name: str, total: Array) -> Array:
         spec = self._spec[name]
