@@ -6,6 +6,7 @@ dacite does the building; an unknown key is an error that names the known ones.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -47,9 +48,12 @@ class RoundsConfig:
             f"rounds.quorum={self.quorum} is above rounds.clients={self.clients}",
         )
         _require(0 <= self.over_selection <= 10, f"rounds.over_selection={self.over_selection} must be in 0..10")
-        _require(self.deadline_s > 0, f"rounds.deadline_s={self.deadline_s} must be above 0")
-        _require(self.offline_grace_s >= 0, f"rounds.offline_grace_s={self.offline_grace_s} must be 0 or more")
-        _require(self.wait_s >= 0, f"rounds.wait_s={self.wait_s} must be 0 or more")
+        _require(0 < self.deadline_s < math.inf, f"rounds.deadline_s={self.deadline_s} must be above 0 and finite")
+        _require(
+            0 <= self.offline_grace_s < math.inf,
+            f"rounds.offline_grace_s={self.offline_grace_s} must be 0 or more, and finite",
+        )
+        _require(0 <= self.wait_s < math.inf, f"rounds.wait_s={self.wait_s} must be 0 or more, and finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +72,9 @@ class TrainConfig:
         _require(self.algorithm in ALGORITHMS, f"train.algorithm={self.algorithm!r} is not one of: {known}")
         _require(self.epochs >= 1, f"train.epochs={self.epochs} must be 1 or more")
         _require(self.batch_size >= 1, f"train.batch_size={self.batch_size} must be 1 or more")
-        _require(self.lr > 0, f"train.lr={self.lr} must be above 0")
-        _require(self.proximal_mu >= 0, f"train.proximal_mu={self.proximal_mu} must be 0 or more")
+        _require(0 < self.lr < math.inf, f"train.lr={self.lr} must be above 0 and finite")
+        mu = self.proximal_mu
+        _require(0 <= mu < math.inf, f"train.proximal_mu={mu} must be 0 or more, and finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +86,7 @@ class ServerConfig:
     options: Mapping[str, Any] = field(default_factory=dict)  # e.g. momentum = 0.9
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"server.lr={self.lr} must be above 0")
+        _require(0 < self.lr < math.inf, f"server.lr={self.lr} must be above 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,9 @@ import numpy as np
 
 from edgefl.errors import UpdateRejected
 from edgefl.records import Plan, Update
-from edgefl.trees import TensorSpec, blocks, spec_of
+from edgefl.trees import TensorSpec, Tree, blocks, spec_of
+
+MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
 
 
 class RoundGuard:
@@ -32,7 +34,7 @@ class RoundGuard:
             or wrong_weight(update.weight)
             or wrong_metrics(update.metrics)
             or wrong_spec(spec_of(update.tree), self._spec)
-            or not_finite(update)
+            or not_finite(update.tree)
         )
         if fault:
             raise UpdateRejected(update.device, fault)
@@ -51,8 +53,8 @@ class RoundGuard:
 
 def wrong_weight(weight: float) -> str | None:
     """Say what is wrong with a weight, if anything is."""
-    if not math.isfinite(weight) or weight <= 0:
-        return f"weight {weight} must be finite and above 0"
+    if not 0 < weight <= MAX_WEIGHT:  # NaN fails this too
+        return f"weight {weight} must be finite, above 0 and at most {MAX_WEIGHT:.0f}"
     return None
 
 
@@ -69,16 +71,16 @@ def wrong_spec(seen: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec])
     if missing := sorted(wanted.keys() - seen.keys()):
         return f"tensors missing: {', '.join(missing)}"
     if unknown := sorted(seen.keys() - wanted.keys()):
-        return f"tensors unknown: {', '.join(unknown)}"
+        return f"tensors unknown: {', '.join(unknown):.500}"
     for name, spec in wanted.items():
         if seen[name] != spec:
             return f"tensor {name!r} is {seen[name]}, not {spec}"
     return None
 
 
-def not_finite(update: Update) -> str | None:
+def not_finite(tree: Tree) -> str | None:
     """Say which tensor holds NaN or infinity, if one does."""
-    for name, array in update.tree.items():
+    for name, array in tree.items():
         if array.dtype.kind == "f":
             flat = array.reshape(-1)
             if not all(np.isfinite(flat[block]).all() for block in blocks(flat.size)):

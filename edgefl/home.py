@@ -19,12 +19,18 @@ FORMAT = 1
 
 def create_home(folder: Path, kind: str) -> None:
     """Make a home (mode 0700) unless the folder is one of this kind already; raises HomeError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     marker = folder / "home.json"
-    if marker.exists():
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        inside = [entry.name for entry in folder.iterdir()]
+    except OSError as cause:
+        raise HomeError(
+            f"cannot use {folder} as a home: {cause.strerror}; choose another --home, or run as root"
+        ) from cause
+    if marker.name in inside:
         check_home(folder, kind)
         return
-    if any(folder.iterdir()):
+    if inside:
         raise HomeError(f"{folder} is not empty and not an edgefl home; choose another --home")
     replace_file(marker, json.dumps({"kind": kind, "format": FORMAT, "made_by": __version__}).encode())
 
@@ -32,12 +38,14 @@ def create_home(folder: Path, kind: str) -> None:
 def check_home(folder: Path, kind: str) -> None:
     """Raise HomeError unless the folder is a home of this kind in a format that we know."""
     marker = folder / "home.json"
-    if not marker.exists():
-        hint = "`edgefl agent enroll` makes one" if kind == "agent" else "`edgefl cloud start` makes one"
-        raise HomeError(f"{folder} is not an {kind} home (no home.json); {hint}")
     try:
         facts = json.loads(marker.read_text(encoding="utf-8"))
         seen_kind, seen_format = str(facts["kind"]), int(facts["format"])
+    except (FileNotFoundError, NotADirectoryError) as cause:
+        hint = "`edgefl agent enroll` makes one" if kind == "agent" else "`edgefl cloud start` makes one"
+        raise HomeError(f"{folder} is not the home of an edgefl {kind} (no home.json); {hint}") from cause
+    except PermissionError as cause:
+        raise HomeError(f"{folder} belongs to another user; run this as that user or as root") from cause
     except (ValueError, KeyError, TypeError) as cause:
         raise HomeError(f"{marker} is damaged: {cause}. Restore it from a backup or choose another --home") from cause
     if seen_kind != kind:

@@ -124,7 +124,7 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
             "Start more agents, or lower rounds.quorum."
         )
     ordered = sorted(available)
-    wanted = math.ceil(rounds.clients * (1 + rounds.over_selection))
+    wanted = math.ceil(round(rounds.clients * (1 + rounds.over_selection), 6))  # 100 * 1.1 is 110.00000000000001
     if rounds.clients == 0 or wanted >= len(ordered):
         return tuple(ordered)
     rng = np.random.default_rng([config.train.seed, round_number])

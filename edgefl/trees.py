@@ -27,6 +27,7 @@ Array = npt.NDArray[Any]
 Tree = Mapping[str, Array]
 
 MAX_HEADER_BYTES = 16 << 20
+MAX_DIMENSIONS = 32  # what every numpy that we support can hold
 BLOCK_ELEMENTS = 1 << 16
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -84,12 +85,12 @@ def blocks(size: int) -> Iterator[slice]:
 
 def subtract(new: Array, old: Array) -> Array:
     """Return the delta that `apply` undoes, in the same dtype: for booleans, where they differ."""
-    return new ^ old if new.dtype == np.bool_ else np.subtract(new, old)
+    return np.asarray(new ^ old if new.dtype == np.bool_ else np.subtract(new, old))  # a 0-d result is a scalar
 
 
 def apply(old: Array, delta: Array) -> Array:
     """Return `old` moved by a delta."""
-    return old ^ delta if old.dtype == np.bool_ else np.add(old, delta)
+    return np.asarray(old ^ delta if old.dtype == np.bool_ else np.add(old, delta))
 
 
 def write_tree(tree: Tree, file: BinaryIO) -> None:
@@ -172,20 +173,26 @@ def _parse_header(head: bytes | memoryview, total_bytes: int) -> tuple[dict[str,
     length = _header_length(head)
     try:
         entries = json.loads(bytes(head[8 : 8 + length]))
-        spec = {
-            name: TensorSpec(tuple(int(n) for n in entry["shape"]), _DTYPES[entry["dtype"]])
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        }
-        offsets = {name: tuple(entries[name]["data_offsets"]) for name in spec}
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise ProtocolError(f"tree header is not safetensors: {cause!r}") from cause
+        parsed = {name: _parse_entry(name, entry) for name, entry in entries.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+        raise ProtocolError(f"tree header is not safetensors: {cause!r:.200}") from cause
     end = 0
-    ordered = dict(sorted(spec.items(), key=lambda item: offsets[item[0]]))
-    for name, tensor in ordered.items():
+    ordered = dict(sorted(parsed.items(), key=lambda item: item[1][1]))
+    for name, (tensor, offsets) in ordered.items():
         start, end = end, end + tensor.num_bytes
-        if min(tensor.shape, default=0) < 0 or offsets[name] != (start, end):
-            raise ProtocolError(f"tree header places {name!r} at {offsets[name]}, not at {(start, end)}")
+        if offsets != (start, end):
+            raise ProtocolError(f"tree header places {name!r:.100} at {offsets}, not at {(start, end)}")
     if total_bytes != 8 + length + end:
         raise ProtocolError(f"tree has {total_bytes} bytes where its header says {8 + length + end}")
-    return ordered, 8 + length
+    return {name: tensor for name, (tensor, _) in ordered.items()}, 8 + length
+
+
+def _parse_entry(name: str, entry: Mapping[str, Any]) -> tuple[TensorSpec, tuple[int, int]]:
+    """Return a tensor's spec and offsets; raises ValueError for what numpy could not hold."""
+    name.encode()  # a lone surrogate could be neither logged nor sent back
+    shape, (start, end), dtype = tuple(entry["shape"]), entry["data_offsets"], _DTYPES[entry["dtype"]]
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"shape {shape!r:.100} and offsets must be at most {MAX_DIMENSIONS} integers of 0 or more")
+    if math.prod(n for n in shape if n) * dtype.itemsize >= 1 << 63:
+        raise ValueError(f"shape {shape!r:.100} is beyond every memory")
+    return TensorSpec(shape, dtype), (start, end)

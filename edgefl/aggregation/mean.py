@@ -8,11 +8,14 @@ Integers (counters among buffers) are rounded to nearest; of booleans the weight
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from edgefl.errors import UpdateRejected
+from edgefl.guards import not_finite, wrong_spec, wrong_weight
 from edgefl.records import Partial, Update
-from edgefl.trees import Array, Tree, blocks, spec_of
+from edgefl.trees import Array, TensorSpec, Tree, blocks, spec_of
 
 
 class WeightedMean:
@@ -38,9 +41,14 @@ class WeightedMean:
         self._contributors.append(update.device)
 
     def merge(self, partial: Partial) -> None:
-        """Fold a partial sum; raises UpdateRejected where a device is in it that was counted already."""
-        if twice := sorted(set(partial.contributors) & set(self._contributors)):
+        """Fold a partial sum; raises UpdateRejected where a device is counted twice, or nothing would fit."""
+        counted = Counter((*self._contributors, *partial.contributors))
+        if twice := sorted(name for name, times in counted.items() if times > 1):
             raise UpdateRejected(twice[0], "it is already counted in another partial sum of this round")
+        wanted = {name: TensorSpec(spec.shape, np.dtype(np.float64)) for name, spec in self._spec.items()}
+        fault = wrong_weight(partial.weight) or wrong_spec(spec_of(partial.total), wanted) or not_finite(partial.total)
+        if fault:
+            raise UpdateRejected(", ".join(partial.contributors), f"partial sum: {fault}")
         for name, total in self._totals.items():
             np.add(total, partial.total[name].reshape(-1), out=total)
         self._weight += partial.weight

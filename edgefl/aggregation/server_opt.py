@@ -8,7 +8,7 @@ Plain SGD runs in numpy; everything else needs torch, which is imported only the
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -70,8 +70,9 @@ class _TorchOptimizer:
         kind = getattr(torch.optim, config.optimizer, None)
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
             raise ConfigError(f"server.optimizer={config.optimizer!r} is not an optimizer of torch.optim")
-        self._kind, self._config = kind, config
-        self._make([torch.nn.Parameter(torch.zeros(1))])  # refuses a wrong option now, not in round 1
+        self._kind: Callable[..., Any] = kind
+        self._config = config
+        self._probe()
         self._parameters: dict[str, Any] = {}
         self._optimizer: Any = None
         self.pending: dict[str, Array] = {}
@@ -112,6 +113,18 @@ class _TorchOptimizer:
         whole = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": slots, "param_groups": whole["param_groups"]})
         self.pending = {}
+
+    def _probe(self) -> None:
+        """Take one step of nothing: refuses a wrong option, or LBFGS that wants a closure, now and not in round 1."""
+        import torch
+
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        parameter.grad = torch.zeros(1)
+        optimizer = self._make([parameter])
+        try:
+            optimizer.step()
+        except (TypeError, RuntimeError) as cause:
+            raise ConfigError(f"server.optimizer={self._config.optimizer!r} cannot step on its own: {cause}") from cause
 
     def _make(self, parameters: list[Any]) -> Any:
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -71,8 +71,11 @@ def save_private_key(key: Ed25519PrivateKey, path: Path) -> None:
 
 
 def load_private_key(path: Path) -> Ed25519PrivateKey:
-    """Read what `save_private_key` wrote; raises ManifestRejected for another kind of key."""
-    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    """Read what `save_private_key` wrote; raises ManifestRejected for anything else."""
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as cause:
+        raise ManifestRejected(f"{path} does not hold an unencrypted private key in PEM: {cause}") from cause
     if not isinstance(key, Ed25519PrivateKey):
         raise ManifestRejected(f"{path} holds a {type(key).__name__}, not an Ed25519 private key")
     return key
@@ -84,8 +87,11 @@ def public_pem(key: Ed25519PrivateKey) -> bytes:
 
 
 def load_public_key(pem: bytes) -> Ed25519PublicKey:
-    """Read a public key; raises ManifestRejected for another kind of key."""
-    key = serialization.load_pem_public_key(pem)
+    """Read a public key; raises ManifestRejected for anything else."""
+    try:
+        key = serialization.load_pem_public_key(pem)
+    except (ValueError, UnsupportedAlgorithm) as cause:
+        raise ManifestRejected(f"the fleet key is not a public key in PEM: {cause}") from cause
     if not isinstance(key, Ed25519PublicKey):
         raise ManifestRejected(f"the fleet key is a {type(key).__name__}, not an Ed25519 public key")
     return key

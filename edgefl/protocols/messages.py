@@ -132,8 +132,8 @@ def decode_job(data: bytes) -> WirePlan | RoundClosed | UpdateRefused:
     """Return whichever message of down/<device>/job this is; raises ProtocolError."""
     value = _parse(data)
     kind = value.get("kind")
-    if kind not in JOB_MESSAGES:
-        raise ProtocolError(f"job message of kind {kind!r} is not one of: {', '.join(JOB_MESSAGES)}")
+    if not isinstance(kind, str) or kind not in JOB_MESSAGES:
+        raise ProtocolError(f"job message of kind {kind!r:.100} is not one of: {', '.join(JOB_MESSAGES)}")
     message: WirePlan | RoundClosed | UpdateRefused = from_json(JOB_MESSAGES[kind], value)
     return message
 
@@ -152,7 +152,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise ProtocolError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
     try:
         value = json.loads(data)
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise ProtocolError(f"message is not JSON: {cause}") from cause
     if not isinstance(value, dict):
         raise ProtocolError(f"message is a JSON {type(value).__name__}, not an object")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -91,10 +92,10 @@ def sign_request(ca_folder: Path, request_pem: bytes, device: str) -> bytes:
     """
     try:
         request = x509.load_pem_x509_csr(request_pem)
-    except ValueError as cause:
+        key, proven = request.public_key(), request.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm) as cause:
         raise ProtocolError(f"the signing request is not PKCS #10: {cause}") from cause
-    key = request.public_key()
-    if not request.is_signature_valid or not isinstance(key, ec.EllipticCurvePublicKey):
+    if not proven or not isinstance(key, ec.EllipticCurvePublicKey):
         raise ProtocolError("the signing request must hold an EC key and be signed by it")
     return _sign_leaf(ca_folder, device, key, ())
 
