@@ -7,6 +7,7 @@
     |-- UpdateRejected       an update refused by a guard, before it changed anything
     |-- QuorumNotMet         a round that ended with too few admitted updates
     |-- JobCancelled         a job stopped by its operator
+    |-- CloudStopping        the cloud ends; its jobs go on when it is started again
     |-- ProtocolError        bytes that are not what the protocol says
     |-- ManifestRejected     a bundle or release with a wrong signature, hash, size or version
     |-- ParityError          an exported model that does not compute what its source computes
@@ -81,3 +82,7 @@ class CloudUnreachable(EdgeflError):
 
 class HomeError(EdgeflError):
     """A home folder is missing, damaged, in use, or was made by a newer version."""
+
+
+class CloudStopping(EdgeflError):
+    """The cloud ends; its jobs go on when it is started again."""

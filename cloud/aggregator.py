@@ -1,0 +1,186 @@
+"""The cloud, put together: opens the home, starts the servers, and runs each job in a thread of its own.
+
+From here to the averaging line: `_run_job` -> `edgefl.rounds.run_rounds` -> `run_round` -> `Rule.add`.
+After a kill at any moment the same home goes on where its database stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import grpc
+
+from cloud.fleet_service import MAX_MESSAGE_BYTES, FleetService, ServiceParts
+from cloud.grpc_fleet import FleetParts, GrpcFleet
+from cloud.home import AggregatorOptions, CloudHome
+from cloud.http_api import make_app, serve_http
+from cloud.jobs import JobRow
+from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.errors import CloudStopping, EdgeflError, HomeError, JobCancelled
+from edgefl.logs import event
+from edgefl.protocols.fleet_pb2_grpc import add_FleetServicer_to_server
+from edgefl.protocols.tls import grpc_server_credentials, server_context
+from edgefl.records import RoundOutcome
+from edgefl.rounds import Job, run_rounds
+from edgefl.trees import SpooledTree, Tree
+
+MAX_JOBS = 8
+STOP_GRACE_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Aggregator:
+    """One cloud process on one home."""
+
+    def __init__(self, options: AggregatorOptions) -> None:
+        self._options = options
+        self._home = CloudHome(options)
+        self._job_threads = ThreadPoolExecutor(MAX_JOBS, "job")
+
+    def serve(self) -> None:
+        """Serve until SIGTERM or SIGINT; raises HomeError for a home or port that cannot be had."""
+        with self._home:
+            asyncio.run(self._serve())
+
+    def run_job(self, job_id: str) -> None:
+        """Run one job to its end, from wherever its rows say that it stands."""
+        jobs = self._home.jobs
+        row = jobs.load(job_id)
+        fleet = GrpcFleet(row, self._fleet_parts())
+        try:
+            self._run_rounds(row, fleet)
+        except CloudStopping:
+            event(_log, logging.INFO, "job.paused", job=job_id)
+            return
+        except JobCancelled as stopped:
+            jobs.end(job_id, "cancelled", str(stopped))
+        except (EdgeflError, OSError) as error:
+            event(_log, logging.ERROR, "job.failed", job=job_id, error=error)
+            jobs.end(job_id, "failed", str(error))
+        else:
+            jobs.end(job_id, "done")
+            event(_log, logging.INFO, "job.done", job=job_id)
+        fleet.end()
+        self._home.spool.drop_job(job_id)
+
+    def _run_rounds(self, row: JobRow, fleet: GrpcFleet) -> None:
+        blobs = self._home.blobs
+        step = ServerOptimizer(row.config.server, gradient=row.config.train.algorithm == "fedsgd", buffers=row.buffers)
+        if row.optimizer_sha256 is not None:
+            step.load(SpooledTree(blobs.path(row.optimizer_sha256)))
+        job = Job(
+            id=row.id,
+            config=row.config,
+            step=step,
+            first_round=row.rounds_done + 1,
+            cohort=row.cohort,
+            on_refusal=fleet.refuse,
+        )
+        old = [row.model.sha256]
+        for outcome in run_rounds(job, fleet, SpooledTree(blobs.path(row.model.sha256))):
+            old.append(self._commit(outcome, fleet, step.state()))
+            if len(old) > self._options.kept_models:
+                self._home.jobs.forget_model(old.pop(0))
+
+    def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, optimizer: Tree) -> str:
+        """Make a round's end durable; the model first, since the commit points to it."""
+        model = fleet.publish(outcome.parameters)
+        state = self._home.blobs.put_tree(optimizer).sha256 if optimizer else None
+        self._home.jobs.finish_round(outcome, model, state)
+        self._home.spool.drop_round(outcome.job, outcome.round)
+        event(_log, logging.INFO, "round.done", job=outcome.job, round=outcome.round,
+              admitted=len(outcome.admitted), rejected=len(outcome.rejected), failed=len(outcome.failed),
+              missing=len(outcome.missing), seconds=outcome.seconds)  # fmt: skip
+        return model.sha256
+
+    async def _serve(self) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        async with self._grpc_server(), self._http_server():
+            self._home.link.start()
+            self._home.jobs.started = self._start
+            self._home.jobs.cancelled = self._cancel
+            for job in self._home.jobs.running():
+                self._start(job)
+            event(_log, logging.INFO, "cloud.ready", url=self._home.url, grpc_port=self._options.grpc_port,
+                  broker=self._home.broker_url)  # fmt: skip
+            await stop.wait()
+            event(_log, logging.INFO, "cloud.stopping")
+            await asyncio.to_thread(self._stop_jobs)
+
+    @contextlib.asynccontextmanager
+    async def _grpc_server(self) -> AsyncIterator[None]:
+        options, home = self._options, self._home
+        _refuse_port_in_use(options.host, options.grpc_port, "--grpc-port")
+        sizes = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
+        server = grpc.aio.server(options=[*sizes, ("grpc.so_reuseport", 0)])
+        workers = ThreadPoolExecutor(8, "data-plane")
+        parts = ServiceParts(
+            rounds=home.rounds,
+            jobs=home.jobs,
+            blobs=home.blobs,
+            spool=home.spool,
+            desired_for=home.rollouts.desired_for,
+            is_known=home.enrolment.is_known,
+            broker_url=home.broker_url,
+            insecure=options.insecure,
+        )
+        add_FleetServicer_to_server(FleetService(parts, workers), server)
+        address = f"{options.host}:{options.grpc_port}"
+        if options.insecure:
+            server.add_insecure_port(address)
+        else:
+            server.add_secure_port(address, grpc_server_credentials(home.identity))
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.stop(STOP_GRACE_S)
+            workers.shutdown(wait=True)
+
+    @contextlib.asynccontextmanager
+    async def _http_server(self) -> AsyncIterator[None]:
+        options, home = self._options, self._home
+        context = None if options.insecure else server_context(home.identity, client_certificates=False)
+        async with serve_http(make_app(home.services()), options.host, options.http_port, context):
+            yield
+
+    def _fleet_parts(self) -> FleetParts:
+        home = self._home
+        return FleetParts(rounds=home.rounds, jobs=home.jobs, blobs=home.blobs, spool=home.spool, link=home.link)
+
+    def _start(self, job_id: str) -> None:
+        self._job_threads.submit(self.run_job, job_id).add_done_callback(self._report_crash)
+
+    def _cancel(self, job_id: str) -> None:
+        self._home.rounds.interrupt(JobCancelled(f"job {job_id} was cancelled by its operator"), job_id)
+
+    def _stop_jobs(self) -> None:
+        self._home.link.close()
+        self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs go on at the next start"))
+        self._job_threads.shutdown(wait=True, cancel_futures=True)
+
+    @staticmethod
+    def _report_crash(future: Future[None]) -> None:
+        """Log a defect of ours with its traceback. The job stays `running` and goes on at the next start."""
+        if not future.cancelled() and (error := future.exception()) is not None:
+            _log.critical("job.crashed", exc_info=error)
+
+
+def _refuse_port_in_use(host: str, port: int, flag: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as cause:
+            raise HomeError(f"cannot listen on {host}:{port}: {cause.strerror}. Choose another {flag}") from cause

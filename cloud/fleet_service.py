@@ -1,0 +1,206 @@
+"""The gRPC data plane's server side: plans and models down, updates up (edgefl/protocols/fleet.proto).
+
+A device is who its certificate says. An upload is acknowledged after it is checked, on disk and in the
+database. Files are read and written in worker threads, a few uploads at a time: ten at once would cost
+a gigabyte of receive buffers, and disk and cores are no faster for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+
+from cloud.blobs import BlobStore
+from cloud.jobs import Answer, Jobs
+from cloud.open_rounds import OpenRound, OpenRounds
+from cloud.spool import Incoming, Spool
+from edgefl.errors import ProtocolError
+from edgefl.logs import event
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.messages import Signed, encode
+from edgefl.trees import SpooledTree
+
+CHUNK_BYTES = 4 << 20
+MAX_MESSAGE_BYTES = CHUNK_BYTES + (64 << 10)
+MAX_UPLOADS = 3
+MAX_REASON_CHARS = 2000
+DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
+
+_log = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceParts:
+    """What the service works on."""
+
+    rounds: OpenRounds
+    jobs: Jobs
+    blobs: BlobStore
+    spool: Spool
+    desired_for: Callable[[str], list[Signed]]
+    is_known: Callable[[str], bool]
+    broker_url: str
+    insecure: bool = False
+
+
+class FleetService:
+    """Implements `service Fleet`. Lives in the event loop; everything that blocks runs in `workers`."""
+
+    def __init__(self, parts: ServiceParts, workers: ThreadPoolExecutor) -> None:
+        self._parts = parts
+        self._workers = workers
+        self._uploads = asyncio.Semaphore(MAX_UPLOADS)
+
+    async def Next(self, _request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
+        device = await self._device(context)
+        desired = await self._run(self._parts.desired_for, device)
+        return pb.NextReply(
+            plans=[encode(one.plan) for one in self._parts.rounds.waiting_for(device)],
+            desired=[encode(signed) for signed in desired],
+            broker=self._parts.broker_url,
+        )
+
+    async def Download(  # noqa: N802
+        self, request: pb.DownloadRequest, context: Context
+    ) -> AsyncIterator[pb.Chunk]:
+        device = await self._device(context)
+        try:
+            path = self._parts.blobs.path(request.sha256)
+            descriptor = os.open(path, os.O_RDONLY)
+        except ProtocolError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except FileNotFoundError:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"the cloud has no blob {request.sha256}")
+        opened = [one for one in self._parts.rounds.waiting_for(device) if one.plan.model.sha256 == request.sha256]
+        try:
+            offset = request.offset
+            while data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset):
+                offset += len(data)
+                for one in opened:
+                    one.down_bytes += len(data)
+                yield pb.Chunk(data=data)
+        finally:
+            os.close(descriptor)
+
+    async def Resume(self, request: pb.UpdateKey, context: Context) -> pb.UploadState:  # noqa: N802
+        device = await self._device(context)
+        opened, settled = self._find(request, device)
+        if settled is not None or opened is None:
+            return settled or _state("STALE")
+        offset = await self._run(self._parts.spool.received_bytes, request.job, request.round, device)
+        return _state("PARTIAL", offset=offset)
+
+    async def Upload(  # noqa: N802
+        self, requests: AsyncIterator[pb.UploadChunk], context: Context
+    ) -> pb.UploadState:
+        device = await self._device(context)
+        async with self._uploads:
+            first = await anext(requests, pb.UploadChunk())
+            if first.WhichOneof("part") != "header":
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its header")
+            opened, settled = self._find(first.header.key, device)
+            if settled is not None or opened is None:
+                return settled or _state("STALE")
+            if first.header.size > opened.plan.max_update_bytes:
+                return await self._run(self._refuse, opened, device, _too_large(first.header.size, opened))
+            return await self._receive(requests, first.header, opened, device)
+
+    async def Fail(self, request: pb.FailureReport, context: Context) -> pb.FailureReply:  # noqa: N802
+        device = await self._device(context)
+        opened, _ = self._find(request.key, device)
+        if opened is not None:
+            await self._run(self._refuse, opened, device, request.reason[:MAX_REASON_CHARS])
+        return pb.FailureReply()
+
+    async def _receive(
+        self, requests: AsyncIterator[pb.UploadChunk], header: pb.UploadHeader, opened: OpenRound, device: str
+    ) -> pb.UploadState:
+        spool, key = self._parts.spool, header.key
+        here = await self._run(spool.received_bytes, key.job, key.round, device)
+        if header.offset > here:
+            return _state("PARTIAL", offset=here)
+        incoming = await self._run(spool.incoming, key.job, key.round, device, header.offset)
+        try:
+            async for message in requests:
+                if incoming.size + len(message.data) > header.size:
+                    return await self._run(self._refuse, opened, device, _overlong(header.size))
+                opened.up_bytes += len(message.data)
+                await self._run(incoming.write, message.data)
+            if incoming.size < header.size:
+                return _state("PARTIAL", offset=incoming.size)
+            return await self._run(self._settle, opened, device, header, incoming)
+        finally:
+            incoming.stop()
+
+    def _settle(self, opened: OpenRound, device: str, header: pb.UploadHeader, incoming: Incoming) -> pb.UploadState:
+        """Check, make durable, hand to the round; only then is it acknowledged."""
+        try:
+            name = incoming.finish(header.sha256)
+            SpooledTree(self._parts.spool.path(name))
+        except ProtocolError as error:
+            return self._refuse(opened, device, str(error))
+        answer = Answer(device=device, file=name, weight=header.weight, metrics=dict(header.metrics))
+        if not opened.accept(answer, lambda one: self._record(opened, one)):
+            return _state("STALE")
+        return _state("STORED", offset=header.size)
+
+    def _refuse(self, opened: OpenRound, device: str, reason: str) -> pb.UploadState:
+        """Count the device as one without an update in this round."""
+        event(_log, logging.WARNING, "update.failed", job=opened.plan.job, round=opened.plan.round, device=device,
+              reason=reason)  # fmt: skip
+        opened.accept(Answer(device=device, reason=reason), lambda one: self._record(opened, one))
+        return _state("REFUSED", reason=reason)
+
+    def _record(self, opened: OpenRound, answer: Answer) -> None:
+        self._parts.jobs.record(opened.plan.job, opened.plan.round, answer)
+
+    def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
+        """Return the open round that waits for this device, or what to tell it at once."""
+        opened = self._parts.rounds.get(key.job, key.round)
+        if opened is None:
+            return None, _state("STALE", reason=f"round {key.round} of job {key.job} is not open")
+        if device not in opened.cohort:
+            return None, _state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
+        if device not in opened.waiting():
+            return None, _state("STORED")
+        return opened, None
+
+    async def _device(self, context: Context) -> str:
+        """Return the caller's name; ends the call for one that is not, or no longer, of the fleet."""
+        name = dict(context.invocation_metadata() or ()).get(DEVICE_METADATA, "") if self._parts.insecure else ""
+        if not self._parts.insecure:
+            names = list(context.auth_context().get("x509_common_name", []))
+            name = names[0].decode(errors="replace") if names else ""
+        if not await self._run(self._parts.is_known, str(name)):
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"device {name!r} is not enrolled in this fleet; enrol it with a new token",
+            )
+        return str(name)
+
+    async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:
+    return pb.UploadState(status=status, offset=offset, reason=reason)
+
+
+def _too_large(size: int, opened: OpenRound) -> str:
+    return f"the update has {size} bytes; at most {opened.plan.max_update_bytes} are taken in this round"
+
+
+def _overlong(size: int) -> str:
+    return f"more bytes came than the {size} that the update's header says"

@@ -1,0 +1,159 @@
+"""The deployed fleet: plans announced over MQTT, models and updates over gRPC (see `FleetService`).
+
+A round ends when everyone has answered, at its deadline, or, once the quorum has answered, when all
+that are missing have been offline for the grace time.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cloud.blobs import BlobStore
+from cloud.jobs import Answer, JobRow, Jobs
+from cloud.mqtt_link import CloudLink
+from cloud.open_rounds import OpenRound, OpenRounds
+from cloud.spool import Spool
+from edgefl.errors import EdgeflError
+from edgefl.logs import event
+from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
+from edgefl.records import Failure, Plan, Traffic, Update
+from edgefl.trees import SpooledTree, Tree, encoded_bytes
+
+HEADER_SLACK_BYTES = 64 << 10  # another writer's header may be longer than ours
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FleetParts:
+    """What every job's fleet works on."""
+
+    rounds: OpenRounds
+    jobs: Jobs
+    blobs: BlobStore
+    spool: Spool
+    link: CloudLink
+
+
+class GrpcFleet:
+    """The fleet of one job, as `run_rounds` sees it. Used from the job's own thread."""
+
+    def __init__(self, job: JobRow, parts: FleetParts) -> None:
+        self._job = job
+        self._parts = parts
+        self._published: tuple[Tree, BlobRef] | None = None
+        self._took_part: set[str] = set()
+
+    def clients(self) -> Sequence[str]:
+        """Return the devices online, once as many as wanted are there.
+
+        The first round waits up to `rounds.wait_s` for them; later ones only `rounds.offline_grace_s`
+        where the quorum is there.
+        """
+        rounds, link = self._job.config.rounds, self._parts.link
+        wanted = max(rounds.clients, rounds.quorum)
+        first_wait_s = rounds.offline_grace_s if self._took_part else rounds.wait_s
+        if not link.wait_until(lambda: len(link.online()) >= wanted, first_wait_s):
+            link.wait_until(lambda: len(link.online()) >= rounds.quorum, rounds.wait_s - first_wait_s)
+        return sorted(link.online())
+
+    def publish(self, parameters: Tree) -> BlobRef:
+        """Encode the parameters once for all devices; the same tree is not encoded again."""
+        if self._published is None or self._published[0] is not parameters:
+            self._published = (parameters, self._parts.blobs.put_tree(parameters))
+        return self._published[1]
+
+    def collect(self, plan: Plan) -> Iterator[Update | Failure]:
+        """Announce the plan and yield what comes, first what had come before a restart."""
+        opened = self._open(plan)
+        try:
+            yield from self._arrivals(opened, plan)
+        finally:
+            left = opened.close()
+            self._parts.rounds.remove(opened)
+            for device in left:
+                self._parts.link.send_job(device, RoundClosed(job=plan.job, round=plan.round, job_ended=False))
+
+    def traffic(self) -> Traffic:
+        return self._parts.rounds.traffic(self._job.id)
+
+    def refuse(self, plan: Plan, update: Update, reason: str) -> None:
+        """Log a guard's refusal and tell the device."""
+        event(_log, logging.WARNING, "update.refused", job=plan.job, round=plan.round, device=update.device,
+              reason=reason)  # fmt: skip
+        self._parts.link.send_job(update.device, UpdateRefused(job=plan.job, round=plan.round, reason=reason))
+
+    def end(self) -> None:
+        """Tell the devices that took part that no round will follow."""
+        for device in sorted(self._took_part):
+            ended = RoundClosed(job=self._job.id, round=self._job.config.rounds.count, job_ended=True)
+            self._parts.link.send_job(device, ended)
+
+    def _open(self, plan: Plan) -> OpenRound:
+        wire = WirePlan(
+            job=plan.job,
+            round=plan.round,
+            model=self.publish(plan.parameters),
+            bundle=self._job.bundle,
+            train=plan.train,
+            deadline_s=plan.deadline_s,
+            max_update_bytes=encoded_bytes(plan.parameters) + HEADER_SLACK_BYTES,
+        )
+        opened = OpenRound(wire, frozenset(plan.clients))
+        for answer in self._parts.jobs.open_round(plan.job, plan.round, plan.clients):
+            opened.accept(answer, lambda _answer: None)  # it is durable already
+        self._parts.rounds.add(opened)
+        waiting = opened.waiting()
+        event(_log, logging.INFO, "round.open", job=plan.job, round=plan.round, cohort=len(plan.clients),
+              waiting=len(waiting))  # fmt: skip
+        for device in sorted(waiting):
+            self._parts.link.send_job(device, wire)
+        self._took_part |= set(plan.clients)
+        return opened
+
+    def _arrivals(self, opened: OpenRound, plan: Plan) -> Iterator[Update | Failure]:
+        end_s = time.monotonic() + plan.deadline_s
+        offline_since_s: dict[str, float] = {}
+        num_updates = num_taken = 0
+        while num_taken < len(opened.cohort):
+            until_s = end_s
+            if num_updates >= self._job.config.rounds.quorum:
+                until_s = min(end_s, self._given_up_s(opened, offline_since_s))
+            try:
+                event_ = opened.events.get(timeout=max(0.0, until_s - time.monotonic()))
+            except queue.Empty:
+                return
+            if isinstance(event_, EdgeflError):
+                raise event_
+            if isinstance(event_, Answer):
+                num_taken += 1
+                num_updates += event_.file is not None
+                yield self._as_record(event_, plan)
+            else:
+                opened.presence_pending = False
+                self._note_presence(opened, offline_since_s)
+
+    def _note_presence(self, opened: OpenRound, offline_since_s: dict[str, float]) -> None:
+        gone = self._parts.link.offline() & opened.waiting()
+        for device in gone - offline_since_s.keys():
+            offline_since_s[device] = time.monotonic()
+        for device in offline_since_s.keys() - gone:
+            del offline_since_s[device]
+
+    def _given_up_s(self, opened: OpenRound, offline_since_s: dict[str, float]) -> float:
+        """Return when the last missing device will have been offline for the grace time."""
+        waiting = opened.waiting()
+        if not waiting or waiting - offline_since_s.keys():
+            return float("inf")
+        return max(offline_since_s[device] for device in waiting) + self._job.config.rounds.offline_grace_s
+
+    def _as_record(self, answer: Answer, plan: Plan) -> Update | Failure:
+        job, number, device = plan.job, plan.round, answer.device
+        if answer.file is None:
+            return Failure(job=job, round=number, device=device, reason=answer.reason or "no reason given")
+        tree = SpooledTree(self._parts.spool.path(answer.file))
+        return Update(job=job, round=number, device=device, tree=tree, weight=answer.weight, metrics=answer.metrics)

@@ -1,0 +1,195 @@
+"""The cloud's home folder, opened: keys, database, blobs, and the parts that work on them.
+
+The first start makes the CA, the fleet's signing key and the operator's credentials; every key has
+mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, blobs/, spool/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import json
+import secrets
+import socket
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+from edgefl.operator.client import write_operator_credentials
+
+from cloud.blobs import BlobStore
+from cloud.broker import EmbeddedBroker
+from cloud.enrolment import Enrolment
+from cloud.jobs import Jobs
+from cloud.mqtt_link import CloudLink
+from cloud.open_rounds import OpenRounds
+from cloud.registry import Registry
+from cloud.rollout import Rollouts
+from cloud.services import Services
+from cloud.spool import Spool
+from cloud.store import open_database
+from edgefl.errors import ConfigError
+from edgefl.home import create_home, lock_home, replace_file
+from edgefl.models.manifest import load_private_key, new_fleet_key, public_pem, save_private_key, sign
+from edgefl.protocols.messages import RolloutNote
+from edgefl.protocols.tls import Identity, create_ca, expires, issue_server
+
+EMBEDDED = "embedded"
+_RENEW_BEFORE = datetime.timedelta(days=30)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AggregatorOptions:
+    """What `edgefl cloud start` was told."""
+
+    home: Path
+    host: str = "127.0.0.1"
+    grpc_port: int = 9440
+    http_port: int = 9480
+    mqtt_port: int = 8883  # of the embedded broker
+    broker: str = EMBEDDED  # or mqtts://host:port, mqtt://host:port
+    insecure: bool = False
+    names: tuple[str, ...] = ()  # further names and addresses that devices reach this cloud by
+    kept_models: int = 3  # parameters of so many latest rounds stay, for evaluation
+
+    def __post_init__(self) -> None:
+        if self.insecure and not is_loopback(self.host):
+            raise ConfigError(f"--insecure is for loopback only, --host is {self.host}; leave one of them out")
+        url = urllib.parse.urlsplit(self.broker)
+        if self.broker != EMBEDDED and (url.scheme not in {"mqtt", "mqtts"} or not url.hostname or not url.port):
+            raise ConfigError(f"--broker={self.broker!r} is neither 'embedded' nor mqtts://host:port")
+        if url.scheme == "mqtt" and not self.insecure:
+            raise ConfigError(f"--broker={self.broker} is not encrypted; use mqtts://, or --insecure on loopback")
+
+
+class CloudHome:
+    """Everything under one home. A context manager: holds the lock, runs the embedded broker."""
+
+    def __init__(self, options: AggregatorOptions) -> None:
+        self._options = options
+        self._exit = contextlib.ExitStack()
+        home = options.home
+        create_home(home, "cloud")
+        self._exit.callback(lock_home(home).close)
+        self._tls = home / "tls"
+        self.identity = Identity.in_folder(self._tls)
+        scheme = "http" if options.insecure else "https"
+        self.url = f"{scheme}://{_dialled(options.host)}:{options.http_port}"
+        self._make_keys()
+        self._fleet_key = load_private_key(home / "fleet.key")
+        self._operator_token = self._make_operator()
+        engine = open_database(home / "cloud.db")
+        self._exit.callback(engine.dispose)
+        self.blobs = BlobStore(home / "blobs")
+        self.spool = Spool(home / "spool")
+        self.rounds = OpenRounds()
+        self.jobs = Jobs(engine, self.blobs, lambda bundle: sign(bundle, self._fleet_key))
+        self.enrolment = Enrolment(engine, self._tls)
+        self._make_link()
+        self.registry = Registry(engine, self.blobs, self._fleet_key)
+        self.rollouts = Rollouts(
+            engine, self.registry, self._fleet_key, devices=self.enrolment.devices, send_desired=self.link.send_desired
+        )
+
+    def __enter__(self) -> Self:
+        if self._options.broker == EMBEDDED:
+            host, port = self._options.host, self._options.mqtt_port
+            identity = None if self._options.insecure else self.identity
+            broker = EmbeddedBroker(identity, host, port, is_known=self.enrolment.is_known)
+            broker.start()
+            self._exit.callback(broker.stop)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def services(self) -> Services:
+        """Return what the HTTPS plane works on."""
+        return Services(
+            enrolment=self.enrolment,
+            registry=self.registry,
+            rollouts=self.rollouts,
+            jobs=self.jobs,
+            blobs=self.blobs,
+            link=self.link,
+            ca_pem=self.identity.ca.read_bytes(),
+            fleet_key_pem=public_pem(self._fleet_key),
+            grpc_port=self._options.grpc_port,
+            broker_url=self.broker_url,
+            operator_token=self._operator_token,
+        )
+
+    def _make_link(self) -> None:
+        options = self._options
+        scheme = "mqtt" if options.insecure else "mqtts"
+        embedded = options.broker == EMBEDDED
+        own_url = f"{scheme}://{_dialled(options.host)}:{options.mqtt_port}" if embedded else options.broker
+        # An embedded broker is where the cloud is: a device puts in the host that it knows the cloud by.
+        self.broker_url = f"{scheme}://:{options.mqtt_port}" if embedded else options.broker
+        self.link = CloudLink(
+            own_url,
+            None if options.insecure else self.identity,
+            on_presence=self.rounds.presence_changed,
+            on_rollout=self._note_rollout,
+        )
+
+    def _note_rollout(self, device: str, note: RolloutNote) -> None:
+        self.rollouts.note(device, note)  # made after the link that it sends on
+
+    def _make_keys(self) -> None:
+        self._tls.mkdir(mode=0o700, exist_ok=True)
+        if not (self._tls / "ca.pem").exists():
+            create_ca(self._tls)
+        if not (self._options.home / "fleet.key").exists():
+            save_private_key(new_fleet_key(), self._options.home / "fleet.key")
+        hosts = _hosts(self._options)
+        named = self._tls / "hosts.json"
+        known = json.loads(named.read_text(encoding="utf-8")) if named.exists() else None
+        now = datetime.datetime.now(datetime.UTC)
+        if known != hosts or expires(self.identity.cert.read_bytes()) - now < _RENEW_BEFORE:
+            issue_server(self._tls, self.identity, hosts)
+            replace_file(named, json.dumps(hosts).encode())
+
+    def _make_operator(self) -> str:
+        path = self._options.home / "operator.json"
+        token = str(json.loads(path.read_text(encoding="utf-8"))["token"]) if path.exists() else ""
+        token = token or secrets.token_urlsafe(32)
+        write_operator_credentials(self._options.home, self.url, token, self.identity.ca.read_bytes())
+        return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _dialled(host: str) -> str:
+    """Return the address by which this machine reaches its own server."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - named, not bound
+
+
+def _hosts(options: AggregatorOptions) -> list[str]:
+    """Return every name and address the server's certificate is to be good for."""
+    local = [address.address for nic in psutil.net_if_addrs().values() for address in nic]
+    addresses = [text.partition("%")[0] for text in local if _is_address(text.partition("%")[0])]
+    named = [options.host, "localhost", socket.gethostname(), *options.names]
+    return sorted({*named, "127.0.0.1", "::1", *addresses} - {"0.0.0.0", "::"})  # noqa: S104
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,227 @@
+"""Jobs as they stand in the database: what was submitted, which round is open, who has answered.
+
+Exactly once rests on three commits: a round's cohort before it is announced, an update before it is
+acknowledged, and a round's outcome together with the model after it. Whatever is killed between
+them, the rows say what to do again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from cloud.blobs import BlobStore
+from cloud.store import jobs, rounds, updates
+from edgefl.aggregation import make_rule
+from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.config import JobConfig, from_dict
+from edgefl.errors import ConfigError
+from edgefl.models.manifest import Bundle
+from edgefl.protocols.messages import BlobRef, Signed, from_json
+from edgefl.records import RoundOutcome
+from edgefl.trees import SpooledTree
+
+Rows = list[dict[str, Any]]
+
+ENDED = frozenset({"done", "failed", "cancelled"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRow:
+    """One job as the aggregator runs it."""
+
+    id: str
+    bundle: Signed
+    config: JobConfig
+    buffers: tuple[str, ...]
+    rounds_done: int
+    model: BlobRef
+    optimizer_sha256: str | None
+    cohort: tuple[str, ...]  # of the round that was open, if one was
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What one device answered in a round: a file with its update, or a reason for none."""
+
+    device: str
+    file: str | None = None  # under the spool
+    weight: float = 0.0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    reason: str | None = None
+
+
+class Jobs:
+    """All jobs of a home. `started` is called with the id of each job that is submitted."""
+
+    def __init__(self, engine: sa.Engine, blobs: BlobStore, sign: Callable[[Bundle], Signed]) -> None:
+        self._engine = engine
+        self._blobs = blobs
+        self._sign = sign
+        self._changed = threading.Condition()
+        self.started: Callable[[str], None] = lambda _job: None
+        self.cancelled: Callable[[str], None] = lambda _job: None
+
+    def submit(self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig) -> str:
+        """Start a job; raises ConfigError for what could only fail in a round, ProtocolError for a bad tree."""
+        for name, ref in (("bundle", bundle), ("parameters", parameters)):
+            if not self._blobs.has(ref.sha256):
+                raise ConfigError(f"the job's {name} {ref.sha256[:16]}... is not in the cloud; upload it first")
+        tree = SpooledTree(self._blobs.path(parameters.sha256))
+        if unknown := sorted(set(buffers) - set(tree)):
+            raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
+        make_rule(config.aggregation.rule, {})
+        ServerOptimizer(config.server, gradient=False)
+        job = f"job-{secrets.token_hex(4)}"
+        values = {
+            "id": job,
+            "task": task,
+            "bundle": dataclasses.asdict(self._sign(Bundle(blob=bundle, task=task))),
+            "config": dataclasses.asdict(config),
+            "buffers": list(buffers),
+            "state": "running",
+            "rounds_done": 0,
+            "model_sha256": parameters.sha256,
+            "model_size": parameters.size,
+            "created_s": time.time(),
+        }
+        with self._engine.begin() as db:
+            db.execute(jobs.insert().values(values))
+        self.started(job)
+        return job
+
+    def running(self) -> list[str]:
+        """Return the jobs to go on with."""
+        with self._engine.begin() as db:
+            return list(db.scalars(sa.select(jobs.c.id).where(jobs.c.state == "running").order_by(jobs.c.created_s)))
+
+    def load(self, job: str) -> JobRow:
+        """Return a job as it stands."""
+        with self._engine.begin() as db:
+            row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one()
+            open_round = (rounds.c.job == job) & rounds.c.outcome.is_(sa.null())
+            cohort = db.scalar(sa.select(rounds.c.cohort).where(open_round))
+        return JobRow(
+            id=job,
+            bundle=from_json(Signed, row["bundle"]),
+            config=from_dict(JobConfig, row["config"]),
+            buffers=tuple(row["buffers"]),
+            rounds_done=row["rounds_done"],
+            model=BlobRef(sha256=row["model_sha256"], size=row["model_size"]),
+            optimizer_sha256=row["optimizer_sha256"],
+            cohort=tuple(cohort or ()),
+        )
+
+    def open_round(self, job: str, number: int, cohort: Sequence[str]) -> list[Answer]:
+        """Make the round's row unless it is there, and return the answers that came before a restart."""
+        key = {"job": job, "round": number}
+        with self._engine.begin() as db:
+            here = (rounds.c.job == job) & (rounds.c.round == number)
+            if db.scalar(sa.select(rounds.c.job).where(here)) is None:
+                db.execute(rounds.insert().values(key | {"cohort": list(cohort), "outcome": sa.null()}))
+            of_round = (updates.c.job == job) & (updates.c.round == number)
+            found = db.execute(updates.select().where(of_round).order_by(sa.text("rowid"))).mappings()
+            return [
+                Answer(
+                    device=row["device"],
+                    file=row["file"],
+                    weight=row["weight"] or 0.0,
+                    metrics=row["metrics"],
+                    reason=row["reason"],
+                )
+                for row in found
+            ]
+
+    def record(self, job: str, number: int, answer: Answer) -> None:
+        """Make an answer durable: what is done before it is acknowledged."""
+        with self._engine.begin() as db:
+            db.execute(updates.insert().values({"job": job, "round": number} | dataclasses.asdict(answer)))
+
+    def finish_round(self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None) -> None:
+        """Close a round: its outcome, the model after it, and no answers any more, in one commit."""
+        shown = outcome.as_json() | {"model": model.sha256}
+        in_job = outcome.job
+        with self._engine.begin() as db:
+            at = (rounds.c.job == in_job) & (rounds.c.round == outcome.round)
+            db.execute(rounds.update().where(at).values(outcome=shown))
+            db.execute(updates.delete().where(updates.c.job == in_job))
+            db.execute(
+                jobs.update()
+                .where(jobs.c.id == in_job)
+                .values(
+                    rounds_done=outcome.round,
+                    model_sha256=model.sha256,
+                    model_size=model.size,
+                    optimizer_sha256=optimizer_sha256,
+                )
+            )
+        self._notify()
+
+    def end(self, job: str, state: str, error: str | None = None) -> None:
+        """Mark a job as done, failed or cancelled."""
+        with self._engine.begin() as db:
+            running = (jobs.c.id == job) & (jobs.c.state == "running")
+            db.execute(jobs.update().where(running).values(state=state, error=error, ended_s=time.time()))
+        self._notify()
+
+    def list(self) -> Rows:
+        """Return every job as the REST plane shows it, the newest first."""
+        with self._engine.begin() as db:
+            found = db.execute(jobs.select().order_by(jobs.c.created_s.desc())).mappings()
+            return [_shown(row) for row in found]
+
+    def get(self, job: str) -> dict[str, Any]:
+        """Return one job with its rounds; raises ConfigError for an unknown id."""
+        with self._engine.begin() as db:
+            row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one_or_none()
+        if row is None:
+            raise ConfigError(f"there is no job {job!r}; `edgefl jobs list` shows those there are")
+        return _shown(row) | {"rounds": self.rounds_after(job, 0)}
+
+    def rounds_after(self, job: str, number: int) -> Rows:
+        """Return the outcomes of the finished rounds above `number`."""
+        later = (rounds.c.job == job) & (rounds.c.round > number) & rounds.c.outcome.is_not(sa.null())
+        with self._engine.begin() as db:
+            return Rows(db.scalars(sa.select(rounds.c.outcome).where(later).order_by(rounds.c.round)))
+
+    def wait(self, job: str, rounds_seen: int, timeout_s: float) -> bool:
+        """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._has_news(job, rounds_seen), timeout_s)
+
+    def cancel(self, job: str) -> None:
+        """Stop a running job; one that has ended stays as it is. Raises ConfigError for an unknown id."""
+        if self.get(job)["state"] == "running":
+            self.end(job, "cancelled", "cancelled by its operator")
+            self.cancelled(job)
+
+    def forget_model(self, sha256: str) -> None:
+        """Delete the parameters of an old round, unless a job still stands on them."""
+        with self._engine.begin() as db:
+            in_use = db.scalar(sa.select(sa.func.count()).where(jobs.c.model_sha256 == sha256))
+        if not in_use:
+            self._blobs.delete(sha256)
+
+    def _has_news(self, job: str, rounds_seen: int) -> bool:
+        row = sa.select(jobs.c.state, jobs.c.rounds_done).where(jobs.c.id == job)
+        with self._engine.begin() as db:
+            state, rounds_done = db.execute(row).one()
+        return state in ENDED or rounds_done > rounds_seen
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _shown(row: Any) -> dict[str, Any]:
+    names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s")
+    return {name: row[name] for name in names} | {
+        "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
+    }

@@ -1,0 +1,109 @@
+"""Rounds that wait for answers: the one place where the network's threads and a round's thread meet.
+
+Invariant: an answer is accepted only while its round is open, once for each device of the cohort, and
+is in the database before it is in the queue; both happen under the round's lock, so that the queue's
+order is the database's and nothing is acknowledged that the round will not see.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cloud.jobs import Answer
+from edgefl.errors import EdgeflError
+from edgefl.protocols.messages import WirePlan
+from edgefl.records import Traffic
+
+PRESENCE_CHANGED = "presence changed"
+Event = Answer | EdgeflError | str  # an answer; why the round must stop; a device came or went
+
+
+@dataclass(slots=True)
+class OpenRound:
+    """One round of one job while it collects."""
+
+    plan: WirePlan
+    cohort: frozenset[str]
+    answered: set[str] = field(default_factory=set)
+    closed: bool = False
+    up_bytes: int = 0
+    down_bytes: int = 0
+    # Bounded by what is put in: an answer for each device, and presence changes that are merged.
+    events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    presence_pending: bool = False
+
+    def accept(self, answer: Answer, make_durable: Callable[[Answer], None]) -> bool:
+        """Take a device's answer, once; False where the round is over or has one from it."""
+        with self.lock:
+            if self.closed or answer.device in self.answered:
+                return False
+            make_durable(answer)
+            self.answered.add(answer.device)
+            self.events.put(answer)
+            return True
+
+    def waiting(self) -> frozenset[str]:
+        """Return the devices that have not answered."""
+        with self.lock:
+            return self.cohort - self.answered
+
+    def close(self) -> frozenset[str]:
+        """Accept nothing more; return the devices that have not answered."""
+        with self.lock:
+            self.closed = True
+            return self.cohort - self.answered
+
+
+class OpenRounds:
+    """All open rounds, by job and number."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[tuple[str, int], OpenRound] = {}
+        self._traffic: dict[str, Traffic] = {}
+
+    def add(self, opened: OpenRound) -> None:
+        with self._lock:
+            self._open[opened.plan.job, opened.plan.round] = opened
+
+    def remove(self, closed: OpenRound) -> None:
+        with self._lock:
+            self._open.pop((closed.plan.job, closed.plan.round), None)
+            before = self._traffic.get(closed.plan.job, Traffic())
+            self._traffic[closed.plan.job] = Traffic(
+                up_bytes=before.up_bytes + closed.up_bytes, down_bytes=before.down_bytes + closed.down_bytes
+            )
+
+    def traffic(self, job: str) -> Traffic:
+        """Return the bytes moved in the job's closed rounds."""
+        with self._lock:
+            return self._traffic.get(job, Traffic())
+
+    def get(self, job: str, number: int) -> OpenRound | None:
+        with self._lock:
+            return self._open.get((job, number))
+
+    def waiting_for(self, device: str) -> list[OpenRound]:
+        """Return the open rounds that wait for this device's answer."""
+        with self._lock:
+            opened = list(self._open.values())
+        return [one for one in opened if device in one.waiting()]
+
+    def presence_changed(self) -> None:
+        """Tell every open round that a device came or went."""
+        with self._lock:
+            for one in self._open.values():
+                if not one.presence_pending:
+                    one.presence_pending = True
+                    one.events.put(PRESENCE_CHANGED)
+
+    def interrupt(self, error: EdgeflError, job: str | None = None) -> None:
+        """Make the open rounds of a job, or of all, raise this error."""
+        with self._lock:
+            for one in self._open.values():
+                if job in {None, one.plan.job}:
+                    one.events.put(error)
