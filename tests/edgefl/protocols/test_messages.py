@@ -1,0 +1,111 @@
+"""Messages: every one comes back from its bytes; what is not one is refused, and nothing else happens."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from edgefl.config import TrainConfig
+from edgefl.errors import ProtocolError
+from edgefl.protocols import messages
+from edgefl.protocols.messages import (
+    BlobRef,
+    DeviceState,
+    RolloutNote,
+    RoundClosed,
+    Signed,
+    Telemetry,
+    UpdateRefused,
+    WirePlan,
+    decode,
+    decode_job,
+    encode,
+)
+
+PLAN = WirePlan(
+    job="job", round=3, model=BlobRef(sha256="ab", size=4), bundle=Signed(text="{}", key_id="k", signature="c2ln"),
+    train=TrainConfig(lr=0.5), deadline_s=600.0, max_update_bytes=1 << 20,
+)  # fmt: skip
+JOB_MESSAGES = [
+    PLAN,
+    RoundClosed(job="job", round=3, job_ended=True),
+    UpdateRefused(job="job", round=3, reason="tensor 'w' holds NaN"),
+]
+OTHERS = [
+    DeviceState(session=1, online=True, agent_version="0.1.0", models={"digits": 3}, tags={"site": "b"}),
+    RolloutNote(model="digits", version=3, state="active"),
+    Telemetry(
+        cpu_count=4, cpu_percent=12.5, load_1m=0.5, ram_total_mb=1e3, ram_available_mb=5e2, disk_free_mb=1e4,
+        battery_percent=80.0, on_mains=False,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message", [*JOB_MESSAGES, *OTHERS], ids=lambda m: type(m).__name__)
+def test_every_message_comes_back(message: Any) -> None:
+    assert decode(type(message), encode(message)) == message
+
+
+@pytest.mark.parametrize("message", JOB_MESSAGES, ids=lambda m: type(m).__name__)
+def test_a_job_message_says_its_kind(message: Any) -> None:
+    assert decode_job(encode(message)) == message
+
+
+def test_bytes_by_hand() -> None:
+    data = b'{"job":"job","round":3,"job_ended":true,"kind":"closed"}'
+    assert encode(RoundClosed(job="job", round=3, job_ended=True)) == data
+
+
+def test_a_newer_cloud_may_say_more() -> None:
+    value = {**json.loads(encode(PLAN)), "colour": "red"}
+    value["model"]["codec"] = "none"
+    assert decode_job(json.dumps(value).encode()) == PLAN
+
+
+def test_a_whole_number_is_a_number() -> None:
+    value = {**json.loads(encode(PLAN)), "deadline_s": 600}
+    assert decode_job(json.dumps(value).encode()) == PLAN
+
+
+def without(key: str) -> bytes:
+    value = json.loads(encode(PLAN))
+    del value[key]
+    return json.dumps(value).encode()
+
+
+def changed(**changes: Any) -> bytes:
+    return json.dumps({**json.loads(encode(PLAN)), **changes}).encode()
+
+
+BAD = {
+    "empty": b"",
+    "cut short": encode(PLAN)[:-1],
+    "not UTF-8": b'{"kind":"\xff"}',
+    "a list": b"[]",
+    "a number": b"3",
+    "nested too deep": b"[" * 30_000,
+    "too large": b'{"kind":"plan","x":"' + b"x" * messages.MAX_MESSAGE_BYTES + b'"}',
+    "no kind": without("kind"),
+    "unknown kind": changed(kind="party"),
+    "kind is a list": changed(kind=["plan"]),
+    "no job": without("job"),
+    "round is text": changed(round="3"),
+    "round is a fraction": changed(round=3.5),
+    "model is text": changed(model="ab"),
+    "model without size": changed(model={"sha256": "ab"}),
+    "learning rate that cannot be": changed(train={"lr": -1}),
+    "algorithm that is not": changed(train={"algorithm": "magic"}),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_what_is_not_a_message_is_refused(fault: str) -> None:
+    with pytest.raises(ProtocolError):
+        decode_job(BAD[fault])
+
+
+def test_what_would_be_too_large_is_not_sent() -> None:
+    with pytest.raises(ProtocolError, match=r"UpdateRefused has \d+ bytes; at most 32768 are allowed"):
+        encode(UpdateRefused(job="job", round=1, reason="x" * messages.MAX_MESSAGE_BYTES))

@@ -1,0 +1,85 @@
+"""Configuration: TOML and settings into dataclasses; every refusal names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgefl.config import JobConfig, from_dict, load_config
+from edgefl.errors import ConfigError
+
+
+def test_defaults_need_no_file() -> None:
+    assert load_config(JobConfig) == JobConfig()
+
+
+def test_settings_stand_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('[rounds]\ncount = 3\nquorum = 2\n[server]\noptimizer = "Adam"\noptions = {eps = 1e-3}\n')
+    config = load_config(JobConfig, file, ["rounds.count=7", "train.lr=1", "server.options.amsgrad=true"])
+    assert (config.rounds.count, config.rounds.quorum) == (7, 2)
+    assert (config.train.lr, type(config.train.lr)) == (1.0, float)
+    assert config.server.options == {"eps": 1e-3, "amsgrad": True}
+
+
+def test_a_bare_word_is_a_string() -> None:
+    assert load_config(JobConfig, settings=["server.optimizer=Adam"]).server.optimizer == "Adam"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rounds.cuont=3", "unknown configuration key 'rounds.cuont'; known here: clients, count"),
+        ("round.count=3", "unknown configuration key 'round'; known here: aggregation, rounds, server, train"),
+        ("rounds=3", "rounds=3 must be a section"),
+        ("rounds.count.x=3", "rounds.count={'x': 3} must be of type int"),
+        ("rounds.count=3.5", "rounds.count=3.5 must be of type int"),
+        ("rounds.count=many", "rounds.count='many' must be of type int"),
+        ("rounds.count=0", "rounds.count=0 must be 1 or more"),
+        ("rounds.clients=-1", "rounds.clients=-1"),
+        ("rounds.quorum=0", "rounds.quorum=0"),
+        ("rounds.over_selection=11", "rounds.over_selection=11"),
+        ("rounds.over_selection=nan", "rounds.over_selection=nan"),
+        ("rounds.deadline_s=0", "rounds.deadline_s=0"),
+        ("rounds.deadline_s=inf", "rounds.deadline_s=inf"),
+        ("rounds.offline_grace_s=-1", "rounds.offline_grace_s=-1"),
+        ("rounds.wait_s=inf", "rounds.wait_s=inf"),
+        ("train.algorithm=sgd", "train.algorithm='sgd' is not one of: fedavg, fedsgd"),
+        ("train.epochs=0", "train.epochs=0"),
+        ("train.batch_size=0", "train.batch_size=0"),
+        ("train.lr=nan", "train.lr=nan"),
+        ("train.proximal_mu=-0.1", "train.proximal_mu=-0.1"),
+        ("server.lr=inf", "server.lr=inf"),
+        ("rounds.count", "--set 'rounds.count' is not of the form section.key=value"),
+        ("=3", "is not of the form"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(JobConfig, settings=[setting])
+    assert message in str(refusal.value)
+
+
+def test_a_setting_cannot_go_below_a_value() -> None:
+    with pytest.raises(ConfigError, match="'count' is a value, not a section"):
+        load_config(JobConfig, settings=["rounds.count=1", "rounds.count.x=2"])
+
+
+def test_a_quorum_above_the_clients_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rounds\.quorum=3 is above rounds\.clients=2"):
+        from_dict(JobConfig, {"rounds": {"clients": 2, "quorum": 3}})
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"[rounds", "is not TOML"), (b"\xff", "is not TOML")])
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "job.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as refusal:
+        load_config(JobConfig, file)
+    assert str(file) in str(refusal.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.toml: No such file"):
+        load_config(JobConfig, tmp_path / "gone.toml")

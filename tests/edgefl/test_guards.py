@@ -1,0 +1,126 @@
+"""Guards: every kind of bad update is refused with a reason, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgefl.aggregation import WeightedMean
+from edgefl.config import TrainConfig
+from edgefl.errors import UpdateRejected
+from edgefl.guards import MAX_WEIGHT, RoundGuard
+from edgefl.records import Plan, Update
+from edgefl.testing import make_update
+
+PARAMETERS = {
+    "w": np.zeros((2, 3), np.float32),
+    "b": np.zeros(3, np.float64),
+    "n": np.zeros((), np.int64),
+}
+PLAN = Plan(job="job", round=1, parameters=PARAMETERS, clients=("a", "b"), train=TrainConfig(), deadline_s=1.0)
+
+
+def update(device: str = "a", **changes: Any) -> Update:
+    tree = {"w": np.ones((2, 3), np.float32), "b": np.ones(3), "n": np.ones((), np.int64)}
+    fields = {key: changes.pop(key) for key in ("weight", "job", "round", "metrics") if key in changes}
+    return make_update(device, **fields, **{k: v for k, v in {**tree, **changes}.items() if v is not None})
+
+
+def with_value(value: float, dtype: type) -> np.ndarray:
+    array = np.ones(PARAMETERS["w"].shape if dtype is np.float32 else (3,), dtype)
+    array.flat[-1] = value
+    return array
+
+
+BAD: dict[str, tuple[Update, str]] = {
+    "NaN": (update(w=with_value(math.nan, np.float32)), "tensor 'w' holds NaN or infinity"),
+    "infinity": (update(b=with_value(math.inf, np.float64)), "tensor 'b' holds NaN or infinity"),
+    "minus infinity": (update(b=with_value(-math.inf, np.float64)), "tensor 'b' holds NaN or infinity"),
+    "wrong shape": (update(w=np.ones((3, 2), np.float32)), "tensor 'w' is float32[3, 2], not float32[2, 3]"),
+    "would broadcast": (update(w=np.ones(3, np.float32)), "tensor 'w' is float32[3], not float32[2, 3]"),
+    "would broadcast too": (update(w=np.ones((1, 3), np.float32)), "is float32[1, 3], not float32[2, 3]"),
+    "0-d for 1-d": (update(b=np.ones(())), "tensor 'b' is float64[], not float64[3]"),
+    "1-d for 0-d": (update(n=np.ones(1, np.int64)), "tensor 'n' is int64[1], not int64[]"),
+    "wrong dtype": (update(w=np.ones((2, 3))), "tensor 'w' is float64[2, 3], not float32[2, 3]"),
+    "complex": (update(b=np.ones(3, complex)), "tensor 'b' is complex128[3], not float64[3]"),
+    "objects": (update(b=np.array([1, 2, None])), "tensor 'b' is object[3]"),
+    "tensor missing": (update(b=None), "tensors missing: b"),
+    "tensor unknown": (update(c=[1.0]), "tensors unknown: c"),
+    "no tensor": (make_update("a"), "tensors missing: b, n, w"),
+    "weight 0": (update(weight=0.0), "weight 0.0 must be finite, above 0"),
+    "weight -1": (update(weight=-1.0), "weight -1.0 must be"),
+    "weight NaN": (update(weight=math.nan), "weight nan must be"),
+    "weight infinite": (update(weight=math.inf), "weight inf must be"),
+    "weight that would overflow": (update(weight=1e300), "weight 1e+300 must be"),
+    "metric NaN": (update(metrics={"loss": math.nan}), "metric 'loss' is nan, not a finite number"),
+    "earlier round": (update(round=0), "it is for round 0 of job 'job'; open is round 1 of 'job'"),
+    "later round": (update(round=2), "it is for round 2 of job 'job'"),
+    "another job": (update(job="other"), "it is for round 1 of job 'other'"),
+    "not in the cohort": (update("z"), "the device is not in the cohort of round 1"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_updates_are_refused_by_device_and_reason(fault: str) -> None:
+    bad, reason = BAD[fault]
+    with pytest.raises(UpdateRejected) as refusal:
+        RoundGuard(PLAN).admit(bad)
+    assert reason in refusal.value.reason
+    assert refusal.value.device == bad.device
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_refusal_leaves_the_guard_as_it_was(fault: str) -> None:
+    guard = RoundGuard(PLAN)
+    with pytest.raises(UpdateRejected):
+        guard.admit(BAD[fault][0])
+    guard.admit(update("a"))
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_refused_update_leaves_no_trace_in_the_sum(fault: str) -> None:
+    """Elsewhere the first tensors of an update refused at its last one stay in the sum."""
+    guard, rule = RoundGuard(PLAN), WeightedMean(PARAMETERS)
+    for each in (update("b", weight=2.0), BAD[fault][0]):
+        try:
+            guard.admit(each)
+        except UpdateRejected:
+            continue
+        rule.add(each)
+    partial = rule.partial()
+    assert (partial.contributors, partial.weight) == (("b",), 2.0)
+    assert all(np.array_equal(total, np.full(total.shape, 2.0)) for total in partial.total.values())
+
+
+def test_a_device_is_admitted_once() -> None:
+    guard = RoundGuard(PLAN)
+    guard.admit(update("a"))
+    with pytest.raises(UpdateRejected, match="already admitted in round 1"):
+        guard.admit(update("a"))
+    guard.admit(update("b"))
+
+
+def test_good_updates_of_every_kind_are_admitted() -> None:
+    RoundGuard(PLAN).admit(update(weight=0.25, metrics={"loss": 0.0}))
+    RoundGuard(PLAN).admit(update(weight=MAX_WEIGHT))
+
+
+def test_nan_behind_the_first_block_is_found() -> None:
+    plan = Plan(
+        job="job", round=1, parameters={"w": np.zeros(1 << 18, np.float32)}, clients=("a",),
+        train=TrainConfig(), deadline_s=1.0,
+    )  # fmt: skip
+    wide = np.zeros(1 << 18, np.float32)
+    wide[-1] = np.nan
+    with pytest.raises(UpdateRejected, match="NaN"):
+        RoundGuard(plan).admit(make_update("a", w=wide))
+
+
+def test_a_reason_does_not_repeat_an_enemy_at_length() -> None:
+    names = {f"x{index}": [0.0] for index in range(10_000)}
+    with pytest.raises(UpdateRejected) as refusal:
+        RoundGuard(PLAN).admit(update(**names))
+    assert len(refusal.value.reason) < 600

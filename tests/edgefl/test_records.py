@@ -1,0 +1,55 @@
+"""Records: frozen, and the round as the public JSON shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from edgefl import records
+from edgefl.records import RoundOutcome
+from edgefl.testing import make_update
+
+OUTCOME = RoundOutcome(
+    job="job",
+    round=2,
+    parameters={"w": np.zeros(1, np.float32)},
+    admitted=("a", "b"),
+    rejected={"c": "NaN"},
+    failed={"d": "no data"},
+    missing=("e",),
+    weight=3.0,
+    metrics={"loss": 0.5},
+    seconds=1.5,
+    up_bytes=8,
+    down_bytes=16,
+)
+
+
+def test_the_public_json_by_hand() -> None:
+    assert OUTCOME.as_json() == {
+        "round": 2,
+        "admitted": 2,
+        "rejected": 1,
+        "failed": 1,
+        "missing": 1,
+        "reasons": {"c": "NaN", "d": "no data"},
+        "seconds": 1.5,
+        "up_bytes": 8,
+        "down_bytes": 16,
+        "metrics": {"loss": 0.5},
+    }
+    assert json.loads(json.dumps(OUTCOME.as_json())) == OUTCOME.as_json()
+
+
+def test_an_update_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_update("a", w=[1.0]).weight = 2.0
+
+
+@pytest.mark.parametrize("kind", [records.Plan, records.Update, records.Failure, records.Partial, records.Traffic])
+def test_every_record_is_frozen_and_named(kind: type) -> None:
+    assert kind.__dataclass_params__.frozen
+    assert all(field.kw_only for field in dataclasses.fields(kind))
