@@ -1,0 +1,132 @@
+import threading
+
+import numpy as np
+import pytest
+
+from cloud.blobs import BlobStore
+from cloud.jobs import Answer, Jobs
+from cloud.store import open_database
+from edgefl.config import JobConfig, ServerConfig, TrainConfig
+from edgefl.errors import ConfigError, MissingExtra, ProtocolError
+from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
+from edgefl.protocols.messages import BlobRef
+from edgefl.records import RoundOutcome
+
+
+@pytest.fixture
+def home(tmp_path):
+    engine = open_database(tmp_path / "cloud.db")
+    blobs = BlobStore(tmp_path / "blobs")
+    key = new_fleet_key()
+    yield Jobs(engine, blobs, lambda bundle: sign(bundle, key)), blobs, key
+    engine.dispose()
+
+
+def submit(jobs, blobs, config=None, buffers=()):
+    bundle = blobs.put(b"zip")
+    parameters = blobs.put_tree({"w": np.zeros(2, np.float32), "steps": np.array(0)})
+    return jobs.submit("task:task", bundle, parameters, buffers, config or JobConfig())
+
+
+def outcome(job, number):
+    return RoundOutcome(
+        job=job, round=number, parameters={}, admitted=("a", "b"), rejected={"c": "NaN"}, failed={}, missing=(),
+        weight=3.0, metrics={"loss": 0.5}, seconds=0.1, up_bytes=8, down_bytes=16,
+    )  # fmt: skip
+
+
+def test_a_submitted_job_can_be_run_as_it_was_given(home):
+    jobs, blobs, key = home
+    config = JobConfig(train=TrainConfig(lr=0.25), server=ServerConfig(options={"momentum": 0.9}))
+    job = submit(jobs, blobs, config, buffers=("steps",))
+    row = jobs.load(job)
+    assert row.config == config
+    assert row.buffers == ("steps",)
+    assert (row.rounds_done, row.cohort, row.optimizer_sha256) == (0, (), None)
+    bundle = verify(row.bundle, Bundle, key.public_key())
+    assert bundle.task == "task:task"
+    assert bundle.blob.size == 3
+    assert jobs.running() == [job]
+
+
+def test_what_could_only_fail_in_a_round_is_refused_at_submission(home):
+    jobs, blobs, _ = home
+    nowhere = BlobRef(sha256="0" * 64, size=1)
+    bundle, tree = blobs.put(b"zip"), blobs.put_tree({"w": np.zeros(1, np.float32)})
+    with pytest.raises(ConfigError, match=r"parameters 0000.* not in the cloud; upload it"):
+        jobs.submit("t:t", bundle, nowhere, (), JobConfig())
+    with pytest.raises(ProtocolError, match="tree"):
+        jobs.submit("t:t", bundle, blobs.put(b"no tree at all"), (), JobConfig())
+    with pytest.raises(ConfigError, match="buffers b are not among"):
+        jobs.submit("t:t", bundle, tree, ("b",), JobConfig())
+    with pytest.raises((ConfigError, MissingExtra), match="Nonsense"):
+        jobs.submit("t:t", bundle, tree, (), JobConfig(server=ServerConfig(optimizer="Nonsense")))
+    assert jobs.list() == []
+
+
+def test_an_open_round_survives_with_its_cohort_and_answers_in_their_order(home):
+    jobs, blobs, _ = home
+    job = submit(jobs, blobs)
+    assert jobs.open_round(job, 1, ("a", "b", "c")) == []
+    second = Answer(device="b", file="x/1/b", weight=2.0, metrics={"loss": 1.0})
+    first = Answer(device="a", reason="task raised")
+    jobs.record(job, 1, second)
+    jobs.record(job, 1, first)
+    assert jobs.load(job).cohort == ("a", "b", "c")
+    assert jobs.open_round(job, 1, ("x",)) == [second, first]
+    assert jobs.load(job).cohort == ("a", "b", "c")
+
+
+def test_a_finished_round_moves_the_job_on_in_one_step(home):
+    jobs, blobs, _ = home
+    job = submit(jobs, blobs)
+    jobs.open_round(job, 1, ("a",))
+    jobs.record(job, 1, Answer(device="a", file="f"))
+    model = blobs.put(b"model after round 1")
+    jobs.finish_round(outcome(job, 1), model, "f" * 64)
+    row = jobs.load(job)
+    assert (row.rounds_done, row.model, row.optimizer_sha256, row.cohort) == (1, model, "f" * 64, ())
+    shown = jobs.get(job)["rounds"]
+    assert shown[0]["admitted"] == 2
+    assert shown[0]["reasons"] == {"c": "NaN"}
+    assert shown[0]["model"] == model.sha256
+    assert jobs.open_round(job, 2, ("a",)) == []
+
+
+def test_waiting_ends_with_a_round_an_end_or_the_timeout(home):
+    jobs, blobs, _ = home
+    job = submit(jobs, blobs)
+    assert not jobs.wait(job, 0, 0.01)
+    jobs.open_round(job, 1, ("a",))
+    finisher = threading.Timer(0.05, jobs.finish_round, (outcome(job, 1), blobs.put(b"m"), None))
+    finisher.start()
+    assert jobs.wait(job, 0, 10)
+    finisher.join()
+    assert not jobs.wait(job, 1, 0.01)
+    jobs.end(job, "done")
+    assert jobs.wait(job, 1, 0.01)
+
+
+def test_only_a_running_job_is_cancelled_and_an_unknown_one_is_named(home):
+    jobs, blobs, _ = home
+    told = []
+    jobs.cancelled = told.append
+    job = submit(jobs, blobs)
+    jobs.cancel(job)
+    jobs.cancel(job)
+    assert told == [job]
+    assert jobs.get(job)["state"] == "cancelled"
+    jobs.end(job, "done")
+    assert jobs.get(job)["state"] == "cancelled"
+    with pytest.raises(ConfigError, match="no job 'job-x'"):
+        jobs.cancel("job-x")
+
+
+def test_a_model_that_a_job_stands_on_is_not_forgotten(home):
+    jobs, blobs, _ = home
+    job = submit(jobs, blobs)
+    stands_on, other = jobs.load(job).model.sha256, blobs.put(b"old")
+    jobs.forget_model(stands_on)
+    jobs.forget_model(other.sha256)
+    assert blobs.has(stands_on)
+    assert not blobs.has(other.sha256)

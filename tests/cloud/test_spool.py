@@ -1,0 +1,66 @@
+import hashlib
+
+import pytest
+
+from cloud.spool import Spool
+from edgefl.errors import ProtocolError
+
+DATA = bytes(range(256)) * 100
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_an_update_appears_only_when_it_is_whole(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    incoming = spool.incoming("job", 1, "cam", 0)
+    incoming.write(DATA)
+    assert not spool.file("job", 1, "cam").exists()
+    name = incoming.finish(sha(DATA))
+    assert spool.path(name).read_bytes() == DATA
+    assert spool.received_bytes("job", 1, "cam") == 0
+
+
+def test_a_cut_upload_goes_on_where_it_stopped(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA[:1000])
+    first.stop()
+    assert spool.received_bytes("job", 1, "cam") == 1000
+    second = spool.incoming("job", 1, "cam", 1000)
+    second.write(DATA[1000:])
+    assert spool.path(second.finish(sha(DATA))).read_bytes() == DATA
+
+
+def test_an_upload_may_go_back_to_an_earlier_offset(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(b"x" * 500)
+    first.stop()
+    second = spool.incoming("job", 1, "cam", 0)
+    second.write(DATA)
+    assert spool.path(second.finish(sha(DATA))).read_bytes() == DATA
+
+
+def test_a_wrong_hash_leaves_nothing(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    incoming = spool.incoming("job", 1, "cam", 0)
+    incoming.write(DATA)
+    with pytest.raises(ProtocolError, match="SHA-256"):
+        incoming.finish(sha(b"other"))
+    assert spool.received_bytes("job", 1, "cam") == 0
+    assert not spool.file("job", 1, "cam").exists()
+
+
+def test_a_dropped_round_leaves_the_others(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    for number in (1, 2):
+        incoming = spool.incoming("job", number, "cam", 0)
+        incoming.write(DATA)
+        incoming.finish(sha(DATA))
+    spool.drop_round("job", 1)
+    assert not spool.file("job", 1, "cam").exists()
+    assert spool.file("job", 2, "cam").exists()
+    spool.drop_job("job")
+    assert not spool.file("job", 2, "cam").exists()
