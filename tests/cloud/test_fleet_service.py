@@ -1,0 +1,232 @@
+"""The data plane over real gRPC and mutual TLS, spoken to by the generated stub."""
+
+import asyncio
+import hashlib
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+
+from cloud.blobs import BlobStore
+from cloud.fleet_service import FleetService, ServiceParts
+from cloud.jobs import Jobs
+from cloud.open_rounds import OpenRound, OpenRounds
+from cloud.spool import Spool
+from cloud.store import open_database
+from edgefl.config import JobConfig
+from edgefl.models.manifest import new_fleet_key, sign
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols import fleet_pb2_grpc as rpc
+from edgefl.protocols import tls
+from edgefl.protocols.messages import WirePlan, decode_job
+from edgefl.trees import write_tree
+
+Status = pb.UploadState
+
+
+class Plane:
+    """A served data plane with one open round of devices a and b."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        tls.create_ca(folder)
+        server = self.identity("server")
+        tls.issue_server(folder, server, ["localhost"])
+        self.engine = open_database(folder / "cloud.db")
+        self.blobs, self.spool = BlobStore(folder / "blobs"), Spool(folder / "spool")
+        key = new_fleet_key()
+        self.jobs, self.rounds = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key)), OpenRounds()
+        self.known = {"a", "b", "c"}
+        self.model = self.blobs.put_tree({"w": np.arange(3_000_000, dtype=np.float32)})
+        self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), self.model, (), JobConfig())
+        row = self.jobs.load(self.job)
+        plan = WirePlan(
+            job=self.job, round=1, model=self.model, bundle=row.bundle, train=row.config.train, deadline_s=60.0,
+            max_update_bytes=self.model.size + 1000,
+        )  # fmt: skip
+        self.round = OpenRound(plan, frozenset({"a", "b"}))
+        self.jobs.open_round(self.job, 1, ("a", "b"))
+        self.rounds.add(self.round)
+        self._started, self._channels = threading.Event(), []
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(server)), name="data plane")
+        self._thread.start()
+        assert self._started.wait(10)
+
+    async def _serve(self, identity):
+        workers = ThreadPoolExecutor(4)
+        parts = ServiceParts(
+            rounds=self.rounds, jobs=self.jobs, blobs=self.blobs, spool=self.spool, desired_for=lambda _device: [],
+            is_known=self.known.__contains__, broker_url="mqtts://:8883",
+        )  # fmt: skip
+        server = grpc.aio.server(options=[("grpc.max_receive_message_length", 8 << 20)])
+        rpc.add_FleetServicer_to_server(FleetService(parts, workers), server)
+        self.port = server.add_secure_port("localhost:0", tls.grpc_server_credentials(identity))
+        await server.start()
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._started.set()
+        await self._stop.wait()
+        await server.stop(1)
+        workers.shutdown()
+
+    def identity(self, name):
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        (folder / "ca.pem").write_bytes((self.folder / "ca.pem").read_bytes())
+        return tls.Identity.in_folder(folder)
+
+    def stub(self, device, ca_folder=None):
+        identity = self.identity(f"device-{device}")
+        request = tls.new_request(identity, device)
+        identity.cert.write_bytes(tls.sign_request(ca_folder or self.folder, request, device))
+        options = [("grpc.max_receive_message_length", 8 << 20)]
+        credentials = tls.grpc_channel_credentials(identity)
+        channel = grpc.secure_channel(f"localhost:{self.port}", credentials, options)
+        self._channels.append(channel)
+        return rpc.FleetStub(channel)
+
+    def close(self):
+        for channel in self._channels:
+            channel.close()
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        self.engine.dispose()
+
+    def upload(self, stub, data, **changes):
+        """Upload `data` under a header with `changes`; `cut` sends only so many bytes of it."""
+        cut, key = changes.pop("cut", None), changes.pop("key", pb.UpdateKey(job=self.job, round=1))
+        offset = changes.get("offset", 0)
+        fields = {"offset": 0, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "weight": 2.0} | changes
+        chunks = [pb.UploadChunk(header=pb.UploadHeader(key=key, metrics={"loss": 0.5}, **fields))]
+        body = data[offset:cut]
+        chunks += [pb.UploadChunk(data=body[i : i + 1_000_000]) for i in range(0, len(body), 1_000_000)]
+        return stub.Upload(iter(chunks), timeout=30)
+
+
+@pytest.fixture
+def plane(tmp_path):
+    plane = Plane(tmp_path)
+    yield plane
+    plane.close()
+
+
+def update_bytes(value=1.0):
+    file = io.BytesIO()
+    write_tree({"w": np.full(3_000_000, value, np.float32)}, file)
+    return file.getvalue()
+
+
+def test_next_lists_the_rounds_that_wait_for_the_caller(plane):
+    reply = plane.stub("a").Next(pb.NextRequest(), timeout=10)
+    assert decode_job(reply.plans[0]) == plane.round.plan
+    assert reply.broker == "mqtts://:8883"
+    assert not plane.stub("c").Next(pb.NextRequest(), timeout=10).plans
+
+
+def test_a_download_goes_on_at_an_offset_and_is_counted(plane):
+    stub, whole = plane.stub("a"), plane.blobs.path(plane.model.sha256).read_bytes()
+    for offset in (0, 5_000_000):
+        request = pb.DownloadRequest(sha256=plane.model.sha256, offset=offset)
+        assert b"".join(chunk.data for chunk in stub.Download(request, timeout=30)) == whole[offset:]
+    assert plane.round.down_bytes == 2 * len(whole) - 5_000_000
+
+
+def test_an_upload_is_durable_in_the_queue_and_acknowledged_once(plane):
+    stub, data = plane.stub("a"), update_bytes()
+    assert plane.upload(stub, data).status == Status.STORED
+    answer = plane.round.events.get_nowait()
+    assert (answer.device, answer.weight, answer.metrics) == ("a", 2.0, {"loss": 0.5})
+    assert plane.spool.path(answer.file).read_bytes() == data
+    assert plane.jobs.open_round(plane.job, 1, ()) == [answer]
+    assert plane.round.up_bytes == len(data)
+    assert plane.upload(stub, data).status == Status.STORED  # a replay is acknowledged, not folded
+    assert plane.round.events.empty()
+    assert not stub.Next(pb.NextRequest(), timeout=10).plans
+
+
+def test_an_upload_that_was_cut_goes_on(plane):
+    stub, data = plane.stub("a"), update_bytes()
+    state = plane.upload(stub, data, cut=7_000_000)
+    assert (state.status, state.offset) == (Status.PARTIAL, 7_000_000)
+    key = pb.UpdateKey(job=plane.job, round=1)
+    assert stub.Resume(key, timeout=10).offset == 7_000_000
+    assert plane.round.waiting() == {"a", "b"}
+    assert plane.upload(stub, data, offset=9_000_000).offset == 7_000_000  # a gap is not taken
+    assert plane.upload(stub, data, offset=7_000_000).status == Status.STORED
+    assert plane.spool.path(plane.round.events.get_nowait().file).read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"size": 100_000_000}, "has 100000000 bytes; at most"),
+        ({"size": 1_000_000}, "more bytes came than the 1000000"),
+        ({"sha256": "0" * 64}, "SHA-256"),
+    ],
+)
+def test_a_bad_upload_is_refused_and_counts_as_the_devices_failure(plane, changes, reason):
+    state = plane.upload(plane.stub("a"), update_bytes(), **changes)
+    assert state.status == Status.REFUSED
+    assert reason in state.reason
+    answer = plane.round.events.get_nowait()
+    assert (answer.device, answer.file) == ("a", None)
+    assert reason in answer.reason
+
+
+def test_bytes_that_are_no_tree_are_refused(plane):
+    state = plane.upload(plane.stub("a"), b"\x07" * 1000)
+    assert state.status == Status.REFUSED
+    assert "tree" in state.reason
+
+
+def test_another_round_is_stale_and_another_cohort_is_refused(plane):
+    data = update_bytes()
+    stale = plane.upload(plane.stub("a"), data, key=pb.UpdateKey(job=plane.job, round=2))
+    assert (stale.status, stale.reason) == (Status.STALE, f"round 2 of job {plane.job} is not open")
+    assert plane.upload(plane.stub("c"), data).status == Status.REFUSED
+    plane.round.close()
+    assert plane.upload(plane.stub("b"), data).status == Status.STALE
+    assert plane.round.events.empty()
+
+
+def test_a_failure_is_an_answer_with_its_reason(plane):
+    key = pb.UpdateKey(job=plane.job, round=1)
+    plane.stub("b").Fail(pb.FailureReport(key=key, reason="task raised ValueError"), timeout=10)
+    answer = plane.round.events.get_nowait()
+    assert (answer.device, answer.file, answer.reason) == ("b", None, "task raised ValueError")
+
+
+def test_a_device_that_was_removed_is_told_so(plane):
+    stub = plane.stub("a")
+    plane.known.discard("a")
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Next(pb.NextRequest(), timeout=10)
+    assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    assert "'a' is not enrolled" in error.value.details()
+
+
+def test_a_certificate_of_another_ca_does_not_get_in(plane, tmp_path):
+    other = tmp_path / "other-ca"
+    other.mkdir()
+    tls.create_ca(other)
+    with pytest.raises(grpc.RpcError) as error:
+        plane.stub("a", other).Next(pb.NextRequest(), timeout=3)
+    assert error.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+
+
+@pytest.mark.parametrize(
+    ("sha256", "code"),
+    [("../cloud.db", grpc.StatusCode.INVALID_ARGUMENT), ("0" * 64, grpc.StatusCode.NOT_FOUND)],
+)
+def test_a_blob_that_is_not_there_is_said_so(plane, sha256, code):
+    with pytest.raises(grpc.RpcError) as error:
+        list(plane.stub("a").Download(pb.DownloadRequest(sha256=sha256), timeout=10))
+    assert error.value.code() == code
+
+
+def test_an_upload_without_a_header_is_an_error_of_its_sender(plane):
+    with pytest.raises(grpc.RpcError) as error:
+        plane.stub("a").Upload(iter([pb.UploadChunk(data=b"x")]), timeout=10)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
