@@ -1,0 +1,123 @@
+"""The embedded broker: MQTT 3.1.1 inside the cloud's process, in a thread and an event loop of its own.
+
+For small fleets and the first run; a large fleet has a mosquitto (see `cloud.broker_config`). Both give
+the same rights: TLS 1.3 with a certificate of the fleet, a device on its own topics only. Retained
+messages live in memory: after a restart each device says again what it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Self
+
+from edgefl.errors import ConfigError
+from edgefl.protocols.mqtt import is_loopback
+from edgefl.protocols.tls import Identity, server_context
+
+if TYPE_CHECKING:
+    from cloud.broker_gate import Gate
+
+START_S = 10.0
+STOP_S = 5.0
+HANDSHAKE_S = 10.0
+
+
+def _everyone(_name: str) -> bool:
+    return True
+
+
+class EmbeddedBroker:
+    """A broker that starts and stops with its owner.
+
+    `identity` None is the insecure mode, for the loopback only: a client is who its user name says.
+    `is_known` says whether a device is still enrolled; it is asked in the broker's thread at each
+    connect and must answer soon. Port 0 takes a free one; `port` and `url` tell which.
+    """
+
+    def __init__(
+        self, identity: Identity | None, host: str, port: int, *, is_known: Callable[[str], bool] = _everyone
+    ) -> None:
+        if identity is None and not is_loopback(host):
+            raise ConfigError(f"a broker without TLS listens on the loopback only, not on {host!r}; leave --insecure")
+        self._identity = identity
+        self._host = host
+        self.port = port
+        self._is_known = is_known
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._gate: Gate | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine find it."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{'mqtts' if self._identity else 'mqtt'}://{host}:{self.port}"
+
+    def start(self) -> None:
+        """Return when it listens; raises ConfigError for a port that is in use, MissingExtra without amqtt."""
+        started: Future[int] = Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="broker", daemon=True), name="broker", daemon=True)
+        self._thread.start()
+        self.port = started.result(START_S)
+
+    def stop(self) -> None:
+        """End all connections and the thread; does nothing if it does not run."""
+        if self._thread is None or self._loop is None or self._stopping is None:
+            return
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join(3 * STOP_S)
+        self._thread = None
+
+    def drop(self, device: str) -> None:
+        """End a device's connection now; with `is_known` saying no it does not come back."""
+        if self._loop is not None and self._gate is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._gate.drop, device)
+
+    def _run(self, started: Future[int]) -> None:
+        try:
+            asyncio.run(self._serve(started))
+        except BaseException as fault:
+            if started.done():
+                raise
+            started.set_exception(fault)
+
+    async def _serve(self, started: Future[int]) -> None:
+        from cloud.broker_gate import Gate, make_broker  # amqtt, only where a broker is wanted
+
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        broker = make_broker()
+        await broker.start()
+        self._gate = gate = Gate(broker, secure=self._identity is not None, is_known=self._is_known)
+        server = await self._listen(gate)
+        started.set_result(server.sockets[0].getsockname()[1])
+        await self._stopping.wait()
+        server.close()
+        await gate.close(STOP_S)
+        await asyncio.wait_for(broker.shutdown(), STOP_S)
+
+    async def _listen(self, gate: Gate) -> asyncio.Server:
+        tls: dict[str, Any] = {}
+        if self._identity is not None:
+            context = server_context(self._identity, client_certificates=True)
+            tls = {"ssl": context, "ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": 1.0}
+        try:
+            return await asyncio.start_server(gate.accept, self._host, self.port, **tls)
+        except OSError as cause:
+            if cause.errno != errno.EADDRINUSE:
+                raise ConfigError(f"the broker cannot listen on {self._host}:{self.port}: {cause}") from cause
+            raise ConfigError(
+                f"the broker's port {self.port} on {self._host} is in use; stop what listens there, or choose another"
+            ) from cause
