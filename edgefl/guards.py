@@ -34,7 +34,7 @@ class RoundGuard:
             or wrong_weight(update.weight)
             or wrong_metrics(update.metrics)
             or wrong_spec(spec_of(update.tree), self._spec)
-            or not_finite(update.tree)
+            or not_finite(update)
         )
         if fault:
             raise UpdateRejected(update.device, fault)
@@ -78,7 +78,12 @@ def wrong_spec(seen: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec])
     return None
 
 
-def not_finite(tree: Tree) -> str | None:
+def not_finite(update: Update) -> str | None:
+    """Say which tensor of an update holds NaN or infinity, if one does."""
+    return not_finite_tree(update.tree)
+
+
+def not_finite_tree(tree: Tree) -> str | None:
     """Say which tensor holds NaN or infinity, if one does."""
     for name, array in tree.items():
         if array.dtype.kind == "f":

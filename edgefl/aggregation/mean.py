@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 
 from edgefl.errors import UpdateRejected
-from edgefl.guards import not_finite, wrong_spec, wrong_weight
+from edgefl.guards import not_finite_tree, wrong_spec, wrong_weight
 from edgefl.records import Partial, Update
 from edgefl.trees import Array, TensorSpec, Tree, blocks, spec_of
 
@@ -46,7 +46,9 @@ class WeightedMean:
         if twice := sorted(name for name, times in counted.items() if times > 1):
             raise UpdateRejected(twice[0], "it is already counted in another partial sum of this round")
         wanted = {name: TensorSpec(spec.shape, np.dtype(np.float64)) for name, spec in self._spec.items()}
-        fault = wrong_weight(partial.weight) or wrong_spec(spec_of(partial.total), wanted) or not_finite(partial.total)
+        fault = (
+            wrong_weight(partial.weight) or wrong_spec(spec_of(partial.total), wanted) or not_finite_tree(partial.total)
+        )
         if fault:
             raise UpdateRejected(", ".join(partial.contributors), f"partial sum: {fault}")
         for name, total in self._totals.items():
