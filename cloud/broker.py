@@ -68,7 +68,7 @@ class EmbeddedBroker:
     def start(self) -> None:
         """Return when it listens; raises ConfigError for a port that is in use, MissingExtra without amqtt."""
         started: Future[int] = Future()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="broker", daemon=True), name="broker", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(started,), name="broker", daemon=True)
         self._thread.start()
         self.port = started.result(START_S)
 
