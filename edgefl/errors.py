@@ -14,7 +14,8 @@
     |-- AccuracyGateFailed   a compressed model that loses more accuracy than allowed
     |-- EnrolmentRefused     a token or name the cloud does not accept
     |-- CloudUnreachable     the cloud or its broker did not answer in time
-    `-- HomeError            a home folder that is missing, damaged, taken or of a newer version
+    |-- HomeError            a home folder that is missing, damaged, taken or of a newer version
+    `-- InstallError         a host on which the agent cannot be installed as a service
 
 A message says who, what was seen, what was wanted and what to do.
 """
@@ -86,3 +87,7 @@ class HomeError(EdgeflError):
 
 class CloudStopping(EdgeflError):
     """The cloud ends; its jobs go on when it is started again."""
+
+
+class InstallError(EdgeflError):
+    """The agent cannot be installed as a service on this host."""
