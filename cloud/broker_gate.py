@@ -312,7 +312,9 @@ def make_broker() -> Broker:
     for name in _SHOUTERS:
         if logging.getLogger(name).level == logging.NOTSET:
             logging.getLogger(name).setLevel(logging.WARNING)
-    plugins = {f"{one.__module__}.{one.__qualname__}": {} for one in (ClientAuth, TopicRights)}
+    plugins: dict[str, dict[str, object]] = {
+        f"{one.__module__}.{one.__qualname__}": {} for one in (ClientAuth, TopicRights)
+    }
     return Broker(BrokerConfig(listeners={LISTENER: ListenerConfig(type=ListenerType.EXTERNAL)}, plugins=plugins))
 
 
