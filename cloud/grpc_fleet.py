@@ -138,7 +138,8 @@ class GrpcFleet:
                 self._note_presence(opened, offline_since_s)
 
     def _note_presence(self, opened: OpenRound, offline_since_s: dict[str, float]) -> None:
-        gone = self._parts.link.offline() & opened.waiting()
+        link = self._parts.link
+        gone = frozenset() if link.reason else link.offline() & opened.waiting()  # without a broker, nobody is known
         for device in gone - offline_since_s.keys():
             offline_since_s[device] = time.monotonic()
         for device in offline_since_s.keys() - gone:

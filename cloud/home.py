@@ -25,7 +25,7 @@ from cloud.blobs import BlobStore
 from cloud.broker import EmbeddedBroker
 from cloud.enrolment import Enrolment
 from cloud.jobs import Jobs
-from cloud.mqtt_link import CloudLink
+from cloud.mqtt_link import CloudLink, Hearers
 from cloud.open_rounds import OpenRounds
 from cloud.registry import Registry
 from cloud.rollout import Rollouts
@@ -36,6 +36,7 @@ from edgefl.errors import ConfigError
 from edgefl.home import create_home, lock_home, replace_file
 from edgefl.models.manifest import load_private_key, new_fleet_key, public_pem, save_private_key, sign
 from edgefl.protocols.messages import RolloutNote
+from edgefl.protocols.mqtt import is_loopback
 from edgefl.protocols.tls import Identity, create_ca, expires, issue_server
 
 EMBEDDED = "embedded"
@@ -132,12 +133,12 @@ class CloudHome:
         own_url = f"{scheme}://{_dialled(options.host)}:{options.mqtt_port}" if embedded else options.broker
         # An embedded broker is where the cloud is: a device puts in the host that it knows the cloud by.
         self.broker_url = f"{scheme}://:{options.mqtt_port}" if embedded else options.broker
-        self.link = CloudLink(
-            own_url,
-            None if options.insecure else self.identity,
-            on_presence=self.rounds.presence_changed,
-            on_rollout=self._note_rollout,
+        hearers = Hearers(
+            on_state=lambda _device, _state: self.rounds.presence_changed(),
+            on_note=self._note_rollout,
+            is_known=self.enrolment.is_known,
         )
+        self.link = CloudLink(own_url, None if options.insecure else self.identity, hearers)
 
     def _note_rollout(self, device: str, note: RolloutNote) -> None:
         self.rollouts.note(device, note)  # made after the link that it sends on
@@ -162,16 +163,6 @@ class CloudHome:
         token = token or secrets.token_urlsafe(32)
         write_operator_credentials(self._options.home, self.url, token, self.identity.ca.read_bytes())
         return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _dialled(host: str) -> str:

@@ -1,0 +1,65 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edgefl.local_fleet import LocalFleet
+from edgefl.trees import SpooledTree
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+class Fleet(LocalFleet):
+    """A local fleet with the shorthands that tests use."""
+
+    def add_agent(self, name, **data):
+        self.enroll(name)
+        return self.restart_agent(name, **data)
+
+    def restart_agent(self, name, **data):
+        options = [part for key, value in data.items() for part in ("--data", f"{key}={value}")]
+        agent = self.start_agent(name, *options)
+        agent.wait_for("mqtt.up")
+        return agent
+
+    def run_task(self, task, *settings, rounds=1, timeout_s=90):
+        """Run a task to its end; return its JSON and its final parameters."""
+        result, out = self.folder / "result.json", self.folder / "model.safetensors"
+        options = [part for setting in settings for part in ("--set", setting)]
+        self.command(
+            "run", TASKS / task, "--cloud", self.url, "--rounds", rounds, *options, "--json", result, "--out", out,
+            timeout_s=timeout_s,
+        )  # fmt: skip
+        return json.loads(result.read_text()), SpooledTree(out)
+
+    def start_run(self, task, *settings, rounds=1):
+        """Start `edgefl run` as a process of its own, for tests that break something meanwhile."""
+        options = [part for setting in settings for part in ("--set", setting)]
+        self.result, self.out = self.folder / "result.json", self.folder / "model.safetensors"
+        return self.spawn(
+            "run.log", "run", TASKS / task, "--cloud", self.url, "--rounds", rounds, *options,
+            "--json", self.result, "--out", self.out,
+        )  # fmt: skip
+
+    def finish_run(self, process, timeout_s=90):
+        assert process.popen.wait(timeout_s) == 0, process.log.read_text()
+        return json.loads(self.result.read_text()), SpooledTree(self.out)
+
+
+@pytest.fixture(params=["embedded", "mosquitto"])
+def fleet(request, tmp_path):
+    """A running cloud with either broker."""
+    if request.param == "mosquitto" and not shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin"):
+        pytest.skip("mosquitto is not installed; deploy/system-packages.sh installs it")
+    with Fleet(tmp_path, broker=request.param) as fleet:
+        fleet.start()
+        yield fleet
+
+
+@pytest.fixture
+def embedded_fleet(tmp_path):
+    """A running cloud with its embedded broker."""
+    with Fleet(tmp_path) as fleet:
+        fleet.start()
+        yield fleet
