@@ -6,21 +6,39 @@
 A task is named by `package.module:attribute`, or by a folder whose pyproject.toml has
 `[tool.edgefl] task = "module:attribute"`. Its folder travels to the devices as a bundle: a zip whose
 bytes depend on the files alone.
+Invariant: what the user's code raises leaves as TaskError that names the user's file and line.
 """
 
 from __future__ import annotations
 
+import re
+import sys
+import sysconfig
+import threading
+import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module, invalidate_caches
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, TaskError
 from edgefl.trees import Tree
 
 if TYPE_CHECKING:
     import torch
 
     from edgefl.config import TrainConfig
+
+MAX_QUOTED = 1000  # characters of the user's own message that we repeat
+
+_REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+_OURS = Path(__file__).parent
+_NEVER_REPLACED = sys.stdlib_module_names | {"edgefl", "edge_agent", "cloud"}
+_IMPORTING = threading.RLock()  # sys.path and sys.modules belong to the whole process
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,3 +73,165 @@ class Task:
         torch_task = self.model is not None and self.loss is not None and self.train_data is not None
         if torch_task == (self.initial is not None and self.fit is not None):
             raise ConfigError(f"task {self.name!r} must have either model, loss and train_data, or initial and fit")
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a task is: `module:attribute`, importable from a folder where one is given."""
+
+    task: str
+    folder: Path | None = None
+
+    @property
+    def top_module(self) -> str:
+        return self.task.partition(":")[0].partition(".")[0]
+
+
+def load_task(reference: str) -> Task:
+    """Return the task of `package.module:attribute` or of a folder.
+
+    Raises ConfigError for a reference that leads nowhere, TaskError where the user's module raises.
+    """
+    located = locate_task(reference)
+    return import_task(located.task, located.folder)
+
+
+def locate_task(reference: str) -> Located:
+    """Say where a task is, importing nothing; raises ConfigError."""
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return Located(_task_of(folder.resolve()), folder.resolve())
+    if not _REFERENCE.fullmatch(reference):
+        raise ConfigError(
+            f"task {reference!r}: there is no such folder. Give a folder whose pyproject.toml has "
+            '[tool.edgefl] task = "module:attribute", or package.module:attribute.'
+        )
+    return Located(reference)
+
+
+def import_task(task: str, folder: Path | None = None) -> Task:
+    """Import `module:attribute`, from the folder where one is given.
+
+    One folder is current at a time: its modules hide those of the same name from any other, and the
+    modules of the folder before it are forgotten (a Task object in hand keeps working). Where tasks
+    take turns in a process, call this again at each turn, so that late imports find the right files.
+    """
+    match = _REFERENCE.fullmatch(task)
+    if match is None:
+        raise ConfigError(f"task {task!r} is not of the form module:attribute")
+    module_name, attribute = match.groups()
+    with _IMPORTING:
+        if folder is None:
+            see_working_folder(module_name.partition(".")[0])
+        else:
+            _enter(folder.resolve(), module_name)
+        module = _import(task, module_name)
+    return _task_in(module, attribute)
+
+
+class UserCode:
+    """A border: what the user's code raises inside leaves as TaskError, with the place it came from."""
+
+    def __init__(self, task: str, doing: str) -> None:
+        self._task, self._doing = task, doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(raised, TaskError) or not isinstance(raised, (Exception, SystemExit)):
+            return
+        said = f"{type(raised).__name__}: {raised}".rstrip(": ")[:MAX_QUOTED]
+        raise TaskError(f"task {self._task!r}: {self._doing} raised {said}{_place(raised)}") from raised
+
+
+def _task_of(folder: Path) -> str:
+    file = folder / "pyproject.toml"
+    try:
+        task = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {}).get("edgefl", {}).get("task")
+    except FileNotFoundError as cause:
+        raise ConfigError(f"{folder} has no pyproject.toml, so it names no task") from cause
+    except OSError as cause:
+        raise ConfigError(f"cannot read {file}: {cause.strerror}") from cause
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, AttributeError) as cause:
+        raise ConfigError(f"{file} is not a project's TOML: {cause}") from cause
+    if not isinstance(task, str) or not _REFERENCE.fullmatch(task):
+        seen = "is missing" if task is None else f"is {task!r}"
+        raise ConfigError(f'{file}: [tool.edgefl] task {seen}; wanted is task = "module:attribute"')
+    return task
+
+
+class _TaskFolder(str):
+    """An entry of sys.path that we placed there."""
+
+    __slots__ = ()
+
+
+def _enter(folder: Path, module_name: str) -> None:
+    names = _modules_in(folder)
+    if (top := module_name.partition(".")[0]) not in names:
+        raise ConfigError(f"{folder} has no module {top!r}, which its task names")
+    before = [entry for entry in sys.path if isinstance(entry, _TaskFolder) and entry != str(folder)]
+    names = names.union(*(_modules_in(Path(entry)) for entry in before)) - _NEVER_REPLACED
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in names and not _comes_from(module, folder):
+            del sys.modules[name]
+    sys.path[:] = [_TaskFolder(folder), *(entry for entry in sys.path if not isinstance(entry, _TaskFolder))]
+    invalidate_caches()  # the files may be seconds old
+
+
+def see_working_folder(top: str) -> None:
+    """Let the working folder's modules be found, as `python -m` does, where no installed one is meant."""
+    here = str(Path.cwd())
+    if here not in sys.path and top not in sys.modules and find_spec(top) is None:
+        sys.path.insert(0, here)
+        invalidate_caches()
+
+
+def _modules_in(folder: Path) -> set[str]:
+    files = {path.stem for path in folder.glob("*.py")}
+    return files | {path.parent.name for path in folder.glob("*/*.py") if not path.parent.name.startswith(".")}
+
+
+def _comes_from(module: ModuleType, folder: Path) -> bool:
+    attributes = vars(module)
+    homes = [attributes["__file__"]] if attributes.get("__file__") else list(attributes.get("__path__", ()))
+    return bool(homes) and all(Path(home).resolve().is_relative_to(folder) for home in homes)
+
+
+def _import(task: str, module_name: str) -> ModuleType:
+    try:
+        with UserCode(task, f"importing {module_name!r}"):
+            return import_module(module_name)
+    except TaskError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(f"{cause.name}."):
+            raise ConfigError(f"task {task!r}: there is no module {cause.name!r} here") from cause
+        raise
+
+
+def _task_in(module: ModuleType, attribute: str) -> Task:
+    where = f"{module.__name__} ({module.__file__})"
+    if attribute not in vars(module):
+        tasks = ", ".join(name for name, value in vars(module).items() if isinstance(value, Task))
+        raise ConfigError(f"{where} has no attribute {attribute!r}; tasks in it: {tasks or 'none'}")
+    task = vars(module)[attribute]
+    if not isinstance(task, Task):
+        raise ConfigError(f"{attribute!r} in {where} is of type {type(task).__name__}, not an edgefl.Task")
+    return task
+
+
+def _place(raised: BaseException) -> str:
+    """Say where in the user's files it happened; nothing where none of the user's code was running."""
+    if isinstance(raised, SyntaxError):
+        return f" ({raised.filename}:{raised.lineno})"
+    stdlib, *packages = (Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib"))
+    places = []  # (file, line, installed)
+    for frame, line in traceback.walk_tb(raised.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        installed = any(file.is_relative_to(folder) for folder in packages)
+        if file.is_absolute() and not file.is_relative_to(_OURS) and (installed or not file.is_relative_to(stdlib)):
+            places.append((file, line, installed))
+    # The deepest line of the user's own files; for a task that is itself installed, the one we called.
+    chosen = [place for place in places if not place[2]][-1:] or places[:1]
+    return "".join(f" ({file}:{line})" for file, line, _ in chosen)

@@ -1,0 +1,121 @@
+"""int8 by static quantisation, under an accuracy gate.
+
+Pre-processing first (shapes inferred, batch norm folded), then QDQ with unsigned activations and
+signed weights per channel: the form whose kernels x86 has (S8S8 is fused far more seldom). What it
+costs in accuracy is measured with the caller's own function, before anything is published.
+Invariant: a file stands at the target only if the drop was within `max_drop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgefl.errors import AccuracyGateFailed, ConfigError, MissingExtra
+from edgefl.models.session import accuracy_of, input_name, open_session
+from edgefl.trees import Array
+
+__all__ = ["CompressReport", "accuracy_of", "compress"]
+
+CALIBRATION_BATCH = 32
+_ROUNDING = 1e-9  # 0.97 - 0.96 is above 0.01 in floats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressReport:
+    """What compression gained and cost."""
+
+    source_bytes: int
+    target_bytes: int
+    accuracy_before: float
+    accuracy_after: float
+    drop: float  # before - after: below 0 where the compressed model is better
+    seconds: float
+
+
+def compress(
+    source: Path, target: Path, *, calibration: Array, evaluate: Callable[[Path], float], max_drop: float
+) -> CompressReport:
+    """Quantise an ONNX file to int8, with ranges seen on the calibration inputs.
+
+    `evaluate` maps an ONNX file to its accuracy. Raises AccuracyGateFailed where it falls by more than
+    `max_drop`, and leaves no file then.
+    """
+    if len(calibration) == 0:
+        raise ConfigError("compression needs at least one calibration input, 0 were given")
+    if not 0 <= max_drop <= 1:
+        raise ConfigError(f"max_drop={max_drop} must be in 0..1: a share of accuracy, 0.01 is one point")
+    start_s = time.monotonic()
+    before = evaluate(source)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        half = _quantise(source, Path(folder), np.asarray(calibration))
+        after = evaluate(half)
+        if not before - after <= max_drop + _ROUNDING:  # NaN is not
+            raise AccuracyGateFailed(
+                f"{source.name}: accuracy falls from {before:.4f} to {after:.4f} in int8, by {before - after:.4f}; "
+                f"allowed is {max_drop:g}. Give more calibration data, allow more, or publish it uncompressed."
+            )
+        half.replace(target)
+    return CompressReport(
+        source_bytes=source.stat().st_size,
+        target_bytes=target.stat().st_size,
+        accuracy_before=before,
+        accuracy_after=after,
+        drop=before - after,
+        seconds=time.monotonic() - start_s,
+    )
+
+
+def _quantise(source: Path, folder: Path, calibration: Array) -> Path:
+    try:
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as cause:
+        raise MissingExtra("compression", "train") from cause
+
+    name = input_name(open_session(source))
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+        def __init__(self) -> None:
+            starts = range(0, len(calibration), CALIBRATION_BATCH)
+            self._batches = iter([calibration[start : start + CALIBRATION_BATCH] for start in starts])
+
+        def get_next(self) -> dict[str, Array] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {name: batch}
+
+    prepared, quantised = folder / "prepared.onnx", folder / "int8.onnx"
+    with _silence():
+        quant_pre_process(str(source), str(prepared))
+        quantize_static(
+            str(prepared),
+            str(quantised),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+    return quantised
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Mute the quantiser, which warns and logs to the root logger about steps that are in order."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,145 @@
+"""PyTorch to ONNX, believed only after it computed the same.
+
+The graph takes one tensor "input" and gives one tensor "output", both with a free batch dimension.
+Tracing with one sample silently fixes the batch of some models, so that two are traced at least, and
+batches of 1, 2 and 3 are compared.
+Invariant: a file stands at the target only if it agreed with the model at every batch tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgefl.errors import MissingExtra, ParityError, TaskError
+from edgefl.models.session import INPUT, OUTPUT, open_session, ort_errors
+from edgefl.samples import require_torch, test_samples, train_samples
+from edgefl.task import Task, UserCode
+from edgefl.training import make_model
+from edgefl.trees import Array, Tree
+
+if TYPE_CHECKING:
+    import torch
+
+PARITY_BATCHES = (1, 2, 3)
+TOLERANCE = 1e-4  # of the largest output, or of 1 where outputs are smaller
+
+
+def export_task(task: Task, parameters: Tree, path: Path) -> None:
+    """Export the task's model with these parameters; its test or training data gives the example.
+
+    Raises TaskError where there is no model or data, ParityError where the export computes another thing.
+    """
+    model = make_model(task, parameters)
+    samples = test_samples(task, {}) if task.test_data is not None else train_samples(task, {})
+    export_onnx(model, samples.inputs[: max(PARITY_BATCHES)], path)
+
+
+def export_onnx(model: torch.nn.Module, example_inputs: torch.Tensor, path: Path) -> None:
+    """Export a model of one input and one output tensor, in evaluation mode, whole in one file.
+
+    Raises ParityError where the exported graph computes another thing, and leaves no file then.
+    """
+    require_torch("export to ONNX")
+    evaluated = copy.deepcopy(model).cpu().eval()  # the caller's keeps its mode and its device
+    example = _batch(example_inputs.detach().cpu(), max(2, len(example_inputs)))
+    half = path.with_name(f".{path.name}.half")
+    try:
+        _trace(evaluated, example, half)
+        check_parity(evaluated, half, example)
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def check_parity(model: torch.nn.Module, path: Path, example: torch.Tensor) -> None:
+    """Raise ParityError unless the file computes what the model does, at batch 1, 2 and 3."""
+    import torch
+
+    session = open_session(path)
+    for batch in PARITY_BATCHES:
+        inputs = _batch(example, batch)
+        with torch.no_grad(), UserCode(type(model).__name__, f"the model at batch {batch}"):
+            wanted = model(inputs)
+        if not isinstance(wanted, torch.Tensor):
+            raise ParityError(f"the model returns a {type(wanted).__name__}; wanted is one tensor")
+        _compare(wanted.numpy(), _run(session, inputs.numpy(), batch), batch)
+
+
+def _compare(wanted: Array, seen: Array, batch: int) -> None:
+    if seen.shape != wanted.shape:
+        raise ParityError(f"at batch {batch} the exported model gives shape {seen.shape}, its source {wanted.shape}")
+    difference = float(np.abs(seen.astype(np.float64) - wanted).max(initial=0.0))
+    allowed = TOLERANCE * max(1.0, float(np.abs(wanted).max(initial=0.0)))
+    if not difference <= allowed:  # NaN is not
+        raise ParityError(
+            f"at batch {batch} the exported model differs from its source by {difference:.3g}; allowed is {allowed:.3g}"
+        )
+
+
+def _run(session: Any, inputs: Array, batch: int) -> Array:
+    try:
+        return np.asarray(session.run([OUTPUT], {INPUT: inputs})[0])
+    except ort_errors() as cause:
+        raise ParityError(f"at batch {batch} the exported model does not run: {cause}") from cause
+
+
+def _batch(example: torch.Tensor, size: int) -> torch.Tensor:
+    """Return `size` samples, repeating those there are."""
+    import torch
+
+    if len(example) == 0:
+        raise TaskError("an export needs at least one example input, 0 were given")
+    return example[torch.arange(size) % len(example)]
+
+
+def _trace(model: torch.nn.Module, example: torch.Tensor, path: Path) -> None:
+    import torch
+
+    try:
+        from torch.onnx.errors import OnnxExporterError
+
+        with _silence():
+            torch.onnx.export(
+                model,
+                (example,),
+                path,
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                external_data=False,
+                verbose=False,
+            )
+    except ImportError as cause:
+        raise MissingExtra("export to ONNX", "train") from cause
+    except OnnxExporterError as cause:
+        root: BaseException = cause
+        while root.__cause__ is not None:
+            root = root.__cause__
+        raise ParityError(f"the model cannot be exported to ONNX: {type(root).__name__}: {str(root)[:1000]}") from cause
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Mute the exporter, which prints, warns of its own insides and logs what it skips."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    talk = io.StringIO()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

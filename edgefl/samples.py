@@ -1,0 +1,121 @@
+"""A device's samples: the user's loader called, what it returned checked and made tensors.
+
+Invariant: a `Samples` has at least one sample, and as many targets as inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgefl.errors import MissingExtra, TaskError
+from edgefl.task import Task, UserCode
+
+if TYPE_CHECKING:
+    import torch
+
+_NUMBERS = "fiub"  # numpy kinds: floats, integers, booleans
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Inputs and targets of equal first dimension, on the device that computes."""
+
+    inputs: torch.Tensor  # (N, ...)
+    targets: torch.Tensor  # (N, ...)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def chunks(self, size: int) -> Iterator[Samples]:
+        """Yield them in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield Samples(self.inputs[start : start + size], self.targets[start : start + size])
+
+
+def require_torch(feature: str) -> None:
+    """Raise MissingExtra where torch is not installed."""
+    try:
+        import torch  # noqa: F401 - to see that it is there
+    except ImportError as cause:
+        raise MissingExtra(feature, "train") from cause
+
+
+def computing_device() -> torch.device:
+    """Return where tensors are computed: the GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_samples(task: Task, options: Mapping[str, str]) -> Samples:
+    """Return this device's own samples; raises TaskError where there are none or they cannot be used."""
+    if task.train_data is None:
+        raise TaskError(f"task {task.name!r} has no train_data")
+    return _load(task, task.train_data, "train_data", options)
+
+
+def test_samples(task: Task, options: Mapping[str, str]) -> Samples:
+    """Return the held-out samples; raises TaskError where there are none or they cannot be used."""
+    if task.test_data is None:
+        raise TaskError(f"task {task.name!r} has no test_data")
+    return _load(task, task.test_data, "test_data", options)
+
+
+def _load(task: Task, loader: Callable[..., Any], what: str, options: Mapping[str, str]) -> Samples:
+    _refuse_options(task, loader, what, options)
+    with UserCode(task.name, what):
+        loaded = loader(**options)
+    if not isinstance(loaded, (tuple, list)) or len(loaded) != 2:
+        seen = f"{len(loaded)} values" if isinstance(loaded, (tuple, list)) else type(loaded).__name__
+        raise TaskError(f"task {task.name!r}: {what} returned {seen}, not (inputs, targets)")
+    inputs, targets = (_tensor(task, f"{what}'s {name}", value) for name, value in zip(_PARTS, loaded, strict=True))
+    if len(inputs) != len(targets):
+        raise TaskError(f"task {task.name!r}: {what} returned {len(inputs)} inputs but {len(targets)} targets")
+    if len(inputs) == 0:
+        told = ", ".join(f"{key}={value}" for key, value in options.items()) or "none"
+        raise TaskError(
+            f"task {task.name!r}: the device has no data: {what} returned 0 samples (options: {told}). "
+            "Check `edgefl agent start --data`."
+        )
+    return Samples(inputs, targets)
+
+
+_PARTS = ("inputs", "targets")
+
+
+def _refuse_options(task: Task, loader: Callable[..., Any], what: str, options: Mapping[str, str]) -> None:
+    try:
+        signature = inspect.signature(loader)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(**options)
+    except TypeError as cause:
+        raise TaskError(
+            f"task {task.name!r}: {what}{signature} cannot take the data options {dict(options)}: {cause}. "
+            "Check `edgefl agent start --data`."
+        ) from cause
+
+
+def _tensor(task: Task, what: str, value: Any) -> torch.Tensor:
+    import torch
+
+    tensor: torch.Tensor
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach()
+    else:
+        with UserCode(task.name, f"reading {what}"):
+            array = np.asarray(value)
+        if array.dtype.kind not in _NUMBERS:
+            raise TaskError(f"task {task.name!r}: {what} are {array.dtype} and not numbers")
+        if array.dtype == np.float64:  # numpy's default, and no model's
+            array = array.astype(np.float32)
+        tensor = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    if tensor.dim() == 0:
+        raise TaskError(f"task {task.name!r}: {what} are a single number; their first dimension counts the samples")
+    return tensor.to(computing_device())

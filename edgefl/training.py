@@ -1,0 +1,287 @@
+"""What a client does in a round: local training on its own samples, and what it sends back.
+
+FedAvg (McMahan et al. 2017, Algorithm 1, ClientUpdate): local epochs of minibatch SGD; sends new - old.
+FedProx (Li et al. 2020): the same with mu/2 * ||w - w0||^2 added to the loss.
+FedSGD (McMahan et al. 2017, section 2): one gradient of the mean loss over all local samples, exact,
+accumulated in chunks. Buffers have no gradient: they send their delta.
+Invariant: a result depends on (parameters, samples, config, round, client) alone; the global random
+state is neither read nor moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgefl.config import TrainConfig
+from edgefl.errors import TaskError
+from edgefl.guards import wrong_spec, wrong_weight
+from edgefl.samples import Samples, computing_device, require_torch, test_samples, train_samples
+from edgefl.task import FitResult, Task, UserCode
+from edgefl.trees import Array, Tree, spec_of, subtract
+
+if TYPE_CHECKING:
+    import torch
+
+EVALUATION_BATCH = 256
+
+
+def initial_parameters(task: Task, seed: int = 0) -> Tree:
+    """Return the parameters of round 1: the model's state dict, or what the task's `initial` returns."""
+    if task.initial is not None:
+        with UserCode(task.name, "initial"):
+            tree = task.initial()
+        _refuse_tree(task, "initial", tree)
+        return tree
+    return tree_of(task, make_model(task, seed=seed))
+
+
+def buffer_names(task: Task) -> tuple[str, ...]:
+    """Return the names in the state dict that are not parameters; none for a task with `fit`."""
+    if task.model is None:
+        return ()
+    model = make_model(task)
+    trained = dict(model.named_parameters(remove_duplicate=False))
+    return tuple(name for name in model.state_dict() if name not in trained)
+
+
+def num_parameters(parameters: Tree) -> int:
+    """Return how many numbers a model has, buffers included."""
+    return sum(math.prod(spec.shape) for spec in spec_of(parameters).values())
+
+
+def set_threads(threads: int) -> None:
+    """Let torch use so many threads in this process; small models are fastest with one."""
+    require_torch("local training")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def train_locally(
+    task: Task, parameters: Tree, config: TrainConfig, *,
+    options: Mapping[str, str], round: int, client: str,  # noqa: A002 - the word of Plan and Update
+) -> FitResult:  # fmt: skip
+    """Train on this device's samples; raises TaskError for whatever the user's code does wrong."""
+    if task.fit is not None:
+        return _fit(task, parameters, config, options)
+    model = make_model(task, parameters)
+    samples = train_samples(task, options)
+    seed = derive_seed(config.seed, round, client)
+    if config.algorithm == "fedsgd":
+        loss = accumulate_gradient(task, model, samples, batch_size=config.batch_size, seed=seed)
+        tree = gradient_of(task, model, parameters)
+    else:
+        loss = train_epochs(task, model, samples, config, seed)
+        tree = delta_of(task, model, parameters)
+    return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
+
+
+def evaluate(task: Task, parameters: Tree, options: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Return `loss` and each metric over the task's test data; empty where it has no model or test data."""
+    if task.model is None or task.test_data is None:
+        return {}
+    model, samples = make_model(task, parameters), test_samples(task, options or {})
+    return evaluate_model(task, model, samples)
+
+
+def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict[str, float]:
+    """Return `loss` and each metric as means over the samples."""
+    import torch
+
+    totals: dict[str, float] = {}
+    model.eval()
+    with torch.no_grad(), _seeded(0), UserCode(task.name, "evaluation"):
+        for chunk in samples.chunks(EVALUATION_BATCH):
+            outputs = model(chunk.inputs)
+            values = {"loss": float(_loss(task, outputs, chunk.targets))}
+            values |= {name: float(metric(outputs, chunk.targets)) for name, metric in task.metrics.items()}
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value * len(chunk)
+    return {name: total / len(samples) for name, total in totals.items()}
+
+
+def derive_seed(seed: int, round_number: int, client: str) -> int:
+    """Return the seed of one local training: the same in every process, unlike Python's hash()."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{round_number}/{client}".encode()).digest()[:7])
+
+
+def make_model(task: Task, parameters: Tree | None = None, *, seed: int = 0) -> torch.nn.Module:
+    """Make the task's model with these parameters, where given, on the computing device."""
+    require_torch(f"task {task.name!r}")
+    import torch
+
+    if task.model is None:
+        raise TaskError(f"task {task.name!r} has no model: it brings its own fit")
+    with _seeded(seed), UserCode(task.name, "model"):
+        model = task.model()
+    if not isinstance(model, torch.nn.Module):
+        raise TaskError(f"task {task.name!r}: model returned a {type(model).__name__}, not a torch.nn.Module")
+    if parameters is not None:
+        set_parameters(task, model, parameters)
+    return model.to(computing_device())
+
+
+def set_parameters(task: Task, model: torch.nn.Module, parameters: Tree) -> None:
+    """Copy a tree into a model; raises TaskError where it is not the model's."""
+    import torch
+
+    if fault := wrong_spec(spec_of(parameters), spec_of(tree_of(task, model))):
+        raise TaskError(f"task {task.name!r}: these are not the parameters of its model: {fault}")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(torch.from_numpy(np.array(parameters[name])))
+
+
+def tree_of(task: Task, model: torch.nn.Module) -> dict[str, Array]:
+    """Return a copy of the model's state dict; raises TaskError for a dtype that numpy lacks."""
+    try:
+        return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in model.state_dict().items()}
+    except (TypeError, AttributeError) as cause:
+        raise TaskError(f"task {task.name!r}: its model's state dict cannot be sent: {cause}") from cause
+
+
+def delta_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
+    """Return the model's state dict minus the parameters it started from, in their order."""
+    new = tree_of(task, model)
+    return {name: np.asarray(subtract(new[name], np.asarray(old))) for name, old in parameters.items()}
+
+
+def gradient_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
+    """Return the gradients that the model holds, zeros where it holds none; buffers as deltas."""
+    tree = dict(delta_of(task, model, parameters))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in tree:
+            grad = parameter.grad
+            tree[name] = np.zeros_like(tree[name]) if grad is None else np.array(grad.cpu().numpy())
+    return tree
+
+
+def train_epochs(task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int) -> float:
+    """Train in place for `config.epochs`; returns the mean loss over all the samples it went through."""
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    anchors = [parameter.detach().clone() for parameter in trained] if config.proximal_mu else []
+    total = torch.zeros((), dtype=torch.float64, device=samples.inputs.device)
+    model.train()
+    with _seeded(seed), UserCode(task.name, "local training"):
+        optimizer = task.optimizer(trained, config.lr) if task.optimizer else _PlainSGD(trained, config.lr)
+        shuffle = torch.Generator().manual_seed(seed)
+        for _ in range(config.epochs):
+            order = torch.randperm(len(samples), generator=shuffle).to(samples.inputs.device)
+            for chosen in _batches(order, config.batch_size, model):
+                loss = _loss(task, model(samples.inputs[chosen]), samples.targets[chosen])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
+                _pull(trained, anchors, config.proximal_mu)
+                optimizer.step()
+                total += loss.detach() * len(chosen)
+    return float(total) / (config.epochs * len(samples))
+
+
+def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *, batch_size: int, seed: int) -> float:
+    """Leave the gradient of the mean loss over all samples in the model; returns that loss.
+
+    Exact whatever the chunk, but for a model with batch norm, whose statistics are each chunk's own.
+    """
+    import torch
+
+    total, order = 0.0, torch.arange(len(samples), device=samples.inputs.device)
+    model.train()
+    model.zero_grad()
+    with _seeded(seed), UserCode(task.name, "local training"):
+        for chosen in _batches(order, batch_size, model):
+            share = len(chosen) / len(samples)  # the loss is a mean over its chunk
+            loss = _loss(task, model(samples.inputs[chosen]), samples.targets[chosen]) * share
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
+            total += float(loss.detach())
+    return total
+
+
+class _PlainSGD:
+    """w <- w - lr * g. torch.optim.SGD does the same, after a second of imports and with more overhead."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], lr: float) -> None:
+        self._parameters, self._lr = parameters, lr
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def step(self) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.data.add_(parameter.grad, alpha=-self._lr)
+
+
+def _pull(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:
+    """Add the gradient of mu/2 * ||w - w0||^2; without anchors there is no such term."""
+    for parameter, anchor in zip(parameters, anchors, strict=False):
+        term = mu * (parameter.detach() - anchor)
+        parameter.grad = term if parameter.grad is None else parameter.grad.add_(term)
+
+
+def _batches(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the order in batches. One last sample joins the batch before it where there is batch norm."""
+    import torch
+
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+    normed = any(isinstance(module, norms) for module in model.modules())
+    if normed and len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    yield from batches
+
+
+def _loss(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if task.loss is None:
+        raise TaskError(f"task {task.name!r} has no loss")
+    loss = task.loss(outputs, targets)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        seen = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TaskError(f"task {task.name!r}: loss returned {seen}; wanted is one number, the mean over the batch")
+    return loss.reshape(())
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch inside, and leave its global random state as it was."""
+    import torch
+
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed)
+        yield
+
+
+def _fit(task: Task, parameters: Tree, config: TrainConfig, options: Mapping[str, str]) -> FitResult:
+    if task.fit is None:
+        raise TaskError(f"task {task.name!r} has no fit")
+    with UserCode(task.name, "fit"):
+        result = task.fit(parameters, config, options)
+    if not isinstance(result, FitResult):
+        raise TaskError(f"task {task.name!r}: fit returned a {type(result).__name__}, not an edgefl.FitResult")
+    _refuse_tree(task, "fit", result.tree)
+    try:
+        weight, metrics = float(result.weight), {str(name): float(value) for name, value in result.metrics.items()}
+    except (TypeError, ValueError, AttributeError) as cause:
+        raise TaskError(f"task {task.name!r}: fit's weight and metrics must be numbers: {cause}") from cause
+    if fault := wrong_spec(spec_of(result.tree), spec_of(parameters)) or wrong_weight(weight):
+        raise TaskError(f"task {task.name!r}: fit returned what cannot be an update: {fault}")
+    return FitResult(tree=result.tree, weight=weight, metrics=metrics)
+
+
+def _refuse_tree(task: Task, what: str, tree: object) -> None:
+    if not isinstance(tree, Mapping) or not tree:
+        raise TaskError(f"task {task.name!r}: {what} returned a {type(tree).__name__}, not a tree of named arrays")
+    for name, array in tree.items():
+        if not isinstance(name, str) or not isinstance(array, np.ndarray):
+            raise TaskError(f"task {task.name!r}: {what}'s {name!r} is a {type(array).__name__}, not a numpy array")

@@ -1,0 +1,175 @@
+"""Tasks are found by reference, and their faults are told with the user's file and line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgefl.errors import ConfigError, TaskError
+from edgefl.task import Task, UserCode, import_task, load_task, locate_task
+
+TASK = """
+from edgefl import Task
+from helper import NAME
+task = Task(name=NAME, initial=lambda: {}, fit=lambda *_: None)
+"""
+
+
+def make_folder(folder: Path, name: str = "digits", code: str = TASK, key: str = 'task = "task:task"') -> Path:
+    folder.mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(f"[tool.edgefl]\n{key}\n")
+    (folder / "task.py").write_text(code)
+    (folder / "helper.py").write_text(f"NAME = {name!r}\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _imports_restored(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in {"task", "helper", "outside", "outsider"}:
+            del sys.modules[name]
+
+
+def test_a_folder_is_loaded(tmp_path):
+    assert load_task(str(make_folder(tmp_path / "a"))).name == "digits"
+
+
+def test_two_folders_with_modules_of_the_same_names_stay_apart(tmp_path):
+    a, b = make_folder(tmp_path / "a", "first"), make_folder(tmp_path / "b", "second")
+    assert [load_task(str(folder)).name for folder in (a, b, a)] == ["first", "second", "first"]
+
+
+def test_a_folder_loaded_twice_in_a_row_gives_the_same_task(tmp_path):
+    folder = make_folder(tmp_path / "a")
+    assert load_task(str(folder)) is load_task(str(folder))
+
+
+def test_a_late_import_finds_the_files_of_the_current_folder(tmp_path):
+    late = "\ndef late():\n    import late_helper\n    return late_helper.NAME\n"
+    for name in ("a", "b"):
+        (make_folder(tmp_path / name, code=TASK + late) / "late_helper.py").write_text(f"NAME = {name!r}")
+    for name in ("a", "b", "a"):
+        load_task(str(tmp_path / name))
+        assert sys.modules["task"].late() == name
+    del sys.modules["late_helper"]
+
+
+def test_modules_of_a_folder_that_was_left_are_not_found(tmp_path):
+    load_task(str(make_folder(tmp_path / "a")))
+    (make_folder(tmp_path / "b") / "helper.py").unlink()
+    with pytest.raises(TaskError, match="No module named 'helper'"):
+        load_task(str(tmp_path / "b"))
+
+
+def test_a_folder_cannot_replace_edgefl_or_the_standard_library(tmp_path):
+    folder = make_folder(tmp_path / "a")
+    (folder / "edgefl").mkdir()
+    (folder / "edgefl" / "__init__.py").write_text("Task = None")
+    (folder / "json.py").write_text("raise SystemExit")
+    import edgefl
+
+    load_task(str(folder))
+    assert sys.modules["edgefl"] is edgefl
+    assert hasattr(sys.modules["json"], "loads")
+
+
+def test_a_module_reference_is_loaded_from_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "mine.py").write_text(
+        "from edgefl import Task\nthe_task = Task(name='m', initial=dict, fit=print)"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_task("outside.mine:the_task").name == "m"
+
+
+def test_locating_imports_nothing(tmp_path):
+    folder = make_folder(tmp_path / "a", code="raise SystemExit")
+    located = locate_task(str(folder))
+    assert (located.task, located.folder, located.top_module) == ("task:task", folder, "task")
+
+
+def test_references_that_lead_nowhere(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        load_task(str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="no module 'outsider'"):
+        load_task("outsider.task:task")
+    with pytest.raises(ConfigError, match=r"no module 'edgefl\.nothing'"):
+        load_task("edgefl.nothing:task")
+    with pytest.raises(ConfigError, match="not of the form module:attribute"):
+        import_task("task")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("", r"\[tool.edgefl\] task is missing"),
+        ("task = 3", r"\[tool.edgefl\] task is 3"),
+        ('task = "task"', r"task is 'task'; wanted is task = \"module:attribute\""),
+        ("task =", "is not a project's TOML"),
+        ('task = "other:task"', "has no module 'other'"),
+        ('task = "task:taks"', "has no attribute 'taks'; tasks in it: task"),
+        ('task = "task:NAME"', "of type str, not an edgefl.Task"),
+    ],
+)
+def test_faults_of_a_folder(tmp_path, key, message):
+    with pytest.raises(ConfigError, match=message):
+        load_task(str(make_folder(tmp_path / "a", key=key)))
+
+
+def test_a_folder_without_pyproject(tmp_path):
+    with pytest.raises(ConfigError, match=r"no pyproject\.toml"):
+        load_task(str(tmp_path))
+
+
+def test_a_broken_section_in_pyproject(tmp_path):
+    (tmp_path / "pyproject.toml").write_text("tool = 3")
+    with pytest.raises(ConfigError, match="is not a project's TOML"):
+        load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("\n\n1 / 0", r"ZeroDivisionError: division by zero \(.*task.py:3\)"),
+        ("import nowhere_at_all", r"ModuleNotFoundError: No module named 'nowhere_at_all' \(.*task.py:1\)"),
+        ("def f(:\n", r"SyntaxError: .*task.py:1\)"),
+        ("import sys\nsys.exit(3)", r"SystemExit: 3 \(.*task.py:2\)"),
+        ("from edgefl import Task\ntask = Task(name='half')", r"must have either model, loss.*task.py:2\)"),
+    ],
+)
+def test_what_the_users_module_raises_is_told_with_its_line(tmp_path, code, message):
+    with pytest.raises(TaskError, match=message):
+        load_task(str(make_folder(tmp_path / "a", code=code)))
+
+
+def test_user_code_names_the_deepest_line_of_the_users_and_not_a_librarys():
+    import json
+
+    with (
+        pytest.raises(TaskError, match=rf"train_data raised JSONDecodeError: .* \({__file__}:\d+\)"),
+        UserCode("t", "train_data"),
+    ):
+        json.loads("{")
+
+
+def test_user_code_lets_interrupts_and_task_errors_pass():
+    with pytest.raises(KeyboardInterrupt), UserCode("t", "x"):
+        raise KeyboardInterrupt
+    with pytest.raises(TaskError, match=r"^mine$"), UserCode("t", "x"):
+        raise TaskError("mine")
+
+
+def test_user_code_shortens_a_long_message():
+    with pytest.raises(TaskError) as caught, UserCode("t", "x"):
+        raise ValueError("y" * 100_000)
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_task_is_either_of_torch_or_of_its_own():
+    with pytest.raises(ConfigError, match="either model, loss and train_data, or initial and fit"):
+        Task(name="neither")
+    with pytest.raises(ConfigError, match="either"):
+        Task(name="both", model=print, loss=print, train_data=print, initial=dict, fit=print)  # type: ignore[arg-type]
