@@ -14,6 +14,8 @@
     |-- AccuracyGateFailed   a compressed model that loses more accuracy than allowed
     |-- EnrolmentRefused     a token or name the cloud does not accept
     |-- CloudUnreachable     the cloud or its broker did not answer in time
+    |-- CloudRefused         the cloud answered, and said no
+    |-- NotFound             a job, model, device, rollout or blob that the cloud does not have
     |-- HomeError            a home folder that is missing, damaged, taken or of a newer version
     `-- InstallError         a host on which the agent cannot be installed as a service
 
@@ -79,6 +81,18 @@ class EnrolmentRefused(EdgeflError):
 
 class CloudUnreachable(EdgeflError):
     """The cloud or its broker did not answer in time."""
+
+
+class CloudRefused(EdgeflError):
+    """The cloud answered, and said no; the message is the cloud's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status  # of HTTP
+
+
+class NotFound(ConfigError):
+    """A job, model, device, rollout or blob that the cloud does not have."""
 
 
 class HomeError(EdgeflError):

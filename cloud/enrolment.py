@@ -1,0 +1,130 @@
+"""Enrolment: who is of the fleet, and how a device becomes so.
+
+A token is 32 random bytes that work once and for a time; the database keeps only their SHA-256, so
+that looking one up tells nothing by its timing and a stolen database holds no token.
+Invariant: a token is used, a device added and its certificate made in one transaction, or nothing is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from cloud.store import devices, tokens
+from edgefl.errors import EnrolmentRefused, NotFound
+from edgefl.protocols.tls import serial_number, sign_request, token_for
+from edgefl.protocols.topics import valid_device_name
+
+TOKEN_BYTES = 32
+VALID_FOR_S = 24 * 3600.0
+MAX_TAGS = 32
+MAX_TAG_CHARS = 64
+
+_REMEDY = "make a new one with `edgefl cloud token`"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """A device of the fleet."""
+
+    name: str
+    serial: str  # of its certificate
+    tags: Mapping[str, str]
+    enrolled_s: float  # seconds since 1970
+
+
+class Enrolment:
+    """Tokens and devices of one fleet. Methods may be called from any thread."""
+
+    def __init__(self, engine: sa.Engine, ca_folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._engine = engine
+        self._ca_folder = ca_folder
+        self._clock = clock
+
+    def new_token(self, valid_for_s: float = VALID_FOR_S) -> str:
+        """Make a one-time token. It carries the CA's fingerprint too: a device trusts nobody before that."""
+        if not 0 < valid_for_s <= 366 * 24 * 3600:
+            raise EnrolmentRefused(f"a token valid for {valid_for_s:g} s: wanted is above 0 s and at most a year")
+        secret = secrets.token_urlsafe(TOKEN_BYTES)
+        row = {"secret_sha256": _hashed(secret), "expires_s": self._clock() + valid_for_s}
+        with self._engine.begin() as db:
+            db.execute(tokens.insert().values(row))
+        return token_for(secret, (self._ca_folder / "ca.pem").read_bytes())
+
+    def enroll(self, secret: str, name: str, tags: Mapping[str, str], csr: bytes) -> bytes:
+        """Admit a device and return its certificate (PEM).
+
+        Raises EnrolmentRefused for a token or name, ProtocolError for a request; the token stays good then.
+        """
+        _refuse_name(name)
+        _refuse_tags(tags)
+        hashed, now_s = _hashed(secret), self._clock()
+        good = (tokens.c.secret_sha256 == hashed) & tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > now_s)
+        with self._engine.begin() as db:
+            # The write comes first, and takes the lock: of two devices with one token, one waits and is refused.
+            if db.execute(tokens.update().where(good).values(used_by=name)).rowcount != 1:
+                raise EnrolmentRefused(_why_refused(db, hashed))
+            if db.scalar(sa.select(devices.c.name).where(devices.c.name == name)) is not None:
+                raise EnrolmentRefused(
+                    f"a device named {name!r} is enrolled already. Take another --name, or `edgefl devices remove "
+                    f"{name}` first; this token is still good."
+                )
+            certificate = sign_request(self._ca_folder, csr, name)
+            row = {"name": name, "serial": serial_number(certificate), "tags": dict(tags), "enrolled_s": now_s}
+            db.execute(devices.insert().values(row))
+        return certificate
+
+    def is_known(self, name: str, serial: str | None = None) -> bool:
+        """Whether a device is of the fleet; with a serial number, by that very certificate."""
+        found = sa.select(devices.c.serial).where(devices.c.name == name)
+        with self._engine.connect() as db:
+            valid = db.scalar(found)
+        return valid is not None and serial in {None, valid}
+
+    def devices(self) -> list[Device]:
+        """Return the fleet by name."""
+        with self._engine.connect() as db:
+            return [Device(**row) for row in db.execute(devices.select().order_by(devices.c.name)).mappings()]
+
+    def remove(self, name: str) -> None:
+        """Put a device out of the fleet: its certificate is worth nothing from now on."""
+        with self._engine.begin() as db:
+            if db.execute(devices.delete().where(devices.c.name == name)).rowcount != 1:
+                raise NotFound(f"there is no device {name!r}; `edgefl devices list` shows those there are")
+
+
+def _hashed(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _why_refused(db: sa.Connection, hashed: str) -> str:
+    found = sa.select(tokens.c.used_by).where(tokens.c.secret_sha256 == hashed)
+    row = db.execute(found).one_or_none()
+    if row is None:
+        return f"the token is unknown to this cloud; copy it whole, or {_REMEDY}"
+    if row.used_by is not None:
+        return f"the token was used already, by device {row.used_by!r}; {_REMEDY}"
+    return f"the token has expired; {_REMEDY}, with a longer --valid-for if need be"
+
+
+def _refuse_name(name: str) -> None:
+    if not valid_device_name(name):
+        raise EnrolmentRefused(
+            f"{name[:80]!r} cannot be a device's name: wanted are 1 to 64 of a-z 0-9 . _ - that begin and end with a "
+            "letter or digit, and none of cloud, all, operator. The token is still good."
+        )
+
+
+def _refuse_tags(tags: Mapping[str, str]) -> None:
+    longest = max((len(text) for pair in tags.items() for text in pair), default=0)
+    if len(tags) > MAX_TAGS or longest > MAX_TAG_CHARS or not all(tags):
+        raise EnrolmentRefused(
+            f"{len(tags)} tags, the longest text of {longest} characters; a device has at most {MAX_TAGS} tags of "
+            f"{MAX_TAG_CHARS} characters, with no empty key. The token is still good."
+        )

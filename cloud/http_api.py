@@ -1,0 +1,121 @@
+"""The HTTPS plane: enrolment for devices, REST for operators, every answer JSON.
+
+Public are health, the CA and enrolment, which the one-time token guards; everything else asks for the
+operator's token. Every error is {"error": "..."} with a fitting status. Handlers are synchronous and
+run in worker threads; event streams wait in threads of their own, so that they starve nobody.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cloud import http_fleet, http_jobs, http_models
+from cloud.http_server import serve_http
+from cloud.http_shared import MAX_STREAMS, UPLOAD_PATH
+from cloud.services import Services
+from edgefl import __version__
+from edgefl.errors import (
+    ConfigError,
+    EdgeflError,
+    EnrolmentRefused,
+    ManifestRejected,
+    NotFound,
+    ProtocolError,
+)
+
+__all__ = ["make_app", "serve_http"]
+
+MAX_BODY_BYTES = 1 << 20  # of everything but blobs
+_STATUS: Mapping[type[EdgeflError], int] = {
+    NotFound: 404,
+    ConfigError: 400,
+    ProtocolError: 400,
+    EnrolmentRefused: 403,
+    ManifestRejected: 409,
+}
+
+
+def make_app(services: Services) -> FastAPI:
+    """Return the application of one cloud."""
+    # No documentation pages: they load scripts from elsewhere.
+    app = FastAPI(title="edgefl cloud", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.services = services
+    app.state.stream_threads = anyio.CapacityLimiter(MAX_STREAMS)
+    operator = [Depends(_operator)]
+    app.include_router(http_fleet.public)
+    for router in (http_fleet.operator, http_jobs.operator, http_models.operator):
+        app.include_router(router, dependencies=operator)
+    app.add_exception_handler(EdgeflError, _refused)
+    app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _defect)
+    app.add_middleware(BodyLimit)
+    return app
+
+
+class BodyLimit:
+    """Refuses a body above MAX_BODY_BYTES before it is in memory; uploads have a cap of their own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == UPLOAD_PATH:
+            await self._app(scope, receive, send)
+            return
+        seen_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal seen_bytes
+            message = await receive()
+            seen_bytes += len(message.get("body", b""))
+            if seen_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the request's body is above {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self._app(scope, counted, send)
+
+
+async def _operator(request: Request) -> None:
+    """Let only the holder of the operator's token pass; compared in constant time."""
+    services: Services = request.app.state.services
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(token.strip().encode(), services.operator_token.encode())
+    if scheme.lower() != "bearer" or not right:
+        message = "this needs the operator's token: give --credentials, the operator.json of the cloud's home"
+        raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+    return _error(status, str(error))
+
+
+async def _http_error(_request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, StarletteHTTPException):
+        raise error
+    return _error(error.status_code, str(error.detail), error.headers)
+
+
+async def _invalid(_request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    faults = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
+    return _error(400, "; ".join(faults[:5]))
+
+
+async def _defect(_request: Request, _raised: Exception) -> JSONResponse:
+    return _error(500, "the cloud has a defect; its log says more")  # the server logs the traceback
+
+
+def _error(status: int, message: str, headers: Mapping[str, Any] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status, dict(headers) if headers else None)

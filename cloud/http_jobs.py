@@ -1,0 +1,137 @@
+"""Routes about bytes and jobs: upload and download blobs, submit, watch and cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Annotated, Any, BinaryIO
+
+import anyio.from_thread
+import anyio.to_thread
+from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import Field
+from starlette.requests import ClientDisconnect
+
+from cloud.http_shared import HEARTBEAT, UPLOAD_PATH, Body, Here, known, stream_lines
+from cloud.services import Services
+from edgefl.config import JobConfig, from_dict
+from edgefl.errors import NotFound, ProtocolError
+from edgefl.protocols.messages import BlobRef
+
+operator = APIRouter()
+
+
+class JobRequest(Body):
+    """A job: a bundle and first parameters that are uploaded already, and its configuration."""
+
+    task: str
+    bundle: BlobRef
+    parameters: BlobRef
+    buffers: list[str] = Field(default_factory=list)
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+@operator.put(UPLOAD_PATH)
+async def upload(request: Request, here: Here, sha256: str | None = None) -> BlobRef:
+    """Store the body as a blob; with `sha256`, only where that is its digest."""
+    incoming = _Upload(request.stream(), sha256, here)
+    announced = request.headers.get("content-length", "0")
+    incoming.refuse_size(int(announced) if announced.isdecimal() else 0)
+    try:
+        return await anyio.to_thread.run_sync(here.blobs.write, incoming.fill)
+    except ClientDisconnect as cause:
+        raise HTTPException(400, "the upload was cut off; nothing was stored") from cause
+
+
+@operator.get(UPLOAD_PATH + "/{sha256}")
+def download(sha256: str, here: Here) -> FileResponse:
+    """Return a blob; ranges are understood."""
+    if not here.blobs.has(sha256):
+        raise NotFound(f"the cloud has no blob {sha256}")
+    return FileResponse(here.blobs.path(sha256), media_type="application/octet-stream")
+
+
+@operator.post("/v1/jobs")
+def submit(body: JobRequest, here: Here) -> dict[str, str]:
+    """Start a job."""
+    config = from_dict(JobConfig, body.config)
+    return {"id": here.jobs.submit(body.task, body.bundle, body.parameters, body.buffers, config)}
+
+
+@operator.get("/v1/jobs")
+def jobs(here: Here) -> list[dict[str, Any]]:
+    """Return every job, the newest first."""
+    return here.jobs.list()
+
+
+@operator.get("/v1/jobs/{job}")
+def job(job: str, here: Here) -> dict[str, Any]:
+    """Return a job with its rounds."""
+    return known(here.jobs.get, job)
+
+
+@operator.post("/v1/jobs/{job}/cancel")
+def cancel(job: str, here: Here) -> dict[str, Any]:
+    """Stop a job."""
+    known(here.jobs.cancel, job)
+    return {"id": job, "state": here.jobs.get(job)["state"]}
+
+
+@operator.get("/v1/jobs/{job}/events")
+def events(request: Request, job: str, here: Here, after: Annotated[int, Query(ge=0)] = 0) -> StreamingResponse:
+    """Stream a line a finished round above `after`, heartbeats between, and the job's end as the last line."""
+    known(here.jobs.get, job)
+    return stream_lines(request, job_lines(here, job, after))
+
+
+def job_lines(here: Services, job: str, seen: int) -> Iterator[Mapping[str, Any]]:
+    """Yield a job's rounds as they finish, then its end."""
+    while True:
+        row = here.jobs.get(job)  # before the rounds: where it has ended, they are all there
+        for outcome in here.jobs.rounds_after(job, seen):
+            seen = max(seen, int(outcome["round"]))
+            yield outcome
+        if row["state"] != "running":
+            yield {"state": row["state"], "error": row["error"], "model": row["model"]}
+            return
+        if not here.jobs.wait(job, seen, here.heartbeat_s):
+            yield HEARTBEAT
+
+
+class _Upload:
+    """A body on its way into a blob: read in the event loop, written in a worker thread, a chunk at a time."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], sha256: str | None, here: Services) -> None:
+        self._chunks = chunks
+        self._sha256 = sha256
+        self._max_bytes = here.max_blob_bytes
+        self._deadline_s = here.chunk_deadline_s
+
+    def fill(self, file: BinaryIO) -> None:
+        """Write everything that comes; raises before the blob exists."""
+        digest, size = hashlib.sha256(), 0
+        while (chunk := anyio.from_thread.run(self._next)) is not None:
+            size += len(chunk)
+            self.refuse_size(size)
+            digest.update(chunk)
+            file.write(chunk)
+        if self._sha256 not in {None, digest.hexdigest()}:
+            raise ProtocolError(
+                f"the bytes that came have SHA-256 {digest.hexdigest()[:16]}..., announced was "
+                f"{str(self._sha256)[:16]}...; nothing was stored, send them again"
+            )
+
+    def refuse_size(self, size: int) -> None:
+        """Raise for more bytes than a blob may have."""
+        if size > self._max_bytes:
+            raise HTTPException(413, f"a blob may have {self._max_bytes} bytes at most; nothing was stored")
+
+    async def _next(self) -> bytes | None:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await anext(self._chunks, None)
+        except TimeoutError as cause:
+            message = f"no bytes came for {self._deadline_s:g} s; nothing was stored"
+            raise HTTPException(408, message) from cause

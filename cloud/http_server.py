@@ -1,0 +1,64 @@
+"""uvicorn inside the cloud's own event loop, over TLS 1.3, with no hand on the process's signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from edgefl.errors import HomeError
+
+STOP_GRACE_S = 1
+MAX_CONNECTIONS = 1000
+STOP_S = 10.0
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to the process that it is part of."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def serve_http(app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None) -> AsyncIterator[int]:
+    """Serve while the block runs, and give its port; port 0 takes a free one.
+
+    Raises HomeError for an address that cannot be had.
+    """
+    listener = _listen(host, port)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        server_header=False,
+        ssl_context_factory=(lambda _config, _default: context) if context else None,
+        timeout_graceful_shutdown=STOP_GRACE_S,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve([listener]), name="https")
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        async with asyncio.timeout(STOP_S):
+            await serving
+        listener.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as cause:
+        raise HomeError(f"cannot listen on {host}:{port}: {cause.strerror}. Choose another --http-port") from cause
+    return listener
