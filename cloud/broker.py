@@ -95,18 +95,16 @@ class EmbeddedBroker:
             started.set_exception(fault)
 
     async def _serve(self, started: Future[int]) -> None:
-        from cloud.broker_gate import Gate, make_broker  # amqtt, only where a broker is wanted
+        from cloud.broker_gate import Gate  # and with it amqtt, only where a broker is wanted
 
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        broker = make_broker()
-        await broker.start()
-        self._gate = gate = Gate(broker, secure=self._identity is not None, is_known=self._is_known)
+        self._gate = gate = Gate(secure=self._identity is not None, is_known=self._is_known)
+        await gate.start()
         server = await self._listen(gate)
         started.set_result(server.sockets[0].getsockname()[1])
         await self._stopping.wait()
         server.close()
         await gate.close(STOP_S)
-        await asyncio.wait_for(broker.shutdown(), STOP_S)
 
     async def _listen(self, gate: Gate) -> asyncio.Server:
         tls: dict[str, Any] = {}

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cloud.mqtt_wire import MAX_PACKET_BYTES
 from edgefl.errors import ConfigError
 from edgefl.home import replace_file
-from edgefl.protocols.messages import MAX_MESSAGE_BYTES
 from edgefl.protocols.tls import CLOUD_NAME, Identity
 from edgefl.protocols.topics import ROOT, UP_KINDS
 
 CONFIG_FILE, ACL_FILE = "mosquitto.conf", "acl"
-MAX_PACKET_BYTES = MAX_MESSAGE_BYTES + 1024  # a topic and the headers
 MAX_QUEUED = 100_000  # to one client: as many retained states as a large fleet has devices
 
 _CONFIG = """\

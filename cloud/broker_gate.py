@@ -2,27 +2,30 @@
 
 Why not amqtt's own listener (as of 0.12): it only asks for a certificate, deletes the session of any
 client id that a stranger names before it has looked at rights, publishes wills unasked, sends each new
-client the retained messages of everybody's subscriptions, keeps the dead past their keep-alive, and
-reads packets of 256 MB. So we listen ourselves, by TLS 1.3 with our CA's certificates only, and hand
-amqtt checked connections through its adapters for external listeners; its plugins ask for topic rights.
+client the retained messages of everybody's subscriptions, keeps the dead past their keep-alive, reads
+packets of 256 MB, queues without bound, and on DISCONNECT loses what it had acknowledged. So we listen
+ourselves, by TLS 1.3 with our CA's certificates only, and hand amqtt checked connections through its
+adapters for external listeners; its plugins ask for topic rights.
 
 Invariants: user name and client id are the certificate's CN, whatever the client says; a name has one
 connection, and the will of the former goes out before the latter is let in; no PUBLISH leaves on a
-topic that its receiver may not read.  MQTT 3.1.1, sections 2.2, 3.1 and 3.3.
+topic that its receiver may not read; what was acknowledged is delivered before the connection ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
+from cloud import mqtt_wire
 from edgefl.errors import MissingExtra, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
-from edgefl.protocols.messages import MAX_MESSAGE_BYTES
 from edgefl.protocols.tls import CLOUD_NAME, common_name
 
 try:
@@ -34,151 +37,84 @@ try:
 except ImportError as cause:
     raise MissingExtra("the embedded broker", "broker") from cause
 
-MAX_PACKET_BYTES = MAX_MESSAGE_BYTES + 1024  # a topic and the headers
 CONNECT_S = 10.0  # to say CONNECT after the handshake
 WRITE_S = 10.0  # for a receiver to make room
+DRAIN_S = 5.0  # for amqtt to deliver what a client sent before it left
+MAX_UNDELIVERED = 1000  # messages of one client inside amqtt; then it is not read for a while
 LONGEST_KEEPALIVE_S = 300
 LISTENER = "default"
 
-_CONNECT, _PUBLISH = 1, 3
-_WILL, _PASSWORD, _USER, _CLEAN = 0x04, 0x40, 0x80, 0x02
-_NOT_AUTHORIZED = b"\x20\x02\x00\x05"
 
 _SHOUTERS = ("amqtt", "transitions")  # they log every packet at INFO
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Connect:
-    """What a client asks for in its CONNECT."""
-
-    flags: int
-    keepalive_s: int
-    user: str
-    will_topic: str | None
-    will: tuple[bytes, ...]  # topic and message as they came
-
-    def as_client(self, name: str) -> bytes:
-        """Return the CONNECT for amqtt: a clean session of this name; keep-alive is watched here."""
-        flags = self.flags & ~_PASSWORD | _USER | _CLEAN
-        fields = (name.encode(), *self.will, name.encode())
-        body = b"\0\4MQTT\4" + bytes([flags, 0, 0]) + b"".join(len(one).to_bytes(2) + one for one in fields)
-        return bytes([_CONNECT << 4]) + _varint(len(body)) + body
-
-
-def parse_connect(packet: bytes) -> Connect:
-    """Return the CONNECT that a packet is; raises ProtocolError."""
-    _, start = _remaining_length(packet)
-    body = packet[start:]
-    if packet[0] >> 4 != _CONNECT or body[:7] != b"\0\4MQTT\4" or len(body) < 10:
-        raise ProtocolError("the first packet is not an MQTT 3.1.1 CONNECT")
-    flags, fields = body[7], _fields(body[10:])
-    num_will = 2 if flags & _WILL else 0
-    if len(fields) != 1 + num_will + bool(flags & _USER) + bool(flags & _PASSWORD):
-        raise ProtocolError("the CONNECT's fields are not those that its flags announce")
-    try:
-        user = fields[1 + num_will].decode() if flags & _USER else ""
-        will_topic = fields[1].decode() if num_will else None
-    except UnicodeDecodeError as cause:
-        raise ProtocolError("the CONNECT holds text that is not UTF-8") from cause
-    return Connect(
-        flags=flags,
-        keepalive_s=int.from_bytes(body[8:10]),
-        user=user,
-        will_topic=will_topic,
-        will=tuple(fields[1 : 1 + num_will]),
-    )
-
-
-def publish_topic(packet: bytes) -> str | None:
-    """Return the topic of a PUBLISH; None for any other packet."""
-    if packet[0] >> 4 != _PUBLISH:
-        return None
-    _, start = _remaining_length(packet)
-    size = int.from_bytes(packet[start : start + 2])
-    return packet[start + 2 : start + 2 + size].decode(errors="replace")
-
-
-async def read_packet(stream: asyncio.StreamReader) -> bytes:
-    """Return the next whole packet; raises ProtocolError for one that is too large, IncompleteReadError at the end."""
-    head = await stream.readexactly(2)
-    while head[-1] & 0x80 and len(head) < 5:
-        head += await stream.readexactly(1)
-    size, _ = _remaining_length(head)
-    if size > MAX_PACKET_BYTES:
-        raise ProtocolError(f"packet of {size} bytes; at most {MAX_PACKET_BYTES} are allowed")
-    return head + await stream.readexactly(size)
-
-
-def _remaining_length(packet: bytes) -> tuple[int, int]:
-    """Return the length that a packet's header announces, and where what it counts begins."""
-    size = 0
-    for at, byte in enumerate(packet[1:5]):
-        size |= (byte & 0x7F) << 7 * at
-        if not byte & 0x80:
-            return size, at + 2
-    raise ProtocolError("a packet's length does not end within four bytes")
-
-
-def _varint(size: int) -> bytes:
-    out = bytearray()
-    while size > 0x7F:
-        out.append(size & 0x7F | 0x80)
-        size >>= 7
-    return bytes([*out, size])
-
-
-def _fields(data: bytes) -> list[bytes]:
-    fields, at = [], 0
-    while at < len(data):
-        end = at + 2 + int.from_bytes(data[at : at + 2])
-        if at + 2 > len(data) or end > len(data):
-            raise ProtocolError("a field of the CONNECT is longer than its packet")
-        fields.append(data[at + 2 : end])
-        at = end
-    return fields
-
-
 class GatedReader(ReaderAdapter):  # type: ignore[misc]  # amqtt ships no types
-    """Gives amqtt one client's packets, whole ones only; the stream ends with the first fault."""
+    """Gives amqtt one client's packets, whole and sane ones only; the stream ends with the first fault."""
 
-    def __init__(self, name: str, stream: asyncio.StreamReader, connect: Connect) -> None:
+    def __init__(self, name: str, stream: asyncio.StreamReader, connect: mqtt_wire.Connect) -> None:
         self._name = name
         self._stream = stream
         self._silence_s = 1.5 * min(connect.keepalive_s or LONGEST_KEEPALIVE_S, LONGEST_KEEPALIVE_S)
         self._packet, self._at = connect.as_client(name), 0
         self._ended = False
+        self._undelivered = 0
+        self._delivered = asyncio.Event()
 
     async def read(self, n: int = -1) -> bytes:
         if self._at == len(self._packet):
             await self._next_packet()
         end = self._at + n if n >= 0 else len(self._packet)
         if end > len(self._packet):
-            self._end("a packet ends before its fields do")
+            await self._end("a packet ends before its fields do")
         chunk, self._at = self._packet[self._at : end], end
         return chunk
 
     def feed_eof(self) -> None:
         self._ended = True
 
+    def note_delivery(self) -> None:
+        """One PUBLISH of this client has left amqtt's queue."""
+        self._undelivered -= 1
+        self._delivered.set()
+
     async def _next_packet(self) -> None:
+        if mqtt_wire.kind(self._packet) == mqtt_wire.DISCONNECT:
+            await asyncio.sleep(DRAIN_S)  # amqtt ends the reading; the end of the stream would call out the will
+            self._ended = True
         if self._ended:
             raise asyncio.IncompleteReadError(b"", 1)
         try:
             async with asyncio.timeout(self._silence_s):
-                self._packet, self._at = await read_packet(self._stream), 0
-        except ProtocolError as fault:
-            self._end(str(fault))
+                packet = await mqtt_wire.read_packet(self._stream)
+            if mqtt_wire.kind(packet) == mqtt_wire.PUBLISH:
+                mqtt_wire.check_publish(packet)
+                await self._deliver_down_to(MAX_UNDELIVERED)
+                self._undelivered += 1
+            elif mqtt_wire.kind(packet) == mqtt_wire.DISCONNECT:
+                await self._deliver_down_to(0)
+        except (ProtocolError, OSError) as fault:
+            await self._end(str(fault))
         except TimeoutError:
-            self._end(f"nothing was heard for {self._silence_s:g} s")
-        except OSError as fault:
-            self._end(str(fault))
+            await self._end(f"nothing was heard for {self._silence_s:g} s")
+        except asyncio.IncompleteReadError:
+            await self._end("")
+        self._packet, self._at = packet, 0
 
-    def _end(self, reason: str) -> None:
-        event(_log, logging.WARNING, "broker.closed", device=self._name, reason=reason)
+    async def _deliver_down_to(self, limit: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self._undelivered > limit:
+                    self._delivered.clear()
+                    await self._delivered.wait()
+
+    async def _end(self, reason: str) -> NoReturn:
+        if reason:
+            event(_log, logging.WARNING, "broker.closed", device=self._name, reason=reason)
+        await self._deliver_down_to(0)
         self._ended = True
-        self._packet, self._at = b"", 0
+        self._at = len(self._packet)
         raise asyncio.IncompleteReadError(b"", 1)
 
 
@@ -190,9 +126,9 @@ class GatedWriter(WriterAdapter):  # type: ignore[misc]  # amqtt ships no types
         self._stream = stream
 
     def write(self, data: bytes) -> None:
-        topic = publish_topic(data)
-        readable = topic is None or topics.allowed(self._name, topic, publish=False)
-        if readable and not self._stream.is_closing():
+        if self._stream.is_closing():
+            return
+        if mqtt_wire.kind(data) != mqtt_wire.PUBLISH or self._may_read(mqtt_wire.publish_topic(data)):
             self._stream.write(data)
 
     async def drain(self) -> None:
@@ -214,6 +150,9 @@ class GatedWriter(WriterAdapter):  # type: ignore[misc]  # amqtt ships no types
     async def close(self) -> None:
         self._stream.close()
 
+    def _may_read(self, topic: str) -> bool:
+        return topics.allowed(self._name, topic, publish=False)
+
 
 class ClientAuth(BaseAuthPlugin):  # type: ignore[misc]  # amqtt ships no types
     """The gate has checked who it is; a session that did not come through it has no name."""
@@ -225,10 +164,16 @@ class ClientAuth(BaseAuthPlugin):  # type: ignore[misc]  # amqtt ships no types
 class TopicRights(BaseTopicPlugin):  # type: ignore[misc]  # amqtt ships no types
     """A device publishes and reads its own topics only, by `topics.allowed`."""
 
+    @dataclass
+    class Config:
+        gate: Any  # the Gate whose amqtt this is
+
     async def topic_filtering(
         self, *, session: Session | None = None, topic: str | None = None, action: Action | None = None
     ) -> bool:
         name = str(session.username) if session else ""
+        if session and action == Action.PUBLISH:
+            self.config.gate.note_delivery((session.remote_address, session.remote_port))
         if topics.allowed(name, topic or "", publish=action == Action.PUBLISH):
             return True
         event(_log, logging.WARNING, "broker.refused", device=name, action=action, topic=topic)
@@ -236,38 +181,44 @@ class TopicRights(BaseTopicPlugin):  # type: ignore[misc]  # amqtt ships no type
 
 
 class Gate:
-    """Accepts connections in the broker's event loop, and owns them."""
+    """Accepts connections in the broker's event loop, owns them, and owns amqtt behind."""
 
-    def __init__(self, broker: Broker, *, secure: bool, is_known: Callable[[str], bool]) -> None:
-        self._broker = broker
+    def __init__(self, *, secure: bool, is_known: Callable[[str], bool]) -> None:
         self._secure = secure
         self._is_known = is_known
+        self._broker = _make_broker(self)
         self._open: dict[str, tuple[asyncio.Task[None], asyncio.StreamWriter]] = {}
+        self._readers: dict[tuple[str, int], GatedReader] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        await self._broker.start()
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
-        task = _this_task()
+        task, peer, name = _this_task(), _peer(writer), ""
         self._tasks.add(task)
-        name = ""
         try:
             async with asyncio.timeout(CONNECT_S):
-                connect = parse_connect(await read_packet(reader))
+                connect = mqtt_wire.parse_connect(await mqtt_wire.read_packet(reader))
             name = self._name(writer, connect)
             self._check(name, connect)
             await self._take_over(name, task, writer)
-            gated = GatedReader(name, reader, connect), GatedWriter(name, writer)
-            await self._broker.external_connected(*gated, LISTENER)
+            self._readers[peer] = GatedReader(name, reader, connect)
+            await self._broker.external_connected(self._readers[peer], GatedWriter(name, writer), LISTENER)
         except ProtocolError as fault:
-            event(_log, logging.WARNING, "broker.refused", device=name, peer=_peer(writer)[0], reason=fault)
-            writer.write(_NOT_AUTHORIZED)
+            event(_log, logging.WARNING, "broker.refused", device=name, peer=peer[0], reason=fault)
+            writer.write(mqtt_wire.NOT_AUTHORIZED)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as fault:
-            event(_log, logging.DEBUG, "broker.lost", device=name, peer=_peer(writer)[0], reason=repr(fault))
+            event(_log, logging.DEBUG, "broker.lost", device=name, peer=peer[0], reason=repr(fault))
         finally:
-            if self._open.get(name, (None,))[0] is task:
-                del self._open[name]
-            self._tasks.discard(task)
+            self._leave(name, task, peer)
             writer.close()
+
+    def note_delivery(self, peer: tuple[str, int]) -> None:
+        """Amqtt has taken up a message that came from this peer."""
+        if peer in self._readers:
+            self._readers[peer].note_delivery()
 
     def drop(self, name: str) -> None:
         """End a client's connection, if it has one."""
@@ -275,19 +226,26 @@ class Gate:
             self._open[name][1].transport.abort()
 
     async def close(self, timeout_s: float) -> None:
-        """End all connections."""
+        """End all connections, then amqtt."""
         for _, writer in self._open.values():
             writer.transport.abort()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
+        await asyncio.wait_for(self._broker.shutdown(), timeout_s)
 
-    def _name(self, writer: asyncio.StreamWriter, connect: Connect) -> str:
+    def _leave(self, name: str, task: asyncio.Task[None], peer: tuple[str, int]) -> None:
+        self._tasks.discard(task)
+        self._readers.pop(peer, None)
+        if name in self._open and self._open[name][0] is task:
+            del self._open[name]
+
+    def _name(self, writer: asyncio.StreamWriter, connect: mqtt_wire.Connect) -> str:
         if not self._secure:
             return connect.user
         certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
         return common_name(certificate) if certificate else ""
 
-    def _check(self, name: str, connect: Connect) -> None:
+    def _check(self, name: str, connect: mqtt_wire.Connect) -> None:
         """Raise ProtocolError unless this client may connect so."""
         if name != CLOUD_NAME:
             if not topics.valid_device_name(name):
@@ -307,15 +265,17 @@ class Gate:
             await asyncio.wait({former[0]}, timeout=CONNECT_S)
 
 
-def make_broker() -> Broker:
-    """Return amqtt with our plugins and no socket of its own; to be called in the loop that runs it."""
+def _make_broker(gate: Gate) -> Broker:
+    """Return amqtt with our plugins and no socket of its own."""
     for name in _SHOUTERS:
         if logging.getLogger(name).level == logging.NOTSET:
             logging.getLogger(name).setLevel(logging.WARNING)
-    plugins: dict[str, dict[str, object]] = {
-        f"{one.__module__}.{one.__qualname__}": {} for one in (ClientAuth, TopicRights)
-    }
+    plugins: dict[str, dict[str, object]] = {_path(ClientAuth): {}, _path(TopicRights): {"gate": gate}}
     return Broker(BrokerConfig(listeners={LISTENER: ListenerConfig(type=ListenerType.EXTERNAL)}, plugins=plugins))
+
+
+def _path(plugin: type) -> str:
+    return f"{plugin.__module__}.{plugin.__qualname__}"
 
 
 def _this_task() -> asyncio.Task[None]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,6 +18,7 @@ import pytest
 from cloud.broker import EmbeddedBroker
 from cloud.broker_config import write_broker_config
 from edgefl.protocols import tls
+from edgefl.protocols.mqtt import LinkConfig, MqttLink, Will
 from edgefl.protocols.tls import Identity
 
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
@@ -113,3 +115,42 @@ def broker(request: pytest.FixtureRequest, fleet_ca: FleetCA, free_port: int) ->
     one.start()
     yield one
     one.stop()
+
+
+class Peer:
+    """An MQTT client with an inbox; connected when it is made, or `link.reason` says why not."""
+
+    def __init__(self, config: LinkConfig, timeout_s: float = 5.0) -> None:
+        self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self.connects: queue.Queue[None] = queue.Queue()
+        self.link = MqttLink(
+            config,
+            on_message=lambda topic, payload: self.inbox.put((topic, payload)),
+            on_connect=lambda: self.connects.put(None),
+        )
+        self.link.start()
+        self.connected = self.link.wait_connected(timeout_s)
+
+    def next(self, timeout_s: float = 5.0) -> tuple[str, bytes]:
+        return self.inbox.get(timeout=timeout_s)
+
+
+@pytest.fixture
+def peer(broker: EmbeddedBroker | Mosquitto, fleet_ca: FleetCA) -> Iterator[Callable[..., Peer]]:
+    """`peer(name, *filters)`: a connected client of `broker` that subscribes to the filters."""
+    peers: list[Peer] = []
+
+    def connect(
+        name: str, *filters: str, identity: Identity | None = None, will: Will | None = None, timeout_s: float = 5.0
+    ) -> Peer:
+        known = fleet_ca.cloud if name == "cloud" else fleet_ca.device(name)
+        subscriptions = [(one, 1) for one in filters]
+        config = LinkConfig(
+            url=broker.url, client_id=name, identity=identity or known, subscriptions=subscriptions, will=will
+        )
+        peers.append(Peer(config, timeout_s))
+        return peers[-1]
+
+    yield connect
+    for one in peers:
+        one.link.close(flush_s=0.2)

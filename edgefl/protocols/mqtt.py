@@ -96,6 +96,17 @@ def _nothing(*_: object) -> None:
     pass
 
 
+class _ClosingSocket(ssl.SSLSocket):
+    """Closes itself where its handshake fails; paho would leave it open."""
+
+    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002  # as in SSLSocket
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
+
+
 class MqttLink:
     """A connection that comes back. All handlers run in the link's thread, none may call `close`.
 
@@ -269,7 +280,9 @@ class MqttLink:
         host, port, secure = parse_url(config.url)
         client = paho.Client(CallbackAPIVersion.VERSION2, config.client_id, clean_session=True)
         if secure and config.identity is not None:
-            client.tls_set_context(client_context(config.identity.ca, config.identity))
+            context = client_context(config.identity.ca, config.identity)
+            context.sslsocket_class = _ClosingSocket
+            client.tls_set_context(context)
         else:
             client.username_pw_set(config.client_id)
         client.max_queued_messages_set(MAX_QUEUED)

@@ -1,0 +1,123 @@
+"""The few MQTT 3.1.1 packets that the embedded broker's gate looks into, as bytes.
+
+Invariant: whatever the bytes, a function here returns or raises ProtocolError.
+MQTT 3.1.1, sections 2.2 (header), 3.1 (CONNECT) and 3.3 (PUBLISH).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from edgefl.errors import ProtocolError
+from edgefl.protocols.messages import MAX_MESSAGE_BYTES
+
+MAX_PACKET_BYTES = MAX_MESSAGE_BYTES + 1024  # a topic and the headers
+CONNECT, PUBLISH, DISCONNECT = 1, 3, 14
+NOT_AUTHORIZED = b"\x20\x02\x00\x05"  # a CONNACK
+
+_WILL, _PASSWORD, _USER, _CLEAN = 0x04, 0x40, 0x80, 0x02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connect:
+    """What a client asks for in its CONNECT."""
+
+    flags: int
+    keepalive_s: int
+    user: str
+    will_topic: str | None
+    will: tuple[bytes, ...]  # topic and message as they came
+
+    def as_client(self, name: str) -> bytes:
+        """Return the CONNECT for amqtt: a clean session of this name; keep-alive is watched here."""
+        flags = self.flags & ~_PASSWORD | _USER | _CLEAN
+        fields = (name.encode(), *self.will, name.encode())
+        body = b"\0\4MQTT\4" + bytes([flags, 0, 0]) + b"".join(len(one).to_bytes(2) + one for one in fields)
+        return bytes([CONNECT << 4]) + _varint(len(body)) + body
+
+
+def parse_connect(packet: bytes) -> Connect:
+    """Return the CONNECT that a packet is; raises ProtocolError."""
+    _, start = _remaining_length(packet)
+    body = packet[start:]
+    if kind(packet) != CONNECT or body[:7] != b"\0\4MQTT\4" or len(body) < 10:
+        raise ProtocolError("the first packet is not an MQTT 3.1.1 CONNECT")
+    flags, fields = body[7], _fields(body[10:])
+    num_will = 2 if flags & _WILL else 0
+    if len(fields) != 1 + num_will + bool(flags & _USER) + bool(flags & _PASSWORD):
+        raise ProtocolError("the CONNECT's fields are not those that its flags announce")
+    try:
+        user = fields[1 + num_will].decode() if flags & _USER else ""
+        will_topic = fields[1].decode() if num_will else None
+    except UnicodeDecodeError as cause:
+        raise ProtocolError("the CONNECT holds text that is not UTF-8") from cause
+    return Connect(
+        flags=flags,
+        keepalive_s=int.from_bytes(body[8:10]),
+        user=user,
+        will_topic=will_topic,
+        will=tuple(fields[1 : 1 + num_will]),
+    )
+
+
+def kind(packet: bytes) -> int:
+    """Return a packet's type: CONNECT, PUBLISH, DISCONNECT or another."""
+    return packet[0] >> 4
+
+
+def publish_topic(packet: bytes) -> str:
+    """Return the topic of a PUBLISH; what is not UTF-8 in it is replaced."""
+    _, start = _remaining_length(packet)
+    size = int.from_bytes(packet[start : start + 2])
+    return packet[start + 2 : start + 2 + size].decode(errors="replace")
+
+
+def check_publish(packet: bytes) -> None:
+    """Raise ProtocolError for a PUBLISH that amqtt would trip over, and for QoS 2, which nobody speaks here."""
+    qos, repeated = packet[0] >> 1 & 3, packet[0] & 8
+    if qos > 1 or (repeated and not qos):
+        raise ProtocolError(f"a PUBLISH with flags {packet[0] & 15:#x}: QoS 0 and 1 are spoken here")
+    topic = publish_topic(packet)
+    if not topic or topic.startswith("$") or set(topic) & set("+#\0\ufffd"):
+        raise ProtocolError(f"{topic!r} is no topic to publish on")
+
+
+async def read_packet(stream: asyncio.StreamReader) -> bytes:
+    """Return the next whole packet; raises ProtocolError for one that is too large, IncompleteReadError at the end."""
+    head = await stream.readexactly(2)
+    while head[-1] & 0x80 and len(head) < 5:
+        head += await stream.readexactly(1)
+    size, _ = _remaining_length(head)
+    if size > MAX_PACKET_BYTES:
+        raise ProtocolError(f"packet of {size} bytes; at most {MAX_PACKET_BYTES} are allowed")
+    return head + await stream.readexactly(size)
+
+
+def _remaining_length(packet: bytes) -> tuple[int, int]:
+    """Return the length that a packet's header announces, and where what it counts begins."""
+    size = 0
+    for at, byte in enumerate(packet[1:5]):
+        size |= (byte & 0x7F) << 7 * at
+        if not byte & 0x80:
+            return size, at + 2
+    raise ProtocolError("a packet's length does not end within four bytes")
+
+
+def _varint(size: int) -> bytes:
+    out = bytearray()
+    while size > 0x7F:
+        out.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([*out, size])
+
+
+def _fields(data: bytes) -> list[bytes]:
+    fields, at = [], 0
+    while at < len(data):
+        end = at + 2 + int.from_bytes(data[at : at + 2])
+        if at + 2 > len(data) or end > len(data):
+            raise ProtocolError("a field of the CONNECT is longer than its packet")
+        fields.append(data[at + 2 : end])
+        at = end
+    return fields

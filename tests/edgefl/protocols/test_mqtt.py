@@ -1,0 +1,231 @@
+"""The link against real brokers: it comes back, it loses nothing silently, it ends when told to."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import resource
+import socket
+import threading
+import time
+
+import pytest
+
+from edgefl.errors import CloudUnreachable, ConfigError, ProtocolError
+from edgefl.protocols import mqtt
+from edgefl.protocols.messages import MAX_MESSAGE_BYTES
+from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
+
+UP = "edgefl/v1/up/cam-1/state"
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("mqtts://broker.example:1234", ("broker.example", 1234, True)),
+        ("mqtts://broker.example", ("broker.example", 8883, True)),
+        ("mqtt://127.0.0.1:1", ("127.0.0.1", 1, False)),
+        ("mqtt://localhost", ("localhost", 1883, False)),
+        ("mqtts://[::1]:5", ("::1", 5, True)),
+    ],
+)
+def test_a_broker_url_by_hand(url: str, parts: tuple[str, int, bool]) -> None:
+    assert parse_url(url) == parts
+
+
+@pytest.mark.parametrize(
+    "url", ["broker:8883", "https://broker:8883", "mqtts://", "mqtts://b:port", "mqtts://b:99999", "mqtts://b/x",
+            "mqtt://broker.example:1883", "mqtt://0.0.0.0:1883"],
+)  # fmt: skip
+def test_another_url_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="broker"):
+        parse_url(url)
+
+
+def test_tls_and_certificate_go_together(fleet_ca) -> None:
+    with pytest.raises(ConfigError, match="enrol"):
+        LinkConfig(url="mqtts://localhost", client_id="cam-1")
+    with pytest.raises(ConfigError, match="mqtts"):
+        LinkConfig(url="mqtt://localhost", client_id="cam-1", identity=fleet_ca.device("cam-1"))
+    with pytest.raises(ConfigError, match="keepalive"):
+        LinkConfig(url="mqtt://localhost", client_id="cam-1", keepalive_s=0)
+
+
+def test_messages_pass_both_ways_in_order(peer) -> None:
+    cloud, device = peer("cloud", "edgefl/v1/up/+/+"), peer("cam-1", "edgefl/v1/down/cam-1/+", "edgefl/v1/all/#")
+    for number in range(50):
+        device.link.publish(UP, b"%d" % number)
+    assert [cloud.next() for _ in range(50)] == [(UP, b"%d" % number) for number in range(50)]
+    cloud.link.publish("edgefl/v1/down/cam-1/job", b"plan")
+    cloud.link.publish("edgefl/v1/all/round", b"1")
+    assert [device.next(), device.next()] == [("edgefl/v1/down/cam-1/job", b"plan"), ("edgefl/v1/all/round", b"1")]
+
+
+def test_the_largest_message_passes_and_a_larger_one_is_refused_before_it_is_sent(peer) -> None:
+    cloud, device = peer("cloud", "edgefl/v1/up/+/+"), peer("cam-1")
+    with pytest.raises(ProtocolError, match=str(MAX_MESSAGE_BYTES)):
+        device.link.publish(UP, bytes(MAX_MESSAGE_BYTES + 1))
+    device.link.publish(UP, bytes(MAX_MESSAGE_BYTES))
+    assert len(cloud.next()[1]) == MAX_MESSAGE_BYTES
+
+
+def test_after_a_broker_restart_the_link_is_back_within_5_s_and_subscribed(broker, peer) -> None:
+    cloud, device = peer("cloud", "edgefl/v1/up/+/+"), peer("cam-1")
+    for one in (cloud, device):
+        one.connects.get(timeout=5)
+    broker.stop()
+    device.link.publish(UP, b"said while the broker was away")
+    broker.start()
+    restarted_s = time.monotonic()
+    for one in (cloud, device):
+        one.connects.get(timeout=5)
+    assert time.monotonic() - restarted_s < 5
+    device.link.publish(UP, b"said after")
+    while cloud.next()[1] != b"said after":
+        pass
+
+
+def test_what_is_said_before_the_broker_is_there_arrives(broker, peer, fleet_ca) -> None:
+    cloud = peer("cloud", "edgefl/v1/up/+/+")
+    link = MqttLink(LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1")))
+    link.publish(UP, b"early")
+    link.start()
+    assert cloud.next() == (UP, b"early")
+    link.close()
+
+
+def test_close_gives_what_is_queued_time_to_arrive_and_no_will_follows(peer) -> None:
+    cloud, device = peer("cloud", "edgefl/v1/up/+/+"), peer("cam-1", will=lambda: (UP, b"died"))
+    for number in range(30):
+        device.link.publish(UP, b"%d" % number)
+    device.link.close()
+    assert [cloud.next()[1] for _ in range(30)] == [b"%d" % number for number in range(30)]
+    other = peer("cam-2")
+    other.link.publish("edgefl/v1/up/cam-2/state", b"fence")
+    assert cloud.next()[1] == b"fence"
+    with pytest.raises(CloudUnreachable, match="closed"):
+        device.link.publish(UP, b"too late")
+
+
+def test_a_certificate_of_another_ca_is_refused_by_both_sides(broker, fleet_ca, strange_ca, peer) -> None:
+    stranger = strange_ca.device("cam-1")
+    distrusts = peer("cam-1", identity=stranger, timeout_s=0.5)
+    assert not distrusts.connected
+    assert "certificate verify failed" in distrusts.link.reason.lower()
+    forged = type(stranger)(stranger.key, stranger.cert, fleet_ca.cloud.ca)  # trusts us, but is of another CA
+    refused = peer("cam-1", identity=forged, timeout_s=0.5)
+    assert not refused.connected
+    assert refused.link.reason
+
+
+def test_the_brokers_certificate_must_be_for_the_host_we_asked(free_port, fleet_ca) -> None:
+    from cloud.broker import EmbeddedBroker
+    from edgefl.protocols import tls
+
+    folder = fleet_ca.folder / "other-host"
+    folder.mkdir()
+    elsewhere = tls.Identity(folder / "key.pem", folder / "cert.pem", fleet_ca.folder / "ca.pem")
+    tls.issue_server(fleet_ca.folder, elsewhere, ["broker.example"])
+    config = LinkConfig(url=f"mqtts://127.0.0.1:{free_port}", client_id="cam-1", identity=fleet_ca.device("cam-1"))
+    with EmbeddedBroker(elsewhere, "127.0.0.1", free_port), MqttLink(config) as link:
+        assert not link.wait_connected(0.5)
+        assert "IP address mismatch" in link.reason
+
+
+def test_a_bad_message_is_logged_and_the_link_goes_on(peer, broker, fleet_ca, caplog) -> None:
+    heard: queue.Queue[bytes] = queue.Queue()
+
+    def hear(topic: str, payload: bytes) -> None:
+        if payload == b"bad":
+            raise ProtocolError("no sense in it")
+        heard.put(payload)
+
+    device = peer("cam-1")
+    config = LinkConfig(
+        url=broker.url, client_id="cloud", identity=fleet_ca.cloud, subscriptions=[("edgefl/v1/up/+/+", 1)]
+    )
+    with MqttLink(config, on_message=hear) as link:
+        assert link.wait_connected(5)
+        device.link.publish(UP, b"bad")
+        device.link.publish(UP, b"good")
+        assert heard.get(timeout=5) == b"good"
+    [line] = [one for one in caplog.records if "mqtt.bad_message" in one.message]
+    assert line.levelno == logging.WARNING
+    assert UP in line.message
+    assert "no sense in it" in line.message
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_faulty_handler_ends_the_link_loudly(peer, broker, fleet_ca) -> None:
+    failures: queue.Queue[BaseException] = queue.Queue()
+
+    def stumble(topic: str, payload: bytes) -> None:
+        raise ZeroDivisionError
+
+    device = peer("cam-1")
+    config = LinkConfig(
+        url=broker.url, client_id="cloud", identity=fleet_ca.cloud, subscriptions=[("edgefl/v1/up/+/+", 1)]
+    )
+    with MqttLink(config, on_message=stumble, on_failure=failures.put) as link:
+        assert link.wait_connected(5)
+        device.link.publish(UP, b"anything")
+        assert isinstance(failures.get(timeout=5), ZeroDivisionError)
+        with pytest.raises(CloudUnreachable, match="ZeroDivisionError"):
+            link.publish("edgefl/v1/all/round", b"")
+        with pytest.raises(CloudUnreachable, match="ZeroDivisionError"):
+            link.wait_connected(5)
+
+
+def test_a_full_queue_is_said_not_swallowed(free_port, monkeypatch) -> None:
+    monkeypatch.setattr(mqtt, "MAX_QUEUED", 3)
+    with MqttLink(LinkConfig(url=f"mqtt://127.0.0.1:{free_port}", client_id="cam-1")) as link:
+        for _ in range(3):
+            link.publish(UP, b"kept")
+        with pytest.raises(CloudUnreachable, match="3 messages wait"):
+            link.publish(UP, b"one too many")
+        link.publish(UP, b"telemetry may be lost", qos=0)
+
+
+def test_an_absent_broker_is_named_once_and_close_does_not_hang(free_port, caplog) -> None:
+    with MqttLink(LinkConfig(url=f"mqtt://127.0.0.1:{free_port}", client_id="cam-1")) as link:
+        assert not link.wait_connected(1.2)  # three attempts
+        assert "refused" in link.reason
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 1
+    assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1
+    assert not [one for one in threading.enumerate() if one.name == "mqtt-cam-1"]
+
+
+def test_a_broker_that_takes_calls_and_says_nothing_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"mqtt://127.0.0.1:{mute.getsockname()[1]}"
+        with MqttLink(LinkConfig(url=url, client_id="cam-1", keepalive_s=1)) as link:
+            mute.settimeout(10)
+            first, _ = mute.accept()
+            second, _ = mute.accept()  # it dialled again
+            first.close()
+            second.close()
+            assert not link.wait_connected(0)
+
+
+def test_a_link_that_was_never_started_closes() -> None:
+    link = MqttLink(LinkConfig(url="mqtt://127.0.0.1:9", client_id="cam-1"))
+    link.close()
+    link.close()
+
+
+def test_a_process_with_more_than_1024_open_files_still_has_a_link(peer, broker) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    files = [open("/dev/null", "rb") for _ in range(1100)]  # noqa: SIM115, PTH123
+    try:
+        device = peer("cam-1", "edgefl/v1/down/cam-1/+")
+        assert device.connected
+        peer("cloud").link.publish("edgefl/v1/down/cam-1/job", b"plan")
+        assert device.next()[1] == b"plan"
+    finally:
+        for file in files:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
