@@ -1,0 +1,211 @@
+"""`edgefl agent doctor`: looks at everything an agent needs and says what is wrong and what to do.
+
+It changes nothing, and what cannot be looked at for want of something else is not guessed at: a home
+that is not enrolled names no cloud to try. Exit status 1 where something fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import fcntl
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+
+from edge_agent.probes import Check, Health, ask_health, greet, look_at_port, peer
+from edge_agent.profile import Profile, load_profile
+from edge_agent.units import AGENT
+from edgefl.errors import HomeError
+from edgefl.protocols import tls
+
+SERVING_PORT = 8000
+LOW_DISK_MB, NO_DISK_MB = 1000, 100
+SKEW_WARN_S, SKEW_FAIL_S = 60.0, 23 * 3600.0  # certificates are dated 24 hours back
+EXPIRY_WARN = datetime.timedelta(days=30)
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@click.command(epilog="Example: edgefl agent doctor --home /var/lib/edgefl")
+@click.option("--home", type=click.Path(path_type=Path), required=True)
+@click.option("--serving-port", default=SERVING_PORT, show_default=True, help="Where the agent serves predictions.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout, in place of the table."
+)
+@click.pass_context
+def doctor(context: click.Context, home: Path, serving_port: int, json_file: str | None) -> None:
+    """Check this device: clock, disk, keys, certificate, cloud, broker, ports, service."""
+    checks = list(examine(home, serving_port))
+    failed = [check for check in checks if check.state == "fail"]
+    if json_file != "-":
+        _print_table(checks)
+    if json_file is not None:
+        facts = {"home": str(home), "ok": not failed, "checks": [dataclasses.asdict(check) for check in checks]}
+        with click.open_file(json_file, "w", encoding="utf-8") as file:
+            file.write(json.dumps(facts, indent=2) + "\n")
+    if failed:
+        context.exit(1)
+
+
+def examine(home: Path, serving_port: int = SERVING_PORT) -> Iterator[Check]:
+    """Yield one check after another; those over the network take up to a few seconds each."""
+    try:
+        profile = load_profile(home)
+    except HomeError as error:
+        yield Check(
+            check="home", state="fail", seen=str(error), advice="Enrol this device: `edgefl agent enroll --help`."
+        )
+        return
+    yield look_at_home(home, profile)
+    yield look_at_disk(home)
+    yield look_at_port(serving_port, agent_runs=_agent_runs(home))
+    yield from look_at_service()
+    if profile.insecure:
+        yield from look_at_cloud(profile, None)
+        return
+    identity = tls.Identity.in_folder(home)
+    yield look_at_certificate(identity, profile.device)
+    if _loads(identity):
+        yield from look_at_cloud(profile, identity)
+
+
+def look_at_home(home: Path, profile: Profile) -> Check:
+    """Everything that enrolment made is there, and the private things are private."""
+    wanted = () if profile.insecure else ("key.pem", "cert.pem", "ca.pem", "fleet.pub")
+    if missing := [name for name in wanted if not (home / name).exists()]:
+        seen = f"{home} has no {', '.join(missing)}"
+        return Check(check="home", state="fail", seen=seen, advice="Restore it, or enrol again in another --home.")
+    private = [home, *(home / name for name in wanted if name == "key.pem")]
+    if open_to_others := [path for path in private if path.stat().st_mode & 0o077]:
+        modes = ", ".join(f"{path} has mode {path.stat().st_mode & 0o777:04o}" for path in open_to_others)
+        advice = "; ".join(f"chmod go= {path}" for path in open_to_others)
+        return Check(check="home", state="fail", seen=f"{modes}: others may read it", advice=advice)
+    return Check(check="home", state="ok", seen=f"{home} is enrolled as {profile.device!r}, keys are private")
+
+
+def look_at_disk(home: Path) -> Check:
+    """There is room for models and updates."""
+    free_mb = shutil.disk_usage(home).free / 1e6
+    state = "fail" if free_mb < NO_DISK_MB else "warn" if free_mb < LOW_DISK_MB else "ok"
+    advice = "" if state == "ok" else f"Make room on the disk of {home}: models and updates need {LOW_DISK_MB} MB."
+    return Check(check="disk", state=state, seen=f"{free_mb:,.0f} MB free", advice=advice)
+
+
+def look_at_certificate(identity: tls.Identity, device: str) -> Check:
+    """Our certificate is of our CA, for our name and key, and of today."""
+    again = "Enrol again in another --home, with a new token."
+    try:
+        cert = x509.load_pem_x509_certificate(identity.cert.read_bytes())
+        key = serialization.load_pem_private_key(identity.key.read_bytes(), None)
+        ca = x509.load_pem_x509_certificate(identity.ca.read_bytes())
+        cert.verify_directly_issued_by(ca)
+    except (OSError, ValueError, TypeError) as error:
+        return Check(
+            check="certificate", state="fail", seen=f"key or certificate cannot be read: {error}", advice=again
+        )
+    except InvalidSignature:
+        return Check(check="certificate", state="fail", seen="the certificate is not of this fleet's CA", advice=again)
+    if key.public_key() != cert.public_key():
+        return Check(check="certificate", state="fail", seen="the certificate is for another key", advice=again)
+    name = tls.common_name(cert.public_bytes(serialization.Encoding.DER))
+    if name != device:
+        seen = f"the certificate names {name!r}, the home is of {device!r}"
+        return Check(check="certificate", state="fail", seen=seen, advice=again)
+    return _look_at_dates(cert, again)
+
+
+def _look_at_dates(cert: x509.Certificate, again: str) -> Check:
+    now, end = datetime.datetime.now(datetime.UTC), cert.not_valid_after_utc
+    if now < cert.not_valid_before_utc:
+        seen = f"by this clock the certificate begins only on {cert.not_valid_before_utc:%Y-%m-%d}"
+        return Check(check="certificate", state="fail", seen=seen, advice="Set this device's clock.")
+    if now > end:
+        seen = f"the certificate expired on {end:%Y-%m-%d}, if this clock is right"
+        return Check(check="certificate", state="fail", seen=seen, advice=f"Check the clock. {again}")
+    state = "warn" if end - now < EXPIRY_WARN else "ok"
+    advice = f"It ends soon. {again}" if state == "warn" else ""
+    return Check(check="certificate", state=state, seen=f"valid until {end:%Y-%m-%d}", advice=advice)
+
+
+def look_at_cloud(profile: Profile, identity: tls.Identity | None) -> Iterator[Check]:
+    """The cloud's three doors: HTTPS, which also tells the time, gRPC, and the broker."""
+    health = ask_health(peer("cloud", profile.cloud_url, identity))
+    if isinstance(health, Health):
+        yield Check(check="cloud", state="ok", seen=f"{profile.cloud_url} runs edgefl {health.version}")
+        yield look_at_clock(health.ahead_s)
+    else:
+        yield health
+    yield greet(peer("data plane", profile.grpc, identity))
+    yield greet(peer("broker", profile.broker, identity))
+
+
+def look_at_clock(ahead_s: float) -> Check:
+    """The device's clock is near the cloud's."""
+    if math.isnan(ahead_s):
+        return Check(check="clock", state="warn", seen="the cloud named no time to compare with", advice="Update it.")
+    off_s = abs(ahead_s)
+    state = "fail" if off_s > SKEW_FAIL_S else "warn" if off_s > SKEW_WARN_S else "ok"
+    seen = f"{off_s:,.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the cloud"
+    advice = "" if state == "ok" else "Set it: `timedatectl set-ntp true`. Certificates depend on it; rounds do not."
+    return Check(check="clock", state=state, seen=seen, advice=advice)
+
+
+def look_at_service() -> Iterator[Check]:
+    """The systemd unit, where there is one."""
+    systemctl = shutil.which("systemctl")
+    if systemctl is None or not Path("/run/systemd/system").is_dir():
+        return
+    shown = subprocess.run(
+        [systemctl, "show", AGENT, "--property=LoadState,ActiveState,NRestarts"],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    yield read_service(dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line))
+
+
+def read_service(facts: dict[str, str]) -> Check:
+    """Say what `systemctl show` means."""
+    if facts.get("LoadState") != "loaded":
+        return Check(check="service", state="ok", seen="not installed as a service (`edgefl agent install` does it)")
+    seen = f"{AGENT} is {facts.get('ActiveState', '?')}, restarted {facts.get('NRestarts', '?')} times"
+    state = {"active": "ok", "activating": "warn", "reloading": "warn"}.get(facts.get("ActiveState", ""), "fail")
+    advice = "" if state == "ok" else "`journalctl -u edgefl-agent -n 50` says why; `systemctl restart edgefl-agent`."
+    return Check(check="service", state=state, seen=seen, advice=advice)
+
+
+def _agent_runs(home: Path) -> bool:
+    try:
+        with (home / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _loads(identity: tls.Identity) -> bool:
+    """Whether TLS can start at all; where it cannot, the check of the certificate has said why."""
+    try:
+        tls.client_context(identity.ca, identity)
+    except OSError:
+        return False
+    return True
+
+
+def _print_table(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("check", "state", "seen", "what to do")
+    for check in checks:
+        table.add_row(check.check, Text(check.state, style=_COLOURS[check.state]), Text(check.seen), Text(check.advice))
+    Console().print(table)
