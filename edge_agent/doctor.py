@@ -27,7 +27,7 @@ from edge_agent.units import AGENT
 from edgefl.errors import HomeError
 from edgefl.protocols import tls
 
-SERVING_PORT = 8000
+SERVE_PORT = 8000
 LOW_DISK_MB, NO_DISK_MB = 1000, 100
 SKEW_WARN_S, SKEW_FAIL_S = 60.0, 23 * 3600.0  # certificates are dated 24 hours back
 EXPIRY_WARN = datetime.timedelta(days=30)
@@ -36,14 +36,14 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 @click.command(epilog="Example: edgefl agent doctor --home /var/lib/edgefl")
 @click.option("--home", type=click.Path(path_type=Path), required=True)
-@click.option("--serving-port", default=SERVING_PORT, show_default=True, help="Where the agent serves predictions.")
+@click.option("--serve-port", default=SERVE_PORT, show_default=True, help="Where the agent serves predictions.")
 @click.option(
     "--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout, in place of the table."
 )
 @click.pass_context
-def doctor(context: click.Context, home: Path, serving_port: int, json_file: str | None) -> None:
+def doctor(context: click.Context, home: Path, serve_port: int, json_file: str | None) -> None:
     """Check this device: clock, disk, keys, certificate, cloud, broker, ports, service."""
-    checks = list(examine(home, serving_port))
+    checks = list(examine(home, serve_port))
     failed = [check for check in checks if check.state == "fail"]
     if json_file != "-":
         _print_table(checks)
@@ -55,7 +55,7 @@ def doctor(context: click.Context, home: Path, serving_port: int, json_file: str
         context.exit(1)
 
 
-def examine(home: Path, serving_port: int = SERVING_PORT) -> Iterator[Check]:
+def examine(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
     """Yield one check after another; those over the network take up to a few seconds each."""
     try:
         profile = load_profile(home)
@@ -66,7 +66,7 @@ def examine(home: Path, serving_port: int = SERVING_PORT) -> Iterator[Check]:
         return
     yield look_at_home(home, profile)
     yield look_at_disk(home)
-    yield look_at_port(serving_port, agent_runs=_agent_runs(home))
+    yield look_at_port(serve_port, agent_runs=_agent_runs(home))
     yield from look_at_service()
     if profile.insecure:
         yield from look_at_cloud(profile, None)

@@ -140,7 +140,7 @@ def look_at_port(port: int, *, agent_runs: bool) -> Check:
         check=check,
         state="fail",
         seen=f"{port} is taken by {name or 'another program'}",
-        advice=f"Stop it (`ss -ltnp 'sport = :{port}'` names it), or give the agent another port.",
+        advice=f"Stop it (`ss -ltnp 'sport = :{port}'` names it), or give the agent another --serve-port.",
     )
 
 

@@ -36,6 +36,8 @@ class Installation:
     home: Path = Path("/var/lib/edgefl")
     user: str = "edgefl"
     data: Mapping[str, str] = field(default_factory=dict)  # options of the task's loaders
+    serve_host: str = "127.0.0.1"
+    serve_port: int = 8000
     memory_max: str = "60%"  # of training, in systemd's words: 2G, 60%
     agent_memory_max: str = "40%"
     cpu_quota: str = ""  # of training: 150% is one and a half processors; empty = no limit
@@ -75,6 +77,8 @@ def _values(installation: Installation) -> dict[str, str]:
         "PYTHON": str(installation.python),
         "HOME": str(installation.home),
         "USER": installation.user,
+        "SERVE_HOST": quote(installation.serve_host),
+        "SERVE_PORT": str(installation.serve_port),
         "DATA": "".join(data),
         "MEMORY_MAX": installation.memory_max,
         "AGENT_MEMORY_MAX": installation.agent_memory_max,

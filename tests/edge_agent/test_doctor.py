@@ -59,7 +59,7 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def serving_port() -> int:
+def serve_port() -> int:
     """A port that is free."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
@@ -91,40 +91,40 @@ def diagnose(home: Path, port: int) -> dict[str, Check]:
 
 
 def invoke(home: Path, port: int, *more: str) -> Result:
-    return CliRunner().invoke(doctor, ["--home", str(home), "--serving-port", str(port), *more])
+    return CliRunner().invoke(doctor, ["--home", str(home), "--serve-port", str(port), *more])
 
 
-def test_a_healthy_device_passes(home: Path, serving_port: int) -> None:
-    found = diagnose(home, serving_port)
+def test_a_healthy_device_passes(home: Path, serve_port: int) -> None:
+    found = diagnose(home, serve_port)
     bad = {name: check for name, check in found.items() if check.state == "fail"}
     assert not bad
     assert {"home", "disk", "serving port", "certificate", "cloud", "clock", "data plane", "broker"} <= set(found)
     assert found["cloud"].seen.endswith("runs edgefl 9.9")
 
 
-def test_the_table_names_each_check(home: Path, serving_port: int) -> None:
-    result = invoke(home, serving_port)
+def test_the_table_names_each_check(home: Path, serve_port: int) -> None:
+    result = invoke(home, serve_port)
     assert result.exit_code == 0, result.output
     for word in ("what to do", "certificate", "data plane", "broker", "clock"):
         assert word in result.output
 
 
-def test_json_to_stdout_is_json_alone(home: Path, serving_port: int) -> None:
-    result = invoke(home, serving_port, "--json", "-")
+def test_json_to_stdout_is_json_alone(home: Path, serve_port: int) -> None:
+    result = invoke(home, serve_port, "--json", "-")
     facts = json.loads(result.output)
     assert (result.exit_code, facts["ok"], facts["home"]) == (0, True, str(home))
     assert facts["checks"][0].keys() == {"check", "state", "seen", "advice"}
 
 
-def test_json_to_a_file_beside_the_table(home: Path, serving_port: int, tmp_path: Path) -> None:
+def test_json_to_a_file_beside_the_table(home: Path, serve_port: int, tmp_path: Path) -> None:
     file = tmp_path / "doctor.json"
-    assert "certificate" in invoke(home, serving_port, "--json", str(file)).output
+    assert "certificate" in invoke(home, serve_port, "--json", str(file)).output
     assert json.loads(file.read_text())["ok"] is True
 
 
-def test_a_failure_is_exit_status_1(home: Path, serving_port: int) -> None:
+def test_a_failure_is_exit_status_1(home: Path, serve_port: int) -> None:
     (home / "key.pem").chmod(0o644)
-    result = invoke(home, serving_port, "--json", "-")
+    result = invoke(home, serve_port, "--json", "-")
     assert (result.exit_code, json.loads(result.output)["ok"]) == (1, False)
 
 
@@ -141,30 +141,30 @@ def test_help_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", [".", "key.pem"])
-def test_what_others_can_read_is_told_with_the_command(home: Path, serving_port: int, name: str) -> None:
+def test_what_others_can_read_is_told_with_the_command(home: Path, serve_port: int, name: str) -> None:
     (home / name).chmod(0o755)
-    check = diagnose(home, serving_port)["home"]
+    check = diagnose(home, serve_port)["home"]
     assert (check.state, check.advice) == ("fail", f"chmod go= {home / name}")
     assert "has mode 0755: others may read it" in check.seen
 
 
 @pytest.mark.parametrize("name", ["key.pem", "cert.pem", "ca.pem"])
-def test_what_is_missing_is_told_and_the_cloud_is_not_blamed(home: Path, serving_port: int, name: str) -> None:
+def test_what_is_missing_is_told_and_the_cloud_is_not_blamed(home: Path, serve_port: int, name: str) -> None:
     (home / name).unlink()
-    found = diagnose(home, serving_port)
+    found = diagnose(home, serve_port)
     assert found["home"].seen == f"{home} has no {name}"
     assert found["certificate"].state == "fail"
     assert not {"cloud", "broker"} & set(found)
 
 
-def test_a_damaged_certificate_is_told(home: Path, serving_port: int) -> None:
+def test_a_damaged_certificate_is_told(home: Path, serve_port: int) -> None:
     (home / "cert.pem").write_text("-----BEGIN")
-    assert "cannot be read" in diagnose(home, serving_port)["certificate"].seen
+    assert "cannot be read" in diagnose(home, serve_port)["certificate"].seen
 
 
-def test_a_certificate_of_another_key_is_told(home: Path, serving_port: int, tmp_path: Path) -> None:
+def test_a_certificate_of_another_key_is_told(home: Path, serve_port: int, tmp_path: Path) -> None:
     tls.new_request(Identity.in_folder(home), "pi-4")  # makes a new key
-    assert diagnose(home, serving_port)["certificate"].seen == "the certificate is for another key"
+    assert diagnose(home, serve_port)["certificate"].seen == "the certificate is for another key"
 
 
 def issue(home: Path, ca: Path, name: str = "pi-4") -> None:
@@ -172,18 +172,16 @@ def issue(home: Path, ca: Path, name: str = "pi-4") -> None:
     mine.cert.write_bytes(tls.sign_request(ca, tls.new_request(mine, name), name))
 
 
-def test_a_certificate_of_another_name_is_told(home: Path, serving_port: int, tmp_path: Path) -> None:
+def test_a_certificate_of_another_name_is_told(home: Path, serve_port: int, tmp_path: Path) -> None:
     issue(home, tmp_path / "cloud", "pi-5")
-    assert "the certificate names 'pi-5'" in diagnose(home, serving_port)["certificate"].seen
+    assert "the certificate names 'pi-5'" in diagnose(home, serve_port)["certificate"].seen
 
 
-def test_a_certificate_of_another_fleet_is_told_by_us_and_by_them(
-    home: Path, serving_port: int, tmp_path: Path
-) -> None:
+def test_a_certificate_of_another_fleet_is_told_by_us_and_by_them(home: Path, serve_port: int, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     tls.create_ca(tmp_path / "other")
     issue(home, tmp_path / "other")
-    found = diagnose(home, serving_port)
+    found = diagnose(home, serve_port)
     assert found["certificate"].seen == "the certificate is not of this fleet's CA"
     assert "refuses this device's certificate as of another fleet" in found["broker"].seen
 
@@ -198,44 +196,44 @@ def test_a_certificate_of_another_fleet_is_told_by_us_and_by_them(
     ],
 )
 def test_the_dates_of_the_certificate(
-    home: Path, serving_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    home: Path, serve_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     backdate_days: int, days: int, state: str, seen: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(tls, "_BACKDATE", datetime.timedelta(days=backdate_days))
     monkeypatch.setattr(tls, "LEAF_DAYS", days)
     issue(home, tmp_path / "cloud")
-    check = diagnose(home, serving_port)["certificate"]
+    check = diagnose(home, serve_port)["certificate"]
     assert (check.state, bool(check.advice)) == (state, state != "ok")
     assert check.seen.startswith(seen)
 
 
-def test_a_cloud_that_is_down_is_told_at_every_door(home: Path, serving_port: int) -> None:
-    address = f"localhost:{serving_port}"  # where nothing listens
+def test_a_cloud_that_is_down_is_told_at_every_door(home: Path, serve_port: int) -> None:
+    address = f"localhost:{serve_port}"  # where nothing listens
     save_profile(
         home, Profile(device="pi-4", cloud_url=f"https://{address}", grpc=address, broker=f"mqtts://{address}")
     )
-    found = diagnose(home, serving_port)
+    found = diagnose(home, serve_port)
     for name in ("cloud", "data plane", "broker"):
         assert found[name].seen == f"nothing listens at {address}"
     assert "clock" not in found
 
 
-def test_a_loopback_trial_needs_no_certificate(home: Path, serving_port: int) -> None:
+def test_a_loopback_trial_needs_no_certificate(home: Path, serve_port: int) -> None:
     for name in ("key.pem", "cert.pem", "ca.pem", "fleet.pub"):
         (home / name).unlink()
-    address = f"localhost:{serving_port}"
+    address = f"localhost:{serve_port}"
     save_profile(home, Profile(device="pi-4", cloud_url=f"http://{address}", grpc=address, broker=f"mqtt://{address}"))
-    found = diagnose(home, serving_port)
+    found = diagnose(home, serve_port)
     assert found["home"].state == "ok"
     assert "certificate" not in found
     assert found["data plane"].state == "fail"
 
 
-def test_the_doctor_does_not_hold_the_home(home: Path, serving_port: int) -> None:
+def test_the_doctor_does_not_hold_the_home(home: Path, serve_port: int) -> None:
     with lock_home(home):
         assert doctoring._agent_runs(home)
     assert not doctoring._agent_runs(home)
-    diagnose(home, serving_port)
+    diagnose(home, serve_port)
     lock_home(home).close()
 
 

@@ -23,7 +23,8 @@ def unit(name: str, **options: Any) -> list[str]:
 def test_the_agent_by_hand() -> None:
     lines = unit(AGENT, home=Path("/srv/fl"), user="pi", python=Path("/opt/edgefl/bin/python"), data={"part": "3"})
     start = "/opt/edgefl/bin/python -m edgefl agent start --home /srv/fl --trainer-socket /run/edgefl/trainer.sock"
-    assert f"ExecStart={start} --data part=3" in lines
+    assert f"ExecStart={start} \\" in lines
+    assert "    --serve-host 127.0.0.1 --serve-port 8000 --data part=3" in lines
     for line in (
         "Type=notify", "Restart=on-failure", "User=pi", "ReadWritePaths=/srv/fl", "ProtectSystem=strict",
         "ProtectHome=yes", "NoNewPrivileges=yes", "CapabilityBoundingSet=", "SystemCallFilter=@system-service",
