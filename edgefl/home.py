@@ -49,7 +49,9 @@ def check_home(folder: Path, kind: str) -> None:
     except (ValueError, KeyError, TypeError) as cause:
         raise HomeError(f"{marker} is damaged: {cause}. Restore it from a backup or choose another --home") from cause
     if seen_kind != kind:
-        raise HomeError(f"{folder} is the home of an edgefl {seen_kind}, not of an edgefl {kind}; choose another --home")
+        raise HomeError(
+            f"{folder} is the home of an edgefl {seen_kind}, not of an edgefl {kind}; choose another --home"
+        )
     if seen_format > FORMAT:
         raise HomeError(
             f"{folder} has format {seen_format}, made by edgefl {facts.get('made_by', '?')}; this is edgefl "
