@@ -94,10 +94,10 @@ class GatedReader(ReaderAdapter):  # type: ignore[misc]  # amqtt ships no types
                 self._undelivered += 1
             elif mqtt_wire.kind(packet) == mqtt_wire.DISCONNECT:
                 await self._deliver_down_to(0)
+        except TimeoutError:  # an OSError too
+            await self._end(f"nothing was heard for {self._silence_s:g} s")
         except (ProtocolError, OSError) as fault:
             await self._end(str(fault))
-        except TimeoutError:
-            await self._end(f"nothing was heard for {self._silence_s:g} s")
         except asyncio.IncompleteReadError:
             await self._end("")
         self._packet, self._at = packet, 0
@@ -200,7 +200,7 @@ class Gate:
         self._tasks.add(task)
         try:
             async with asyncio.timeout(CONNECT_S):
-                connect = mqtt_wire.parse_connect(await mqtt_wire.read_packet(reader))
+                connect = mqtt_wire.parse_connect(await mqtt_wire.read_packet(reader, mqtt_wire.CONNECT))
             name = self._name(writer, connect)
             self._check(name, connect)
             await self._take_over(name, task, writer)

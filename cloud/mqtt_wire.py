@@ -83,9 +83,14 @@ def check_publish(packet: bytes) -> None:
         raise ProtocolError(f"{topic!r} is no topic to publish on")
 
 
-async def read_packet(stream: asyncio.StreamReader) -> bytes:
-    """Return the next whole packet; raises ProtocolError for one that is too large, IncompleteReadError at the end."""
+async def read_packet(stream: asyncio.StreamReader, wanted: int | None = None) -> bytes:
+    """Return the next whole packet, of the wanted kind if one is named.
+
+    Raises ProtocolError for another kind or one that is too large, IncompleteReadError at the end.
+    """
     head = await stream.readexactly(2)
+    if wanted is not None and kind(head) != wanted:
+        raise ProtocolError(f"a packet of type {kind(head)} came where only type {wanted} may")
     while head[-1] & 0x80 and len(head) < 5:
         head += await stream.readexactly(1)
     size, _ = _remaining_length(head)
