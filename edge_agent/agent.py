@@ -1,0 +1,190 @@
+"""The agent: its parts, put together, and their life from start to stop.
+
+    link -> participant -> trainer (child) -> outbox -> link
+         -> updater -> models <- serving
+
+Everything runs in one event loop; what blocks longer than a few milliseconds runs in a thread or in the
+trainer. Each task has a name and an owner; SIGTERM and SIGINT end them all, orderly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_agent.bundles import Bundles
+from edge_agent.channel import CloudChannel
+from edge_agent.link import JobMessage, Link
+from edge_agent.notify import keep_alive, notify
+from edge_agent.outbox import Outbox
+from edge_agent.participant import Means, Participant
+from edge_agent.profile import Profile, load_profile
+from edge_agent.resources import default_memory_limit_mb
+from edge_agent.serving import Serving, bind, url_of
+from edge_agent.sessions import Models
+from edge_agent.store import Store
+from edge_agent.trainer import IDLE_S, Trainer
+from edge_agent.updater import Updater, UpdaterParts
+from edgefl.errors import ConfigError, HomeError, ManifestRejected
+from edgefl.home import lock_home, replace_file
+from edgefl.logs import event
+from edgefl.models.manifest import load_public_key
+from edgefl.protocols.messages import RolloutNote, Signed, WirePlan
+
+SERVING_FILE = "serving"  # holds the URL while the agent runs
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentConfig:
+    """How to run an agent; where and as whom is in its home."""
+
+    home: Path
+    data: Mapping[str, str] = field(default_factory=dict)  # options of the task's loaders
+    serve_host: str = "127.0.0.1"
+    serve_port: int = 8000  # 0 = any that is free
+    trainer_memory_mb: int = 0  # 0 = three quarters of the machine's
+    trainer_socket: Path | None = None  # systemd's; None = a child process of our own
+    trainer_idle_s: float = IDLE_S
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.serve_port <= 65535:
+            raise ConfigError(f"--serve-port {self.serve_port} must be in 0..65535")
+        if self.trainer_memory_mb < 0:
+            raise ConfigError(f"--trainer-memory-mb {self.trainer_memory_mb} must be 0 (three quarters) or more")
+
+
+async def run_agent(config: AgentConfig) -> None:
+    """Run until SIGTERM or SIGINT; raises HomeError or ConfigError where it cannot begin."""
+    profile = load_profile(config.home)
+    with lock_home(config.home):
+        agent = _Agent(config, profile)
+        try:
+            await agent.run()
+        finally:
+            agent.close()
+
+
+class _Agent:
+    """The parts of one agent, and the ears of its link."""
+
+    def __init__(self, config: AgentConfig, profile: Profile) -> None:
+        home = config.home
+        self._config, self._profile = config, profile
+        fleet_key = _fleet_key(home)
+        listener = bind(config.serve_host, config.serve_port)
+        self._url = url_of(listener)
+        self._store = Store(home)
+        self._channel = CloudChannel(profile, home)
+        self._models = Models()
+        self._serving = Serving(self._models, listener)
+        self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
+        self._outbox = Outbox(self._store, self._channel)
+        self._link = Link(home, profile, self._channel, self)
+        self._participant = Participant(
+            Means(
+                device=profile.device,
+                home=home,
+                options=config.data,
+                memory_limit_mb=config.trainer_memory_mb or default_memory_limit_mb(),
+                store=self._store,
+                outbox=self._outbox,
+                trainer=self._trainer,
+                bundles=Bundles(home, fleet_key, self._channel),
+                channel=self._channel,
+            )
+        )
+        self._updater = Updater(
+            UpdaterParts(
+                device=profile.device,
+                home=home,
+                fleet_key=fleet_key,
+                channel=self._channel,
+                models=self._models,
+                tell=self._tell,
+                changed=self._announce,
+            )
+        )
+
+    async def run(self) -> None:
+        """Run all parts until a signal asks to stop."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        async with asyncio.TaskGroup() as tasks:
+            children = [
+                tasks.create_task(work, name=name)
+                for name, work in {
+                    "serving": self._serve(),
+                    "link": self._link.run(),
+                    "outbox": self._outbox.run(),
+                    "rounds": self._participant.run(),
+                    "trainer": self._trainer.run(),
+                    "updater": self._update(),
+                    "watchdog": keep_alive(),
+                }.items()
+            ]
+            notify("READY=1")
+            event(_log, logging.INFO, "agent.started", device=self._profile.device, pid=os.getpid(), serves=self._url,
+                  cloud=self._profile.grpc)  # fmt: skip
+            await stop.wait()
+            notify("STOPPING=1")
+            for child in children:
+                child.cancel()
+        event(_log, logging.INFO, "agent.stopped", device=self._profile.device)
+
+    def close(self) -> None:
+        self._store.close()
+
+    def hear_job(self, message: JobMessage) -> None:
+        self._participant.hear(message)
+
+    def hear_desired(self, signed: Signed) -> None:
+        self._updater.hear(signed)
+
+    def before_next(self) -> Callable[[list[WirePlan]], None]:
+        at_work = self._participant.current
+
+        def take(plans: list[WirePlan]) -> None:
+            self._participant.reconcile(plans, at_work)
+            self._outbox.wake()
+
+        return take
+
+    async def _serve(self) -> None:
+        path = self._config.home / SERVING_FILE
+        replace_file(path, self._url.encode())
+        try:
+            await self._serving.run()
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def _update(self) -> None:
+        await self._updater.restore()
+        self._serving.ready = True
+        await self._updater.run()
+
+    def _tell(self, note: RolloutNote) -> None:
+        self._link.tell(note)
+
+    def _announce(self) -> None:
+        self._link.serve(self._models.versions(), self._url)
+
+
+def _fleet_key(home: Path) -> Ed25519PublicKey:
+    path = home / "fleet.pub"
+    try:
+        return load_public_key(path.read_bytes())
+    except (OSError, ValueError, ManifestRejected) as cause:
+        raise HomeError(
+            f"{path} cannot be used: {cause}. Restore it from a backup or enrol in another --home"
+        ) from cause

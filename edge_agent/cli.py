@@ -1,0 +1,113 @@
+"""`edgefl agent ...`: enrol a device, run its agent, look at it, and install it as a service."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from edgefl.errors import ConfigError
+from edgefl.logs import set_up_logging
+
+_ELSEWHERE = {"install": "install", "uninstall": "install", "doctor": "doctor"}  # command -> module that has it
+
+
+class _Commands(click.Group):
+    """Loads a command's module when the command is asked for, so that `start` carries nothing it does not need."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _ELSEWHERE:
+            module = import_module(f"edge_agent.{_ELSEWHERE[cmd_name]}")
+            command: click.Command = getattr(module, cmd_name)
+            return command
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands)
+def agent() -> None:
+    """The agent on a device: train, install releases, serve predictions."""
+
+
+_HOME = click.option(
+    "--home", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder that holds all it keeps."
+)
+
+
+@agent.command()
+@_HOME
+@click.option("--cloud", required=True, metavar="URL", help="The cloud's address, https://host:9480.")
+@click.option("--token", required=True, help="A one-time token, from `edgefl cloud token`.")
+@click.option("--name", required=True, help="The device's name: 1 to 64 of a-z 0-9 . _ -")
+@click.option("--tag", "tags", multiple=True, metavar="K=V", help="A label, such as site=oslo. Repeatable.")
+def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -> None:
+    """Make this device a member of a fleet.
+
+    Example: edgefl agent enroll --home ~/edgefl --cloud https://cloud.example:9480 --token efl1... --name cam-3
+    """
+    from edge_agent.enroll import Application
+    from edge_agent.enroll import enroll as apply
+
+    application = Application(cloud=cloud, token=token, name=name, tags=_pairs("--tag", tags))
+    profile = apply(home, application)
+    click.echo(f"{profile.device} is enrolled; start it with: edgefl agent start --home {home}")
+
+
+@agent.command()
+@_HOME
+@click.option("--data", multiple=True, metavar="K=V", help="An option for the task's loaders. Repeatable.")
+@click.option("--serve-host", default="127.0.0.1", show_default=True, help="Address that predictions are served on.")
+@click.option("--serve-port", default=8000, show_default=True, help="0 takes any that is free.")
+@click.option("--trainer-memory-mb", default=0, help="Memory limit of training; 0 = three quarters of the machine's.")
+@click.option("--trainer-idle-s", default=60.0, show_default=True, help="An idle trainer is ended after so long.")
+@click.option(
+    "--trainer-socket", type=click.Path(path_type=Path), help="systemd's socket of the trainer; else it is a child."
+)
+@click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
+def start(log_level: str, data: Sequence[str], **options: object) -> None:
+    """Run the agent until SIGTERM or Ctrl-C.
+
+    Example: edgefl agent start --home ~/edgefl --data part=0
+    """
+    from edge_agent.agent import AgentConfig, run_agent
+
+    set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
+    config = AgentConfig(data=_pairs("--data", data), **options)  # type: ignore[arg-type]  # click has typed them
+    asyncio.run(run_agent(config))
+
+
+@agent.command()
+@_HOME
+@click.option("--json", "json_file", metavar="FILE", help="Write JSON to a file, or to stdout with -.")
+def status(home: Path, json_file: str | None) -> None:
+    """Show what an agent serves, what waits to be sent, and when it last reached the cloud.
+
+    Example: edgefl agent status --home ~/edgefl --json -
+    """
+    from edge_agent.status import read_status
+
+    facts = dataclasses.asdict(read_status(home))
+    if json_file is None:
+        for name, value in facts.items():
+            click.echo(f"{name.replace('_', ' '):20} {value if value not in ('', {}) else '-'}")
+        return
+    with click.open_file(json_file, "w") as file:
+        file.write(json.dumps(facts, indent=2) + "\n")
+
+
+def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"{option} {text!r} is not of the form key=value")
+        pairs[key] = value
+    return pairs

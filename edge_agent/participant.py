@@ -1,0 +1,232 @@
+"""Takes part in rounds: from a plan, over the bundle, the model and the trainer, to an update in the outbox.
+
+One round at a time. A newer plan replaces an older one of its job; plans of other jobs wait, one each.
+Invariant: a plan ends as an update, as a failure with its reason, or, where the cloud closed the round
+or could not be reached, as nothing; in the last case `Next` brings it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent import trainer_wire as wire
+from edge_agent.bundles import Bundles
+from edge_agent.channel import CloudChannel
+from edge_agent.outbox import Outbox
+from edge_agent.store import FailureNote, Outgoing, Store
+from edge_agent.trainer import Trainer
+from edge_agent.transfer import download
+from edgefl.errors import CloudUnreachable, EdgeflError, ProtocolError, TaskError
+from edgefl.logs import event
+from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
+
+MAX_WAITING_JOBS = 16
+LEAD_S, LEAD_SHARE = 2.0, 0.05  # a fit ends so long before the deadline, so that its failure is still heard
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Means:
+    """What a participant works with."""
+
+    device: str
+    home: Path
+    options: Mapping[str, str]  # of the task's loaders
+    memory_limit_mb: int  # of the trainer
+    store: Store
+    outbox: Outbox
+    trainer: Trainer
+    bundles: Bundles
+    channel: CloudChannel
+
+
+class Participant:
+    """The rounds of one agent. Used from its event loop."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        self._waiting: dict[str, WirePlan] = {}  # by job
+        self._current: WirePlan | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._rest = False  # a job has ended: when no other is at work, be small again
+        self._models = means.home / "work"
+        self._models.mkdir(mode=0o700, exist_ok=True)
+        self._model: Path | None = None  # whose bytes this process has checked
+
+    @property
+    def current(self) -> WirePlan | None:
+        """The plan at work."""
+        return self._current
+
+    def hear(self, message: WirePlan | RoundClosed | UpdateRefused) -> None:
+        """Act on a message of down/<device>/job."""
+        match message:
+            case WirePlan():
+                self.offer(message)
+            case RoundClosed():
+                self.close(message)
+            case UpdateRefused():
+                event(_log, logging.WARNING, "update.refused", job=message.job, round=message.round,
+                      reason=message.reason)  # fmt: skip
+
+    def offer(self, plan: WirePlan) -> None:
+        """Take a plan, unless it is known."""
+        at_work, waiting = self._current, self._waiting.get(plan.job)
+        if self._means.store.is_answered(plan.job, plan.round):
+            self._means.outbox.wake()
+            return
+        if any(one and one.job == plan.job and one.round >= plan.round for one in (at_work, waiting)):
+            return
+        if waiting is None and len(self._waiting) >= MAX_WAITING_JOBS:
+            event(_log, logging.WARNING, "plan.deferred", job=plan.job, round=plan.round, waiting=len(self._waiting))
+            return  # `Next` lists it again
+        self._waiting[plan.job] = plan
+        if at_work and at_work.job == plan.job:
+            self._cancel("a newer round began")
+        self._wake.set()
+
+    def close(self, closed: RoundClosed) -> None:
+        """Stop work for a round that is over."""
+        plan, waiting = self._current, self._waiting.get(closed.job)
+        if waiting and waiting.round <= closed.round:
+            del self._waiting[closed.job]
+        if plan and plan.job == closed.job and plan.round <= closed.round:
+            self._cancel("the round is over")
+        self._means.outbox.drop(closed.job, closed.round)
+        if closed.job_ended:
+            self._rest = True
+            self._wake.set()
+
+    def reconcile(self, plans: Sequence[WirePlan], before: WirePlan | None) -> None:
+        """Act on `Next`: its plans are open, and what was at work before it was asked must be among them."""
+        still_open = {(plan.job, plan.round) for plan in plans}
+        if before is not None and before is self._current and (before.job, before.round) not in still_open:
+            self._cancel("the cloud no longer waits for it")
+        for plan in plans:
+            self.offer(plan)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                plan = self._waiting.pop(next(iter(self._waiting)))
+                async with asyncio.TaskGroup() as tasks:
+                    self._current = plan
+                    self._task = tasks.create_task(self._take_part(plan), name=f"round-{plan.job}-{plan.round}")
+                self._current = self._task = None
+            if self._rest:
+                self._rest = False
+                await self._be_small()
+
+    async def _be_small(self) -> None:
+        self._model = None
+        for file in self._models.iterdir():
+            file.unlink()
+        self._means.store.drop_spare()
+        await self._means.trainer.end()
+
+    async def _take_part(self, plan: WirePlan) -> None:
+        start_s = time.monotonic()
+        event(_log, logging.INFO, "plan.taken", job=plan.job, round=plan.round, deadline_s=plan.deadline_s)
+        limit_s = plan.deadline_s - min(LEAD_S, LEAD_SHARE * plan.deadline_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                update = await self._train(plan)
+            self._means.outbox.put(update)
+        except CloudUnreachable as error:
+            event(_log, logging.WARNING, "plan.put_off", job=plan.job, round=plan.round, reason=error)
+        except TimeoutError:
+            self._fail(plan, f"no update within {limit_s:g} s of the round's {plan.deadline_s:g} s: it was stopped")
+        except EdgeflError as error:
+            self._fail(plan, str(error))
+        except OSError as error:
+            self._fail(plan, f"the device could not do it: {error}")
+        else:
+            event(_log, logging.INFO, "update.made", job=plan.job, round=plan.round, bytes=update.size,
+                  weight=update.weight, seconds=time.monotonic() - start_s)  # fmt: skip
+
+    async def _train(self, plan: WirePlan) -> Outgoing:
+        """Fetch what the plan needs while the trainer starts, then have it train."""
+        means = self._means
+        starting = asyncio.create_task(means.trainer.prepare(), name="trainer-start")
+        try:
+            bundle, task = await means.bundles.get(plan.bundle)
+            model = await self._fetch_model(plan.model)
+            await starting
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)  # its error was raised above, or is not the first
+        draft = means.store.draft(plan.job, plan.round)
+        try:
+            done = await means.trainer.fit(self._as_fit(plan, model, bundle, task, draft))
+            _refuse_too_large(done.size, plan)
+        except BaseException:
+            means.store.discard(draft)
+            raise
+        return Outgoing(
+            job=plan.job,
+            round=plan.round,
+            path=draft,
+            size=done.size,
+            sha256=done.sha256,
+            weight=done.weight,
+            metrics=done.metrics,
+        )
+
+    def _as_fit(self, plan: WirePlan, model: Path, bundle: Path, task: str, draft: Path) -> wire.Fit:
+        return wire.Fit(
+            job=plan.job,
+            round=plan.round,
+            client=self._means.device,
+            train=plan.train,
+            model=str(model),
+            bundle=str(bundle),
+            task=task,
+            options=self._means.options,
+            out=str(draft),
+            memory_limit_mb=self._means.memory_limit_mb,
+        )
+
+    async def _fetch_model(self, ref: BlobRef) -> Path:
+        """Return the round's parameters; a file of an earlier round is overwritten."""
+        if _SHA256.fullmatch(ref.sha256) is None:
+            raise ProtocolError(f"the plan's model {ref.sha256[:80]!r} is not named by a SHA-256")
+        path = self._models / ref.sha256
+        if path == self._model:
+            return path
+        self._model = None
+        part = path.with_name(f"{path.name}.part")
+        if path.exists():
+            path.replace(part)  # of an earlier process: `download` checks it
+        others = [file for file in self._models.iterdir() if file != part]
+        for file in others[1:]:
+            file.unlink()
+        await download(self._means.channel, ref, path, reuse=others[0] if others else None)
+        self._model = path
+        return path
+
+    def _fail(self, plan: WirePlan, reason: str) -> None:
+        event(_log, logging.WARNING, "round.failed", job=plan.job, round=plan.round, reason=reason)
+        self._means.outbox.put_failure(FailureNote(job=plan.job, round=plan.round, reason=reason))
+
+    def _cancel(self, reason: str) -> None:
+        if self._task is not None and self._current is not None:
+            event(_log, logging.INFO, "round.cancelled", job=self._current.job, round=self._current.round,
+                  reason=reason)  # fmt: skip
+            self._task.cancel()
+
+
+def _refuse_too_large(size: int, plan: WirePlan) -> None:
+    if size > plan.max_update_bytes:
+        raise TaskError(f"the update has {size} bytes; at most {plan.max_update_bytes} are taken in this round")

@@ -1,0 +1,150 @@
+"""Models that are loaded and serve: ONNX Runtime sessions, each proven by a warm-up run before it counts.
+
+onnxruntime and numpy are imported when the first release is there, not before: an agent without one
+stays small. Invariant: a swap replaces one reference; a request that has begun ends on the session it began on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgefl.errors import MissingExtra, ProtocolError
+
+INLINE_S = 0.002  # a model that is slower than that runs outside the event loop
+_ORT_TYPES: Mapping[str, str] = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+}
+NUMPY_TYPES: Mapping[str, str] = {
+    "BOOL": "?",
+    "UINT8": "u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "INT8": "i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One input or output as the Open Inference Protocol describes it; -1 = any size."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    def as_json(self) -> dict[str, object]:
+        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One version of a model, loaded."""
+
+    name: str
+    version: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    inline: bool  # quick enough to run in the event loop
+    session: Any  # an onnxruntime.InferenceSession; thread-safe
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """Compute outputs; raises ProtocolError where the model cannot take these values."""
+        try:
+            result: list[Any] = self.session.run(list(outputs), dict(feeds))
+        except _ort_errors() as cause:
+            raise ProtocolError(f"model {self.name} version {self.version} cannot take this: {cause}") from cause
+        return result
+
+
+class Models:
+    """The models that serve, by name."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, Served] = {}
+
+    def get(self, name: str) -> Served | None:
+        return self._served.get(name)
+
+    def put(self, served: Served) -> None:
+        """Begin to serve a version, in place of the one before it."""
+        self._served[served.name] = served
+
+    def versions(self) -> dict[str, int]:
+        return {name: served.version for name, served in self._served.items()}
+
+
+def load(name: str, version: int, path: Path) -> Served:
+    """Load and warm up a model; raises ProtocolError for one that does not run, MissingExtra without ORT."""
+    try:
+        import onnxruntime as ort
+    except ImportError as cause:
+        raise MissingExtra("serving a release", "agent") from cause
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads cost a device's battery
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        inputs = tuple(_info(name, version, one) for one in session.get_inputs())
+        outputs = tuple(_info(name, version, one) for one in session.get_outputs())
+        seconds = _warm_up(session, inputs)
+    except _ort_errors() as cause:
+        raise ProtocolError(f"model {name} version {version} does not load: {cause}") from cause
+    return Served(name, version, inputs, outputs, seconds < INLINE_S, session)
+
+
+def _info(name: str, version: int, one: Any) -> TensorInfo:
+    datatype = _ORT_TYPES.get(one.type)
+    if datatype is None:
+        raise ProtocolError(
+            f"model {name} version {version} has {one.name!r} of type {one.type}; served are: {', '.join(NUMPY_TYPES)}"
+        )
+    shape = tuple(size if isinstance(size, int) and size > 0 else -1 for size in one.shape)
+    return TensorInfo(one.name, datatype, shape)
+
+
+def _warm_up(session: Any, inputs: Sequence[TensorInfo]) -> float:
+    """Run on zeros twice; returns the seconds of the second run, which no longer pays for the first."""
+    import numpy as np
+
+    feeds = {
+        one.name: np.zeros([size if size > 0 else 1 for size in one.shape], NUMPY_TYPES[one.datatype])
+        for one in inputs
+        if math.prod(one.shape) != 0
+    }
+    seconds = 0.0
+    for _ in range(2):
+        start_s = time.perf_counter()
+        session.run(None, feeds)
+        seconds = time.perf_counter() - start_s
+    return seconds
+
+
+def _ort_errors() -> tuple[type[Exception], ...]:
+    """Return what ONNX Runtime raises: a dozen classes without a common base of theirs."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    found = [one for one in vars(state).values() if isinstance(one, type) and issubclass(one, Exception)]
+    return (*found, RuntimeError, ValueError)

@@ -1,0 +1,189 @@
+"""What an agent must not forget: rounds it has answered, and updates the cloud has not acknowledged.
+
+SQLite (WAL, synchronous=FULL) for the facts, files for the bytes. Invariant: a row of the outbox
+points at a whole file that is on disk. So the file is written, synced and renamed before its row, and
+the row goes before the file; what a crash leaves between the two is cleaned when the store opens. A
+round is noted as answered in the same transaction that drops its update.
+
+One spare file is kept: overwriting pages that the system already has is ten times cheaper than new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgefl.errors import HomeError
+
+SCHEMA_VERSION = 1
+MAX_ANSWERED = 10_000  # rounds remembered; a plan older than so many rounds does not come again
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS outbox (
+  job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, weight REAL NOT NULL,
+  metrics TEXT NOT NULL, PRIMARY KEY (job, round));
+CREATE TABLE IF NOT EXISTS failures (job TEXT, round INTEGER, reason TEXT NOT NULL, PRIMARY KEY (job, round));
+CREATE TABLE IF NOT EXISTS answered (
+  id INTEGER PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, UNIQUE (job, round));
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outgoing:
+    """An update that waits to be acknowledged."""
+
+    job: str
+    round: int
+    path: Path
+    size: int
+    sha256: str
+    weight: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailureNote:
+    """A round that this device could not do, and has to say so."""
+
+    job: str
+    round: int
+    reason: str
+
+
+class Store:
+    """The durable state of one agent. Used from one thread."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "outbox"
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self._db = _open(home / "agent.db")
+        self._clean()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def draft(self, job: str, number: int) -> Path:
+        """Return where to write a round's update; it may hold old bytes that are to be overwritten."""
+        draft, spare = self._file(job, number).with_suffix(".draft"), self.folder / "spare"
+        if spare.exists():
+            spare.replace(draft)
+        return draft
+
+    def discard(self, draft: Path) -> None:
+        """A draft came to nothing; its pages serve the next."""
+        if draft.exists():
+            draft.replace(self.folder / "spare")
+
+    def put(self, update: Outgoing) -> None:
+        """Take an update into the outbox; its path is a draft, written and synced."""
+        path = self._file(update.job, update.round)
+        update.path.replace(path)
+        _sync_folder(self.folder)
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO outbox VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (update.job, update.round, path.name, update.size, update.sha256, update.weight,
+                 json.dumps(dict(update.metrics))),
+            )  # fmt: skip
+
+    def outbox(self) -> list[Outgoing]:
+        """Return the updates not yet acknowledged, oldest first."""
+        return [_outgoing(self.folder, row) for row in self._db.execute("SELECT * FROM outbox ORDER BY rowid")]
+
+    def note_failure(self, note: FailureNote) -> None:
+        """Remember to tell the cloud that a round cannot be done here."""
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", (note.job, note.round, note.reason))
+
+    def failures(self) -> list[FailureNote]:
+        """Return the failures that the cloud has not been told of."""
+        rows = self._db.execute("SELECT job, round, reason FROM failures ORDER BY rowid")
+        return [FailureNote(job=job, round=number, reason=reason) for job, number, reason in rows]
+
+    def settle(self, job: str, number: int) -> None:
+        """The cloud has the answer, or wants none: drop it and never train for this round again."""
+        with self._db:
+            self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (job, number))
+            self._db.execute("DELETE FROM failures WHERE job = ? AND round = ?", (job, number))
+            self._db.execute("INSERT OR IGNORE INTO answered (job, round) VALUES (?, ?)", (job, number))
+            self._db.execute(
+                "DELETE FROM answered WHERE id <= (SELECT max(id) FROM answered) - ?", (MAX_ANSWERED,)
+            )  # the newest are kept
+        path = self._file(job, number)
+        if path.exists():
+            path.replace(self.folder / "spare")
+
+    def is_answered(self, job: str, number: int) -> bool:
+        """Whether this round needs no training: settled, or its answer is on its way."""
+        found = self._db.execute(
+            "SELECT 1 FROM answered WHERE job = :job AND round = :round UNION ALL "
+            "SELECT 1 FROM outbox WHERE job = :job AND round = :round UNION ALL "
+            "SELECT 1 FROM failures WHERE job = :job AND round = :round",
+            {"job": job, "round": number},
+        ).fetchone()
+        return found is not None
+
+    def drop_spare(self) -> None:
+        """Give the spare file's disk space back."""
+        (self.folder / "spare").unlink(missing_ok=True)
+
+    def _file(self, job: str, number: int) -> Path:
+        name = hashlib.sha256(f"{number}/{job}".encode()).hexdigest()[:32]  # a job's id is no file name
+        return self.folder / f"{name}.update"
+
+    def _clean(self) -> None:
+        """Remove files without a row, and rows whose file is not whole: the cloud asks for those rounds again."""
+        kept = set()
+        for update in self.outbox():
+            if update.path.exists() and update.path.stat().st_size == update.size:
+                kept.add(update.path.name)
+                continue
+            with self._db:
+                self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (update.job, update.round))
+        for file in self.folder.iterdir():
+            if file.name not in kept:
+                file.unlink()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, timeout=10)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            db.close()
+            raise HomeError(
+                f"{path} has schema {version}; this edgefl knows {SCHEMA_VERSION}. Install the newer version"
+            )
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    except sqlite3.DatabaseError as cause:
+        raise HomeError(f"{path} cannot be used: {cause}. Move it away: unsent updates are trained again") from cause
+    return db
+
+
+def _outgoing(folder: Path, row: sqlite3.Row) -> Outgoing:
+    return Outgoing(
+        job=row["job"],
+        round=row["round"],
+        path=folder / row["file"],
+        size=row["size"],
+        sha256=row["sha256"],
+        weight=row["weight"],
+        metrics=json.loads(row["metrics"]),
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

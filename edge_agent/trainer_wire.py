@@ -1,0 +1,102 @@
+"""What the agent and its trainer child say to each other, over a socket: length-prefixed JSON.
+
+    child:  hello {pid}
+    parent: fit {job, round, client, train, model, bundle, task, options, out, memory_limit_mb}
+    child:  done {size, sha256, weight, metrics} | failed {reason, spent}
+
+One fit at a time. `spent` says that the child is no longer fit for use (it ran out of memory) and ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgefl.config import TrainConfig
+from edgefl.errors import ProtocolError
+from edgefl.protocols.messages import from_json
+
+MAX_FRAME_BYTES = 1 << 20
+_HEAD = struct.Struct(">I")
+HEAD_BYTES = _HEAD.size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """The child is there."""
+
+    pid: int
+    kind: str = "hello"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """Train for one plan."""
+
+    job: str
+    round: int
+    client: str
+    train: TrainConfig
+    model: str  # path of the parameters, a safetensors file
+    bundle: str  # path of the verified bundle, unpacked beside it
+    task: str  # module:attribute in it
+    options: Mapping[str, str]
+    out: str  # path to write the update to; old bytes there are overwritten
+    memory_limit_mb: int  # of the child's data; 0 = none
+    kind: str = "fit"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """The update is at `out`, whole and synced."""
+
+    size: int
+    sha256: str
+    weight: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    kind: str = "done"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """There will be no update, and why."""
+
+    reason: str
+    spent: bool = False
+    kind: str = "failed"
+
+
+_KINDS: Mapping[str, type[Any]] = {"hello": Hello, "fit": Fit, "done": Done, "failed": Failed}
+
+Message = Hello | Fit | Done | Failed
+
+
+def frame(message: Message) -> bytes:
+    """Return a message's bytes, head included."""
+    body = json.dumps(dataclasses.asdict(message)).encode()
+    return _HEAD.pack(len(body)) + body
+
+
+def body_bytes(head: bytes) -> int:
+    """Return how many bytes follow a head; raises ProtocolError."""
+    length = int(_HEAD.unpack(head)[0])
+    if length > MAX_FRAME_BYTES:
+        raise ProtocolError(
+            f"a frame of {length} bytes between agent and trainer; at most {MAX_FRAME_BYTES} are allowed"
+        )
+    return length
+
+
+def parse(body: bytes) -> Message:
+    """Return the message of a body; raises ProtocolError."""
+    try:
+        value = json.loads(body)
+        schema = _KINDS[value["kind"]]
+    except (ValueError, KeyError, TypeError) as cause:
+        raise ProtocolError(f"not a message between agent and trainer: {body[:80]!r}") from cause
+    message: Message = from_json(schema, value)
+    return message

@@ -1,0 +1,283 @@
+"""A real cloud for the agent's tests: the fleet service over mutual TLS, with what a test wants to see and to break."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from edge_agent.profile import Profile, save_profile
+from edgefl.config import TrainConfig
+from edgefl.home import create_home
+from edgefl.models import manifest
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols import fleet_pb2_grpc, messages, tls
+from edgefl.protocols.messages import BlobRef, Signed, WirePlan
+from edgefl.trees import encoded_bytes, read_tree, write_tree
+
+WAIT_S = 30.0
+
+FIT = """
+    import numpy as np
+    from edgefl import FitResult, Task
+
+    def initial():
+        return {"w": np.zeros(4, np.float32)}
+
+    def fit(parameters, config, options):
+        tree = {name: np.full_like(value, float(options.get("step", 1))) for name, value in parameters.items()}
+        return FitResult(tree=tree, weight=3.0, metrics={"train_loss": 0.5})
+
+    task = Task(name="ones", initial=initial, fit=fit)
+"""
+
+
+class FleetServer(fleet_pb2_grpc.FleetServicer):
+    """A cloud in small: blobs, open plans, and what came back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.key = manifest.new_fleet_key()
+        self.blobs: dict[str, bytes] = {}
+        self.plans: list[WirePlan] = []
+        self.desired: list[Signed] = []
+        self.updates: dict[tuple[str, int], tuple[pb.UploadHeader, bytes]] = {}
+        self.failures: dict[tuple[str, int], str] = {}
+        self.parts: dict[tuple[str, int], bytearray] = {}
+        self.calls: list[str] = []
+        self.broker = ""
+        self.chunk_bytes = 1 << 20
+        self.before_chunk: Callable[[str, int], None] = lambda _way, _offset: None  # may raise or wait
+        self.answer: pb.UploadState | None = None  # to every upload, at its header
+        self._changed = threading.Condition()
+        self._server: grpc.Server | None = None
+        self.port = 0
+        tls.create_ca(folder)
+        self.identity = tls.Identity.in_folder(folder)
+        tls.issue_server(folder, self.identity, ["127.0.0.1", "localhost"])
+
+    def start(self) -> None:
+        workers = ThreadPoolExecutor(8)
+        self._server = grpc.server(workers, options=[("grpc.max_receive_message_length", 16 << 20)])
+        fleet_pb2_grpc.add_FleetServicer_to_server(self, self._server)
+        self.port = self._server.add_secure_port(
+            f"127.0.0.1:{self.port}", tls.grpc_server_credentials(self.identity)
+        )
+        self._server.start()
+
+    def stop(self) -> None:
+        if self._server:
+            self._server.stop(None).wait(5)
+            self._server = None
+
+    def wait(self, condition: Callable[[], object], what: str = "it") -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, WAIT_S), f"{what} did not happen; calls: {self.calls[-20:]}"
+
+    def note(self, call: str) -> None:
+        with self._changed:
+            self.calls.append(call)
+            self._changed.notify_all()
+
+    # What a test puts in.
+
+    def enrol(self, home: Path, device: str = "cam-1", broker_port: int = 1) -> Path:
+        create_home(home, "agent")
+        identity = tls.Identity.in_folder(home)
+        request = tls.new_request(identity, device)
+        identity.cert.write_bytes(tls.sign_request(self.folder, request, device))
+        identity.ca.write_bytes(self.identity.ca.read_bytes())
+        (home / "fleet.pub").write_bytes(manifest.public_pem(self.key))
+        save_profile(
+            home,
+            Profile(
+                device=device,
+                cloud_url="https://127.0.0.1:9480",
+                grpc=f"127.0.0.1:{self.port}",
+                broker=f"mqtts://127.0.0.1:{broker_port}",
+                tags={"site": "test"},
+            ),
+        )
+        return home
+
+    def blob(self, data: bytes) -> BlobRef:
+        digest = hashlib.sha256(data).hexdigest()
+        self.blobs[digest] = data
+        return BlobRef(sha256=digest, size=len(data))
+
+    def bundle(self, code: str = FIT) -> Signed:
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("user_task.py", textwrap.dedent(code))
+        return manifest.sign(manifest.Bundle(blob=self.blob(file.getvalue()), task="user_task:task"), self.key)
+
+    def plan(self, number: int = 1, *, job: str = "j1", code: str = FIT, size: int = 4, deadline_s: float = 60.0,
+             bundle: Signed | None = None, offer: bool = True) -> WirePlan:  # fmt: skip
+        tree = {"w": np.full(size, number, np.float32)}
+        file = io.BytesIO()
+        write_tree(tree, file)
+        plan = WirePlan(
+            job=job,
+            round=number,
+            model=self.blob(file.getvalue()),
+            bundle=bundle or self.bundle(code),
+            train=TrainConfig(),
+            deadline_s=deadline_s,
+            max_update_bytes=encoded_bytes(tree) + 1024,
+        )
+        if offer:
+            self.plans.append(plan)
+        return plan
+
+    def release(self, onnx: bytes, version: int, *, sequence: int, rollback: bool = False, device: str = "cam-1",
+                model: str = "digits") -> Signed:  # fmt: skip
+        release = manifest.Release(model=model, version=version, blob=self.blob(onnx))
+        desired = manifest.Desired(device=device, release=release, sequence=sequence, rollback=rollback)
+        return manifest.sign(desired, self.key)
+
+    def tree(self, job: str, number: int) -> dict[str, np.ndarray]:
+        return read_tree(self.updates[job, number][1])
+
+    # What the agent calls.
+
+    def Next(self, request, context):
+        self.note(f"next {_device(context)}")
+        waiting = [plan for plan in self.plans if not {(plan.job, plan.round)} & (self.updates.keys() | self.failures)]
+        return pb.NextReply(
+            plans=[messages.encode(plan) for plan in waiting],
+            desired=[messages.encode(signed) for signed in self.desired],
+            broker=self.broker,
+        )
+
+    def Download(self, request, context):
+        self.note(f"download {request.sha256[:8]} {request.offset}")
+        data = self.blobs.get(request.sha256)
+        if data is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such blob")
+        for offset in range(request.offset, len(data), self.chunk_bytes):
+            self.before_chunk("down", offset)
+            yield pb.Chunk(data=data[offset : offset + self.chunk_bytes])
+
+    def Resume(self, request, context):
+        self.note(f"resume {request.job} {request.round}")
+        key = (request.job, request.round)
+        if key in self.updates:
+            return pb.UploadState(status=pb.UploadState.STORED)
+        return pb.UploadState(offset=len(self.parts.get(key, b"")))
+
+    def Upload(self, requests, context):
+        header = next(requests).header
+        key = (header.key.job, header.key.round)
+        self.note(f"upload {key[0]} {key[1]} {header.offset}")
+        if self.answer is not None:
+            return self.answer
+        part = self.parts.setdefault(key, bytearray())
+        del part[header.offset :]
+        for message in requests:
+            self.before_chunk("up", len(part))
+            part += message.data
+            self.note(f"chunk {len(part)}")
+        if len(part) < header.size:
+            return pb.UploadState(offset=len(part))
+        assert hashlib.sha256(part).hexdigest() == header.sha256
+        self.updates[key] = (header, bytes(part))
+        self.note("stored")
+        return pb.UploadState(status=pb.UploadState.STORED, offset=len(part))
+
+    def Fail(self, request, context):
+        self.failures[request.key.job, request.key.round] = request.reason
+        self.note(f"fail {request.key.job} {request.key.round}")
+        return pb.FailureReply()
+
+
+def _device(context: grpc.ServicerContext) -> str:
+    return context.auth_context()["x509_common_name"][0].decode()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[FleetServer]:
+    folder = tmp_path / "cloud"
+    folder.mkdir()
+    server = FleetServer(folder)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def home(fleet: FleetServer, tmp_path: Path) -> Path:
+    """An enrolled home whose broker does not answer: everything must work by `Next` alone."""
+    return fleet.enrol(tmp_path / "agent")
+
+
+@pytest.fixture
+def start_agent(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start the real agent; its log is `<home>.log`."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(home: Path, *options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "edgefl", "agent", "start", "--home", str(home), "--serve-port", "0", *options]
+        with home.with_suffix(".log").open("ab") as log:
+            started.append(subprocess.Popen(command, stderr=log, stdout=log, cwd=tmp_path))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in started:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Wait for what only shows from the outside (a file, a process)."""
+
+    def wait(condition: Callable[[], object], what: str = "it") -> None:
+        end_s = time.monotonic() + WAIT_S
+        while not condition():
+            assert time.monotonic() < end_s, f"{what} did not happen"
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture
+def children_of() -> Callable[[int], list[int]]:
+    """Return the process ids of a process's children."""
+
+    def children(pid: int) -> list[int]:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    return children
+
+
+@pytest.fixture
+def alive() -> Callable[[int], bool]:
+    def is_alive(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    return is_alive

@@ -1,0 +1,139 @@
+"""The whole agent as a process, against a real cloud over mutual TLS, without a broker."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from edge_agent.agent import AgentConfig
+from edge_agent.status import read_status
+from edgefl.errors import ConfigError
+
+SLOW = """
+    import time
+    import numpy as np
+    from pathlib import Path
+    from edgefl import FitResult, Task
+
+    def fit(parameters, config, options):
+        with open(options["log"], "a") as log:
+            log.write("begin\\n")
+        time.sleep(float(options.get("sleep", 0)))
+        return FitResult(tree={name: np.ones_like(value) for name, value in parameters.items()}, weight=1.0)
+
+    task = Task(name="slow", initial=dict, fit=fit)
+"""
+
+
+def test_a_round_without_a_broker(fleet, home, start_agent, eventually):
+    fleet.plan(1)
+    agent = start_agent(home, "--data", "step=2")
+    fleet.wait(lambda: ("j1", 1) in fleet.updates, "the update")
+    header, _ = fleet.updates["j1", 1]
+    assert fleet.tree("j1", 1)["w"].tolist() == [2.0] * 4
+    assert (header.weight, dict(header.metrics)) == (3.0, {"train_loss": 0.5})
+    eventually(lambda: read_status(home).outbox_updates == 0, "the acknowledgement")
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(10) == 0
+    log = home.with_suffix(".log").read_text()
+    assert "Traceback" not in log
+    assert "agent.stopped device=cam-1" in log
+
+
+def test_torch_and_numpy_are_not_in_the_agent(fleet, home, start_agent):
+    fleet.plan(1)
+    agent = start_agent(home)
+    fleet.wait(lambda: fleet.updates, "the update")
+    mapped = Path(f"/proc/{agent.pid}/maps").read_text()
+    assert "libtorch" not in mapped
+    assert "onnxruntime" not in mapped
+    assert "_multiarray_umath" not in mapped
+
+
+def test_an_idle_agent_is_small(fleet, home, start_agent, eventually):
+    agent = start_agent(home)
+    fleet.wait(lambda: "next cam-1" in fleet.calls, "the first contact")
+    eventually((home / "contact").exists, "the contact")
+    tree = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+    assert sum(process.memory_info().rss for process in tree) < 90e6
+
+
+def test_kill_9_in_mid_upload_sends_the_same_update_again(fleet, home, start_agent, tmp_path, eventually):
+    log = tmp_path / "fits"
+    fleet.plan(1, code=SLOW, size=6 << 20)  # 24 MB: six chunks
+    killed = []
+
+    def kill(way: str, offset: int) -> None:
+        if way == "up" and offset >= 8 << 20 and not killed:
+            killed.append(agent.pid)
+            agent.kill()
+            agent.wait()
+
+    fleet.before_chunk = kill
+    agent = start_agent(home, "--data", f"log={log}")
+    eventually(lambda: killed, "the kill")
+    start_agent(home, "--data", f"log={log}")
+    fleet.wait(lambda: ("j1", 1) in fleet.updates, "the update")
+    assert fleet.tree("j1", 1)["w"].sum() == 6 << 20
+    assert log.read_text() == "begin\n"  # it was not trained again
+    assert "resume j1 1" in fleet.calls
+    offsets = [int(call.split()[3]) for call in fleet.calls if call.startswith("upload")]
+    assert offsets[0] == 0
+    assert offsets[1] >= 8 << 20
+    eventually(lambda: read_status(home).outbox_updates == 0, "the empty outbox")
+
+
+def test_kill_9_in_mid_training_trains_again(fleet, home, start_agent, tmp_path, eventually, children_of, alive):
+    log = tmp_path / "fits"
+    fleet.plan(1, code=SLOW)
+    agent = start_agent(home, "--data", f"log={log}", "--data", "sleep=30")
+    eventually(log.exists, "the first fit")
+    [trainer] = children_of(agent.pid)
+    agent.kill()
+    agent.wait()
+    eventually(lambda: not alive(trainer), "the trainer's end")
+    start_agent(home, "--data", f"log={log}")
+    fleet.wait(lambda: ("j1", 1) in fleet.updates, "the update")
+    assert log.read_text() == "begin\nbegin\n"
+
+
+def test_a_restarted_cloud_is_found_again(fleet, home, start_agent):
+    start_agent(home)
+    fleet.wait(lambda: "next cam-1" in fleet.calls, "the first contact")
+    fleet.stop()
+    fleet.plan(1)
+    fleet.start()
+    fleet.wait(lambda: ("j1", 1) in fleet.updates, "the update")
+
+
+def test_the_status_tells(fleet, home, start_agent, eventually):
+    start_agent(home)
+    eventually((home / "contact").exists, "the contact")
+    command = [sys.executable, "-m", "edgefl", "agent", "status", "--home", str(home), "--json", "-"]
+    facts = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert facts["running"]
+    assert facts["device"] == "cam-1"
+    assert facts["last_contact"]
+    assert facts["certificate_expires"]
+    assert httpx.get(f"{facts['serving_url']}/v2/health/live").status_code == 200
+
+
+def test_a_home_in_use_is_refused(fleet, home, start_agent, eventually):
+    first = start_agent(home)
+    eventually((home / "contact").exists, "the contact")
+    second = start_agent(home)
+    assert second.wait(20) == 1
+    assert f"is in use by process {first.pid}" in home.with_suffix(".log").read_text()
+
+
+@pytest.mark.parametrize("wrong", [{"serve_port": 70000}, {"trainer_memory_mb": -1}])
+def test_a_wrong_option_is_refused(wrong, tmp_path):
+    with pytest.raises(ConfigError):
+        AgentConfig(home=tmp_path, **wrong)
