@@ -1,0 +1,61 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each target first sets up .venv by itself.
+# Needed before: Python 3.11 or newer, make and, on Debian or Ubuntu, apt-get.
+#
+#   make demo DEMO_FLAGS="--devices 5"    the whole loop on this machine, as real processes
+#   make test TEST_FLAGS="-k tls"         every test but the slow ones
+#   make soak                             the slow ones
+#   make check                            lint, format, types, import contracts: what CI asks
+#   make bench BENCH_FLAGS=--quick        the numbers of the README, rivals side by side
+#
+#   PYTHON=python3.12     the interpreter to build .venv with
+#   PIP_FLAGS="..."       passed to `pip install`, e.g. an index with smaller builds of torch
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check soak bench
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/edgefl demo $(DEMO_FLAGS)
+
+test: $(VENV)/dev.stamp
+	sh deploy/system-packages.sh
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+soak: $(VENV)/dev.stamp
+	sh deploy/system-packages.sh
+	$(BIN)/python -m pytest -m soak --timeout 3600 $(TEST_FLAGS)
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.rounds $(BENCH_FLAGS)
+
+# A stamp says that .venv holds what pyproject.toml asks for; a second `make test` installs nothing.
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[agent,train,cloud,broker,examples]'
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev]'
+	$(BIN)/pip check
+	touch $@ $(VENV)/demo.stamp
+
+# Debian keeps venv in a package of its own.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "edgefl needs Python 3.11 or newer, this is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { sudo=; [ "$$(id -u)" -eq 0 ] || sudo=sudo; \
+	    $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends python3-venv; }
+	$(PYTHON) -m venv $(VENV)
