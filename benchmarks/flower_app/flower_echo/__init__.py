@@ -1,0 +1,1 @@
+"""A Flower app that sends a model there and back, without training."""

@@ -1,0 +1,97 @@
+"""Flower on this machine as its user would start it: a SuperLink, K SuperNodes, `flwr run`; no TLS.
+
+All defaults but the ports: ServerApp and ClientApps run as subprocesses of their SuperExecs. Telemetry
+and the search for updates are off. A round lasts from one end to the next, as the ServerApp sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.family import Family
+from benchmarks.memory import peak_rss_mb, tree_rss_mb
+from benchmarks.report import installed
+from benchmarks.workload import TENSORS, RunFailedError, RunResult, Workload, between
+from edgefl.errors import CloudUnreachable
+from edgefl.local_fleet import LoggedProcess, free_ports
+
+START_S = 120.0  # twenty Python processes on two cores take their time
+APP = Path(__file__).parent / "flower_app"
+_BIN = Path(sys.executable).parent
+# What `flwr run` calls. Its own command line does not load beside typer 0.15, which amqtt pins.
+_SUBMIT = """
+import sys
+from flwr.cli.run.run import run
+run(app=sys.argv[1], superlink="bench", federation=None, run_config_overrides=[sys.argv[2]],
+    federation_config_overrides=None, stream=True, output_format="default")
+"""
+
+
+def name() -> str | None:
+    """Return the rival's name and version, or None where it is not installed."""
+    version = installed("flwr")
+    return f"Flower {version}" if version else None
+
+
+def run(workload: Workload, rounds: int, deadline_s: float) -> RunResult:
+    """Run so many rounds after the first; raises RunFailedError."""
+    with tempfile.TemporaryDirectory(prefix="flower-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        with Family(folder, _environment(folder)) as family:
+            try:
+                return _run(family, workload, rounds, deadline_s)
+            except (CloudUnreachable, subprocess.TimeoutExpired) as cause:
+                raise RunFailedError(str(cause)) from cause
+
+
+def _run(family: Family, workload: Workload, rounds: int, deadline_s: float) -> RunResult:
+    ports = free_ports(1 + workload.clients)
+    superlink = family.start("superlink", [_BIN / "flower-superlink", "--insecure", "--port", str(ports[0])])
+    superlink.wait_for("Starting Flower SuperExec", START_S)
+    address = f"127.0.0.1:{ports[0]}"
+    _write_config(family.folder, address)
+    nodes = [_start_node(family, address, port) for port in ports[1:]]
+    for node in nodes:
+        node.wait_for("Starting Flower SuperExec", START_S)
+    idle_mb = tree_rss_mb(nodes[0].pid)
+    report = family.folder / "report.json"
+    settings = (
+        f"clients={workload.clients} rounds={rounds + 1} model-bytes={workload.model_bytes} tensors={TENSORS} "
+        f'deadline-s={deadline_s} report="{report}"'
+    )
+    submit = family.start("run", [sys.executable, "-c", _SUBMIT, str(APP), settings])
+    submit.wait_for("Strategy execution finished", deadline_s)
+    submit.popen.wait(START_S)  # its streamed log ends with the run
+    return result_of(report, workload, superlink_mb=peak_rss_mb(superlink.pid), idle_mb=idle_mb)
+
+
+def _start_node(family: Family, superlink: str, port: int) -> LoggedProcess:
+    options = ("--insecure", "--superlink", superlink, "--port", str(port))
+    return family.start(f"supernode-{port}", [_BIN / "flower-supernode", *options])
+
+
+def result_of(file: Path, workload: Workload, *, superlink_mb: float, idle_mb: float) -> RunResult:
+    """Read the ServerApp's report; raises RunFailedError where a round lacks a client."""
+    if not file.exists():
+        raise RunFailedError(f"Flower's run of {workload} left no report: its ServerApp failed")
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if set(report["replies"]) != {workload.clients}:
+        raise RunFailedError(f"Flower's run of {workload} had {report['replies']} replies in its rounds")
+    first_s, round_s = between(report["ends_s"])
+    server_app_mb = report["peak_rss_kib"] * 1024 / 1e6
+    return RunResult(first_s=first_s, round_s=round_s, centre_mb=superlink_mb + server_app_mb, idle_mb=idle_mb)
+
+
+def _write_config(folder: Path, address: str) -> None:
+    config = f'[superlink]\ndefault = "bench"\n\n[superlink.bench]\naddress = "{address}"\ninsecure = true\n'
+    (folder / "config.toml").write_text(config, encoding="utf-8")
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Flower keeps its files in `folder`, and finds its own commands by PATH."""
+    return {"FLWR_HOME": str(folder), "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"}

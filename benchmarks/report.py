@@ -1,0 +1,193 @@
+"""What a benchmark says: rows of ours beside the rival's, the machine, a table and JSON.
+
+A ratio above 1 always means that ours is better. A row that could not be run says why in `skipped`
+and has not met its target.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import click
+
+VERSIONS = ("edgefl", "numpy", "grpcio", "torch", "onnxruntime", "paho-mqtt", "amqtt", "flwr")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """One bound to reach: on our value, or on the ratio to the rival's."""
+
+    of: str  # "ours" or "ratio"
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.of not in {"ours", "ratio"} or (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"{self!r} needs of='ours' or 'ratio', and one of at_least and at_most")
+
+    def __str__(self) -> str:
+        return f"{self.of} >= {self.at_least:g}" if self.at_least is not None else f"{self.of} <= {self.at_most:g}"
+
+    def reached(self, value: float | None) -> bool:
+        """Whether a measured value is within the bound. What was not measured is not."""
+        if value is None:
+            return False
+        return value >= self.at_least if self.at_least is not None else value <= float(self.at_most or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One question with its answers."""
+
+    workload: str
+    metric: str
+    unit: str
+    ours: float | None = None
+    rival: str | None = None  # name and version
+    theirs: float | None = None
+    limit: float | None = None  # what the machine allows: the bare floor
+    targets: tuple[Target, ...] = ()  # all of them are to be reached
+    more_is_better: bool = False
+    skipped: str | None = None
+    detail: Mapping[str, object] = field(default_factory=dict)  # samples and what else helps to judge
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times better ours is than the rival's."""
+        if self.ours is None or self.theirs is None:
+            return None
+        better, worse = (self.ours, self.theirs) if self.more_is_better else (self.theirs, self.ours)
+        return better / worse if worse else None
+
+    @property
+    def over_limit(self) -> float | None:
+        """How many times our value is the limit."""
+        return self.ours / self.limit if self.ours is not None and self.limit else None
+
+    @property
+    def met(self) -> bool:
+        """Whether the row was measured and every target, if it has any, is reached."""
+        values = {"ours": self.ours, "ratio": self.ratio}
+        return self.skipped is None and all(target.reached(values[target.of]) for target in self.targets)
+
+    def as_json(self) -> dict[str, object]:
+        """Return the row as the public JSON shows it."""
+        return {
+            "workload": self.workload,
+            "metric": self.metric,
+            "unit": self.unit,
+            "ours": self.ours,
+            "rival": self.rival,
+            "theirs": self.theirs,
+            "limit": self.limit,
+            "over_limit": self.over_limit,
+            "ratio": self.ratio,
+            "target": " and ".join(str(target) for target in self.targets) or None,
+            "met": self.met,
+            "skipped": self.skipped,
+            "detail": dict(self.detail),
+        }
+
+
+class Measure(Protocol):
+    """What a benchmark module does: yields its rows as they are measured."""
+
+    def __call__(self, *, quick: bool) -> Iterable[Row]: ...
+
+
+def median(samples: Iterable[float]) -> float | None:
+    """Return the median, or None of nothing."""
+    values = list(samples)
+    return statistics.median(values) if values else None
+
+
+def machine() -> dict[str, object]:
+    """Describe what was measured on; no names of hosts or users, no paths."""
+    info = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name in VERSIONS if (version := installed(name))},
+    }
+
+
+def installed(package: str) -> str | None:
+    """Return a package's version, or None where it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print the rows for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("workload", "metric", "ours", "theirs", "limit", "ours/limit", "ratio", "target", "met")
+    for row in rows:
+        numbers = (row.ours, row.theirs, row.limit, row.over_limit, row.ratio)
+        met = ("yes" if row.met else "no") if row.targets else "-"
+        target = " and ".join(str(target) for target in row.targets)
+        table.add_row(row.workload, f"{row.metric}, {row.unit}", *(shown(n) for n in numbers), target, met)
+    width = None if sys.stdout.isatty() else 160
+    console = Console(width=width)
+    console.print(table)
+    for row in rows:
+        if row.skipped:
+            console.print(f"skipped: {row.workload}, {row.metric}: {row.skipped}", soft_wrap=True, markup=False)
+
+
+def shown(value: float | None) -> str:
+    """Return three figures that count, or a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def write_json(rows: Sequence[Row], file: str) -> None:
+    """Write the report to a file, or to standard output for `-`."""
+    text = json.dumps({"rows": [row.as_json() for row in rows], "machine": machine()}, indent=2, allow_nan=False)
+    if file == "-":
+        click.echo(text)
+    else:
+        Path(file).write_text(text + "\n", encoding="utf-8")
+
+
+def command(measure: Measure, doc: str) -> click.Command:
+    """Make a module's command line of the function that measures. It exits 1 where a row failed to run."""
+
+    @click.command(help=doc)
+    @click.option("--quick", is_flag=True, help="Fewer repeats; what takes minutes is skipped.")
+    @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for standard output.")
+    def main(json_file: str | None, *, quick: bool) -> None:
+        signal.signal(signal.SIGTERM, _leave)
+        rows = list(measure(quick=quick))
+        if json_file != "-":
+            print_table(rows)
+        if json_file is not None:
+            write_json(rows, json_file)
+        if not quick and any(row.skipped for row in rows):
+            sys.exit(1)
+
+    return main
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """Leave by an exception, so that every process started is ended on the way out."""
+    sys.exit(128 + number)
