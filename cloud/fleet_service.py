@@ -25,6 +25,7 @@ from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.messages import Signed, encode
+from edgefl.protocols.tls import common_name, serial_number
 from edgefl.trees import SpooledTree
 
 CHUNK_BYTES = 4 << 20
@@ -50,7 +51,7 @@ class ServiceParts:
     blobs: BlobStore
     spool: Spool
     desired_for: Callable[[str], list[Signed]]
-    is_known: Callable[[str], bool]
+    is_known: Callable[[str, str | None], bool]  # name and certificate's serial number
     broker_url: str
     insecure: bool = False
 
@@ -179,19 +180,27 @@ class FleetService:
 
     async def _device(self, context: Context) -> str:
         """Return the caller's name; ends the call for one that is not, or no longer, of the fleet."""
-        name = dict(context.invocation_metadata() or ()).get(DEVICE_METADATA, "") if self._parts.insecure else ""
-        if not self._parts.insecure:
-            names = list(context.auth_context().get("x509_common_name", []))
-            name = names[0].decode(errors="replace") if names else ""
-        if not await self._run(self._parts.is_known, str(name)):
+        name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
+        if not await self._run(self._parts.is_known, name, serial):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
-                f"device {name!r} is not enrolled in this fleet; enrol it with a new token",
+                f"device {name!r} is not of this fleet, or not with this certificate; enrol it with a new token",
             )
-        return str(name)
+        return name
+
+    @staticmethod
+    def _insecure_peer(context: Context) -> tuple[str, None]:
+        name = dict(context.invocation_metadata() or ()).get(DEVICE_METADATA, "")
+        return str(name), None
 
     async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+def _certified_peer(context: Context) -> tuple[str, str]:
+    """Return the name and the serial number of the caller's certificate, which the TLS handshake has verified."""
+    certificate = next(iter(context.auth_context()["x509_pem_cert"]))
+    return common_name(certificate), serial_number(certificate)
 
 
 def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Self
 
 import psutil
-from edgefl.operator.client import write_operator_credentials
 
 from cloud.blobs import BlobStore
 from cloud.broker import EmbeddedBroker
@@ -35,6 +34,7 @@ from cloud.store import open_database
 from edgefl.errors import ConfigError
 from edgefl.home import create_home, lock_home, replace_file
 from edgefl.models.manifest import load_private_key, new_fleet_key, public_pem, save_private_key, sign
+from edgefl.operator.credentials import write_operator_credentials
 from edgefl.protocols.messages import RolloutNote
 from edgefl.protocols.mqtt import is_loopback
 from edgefl.protocols.tls import Identity, create_ca, expires, issue_server

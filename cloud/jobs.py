@@ -22,7 +22,7 @@ from cloud.store import jobs, rounds, updates
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, from_dict
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, NotFound
 from edgefl.models.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 from edgefl.records import RoundOutcome
@@ -178,11 +178,11 @@ class Jobs:
             return [_shown(row) for row in found]
 
     def get(self, job: str) -> dict[str, Any]:
-        """Return one job with its rounds; raises ConfigError for an unknown id."""
+        """Return one job with its rounds; raises NotFound for an unknown id."""
         with self._engine.begin() as db:
             row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one_or_none()
         if row is None:
-            raise ConfigError(f"there is no job {job!r}; `edgefl jobs list` shows those there are")
+            raise NotFound(f"there is no job {job!r}; `edgefl jobs list` shows those there are")
         return _shown(row) | {"rounds": self.rounds_after(job, 0)}
 
     def rounds_after(self, job: str, number: int) -> Rows:
@@ -197,7 +197,7 @@ class Jobs:
             return self._changed.wait_for(lambda: self._has_news(job, rounds_seen), timeout_s)
 
     def cancel(self, job: str) -> None:
-        """Stop a running job; one that has ended stays as it is. Raises ConfigError for an unknown id."""
+        """Stop a running job; one that has ended stays as it is. Raises NotFound for an unknown id."""
         if self.get(job)["state"] == "running":
             self.end(job, "cancelled", "cancelled by its operator")
             self.cancelled(job)

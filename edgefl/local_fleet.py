@@ -195,8 +195,10 @@ class LocalFleet:
 
     def start_agent(self, name: str, *options: str, env: Mapping[str, str] | None = None) -> LoggedProcess:
         """Start an enrolled agent with a serving port of its own choice; does not wait for it."""
-        command = ("agent", "start", "--home", self.folder / name, "--serve-port", "0", *options)
-        self.agents[name] = self.spawn(f"{name}.log", *command, env=env)
+        home = self.folder / name
+        self.agents[name] = self.spawn(
+            f"{name}.log", "agent", "start", "--home", home, "--serve-port", "0", *options, env=env
+        )
         return self.agents[name]
 
     def spawn(self, log: str, *command: str | Path | int, env: Mapping[str, str] | None = None) -> LoggedProcess:

@@ -7,7 +7,7 @@ from cloud.blobs import BlobStore
 from cloud.jobs import Answer, Jobs
 from cloud.store import open_database
 from edgefl.config import JobConfig, ServerConfig, TrainConfig
-from edgefl.errors import ConfigError, MissingExtra, ProtocolError
+from edgefl.errors import ConfigError, MissingExtra, NotFound, ProtocolError
 from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef
 from edgefl.records import RoundOutcome
@@ -118,7 +118,7 @@ def test_only_a_running_job_is_cancelled_and_an_unknown_one_is_named(home):
     assert jobs.get(job)["state"] == "cancelled"
     jobs.end(job, "done")
     assert jobs.get(job)["state"] == "cancelled"
-    with pytest.raises(ConfigError, match="no job 'job-x'"):
+    with pytest.raises(NotFound, match="no job 'job-x'"):
         jobs.cancel("job-x")
 
 
