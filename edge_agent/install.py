@@ -47,7 +47,7 @@ _ROOT_OPTION = click.option(
 @click.option("--data", multiple=True, callback=_data_options, metavar="K=V", help="Passed to the task's loaders.")
 @click.option("--serve-host", default="127.0.0.1", show_default=True, help="Address that predictions are served on.")
 @click.option("--serve-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
-@click.option("--memory-max", default="60%", show_default=True, help="Most memory training may use: 2G, 60%.")
+@click.option("--memory-max", default="80%", show_default=True, help="Most memory training may use: 2G, 60%.")
 @click.option("--agent-memory-max", default="40%", show_default=True, help="Most memory the agent may use.")
 @click.option("--cpu-quota", default="", help="Most processor time training may use: 150% is one and a half.")
 @click.option("--dry-run", is_flag=True, help="Print the files and change nothing.")

@@ -38,7 +38,7 @@ class Installation:
     data: Mapping[str, str] = field(default_factory=dict)  # options of the task's loaders
     serve_host: str = "127.0.0.1"
     serve_port: int = 8000
-    memory_max: str = "60%"  # of training, in systemd's words: 2G, 60%
+    memory_max: str = "80%"  # of training, as systemd says it; above the trainer's own limit, which fails more gently
     agent_memory_max: str = "40%"
     cpu_quota: str = ""  # of training: 150% is one and a half processors; empty = no limit
     python: Path = field(default_factory=lambda: Path(sys.executable))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from edge_agent import trainer_wire as wire
+from edge_agent.cli import agent
 from edge_agent.units import AGENT, SOCKET, SYSUSERS, TRAINER, UNIT_FOLDER, UNITS, Installation, quote, render
 from edgefl.errors import ConfigError
 
@@ -31,6 +36,42 @@ def test_the_agent_by_hand() -> None:
     ):  # fmt: skip
         assert line in lines
     assert any(line.startswith("WatchdogSec=") for line in lines)
+
+
+def command_line(name: str, **options: Any) -> list[str]:
+    text = render(Installation(**options))[UNIT_FOLDER / name].replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if line.startswith("ExecStart=")]
+    return shlex.split(line.removeprefix("ExecStart="))
+
+
+def test_the_agent_understands_how_it_is_started() -> None:
+    python, *words = command_line(AGENT, serve_host="0.0.0.0", serve_port=9000, data={"part": "3"})  # noqa: S104
+    assert (python, words[:4]) == (sys.executable, ["-m", "edgefl", "agent", "start"])
+    start = agent.get_command(click.Context(agent), "start")
+    assert start is not None
+    given = start.make_context("start", words[4:]).params
+    assert (given["home"], given["trainer_socket"]) == (Path("/var/lib/edgefl"), Path("/run/edgefl/trainer.sock"))
+    assert (given["serve_host"], given["serve_port"], given["data"]) == ("0.0.0.0", 9000, ("part=3",))  # noqa: S104
+
+
+@pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="systemd is not installed here")
+def test_systemd_can_hand_the_trainer_its_socket(tmp_path: Path) -> None:
+    """The trainer unit's own command, behind a listening socket of systemd's: it answers who connects."""
+    path = tmp_path / "trainer.sock"
+    command = ["systemd-socket-activate", "-l", path, *command_line(TRAINER)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as activation:
+        try:
+            assert activation.stderr is not None
+            assert "Listening on" in activation.stderr.readline()
+            with socket.socket(socket.AF_UNIX) as agent_side:
+                agent_side.settimeout(60)
+                agent_side.connect(str(path))
+                head = agent_side.recv(wire.HEAD_BYTES, socket.MSG_WAITALL)
+                hello = wire.parse(agent_side.recv(wire.body_bytes(head), socket.MSG_WAITALL))
+            assert hello == wire.Hello(pid=activation.pid)  # systemd's helper has become the trainer
+            activation.wait(30)  # it ends when the agent goes
+        finally:
+            activation.kill()
 
 
 def test_training_has_a_unit_a_slice_and_limits_of_its_own() -> None:
