@@ -15,6 +15,7 @@ from edgefl.errors import HomeError
 
 STOP_GRACE_S = 1
 MAX_CONNECTIONS = 1000
+BACKLOG = 1024
 STOP_S = 10.0
 
 
@@ -57,8 +58,13 @@ async def serve_http(app: ASGIApp, host: str, port: int, context: ssl.SSLContext
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # TCP by name: asyncio sets TCP_NODELAY on no other, and each answer would wait 40 ms for an acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener = socket.create_server((host, port), family=family, backlog=1024)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as cause:
+        listener.close()
         raise HomeError(f"cannot listen on {host}:{port}: {cause.strerror}. Choose another --http-port") from cause
     return listener

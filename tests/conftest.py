@@ -1,7 +1,8 @@
-"""Real parts that many tests stand on: a fleet's CA, and either broker on a free loopback port."""
+"""Real parts that many tests stand on: a fleet's CA, either broker on a free loopback port, the HTTPS plane."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import shutil
@@ -9,17 +10,32 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import pytest
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
+from cloud.blobs import BlobStore
 from cloud.broker import EmbeddedBroker
 from cloud.broker_config import write_broker_config
+from cloud.enrolment import Enrolment
+from cloud.http_api import make_app, serve_http
+from cloud.jobs import Jobs
+from cloud.registry import Registry
+from cloud.rollout import Rollouts
+from cloud.services import Services
+from cloud.store import open_database
+from edgefl.models.manifest import new_fleet_key, public_pem, sign
+from edgefl.operator.client import write_operator_credentials
 from edgefl.protocols import tls
+from edgefl.protocols.messages import DeviceState, Signed
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, Will
 from edgefl.protocols.tls import Identity
+from edgefl.testing import ManualClock
 
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -154,3 +170,110 @@ def peer(broker: EmbeddedBroker | Mosquitto, fleet_ca: FleetCA) -> Iterator[Call
     yield connect
     for one in peers:
         one.link.close(flush_s=0.2)
+
+
+OPERATOR = "operator's own"
+
+
+class HeardLink:
+    """What the operator's plane needs of a link, in memory: states that a test sets, wishes that were sent."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, DeviceState] = {}
+        self.sent: list[tuple[str, Signed]] = []
+
+    def state(self, device: str) -> DeviceState | None:
+        return self.states.get(device)
+
+    def forget(self, device: str) -> None:
+        self.states.pop(device, None)
+
+    def send_desired(self, device: str, signed: Signed) -> None:
+        self.sent.append((device, signed))
+
+
+class HttpsServer:
+    """A cloud's HTTPS plane, served over TLS from a thread; `stop` and `start` restart it on its port."""
+
+    def __init__(self, ca: FleetCA) -> None:
+        self.ca, self.port = ca, 0
+        self.empty_database = ca.folder / "empty.db"  # copied for each test: making one is slow
+        open_database(self.empty_database).dispose()
+        self.app: FastAPI | None = None
+
+    def start(self) -> None:
+        self._serving: Future[None] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="https plane")
+        self._thread.start()
+        self._serving.result(10)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(15)
+        assert not self._thread.is_alive()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        context = tls.server_context(self.ca.cloud, client_certificates=False)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:  # of the test that runs
+            assert self.app is not None
+            await self.app(scope, receive, send)
+
+        async with serve_http(app, "127.0.0.1", self.port, context) as self.port:
+            self._serving.set_result(None)
+            await self._stop.wait()
+
+
+class HttpPlane:
+    """A fresh cloud's HTTPS plane on its real parts."""
+
+    def __init__(self, folder: Path, server: HttpsServer) -> None:
+        self.folder, self.server, self.ca, self.port = folder, server, server.ca, server.port
+        self.url = f"https://127.0.0.1:{server.port}"
+        self.clock = ManualClock(1_000_000.0)
+        self.key, self.link = new_fleet_key(), HeardLink()
+        shutil.copy(server.empty_database, folder / "cloud.db")
+        self.engine, self.blobs = open_database(folder / "cloud.db"), BlobStore(folder / "blobs")
+        self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, self.key))
+        self.enrolment = Enrolment(self.engine, self.ca.folder, self.clock)
+        self.registry = Registry(self.engine, self.blobs, self.key, self.clock)
+        self.rollouts = Rollouts(
+            self.engine, self.registry, self.key,
+            devices=self.enrolment.devices, send_desired=self.link.send_desired, clock=self.clock,
+        )  # fmt: skip
+        self.services = Services(
+            enrolment=self.enrolment, registry=self.registry, rollouts=self.rollouts, jobs=self.jobs, blobs=self.blobs,
+            link=self.link, ca_pem=self.ca.cloud.ca.read_bytes(), fleet_key_pem=public_pem(self.key), grpc_port=9440,
+            broker_url="mqtts://:8883", operator_token=OPERATOR, max_blob_bytes=5 << 20, heartbeat_s=0.1,
+            chunk_deadline_s=0.5,
+        )  # fmt: skip
+        self.credentials = write_operator_credentials(
+            folder, self.url, self.services.operator_token, self.services.ca_pem
+        )
+        server.app = make_app(self.services)
+
+    def enroll(self, *names: str, **tags: str) -> None:
+        for name in names:
+            secret, _ = tls.parse_token(self.enrolment.new_token())
+            identity = Identity.in_folder(self.folder)
+            self.enrolment.enroll(secret, name, tags, tls.new_request(identity, name))
+
+
+@pytest.fixture(scope="session")
+def https_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpsServer]:
+    """One server for all tests: starting and stopping it takes longer than most of them."""
+    server = HttpsServer(make_fleet_ca(tmp_path_factory.mktemp("https") / "ca"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def http_plane(tmp_path: Path, https_server: HttpsServer) -> Iterator[HttpPlane]:
+    """The HTTPS plane of a fresh cloud, running."""
+    folder = tmp_path / "cloud"
+    folder.mkdir()
+    plane = HttpPlane(folder, https_server)
+    yield plane
+    plane.engine.dispose()

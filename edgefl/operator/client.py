@@ -1,0 +1,193 @@
+"""A client of the cloud's HTTPS plane, for operators: TLS pinned to the fleet's own CA, a deadline on everything.
+
+Every call raises CloudUnreachable where nobody answers, NotFound and CloudRefused where the cloud says no.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+from urllib.parse import quote
+
+import httpx
+
+from edgefl.config import JobConfig
+from edgefl.errors import CloudRefused, CloudUnreachable, NotFound
+from edgefl.operator.credentials import Credentials, load_credentials, tls_context, write_operator_credentials
+from edgefl.protocols.messages import BlobRef
+
+__all__ = ["CloudClient", "Credentials", "load_credentials", "write_operator_credentials"]
+
+CONNECT_S = 10.0
+ANSWER_S = 60.0  # for the next bytes of an answer; streams send heartbeats far more often
+
+Json = dict[str, Any]
+
+
+class CloudClient:
+    """One operator's connection to one cloud. A context manager; not for several threads at once."""
+
+    def __init__(self, url: str | None, credentials: Credentials) -> None:
+        self.url = (url or credentials.url).rstrip("/")
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {credentials.token}"},
+            verify=tls_context(self.url, credentials.ca),
+            timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
+            trust_env=False,  # a proxy cannot hold the fleet's certificate
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def health(self) -> Json:
+        """Ask whether the cloud is there."""
+        return self._json("GET", "/v1/health")
+
+    def devices(self) -> list[Json]:
+        """Return the fleet, with each device's presence."""
+        return self._list("/v1/devices")
+
+    def remove_device(self, name: str) -> None:
+        """Put a device out of the fleet."""
+        self._json("DELETE", f"/v1/devices/{quote(name, safe='')}")
+
+    def new_token(self, valid_for_s: float) -> str:
+        """Make a one-time enrolment token."""
+        return str(self._json("POST", "/v1/tokens", {"valid_for_s": valid_for_s})["token"])
+
+    def put_blob(self, data: bytes | BinaryIO, sha256: str) -> BlobRef:
+        """Upload bytes whose digest is known; the cloud compares."""
+        with self._deadline():
+            content = data if isinstance(data, bytes) else iter(lambda: data.read(1 << 20), b"")
+            answer = self._http.put("/v1/blobs", params={"sha256": sha256}, content=content)
+        return BlobRef(**_decoded(answer))
+
+    def get_blob(self, sha256: str, file: BinaryIO) -> None:
+        """Download a blob into a file that is open for writing."""
+        with self._deadline(), self._http.stream("GET", f"/v1/blobs/{quote(sha256, safe='')}") as answer:
+            if answer.is_error:
+                answer.read()
+            file.writelines(_checked(answer).iter_bytes(1 << 20))
+
+    def submit_job(
+        self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig
+    ) -> str:
+        """Start a job from uploaded parts, and return its id."""
+        body = {"task": task, "bundle": bundle, "parameters": parameters, "buffers": buffers, "config": config}
+        return str(self._json("POST", "/v1/jobs", body)["id"])
+
+    def jobs(self) -> list[Json]:
+        """Return every job, the newest first."""
+        return self._list("/v1/jobs")
+
+    def job(self, job: str) -> Json:
+        """Return a job with its rounds."""
+        return self._json("GET", f"/v1/jobs/{quote(job, safe='')}")
+
+    def cancel_job(self, job: str) -> Json:
+        """Stop a job, and return its state."""
+        return self._json("POST", f"/v1/jobs/{quote(job, safe='')}/cancel")
+
+    def job_events(self, job: str, after: int = 0) -> Iterator[Json]:
+        """Yield the rounds above `after` as they finish, then the job's end; over one connection."""
+        return self._lines(f"/v1/jobs/{quote(job, safe='')}/events", {"after": after})
+
+    def publish(self, model: str, blob: BlobRef, metrics: Mapping[str, float]) -> Json:
+        """Make an uploaded model the next version, and return the release."""
+        body = {"blob": blob, "metrics": dict(metrics)}
+        return self._json("POST", f"/v1/models/{quote(model, safe='')}/releases", body)
+
+    def models(self) -> list[Json]:
+        """Return every release."""
+        return self._list("/v1/models")
+
+    def model(self, name: str) -> list[Json]:
+        """Return the releases of one model, the newest first."""
+        return self._list(f"/v1/models/{quote(name, safe='')}")
+
+    def start_rollout(
+        self, model: str, version: int | None = None, to: Sequence[str] = ("all",), *, rollback: bool = False
+    ) -> Json:
+        """Tell devices which version to serve, and return the rollout."""
+        body = {"model": model, "version": version, "to": list(to), "rollback": rollback}
+        return self._json("POST", "/v1/rollouts", body)
+
+    def rollouts(self) -> list[Json]:
+        """Return every rollout, the newest first."""
+        return self._list("/v1/rollouts")
+
+    def rollout(self, rollout: str) -> Json:
+        """Return a rollout with its devices."""
+        return self._json("GET", f"/v1/rollouts/{quote(rollout, safe='')}")
+
+    def rollout_events(self, rollout: str) -> Iterator[Json]:
+        """Yield a rollout's status at each change until it is over; over one connection."""
+        return self._lines(f"/v1/rollouts/{quote(rollout, safe='')}/events", {})
+
+    def _lines(self, path: str, params: Mapping[str, Any]) -> Iterator[Json]:
+        with self._deadline(), self._http.stream("GET", path, params=dict(params)) as answer:
+            if answer.is_error:
+                answer.read()
+            for line in _checked(answer).iter_lines():
+                yield json.loads(line)
+
+    def _json(self, method: str, path: str, body: Any = None) -> Json:
+        with self._deadline():
+            content = None if body is None else json.dumps(body, default=_plain)
+            answer = self._http.request(method, path, content=content, headers={"Content-Type": "application/json"})
+        value: Json = _decoded(answer)
+        return value
+
+    def _list(self, path: str) -> list[Json]:
+        with self._deadline():
+            answer = self._http.get(path)
+        value: list[Json] = _decoded(answer)
+        return value
+
+    @contextmanager
+    def _deadline(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TransportError as cause:
+            raise CloudUnreachable(
+                f"{self.url} did not answer: {str(cause) or type(cause).__name__}. Check that the cloud runs there, "
+                "--cloud, and that the credentials are this cloud's."
+            ) from cause
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    """Raise what the cloud's refusal means."""
+    if answer.is_success:
+        return answer
+    try:
+        message = str(answer.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        message = f"{answer.request.url} answered {answer.status_code} {answer.reason_phrase}; is it an edgefl cloud?"
+    if answer.status_code == httpx.codes.NOT_FOUND:
+        raise NotFound(message)
+    raise CloudRefused(message, answer.status_code)
+
+
+def _decoded(answer: httpx.Response) -> Any:
+    _checked(answer)
+    try:
+        return answer.json()
+    except ValueError as cause:
+        raise CloudRefused(f"{answer.request.url} did not answer with JSON; is it an edgefl cloud?", 502) from cause
+
+
+def _plain(value: Any) -> Any:
+    """Turn the records of a request into JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"a {type(value).__name__} has no place in a request")

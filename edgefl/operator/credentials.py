@@ -1,0 +1,86 @@
+"""What an operator holds: where the cloud is, the operator's token, and the CA to trust.
+
+The cloud's first start writes it as operator.json into its home. Invariant: the file is readable by its
+owner alone, from its first byte on.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from edgefl.errors import ConfigError
+
+ENVIRONMENT = "EDGEFL_CREDENTIALS"
+FILE = "operator.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Credentials:
+    """What an operator holds: where the cloud is, the operator's token, and the CA to trust (PEM)."""
+
+    url: str
+    token: str
+    ca: str
+
+
+def write_operator_credentials(home: Path, url: str, token: str, ca_pem: bytes) -> Path:
+    """Write HOME/operator.json with mode 0600; return its path."""
+    path = home / FILE
+    temporary = home / f".{FILE}.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        json.dump({"url": url, "token": token, "ca": ca_pem.decode()}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path
+
+
+def default_credentials() -> Path:
+    """Return where credentials are looked for if none are named."""
+    return Path(os.environ.get(ENVIRONMENT) or "~/.config/edgefl/operator.json").expanduser()
+
+
+def load_credentials(path: Path | None = None) -> Credentials:
+    """Read credentials from a file, $EDGEFL_CREDENTIALS or ~/.config/edgefl; raises ConfigError."""
+    path = path or default_credentials()
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Credentials(url=str(facts["url"]), token=str(facts["token"]), ca=str(facts["ca"]))
+    except OSError as cause:
+        raise ConfigError(
+            f"cannot read the operator's credentials {path}: {cause.strerror}. `edgefl cloud start` writes them to "
+            f"{FILE} in its home: name that file by --credentials or ${ENVIRONMENT}, or copy it to "
+            "~/.config/edgefl/operator.json."
+        ) from cause
+    except (ValueError, KeyError, TypeError) as cause:
+        raise ConfigError(f"{path} is not an {FILE} of a cloud's home: {cause!r}. Copy it again, whole.") from cause
+
+
+def tls_context(url: str, ca: str) -> ssl.SSLContext | bool:
+    """Return TLS 1.3 pinned to a CA, or False for plain HTTP, which is for loopback only; raises ConfigError."""
+    parts = urlsplit(url)
+    if parts.scheme == "http" and _is_loopback(parts.hostname or ""):
+        return False
+    if parts.scheme != "https" or not parts.hostname:
+        raise ConfigError(f"--cloud={url!r} is not of the form https://host:port (http:// is for loopback only)")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(cadata=ca)
+    except (ssl.SSLError, ValueError) as cause:
+        raise ConfigError(f"the credentials hold no CA certificate in PEM: {cause}. Copy {FILE} again.") from cause
+    return context
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,117 @@
+"""Devices over HTTPS: the CA, enrolment with every refusal, tokens, the list, removal."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import pytest
+
+from edgefl import __version__
+from edgefl.protocols import tls
+from edgefl.protocols.messages import DeviceState
+from edgefl.protocols.tls import Identity
+
+
+@pytest.fixture
+def http(http_plane):
+    context = tls.client_context(http_plane.ca.cloud.ca)
+    header = {"Authorization": f"Bearer {http_plane.services.operator_token}"}
+    with httpx.Client(base_url=http_plane.url, verify=context, trust_env=False, headers=header) as client:
+        yield client
+
+
+@pytest.fixture
+def request_body(http_plane, tmp_path):
+    def body(name="cam-1", secret=None, **over):
+        secret = secret or tls.parse_token(http_plane.enrolment.new_token())[0]
+        csr = tls.new_request(Identity.in_folder(tmp_path), name).decode()
+        return {"secret": secret, "name": name, "tags": {"site": "north"}, "csr": csr} | over
+
+    return body
+
+
+def test_health_tells_version_and_time(http):
+    answer = http.get("/v1/health").json()
+    assert (answer["status"], answer["version"]) == ("ok", __version__)
+    assert abs(answer["time"] - time.time()) < 60
+
+
+def test_the_ca_is_the_one_that_the_token_names(http, http_plane):
+    _, fingerprint = tls.parse_token(http_plane.enrolment.new_token())
+    assert tls.fingerprint(http.get("/v1/ca").content) == fingerprint
+
+
+def test_enrolment_answers_with_all_that_a_device_needs(http, http_plane, request_body):
+    answer = http.post("/v1/enroll", json=request_body()).json()
+    assert tls.common_name(answer["certificate"].encode()) == "cam-1"
+    assert answer["ca"].encode() == http_plane.services.ca_pem
+    assert answer["fleet_key"].encode() == http_plane.services.fleet_key_pem
+    assert (answer["grpc_port"], answer["broker"]) == (9440, "mqtts://:8883")
+
+
+def test_a_reused_token_is_a_403(http, request_body):
+    body = request_body()
+    assert http.post("/v1/enroll", json=body).status_code == 200
+    answer = http.post("/v1/enroll", json=body | {"name": "cam-2"})
+    assert answer.status_code == 403
+    assert "used already, by device 'cam-1'" in answer.json()["error"]
+
+
+def test_an_expired_token_is_a_403(http, http_plane, request_body):
+    body = request_body()
+    http_plane.clock.advance(25 * 3600)
+    answer = http.post("/v1/enroll", json=body)
+    assert (answer.status_code, "expired" in answer.json()["error"]) == (403, True)
+
+
+def test_a_wrong_token_is_a_403(http, request_body):
+    answer = http.post("/v1/enroll", json=request_body(secret="x" * 43))
+    assert (answer.status_code, "unknown" in answer.json()["error"]) == (403, True)
+
+
+def test_a_taken_name_is_a_403_and_the_token_stays_good(http, request_body):
+    http.post("/v1/enroll", json=request_body())
+    second = request_body()
+    answer = http.post("/v1/enroll", json=second)
+    assert (answer.status_code, "enrolled already" in answer.json()["error"]) == (403, True)
+    assert http.post("/v1/enroll", json=second | {"name": "cam-2"}).status_code == 200
+
+
+def test_a_csr_that_is_none_is_a_400(http, request_body):
+    answer = http.post("/v1/enroll", json=request_body(csr="no request"))
+    assert (answer.status_code, "PKCS #10" in answer.json()["error"]) == (400, True)
+
+
+def test_an_operators_token_enrols(http, request_body):
+    answer = http.post("/v1/tokens", json={"valid_for_s": 60}).json()
+    assert answer["valid_for_s"] == 60
+    secret, _ = tls.parse_token(answer["token"])
+    assert http.post("/v1/enroll", json=request_body(secret=secret)).status_code == 200
+
+
+def test_a_token_without_a_lifetime_is_refused(http):
+    assert http.post("/v1/tokens", json={"valid_for_s": 0}).status_code == 403
+
+
+def test_the_list_joins_what_is_enrolled_and_what_is_heard(http, http_plane):
+    http_plane.enroll("a", "b", site="north")
+    http_plane.link.states["a"] = DeviceState(
+        session=5, online=True, agent_version="0.1.0", models={"m": 2}, tags={"gpu": "no"}, serving_url="http://h:8000"
+    )
+    first, second = http.get("/v1/devices").json()
+    assert first.items() >= {
+        "name": "a", "online": True, "models": {"m": 2}, "tags": {"site": "north", "gpu": "no"},
+        "serving_url": "http://h:8000", "agent_version": "0.1.0",
+    }.items()  # fmt: skip
+    assert second.items() >= {"name": "b", "online": False, "models": {}, "tags": {"site": "north"}}.items()
+
+
+def test_a_removed_device_is_gone_everywhere(http, http_plane):
+    http_plane.enroll("a")
+    http_plane.link.states["a"] = DeviceState(session=5, online=True, agent_version="0.1.0")
+    assert http.delete("/v1/devices/a").json() == {"removed": "a"}
+    assert http.get("/v1/devices").json() == []
+    assert http_plane.link.states == {}
+    answer = http.delete("/v1/devices/a")
+    assert (answer.status_code, "no device 'a'" in answer.json()["error"]) == (404, True)
