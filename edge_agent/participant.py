@@ -54,6 +54,7 @@ class Participant:
     def __init__(self, means: Means) -> None:
         self._means = means
         self._waiting: dict[str, WirePlan] = {}  # by job
+        self._newest: dict[str, int] = {}  # job -> round of its last plan
         self._current: WirePlan | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -71,7 +72,8 @@ class Participant:
         """Act on a message of down/<device>/job."""
         match message:
             case WirePlan():
-                self.offer(message)
+                if message.round >= self._newest.get(message.job, 0):  # else it comes late, and is over
+                    self.offer(message)
             case RoundClosed():
                 self.close(message)
             case UpdateRefused():
@@ -90,6 +92,7 @@ class Participant:
             event(_log, logging.WARNING, "plan.deferred", job=plan.job, round=plan.round, waiting=len(self._waiting))
             return  # `Next` lists it again
         self._waiting[plan.job] = plan
+        self._newest[plan.job] = plan.round
         if at_work and at_work.job == plan.job:
             self._cancel("a newer round began")
         self._wake.set()
@@ -103,6 +106,7 @@ class Participant:
             self._cancel("the round is over")
         self._means.outbox.drop(closed.job, closed.round)
         if closed.job_ended:
+            self._newest.pop(closed.job, None)
             self._rest = True
             self._wake.set()
 

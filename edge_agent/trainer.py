@@ -58,7 +58,7 @@ class Trainer:
                         continue
                 await self.end()
         finally:
-            await self.end()
+            await self._drop()
 
     async def prepare(self) -> None:
         """Start the child, if there is none: while the model is on its way, its imports can run."""

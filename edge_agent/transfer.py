@@ -111,7 +111,11 @@ class _Sending(_Progress):
         self._channel, self._update, self._ask = channel, update, ask
 
     async def attempt(self) -> bool:
-        """Send what the cloud lacks; returns whether it needs no more."""
+        """Send what the cloud lacks; returns whether it needs no more.
+
+        gRPC may report a write into a call that the cloud has just answered as an error, and lose the
+        answer; the next attempt asks for it.
+        """
         if self._ask:
             self.state = await self._channel.resume(self._update.job, self._update.round)
         if self.state.status == pb.UploadState.PARTIAL:
@@ -155,7 +159,7 @@ class _Sending(_Progress):
                     await _write_in_time(call, message)
                 await call.done_writing()
             except asyncio.InvalidStateError:
-                return  # the cloud has answered before the end: its answer says why
+                return  # the cloud has answered before the end
 
 
 async def _receive(channel: CloudChannel, incoming: _Incoming) -> bool:

@@ -1,0 +1,270 @@
+"""Rounds on the device, with a real trainer and a real cloud: what arrives there is what counts."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+
+from edge_agent.bundles import Bundles
+from edge_agent.channel import CloudChannel
+from edge_agent.outbox import Outbox
+from edge_agent.participant import Means, Participant
+from edge_agent.profile import load_profile
+from edge_agent.store import Store
+from edge_agent.trainer import Trainer
+from edgefl.models.manifest import Bundle, load_public_key, new_fleet_key, sign, verify
+from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused
+
+TASK = """
+    import time
+    import numpy as np
+    from edgefl import FitResult, Task
+
+    def fit(parameters, config, options):
+        mean = float(np.mean(parameters["w"]))
+        with open(options["log"], "a") as log:
+            log.write(f"{mean:g} ")
+        if options.get("what") == "late":
+            time.sleep(0.5)
+        if options.get("what") in ("raise", "late"):
+            raise RuntimeError("no data on this device")
+        if options.get("what") == "hang" and mean == 1:
+            time.sleep(60)
+        return FitResult(tree={name: np.ones_like(value) for name, value in parameters.items()}, weight=1.0)
+
+    task = Task(name="t", initial=dict, fit=fit)
+"""
+
+
+class Device:
+    """A participant and all it needs, but no link: tests play the link."""
+
+    def __init__(self, fleet, home, **options) -> None:
+        self.fleet, self.log = fleet, home / "fits"
+        self.store = Store(home)
+        self.channel = CloudChannel(load_profile(home), home)
+        self.outbox = Outbox(self.store, self.channel)
+        self.trainer = Trainer()
+        self.participant = Participant(
+            Means(
+                device="cam-1", home=home, options={"log": str(self.log), **options}, memory_limit_mb=2000,
+                store=self.store, outbox=self.outbox, trainer=self.trainer,
+                bundles=Bundles(home, load_public_key((home / "fleet.pub").read_bytes()), self.channel),
+                channel=self.channel,
+            )
+        )  # fmt: skip
+
+    def fits(self) -> str:
+        return self.log.read_text().strip() if self.log.exists() else ""
+
+    async def until(self, condition) -> None:
+        async with asyncio.timeout(30):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def __aenter__(self):
+        parts = (self.outbox, self.participant, self.trainer)
+        self._tasks = [asyncio.create_task(part.run()) for part in parts]
+        return self
+
+    async def __aexit__(self, *_):
+        for task in self._tasks:
+            task.cancel()
+        ended = await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.channel.close()
+        self.store.close()
+        assert all(isinstance(error, asyncio.CancelledError) for error in ended), ended
+
+
+@pytest.fixture
+def on_device(fleet, home):
+    """Run a coroutine function with a device."""
+
+    def run(function, **options):
+        async def inside():
+            async with Device(fleet, home, **options) as device:
+                return await function(device)
+
+        return asyncio.run(inside())
+
+    return run
+
+
+def test_rounds_follow_each_other_and_reuse_what_there_is(fleet, home, on_device):
+    async def run(device):
+        for number in (1, 2, 3):
+            plan = fleet.plan(number, code=TASK)
+            device.participant.hear(plan)
+            await device.until(lambda: ("j1", number) in fleet.updates and not device.store.outbox())
+        assert device.fits() == "1 2 3"
+        assert len([call for call in fleet.calls if call.startswith("download")]) == 4  # one bundle, three models
+        assert len(list((home / "work").iterdir())) == 1
+        assert [file.name for file in (home / "outbox").iterdir()] == ["spare"]
+        device.participant.hear(RoundClosed(job="j1", round=3, job_ended=True))
+        await device.until(lambda: device.trainer.pid is None)
+        assert list((home / "work").iterdir()) == list((home / "outbox").iterdir()) == []
+
+    on_device(run)
+
+
+def test_a_plan_that_comes_twice_is_done_once(fleet, on_device):
+    async def run(device):
+        plan = fleet.plan(1, code=TASK)
+        device.participant.hear(plan)
+        device.participant.hear(plan)
+        await device.until(lambda: ("j1", 1) in fleet.updates)
+        device.participant.hear(plan)
+        device.participant.reconcile([plan], None)
+        device.participant.hear(fleet.plan(2, code=TASK))
+        await device.until(lambda: ("j1", 2) in fleet.updates)
+        assert device.fits() == "1 2"
+
+    on_device(run)
+
+
+def test_a_newer_plan_replaces_the_one_at_work(fleet, on_device):
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: device.fits() == "1")
+        device.participant.hear(fleet.plan(2, code=TASK))
+        await device.until(lambda: ("j1", 2) in fleet.updates)
+        assert ("j1", 1) not in fleet.updates
+        device.participant.hear(fleet.plans[0])  # the old one, late
+        await asyncio.sleep(0.05)
+        assert device.fits() == "1 2"
+
+    # Of the older round nothing is said either: the cloud has moved on by itself.
+    on_device(run, what="hang")
+    assert fleet.failures == {}
+
+
+def test_plans_of_other_jobs_wait_their_turn(fleet, on_device):
+    async def run(device):
+        for job in ("j1", "j2", "j3"):
+            device.participant.hear(fleet.plan(5, job=job, code=TASK))
+        await device.until(lambda: len(fleet.updates) == 3)
+
+    on_device(run)
+
+
+def test_a_closed_round_is_left(fleet, on_device):
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: device.fits() == "1")
+        device.participant.hear(RoundClosed(job="j1", round=1, job_ended=False))
+        await device.until(lambda: device.participant.current is None)
+        device.participant.hear(UpdateRefused(job="j1", round=1, reason="only to be logged"))
+        device.participant.hear(fleet.plan(2, code=TASK))
+        await device.until(lambda: ("j1", 2) in fleet.updates)
+
+    on_device(run, what="hang")
+    assert fleet.failures == {}
+
+
+def test_a_closed_round_that_was_not_heard_of_is_noticed_by_next(fleet, on_device):
+    async def run(device):
+        plan = fleet.plan(1, code=TASK)
+        device.participant.hear(plan)
+        await device.until(lambda: device.fits() == "1")
+        device.participant.reconcile([], None)  # asked before it began: says nothing about it
+        assert device.participant.current is plan
+        device.participant.reconcile([], plan)
+        await device.until(lambda: device.participant.current is None)
+
+    on_device(run, what="hang")
+
+
+def test_a_task_that_raises_is_reported_with_its_words(fleet, on_device):
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: ("j1", 1) in fleet.failures and not device.store.failures())
+        assert device.store.is_answered("j1", 1)
+
+    on_device(run, what="raise")
+    assert "fit raised RuntimeError: no data on this device" in fleet.failures["j1", 1]
+
+
+def test_a_task_that_hangs_is_stopped_and_reported_before_the_deadline(fleet, on_device):
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK, deadline_s=3))
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+
+    on_device(run, what="hang")
+    assert fleet.failures["j1", 1] == "no update within 2.85 s of the round's 3 s: it was stopped"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [("signature", "the bundle is not signed by the fleet's key"), ("bytes", "has other bytes than its SHA-256 says"),
+     ("zip", "is not a whole zip"), ("code", "fit_nothing"), ("attribute", "has no attribute 'task'")],
+)  # fmt: skip
+def test_a_bad_bundle_is_reported_and_nothing_runs(fleet, on_device, damage, said):
+    bundle = fleet.bundle("fit_nothing" if damage == "code" else "" if damage == "attribute" else TASK)
+    facts = verify(bundle, Bundle, fleet.key.public_key())
+    if damage == "signature":
+        bundle = sign(facts, new_fleet_key())
+    if damage == "bytes":
+        fleet.blobs[facts.blob.sha256] = bytes(facts.blob.size)
+    if damage == "zip":
+        bundle = sign(dataclasses.replace(facts, blob=fleet.blob(b"no zip at all")), fleet.key)
+
+    async def run(device):
+        device.participant.hear(fleet.plan(1, bundle=bundle))
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+        assert device.fits() == ""
+
+    on_device(run)
+    assert said in fleet.failures["j1", 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"max_update_bytes": 10}, "bytes; at most 10 are taken"),
+     ({"model": BlobRef(sha256="../../etc/passwd", size=10)}, "is not named by a SHA-256")],
+)  # fmt: skip
+def test_a_plan_that_cannot_be_done_is_reported(fleet, on_device, change, said):
+    async def run(device):
+        device.participant.hear(dataclasses.replace(fleet.plan(1, code=TASK, offer=False), **change))
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+
+    on_device(run)
+    assert said in fleet.failures["j1", 1]
+
+
+def test_a_model_that_is_no_tree_is_reported(fleet, on_device):
+    async def run(device):
+        plan = fleet.plan(1, code=TASK, offer=False)
+        device.participant.hear(dataclasses.replace(plan, model=fleet.blob(b"no tree")))
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+
+    on_device(run)
+    assert "too short" in fleet.failures["j1", 1]
+
+
+def test_a_model_that_changes_its_size_between_rounds(fleet, on_device):
+    async def run(device):
+        for number, size in ((1, 4), (2, 1000), (3, 1000), (4, 4)):
+            device.participant.hear(fleet.plan(number, code=TASK, size=size))
+            await device.until(lambda: ("j1", number) in fleet.updates)
+            assert np.all(fleet.tree("j1", number)["w"] == 1)
+            assert fleet.tree("j1", number)["w"].size == size
+
+    on_device(run)
+
+
+def test_a_failure_waits_for_the_cloud(fleet, on_device):
+    async def run(device):
+        plan = fleet.plan(1, code=TASK)
+        device.participant.hear(plan)
+        await device.until(lambda: device.fits() == "1")
+        fleet.stop()
+        await device.until(lambda: device.store.failures())
+        fleet.start()
+        device.participant.reconcile([plan], None)
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+        assert device.fits() == "1"
+
+    on_device(run, what="late")

@@ -1,0 +1,103 @@
+"""The trainer child's own work, in this process; as a process it is in test_trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edge_agent import trainer_main as child
+from edge_agent import trainer_wire as wire
+from edgefl.config import TrainConfig
+from edgefl.errors import TaskError
+from edgefl.task import FitResult
+from edgefl.trees import read_tree, write_tree
+
+PARAMETERS = {"w": np.zeros((2, 3), np.float32)}
+
+
+def result(weight=1.0, metrics=None, **tree) -> FitResult:
+    return FitResult(tree=tree or {"w": np.ones((2, 3), np.float32)}, weight=weight, metrics=metrics or {})
+
+
+def fit_of(**changes) -> wire.Fit:
+    facts = {
+        "job": "j", "round": 1, "client": "c", "train": TrainConfig(), "model": "", "bundle": "", "task": "t:task",
+        "options": {}, "out": "", "memory_limit_mb": 0,
+    }  # fmt: skip
+    return wire.Fit(**{**facts, **changes})
+
+
+def test_an_update_is_written_over_old_bytes_and_hashed(tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"old" * 1000)
+    tree = {"w": np.arange(500_000, dtype=np.float32), "scalar": np.float32(3).reshape(())}
+    done = child.write(result(weight=2.0, metrics={"a": 0.5}, **tree), path)
+    data = path.read_bytes()
+    assert (done.size, done.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert (done.weight, done.metrics) == (2.0, {"a": 0.5})
+    assert all(np.array_equal(read_tree(data)[name], tree[name]) for name in tree)
+
+
+def test_the_hashing_file_equals_a_plain_one():
+    tree = {"w": np.arange(300_000, dtype=np.float64)}
+    plain, hashed = io.BytesIO(), io.BytesIO()
+    write_tree(tree, plain)
+    hashing = child.HashingFile(hashed)
+    write_tree(tree, hashing)
+    assert hashed.getvalue() == plain.getvalue()
+    assert hashing.size == len(plain.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (result(weight=0), "weight 0 must be finite"),
+        (result(weight=float("nan")), "weight nan"),
+        (result(metrics={"a": float("inf")}), "metric 'a' is inf"),
+        (result(w=np.ones((1, 3), np.float32)), r"tensor 'w' is float32\[1, 3\], not float32\[2, 3\]"),
+        (result(w=np.ones((2, 3))), "float64"),
+        (result(v=np.ones((2, 3), np.float32)), "tensors missing: w"),
+        (result(w=np.full((2, 3), np.nan, np.float32)), "tensor 'w' holds NaN or infinity"),
+    ],
+)
+def test_what_the_cloud_would_refuse_does_not_travel(bad, said):
+    with pytest.raises(TaskError, match=said):
+        child.check("t", bad, PARAMETERS, fit_of())
+
+
+def test_out_of_memory_is_told_apart_however_deep():
+    deep = TaskError("task 't': fit raised RuntimeError")
+    deep.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    assert child.failure(deep, 512) == wire.Failed(reason="the task ran out of its memory limit of 512 MB", spent=True)
+    assert child.failure(MemoryError(), 0).spent
+    assert child.failure(TaskError("why"), 512) == wire.Failed(reason="why")
+    assert child.failure(OSError(28, "No space left on device"), 512).reason.endswith("No space left on device")
+
+
+def test_the_memory_limit_is_of_data():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        child.limit_memory(1 << 20)
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == 1 << 40
+        child.limit_memory(0)
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_it_needs_a_socket():
+    done = subprocess.run([sys.executable, "-m", "edge_agent.trainer_main"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_agent.trainer_main", "--listen-fds"], capture_output=True, text=True, check=False,
+        env={**os.environ, "LISTEN_PID": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "socket activation" in done.stderr
