@@ -24,12 +24,11 @@ from cloud.spool import Incoming, Spool
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk, upload_data
 from edgefl.protocols.messages import Signed, encode
 from edgefl.protocols.tls import common_name, serial_number
 from edgefl.trees import SpooledTree
 
-CHUNK_BYTES = 4 << 20
-MAX_MESSAGE_BYTES = CHUNK_BYTES + (64 << 10)
 MAX_UPLOADS = 3
 MAX_REASON_CHARS = 2000
 DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
@@ -56,6 +55,23 @@ class ServiceParts:
     insecure: bool = False
 
 
+def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
+    """Return the service for a gRPC server; chunks pass as bytes, see `edgefl.protocols.chunks`."""
+    to_state = pb.UploadState.SerializeToString
+    methods = {
+        "Next": grpc.unary_unary_rpc_method_handler(
+            service.Next, pb.NextRequest.FromString, pb.NextReply.SerializeToString
+        ),
+        "Download": grpc.unary_stream_rpc_method_handler(service.Download, pb.DownloadRequest.FromString),
+        "Resume": grpc.unary_unary_rpc_method_handler(service.Resume, pb.UpdateKey.FromString, to_state),
+        "Upload": grpc.stream_unary_rpc_method_handler(service.Upload, None, to_state),
+        "Fail": grpc.unary_unary_rpc_method_handler(
+            service.Fail, pb.FailureReport.FromString, pb.FailureReply.SerializeToString
+        ),
+    }
+    return grpc.method_handlers_generic_handler("edgefl.v1.Fleet", methods)
+
+
 class FleetService:
     """Implements `service Fleet`. Lives in the event loop; everything that blocks runs in `workers`."""
 
@@ -75,7 +91,7 @@ class FleetService:
 
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Context
-    ) -> AsyncIterator[pb.Chunk]:
+    ) -> AsyncIterator[bytes]:
         device = await self._device(context)
         try:
             path = self._parts.blobs.path(request.sha256)
@@ -91,7 +107,7 @@ class FleetService:
                 offset += len(data)
                 for one in opened:
                     one.down_bytes += len(data)
-                yield pb.Chunk(data=data)
+                yield encode_chunk(data)
         finally:
             os.close(descriptor)
 
@@ -104,11 +120,11 @@ class FleetService:
         return _state("PARTIAL", offset=offset)
 
     async def Upload(  # noqa: N802
-        self, requests: AsyncIterator[pb.UploadChunk], context: Context
+        self, requests: AsyncIterator[bytes], context: Context
     ) -> pb.UploadState:
         device = await self._device(context)
         async with self._uploads:
-            first = await anext(requests, pb.UploadChunk())
+            first = pb.UploadChunk.FromString(await anext(requests, b""))
             if first.WhichOneof("part") != "header":
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its header")
             opened, settled = self._find(first.header.key, device)
@@ -126,7 +142,7 @@ class FleetService:
         return pb.FailureReply()
 
     async def _receive(
-        self, requests: AsyncIterator[pb.UploadChunk], header: pb.UploadHeader, opened: OpenRound, device: str
+        self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, device: str
     ) -> pb.UploadState:
         spool, key = self._parts.spool, header.key
         here = await self._run(spool.received_bytes, key.job, key.round, device)
@@ -135,10 +151,11 @@ class FleetService:
         incoming = await self._run(spool.incoming, key.job, key.round, device, header.offset)
         try:
             async for message in requests:
-                if incoming.size + len(message.data) > header.size:
+                data = upload_data(message)
+                if incoming.size + len(data) > header.size:
                     return await self._run(self._refuse, opened, device, _overlong(header.size))
-                opened.up_bytes += len(message.data)
-                await self._run(incoming.write, message.data)
+                opened.up_bytes += len(data)
+                await self._run(incoming.write, data)
             if incoming.size < header.size:
                 return _state("PARTIAL", offset=incoming.size)
             return await self._run(self._settle, opened, device, header, incoming)

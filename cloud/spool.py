@@ -62,7 +62,7 @@ class Incoming:
         self._hash_until(offset)
         self._file.truncate(offset)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
         self._file.write(data)
         self.size += len(data)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cloud.blobs import BlobStore
-from cloud.fleet_service import FleetService, ServiceParts
+from cloud.fleet_service import FleetService, ServiceParts, handler
 from cloud.jobs import Jobs
 from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.spool import Spool
@@ -62,7 +62,7 @@ class Plane:
             is_known=lambda name, _serial: name in self.known, broker_url="mqtts://:8883",
         )  # fmt: skip
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", 8 << 20)])
-        rpc.add_FleetServicer_to_server(FleetService(parts, workers), server)
+        server.add_generic_rpc_handlers((handler(FleetService(parts, workers)),))
         self.port = server.add_secure_port("localhost:0", tls.grpc_server_credentials(identity))
         await server.start()
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
