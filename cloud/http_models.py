@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 
@@ -77,14 +79,19 @@ def rollout(rollout: str, here: Here) -> dict[str, Any]:
 
 
 @operator.get("/v1/rollouts/{rollout}/events")
-def events(request: Request, rollout: str, here: Here) -> StreamingResponse:
-    """Stream the rollout's status at each change, heartbeats between; the last line is not `running`."""
+def events(
+    request: Request, rollout: str, here: Here, within_s: Annotated[float, Query(ge=0)] = math.inf
+) -> StreamingResponse:
+    """Stream the rollout's status at each change, heartbeats between.
+
+    The last line is not `running`, unless the stream ended because the time was up.
+    """
     known(here.rollouts.status, rollout)
-    return stream_lines(request, rollout_lines(here, rollout))
+    return stream_lines(request, rollout_lines(here, rollout, time.monotonic() + within_s))
 
 
-def rollout_lines(here: Services, rollout: str) -> Iterator[Mapping[str, Any]]:
-    """Yield a rollout's status whenever it has changed, until it is over."""
+def rollout_lines(here: Services, rollout: str, until_s: float) -> Iterator[Mapping[str, Any]]:
+    """Yield a rollout's status whenever it has changed, until it is over or the time is up."""
     revision, shown = here.rollouts.wait(-1, 0), None
     while True:
         status = here.rollouts.status(rollout)
@@ -93,6 +100,9 @@ def rollout_lines(here: Services, rollout: str) -> Iterator[Mapping[str, Any]]:
             yield status
         if status["state"] != "running":
             return
-        before, revision = revision, here.rollouts.wait(revision, here.heartbeat_s)
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            return
+        before, revision = revision, here.rollouts.wait(revision, min(here.heartbeat_s, left_s))
         if revision == before:
             yield HEARTBEAT

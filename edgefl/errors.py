@@ -6,6 +6,7 @@
     |-- TaskError            the user's task raised, hung, or returned what cannot be an update
     |-- UpdateRejected       an update refused by a guard, before it changed anything
     |-- QuorumNotMet         a round that ended with too few admitted updates
+    |-- JobFailed            a job that ended before its last round
     |-- JobCancelled         a job stopped by its operator
     |-- CloudStopping        the cloud ends; its jobs go on when it is started again
     |-- ProtocolError        bytes that are not what the protocol says
@@ -53,6 +54,10 @@ class UpdateRejected(EdgeflError):
 
 class QuorumNotMet(EdgeflError):
     """A round ended with fewer admitted updates than its quorum."""
+
+
+class JobFailed(EdgeflError):
+    """A job ended before its last round; the message is the cloud's."""
 
 
 class JobCancelled(EdgeflError):

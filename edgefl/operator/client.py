@@ -130,9 +130,10 @@ class CloudClient:
         """Return a rollout with its devices."""
         return self._json("GET", f"/v1/rollouts/{quote(rollout, safe='')}")
 
-    def rollout_events(self, rollout: str) -> Iterator[Json]:
-        """Yield a rollout's status at each change until it is over; over one connection."""
-        return self._lines(f"/v1/rollouts/{quote(rollout, safe='')}/events", {})
+    def rollout_events(self, rollout: str, within_s: float | None = None) -> Iterator[Json]:
+        """Yield a rollout's status at each change until it is over or the time is up; over one connection."""
+        params = {} if within_s is None else {"within_s": within_s}
+        return self._lines(f"/v1/rollouts/{quote(rollout, safe='')}/events", params)
 
     def _lines(self, path: str, params: Mapping[str, Any]) -> Iterator[Json]:
         with self._deadline(), self._http.stream("GET", path, params=dict(params)) as answer:

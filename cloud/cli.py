@@ -1,0 +1,108 @@
+"""`edgefl cloud`: start the cloud, make enrolment tokens, configure a broker of one's own."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import click
+
+from edgefl.operator.output import Output, example, json_option
+
+HOME = click.option(
+    "--home", type=click.Path(path_type=Path), required=True, help="The cloud's folder: keys, database, models."
+)
+
+
+@click.group()
+def cloud() -> None:
+    """Run the centre of a fleet."""
+
+
+@cloud.command(
+    epilog=example("edgefl cloud start --home /var/lib/edgefl-cloud --host 0.0.0.0 --name cloud.example.org")
+)
+@HOME
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--grpc-port", default=9440, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--http-port", default=9480, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--mqtt-port", default=8883, show_default=True, type=click.IntRange(1, 65535), help="Embedded broker's.")
+@click.option("--broker", default="embedded", show_default=True, help="embedded, or mqtts://HOST:PORT.")
+@click.option("--name", "names", multiple=True, help="A further name or address that devices reach this cloud by.")
+@click.option("--insecure", is_flag=True, help="No TLS. For loopback only.")
+def start(  # noqa: PLR0913 - one a flag
+    *, home: Path, host: str, grpc_port: int, http_port: int, mqtt_port: int, broker: str, names: tuple[str, ...],
+    insecure: bool,
+) -> None:  # fmt: skip
+    """Serve until Ctrl-C or SIGTERM. The first start makes the CA, the fleet's key and HOME/operator.json."""
+    from cloud.aggregator import Aggregator
+    from cloud.home import AggregatorOptions
+    from edgefl.logs import set_up_logging
+
+    options = AggregatorOptions(
+        home=home,
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        mqtt_port=mqtt_port,
+        broker=broker,
+        insecure=insecure,
+        names=names,
+    )
+    set_up_logging()
+    Aggregator(options).serve()
+
+
+@cloud.command(epilog=example("edgefl cloud token --home /var/lib/edgefl-cloud --valid-for 3600"))
+@HOME
+@click.option("--valid-for", "valid_for_s", default=24 * 3600.0, show_default=True, help="Seconds.")
+@json_option
+def token(home: Path, valid_for_s: float, output: Output) -> None:
+    """Print a token that enrols one device, once. Works whether or not the cloud runs."""
+    from cloud.enrolment import Enrolment
+    from cloud.store import open_database
+    from edgefl.home import check_home
+
+    check_home(home, "cloud")
+    engine = open_database(home / "cloud.db")
+    try:
+        text = Enrolment(engine, home / "tls").new_token(valid_for_s)
+    finally:
+        engine.dispose()
+    output.line(text)
+    output.result({"token": text, "valid_for_s": valid_for_s})
+
+
+@cloud.command(
+    "broker-config",
+    epilog=example(
+        "edgefl cloud broker-config --home /var/lib/edgefl-cloud --host 0.0.0.0 --name broker.example.org",
+        "mosquitto -c /var/lib/edgefl-cloud/mosquitto/mosquitto.conf",
+        "edgefl cloud start --home /var/lib/edgefl-cloud --broker mqtts://broker.example.org:8883",
+    ),
+)
+@HOME
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address that mosquitto listens on.")
+@click.option("--port", default=8883, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--name", "names", multiple=True, help="A further name or address that devices reach the broker by.")
+@json_option
+def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], output: Output) -> None:
+    """Write HOME/mosquitto: a mosquitto's configuration, topic rights, key and certificate."""
+    from cloud.broker_config import write_broker_config
+    from edgefl.home import create_home
+    from edgefl.protocols.tls import Identity, create_ca, issue_server
+
+    create_home(home, "cloud")
+    keys, folder = home / "tls", (home / "mosquitto").resolve()
+    for one in (keys, folder):
+        one.mkdir(mode=0o700, exist_ok=True)
+    if not (keys / "ca.pem").exists():
+        create_ca(keys)
+    identity = Identity.in_folder(folder)
+    shutil.copyfile(keys / "ca.pem", identity.ca)
+    hosts = {host, "localhost", "127.0.0.1", socket.gethostname(), *names} - {"0.0.0.0", "::"}  # noqa: S104 - not bound
+    issue_server(keys, identity, sorted(hosts))
+    path = write_broker_config(folder, host, port)
+    output.line(f"wrote {path}; start it with: mosquitto -c {path}")
+    output.result({"config": str(path)})

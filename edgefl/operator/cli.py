@@ -1,0 +1,54 @@
+"""The operator's commands: `edgefl run` here; devices, jobs, models and rollout beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgefl.config import JobConfig, load_config
+from edgefl.operator.cli_fleet import devices, jobs
+from edgefl.operator.cli_models import models, rollout
+from edgefl.operator.connection import Connection, connected
+from edgefl.operator.output import Output, example, json_option, metrics_text, refuse_no_folder
+from edgefl.operator.progress import left_running, round_progress
+
+__all__ = ["devices", "jobs", "models", "rollout", "run"]
+
+
+@click.command(
+    epilog=example(
+        "edgefl run examples/digits --config examples/digits/config.toml --set rounds.count=5 --out digits.safetensors"
+    )
+)
+@click.argument("task")
+@connected
+@click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting, over the file.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where the model goes (safetensors).")
+@json_option
+def run(  # noqa: PLR0913 - one a flag
+    *, task: str, connection: Connection, rounds: int | None, config: Path | None, settings: tuple[str, ...],
+    out: Path | None, output: Output,
+) -> None:  # fmt: skip
+    """Train TASK on the fleet: package.module:attribute, or a folder whose pyproject.toml names its task.
+
+    Ctrl-C stops watching, not the job.
+    """
+    from edgefl.operator.run import submit, watch
+    from edgefl.task import load_task
+
+    refuse_no_folder(out, "--out")
+    over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
+    job_config = load_config(JobConfig, config, over)
+    loaded = load_task(task)
+    with connection.open() as client:
+        job = submit(client, task, loaded, job_config)
+        output.line(f"job {job} started: {job_config.rounds.count} rounds")
+        with left_running(job, output), round_progress(output, job_config.rounds.count) as on_round:
+            result = watch(client, job, loaded, on_round=on_round, out=out)
+    output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    if out is not None:
+        output.line(f"model: {out}")
+    output.result(result.as_json())

@@ -1,0 +1,80 @@
+"""Streams of events that outlive a connection: taken up where they broke off, until patience ends.
+
+A cloud that is restarted goes on with its jobs; whoever watches them goes on too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from edgefl.errors import CloudRefused, CloudUnreachable
+from edgefl.operator.client import CloudClient, Json
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+_PASSING = range(502, 505)  # an overloaded or stopping server
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """How long a silent cloud is waited for."""
+
+    seconds: float = 120.0
+    clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], None] = time.sleep
+
+
+def follow_job(client: CloudClient, job: str, after: int = 0, patience: Patience | None = None) -> Iterator[Json]:
+    """Yield each round above `after` once, then the job's end; raises CloudUnreachable when patience ends."""
+    seen = after
+
+    def connect() -> Iterator[Json]:
+        return client.job_events(job, seen)
+
+    for event in _resumed(connect, lambda event: "state" in event, patience or Patience()):
+        seen = max(seen, int(event.get("round", 0)))
+        yield event
+
+
+def follow_rollout(
+    client: CloudClient, rollout: str, within_s: float, patience: Patience | None = None
+) -> Iterator[Json]:
+    """Yield a rollout's status at each change, until one is not `running` or the time is up."""
+    patience = patience or Patience()
+    until_s = patience.clock() + within_s
+
+    def connect() -> Iterator[Json]:
+        return client.rollout_events(rollout, max(0.0, until_s - patience.clock()))
+
+    return _resumed(connect, lambda status: status["state"] != "running", patience, until_s)
+
+
+def _resumed(
+    connect: Callable[[], Iterator[Json]], is_last: Callable[[Json], bool], patience: Patience,
+    until_s: float = math.inf,
+) -> Iterator[Json]:  # fmt: skip
+    heard_s, pause_s = patience.clock(), FIRST_PAUSE_S
+    while True:
+        try:
+            for event in connect():
+                heard_s, pause_s = patience.clock(), FIRST_PAUSE_S
+                if "heartbeat" in event:
+                    continue
+                yield event
+                if is_last(event):
+                    return
+            fault: Exception = CloudUnreachable("the cloud ended a stream of events before its end")
+        except (CloudUnreachable, CloudRefused) as error:
+            if isinstance(error, CloudRefused) and error.status not in _PASSING:
+                raise
+            fault = error
+        now_s = patience.clock()
+        if now_s >= until_s:
+            return
+        if now_s + pause_s - heard_s > patience.seconds:
+            raise fault
+        patience.pause(min(pause_s, until_s - now_s))
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

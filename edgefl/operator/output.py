@@ -1,0 +1,116 @@
+"""What commands print: lines and tables for people, JSON for programs.
+
+A table is drawn on a terminal and plain lines elsewhere. Where JSON goes to stdout (`--json -`), what is
+for people goes to stderr, so that stdout is JSON and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from edgefl.errors import ConfigError
+from edgefl.home import replace_file
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Output:
+    """Where one command's words and result go."""
+
+    def __init__(self, json_target: str | None = None) -> None:
+        self._json = json_target
+        self._to_stderr = json_target == "-"
+        if json_target not in {None, "-"}:
+            refuse_no_folder(Path(str(json_target)), "--json")
+
+    def line(self, text: str) -> None:
+        """Print a line for people."""
+        click.echo(text, err=self._to_stderr)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
+        """Print a table: drawn on a terminal, a line a row with tabs elsewhere."""
+        if not rows:
+            self.line(empty)
+            return
+        texts = [[_shown(cell) for cell in row] for row in rows]
+        stream = sys.stderr if self._to_stderr else sys.stdout
+        if not stream.isatty():
+            for row in [list(columns), *texts]:
+                self.line("\t".join(row))
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        for row in texts:
+            table.add_row(*row)
+        Console(file=stream, markup=False, highlight=False).print(table)
+
+    def result(self, value: Any) -> None:
+        """Write the result where `--json` says, if it says anything."""
+        if self._json is None:
+            return
+        text = json.dumps(_without_nan(value), indent=1)
+        if self._json == "-":
+            click.echo(text)
+            return
+        path = Path(self._json)
+        try:
+            replace_file(path, text.encode() + b"\n")
+        except OSError as cause:
+            raise ConfigError(f"cannot write --json {path}: {cause.strerror}") from cause
+
+
+def example(*lines: str) -> str:
+    """Return a command's epilog: an example that click prints as it stands."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+def json_option(command: Callable[_P, _T]) -> Callable[..., _T]:
+    """Give a command `--json FILE` and the parameter `output`."""
+
+    @click.option("--json", "json_target", metavar="FILE", help="Write the result as JSON; - for stdout.")
+    @functools.wraps(command)
+    def with_output(*arguments: Any, json_target: str | None, **options: Any) -> _T:
+        return command(*arguments, output=Output(json_target), **options)  # type: ignore[arg-type]  # what click gives is checked by click
+
+    return with_output
+
+
+def refuse_no_folder(path: Path | None, flag: str) -> None:
+    """Raise ConfigError where a file could not be written: better before the work than after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it, or name another")
+
+
+def time_text(seconds: float | None) -> str:
+    """Return a time of day on this machine's clock; a dash for none."""
+    return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Return metrics as `accuracy=0.97 loss=0.1`."""
+    return " ".join(f"{name}={value:.4g}" for name, value in sorted(metrics.items()))
+
+
+def _shown(cell: object) -> str:
+    return "-" if cell is None or cell == "" else str(cell)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: such a number becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

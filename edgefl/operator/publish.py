@@ -1,0 +1,87 @@
+"""From trained parameters to a release: export to ONNX, compress under an accuracy gate, upload, sign.
+
+Invariant: nothing is published that does not compute what its source computes (parity), or that lost
+more accuracy than allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgefl.errors import ConfigError
+from edgefl.operator.client import CloudClient, Json
+from edgefl.operator.run import download, upload_file
+from edgefl.task import Task
+
+COMPRESSIONS = ("int8", "none")
+MAX_CALIBRATION = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """An ONNX file, what is known of it, and what compression did."""
+
+    path: Path
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    report: Json | None = None
+
+
+def parameters_of(client: CloudClient, job: str, folder: Path) -> Path:
+    """Download the parameters that a job has reached."""
+    path = folder / "parameters.safetensors"
+    download(client, client.job(job)["model"]["sha256"], path)
+    return path
+
+
+def export(task: Task, parameters: Path, folder: Path, *, compression: str, max_drop: float) -> Exported:
+    """Make the ONNX file to publish; raises ParityError and AccuracyGateFailed."""
+    from edgefl.models.export import export_task
+    from edgefl.training import evaluate
+    from edgefl.trees import SpooledTree
+
+    if compression not in COMPRESSIONS:
+        raise ConfigError(f"--compress={compression!r} is not one of: {', '.join(COMPRESSIONS)}")
+    tree = SpooledTree(parameters)
+    exported = folder / "model.onnx"
+    export_task(task, tree, exported)
+    metrics = evaluate(task, tree)
+    if compression == "none":
+        return Exported(path=exported, metrics=metrics)
+    return _compressed(task, Exported(path=exported, metrics=metrics), max_drop)
+
+
+def publish(client: CloudClient, model: str, exported: Exported) -> Json:
+    """Upload and sign; return the release with the compression's report."""
+    release = client.publish(model, upload_file(client, exported.path), exported.metrics)
+    return release | {"compression": exported.report}
+
+
+def publish_onnx(client: CloudClient, model: str, path: Path) -> Json:
+    """Publish a file that was made elsewhere; raises ConfigError for one that ONNX Runtime cannot open."""
+    from edgefl.models.session import open_session
+
+    if not path.is_file():
+        raise ConfigError(f"--onnx {path}: there is no such file")
+    open_session(path)
+    return publish(client, model, Exported(path=path))
+
+
+def _compressed(task: Task, source: Exported, max_drop: float) -> Exported:
+    from edgefl.models.compress import accuracy_of, compress
+    from edgefl.samples import test_samples
+
+    samples = test_samples(task, {})
+    inputs, targets = samples.inputs.cpu().numpy(), samples.targets.cpu().numpy()
+    target = source.path.with_name("model.int8.onnx")
+    report = compress(
+        source.path,
+        target,
+        calibration=inputs[:MAX_CALIBRATION],  # their ranges; no label is looked at
+        evaluate=lambda path: accuracy_of(path, inputs, targets),
+        max_drop=max_drop,
+    )
+    measured = {"accuracy": report.accuracy_after, "accuracy_drop": report.drop}
+    return Exported(path=target, metrics=measured, report=dataclasses.asdict(report))

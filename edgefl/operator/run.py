@@ -1,0 +1,175 @@
+"""Run a federated training on a fleet: submit the task, watch its rounds, judge each model here.
+
+The cloud runs no user code, so the task's own test data and metrics are applied on the operator's
+machine, to each round's model as it is finished. Who stops watching does not stop the job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgefl.bundle import pack_bundle
+from edgefl.config import JobConfig
+from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
+from edgefl.operator.client import CloudClient, Json, load_credentials
+from edgefl.operator.follow import Patience, follow_job
+from edgefl.protocols.messages import BlobRef
+from edgefl.task import Task, load_task
+from edgefl.training import buffer_names, evaluate_model, initial_parameters, make_model, set_parameters
+from edgefl.trees import SpooledTree, Tree, write_tree
+
+OnRound = Callable[[Json], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What a run came to."""
+
+    job: str
+    rounds: tuple[Json, ...]
+    final: dict[str, float]  # of the last model, on the task's test data where it has some
+    seconds: float  # on the cloud's clock
+    model: Json  # sha256, and path where it was downloaded
+
+    def as_json(self) -> Json:
+        """The result with the keys that every engine's result has."""
+        admitted = sum(int(one["admitted"]) for one in self.rounds)
+        return {
+            "engine": "fleet",
+            "job": self.job,
+            "rounds": list(self.rounds),
+            "final": self.final,
+            "seconds": self.seconds,
+            "clients_per_second": admitted / self.seconds if self.seconds > 0 else 0.0,
+            "peak_rss_mb": peak_rss_mb(),
+            "model": self.model,
+        }
+
+
+def run(
+    task: str, *, cloud: str | None = None, config: JobConfig | None = None, credentials: Path | None = None,
+    on_round: OnRound | None = None, out: Path | None = None,
+) -> RunResult:  # fmt: skip
+    """Train a task on the fleet of a cloud, from submission to the last model.
+
+    `task` is `package.module:attribute` or a folder; `out` is where the model goes (safetensors).
+    Raises JobFailed, JobCancelled, CloudUnreachable, ConfigError and TaskError.
+    """
+    loaded = load_task(task)
+    with CloudClient(cloud, load_credentials(credentials)) as client:
+        job = submit(client, task, loaded, config or JobConfig())
+        return watch(client, job, loaded, on_round=on_round, out=out)
+
+
+def submit(client: CloudClient, reference: str, task: Task, config: JobConfig) -> str:
+    """Upload a task and its first parameters, start the job and return its id."""
+    packed = pack_bundle(reference)
+    parameters = initial_parameters(task, config.train.seed)
+    bundle = client.put_blob(packed.data, hashlib.sha256(packed.data).hexdigest())
+    return client.submit_job(packed.task, bundle, upload_tree(client, parameters), buffer_names(task), config)
+
+
+def watch(
+    client: CloudClient, job: str, task: Task | None = None, *,
+    on_round: OnRound | None = None, out: Path | None = None, patience: Patience | None = None,
+) -> RunResult:  # fmt: skip
+    """Follow a job to its end, over restarts of the cloud; raises JobFailed or JobCancelled where it has none."""
+    judge = Judge(client, task) if task is not None else None
+    rounds: list[Json] = []
+    end: Json = {}
+    for event in follow_job(client, job, patience=patience):
+        if "state" in event:
+            end = event
+            continue
+        judged = judge(event["model"]) if judge is not None else {}
+        rounds.append(event | {"metrics": event["metrics"] | judged})
+        if on_round is not None:
+            on_round(rounds[-1])
+    if end["state"] == "cancelled":
+        raise JobCancelled(f"job {job} was cancelled after {len(rounds)} rounds")
+    if end["state"] != "done":
+        raise JobFailed(f"job {job} failed after {len(rounds)} rounds: {end['error']}")
+    model = {"sha256": end["model"]["sha256"], "path": str(out) if out is not None else None}
+    if out is not None:
+        download(client, model["sha256"], out)
+    times = client.job(job)
+    return RunResult(
+        job=job,
+        rounds=tuple(rounds),
+        final=dict(rounds[-1]["metrics"]) if rounds else {},
+        seconds=float(times["ended_s"]) - float(times["created_s"]),
+        model=model,
+    )
+
+
+class Judge:
+    """Evaluates models of a job on the task's test data; says nothing where there is none."""
+
+    def __init__(self, client: CloudClient, task: Task) -> None:
+        self._client = client
+        self._task = task
+        self._tools: tuple[Any, Any] | None = None
+        if task.model is not None and task.test_data is not None:
+            from edgefl.samples import test_samples
+
+            self._tools = (make_model(task), test_samples(task, {}))
+
+    def __call__(self, sha256: str) -> dict[str, float]:
+        """Return `loss` and the task's metrics; empty for a model that the cloud no longer keeps."""
+        if self._tools is None:
+            return {}
+        with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
+            path = Path(folder) / "model"
+            try:
+                download(self._client, sha256, path)
+            except NotFound:
+                return {}
+            model, samples = self._tools
+            set_parameters(self._task, model, SpooledTree(path))
+            return evaluate_model(self._task, model, samples)
+
+
+def download(client: CloudClient, sha256: str, path: Path) -> None:
+    """Fetch a blob into a file, which appears whole or not at all; raises CloudRefused for other bytes."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        with partial.open("w+b") as file:
+            client.get_blob(sha256, file)
+            file.seek(0)
+            seen = hashlib.file_digest(file, "sha256").hexdigest()
+        if seen != sha256:
+            raise CloudRefused(f"blob {sha256[:16]}... came with SHA-256 {seen[:16]}...; try again", 502)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def upload_tree(client: CloudClient, tree: Tree) -> BlobRef:
+    """Upload parameters without a second copy of them in memory."""
+    with tempfile.TemporaryFile(prefix="edgefl-") as file:
+        write_tree(tree, file)
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        return client.put_blob(file, sha256)
+
+
+def upload_file(client: CloudClient, path: Path) -> BlobRef:
+    """Upload a file."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        return client.put_blob(file, sha256)
+
+
+def peak_rss_mb() -> float:
+    """Return the most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
