@@ -283,3 +283,28 @@ def alive() -> Callable[[int], bool]:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
     return is_alive
+
+
+@pytest.fixture(scope="session")
+def onnx_model() -> Callable[..., bytes]:
+    """Make a small model: y = x * scale + 1 over x of FP32[-1, features]."""
+
+    def make(scale: float = 2.0, features: int = 3) -> bytes:
+        import onnx
+        from onnx import TensorProto, helper
+
+        graph = helper.make_graph(
+            [helper.make_node("Mul", ["x", "scale"], ["scaled"]), helper.make_node("Add", ["scaled", "one"], ["y"])],
+            "affine",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", features])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", features])],
+            [
+                helper.make_tensor("scale", TensorProto.FLOAT, [], [scale]),
+                helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
+            ],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.checker.check_model(model)
+        return model.SerializeToString()
+
+    return make

@@ -1,0 +1,140 @@
+"""The Open Inference Protocol's bodies, without a server."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from edge_agent.inference import HEADER_LENGTH, Request, encode_response, parse_request
+from edge_agent.sessions import NUMPY_TYPES, Served, TensorInfo
+from edgefl.errors import ProtocolError
+
+
+def served(*inputs: TensorInfo, outputs=(TensorInfo("y", "FP32", (-1, 2)),)) -> Served:
+    return Served("m", 7, inputs or (TensorInfo("x", "FP32", (-1, 2)),), outputs, inline=True, session=None)
+
+
+def tensor(data=None, name="x", shape=(1, 2), datatype="FP32", **parameters) -> dict:
+    facts = {"name": name, "shape": list(shape), "datatype": datatype}
+    if data is not None:
+        facts["data"] = data
+    if parameters:
+        facts["parameters"] = parameters
+    return facts
+
+
+def body(*tensors, **more) -> bytes:
+    return json.dumps({"inputs": list(tensors), **more}).encode()
+
+
+@pytest.mark.parametrize("data", [[1, 2.5], [[1, 2.5]]])
+def test_json_flat_or_nested(data):
+    request = parse_request(served(), body(tensor(data), id="a7"), None)
+    assert request.id == "a7"
+    assert request.feeds["x"].dtype == np.float32
+    assert request.feeds["x"].tolist() == [[1.0, 2.5]]
+    assert request.outputs == {"y": False}
+
+
+@pytest.mark.parametrize("datatype", NUMPY_TYPES)
+def test_every_datatype_in_json_and_in_binary(datatype):
+    model = served(TensorInfo("x", datatype, (-1, 2)))
+    values = np.array([[1, 0], [0, 1]], NUMPY_TYPES[datatype])
+    plain = parse_request(model, body(tensor(values.tolist(), shape=(2, 2), datatype=datatype)), None)
+    head = body(tensor(shape=(2, 2), datatype=datatype, binary_data_size=values.nbytes))
+    binary = parse_request(model, head + values.tobytes(), str(len(head)))
+    for request in (plain, binary):
+        assert request.feeds["x"].dtype == values.dtype
+        assert np.array_equal(request.feeds["x"], values)
+
+
+def test_several_binary_inputs_follow_in_order():
+    model = served(TensorInfo("a", "FP32", (2,)), TensorInfo("b", "INT8", (3,)), TensorInfo("c", "FP32", (1,)))
+    head = body(
+        tensor(name="b", shape=(3,), datatype="INT8", binary_data_size=3),
+        tensor([5.0], name="c", shape=(1,)),
+        tensor(name="a", shape=(2,), binary_data_size=8),
+    )
+    data = np.array([1, 2, 3], np.int8).tobytes() + np.array([4, 5], np.float32).tobytes()
+    feeds = parse_request(model, head + data, str(len(head))).feeds
+    assert {name: value.tolist() for name, value in feeds.items()} == {"a": [4, 5], "b": [1, 2, 3], "c": [5]}
+
+
+def test_an_empty_batch():
+    assert parse_request(served(), body(tensor([], shape=(0, 2))), None).feeds["x"].shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "length", "said"),
+    [
+        (b"", None, "not JSON"),
+        (b"[]", None, "a JSON list, not an object"),
+        (b'{"inputs": 3}', None, "'inputs' must be a list of objects"),
+        (body(), None, "inputs missing: x"),
+        (body(tensor([1, 2]), tensor([1, 2])), None, "input 'x' is given twice"),
+        (body(tensor([1, 2], name="z")), None, "input 'z' is unknown; model m takes: x"),
+        (body(tensor([1, 2], datatype="FP64")), None, "has datatype FP64, the model takes FP32"),
+        (body(tensor(["a", "b"], datatype="BYTES")), None, "BYTES tensors are not served"),
+        (body(tensor([1, 2, 3], shape=(1, 3))), None, r"has shape \[1, 3\], the model takes \[-1, 2\]"),
+        (body(tensor([1, 2], shape=(2,))), None, r"has shape \[2\], the model takes"),
+        (body(tensor([1, 2], shape=(-1, 2))), None, "which is no list of sizes"),
+        (body({**tensor([1, 2]), "shape": None}), None, "which is no list of sizes"),
+        (body(tensor([1, 2, 3])), None, r"has 3 values of data; shape \[1, 2\] has 2"),
+        (body(tensor(["1", "2"])), None, "holds str"),
+        (body(tensor([[1], [2, 3]])), None, "cannot be read as FP32"),
+        (body(tensor()), None, "input 'x' holds object"),
+        (body(tensor(binary_data_size=8)) + b"1234", str(len(body(tensor(binary_data_size=8)))), "4 are left"),
+        (body(tensor(binary_data_size=4)) + b"1234", str(len(body(tensor(binary_data_size=4)))), "has 4 bytes of data"),
+        (body(tensor(binary_data_size="8")), None, "says '8' bytes"),
+        (body(tensor([1, 2])) + b"1234", str(len(body(tensor([1, 2])))), "4 bytes more than its inputs say"),
+        (body(tensor([1, 2])), "900", "Inference-Header-Content-Length is '900'"),
+        (body(tensor([1, 2])), "-1", "Inference-Header-Content-Length is '-1'"),
+        (body(tensor([1, 2]), outputs=[{"name": "q"}]), None, "output 'q' is unknown; model m has: y"),
+        (body(tensor([1, 2]), parameters=[]), None, "'parameters' must be an object"),
+    ],
+)
+def test_what_does_not_fit_says_what_was_seen(data, length, said):
+    with pytest.raises(ProtocolError, match=said):
+        parse_request(served(), data, length)
+
+
+@pytest.mark.parametrize("values", [[1.5, 2], [300, 1], [-129, 1], [10**30, 1], [float("nan"), 1]])
+def test_integers_lose_nothing(values):
+    model = served(TensorInfo("x", "INT8", (-1, 2)))
+    with pytest.raises(ProtocolError, match="input 'x'"):
+        parse_request(model, body(tensor(values, datatype="INT8")), None)
+
+
+def test_a_response_in_json():
+    request = Request("a7", {}, {"y": False})
+    response = encode_response(served(), request, [np.array([[1, 2]], np.float32)])
+    assert json.loads(response.body) == {
+        "model_name": "m",
+        "model_version": "7",
+        "id": "a7",
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.0]}],
+    }
+    assert response.headers == {"content-type": "application/json"}
+
+
+def test_a_response_in_binary_and_json_by_turns():
+    outputs = (TensorInfo("a", "FP32", (2,)), TensorInfo("b", "INT64", (1,)), TensorInfo("c", "BOOL", (2,)))
+    request = Request("", {}, {"a": True, "b": False, "c": True})
+    results = [np.array([1, 2], np.float32), np.array([9]), np.array([True, False])]
+    response = encode_response(served(outputs=outputs), request, results)
+    size = int(response.headers[HEADER_LENGTH])
+    head = json.loads(response.body[:size])
+    assert [one.get("parameters") for one in head["outputs"]] == [{"binary_data_size": 8}, None, {"binary_data_size": 2}]
+    assert response.body[size:] == results[0].tobytes() + b"\x01\x00"
+
+
+def test_outputs_are_chosen_and_their_form_too():
+    outputs = (TensorInfo("a", "FP32", (2,)), TensorInfo("b", "FP32", (2,)))
+    model = served(outputs=outputs)
+    every = parse_request(model, body(tensor([1, 2]), parameters={"binary_data_output": True}), None)
+    assert every.outputs == {"a": True, "b": True}
+    asked = [{"name": "b"}, {"name": "a", "parameters": {"binary_data": True}}]
+    some = parse_request(model, body(tensor([1, 2]), outputs=asked), None)
+    assert list(some.outputs.items()) == [("b", False), ("a", True)]

@@ -1,0 +1,45 @@
+"""The A/B slots' state on the disk."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_agent.slots import Installed, ModelSlots, SlotState, installed_models
+from edgefl.errors import HomeError, ManifestRejected
+from edgefl.protocols.messages import BlobRef, RolloutNote
+
+INSTALLED = Installed(version=3, blob=BlobRef(sha256="ab", size=5))
+
+
+def test_a_state_survives(tmp_path):
+    state = SlotState(
+        model="digits", active="b", slots={"b": INSTALLED}, sequence=4, trying=5, tries=1,
+        outcome=RolloutNote(model="digits", version=3, state="active"),
+    )  # fmt: skip
+    ModelSlots(tmp_path, "digits").save(state)
+    [again] = installed_models(tmp_path)
+    assert again.state == state
+    assert again.state.spare == "a"
+    assert again.state.serving == INSTALLED
+
+
+def test_a_new_model_begins_in_slot_a(tmp_path):
+    slots = ModelSlots(tmp_path, "digits")
+    assert (slots.state.active, slots.state.spare, slots.state.serving) == (None, "a", None)
+    assert slots.path("a").parent.is_dir()
+    assert installed_models(tmp_path) == []  # nothing is known of it yet
+    assert installed_models(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "x" * 65, "a\nb"])
+def test_a_model_name_is_never_a_path(tmp_path, name):
+    with pytest.raises(ManifestRejected):
+        ModelSlots(tmp_path, name)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": 3}'])
+def test_a_damaged_state_says_what_to_do(tmp_path, text):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "state.json").write_text(text)
+    with pytest.raises(HomeError, match="to have the release sent again"):
+        ModelSlots(tmp_path, "digits")

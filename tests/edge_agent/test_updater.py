@@ -1,0 +1,263 @@
+"""Releases, from the signed wish to the switch; whatever goes wrong, the old one serves on."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+
+from edge_agent.channel import CloudChannel
+from edge_agent.profile import load_profile
+from edge_agent.sessions import Models
+from edge_agent.slots import ModelSlots
+from edge_agent.updater import Updater, UpdaterParts
+from edgefl.models.manifest import load_public_key, new_fleet_key
+
+
+class Device:
+    """An updater and what it tells; tests play the link."""
+
+    def __init__(self, home) -> None:
+        self.models, self.notes, self.changes = Models(), [], []
+        self.channel = CloudChannel(load_profile(home), home)
+        self.updater = Updater(
+            UpdaterParts(
+                device="cam-1", home=home, fleet_key=load_public_key((home / "fleet.pub").read_bytes()),
+                channel=self.channel, models=self.models, tell=self.notes.append,
+                changed=lambda: self.changes.append(self.models.versions()),
+            )
+        )  # fmt: skip
+
+    def states(self) -> list[tuple[int, str]]:
+        return [(note.version, note.state) for note in self.notes]
+
+    def predict(self) -> float:
+        return float(self.models.get("digits").run(["y"], {"x": np.ones((1, 3), np.float32)})[0][0, 0])
+
+    async def install(self, *signed) -> None:
+        """Hear wishes one by one, each until it is dealt with."""
+        for one in signed:
+            self.updater.hear(one)
+            await self.settled()
+
+    async def settled(self) -> None:
+        async with asyncio.timeout(30):
+            while self.updater._wanted:
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def on_device(home):
+    def run(function):
+        async def inside():
+            device = Device(home)
+            await device.updater.restore()
+            running = asyncio.create_task(device.updater.run())
+            try:
+                return await function(device)
+            finally:
+                running.cancel()
+                [ended] = await asyncio.gather(running, return_exceptions=True)
+                await device.channel.close()
+                assert isinstance(ended, asyncio.CancelledError), ended
+
+        return asyncio.run(inside())
+
+    return run
+
+
+@pytest.fixture
+def versions(fleet, onnx_model):
+    """`versions(n, **options)`: a signed wish for version n, whose model answers 1 with n + 1."""
+
+    def make(version: int, **options):
+        return fleet.release(onnx_model(float(version)), version, **{"sequence": version, **options})
+
+    return make
+
+
+def test_releases_alternate_between_the_slots(home, on_device, versions):
+    async def run(device):
+        slots = []
+        for version in (1, 2, 3):
+            await device.install(versions(version))
+            slots.append(ModelSlots(home / "models", "digits").state.active)
+            assert device.predict() == version + 1
+        assert slots == ["a", "b", "a"]
+        assert device.states()[:3] == [(1, "downloading"), (1, "installed"), (1, "active")]
+        assert device.changes == [{}, {"digits": 1}, {"digits": 2}, {"digits": 3}]
+
+    on_device(run)
+
+
+def test_a_release_survives_a_restart_without_the_cloud(fleet, on_device, versions):
+    on_device(lambda device: device.install(versions(1), versions(2)))
+    fleet.stop()
+
+    async def run(device):
+        assert device.models.versions() == {"digits": 2}
+        assert device.predict() == 3
+
+    on_device(run)
+
+
+def test_an_older_version_is_refused_unless_it_is_a_rollback(fleet, on_device, versions):
+    async def run(device):
+        await device.install(versions(2), versions(1, sequence=3))
+        assert device.predict() == 3
+        assert device.notes[-1].state == "failed"
+        assert "version 1 is older than the installed 2" in device.notes[-1].detail
+        await device.install(versions(1, sequence=4, rollback=True))
+        assert device.predict() == 2
+        downloads = len(fleet.calls)
+        await device.install(versions(2, sequence=5))  # its bytes lie in the other slot
+        assert device.predict() == 3
+        assert len(fleet.calls) == downloads
+
+    on_device(run)
+
+
+def test_a_replayed_wish_changes_nothing(on_device, versions):
+    async def run(device):
+        old, new = versions(1, sequence=1, rollback=True), versions(2, sequence=2)
+        await device.install(old, new)
+        before = list(device.notes)
+        await device.install(old, new, old)
+        assert device.notes == before
+        assert device.predict() == 3
+
+    on_device(run)
+
+
+def test_an_outcome_is_told_once_more_after_a_restart(on_device, versions):
+    on_device(lambda device: device.install(versions(1)))
+
+    async def run(device):
+        await device.install(versions(1), versions(1))
+        assert device.states() == [(1, "active")]
+
+    on_device(run)
+
+
+@pytest.mark.parametrize("damage", ["key", "text", "device", "kind"])
+def test_what_the_fleet_did_not_sign_for_us_is_not_even_fetched(fleet, on_device, versions, damage):
+    if damage == "key":
+        fleet.key, good = new_fleet_key(), fleet.key
+        signed, fleet.key = versions(1), good
+    elif damage == "device":
+        signed = versions(1, device="cam-2")
+    elif damage == "kind":
+        signed = fleet.bundle()
+    else:
+        signed = versions(1)
+        signed = dataclasses.replace(signed, text=signed.text.replace('"version":1', '"version":9'))
+
+    async def run(device):
+        await device.install(signed)
+        assert device.notes == []
+        assert device.models.versions() == {}
+
+    on_device(run)
+    assert not [call for call in fleet.calls if call.startswith("download")]
+
+
+@pytest.mark.parametrize("damage", ["bytes", "no onnx", "does not run"])
+def test_a_bad_release_fails_and_the_old_one_serves_on(fleet, on_device, onnx_model, versions, damage):
+    if damage == "no onnx":
+        bad = fleet.release(b"no onnx", 2, sequence=2)
+    elif damage == "does not run":
+        bad = fleet.release(onnx_model(2.0)[:-15], 2, sequence=2)
+    else:
+        bad = versions(2)
+        digest = next(digest for digest in fleet.blobs if digest in bad.text)
+        fleet.blobs[digest] = bytes(len(fleet.blobs[digest]))
+
+    async def run(device):
+        await device.install(versions(1), bad)
+        assert device.notes[-1].state == "failed"
+        assert device.notes[-1].version == 2
+        assert device.notes[-1].detail
+        assert device.predict() == 2
+        await device.install(versions(3))
+        assert device.predict() == 4
+
+    on_device(run)
+    on_device(lambda device: device.settled())
+
+
+def test_a_download_goes_on_after_a_restart(fleet, home, on_device, versions):
+    fleet.chunk_bytes = 64
+    signed = versions(1)
+
+    def breaks(_way, offset):
+        if offset >= 128:
+            raise ConnectionError
+
+    fleet.before_chunk = breaks
+
+    async def cut(device):
+        device.updater.hear(signed)
+        async with asyncio.timeout(10):
+            while len([call for call in fleet.calls if call.startswith("download")]) < 2:
+                await asyncio.sleep(0.005)
+
+    on_device(cut)
+    assert (home / "models/digits/a/model.onnx.part").stat().st_size == 128
+    fleet.before_chunk = lambda *_: None
+    fleet.calls.clear()
+
+    async def run(device):
+        await device.install(signed)
+        assert device.predict() == 2
+
+    on_device(run)
+    assert [int(call.split()[2]) for call in fleet.calls] == [128]
+
+
+def test_a_damaged_slot_falls_back_and_is_mended(home, on_device, versions):
+    on_device(lambda device: device.install(versions(1), versions(2)))
+    (home / "models/digits/b/model.onnx").write_bytes(b"rotten")
+
+    async def run(device):
+        assert device.predict() == 2
+        await device.install(versions(2))
+        assert device.predict() == 3
+
+    on_device(run)
+
+
+def test_a_release_that_kills_the_agent_is_given_up(home, on_device, versions):
+    on_device(lambda device: device.install(versions(1)))
+    slots = ModelSlots(home / "models", "digits")
+    slots.save(dataclasses.replace(slots.state, trying=2, tries=2))
+
+    async def run(device):
+        await device.install(versions(2))
+        assert device.notes[-1].detail == "the agent died 2 times while it loaded this release"
+        assert device.predict() == 2
+
+    on_device(run)
+
+
+def test_a_cloud_that_cannot_be_reached_puts_it_off(fleet, on_device, versions):
+    signed = versions(1)
+    kept, fleet.blobs = fleet.blobs, {}
+
+    async def run(device):
+        await device.install(signed)
+        assert device.states() == [(1, "downloading")]
+        fleet.blobs = kept
+        await device.install(signed)
+        assert device.predict() == 2
+
+    on_device(run)
+
+
+def test_two_models_side_by_side(on_device, versions):
+    async def run(device):
+        await device.install(versions(1), versions(7, model="faces", sequence=1))
+        assert device.models.versions() == {"digits": 1, "faces": 7}
+
+    on_device(run)
