@@ -64,3 +64,42 @@ def test_a_dropped_round_leaves_the_others(tmp_path):
     assert spool.file("job", 2, "cam").exists()
     spool.drop_job("job")
     assert not spool.file("job", 2, "cam").exists()
+
+
+def test_a_finished_rounds_file_is_overwritten_by_a_shorter_update(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA)
+    inode = spool.path(first.finish(sha(DATA))).stat().st_ino
+    spool.drop_round("job", 1)
+    second = spool.incoming("job", 2, "cam", 0)
+    second.write(DATA[:100])
+    path = spool.path(second.finish(sha(DATA[:100])))
+    assert path.read_bytes() == DATA[:100]
+    assert path.stat().st_ino == inode
+
+
+def test_a_cut_upload_into_a_reused_file_says_its_own_length(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA)
+    first.finish(sha(DATA))
+    spool.drop_round("job", 1)
+    second = spool.incoming("job", 2, "cam", 0)
+    second.write(b"y" * 300)
+    assert spool.received_bytes("job", 2, "cam") == 0
+    second.stop()
+    assert spool.received_bytes("job", 2, "cam") == 300
+
+
+def test_after_a_kill_a_reused_file_is_not_taken_for_an_update(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA)
+    first.finish(sha(DATA))
+    spool.drop_round("job", 1)
+    second = spool.incoming("job", 2, "cam", 0)
+    second.write(b"y")  # and no more: the process is killed here
+    again = Spool(tmp_path / "spool")
+    assert again.received_bytes("job", 2, "cam") == 0
+    assert list((tmp_path / "spool").rglob("*.reused")) == []
