@@ -158,6 +158,9 @@ class LocalFleet:
         """Start the broker, where it is not the embedded one, and the cloud."""
         if self._broker_kind == "mosquitto":
             self.command("cloud", "broker-config", "--home", self.home, "--port", self.mqtt_port)
+            if os.geteuid() == 0:  # it would become the user mosquitto, who cannot read our folder
+                with (self.home / "mosquitto" / "mosquitto.conf").open("a", encoding="utf-8") as config:
+                    config.write("user root\n")
             self.start_broker()
         self.start_cloud()
 
