@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import os
@@ -12,7 +13,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,9 +75,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         workers = ThreadPoolExecutor(8)
         self._server = grpc.server(workers, options=[("grpc.max_receive_message_length", 16 << 20)])
         fleet_pb2_grpc.add_FleetServicer_to_server(self, self._server)
-        self.port = self._server.add_secure_port(
-            f"127.0.0.1:{self.port}", tls.grpc_server_credentials(self.identity)
-        )
+        self.port = self._server.add_secure_port(f"127.0.0.1:{self.port}", tls.grpc_server_credentials(self.identity))
         self._server.start()
 
     def stop(self) -> None:
@@ -154,7 +153,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
 
     # What the agent calls.
 
-    def Next(self, request, context):
+    def Next(self, request, context):  # noqa: N802 - gRPC's name
         self.note(f"next {_device(context)}")
         waiting = [plan for plan in self.plans if not {(plan.job, plan.round)} & (self.updates.keys() | self.failures)]
         return pb.NextReply(
@@ -163,7 +162,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
             broker=self.broker,
         )
 
-    def Download(self, request, context):
+    def Download(self, request, context):  # noqa: N802 - gRPC's name
         self.note(f"download {request.sha256[:8]} {request.offset}")
         data = self.blobs.get(request.sha256)
         if data is None:
@@ -172,7 +171,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
             self.before_chunk("down", offset)
             yield pb.Chunk(data=data[offset : offset + self.chunk_bytes])
 
-    def Resume(self, request, context):
+    def Resume(self, request, context):  # noqa: N802 - gRPC's name
         self.note(f"resume {request.job} {request.round}")
         key = (request.job, request.round)
         if self.answer is not None:
@@ -181,7 +180,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
             return pb.UploadState(status=pb.UploadState.STORED)
         return pb.UploadState(offset=len(self.parts.get(key, b"")))
 
-    def Upload(self, requests, context):
+    def Upload(self, requests, context):  # noqa: N802 - gRPC's name
         header = next(requests).header
         key = (header.key.job, header.key.round)
         self.note(f"upload {key[0]} {key[1]} {header.offset}")
@@ -200,7 +199,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         self.note("stored")
         return pb.UploadState(status=pb.UploadState.STORED, offset=len(part))
 
-    def Fail(self, request, context):
+    def Fail(self, request, context):  # noqa: N802 - gRPC's name
         self.failures[request.key.job, request.key.round] = request.reason
         self.note(f"fail {request.key.job} {request.key.round}")
         return pb.FailureReply()
@@ -259,6 +258,18 @@ def eventually() -> Callable[..., None]:
         while not condition():
             assert time.monotonic() < end_s, f"{what} did not happen"
             time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture
+def until() -> Callable[..., Awaitable[None]]:
+    """`eventually` for coroutines: what is waited for happens in another process, thread or task."""
+
+    async def wait(condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():  # noqa: ASYNC110 - a test looks from the outside; there is no event
+                await asyncio.sleep(0.005)
 
     return wait
 

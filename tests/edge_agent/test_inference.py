@@ -11,8 +11,10 @@ from edge_agent.inference import HEADER_LENGTH, Request, encode_response, parse_
 from edge_agent.sessions import NUMPY_TYPES, Served, TensorInfo
 from edgefl.errors import ProtocolError
 
+Y = TensorInfo("y", "FP32", (-1, 2))
 
-def served(*inputs: TensorInfo, outputs=(TensorInfo("y", "FP32", (-1, 2)),)) -> Served:
+
+def served(*inputs: TensorInfo, outputs=(Y,)) -> Served:
     return Served("m", 7, inputs or (TensorInfo("x", "FP32", (-1, 2)),), outputs, inline=True, session=None)
 
 
@@ -126,7 +128,11 @@ def test_a_response_in_binary_and_json_by_turns():
     response = encode_response(served(outputs=outputs), request, results)
     size = int(response.headers[HEADER_LENGTH])
     head = json.loads(response.body[:size])
-    assert [one.get("parameters") for one in head["outputs"]] == [{"binary_data_size": 8}, None, {"binary_data_size": 2}]
+    assert [one.get("parameters") for one in head["outputs"]] == [
+        {"binary_data_size": 8},
+        None,
+        {"binary_data_size": 2},
+    ]
     assert response.body[size:] == results[0].tobytes() + b"\x01\x00"
 
 

@@ -42,7 +42,8 @@ TASK = """
 class Device:
     """A participant and all it needs, but no link: tests play the link."""
 
-    def __init__(self, fleet, home, **options) -> None:
+    def __init__(self, fleet, home, until, **options) -> None:
+        self.until = until
         self.fleet, self.log = fleet, home / "fits"
         self.store = Store(home)
         self.channel = CloudChannel(load_profile(home), home)
@@ -60,11 +61,6 @@ class Device:
     def fits(self) -> str:
         return self.log.read_text().strip() if self.log.exists() else ""
 
-    async def until(self, condition) -> None:
-        async with asyncio.timeout(30):
-            while not condition():
-                await asyncio.sleep(0.01)
-
     async def __aenter__(self):
         parts = (self.outbox, self.participant, self.trainer)
         self._tasks = [asyncio.create_task(part.run()) for part in parts]
@@ -80,12 +76,12 @@ class Device:
 
 
 @pytest.fixture
-def on_device(fleet, home):
+def on_device(fleet, home, until):
     """Run a coroutine function with a device."""
 
     def run(function, **options):
         async def inside():
-            async with Device(fleet, home, **options) as device:
+            async with Device(fleet, home, until, **options) as device:
                 return await function(device)
 
         return asyncio.run(inside())
@@ -98,7 +94,7 @@ def test_rounds_follow_each_other_and_reuse_what_there_is(fleet, home, on_device
         for number in (1, 2, 3):
             plan = fleet.plan(number, code=TASK)
             device.participant.hear(plan)
-            await device.until(lambda: ("j1", number) in fleet.updates and not device.store.outbox())
+            await device.until(lambda number=number: ("j1", number) in fleet.updates and not device.store.outbox())
         assert device.fits() == "1 2 3"
         assert len([call for call in fleet.calls if call.startswith("download")]) == 4  # one bundle, three models
         assert len(list((home / "work").iterdir())) == 1
@@ -248,7 +244,7 @@ def test_a_model_that_changes_its_size_between_rounds(fleet, on_device):
     async def run(device):
         for number, size in ((1, 4), (2, 1000), (3, 1000), (4, 4)):
             device.participant.hear(fleet.plan(number, code=TASK, size=size))
-            await device.until(lambda: ("j1", number) in fleet.updates)
+            await device.until(lambda number=number: ("j1", number) in fleet.updates)
             assert np.all(fleet.tree("j1", number)["w"] == 1)
             assert fleet.tree("j1", number)["w"].size == size
 
@@ -261,7 +257,7 @@ def test_a_failure_waits_for_the_cloud(fleet, on_device):
         device.participant.hear(plan)
         await device.until(lambda: device.fits() == "1")
         fleet.stop()
-        await device.until(lambda: device.store.failures())
+        await device.until(device.store.failures)
         fleet.start()
         device.participant.reconcile([plan], None)
         await device.until(lambda: ("j1", 1) in fleet.failures)

@@ -66,7 +66,12 @@ def test_metadata_and_health(serve, model):
         assert (await client.get("/v2")).json() == {
             "name": "edgefl", "version": __version__, "extensions": ["binary_tensor_data"],
         }  # fmt: skip
-        for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/affine/ready", "/v2/models/affine/versions/3/ready"):
+        for path in (
+            "/v2/health/live",
+            "/v2/health/ready",
+            "/v2/models/affine/ready",
+            "/v2/models/affine/versions/3/ready",
+        ):
             assert (await client.get(path)).status_code == 200
         expected = {
             "name": "affine", "versions": ["3"], "platform": "onnxruntime_onnx",
@@ -172,7 +177,9 @@ def test_no_request_fails_while_versions_are_swapped(serve, model):
         async def ask() -> None:
             while not swapped.is_set():
                 answer = await client.post("/v2/models/affine/infer", json=request())
-                answers.append((answer.status_code, answer.json()["model_version"], answer.json()["outputs"][0]["data"][0]))
+                answers.append(
+                    (answer.status_code, answer.json()["model_version"], answer.json()["outputs"][0]["data"][0])
+                )
 
         swapped = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:

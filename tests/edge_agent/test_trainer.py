@@ -153,28 +153,27 @@ def test_an_eater_hits_its_limit_and_a_fresh_child_follows(bench):
     bench.run(run)
 
 
-async def cancelled(trainer, bench, what):
+async def cancelled(trainer, bench, what, until):
     task = asyncio.create_task(trainer.fit(bench.fit(what)))
-    while not (bench.folder / "log").exists():
-        await asyncio.sleep(0.01)
+    await until((bench.folder / "log").exists)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert task.cancelled()
 
 
-def test_a_cancelled_fit_leaves_its_child_ready(bench):
+def test_a_cancelled_fit_leaves_its_child_ready(bench, until):
     async def run(trainer):
         before = (await trainer.fit(bench.fit("pid"))).weight
-        await cancelled(trainer, bench, "hang")
+        await cancelled(trainer, bench, "hang", until)
         assert (await trainer.fit(bench.fit("pid"))).weight == before
 
     bench.run(run)
 
 
-def test_a_task_that_does_not_let_go_is_killed(bench, alive):
+def test_a_task_that_does_not_let_go_is_killed(bench, alive, until):
     async def run(trainer):
         before = int((await trainer.fit(bench.fit("pid"))).weight)
-        await cancelled(trainer, bench, "stubborn")
+        await cancelled(trainer, bench, "stubborn", until)
         assert not alive(before)
         assert (await trainer.fit(bench.fit("pid"))).weight != before
 
@@ -191,12 +190,11 @@ def test_a_child_killed_from_outside_is_replaced(bench):
     assert bench.run(run).weight == 2.0
 
 
-def test_an_idle_child_is_ended(bench):
+def test_an_idle_child_is_ended(bench, until):
     async def run(trainer):
         await trainer.fit(bench.fit())
         assert trainer.pid
-        while trainer.pid:
-            await asyncio.sleep(0.01)
+        await until(lambda: trainer.pid is None)
         return await trainer.fit(bench.fit())
 
     assert bench.run(run, idle_s=0.1).weight == 2.0
@@ -231,7 +229,7 @@ asyncio.run(Trainer().fit(fit))
 
 def test_a_socket_that_does_not_answer_is_named(bench, tmp_path):
     async def run(trainer):
-        with pytest.raises(TaskError, match="is edgefl-trainer.socket on"):
+        with pytest.raises(TaskError, match=r"is edgefl-trainer\.socket on"):
             await trainer.fit(bench.fit())
 
     bench.run(run, socket_path=tmp_path / "none.sock")
@@ -240,7 +238,15 @@ def test_a_socket_that_does_not_answer_is_named(bench, tmp_path):
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="systemd-socket-activate is not there")
 def test_a_trainer_of_systemds(bench, tmp_path, eventually, alive):
     path = tmp_path / "trainer.sock"
-    command = ["systemd-socket-activate", "-l", str(path), sys.executable, "-m", "edge_agent.trainer_main", "--listen-fds"]
+    command = [
+        "systemd-socket-activate",
+        "-l",
+        str(path),
+        sys.executable,
+        "-m",
+        "edge_agent.trainer_main",
+        "--listen-fds",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(command, env=environment) as service:
         eventually(path.exists, "the socket")

@@ -93,7 +93,9 @@ def test_the_memory_limit_is_of_data():
 
 
 def test_it_needs_a_socket():
-    done = subprocess.run([sys.executable, "-m", "edge_agent.trainer_main"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_agent.trainer_main"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     done = subprocess.run(
         [sys.executable, "-m", "edge_agent.trainer_main", "--listen-fds"], capture_output=True, text=True, check=False,

@@ -19,7 +19,8 @@ from edgefl.models.manifest import load_public_key, new_fleet_key
 class Device:
     """An updater and what it tells; tests play the link."""
 
-    def __init__(self, home) -> None:
+    def __init__(self, home, until) -> None:
+        self.until = until
         self.models, self.notes, self.changes = Models(), [], []
         self.channel = CloudChannel(load_profile(home), home)
         self.updater = Updater(
@@ -43,16 +44,14 @@ class Device:
             await self.settled()
 
     async def settled(self) -> None:
-        async with asyncio.timeout(30):
-            while self.updater._wanted:
-                await asyncio.sleep(0.005)
+        await self.until(lambda: not self.updater._wanted)
 
 
 @pytest.fixture
-def on_device(home):
+def on_device(home, until):
     def run(function):
         async def inside():
-            device = Device(home)
+            device = Device(home, until)
             await device.updater.restore()
             running = asyncio.create_task(device.updater.run())
             try:
@@ -199,9 +198,7 @@ def test_a_download_goes_on_after_a_restart(fleet, home, on_device, versions):
 
     async def cut(device):
         device.updater.hear(signed)
-        async with asyncio.timeout(10):
-            while len([call for call in fleet.calls if call.startswith("download")]) < 2:
-                await asyncio.sleep(0.005)
+        await device.until(lambda: len([call for call in fleet.calls if call.startswith("download")]) == 2)
 
     on_device(cut)
     assert (home / "models/digits/a/model.onnx.part").stat().st_size == 128
