@@ -53,6 +53,9 @@ async def serve_http(app: ASGIApp, host: str, port: int, context: ssl.SSLContext
         server.should_exit = True
         async with asyncio.timeout(STOP_S):
             await serving
+        for connection in list(server.server_state.connections):  # streams that were cut off
+            connection.transport.abort()
+        await asyncio.sleep(0)  # lets them close before the loop may end
         listener.close()
 
 

@@ -18,19 +18,20 @@ INTERRUPTED = 130  # as shells count a process that SIGINT ended
 @contextmanager
 def round_progress(output: Output, count: int) -> Iterator[Callable[[Json], None]]:
     """Give what is to hear of each round."""
-    if not sys.stderr.isatty():
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
         yield lambda outcome: output.line(round_text(outcome, count))
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     text = TextColumn("{task.description}", markup=False)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False)
     with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console) as progress:
         bar = progress.add_task("waiting for devices", total=count)
 
         def show(outcome: Json) -> None:
-            progress.update(bar, completed=outcome["round"], description=_facts(outcome))
+            console.print(round_text(outcome, count))
+            progress.update(bar, completed=outcome["round"], description="rounds")
 
         yield show
 
@@ -51,12 +52,9 @@ def left_running(job: str, output: Output) -> Iterator[None]:
 
 def round_text(outcome: Json, count: int) -> str:
     """Return one line on a finished round, with the reason of each refusal."""
-    return f"round {outcome['round']}/{count}: {_facts(outcome)}"
-
-
-def _facts(outcome: Json) -> str:
     counts = [f"{outcome['admitted']} admitted"]
     counts += [f"{outcome[name]} {name}" for name in ("rejected", "failed", "missing") if outcome[name]]
-    text = f"{', '.join(counts)} in {outcome['seconds']:.2f} s {metrics_text(outcome['metrics'])}".rstrip()
+    text = f"round {outcome['round']}/{count}: {', '.join(counts)} in {outcome['seconds']:.2f} s "
+    text += metrics_text(outcome["metrics"])
     reasons = "; ".join(f"{device}: {reason}" for device, reason in outcome["reasons"].items())
-    return f"{text} ({reasons})" if reasons else text
+    return f"{text.rstrip()} ({reasons})" if reasons else text.rstrip()

@@ -1,0 +1,106 @@
+"""`edgefl cloud`, as it is typed. Starting a whole cloud is for the tests of whole processes."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cloud.cli import cloud
+from cloud.enrolment import Enrolment
+from cloud.store import open_database
+from edgefl.errors import ConfigError, EnrolmentRefused, HomeError
+from edgefl.home import create_home
+from edgefl.protocols import tls
+from edgefl.protocols.tls import Identity
+
+
+def invoke(*arguments):
+    return CliRunner(mix_stderr=False).invoke(cloud, [str(one) for one in arguments])
+
+
+@pytest.fixture
+def home(tmp_path):
+    folder = tmp_path / "home"
+    create_home(folder, "cloud")
+    (folder / "tls").mkdir()
+    tls.create_ca(folder / "tls")
+    return folder
+
+
+def test_a_token_is_all_that_stdout_has_and_it_enrols(home, tmp_path):
+    done = invoke("token", "--home", home)
+    assert done.exit_code == 0, done.exception
+    secret, fingerprint = tls.parse_token(done.stdout)
+    assert fingerprint == tls.fingerprint((home / "tls" / "ca.pem").read_bytes())
+    engine = open_database(home / "cloud.db")  # as a cloud that runs beside
+    csr = tls.new_request(Identity.in_folder(tmp_path), "a")
+    assert Enrolment(engine, home / "tls").enroll(secret, "a", {}, csr)
+    assert tls.parse_token(invoke("token", "--home", home, "--valid-for", 5).stdout)
+    engine.dispose()
+
+
+def test_a_token_as_json(home):
+    result = json.loads(invoke("token", "--home", home, "--valid-for", 60, "--json", "-").stdout)
+    assert result["valid_for_s"] == 60
+    assert tls.parse_token(result["token"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [(["--valid-for", "0"], EnrolmentRefused, "at most a year"), ([], HomeError, "home.json")],
+)
+def test_a_token_that_cannot_be(home, tmp_path, arguments, kind, said):
+    folder = home if arguments else tmp_path / "none"
+    done = invoke("token", "--home", folder, *arguments)
+    assert (done.exit_code, type(done.exception)) == (1, kind)
+    assert said in str(done.exception)
+
+
+def test_a_home_of_a_newer_version_is_refused(home):
+    (home / "home.json").write_text('{"kind": "cloud", "format": 99, "made_by": "9.9"}')
+    for command in (["token"], ["broker-config"], ["start"]):
+        done = invoke(*command, "--home", home)
+        assert isinstance(done.exception, HomeError)
+        assert "format 99" in str(done.exception)
+
+
+def test_a_brokers_folder_is_made_before_the_cloud_ever_ran(tmp_path):
+    done = invoke("broker-config", "--home", tmp_path / "new", "--port", 8884, "--name", "broker.example.org")
+    assert done.exit_code == 0, done.exception
+    folder = tmp_path / "new" / "mosquitto"
+    assert {one.name for one in folder.iterdir()} == {"mosquitto.conf", "acl", "ca.pem", "cert.pem", "key.pem"}
+    assert "listener 8884 127.0.0.1" in (folder / "mosquitto.conf").read_text()
+    assert stat.S_IMODE((folder / "key.pem").stat().st_mode) == 0o600
+    assert (folder / "ca.pem").read_bytes() == (tmp_path / "new" / "tls" / "ca.pem").read_bytes()
+    from cryptography import x509
+
+    names = x509.load_pem_x509_certificate((folder / "cert.pem").read_bytes()).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert "broker.example.org" in names.value.get_values_for_type(x509.DNSName)
+
+
+def test_a_brokers_folder_uses_the_ca_that_is_there(home):
+    before = (home / "tls" / "ca.pem").read_bytes()
+    done = invoke("broker-config", "--home", home, "--json", "-")
+    assert (home / "mosquitto" / "ca.pem").read_bytes() == before
+    assert Path(json.loads(done.stdout)["config"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--insecure", "--host", "0.0.0.0"], "--insecure is for loopback only"),  # noqa: S104 - refused
+        (["--broker", "amqp://h:1"], "neither 'embedded' nor mqtts://host:port"),
+        (["--broker", "mqtt://h:1883"], "is not encrypted"),
+    ],
+)
+def test_a_cloud_that_would_not_be_safe_does_not_start(tmp_path, arguments, said):
+    done = invoke("start", "--home", tmp_path / "home", *arguments)
+    assert (done.exit_code, type(done.exception)) == (1, ConfigError)
+    assert said in str(done.exception)
+    assert not (tmp_path / "home").exists()

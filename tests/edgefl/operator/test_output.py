@@ -1,0 +1,79 @@
+"""What commands print: tabs off a terminal, JSON where it is asked for, and nothing else beside it."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from edgefl.errors import ConfigError
+from edgefl.operator.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
+
+
+@click.command(epilog=example("first --line", "second"))
+@json_option
+def tell(output):
+    """Tell."""
+    output.table(("name", "value"), [("a", 1), ("b", None)], "nothing")
+    output.line("done")
+    output.result({"value": float("nan"), "list": [1.5, float("inf")]})
+
+
+def test_lines_for_people_without_json():
+    done = CliRunner().invoke(tell)
+    assert done.output == "name\tvalue\na\t1\nb\t-\ndone\n"
+
+
+def test_json_on_stdout_is_alone_there():
+    done = CliRunner(mix_stderr=False).invoke(tell, ["--json", "-"])
+    assert json.loads(done.stdout) == {"value": None, "list": [1.5, None]}
+    assert "done" in done.stderr
+
+
+def test_json_in_a_file(tmp_path):
+    done = CliRunner().invoke(tell, ["--json", str(tmp_path / "x.json")])
+    assert json.loads((tmp_path / "x.json").read_text())["list"] == [1.5, None]
+    assert "done" in done.output
+
+
+def test_a_file_that_cannot_be_is_refused_before_the_work(tmp_path):
+    done = CliRunner().invoke(tell, ["--json", str(tmp_path / "no" / "x.json")])
+    assert isinstance(done.exception, ConfigError)
+    assert done.output == ""
+
+
+def test_a_folder_in_the_files_place_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot write --json"):
+        Output(str(tmp_path)).result({})
+
+
+def test_the_example_stands_as_it_is_written():
+    assert "Example:\n    first --line\n    second\n" in CliRunner().invoke(tell, ["--help"]).output
+
+
+def test_an_empty_table_says_so(capsys):
+    Output().table(("a",), [], "nothing here")
+    assert capsys.readouterr().out == "nothing here\n"
+
+
+def test_a_table_on_a_terminal_is_drawn(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    Output().table(("name", "value"), [("a", "[red]")], "nothing")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["name", "value"], ["a", "[red]"]]
+
+
+def test_times_and_metrics():
+    assert time_text(None) == "-"
+    assert len(time_text(0)) == len("1970-01-01 00:00:00")
+    assert metrics_text({"loss": 0.123456, "accuracy": 0.97}) == "accuracy=0.97 loss=0.1235"
+
+
+def test_no_folder_is_named(tmp_path):
+    refuse_no_folder(None, "--out")
+    refuse_no_folder(tmp_path / "x", "--out")
+    with pytest.raises(ConfigError, match=r"--out .*there is no folder"):
+        refuse_no_folder(tmp_path / "a" / "x", "--out")

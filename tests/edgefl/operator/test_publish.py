@@ -1,0 +1,82 @@
+"""From a job's parameters to a release: exported, judged, compressed under a gate, published."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgefl.config import JobConfig, RoundsConfig, TrainConfig
+from edgefl.errors import AccuracyGateFailed, ConfigError, NotFound, TaskError
+from edgefl.operator.client import CloudClient, load_credentials
+from edgefl.operator.publish import export, parameters_of, publish, publish_onnx
+from edgefl.operator.run import submit, watch
+from edgefl.task import load_task
+
+CONFIG = JobConfig(rounds=RoundsConfig(count=2), train=TrainConfig(lr=0.5))
+
+
+@pytest.fixture
+def client(http_plane):
+    with CloudClient(None, load_credentials(http_plane.credentials)) as one:
+        yield one
+
+
+@pytest.fixture
+def trained(client, trainers, torch_task, tmp_path):
+    job = submit(client, str(torch_task), load_task(str(torch_task)), CONFIG)
+    watch(client, job)
+    return parameters_of(client, job, tmp_path)
+
+
+def test_int8_is_published_with_its_accuracy_and_report(client, http_plane, torch_task, trained, tmp_path):
+    exported = export(load_task(str(torch_task)), trained, tmp_path, compression="int8", max_drop=0.1)
+    release = publish(client, "signs", exported)
+    assert (release["model"], release["version"]) == ("signs", 1)
+    assert release["metrics"].keys() == {"accuracy", "accuracy_drop"}
+    assert release["compression"]["accuracy_after"] == release["metrics"]["accuracy"]
+    assert http_plane.blobs.path(release["blob"]["sha256"]).read_bytes() == exported.path.read_bytes()
+
+
+def test_uncompressed_is_published_with_the_tasks_metrics(client, torch_task, trained, tmp_path):
+    release = publish(
+        client, "signs", export(load_task(str(torch_task)), trained, tmp_path, compression="none", max_drop=0)
+    )
+    assert release["metrics"].keys() == {"loss", "accuracy"}
+    assert release["compression"] is None
+
+
+def test_a_finished_onnx_file_is_published_as_it_is(client, http_plane, torch_task, trained, tmp_path):
+    path = export(load_task(str(torch_task)), trained, tmp_path, compression="none", max_drop=0).path
+    release = publish_onnx(client, "signs", path)
+    assert http_plane.blobs.path(release["blob"]["sha256"]).read_bytes() == path.read_bytes()
+
+
+def test_a_drop_above_the_gate_publishes_nothing(torch_task, trained, tmp_path, monkeypatch):
+    from edgefl.models import compress
+
+    monkeypatch.setattr(compress, "accuracy_of", lambda path, *_: 0.5 if "int8" in path.name else 0.9)
+    with pytest.raises(AccuracyGateFailed, match=r"from 0\.9000 to 0\.5000"):
+        export(load_task(str(torch_task)), trained, tmp_path, compression="int8", max_drop=0.02)
+
+
+def test_parameters_of_another_model_are_refused(plain_task, torch_task, http_plane, tmp_path):
+    other = http_plane.blobs.path(http_plane.blobs.put_tree({}).sha256)
+    with pytest.raises(TaskError, match="not the parameters"):
+        export(load_task(str(torch_task)), other, tmp_path, compression="none", max_drop=0)
+    with pytest.raises(TaskError, match="no model"):
+        export(load_task(str(plain_task)), other, tmp_path, compression="none", max_drop=0)
+
+
+def test_what_is_no_onnx_file_is_refused(client, http_plane, tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"not onnx")
+    with pytest.raises(ConfigError, match="not a model that ONNX Runtime can open"):
+        publish_onnx(client, "m", tmp_path / "x.onnx")
+    with pytest.raises(ConfigError, match="no such file"):
+        publish_onnx(client, "m", tmp_path / "y.onnx")
+    assert http_plane.registry.list() == []
+
+
+def test_an_unknown_compression_or_job_is_refused(client, torch_task, tmp_path):
+    with pytest.raises(ConfigError, match=r"int4.*int8, none"):
+        export(load_task(str(torch_task)), tmp_path, tmp_path, compression="int4", max_drop=0)
+    with pytest.raises(NotFound):
+        parameters_of(client, "job-0", tmp_path)

@@ -1,0 +1,124 @@
+"""`edgefl.run` against a real HTTPS plane, with real rounds of real local training behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+import numpy as np
+import pytest
+
+import edgefl
+from edgefl.config import JobConfig, RoundsConfig, TrainConfig
+from edgefl.errors import CloudRefused, ConfigError, JobCancelled, JobFailed
+from edgefl.operator.client import CloudClient, load_credentials
+from edgefl.operator.run import download, submit, watch
+from edgefl.task import load_task
+from edgefl.training import evaluate
+from edgefl.trees import SpooledTree
+
+CONFIG = JobConfig(rounds=RoundsConfig(count=4), train=TrainConfig(lr=0.5))
+
+
+@pytest.fixture
+def client(http_plane):
+    with CloudClient(None, load_credentials(http_plane.credentials)) as one:
+        yield one
+
+
+def test_a_run_ends_with_a_model_that_learned(http_plane, trainers, torch_task, tmp_path):
+    seen, out = [], tmp_path / "model.safetensors"
+    result = edgefl.run(
+        str(torch_task), credentials=http_plane.credentials, config=CONFIG, on_round=seen.append, out=out
+    )
+    assert [one["round"] for one in seen] == [1, 2, 3, 4]
+    assert list(result.rounds) == seen
+    assert all(one["metrics"].keys() == {"train_loss", "loss", "accuracy"} for one in seen)
+    assert result.final["accuracy"] > 0.9
+    assert result.model == {"sha256": hashlib.sha256(out.read_bytes()).hexdigest(), "path": str(out)}
+    assert result.final.items() >= evaluate(load_task(str(torch_task)), SpooledTree(out)).items()
+
+
+def test_the_result_has_the_keys_of_the_contract(http_plane, trainers, plain_task):
+    result = edgefl.run(str(plain_task), credentials=http_plane.credentials, config=CONFIG).as_json()
+    assert result.keys() == {
+        "engine", "job", "rounds", "final", "seconds", "clients_per_second", "peak_rss_mb", "model",
+    }  # fmt: skip
+    assert (result["engine"], result["model"]["path"]) == ("fleet", None)
+    assert result["rounds"][0].keys() >= {
+        "round", "admitted", "rejected", "seconds", "up_bytes", "down_bytes", "metrics",
+    }  # fmt: skip
+    assert result["clients_per_second"] == pytest.approx(8 / result["seconds"])
+    assert result["peak_rss_mb"] > 20
+
+
+def test_a_task_without_test_data_keeps_what_its_clients_measured(http_plane, trainers, plain_task, tmp_path):
+    out = tmp_path / "m"
+    result = edgefl.run(str(plain_task), credentials=http_plane.credentials, config=CONFIG, out=out)
+    assert result.final == {"train_loss": 0.5}
+    assert SpooledTree(out)["w"].tolist() == [4.0, 4.0]  # a delta of 1 in each of 4 rounds
+
+
+def test_a_job_that_fails_says_why(http_plane, trainers, plain_task):
+    config = JobConfig(rounds=RoundsConfig(count=4, quorum=3))
+    with pytest.raises(JobFailed, match="failed after 0 rounds: round 1: 2 clients are available, the quorum is 3"):
+        edgefl.run(str(plain_task), credentials=http_plane.credentials, config=config)
+
+
+def test_a_job_that_is_cancelled_says_after_how_many_rounds(http_plane, trainers, plain_task, client):
+    trainers.gate.clear()
+    job = submit(client, str(plain_task), load_task(str(plain_task)), CONFIG)
+    with pytest.raises(JobCancelled, match="cancelled after 1 rounds"):
+        watch(client, job, on_round=lambda _: http_plane.jobs.cancel(job))
+
+
+def test_a_cloud_that_restarts_is_waited_for(http_plane, trainers, torch_task):
+    trainers.gate.clear()
+
+    def restart(outcome):
+        if outcome["round"] == 1:
+            http_plane.server.stop()
+            trainers.gate.set()
+            threading.Timer(0.3, http_plane.server.start).start()
+
+    result = edgefl.run(str(torch_task), credentials=http_plane.credentials, config=CONFIG, on_round=restart)
+    assert [one["round"] for one in result.rounds] == [1, 2, 3, 4]
+    assert all("accuracy" in one["metrics"] for one in result.rounds[1:])
+
+
+def test_a_model_that_the_cloud_no_longer_keeps_is_not_judged(http_plane, trainers, torch_task, client):
+    job = submit(client, str(torch_task), load_task(str(torch_task)), CONFIG)
+    trainers.threads[0].join(20)
+    first = http_plane.jobs.get(job)["rounds"][0]["model"]
+    http_plane.blobs.delete(first)
+    result = watch(client, job, load_task(str(torch_task)))
+    assert result.rounds[0]["metrics"].keys() == {"train_loss"}
+    assert result.final["accuracy"] > 0.9
+
+
+def test_the_same_run_gives_the_same_model(http_plane, trainers, torch_task):
+    digests = {
+        edgefl.run(str(torch_task), credentials=http_plane.credentials, config=CONFIG).model["sha256"] for _ in "ab"
+    }
+    assert len(digests) == 1
+
+
+def test_a_task_that_is_none_starts_nothing(http_plane, tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        edgefl.run(str(tmp_path / "none"), credentials=http_plane.credentials)
+    assert http_plane.jobs.list() == []
+
+
+def test_a_download_that_is_not_what_was_asked_leaves_no_file(http_plane, client, tmp_path):
+    ref = http_plane.blobs.put(b"right")
+    http_plane.blobs.path(ref.sha256).write_bytes(b"wrong")
+    with pytest.raises(CloudRefused, match="came with SHA-256"):
+        download(client, ref.sha256, tmp_path / "x")
+    assert not [one for one in tmp_path.iterdir() if "x" in one.name]
+
+
+def test_parameters_arrive_as_they_were(http_plane, trainers, plain_task, client):
+    trainers.plane.jobs.started = lambda _job: None
+    job = submit(client, str(plain_task), load_task(str(plain_task)), CONFIG)
+    tree = SpooledTree(http_plane.blobs.path(http_plane.jobs.load(job).model.sha256))
+    np.testing.assert_array_equal(tree["w"], np.zeros(2, np.float32))
