@@ -40,6 +40,7 @@ async def serve_http(app: ASGIApp, host: str, port: int, context: ssl.SSLContext
         ws="none",
         log_config=None,
         access_log=False,
+        log_level="warning",
         limit_concurrency=MAX_CONNECTIONS,
         server_header=False,
         ssl_context_factory=(lambda _config, _default: context) if context else None,

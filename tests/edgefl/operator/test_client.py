@@ -18,7 +18,7 @@ from edgefl.operator.client import CloudClient, Credentials, load_credentials
 from edgefl.protocols import tls
 from edgefl.protocols.messages import BlobRef
 
-TOKEN = "another's"
+OTHERS = "another's"
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_what_the_cloud_does_not_have_is_not_found(client, ask):
 
 def test_a_wrong_token_is_refused_and_says_what_to_give(credentials):
     with (
-        CloudClient(None, dataclasses.replace(credentials, token=TOKEN)) as client,
+        CloudClient(None, dataclasses.replace(credentials, token=OTHERS)) as client,
         pytest.raises(CloudRefused, match="--credentials") as caught,
     ):
         client.devices()
@@ -150,7 +150,7 @@ def test_a_server_that_is_no_cloud_is_named_so(answer):
 
         thread = threading.Thread(target=serve)
         thread.start()
-        nothing = Credentials(url=f"http://127.0.0.1:{server.getsockname()[1]}", token=TOKEN, ca="")
+        nothing = Credentials(url=f"http://127.0.0.1:{server.getsockname()[1]}", token=OTHERS, ca="")
         with CloudClient(None, nothing) as client, pytest.raises(CloudRefused, match="is it an edgefl cloud"):
             client.health()
         thread.join()
