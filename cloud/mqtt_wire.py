@@ -1,7 +1,7 @@
 """The few MQTT 3.1.1 packets that the embedded broker's gate looks into, as bytes.
 
 Invariant: whatever the bytes, a function here returns or raises ProtocolError.
-MQTT 3.1.1, sections 2.2 (header), 3.1 (CONNECT) and 3.3 (PUBLISH).
+MQTT 3.1.1, sections 2.2 (header), 3.1 (CONNECT), 3.3 (PUBLISH) and 3.8 (SUBSCRIBE).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from edgefl.errors import ProtocolError
 from edgefl.protocols.messages import MAX_MESSAGE_BYTES
 
 MAX_PACKET_BYTES = MAX_MESSAGE_BYTES + 1024  # a topic and the headers
-CONNECT, PUBLISH, DISCONNECT = 1, 3, 14
+CONNECT, PUBLISH, SUBSCRIBE, DISCONNECT = 1, 3, 8, 14
 NOT_AUTHORIZED = b"\x20\x02\x00\x05"  # a CONNACK
 
 _WILL, _PASSWORD, _USER, _CLEAN = 0x04, 0x40, 0x80, 0x02
@@ -29,10 +29,10 @@ class Connect:
     will_topic: str | None
     will: tuple[bytes, ...]  # topic and message as they came
 
-    def as_client(self, name: str) -> bytes:
-        """Return the CONNECT for amqtt: a clean session of this name; keep-alive is watched here."""
+    def as_client(self, name: str, client_id: str) -> bytes:
+        """Return the CONNECT for amqtt: a clean session of this name; keep-alive is watched by the gate."""
         flags = self.flags & ~_PASSWORD | _USER | _CLEAN
-        fields = (name.encode(), *self.will, name.encode())
+        fields = (client_id.encode(), *self.will, name.encode())
         body = b"\0\4MQTT\4" + bytes([flags, 0, 0]) + b"".join(len(one).to_bytes(2) + one for one in fields)
         return bytes([CONNECT << 4]) + _varint(len(body)) + body
 
@@ -68,9 +68,7 @@ def kind(packet: bytes) -> int:
 
 def publish_topic(packet: bytes) -> str:
     """Return the topic of a PUBLISH; what is not UTF-8 in it is replaced."""
-    _, start = _remaining_length(packet)
-    size = int.from_bytes(packet[start : start + 2])
-    return packet[start + 2 : start + 2 + size].decode(errors="replace")
+    return _publish_topic(packet).decode(errors="replace")
 
 
 def check_publish(packet: bytes) -> None:
@@ -81,6 +79,46 @@ def check_publish(packet: bytes) -> None:
     topic = publish_topic(packet)
     if not topic or topic.startswith("$") or set(topic) & set("+#\0\ufffd"):
         raise ProtocolError(f"{topic!r} is no topic to publish on")
+    if qos and len(publish_id(packet)) < 2:
+        raise ProtocolError("a PUBLISH of QoS 1 without a packet id")
+
+
+def publish_id(packet: bytes) -> bytes:
+    """Return the packet id of a PUBLISH of QoS 1."""
+    _, start = _remaining_length(packet)
+    at = start + 2 + len(_publish_topic(packet))
+    return packet[at : at + 2]
+
+
+def puback(packet: bytes) -> bytes:
+    """Return the acknowledgement of a PUBLISH; nothing for QoS 0, which has none."""
+    return b"\x40\x02" + publish_id(packet) if packet[0] >> 1 & 3 else b""
+
+
+def subscribe_filters(packet: bytes) -> list[str]:
+    """Return the topic filters of a SUBSCRIBE; raises ProtocolError."""
+    _, at = _remaining_length(packet)
+    at += 2  # the packet id
+    filters = []
+    while at < len(packet):
+        end = at + 2 + int.from_bytes(packet[at : at + 2])
+        if end >= len(packet) or packet[end] > 1:
+            raise ProtocolError("a SUBSCRIBE that breaks off, or asks for QoS 2, which nobody speaks here")
+        try:
+            filters.append(packet[at + 2 : end].decode())
+        except UnicodeDecodeError as cause:
+            raise ProtocolError("a SUBSCRIBE with a filter that is not UTF-8") from cause
+        at = end + 1
+    if not filters:
+        raise ProtocolError("a SUBSCRIBE without a filter")
+    return filters
+
+
+def suback_refused(packet: bytes) -> bytes:
+    """Return the answer to a SUBSCRIBE that grants none of its filters."""
+    _, at = _remaining_length(packet)
+    codes = b"\x80" * len(subscribe_filters(packet))
+    return b"\x90" + _varint(2 + len(codes)) + packet[at : at + 2] + codes
 
 
 async def read_packet(stream: asyncio.StreamReader, wanted: int | None = None) -> bytes:
@@ -107,6 +145,12 @@ def _remaining_length(packet: bytes) -> tuple[int, int]:
         if not byte & 0x80:
             return size, at + 2
     raise ProtocolError("a packet's length does not end within four bytes")
+
+
+def _publish_topic(packet: bytes) -> bytes:
+    _, start = _remaining_length(packet)
+    size = int.from_bytes(packet[start : start + 2])
+    return packet[start + 2 : start + 2 + size]
 
 
 def _varint(size: int) -> bytes:

@@ -50,7 +50,9 @@ def answer(connection: ssl.SSLSocket) -> bytes:
     """What comes back, if anything does before the connection ends."""
     try:
         return connection.recv(100)
-    except (ssl.SSLError, ConnectionError):
+    except TimeoutError:
+        raise
+    except OSError:
         return b""
 
 
@@ -63,7 +65,8 @@ def test_a_device_of_the_fleet_connects_by_tls_1_3(broker, fleet_ca) -> None:
 
 def test_no_certificate_no_connection(broker, fleet_ca) -> None:
     with raw(broker, fleet_ca.cloud.ca) as connection:
-        connection.sendall(raw_connect())
+        with contextlib.suppress(OSError):  # it may have been cut off already
+            connection.sendall(raw_connect())
         assert answer(connection) == b""
 
 
@@ -168,7 +171,7 @@ def test_a_packet_above_the_limit_ends_the_connection(broker, fleet_ca, peer) ->
         assert answer(connection) == b"\x20\x02\0\0"
         topic = up("cam-1").encode()
         header = bytes([0x30, size & 0x7F | 0x80, size >> 7 & 0x7F | 0x80, size >> 14])
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
+        with contextlib.suppress(OSError):
             connection.sendall(header + len(topic).to_bytes(2) + topic + bytes(size - 2 - len(topic)))
         assert answer(connection) == b""
     peer("cam-2").link.publish(up("cam-2"), b"fence")

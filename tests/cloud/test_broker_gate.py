@@ -1,162 +1,58 @@
-"""The gate's two sides of one connection: what amqtt gets to read, and what may leave."""
+"""The gate around amqtt: what amqtt alone would lose or leak under concurrent clients."""
 
 from __future__ import annotations
 
-import asyncio
+import queue
 import socket
+import time
 
-import pytest
+from amqtt.broker import Broker
 
-from cloud import broker_gate
-from cloud.broker_gate import GatedReader, GatedWriter
-from cloud.mqtt_wire import Connect
-
-HELLO = Connect(flags=0x02, keepalive_s=10, user="", will_topic=None, will=())
-PUBLISH = b"\x32\x06\0\1t\0\1x"
-DISCONNECT = b"\xe0\0"
+from cloud.broker import EmbeddedBroker
+from cloud.broker_gate import QuietBroker
+from edgefl.protocols import topics
+from edgefl.protocols.mqtt import LinkConfig, MqttLink
 
 
-def reader_of(data: bytes, connect: Connect = HELLO) -> tuple[GatedReader, asyncio.StreamReader]:
-    stream = asyncio.StreamReader()
-    stream.feed_data(data)
-    return GatedReader("cam-1", stream, connect), stream
+def test_the_methods_that_we_override_are_amqtts() -> None:
+    assert all(hasattr(Broker, name) for name in vars(QuietBroker) if name.startswith("_publish"))
+    assert any(name.startswith("_publish") for name in vars(QuietBroker))
 
 
-async def skip_connect(reader: GatedReader) -> None:
-    assert await reader.read(len(HELLO.as_client("cam-1"))) == HELLO.as_client("cam-1")
+def test_no_birth_is_lost_while_others_connect_and_subscribe(fleet_ca) -> None:
+    """amqtt with a topic plugin drops a message when a client subscribes during its delivery."""
+    names = [f"cam-{number}" for number in range(30)]
+    heard: queue.Queue[str] = queue.Queue()
+
+    def agent(name: str) -> MqttLink:
+        config = LinkConfig(
+            url=broker.url, client_id=name, identity=fleet_ca.device(name), subscriptions=[(topics.down(name, "+"), 1)]
+        )
+        link = MqttLink(config, on_connect=lambda: link.publish(topics.up(name, "state"), b"born", retain=True))
+        return link
+
+    with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0) as broker:
+        config = LinkConfig(
+            url=broker.url, client_id="cloud", identity=fleet_ca.cloud, subscriptions=[(topics.EVERY_UP, 1)]
+        )
+        with MqttLink(config, on_message=lambda topic, _: heard.put(topics.parse_up(topic)[0])) as cloud:
+            assert cloud.wait_connected(5)
+            links = [agent(name) for name in names]
+            for link in links:
+                link.start()
+            assert all(link.wait_connected(10) for link in links)
+            assert {heard.get(timeout=5) for _ in names} == set(names)
+            for link in links:
+                link.close()
 
 
-def test_packets_come_in_the_pieces_that_amqtt_asks_for() -> None:
-    async def go() -> None:
-        reader, stream = reader_of(PUBLISH + b"\xc0\0")
-        await skip_connect(reader)
-        assert [await reader.read(1), await reader.read(1), await reader.read(6)] == [b"\x32", b"\6", PUBLISH[2:]]
-        assert await reader.read(2) == b"\xc0\0"
-        stream.feed_eof()
-        reader.note_delivery()
-        with pytest.raises(asyncio.IncompleteReadError):
-            await reader.read(1)
-
-    asyncio.run(go())
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"\x30\x81\x88\x02", "packet of"),
-        (b"\x34\x06\0\1t\0\1x", "QoS 0 and 1"),
-        (b"\x30\x04\0\1#x", "no topic"),
-    ],
-)
-def test_the_stream_ends_with_the_first_fault(data: bytes, reason: str, caplog) -> None:
-    async def go() -> None:
-        reader, _ = reader_of(data + b"\xc0\0")
-        await skip_connect(reader)
-        for _ in range(2):
-            with pytest.raises(asyncio.IncompleteReadError):
-                await reader.read(1)
-
-    asyncio.run(go())
-    [line] = caplog.messages
-    assert reason in line
-    assert "device=cam-1" in line
-
-
-def test_no_field_is_read_out_of_the_next_packet(caplog) -> None:
-    async def go() -> None:
-        reader, _ = reader_of(b"\x82\x01x" + b"\xc0\0")
-        await skip_connect(reader)
-        await reader.read(2)
-        for _ in range(2):
-            with pytest.raises(asyncio.IncompleteReadError):
-                await reader.read(2)
-
-    asyncio.run(go())
-    assert "ends before its fields" in caplog.text
-
-
-def test_a_silent_client_is_given_up(caplog) -> None:
-    async def go() -> None:
-        reader, _ = reader_of(b"", Connect(flags=0x02, keepalive_s=1, user="", will_topic=None, will=()))
-        await skip_connect(reader)
-        with pytest.raises(asyncio.IncompleteReadError):
-            await reader.read(1)
-
-    asyncio.run(go())
-    assert "nothing was heard for 1.5 s" in caplog.text
-
-
-@pytest.mark.parametrize("end", [DISCONNECT, b""])
-def test_a_goodbye_waits_until_all_that_was_sent_is_delivered(end: bytes) -> None:
-    async def go() -> None:
-        reader, stream = reader_of(PUBLISH * 2 + end)
-        stream.feed_eof()
-        await skip_connect(reader)
-        await reader.read(8)
-        await reader.read(8)
-        goodbye = asyncio.create_task(reader.read(2))
-        reader.note_delivery()
-        done, _ = await asyncio.wait({goodbye}, timeout=0.05)
-        assert not done
-        reader.note_delivery()
-        if end:
-            assert await asyncio.wait_for(goodbye, 1) == DISCONNECT
-        else:
-            with pytest.raises(asyncio.IncompleteReadError):
-                await asyncio.wait_for(goodbye, 1)
-
-    asyncio.run(go())
-
-
-def test_who_sends_faster_than_amqtt_delivers_is_not_read(monkeypatch) -> None:
-    monkeypatch.setattr(broker_gate, "MAX_UNDELIVERED", 2)
-
-    async def go() -> None:
-        reader, _ = reader_of(PUBLISH * 4)
-        await skip_connect(reader)
-        for _ in range(3):
-            await reader.read(8)
-        fourth = asyncio.create_task(reader.read(8))
-        done, _ = await asyncio.wait({fourth}, timeout=0.05)
-        assert not done
-        reader.note_delivery()
-        assert await asyncio.wait_for(fourth, 1) == PUBLISH
-
-    asyncio.run(go())
-
-
-def test_what_a_client_may_not_read_does_not_leave() -> None:
-    async def go() -> bytes:
-        received: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-
-        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            received.set_result(await reader.read())
-            writer.close()
-
-        async with await asyncio.start_server(take, "127.0.0.1", 0) as server:
-            _, stream = await asyncio.open_connection(*server.sockets[0].getsockname())
-            writer = GatedWriter("cam-1", stream)
-            for topic in (b"edgefl/v1/down/cam-2/job", b"edgefl/v1/up/cam-2/state", b"edgefl/v1/down/cam-1/job"):
-                writer.write(bytes([0x30, 2 + len(topic)]) + len(topic).to_bytes(2) + topic)
-            writer.write(b"\xd0\0")
-            await writer.drain()
-            await writer.close()
-            writer.write(b"\xd0\0")  # nobody is there: no error, no effect
-            return await asyncio.wait_for(received, 5)
-
-    assert asyncio.run(go()) == b"\x30\x1a\0\x18edgefl/v1/down/cam-1/job\xd0\0"
-
-
-def test_a_client_that_reads_nothing_is_given_up(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(broker_gate, "WRITE_S", 0.1)
-
-    async def go() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as deaf:
-            _, stream = await asyncio.open_connection(*deaf.getsockname())
-            writer = GatedWriter("cam-1", stream)
-            writer.write(b"\xd0\0" * 8_000_000)
-            with pytest.raises(ConnectionResetError):
-                await writer.drain()
-
-    asyncio.run(go())
-    assert "device=cam-1" in caplog.text
+def test_a_connection_that_never_said_who_it_is_does_not_hold_up_the_stop(fleet_ca) -> None:
+    broker = EmbeddedBroker(None, "127.0.0.1", 0)
+    broker.start()
+    with socket.create_connection(("127.0.0.1", broker.port), timeout=5) as mute:
+        mute.sendall(b"\x10")
+        with MqttLink(LinkConfig(url=broker.url, client_id="cam-1")) as later:
+            assert later.wait_connected(5)  # so the mute one has been accepted
+        began_s = time.monotonic()
+        broker.stop()
+        assert time.monotonic() - began_s < 2

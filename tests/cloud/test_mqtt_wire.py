@@ -8,7 +8,17 @@ import random
 
 import pytest
 
-from cloud.mqtt_wire import MAX_PACKET_BYTES, Connect, check_publish, parse_connect, publish_topic, read_packet
+from cloud.mqtt_wire import (
+    MAX_PACKET_BYTES,
+    Connect,
+    check_publish,
+    parse_connect,
+    puback,
+    publish_topic,
+    read_packet,
+    suback_refused,
+    subscribe_filters,
+)
 from edgefl.errors import ProtocolError
 
 BARE = b"\x10\x0f\0\4MQTT\4\x02\0\x0a\0\3cam"
@@ -31,9 +41,9 @@ def test_a_connect_by_hand() -> None:
 
 
 def test_amqtt_gets_the_certificates_name_a_clean_session_and_no_password() -> None:
-    again = parse_connect(parse_connect(FULL).as_client("cam-1"))
+    again = parse_connect(parse_connect(FULL).as_client("cam-1", "cam-1#7"))
     assert again == Connect(flags=0xAE, keepalive_s=0, user="cam-1", will_topic="t", will=(b"t", b"by"))
-    assert parse_connect(BARE).as_client("cam-1") == b"\x10\x18\0\4MQTT\4\x82\0\0\0\5cam-1\0\5cam-1"
+    assert parse_connect(BARE).as_client("cam", "cam#7") == b"\x10\x16\0\4MQTT\4\x82\0\0\0\5cam#7\0\3cam"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +69,7 @@ def test_whatever_the_bytes_there_is_an_answer() -> None:
         packet = bytearray(FULL)
         for _ in range(rng.randrange(1, 4)):
             packet[rng.randrange(len(packet))] = rng.randrange(256)
-        for function in (parse_connect, publish_topic, check_publish):
+        for function in (parse_connect, publish_topic, check_publish, subscribe_filters, suback_refused):
             with contextlib.suppress(ProtocolError):
                 function(bytes(packet[: rng.randrange(1, len(packet) + 1)]))
 
@@ -67,13 +77,30 @@ def test_whatever_the_bytes_there_is_an_answer() -> None:
 def test_a_publish_by_hand() -> None:
     packet = b"\x32\x06\0\1t\0\1x"
     assert publish_topic(packet) == "t"
+    assert puback(packet) == b"\x40\2\0\1"
+    assert puback(b"\x30\4\0\1tx") == b""
     check_publish(packet)
+
+
+def test_a_subscribe_by_hand() -> None:
+    packet = b"\x82\x0e\0\x09\0\1#\0\0\5+/+/+\1"
+    assert subscribe_filters(packet) == ["#", "+/+/+"]
+    assert suback_refused(packet) == b"\x90\4\0\x09\x80\x80"
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [b"\x82\2\0\1", b"\x82\4\0\1\0\1", b"\x82\5\0\1\0\1t", b"\x82\6\0\1\0\1t\2", b"\x82\6\0\1\0\1\xff\1"],
+)
+def test_a_broken_subscribe_is_refused(packet: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        subscribe_filters(packet)
 
 
 @pytest.mark.parametrize(
     "packet",
     [b"\x34\x06\0\1t\0\1x", b"\x36\x06\0\1t\0\1x", b"\x38\x04\0\1tx", b"\x30\x04\0\1#x", b"\x30\x04\0\1+x",
-     b"\x30\x04\0\1$x", b"\x30\x04\0\1\xffx", b"\x30\x03\0\0x", b"\x30\x04\0\1\0x"],
+     b"\x32\x03\0\1t", b"\x30\x04\0\1$x", b"\x30\x04\0\1\xffx", b"\x30\x03\0\0x", b"\x30\x04\0\1\0x"],
 )  # fmt: skip
 def test_a_publish_that_amqtt_would_trip_over_is_refused(packet: bytes) -> None:
     with pytest.raises(ProtocolError):
