@@ -83,3 +83,12 @@ def test_a_failed_run_is_a_skipped_row_and_not_run_again(contestants, monkeypatc
 def test_an_absent_rival_is_said(contestants, monkeypatch) -> None:
     monkeypatch.setattr(rounds.flower_rival, "name", lambda: None)
     assert all("not installed" in (row.skipped or "") for row in rounds.measure(quick=True))
+
+
+def test_ours_with_real_processes() -> None:
+    result = rounds.run_ours(TWO_SMALL, rounds=3, deadline_s=90)
+    assert len(result.round_s) == 3
+    assert min(result.round_s) > 0
+    assert result.idle_mb is not None
+    assert result.centre_mb is not None
+    assert 20 < result.idle_mb < result.centre_mb < 1000
