@@ -19,6 +19,7 @@ from edge_agent import trainer_wire as wire
 from edge_agent.bundles import Bundles
 from edge_agent.channel import CloudChannel
 from edge_agent.outbox import Outbox
+from edge_agent.resources import give_memory_back
 from edge_agent.store import FailureNote, Outgoing, Store
 from edge_agent.trainer import Trainer
 from edge_agent.transfer import download
@@ -139,6 +140,7 @@ class Participant:
             file.unlink()
         self._means.store.drop_spare()
         await self._means.trainer.end()
+        give_memory_back()
 
     async def _take_part(self, plan: WirePlan) -> None:
         start_s = time.monotonic()
