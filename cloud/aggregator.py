@@ -75,6 +75,7 @@ class Aggregator:
         else:
             jobs.end(job_id, "done")
             event(_log, logging.INFO, "job.done", job=job_id)
+        self._home.rounds.resumed(job_id)
         fleet.end()
         self._home.spool.drop_job(job_id)
 
@@ -113,11 +114,13 @@ class Aggregator:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        jobs = self._home.jobs
+        running = jobs.running()
+        self._home.rounds.expect(job for job in running if jobs.load(job).cohort)
         async with self._grpc_server(), self._http_server():
             self._home.link.start()
-            self._home.jobs.started = self._start
-            self._home.jobs.cancelled = self._cancel
-            for job in self._home.jobs.running():
+            jobs.started, jobs.cancelled = self._start, self._cancel
+            for job in running:
                 self._start(job)
             event(_log, logging.INFO, "cloud.ready", url=self._home.url, grpc_port=self._options.grpc_port,
                   broker=self._home.broker_url)  # fmt: skip

@@ -30,6 +30,7 @@ from edgefl.protocols.tls import common_name, serial_number
 from edgefl.trees import SpooledTree
 
 MAX_UPLOADS = 3
+RESUME_S = 10.0
 MAX_REASON_CHARS = 2000
 DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
 
@@ -197,6 +198,8 @@ class FleetService:
 
     async def _device(self, context: Context) -> str:
         """Return the caller's name; ends the call for one that is not, or no longer, of the fleet."""
+        if not await self._run(self._parts.rounds.wait_resumed, RESUME_S):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud has just started and opens its rounds again")
         name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
         if not await self._run(self._parts.is_known, name, serial):
             await context.abort(

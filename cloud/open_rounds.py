@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from cloud.jobs import Answer
@@ -62,13 +62,31 @@ class OpenRounds:
     """All open rounds, by job and number."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._resuming: set[str] = set()
         self._open: dict[tuple[str, int], OpenRound] = {}
         self._traffic: dict[str, Traffic] = {}
+
+    def expect(self, jobs: Iterable[str]) -> None:
+        """Say which jobs are about to open again the round that they were in when the cloud ended."""
+        with self._lock:
+            self._resuming |= set(jobs)
+
+    def resumed(self, job: str) -> None:
+        """Say that a job has its round open, or will not open it."""
+        with self._lock:
+            self._resuming.discard(job)
+            self._lock.notify_all()
+
+    def wait_resumed(self, timeout_s: float) -> bool:
+        """Whether all expected rounds are open: until then nobody may be told that a round is over."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._resuming, timeout_s)
 
     def add(self, opened: OpenRound) -> None:
         with self._lock:
             self._open[opened.plan.job, opened.plan.round] = opened
+        self.resumed(opened.plan.job)
 
     def remove(self, closed: OpenRound) -> None:
         with self._lock:

@@ -106,3 +106,16 @@ def test_presence_changes_are_merged_and_an_interrupt_reaches_its_job_only():
     assert [mine.events.get_nowait(), mine.events.get_nowait()] == [PRESENCE_CHANGED, error]
     assert other.events.get_nowait() == PRESENCE_CHANGED
     assert other.events.empty()
+
+
+def test_nobody_is_answered_until_the_rounds_of_before_are_open_again():
+    rounds = OpenRounds()
+    assert rounds.wait_resumed(0)
+    rounds.expect(["a", "b"])
+    assert not rounds.wait_resumed(0)
+    rounds.add(opened("a"))
+    assert not rounds.wait_resumed(0)
+    later = threading.Timer(0.05, rounds.resumed, ("b",))  # its job cannot go on
+    later.start()
+    assert rounds.wait_resumed(10)
+    later.join()

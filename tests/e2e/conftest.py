@@ -13,6 +13,13 @@ TASKS = Path(__file__).parent / "tasks"
 class Fleet(LocalFleet):
     """A local fleet with the shorthands that tests use."""
 
+    runner = None
+
+    def __exit__(self, *details):
+        if self.runner is not None:
+            self.runner.stop()
+        super().__exit__(*details)
+
     def add_agent(self, name, **data):
         self.enroll(name)
         return self.restart_agent(name, **data)
@@ -37,13 +44,15 @@ class Fleet(LocalFleet):
         """Start `edgefl run` as a process of its own, for tests that break something meanwhile."""
         options = [part for setting in settings for part in ("--set", setting)]
         self.result, self.out = self.folder / "result.json", self.folder / "model.safetensors"
-        return self.spawn(
+        self.runner = self.spawn(
             "run.log", "run", TASKS / task, "--cloud", self.url, "--rounds", rounds, *options,
             "--json", self.result, "--out", self.out,
         )  # fmt: skip
+        return self.runner
 
     def finish_run(self, process, timeout_s=90):
-        assert process.popen.wait(timeout_s) == 0, process.log.read_text()
+        process.popen.wait(timeout_s)
+        assert process.stop() == 0, process.log.read_text()
         return json.loads(self.result.read_text()), SpooledTree(self.out)
 
 

@@ -57,7 +57,7 @@ def test_a_killed_cloud_goes_on_with_its_round_and_asks_nobody_twice(fleet, tmp_
 def test_agents_are_back_within_five_seconds_of_a_broker_restart(fleet, tmp_path):
     if fleet.broker is None:
         pytest.skip("the embedded broker restarts with its cloud, which another test kills")
-    agents = [fleet.add_agent(name, delta=1, weight=1, calls=tmp_path / name) for name in ("a", "b")]
+    agents = [fleet.add_agent(name, delta=1, weight=1, calls=tmp_path / f"{name}.calls") for name in ("a", "b")]
     lines = [agent.num_lines() for agent in agents]
     fleet.broker.kill()
     fleet.start_broker()
