@@ -34,8 +34,14 @@ from edgefl.trees import SpooledTree, Tree
 MAX_JOBS = 8
 STOP_GRACE_S = 5.0
 
-# A window that does not grow bounds what devices send before their upload is let in (FleetService.Upload).
-_WINDOWS = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4 << 20))
+_CHANNEL = (
+    ("grpc.so_reuseport", 0),
+    # A window that does not grow bounds what devices send before their upload is let in (FleetService.Upload).
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
+    ("grpc.http2.max_frame_size", 1 << 20),  # one chunk a frame, not 64
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # agents ping more seldom
+)
 
 # mallopt(3) of glibc: see `keep_freed_memory`.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -91,6 +97,7 @@ class Aggregator:
             first_round=row.rounds_done + 1,
             cohort=row.cohort,
             on_refusal=fleet.refuse,
+            keep=fleet.keep,
         )
         old = [row.model.sha256]
         for outcome in run_rounds(job, fleet, SpooledTree(blobs.path(row.model.sha256))):
@@ -100,7 +107,7 @@ class Aggregator:
 
     def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, optimizer: Tree) -> str:
         """Make a round's end durable; the model first, since the commit points to it."""
-        model = fleet.publish(outcome.parameters)
+        model = fleet.published(outcome.parameters)
         state = self._home.blobs.put_tree(optimizer).sha256 if optimizer else None
         self._home.jobs.finish_round(outcome, model, state)
         self._home.spool.drop_round(outcome.job, outcome.round)
@@ -133,7 +140,7 @@ class Aggregator:
         options, home = self._options, self._home
         _refuse_port_in_use(options.host, options.grpc_port, "--grpc-port")
         sizes = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
-        server = grpc.aio.server(options=[*sizes, *_WINDOWS, ("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(options=[*sizes, *_CHANNEL])
         workers = ThreadPoolExecutor(8, "data-plane")
         parts = ServiceParts(
             rounds=home.rounds,
@@ -195,7 +202,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20), (_M_ARENA_MAX, 2)):
+        for parameter, value in ((_M_MMAP_THRESHOLD, 8 << 20), (_M_TRIM_THRESHOLD, 32 << 20), (_M_ARENA_MAX, 2)):
             mallopt(parameter, value)
 
 

@@ -1,8 +1,7 @@
 """The gRPC data plane's server side: plans and models down, updates up (edgefl/protocols/fleet.proto).
 
 A device is who its certificate says. An upload is acknowledged after it is checked, on disk and in the
-database. Files are read and written in worker threads, a few uploads at a time: ten at once would cost
-a gigabyte of receive buffers, and disk and cores are no faster for it.
+database. Files are read and written in worker threads, and transfers take turns (`cloud.turnstile`).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from cloud.blobs import BlobStore
 from cloud.jobs import Answer, Jobs
 from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.spool import Incoming, Spool
+from cloud.turnstile import Turnstile
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
@@ -29,7 +29,6 @@ from edgefl.protocols.messages import Signed, encode
 from edgefl.protocols.tls import common_name, serial_number
 from edgefl.trees import SpooledTree
 
-MAX_UPLOADS = 3
 RESUME_S = 10.0
 MAX_REASON_CHARS = 2000
 DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
@@ -79,7 +78,7 @@ class FleetService:
     def __init__(self, parts: ServiceParts, workers: ThreadPoolExecutor) -> None:
         self._parts = parts
         self._workers = workers
-        self._uploads = asyncio.Semaphore(MAX_UPLOADS)
+        self._uploads, self._downloads = Turnstile(), Turnstile()
 
     async def Next(self, _request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self._device(context)
@@ -103,12 +102,13 @@ class FleetService:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"the cloud has no blob {request.sha256}")
         opened = [one for one in self._parts.rounds.waiting_for(device) if one.plan.model.sha256 == request.sha256]
         try:
-            offset = request.offset
-            while data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset):
-                offset += len(data)
-                for one in opened:
-                    one.down_bytes += len(data)
-                yield encode_chunk(data)
+            async with self._downloads.turn():
+                offset = request.offset
+                while data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset):
+                    offset += len(data)
+                    for one in opened:
+                        one.down_bytes += len(data)
+                    yield encode_chunk(data)
         finally:
             os.close(descriptor)
 
@@ -124,7 +124,7 @@ class FleetService:
         self, requests: AsyncIterator[bytes], context: Context
     ) -> pb.UploadState:
         device = await self._device(context)
-        async with self._uploads:
+        async with self._uploads.turn():
             first = pb.UploadChunk.FromString(await anext(requests, b""))
             if first.WhichOneof("part") != "header":
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its header")
@@ -166,7 +166,7 @@ class FleetService:
     def _settle(self, opened: OpenRound, device: str, header: pb.UploadHeader, incoming: Incoming) -> pb.UploadState:
         """Check, make durable, hand to the round; only then is it acknowledged."""
         try:
-            name = incoming.finish(header.sha256)
+            name = incoming.finish(header.blake3)
             SpooledTree(self._parts.spool.path(name))
         except ProtocolError as error:
             return self._refuse(opened, device, str(error))

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from blake3 import blake3
+
 from cloud.blobs import BlobStore
 from cloud.jobs import Answer, JobRow, Jobs
 from cloud.mqtt_link import CloudLink
@@ -45,7 +47,6 @@ class GrpcFleet:
     def __init__(self, job: JobRow, parts: FleetParts) -> None:
         self._job = job
         self._parts = parts
-        self._published: tuple[Tree, BlobRef] | None = None
         self._took_part: set[str] = set()
 
     def clients(self) -> Sequence[str]:
@@ -61,11 +62,15 @@ class GrpcFleet:
             link.wait_until(lambda: len(link.online()) >= rounds.quorum, rounds.wait_s - first_wait_s)
         return sorted(link.online())
 
-    def publish(self, parameters: Tree) -> BlobRef:
-        """Encode the parameters once for all devices; the same tree is not encoded again."""
-        if self._published is None or self._published[0] is not parameters:
-            self._published = (parameters, self._parts.blobs.put_tree(parameters))
-        return self._published[1]
+    def keep(self, parameters: Tree) -> SpooledTree:
+        """Encode the parameters, once for all devices, and go on with the file: it is mapped when it is needed."""
+        ref = self._parts.blobs.put_tree(parameters)
+        return SpooledTree(self._parts.blobs.path(ref.sha256))
+
+    def published(self, parameters: Tree) -> BlobRef:
+        """Return the blob that `keep` made of a round's parameters, or makes it."""
+        kept = parameters if isinstance(parameters, SpooledTree) else self.keep(parameters)
+        return BlobRef(sha256=kept.path.name, size=kept.path.stat().st_size)
 
     def collect(self, plan: Plan) -> Iterator[Update | Failure]:
         """Announce the plan and yield what comes, first what had come before a restart."""
@@ -94,10 +99,12 @@ class GrpcFleet:
             self._parts.link.send_job(device, ended)
 
     def _open(self, plan: Plan) -> OpenRound:
+        model = self.published(plan.parameters)
         wire = WirePlan(
             job=plan.job,
             round=plan.round,
-            model=self.publish(plan.parameters),
+            model=model,
+            model_blake3=blake3().update_mmap(self._parts.blobs.path(model.sha256)).hexdigest(),
             bundle=self._job.bundle,
             train=plan.train,
             deadline_s=plan.deadline_s,

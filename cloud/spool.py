@@ -8,11 +8,12 @@ already cost a tenth of new ones.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
 from pathlib import Path
+
+from blake3 import blake3
 
 from edgefl.errors import ProtocolError
 
@@ -83,7 +84,7 @@ class Incoming:
     def __init__(self, target: Path, offset: int, name: str, reused: Path | None) -> None:
         self.size = offset
         self._target, self._name = target, name
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._path = _part(target)
         if reused is not None:
             self._path.unlink(missing_ok=True)
@@ -108,15 +109,15 @@ class Incoming:
             self._close()
             self._path = self._path.replace(_part(self._target))
 
-    def finish(self, sha256: str) -> str:
+    def finish(self, wanted: str) -> str:
         """Put the update in its place, on disk; return its name. Raises ProtocolError for a wrong hash."""
         os.ftruncate(self._file, self.size)
         os.fsync(self._file)
         self._close()
-        if self._digest.hexdigest() != sha256:
+        if self._digest.hexdigest() != wanted:
             self._path.unlink()
             raise ProtocolError(
-                f"the update's bytes have SHA-256 {self._digest.hexdigest()[:16]}..., its header says {sha256[:16]}..."
+                f"the update's bytes have BLAKE3 {self._digest.hexdigest()[:16]}..., its header says {wanted[:16]}..."
             )
         self._path.replace(self._target)
         folder = os.open(self._target.parent, os.O_RDONLY)

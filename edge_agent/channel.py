@@ -33,6 +33,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.enable_http_proxy", 0),
+    ("grpc.http2.max_frame_size", 1 << 20),
 )
 
 

@@ -168,7 +168,7 @@ class Participant:
         starting = asyncio.create_task(means.trainer.prepare(), name="trainer-start")
         try:
             bundle, task = await means.bundles.get(plan.bundle)
-            model = await self._fetch_model(plan.model)
+            model = await self._fetch_model(plan.model, plan.model_blake3)
             await starting
         finally:
             starting.cancel()
@@ -185,7 +185,7 @@ class Participant:
             round=plan.round,
             path=draft,
             size=done.size,
-            sha256=done.sha256,
+            blake3=done.blake3,
             weight=done.weight,
             metrics=done.metrics,
         )
@@ -204,7 +204,7 @@ class Participant:
             memory_limit_mb=self._means.memory_limit_mb,
         )
 
-    async def _fetch_model(self, ref: BlobRef) -> Path:
+    async def _fetch_model(self, ref: BlobRef, blake3: str) -> Path:
         """Return the round's parameters; a file of an earlier round is overwritten."""
         if _SHA256.fullmatch(ref.sha256) is None:
             raise ProtocolError(f"the plan's model {ref.sha256[:80]!r} is not named by a SHA-256")
@@ -218,7 +218,7 @@ class Participant:
         others = [file for file in self._models.iterdir() if file != part]
         for file in others[1:]:
             file.unlink()
-        await download(self._means.channel, ref, path, reuse=others[0] if others else None)
+        await download(self._means.channel, ref, path, fast_hash=blake3, reuse=others[0] if others else None)
         self._model = path
         return path
 

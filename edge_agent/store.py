@@ -25,7 +25,7 @@ MAX_ANSWERED = 10_000  # rounds remembered; a plan older than so many rounds doe
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
-  job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, weight REAL NOT NULL,
+  job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, blake3 TEXT NOT NULL, weight REAL NOT NULL,
   metrics TEXT NOT NULL, PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS failures (job TEXT, round INTEGER, reason TEXT NOT NULL, PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS answered (
@@ -41,7 +41,7 @@ class Outgoing:
     round: int
     path: Path
     size: int
-    sha256: str
+    blake3: str
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ class Store:
         with self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO outbox VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (update.job, update.round, path.name, update.size, update.sha256, update.weight,
+                (update.job, update.round, path.name, update.size, update.blake3, update.weight,
                  json.dumps(dict(update.metrics))),
             )  # fmt: skip
 
@@ -175,7 +175,7 @@ def _outgoing(folder: Path, row: sqlite3.Row) -> Outgoing:
         round=row["round"],
         path=folder / row["file"],
         size=row["size"],
-        sha256=row["sha256"],
+        blake3=row["blake3"],
         weight=row["weight"],
         metrics=json.loads(row["metrics"]),
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import hashlib
 import os
 import queue
 import resource
@@ -24,6 +23,8 @@ import threading
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
+
+from blake3 import blake3
 
 from edge_agent import trainer_wire as wire
 from edgefl.bundle import load_bundle, unpack_bundle
@@ -49,7 +50,7 @@ class HashingFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._hash = hashlib.sha256()
+        self._hash = blake3()
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
@@ -148,7 +149,7 @@ def write(result: FitResult, path: Path) -> wire.Done:
         write_tree(result.tree, hashing)  # type: ignore[arg-type]  # of a file, write_tree needs `write` alone
         file.truncate(hashing.size)
         os.fdatasync(file.fileno())
-    return wire.Done(size=hashing.size, sha256=hashing.hexdigest(), weight=result.weight, metrics=result.metrics)
+    return wire.Done(size=hashing.size, blake3=hashing.hexdigest(), weight=result.weight, metrics=result.metrics)
 
 
 def failure(error: BaseException, memory_limit_mb: int) -> wire.Failed:

@@ -2,7 +2,7 @@
 
     child:  hello {pid}
     parent: fit {job, round, client, train, model, bundle, task, options, out, memory_limit_mb}
-    child:  done {size, sha256, weight, metrics} | failed {reason, spent}
+    child:  done {size, blake3, weight, metrics} | failed {reason, spent}
 
 One fit at a time. `spent` says that the child is no longer fit for use (it ran out of memory) and ends.
 """
@@ -55,7 +55,7 @@ class Done:
     """The update is at `out`, whole and synced."""
 
     size: int
-    sha256: str
+    blake3: str
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     kind: str = "done"

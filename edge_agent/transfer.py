@@ -1,6 +1,6 @@
 """Moves blobs down and updates up in chunks, resumes by offset, and hashes on the way.
 
-A blob is `<path>.part` until its SHA-256 is right; then it is renamed. Speed is won by what is not
+A blob is `<path>.part` until its hash is right; then it is renamed. Speed is won by what is not
 done: a chunk goes from gRPC's buffer to the file, and from the mapped file into one message, without
 passing through protobuf objects (which would copy it twice more), and a file of the right size is
 overwritten rather than made anew (ten times cheaper where memory pages are slow).
@@ -17,40 +17,42 @@ from pathlib import Path
 from typing import Self
 
 import grpc
+from blake3 import blake3
 
 from edge_agent.channel import CloudChannel
 from edge_agent.store import Outgoing
 from edgefl.errors import CloudUnreachable, ManifestRejected
 from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
 from edgefl.protocols.messages import BlobRef
 
-CHUNK_BYTES = 4 << 20
 STALL_S = 120.0  # a transfer that does not move for so long is begun again
 MAX_IDLE_ATTEMPTS = 6  # in a row; then it is given up, until the next `Next` brings it back
 _PASSING = frozenset({
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED,
 })  # fmt: skip
-_CHUNK_TAG = 0x0A  # Chunk.data: field 1, bytes
-_DATA_TAG = b"\x12"  # UploadChunk.data: field 2, bytes
 _HASH_BYTES = 1 << 20
 
 
-async def download(channel: CloudChannel, ref: BlobRef, path: Path, reuse: Path | None = None) -> None:
+async def download(
+    channel: CloudChannel, ref: BlobRef, path: Path, *, fast_hash: str = "", reuse: Path | None = None
+) -> None:
     """Bring a blob to `path`, which appears whole or not at all; raises CloudUnreachable or ManifestRejected.
 
+    Checked by its BLAKE3 where that is given, a quarter of the time that SHA-256 takes.
     `reuse` is a file that is no longer wanted: where it has the size, its pages are overwritten.
     """
     part = path.with_name(path.name + ".part")
     reused = reuse is not None and _take_over(reuse, part, ref.size)
     for from_zero in (reused, True):  # bytes left by an earlier attempt may be damaged: then once more
-        with _Incoming(part, ref, from_zero=from_zero) as incoming:
+        with _Incoming(part, ref, fast_hash, from_zero=from_zero) as incoming:
             await _until_done(f"the download of {ref.sha256[:16]}...", lambda: _receive(channel, incoming), incoming)
             if incoming.is_right():
                 part.replace(path)
                 return
     part.unlink()
-    raise ManifestRejected(f"the cloud's blob {ref.sha256[:16]}... has other bytes than its SHA-256 says")
+    raise ManifestRejected(f"the cloud's blob {ref.sha256[:16]}... has other bytes than its hash says")
 
 
 async def upload(channel: CloudChannel, update: Outgoing, *, resume: bool) -> pb.UploadState:
@@ -72,10 +74,11 @@ class _Progress:
 class _Incoming(_Progress):
     """A blob on its way in: bytes on disk up to `offset`, and their hash."""
 
-    def __init__(self, path: Path, ref: BlobRef, *, from_zero: bool) -> None:
+    def __init__(self, path: Path, ref: BlobRef, fast: str, *, from_zero: bool) -> None:
         self.ref = ref
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._hash = hashlib.sha256()
+        self._wanted = fast or ref.sha256
+        self._hash = blake3() if fast else hashlib.sha256()
         self.offset = 0
         here = 0 if from_zero else os.fstat(self._file).st_size
         if 0 < here <= ref.size:
@@ -100,7 +103,7 @@ class _Incoming(_Progress):
 
     def is_right(self) -> bool:
         os.ftruncate(self._file, self.ref.size)
-        return self._hash.hexdigest() == self.ref.sha256
+        return self._hash.hexdigest() == self._wanted
 
 
 class _Sending(_Progress):
@@ -142,7 +145,7 @@ class _Sending(_Progress):
             key=pb.UpdateKey(job=update.job, round=update.round),
             offset=start,
             size=update.size,
-            sha256=update.sha256,
+            blake3=update.blake3,
             weight=update.weight,
             metrics=dict(update.metrics),
         )
@@ -155,7 +158,7 @@ class _Sending(_Progress):
                 await _write_in_time(call, pb.UploadChunk(header=header).SerializeToString())
                 for offset in range(start, update.size, CHUNK_BYTES):
                     with view[offset : offset + CHUNK_BYTES] as chunk:
-                        message = b"".join((_DATA_TAG, _varint(len(chunk)), chunk))
+                        message = encode_upload(chunk)
                     await _write_in_time(call, message)
                 await call.done_writing()
             except asyncio.InvalidStateError:
@@ -173,7 +176,7 @@ async def _receive(channel: CloudChannel, incoming: _Incoming) -> bool:
                 message = await call.read()
             if not isinstance(message, bytes):  # gRPC's end of stream
                 return incoming.offset == incoming.ref.size
-            incoming.take(_chunk_data(message))
+            incoming.take(chunk_data(message))
     finally:
         call.cancel()
 
@@ -215,33 +218,3 @@ def _take_over(old: Path, part: Path, size: int) -> bool:
         return False
     old.replace(part)
     return True
-
-
-def _chunk_data(message: bytes) -> memoryview:
-    """Return the data of a serialized `Chunk` without a copy."""
-    view = memoryview(message)
-    if view and view[0] == _CHUNK_TAG:
-        length, start = _read_varint(view, 1)
-        if start + length == len(view):
-            return view[start:]
-    return memoryview(pb.Chunk.FromString(message).data)  # a form that our cloud does not send, yet valid
-
-
-def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(view) and shift < 35:
-        byte = view[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            break
-    return value, position
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edgefl.aggregation import Rule, make_rule
+from edgefl.aggregation import make_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
@@ -54,6 +54,7 @@ class Job:
     cohort: tuple[str, ...] = ()  # of the first round, where that was already announced
     clock: Clock = field(default=time.monotonic)
     on_refusal: OnRefusal = field(default=lambda _plan, _update, _reason: None)
+    keep: Callable[[Tree], Tree] = field(default=lambda parameters: parameters)  # e.g. on disk, mapped
 
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
@@ -99,7 +100,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
     return RoundOutcome(
         job=plan.job,
         round=plan.round,
-        parameters=_step(job.step, plan.parameters, rule),
+        parameters=job.keep(job.step.step(plan.parameters, rule.result())),
         admitted=tuple(tally.admitted),
         rejected=tally.rejected,
         failed=tally.failed,
@@ -129,10 +130,6 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
         return tuple(ordered)
     rng = np.random.default_rng([config.train.seed, round_number])
     return tuple(ordered[i] for i in sorted(rng.choice(len(ordered), wanted, replace=False)))
-
-
-def _step(step: ServerOptimizer, parameters: Tree, rule: Rule) -> Tree:
-    return step.step(parameters, rule.result())
 
 
 @dataclass(slots=True)

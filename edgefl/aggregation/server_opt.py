@@ -33,7 +33,7 @@ class ServerOptimizer:
             self._optimizer = _TorchOptimizer(config)
 
     def step(self, parameters: Tree, mean: Tree) -> dict[str, Array]:
-        """Return the parameters of the next round."""
+        """Return the parameters of the next round. Uses up `mean`: its arrays may become the result's."""
         trained = [name for name, array in parameters.items() if array.dtype.kind == "f" and name not in self._buffers]
         new = {name: apply(array, mean[name]) for name, array in parameters.items() if name not in set(trained)}
         if self._optimizer is not None:
@@ -53,12 +53,12 @@ class ServerOptimizer:
             self._optimizer.pending = dict(state)
 
     def _plain(self, old: Array, mean: Array) -> Array:
-        new = np.empty(old.shape, old.dtype)
-        flat_new, flat_old, flat_mean = new.reshape(-1), old.reshape(-1), mean.reshape(-1)
+        flat_new, flat_old = mean.reshape(-1), old.reshape(-1)
         rate = old.dtype.type(self._sign * self._config.lr)
-        for block in blocks(new.size):
-            flat_new[block] = flat_old[block] + rate * flat_mean[block]
-        return new
+        for block in blocks(flat_new.size):
+            flat_new[block] *= rate
+            flat_new[block] += flat_old[block]
+        return mean
 
 
 class _TorchOptimizer:

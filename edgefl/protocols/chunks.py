@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from edgefl.protocols import fleet_pb2 as pb
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = CHUNK_BYTES + (64 << 10)
 
 _CHUNK_TAG = b"\x0a"  # Chunk.data: field 1, bytes

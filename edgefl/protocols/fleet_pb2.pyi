@@ -46,7 +46,7 @@ class UpdateKey(_message.Message):
     def __init__(self, job: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("key", "offset", "size", "sha256", "weight", "metrics")
+    __slots__ = ("key", "offset", "size", "blake3", "weight", "metrics")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -57,16 +57,16 @@ class UploadHeader(_message.Message):
     KEY_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
+    BLAKE3_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     key: UpdateKey
     offset: int
     size: int
-    sha256: str
+    blake3: str
     weight: float
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, key: _Optional[_Union[UpdateKey, _Mapping]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[UpdateKey, _Mapping]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., blake3: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("header", "data")

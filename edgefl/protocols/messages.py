@@ -46,6 +46,7 @@ class WirePlan:
     job: str
     round: int
     model: BlobRef  # safetensors: the parameters to start from
+    model_blake3: str  # their BLAKE3: every device checks them every round, in a quarter of SHA-256's time
     bundle: Signed  # a signed manifest.Bundle: the task's code
     train: TrainConfig
     deadline_s: float

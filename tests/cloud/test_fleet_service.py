@@ -1,7 +1,6 @@
 """The data plane over real gRPC and mutual TLS, spoken to by the generated stub."""
 
 import asyncio
-import hashlib
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from cloud.blobs import BlobStore
 from cloud.fleet_service import FleetService, ServiceParts, handler
@@ -44,8 +44,8 @@ class Plane:
         self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), self.model, (), JobConfig())
         row = self.jobs.load(self.job)
         plan = WirePlan(
-            job=self.job, round=1, model=self.model, bundle=row.bundle, train=row.config.train, deadline_s=60.0,
-            max_update_bytes=self.model.size + 1000,
+            job=self.job, round=1, model=self.model, model_blake3="00", bundle=row.bundle,
+            train=row.config.train, deadline_s=60.0, max_update_bytes=self.model.size + 1000,
         )  # fmt: skip
         self.round = OpenRound(plan, frozenset({"a", "b"}))
         self.jobs.open_round(self.job, 1, ("a", "b"))
@@ -98,7 +98,7 @@ class Plane:
         """Upload `data` under a header with `changes`; `cut` sends only so many bytes of it."""
         cut, key = changes.pop("cut", None), changes.pop("key", pb.UpdateKey(job=self.job, round=1))
         offset = changes.get("offset", 0)
-        fields = {"offset": 0, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "weight": 2.0} | changes
+        fields = {"offset": 0, "size": len(data), "blake3": blake3(data).hexdigest(), "weight": 2.0} | changes
         chunks = [pb.UploadChunk(header=pb.UploadHeader(key=key, metrics={"loss": 0.5}, **fields))]
         body = data[offset:cut]
         chunks += [pb.UploadChunk(data=body[i : i + 1_000_000]) for i in range(0, len(body), 1_000_000)]
@@ -163,7 +163,7 @@ def test_an_upload_that_was_cut_goes_on(plane):
     [
         ({"size": 100_000_000}, "has 100000000 bytes; at most"),
         ({"size": 1_000_000}, "more bytes came than the 1000000"),
-        ({"sha256": "0" * 64}, "SHA-256"),
+        ({"blake3": "0" * 64}, "BLAKE3"),
     ],
 )
 def test_a_bad_upload_is_refused_and_counts_as_the_devices_failure(plane, changes, reason):

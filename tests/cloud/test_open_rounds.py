@@ -13,8 +13,8 @@ from edgefl.records import Traffic
 def opened(job="job", number=1, cohort=("a", "b")):
     blob = BlobRef(sha256="0" * 64, size=1)
     plan = WirePlan(
-        job=job, round=number, model=blob, bundle=Signed(text="", key_id="", signature=""), train=TrainConfig(),
-        deadline_s=1.0, max_update_bytes=10,
+        job=job, round=number, model=blob, model_blake3="00", bundle=Signed(text="", key_id="", signature=""),
+        train=TrainConfig(), deadline_s=1.0, max_update_bytes=10,
     )  # fmt: skip
     return OpenRound(plan, frozenset(cohort))
 

@@ -1,6 +1,5 @@
-import hashlib
-
 import pytest
+from blake3 import blake3
 
 from cloud.spool import Spool
 from edgefl.errors import ProtocolError
@@ -9,7 +8,7 @@ DATA = bytes(range(256)) * 100
 
 
 def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return blake3(data).hexdigest()
 
 
 def test_an_update_appears_only_when_it_is_whole(tmp_path):
@@ -47,7 +46,7 @@ def test_a_wrong_hash_leaves_nothing(tmp_path):
     spool = Spool(tmp_path / "spool")
     incoming = spool.incoming("job", 1, "cam", 0)
     incoming.write(DATA)
-    with pytest.raises(ProtocolError, match="SHA-256"):
+    with pytest.raises(ProtocolError, match="BLAKE3"):
         incoming.finish(sha(b"other"))
     assert spool.received_bytes("job", 1, "cam") == 0
     assert not spool.file("job", 1, "cam").exists()

@@ -20,6 +20,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from edge_agent.profile import Profile, save_profile
 from edgefl.config import TrainConfig
@@ -133,6 +134,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
             job=job,
             round=number,
             model=self.blob(file.getvalue()),
+            model_blake3=blake3(file.getvalue()).hexdigest(),
             bundle=bundle or self.bundle(code),
             train=TrainConfig(),
             deadline_s=deadline_s,
@@ -194,7 +196,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
             self.note(f"chunk {len(part)}")
         if len(part) < header.size:
             return pb.UploadState(offset=len(part))
-        assert hashlib.sha256(part).hexdigest() == header.sha256
+        assert blake3(part).hexdigest() == header.blake3
         self.updates[key] = (header, bytes(part))
         self.note("stored")
         return pb.UploadState(status=pb.UploadState.STORED, offset=len(part))

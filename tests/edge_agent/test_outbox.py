@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 
 import pytest
+from blake3 import blake3
 
 from edge_agent.channel import CloudChannel
 from edge_agent.outbox import Outbox
@@ -26,8 +26,8 @@ class Sender:
     def put(self, number: int = 1, size: int = 1000) -> None:
         draft = self.store.draft("j", number)
         draft.write_bytes(bytes(size))
-        digest = hashlib.sha256(bytes(size)).hexdigest()
-        self.outbox.put(Outgoing(job="j", round=number, path=draft, size=size, sha256=digest, weight=1.0))
+        digest = blake3(bytes(size)).hexdigest()
+        self.outbox.put(Outgoing(job="j", round=number, path=draft, size=size, blake3=digest, weight=1.0))
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def test_after_a_restart_the_cloud_is_asked_first(fleet, home, with_sender):
     store = Store(home)
     draft = store.draft("j", 1)
     draft.write_bytes(b"abc")
-    digest = hashlib.sha256(b"abc").hexdigest()
-    store.put(Outgoing(job="j", round=1, path=draft, size=3, sha256=digest, weight=1.0))
+    digest = blake3(b"abc").hexdigest()
+    store.put(Outgoing(job="j", round=1, path=draft, size=3, blake3=digest, weight=1.0))
     store.close()
 
     async def run(sender):

@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from edge_agent.bundles import Bundles
 from edge_agent.channel import CloudChannel
@@ -194,7 +195,7 @@ def test_a_task_that_hangs_is_stopped_and_reported_before_the_deadline(fleet, on
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [("signature", "the bundle is not signed by the fleet's key"), ("bytes", "has other bytes than its SHA-256 says"),
+    [("signature", "the bundle is not signed by the fleet's key"), ("bytes", "has other bytes than its hash says"),
      ("zip", "is not a whole zip"), ("code", "fit_nothing"), ("attribute", "has no attribute 'task'")],
 )  # fmt: skip
 def test_a_bad_bundle_is_reported_and_nothing_runs(fleet, on_device, damage, said):
@@ -233,7 +234,9 @@ def test_a_plan_that_cannot_be_done_is_reported(fleet, on_device, change, said):
 def test_a_model_that_is_no_tree_is_reported(fleet, on_device):
     async def run(device):
         plan = fleet.plan(1, code=TASK, offer=False)
-        device.participant.hear(dataclasses.replace(plan, model=fleet.blob(b"no tree")))
+        device.participant.hear(
+            dataclasses.replace(plan, model=fleet.blob(b"no tree"), model_blake3=blake3(b"no tree").hexdigest())
+        )
         await device.until(lambda: ("j1", 1) in fleet.failures)
 
     on_device(run)

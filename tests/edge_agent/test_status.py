@@ -26,7 +26,7 @@ def test_a_home_with_a_past(home):
     store = Store(home)
     draft = store.draft("j", 1)
     draft.write_bytes(b"12345")
-    store.put(Outgoing(job="j", round=1, path=draft, size=5, sha256="", weight=1.0))
+    store.put(Outgoing(job="j", round=1, path=draft, size=5, blake3="", weight=1.0))
     installed = Installed(version=4, blob=BlobRef(sha256="", size=1))
     ModelSlots(home / "models", "digits").save(SlotState(model="digits", active="a", slots={"a": installed}))
     (home / "contact").touch()

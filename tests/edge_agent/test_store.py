@@ -20,7 +20,7 @@ def store(tmp_path):
 def put(store: Store, number: int = 1, data: bytes = b"update") -> None:
     draft = store.draft("j", number)
     draft.write_bytes(data)
-    store.put(Outgoing(job="j", round=number, path=draft, size=len(data), sha256="00", weight=2.5, metrics={"a": 0.5}))
+    store.put(Outgoing(job="j", round=number, path=draft, size=len(data), blake3="00", weight=2.5, metrics={"a": 0.5}))
 
 
 def test_an_update_survives_a_restart(store, tmp_path):

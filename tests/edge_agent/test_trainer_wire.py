@@ -16,7 +16,7 @@ FIT = wire.Fit(
 
 @pytest.mark.parametrize(
     "message",
-    [FIT, wire.Hello(pid=7), wire.Done(size=1, sha256="ab", weight=2.0, metrics={"a": 1.0}), wire.Failed(reason="é\n")],
+    [FIT, wire.Hello(pid=7), wire.Done(size=1, blake3="ab", weight=2.0, metrics={"a": 1.0}), wire.Failed(reason="é\n")],
 )
 def test_a_message_survives_the_wire(message):
     data = wire.frame(message)

@@ -140,7 +140,8 @@ def test_buffers_and_integers_move_by_their_mean_whatever_the_optimizer(settings
 def test_float_dtypes_are_kept(dtype: str) -> None:
     start = {"w": np.ones(3, dtype), "s": np.ones((), dtype)}
     for settings in ({"lr": 0.5}, {"lr": 0.5, "options": {"momentum": 0.9}}):
-        new = make(settings).step(start, start)
+        mean = {name: array.copy() for name, array in start.items()}
+        new = make(settings).step(start, mean)
         assert all((new[n].dtype, new[n].shape) == (a.dtype, a.shape) for n, a in start.items())
         assert all(np.array_equal(array, np.full(array.shape, 1.5)) for array in new.values())
 

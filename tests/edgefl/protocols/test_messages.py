@@ -25,8 +25,9 @@ from edgefl.protocols.messages import (
 )
 
 PLAN = WirePlan(
-    job="job", round=3, model=BlobRef(sha256="ab", size=4), bundle=Signed(text="{}", key_id="k", signature="c2ln"),
-    train=TrainConfig(lr=0.5), deadline_s=600.0, max_update_bytes=1 << 20,
+    job="job", round=3, model=BlobRef(sha256="ab", size=4), model_blake3="00",
+    bundle=Signed(text="{}", key_id="k", signature="c2ln"), train=TrainConfig(lr=0.5), deadline_s=600.0,
+    max_update_bytes=1 << 20,
 )  # fmt: skip
 JOB_MESSAGES = [
     PLAN,
