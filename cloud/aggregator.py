@@ -38,7 +38,7 @@ _CHANNEL = (
     ("grpc.so_reuseport", 0),
     # A window that does not grow bounds what devices send before their upload is let in (FleetService.Upload).
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 1 << 20),
+    ("grpc.http2.lookahead_bytes", 512 << 10),
     ("grpc.http2.max_frame_size", 1 << 20),  # one chunk a frame, not 64
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # agents ping more seldom
 )
@@ -202,7 +202,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in ((_M_MMAP_THRESHOLD, 8 << 20), (_M_TRIM_THRESHOLD, 32 << 20), (_M_ARENA_MAX, 2)):
+        for parameter, value in ((_M_MMAP_THRESHOLD, 8 << 20), (_M_TRIM_THRESHOLD, 16 << 20), (_M_ARENA_MAX, 2)):
             mallopt(parameter, value)
 
 
