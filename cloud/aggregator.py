@@ -65,32 +65,34 @@ class Aggregator:
 
     def run_job(self, job_id: str) -> None:
         """Run one job to its end, from wherever its rows say that it stands."""
-        jobs = self._home.jobs
-        row = jobs.load(job_id)
-        fleet = GrpcFleet(row, self._fleet_parts())
+        home = self._home
+        row = home.jobs.load(job_id)
+        fleet = GrpcFleet(row, FleetParts(home.rounds, home.jobs, home.blobs, home.spool, home.link))
         try:
-            self._run_rounds(row, fleet)
+            job = self._prepare(row, fleet)
+            for outcome in run_rounds(job, fleet, SpooledTree(home.blobs.path(row.model.sha256))):
+                self._commit(outcome, fleet, job.step.state())
         except CloudStopping:
             event(_log, logging.INFO, "job.paused", job=job_id)
             return
         except JobCancelled as stopped:
-            jobs.end(job_id, "cancelled", str(stopped))
+            home.jobs.end(job_id, "cancelled", str(stopped))
         except (EdgeflError, OSError) as error:
             event(_log, logging.ERROR, "job.failed", job=job_id, error=error)
-            jobs.end(job_id, "failed", str(error))
+            home.jobs.end(job_id, "failed", str(error))
         else:
-            jobs.end(job_id, "done")
+            home.jobs.end(job_id, "done")
             event(_log, logging.INFO, "job.done", job=job_id)
-        self._home.rounds.resumed(job_id)
+        home.rounds.resumed(job_id)
         fleet.end()
-        self._home.spool.drop_job(job_id)
+        home.spool.drop_job(job_id)
 
-    def _run_rounds(self, row: JobRow, fleet: GrpcFleet) -> None:
-        blobs = self._home.blobs
+    def _prepare(self, row: JobRow, fleet: GrpcFleet) -> Job:
+        """Return the job with the optimizer's state, and the cohort of the round that was open, if one was."""
         step = ServerOptimizer(row.config.server, gradient=row.config.train.algorithm == "fedsgd", buffers=row.buffers)
         if row.optimizer_sha256 is not None:
-            step.load(SpooledTree(blobs.path(row.optimizer_sha256)))
-        job = Job(
+            step.load(SpooledTree(self._home.blobs.path(row.optimizer_sha256)))
+        return Job(
             id=row.id,
             config=row.config,
             step=step,
@@ -99,22 +101,17 @@ class Aggregator:
             on_refusal=fleet.refuse,
             keep=fleet.keep,
         )
-        old = [row.model.sha256]
-        for outcome in run_rounds(job, fleet, SpooledTree(blobs.path(row.model.sha256))):
-            old.append(self._commit(outcome, fleet, step.state()))
-            if len(old) > self._options.kept_models:
-                self._home.jobs.forget_model(old.pop(0))
 
-    def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, optimizer: Tree) -> str:
+    def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, optimizer: Tree) -> None:
         """Make a round's end durable; the model first, since the commit points to it."""
         model = fleet.published(outcome.parameters)
         state = self._home.blobs.put_tree(optimizer).sha256 if optimizer else None
         self._home.jobs.finish_round(outcome, model, state)
+        self._home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models)
         self._home.spool.drop_round(outcome.job, outcome.round)
         event(_log, logging.INFO, "round.done", job=outcome.job, round=outcome.round,
               admitted=len(outcome.admitted), rejected=len(outcome.rejected), failed=len(outcome.failed),
               missing=len(outcome.missing), seconds=outcome.seconds)  # fmt: skip
-        return model.sha256
 
     async def _serve(self) -> None:
         stop = asyncio.Event()
@@ -130,7 +127,7 @@ class Aggregator:
             for job in running:
                 self._start(job)
             event(_log, logging.INFO, "cloud.ready", url=self._home.url, grpc_port=self._options.grpc_port,
-                  broker=self._home.broker_url)  # fmt: skip
+                  broker=self._home.broker_url, credentials=self._options.home / "operator.json")  # fmt: skip
             await stop.wait()
             event(_log, logging.INFO, "cloud.stopping")
             await asyncio.to_thread(self._stop_jobs)
@@ -171,10 +168,6 @@ class Aggregator:
         context = None if options.insecure else server_context(home.identity, client_certificates=False)
         async with serve_http(make_app(home.services()), options.host, options.http_port, context):
             yield
-
-    def _fleet_parts(self) -> FleetParts:
-        home = self._home
-        return FleetParts(rounds=home.rounds, jobs=home.jobs, blobs=home.blobs, spool=home.spool, link=home.link)
 
     def _start(self, job_id: str) -> None:
         self._job_threads.submit(self.run_job, job_id).add_done_callback(self._report_crash)

@@ -91,7 +91,7 @@ def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], outp
     """Write HOME/mosquitto: a mosquitto's configuration, topic rights, key and certificate."""
     from cloud.broker_config import write_broker_config
     from edgefl.home import create_home
-    from edgefl.protocols.tls import Identity, create_ca, issue_server
+    from edgefl.protocols.tls import BROKER_NAME, Identity, create_ca, issue_server
 
     create_home(home, "cloud")
     keys, folder = home / "tls", (home / "mosquitto").resolve()
@@ -102,7 +102,7 @@ def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], outp
     identity = Identity.in_folder(folder)
     shutil.copyfile(keys / "ca.pem", identity.ca)
     hosts = {host, "localhost", "127.0.0.1", socket.gethostname(), *names} - {"0.0.0.0", "::"}  # noqa: S104 - not bound
-    issue_server(keys, identity, sorted(hosts))
+    issue_server(keys, identity, sorted(hosts), BROKER_NAME)
     path = write_broker_config(folder, host, port)
     output.line(f"wrote {path}; start it with: mosquitto -c {path}")
     output.result({"config": str(path)})

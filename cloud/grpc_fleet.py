@@ -30,7 +30,7 @@ HEADER_SLACK_BYTES = 64 << 10  # another writer's header may be longer than ours
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class FleetParts:
     """What every job's fleet works on."""
 

@@ -13,6 +13,7 @@ import json
 import secrets
 import socket
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +36,7 @@ from edgefl.errors import ConfigError
 from edgefl.home import create_home, lock_home, replace_file
 from edgefl.models.manifest import load_private_key, new_fleet_key, public_pem, save_private_key, sign
 from edgefl.operator.credentials import write_operator_credentials
-from edgefl.protocols.messages import RolloutNote
+from edgefl.protocols.messages import DeviceState, RolloutNote
 from edgefl.protocols.mqtt import is_loopback
 from edgefl.protocols.tls import Identity, create_ca, expires, issue_server
 
@@ -88,6 +89,7 @@ class CloudHome:
         self.blobs = BlobStore(home / "blobs")
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
+        self._drop: Callable[[str], None] = lambda _device: None  # a broker of its own asks nobody
         self.jobs = Jobs(engine, self.blobs, lambda bundle: sign(bundle, self._fleet_key))
         self.enrolment = Enrolment(engine, self._tls)
         self._make_link()
@@ -103,6 +105,7 @@ class CloudHome:
             broker = EmbeddedBroker(identity, host, port, is_known=self.enrolment.is_known)
             broker.start()
             self._exit.callback(broker.stop)
+            self._drop = broker.drop
         return self
 
     def __exit__(
@@ -118,7 +121,7 @@ class CloudHome:
             rollouts=self.rollouts,
             jobs=self.jobs,
             blobs=self.blobs,
-            link=self.link,
+            link=_Presence(self.link, self._drop),
             ca_pem=self.identity.ca.read_bytes(),
             fleet_key_pem=public_pem(self._fleet_key),
             grpc_port=self._options.grpc_port,
@@ -163,6 +166,21 @@ class CloudHome:
         token = token or secrets.token_urlsafe(32)
         write_operator_credentials(self._options.home, self.url, token, self.identity.ca.read_bytes())
         return token
+
+
+@dataclass(frozen=True, slots=True)
+class _Presence:
+    """The link as the operator's plane sees it: who is removed is also cut off from our own broker."""
+
+    _link: CloudLink
+    _drop: Callable[[str], None]
+
+    def state(self, device: str) -> DeviceState | None:
+        return self._link.state(device)
+
+    def forget(self, device: str) -> None:
+        self._link.forget(device)
+        self._drop(device)
 
 
 def _dialled(host: str) -> str:

@@ -202,11 +202,14 @@ class Jobs:
             self.end(job, "cancelled", "cancelled by its operator")
             self.cancelled(job)
 
-    def forget_model(self, sha256: str) -> None:
-        """Delete the parameters of an old round, unless a job still stands on them."""
+    def forget_model_of(self, job: str, number: int) -> None:
+        """Delete the parameters after an old round, unless a job still stands on them."""
+        at = (rounds.c.job == job) & (rounds.c.round == number)
         with self._engine.begin() as db:
+            outcome = db.scalar(sa.select(rounds.c.outcome).where(at))
+            sha256 = outcome["model"] if outcome else ""
             in_use = db.scalar(sa.select(sa.func.count()).where(jobs.c.model_sha256 == sha256))
-        if not in_use:
+        if sha256 and not in_use:
             self._blobs.delete(sha256)
 
     def _has_news(self, job: str, rounds_seen: int) -> bool:

@@ -125,14 +125,14 @@ class LoggedProcess:
 class LocalFleet:
     """A cloud, a broker and agents under one folder. A context manager that leaves no process behind."""
 
-    def __init__(self, folder: Path, *, broker: str = "embedded", cloud_options: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, *, broker: str = "embedded", insecure: bool = False) -> None:
         self.folder = folder
         self.home = folder / "cloud"
         self.credentials = self.home / "operator.json"
         self._broker_kind = broker
-        self._cloud_options = tuple(cloud_options)
+        self._insecure = ("--insecure",) if insecure else ()
         self.grpc_port, self.http_port, self.mqtt_port = free_ports(3)
-        self.url = f"https://127.0.0.1:{self.http_port}"
+        self.url = f"{'http' if insecure else 'https'}://127.0.0.1:{self.http_port}"
         self.cloud: LoggedProcess | None = None
         self.broker: LoggedProcess | None = None
         self.agents: dict[str, LoggedProcess] = {}
@@ -180,7 +180,7 @@ class LocalFleet:
         self.cloud = self.spawn(
             "cloud.log", "cloud", "start", "--home", self.home, "--grpc-port", self.grpc_port,
             "--http-port", self.http_port, *(mosquitto if self._broker_kind == "mosquitto" else embedded),
-            *self._cloud_options,
+            *self._insecure,
         )  # fmt: skip
         self.cloud.wait_for("cloud.ready")
 

@@ -33,6 +33,7 @@ LEAF_DAYS = 397
 _BACKDATE = datetime.timedelta(hours=24)  # a device's clock may be behind
 
 CLOUD_NAME = "cloud"
+BROKER_NAME = "broker"  # of a broker outside the cloud: its key must not open the cloud's doors
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,10 @@ def create_ca(folder: Path) -> None:
     (folder / "ca.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
 
 
-def issue_server(ca_folder: Path, identity: Identity, hosts: Sequence[str]) -> None:
-    """Make the cloud's own key and certificate, good as server for `hosts` and as client `cloud`."""
+def issue_server(ca_folder: Path, identity: Identity, hosts: Sequence[str], name: str = CLOUD_NAME) -> None:
+    """Make a server's own key and certificate, good as server for `hosts` and as client `name`."""
     key = ec.generate_private_key(ec.SECP256R1())
-    pem = _sign_leaf(ca_folder, CLOUD_NAME, key.public_key(), hosts)
+    pem = _sign_leaf(ca_folder, name, key.public_key(), hosts)
     identity.key.unlink(missing_ok=True)
     write_private(identity.key, _key_pem(key))
     identity.cert.write_bytes(pem)

@@ -12,7 +12,7 @@ ALL_ROUND = f"{ROOT}/all/round"
 UP_KINDS = ("state", "job", "rollout", "telemetry")
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
-RESERVED_NAMES = frozenset({"cloud", "all", "operator"})
+RESERVED_NAMES = frozenset({"cloud", "broker", "all", "operator"})
 
 
 def valid_device_name(name: str) -> bool:

@@ -122,11 +122,13 @@ def test_only_a_running_job_is_cancelled_and_an_unknown_one_is_named(home):
         jobs.cancel("job-x")
 
 
-def test_a_model_that_a_job_stands_on_is_not_forgotten(home):
+def test_an_old_rounds_model_is_forgotten_unless_a_job_stands_on_it(home):
     jobs, blobs, _ = home
     job = submit(jobs, blobs)
-    stands_on, other = jobs.load(job).model.sha256, blobs.put(b"old")
-    jobs.forget_model(stands_on)
-    jobs.forget_model(other.sha256)
-    assert blobs.has(stands_on)
-    assert not blobs.has(other.sha256)
+    models = [blobs.put(b"after round 1"), blobs.put(b"after round 2")]
+    for number, model in enumerate(models, 1):
+        jobs.open_round(job, number, ("a",))
+        jobs.finish_round(outcome(job, number), model, None)
+    for number in (-2, 0, 1, 2, 3):
+        jobs.forget_model_of(job, number)
+    assert [blobs.has(model.sha256) for model in models] == [False, True]

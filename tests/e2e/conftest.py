@@ -72,3 +72,11 @@ def embedded_fleet(tmp_path):
     with Fleet(tmp_path) as fleet:
         fleet.start()
         yield fleet
+
+
+@pytest.fixture
+def insecure_fleet(tmp_path):
+    """A running cloud without TLS."""
+    with Fleet(tmp_path, insecure=True) as fleet:
+        fleet.start()
+        yield fleet

@@ -1,0 +1,106 @@
+"""The cloud in this very process, with a real agent: how far it is from a command to the averaging line."""
+
+import inspect
+import logging
+import os
+import signal
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import cloud.cli
+from cloud.aggregator import Aggregator
+from cloud.home import AggregatorOptions
+from edgefl import aggregation
+from edgefl.aggregation import WeightedMean
+from edgefl.config import JobConfig, load_config
+from edgefl.errors import HomeError
+from edgefl.local_fleet import LocalFleet
+from edgefl.operator.run import run
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = ROOT / "tests" / "e2e" / "tasks" / "numbers"
+MAX_STOPS = 5
+
+
+class Ready(logging.Handler):
+    """Tells when the cloud serves."""
+
+    def __init__(self):
+        super().__init__()
+        self.event = threading.Event()
+
+    def emit(self, record):
+        if record.getMessage().startswith("cloud.ready"):
+            self.event.set()
+
+
+def serve_while(fleet, work):
+    """Serve in this thread, as signals need, while `work` runs in another; then stop by SIGTERM."""
+    ready = Ready()
+    logger = logging.getLogger("cloud.aggregator")
+    logger.addHandler(ready)
+    logger.setLevel(logging.INFO)
+
+    def operate():
+        assert ready.event.wait(20)
+        work()
+
+    options = AggregatorOptions(
+        home=fleet.home, grpc_port=fleet.grpc_port, http_port=fleet.http_port, mqtt_port=fleet.mqtt_port
+    )
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            operated = pool.submit(operate)
+            operated.add_done_callback(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            Aggregator(options).serve()
+    finally:
+        logger.removeHandler(ready)
+    operated.result(0)
+
+
+def test_from_the_command_to_the_averaging_line_are_five_stops(tmp_path, monkeypatch):
+    stacks = []
+
+    class Watched(WeightedMean):
+        def add(self, update):
+            stacks.append(traceback.extract_stack())
+            super().add(update)
+
+    monkeypatch.setitem(aggregation.RULES, "mean", Watched)
+    result = []
+
+    def work():
+        fleet.enroll("a")
+        data = ("--data", "delta=2", "--data", "weight=1", "--data", f"calls={tmp_path / 'a.calls'}")
+        fleet.start_agent("a", *data).wait_for("mqtt.up")
+        config = load_config(JobConfig, None, ["rounds.count=1"])
+        result.append(run(str(NUMBERS), cloud=fleet.url, config=config, credentials=fleet.credentials))
+
+    with LocalFleet(tmp_path) as fleet:
+        serve_while(fleet, work)
+    assert result[0].rounds[0]["admitted"] == 1
+
+    ours = [frame for frame in stacks[0] if Path(frame.filename).is_relative_to(ROOT) and "tests" not in frame.filename]
+    stops = [f"{Path(frame.filename).stem}.{frame.name}" for frame in ours]
+    assert stops == ["aggregator.run_job", "rounds.run_rounds", "rounds.run_round"]
+    assert "Aggregator(options).serve()" in inspect.getsource(cloud.cli.start.callback)
+    assert len(["cli.start", *stops, "mean.add"]) <= MAX_STOPS
+
+
+def test_a_second_cloud_on_the_same_home_or_port_is_refused(tmp_path):
+    def work():
+        same_home = AggregatorOptions(home=fleet.home, mqtt_port=1)
+        with pytest.raises(HomeError, match="in use by process"):
+            Aggregator(same_home)
+        with LocalFleet(tmp_path) as spare:
+            command = ["cloud", "start", "--home", str(tmp_path / "third"), "--grpc-port", str(fleet.grpc_port)]
+            command += ["--http-port", str(spare.http_port), "--mqtt-port", str(spare.mqtt_port)]
+            with pytest.raises(Exception, match=f"cannot listen on 127.0.0.1:{fleet.grpc_port}.*--grpc-port"):
+                fleet.command(*command)
+
+    with LocalFleet(tmp_path) as fleet:
+        serve_while(fleet, work)

@@ -1,0 +1,70 @@
+import json
+import stat
+
+import pytest
+
+from cloud.home import AggregatorOptions, CloudHome
+from edgefl.errors import ConfigError, HomeError
+from edgefl.local_fleet import free_ports
+from edgefl.protocols import tls
+
+
+def options(home, **changes):
+    grpc_port, http_port, mqtt_port = free_ports(3)
+    ports = {"grpc_port": grpc_port, "http_port": http_port, "mqtt_port": mqtt_port}
+    return AggregatorOptions(home=home, **ports | changes)
+
+
+def test_the_first_start_makes_keys_that_only_their_owner_reads(tmp_path):
+    home = tmp_path / "home"
+    with CloudHome(options(home)):
+        for name in ("tls/ca.key", "tls/key.pem", "fleet.key", "operator.json"):
+            assert stat.S_IMODE((home / name).stat().st_mode) == 0o600
+        assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_the_next_start_keeps_ca_fleet_key_and_operator(tmp_path):
+    names = ("tls/ca.pem", "tls/ca.key", "tls/cert.pem", "fleet.key")
+    with CloudHome(options(tmp_path)):
+        first = [(tmp_path / name).read_bytes() for name in names]
+        token = json.loads((tmp_path / "operator.json").read_text())["token"]
+    with CloudHome(options(tmp_path)):
+        assert [(tmp_path / name).read_bytes() for name in names] == first
+        assert json.loads((tmp_path / "operator.json").read_text())["token"] == token
+
+
+def test_another_name_makes_another_certificate_of_the_same_ca(tmp_path):
+    with CloudHome(options(tmp_path)):
+        ca, first = (tmp_path / "tls/ca.pem").read_bytes(), (tmp_path / "tls/cert.pem").read_bytes()
+    with CloudHome(options(tmp_path, names=("cloud.example.org",))) as home:
+        assert home.identity.ca.read_bytes() == ca
+        assert home.identity.cert.read_bytes() != first
+        assert tls.common_name(home.identity.cert.read_bytes()) == "cloud"
+
+
+def test_one_home_has_one_cloud_at_a_time(tmp_path):
+    with CloudHome(options(tmp_path)), pytest.raises(HomeError, match="in use by process"):
+        CloudHome(options(tmp_path))
+    with CloudHome(options(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"insecure": True, "host": "0.0.0.0"}, "--insecure is for loopback only"),  # noqa: S104
+        ({"broker": "mqtts://host"}, "neither 'embedded' nor mqtts://host:port"),
+        ({"broker": "http://host:1"}, "neither 'embedded' nor mqtts://host:port"),
+        ({"broker": "mqtt://127.0.0.1:1883"}, "is not encrypted"),
+    ],
+)
+def test_options_that_would_not_be_safe_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        options(tmp_path, **changes)
+
+
+def test_the_embedded_brokers_port_in_use_is_named(tmp_path):
+    with CloudHome(options(tmp_path / "one")) as first:
+        port = int(first.broker_url.rpartition(":")[2])
+        with pytest.raises(ConfigError, match=str(port)), CloudHome(options(tmp_path / "two", mqtt_port=port)):
+            pass
