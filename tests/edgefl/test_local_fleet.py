@@ -19,6 +19,7 @@ def test_a_line_is_waited_for_and_all_are_kept(tmp_path):
     process = start(tmp_path, "print('one'); print('two ready'); print('three')")
     assert process.wait_for("ready", 10) == 2
     assert process.wait_for("three", 10, after=2) == 3
+    process.popen.wait(10)
     assert process.stop() == 0
     assert (tmp_path / "child.log").read_text() == "one\ntwo ready\nthree\n"
 
