@@ -142,6 +142,7 @@ class CloudHome:
             is_known=self.enrolment.is_known,
         )
         self.link = CloudLink(own_url, None if options.insecure else self.identity, hearers)
+        self._exit.callback(self.link.close)
 
     def _note_rollout(self, device: str, note: RolloutNote) -> None:
         self.rollouts.note(device, note)  # made after the link that it sends on
