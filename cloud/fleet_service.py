@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import grpc
+from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.blobs import BlobStore
 from cloud.jobs import Answer, Jobs
 from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.spool import Incoming, Spool
-from cloud.turnstile import Turnstile
-from edgefl.errors import ProtocolError
+from cloud.turnstile import Transfer, Turnstile
+from edgefl.errors import ProtocolError, UploadCutOff
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk, upload_data
@@ -31,7 +32,11 @@ from edgefl.trees import SpooledTree
 
 RESUME_S = 10.0
 MAX_REASON_CHARS = 2000
+MAX_METRICS, MAX_METRIC_CHARS = 100, 200  # of one update: they are kept with the round
+MAX_DOWNLOADS = 4  # of one device at a time: a model, a bundle, releases
 DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
+
+_STALLED = "nothing moved for too long, or newer transfers of this device took its place"
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +83,7 @@ class FleetService:
     def __init__(self, parts: ServiceParts, workers: ThreadPoolExecutor) -> None:
         self._parts = parts
         self._workers = workers
-        self._uploads, self._downloads = Turnstile(), Turnstile()
+        self._uploads, self._downloads = Turnstile(), Turnstile(max_each=MAX_DOWNLOADS)
 
     async def Next(self, _request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self._device(context)
@@ -91,7 +96,7 @@ class FleetService:
 
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Context
-    ) -> AsyncIterator[bytes]:
+    ) -> None:
         device = await self._device(context)
         try:
             path = self._parts.blobs.path(request.sha256)
@@ -102,13 +107,16 @@ class FleetService:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"the cloud has no blob {request.sha256}")
         opened = [one for one in self._parts.rounds.waiting_for(device) if one.plan.model.sha256 == request.sha256]
         try:
-            async with self._downloads.turn():
-                offset = request.offset
+            async with self._downloads.turn(device) as transfer:
+                offset = min(request.offset, os.fstat(descriptor).st_size)
                 while data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset):
                     offset += len(data)
                     for one in opened:
                         one.down_bytes += len(data)
-                    yield encode_chunk(data)
+                    await context.write(encode_chunk(data))
+                    transfer.moved()
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.ABORTED, _STALLED)
         finally:
             os.close(descriptor)
 
@@ -124,16 +132,24 @@ class FleetService:
         self, requests: AsyncIterator[bytes], context: Context
     ) -> pb.UploadState:
         device = await self._device(context)
-        async with self._uploads.turn():
-            first = pb.UploadChunk.FromString(await anext(requests, b""))
-            if first.WhichOneof("part") != "header":
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its header")
-            opened, settled = self._find(first.header.key, device)
-            if settled is not None or opened is None:
-                return settled or _state("STALE")
-            if first.header.size > opened.plan.max_update_bytes:
-                return await self._run(self._refuse, opened, device, _too_large(first.header.size, opened))
-            return await self._receive(requests, first.header, opened, device)
+        try:
+            async with self._uploads.turn(device) as transfer:
+                first = pb.UploadChunk.FromString(await anext(requests, b""))
+                if first.WhichOneof("part") != "header":
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its header")
+                opened, settled = self._find(first.header.key, device)
+                if settled is not None or opened is None:
+                    return settled or _state("STALE")
+                if fault := _bad_header(first.header, opened):
+                    return await self._run(self._refuse, opened, device, fault)
+                return await self._receive(_moving(requests, transfer), first.header, opened, device)
+        except UploadCutOff as error:
+            return await context.abort(grpc.StatusCode.ABORTED, str(error))
+        except TimeoutError:
+            return await context.abort(grpc.StatusCode.ABORTED, _STALLED)
+        except (OSError, SQLAlchemyError) as error:
+            event(_log, logging.ERROR, "upload.not_stored", device=device, error=error)
+            return await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it: {error}")
 
     async def Fail(self, request: pb.FailureReport, context: Context) -> pb.FailureReply:  # noqa: N802
         device = await self._device(context)
@@ -161,19 +177,25 @@ class FleetService:
                 return _state("PARTIAL", offset=incoming.size)
             return await self._run(self._settle, opened, device, header, incoming)
         finally:
-            incoming.stop()
+            # In a worker: whoever writes is waited for. A file closed under its writer would be another's file.
+            await asyncio.shield(self._run(spool.done_with, incoming))
 
     def _settle(self, opened: OpenRound, device: str, header: pb.UploadHeader, incoming: Incoming) -> pb.UploadState:
         """Check, make durable, hand to the round; only then is it acknowledged."""
         try:
-            name = incoming.finish(header.blake3)
-            SpooledTree(self._parts.spool.path(name))
+            incoming.finish(header.blake3)
+            SpooledTree(incoming.path)
         except ProtocolError as error:
+            if header.offset:  # perhaps the part that was here is damaged: once more, from its beginning
+                return _state("PARTIAL")
             return self._refuse(opened, device, str(error))
-        answer = Answer(device=device, file=name, weight=header.weight, metrics=dict(header.metrics))
-        if not opened.accept(answer, lambda one: self._record(opened, one)):
-            return _state("STALE")
-        return _state("STORED", offset=header.size)
+        answer = Answer(device=device, file=incoming.name, weight=header.weight, metrics=dict(header.metrics))
+
+        def keep(one: Answer) -> None:
+            incoming.place()
+            self._record(opened, one)
+
+        return _state("STORED", offset=header.size) if opened.accept(answer, keep) else _state("STALE")
 
     def _refuse(self, opened: OpenRound, device: str, reason: str) -> pb.UploadState:
         """Count the device as one without an update in this round."""
@@ -227,8 +249,23 @@ def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:
     return pb.UploadState(status=status, offset=offset, reason=reason)
 
 
-def _too_large(size: int, opened: OpenRound) -> str:
-    return f"the update has {size} bytes; at most {opened.plan.max_update_bytes} are taken in this round"
+def _bad_header(header: pb.UploadHeader, opened: OpenRound) -> str | None:
+    most = opened.plan.max_update_bytes
+    if header.size > most:
+        return f"the update has {header.size} bytes; at most {most} are taken in this round"
+    longest = max(map(len, header.metrics), default=0)
+    if len(header.metrics) > MAX_METRICS or longest > MAX_METRIC_CHARS:
+        return (
+            f"it has {len(header.metrics)} metrics, the longest name of {longest} characters; at most {MAX_METRICS} "
+            f"of {MAX_METRIC_CHARS} are taken"
+        )
+    return None
+
+
+async def _moving(requests: AsyncIterator[bytes], transfer: Transfer) -> AsyncIterator[bytes]:
+    async for message in requests:
+        transfer.moved()
+        yield message
 
 
 def _overlong(size: int) -> str:

@@ -10,6 +10,7 @@
     |-- JobCancelled         a job stopped by its operator
     |-- CloudStopping        the cloud ends; its jobs go on when it is started again
     |-- ProtocolError        bytes that are not what the protocol says
+    |-- UploadCutOff         an upload whose place a newer one took, or whose round is over
     |-- ManifestRejected     a bundle or release with a wrong signature, hash, size or version
     |-- ParityError          an exported model that does not compute what its source computes
     |-- AccuracyGateFailed   a compressed model that loses more accuracy than allowed
@@ -66,6 +67,10 @@ class JobCancelled(EdgeflError):
 
 class ProtocolError(EdgeflError, ValueError):
     """Bytes that are not what the protocol says."""
+
+
+class UploadCutOff(EdgeflError):
+    """A newer upload of the same update has begun, or its round is over: this one writes no more."""
 
 
 class ManifestRejected(EdgeflError):

@@ -98,8 +98,14 @@ class Plane:
         """Upload `data` under a header with `changes`; `cut` sends only so many bytes of it."""
         cut, key = changes.pop("cut", None), changes.pop("key", pb.UpdateKey(job=self.job, round=1))
         offset = changes.get("offset", 0)
-        fields = {"offset": 0, "size": len(data), "blake3": blake3(data).hexdigest(), "weight": 2.0} | changes
-        chunks = [pb.UploadChunk(header=pb.UploadHeader(key=key, metrics={"loss": 0.5}, **fields))]
+        fields = {
+            "offset": 0,
+            "size": len(data),
+            "blake3": blake3(data).hexdigest(),
+            "weight": 2.0,
+            "metrics": {"loss": 0.5},
+        } | changes
+        chunks = [pb.UploadChunk(header=pb.UploadHeader(key=key, **fields))]
         body = data[offset:cut]
         chunks += [pb.UploadChunk(data=body[i : i + 1_000_000]) for i in range(0, len(body), 1_000_000)]
         return stub.Upload(iter(chunks), timeout=30)
@@ -230,3 +236,78 @@ def test_an_upload_without_a_header_is_an_error_of_its_sender(plane):
     with pytest.raises(grpc.RpcError) as error:
         plane.stub("a").Upload(iter([pb.UploadChunk(data=b"x")]), timeout=10)
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_uploads_of_one_update_side_by_side_are_one_update(plane):
+    """A rogue device whose second stream would write into what the first has brought."""
+    stub, data, poison = plane.stub("a"), update_bytes(), update_bytes(np.nan)
+    half, begun = threading.Event(), threading.Event()
+
+    def slow():
+        header = pb.UploadHeader(
+            key=pb.UpdateKey(job=plane.job, round=1), size=len(poison), blake3=blake3(poison).hexdigest(), weight=1.0
+        )
+        yield pb.UploadChunk(header=header)
+        yield pb.UploadChunk(data=poison[:1_000_000])
+        begun.set()
+        assert half.wait(20)
+        yield pb.UploadChunk(data=poison[1_000_000:2_000_000])
+
+    late = stub.Upload.future(slow(), timeout=30)
+    assert begun.wait(10)
+    assert plane.upload(stub, data).status == Status.STORED
+    half.set()
+    assert late.code() in {grpc.StatusCode.ABORTED, grpc.StatusCode.OK}
+    assert plane.spool.path(plane.round.events.get_nowait().file).read_bytes() == data
+    assert plane.round.events.empty()
+
+
+def test_stalled_uploads_of_one_device_hold_up_no_other(plane):
+    rogue, stop = plane.stub("b"), threading.Event()
+
+    def stalled():
+        yield pb.UploadChunk(header=pb.UploadHeader(key=pb.UpdateKey(job=plane.job, round=1), size=100))
+        stop.wait(30)
+
+    calls = [rogue.Upload.future(stalled(), timeout=30) for _ in range(140)]  # more than places are
+    assert plane.upload(plane.stub("a"), update_bytes()).status == Status.STORED
+    stop.set()
+    for call in calls:
+        call.cancel()
+
+
+def test_downloads_that_nobody_reads_hold_up_no_other(plane):
+    request = pb.DownloadRequest(sha256=plane.model.sha256)
+    rogue = plane.stub("b")
+    unread = [rogue.Download(request, timeout=30) for _ in range(140)]
+    assert sum(len(chunk.data) for chunk in plane.stub("a").Download(request, timeout=10)) == plane.model.size
+    for call in unread:
+        call.cancel()
+
+
+def test_a_resumed_upload_with_a_damaged_part_begins_again(plane):
+    stub, data = plane.stub("a"), update_bytes()
+    plane.upload(stub, update_bytes(7.0), cut=5_000_000)
+    state = plane.upload(stub, data, offset=5_000_000)
+    assert (state.status, state.offset) == (Status.PARTIAL, 0)
+    assert plane.upload(stub, data).status == Status.STORED
+
+
+@pytest.mark.parametrize("metrics", [{str(n): 0.0 for n in range(101)}, {"n" * 201: 0.0}])
+def test_too_many_metrics_are_refused(plane, metrics):
+    state = plane.upload(plane.stub("a"), update_bytes(), metrics=metrics)
+    assert state.status == Status.REFUSED
+    assert "metrics" in state.reason
+
+
+def test_a_cloud_that_cannot_store_says_so_and_takes_the_update_later(plane):
+    stub, data = plane.stub("a"), update_bytes()
+    folder = plane.spool.file(plane.job, 1, "a").parent
+    folder.parent.mkdir(exist_ok=True)
+    folder.write_bytes(b"in the way")
+    with pytest.raises(grpc.RpcError) as error:
+        plane.upload(stub, data)
+    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "the cloud cannot store it" in error.value.details()
+    folder.unlink()
+    assert plane.upload(stub, data).status == Status.STORED

@@ -1,10 +1,12 @@
 import asyncio
 
+import pytest
+
 from cloud.turnstile import Turnstile
 
 
 async def transfer(turnstile, name, log, done):
-    async with turnstile.turn():
+    async with turnstile.turn(name):
         log.append(f"{name} in")
         await done.wait()
     log.append(f"{name} out")
@@ -39,7 +41,7 @@ def test_a_slow_one_gives_its_turn_on_and_takes_no_second_one_back():
             slow.set()
             await asyncio.sleep(0.05)
             fast.set()
-        async with asyncio.timeout(5), turnstile.turn():  # one turn is left, neither none nor two
+        async with asyncio.timeout(5), turnstile.turn("other"):  # one turn is left, neither none nor two
             assert turnstile._turns.locked()
 
     asyncio.run(run())
@@ -59,3 +61,43 @@ def test_those_inside_are_bounded():
         assert "c out" in log
 
     asyncio.run(run())
+
+
+def test_a_transfer_that_does_not_move_is_ended_and_one_that_does_is_not():
+    async def run():
+        turnstile = Turnstile(turns=1, turn_s=0.001, stall_s=0.1)
+        async with asyncio.timeout(5), turnstile.turn("a") as moving:
+            for _ in range(5):
+                await asyncio.sleep(0.05)
+                moving.moved()
+        with pytest.raises(TimeoutError):
+            async with turnstile.turn("b"):
+                await asyncio.sleep(5)
+
+    asyncio.run(run())
+
+
+def test_the_newest_transfers_of_a_device_cut_off_its_oldest_only():
+    async def run():
+        turnstile, log, never = Turnstile(turns=9, max_each=2), [], asyncio.Event()
+
+        async def hold(name, device):
+            try:
+                await transfer_as(turnstile, name, device, log, never)
+            except TimeoutError:
+                log.append(f"{name} cut off")
+
+        async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+            for name, device in (("other", "b"), ("first", "a"), ("second", "a"), ("third", "a")):
+                tasks.create_task(hold(name, device))
+                await asyncio.sleep(0.01)
+            assert log == ["other in", "first in", "second in", "third in", "first cut off"]
+            never.set()
+
+    asyncio.run(run())
+
+
+async def transfer_as(turnstile, name, device, log, done):
+    async with turnstile.turn(device):
+        log.append(f"{name} in")
+        await done.wait()
