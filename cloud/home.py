@@ -99,13 +99,15 @@ class CloudHome:
         )
 
     def __enter__(self) -> Self:
-        if self._options.broker == EMBEDDED:
-            host, port = self._options.host, self._options.mqtt_port
-            identity = None if self._options.insecure else self.identity
-            broker = EmbeddedBroker(identity, host, port, is_known=self.enrolment.is_known)
-            broker.start()
-            self._exit.callback(broker.stop)
-            self._drop = broker.drop
+        with self._exit as undo:  # all of it, where the broker cannot start
+            if self._options.broker == EMBEDDED:
+                host, port = self._options.host, self._options.mqtt_port
+                identity = None if self._options.insecure else self.identity
+                broker = EmbeddedBroker(identity, host, port, is_known=self.enrolment.is_known)
+                broker.start()
+                undo.callback(broker.stop)
+                self._drop = broker.drop
+            self._exit = undo.pop_all()
         return self
 
     def __exit__(
