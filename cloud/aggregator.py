@@ -12,10 +12,11 @@ import ctypes
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
+from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.fleet_service import FleetService, ServiceParts, handler
 from cloud.grpc_fleet import FleetParts, GrpcFleet
@@ -57,11 +58,11 @@ class Aggregator:
         self._home = CloudHome(options)
         self._job_threads = ThreadPoolExecutor(MAX_JOBS, "job")
 
-    def serve(self) -> None:
+    def serve(self, on_ready: Callable[[str], None] = lambda _url: None) -> None:
         """Serve until SIGTERM or SIGINT; raises HomeError for a home or port that cannot be had."""
         keep_freed_memory()
         with self._home:
-            asyncio.run(self._serve())
+            asyncio.run(self._serve(on_ready))
 
     def run_job(self, job_id: str) -> None:
         """Run one job to its end, from wherever its rows say that it stands."""
@@ -77,13 +78,14 @@ class Aggregator:
             return
         except JobCancelled as stopped:
             home.jobs.end(job_id, "cancelled", str(stopped))
-        except (EdgeflError, OSError) as error:
+        except (EdgeflError, OSError, SQLAlchemyError) as error:
             event(_log, logging.ERROR, "job.failed", job=job_id, error=error)
             home.jobs.end(job_id, "failed", str(error))
         else:
             home.jobs.end(job_id, "done")
             event(_log, logging.INFO, "job.done", job=job_id)
-        home.rounds.resumed(job_id)
+        finally:
+            home.rounds.forget(job_id)
         fleet.end()
         home.spool.drop_job(job_id)
 
@@ -113,13 +115,14 @@ class Aggregator:
               admitted=len(outcome.admitted), rejected=len(outcome.rejected), failed=len(outcome.failed),
               missing=len(outcome.missing), seconds=outcome.seconds)  # fmt: skip
 
-    async def _serve(self) -> None:
+    async def _serve(self, on_ready: Callable[[str], None]) -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         jobs = self._home.jobs
         running = jobs.running()
+        self._home.spool.keep_only(running)
         self._home.rounds.expect(job for job in running if jobs.load(job).cohort)
         async with self._grpc_server(), self._http_server():
             self._home.link.start()
@@ -127,7 +130,8 @@ class Aggregator:
             for job in running:
                 self._start(job)
             event(_log, logging.INFO, "cloud.ready", url=self._home.url, grpc_port=self._options.grpc_port,
-                  broker=self._home.broker_url, credentials=self._options.home / "operator.json")  # fmt: skip
+                  broker=self._options.broker, home=self._options.home)  # fmt: skip
+            on_ready(self._home.url)
             await stop.wait()
             event(_log, logging.INFO, "cloud.stopping")
             await asyncio.to_thread(self._stop_jobs)
@@ -174,10 +178,12 @@ class Aggregator:
 
     def _cancel(self, job_id: str) -> None:
         self._home.rounds.interrupt(JobCancelled(f"job {job_id} was cancelled by its operator"), job_id)
+        self._home.link.wake()
 
     def _stop_jobs(self) -> None:
-        self._home.link.close()
         self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs go on at the next start"))
+        self._home.link.wake()
+        self._home.link.close()
         self._job_threads.shutdown(wait=True, cancel_futures=True)
 
     @staticmethod

@@ -100,7 +100,11 @@ class EmbeddedBroker:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._gate = gate = Gate(secure=self._identity is not None, is_known=self._is_known)
         await gate.start()
-        server = await self._listen(gate)
+        try:
+            server = await self._listen(gate)
+        except ConfigError:
+            await gate.close(STOP_S)
+            raise
         started.set_result(server.sockets[0].getsockname()[1])
         await self._stopping.wait()
         server.close()
@@ -117,5 +121,6 @@ class EmbeddedBroker:
             if cause.errno != errno.EADDRINUSE:
                 raise ConfigError(f"the broker cannot listen on {self._host}:{self.port}: {cause}") from cause
             raise ConfigError(
-                f"the broker's port {self.port} on {self._host} is in use; stop what listens there, or choose another"
+                f"the broker's port {self.port} on {self._host} is in use; stop what listens there, or "
+                "choose another --mqtt-port"
             ) from cause

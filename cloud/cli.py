@@ -51,7 +51,15 @@ def start(  # noqa: PLR0913 - one a flag
         names=names,
     )
     set_up_logging()
-    Aggregator(options).serve()
+    Aggregator(options).serve(lambda url: click.echo(_next_steps(home, url)))
+
+
+def _next_steps(home: Path, url: str) -> str:
+    return (
+        f"The cloud is ready at {url}; Ctrl-C stops it.\n"
+        f"  a token to enrol a device:  edgefl cloud token --home {home}\n"
+        f"  operator's credentials:     {home / 'operator.json'} (copy to ~/.config/edgefl/, or name by --credentials)"
+    )
 
 
 @cloud.command(epilog=example("edgefl cloud token --home /var/lib/edgefl-cloud --valid-for 3600"))
@@ -88,7 +96,10 @@ def token(home: Path, valid_for_s: float, output: Output) -> None:
 @click.option("--name", "names", multiple=True, help="A further name or address that devices reach the broker by.")
 @json_option
 def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], output: Output) -> None:
-    """Write HOME/mosquitto: a mosquitto's configuration, topic rights, key and certificate."""
+    """Write what a mosquitto needs.
+
+    HOME/mosquitto then has its configuration, topic rights, key and certificate.
+    """
     from cloud.broker_config import write_broker_config
     from edgefl.home import create_home
     from edgefl.protocols.tls import BROKER_NAME, Identity, create_ca, issue_server

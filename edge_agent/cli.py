@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,6 +13,7 @@ import click
 
 from edgefl.errors import ConfigError
 from edgefl.logs import set_up_logging
+from edgefl.operator.output import Output, example, json_option
 
 _ELSEWHERE = {"install": "install", "uninstall": "install", "doctor": "doctor"}  # command -> module that has it
 
@@ -34,7 +34,10 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands)
 def agent() -> None:
-    """The agent on a device: train, install releases, serve predictions."""
+    """Make this machine a device of a fleet.
+
+    The agent trains on the data here, installs releases and serves their predictions.
+    """
 
 
 _HOME = click.option(
@@ -42,17 +45,18 @@ _HOME = click.option(
 )
 
 
-@agent.command()
+@agent.command(
+    epilog=example(
+        "edgefl agent enroll --home ~/edgefl --cloud https://cloud.example:9480 --token efl1... --name cam-3"
+    )
+)
 @_HOME
 @click.option("--cloud", required=True, metavar="URL", help="The cloud's address, https://host:9480.")
 @click.option("--token", required=True, help="A one-time token, from `edgefl cloud token`.")
 @click.option("--name", required=True, help="The device's name: 1 to 64 of a-z 0-9 . _ -")
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A label, such as site=oslo. Repeatable.")
 def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -> None:
-    """Make this device a member of a fleet.
-
-    Example: edgefl agent enroll --home ~/edgefl --cloud https://cloud.example:9480 --token efl1... --name cam-3
-    """
+    """Make this device a member of a fleet."""
     from edge_agent.enroll import Application
     from edge_agent.enroll import enroll as apply
 
@@ -61,7 +65,7 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
     click.echo(f"{profile.device} is enrolled; start it with: edgefl agent start --home {home}")
 
 
-@agent.command()
+@agent.command(epilog=example("edgefl agent start --home ~/edgefl --data part=0"))
 @_HOME
 @click.option("--data", multiple=True, metavar="K=V", help="An option for the task's loaders. Repeatable.")
 @click.option("--serve-host", default="127.0.0.1", show_default=True, help="Address that predictions are served on.")
@@ -73,10 +77,7 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
 )
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def start(log_level: str, data: Sequence[str], **options: object) -> None:
-    """Run the agent until SIGTERM or Ctrl-C.
-
-    Example: edgefl agent start --home ~/edgefl --data part=0
-    """
+    """Run the agent until SIGTERM or Ctrl-C."""
     from edge_agent.agent import AgentConfig, run_agent
 
     set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
@@ -84,23 +85,28 @@ def start(log_level: str, data: Sequence[str], **options: object) -> None:
     asyncio.run(run_agent(config))
 
 
-@agent.command()
+@agent.command(epilog=example("edgefl agent status --home ~/edgefl --json -"))
 @_HOME
-@click.option("--json", "json_file", metavar="FILE", help="Write JSON to a file, or to stdout with -.")
-def status(home: Path, json_file: str | None) -> None:
-    """Show what an agent serves, what waits to be sent, and when it last reached the cloud.
+@json_option
+def status(home: Path, output: Output) -> None:
+    """Show what an agent serves and what waits.
 
-    Example: edgefl agent status --home ~/edgefl --json -
+    Also when it last reached the cloud; whether it runs or not.
     """
     from edge_agent.status import read_status
 
     facts = dataclasses.asdict(read_status(home))
-    if json_file is None:
-        for name, value in facts.items():
-            click.echo(f"{name.replace('_', ' '):20} {value if value not in ('', {}) else '-'}")
-        return
-    with click.open_file(json_file, "w") as file:
-        file.write(json.dumps(facts, indent=2) + "\n")
+    for name, value in facts.items():
+        output.line(f"{name.replace('_', ' '):20} {_shown(value)}")
+    output.result(facts)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        value = " ".join(f"{model}:{version}" for model, version in sorted(value.items()))
+    return "-" if value == "" else str(value)
 
 
 def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import fcntl
-import json
 import math
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from edge_agent.probes import Check, Health, ask_health, greet, look_at_port, pe
 from edge_agent.profile import Profile, load_profile
 from edge_agent.units import AGENT
 from edgefl.errors import HomeError
+from edgefl.operator.output import Output, example, json_option
 from edgefl.protocols import tls
 
 SERVE_PORT = 8000
@@ -34,25 +34,24 @@ EXPIRY_WARN = datetime.timedelta(days=30)
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-@click.command(epilog="Example: edgefl agent doctor --home /var/lib/edgefl")
+@click.command(epilog=example("edgefl agent doctor --home /var/lib/edgefl"))
 @click.option("--home", type=click.Path(path_type=Path), required=True)
 @click.option("--serve-port", default=SERVE_PORT, show_default=True, help="Where the agent serves predictions.")
-@click.option(
-    "--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout, in place of the table."
-)
-@click.pass_context
-def doctor(context: click.Context, home: Path, serve_port: int, json_file: str | None) -> None:
-    """Check this device: clock, disk, keys, certificate, cloud, broker, ports, service."""
+@json_option
+def doctor(home: Path, serve_port: int, output: Output) -> None:
+    """Say what is wrong here and what to do.
+
+    Looks at clock, disk, keys, certificate, cloud, broker, ports and service, and changes nothing.
+    """
     checks = list(examine(home, serve_port))
-    failed = [check for check in checks if check.state == "fail"]
-    if json_file != "-":
-        _print_table(checks)
-    if json_file is not None:
-        facts = {"home": str(home), "ok": not failed, "checks": [dataclasses.asdict(check) for check in checks]}
-        with click.open_file(json_file, "w", encoding="utf-8") as file:
-            file.write(json.dumps(facts, indent=2) + "\n")
+    failed = sum(check.state == "fail" for check in checks)
+    rows = [(check.check, check.state, check.seen, check.advice) for check in checks]
+    output.table(("check", "state", "seen", "what to do"), rows, "", _COLOURS)
+    output.line(f"{failed} of {len(checks)} checks failed" if failed else f"nothing fails: {len(checks)} checks")
+    facts = [dataclasses.asdict(check) for check in checks]
+    output.result({"home": str(home), "ok": not failed, "checks": facts})
     if failed:
-        context.exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def examine(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
@@ -198,14 +197,3 @@ def _loads(identity: tls.Identity) -> bool:
     except OSError:
         return False
     return True
-
-
-def _print_table(checks: list[Check]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("check", "state", "seen", "what to do")
-    for check in checks:
-        table.add_row(check.check, Text(check.state, style=_COLOURS[check.state]), Text(check.seen), Text(check.advice))
-    Console().print(table)

@@ -108,7 +108,8 @@ def _call(method: str, url: str, *, verify: Any, json: Any = None) -> httpx.Resp
             answer = client.request(method, url, json=json)
     except httpx.HTTPError as cause:
         raise CloudUnreachable(
-            f"{url} did not answer: {cause}. Check --cloud, the network and the firewall."
+            f"{url} did not answer: {str(cause).rstrip('.') or type(cause).__name__}. Check --cloud, the network and "
+            "the firewall."
         ) from cause
     if answer.status_code >= 400:
         raise EnrolmentRefused(_error_text(answer))

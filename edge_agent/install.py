@@ -21,6 +21,7 @@ from edge_agent.profile import load_profile
 from edge_agent.units import AGENT, SOCKET, SYSUSERS, UNIT_FOLDER, UNITS, Installation, render
 from edgefl.errors import ConfigError, HomeError, InstallError
 from edgefl.home import check_home, replace_file
+from edgefl.operator.output import example
 
 COMMAND_TIMEOUT_S = 120
 _ENABLED = (SOCKET, AGENT)
@@ -41,7 +42,7 @@ _ROOT_OPTION = click.option(
 )
 
 
-@click.command(epilog="Example: edgefl agent install --home /var/lib/edgefl --data path=/srv/pictures")
+@click.command(epilog=example("edgefl agent install --home /var/lib/edgefl --data path=/srv/pictures"))
 @click.option("--home", type=click.Path(path_type=Path), default=Path("/var/lib/edgefl"), show_default=True)
 @click.option("--user", default="edgefl", show_default=True, help="Runs the agent; made if it does not exist.")
 @click.option("--data", multiple=True, callback=_data_options, metavar="K=V", help="Passed to the task's loaders.")
@@ -53,7 +54,10 @@ _ROOT_OPTION = click.option(
 @click.option("--dry-run", is_flag=True, help="Print the files and change nothing.")
 @_ROOT_OPTION
 def install(*, dry_run: bool, root: Path, **options: object) -> None:
-    """Run the enrolled agent as a systemd service, from now on and at every start."""
+    """Make the enrolled agent a systemd service.
+
+    It runs from now on and at every start of this machine.
+    """
     installation = Installation(**options)  # type: ignore[arg-type]  # click made them by these names and types
     if dry_run:
         for path, text in render(installation).items():
@@ -65,7 +69,7 @@ def install(*, dry_run: bool, root: Path, **options: object) -> None:
     click.echo(f"  check:  edgefl agent doctor --home {installation.home}      undo:  edgefl agent uninstall")
 
 
-@click.command(epilog="Example: edgefl agent uninstall --purge")
+@click.command(epilog=example("edgefl agent uninstall --purge"))
 @click.option("--purge", is_flag=True, help="Remove the home and the user as well: keys, certificate, models.")
 @_ROOT_OPTION
 def uninstall(*, purge: bool, root: Path) -> None:

@@ -56,7 +56,10 @@ class _Demo:
 @click.option("--broker", type=click.Choice(["embedded", "mosquitto"]), default="embedded", show_default=True)
 @json_option
 def demo(devices: int, rounds: int | None, broker: str, output: Output) -> None:
-    """Train, compress, publish, roll out and predict: a cloud and its devices, all on this machine."""
+    """See the whole loop on this machine.
+
+    A cloud and its devices train, compress, publish, roll out and predict, as real processes over TLS.
+    """
     start_s = time.monotonic()
     source = find_example(MODEL)
     config = load_config(JobConfig, source / "config.toml")

@@ -10,7 +10,7 @@ from edgefl.config import JobConfig, load_config
 from edgefl.operator.cli_fleet import devices, jobs
 from edgefl.operator.cli_models import models, rollout
 from edgefl.operator.connection import Connection, connected
-from edgefl.operator.output import Output, example, json_option, metrics_text, refuse_no_folder
+from edgefl.operator.output import Output, counted, example, json_option, metrics_text, refuse_no_folder
 from edgefl.operator.progress import left_running, round_progress
 
 __all__ = ["devices", "jobs", "models", "rollout", "run"]
@@ -32,9 +32,10 @@ def run(  # noqa: PLR0913 - one a flag
     *, task: str, connection: Connection, rounds: int | None, config: Path | None, settings: tuple[str, ...],
     out: Path | None, output: Output,
 ) -> None:  # fmt: skip
-    """Train TASK on the fleet: package.module:attribute, or a folder whose pyproject.toml names its task.
+    """Train a task on the fleet.
 
-    Ctrl-C stops watching, not the job.
+    TASK is package.module:attribute, or a folder whose pyproject.toml names its task. Ctrl-C stops watching, not the
+    job.
     """
     from edgefl.operator.run import submit, watch
     from edgefl.task import load_task
@@ -45,10 +46,12 @@ def run(  # noqa: PLR0913 - one a flag
     loaded = load_task(task)
     with connection.open() as client:
         job = submit(client, task, loaded, job_config)
-        output.line(f"job {job} started: {job_config.rounds.count} rounds")
+        output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
         with left_running(job, output), round_progress(output, job_config.rounds.count) as on_round:
             result = watch(client, job, loaded, on_round=on_round, out=out)
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if out is not None:
         output.line(f"model: {out}")
+    if loaded.model is not None:  # what `models publish` can export
+        output.line(f"publish it: edgefl models publish NAME --task {task} --job {job}")
     output.result(result.as_json())

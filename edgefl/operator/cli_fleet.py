@@ -38,7 +38,7 @@ def list_devices(connection: Connection, output: Output) -> None:
 @click.argument("name")
 @connected
 def remove(name: str, connection: Connection) -> None:
-    """Put a device out of the fleet: its certificate is worth nothing from then on."""
+    """Put a device out of the fleet. Its certificate is worth nothing from then on."""
     with connection.open() as client:
         client.remove_device(name)
     click.echo(f"device {name} is no longer of the fleet")

@@ -11,7 +11,7 @@ from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.connection import Connection, connected
 from edgefl.operator.follow import follow_rollout
-from edgefl.operator.output import Output, example, json_option, metrics_text, time_text
+from edgefl.operator.output import Output, counted, example, json_option, metrics_text, time_text
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -40,7 +40,10 @@ def publish(  # noqa: PLR0913 - one a flag
     *, name: str, task: str | None, parameters: Path | None, job: str | None, onnx: Path | None, compression: str,
     max_drop: float, connection: Connection, output: Output,
 ) -> None:  # fmt: skip
-    """Export a model to ONNX, check it, compress it, and make it NAME's next version."""
+    """Make a model the next version of NAME.
+
+    A task's parameters are exported to ONNX, compared with what they came from, and compressed; the cloud signs them.
+    """
     from edgefl.operator.publish import export, parameters_of, publish_onnx
     from edgefl.operator.publish import publish as publish_exported
     from edgefl.task import load_task
@@ -104,10 +107,14 @@ def start(  # noqa: PLR0913 - one a flag
     """Tell devices to serve a version. With --wait, fails unless every one of them does in time."""
     with connection.open() as client:
         status = client.start_rollout(model, version, to, rollback=rollback)
-        output.line(f"{status['id']}: {model} version {status['version']} to {len(status['devices'])} devices")
+        output.line(
+            f"{status['id']}: {model} version {status['version']} to {counted(len(status['devices']), 'device')}"
+        )
         if wait_s is not None:
             status = _waited(client, status, wait_s, output)
             _devices(status, output)
+        else:
+            output.line(f"see how far it is: edgefl rollout status {status['id']}")
     output.result(status)
     if wait_s is not None and status["state"] != "done":
         raise click.exceptions.Exit(1)
@@ -129,16 +136,24 @@ def show_status(rollout_id: str | None, connection: Connection, output: Output) 
             (one["id"], one["model"], one["version"], one["state"], len(one["devices"]), time_text(one["created_s"]))
             for one in found
         ]
-        output.table(("id", "model", "version", "state", "devices", "started"), rows, "no rollout yet")
+        output.table(
+            ("id", "model", "version", "state", "devices", "started"),
+            rows,
+            "no rollout yet; `edgefl rollout start` makes one",
+        )
     output.result(found)
 
 
 def _waited(client: CloudClient, status: Json, wait_s: float, output: Output) -> Json:
     """Follow a rollout until it is over or the time is; return its last status."""
+    said = ""
     for now in follow_rollout(client, status["id"], wait_s):
         status = now
         active = sum(one["state"] == "active" for one in status["devices"])
-        output.line(f"{status['state']}: {active} of {len(status['devices'])} devices active")
+        text = f"{status['state']}: {active} of {counted(len(status['devices']), 'device')} active"
+        if text != said:  # a device also tells that it downloads
+            output.line(text)
+        said = text
     return status
 
 
@@ -149,6 +164,7 @@ def _say_published(release: Json, output: Output) -> None:
             f"int8: {report['source_bytes'] / 1024:.0f} -> {report['target_bytes'] / 1024:.0f} KiB, accuracy "
             f"{report['accuracy_before']:.4f} -> {report['accuracy_after']:.4f} (drop {report['drop']:.4f})"
         )
+    output.line(f"bring it to the devices: edgefl rollout start {release['model']} --version {release['version']}")
 
 
 def _table(releases: list[Json], output: Output) -> None:

@@ -160,9 +160,10 @@ class CloudClient:
         try:
             yield
         except httpx.TransportError as cause:
+            reason = str(cause).rstrip(".") or type(cause).__name__
             raise CloudUnreachable(
-                f"{self.url} did not answer: {str(cause) or type(cause).__name__}. Check that the cloud runs there, "
-                "--cloud, and that the credentials are this cloud's."
+                f"{self.url} did not answer: {reason}. Check that the cloud runs there, --cloud, and that the "
+                "credentials are this cloud's."
             ) from cause
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import click
@@ -22,6 +23,8 @@ from edgefl.home import replace_file
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+NO_STYLES: Mapping[str, str] = MappingProxyType({})
 
 
 class Output:
@@ -37,8 +40,11 @@ class Output:
         """Print a line for people."""
         click.echo(text, err=self._to_stderr)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
-        """Print a table: drawn on a terminal, a line a row with tabs elsewhere."""
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str,
+        styles: Mapping[str, str] = NO_STYLES,
+    ) -> None:  # fmt: skip
+        """Print a table: drawn on a terminal, with `styles` for words in it; a line a row with tabs elsewhere."""
         if not rows:
             self.line(empty)
             return
@@ -50,10 +56,11 @@ class Output:
             return
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*columns, box=None, header_style="bold", pad_edge=False)
         for row in texts:
-            table.add_row(*row)
+            table.add_row(*(Text(text, styles.get(text, "")) for text in row))
         Console(file=stream, markup=False, highlight=False).print(table)
 
     def result(self, value: Any) -> None:
@@ -91,6 +98,11 @@ def refuse_no_folder(path: Path | None, flag: str) -> None:
     """Raise ConfigError where a file could not be written: better before the work than after it."""
     if path is not None and not path.absolute().parent.is_dir():
         raise ConfigError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it, or name another")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 device`, `2 devices`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def time_text(seconds: float | None) -> str:

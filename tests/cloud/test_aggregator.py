@@ -87,7 +87,7 @@ def test_from_the_command_to_the_averaging_line_are_five_stops(tmp_path, monkeyp
     ours = [frame for frame in stacks[0] if Path(frame.filename).is_relative_to(ROOT) and "tests" not in frame.filename]
     stops = [f"{Path(frame.filename).stem}.{frame.name}" for frame in ours]
     assert stops == ["aggregator.run_job", "rounds.run_rounds", "rounds.run_round"]
-    assert "Aggregator(options).serve()" in inspect.getsource(cloud.cli.start.callback)
+    assert "Aggregator(options).serve(" in inspect.getsource(cloud.cli.start.callback)
     assert len(["cli.start", *stops, "mean.add"]) <= MAX_STOPS
 
 

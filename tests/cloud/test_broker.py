@@ -241,11 +241,12 @@ def test_a_silent_device_is_given_up_after_its_keepalive(broker, fleet_ca, peer)
 # --- the embedded broker alone ---
 
 
-def test_a_port_in_use_is_named(fleet_ca) -> None:
+def test_a_port_in_use_is_named_and_amqtt_logs_no_trace_of_it(fleet_ca, caplog) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port}.*in use"):
             EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", port).start()
+    assert caplog.text == ""
 
 
 def test_port_0_takes_a_free_one_and_a_restart_keeps_it(fleet_ca) -> None:

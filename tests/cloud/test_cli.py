@@ -14,6 +14,7 @@ from cloud.enrolment import Enrolment
 from cloud.store import open_database
 from edgefl.errors import ConfigError, EnrolmentRefused, HomeError
 from edgefl.home import create_home
+from edgefl.local_fleet import LocalFleet
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
 
@@ -66,6 +67,13 @@ def test_a_home_of_a_newer_version_is_refused(home):
         done = invoke(*command, "--home", home)
         assert isinstance(done.exception, HomeError)
         assert "format 99" in str(done.exception)
+
+
+def test_a_cloud_that_is_ready_says_what_comes_next(tmp_path):
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_cloud()
+        fleet.cloud.wait_for(f"edgefl cloud token --home {fleet.home}", 10)
+        fleet.cloud.wait_for(str(fleet.credentials), 10)
 
 
 def test_a_brokers_folder_is_made_before_the_cloud_ever_ran(tmp_path):

@@ -91,7 +91,7 @@ def diagnose(home: Path, port: int) -> dict[str, Check]:
 
 
 def invoke(home: Path, port: int, *more: str) -> Result:
-    return CliRunner().invoke(doctor, ["--home", str(home), "--serve-port", str(port), *more])
+    return CliRunner(mix_stderr=False).invoke(doctor, ["--home", str(home), "--serve-port", str(port), *more])
 
 
 def test_a_healthy_device_passes(home: Path, serve_port: int) -> None:
@@ -111,7 +111,7 @@ def test_the_table_names_each_check(home: Path, serve_port: int) -> None:
 
 def test_json_to_stdout_is_json_alone(home: Path, serve_port: int) -> None:
     result = invoke(home, serve_port, "--json", "-")
-    facts = json.loads(result.output)
+    facts = json.loads(result.stdout)
     assert (result.exit_code, facts["ok"], facts["home"]) == (0, True, str(home))
     assert facts["checks"][0].keys() == {"check", "state", "seen", "advice"}
 
@@ -125,19 +125,19 @@ def test_json_to_a_file_beside_the_table(home: Path, serve_port: int, tmp_path: 
 def test_a_failure_is_exit_status_1(home: Path, serve_port: int) -> None:
     (home / "key.pem").chmod(0o644)
     result = invoke(home, serve_port, "--json", "-")
-    assert (result.exit_code, json.loads(result.output)["ok"]) == (1, False)
+    assert (result.exit_code, json.loads(result.stdout)["ok"]) == (1, False)
 
 
 def test_a_home_that_is_not_enrolled_ends_the_visit(tmp_path: Path) -> None:
     result = invoke(tmp_path, 1, "--json", "-")
     assert result.exit_code == 1
-    (check,) = json.loads(result.output)["checks"]
+    (check,) = json.loads(result.stdout)["checks"]
     assert "no home.json" in check["seen"]
     assert "edgefl agent enroll" in check["advice"]
 
 
 def test_help_has_an_example() -> None:
-    assert "Example: edgefl agent doctor" in CliRunner().invoke(doctor, ["--help"]).output
+    assert "Example:\n    edgefl agent doctor" in CliRunner().invoke(doctor, ["--help"]).output
 
 
 @pytest.mark.parametrize("name", [".", "key.pem"])

@@ -72,7 +72,7 @@ def test_a_data_option_that_is_no_pair_is_named(option: str) -> None:
 
 def test_help_has_an_example() -> None:
     for command in (install, uninstall):
-        assert "Example: edgefl agent" in CliRunner().invoke(command, ["--help"]).output
+        assert "Example:\n    edgefl agent" in CliRunner().invoke(command, ["--help"]).output
 
 
 def test_without_root_it_says_sudo(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:

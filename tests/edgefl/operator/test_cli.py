@@ -30,7 +30,8 @@ def test_a_run_prints_its_rounds_and_leaves_model_and_json(edgefl, trainers, tor
     assert lines[0].endswith("started: 2 rounds")
     assert lines[1].startswith("round 1/2: 2 admitted in ")
     assert "accuracy=" in lines[2]
-    assert lines[-1] == f"model: {out}"
+    assert lines[-2] == f"model: {out}"
+    assert lines[-1].startswith(f"publish it: edgefl models publish NAME --task {torch_task} --job job-")
     assert json.loads(result.read_text())["model"]["path"] == str(out)
 
 
@@ -77,6 +78,8 @@ def test_a_job_outlives_ctrl_c(edgefl, trainers, plain_task, http_plane, monkeyp
         ["run"], ["devices", "list"], ["devices", "remove"], ["jobs", "list"], ["jobs", "show"], ["jobs", "cancel"],
         ["jobs", "watch"], ["models", "publish"], ["models", "list"], ["models", "show"], ["rollout", "start"],
         ["rollout", "status"], ["cloud", "start"], ["cloud", "token"], ["cloud", "broker-config"],
+        ["agent", "enroll"], ["agent", "start"], ["agent", "status"], ["agent", "doctor"], ["agent", "install"],
+        ["agent", "uninstall"],
     ],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(edgefl, command):

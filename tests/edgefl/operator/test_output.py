@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgefl.errors import ConfigError
-from edgefl.operator.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
+from edgefl.operator.output import Output, counted, example, json_option, metrics_text, refuse_no_folder, time_text
 
 
 @click.command(epilog=example("first --line", "second"))
@@ -51,6 +51,10 @@ def test_a_folder_in_the_files_place_is_a_config_error(tmp_path):
 
 def test_the_example_stands_as_it_is_written():
     assert "Example:\n    first --line\n    second\n" in CliRunner().invoke(tell, ["--help"]).output
+
+
+def test_things_are_counted():
+    assert [counted(number, "device") for number in (0, 1, 2)] == ["0 devices", "1 device", "2 devices"]
 
 
 def test_an_empty_table_says_so(capsys):
