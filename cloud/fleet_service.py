@@ -124,7 +124,7 @@ class FleetService:
         device = await self._device(context)
         opened, settled = self._find(request, device)
         if settled is not None or opened is None:
-            return settled or _state("STALE")
+            return await self._unless_stopping(settled or _state("STALE"), context)
         offset = await self._run(self._parts.spool.received_bytes, request.job, request.round, device)
         return _state("PARTIAL", offset=offset)
 
@@ -139,10 +139,11 @@ class FleetService:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its header")
                 opened, settled = self._find(first.header.key, device)
                 if settled is not None or opened is None:
-                    return settled or _state("STALE")
+                    return await self._unless_stopping(settled or _state("STALE"), context)
                 if fault := _bad_header(first.header, opened):
                     return await self._run(self._refuse, opened, device, fault)
-                return await self._receive(_moving(requests, transfer), first.header, opened, device)
+                state = await self._receive(_moving(requests, transfer), first.header, opened, device)
+                return await self._unless_stopping(state, context)
         except UploadCutOff as error:
             return await context.abort(grpc.StatusCode.ABORTED, str(error))
         except TimeoutError:
@@ -179,6 +180,12 @@ class FleetService:
         finally:
             # In a worker: whoever writes is waited for. A file closed under its writer would be another's file.
             await asyncio.shield(self._run(spool.done_with, incoming))
+
+    async def _unless_stopping(self, state: pb.UploadState, context: Context) -> pb.UploadState:
+        """Return the answer; but a cloud that stops does not say that a round is over which it will open again."""
+        if state.status == pb.UploadState.STALE and self._parts.rounds.stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds go on when it is back")
+        return state
 
     def _settle(self, opened: OpenRound, device: str, header: pb.UploadHeader, incoming: Incoming) -> pb.UploadState:
         """Check, make durable, hand to the round; only then is it acknowledged."""

@@ -25,6 +25,7 @@ from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WireP
 from edgefl.records import Failure, Plan, Traffic, Update
 from edgefl.trees import SpooledTree, Tree, encoded_bytes
 
+RETURN_S = 20.0  # for a device that has not been heard of since the cloud's start
 HEADER_SLACK_BYTES = 64 << 10  # another writer's header may be longer than ours
 
 _log = logging.getLogger(__name__)
@@ -53,13 +54,18 @@ class GrpcFleet:
         """Return the devices online, once as many as wanted are there.
 
         The first round waits up to `rounds.wait_s` for them; later ones only `rounds.offline_grace_s`
-        where the quorum is there.
+        where the quorum is there. Raises what the job was interrupted with.
         """
         rounds, link = self._job.config.rounds, self._parts.link
+
+        def are_there(num_devices: int) -> bool:
+            return self._parts.rounds.is_stopped(self._job.id) or len(link.online()) >= num_devices
+
         wanted = max(rounds.clients, rounds.quorum)
         first_wait_s = rounds.offline_grace_s if self._took_part else rounds.wait_s
-        if not link.wait_until(lambda: len(link.online()) >= wanted, first_wait_s):
-            link.wait_until(lambda: len(link.online()) >= rounds.quorum, rounds.wait_s - first_wait_s)
+        if not link.wait_until(lambda: are_there(wanted), first_wait_s):
+            link.wait_until(lambda: are_there(rounds.quorum), rounds.wait_s - first_wait_s)
+        self._parts.rounds.refuse_stopped(self._job.id)
         return sorted(link.online())
 
     def keep(self, parameters: Tree) -> SpooledTree:
@@ -80,7 +86,8 @@ class GrpcFleet:
         finally:
             left = opened.close()
             self._parts.rounds.remove(opened)
-            for device in left:
+            # Of an interrupted job nobody is told here: it is ended in `end`, or goes on with this very round.
+            for device in left if not self._parts.rounds.is_stopped(plan.job) else ():
                 self._parts.link.send_job(device, RoundClosed(job=plan.job, round=plan.round, job_ended=False))
 
     def traffic(self) -> Traffic:
@@ -126,6 +133,7 @@ class GrpcFleet:
         end_s = time.monotonic() + plan.deadline_s
         offline_since_s: dict[str, float] = {}
         num_updates = num_taken = 0
+        self._note_presence(opened, offline_since_s)  # who went before the round began, or with the last cloud
         while num_taken < len(opened.cohort):
             until_s = end_s
             if num_updates >= self._job.config.rounds.quorum:
@@ -146,9 +154,11 @@ class GrpcFleet:
 
     def _note_presence(self, opened: OpenRound, offline_since_s: dict[str, float]) -> None:
         link = self._parts.link
-        gone = frozenset() if link.reason else link.offline() & opened.waiting()  # without a broker, nobody is known
-        for device in gone - offline_since_s.keys():
-            offline_since_s[device] = time.monotonic()
+        now_s, heard_of = time.monotonic(), link.offline()
+        gone = frozenset() if link.reason else opened.waiting() - link.online()  # without a broker, nobody is known
+        for device in gone:
+            since_s = now_s if device in heard_of else now_s + RETURN_S
+            offline_since_s[device] = min(since_s, offline_since_s.get(device, since_s))
         for device in offline_since_s.keys() - gone:
             del offline_since_s[device]
 

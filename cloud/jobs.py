@@ -152,6 +152,7 @@ class Jobs:
             at = (rounds.c.job == in_job) & (rounds.c.round == outcome.round)
             db.execute(rounds.update().where(at).values(outcome=shown))
             db.execute(updates.delete().where(updates.c.job == in_job))
+            former = db.scalar(sa.select(jobs.c.optimizer_sha256).where(jobs.c.id == in_job))
             db.execute(
                 jobs.update()
                 .where(jobs.c.id == in_job)
@@ -162,6 +163,9 @@ class Jobs:
                     optimizer_sha256=optimizer_sha256,
                 )
             )
+            in_use = db.scalar(sa.select(sa.func.count()).where(jobs.c.optimizer_sha256 == former))
+        if former and not in_use:
+            self._blobs.delete(former)
         self._notify()
 
     def end(self, job: str, state: str, error: str | None = None) -> None:

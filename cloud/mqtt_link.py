@@ -110,6 +110,11 @@ class CloudLink:
         with self._changed:
             return self._changed.wait_for(predicate, max(0.0, timeout_s))
 
+    def wake(self) -> None:
+        """Have those in `wait_until` look again."""
+        with self._changed:
+            self._changed.notify_all()
+
     def send_job(self, device: str, message: WirePlan | RoundClosed | UpdateRefused) -> None:
         """Announce, close or refuse; a device that misses it asks `Next` when it is back."""
         self._send(topics.down(device, "job"), encode(message))

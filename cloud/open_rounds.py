@@ -66,6 +66,7 @@ class OpenRounds:
         self._resuming: set[str] = set()
         self._open: dict[tuple[str, int], OpenRound] = {}
         self._traffic: dict[str, Traffic] = {}
+        self._stopped: dict[str | None, EdgeflError] = {}  # None = all jobs
 
     def expect(self, jobs: Iterable[str]) -> None:
         """Say which jobs are about to open again the round that they were in when the cloud ended."""
@@ -83,8 +84,16 @@ class OpenRounds:
         with self._lock:
             return self._lock.wait_for(lambda: not self._resuming, timeout_s)
 
-    def add(self, opened: OpenRound) -> None:
+    @property
+    def stopping(self) -> bool:
+        """Whether all jobs were interrupted: a round that is not open now will be again."""
         with self._lock:
+            return None in self._stopped
+
+    def add(self, opened: OpenRound) -> None:
+        """Open a round; raises what its job was interrupted with."""
+        with self._lock:
+            self._refuse_stopped(opened.plan.job)
             self._open[opened.plan.job, opened.plan.round] = opened
         self.resumed(opened.plan.job)
 
@@ -120,8 +129,31 @@ class OpenRounds:
                     one.events.put(PRESENCE_CHANGED)
 
     def interrupt(self, error: EdgeflError, job: str | None = None) -> None:
-        """Make the open rounds of a job, or of all, raise this error."""
+        """Make a job, or all, raise this error: in the open round, or before the next."""
         with self._lock:
+            self._stopped[job] = error
             for one in self._open.values():
                 if job in {None, one.plan.job}:
                     one.events.put(error)
+
+    def is_stopped(self, job: str) -> bool:
+        """Whether the job was interrupted."""
+        with self._lock:
+            return not self._stopped.keys().isdisjoint({job, None})
+
+    def refuse_stopped(self, job: str) -> None:
+        """Raise what the job was interrupted with, if it was."""
+        with self._lock:
+            self._refuse_stopped(job)
+
+    def forget(self, job: str) -> None:
+        """The job has ended: it opens no round any more."""
+        self.resumed(job)
+        with self._lock:
+            self._stopped.pop(job, None)
+            self._traffic.pop(job, None)
+
+    def _refuse_stopped(self, job: str) -> None:
+        error = self._stopped.get(job) or self._stopped.get(None)
+        if error is not None:
+            raise error

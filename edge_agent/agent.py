@@ -152,10 +152,10 @@ class _Agent:
         self._updater.hear(signed)
 
     def before_next(self) -> Callable[[list[WirePlan]], None]:
-        at_work = self._participant.current
+        at_work, settled_until = self._participant.current, self._store.last_settled()
 
         def take(plans: list[WirePlan]) -> None:
-            self._participant.reconcile(plans, at_work)
+            self._participant.reconcile(plans, at_work, settled_until)
             self._outbox.wake()
 
         return take

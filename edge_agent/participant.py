@@ -111,12 +111,17 @@ class Participant:
             self._rest = True
             self._wake.set()
 
-    def reconcile(self, plans: Sequence[WirePlan], before: WirePlan | None) -> None:
-        """Act on `Next`: its plans are open, and what was at work before it was asked must be among them."""
+    def reconcile(self, plans: Sequence[WirePlan], before: WirePlan | None, settled_until: int) -> None:
+        """Act on `Next`: its plans are open, and what was at work before it was asked must be among them.
+
+        An open round that had been settled by then was told to be over by a cloud that was killed before that
+        was durable: it is done again.
+        """
         still_open = {(plan.job, plan.round) for plan in plans}
         if before is not None and before is self._current and (before.job, before.round) not in still_open:
             self._cancel("the cloud no longer waits for it")
         for plan in plans:
+            self._means.store.ask_again(plan.job, plan.round, settled_until)
             self.offer(plan)
 
     async def run(self) -> None:

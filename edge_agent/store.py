@@ -128,6 +128,17 @@ class Store:
         ).fetchone()
         return found is not None
 
+    def last_settled(self) -> int:
+        """Return a number that rises with each `settle`."""
+        return int(self._db.execute("SELECT ifnull(max(id), 0) FROM answered").fetchone()[0])
+
+    def ask_again(self, job: str, number: int, settled_until: int) -> None:
+        """The cloud waits for a round: forget that it was settled, if that was not after `settled_until`."""
+        with self._db:
+            self._db.execute(
+                "DELETE FROM answered WHERE job = ? AND round = ? AND id <= ?", (job, number, settled_until)
+            )
+
     def drop_spare(self) -> None:
         """Give the spare file's disk space back."""
         (self.folder / "spare").unlink(missing_ok=True)

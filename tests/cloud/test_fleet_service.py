@@ -17,6 +17,7 @@ from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.spool import Spool
 from cloud.store import open_database
 from edgefl.config import JobConfig
+from edgefl.errors import CloudStopping
 from edgefl.models.manifest import new_fleet_key, sign
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
@@ -311,3 +312,14 @@ def test_a_cloud_that_cannot_store_says_so_and_takes_the_update_later(plane):
     assert "the cloud cannot store it" in error.value.details()
     folder.unlink()
     assert plane.upload(stub, data).status == Status.STORED
+
+
+def test_a_stopping_cloud_does_not_say_that_a_round_is_over(plane):
+    stub, key = plane.stub("a"), pb.UpdateKey(job=plane.job, round=1)
+    plane.rounds.interrupt(CloudStopping("end"))
+    plane.round.close()
+    plane.rounds.remove(plane.round)
+    for attempt in (lambda: plane.upload(stub, update_bytes()), lambda: stub.Resume(key, timeout=10)):
+        with pytest.raises(grpc.RpcError) as error:
+            attempt()
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE

@@ -16,7 +16,7 @@ from cloud.open_rounds import OpenRounds
 from cloud.spool import Spool
 from cloud.store import open_database
 from edgefl.config import JobConfig, RoundsConfig
-from edgefl.errors import JobCancelled
+from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.models.manifest import new_fleet_key, sign
 from edgefl.protocols import topics
 from edgefl.protocols.messages import DeviceState, RoundClosed, UpdateRefused, WirePlan, decode_job, encode
@@ -202,3 +202,50 @@ def test_too_few_devices_are_waited_for_only_so_long(centre):
     start_s = time.monotonic()
     assert fleet.clients() == ["a", "b"]
     assert time.monotonic() - start_s < 10
+
+
+def test_a_job_that_waits_for_devices_is_cancelled_at_once(centre):
+    fleet = centre.fleet(quorum=3, wait_s=60)
+
+    def cancel():
+        centre.rounds.interrupt(JobCancelled("stop"), centre.job)
+        centre.link.wake()
+
+    threading.Timer(0.1, cancel).start()
+    start_s = time.monotonic()
+    with pytest.raises(JobCancelled, match="stop"):
+        fleet.clients()
+    assert time.monotonic() - start_s < 10
+
+
+def test_a_stopping_cloud_tells_no_device_that_its_round_is_closed(centre):
+    fleet = centre.fleet(quorum=2)
+    threading.Timer(0.2, lambda: centre.rounds.interrupt(CloudStopping("end"))).start()
+    with pytest.raises(CloudStopping):
+        list(fleet.collect(centre.plan()))
+    assert isinstance(centre.devices["a"].next(), WirePlan)
+    time.sleep(0.1)
+    assert centre.devices["a"].heard.empty()
+
+
+def test_a_device_that_went_before_the_round_began_is_not_waited_for(centre):
+    fleet = centre.fleet(quorum=1, offline_grace_s=0.1)
+    centre.devices["b"].say(online=False)
+    assert centre.link.wait_until(lambda: "b" in centre.link.offline(), 5)
+    collected = in_thread(lambda: fleet.collect(centre.plan()))
+    centre.devices["a"].next()
+    start_s = time.monotonic()
+    centre.answer("a")
+    assert [answer.device for answer in collected()] == ["a"]
+    assert time.monotonic() - start_s < 5
+
+
+def test_a_device_not_heard_of_since_the_clouds_start_is_waited_for_a_little_longer(centre, monkeypatch):
+    monkeypatch.setattr("cloud.grpc_fleet.RETURN_S", 0.3)
+    fleet = centre.fleet(quorum=1, offline_grace_s=0.1)
+    start_s = time.monotonic()
+    collected = in_thread(lambda: fleet.collect(centre.plan(clients=("a", "gone"))))
+    centre.devices["a"].next()
+    centre.answer("a")
+    assert [answer.device for answer in collected()] == ["a"]
+    assert 0.35 < time.monotonic() - start_s < 10

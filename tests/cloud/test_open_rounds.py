@@ -5,7 +5,7 @@ import pytest
 from cloud.jobs import Answer
 from cloud.open_rounds import PRESENCE_CHANGED, OpenRound, OpenRounds
 from edgefl.config import TrainConfig
-from edgefl.errors import JobCancelled
+from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.protocols.messages import BlobRef, Signed, WirePlan
 from edgefl.records import Traffic
 
@@ -119,3 +119,22 @@ def test_nobody_is_answered_until_the_rounds_of_before_are_open_again():
     later.start()
     assert rounds.wait_resumed(10)
     later.join()
+
+
+def test_a_job_that_is_interrupted_between_rounds_opens_no_other():
+    rounds = OpenRounds()
+    rounds.interrupt(JobCancelled("stop"), "job")
+    assert rounds.is_stopped("job")
+    assert not rounds.is_stopped("another")
+    assert not rounds.stopping
+    rounds.add(opened("another"))
+    for attempt in (lambda: rounds.add(opened()), lambda: rounds.refuse_stopped("job")):
+        with pytest.raises(JobCancelled, match="stop"):
+            attempt()
+    assert rounds.get("job", 1) is None
+    rounds.forget("job")
+    rounds.refuse_stopped("job")
+    rounds.interrupt(CloudStopping("end"))
+    assert rounds.stopping
+    with pytest.raises(CloudStopping):
+        rounds.refuse_stopped("another")

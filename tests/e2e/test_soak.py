@@ -19,7 +19,7 @@ def test_random_kills_change_nothing_in_the_result(fleet, tmp_path, seed):
     for name, options in data.items():
         fleet.add_agent(name, **options)
     run = fleet.start_run("numbers", *SETTINGS, rounds=ROUNDS)
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311 - no secret
     fleet.agents["a"].wait_for("plan.taken")
     num_kills = 0
     while num_kills < KILLS and run.popen.poll() is None:
@@ -40,4 +40,3 @@ def test_random_kills_change_nothing_in_the_result(fleet, tmp_path, seed):
     assert model["n"] == ROUNDS
     assert [entry["admitted"] for entry in result["rounds"]] == [3] * ROUNDS
     assert not list((fleet.home / "spool").glob("job-*"))
-    print(f"{num_kills} kills")

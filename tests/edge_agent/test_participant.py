@@ -114,7 +114,7 @@ def test_a_plan_that_comes_twice_is_done_once(fleet, on_device):
         device.participant.hear(plan)
         await device.until(lambda: ("j1", 1) in fleet.updates)
         device.participant.hear(plan)
-        device.participant.reconcile([plan], None)
+        device.participant.reconcile([plan], None, 0)
         device.participant.hear(fleet.plan(2, code=TASK))
         await device.until(lambda: ("j1", 2) in fleet.updates)
         assert device.fits() == "1 2"
@@ -166,9 +166,9 @@ def test_a_closed_round_that_was_not_heard_of_is_noticed_by_next(fleet, on_devic
         plan = fleet.plan(1, code=TASK)
         device.participant.hear(plan)
         await device.until(lambda: device.fits() == "1")
-        device.participant.reconcile([], None)  # asked before it began: says nothing about it
+        device.participant.reconcile([], None, 0)  # asked before it began: says nothing about it
         assert device.participant.current is plan
-        device.participant.reconcile([], plan)
+        device.participant.reconcile([], plan, 0)
         await device.until(lambda: device.participant.current is None)
 
     on_device(run, what="hang")
@@ -262,8 +262,23 @@ def test_a_failure_waits_for_the_cloud(fleet, on_device):
         fleet.stop()
         await device.until(device.store.failures)
         fleet.start()
-        device.participant.reconcile([plan], None)
+        device.participant.reconcile([plan], None, 0)
         await device.until(lambda: ("j1", 1) in fleet.failures)
         assert device.fits() == "1"
 
     on_device(run, what="late")
+
+
+def test_a_closed_round_that_a_restarted_cloud_waits_for_is_done_again(fleet, on_device):
+    async def run(device):
+        plan = fleet.plan(1, code=TASK)
+        device.participant.hear(RoundClosed(job="j1", round=1, job_ended=False))  # the end was not durable
+        asked_before = device.store.last_settled() - 1
+        device.participant.hear(plan)
+        device.participant.reconcile([plan], None, asked_before)  # settled since `Next` was asked: says nothing
+        await asyncio.sleep(0.05)
+        assert device.fits() == ""
+        device.participant.reconcile([plan], None, device.store.last_settled())
+        await device.until(lambda: ("j1", 1) in fleet.updates)
+
+    on_device(run)
