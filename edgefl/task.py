@@ -132,8 +132,8 @@ def import_task(task: str, folder: Path | None = None) -> Task:
 class UserCode:
     """A border: what the user's code raises inside leaves as TaskError, with the place it came from."""
 
-    def __init__(self, task: str, doing: str) -> None:
-        self._task, self._doing = task, doing
+    def __init__(self, task: str, doing: str, kind: str = "task") -> None:
+        self._task, self._doing, self._kind = task, doing, kind
 
     def __enter__(self) -> None:
         return None
@@ -142,7 +142,24 @@ class UserCode:
         if isinstance(raised, TaskError) or not isinstance(raised, (Exception, SystemExit)):
             return
         said = f"{type(raised).__name__}: {raised}".rstrip(": ")[:MAX_QUOTED]
-        raise TaskError(f"task {self._task!r}: {self._doing} raised {said}{_place(raised)}") from raised
+        raise TaskError(f"{self._kind} {self._task!r}: {self._doing} raised {said}{_place(raised)}") from raised
+
+
+def import_from(folder: Path, module_name: str) -> ModuleType:
+    """Import a module of a folder, which becomes the current one as in `import_task`; lets errors through."""
+    with _IMPORTING:
+        _enter(folder.resolve(), module_name)
+        return import_module(module_name)
+
+
+def forget_modules(folder: Path) -> None:
+    """Forget what was imported from a folder, so that its next import starts afresh."""
+    folder = folder.resolve()
+    with _IMPORTING:
+        for name in _modules_in(folder) - _NEVER_REPLACED:
+            for module_name, module in list(sys.modules.items()):
+                if module_name.partition(".")[0] == name and _comes_from(module, folder):
+                    del sys.modules[module_name]
 
 
 def _task_of(folder: Path) -> str:

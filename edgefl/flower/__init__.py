@@ -1,0 +1,39 @@
+"""Flower, both ways. The only imports of flwr in the library, all of them made when first used.
+
+Their apps on our engine, unmodified: `is_flower_app(folder)`, `load_flower_app(folder)` and
+`run_flower_app(app, num_supernodes, run_config)`, which returns a FlowerRunResult.
+Our tasks on their engines: `make_apps(task, config)` returns (ServerApp, ClientApp).
+Invariant: what we start phones nobody.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgefl.flower.app import FlowerApp, is_flower_app, load_flower_app
+    from edgefl.flower.run import FlowerRunResult, run_flower_app
+    from edgefl.flower.tasks import make_apps
+
+__all__ = ["FlowerApp", "FlowerRunResult", "is_flower_app", "load_flower_app", "make_apps", "run_flower_app"]
+
+# Flower reads these when it is imported, so they stand here, before any module of ours that imports it.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+_HOMES = {
+    "FlowerApp": "edgefl.flower.app",
+    "FlowerRunResult": "edgefl.flower.run",
+    "is_flower_app": "edgefl.flower.app",
+    "load_flower_app": "edgefl.flower.app",
+    "make_apps": "edgefl.flower.tasks",
+    "run_flower_app": "edgefl.flower.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgefl.flower' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,174 @@
+"""A Flower app's folder: its pyproject.toml, its run config, its two app objects.
+
+Invariant: the app's files are imported as they are, from their own folder, afresh at each load; what
+they raise leaves as TaskError that names the file and line.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from edgefl.errors import ConfigError, MissingExtra
+from edgefl.task import UserCode, forget_modules, import_from
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
+KIND = "Flower app"  # in errors of the user's code
+DEFAULT_SUPERNODES = 10  # Flower's own default
+
+RunConfigValue = bool | int | float | str
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowerApp:
+    """A loaded app. Load it again for a second run that knows nothing of the first."""
+
+    name: str
+    folder: Path
+    server_app: ServerApp
+    client_app: ClientApp
+    config: Mapping[str, RunConfigValue]  # its defaults, flat: {"a.b": 1}
+    num_supernodes: int = DEFAULT_SUPERNODES  # of its default federation
+
+
+def is_flower_app(folder: str | Path) -> bool:
+    """Say whether a folder's pyproject.toml has [tool.flwr.app]; imports nothing."""
+    try:
+        return isinstance(_flwr_table(Path(folder)).get("app"), dict)
+    except ConfigError:
+        return False
+
+
+def load_flower_app(folder: str | Path) -> FlowerApp:
+    """Import an app's ServerApp and ClientApp from its folder.
+
+    Raises ConfigError for a pyproject.toml that names no app, TaskError where the user's module raises.
+    """
+    require_flower("a Flower app")
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
+    folder = Path(folder).expanduser().resolve()
+    table = _flwr_table(folder)
+    app = table.get("app")
+    if not isinstance(app, dict):
+        raise ConfigError(f"{folder / 'pyproject.toml'} has no [tool.flwr.app]: this is no Flower app")
+    config = flatten(app.get("config", {}), where=f"{folder / 'pyproject.toml'}: [tool.flwr.app.config]")
+    references = {name: _reference(folder, app, name) for name in ("serverapp", "clientapp")}
+    forget_modules(folder)
+    return FlowerApp(
+        name=folder.name,
+        folder=folder,
+        server_app=_load(folder, references["serverapp"], ServerApp),
+        client_app=_load(folder, references["clientapp"], ClientApp),
+        config=config,
+        num_supernodes=_num_supernodes(table),
+    )
+
+
+def require_flower(feature: str) -> None:
+    """Raise MissingExtra where flwr is not installed."""
+    try:
+        import flwr  # noqa: F401 - to see that it is there
+    except ImportError as cause:
+        raise MissingExtra(feature, "sim") from cause
+
+
+def fuse_run_config(app: FlowerApp, overrides: Mapping[str, RunConfigValue]) -> dict[str, RunConfigValue]:
+    """Return the app's config with overrides in it; raises ConfigError for a key that the app has not."""
+    if unknown := sorted(overrides.keys() - app.config.keys()):
+        known = ", ".join(sorted(app.config)) or "none"
+        raise ConfigError(f"{KIND} {app.name!r} has no run-config key {unknown[0]!r}; known: {known}")
+    return {**app.config, **flatten(overrides, where="run config")}
+
+
+def parse_run_config(settings: Iterable[str]) -> dict[str, RunConfigValue]:
+    """Read `key=value` settings: values as in TOML, a bare word is a string."""
+    config: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {setting!r} is not of the form key=value")
+        try:
+            config[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            config[key.strip()] = text
+    return flatten(config, where="--set")
+
+
+def flatten(table: Any, *, where: str, prefix: str = "") -> dict[str, RunConfigValue]:
+    """Return nested tables as one, keys joined by dots: what Flower's Context holds."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} must be a table, not {table!r}")
+    flat: dict[str, RunConfigValue] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, where=where, prefix=f"{prefix}{key}.")
+        elif isinstance(value, (bool, int, float, str)):
+            flat[f"{prefix}{key}"] = value
+        else:
+            raise ConfigError(f"{where}: {prefix}{key}={value!r} must be a number, a string or a boolean")
+    return flat
+
+
+def _flwr_table(folder: Path) -> dict[str, Any]:
+    file = folder / "pyproject.toml"
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {}).get("flwr", {})
+    except OSError as cause:
+        raise ConfigError(f"cannot read {file}: {cause.strerror}") from cause
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, AttributeError) as cause:
+        raise ConfigError(f"{file} is not a project's TOML: {cause}") from cause
+    return table if isinstance(table, dict) else {}
+
+
+def _reference(folder: Path, app: Mapping[str, Any], component: str) -> tuple[str, str]:
+    """Return module and attribute of a component."""
+    components = app.get("components")
+    text = components.get(component) if isinstance(components, Mapping) else None
+    module, colon, attribute = text.partition(":") if isinstance(text, str) else ("", "", "")
+    if not (module and colon and attribute):
+        seen = "is missing" if text is None else f"is {text!r}"
+        raise ConfigError(
+            f"{folder / 'pyproject.toml'}: [tool.flwr.app.components] {component} {seen}; "
+            f'wanted is {component} = "module:attribute"'
+        )
+    top = module.partition(".")[0]
+    if not (folder / f"{top}.py").is_file() and not (folder / top).is_dir():
+        raise ConfigError(f"{folder} has no module {top!r}, which its pyproject.toml names as {component}")
+    return module, attribute
+
+
+def _load(folder: Path, reference: tuple[str, str], kind: type[_T]) -> _T:
+    module_name, attribute = reference
+    with UserCode(folder.name, f"importing {module_name!r}", KIND):
+        found: Any = import_from(folder, module_name)
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise ConfigError(f"{KIND} {folder.name!r}: {module_name!r} has no attribute {attribute!r}")
+        found = getattr(found, name)
+    if not isinstance(found, kind):
+        raise ConfigError(
+            f"{KIND} {folder.name!r}: {module_name}:{attribute} is of type {type(found).__name__}, "
+            f"not a {kind.__name__}"
+        )
+    return found
+
+
+def _num_supernodes(table: Mapping[str, Any]) -> int:
+    """Read `num-supernodes` of the default federation, where older projects write it."""
+    federations = table.get("federations")
+    if not isinstance(federations, Mapping):
+        return DEFAULT_SUPERNODES
+    federation = federations.get(federations.get("default"))
+    options = federation.get("options") if isinstance(federation, Mapping) else None
+    number = options.get("num-supernodes") if isinstance(options, Mapping) else None
+    return number if type(number) is int and number > 0 else DEFAULT_SUPERNODES

@@ -1,0 +1,97 @@
+"""What we need of Flower that Flower does not export, in this one file.
+
+- A `Message` can only be made in a process that has a task identity (`flwr.supercore.task_identity`).
+- A message's id is given by the grid that carries it, through the metadata's own dictionary.
+- What `Strategy.start` or the legacy server returns stays inside the user's main; we listen there.
+Invariant: at the end of a run Flower is as it was before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.app import Error, Message
+from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
+from flwr.server.history import History
+from flwr.serverapp import server_app
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = ["NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "ErrorCode", "History", "Result", "Run"]
+
+Returned = Result | History
+
+
+@contextmanager
+def task_identity(run_id: int) -> Iterator[None]:
+    """Let this process make messages, as the ServerApp of a run."""
+    before = vars(TaskIdentity)["_task_id"], vars(TaskIdentity)["_run_id"], vars(TaskIdentity)["_node_id"]
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
+    try:
+        yield
+    finally:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = before
+
+
+@contextmanager
+def listening() -> Iterator[list[Returned]]:
+    """Collect what strategies return while the context lasts."""
+    heard: list[Returned] = []
+
+    def keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def kept(*arguments: Any, **options: Any) -> Any:
+            returned = function(*arguments, **options)
+            if isinstance(returned, (Result, History)):
+                heard.append(returned)
+            return returned
+
+        return kept
+
+    with _wrapped(Strategy, "start", keeping), _wrapped(server_app, "start_grid", keeping):
+        yield heard
+
+
+@contextmanager
+def logging_from(level: int) -> Iterator[None]:
+    """Let Flower log from a level on: a run of ours tells its rounds itself."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def give_id(message: Message, message_id: str) -> None:
+    """Give a message its id, as every grid of Flower's does."""
+    vars(message.metadata)["_message_id"] = message_id
+
+
+def with_own_metadata(message: Message) -> Message:
+    """Return a message with the same content, whose metadata is its own."""
+    twin = copy.copy(message)
+    vars(twin)["_metadata"] = copy.copy(message.metadata)
+    return twin
+
+
+def error_reply(request: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Message:
+    """Report a client's failure the way Flower does: a reply that carries an Error."""
+    return Message(Error(code=code, reason=reason), reply_to=request)
+
+
+@contextmanager
+def _wrapped(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -1,0 +1,136 @@
+"""The nodes of a simulated federation, and what a node does with a message.
+
+A node costs nothing until a message reaches it; its `context.state` then stays with it over the rounds.
+Invariants: a client that fails changes nothing, its state included, and is answered for by an Error;
+no client sees another's records, nor the run config changed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from edgefl.errors import ConfigError, TaskError
+from edgefl.flower.app import KIND, RunConfigValue
+from edgefl.flower.inside import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode, error_reply
+from edgefl.flower.records import copy_message, copy_records
+from edgefl.task import UserCode
+
+FIRST_NODE_ID = 1000  # 0 and 1 mean something to Flower
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message on its way to a node, and the context it will meet there. Not to be changed: copy first."""
+
+    message: Message
+    context: Context
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A node's reply, and its state after it; no state where it failed."""
+
+    reply: Message
+    node_id: int
+    state: RecordDict | None
+
+
+class Runner(Protocol):
+    """Runs ClientApps, here or elsewhere."""
+
+    def run(self, deliveries: Iterable[Delivery], deadline_s: float | None) -> Iterator[Answer]:
+        """Yield answers as they come, those that come before the deadline (on the runner's clock)."""
+
+
+class Nodes:
+    """Who takes part, and what each remembers."""
+
+    def __init__(self, run_id: int, count: int, run_config: Mapping[str, RunConfigValue]) -> None:
+        if count < 1:
+            raise ConfigError(f"a federation needs 1 node or more, not {count}")
+        self._run_id, self._count, self._run_config = run_id, count, run_config
+        self._states: dict[int, RecordDict] = {}
+
+    def ids(self) -> Sequence[int]:
+        return range(FIRST_NODE_ID, FIRST_NODE_ID + self._count)
+
+    def context(self, node_id: int) -> Context:
+        """Return a node's context; raises ConfigError where there is no such node."""
+        if node_id not in self.ids():
+            raise ConfigError(f"there is no node {node_id}; nodes are {self.ids()[0]} to {self.ids()[-1]}")
+        return Context(
+            run_id=self._run_id,
+            node_id=node_id,
+            node_config={PARTITION_ID_KEY: node_id - FIRST_NODE_ID, NUM_PARTITIONS_KEY: self._count},
+            state=self._states.get(node_id, RecordDict()),
+            run_config=dict(self._run_config),
+        )
+
+    def keep(self, answer: Answer) -> None:
+        """Remember a node's state after its answer."""
+        if answer.state:
+            self._states[answer.node_id] = answer.state
+        elif answer.state is not None:
+            self._states.pop(answer.node_id, None)
+
+
+def node_name(node_id: int) -> str:
+    """Return the name of a node in results: its partition, which does not change from run to run."""
+    return f"partition-{node_id - FIRST_NODE_ID}"
+
+
+class InProcess:
+    """Runs one client at a time, in this process. Safe to call from several threads."""
+
+    def __init__(self, app: str, client_app: ClientApp, clock: Callable[[], float]) -> None:
+        self._app, self._client_app, self._clock = app, client_app, clock
+        self._turn = threading.Lock()  # clients share this process's random state, so they take turns
+
+    def run(self, deliveries: Iterable[Delivery], deadline_s: float | None) -> Iterator[Answer]:
+        """Yield answers in the order of the deliveries; who has not started by the deadline does not start."""
+        for delivery in deliveries:
+            if self._late(deadline_s):
+                return
+            with self._turn:
+                answer = execute(self._app, self._client_app, delivery)
+            if self._late(deadline_s):
+                return
+            yield answer
+
+    def _late(self, deadline_s: float | None) -> bool:
+        return deadline_s is not None and self._clock() >= deadline_s
+
+
+def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
+    """Let a ClientApp answer a message; a failure becomes an error reply, as in Flower."""
+    message = copy_message(delivery.message)
+    context = Context(
+        run_id=delivery.context.run_id,
+        node_id=delivery.context.node_id,
+        node_config=dict(delivery.context.node_config),
+        state=copy_records(delivery.context.state),
+        run_config=dict(delivery.context.run_config),
+    )
+    try:
+        with UserCode(app, f"the ClientApp's {message.metadata.message_type!r}", KIND):
+            reply = client_app(message, context)
+    except TaskError as error:
+        return _failed(delivery, str(error))
+    if not isinstance(reply, Message):
+        return _failed(delivery, f"the ClientApp returned a {type(reply).__name__}, not a Message")
+    if reply.metadata.reply_to_message_id != delivery.message.metadata.message_id:
+        return _failed(delivery, "the ClientApp returned a Message that is no reply to the one it got")
+    if context.run_config != delivery.context.run_config:
+        fault = "The `run_config` field of the `Context` object cannot be modified"
+        return _failed(delivery, fault, ErrorCode.UNKNOWN)
+    return Answer(copy_message(reply), context.node_id, copy_records(context.state))
+
+
+def _failed(delivery: Delivery, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Answer:
+    return Answer(error_reply(delivery.message, reason, code), delivery.context.node_id, None)

@@ -1,0 +1,54 @@
+"""Flower's records: copies that share no mutable part, their size, and trees in and out of them.
+
+Flower's engines serialise each message, so what one client does to its copy no other client sees.
+Here nothing is serialised: a copy has dictionaries and lists of its own and shares the bytes of the
+arrays, which cannot change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from edgefl.flower.inside import with_own_metadata
+from edgefl.trees import Array as NumpyArray
+from edgefl.trees import Tree
+
+
+def copy_records(records: RecordDict) -> RecordDict:
+    """Return a copy that shares only immutable bytes."""
+    return RecordDict({name: _copy_record(record) for name, record in records.items()})
+
+
+def copy_message(message: Message) -> Message:
+    """Return the message as its receiver gets it: with metadata and records of its own."""
+    twin = with_own_metadata(message)
+    if message.has_content():
+        twin.content = copy_records(message.content)
+    return twin
+
+
+def message_bytes(message: Message) -> int:
+    """Bytes of a message's records; an error has none."""
+    if not message.has_content():
+        return 0
+    return sum(record.count_bytes() for record in message.content.values())
+
+
+def record_of(tree: Tree) -> ArrayRecord:
+    """Return a tree as an ArrayRecord."""
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in tree.items()})
+
+
+def tree_of(record: ArrayRecord) -> dict[str, NumpyArray]:
+    """Return an ArrayRecord's arrays."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def _copy_record(record: ArrayRecord | MetricRecord | ConfigRecord) -> ArrayRecord | MetricRecord | ConfigRecord:
+    if isinstance(record, ArrayRecord):
+        return ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in record.items()})
+    values: dict[str, Any] = {name: list(v) if isinstance(v, list) else v for name, v in record.items()}
+    return MetricRecord(values) if isinstance(record, MetricRecord) else ConfigRecord(values)

@@ -1,0 +1,128 @@
+"""Run a Flower app on this machine: its ServerApp in this thread, its ClientApps by a runner of ours.
+
+No Ray, no SuperLink, no process a message.
+Invariant: a run in which all training failed raises; Flower would call it finished.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from edgefl.errors import ConfigError, QuorumNotMet
+from edgefl.flower.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
+from edgefl.operator.run import peak_rss_mb
+from edgefl.task import UserCode
+
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord
+
+    from edgefl.flower.watch import Watch
+
+Json = dict[str, Any]
+
+MAX_REASONS = 5  # quoted in an error
+_RUN_IDS = itertools.count(1)
+_RUNNING = threading.Lock()  # Flower's task identity belongs to the whole process
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowerRunResult:
+    """What a run of a Flower app came to."""
+
+    app: str
+    rounds: tuple[Json, ...]
+    final: dict[str, float]  # metrics of the last round
+    seconds: float  # of the ServerApp
+    num_clients: int  # that did their part, summed over the rounds
+    peak_rss_mb: float
+    arrays: ArrayRecord | None  # of the last strategy that returned a Result
+    state: Mapping[str, Any] = field(default_factory=dict)  # the ServerApp's context.state
+
+    def as_json(self) -> Json:
+        """The result with the keys that every engine's result has."""
+        return {
+            "engine": "flower",
+            "app": self.app,
+            "rounds": list(self.rounds),
+            "final": self.final,
+            "seconds": self.seconds,
+            "clients_per_second": self.num_clients / self.seconds if self.seconds > 0 else 0.0,
+            "peak_rss_mb": self.peak_rss_mb,
+            "model": None,
+        }
+
+
+def run_flower_app(
+    app: FlowerApp, num_supernodes: int | None = None, run_config: Mapping[str, RunConfigValue] | None = None, *,
+    on_round: Callable[[Json], None] | None = None, log_level: int = logging.WARNING,
+    clock: Callable[[], float] = time.monotonic,
+) -> FlowerRunResult:  # fmt: skip
+    """Run an app's ServerApp to its end, with so many nodes (the app's own number where none is given).
+
+    `run_config` overrides the app's; `on_round` hears of each round as its messages showed it.
+    Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where all training failed.
+    """
+    require_flower("a Flower app")
+    from flwr.app import Context, RecordDict
+
+    from edgefl.flower.grid import LocalGrid
+    from edgefl.flower.inside import listening, logging_from, task_identity
+    from edgefl.flower.nodes import InProcess, Nodes
+    from edgefl.flower.watch import Watch
+
+    config = fuse_run_config(app, run_config or {})
+    run_id, watch = next(_RUN_IDS), Watch(clock, on_round)
+    nodes = Nodes(run_id, app.num_supernodes if num_supernodes is None else num_supernodes, config)
+    grid = LocalGrid(run_id, nodes, InProcess(app.name, app.client_app, clock), watch)
+    context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
+    if not _RUNNING.acquire(blocking=False):
+        raise ConfigError("a Flower app is already running in this process; start another process for the next")
+    start_s = clock()
+    with ExitStack() as stack:
+        stack.callback(_RUNNING.release)
+        stack.callback(grid.close)
+        stack.enter_context(task_identity(run_id))
+        stack.enter_context(logging_from(log_level))
+        heard = stack.enter_context(listening())
+        with UserCode(app.name, "its ServerApp", KIND):
+            app.server_app(grid, context)
+            grid.finish()
+    watch.finish()
+    _refuse_silence(app, watch)
+    return _result(app, watch, heard, seconds=clock() - start_s, state=context.state)
+
+
+def _refuse_silence(app: FlowerApp, watch: Watch) -> None:
+    reasons = list(watch.failures())
+    if reasons and not any(seen.num_admitted for seen in watch.rounds):
+        more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
+        raise QuorumNotMet(
+            f"{KIND} {app.name!r}: every client failed, in every round. {'; '.join(reasons[:MAX_REASONS])}{more}"
+        )
+
+
+def _result(
+    app: FlowerApp, watch: Watch, heard: list[Any], *, seconds: float, state: Mapping[str, Any]
+) -> FlowerRunResult:
+    from edgefl.flower.outcome import arrays_of, metrics_of
+
+    told = metrics_of(heard)
+    rounds = tuple(seen.as_json(told.get(seen.number)) for seen in watch.rounds)
+    last = dict(told[max(told)]) if told else {}
+    return FlowerRunResult(
+        app=app.name,
+        rounds=rounds,
+        final={**(rounds[-1]["metrics"] if rounds else {}), **last},
+        seconds=seconds,
+        num_clients=sum(seen.num_admitted for seen in watch.rounds),
+        peak_rss_mb=peak_rss_mb(),
+        arrays=arrays_of(heard),
+        state=state,
+    )

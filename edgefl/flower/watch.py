@@ -1,0 +1,166 @@
+"""What a run's messages tell of its rounds, whatever strategy the ServerApp has.
+
+The round of a message is its config's `server-round`, else its group id (the legacy server's), else
+counted: each train batch opens the next. Queries belong to no round of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message, MetricRecord
+
+from edgefl.flower.nodes import node_name
+from edgefl.flower.records import message_bytes
+
+Json = dict[str, Any]
+WEIGHT = "num-examples"  # Flower's default weighted_by_key
+_LEGACY = ("fitres.", "evaluateres.")  # records of the legacy server, whose History says more
+
+
+@dataclass(slots=True)
+class SeenRound:
+    """One round as its messages show it."""
+
+    number: int
+    start_s: float
+    end_s: float = 0.0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    asked: dict[str, set[str]] = field(default_factory=dict)  # category -> nodes
+    done: dict[str, set[str]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # node -> reason
+    _sums: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)  # (weighted sum, weight)
+
+    @property
+    def num_admitted(self) -> int:
+        """Clients that answered with content: to training where the round trained."""
+        return len(self.done.get("train", set()) if "train" in self.asked else self._all(self.done))
+
+    def count(self, category: str, metrics: Mapping[str, MetricRecord]) -> None:
+        """Fold a reply's metrics into the weighted means of its category."""
+        sums = self._sums.setdefault(category, {})
+        for name, record in metrics.items():
+            if name.startswith(_LEGACY):
+                continue
+            weight = record.get(WEIGHT, 1)
+            for key, value in record.items():
+                if key != WEIGHT and not isinstance(value, list) and not isinstance(weight, list):
+                    total, weights = sums.get(key, (0.0, 0.0))
+                    sums[key] = (total + weight * value, weights + weight)
+
+    def metrics(self, category: str) -> dict[str, float]:
+        """Return the weighted means of a category's replies."""
+        return {key: total / weight for key, (total, weight) in self._sums.get(category, {}).items() if weight}
+
+    def as_json(self, metrics: Mapping[str, float] | None = None) -> Json:
+        """The round with the keys that every engine's rounds have."""
+        missing = self._all(self.asked) - self._all(self.done) - self.failed.keys()
+        seen = merged(self.metrics("evaluate"), {}, self.metrics("train"))
+        return {
+            "round": self.number,
+            "admitted": self.num_admitted,
+            "rejected": 0,
+            "failed": len(self.failed),
+            "missing": len(missing),
+            "reasons": dict(self.failed),
+            "seconds": self.end_s - self.start_s,
+            "up_bytes": self.up_bytes,
+            "down_bytes": self.down_bytes,
+            "metrics": seen if metrics is None else {**seen, **metrics},
+        }
+
+    @staticmethod
+    def _all(nodes: Mapping[str, set[str]]) -> set[str]:
+        return set().union(*nodes.values())
+
+
+class Watch:
+    """Hears of every message and reply of a run. Safe to call from several threads."""
+
+    def __init__(self, clock: Callable[[], float], on_round: Callable[[Json], None] | None = None) -> None:
+        self.clock = clock
+        self._on_round = on_round
+        self._rounds: dict[int, SeenRound] = {}
+        self._open = 0  # the round that is open; 0 = none
+        self._lock = threading.Lock()
+
+    @property
+    def rounds(self) -> Sequence[SeenRound]:
+        return list(self._rounds.values())
+
+    def failures(self) -> Iterator[str]:
+        """Yield every reason seen, with the node's name."""
+        for one in self._rounds.values():
+            yield from (f"{node}: {reason}" for node, reason in one.failed.items())
+
+    def sent(self, messages: Sequence[Message]) -> None:
+        """Note messages that were pushed together."""
+        if not messages:
+            return
+        with self._lock:
+            self._enter(self._number(messages[0]))
+            for message in messages:
+                if (seen := self._rounds.get(self._open)) is not None:
+                    seen.down_bytes += message_bytes(message)
+                    seen.asked.setdefault(_category(message), set()).add(node_name(message.metadata.dst_node_id))
+
+    def answered(self, request: Message, reply: Message) -> None:
+        """Note a reply."""
+        with self._lock:
+            if (seen := self._rounds.get(self._open)) is None:
+                return
+            node, category = node_name(request.metadata.dst_node_id), _category(request)
+            seen.end_s = self.clock()
+            if reply.has_error():
+                seen.failed[node] = reply.error.reason or f"error {reply.error.code}"
+                return
+            seen.up_bytes += message_bytes(reply)
+            seen.done.setdefault(category, set()).add(node)
+            seen.count(category, reply.content.metric_records)
+
+    def finish(self) -> None:
+        """Note the end of the run."""
+        with self._lock:
+            self._enter(0)
+
+    def _enter(self, number: int) -> None:
+        """Close the open round where another begins."""
+        if number == self._open:
+            return
+        if (ended := self._rounds.get(self._open)) is not None:
+            ended.end_s = self.clock()
+            if self._on_round is not None:
+                self._on_round(ended.as_json())
+        self._open = number
+        if number:
+            self._rounds.setdefault(number, SeenRound(number, self.clock()))
+
+    def _number(self, message: Message) -> int:
+        category = _category(message)
+        if category not in {"train", "evaluate"}:
+            return self._open
+        for config in message.content.config_records.values():
+            number = config.get("server-round")
+            if isinstance(number, int) and number > 0:
+                return number
+        if message.metadata.group_id.isdecimal() and int(message.metadata.group_id) > 0:
+            return int(message.metadata.group_id)
+        return self._open + 1 if category == "train" or not self._open else self._open
+
+
+def merged(server: Mapping[str, float], evaluate: Mapping[str, float], train: Mapping[str, float]) -> dict[str, float]:
+    """Put a round's metrics into one mapping: the server's own first; a name that is taken tells its origin."""
+    metrics = {name: value for name, value in server.items() if math.isfinite(value)}
+    for origin, more in (("clients", evaluate), ("train", train)):
+        for name, value in more.items():
+            metrics[f"{origin}_{name}" if name in metrics else name] = value
+    return metrics
+
+
+def _category(message: Message) -> str:
+    return message.metadata.message_type.partition(".")[0]

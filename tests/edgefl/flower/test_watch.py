@@ -1,0 +1,65 @@
+"""Rounds are read off the messages, by hand."""
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from edgefl.flower.inside import task_identity
+from edgefl.flower.watch import Watch, merged
+from edgefl.testing import ManualClock
+
+
+@pytest.fixture
+def watch():
+    with task_identity(1):
+        yield Watch(ManualClock())
+
+
+def ask(node=1000, kind="train", group_id="", **config):
+    return Message(RecordDict({"config": ConfigRecord(config)}), node, kind, group_id=group_id)
+
+
+def answer(watch, request, **metrics):
+    watch.answered(request, Message(RecordDict({"m": MetricRecord(metrics)}), reply_to=request))
+
+
+def test_the_round_is_the_servers_or_the_groups_or_counted(watch):
+    for batch in (
+        [ask(**{"server-round": 3})],
+        [ask(kind="evaluate", **{"server-round": 3})],
+        [ask(group_id="5")],
+        [ask()],
+        [ask(kind="evaluate")],
+        [ask(kind="query")],
+        [ask()],
+    ):
+        watch.sent(batch)
+    assert [seen.number for seen in watch.rounds] == [3, 5, 6, 7]
+
+
+def test_a_query_before_all_rounds_belongs_to_none(watch):
+    watch.sent([ask(kind="query")])
+    answer(watch, ask(kind="query"))
+    assert watch.rounds == []
+
+
+def test_metrics_are_weighted_means_and_failures_have_reasons(watch):
+    requests = [ask(1000 + part) for part in range(4)]
+    watch.sent(requests)
+    answer(watch, requests[0], **{"num-examples": 1, "loss": 1.0})
+    answer(watch, requests[1], **{"num-examples": 3, "loss": 2.0})
+    watch.answered(requests[2], Message(Error(2, "broken"), reply_to=requests[2]))
+    watch.finish()
+    told = watch.rounds[0].as_json()
+    assert (told["admitted"], told["failed"], told["missing"]) == (2, 1, 1)
+    assert told["reasons"] == {"partition-2": "broken"}
+    assert told["metrics"] == {"loss": 1.75}
+    assert list(watch.failures()) == ["partition-2: broken"]
+
+
+def test_the_servers_metrics_keep_their_names():
+    assert merged({"loss": 1.0, "bad": float("nan")}, {"loss": 2.0}, {"loss": 3.0, "other": 4.0}) == {
+        "loss": 1.0,
+        "clients_loss": 2.0,
+        "train_loss": 3.0,
+        "other": 4.0,
+    }
