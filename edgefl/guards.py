@@ -16,6 +16,7 @@ from edgefl.records import Plan, Update
 from edgefl.trees import TensorSpec, Tree, blocks, spec_of
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
+MAX_METRIC = 1e200  # of either sign: its products with weights cannot overflow either
 
 
 class RoundGuard:
@@ -61,15 +62,15 @@ def wrong_weight(weight: float) -> str | None:
 def wrong_metrics(metrics: Mapping[str, float]) -> str | None:
     """Say which metric is not a finite number, if one is not."""
     for name, value in metrics.items():
-        if not math.isfinite(value):
-            return f"metric {name!r} is {value}, not a finite number"
+        if not math.isfinite(value) or abs(value) > MAX_METRIC:
+            return f"metric {name!r} is {value}, not a finite number of at most {MAX_METRIC:g}"
     return None
 
 
 def wrong_spec(seen: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> str | None:
     """Say how names, shapes or dtypes differ, if they do. Nothing broadcasts, nothing is cast."""
     if missing := sorted(wanted.keys() - seen.keys()):
-        return f"tensors missing: {', '.join(missing)}"
+        return f"tensors missing: {', '.join(missing):.500}"
     if unknown := sorted(seen.keys() - wanted.keys()):
         return f"tensors unknown: {', '.join(unknown):.500}"
     for name, spec in wanted.items():

@@ -12,6 +12,7 @@ from edgefl.aggregation import WeightedMean
 from edgefl.config import TrainConfig
 from edgefl.errors import UpdateRejected
 from edgefl.guards import MAX_WEIGHT, RoundGuard
+from edgefl.protocols.messages import UpdateRefused, encode
 from edgefl.records import Plan, Update
 from edgefl.testing import make_update
 
@@ -55,6 +56,10 @@ BAD: dict[str, tuple[Update, str]] = {
     "weight NaN": (update(weight=math.nan), "weight nan must be"),
     "weight infinite": (update(weight=math.inf), "weight inf must be"),
     "weight that would overflow": (update(weight=1e300), "weight 1e+300 must be"),
+    "metric that would overflow": (
+        update(metrics={"loss": -1e308}),
+        "metric 'loss' is -1e+308, not a finite number of",
+    ),
     "metric NaN": (update(metrics={"loss": math.nan}), "metric 'loss' is nan, not a finite number"),
     "earlier round": (update(round=0), "it is for round 0 of job 'job'; open is round 1 of 'job'"),
     "later round": (update(round=2), "it is for round 2 of job 'job'"),
@@ -124,3 +129,11 @@ def test_a_reason_does_not_repeat_an_enemy_at_length() -> None:
     with pytest.raises(UpdateRejected) as refusal:
         RoundGuard(PLAN).admit(update(**names))
     assert len(refusal.value.reason) < 600
+
+
+def test_a_reason_is_short_enough_to_be_told_whatever_the_model_and_the_update() -> None:
+    large = {f"layer {n} of a deep model": np.zeros(1) for n in range(5000)}
+    plan = Plan(job="j", round=1, parameters=large, clients=("a",), train=TrainConfig(), deadline_s=1.0)
+    with pytest.raises(UpdateRejected) as refusal:
+        RoundGuard(plan).admit(make_update("a", job="j"))
+    assert len(encode(UpdateRefused(job="j", round=1, reason=refusal.value.reason))) < 2000
