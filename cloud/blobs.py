@@ -10,28 +10,11 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from edgefl.errors import ProtocolError
+from edgefl.hashing import HashingFile
 from edgefl.protocols.messages import BlobRef
 from edgefl.trees import Tree, write_tree
-
-
-class HashingFile:
-    """A binary file that hashes and counts what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        self._digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def ref(self) -> BlobRef:
-        return BlobRef(sha256=self._digest.hexdigest(), size=self.size)
 
 
 class BlobStore:
@@ -60,17 +43,17 @@ class BlobStore:
         """Store a tree in safetensors format, tensor by tensor."""
         return self.write(lambda file: write_tree(tree, file))
 
-    def write(self, fill: Callable[[BinaryIO], object]) -> BlobRef:
+    def write(self, fill: Callable[[HashingFile], object]) -> BlobRef:
         """Store what `fill` writes into the file that it is given."""
         descriptor, name = tempfile.mkstemp(prefix=".incoming-", dir=self._folder)
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                hashing = HashingFile(file)
-                fill(cast("BinaryIO", hashing))
+                hashing = HashingFile(file, hashlib.sha256())
+                fill(hashing)
                 file.flush()
                 os.fsync(file.fileno())
-            ref = hashing.ref()
+            ref = BlobRef(sha256=hashing.hexdigest(), size=hashing.size)
             temporary.replace(self.path(ref.sha256))
         except BaseException:
             temporary.unlink(missing_ok=True)

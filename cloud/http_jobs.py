@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import anyio.from_thread
 import anyio.to_thread
@@ -18,6 +17,7 @@ from cloud.http_shared import HEARTBEAT, UPLOAD_PATH, Body, Here, known, stream_
 from cloud.services import Services
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import NotFound, ProtocolError
+from edgefl.hashing import HashingFile
 from edgefl.protocols.messages import BlobRef
 
 operator = APIRouter()
@@ -109,17 +109,14 @@ class _Upload:
         self._max_bytes = here.max_blob_bytes
         self._deadline_s = here.chunk_deadline_s
 
-    def fill(self, file: BinaryIO) -> None:
+    def fill(self, file: HashingFile) -> None:
         """Write everything that comes; raises before the blob exists."""
-        digest, size = hashlib.sha256(), 0
         while (chunk := anyio.from_thread.run(self._next)) is not None:
-            size += len(chunk)
-            self.refuse_size(size)
-            digest.update(chunk)
+            self.refuse_size(file.size + len(chunk))
             file.write(chunk)
-        if self._sha256 not in {None, digest.hexdigest()}:
+        if self._sha256 not in {None, file.hexdigest()}:
             raise ProtocolError(
-                f"the bytes that came have SHA-256 {digest.hexdigest()[:16]}..., announced was "
+                f"the bytes that came have SHA-256 {file.hexdigest()[:16]}..., announced was "
                 f"{str(self._sha256)[:16]}...; nothing was stored, send them again"
             )
 

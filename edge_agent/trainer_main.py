@@ -22,7 +22,6 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
 
 from blake3 import blake3
 
@@ -30,6 +29,7 @@ from edge_agent import trainer_wire as wire
 from edgefl.bundle import load_bundle, unpack_bundle
 from edgefl.errors import EdgeflError, TaskError
 from edgefl.guards import not_finite, wrong_metrics, wrong_spec, wrong_weight
+from edgefl.hashing import HashingFile
 from edgefl.records import Update
 from edgefl.task import FitResult
 from edgefl.training import train_locally
@@ -37,34 +37,11 @@ from edgefl.trees import SpooledTree, Tree, spec_of, write_tree
 
 NICENESS = 10
 LISTEN_FD = 3  # sd_listen_fds(3): the first descriptor that systemd passes
-_BLOCK_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class _Cancelled(BaseException):
     """The agent no longer wants this fit. Not an Exception: a task's own handlers let it pass."""
-
-
-class HashingFile:
-    """Overwrites a file from its start, hashing what it writes while that is in the cache."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = blake3()
-        self.size = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _BLOCK_BYTES):
-            block = view[start : start + _BLOCK_BYTES]
-            self._hash.update(block)
-            while block:
-                block = block[self._file.write(block) :]
-        self.size += len(view)
-        return len(view)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
 
 
 class Trainer:
@@ -145,8 +122,8 @@ def check(task: str, result: FitResult, parameters: Tree, fit: wire.Fit) -> None
 def write(result: FitResult, path: Path) -> wire.Done:
     """Write the update over whatever is at `path`, and sync it."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
-        hashing = HashingFile(file)
-        write_tree(result.tree, hashing)  # type: ignore[arg-type]  # of a file, write_tree needs `write` alone
+        hashing = HashingFile(file, blake3())
+        write_tree(result.tree, hashing)
         file.truncate(hashing.size)
         os.fdatasync(file.fileno())
     return wire.Done(size=hashing.size, blake3=hashing.hexdigest(), weight=result.weight, metrics=result.metrics)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgefl.errors import ProtocolError
+from edgefl.hashing import HashingFile
 
 Array = npt.NDArray[Any]
 Tree = Mapping[str, Array]
@@ -93,7 +94,7 @@ def apply(old: Array, delta: Array) -> Array:
     return np.asarray(old ^ delta if old.dtype == np.bool_ else np.add(old, delta))
 
 
-def write_tree(tree: Tree, file: BinaryIO) -> None:
+def write_tree(tree: Tree, file: BinaryIO | HashingFile) -> None:
     """Write the tree in safetensors format; raises ProtocolError for a dtype the format lacks."""
     file.write(_header(spec_of(tree)))
     for array in tree.values():

@@ -57,7 +57,7 @@ def test_a_blob_goes_up_and_comes_down(http):
 def test_a_blob_with_the_wrong_digest_is_not_stored(http, http_plane):
     answer = http.put("/v1/blobs", params={"sha256": "0" * 64}, content=b"data")
     assert (answer.status_code, "announced was 0000" in answer.json()["error"]) == (400, True)
-    assert list(http_plane.blobs._folder.iterdir()) == []
+    assert list((http_plane.folder / "blobs").iterdir()) == []
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -68,7 +68,7 @@ def test_a_blob_that_is_too_large_is_not_stored(http, http_plane, announced):
         413,
         "a blob may have 5242880 bytes at most; nothing was stored",
     )
-    assert list(http_plane.blobs._folder.iterdir()) == []
+    assert list((http_plane.folder / "blobs").iterdir()) == []
 
 
 @pytest.mark.parametrize("stalls", [True, False])
@@ -85,7 +85,7 @@ def test_an_upload_that_stops_half_way_leaves_nothing(http, http_plane, stalls):
             assert b"408" in stream.recv(200)
         stream.close()
     http_plane.server.stop()
-    assert list(http_plane.blobs._folder.iterdir()) == []
+    assert list((http_plane.folder / "blobs").iterdir()) == []
     http_plane.server.start()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import resource
 import subprocess
@@ -17,7 +16,7 @@ from edge_agent import trainer_wire as wire
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.task import FitResult
-from edgefl.trees import read_tree, write_tree
+from edgefl.trees import read_tree
 
 PARAMETERS = {"w": np.zeros((2, 3), np.float32)}
 
@@ -43,16 +42,6 @@ def test_an_update_is_written_over_old_bytes_and_hashed(tmp_path):
     assert (done.size, done.blake3) == (len(data), blake3(data).hexdigest())
     assert (done.weight, done.metrics) == (2.0, {"a": 0.5})
     assert all(np.array_equal(read_tree(data)[name], tree[name]) for name in tree)
-
-
-def test_the_hashing_file_equals_a_plain_one():
-    tree = {"w": np.arange(300_000, dtype=np.float64)}
-    plain, hashed = io.BytesIO(), io.BytesIO()
-    write_tree(tree, plain)
-    hashing = child.HashingFile(hashed)
-    write_tree(tree, hashing)
-    assert hashed.getvalue() == plain.getvalue()
-    assert hashing.size == len(plain.getvalue())
 
 
 @pytest.mark.parametrize(
