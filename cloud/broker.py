@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self
 
 from edgefl.errors import ConfigError
-from edgefl.protocols.mqtt import is_loopback
+from edgefl.protocols.addresses import bracketed, is_loopback
 from edgefl.protocols.tls import Identity, server_context
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class EmbeddedBroker:
     @property
     def url(self) -> str:
         """Where clients on this machine find it."""
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"{'mqtts' if self._identity else 'mqtt'}://{host}:{self.port}"
+        return f"{'mqtts' if self._identity else 'mqtt'}://{bracketed(self._host)}:{self.port}"
 
     def start(self) -> None:
         """Return when it listens; raises ConfigError for a port that is in use, MissingExtra without amqtt."""

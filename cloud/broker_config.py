@@ -73,7 +73,6 @@ def broker_acl() -> str:
         "# The rights of edgefl.protocols.topics.allowed, written by `edgefl cloud broker-config`.",
         *(f"pattern write {ROOT}/up/%u/{kind}" for kind in UP_KINDS),
         f"pattern read {ROOT}/down/%u/#",
-        f"pattern read {ROOT}/all/#",
         "",
         f"user {CLOUD_NAME}",
         f"topic readwrite {ROOT}/#",

@@ -36,8 +36,8 @@ from edgefl.errors import ConfigError
 from edgefl.home import create_home, lock_home, replace_file
 from edgefl.models.manifest import load_private_key, new_fleet_key, public_pem, save_private_key, sign
 from edgefl.operator.credentials import write_operator_credentials
+from edgefl.protocols.addresses import is_loopback
 from edgefl.protocols.messages import DeviceState, RolloutNote
-from edgefl.protocols.mqtt import is_loopback
 from edgefl.protocols.tls import Identity, create_ca, expires, issue_server
 
 EMBEDDED = "embedded"

@@ -1,8 +1,8 @@
 """The cloud's database: SQLAlchemy Core over SQLite (WAL, synchronous FULL) under the home.
 
 What is committed here survives kill -9 and power loss. Rows of jobs, rounds and updates together say
-exactly where a federation stands; `cloud/jobs.py`, `cloud/registry.py` and `cloud/enrolment.py` are
-the only modules that query them. Methods may be called from any thread.
+exactly where a federation stands; `cloud/jobs.py`, `enrolment.py`, `registry.py` and `rollout.py` are the
+only modules that query them. Methods may be called from any thread.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ from typing import Any
 
 import httpx
 
-from edge_agent.profile import FILE, Profile, bracketed, cloud_host, save_profile, with_host
+from edge_agent.profile import FILE, Profile, cloud_host, save_profile, with_host
 from edgefl.errors import CloudUnreachable, EnrolmentRefused, HomeError, ManifestRejected, ProtocolError
 from edgefl.home import create_home
 from edgefl.models.manifest import load_public_key
 from edgefl.protocols import tls
+from edgefl.protocols.addresses import bracketed
 from edgefl.protocols.messages import from_json
 from edgefl.protocols.topics import valid_device_name
 

@@ -6,7 +6,6 @@ Invariant: a home with an `agent.json` is enrolled; one without is not, whatever
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 
 from edgefl.errors import ConfigError, HomeError, ProtocolError
 from edgefl.home import check_home, replace_file
+from edgefl.protocols.addresses import bracketed, is_loopback
 from edgefl.protocols.messages import from_json
 
 FILE = "agent.json"
@@ -61,7 +61,7 @@ def cloud_host(cloud_url: str) -> str:
     parts = urlsplit(cloud_url)
     if parts.scheme not in {"https", "http"} or not parts.hostname:
         raise ConfigError(f"--cloud {cloud_url!r} is not of the form https://host:port")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
         raise ConfigError(f"--cloud {cloud_url!r}: http is for loopback only; use https://{parts.netloc}")
     return parts.hostname
 
@@ -81,17 +81,3 @@ def with_broker(profile: Profile, url: str) -> Profile:
     if not url:
         return profile
     return dataclasses.replace(profile, broker=with_host(url, cloud_host(profile.cloud_url)))
-
-
-def bracketed(host: str) -> str:
-    """Return a host as URLs and gRPC want it: an IPv6 address in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -21,10 +21,10 @@ from starlette.responses import JSONResponse
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-from edge_agent.profile import bracketed
 from edge_agent.sessions import Models, Served
 from edgefl import __version__
 from edgefl.errors import ConfigError, ProtocolError
+from edgefl.protocols.addresses import bracketed
 
 MAX_BODY_BYTES = 64 << 20
 MAX_CONNECTIONS = 256

@@ -6,7 +6,6 @@ owner alone, from its first byte on.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import ssl
@@ -15,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from edgefl.errors import ConfigError
+from edgefl.protocols.addresses import is_loopback
 
 ENVIRONMENT = "EDGEFL_CREDENTIALS"
 FILE = "operator.json"
@@ -66,7 +66,7 @@ def load_credentials(path: Path | None = None) -> Credentials:
 def tls_context(url: str, ca: str) -> ssl.SSLContext | bool:
     """Return TLS 1.3 pinned to a CA, or False for plain HTTP, which is for loopback only; raises ConfigError."""
     parts = urlsplit(url)
-    if parts.scheme == "http" and _is_loopback(parts.hostname or ""):
+    if parts.scheme == "http" and is_loopback(parts.hostname or ""):
         return False
     if parts.scheme != "https" or not parts.hostname:
         raise ConfigError(f"--cloud={url!r} is not of the form https://host:port (http:// is for loopback only)")
@@ -77,10 +77,3 @@ def tls_context(url: str, ca: str) -> ssl.SSLContext | bool:
     except (ssl.SSLError, ValueError) as cause:
         raise ConfigError(f"the credentials hold no CA certificate in PEM: {cause}. Copy {FILE} again.") from cause
     return context
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -12,7 +12,6 @@ Invariants: handlers run in the link's one thread and must return soon (they hol
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import selectors
 import socket
@@ -28,6 +27,7 @@ from urllib.parse import urlsplit
 
 from edgefl.errors import CloudUnreachable, ConfigError, MissingExtra, ProtocolError
 from edgefl.logs import event
+from edgefl.protocols.addresses import is_loopback
 from edgefl.protocols.messages import MAX_MESSAGE_BYTES
 from edgefl.protocols.tls import Identity, client_context
 
@@ -82,14 +82,6 @@ def parse_url(url: str) -> tuple[str, int, bool]:
     if parts.scheme == "mqtt" and not is_loopback(host):
         raise ConfigError(f"broker {url!r} is neither TLS nor on this machine; use mqtts://")
     return host, port or _PORTS[parts.scheme], parts.scheme == "mqtts"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's loopback."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _nothing(*_: object) -> None:

@@ -8,8 +8,7 @@ from edgefl.errors import ProtocolError
 
 ROOT = "edgefl/v1"
 EVERY_UP = f"{ROOT}/up/+/+"
-ALL_ROUND = f"{ROOT}/all/round"
-UP_KINDS = ("state", "job", "rollout", "telemetry")
+UP_KINDS = ("state", "rollout", "telemetry")
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 RESERVED_NAMES = frozenset({"cloud", "broker", "all", "operator"})
@@ -21,12 +20,12 @@ def valid_device_name(name: str) -> bool:
 
 
 def up(device: str, kind: str) -> str:
-    """Topic that a device publishes on: state (retained), job, rollout or telemetry."""
+    """Topic that a device publishes on: state (retained), rollout or telemetry."""
     return f"{ROOT}/up/{device}/{kind}"
 
 
 def down(device: str, kind: str) -> str:
-    """Topic that a device reads: job, desired (retained) or command."""
+    """Topic that a device reads: job or desired (retained)."""
     return f"{ROOT}/down/{device}/{kind}"
 
 
@@ -44,4 +43,4 @@ def allowed(name: str, topic: str, *, publish: bool) -> bool:
         return topic.startswith(f"{ROOT}/")
     if publish:
         return topic in {up(name, kind) for kind in UP_KINDS}
-    return topic.startswith((f"{ROOT}/down/{name}/", f"{ROOT}/all/"))
+    return topic.startswith(f"{ROOT}/down/{name}/")

@@ -36,4 +36,4 @@ def test_the_acl_gives_a_device_what_topics_allow_and_no_more() -> None:
     assert writes == {topics.up("cam-1", kind) for kind in topics.UP_KINDS}
     assert all(topics.allowed("cam-1", topic, publish=True) for topic in writes)
     assert all(topics.allowed("cam-1", topic, publish=False) for topic in reads)
-    assert reads == {"edgefl/v1/down/cam-1/#", "edgefl/v1/all/#"}
+    assert reads == {"edgefl/v1/down/cam-1/#"}

@@ -109,7 +109,6 @@ def test_each_kind_is_heard_with_its_device(cloud, peer) -> None:
         ("rollout", b"{}"),
         ("rollout", b""),
         ("telemetry", encode(NOTE)),
-        ("job", b"{}"),
     ],
 )
 def test_a_malformed_message_is_logged_and_changes_nothing(cloud, peer, caplog, kind: str, payload: bytes) -> None:

@@ -52,13 +52,16 @@ def test_tls_and_certificate_go_together(fleet_ca) -> None:
 
 
 def test_messages_pass_both_ways_in_order(peer) -> None:
-    cloud, device = peer("cloud", "edgefl/v1/up/+/+"), peer("cam-1", "edgefl/v1/down/cam-1/+", "edgefl/v1/all/#")
+    cloud, device = peer("cloud", "edgefl/v1/up/+/+"), peer("cam-1", "edgefl/v1/down/cam-1/+")
     for number in range(50):
         device.link.publish(UP, b"%d" % number)
     assert [cloud.next() for _ in range(50)] == [(UP, b"%d" % number) for number in range(50)]
     cloud.link.publish("edgefl/v1/down/cam-1/job", b"plan")
-    cloud.link.publish("edgefl/v1/all/round", b"1")
-    assert [device.next(), device.next()] == [("edgefl/v1/down/cam-1/job", b"plan"), ("edgefl/v1/all/round", b"1")]
+    cloud.link.publish("edgefl/v1/down/cam-1/desired", b"1")
+    assert [device.next(), device.next()] == [
+        ("edgefl/v1/down/cam-1/job", b"plan"),
+        ("edgefl/v1/down/cam-1/desired", b"1"),
+    ]
 
 
 def test_the_largest_message_passes_and_a_larger_one_is_refused_before_it_is_sent(peer) -> None:
@@ -171,7 +174,7 @@ def test_a_faulty_handler_ends_the_link_loudly(peer, broker, fleet_ca) -> None:
         device.link.publish(UP, b"anything")
         assert isinstance(failures.get(timeout=5), ZeroDivisionError)
         with pytest.raises(CloudUnreachable, match="ZeroDivisionError"):
-            link.publish("edgefl/v1/all/round", b"")
+            link.publish("edgefl/v1/down/cam-1/job", b"")
         with pytest.raises(CloudUnreachable, match="ZeroDivisionError"):
             link.wait_connected(5)
 

@@ -11,7 +11,6 @@ from edgefl.protocols import topics
 def test_topics_by_hand() -> None:
     assert topics.up("pi-4", "state") == "edgefl/v1/up/pi-4/state"
     assert topics.down("pi-4", "job") == "edgefl/v1/down/pi-4/job"
-    assert topics.ALL_ROUND == "edgefl/v1/all/round"
 
 
 @pytest.mark.parametrize("kind", topics.UP_KINDS)
@@ -27,7 +26,7 @@ def test_an_up_topic_comes_back(kind: str) -> None:
     ],
 )  # fmt: skip
 def test_no_other_topic_is_an_up_topic(topic: str) -> None:
-    with pytest.raises(ProtocolError, match=r"is not edgefl/v1/up/<device>/<state\|job\|rollout\|telemetry>"):
+    with pytest.raises(ProtocolError, match=r"is not edgefl/v1/up/<device>/<state\|rollout\|telemetry>"):
         topics.parse_up(topic)
 
 
@@ -52,9 +51,7 @@ def test_a_device_publishes_on_its_own_topics(kind: str) -> None:
     assert topics.allowed("a", topics.up("a", kind), publish=True)
 
 
-@pytest.mark.parametrize(
-    "topic", ["edgefl/v1/down/a/job", "edgefl/v1/down/a/#", "edgefl/v1/down/a/+", "edgefl/v1/all/#", topics.ALL_ROUND]
-)
+@pytest.mark.parametrize("topic", ["edgefl/v1/down/a/job", "edgefl/v1/down/a/#", "edgefl/v1/down/a/+"])
 def test_a_device_reads_what_is_meant_for_it(topic: str) -> None:
     assert topics.allowed("a", topic, publish=False)
 
@@ -64,6 +61,7 @@ def test_a_device_reads_what_is_meant_for_it(topic: str) -> None:
     [
         ("edgefl/v1/up/b/state", True),
         ("edgefl/v1/up/a/party", True),
+        ("edgefl/v1/all/#", False),
         ("edgefl/v1/up/a/state/x", True),
         ("edgefl/v1/up/ab/state", True),
         ("edgefl/v1/down/a/job", True),
