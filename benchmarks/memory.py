@@ -1,16 +1,12 @@
 """Resident memory of processes, in MB of 10^6 bytes.
 
-The kernel keeps each process's peak (VmHWM), so most peaks cost nothing to read. A peak over a tree of
-short-lived processes needs the sampler, which takes time of its own: never sample in a run that is timed.
+The kernel keeps each process's peak (VmHWM), so that nothing need be sampled while a run is timed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import psutil
 
@@ -20,11 +16,6 @@ _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
 def peak_rss_mb(pid: int) -> float:
     """Return the highest resident memory that a living process has had."""
     return _status_mb(pid, "VmHWM")
-
-
-def rss_mb(pid: int) -> float:
-    """Return the resident memory of a living process."""
-    return _status_mb(pid, "VmRSS")
 
 
 def tree_rss_mb(pid: int) -> float:
@@ -44,31 +35,6 @@ def tree(pid: int) -> list[int]:
         return [pid, *(child.pid for child in top.children(recursive=True))]
     except _GONE:
         return []
-
-
-class RssSampler:
-    """The peak of a process tree's memory while the context lasts, by samples."""
-
-    def __init__(self, pid: int, period_s: float = 0.05) -> None:
-        self._pid, self._period_s = pid, period_s
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name=f"rss of {pid}", daemon=True)
-        self.peak_mb = 0.0
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave.set()
-        self._thread.join(10)
-
-    def _sample(self) -> None:
-        self.peak_mb = tree_rss_mb(self._pid)
-        while not self._leave.wait(self._period_s):
-            self.peak_mb = max(self.peak_mb, tree_rss_mb(self._pid))
 
 
 def _each(pids: list[int], field: str) -> list[float]:

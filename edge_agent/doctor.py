@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import fcntl
 import math
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from edge_agent.probes import Check, Health, ask_health, greet, look_at_port, pe
 from edge_agent.profile import Profile, load_profile
 from edge_agent.units import AGENT
 from edgefl.errors import HomeError
+from edgefl.home import home_in_use
 from edgefl.operator.output import Output, example, json_option
 from edgefl.protocols import tls
 
@@ -65,7 +65,7 @@ def examine(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
         return
     yield look_at_home(home, profile)
     yield look_at_disk(home)
-    yield look_at_port(serve_port, agent_runs=_agent_runs(home))
+    yield look_at_port(serve_port, agent_runs=home_in_use(home))
     yield from look_at_service()
     if profile.insecure:
         yield from look_at_cloud(profile, None)
@@ -177,17 +177,6 @@ def read_service(facts: dict[str, str]) -> Check:
     state = {"active": "ok", "activating": "warn", "reloading": "warn"}.get(facts.get("ActiveState", ""), "fail")
     advice = "" if state == "ok" else "`journalctl -u edgefl-agent -n 50` says why; `systemctl restart edgefl-agent`."
     return Check(check="service", state=state, seen=seen, advice=advice)
-
-
-def _agent_runs(home: Path) -> bool:
-    try:
-        with (home / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _loads(identity: tls.Identity) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from edge_agent.agent import SERVING_FILE
 from edge_agent.profile import load_profile
 from edge_agent.slots import installed_models
+from edgefl.home import home_in_use
 from edgefl.protocols import tls
 
 
@@ -35,7 +35,7 @@ def read_status(home: Path) -> Status:
     """Look at a home without disturbing its agent; raises HomeError."""
     profile = load_profile(home)
     serving, contact, cert = home / SERVING_FILE, home / "contact", home / "cert.pem"
-    running = _is_locked(home)
+    running = home_in_use(home)
     updates, size = _outbox(home / "agent.db")
     return Status(
         device=profile.device,
@@ -53,18 +53,6 @@ def read_status(home: Path) -> Status:
         outbox_updates=updates,
         outbox_bytes=size,
     )
-
-
-def _is_locked(home: Path) -> bool:
-    lock = home / "lock"
-    if not lock.exists():
-        return False
-    with lock.open("r", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _outbox(path: Path) -> tuple[int, int]:

@@ -75,6 +75,18 @@ def lock_home(folder: Path) -> IO[str]:
     return file
 
 
+def home_in_use(folder: Path) -> bool:
+    """Whether a process holds the home; asks without holding it."""
+    try:
+        with (folder / "lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old or the new content and nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

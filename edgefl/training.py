@@ -11,7 +11,6 @@ state is neither read nor moved.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -48,11 +47,6 @@ def buffer_names(task: Task) -> tuple[str, ...]:
     model = make_model(task)
     trained = dict(model.named_parameters(remove_duplicate=False))
     return tuple(name for name in model.state_dict() if name not in trained)
-
-
-def num_parameters(parameters: Tree) -> int:
-    """Return how many numbers a model has, buffers included."""
-    return sum(math.prod(spec.shape) for spec in spec_of(parameters).values())
 
 
 def set_threads(threads: int) -> None:

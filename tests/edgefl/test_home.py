@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgefl.errors import HomeError
-from edgefl.home import FORMAT, check_home, create_home, lock_home, replace_file
+from edgefl.home import FORMAT, check_home, create_home, home_in_use, lock_home, replace_file
 
 
 @pytest.fixture
@@ -98,6 +98,14 @@ def test_anothers_home_says_so(home: Path) -> None:
 def test_one_process_holds_a_home(home: Path) -> None:
     with lock_home(home), pytest.raises(HomeError, match=f"is in use by process {os.getpid()}"):
         lock_home(home)
+    lock_home(home).close()
+
+
+def test_who_asks_whether_a_home_is_in_use_does_not_hold_it(home: Path) -> None:
+    assert not home_in_use(home)
+    with lock_home(home):
+        assert home_in_use(home)
+    assert not home_in_use(home)
     lock_home(home).close()
 
 

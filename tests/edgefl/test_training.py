@@ -22,7 +22,6 @@ from edgefl.training import (
     derive_seed,
     evaluate,
     initial_parameters,
-    num_parameters,
     set_threads,
     train_locally,
 )
@@ -280,10 +279,9 @@ def test_initial_parameters_depend_on_the_seed_alone():
     assert not same(initial_parameters(task, 5), initial_parameters(task, 6))
 
 
-def test_buffers_and_counts():
+def test_buffers():
     task = net_task()
     assert buffer_names(task) == ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
-    assert num_parameters(initial_parameters(task)) == 3 * 8 + 8 + 4 * 8 + 1 + 8 * 2 + 2 + 2
 
 
 def test_threads_are_set_for_the_process():
