@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, ProtocolError
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.run import download, upload_file
 from edgefl.task import Task
@@ -37,14 +37,17 @@ def parameters_of(client: CloudClient, job: str, folder: Path) -> Path:
 
 
 def export(task: Task, parameters: Path, folder: Path, *, compression: str, max_drop: float) -> Exported:
-    """Make the ONNX file to publish; raises ParityError and AccuracyGateFailed."""
+    """Make the ONNX file to publish; raises ConfigError, ParityError and AccuracyGateFailed."""
     from edgefl.models.export import export_task
     from edgefl.training import evaluate
     from edgefl.trees import SpooledTree
 
     if compression not in COMPRESSIONS:
         raise ConfigError(f"--compress={compression!r} is not one of: {', '.join(COMPRESSIONS)}")
-    tree = SpooledTree(parameters)
+    try:
+        tree = SpooledTree(parameters)
+    except (OSError, ProtocolError) as cause:
+        raise ConfigError(f"{parameters} does not hold parameters in safetensors format: {cause}") from cause
     exported = folder / "model.onnx"
     export_task(task, tree, exported)
     metrics = evaluate(task, tree)

@@ -50,6 +50,15 @@ def test_a_finished_onnx_file_is_published_as_it_is(client, http_plane, torch_ta
     assert http_plane.blobs.path(release["blob"]["sha256"]).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("content", [None, b"no tensors at all"])
+def test_parameters_that_are_none_are_named(torch_task, tmp_path, content):
+    path = tmp_path / "notes.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"notes\.txt does not hold parameters in safetensors format"):
+        export(load_task(str(torch_task)), path, tmp_path, compression="none", max_drop=0)
+
+
 def test_a_drop_above_the_gate_publishes_nothing(torch_task, trained, tmp_path, monkeypatch):
     from edgefl.models import compress
 
