@@ -105,17 +105,16 @@ def filled(owner_n: Indices, clients: int, min_samples: int) -> Indices:
             f"population.min_samples={min_samples} for {clients} clients asks for {min_samples * clients} samples; "
             f"there are {len(owner_n)}"
         )
-    owner_n, counts_c = owner_n.copy(), np.bincount(owner_n, minlength=clients)
-    missing_c = np.maximum(min_samples - counts_c, 0)
-    spare_c = np.maximum(counts_c - min_samples, 0)
-    for giver in np.argsort(-counts_c, kind="stable"):
-        takers = np.flatnonzero(missing_c)
-        if len(takers) == 0:
-            break
-        wanted = np.repeat(takers, missing_c[takers])[: spare_c[giver]]
-        owner_n[np.flatnonzero(owner_n == giver)[: len(wanted)]] = wanted
-        missing_c -= np.bincount(wanted, minlength=clients)
-    return owner_n
+    counts_c = np.bincount(owner_n, minlength=clients)
+    wanted = np.repeat(np.arange(clients), np.maximum(min_samples - counts_c, 0))
+    by_size_n = np.lexsort((owner_n, -counts_c[owner_n]))  # samples, those of the client with most first
+    ranks_n = np.empty_like(owner_n)  # of a sample within its owner's
+    in_turn_n = np.argsort(owner_n, kind="stable")
+    ranks_n[in_turn_n] = np.arange(len(owner_n)) - (np.cumsum(counts_c) - counts_c)[owner_n[in_turn_n]]
+    spare = by_size_n[ranks_n[by_size_n] >= min_samples]
+    given_n = owner_n.copy()
+    given_n[spare[: len(wanted)]] = wanted
+    return given_n
 
 
 def _dealt(rng: np.random.Generator, num_samples: int, clients: int) -> Indices:

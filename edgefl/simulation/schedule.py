@@ -38,15 +38,15 @@ def make_schedule(devices: Devices, plan: Plan, num_samples: NumSamples, start_s
     arrivals, lost = dict[str, float](), dict[str, float]()
     refused, late = dict[str, str](), list[str]()
     for client in plan.clients:
-        device = devices.device(client)
+        device, training_s = devices.device(client), 0.0
         if reason := _too_small(device, model_bytes):
             refused[client], answer_s = reason, start_s + device.rtt_s
         else:
             ready_s = start_s + devices.delay_s(client, plan.round) + device.download_s(model_bytes)
             training_s = device.compute_s(num_samples(client), plan.train.epochs)
             answer_s = ready_s + training_s + device.upload_s(model_bytes if training_s else 0)  # without data: no
-            devices.spend(client, ready_s, training_s)
         silent_s = _silent_s(devices, client, plan.round, start_s, answer_s)
+        devices.spend(client, start_s, training_s)  # last: what it takes is missed in the next round
         if silent_s is not None and silent_s < end_s:
             lost[client] = silent_s
         elif silent_s is not None or answer_s > end_s:

@@ -282,3 +282,14 @@ def test_a_day_of_ten_thousand_phones_takes_no_day() -> None:
     steps_s = np.diff(ends_s)
     assert steps_s.max() > 8 * 3600  # the day, when no phone charges
     assert np.median(steps_s) < 1000
+
+
+def test_training_empties_the_battery_until_the_night() -> None:
+    battery = {"kind": "battery", "scatter": 0.0, "share": 0.25, "min_level": 0.5, "drain_per_hour": 1000.0}
+    run = Simulated(4, rounds={"count": 3, "wait_s": 86_400.0, "offline_grace_s": 0.0}, availability=battery)
+    run.clock.move_to(8 * 3600.0)  # off the charger since 6:00; a second's training costs 0.28
+    first, second, third = ((outcome.admitted, run.clock()) for outcome in run.run())
+    assert first == (tuple(run.names), 8 * 3600 + 4.0)
+    assert second[0] == ("client-0",)  # 0.62 is left to it, and less than 0.5 to the others
+    assert third[0] == tuple(run.names)
+    assert third[1] > 24 * 3600
