@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -116,4 +117,9 @@ def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], outp
     issue_server(keys, identity, sorted(hosts), BROKER_NAME)
     path = write_broker_config(folder, host, port)
     output.line(f"wrote {path}; start it with: mosquitto -c {path}")
+    if os.geteuid() == 0:
+        output.line(
+            "Started by root, mosquitto becomes the user mosquitto, who may not read there: add the line `user root` to "
+            "that file, or run cloud and broker as a user of their own."
+        )
     output.result({"config": str(path)})
