@@ -119,7 +119,7 @@ def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], outp
     output.line(f"wrote {path}; start it with: mosquitto -c {path}")
     if os.geteuid() == 0:
         output.line(
-            "Started by root, mosquitto becomes the user mosquitto, who may not read there: add the line `user root` to "
-            "that file, or run cloud and broker as a user of their own."
+            "Started by root, mosquitto becomes the user mosquitto, who may not read there: add the line `user root` "
+            "to that file, or run cloud and broker as a user of their own."
         )
     output.result({"config": str(path)})

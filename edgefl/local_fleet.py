@@ -224,7 +224,7 @@ class LocalFleet:
         return done.stdout
 
 
-_EDGEFL = (sys.executable, "-m", "edgefl")
+_EDGEFL = (sys.executable, "-P", "-m", "edgefl")  # -P: no folder named `cloud` where we are called is taken for ours
 
 
 def free_ports(count: int) -> list[int]:
