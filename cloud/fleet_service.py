@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.blobs import BlobStore
@@ -144,10 +145,10 @@ class FleetService:
                     return await self._run(self._refuse, opened, device, fault)
                 state = await self._receive(_moving(requests, transfer), first.header, opened, device)
                 return await self._unless_stopping(state, context)
-        except UploadCutOff as error:
-            return await context.abort(grpc.StatusCode.ABORTED, str(error))
-        except TimeoutError:
-            return await context.abort(grpc.StatusCode.ABORTED, _STALLED)
+        except DecodeError:
+            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message of the upload is no UploadChunk")
+        except (UploadCutOff, TimeoutError) as error:
+            return await context.abort(grpc.StatusCode.ABORTED, str(error) or _STALLED)
         except (OSError, SQLAlchemyError) as error:
             event(_log, logging.ERROR, "upload.not_stored", device=device, error=error)
             return await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it: {error}")

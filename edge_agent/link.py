@@ -112,7 +112,8 @@ class Link:
         except (ProtocolError, ConfigError) as error:
             event(_log, logging.WARNING, "next.unreadable", reason=error)
             return True
-        (self._home / "contact").touch()
+        with suppress(OSError):  # a full disk: `edgefl agent status` shows an older contact, no more
+            (self._home / "contact").touch()
         return True
 
     async def _follow_broker(self, url: str) -> None:
@@ -194,4 +195,7 @@ class _Session:
 
     def advance(self) -> None:
         self.number = max(time.time_ns() // 1_000_000, self.number + 1)
-        replace_file(self._path, str(self.number).encode())
+        try:
+            replace_file(self._path, str(self.number).encode())
+        except OSError as error:  # a full disk: the clock rises too
+            event(_log, logging.ERROR, "session.not_saved", reason=error)

@@ -15,7 +15,7 @@ import grpc
 from edge_agent.channel import CloudChannel
 from edge_agent.store import FailureNote, Outgoing, Store
 from edge_agent.transfer import upload
-from edgefl.errors import CloudUnreachable
+from edgefl.errors import CloudUnreachable, HomeError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 
@@ -90,5 +90,10 @@ class Outbox:
         self._settle(key)
 
     def _settle(self, key: Key) -> None:
-        self._begun.discard(key)
-        self._store.settle(*key)
+        try:
+            self._store.settle(*key)
+        except HomeError as error:  # the disk is full: when it is asked again, the cloud says the same
+            self._begun.add(key)
+            event(_log, logging.ERROR, "outbox.not_settled", job=key[0], round=key[1], reason=error)
+        else:
+            self._begun.discard(key)

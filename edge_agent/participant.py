@@ -23,7 +23,7 @@ from edge_agent.resources import give_memory_back
 from edge_agent.store import FailureNote, Outgoing, Store
 from edge_agent.trainer import Trainer
 from edge_agent.transfer import download
-from edgefl.errors import CloudUnreachable, EdgeflError, ProtocolError, TaskError
+from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError
 from edgefl.logs import event
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
 
@@ -121,7 +121,11 @@ class Participant:
         if before is not None and before is self._current and (before.job, before.round) not in still_open:
             self._cancel("the cloud no longer waits for it")
         for plan in plans:
-            self._means.store.ask_again(plan.job, plan.round, settled_until)
+            try:
+                self._means.store.ask_again(plan.job, plan.round, settled_until)
+            except HomeError as error:
+                event(_log, logging.ERROR, "plan.deferred", job=plan.job, round=plan.round, reason=error)
+                continue
             self.offer(plan)
 
     async def run(self) -> None:
@@ -229,7 +233,10 @@ class Participant:
 
     def _fail(self, plan: WirePlan, reason: str) -> None:
         event(_log, logging.WARNING, "round.failed", job=plan.job, round=plan.round, reason=reason)
-        self._means.outbox.put_failure(FailureNote(job=plan.job, round=plan.round, reason=reason))
+        try:
+            self._means.outbox.put_failure(FailureNote(job=plan.job, round=plan.round, reason=reason))
+        except HomeError as error:  # the disk is full: predictions go on, and `Next` brings the plan back
+            event(_log, logging.ERROR, "round.not_noted", job=plan.job, round=plan.round, reason=error)
 
     def _cancel(self, reason: str) -> None:
         if self._task is not None and self._current is not None:

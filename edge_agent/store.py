@@ -10,17 +10,20 @@ One spare file is kept: overwriting pages that the system already has is ten tim
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgefl.errors import HomeError
 
 SCHEMA_VERSION = 1
+LOW_DISK_BYTES = 64 << 20  # below it no spare file is kept
 MAX_ANSWERED = 10_000  # rounds remembered; a plan older than so many rounds does not come again
 
 _SCHEMA = """
@@ -75,16 +78,26 @@ class Store:
         return draft
 
     def discard(self, draft: Path) -> None:
-        """A draft came to nothing; its pages serve the next."""
+        """A draft came to nothing; its pages serve the next, unless they are the last."""
         if draft.exists():
-            draft.replace(self.folder / "spare")
+            if shutil.disk_usage(self.folder).free < LOW_DISK_BYTES:
+                draft.unlink()
+            else:
+                draft.replace(self.folder / "spare")
 
     def put(self, update: Outgoing) -> None:
-        """Take an update into the outbox; its path is a draft, written and synced."""
+        """Take an update into the outbox; its path is a draft, written and synced. Raises HomeError."""
         path = self._file(update.job, update.round)
         update.path.replace(path)
         _sync_folder(self.folder)
-        with self._db:
+        try:
+            self._insert(update, path)
+        except HomeError:
+            path.unlink()
+            raise
+
+    def _insert(self, update: Outgoing, path: Path) -> None:
+        with self._change():
             self._db.execute(
                 "INSERT OR REPLACE INTO outbox VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (update.job, update.round, path.name, update.size, update.blake3, update.weight,
@@ -97,7 +110,7 @@ class Store:
 
     def note_failure(self, note: FailureNote) -> None:
         """Remember to tell the cloud that a round cannot be done here."""
-        with self._db:
+        with self._change():
             self._db.execute("INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", (note.job, note.round, note.reason))
 
     def failures(self) -> list[FailureNote]:
@@ -107,7 +120,7 @@ class Store:
 
     def settle(self, job: str, number: int) -> None:
         """The cloud has the answer, or wants none: drop it and never train for this round again."""
-        with self._db:
+        with self._change():
             self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (job, number))
             self._db.execute("DELETE FROM failures WHERE job = ? AND round = ?", (job, number))
             self._db.execute("INSERT OR IGNORE INTO answered (job, round) VALUES (?, ?)", (job, number))
@@ -134,7 +147,7 @@ class Store:
 
     def ask_again(self, job: str, number: int, settled_until: int) -> None:
         """The cloud waits for a round: forget that it was settled, if that was not after `settled_until`."""
-        with self._db:
+        with self._change():
             self._db.execute(
                 "DELETE FROM answered WHERE job = ? AND round = ? AND id <= ?", (job, number, settled_until)
             )
@@ -142,6 +155,17 @@ class Store:
     def drop_spare(self) -> None:
         """Give the spare file's disk space back."""
         (self.folder / "spare").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """One transaction; raises HomeError where it cannot be written, and nothing has changed then."""
+        try:
+            with self._db:
+                yield
+        except sqlite3.OperationalError as cause:
+            raise HomeError(
+                f"{self.folder.parent / 'agent.db'} cannot be written: {cause}. Free some space on its disk"
+            ) from cause
 
     def _file(self, job: str, number: int) -> Path:
         name = hashlib.sha256(f"{number}/{job}".encode()).hexdigest()[:32]  # a job's id is no file name
@@ -154,7 +178,7 @@ class Store:
             if update.path.exists() and update.path.stat().st_size == update.size:
                 kept.add(update.path.name)
                 continue
-            with self._db:
+            with self._change():
                 self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (update.job, update.round))
         for file in self.folder.iterdir():
             if file.name not in kept:

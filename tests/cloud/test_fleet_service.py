@@ -323,3 +323,14 @@ def test_a_stopping_cloud_does_not_say_that_a_round_is_over(plane):
         with pytest.raises(grpc.RpcError) as error:
             attempt()
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("part", [b"\xff" * 100, b"\x0a\xff\xff\xff\xff\x7f"])
+def test_bytes_that_are_no_message_are_their_senders_error(plane, part):
+    plane.stub("a")
+    upload = plane._channels[-1].stream_unary("/edgefl.v1.Fleet/Upload")
+    header = pb.UploadHeader(key=pb.UpdateKey(job=plane.job, round=1), size=100)
+    for parts in ([part], [pb.UploadChunk(header=header).SerializeToString(), part]):
+        with pytest.raises(grpc.RpcError) as error:
+            upload(iter(parts), timeout=10)
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -16,6 +16,7 @@ from edge_agent.participant import Means, Participant
 from edge_agent.profile import load_profile
 from edge_agent.store import Store
 from edge_agent.trainer import Trainer
+from edgefl.errors import HomeError
 from edgefl.models.manifest import Bundle, load_public_key, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused
 
@@ -279,6 +280,22 @@ def test_a_closed_round_that_a_restarted_cloud_waits_for_is_done_again(fleet, on
         await asyncio.sleep(0.05)
         assert device.fits() == ""
         device.participant.reconcile([plan], None, device.store.last_settled())
+        await device.until(lambda: ("j1", 1) in fleet.updates)
+
+    on_device(run)
+
+
+def test_an_agent_with_a_full_disk_lives_on_and_takes_part_when_there_is_space(fleet, on_device):
+    async def run(device):
+        plan = fleet.plan(1, code=TASK)
+        device.store._db.execute("PRAGMA query_only = ON")  # no statement can be written
+        with pytest.raises(HomeError):
+            device.store.settle("j1", 9)
+        device.participant.hear(plan)
+        await device.until(lambda: device.fits() == "1" and device.participant.current is None)
+        device.store._db.execute("PRAGMA query_only = OFF")
+        assert not device.store.is_answered("j1", 1)
+        device.participant.reconcile([plan], None, 0)
         await device.until(lambda: ("j1", 1) in fleet.updates)
 
     on_device(run)

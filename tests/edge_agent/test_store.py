@@ -111,3 +111,41 @@ def test_what_is_no_database_is_refused(tmp_path):
     (tmp_path / "agent.db").write_bytes(b"not a database, and long enough to be taken for one" * 100)
     with pytest.raises(HomeError, match="cannot be used"):
         Store(tmp_path)
+
+
+def fill_disk(store: Store) -> None:
+    """Let the database grow no more, as on a full disk."""
+    [pages] = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def test_a_full_disk_is_said_and_changes_nothing(store):
+    put(store)
+    fill_disk(store)
+    with pytest.raises(HomeError, match=r"agent.db cannot be written: database or disk is full. Free some space"):
+        store.note_failure(FailureNote(job="j", round=2, reason="x" * 100_000))
+    draft = store.draft("j", 3)
+    draft.write_bytes(b"x")
+    update = Outgoing(job="j", round=3, path=draft, size=1, blake3="x" * 100_000, weight=1.0)
+    with pytest.raises(HomeError):
+        store.put(update)
+    assert [update.round for update in store.outbox()] == [1]
+    assert store.failures() == []
+    assert [file.name for file in store.folder.iterdir()] == [store.outbox()[0].path.name]
+
+
+def test_on_a_disk_that_is_nearly_full_no_spare_file_is_kept(store, monkeypatch):
+    monkeypatch.setattr("edge_agent.store.LOW_DISK_BYTES", 1 << 60)
+    draft = store.draft("j", 1)
+    draft.write_bytes(b"half")
+    store.discard(draft)
+    assert list(store.folder.iterdir()) == []
+
+
+def test_a_round_is_asked_again_only_if_it_was_settled_before_that(store):
+    store.settle("j", 1)
+    asked = store.last_settled()
+    store.settle("j", 2)
+    for number in (1, 2):
+        store.ask_again("j", number, asked)
+    assert [store.is_answered("j", number) for number in (1, 2)] == [False, True]
