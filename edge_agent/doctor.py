@@ -6,6 +6,7 @@ that is not enrolled names no cloud to try. Exit status 1 where something fails.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime
 import math
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from edge_agent.probes import Check, Health, ask_health, greet, look_at_port, peer
 from edge_agent.profile import Profile, load_profile
 from edge_agent.units import AGENT
+from edgefl import __version__
 from edgefl.errors import HomeError
 from edgefl.home import home_in_use
 from edgefl.operator.output import Output, example, json_option
@@ -68,12 +70,12 @@ def examine(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
     yield look_at_port(serve_port, agent_runs=home_in_use(home))
     yield from look_at_service()
     if profile.insecure:
-        yield from look_at_cloud(profile, None)
+        yield from look_at_cloud(profile, home, None)
         return
     identity = tls.Identity.in_folder(home)
     yield look_at_certificate(identity, profile.device)
     if _loads(identity):
-        yield from look_at_cloud(profile, identity)
+        yield from look_at_cloud(profile, home, identity)
 
 
 def look_at_home(home: Path, profile: Profile) -> Check:
@@ -134,7 +136,7 @@ def _look_at_dates(cert: x509.Certificate, again: str) -> Check:
     return Check(check="certificate", state=state, seen=f"valid until {end:%Y-%m-%d}", advice=advice)
 
 
-def look_at_cloud(profile: Profile, identity: tls.Identity | None) -> Iterator[Check]:
+def look_at_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -> Iterator[Check]:
     """The cloud's three doors: HTTPS, which also tells the time, gRPC, and the broker."""
     health = ask_health(peer("cloud", profile.cloud_url, identity))
     if isinstance(health, Health):
@@ -142,8 +144,27 @@ def look_at_cloud(profile: Profile, identity: tls.Identity | None) -> Iterator[C
         yield look_at_clock(health.ahead_s)
     else:
         yield health
-    yield greet(peer("data plane", profile.grpc, identity))
+    reached = greet(peer("data plane", profile.grpc, identity))
+    refused = asyncio.run(_refusal(profile, home)) if reached.state == "ok" else ""
+    advice = "Enrol again in another --home, with a new token."
+    yield Check(check="data plane", state="fail", seen=refused, advice=advice) if refused else reached
     yield greet(peer("broker", profile.broker, identity))
+
+
+async def _refusal(profile: Profile, home: Path) -> str:
+    """Return why the cloud does not take this device, for one that was removed; empty where it does."""
+    import grpc
+
+    from edge_agent.channel import CloudChannel
+
+    channel = CloudChannel(profile, home)
+    try:
+        await channel.next(__version__)
+    except grpc.aio.AioRpcError as error:
+        return error.details() or "" if error.code() is grpc.StatusCode.PERMISSION_DENIED else ""
+    finally:
+        await channel.close()
+    return ""
 
 
 def look_at_clock(ahead_s: float) -> Check:

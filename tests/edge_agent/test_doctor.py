@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import http.server
 import json
@@ -12,8 +13,10 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 from click.testing import CliRunner, Result
 
@@ -21,7 +24,7 @@ from edge_agent import doctor as doctoring
 from edge_agent import probes
 from edge_agent.doctor import doctor, examine, look_at_clock, look_at_disk, read_service
 from edge_agent.probes import Check
-from edge_agent.profile import Profile, save_profile
+from edge_agent.profile import Profile, load_profile, save_profile
 from edgefl.home import create_home, lock_home
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
@@ -227,6 +230,32 @@ def test_a_loopback_trial_needs_no_certificate(home: Path, serve_port: int) -> N
     assert found["home"].state == "ok"
     assert "certificate" not in found
     assert found["data plane"].state == "fail"
+
+
+def test_a_device_that_was_removed_is_told(home: Path, tmp_path: Path) -> None:
+    def refuse(_request: bytes, context: grpc.ServicerContext) -> bytes:
+        context.abort(grpc.StatusCode.PERMISSION_DENIED, "device 'pi-4' is not of this fleet")
+
+    handler = grpc.method_handlers_generic_handler(
+        "edgefl.v1.Fleet", {"Next": grpc.unary_unary_rpc_method_handler(refuse)}
+    )
+    with ThreadPoolExecutor(1) as workers:
+        server = grpc.server(workers, [grpc.method_handlers_generic_handler("edgefl.v1.Fleet", methods)])
+        port = server.add_secure_port(
+            "localhost:0", tls.grpc_server_credentials(Identity.in_folder(tmp_path / "cloud"))
+        )
+        server.start()
+        profile = load_profile(home)
+        found = {
+            check.check: check
+            for check in doctoring.look_at_cloud(
+                dataclasses.replace(profile, grpc=f"localhost:{port}"), home, Identity.in_folder(home)
+            )
+        }
+        server.stop(None).wait(5)
+    assert (found["data plane"].state, found["cloud"].state) == ("fail", "ok")
+    assert "not of this fleet" in found["data plane"].seen
+    assert "new token" in found["data plane"].advice
 
 
 def test_the_doctor_does_not_hold_the_home(home: Path, serve_port: int) -> None:
