@@ -236,9 +236,8 @@ def test_a_device_that_was_removed_is_told(home: Path, tmp_path: Path) -> None:
     def refuse(_request: bytes, context: grpc.ServicerContext) -> bytes:
         context.abort(grpc.StatusCode.PERMISSION_DENIED, "device 'pi-4' is not of this fleet")
 
-    handler = grpc.method_handlers_generic_handler(
-        "edgefl.v1.Fleet", {"Next": grpc.unary_unary_rpc_method_handler(refuse)}
-    )
+    methods = {"Next": grpc.unary_unary_rpc_method_handler(refuse)}
+    credentials = tls.grpc_server_credentials(Identity.in_folder(tmp_path / "cloud"))
     with ThreadPoolExecutor(1) as workers:
         server = grpc.server(workers, [grpc.method_handlers_generic_handler("edgefl.v1.Fleet", methods)])
         port = server.add_secure_port(
