@@ -240,9 +240,7 @@ def test_a_device_that_was_removed_is_told(home: Path, tmp_path: Path) -> None:
     credentials = tls.grpc_server_credentials(Identity.in_folder(tmp_path / "cloud"))
     with ThreadPoolExecutor(1) as workers:
         server = grpc.server(workers, [grpc.method_handlers_generic_handler("edgefl.v1.Fleet", methods)])
-        port = server.add_secure_port(
-            "localhost:0", tls.grpc_server_credentials(Identity.in_folder(tmp_path / "cloud"))
-        )
+        port = server.add_secure_port("localhost:0", credentials)
         server.start()
         profile = load_profile(home)
         found = {
