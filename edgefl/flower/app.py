@@ -53,25 +53,29 @@ def load_flower_app(folder: str | Path) -> FlowerApp:
     Raises ConfigError for a pyproject.toml that names no app, TaskError where the user's module raises.
     """
     require_flower("a Flower app")
-    from flwr.clientapp import ClientApp
     from flwr.serverapp import ServerApp
 
-    folder = Path(folder).expanduser().resolve()
-    table = _flwr_table(folder)
-    app = table.get("app")
-    if not isinstance(app, dict):
-        raise ConfigError(f"{folder / 'pyproject.toml'} has no [tool.flwr.app]: this is no Flower app")
+    folder, table, app = _tables(folder)
     config = flatten(app.get("config", {}), where=f"{folder / 'pyproject.toml'}: [tool.flwr.app.config]")
-    references = {name: _reference(folder, app, name) for name in ("serverapp", "clientapp")}
+    server, _ = _reference(folder, app, "serverapp"), _reference(folder, app, "clientapp")
     forget_modules(folder)
     return FlowerApp(
         name=folder.name,
         folder=folder,
-        server_app=_load(folder, references["serverapp"], ServerApp),
-        client_app=_load(folder, references["clientapp"], ClientApp),
+        server_app=_load(folder, server, ServerApp),
+        client_app=load_client_app(folder),
         config=config,
         num_supernodes=_num_supernodes(table),
     )
+
+
+def load_client_app(folder: str | Path) -> ClientApp:
+    """Import an app's ClientApp alone; raises as `load_flower_app` does."""
+    require_flower("a Flower app")
+    from flwr.clientapp import ClientApp
+
+    folder, _, app = _tables(folder)
+    return _load(folder, _reference(folder, app, "clientapp"), ClientApp)
 
 
 def require_flower(feature: str) -> None:
@@ -117,6 +121,16 @@ def flatten(table: Any, *, where: str, prefix: str = "") -> dict[str, RunConfigV
         else:
             raise ConfigError(f"{where}: {prefix}{key}={value!r} must be a number, a string or a boolean")
     return flat
+
+
+def _tables(folder: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Return the app's folder, [tool.flwr] and [tool.flwr.app]."""
+    folder = Path(folder).expanduser().resolve()
+    table = _flwr_table(folder)
+    app = table.get("app")
+    if not isinstance(app, dict):
+        raise ConfigError(f"{folder / 'pyproject.toml'} has no [tool.flwr.app]: this is no Flower app")
+    return folder, table, app
 
 
 def _flwr_table(folder: Path) -> dict[str, Any]:

@@ -144,15 +144,17 @@ class LocalGrid(Grid):
         for message in messages:
             self._nodes.context(message.metadata.dst_node_id)
             give_id(message, f"{self._run.run_id}-{next(self._numbers)}")
-            _, content = copies.setdefault(id(message.content), (message.content, copy_records(message.content)))
+            if id(message.content) not in copies:
+                copies[id(message.content)] = (message.content, copy_records(message.content))
             snapshot = with_own_metadata(message)
-            snapshot.content = content
+            _, snapshot.content = copies[id(message.content)]
             snapshots[message.metadata.message_id] = snapshot
         self._watch.sent(list(snapshots.values()))
         return snapshots
 
     def _execute(self, requests: dict[str, Message], timeout: float | None) -> Iterator[Message]:
-        deadline_s = None if timeout is None else self._watch.clock() + timeout
+        ttl_s = max((request.metadata.ttl for request in requests.values()), default=0.0)
+        deadline_s = self._watch.clock() + (ttl_s if timeout is None else min(timeout, ttl_s))
         deliveries = (
             Delivery(request, self._nodes.context(request.metadata.dst_node_id)) for request in requests.values()
         )

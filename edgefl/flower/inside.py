@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flwr.app import Error, Message
+from flwr.app import Array, Error, Message
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
 from flwr.server.history import History
 from flwr.serverapp import server_app
@@ -79,6 +79,20 @@ def with_own_metadata(message: Message) -> Message:
     """Return a message with the same content, whose metadata is its own."""
     twin = copy.copy(message)
     vars(twin)["_metadata"] = copy.copy(message.metadata)
+    return twin
+
+
+def twin_of(array: Array) -> Array:
+    """Return an Array of the same bytes, at a tenth of what its constructor costs."""
+    twin = object.__new__(Array)
+    vars(twin).update(dtype=array.dtype, shape=array.shape, stype=array.stype, data=array.data)
+    return twin
+
+
+def without_content(message: Message) -> Message:
+    """Return the message's envelope alone, for a content that travels apart from it."""
+    twin = copy.copy(message)
+    vars(twin)["_content"] = None
     return twin
 
 

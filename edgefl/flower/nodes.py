@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.app import KIND, RunConfigValue
-from edgefl.flower.inside import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode, error_reply
+from edgefl.flower.inside import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode, error_reply, with_own_metadata
 from edgefl.flower.records import copy_message, copy_records
 from edgefl.task import UserCode
 
@@ -44,7 +44,7 @@ class Answer:
 class Runner(Protocol):
     """Runs ClientApps, here or elsewhere."""
 
-    def run(self, deliveries: Iterable[Delivery], deadline_s: float | None) -> Iterator[Answer]:
+    def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
         """Yield answers as they come, those that come before the deadline (on the runner's clock)."""
 
 
@@ -92,45 +92,52 @@ class InProcess:
         self._app, self._client_app, self._clock = app, client_app, clock
         self._turn = threading.Lock()  # clients share this process's random state, so they take turns
 
-    def run(self, deliveries: Iterable[Delivery], deadline_s: float | None) -> Iterator[Answer]:
+    def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
         """Yield answers in the order of the deliveries; who has not started by the deadline does not start."""
         for delivery in deliveries:
-            if self._late(deadline_s):
+            if self._clock() >= deadline_s:
                 return
             with self._turn:
-                answer = execute(self._app, self._client_app, delivery)
-            if self._late(deadline_s):
+                answer = execute(self._app, self._client_app, _own(delivery))
+            if self._clock() >= deadline_s:
                 return
             yield answer
 
-    def _late(self, deadline_s: float | None) -> bool:
-        return deadline_s is not None and self._clock() >= deadline_s
-
 
 def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
-    """Let a ClientApp answer a message; a failure becomes an error reply, as in Flower."""
-    message = copy_message(delivery.message)
-    context = Context(
-        run_id=delivery.context.run_id,
-        node_id=delivery.context.node_id,
-        node_config=dict(delivery.context.node_config),
-        state=copy_records(delivery.context.state),
-        run_config=dict(delivery.context.run_config),
-    )
+    """Let a ClientApp answer a message that is its own to change; a failure becomes an error reply, as in Flower."""
+    message, context = delivery.message, delivery.context
+    message_id, run_config = message.metadata.message_id, dict(context.run_config)
+    request = with_own_metadata(message)
     try:
         with UserCode(app, f"the ClientApp's {message.metadata.message_type!r}", KIND):
             reply = client_app(message, context)
     except TaskError as error:
-        return _failed(delivery, str(error))
+        return _failed(request, str(error))
     if not isinstance(reply, Message):
-        return _failed(delivery, f"the ClientApp returned a {type(reply).__name__}, not a Message")
-    if reply.metadata.reply_to_message_id != delivery.message.metadata.message_id:
-        return _failed(delivery, "the ClientApp returned a Message that is no reply to the one it got")
-    if context.run_config != delivery.context.run_config:
+        return _failed(request, f"the ClientApp returned a {type(reply).__name__}, not a Message")
+    if reply.metadata.reply_to_message_id != message_id:
+        return _failed(request, "the ClientApp returned a Message that is no reply to the one it got")
+    if context.run_config != run_config:
         fault = "The `run_config` field of the `Context` object cannot be modified"
-        return _failed(delivery, fault, ErrorCode.UNKNOWN)
-    return Answer(copy_message(reply), context.node_id, copy_records(context.state))
+        return _failed(request, fault, ErrorCode.UNKNOWN)
+    return Answer(copy_message(reply), request.metadata.dst_node_id, copy_records(context.state))
 
 
-def _failed(delivery: Delivery, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Answer:
-    return Answer(error_reply(delivery.message, reason, code), delivery.context.node_id, None)
+def _own(delivery: Delivery) -> Delivery:
+    """Return a delivery that a ClientApp may change: what a wire would have made of it."""
+    context = delivery.context
+    return Delivery(
+        copy_message(delivery.message),
+        Context(
+            run_id=context.run_id,
+            node_id=context.node_id,
+            node_config=dict(context.node_config),
+            state=copy_records(context.state),
+            run_config=dict(context.run_config),
+        ),
+    )
+
+
+def _failed(request: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Answer:
+    return Answer(error_reply(request, reason, code), request.metadata.dst_node_id, None)

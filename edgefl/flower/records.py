@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from edgefl.flower.inside import with_own_metadata
+from edgefl.flower.inside import twin_of, with_own_metadata
 from edgefl.trees import Array as NumpyArray
 from edgefl.trees import Tree
 
@@ -49,6 +49,6 @@ def tree_of(record: ArrayRecord) -> dict[str, NumpyArray]:
 
 def _copy_record(record: ArrayRecord | MetricRecord | ConfigRecord) -> ArrayRecord | MetricRecord | ConfigRecord:
     if isinstance(record, ArrayRecord):
-        return ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in record.items()})
+        return ArrayRecord({name: twin_of(array) for name, array in record.items()})
     values: dict[str, Any] = {name: list(v) if isinstance(v, list) else v for name, v in record.items()}
     return MetricRecord(values) if isinstance(record, MetricRecord) else ConfigRecord(values)

@@ -41,7 +41,8 @@ class FlowerRunResult:
     final: dict[str, float]  # metrics of the last round
     seconds: float  # of the ServerApp
     num_clients: int  # that did their part, summed over the rounds
-    peak_rss_mb: float
+    num_workers: int  # processes that trained; 0 = all was done in this one
+    peak_rss_mb: float  # of this process and its workers
     arrays: ArrayRecord | None  # of the last strategy that returned a Result
     state: Mapping[str, Any] = field(default_factory=dict)  # the ServerApp's context.state
 
@@ -50,6 +51,7 @@ class FlowerRunResult:
         return {
             "engine": "flower",
             "app": self.app,
+            "workers": self.num_workers,
             "rounds": list(self.rounds),
             "final": self.final,
             "seconds": self.seconds,
@@ -61,12 +63,14 @@ class FlowerRunResult:
 
 def run_flower_app(
     app: FlowerApp, num_supernodes: int | None = None, run_config: Mapping[str, RunConfigValue] | None = None, *,
-    on_round: Callable[[Json], None] | None = None, log_level: int = logging.WARNING,
+    workers: int | None = None, on_round: Callable[[Json], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FlowerRunResult:  # fmt: skip
     """Run an app's ServerApp to its end, with so many nodes (the app's own number where none is given).
 
-    `run_config` overrides the app's; `on_round` hears of each round as its messages showed it.
+    `run_config` overrides the app's; `on_round` hears of each round as its messages showed it. `workers`
+    is the number of processes that train: 0 for this one alone; where none is given, this one alone at
+    first, and one a core once that has taken as long as starting them would.
     Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where all training failed.
     """
     require_flower("a Flower app")
@@ -74,29 +78,47 @@ def run_flower_app(
 
     from edgefl.flower.grid import LocalGrid
     from edgefl.flower.inside import listening, logging_from, task_identity
-    from edgefl.flower.nodes import InProcess, Nodes
+    from edgefl.flower.nodes import Nodes
+    from edgefl.flower.outcome import arrays_of, metrics_of
+    from edgefl.flower.runners import Runners
     from edgefl.flower.watch import Watch
 
     config = fuse_run_config(app, run_config or {})
     run_id, watch = next(_RUN_IDS), Watch(clock, on_round)
     nodes = Nodes(run_id, app.num_supernodes if num_supernodes is None else num_supernodes, config)
-    grid = LocalGrid(run_id, nodes, InProcess(app.name, app.client_app, clock), watch)
+    runners = Runners(app, workers, clock)
+    grid = LocalGrid(run_id, nodes, runners, watch)
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
     if not _RUNNING.acquire(blocking=False):
         raise ConfigError("a Flower app is already running in this process; start another process for the next")
     start_s = clock()
     with ExitStack() as stack:
         stack.callback(_RUNNING.release)
+        stack.enter_context(runners)
         stack.callback(grid.close)
         stack.enter_context(task_identity(run_id))
-        stack.enter_context(logging_from(log_level))
+        stack.enter_context(logging_from(logging.WARNING))
         heard = stack.enter_context(listening())
         with UserCode(app.name, "its ServerApp", KIND):
             app.server_app(grid, context)
             grid.finish()
-    watch.finish()
+        watch.finish()
+        seconds = clock() - start_s
     _refuse_silence(app, watch)
-    return _result(app, watch, heard, seconds=clock() - start_s, state=context.state)
+    told = metrics_of(heard)
+    rounds = tuple(seen.as_json(told.get(seen.number)) for seen in watch.rounds)
+    last = told[max(told)] if told else {}
+    return FlowerRunResult(
+        app=app.name,
+        rounds=rounds,
+        final={**(rounds[-1]["metrics"] if rounds else {}), **last},
+        seconds=seconds,
+        num_clients=sum(seen.num_admitted for seen in watch.rounds),
+        num_workers=runners.num_workers,
+        peak_rss_mb=peak_rss_mb() + runners.workers_peak_rss_mb,
+        arrays=arrays_of(heard),
+        state=context.state,
+    )
 
 
 def _refuse_silence(app: FlowerApp, watch: Watch) -> None:
@@ -106,23 +128,3 @@ def _refuse_silence(app: FlowerApp, watch: Watch) -> None:
         raise QuorumNotMet(
             f"{KIND} {app.name!r}: every client failed, in every round. {'; '.join(reasons[:MAX_REASONS])}{more}"
         )
-
-
-def _result(
-    app: FlowerApp, watch: Watch, heard: list[Any], *, seconds: float, state: Mapping[str, Any]
-) -> FlowerRunResult:
-    from edgefl.flower.outcome import arrays_of, metrics_of
-
-    told = metrics_of(heard)
-    rounds = tuple(seen.as_json(told.get(seen.number)) for seen in watch.rounds)
-    last = dict(told[max(told)]) if told else {}
-    return FlowerRunResult(
-        app=app.name,
-        rounds=rounds,
-        final={**(rounds[-1]["metrics"] if rounds else {}), **last},
-        seconds=seconds,
-        num_clients=sum(seen.num_admitted for seen in watch.rounds),
-        peak_rss_mb=peak_rss_mb(),
-        arrays=arrays_of(heard),
-        state=state,
-    )

@@ -26,7 +26,7 @@ def one_thread(monkeypatch):
 def run(name, **config):
     assert is_flower_app(EXAMPLES / name)
     app = load_flower_app(EXAMPLES / name)
-    return run_flower_app(app, PARTS, {"num-server-rounds": ROUNDS, **config}), import_module(f"{name}.task")
+    return run_flower_app(app, PARTS, {"num-server-rounds": ROUNDS, **config}, workers=0), import_module(f"{name}.task")
 
 
 def averaged(parts):

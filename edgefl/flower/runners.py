@@ -1,0 +1,82 @@
+"""Where a run's ClientApps are executed: in this process, in worker processes, or first here, then there.
+
+Starting workers takes seconds, and nobody knows how long a run will be. So it starts here and moves once
+it has spent here what the start costs: never more than about twice the time of the better choice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from edgefl.errors import ConfigError
+from edgefl.flower.app import FlowerApp
+from edgefl.flower.nodes import Answer, Delivery, InProcess
+from edgefl.flower.workers import Workers
+
+START_S = 3.0  # of a worker that imports torch
+
+
+class Runners:
+    """The runner of one run. `workers`: 0 = this process alone, None = decide on the way. Use it as a context."""
+
+    def __init__(self, app: FlowerApp, workers: int | None, clock: Callable[[], float]) -> None:
+        if workers is not None and workers < 0:
+            raise ConfigError(f"workers={workers} must be 0 (this process alone) or more")
+        self._app, self._clock = app, clock
+        self._number = num_cores() if workers is None else workers
+        self._here = InProcess(app.name, app.client_app, clock)
+        self._left_s = math.inf if workers == 0 or self._number == 1 else START_S  # to spend in this process
+        if workers:
+            self._left_s = 0.0
+        self._workers: Workers | None = None
+        self._stack = ExitStack()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, raised, trace)
+
+    @property
+    def workers_peak_rss_mb(self) -> float:
+        """The most memory that the workers have held, added up."""
+        return 0.0 if self._workers is None else self._workers.peak_rss_mb
+
+    @property
+    def num_workers(self) -> int:
+        """How many worker processes there are; 0 where all was done here."""
+        return 0 if self._workers is None else self._number
+
+    def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
+        """Yield answers as they come."""
+        source = iter(deliveries)
+        while self._left_s > 0:
+            delivery = next(source, None)
+            if delivery is None:
+                return
+            start_s = self._clock()
+            answers = list(self._here.run([delivery], deadline_s))
+            self._left_s -= self._clock() - start_s
+            yield from answers
+        yield from self._in_workers().run(source, deadline_s)
+
+    def _in_workers(self) -> Workers:
+        with self._lock:
+            if self._workers is None:
+                self._workers = self._stack.enter_context(Workers(self._app, self._number, self._clock))
+            return self._workers
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

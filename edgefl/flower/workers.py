@@ -1,0 +1,209 @@
+"""ClientApps in worker processes of this machine, one thread each, started when first needed.
+
+A message's records travel pickled, once for all the messages that share them; a node's state travels with
+its message and comes back with its answer. One thread here attends to each worker.
+Invariants: a worker that dies takes no message with it: a new one does it again, and a message that kills
+two of them is answered for by an Error; no worker outlives its run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cache
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from edgefl.errors import ConfigError, TaskError
+from edgefl.flower.app import FlowerApp, load_client_app
+from edgefl.flower.inside import ErrorCode, error_reply, without_content
+from edgefl.flower.nodes import Answer, Delivery, execute
+from edgefl.operator.run import peak_rss_mb
+
+IN_FLIGHT = 2  # messages under way for each worker, so that it need not wait for us
+MAX_CRASHES = 2  # workers that one message may take with it
+MAX_WAIT_S = 1e6  # for one answer; the operating system cannot count far beyond
+STOP_S = 5.0  # for a killed process to be gone
+ONE_THREAD = "OMP_NUM_THREADS"  # torch and numpy's BLAS read it when they are imported
+
+
+class Workers:
+    """A runner in worker processes. Use it as a context: at its end no process is left."""
+
+    def __init__(self, app: FlowerApp, number: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._number = clock, number
+        self._threads = ThreadPoolExecutor(number, "flower-worker")
+        self._workers = [_Worker(app.folder) for _ in range(number)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._packed: tuple[RecordDict | None, bytes] = (None, b"")  # the last content, and its bytes
+        self._threads_before: str | None = None
+
+    def __enter__(self) -> Self:
+        self._threads_before = os.environ.get(ONE_THREAD)
+        os.environ.setdefault(ONE_THREAD, "1")
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        for worker in self._workers:
+            worker.end()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        if self._threads_before is None:
+            os.environ.pop(ONE_THREAD, None)
+
+    @property
+    def peak_rss_mb(self) -> float:
+        """The most memory that each worker has held, added up."""
+        return sum(worker.peak_rss_mb for worker in self._workers)
+
+    def pids(self) -> list[int]:
+        """Return the processes that are running."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
+        """Yield answers as they come; what is under way at the deadline, or when we stop asking, is dropped."""
+        source = iter(deliveries)
+        flying: set[Future[Answer | None]] = set()
+        try:
+            while True:
+                for delivery in islice(source, IN_FLIGHT * self._number - len(flying)):
+                    flying.add(self._threads.submit(self._ask, delivery, deadline_s))
+                if not flying:
+                    return
+                landed, flying = wait(flying, return_when=FIRST_COMPLETED)  # each ends by the deadline
+                for future in landed:
+                    if (answer := future.result()) is not None:
+                        yield answer
+        finally:
+            for future in flying:
+                future.cancel()
+
+    def _ask(self, delivery: Delivery, deadline_s: float) -> Answer | None:
+        """Have an idle worker answer: there is one for each of our threads. Nothing after the deadline."""
+        parts = without_content(delivery.message), self._content_of(delivery.message), delivery.context
+        request = pickle.dumps(parts)
+        worker = self._idle.get_nowait()
+        try:
+            for _ in range(MAX_CRASHES):
+                left_s = deadline_s - self._clock()
+                if worker.ended or left_s <= 0:
+                    return None
+                try:
+                    return worker.ask(request, left_s)
+                except (EOFError, OSError):
+                    worker.kill()
+        finally:
+            self._idle.put(worker)
+        reason = f"the process of the ClientApp died {MAX_CRASHES} times over this message"
+        reply = error_reply(delivery.message, reason, ErrorCode.CLIENT_APP_CRASHED)
+        return None if worker.ended else Answer(reply, delivery.context.node_id, None)
+
+    def _content_of(self, message: Message) -> bytes:
+        content, packed = self._packed
+        if content is not message.content:
+            packed = pickle.dumps(message.content)
+            self._packed = (message.content, packed)
+        return packed
+
+
+class _Worker:
+    """One process, started when it is first asked, and again after it was killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+        self._lock = threading.Lock()  # of starting against ending
+        self.ended = False
+        self.peak_rss_mb = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def ask(self, request: bytes, timeout_s: float) -> Answer | None:
+        """Return the answer; kills the process and returns nothing where it takes too long.
+
+        Raises EOFError or OSError where the process dies.
+        """
+        connection = self._connection or self._start()
+        connection.send_bytes(request)
+        if not connection.poll(min(timeout_s, MAX_WAIT_S)):
+            self.kill()
+            return None
+        answer: Answer
+        answer, self.peak_rss_mb = pickle.loads(connection.recv_bytes())  # noqa: S301 - our own child's bytes
+        return answer
+
+    def kill(self) -> None:
+        """Kill the process, if there is one."""
+        with self._lock:
+            if self._process is not None and self._connection is not None:
+                self._process.kill()
+                self._process.join(STOP_S)
+                self._connection.close()
+            self._process = self._connection = None
+
+    def end(self) -> None:
+        """Kill the process for good; who waits for its answer hears that it died."""
+        with self._lock:
+            self.ended = True
+            if self._process is not None:
+                self._process.kill()
+                self._process.join(STOP_S)
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
+        with self._lock:
+            if self.ended:
+                raise EOFError
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, str(self._folder)), name="flower-worker", daemon=True
+            )
+            process.start()
+            theirs.close()  # so that its end closes with the process
+            self._process, self._connection = process, ours
+            return ours
+
+
+def _serve(connection: Connection, folder: str) -> None:
+    """Answer requests until there are no more: a worker's whole life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends us
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            return
+        message, content, context = pickle.loads(request)  # noqa: S301 - our own parent's bytes
+        message.content = pickle.loads(content)  # noqa: S301
+        answer = _answer(folder, Delivery(message, context))
+        connection.send_bytes(pickle.dumps((answer, peak_rss_mb())))
+
+
+def _answer(folder: str, delivery: Delivery) -> Answer:
+    try:
+        client_app = _client_app(folder)
+    except (ConfigError, TaskError) as error:
+        reply = error_reply(delivery.message, str(error), ErrorCode.LOAD_CLIENT_APP_EXCEPTION)
+        return Answer(reply, delivery.context.node_id, None)
+    return execute(Path(folder).name, client_app, delivery)
+
+
+@cache
+def _client_app(folder: str) -> ClientApp:
+    return load_client_app(folder)

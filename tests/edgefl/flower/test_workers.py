@@ -1,0 +1,149 @@
+"""Real worker processes: the same answers, and none lost with a worker that dies."""
+
+import itertools
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from edgefl.flower import load_flower_app, run_flower_app
+from edgefl.flower.inside import ErrorCode, give_id, task_identity
+from edgefl.flower.nodes import Delivery
+from edgefl.flower.runners import Runners
+from edgefl.flower.workers import ONE_THREAD, Workers
+
+CLIENT = """
+    import os, signal, threading
+    from pathlib import Path
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+    @app.query()
+    def query(message, context):
+        given = message.content["c"]
+        once = given.get("die-once")
+        if given.get("die") == context.node_id or once and not Path(once).exists():
+            Path(once or os.devnull).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if given.get("hang") == context.node_id:
+            threading.Event().wait()
+        seen = context.state.get("seen", ConfigRecord({"n": 0}))
+        context.state["seen"] = ConfigRecord({"n": seen["n"] + 1})
+        answer = ConfigRecord({"pid": os.getpid(), "node": context.node_id, **context.state["seen"]})
+        return Message(RecordDict({"a": answer}), reply_to=message)
+"""
+
+
+@pytest.fixture
+def app(make_app):
+    with task_identity(1):
+        yield load_flower_app(make_app(client=CLIENT))
+
+
+def deliveries(count, **config):
+    content = RecordDict({"c": ConfigRecord(config)})
+    for number in range(count):
+        message = Message(content, 1000 + number, "query")
+        give_id(message, str(number))
+        yield Delivery(message, Context(1, 1000 + number, {}, RecordDict(), {}))
+
+
+def answered(runner, asked, seconds=30.0):
+    return sorted(runner.run(asked, time.monotonic() + seconds), key=lambda answer: answer.node_id)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_answers_and_states_come_back_and_nothing_is_left_running(app, monkeypatch):
+    monkeypatch.delenv(ONE_THREAD, raising=False)
+    with Workers(app, 2) as workers:
+        answers = answered(workers, deliveries(6))
+        pids = workers.pids()
+        assert os.environ[ONE_THREAD] == "1"
+    assert [answer.reply.content["a"]["node"] for answer in answers] == list(range(1000, 1006))
+    assert [answer.state["seen"]["n"] for answer in answers] == [1] * 6
+    assert {answer.reply.content["a"]["pid"] for answer in answers} <= set(pids)
+    assert os.getpid() not in pids
+    assert workers.peak_rss_mb > 0
+    assert not any(map(alive, pids))
+    assert ONE_THREAD not in os.environ
+
+
+def test_a_killed_workers_message_is_done_again(app, tmp_path):
+    with Workers(app, 1) as workers:
+        answers = answered(workers, deliveries(3, **{"die-once": str(tmp_path / "died")}))
+    assert (tmp_path / "died").exists()
+    assert [answer.reply.has_error() for answer in answers] == [False] * 3
+
+
+def test_a_worker_killed_from_outside_between_messages_is_replaced(app):
+    with Workers(app, 1) as workers:
+        answered(workers, deliveries(1))
+        os.kill(workers.pids()[0], signal.SIGKILL)
+        assert not answered(workers, deliveries(1))[0].reply.has_error()
+
+
+def test_a_message_that_kills_its_workers_is_answered_for_and_the_others_are_done(app):
+    with Workers(app, 2) as workers:
+        answers = answered(workers, deliveries(4, die=1002))
+    assert [answer.reply.has_error() for answer in answers] == [False, False, True, False]
+    error = answers[2].reply.error
+    assert (error.code, "died 2 times" in error.reason) == (ErrorCode.CLIENT_APP_CRASHED, True)
+
+
+def test_a_client_that_hangs_is_killed_at_the_deadline(app):
+    with Workers(app, 2) as workers:
+        answered(workers, deliveries(2))  # both are up
+        answers = answered(workers, deliveries(3, hang=1001), seconds=1.5)
+        assert [answer.node_id for answer in answers] == [1000, 1002]
+        assert len(answered(workers, deliveries(2))) == 2
+
+
+def test_who_stops_asking_leaves_the_rest_undone(app):
+    source = deliveries(100)
+    with Workers(app, 1) as workers:
+        answers = workers.run(source, time.monotonic() + 30)
+        next(answers)
+        answers.close()
+    assert len(list(source)) > 90
+
+
+def test_an_app_that_cannot_be_loaded_there_is_reported_as_flower_does(app):
+    (app.folder / app.name / "client_app.py").write_text("import nothing_of_the_kind\n")
+    with Workers(app, 1) as workers:
+        error = answered(workers, deliveries(1))[0].reply.error
+    assert error.code == ErrorCode.LOAD_CLIENT_APP_EXCEPTION
+    assert "client_app.py:1" in error.reason
+
+
+def test_a_run_in_workers_equals_the_run_in_this_process(make_app):
+    folder = make_app()
+    here = run_flower_app(load_flower_app(folder), 4, workers=0)
+    there = run_flower_app(load_flower_app(folder), 4, workers=2)
+    assert (here.num_workers, there.num_workers) == (0, 2)
+    np.testing.assert_allclose(there.arrays.to_numpy_ndarrays()[0], here.arrays.to_numpy_ndarrays()[0], rtol=1e-12)
+    assert there.final == pytest.approx(here.final)
+
+
+def test_a_long_run_moves_to_workers_on_its_way(app):
+    ticks = itertools.count()  # a second a look: each client takes one
+    with Runners(app, None, lambda: float(next(ticks))) as runners:
+        runners._number = 2  # as on two cores
+        runners._left_s = 3.0
+        answers = list(runners.run(deliveries(8), float("1e9")))
+        assert runners.num_workers == 2
+    pids = [answer.reply.content["a"]["pid"] for answer in sorted(answers, key=lambda answer: answer.node_id)]
+    assert pids[0] == os.getpid()
+    assert os.getpid() not in pids[-4:]
+    assert len(pids) == 8
