@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 ROUNDS, KILLS = 30, 15
+STOPPED_SHARE = 0.3  # are asked to end, by SIGTERM
 DEVICES = {"a": (1.0, 1), "b": (4.0, 2), "c": (10.0, 5)}  # delta, weight
 SETTINGS = ("rounds.clients=3", "rounds.quorum=3", "rounds.deadline_s=300", "rounds.wait_s=300")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", [1, 2])
-def test_random_kills_change_nothing_in_the_result(fleet, tmp_path, seed):
+def test_random_kills_and_stops_change_nothing_in_the_result(fleet, tmp_path, seed):
     data = {name: {"delta": delta, "weight": weight, "seconds": 0.1, "calls": tmp_path / f"{name}.calls"}
             for name, (delta, weight) in DEVICES.items()}  # fmt: skip
     for name, options in data.items():
@@ -26,7 +27,8 @@ def test_random_kills_change_nothing_in_the_result(fleet, tmp_path, seed):
         time.sleep(rng.uniform(0, 0.6))
         victims = rng.choice([["cloud"], ["a"], ["b"], ["c"], ["cloud", "a"], ["b", "c"]])
         for victim in victims:
-            (fleet.cloud if victim == "cloud" else fleet.agents[victim]).kill()
+            process = fleet.cloud if victim == "cloud" else fleet.agents[victim]
+            (process.stop if rng.random() < STOPPED_SHARE else process.kill)()
         for victim in victims:
             num_kills += 1
             if victim == "cloud":
