@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from edgefl.config import JobConfig
     from edgefl.errors import EdgeflError
     from edgefl.operator.run import run
+    from edgefl.simulation.simulate import simulate
     from edgefl.task import FitResult, Task
 
-__all__ = ["EdgeflError", "FitResult", "JobConfig", "Task", "run"]
+__all__ = ["EdgeflError", "FitResult", "JobConfig", "Task", "run", "simulate"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "JobConfig": "edgefl.config",
     "Task": "edgefl.task",
     "run": "edgefl.operator.run",
+    "simulate": "edgefl.simulation.simulate",
 }
 
 

@@ -11,7 +11,7 @@ from edgefl import __version__
 from edgefl.errors import EdgeflError
 
 _GROUP = "edgefl.commands"
-_EXTRAS = {"cloud": "cloud", "agent": "agent", "demo": "agent,train,cloud,broker,examples"}
+_EXTRAS = {"cloud": "cloud", "agent": "agent", "simulate": "sim", "demo": "agent,train,cloud,broker,examples"}
 
 
 class _Commands(click.Group):

@@ -7,12 +7,12 @@ A reason names the tensor and says what was seen and what was wanted.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from edgefl.errors import UpdateRejected
-from edgefl.records import Plan, Update
+from edgefl.records import Partial, Plan, Update
 from edgefl.trees import TensorSpec, Tree, blocks, spec_of
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
@@ -40,6 +40,31 @@ class RoundGuard:
         if fault:
             raise UpdateRejected(update.device, fault)
         self._admitted.add(update.device)
+
+    def admit_partial(self, partial: Partial) -> None:
+        """Raise UpdateRejected with the first fault of a partial sum; otherwise remember all that are in it."""
+        wanted = {name: TensorSpec(spec.shape, np.dtype(np.float64)) for name, spec in self._spec.items()}
+        fault = (
+            self._wrong_contributors(partial.contributors)
+            or wrong_weight(partial.weight)
+            or wrong_metrics(
+                {n: total / weight if weight > 0 else math.nan for n, (total, weight) in partial.metrics.items()}
+            )
+            or wrong_spec(spec_of(partial.total), wanted)
+            or not_finite_tree(partial.total)
+        )
+        if fault:
+            raise UpdateRejected(", ".join(partial.contributors), f"partial sum: {fault}")
+        self._admitted.update(partial.contributors)
+
+    def _wrong_contributors(self, contributors: Sequence[str]) -> str | None:
+        if not contributors:
+            return "it names no contributors"
+        if strangers := sorted(set(contributors) - self._cohort):
+            return f"{', '.join(strangers):.500} are not in the cohort of round {self._plan.round}"
+        if len(set(contributors)) < len(contributors) or self._admitted & set(contributors):
+            return f"a device is counted twice in round {self._plan.round}"
+        return None
 
     def _wrong_origin(self, update: Update) -> str | None:
         plan = self._plan

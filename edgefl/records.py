@@ -50,6 +50,7 @@ class Partial:
     total: Tree
     weight: float
     contributors: tuple[str, ...]
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # (sum of weight * value, of weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.guards import RoundGuard
-from edgefl.records import Failure, Plan, RoundOutcome, Traffic, Update
+from edgefl.records import Failure, Partial, Plan, RoundOutcome, Traffic, Update
 from edgefl.trees import Tree
 
 Clock = Callable[[], float]  # seconds, monotonic
@@ -33,10 +33,11 @@ class Fleet(Protocol):
     def clients(self) -> Sequence[str]:
         """Return the clients that can take part now."""
 
-    def collect(self, plan: Plan) -> Iterator[Update | Failure]:
+    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
         """Send the plan and yield answers as they arrive; ends by the plan's deadline at the latest.
 
-        Closing the iterator early tells the fleet that later answers are not wanted.
+        A partial sum stands for all its contributors, and is only for a rule that merges. Closing the
+        iterator early tells the fleet that later answers are not wanted.
         """
 
     def traffic(self) -> Traffic:
@@ -85,14 +86,19 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
             tally.failed[answer.device] = answer.reason
             continue
         try:
-            guard.admit(answer)
+            if isinstance(answer, Partial):
+                guard.admit_partial(answer)
+                rule.merge(answer)
+            else:
+                guard.admit(answer)
+                rule.add(answer)
         except UpdateRejected as refusal:
-            tally.rejected[answer.device] = refusal.reason
-            job.on_refusal(plan, answer, refusal.reason)
+            tally.refuse(answer, refusal.reason)
+            if isinstance(answer, Update):
+                job.on_refusal(plan, answer, refusal.reason)
             continue
-        rule.add(answer)
         tally.count(answer)
-        if len(tally.admitted) == wanted:
+        if len(tally.admitted) >= wanted:
             break
     if len(tally.admitted) < job.config.rounds.quorum:
         raise QuorumNotMet(tally.under_quorum(plan, job.config.rounds.quorum))
@@ -133,6 +139,24 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
 
 
 @dataclass(slots=True)
+class MetricSums:
+    """Weighted means of metrics, in sums that can be added up in any order and anywhere."""
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # (sum of weight * value, of weights)
+
+    def add(self, weight: float, metrics: Mapping[str, float]) -> None:
+        self.merge({name: (weight * value, weight) for name, value in metrics.items()})
+
+    def merge(self, sums: Mapping[str, tuple[float, float]]) -> None:
+        for name, (total, weight) in sums.items():
+            before = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (before[0] + total, before[1] + weight)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / weight for name, (total, weight) in self.sums.items()}
+
+
+@dataclass(slots=True)
 class _Tally:
     """Who answered what in a round."""
 
@@ -140,18 +164,25 @@ class _Tally:
     rejected: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     weight: float = 0.0
-    _sums: dict[str, float] = field(default_factory=dict)
-    _weights: dict[str, float] = field(default_factory=dict)
+    _metrics: MetricSums = field(default_factory=MetricSums)
 
-    def count(self, update: Update) -> None:
-        self.admitted.append(update.device)
-        self.weight += update.weight
-        for name, value in update.metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + update.weight * value
-            self._weights[name] = self._weights.get(name, 0.0) + update.weight
+    def count(self, answer: Update | Partial) -> None:
+        self.weight += answer.weight
+        if isinstance(answer, Partial):
+            self.admitted.extend(answer.contributors)
+            self._metrics.merge(answer.metrics)
+        else:
+            self.admitted.append(answer.device)
+            self._metrics.add(answer.weight, answer.metrics)
+
+    def refuse(self, answer: Update | Partial, reason: str) -> None:
+        """Note a refusal: of a partial sum for each that is in it and was not admitted otherwise."""
+        names = answer.contributors if isinstance(answer, Partial) else (answer.device,)
+        counted = set(self.admitted) if isinstance(answer, Partial) else set()
+        self.rejected |= {name: reason for name in names if name not in counted}
 
     def metrics(self) -> dict[str, float]:
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
+        return self._metrics.means()
 
     def missing(self, plan: Plan) -> tuple[str, ...]:
         answered = {*self.admitted, *self.rejected, *self.failed}

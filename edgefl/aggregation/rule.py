@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from edgefl.records import Partial, Update
 from edgefl.trees import Tree
@@ -22,3 +22,11 @@ class Rule(Protocol):
 
     def result(self) -> Tree:
         """Return the aggregated update, in the dtypes and shapes of the parameters."""
+
+
+@runtime_checkable
+class Merging(Protocol):
+    """What a rule that merges has besides: the sum so far, for the tier above."""
+
+    def partial(self) -> Partial:
+        """Return a weighted sum in float64 that `merge` takes."""

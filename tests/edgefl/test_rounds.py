@@ -13,7 +13,7 @@ import pytest
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, ServerConfig, from_dict
 from edgefl.errors import ConfigError, QuorumNotMet
-from edgefl.records import Failure, Plan, RoundOutcome, Update
+from edgefl.records import Failure, Partial, Plan, RoundOutcome, Update
 from edgefl.rounds import Job, run_rounds, select_clients
 from edgefl.testing import Answer, ManualClock, ScriptedFleet, make_update
 
@@ -211,3 +211,48 @@ def test_a_batch_norm_counter_survives_rounds() -> None:
     counter = outcomes[-1].parameters["n"]
     assert isinstance(counter, np.ndarray)
     assert (counter.dtype, counter.shape, int(counter)) == (np.dtype(np.int64), (), 12)
+
+
+def part_of_a_fleet(fleet: ScriptedFleet, *partials: Partial) -> Any:
+    """A fleet that first sends partial sums, then what is scripted."""
+
+    class Mixed(ScriptedFleet):
+        def collect(self, plan: Plan) -> Any:
+            yield from partials
+            yield from super().collect(plan)
+
+    return Mixed(fleet.script)
+
+
+def a_sum(total: float, *contributors: str, weight: float = 3.0, loss: float = 0.0) -> Partial:
+    metrics = {"loss": (weight * loss, weight)}
+    return Partial(total={"w": np.full(2, total)}, weight=weight, contributors=contributors, metrics=metrics)
+
+
+def test_a_partial_sum_stands_for_all_that_are_in_it() -> None:
+    script = {"a": silent, "b": silent, "c": sends("c", 9.0, weight=1, loss=4.0)}
+    fleet = part_of_a_fleet(ScriptedFleet(script), a_sum(15.0, "a", "b", loss=2.0))
+    outcome = one_round(fleet, config())
+    assert outcome.parameters["w"].tolist() == [6.0, 6.0]  # (15 + 1*9) / (3 + 1)
+    assert (outcome.admitted, outcome.weight, outcome.metrics) == (("a", "b", "c"), 4.0, {"loss": 2.5})
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (a_sum(1.0, "b", "c"), "counted twice"),
+        (a_sum(1.0, "c", "d"), "not in the cohort"),
+        (a_sum(1.0, "c", "c"), "counted twice"),
+        (a_sum(math.nan, "c"), "NaN"),
+        (a_sum(1.0, "c", weight=0.0), "weight"),
+        (a_sum(1.0, "c", loss=math.inf), "metric"),
+        (a_sum(1.0), "names no contributors"),
+    ],
+)
+def test_a_partial_sum_that_is_refused_changes_nothing(second: Partial, reason: str) -> None:
+    fleet = part_of_a_fleet(ScriptedFleet(dict.fromkeys("abc", silent)), a_sum(15.0, "a", "b"), second)
+    outcome = one_round(fleet, config())
+    assert outcome.parameters["w"].tolist() == [5.0, 5.0]
+    assert outcome.admitted == ("a", "b")
+    assert outcome.rejected.keys() == set(second.contributors) - {"a", "b"}
+    assert all(reason in said for said in outcome.rejected.values())

@@ -1,0 +1,127 @@
+"""Which engine: chosen by measuring the first cohort on each that can run the task, and said why.
+
+No engine always wins: a stack is many times faster for small dense models and slower for convolutions,
+and worker processes take seconds to start, which a short simulation never gets back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from edgefl.errors import ConfigError
+from edgefl.records import Partial, Plan
+from edgefl.rounds import select_clients
+from edgefl.simulation.fleets import Engine, Setup
+from edgefl.simulation.loop import LoopFleet
+from edgefl.simulation.machine import num_cores
+from edgefl.simulation.pool import PoolFleet
+from edgefl.simulation.stackable import why_not_stacked
+from edgefl.simulation.stacked import StackedFleet
+from edgefl.training import initial_parameters
+
+ENGINES: Mapping[str, Callable[[Setup], Engine]] = {"loop": LoopFleet, "stacked": StackedFleet, "pool": PoolFleet}
+AUTO = "auto"
+MEASURE_S = 0.5  # of the loop; the others get as many clients
+FEWEST = 4  # clients to measure by
+POOL_START_S = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """An engine, ready to run, and why it is this one."""
+
+    engine: Engine
+    name: str
+    reason: str
+
+
+def make_engine(name: str, setup: Setup) -> Chosen:
+    """Make an engine by its short name; raises ConfigError for one that is unknown, or cannot run the task."""
+    if name == AUTO:
+        return _Choice(setup).choose()
+    if name not in ENGINES:
+        raise ConfigError(f"engine {name!r} is not one of: {', '.join([AUTO, *ENGINES])}")
+    return Chosen(ENGINES[name](setup), name, "it was asked for")
+
+
+class _Choice:
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._plan = Plan(
+            job="measure",
+            round=1,
+            parameters=initial_parameters(setup.task, setup.config.train.seed),
+            clients=select_clients(setup.population.names(), setup.config, 1),
+            train=setup.config.train,
+            deadline_s=setup.config.rounds.deadline_s,
+        )
+        self._rates: dict[str, float] = {}  # clients/s
+        self._ruled_out: dict[str, str] = {}
+
+    def choose(self) -> Chosen:
+        best: tuple[str, Engine] = ("loop", LoopFleet(self._setup))
+        self._measure_loop(best[1])
+        if reason := why_not_stacked(self._setup):
+            self._ruled_out["stacked"] = reason
+        else:
+            best = self._better(best, "stacked", StackedFleet(self._setup))
+        if reason := self._why_no_pool(best[0]):
+            self._ruled_out["pool"] = reason
+        else:
+            best = self._with_pool(best)
+        return Chosen(best[1], best[0], self._reason())
+
+    def _measure_loop(self, engine: Engine) -> None:
+        """Let the loop run for a while: this is how many clients the others are measured by."""
+        first = self._plan.clients[:FEWEST]
+        _timed(engine, dataclasses.replace(self._plan, clients=first))  # torch's own first steps are slow
+        start_s, count = time.perf_counter(), 0
+        for _ in engine.collect(self._plan):
+            count += 1
+            if count >= FEWEST and time.perf_counter() - start_s > MEASURE_S:
+                break
+        self._rates["loop"] = count / (time.perf_counter() - start_s)
+        self._plan = dataclasses.replace(self._plan, clients=self._plan.clients[:count])
+
+    def _better(self, best: tuple[str, Engine], name: str, engine: Engine) -> tuple[str, Engine]:
+        """Return the faster of two, and end the other."""
+        _timed(engine, self._plan)  # samples are loaded where the engine wants them
+        self._rates[name] = len(self._plan.clients) / _timed(engine, self._plan)
+        if self._rates[name] <= self._rates[best[0]]:
+            engine.close()
+            return best
+        best[1].close()
+        return name, engine
+
+    def _why_no_pool(self, best: str) -> str | None:
+        if num_cores() == 1:
+            return "there is one core"
+        rounds = self._setup.config.rounds
+        cohort = rounds.clients or len(self._setup.population.names())
+        left_s = rounds.count * cohort / self._rates[best]
+        if left_s < POOL_START_S:
+            return f"all rounds take about {left_s:.1f} s, no longer than starting processes"
+        return None
+
+    def _with_pool(self, best: tuple[str, Engine]) -> tuple[str, Engine]:
+        try:
+            return self._better(best, "pool", PoolFleet(self._setup))
+        except ConfigError as error:
+            self._ruled_out["pool"] = str(error)
+            return best
+
+    def _reason(self) -> str:
+        seen = [f"{name} {rate:.0f} clients/s" for name, rate in sorted(self._rates.items(), key=lambda one: -one[1])]
+        out = [f"not {name}: {reason}" for name, reason in self._ruled_out.items()]
+        return "; ".join([f"measured on {len(self._plan.clients)} clients: {', '.join(seen)}", *out])
+
+
+def _timed(engine: Engine, plan: Plan) -> float:
+    start_s = time.perf_counter()
+    for answer in engine.collect(plan):
+        if isinstance(answer, Partial):
+            continue  # its sum is dropped, as every answer is
+    return time.perf_counter() - start_s

@@ -1,0 +1,94 @@
+"""What every engine of a simulation stands on: whose data, what is to be done, what has moved.
+
+An engine is a `Fleet` (see `edgefl.rounds`) whose clients are trained in this machine; it is closed
+when the simulation ends. Bytes are those that the deployed fleet would move: encoded trees.
+Invariant: an engine's answer for a client depends on (parameters, samples, config, round, client)
+alone, as a device's does; so all engines agree.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from edgefl.config import JobConfig
+from edgefl.records import Plan, Traffic
+from edgefl.rounds import Fleet
+from edgefl.samples import Samples, require_torch
+from edgefl.task import Task
+from edgefl.trees import encoded_bytes
+
+
+class Population(Protocol):
+    """The clients that there are, and their data. Lazy: only who is sampled costs anything."""
+
+    def names(self) -> Sequence[str]:
+        """Return every client's name, sorted; need not hold them."""
+
+    def samples(self, client: str) -> Samples:
+        """Return a client's own samples; raises TaskError where it has none."""
+
+
+PopulationMaker = Callable[[Task], Population]  # picklable, so that a worker process can make its own
+
+
+class Engine(Fleet, Protocol):
+    """A fleet of simulated clients."""
+
+    def close(self) -> None:
+        """End what the engine started."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """One simulation, as its engines see it."""
+
+    task: Task
+    reference: str | None  # where the task can be loaded again, if it was loaded from somewhere
+    make_population: PopulationMaker
+    population: Population
+    config: JobConfig
+    stop: threading.Event = field(default_factory=threading.Event)  # set: hand out no more clients
+
+    def takes_sums(self, plan: Plan) -> bool:
+        """Whether partial sums may stand for clients: where more are asked than wanted, single updates must."""
+        return self.config.rounds.clients in {0, len(plan.clients)} or len(plan.clients) < self.config.rounds.clients
+
+
+class Meter:
+    """Counts what would have moved."""
+
+    def __init__(self) -> None:
+        self._traffic = Traffic()
+        self._bytes = 0
+
+    def begin(self, plan: Plan) -> None:
+        """Note the size of this round's trees."""
+        self._bytes = encoded_bytes(plan.parameters)
+
+    def count(self, *, down: int, up: int) -> None:
+        """Count so many models sent down and updates sent up."""
+        self._traffic = Traffic(
+            up_bytes=self._traffic.up_bytes + up * self._bytes,
+            down_bytes=self._traffic.down_bytes + down * self._bytes,
+        )
+
+    def traffic(self) -> Traffic:
+        return self._traffic
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads inside; small models are fastest with one."""
+    require_torch("simulation")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,112 @@
+"""A simulation on the screen: a table that grows on a terminal, a line a round elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from edgefl.operator.output import Output, metrics_text
+from edgefl.simulation.report import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROWS = 12  # of the table: the last rounds
+REASONS = 3  # on a line
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+class Progress:
+    """What is known after each round."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._engine = count, "being chosen"
+        self._ends_s: deque[float] = deque(maxlen=ROWS)  # of the last rounds, and of what came before the first
+        self._rows: deque[tuple[str, ...]] = deque(maxlen=ROWS)
+
+    def begin(self, engine: str, *, now_s: float) -> None:
+        """Note that the first round begins."""
+        self._engine = engine
+        self._ends_s.append(now_s)
+
+    def note(self, outcome: Json, *, now_s: float) -> tuple[str, ...]:
+        """Return a round's cells: round, clients, clients/s, bytes, time left, metrics."""
+        done = outcome["round"]
+        self._ends_s.append(now_s)
+        left_s = (now_s - self._ends_s[0]) / max(1, len(self._ends_s) - 1) * (self._count - done)
+        rate = outcome["admitted"] / outcome["seconds"] if outcome["seconds"] > 0 else 0.0
+        cells = (
+            f"{done}/{self._count}",
+            _clients(outcome),
+            f"{rate:.0f}",
+            size_text(outcome["up_bytes"] + outcome["down_bytes"]),
+            duration_text(left_s),
+            metrics_text(outcome["metrics"]),
+        )
+        self._rows.append(cells)
+        return cells
+
+    def table(self) -> Table:
+        """Return the last rounds as a table."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            "round", "clients", "clients/s", "moved", "left", "metrics", box=None, header_style="bold", pad_edge=False,
+            title=f"engine {self._engine}", title_justify="left",
+        )  # fmt: skip
+        for row in self._rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+
+@contextmanager
+def live_rounds(output: Output, progress: Progress) -> Iterator[Callable[[Json], None]]:
+    """Give what is to hear of each round."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield lambda outcome: output.line(line_text(outcome, progress.note(outcome, now_s=time.perf_counter())))
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(progress.table(), console=Console(stderr=True), auto_refresh=False) as live:
+
+        def show(outcome: Json) -> None:
+            progress.note(outcome, now_s=time.perf_counter())
+            live.update(progress.table(), refresh=True)
+
+        yield show
+
+
+def line_text(outcome: Json, cells: tuple[str, ...]) -> str:
+    """Return a round as one line, with the reasons of whoever did not make it."""
+    number, clients, rate, moved, left, metrics = cells
+    text = f"round {number}: {clients}, {rate} clients/s, {moved} moved, {left} left {metrics}".rstrip()
+    reasons = [f"{device}: {reason}" for device, reason in list(outcome["reasons"].items())[:REASONS]]
+    more = len(outcome["reasons"]) - len(reasons)
+    reasons += [f"and {more} more"] if more else []
+    return f"{text} ({'; '.join(reasons)})" if reasons else text
+
+
+def size_text(num_bytes: float) -> str:
+    """Return bytes as `12.3 MB`."""
+    step = min(len(_UNITS) - 1, int(math.log10(num_bytes) // 3)) if num_bytes >= 1 else 0
+    return f"{num_bytes / 1000**step:.3g} {_UNITS[step]}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as `1:23:45`, or `0:07`."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+def _clients(outcome: Json) -> str:
+    counts = [f"{outcome['admitted']} admitted"]
+    counts += [f"{outcome[name]} {name}" for name in ("rejected", "failed", "missing") if outcome[name]]
+    return ", ".join(counts)

@@ -1,0 +1,71 @@
+"""What a simulation came to: the contract's JSON, a pandas frame, a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgefl.errors import MissingExtra
+from edgefl.simulation.plot import draw_rounds
+from edgefl.trees import Tree
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulationResult:
+    """The rounds that were finished, the last model, and how long it took."""
+
+    task: str
+    engine: str
+    engine_reason: str
+    rounds: Sequence[Json]
+    final: Mapping[str, float]  # metrics of the last round
+    seconds: float  # of all: choosing an engine, rounds, evaluation
+    round_seconds: float  # of the rounds alone
+    peak_rss_mb: float  # worker processes included
+    parameters: Tree
+    model: Json  # sha256, and path where it was written
+    interrupted: bool = False  # ended by Ctrl-C before its last round
+
+    @property
+    def clients_per_second(self) -> float:
+        """Return the clients admitted for each second of the rounds."""
+        admitted = sum(int(one["admitted"]) for one in self.rounds)
+        return admitted / self.round_seconds if self.round_seconds > 0 else 0.0
+
+    def as_json(self) -> Json:
+        """The result with the keys that every engine's result has."""
+        return {
+            "task": self.task,
+            "engine": self.engine,
+            "engine_reason": self.engine_reason,
+            "rounds": list(self.rounds),
+            "final": dict(self.final),
+            "seconds": self.seconds,
+            "round_seconds": self.round_seconds,
+            "clients_per_second": self.clients_per_second,
+            "peak_rss_mb": self.peak_rss_mb,
+            "model": self.model,
+            "interrupted": self.interrupted,
+        }
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a frame of one row a round, the metrics as columns; needs pandas."""
+        try:
+            import pandas as pd
+        except ImportError as cause:
+            raise MissingExtra("a frame of the rounds", "sim") from cause
+        rows = [
+            {k: v for k, v in one.items() if k not in {"metrics", "reasons"}} | one["metrics"] for one in self.rounds
+        ]
+        return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
+
+    def figure(self) -> Figure:
+        """Draw accuracy, loss, bytes and participation over rounds; needs matplotlib."""
+        return draw_rounds({self.task: self.rounds})

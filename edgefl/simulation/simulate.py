@@ -1,0 +1,179 @@
+"""`edgefl.simulate`: the rounds, rule, guards and server step of a deployed job, over simulated clients.
+
+What differs from production is the fleet alone: an engine on this machine in place of devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.config import JobConfig
+from edgefl.errors import ConfigError, QuorumNotMet
+from edgefl.home import replace_file
+from edgefl.records import RoundOutcome
+from edgefl.rounds import Job, run_rounds
+from edgefl.samples import require_torch, test_samples
+from edgefl.simulation.auto import AUTO, Chosen, make_engine
+from edgefl.simulation.fleets import PopulationMaker, Setup, torch_threads
+from edgefl.simulation.interrupt import set_by_interrupt
+from edgefl.simulation.machine import num_cores, own_peak_mb
+from edgefl.simulation.report import Json, SimulationResult
+from edgefl.simulation.task_population import TaskPopulation
+from edgefl.task import Task, load_task
+from edgefl.training import buffer_names, evaluate_model, initial_parameters, make_model, set_parameters
+from edgefl.trees import Tree, write_tree
+
+CLIENTS = 100
+
+OnEngine = Callable[[str, str], None]  # its name, and why it was chosen
+OnRound = Callable[[Json], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watching:
+    """What hears of a simulation while it runs."""
+
+    on_engine: OnEngine = field(default=lambda _name, _reason: None)
+    on_round: OnRound = field(default=lambda _outcome: None)
+
+
+def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
+    task: Task | str | Path, *, clients: int | None = None, rounds: int | None = None, engine: str = AUTO,
+    config: JobConfig | None = None, data: Mapping[str, str] | None = None, population: PopulationMaker | None = None,
+    evaluate_every: int = 1, out: Path | None = None, watching: Watching | None = None,
+) -> SimulationResult:  # fmt: skip
+    """Train a task over simulated clients and return what it came to.
+
+    `task` is a Task, `package.module:attribute` or a folder. Clients get their data from `population`, or
+    from the task's own loader as `part` of `parts` (with the `data` options besides). Ctrl-C ends the
+    round and returns what there is.
+    Raises ConfigError, TaskError, and QuorumNotMet where a round ends with too few updates.
+    """
+    require_torch("simulation")
+    start_s = time.perf_counter()
+    watching = watching or Watching()
+    setup = _set_up(task, _with_rounds(config or JobConfig(), rounds), _population(clients, data, population))
+    with set_by_interrupt(setup.stop):
+        chosen = make_engine(engine, setup)
+        with closing(chosen.engine):
+            watching.on_engine(chosen.name, chosen.reason)
+            run = _Run(setup, chosen, watching, evaluate_every)
+            run.rounds_until_stopped()
+            return run.result(time.perf_counter() - start_s, out)
+
+
+def _with_rounds(config: JobConfig, rounds: int | None) -> JobConfig:
+    return config if rounds is None else replace(config, rounds=replace(config.rounds, count=rounds))
+
+
+def _population(
+    clients: int | None, data: Mapping[str, str] | None, population: PopulationMaker | None
+) -> PopulationMaker:
+    if population is None:
+        return partial(TaskPopulation, num_clients=CLIENTS if clients is None else clients, options=dict(data or {}))
+    if clients is not None or data:
+        raise ConfigError("a population brings its own clients and data; leave `clients` and `data` out")
+    return population
+
+
+def _set_up(task: Task | str | Path, config: JobConfig, make_population: PopulationMaker) -> Setup:
+    loaded = task if isinstance(task, Task) else load_task(str(task))
+    population = make_population(loaded)
+    there, rounds = len(population.names()), config.rounds
+    if max(rounds.clients, rounds.quorum) > there:
+        raise ConfigError(
+            f"rounds.clients={rounds.clients} and rounds.quorum={rounds.quorum} ask for more clients than the {there} "
+            "that there are; simulate more clients, or ask for fewer"
+        )
+    reference = None if isinstance(task, Task) else str(task)
+    return Setup(
+        task=loaded, reference=reference, make_population=make_population, population=population, config=config,
+        stop=threading.Event(),
+    )  # fmt: skip
+
+
+class _Run:
+    """The rounds as they are finished."""
+
+    def __init__(self, setup: Setup, chosen: Chosen, watching: Watching, evaluate_every: int) -> None:
+        self._setup, self._chosen, self._watching = setup, chosen, watching
+        self._evaluate_every = evaluate_every
+        self._judge = _Judge(setup.task)
+        self._parameters = initial_parameters(setup.task, setup.config.train.seed)
+        self._rounds: list[Json] = []
+
+    def rounds_until_stopped(self) -> None:
+        """Run the job's rounds; a round that Ctrl-C left under its quorum is dropped."""
+        config, task = self._setup.config, self._setup.task
+        step = ServerOptimizer(config.server, gradient=config.train.algorithm == "fedsgd", buffers=buffer_names(task))
+        outcomes = run_rounds(Job(id=task.name, config=config, step=step), self._chosen.engine, self._parameters)
+        try:
+            for outcome in outcomes:
+                self._note(outcome)
+                if self._setup.stop.is_set():
+                    return
+        except QuorumNotMet:
+            if not self._setup.stop.is_set():
+                raise
+
+    def result(self, seconds: float, out: Path | None) -> SimulationResult:
+        """Return what there is, and write the model where it is wanted."""
+        data = _encoded(self._parameters)
+        if out is not None:
+            replace_file(out, data)
+        peak_mb = own_peak_mb() + float(getattr(self._chosen.engine, "peak_rss_mb", 0.0))
+        return SimulationResult(
+            task=self._setup.task.name,
+            engine=self._chosen.name,
+            engine_reason=self._chosen.reason,
+            rounds=tuple(self._rounds),
+            final=self._rounds[-1]["metrics"] if self._rounds else {},
+            seconds=seconds,
+            round_seconds=sum(float(one["seconds"]) for one in self._rounds),
+            peak_rss_mb=peak_mb,
+            parameters=self._parameters,
+            model={"sha256": hashlib.sha256(data).hexdigest(), "path": str(out) if out is not None else None},
+            interrupted=len(self._rounds) < self._setup.config.rounds.count,
+        )
+
+    def _note(self, outcome: RoundOutcome) -> None:
+        self._parameters = outcome.parameters
+        last = outcome.round == self._setup.config.rounds.count or self._setup.stop.is_set()
+        due = last or outcome.round % self._evaluate_every == 0
+        judged = self._judge(outcome.parameters) if due else {}
+        self._rounds.append(outcome.as_json() | {"metrics": dict(outcome.metrics) | judged})
+        self._watching.on_round(self._rounds[-1])
+
+
+class _Judge:
+    """Evaluates parameters on the task's test data; says nothing where there is none."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._tools: tuple[Any, Any] | None = None
+        if task.model is not None and task.test_data is not None:
+            self._tools = (make_model(task), test_samples(task, {}))
+
+    def __call__(self, parameters: Tree) -> dict[str, float]:
+        if self._tools is None:
+            return {}
+        model, samples = self._tools
+        with torch_threads(num_cores()):
+            set_parameters(self._task, model, parameters)
+            return evaluate_model(self._task, model, samples)
+
+
+def _encoded(parameters: Tree) -> bytes:
+    file = io.BytesIO()
+    write_tree(parameters, file)
+    return file.getvalue()

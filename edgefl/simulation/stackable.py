@@ -1,0 +1,141 @@
+"""Which tasks can be stacked exactly, and if not, why: first what can be seen, then what a trial shows."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgefl.errors import TaskError
+from edgefl.records import Failure, Plan, Update
+from edgefl.rounds import select_clients
+from edgefl.samples import Samples
+from edgefl.simulation.fleets import Setup
+from edgefl.simulation.stacked import StackTrainer, kind_of
+from edgefl.simulation.trainer import LocalTrainer
+from edgefl.task import Task, UserCode
+from edgefl.training import initial_parameters, make_model
+
+if TYPE_CHECKING:
+    import torch
+
+NUM_TRIED = 3  # clients
+TOLERANCE = 1e-3  # of the largest change; rounding stays far below, a wrong computation far above
+
+
+def why_not_stacked(setup: Setup) -> str | None:
+    """Return why the task cannot be stacked, or None where it can."""
+    if reason := _of_the_task(setup):
+        return reason
+    model = make_model(setup.task)
+    return _of_the_model(model) or _of_a_trial(setup, model)
+
+
+def _of_the_task(setup: Setup) -> str | None:
+    if setup.task.fit is not None:
+        return "it brings its own fit"
+    if setup.task.optimizer is not None:
+        return "it brings its own optimizer; stacked steps are plain SGD"
+    if setup.config.train.algorithm != "fedavg":
+        return f"train.algorithm={setup.config.train.algorithm} is one gradient a client; stacked are local steps"
+    return None
+
+
+def _of_the_model(model: torch.nn.Module) -> str | None:
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the base of all of them
+            return f"its layer {name!r} is batch norm, which mixes the samples of a batch"
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:  # noqa: SLF001 - as above
+            return f"its layer {name!r} is dropout, and a stack has no random state of its own for each client"
+    parameters = dict(model.named_parameters())
+    if odd := [name for name in model.state_dict() if name not in parameters]:
+        return f"its state {odd[0]!r} is a buffer, or shared between layers"
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        return "none of its parameters is trained"
+    return None
+
+
+def _of_a_trial(setup: Setup, model: torch.nn.Module) -> str | None:
+    """Train a few clients both ways, and compare."""
+    plan = Plan(
+        job="trial",
+        round=1,
+        parameters=initial_parameters(setup.task, setup.config.train.seed),
+        clients=select_clients(setup.population.names(), setup.config, 1),
+        train=setup.config.train,
+        deadline_s=setup.config.rounds.deadline_s,
+    )
+    held = _some_samples(setup, plan)
+    if not held:
+        return "no client of the first cohort has data to try it with"
+    try:
+        return _not_a_mean(setup.task, model, list(held.values())) or _differs(setup, plan, held)
+    except TaskError as error:
+        return f"torch.func cannot map it over clients: {error}"
+
+
+def _some_samples(setup: Setup, plan: Plan) -> dict[str, Samples]:
+    """Return the samples of the first few clients that have some, of one kind."""
+    import torch
+
+    held: dict[str, Samples] = {}
+    for client in plan.clients[: 4 * NUM_TRIED]:
+        try:
+            samples = setup.population.samples(client)
+        except TaskError:
+            continue  # its own round will say so
+        if not torch.isfinite(samples.inputs).all():
+            continue  # a guard will refuse it; nothing can be compared by it
+        if not held or kind_of(samples) == kind_of(next(iter(held.values()))):
+            held[client] = samples
+        if len(held) == NUM_TRIED:
+            break
+    return held
+
+
+def _not_a_mean(task: Task, model: torch.nn.Module, samples: list[Samples]) -> str | None:
+    """Compare the loss of a batch with the mean of its samples' losses: masking stands on this."""
+    import torch
+
+    inputs = torch.cat([one.inputs[:NUM_TRIED] for one in samples])
+    targets = torch.cat([one.targets[:NUM_TRIED] for one in samples])
+    model.train()
+    with torch.no_grad(), UserCode(task.name, "loss"):
+        together = _loss(task, model, inputs, targets)
+        singles = [_loss(task, model, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
+    mean = sum(singles) / len(singles)
+    if math.isclose(together, mean, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+        return None
+    return f"the loss of {len(inputs)} samples is {together:.6g}, the mean of their losses {mean:.6g}; wanted is a mean"
+
+
+def _loss(task: Task, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    if task.loss is None:
+        raise TaskError(f"task {task.name!r} has no loss")
+    return float(task.loss(model(inputs), targets))
+
+
+def _differs(setup: Setup, plan: Plan, held: dict[str, Samples]) -> str | None:
+    stacks, loop = StackTrainer(setup.task), LocalTrainer(setup.task, setup.population)
+    stacks.begin(plan)
+    loop.begin(plan)
+    for client, stacked in stacks.train(held).updates(plan):
+        single = loop.train(client)
+        if isinstance(single, Failure):
+            return f"the trial failed: {single.reason}"
+        if reason := _difference(stacked, single):
+            return reason
+    return None
+
+
+def _difference(stacked: Update, single: Update) -> str | None:
+    for name, wanted in single.tree.items():
+        largest, apart = np.abs(wanted).max(initial=0.0), np.abs(stacked.tree[name] - wanted).max(initial=0.0)
+        if not apart <= TOLERANCE * largest + 1e-7:  # NaN too
+            return (
+                f"in a trial its tensor {name!r} came out {apart:.3g} from the loop's, whose largest is {largest:.3g}"
+            )
+    return None

@@ -1,0 +1,241 @@
+"""Many clients as one computation: `torch.func` maps one step over a stack of models and batches.
+
+It pays for small models, whose steps are mostly overhead. Ragged data is padded and masked exactly.
+Invariant: each client's update is that of `train_epochs`, to rounding; `edgefl.simulation.stackable`
+says for which tasks this can be so.
+"""
+
+# Shapes: K = clients in the stack, B = batch size.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgefl.config import TrainConfig
+from edgefl.errors import ConfigError, TaskError
+from edgefl.guards import MAX_METRIC
+from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.samples import Samples
+from edgefl.simulation.batches import StackedBatches, Step
+from edgefl.simulation.fleets import Meter, Setup, torch_threads
+from edgefl.simulation.machine import num_cores
+from edgefl.task import Task, UserCode
+from edgefl.training import derive_seed, make_model, set_parameters
+from edgefl.trees import tree_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_STACK = 256  # clients
+STACK_BYTES = 512 << 20  # of parameters, gradients and what lies between: about four models a client
+
+_Tensors = dict[str, Any]  # a tensor by name; of a stack, (K, ...)
+
+
+class StackedFleet:
+    """Trains a cohort stack by stack; raises ConfigError for a task that cannot be stacked."""
+
+    def __init__(self, setup: Setup) -> None:
+        from edgefl.simulation.stackable import why_not_stacked
+
+        if reason := why_not_stacked(setup):
+            raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
+        self._setup = setup
+        self._trainer = StackTrainer(setup.task)
+        self._meter = Meter()
+
+    def clients(self) -> Sequence[str]:
+        return self._setup.population.names()
+
+    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
+        self._meter.begin(plan)
+        sums = self._setup.config.aggregation.rule == "mean" and self._setup.takes_sums(plan)
+        size = max(1, min(MAX_STACK, STACK_BYTES // max(1, 4 * tree_bytes(plan.parameters))))
+        with torch_threads(num_cores()):
+            self._trainer.begin(plan)
+            for start in range(0, len(plan.clients), size):
+                if self._setup.stop.is_set():
+                    return
+                for answer in self._answers(plan, plan.clients[start : start + size], sums=sums):
+                    updates = len(answer.contributors) if isinstance(answer, Partial) else isinstance(answer, Update)
+                    self._meter.count(down=updates or 1, up=int(updates))
+                    yield answer
+
+    def traffic(self) -> Traffic:
+        return self._meter.traffic()
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def _answers(self, plan: Plan, clients: Sequence[str], *, sums: bool) -> Iterator[Update | Failure | Partial]:
+        held: dict[tuple[object, ...], dict[str, Samples]] = {}
+        failed: dict[str, str] = {}
+        for client in clients:
+            try:
+                samples = self._setup.population.samples(client)
+            except TaskError as error:
+                failed[client] = str(error)
+            else:
+                held.setdefault(kind_of(samples), {})[client] = samples
+        stacks = [self._trainer.train(one) for one in held.values()]
+        if sums:
+            yield from (answer for stack in stacks for answer in stack.summed(plan))
+            stacks = []
+        updates = {client: update for stack in stacks for client, update in stack.updates(plan)}
+        for client in clients:  # in the plan's order, as the loop yields them
+            if client in updates:
+                yield updates[client]
+            elif client in failed:
+                yield Failure(job=plan.job, round=plan.round, device=client, reason=failed[client])
+
+
+def kind_of(samples: Samples) -> tuple[object, ...]:
+    """Return what must be equal for samples to lie in one tensor."""
+    inputs, targets = samples.inputs, samples.targets
+    return inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Clients trained together."""
+
+    clients: tuple[str, ...]
+    deltas: Mapping[str, torch.Tensor]  # (K, ...), in the plan's order of names
+    weights: torch.Tensor  # (K,), float64
+    losses: torch.Tensor  # (K,), float64
+
+    def updates(self, plan: Plan) -> Iterator[tuple[str, Update]]:
+        """Yield each client's update."""
+        yield from ((self.clients[k], self._update(plan, k)) for k in range(len(self.clients)))
+
+    def summed(self, plan: Plan) -> Iterator[Update | Partial]:
+        """Yield one sum of all that a guard admits, and singly what it will refuse."""
+        import torch
+
+        finite = self.losses.abs() <= MAX_METRIC  # NaN is not
+        for delta in self.deltas.values():
+            finite &= torch.isfinite(delta).flatten(1).all(1)
+        for k in torch.nonzero(~finite).flatten().tolist():
+            yield self._update(plan, k)
+        chosen = torch.nonzero(finite).flatten()
+        if len(chosen):
+            yield self._sum(chosen)
+
+    def _sum(self, chosen: torch.Tensor) -> Partial:
+        weights, losses = self.weights[chosen], self.losses[chosen]
+        total = {
+            name: (weights @ delta[chosen].double().flatten(1)).reshape(delta.shape[1:]).cpu().numpy()
+            for name, delta in self.deltas.items()
+        }
+        return Partial(
+            total=total,
+            weight=float(weights.sum()),
+            contributors=tuple(self.clients[k] for k in chosen.tolist()),
+            metrics={"train_loss": (float(weights @ losses), float(weights.sum()))},
+        )
+
+    def _update(self, plan: Plan, k: int) -> Update:
+        tree = {name: delta[k].cpu().numpy() for name, delta in self.deltas.items()}
+        metrics = {"train_loss": float(self.losses[k])}
+        return Update(
+            job=plan.job, round=plan.round, device=self.clients[k], tree=tree, weight=float(self.weights[k]),
+            metrics=metrics,
+        )  # fmt: skip
+
+
+class StackTrainer:
+    """Trains stacks of clients of one task; call `begin` for each plan."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._model = make_model(task)
+        self._step = _StepOf(task, self._model)
+        self._start: _Tensors = {}
+        self._train = TrainConfig()
+        self._round = 0
+
+    def begin(self, plan: Plan) -> None:
+        """Take up a plan; raises TaskError where its parameters are not the model's."""
+        set_parameters(self._task, self._model, plan.parameters)
+        self._model.train()
+        state = self._model.state_dict()
+        self._start = {name: state[name].clone() for name in plan.parameters}
+        self._train, self._round = plan.train, plan.round
+
+    def train(self, held: Mapping[str, Samples]) -> Stack:
+        """Train clients whose samples are of one kind; raises TaskError for what the user's code does wrong."""
+        import torch
+
+        clients = sorted(held, key=lambda client: -len(held[client]))
+        samples = [held[client] for client in clients]
+        seeds = [derive_seed(self._train.seed, self._round, client) for client in clients]
+        with UserCode(self._task.name, "stacked training"):
+            parameters, totals = self._steps(StackedBatches(samples, seeds, self._train), len(clients))
+        weights = torch.tensor([len(one) for one in samples], dtype=torch.float64, device=totals.device)
+        deltas = {
+            name: parameters[name] - start
+            if name in parameters
+            else torch.zeros_like(start).expand(len(clients), *start.shape)
+            for name, start in self._start.items()
+        }
+        return Stack(tuple(clients), deltas, weights, totals / (self._train.epochs * weights))
+
+    def _steps(self, batches: StackedBatches, num_clients: int) -> tuple[_Tensors, torch.Tensor]:
+        """Return the trained parameters, (K, ...) each, and each client's sum of losses, (K,)."""
+        import torch
+
+        anchors = {name: self._start[name] for name in self._step.trained}
+        stacked = {name: anchor.expand(num_clients, *anchor.shape).clone() for name, anchor in anchors.items()}
+        totals = torch.zeros(num_clients, dtype=torch.float64, device=next(iter(stacked.values())).device)
+        for step in batches:
+            active = {name: tensor[: len(step)] for name, tensor in stacked.items()}
+            gradients, losses = self._step(active, step)
+            if self._train.proximal_mu:
+                for name, anchor in anchors.items():
+                    gradients[name] = gradients[name] + self._train.proximal_mu * (active[name] - anchor)
+            torch._foreach_add_(list(active.values()), [gradients[name] for name in active], alpha=-self._train.lr)
+            totals[: len(step)] += losses.detach() * step.counts
+        return stacked, totals
+
+
+class _StepOf:
+    """The gradient and loss of one batch of each client in a stack."""
+
+    def __init__(self, task: Task, model: torch.nn.Module) -> None:
+        from torch.func import grad_and_value, vmap
+
+        self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._fixed = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
+        self._task, self._model = task, model
+        self._full = vmap(grad_and_value(self._mean), randomness="error")
+        self._masked = vmap(grad_and_value(self._masked_mean), randomness="error")
+
+    def __call__(self, parameters: _Tensors, step: Step) -> tuple[_Tensors, torch.Tensor]:
+        """Return the gradients, (K, ...) each, and the losses, (K,)."""
+        if step.mask is None:
+            gradients, losses = self._full(parameters, step.inputs, step.targets)
+        else:
+            gradients, losses = self._masked(parameters, step.inputs, step.targets, step.mask, step.counts)
+        return gradients, losses
+
+    def _mean(self, parameters: _Tensors, inputs: Any, targets: Any) -> Any:
+        return self._loss(self._outputs(parameters, inputs), targets)
+
+    def _masked_mean(self, parameters: _Tensors, inputs: Any, targets: Any, mask: Any, count: Any) -> Any:
+        import torch
+
+        each = torch.func.vmap(lambda output, target: self._loss(output[None], target[None]))
+        losses = each(self._outputs(parameters, inputs), targets)  # (B,)
+        return torch.where(mask, losses, 0.0).sum() / count
+
+    def _outputs(self, parameters: _Tensors, inputs: Any) -> Any:
+        import torch
+
+        return torch.func.functional_call(self._model, (parameters, self._fixed), (inputs,))
+
+    def _loss(self, outputs: Any, targets: Any) -> Any:
+        if self._task.loss is None:
+            raise TaskError(f"task {self._task.name!r} has no loss")
+        return self._task.loss(outputs, targets).reshape(())

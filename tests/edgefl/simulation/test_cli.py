@@ -1,0 +1,63 @@
+"""`edgefl simulate`."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from edgefl.errors import ConfigError
+from edgefl.simulation import auto
+from edgefl.simulation import simulate as module
+from edgefl.simulation.cli import ENGINES, simulate
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(simulate, [str(one) for one in arguments], catch_exceptions=False)
+
+
+def test_everything_at_once(tasks, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text("[train]\nbatch_size = 4\n")
+    done = invoke(
+        tasks("task"), "--clients", 6, "--rounds", 2, "--engine", "stacked", "--config", config,
+        "--set", "train.lr=0.5",
+        "--data", "empty=2", "--plot", tmp_path / "a.png", "--json", tmp_path / "a.json", "--out", tmp_path / "model",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    said = json.loads((tmp_path / "a.json").read_text())
+    assert (said["engine"], len(said["rounds"]), said["model"]["path"]) == ("stacked", 2, str(tmp_path / "model"))
+    assert said["rounds"][0]["failed"] == 1
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert done.output.splitlines()[0] == "engine stacked: it was asked for"
+    assert "round 2/2: 5 admitted, 1 failed" in done.output
+    assert "2 rounds in " in done.output
+
+
+def test_json_on_stdout_is_alone_there(tasks, capsys):
+    flags = ["--clients", "2", "--rounds", "1", "--engine", "loop", "--json", "-"]
+    simulate.main([str(tasks("task")), *flags], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["engine"] == "loop"
+
+
+def test_an_interrupted_one_writes_its_result_and_exits_130(tasks, tmp_path, monkeypatch):
+    original = module._Run.rounds_until_stopped
+
+    def stopped(run):
+        run._setup.stop.set()
+        original(run)
+
+    monkeypatch.setattr(module._Run, "rounds_until_stopped", stopped)
+    done = invoke(tasks("task"), "--clients", 2, "--engine", "loop", "--json", tmp_path / "a.json")
+    assert done.exit_code == 130
+    assert json.loads((tmp_path / "a.json").read_text())["interrupted"] is True
+
+
+def test_what_is_wrong_is_said_before_the_work(tasks, tmp_path):
+    with pytest.raises(ConfigError, match="not of the form key=value"):
+        invoke(tasks("task"), "--data", "empty")
+    with pytest.raises(ConfigError, match=r"--plot .* there is no folder"):
+        invoke(tasks("task"), "--plot", tmp_path / "no" / "a.png")
+
+
+def test_the_flag_names_every_engine():
+    assert set(ENGINES) == {auto.AUTO, *auto.ENGINES}

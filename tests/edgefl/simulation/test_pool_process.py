@@ -1,0 +1,56 @@
+"""One worker process: started, replaced, ended."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+
+from edgefl.errors import ConfigError
+from edgefl.simulation.pool_process import WorkerProcess
+from edgefl.simulation.pool_wire import Begin, Chunk
+from edgefl.simulation.shared import SharedTree
+from edgefl.trees import spec_of
+
+
+@pytest.fixture
+def parameters(set_up, plan_of):
+    shared = SharedTree(spec_of(plan_of(set_up()).parameters))
+    yield shared
+    shared.close()
+
+
+def test_a_worker_that_is_gone_says_so_and_is_replaced(set_up, plan_of, parameters):
+    setup = set_up()
+    plan = plan_of(setup)
+    parameters.write(plan.parameters)
+    worker = WorkerProcess(setup, parameters)
+    worker.wait_until_ready()
+    before = worker.pid
+    os.kill(before, signal.SIGKILL)
+    worker.ask(Chunk(plan.clients))
+    assert worker.hear() is None
+    assert worker.ended() == "was ended by SIGKILL"
+    worker.settle(10.0)  # what it owed will never come
+    assert worker.pid != before
+    worker.send(Begin(dataclasses.replace(plan, parameters={}), sums=False))
+    worker.ask(Chunk(plan.clients[:1]))
+    worker.settle(60.0)
+    worker.ask(Chunk(plan.clients[1:2]))
+    answer = worker.hear()
+    assert [one.device for one in answer.answers] == ["client-1"]
+    worker.close()
+
+
+def test_one_that_cannot_load_its_task_says_why(set_up, parameters):
+    setup = dataclasses.replace(set_up(), reference="no.such:task")
+    worker = WorkerProcess(setup, parameters)
+    with pytest.raises(ConfigError, match=r"cannot start: .*no module 'no'"):
+        worker.wait_until_ready()
+    worker.close()
+
+
+def test_a_population_that_cannot_be_sent_is_refused(set_up, parameters):
+    setup = dataclasses.replace(set_up(), make_population=lambda _task: None)
+    with pytest.raises(ConfigError, match="population cannot be sent"):
+        WorkerProcess(setup, parameters)
