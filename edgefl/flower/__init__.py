@@ -1,7 +1,12 @@
 """Flower, both ways. The only imports of flwr in the library, all of them made when first used.
 
-Their apps on our engine, unmodified: `is_flower_app(folder)`, `load_flower_app(folder)` and
-`run_flower_app(app, num_supernodes, run_config)`, which returns a FlowerRunResult.
+Their apps on our engine, unmodified:
+
+    if is_flower_app(folder):  # imports nothing
+        app = load_flower_app(folder)
+        result = run_flower_app(app, num_supernodes, parse_run_config(["num-server-rounds=5"]), on_round=print)
+        result.as_json()  # rounds, final, seconds, clients_per_second, engine, peak_rss_mb, model
+
 Our tasks on their engines: `make_apps(task, config)` returns (ServerApp, ClientApp).
 Invariant: what we start phones nobody.
 """
@@ -13,11 +18,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgefl.flower.app import FlowerApp, is_flower_app, load_flower_app
+    from edgefl.flower.app import FlowerApp, is_flower_app, load_flower_app, parse_run_config
     from edgefl.flower.run import FlowerRunResult, run_flower_app
     from edgefl.flower.tasks import make_apps
 
-__all__ = ["FlowerApp", "FlowerRunResult", "is_flower_app", "load_flower_app", "make_apps", "run_flower_app"]
+__all__ = [
+    "FlowerApp",
+    "FlowerRunResult",
+    "is_flower_app",
+    "load_flower_app",
+    "make_apps",
+    "parse_run_config",
+    "run_flower_app",
+]
 
 # Flower reads these when it is imported, so they stand here, before any module of ours that imports it.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -29,6 +42,7 @@ _HOMES = {
     "is_flower_app": "edgefl.flower.app",
     "load_flower_app": "edgefl.flower.app",
     "make_apps": "edgefl.flower.tasks",
+    "parse_run_config": "edgefl.flower.app",
     "run_flower_app": "edgefl.flower.run",
 }
 

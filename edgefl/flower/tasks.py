@@ -1,7 +1,7 @@
 """Our tasks on Flower's engines: a ServerApp that runs our rounds over its Grid, a ClientApp that trains.
 
-    app, _ = make_apps(task, config)  # in server_app.py
-    _, app = make_apps(task, config)  # in client_app.py
+    app = make_apps(task, config)[0]  # in server_app.py
+    app = make_apps(task)[1]  # in client_app.py; Flower looks for an assignment to this one name
 
 What runs is `edgefl.rounds.run_rounds` itself, with its rule, guards, quorum and server optimizer; the
 Grid is its fleet. Replies are folded one by one as the Grid yields them. A node trains on the part that

@@ -5,9 +5,16 @@ import sys
 
 import pytest
 
+from edgefl import flower
 from edgefl.errors import ConfigError, TaskError
-from edgefl.flower import is_flower_app, load_flower_app
-from edgefl.flower.app import fuse_run_config, parse_run_config
+from edgefl.flower import is_flower_app, load_flower_app, parse_run_config
+from edgefl.flower.app import fuse_run_config
+
+
+def test_the_door_shows_what_it_says():
+    assert all(callable(getattr(flower, name)) for name in flower.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = flower.nothing
 
 
 def test_the_folder_is_recognised_and_its_config_is_flat(make_app, tmp_path):
