@@ -130,7 +130,7 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
             f"round {round_number}: {len(available)} clients are available, the quorum is {rounds.quorum}. "
             "Start more agents, or lower rounds.quorum."
         )
-    ordered = sorted(available)
+    ordered = available if getattr(available, "in_order", False) else sorted(available)  # a million need not be read
     wanted = math.ceil(round(rounds.clients * (1 + rounds.over_selection), 6))  # 100 * 1.1 is 110.00000000000001
     if rounds.clients == 0 or wanted >= len(ordered):
         return tuple(ordered)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from edgefl.config import JobConfig, load_config
+from edgefl.config import load_config
 from edgefl.errors import ConfigError
 from edgefl.operator.output import Output, example, json_option, metrics_text, refuse_no_folder
 from edgefl.operator.progress import INTERRUPTED
@@ -24,7 +24,7 @@ ENGINES = ("auto", "loop", "stacked", "pool")
     )
 )
 @click.argument("task")
-@click.option("--clients", type=click.IntRange(min=1), help="How many there are (100 if not said).")
+@click.option("--clients", type=click.IntRange(min=1), help="Short for --set population.clients=N.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
 @click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="auto measures.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
@@ -43,13 +43,14 @@ def simulate(  # noqa: PLR0913 - one a flag
 
     Ctrl-C ends the round and keeps what there is.
     """
+    from edgefl.simulation.settings import SimulationConfig
     from edgefl.simulation.simulate import Watching
     from edgefl.simulation.simulate import simulate as run_simulation
 
     refuse_no_folder(out, "--out")
     refuse_no_folder(plot, "--plot")
     over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
-    job = load_config(JobConfig, config, over)
+    job = load_config(SimulationConfig, config, over)
     if plot is not None:
         from edgefl.simulation.plot import require_matplotlib
 

@@ -12,6 +12,8 @@ from typing import Any, overload
 class Names(Sequence[str]):
     """`prefix` and a number, padded with zeros to equal length: client-000 .. client-999."""
 
+    in_order = True
+
     def __init__(self, count: int, prefix: str = "client-") -> None:
         self._count, self._prefix = count, prefix
         self._digits = len(str(max(count - 1, 0)))
@@ -54,6 +56,8 @@ class Names(Sequence[str]):
 
 class KnownNames(Sequence[str]):
     """Names that stand in the data, e.g. of the people who wrote it; sorted, and found without a search."""
+
+    in_order = True
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = sorted(set(names))

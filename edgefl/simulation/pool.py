@@ -156,8 +156,9 @@ class _Round:
         elif isinstance(answer, Summed):
             hand.flushing, hand.summed = False, []
             yield from answer.aside
-            if answer.partial is not None:  # the sum is the caller's until it asks for the next answer
-                yield dataclasses.replace(answer.partial, total=hand.process.sums.tree)
+            if answer.partial is not None:  # a copy: the worker may sum again, if another dies
+                total = {name: array.copy() for name, array in hand.process.sums.tree.items()}
+                yield dataclasses.replace(answer.partial, total=total)
         elif hand.at_work is not None:
             if self._sums:
                 hand.summed.append(hand.at_work)

@@ -31,6 +31,7 @@ class SimulationResult:
     peak_rss_mb: float  # worker processes included
     parameters: Tree
     model: Json  # sha256, and path where it was written
+    virtual_seconds: float | None = None  # on the devices' clock, where the configuration describes devices
     interrupted: bool = False  # ended by Ctrl-C before its last round
 
     @property
@@ -49,6 +50,7 @@ class SimulationResult:
             "final": dict(self.final),
             "seconds": self.seconds,
             "round_seconds": self.round_seconds,
+            "virtual_seconds": self.virtual_seconds,
             "clients_per_second": self.clients_per_second,
             "peak_rss_mb": self.peak_rss_mb,
             "model": self.model,

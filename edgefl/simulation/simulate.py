@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,12 @@ from edgefl.simulation.auto import AUTO, Chosen, make_engine
 from edgefl.simulation.fleets import PopulationMaker, Setup, torch_threads
 from edgefl.simulation.interrupt import set_by_interrupt
 from edgefl.simulation.machine import num_cores, own_peak_mb
+from edgefl.simulation.population import make_population
 from edgefl.simulation.report import Json, SimulationResult
-from edgefl.simulation.task_population import TaskPopulation
+from edgefl.simulation.settings import SimulationConfig, VirtualTime, settled, virtual_time
 from edgefl.task import Task, load_task
 from edgefl.training import buffer_names, evaluate_model, initial_parameters, make_model, set_parameters
 from edgefl.trees import Tree, write_tree
-
-CLIENTS = 100
 
 OnEngine = Callable[[str, str], None]  # its name, and why it was chosen
 OnRound = Callable[[Json], None]
@@ -54,41 +52,32 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
 ) -> SimulationResult:  # fmt: skip
     """Train a task over simulated clients and return what it came to.
 
-    `task` is a Task, `package.module:attribute` or a folder. Clients get their data from `population`, or
-    from the task's own loader as `part` of `parts` (with the `data` options besides). Ctrl-C ends the
-    round and returns what there is.
+    `task` is a Task, `package.module:attribute` or a folder. Clients are those of `population`, or of the
+    configuration's `[population]` (a `SimulationConfig`), over which `clients` and the loader's `data`
+    options go. Ctrl-C ends the round and returns what there is.
     Raises ConfigError, TaskError, and QuorumNotMet where a round ends with too few updates.
     """
     require_torch("simulation")
     start_s = time.perf_counter()
     watching = watching or Watching()
-    setup = _set_up(task, _with_rounds(config or JobConfig(), rounds), _population(clients, data, population))
+    if population is not None and (clients is not None or data):
+        raise ConfigError("a population brings its own clients and data; leave `clients` and `data` out")
+    settings = settled(config or JobConfig(), clients=clients, rounds=rounds, data=data)
+    setup = _set_up(task, settings, population)
     with set_by_interrupt(setup.stop):
         chosen = make_engine(engine, setup)
         with closing(chosen.engine):
             watching.on_engine(chosen.name, chosen.reason)
-            run = _Run(setup, chosen, watching, evaluate_every)
+            virtual = virtual_time(setup, settings, chosen.engine)
+            run = _Run(setup, chosen, virtual, watching, evaluate_every)
             run.rounds_until_stopped()
             return run.result(time.perf_counter() - start_s, out)
 
 
-def _with_rounds(config: JobConfig, rounds: int | None) -> JobConfig:
-    return config if rounds is None else replace(config, rounds=replace(config.rounds, count=rounds))
-
-
-def _population(
-    clients: int | None, data: Mapping[str, str] | None, population: PopulationMaker | None
-) -> PopulationMaker:
-    if population is None:
-        return partial(TaskPopulation, num_clients=CLIENTS if clients is None else clients, options=dict(data or {}))
-    if clients is not None or data:
-        raise ConfigError("a population brings its own clients and data; leave `clients` and `data` out")
-    return population
-
-
-def _set_up(task: Task | str | Path, config: JobConfig, make_population: PopulationMaker) -> Setup:
+def _set_up(task: Task | str | Path, config: SimulationConfig, population_maker: PopulationMaker | None) -> Setup:
     loaded = task if isinstance(task, Task) else load_task(str(task))
-    population = make_population(loaded)
+    maker = population_maker or partial(make_population, config=config.population)
+    population = maker(loaded)
     there, rounds = len(population.names()), config.rounds
     if max(rounds.clients, rounds.quorum) > there:
         raise ConfigError(
@@ -96,17 +85,16 @@ def _set_up(task: Task | str | Path, config: JobConfig, make_population: Populat
             "that there are; simulate more clients, or ask for fewer"
         )
     reference = None if isinstance(task, Task) else str(task)
-    return Setup(
-        task=loaded, reference=reference, make_population=make_population, population=population, config=config,
-        stop=threading.Event(),
-    )  # fmt: skip
+    return Setup(task=loaded, reference=reference, make_population=maker, population=population, config=config)
 
 
 class _Run:
     """The rounds as they are finished."""
 
-    def __init__(self, setup: Setup, chosen: Chosen, watching: Watching, evaluate_every: int) -> None:
-        self._setup, self._chosen, self._watching = setup, chosen, watching
+    def __init__(
+        self, setup: Setup, chosen: Chosen, virtual: VirtualTime | None, watching: Watching, evaluate_every: int
+    ) -> None:
+        self._setup, self._chosen, self._virtual, self._watching = setup, chosen, virtual, watching
         self._evaluate_every = evaluate_every
         self._judge = _Judge(setup.task)
         self._parameters = initial_parameters(setup.task, setup.config.train.seed)
@@ -116,10 +104,14 @@ class _Run:
         """Run the job's rounds; a round that Ctrl-C left under its quorum is dropped."""
         config, task = self._setup.config, self._setup.task
         step = ServerOptimizer(config.server, gradient=config.train.algorithm == "fedsgd", buffers=buffer_names(task))
-        outcomes = run_rounds(Job(id=task.name, config=config, step=step), self._chosen.engine, self._parameters)
+        virtual = self._virtual
+        clock, fleet = (virtual.clock, virtual.fleet) if virtual is not None else (time.monotonic, self._chosen.engine)
+        job = Job(id=task.name, config=config, step=step, clock=clock)
+        start_s = time.perf_counter()
         try:
-            for outcome in outcomes:
-                self._note(outcome)
+            for outcome in run_rounds(job, fleet, self._parameters):
+                self._note(outcome, time.perf_counter() - start_s)
+                start_s = time.perf_counter()
                 if self._setup.stop.is_set():
                     return
         except QuorumNotMet:
@@ -139,6 +131,7 @@ class _Run:
             rounds=tuple(self._rounds),
             final=self._rounds[-1]["metrics"] if self._rounds else {},
             seconds=seconds,
+            virtual_seconds=self._virtual.clock() if self._virtual is not None else None,
             round_seconds=sum(float(one["seconds"]) for one in self._rounds),
             peak_rss_mb=peak_mb,
             parameters=self._parameters,
@@ -146,12 +139,15 @@ class _Run:
             interrupted=len(self._rounds) < self._setup.config.rounds.count,
         )
 
-    def _note(self, outcome: RoundOutcome) -> None:
+    def _note(self, outcome: RoundOutcome, seconds: float) -> None:
         self._parameters = outcome.parameters
         last = outcome.round == self._setup.config.rounds.count or self._setup.stop.is_set()
         due = last or outcome.round % self._evaluate_every == 0
         judged = self._judge(outcome.parameters) if due else {}
-        self._rounds.append(outcome.as_json() | {"metrics": dict(outcome.metrics) | judged})
+        said = outcome.as_json() | {"seconds": seconds, "metrics": dict(outcome.metrics) | judged}
+        if self._virtual is not None:
+            said |= {"virtual_seconds": outcome.seconds, "virtual_end_s": self._virtual.clock()}
+        self._rounds.append(said)
         self._watching.on_round(self._rounds[-1])
 
 

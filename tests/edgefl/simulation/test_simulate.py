@@ -9,6 +9,7 @@ import pytest
 import edgefl
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, QuorumNotMet
+from edgefl.simulation.settings import SimulationConfig
 from edgefl.simulation.simulate import Watching, simulate
 from edgefl.task import load_task
 from edgefl.trees import SpooledTree
@@ -82,3 +83,21 @@ def test_more_than_there_are_is_refused(tasks):
         simulate(tasks("task"), clients=4, config=config(rounds={"clients": 5}))
     with pytest.raises(ConfigError, match="brings its own clients"):
         simulate(tasks("task"), clients=4, population=lambda _task: None)
+
+
+@pytest.mark.parametrize("engine", ["loop", "stacked"])
+def test_devices_of_the_configuration_live_in_virtual_time(tasks, engine):
+    devices = {"speed": {"mean": 1.0}, "delay_s": {"kind": "uniform", "max": 30.0}}
+    settings = from_dict(
+        SimulationConfig,
+        {"rounds": {"count": 3, "clients": 4, "deadline_s": 20.0}, "population": {"clients": 9, "devices": devices}},
+    )
+    result = simulate(tasks("task"), engine=engine, config=settings)
+    ends = [one["virtual_end_s"] for one in result.rounds]
+    assert ends == sorted(ends)
+    assert (
+        result.as_json()["virtual_seconds"]
+        == ends[-1]
+        == pytest.approx(sum(o["virtual_seconds"] for o in result.rounds))
+    )
+    assert result.round_seconds < 10 < ends[-1]

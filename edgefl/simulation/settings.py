@@ -1,0 +1,59 @@
+"""What a simulation is told beyond a job: `[population]`, in the same TOML file.
+
+Who says nothing about devices has ideal ones, and rounds take what they take here. With
+`[population.devices]` the rounds run in virtual time: see `edgefl.simulation.clock`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgefl.config import JobConfig
+from edgefl.rounds import Fleet
+from edgefl.simulation.clock import VirtualClock, VirtualFleet
+from edgefl.simulation.devices import Devices, DevicesConfig
+from edgefl.simulation.fleets import Setup
+from edgefl.simulation.population import PopulationConfig, sizes_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulationConfig(JobConfig):
+    """A job's sections, and the population's."""
+
+    population: PopulationConfig = field(default_factory=PopulationConfig)
+
+
+def settled(
+    config: JobConfig, *, clients: int | None, rounds: int | None, data: Mapping[str, str] | None
+) -> SimulationConfig:
+    """Return the configuration with what was said besides it."""
+    sections: dict[str, Any] = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+    population = sections.pop("population", PopulationConfig())
+    if clients is not None:
+        population = dataclasses.replace(population, clients=clients)
+    if data:
+        population = dataclasses.replace(population, data={**population.data, **data})
+    if rounds is not None:
+        sections["rounds"] = dataclasses.replace(config.rounds, count=rounds)
+    return SimulationConfig(**sections, population=population)
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualTime:
+    """An engine's clients on their own machines."""
+
+    fleet: Fleet
+    clock: VirtualClock
+
+
+def virtual_time(setup: Setup, config: SimulationConfig, engine: Fleet) -> VirtualTime | None:
+    """Put an engine into virtual time, where the configuration describes devices."""
+    if config.population.devices == DevicesConfig():
+        return None
+    clock = VirtualClock()
+    devices = Devices(config.population.devices, setup.population.names(), config.population.seed)
+    num_samples = sizes_of(setup.task, setup.population)
+    return VirtualTime(VirtualFleet(engine, devices, clock, rounds=config.rounds, num_samples=num_samples), clock)
