@@ -1,7 +1,7 @@
 """ClientApps in worker processes of this machine, one thread each, started when first needed.
 
-A message's records travel pickled, once for all the messages that share them; a node's state travels with
-its message and comes back with its answer. One thread here attends to each worker.
+A message's records travel pickled, once to each worker for all the messages that share them; a node's
+state travels with its message and comes back with its answer. One thread here attends to each worker.
 Invariants: a worker that dies takes no message with it: a new one does it again, and a message that kills
 two of them is answered for by an Error; no worker outlives its run.
 """
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -31,6 +32,7 @@ from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Answer, Delivery, execute
+from edgefl.flower.records import copy_records
 from edgefl.operator.run import peak_rss_mb
 
 IN_FLIGHT = 2  # messages under way for each worker, so that it need not wait for us
@@ -38,6 +40,14 @@ MAX_CRASHES = 2  # workers that one message may take with it
 MAX_WAIT_S = 1e6  # for one answer; the operating system cannot count far beyond
 STOP_S = 5.0  # for a killed process to be gone
 ONE_THREAD = "OMP_NUM_THREADS"  # torch and numpy's BLAS read it when they are imported
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A content and its bytes."""
+
+    content: RecordDict | None
+    data: bytes
 
 
 class Workers:
@@ -50,7 +60,7 @@ class Workers:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
-        self._packed: tuple[RecordDict | None, bytes] = (None, b"")  # the last content, and its bytes
+        self._packed = _Packed(None, b"")  # the last content
         self._threads_before: str | None = None
 
     def __enter__(self) -> Self:
@@ -94,8 +104,8 @@ class Workers:
 
     def _ask(self, delivery: Delivery, deadline_s: float) -> Answer | None:
         """Have an idle worker answer: there is one for each of our threads. Nothing after the deadline."""
-        parts = without_content(delivery.message), self._content_of(delivery.message), delivery.context
-        request = pickle.dumps(parts)
+        envelope = pickle.dumps((without_content(delivery.message), delivery.context))
+        packed = self._content_of(delivery.message)
         worker = self._idle.get_nowait()
         try:
             for _ in range(MAX_CRASHES):
@@ -103,7 +113,7 @@ class Workers:
                 if worker.ended or left_s <= 0:
                     return None
                 try:
-                    return worker.ask(request, left_s)
+                    return worker.ask(envelope, packed, left_s)
                 except (EOFError, OSError):
                     worker.kill()
         finally:
@@ -112,11 +122,10 @@ class Workers:
         reply = error_reply(delivery.message, reason, ErrorCode.CLIENT_APP_CRASHED)
         return None if worker.ended else Answer(reply, delivery.context.node_id, None)
 
-    def _content_of(self, message: Message) -> bytes:
-        content, packed = self._packed
-        if content is not message.content:
-            packed = pickle.dumps(message.content)
-            self._packed = (message.content, packed)
+    def _content_of(self, message: Message) -> _Packed:
+        packed = self._packed
+        if packed.content is not message.content:
+            self._packed = packed = _Packed(message.content, pickle.dumps(message.content))
         return packed
 
 
@@ -127,6 +136,7 @@ class _Worker:
         self._folder = folder
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
+        self._holds: _Packed | None = None  # the content that the process was sent last
         self._lock = threading.Lock()  # of starting against ending
         self.ended = False
         self.peak_rss_mb = 0.0
@@ -135,13 +145,15 @@ class _Worker:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def ask(self, request: bytes, timeout_s: float) -> Answer | None:
+    def ask(self, envelope: bytes, packed: _Packed, timeout_s: float) -> Answer | None:
         """Return the answer; kills the process and returns nothing where it takes too long.
 
         Raises EOFError or OSError where the process dies.
         """
         connection = self._connection or self._start()
-        connection.send_bytes(request)
+        connection.send_bytes(envelope)
+        connection.send_bytes(b"" if self._holds is packed else packed.data)
+        self._holds = packed
         if not connection.poll(min(timeout_s, MAX_WAIT_S)):
             self.kill()
             return None
@@ -156,7 +168,7 @@ class _Worker:
                 self._process.kill()
                 self._process.join(STOP_S)
                 self._connection.close()
-            self._process = self._connection = None
+            self._process = self._connection = self._holds = None
 
     def end(self) -> None:
         """Kill the process for good; who waits for its answer hears that it died."""
@@ -184,13 +196,16 @@ class _Worker:
 def _serve(connection: Connection, folder: str) -> None:
     """Answer requests until there are no more: a worker's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends us
+    content = RecordDict()
     while True:
         try:
-            request = connection.recv_bytes()
+            envelope, data = connection.recv_bytes(), connection.recv_bytes()
         except EOFError:
             return
-        message, content, context = pickle.loads(request)  # noqa: S301 - our own parent's bytes
-        message.content = pickle.loads(content)  # noqa: S301
+        message, context = pickle.loads(envelope)  # noqa: S301 - our own parent's bytes
+        if data:  # else it is the content of the message before
+            content = pickle.loads(data)  # noqa: S301
+        message.content = copy_records(content)
         answer = _answer(folder, Delivery(message, context))
         connection.send_bytes(pickle.dumps((answer, peak_rss_mb())))
 

@@ -26,6 +26,7 @@ CLIENT = """
     @app.query()
     def query(message, context):
         given = message.content["c"]
+        given["touched"] = [*given.get("touched", []), 1]  # this client's own to change
         once = given.get("die-once")
         if given.get("die") == context.node_id or once and not Path(once).exists():
             Path(once or os.devnull).touch()
@@ -34,7 +35,8 @@ CLIENT = """
             threading.Event().wait()
         seen = context.state.get("seen", ConfigRecord({"n": 0}))
         context.state["seen"] = ConfigRecord({"n": seen["n"] + 1})
-        answer = ConfigRecord({"pid": os.getpid(), "node": context.node_id, **context.state["seen"]})
+        touched = len(given["touched"])
+        answer = ConfigRecord({"pid": os.getpid(), "node": context.node_id, "n_touched": touched})
         return Message(RecordDict({"a": answer}), reply_to=message)
 """
 
@@ -73,6 +75,7 @@ def test_answers_and_states_come_back_and_nothing_is_left_running(app, monkeypat
         assert os.environ[ONE_THREAD] == "1"
     assert [answer.reply.content["a"]["node"] for answer in answers] == list(range(1000, 1006))
     assert [answer.state["seen"]["n"] for answer in answers] == [1] * 6
+    assert [answer.reply.content["a"]["n_touched"] for answer in answers] == [1] * 6
     assert {answer.reply.content["a"]["pid"] for answer in answers} <= set(pids)
     assert os.getpid() not in pids
     assert workers.peak_rss_mb > 0
