@@ -10,8 +10,10 @@ import click
 
 from edgefl.config import load_config
 from edgefl.errors import ConfigError
+from edgefl.flower import is_flower_app
 from edgefl.operator.output import Output, example, json_option, metrics_text, refuse_no_folder
 from edgefl.operator.progress import INTERRUPTED
+from edgefl.simulation.cli_flower import FlowerRequest, simulate_flower
 from edgefl.simulation.live import Progress, live_rounds
 
 ENGINES = ("auto", "loop", "stacked", "pool")
@@ -41,6 +43,7 @@ def simulate(  # noqa: PLR0913 - one a flag
 ) -> None:  # fmt: skip
     """Simulate TASK: package.module:attribute, or a folder whose pyproject.toml names its task.
 
+    A folder with [tool.flwr.app] is a Flower app and runs as it is; --set key=value is for its run-config.
     Ctrl-C ends the round and keeps what there is.
     """
     from edgefl.simulation.settings import SimulationConfig
@@ -49,12 +52,20 @@ def simulate(  # noqa: PLR0913 - one a flag
 
     refuse_no_folder(out, "--out")
     refuse_no_folder(plot, "--plot")
-    over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
-    job = load_config(SimulationConfig, config, over)
     if plot is not None:
         from edgefl.simulation.plot import require_matplotlib
 
         require_matplotlib()
+    if is_flower_app(task):
+        flags = {"--config": config, "--data": data, "--evaluate-every": evaluate_every > 1, "--out": out}
+        request = FlowerRequest(
+            folder=Path(task), clients=clients, rounds=rounds, engine=engine, settings=settings, plot=plot,
+            task_flags=flags,
+        )  # fmt: skip
+        simulate_flower(request, output)
+        return
+    over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
+    job = load_config(SimulationConfig, config, over)
     with ExitStack() as stack:
         progress = Progress(job.rounds.count)
         on_round = stack.enter_context(live_rounds(output, progress))

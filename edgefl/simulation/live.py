@@ -24,7 +24,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 class Progress:
     """What is known after each round."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int | None) -> None:  # None: nobody knows how many there will be
         self._count, self._engine = count, "being chosen"
         self._ends_s: deque[float] = deque(maxlen=ROWS)  # of the last rounds, and of what came before the first
         self._rows: deque[tuple[str, ...]] = deque(maxlen=ROWS)
@@ -38,14 +38,14 @@ class Progress:
         """Return a round's cells: round, clients, clients/s, bytes, time left, metrics."""
         done = outcome["round"]
         self._ends_s.append(now_s)
-        left_s = (now_s - self._ends_s[0]) / max(1, len(self._ends_s) - 1) * (self._count - done)
+        a_round_s = (now_s - self._ends_s[0]) / max(1, len(self._ends_s) - 1)
         rate = outcome["admitted"] / outcome["seconds"] if outcome["seconds"] > 0 else 0.0
         cells = (
-            f"{done}/{self._count}",
+            f"{done}/{self._count}" if self._count is not None else str(done),
             _clients(outcome),
             f"{rate:.0f}",
             size_text(outcome["up_bytes"] + outcome["down_bytes"]),
-            duration_text(left_s),
+            duration_text(a_round_s * (self._count - done)) if self._count is not None else "?",
             metrics_text(outcome["metrics"]),
         )
         self._rows.append(cells)

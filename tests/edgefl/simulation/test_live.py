@@ -24,6 +24,12 @@ def test_the_time_left_is_told_by_the_last_rounds():
     assert cells[4] == "0:20"
 
 
+def test_nobody_may_know_how_many_rounds_there_will_be():
+    progress = Progress(None)
+    progress.begin("flower", now_s=0.0)
+    assert progress.note(OUTCOME, now_s=1.0)[::4] == ("1", "?")
+
+
 def test_a_terminal_sees_a_table():
     progress = Progress(2)
     progress.begin("stacked", now_s=0.0)
