@@ -1,0 +1,31 @@
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from edgefl.flower.records import copy_records, record_of, tree_of
+
+
+def test_a_tree_goes_there_and_back():
+    tree = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7, np.int64)}
+    back = tree_of(record_of(tree))
+    assert list(back) == ["w", "n"]
+    assert back["w"].dtype == np.float32
+    assert back["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (back["n"].shape, int(back["n"])) == ((), 7)
+
+
+def test_a_copy_shares_nothing_that_can_change():
+    records = RecordDict(
+        {
+            "arrays": ArrayRecord([np.ones(2)]),
+            "metrics": MetricRecord({"list": [1.0], "one": 2.0}),
+            "config": ConfigRecord({"names": ["a"]}),
+        }
+    )
+    twin = copy_records(records)
+    twin["metrics"]["list"].append(9.0)
+    twin["config"]["names"].append("b")
+    twin["config"]["new"] = 1
+    del twin["arrays"]
+    assert records["metrics"]["list"] == [1.0]
+    assert dict(records["config"]) == {"names": ["a"]}
+    assert records["arrays"].to_numpy_ndarrays()[0].tolist() == [1, 1]
