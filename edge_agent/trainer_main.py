@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import io
 import os
 import queue
 import resource
@@ -158,6 +159,8 @@ def main() -> None:
     source.add_argument("--fd", type=int, help="a connected socket that the agent passes")
     source.add_argument("--listen-fds", action="store_true", help="a listening socket that systemd passes")
     arguments = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what a task prints is in the log when it is printed
     # Threads that spin while they wait take the cores from serving, and from each other, a hundredfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded, which is later
     if arguments.listen_fds:
