@@ -1,4 +1,4 @@
-"""Certificates and TLS: a CA of the fleet's own, mutual TLS on every connection, TLS 1.3 where we choose.
+"""Certificates and TLS: a CA of the fleet's own, mutual TLS for gRPC and MQTT, TLS 1.3 where we choose.
 
 EC P-256 keys, X.509 by `cryptography`. A device's certificate names it (CN = device id) and is made
 from its own signing request, so that its key never leaves it. gRPC's Python API cannot set a
