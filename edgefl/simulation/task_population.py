@@ -26,7 +26,7 @@ class TaskPopulation:
             raise ConfigError(f"{num_clients} clients were asked for; wanted is 1 or more")
         _refuse_partless(task)
         self._task = task
-        self._names = Names(num_clients, "client-")
+        self._names = Names(num_clients)
         self._options = dict(options)
         self._kept: OrderedDict[str, Samples] = OrderedDict()
         self._kept_bytes = 0

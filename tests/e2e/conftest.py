@@ -20,20 +20,21 @@ class Fleet(LocalFleet):
             self.runner.stop()
         super().__exit__(*details)
 
-    def add_agent(self, name, **data):
+    def add_agent(self, name, *, env=None, **data):
         self.enroll(name)
-        return self.restart_agent(name, **data)
+        return self.restart_agent(name, env=env, **data)
 
-    def restart_agent(self, name, **data):
+    def restart_agent(self, name, *, env=None, **data):
         options = [part for key, value in data.items() for part in ("--data", f"{key}={value}")]
-        agent = self.start_agent(name, *options)
+        agent = self.start_agent(name, *options, env=env)
         agent.wait_for("mqtt.up")
         return agent
 
-    def run_task(self, task, *settings, rounds=1, timeout_s=90):
+    def run_task(self, task, *settings, rounds=1, config=None, timeout_s=90):
         """Run a task to its end; return its JSON and its final parameters."""
         result, out = self.folder / "result.json", self.folder / "model.safetensors"
         options = [part for setting in settings for part in ("--set", setting)]
+        options += ["--config", config] if config else []
         self.command(
             "run", TASKS / task, "--cloud", self.url, "--rounds", rounds, *options, "--json", result, "--out", out,
             timeout_s=timeout_s,
