@@ -85,7 +85,7 @@ def simulate(  # noqa: PLR0913 - one a flag
     if plot is not None:
         from edgefl.simulation.plot import write_plot
 
-        write_plot({result.task: result.rounds}, plot)
+        write_plot({result.task: result.rounds}, plot, {result.task: result.took_part})
         output.line(f"plot: {plot}")
     output.result(result.as_json())
     if result.interrupted:

@@ -1,26 +1,41 @@
-"""Rounds as a picture: accuracy, loss, bytes moved, who took part. Several runs share the axes.
+"""Rounds as a picture: accuracy, loss and bytes over rounds and over time, and who took part.
 
+Time is virtual where the simulation has devices, else what the rounds took here. Several runs share the axes.
 Drawn without a display and without pyplot's global state, so that it works in any thread and notebook.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from edgefl.errors import ConfigError, MissingExtra
+from edgefl.simulation.panels import (
+    Along,
+    Rounds,
+    Run,
+    draw_bytes,
+    draw_losses,
+    draw_metrics,
+    draw_outcomes,
+    draw_participation,
+)
+from edgefl.simulation.participation import Counts, no_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rounds = Sequence[Mapping[str, Any]]  # as in a result's JSON
+NOBODY: Mapping[str, Counts] = MappingProxyType({})
 
-_OUTCOMES = {"admitted": "tab:green", "rejected": "tab:red", "failed": "tab:orange", "missing": "tab:gray"}
-_LOSSES = {"loss": "-", "train_loss": ":"}
-_INCHES = (10, 7)
-_PIXELS_PER_INCH = 120
+_INCHES = (11, 13)
+_PIXELS_PER_INCH = 110
+_UNITS_S = ((2 * 86_400, 86_400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"))
+_COLORS = 10  # of matplotlib's own cycle; more runs than that take theirs from a gradient
+_LEGEND_LETTERS = 110  # in a line of the legend
 
 
 def require_matplotlib() -> None:
@@ -31,98 +46,90 @@ def require_matplotlib() -> None:
         raise MissingExtra("a plot", "sim") from cause
 
 
-def draw_rounds(runs: Mapping[str, Rounds]) -> Figure:
-    """Draw each run's rounds; raises MissingExtra without matplotlib."""
+def draw_rounds(runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NOBODY) -> Figure:
+    """Draw each run's rounds, and how often its clients took part; raises MissingExtra without matplotlib."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
+    drawn = [
+        Run(name=name, rounds=rounds, color=color, took_part=took_part.get(name, no_counts(0)))
+        for (name, rounds), color in zip(runs.items(), _colors(len(runs)), strict=True)
+    ]
     figure = Figure(figsize=_INCHES, dpi=_PIXELS_PER_INCH, layout="constrained")
-    metrics, losses, traffic, clients = figure.subplots(2, 2).flat
-    _draw_metrics(metrics, runs)
-    _draw_losses(losses, runs)
-    _draw_bytes(traffic, runs)
-    _draw_participation(clients, runs)
-    for axes in (metrics, losses, traffic, clients):
-        axes.set_xlabel("round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(visible=True, alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small", loc="lower right" if axes is clients else "best")
+    panels = figure.subplots(4, 2, sharey="row", gridspec_kw={"wspace": 0.04, "hspace": 0.04})
+    over_time, time_label = _time_axis(drawn)
+    for row, draw in enumerate((draw_metrics, draw_losses, draw_bytes)):
+        draw(panels[row][0], drawn, _numbers)
+        draw(panels[row][1], drawn, over_time)
+        panels[row][0].set_xlabel("round")
+        panels[row][1].set_xlabel(time_label)
+        panels[row][1].set_ylabel("")
+    panels[3][1].remove()  # it would share the axis of its neighbour, which counts something else
+    counted = figure.add_subplot(4, 2, 8)
+    draw_outcomes(panels[3][0], drawn)
+    draw_participation(counted, drawn)
+    panels[3][0].set_xlabel("round")
+    _finish([*(panels[row][0] for row in range(4)), counted], [panels[row][1] for row in range(3)], len(drawn))
+    _title(figure, drawn)
     return figure
 
 
-def write_plot(runs: Mapping[str, Rounds], path: Path) -> None:
+def write_plot(runs: Mapping[str, Rounds], path: Path, took_part: Mapping[str, Counts] = NOBODY) -> None:
     """Draw into a file of the kind that its name ends with; raises ConfigError where it cannot be written."""
     try:
-        draw_rounds(runs).savefig(path)
+        draw_rounds(runs, took_part).savefig(path)
     except (OSError, ValueError) as cause:
         raise ConfigError(f"cannot write --plot {path}: {cause}") from cause
 
 
-def _draw_metrics(axes: Axes, runs: Mapping[str, Rounds]) -> None:
-    """The task's metrics on its test data; accuracy by itself where it is there."""
-    names = {name for rounds in runs.values() for one in rounds for name in one["metrics"]} - _LOSSES.keys()
-    shown = ["accuracy"] if "accuracy" in names else sorted(names)
-    axes.set_title("accuracy" if shown == ["accuracy"] else "metrics")
-    for run, rounds in runs.items():
-        for name in shown:
-            _draw(axes, rounds, name, _label(run, name, len(runs), len(shown)), "-")
+def _numbers(rounds: Rounds) -> Sequence[float]:
+    return [one["round"] for one in rounds]
 
 
-def _draw_losses(axes: Axes, runs: Mapping[str, Rounds]) -> None:
-    axes.set_title("loss")
-    for index, (run, rounds) in enumerate(runs.items()):
-        for name, style in _LOSSES.items():
-            text = {"loss": "test", "train_loss": "training"}[name]
-            _draw(axes, rounds, name, f"{run}, {text}" if len(runs) > 1 else text, style, color=f"C{index}")
+def _time_axis(runs: Sequence[Run]) -> tuple[Along, str]:
+    """Return where in time rounds end, and what that axis is called."""
+    virtual = any(run.rounds for run in runs) and all("virtual_end_s" in one for run in runs for one in run.rounds)
+
+    def ends_s(rounds: Rounds) -> list[float]:
+        return [one["virtual_end_s"] for one in rounds] if virtual else [*accumulate(one["seconds"] for one in rounds)]
+
+    last_s = max((ends_s(run.rounds)[-1] for run in runs if run.rounds), default=0.0)
+    scale, unit = next(((scale, unit) for least, scale, unit in _UNITS_S if last_s >= least), (1, "seconds"))
+    label = f"{'virtual time' if virtual else 'time in rounds'} ({unit})"
+    return lambda rounds: [end_s / scale for end_s in ends_s(rounds)], label
 
 
-def _draw_bytes(axes: Axes, runs: Mapping[str, Rounds]) -> None:
-    axes.set_title("megabytes moved, in all")
-    for index, (run, rounds) in enumerate(runs.items()):
-        for key, style, width in (("down_bytes", "-", 4.0), ("up_bytes", "--", 1.5)):  # they often lie on each other
-            total, points = 0.0, []
-            for one in rounds:
-                total += one[key] / 1e6
-                points.append(total)
-            text = "down" if key == "down_bytes" else "up"
-            label = f"{run}, {text}" if len(runs) > 1 else text
-            axes.plot(
-                [one["round"] for one in rounds],
-                points,
-                style,
-                color=f"C{index}",
-                label=label,
-                lw=width,
-                alpha=0.4 if width > 2 else 1.0,
-            )
-    axes.set_ylim(bottom=0)
+def _colors(number: int) -> Sequence[object]:
+    if number <= _COLORS:
+        return [f"C{index}" for index in range(number)]
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](index / (number - 1)) for index in range(number)]
 
 
-def _draw_participation(axes: Axes, runs: Mapping[str, Rounds]) -> None:
-    """What became of a round's clients: stacked bars of one run, lines of the admitted of several."""
-    axes.set_title("clients")
-    if len(runs) > 1:
-        for run, rounds in runs.items():
-            axes.plot([one["round"] for one in rounds], [one["admitted"] for one in rounds], label=f"{run}, admitted")
-        axes.set_ylim(bottom=0)
-        return
-    for rounds in runs.values():
-        below = [0] * len(rounds)
-        for outcome, color in _OUTCOMES.items():
-            counts = [int(one[outcome]) for one in rounds]
-            if any(counts):
-                axes.bar([one["round"] for one in rounds], counts, bottom=below, color=color, label=outcome)
-            below = [low + count for low, count in zip(below, counts, strict=True)]
+def _finish(counted: Sequence[Axes], timed: Sequence[Axes], num_runs: int) -> None:
+    """Whole numbers where things are counted, a grid, and a legend where one run has several parts."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axes in counted:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (*counted, *timed):
+        axes.grid(visible=True, alpha=0.3)
+        axes.set_axisbelow(True)
+    for axes in counted if num_runs == 1 else ():
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(fontsize="small")
 
 
-def _draw(axes: Axes, rounds: Rounds, name: str, label: str, style: str, color: str | None = None) -> None:
-    points = [(one["round"], one["metrics"][name]) for one in rounds if name in one["metrics"]]
-    if points:
-        axes.plot(*zip(*points, strict=True), style, label=label, color=color, marker="." if len(points) < 40 else None)
+def _title(figure: Figure, runs: Sequence[Run]) -> None:
+    """One run's name, or the legend of several."""
+    if len(runs) == 1:
+        figure.suptitle(runs[0].name)
+    elif runs:
+        from matplotlib.lines import Line2D
 
-
-def _label(run: str, name: str, num_runs: int, num_metrics: int) -> str:
-    if num_runs == 1:
-        return name
-    return run if num_metrics == 1 else f"{run}, {name}"
+        longest = max(len(run.name) for run in runs) + 8
+        figure.legend(
+            [Line2D([], [], color=run.color, lw=2.5) for run in runs], [run.name for run in runs],
+            loc="outside upper center", ncols=max(1, min(len(runs), _LEGEND_LETTERS // longest)), fontsize="small",
+        )  # fmt: skip

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import MissingExtra
+from edgefl.simulation.participation import Counts, clients_by_rounds, no_counts
 from edgefl.simulation.plot import draw_rounds
 from edgefl.trees import Tree
 
@@ -33,6 +34,7 @@ class SimulationResult:
     model: Json  # sha256, and path where it was written
     virtual_seconds: float | None = None  # on the devices' clock, where the configuration describes devices
     interrupted: bool = False  # ended by Ctrl-C before its last round
+    took_part: Counts = field(default_factory=lambda: no_counts(0))  # rounds of each client, in the order of the names
 
     @property
     def clients_per_second(self) -> float:
@@ -55,6 +57,7 @@ class SimulationResult:
             "peak_rss_mb": self.peak_rss_mb,
             "model": self.model,
             "interrupted": self.interrupted,
+            "clients_by_rounds": clients_by_rounds(self.took_part),
         }
 
     def to_frame(self) -> pandas.DataFrame:
@@ -69,5 +72,5 @@ class SimulationResult:
         return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
 
     def figure(self) -> Figure:
-        """Draw accuracy, loss, bytes and participation over rounds; needs matplotlib."""
-        return draw_rounds({self.task: self.rounds})
+        """Draw accuracy, loss and bytes over rounds and over time, and participation; needs matplotlib."""
+        return draw_rounds({self.task: self.rounds}, {self.task: self.took_part})

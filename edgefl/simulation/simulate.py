@@ -26,6 +26,7 @@ from edgefl.simulation.auto import AUTO, Chosen, make_engine
 from edgefl.simulation.fleets import PopulationMaker, Setup, torch_threads
 from edgefl.simulation.interrupt import set_by_interrupt
 from edgefl.simulation.machine import num_cores, own_peak_mb
+from edgefl.simulation.participation import count, no_counts
 from edgefl.simulation.population import make_population
 from edgefl.simulation.report import Json, SimulationResult
 from edgefl.simulation.settings import SimulationConfig, VirtualTime, settled, virtual_time
@@ -99,6 +100,8 @@ class _Run:
         self._judge = _Judge(setup.task)
         self._parameters = initial_parameters(setup.task, setup.config.train.seed)
         self._rounds: list[Json] = []
+        self._names = setup.population.names()
+        self._took_part = no_counts(len(self._names))
 
     def rounds_until_stopped(self) -> None:
         """Run the job's rounds; a round that Ctrl-C left under its quorum is dropped."""
@@ -137,10 +140,12 @@ class _Run:
             parameters=self._parameters,
             model={"sha256": hashlib.sha256(data).hexdigest(), "path": str(out) if out is not None else None},
             interrupted=len(self._rounds) < self._setup.config.rounds.count,
+            took_part=self._took_part,
         )
 
     def _note(self, outcome: RoundOutcome, seconds: float) -> None:
         self._parameters = outcome.parameters
+        count(self._took_part, (self._names.index(client) for client in outcome.admitted))
         last = outcome.round == self._setup.config.rounds.count or self._setup.stop.is_set()
         due = last or outcome.round % self._evaluate_every == 0
         judged = self._judge(outcome.parameters) if due else {}

@@ -40,7 +40,7 @@ def test_a_frame_has_a_row_a_round():
 
 
 def test_a_figure_is_drawn():
-    assert len(result(ROUNDS).figure().axes) == 4
+    assert len(result(ROUNDS).figure().axes) == 8
 
 
 def test_nothing_done_is_no_rate(monkeypatch):
