@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from edgefl.errors import EdgeflError
     from edgefl.operator.run import run
     from edgefl.simulation.simulate import simulate
+    from edgefl.simulation.sweep import sweep
     from edgefl.task import FitResult, Task
 
-__all__ = ["EdgeflError", "FitResult", "JobConfig", "Task", "run", "simulate"]
+__all__ = ["EdgeflError", "FitResult", "JobConfig", "Task", "run", "simulate", "sweep"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "Task": "edgefl.task",
     "run": "edgefl.operator.run",
     "simulate": "edgefl.simulation.simulate",
+    "sweep": "edgefl.simulation.sweep",
 }
 
 

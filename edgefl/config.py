@@ -134,14 +134,19 @@ def from_dict(schema: type[_T], data: Mapping[str, Any]) -> _T:
         raise ConfigError(str(cause)) from cause
 
 
+def parse_value(text: str) -> Any:
+    """Read a setting's value as TOML; a bare word is a string: --set server.optimizer=Adam."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
 def _apply(data: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {setting!r} is not of the form section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: --set server.optimizer=Adam
+    value = parse_value(text)
     *sections, last = key.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})

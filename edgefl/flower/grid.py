@@ -2,11 +2,13 @@
 
 `send_and_receive` returns replies that arrive while they are iterated, so that a strategy may fold them
 one by one; they may also be counted, indexed and iterated again, as the lists that Flower's grids return.
-Invariant: every pushed message is executed, whether or not its reply is looked at.
+Invariant: every pushed message is executed, whether or not its reply is looked at; but for Ctrl-C, which ends the
+round with what was answered, and the run where the next round would begin.
 """
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -79,8 +81,12 @@ class Replies(Sequence[Message]):
 class LocalGrid(Grid):
     """Carries messages between a ServerApp and the nodes of one run."""
 
-    def __init__(self, run_id: int, nodes: Nodes, runner: Runner, watch: Watch) -> None:
+    def __init__(
+        self, run_id: int, nodes: Nodes, runner: Runner, watch: Watch, stop: threading.Event | None = None
+    ) -> None:
         self._run = Run.create_empty(run_id)
+        self._stop = stop or threading.Event()  # set: no more clients begin, and no more rounds
+        self._stopping = threading.Lock()  # held by who told the main thread
         self._nodes, self._runner, self._watch = nodes, runner, watch
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Message] = {}  # pushed, not yet pulled
@@ -139,6 +145,8 @@ class LocalGrid(Grid):
 
     def _snapshots(self, messages: Iterable[Message]) -> dict[str, Message]:
         """Give each message its id, and keep it as it is now; one copy of a content that many share."""
+        messages = list(messages)
+        self._refuse_next_round(messages)
         snapshots: dict[str, Message] = {}
         copies: dict[int, tuple[RecordDict, RecordDict]] = {}  # with the original, so that its id stays its own
         for message in messages:
@@ -152,11 +160,21 @@ class LocalGrid(Grid):
         self._watch.sent(list(snapshots.values()))
         return snapshots
 
+    def _refuse_next_round(self, messages: Sequence[Message]) -> None:
+        """Raise KeyboardInterrupt, in the main thread, where a round begins after the stop."""
+        if not self._stop.is_set() or not messages or not self._watch.opens_round(messages[0]):
+            return
+        if threading.current_thread() is not threading.main_thread() and self._stopping.acquire(blocking=False):
+            _thread.interrupt_main()  # the legacy server sends from threads, and takes what they raise for failures
+        raise KeyboardInterrupt
+
     def _execute(self, requests: dict[str, Message], timeout: float | None) -> Iterator[Message]:
         ttl_s = max((request.metadata.ttl for request in requests.values()), default=0.0)
         deadline_s = self._watch.clock() + (ttl_s if timeout is None else min(timeout, ttl_s))
         deliveries = (
-            Delivery(request, self._nodes.context(request.metadata.dst_node_id)) for request in requests.values()
+            Delivery(request, self._nodes.context(request.metadata.dst_node_id))
+            for request in requests.values()
+            if not self._stop.is_set()
         )
         for answer in self._runner.run(deliveries, deadline_s):
             self._nodes.keep(answer)

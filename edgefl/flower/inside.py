@@ -2,7 +2,7 @@
 
 - A `Message` can only be made in a process that has a task identity (`flwr.supercore.task_identity`).
 - A message's id is given by the grid that carries it, through the metadata's own dictionary.
-- What `Strategy.start` or the legacy server returns stays inside the user's main; we listen there.
+- What `Strategy.start` or the legacy server fills and returns stays inside the user's main; we listen there.
 Invariant: at the end of a run Flower is as it was before it.
 """
 
@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Array, Error, Message
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
+from flwr.server import server
 from flwr.server.history import History
 from flwr.serverapp import server_app
 from flwr.serverapp.strategy import Result, Strategy
@@ -41,20 +43,37 @@ def task_identity(run_id: int) -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[list[Returned]]:
-    """Collect what strategies return while the context lasts."""
+    """Collect what strategies fill and return while the context lasts; what Ctrl-C keeps from returning, too."""
     heard: list[Returned] = []
+
+    def hear(one: Returned) -> None:
+        if not any(one is other for other in heard):
+            heard.append(one)
+
+    def noting(made: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*arguments: Any, **options: Any) -> Any:
+            one = made(*arguments, **options)
+            hear(one)
+            return one
+
+        return make
 
     def keeping(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def kept(*arguments: Any, **options: Any) -> Any:
             returned = function(*arguments, **options)
             if isinstance(returned, (Result, History)):
-                heard.append(returned)
+                hear(returned)
             return returned
 
         return kept
 
-    with _wrapped(Strategy, "start", keeping), _wrapped(server_app, "start_grid", keeping):
+    with (
+        _wrapped(Strategy, "start", keeping),
+        _wrapped(server_app, "start_grid", keeping),
+        _wrapped(sys.modules[Strategy.__module__], "Result", noting),
+        _wrapped(server, "History", noting),
+    ):
         yield heard
 
 

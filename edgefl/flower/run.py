@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.flower.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
 from edgefl.operator.run import peak_rss_mb
+from edgefl.simulation.interrupt import set_by_interrupt
+from edgefl.simulation.participation import Counts, clients_by_rounds, count, no_counts
 from edgefl.task import UserCode
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class FlowerRunResult:
     peak_rss_mb: float  # of this process and its workers
     arrays: ArrayRecord | None  # of the last strategy that returned a Result
     state: Mapping[str, Any] = field(default_factory=dict)  # the ServerApp's context.state
+    interrupted: bool = False  # ended by Ctrl-C
+    took_part: Counts = field(default_factory=lambda: no_counts(0))  # rounds of each node, by its partition
 
     def as_json(self) -> Json:
         """The result with the keys that every engine's result has."""
@@ -58,6 +62,8 @@ class FlowerRunResult:
             "clients_per_second": self.num_clients / self.seconds if self.seconds > 0 else 0.0,
             "peak_rss_mb": self.peak_rss_mb,
             "model": None,
+            "interrupted": self.interrupted,
+            "clients_by_rounds": clients_by_rounds(self.took_part),
         }
 
 
@@ -70,7 +76,8 @@ def run_flower_app(
 
     `run_config` overrides the app's; `on_round` hears of each round as its messages showed it. `workers`
     is the number of processes that train: 0 for this one alone; where none is given, this one alone at
-    first, and one a core once that has taken as long as starting them would.
+    first, and one a core once that has taken as long as starting them would. Ctrl-C ends the round with who
+    has answered and returns what there is.
     Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where all training failed.
     """
     require_flower("a Flower app")
@@ -84,10 +91,10 @@ def run_flower_app(
     from edgefl.flower.watch import Watch
 
     config = fuse_run_config(app, run_config or {})
-    run_id, watch = next(_RUN_IDS), Watch(clock, on_round)
+    run_id, watch, stop = next(_RUN_IDS), Watch(clock, on_round), threading.Event()
     nodes = Nodes(run_id, app.num_supernodes if num_supernodes is None else num_supernodes, config)
     runners = Runners(app, workers, clock)
-    grid = LocalGrid(run_id, nodes, runners, watch)
+    grid = LocalGrid(run_id, nodes, runners, watch, stop)
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
     if not _RUNNING.acquire(blocking=False):
         raise ConfigError("a Flower app is already running in this process; start another process for the next")
@@ -99,9 +106,13 @@ def run_flower_app(
         stack.enter_context(task_identity(run_id))
         stack.enter_context(logging_from(logging.WARNING))
         heard = stack.enter_context(listening())
-        with UserCode(app.name, "its ServerApp", KIND):
-            app.server_app(grid, context)
-            grid.finish()
+        stack.enter_context(set_by_interrupt(stop))
+        try:
+            with UserCode(app.name, "its ServerApp", KIND):
+                app.server_app(grid, context)
+                grid.finish()
+        except KeyboardInterrupt:  # the grid's, where the next round would have begun; or the second Ctrl-C
+            stop.set()
         watch.finish()
         seconds = clock() - start_s
     _refuse_silence(app, watch)
@@ -118,7 +129,16 @@ def run_flower_app(
         peak_rss_mb=peak_rss_mb() + runners.workers_peak_rss_mb,
         arrays=arrays_of(heard),
         state=context.state,
+        interrupted=stop.is_set(),
+        took_part=_took_part(watch, len(nodes.ids())),
     )
+
+
+def _took_part(watch: Watch, num_nodes: int) -> Counts:
+    counts = no_counts(num_nodes)
+    for seen in watch.rounds:
+        count(counts, (int(node.rpartition("-")[2]) for node in seen.participants))
+    return counts
 
 
 def _refuse_silence(app: FlowerApp, watch: Watch) -> None:

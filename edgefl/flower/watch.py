@@ -38,8 +38,13 @@ class SeenRound:
 
     @property
     def num_admitted(self) -> int:
+        """How many took part."""
+        return len(self.participants)
+
+    @property
+    def participants(self) -> set[str]:
         """Clients that answered with content: to training where the round trained."""
-        return len(self.done.get("train", set()) if "train" in self.asked else self._all(self.done))
+        return self.done.get("train", set()) if "train" in self.asked else self._all(self.done)
 
     def count(self, category: str, metrics: Mapping[str, MetricRecord]) -> None:
         """Fold a reply's metrics into the weighted means of its category."""
@@ -97,6 +102,11 @@ class Watch:
         """Yield every reason seen, with the node's name."""
         for one in self._rounds.values():
             yield from (f"{node}: {reason}" for node, reason in one.failed.items())
+
+    def opens_round(self, message: Message) -> bool:
+        """Say whether a message belongs to another round than the one that is open."""
+        with self._lock:
+            return self._number(message) != self._open
 
     def sent(self, messages: Sequence[Message]) -> None:
         """Note messages that were pushed together."""

@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
+import click
+
 from edgefl.errors import ConfigError
+from edgefl.flower import FlowerRunResult, load_flower_app, parse_run_config, run_flower_app
+from edgefl.flower.app import RunConfigValue, flatten, fuse_run_config
 from edgefl.operator.output import Output, metrics_text
+from edgefl.operator.progress import INTERRUPTED
 from edgefl.simulation.live import Progress, live_rounds
 from edgefl.simulation.machine import num_cores
+from edgefl.simulation.request import Request
+from edgefl.simulation.variants import Variant, parse_sweep, variants_of
 
 ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have it
+ENGINE = "flower"
+
+RunConfig = Mapping[str, RunConfigValue]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlowerRequest:
-    """What was asked of a Flower app."""
-
-    folder: Path
-    clients: int | None
-    rounds: int | None
-    engine: str
-    settings: Sequence[str]  # run-config overrides, key=value
-    plot: Path | None
-    task_flags: Mapping[str, object]  # given, but of no meaning to a Flower app
-
-
-def simulate_flower(request: FlowerRequest, output: Output) -> None:
+def simulate_flower(request: Request, output: Output) -> None:
     """Run the app, show its rounds, and write what was asked for; raises ConfigError for what it cannot take."""
-    if given := [flag for flag, value in request.task_flags.items() if value]:
+    if given := request.only_for_tasks():
         raise ConfigError(f"{', '.join(given)}: a Flower app has no such thing; its run-config goes by --set key=value")
-    workers = _workers(request.engine)
-    from edgefl.flower import load_flower_app, parse_run_config, run_flower_app
-    from edgefl.flower.app import fuse_run_config
-
-    overrides = parse_run_config(request.settings)
+    workers, overrides = _workers(request.engine), dict(parse_run_config(request.settings))
     if request.rounds is not None:
         overrides[ROUNDS_KEY] = request.rounds
-    app = load_flower_app(request.folder)
+    app = load_flower_app(request.task)
+    if request.sweep:
+        _sweep(request, overrides, output)
+        return
     count = fuse_run_config(app, overrides).get(ROUNDS_KEY)
     progress = Progress(count if isinstance(count, int) else None)
-    progress.begin("flower", now_s=time.perf_counter())
+    progress.begin(ENGINE, now_s=time.perf_counter())
     with live_rounds(output, progress) as on_round:
         result = run_flower_app(app, request.clients, overrides, workers=workers, on_round=on_round)
+    _tell(result, request, output)
+
+
+def _tell(result: FlowerRunResult, request: Request, output: Output) -> None:
     said = result.as_json()
     output.line(
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {said['clients_per_second']:.0f} clients/s, "
@@ -53,13 +52,53 @@ def simulate_flower(request: FlowerRequest, output: Output) -> None:
     if request.plot is not None:
         from edgefl.simulation.plot import write_plot
 
-        write_plot({result.app: result.rounds}, request.plot)
+        write_plot({result.app: result.rounds}, request.plot, {result.app: result.took_part})
         output.line(f"plot: {request.plot}")
+    if request.tensorboard is not None:
+        _write_event_file(result, request.tensorboard)
     output.result(said)
+    if result.interrupted:
+        output.line(f"interrupted after {len(result.rounds)} rounds")
+        raise click.exceptions.Exit(INTERRUPTED)
+
+
+def _sweep(request: Request, overrides: RunConfig, output: Output) -> None:
+    """Run the app once for each combination of run-config values, loaded afresh: it knows nothing of the others."""
+    from edgefl.simulation.cli_sweep import tell
+    from edgefl.simulation.live_sweep import SweepProgress, live_sweep
+    from edgefl.simulation.sweep import OnRound, run_variants
+    from edgefl.simulation.tensorboard import run_folder
+
+    app, workers = load_flower_app(request.task), _workers(request.engine)
+    variants = variants_of(parse_sweep(request.sweep))
+    settings = {one.name: {**overrides, **flatten(one.settings, where="--sweep")} for one in variants}
+    counts = [fuse_run_config(app, settings[one.name]).get(ROUNDS_KEY) for one in variants]
+
+    def run(variant: Variant, on_round: OnRound) -> FlowerRunResult:
+        fresh = load_flower_app(request.task)
+        result = run_flower_app(fresh, request.clients, settings[variant.name], workers=workers, on_round=on_round)
+        if request.tensorboard is not None:
+            _write_event_file(result, run_folder(request.tensorboard, variant.name))
+        return result
+
+    progress = SweepProgress(variants, [count if isinstance(count, int) else None for count in counts])
+    with live_sweep(output, progress) as watching:
+        done = run_variants(variants, run, watching)
+    tell(done, len(variants), request, output)
+
+
+def _write_event_file(result: FlowerRunResult, folder: Path) -> None:
+    """Write all rounds at once: what a strategy evaluates by itself is known in the end."""
+    from edgefl.simulation.tensorboard import event_file
+
+    with event_file(folder) as write:
+        for outcome in result.rounds:
+            write(outcome)
 
 
 def _workers(engine: str) -> int | None:
     """Return how many processes train; None lets the app's runner see for itself."""
-    if engine == "stacked":
-        raise ConfigError("the engine 'stacked' cannot run a Flower app: its training is its own code; use auto")
-    return {"auto": None, "loop": 0, "pool": num_cores()}[engine]
+    known: dict[str, int | None] = {"auto": None, "loop": 0, "pool": num_cores()}
+    if engine not in known:
+        raise ConfigError(f"the engine {engine!r} cannot run a Flower app: its training is its own code; use auto")
+    return known[engine]

@@ -26,6 +26,7 @@ _STYLES = ("-", "--", ":", "-.")
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _FEW = 40  # points that are worth a mark each, and bars of a histogram
 _HEADROOM = 1.08
+_DIVERGED = 1e4  # times more loss in one place than in another: only a logarithm shows both
 _LOG_FROM = 50  # times more clients in one bar than in another
 
 
@@ -59,6 +60,9 @@ def draw_losses(axes: Axes, runs: Sequence[Run], along: Along) -> None:
         for name, style in LOSSES.items():
             label = {"loss": "test", "train_loss": "training"}[name]
             _line(axes, run.rounds, name, along, ls=style, color=run.color, label=label)
+    seen = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]
+    if seen and 0 < _DIVERGED * min(seen) < max(seen):
+        axes.set_yscale("log")
     _say_if_empty(axes, "no loss was reported")
 
 

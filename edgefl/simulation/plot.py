@@ -113,6 +113,11 @@ def _finish(counted: Sequence[Axes], timed: Sequence[Axes], num_runs: int) -> No
 
     for axes in counted:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in counted[-2:]:  # clients: there are no halves of them
+        if axes.get_yscale() == "linear":
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in timed:
+        axes.set_xlim(left=0)
     for axes in (*counted, *timed):
         axes.grid(visible=True, alpha=0.3)
         axes.set_axisbelow(True)

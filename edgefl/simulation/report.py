@@ -66,11 +66,14 @@ class SimulationResult:
             import pandas as pd
         except ImportError as cause:
             raise MissingExtra("a frame of the rounds", "sim") from cause
-        rows = [
-            {k: v for k, v in one.items() if k not in {"metrics", "reasons"}} | one["metrics"] for one in self.rounds
-        ]
+        rows = frame_rows(self.rounds)
         return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
 
     def figure(self) -> Figure:
         """Draw accuracy, loss and bytes over rounds and over time, and participation; needs matplotlib."""
         return draw_rounds({self.task: self.rounds}, {self.task: self.took_part})
+
+
+def frame_rows(rounds: Sequence[Json]) -> list[Json]:
+    """Return a flat row a round: the metrics beside the counts, without the reasons."""
+    return [{k: v for k, v in one.items() if k not in {"metrics", "reasons"}} | one["metrics"] for one in rounds]

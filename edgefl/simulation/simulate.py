@@ -79,14 +79,19 @@ def _set_up(task: Task | str | Path, config: SimulationConfig, population_maker:
     loaded = task if isinstance(task, Task) else load_task(str(task))
     maker = population_maker or partial(make_population, config=config.population)
     population = maker(loaded)
-    there, rounds = len(population.names()), config.rounds
+    refuse_more_than_there_are(config, len(population.names()))
+    reference = None if isinstance(task, Task) else str(task)
+    return Setup(task=loaded, reference=reference, make_population=maker, population=population, config=config)
+
+
+def refuse_more_than_there_are(config: JobConfig, there: int) -> None:
+    """Raise ConfigError where rounds ask for more clients than the population has."""
+    rounds = config.rounds
     if max(rounds.clients, rounds.quorum) > there:
         raise ConfigError(
             f"rounds.clients={rounds.clients} and rounds.quorum={rounds.quorum} ask for more clients than the {there} "
             "that there are; simulate more clients, or ask for fewer"
         )
-    reference = None if isinstance(task, Task) else str(task)
-    return Setup(task=loaded, reference=reference, make_population=maker, population=population, config=config)
 
 
 class _Run:

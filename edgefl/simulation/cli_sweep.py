@@ -1,0 +1,81 @@
+"""`edgefl simulate --sweep`: variants one after another; a live table, one plot, one JSON, a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import click
+
+from edgefl.config import load_config
+from edgefl.operator.output import Output, counted
+from edgefl.operator.progress import INTERRUPTED
+from edgefl.simulation.live_sweep import SweepProgress, compare, live_sweep
+from edgefl.simulation.report import Json
+from edgefl.simulation.request import Request
+from edgefl.simulation.settings import SimulationConfig, with_settings
+from edgefl.simulation.sweep import SweepResult, SweepWatching, sweep
+from edgefl.simulation.variants import Variant, parse_sweep, variants_of
+
+FAILED = 1
+
+
+def sweep_task(request: Request, output: Output) -> None:
+    """Run a task's variants; exits with 1 where one failed, 130 after Ctrl-C."""
+    base = load_config(SimulationConfig, request.config, request.over())
+    over, options = parse_sweep(request.sweep), request.options()
+    variants = variants_of(over)
+    counts = [with_settings(base, variant.settings).rounds.count for variant in variants]
+    with watched(request, output, SweepProgress(variants, counts)) as watching:
+        result = sweep(
+            request.task, over, engine=request.engine, config=base, data=options,
+            evaluate_every=request.evaluate_every, watching=watching,
+        )  # fmt: skip
+    tell(result, len(variants), request, output)
+
+
+def tell(result: SweepResult, wanted: int, request: Request, output: Output) -> None:
+    """Print the comparison, write plot and JSON, and exit as the variants ended."""
+    compare(result, output)
+    if request.plot is not None:
+        from edgefl.simulation.plot import write_plot
+
+        write_plot(result.runs(), request.plot, result.took_part())
+        output.line(f"plot: {request.plot}")
+    output.result(result.as_json())
+    if result.interrupted:
+        output.line(f"interrupted in variant {len(result.variants)} of {wanted}")
+        raise click.exceptions.Exit(INTERRUPTED)
+    if result.failed:
+        output.line(f"{counted(len(result.failed), 'variant')} of {wanted} failed")
+        raise click.exceptions.Exit(FAILED)
+
+
+@contextmanager
+def watched(request: Request, output: Output, progress: SweepProgress) -> Iterator[SweepWatching]:
+    """Give what is to hear of a sweep: the screen, and TensorBoard where it was asked for."""
+    with live_sweep(output, progress) as live, ExitStack() as open_file:
+        if request.tensorboard is None:
+            yield live
+            return
+        yield _with_event_files(live, request.tensorboard, open_file)
+
+
+def _with_event_files(live: SweepWatching, folder: Path, open_file: ExitStack) -> SweepWatching:
+    """Have each variant's rounds written into a folder of its own."""
+    from edgefl.simulation.tensorboard import event_file, run_folder
+
+    writing: list[Callable[[Json], None]] = []
+
+    def begin(variant: Variant) -> None:
+        open_file.close()
+        writing[:] = [open_file.enter_context(event_file(run_folder(folder, variant.name)))]
+        live.on_begin(variant)
+
+    def on_round(variant: Variant, outcome: Json) -> None:
+        writing[0](outcome)
+        live.on_round(variant, outcome)
+
+    return dataclasses.replace(live, on_begin=begin, on_round=on_round)

@@ -1,0 +1,73 @@
+"""Rounds as TensorBoard event files: one folder a run, one scalar a round and figure.
+
+Tags: each metric by its name, clients/admitted .., bytes/up, bytes/down, seconds, virtual_seconds; the step is the
+round, so that `tensorboard --logdir DIR` lays runs over each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgefl.errors import ConfigError, MissingExtra
+from edgefl.simulation.report import Json
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_CLIENTS = ("admitted", "rejected", "failed", "missing")
+_NOT_IN_NAMES = re.compile(r"[^\w.,=+-]+")
+
+
+def require_tensorboard() -> None:
+    """Raise MissingExtra where tensorboard is not installed: better before the rounds than after them."""
+    try:
+        import tensorboard  # noqa: F401 - to see that it is there
+    except ImportError as cause:
+        raise MissingExtra("--tensorboard", "tensorboard") from cause
+
+
+@contextmanager
+def event_file(folder: Path, first_round: int = 1) -> Iterator[Callable[[Json], None]]:
+    """Give what writes a round into a new event file of the folder; what an older one says from `first_round` on goes.
+
+    Raises ConfigError where the folder cannot be written.
+    """
+    require_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        writer = SummaryWriter(str(folder), purge_step=first_round if first_round > 1 else None)
+    except OSError as cause:
+        raise ConfigError(f"cannot write --tensorboard {folder}: {cause.strerror}") from cause
+
+    def write(outcome: Json) -> None:
+        _write(writer, outcome)
+
+    try:
+        yield write
+    finally:
+        writer.close()
+
+
+def run_folder(folder: Path, variant: str) -> Path:
+    """Return where one variant of a sweep goes: TensorBoard calls a run by its folder's name."""
+    return folder / _NOT_IN_NAMES.sub("_", variant)
+
+
+def scalars(outcome: Json) -> Mapping[str, float]:
+    """Return a round's figures by their tags."""
+    figures = {f"clients/{name}": outcome[name] for name in _CLIENTS}
+    figures |= {"bytes/up": outcome["up_bytes"], "bytes/down": outcome["down_bytes"], "seconds": outcome["seconds"]}
+    if "virtual_end_s" in outcome:
+        figures["virtual_seconds"] = outcome["virtual_end_s"]
+    return {**outcome["metrics"], **figures}
+
+
+def _write(writer: SummaryWriter, outcome: Json) -> None:
+    for tag, value in scalars(outcome).items():
+        writer.add_scalar(tag, value, outcome["round"])
+    writer.flush()
