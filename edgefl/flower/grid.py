@@ -18,7 +18,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from edgefl.errors import ConfigError
-from edgefl.flower.inside import Run, give_id, with_own_metadata
+from edgefl.flower.inside import Run, RunNotRunningException, give_id, with_own_metadata
 from edgefl.flower.nodes import Delivery, Nodes, Runner
 from edgefl.flower.records import copy_records
 from edgefl.flower.watch import Watch
@@ -86,6 +86,7 @@ class LocalGrid(Grid):
     ) -> None:
         self._run = Run.create_empty(run_id)
         self._stop = stop or threading.Event()  # set: no more clients begin, and no more rounds
+        self._closed = False
         self._stopping = threading.Lock()  # held by who told the main thread
         self._nodes, self._runner, self._watch = nodes, runner, watch
         self._numbers = itertools.count(1)
@@ -106,6 +107,8 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
+        if self._closed:  # a thread of the legacy server that Ctrl-C left behind looks for this, and ends
+            raise RunNotRunningException
         return list(self._nodes.ids())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -139,7 +142,8 @@ class LocalGrid(Grid):
             len(replies)
 
     def close(self) -> None:
-        """Drop what was sent and never looked at."""
+        """Drop what was sent and never looked at; nothing more is sent."""
+        self._closed = True
         for replies in self._unread:
             replies.close()
 

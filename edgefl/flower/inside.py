@@ -22,10 +22,10 @@ from flwr.server import server
 from flwr.server.history import History
 from flwr.serverapp import server_app
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "ErrorCode", "History", "Result", "Run"]
+__all__ = ["NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "ErrorCode", "History", "Result", "Run", "RunNotRunningException"]
 
 Returned = Result | History
 

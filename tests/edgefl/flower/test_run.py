@@ -339,3 +339,47 @@ def test_flowers_strategies_run(make_app, adder_client, made):
     assert result.rounds[0]["admitted"] == 7
     assert result.arrays.to_numpy_ndarrays()[0].shape == (2,)
     assert np.isfinite(result.arrays.to_numpy_ndarrays()[0]).all()
+
+
+CTRL_C = "if float({arrays}[0][0]) > 0: import signal; signal.raise_signal(signal.SIGINT)"  # in round 2
+
+
+def test_ctrl_c_ends_the_round_with_who_answered_and_no_other_begins(make_app, adder_client):
+    pressed = CTRL_C.format(arrays='message.content["arrays"].to_numpy_ndarrays()')
+    client = adder_client.replace("def train(message, context):", f"def train(message, context):\n        {pressed}")
+    result = run_flower_app(load_flower_app(make_app(client=client)), 3, {"rounds": 50}, workers=0)
+    assert result.interrupted
+    assert [one["admitted"] for one in result.rounds] == [3, 1]
+    assert [one["missing"] for one in result.rounds] == [0, 2]
+    assert sorted(result.took_part.tolist()) == [1, 1, 2]
+    # Round 1 adds (1*1 + 2*2 + 3*3) / 6, the cut round 2 the 1, 2 or 3 of whoever was first.
+    added = result.arrays.to_numpy_ndarrays()[0] - 14 / 6
+    np.testing.assert_allclose(added, result.took_part.argmax() + 1)
+
+
+def test_ctrl_c_in_a_legacy_app(make_app):
+    fit = "def fit(self, parameters, config):"
+    client = LEGACY_CLIENT.replace(fit, f"{fit}\n            {CTRL_C.format(arrays='parameters')}")
+    result = run_flower_app(load_flower_app(make_app(LEGACY_SERVER, client)), 2, {"rounds": 50}, workers=0)
+    assert result.interrupted
+    assert 2 <= len(result.rounds) <= 3  # its clients run in threads, and the main thread hears signals
+    assert result.rounds[0]["metrics"]["first"] == pytest.approx(5 / 3)  # what the server alone had seen
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(make_app):
+    server = (
+        IMPORTS
+        + """
+    import signal
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        FedAvg().start(grid=grid, initial_arrays=ArrayRecord([np.zeros(2)]), num_rounds=1)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("not reached")
+"""
+    )
+    result = run_flower_app(load_flower_app(make_app(server)), 2, workers=0)
+    assert (result.interrupted, [one["admitted"] for one in result.rounds]) == (True, [2])
