@@ -146,6 +146,14 @@ class Battery:
         before = self._spent_at(index, start_s)
         self._spent[index] = (before + training_s / 3600 * self._config.drain_per_hour, charged_s)
 
+    def spent(self) -> Floats:
+        """Return (devices, 3): index, the level spent, when the next charge clears it. For a checkpoint."""
+        return np.array([(index, *spent) for index, spent in self._spent.items()], np.float64).reshape(-1, 3)
+
+    def load(self, spent: Floats) -> None:
+        """Take up what `spent` returned."""
+        self._spent = {int(index): (level, until_s) for index, level, until_s in spent.tolist()}
+
     def _left_s(self, indices: Indices, now_s: float) -> Floats:
         """Return how long each device, taken as not charging, stays above `min_level`."""
         full_s = self._window.into_s(indices, now_s) - self._config.share * self._config.period_s  # ago

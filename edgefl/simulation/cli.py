@@ -39,6 +39,9 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--out", type=_FILE, help="Where the model goes (safetensors).")
 @click.option("--plot", type=_FILE, help="Draw the rounds into a .png or .svg.")
 @click.option("--tensorboard", type=_FOLDER, metavar="DIR", help="Write event files for TensorBoard.")
+@click.option("--checkpoint", type=_FOLDER, metavar="DIR", help="Keep the state here, to go on from it.")
+@click.option("--checkpoint-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS")
+@click.option("--resume", type=_FOLDER, metavar="DIR", help="Go on from a --checkpoint, and keep the state there.")
 @json_option
 def simulate(*, output: Output, **flags: Any) -> None:
     """Simulate TASK: package.module:attribute, or a folder whose pyproject.toml names its task.
@@ -83,7 +86,8 @@ def _simulate_task(request: Request, output: Output) -> None:
 
         result = run_simulation(
             request.task, engine=request.engine, config=job, data=request.options(),
-            evaluate_every=request.evaluate_every, out=request.out,
+            evaluate_every=request.evaluate_every, out=request.out, checkpoint=request.checkpoint,
+            checkpoint_every=request.checkpoint_every, resume=request.resume,
             watching=Watching(on_engine=on_engine, on_round=on_round),
         )  # fmt: skip
     output.line(

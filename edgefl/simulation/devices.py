@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.availability import Availability, AvailabilityConfig, make_availability
-from edgefl.simulation.draws import Indices, Spread, stream_key, uniform
+from edgefl.simulation.availability import Availability, AvailabilityConfig, Battery, make_availability
+from edgefl.simulation.draws import Floats, Indices, Spread, stream_key, uniform
 from edgefl.simulation.trace import NUMBERS, TracedAvailability, TracedDevice, read_trace
 
 CANDIDATES_FROM = 20_000  # devices: from here on a cohort is drawn before anyone is asked whether it is there
@@ -106,6 +106,16 @@ class Devices:
     def spend(self, client: str, start_s: float, training_s: float) -> None:
         """Note that a client trained: it costs charge."""
         self._availability.spend(self.names.index(client), start_s, training_s)
+
+    def spent(self) -> Floats:
+        """Return what batteries have spent, (devices, 3), for a checkpoint; all else follows from the seed."""
+        battery = self._availability
+        return battery.spent() if isinstance(battery, Battery) else np.zeros((0, 3))
+
+    def load(self, spent: Floats) -> None:
+        """Take up what `spent` returned."""
+        if isinstance(self._availability, Battery):
+            self._availability.load(spent)
 
     def available(self, now_s: float, *, wanted: int, round_number: int) -> list[str]:
         """Return clients that are there now, in sorted order: all of them, or, of very many, `wanted` by lot.

@@ -26,6 +26,9 @@ class Request:
     out: Path | None
     plot: Path | None
     tensorboard: Path | None
+    checkpoint: Path | None
+    checkpoint_every: int
+    resume: Path | None
 
     def __post_init__(self) -> None:
         refuse_no_folder(self.out, "--out")
@@ -38,13 +41,17 @@ class Request:
             from edgefl.simulation.tensorboard import require_tensorboard
 
             require_tensorboard()
-        if self.sweep and self.out is not None:
-            raise ConfigError("--out names one file, a sweep makes a model a variant; leave --out away, or --sweep")
+        ones = {"--out": self.out, "--checkpoint": self.checkpoint, "--resume": self.resume}
+        if self.sweep and (given := [flag for flag, value in ones.items() if value is not None]):
+            raise ConfigError(f"{given[0]} is of one simulation, a sweep is of many; leave it away, or --sweep")
 
     def only_for_tasks(self) -> list[str]:
         """Return the flags that were given and mean nothing to a Flower app."""
-        flags = {"--config": self.config, "--data": self.data, "--out": self.out}
-        return [*(flag for flag, value in flags.items() if value), *(["--evaluate-every"] * (self.evaluate_every > 1))]
+        flags = {
+            "--config": self.config, "--data": self.data, "--out": self.out, "--checkpoint": self.checkpoint,
+            "--resume": self.resume, "--evaluate-every": self.evaluate_every > 1,
+        }  # fmt: skip
+        return [flag for flag, value in flags.items() if value]
 
     def over(self) -> tuple[str, ...]:
         """Return the settings, the flags that are short for some among them."""

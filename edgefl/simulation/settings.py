@@ -14,6 +14,7 @@ from typing import Any
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError
 from edgefl.rounds import Fleet
+from edgefl.simulation.checkpoint import Checkpoint
 from edgefl.simulation.clock import VirtualClock, VirtualFleet
 from edgefl.simulation.devices import Devices, DevicesConfig
 from edgefl.simulation.fleets import Setup
@@ -62,13 +63,21 @@ class VirtualTime:
 
     fleet: Fleet
     clock: VirtualClock
+    devices: Devices
 
 
-def virtual_time(setup: Setup, config: SimulationConfig, engine: Fleet) -> VirtualTime | None:
-    """Put an engine into virtual time, where the configuration describes devices."""
+def virtual_time(
+    setup: Setup, config: SimulationConfig, engine: Fleet, saved: Checkpoint | None = None
+) -> VirtualTime | None:
+    """Put an engine into virtual time, where the configuration describes devices; as it was in a checkpoint."""
     if config.population.devices == DevicesConfig():
         return None
-    clock = VirtualClock()
+    clock = VirtualClock(saved.virtual_s or 0.0 if saved is not None else 0.0)
     devices = Devices(config.population.devices, setup.population.names(), config.population.seed)
-    num_samples = sizes_of(setup.task, setup.population)
-    return VirtualTime(VirtualFleet(engine, devices, clock, rounds=config.rounds, num_samples=num_samples), clock)
+    if saved is not None:
+        devices.load(saved.spent)
+    fleet = VirtualFleet(
+        engine, devices, clock, rounds=config.rounds, num_samples=sizes_of(setup.task, setup.population),
+        first_round=saved.round + 1 if saved is not None else 1,
+    )  # fmt: skip
+    return VirtualTime(fleet, clock, devices)

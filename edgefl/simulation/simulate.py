@@ -5,6 +5,7 @@ What differs from production is the fleet alone: an engine on this machine in pl
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import time
@@ -15,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, QuorumNotMet
@@ -23,6 +26,15 @@ from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
 from edgefl.samples import require_torch, test_samples
 from edgefl.simulation.auto import AUTO, Chosen, make_engine
+from edgefl.simulation.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    flat_settings,
+    open_checkpoints,
+    read_checkpoint,
+    refuse_another,
+    refuse_other_shapes,
+)
 from edgefl.simulation.fleets import PopulationMaker, Setup, torch_threads
 from edgefl.simulation.interrupt import set_by_interrupt
 from edgefl.simulation.machine import num_cores, own_peak_mb
@@ -50,12 +62,14 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     task: Task | str | Path, *, clients: int | None = None, rounds: int | None = None, engine: str = AUTO,
     config: JobConfig | None = None, data: Mapping[str, str] | None = None, population: PopulationMaker | None = None,
     evaluate_every: int = 1, out: Path | None = None, watching: Watching | None = None,
+    checkpoint: Path | str | None = None, checkpoint_every: int = 1, resume: Path | str | None = None,
 ) -> SimulationResult:  # fmt: skip
     """Train a task over simulated clients and return what it came to.
 
     `task` is a Task, `package.module:attribute` or a folder. Clients are those of `population`, or of the
     configuration's `[population]` (a `SimulationConfig`), over which `clients` and the loader's `data`
-    options go. Ctrl-C ends the round and returns what there is.
+    options go. Ctrl-C ends the round and returns what there is. `checkpoint` is a folder to keep the state in after
+    each `checkpoint_every`-th round; `resume` goes on from such a folder, and keeps the state there.
     Raises ConfigError, TaskError, and QuorumNotMet where a round ends with too few updates.
     """
     require_torch("simulation")
@@ -64,24 +78,43 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     if population is not None and (clients is not None or data):
         raise ConfigError("a population brings its own clients and data; leave `clients` and `data` out")
     settings = settled(config or JobConfig(), clients=clients, rounds=rounds, data=data)
-    setup = _set_up(task, settings, population)
-    with set_by_interrupt(setup.stop):
-        chosen = make_engine(engine, setup)
-        with closing(chosen.engine):
-            watching.on_engine(chosen.name, chosen.reason)
-            virtual = virtual_time(setup, settings, chosen.engine)
-            run = _Run(setup, chosen, virtual, watching, evaluate_every)
-            run.rounds_until_stopped()
-            return run.result(time.perf_counter() - start_s, out)
+    folder, before = (None if one is None else Path(one) for one in (checkpoint, resume))
+    with open_checkpoints(folder, before, checkpoint_every) as checkpoints:
+        saved = None if before is None else read_checkpoint(before)
+        setup = _set_up(task, settings, population, saved)
+        with set_by_interrupt(setup.stop):
+            chosen = _make_engine(engine, setup, saved)
+            with closing(chosen.engine):
+                watching.on_engine(chosen.name, chosen.reason)
+                virtual = virtual_time(setup, settings, chosen.engine, saved)
+                run = _Run(setup, chosen, virtual, watching, evaluate_every)
+                run.begin(start_s, checkpoints, saved)
+                run.rounds_until_stopped()
+                return run.result(out)
 
 
-def _set_up(task: Task | str | Path, config: SimulationConfig, population_maker: PopulationMaker | None) -> Setup:
+def _set_up(
+    task: Task | str | Path, config: SimulationConfig, population_maker: PopulationMaker | None,
+    saved: Checkpoint | None,
+) -> Setup:  # fmt: skip
     loaded = task if isinstance(task, Task) else load_task(str(task))
+    if saved is not None:
+        refuse_another(saved, loaded.name, config)
     maker = population_maker or partial(make_population, config=config.population)
     population = maker(loaded)
     refuse_more_than_there_are(config, len(population.names()))
+    if saved is not None:
+        refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))
     reference = None if isinstance(task, Task) else str(task)
     return Setup(task=loaded, reference=reference, make_population=maker, population=population, config=config)
+
+
+def _make_engine(name: str, setup: Setup, saved: Checkpoint | None) -> Chosen:
+    """Make the engine; `auto` goes on with the checkpoint's, since another would round differently."""
+    if saved is None:
+        return make_engine(name, setup)
+    chosen = make_engine(saved.engine if name == AUTO else name, setup)
+    return dataclasses.replace(chosen, reason=f"resumed after round {saved.round} of {setup.config.rounds.count}")
 
 
 def refuse_more_than_there_are(config: JobConfig, there: int) -> None:
@@ -107,14 +140,27 @@ class _Run:
         self._rounds: list[Json] = []
         self._names = setup.population.names()
         self._took_part = no_counts(len(self._names))
+        config, buffers = setup.config, buffer_names(setup.task)
+        self._step = ServerOptimizer(config.server, gradient=config.train.algorithm == "fedsgd", buffers=buffers)
+        self._start_s = time.perf_counter()
+        self._checkpoints: Checkpoints | None = None
+
+    def begin(self, start_s: float, checkpoints: Checkpoints | None, saved: Checkpoint | None) -> None:
+        """Say since when it runs, where its state is kept, and where it stands already."""
+        self._start_s, self._checkpoints = start_s, checkpoints
+        if saved is None:
+            return
+        self._start_s = start_s - saved.seconds
+        self._parameters, self._rounds = saved.parameters, list(saved.rounds)
+        self._took_part = saved.took_part
+        self._step.load(saved.optimizer)
 
     def rounds_until_stopped(self) -> None:
         """Run the job's rounds; a round that Ctrl-C left under its quorum is dropped."""
-        config, task = self._setup.config, self._setup.task
-        step = ServerOptimizer(config.server, gradient=config.train.algorithm == "fedsgd", buffers=buffer_names(task))
-        virtual = self._virtual
+        config, virtual = self._setup.config, self._virtual
         clock, fleet = (virtual.clock, virtual.fleet) if virtual is not None else (time.monotonic, self._chosen.engine)
-        job = Job(id=task.name, config=config, step=step, clock=clock)
+        first = len(self._rounds) + 1
+        job = Job(id=self._setup.task.name, config=config, step=self._step, clock=clock, first_round=first)
         start_s = time.perf_counter()
         try:
             for outcome in run_rounds(job, fleet, self._parameters):
@@ -126,7 +172,7 @@ class _Run:
             if not self._setup.stop.is_set():
                 raise
 
-    def result(self, seconds: float, out: Path | None) -> SimulationResult:
+    def result(self, out: Path | None) -> SimulationResult:
         """Return what there is, and write the model where it is wanted."""
         data = _encoded(self._parameters)
         if out is not None:
@@ -138,7 +184,7 @@ class _Run:
             engine_reason=self._chosen.reason,
             rounds=tuple(self._rounds),
             final=self._rounds[-1]["metrics"] if self._rounds else {},
-            seconds=seconds,
+            seconds=time.perf_counter() - self._start_s,
             virtual_seconds=self._virtual.clock() if self._virtual is not None else None,
             round_seconds=sum(float(one["seconds"]) for one in self._rounds),
             peak_rss_mb=peak_mb,
@@ -158,7 +204,29 @@ class _Run:
         if self._virtual is not None:
             said |= {"virtual_seconds": outcome.seconds, "virtual_end_s": self._virtual.clock()}
         self._rounds.append(said)
+        self._keep(outcome, last=last)
         self._watching.on_round(self._rounds[-1])
+
+    def _keep(self, outcome: RoundOutcome, *, last: bool) -> None:
+        """Write a checkpoint where one is due; never of a round that Ctrl-C may have cut short."""
+        checkpoints, cut = self._checkpoints, self._setup.stop.is_set() and bool(outcome.missing)
+        if checkpoints is None or cut or not (last or checkpoints.due(outcome.round)):
+            return
+        virtual = self._virtual
+        checkpoints.write(
+            Checkpoint(
+                task=self._setup.task.name,
+                engine=self._chosen.name,
+                settings=flat_settings(self._setup.config),
+                rounds=self._rounds,
+                seconds=time.perf_counter() - self._start_s,
+                virtual_s=virtual.clock() if virtual is not None else None,
+                parameters=outcome.parameters,
+                optimizer=self._step.state(),
+                took_part=self._took_part,
+                spent=virtual.devices.spent() if virtual is not None else np.zeros((0, 3)),
+            )
+        )
 
 
 class _Judge:

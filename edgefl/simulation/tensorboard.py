@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,24 +31,34 @@ def require_tensorboard() -> None:
 
 
 @contextmanager
-def event_file(folder: Path, first_round: int = 1) -> Iterator[Callable[[Json], None]]:
-    """Give what writes a round into a new event file of the folder; what an older one says from `first_round` on goes.
+def event_file(folder: Path) -> Iterator[Callable[[Json], None]]:
+    """Give what writes rounds into a new event file of the folder; what an older file says of them is dropped.
 
-    Raises ConfigError where the folder cannot be written.
+    Raises ConfigError where there can be no such folder.
     """
     require_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
-
     try:
-        writer = SummaryWriter(str(folder), purge_step=first_round if first_round > 1 else None)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise ConfigError(f"cannot write --tensorboard {folder}: {cause.strerror}") from cause
+    with ExitStack() as stack:
+        writers: list[SummaryWriter] = []
 
-    def write(outcome: Json) -> None:
-        _write(writer, outcome)
+        def write(outcome: Json) -> None:
+            if not writers:
+                writers.append(stack.enter_context(_writer(folder, outcome["round"])))
+            _write(writers[0], outcome)
 
-    try:
         yield write
+
+
+@contextmanager
+def _writer(folder: Path, first_round: int) -> Iterator[SummaryWriter]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=first_round if first_round > 1 else None)
+    try:
+        yield writer
     finally:
         writer.close()
 

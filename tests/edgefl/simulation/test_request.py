@@ -10,7 +10,7 @@ from edgefl.simulation.request import Request
 
 PLAIN = Request(
     task="t", clients=None, rounds=None, engine="auto", config=None, settings=(), sweep=(), data=(), evaluate_every=1,
-    out=None, plot=None, tensorboard=None,
+    out=None, plot=None, tensorboard=None, checkpoint=None, checkpoint_every=1, resume=None,
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
     for flag in ("out", "plot"):
         with pytest.raises(ConfigError, match=f"--{flag} .* there is no folder"):
             asked(**{flag: tmp_path / "no" / "file.png"})
-    with pytest.raises(ConfigError, match="a sweep makes a model a variant"):
+    with pytest.raises(ConfigError, match="--out is of one simulation, a sweep is of many"):
         asked(out=tmp_path / "m", sweep=("a=1",))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "tensorboard", None)

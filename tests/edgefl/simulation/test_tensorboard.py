@@ -35,7 +35,7 @@ def test_rounds_done_again_take_the_place_of_the_old(tmp_path):
     with event_file(tmp_path) as write:
         for number in (1, 2, 3):
             write(outcome(number))
-    with event_file(tmp_path, first_round=2) as write:
+    with event_file(tmp_path) as write:
         write(outcome(2, metrics={"accuracy": 0.9}))
     assert read(tmp_path)["accuracy"] == [(1, 0.1), (2, 0.9)]
 
