@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -69,16 +68,12 @@ def _simulate_task(request: Request, output: Output) -> None:
 
     job = load_config(SimulationConfig, request.config, request.over())
     with ExitStack() as stack:
-        progress = Progress(job.rounds.count)
-        heard = [stack.enter_context(live_rounds(output, progress))]
+        screen = stack.enter_context(live_rounds(output, Progress(job.rounds.count)))
+        heard = [screen.on_round]
         if request.tensorboard is not None:
             from edgefl.simulation.tensorboard import event_file
 
             heard.append(stack.enter_context(event_file(request.tensorboard)))
-
-        def on_engine(name: str, reason: str) -> None:
-            output.line(f"engine {name}: {reason}")
-            progress.begin(name, now_s=time.perf_counter())
 
         def on_round(outcome: dict[str, Any]) -> None:
             for hear in heard:
@@ -88,7 +83,7 @@ def _simulate_task(request: Request, output: Output) -> None:
             request.task, engine=request.engine, config=job, data=request.options(),
             evaluate_every=request.evaluate_every, out=request.out, checkpoint=request.checkpoint,
             checkpoint_every=request.checkpoint_every, resume=request.resume,
-            watching=Watching(on_engine=on_engine, on_round=on_round),
+            watching=Watching(on_engine=screen.on_engine, on_round=on_round),
         )  # fmt: skip
     output.line(
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {result.clients_per_second:.0f} clients/s, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from edgefl.simulation.request import Request
 from edgefl.simulation.variants import Variant, parse_sweep, variants_of
 
 ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have it
-ENGINE = "flower"
+ENGINE, REASON = "flower", "a Flower app, its clients by our runners"
 
 RunConfig = Mapping[str, RunConfigValue]
 
@@ -36,10 +35,9 @@ def simulate_flower(request: Request, output: Output) -> None:
         _sweep(request, overrides, output)
         return
     count = fuse_run_config(app, overrides).get(ROUNDS_KEY)
-    progress = Progress(count if isinstance(count, int) else None)
-    progress.begin(ENGINE, now_s=time.perf_counter())
-    with live_rounds(output, progress) as on_round:
-        result = run_flower_app(app, request.clients, overrides, workers=workers, on_round=on_round)
+    with live_rounds(output, Progress(count if isinstance(count, int) else None)) as screen:
+        screen.on_engine(ENGINE, REASON)
+        result = run_flower_app(app, request.clients, overrides, workers=workers, on_round=screen.on_round)
     _tell(result, request, output)
 
 

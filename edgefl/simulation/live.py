@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgefl.operator.output import Output, metrics_text
@@ -21,17 +22,26 @@ REASONS = 3  # on a line
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """What the screen is to hear of."""
+
+    on_engine: Callable[[str, str], None]  # its name, and why it was chosen
+    on_round: Callable[[Json], None]
+
+
 class Progress:
     """What is known after each round."""
 
     def __init__(self, count: int | None) -> None:  # None: nobody knows how many there will be
         self._count, self._engine = count, "being chosen"
+        self._reason = self._lost = ""
         self._ends_s: deque[float] = deque(maxlen=ROWS)  # of the last rounds, and of what came before the first
         self._rows: deque[tuple[str, ...]] = deque(maxlen=ROWS)
 
-    def begin(self, engine: str, *, now_s: float) -> None:
+    def begin(self, engine: str, reason: str = "", *, now_s: float) -> None:
         """Note that the first round begins."""
-        self._engine = engine
+        self._engine, self._reason = engine, reason
         self._ends_s.append(now_s)
 
     def note(self, outcome: Json, *, now_s: float) -> tuple[str, ...]:
@@ -49,7 +59,13 @@ class Progress:
             metrics_text(outcome["metrics"]),
         )
         self._rows.append(cells)
+        if reasons := reasons_text(outcome):
+            self._lost = f"round {done}: {reasons}"
         return cells
+
+    def engine_text(self) -> str:
+        """Return `engine loop: it was asked for`."""
+        return f"engine {self._engine}: {self._reason}".rstrip(": ")
 
     def table(self) -> Table:
         """Return the last rounds as a table."""
@@ -58,7 +74,8 @@ class Progress:
 
         table = Table(
             "round", "clients", "clients/s", "moved", "left", "metrics", box=None, header_style="bold", pad_edge=False,
-            title=f"engine {self._engine}", title_justify="left",
+            title=Text(self.engine_text()), title_justify="left",
+            caption=Text(self._lost) if self._lost else None, caption_justify="left",
         )  # fmt: skip
         for row in self._rows:
             table.add_row(*(Text(cell) for cell in row))
@@ -66,31 +83,52 @@ class Progress:
 
 
 @contextmanager
-def live_rounds(output: Output, progress: Progress) -> Iterator[Callable[[Json], None]]:
-    """Give what is to hear of each round."""
+def live_rounds(output: Output, progress: Progress) -> Iterator[Screen]:
+    """Give what is to hear of the engine and of each round."""
+
+    def begin(engine: str, reason: str) -> None:
+        progress.begin(engine, reason, now_s=time.perf_counter())
+
+    def note(outcome: Json) -> tuple[str, ...]:
+        return progress.note(outcome, now_s=time.perf_counter())
+
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
-        yield lambda outcome: output.line(line_text(outcome, progress.note(outcome, now_s=time.perf_counter())))
+
+        def say_engine(engine: str, reason: str) -> None:
+            begin(engine, reason)
+            output.line(progress.engine_text())
+
+        yield Screen(say_engine, lambda outcome: output.line(line_text(outcome, note(outcome))))
         return
     from rich.console import Console
     from rich.live import Live
 
     with Live(progress.table(), console=Console(stderr=True), auto_refresh=False) as live:
 
-        def show(outcome: Json) -> None:
-            progress.note(outcome, now_s=time.perf_counter())
+        def draw_engine(engine: str, reason: str) -> None:
+            begin(engine, reason)
             live.update(progress.table(), refresh=True)
 
-        yield show
+        def draw_round(outcome: Json) -> None:
+            note(outcome)
+            live.update(progress.table(), refresh=True)
+
+        yield Screen(draw_engine, draw_round)
 
 
 def line_text(outcome: Json, cells: tuple[str, ...]) -> str:
     """Return a round as one line, with the reasons of whoever did not make it."""
     number, clients, rate, moved, left, metrics = cells
     text = f"round {number}: {clients}, {rate} clients/s, {moved} moved, {left} left {metrics}".rstrip()
+    reasons = reasons_text(outcome)
+    return f"{text} ({reasons})" if reasons else text
+
+
+def reasons_text(outcome: Json) -> str:
+    """Return why the first few of those who did not make it did not."""
     reasons = [f"{device}: {reason}" for device, reason in list(outcome["reasons"].items())[:REASONS]]
     more = len(outcome["reasons"]) - len(reasons)
-    reasons += [f"and {more} more"] if more else []
-    return f"{text} ({'; '.join(reasons)})" if reasons else text
+    return "; ".join([*reasons, *([f"and {more} more"] if more else [])])
 
 
 def size_text(num_bytes: float) -> str:

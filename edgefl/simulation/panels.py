@@ -25,9 +25,9 @@ _OUTCOMES = {"admitted": "tab:green", "rejected": "tab:red", "failed": "tab:oran
 _STYLES = ("-", "--", ":", "-.")
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _FEW = 40  # points that are worth a mark each, and bars of a histogram
-_HEADROOM = 1.08
+_HEADROOM = 1.15  # above the bars, for their legend
 _DIVERGED = 1e4  # times more loss in one place than in another: only a logarithm shows both
-_LOG_FROM = 50  # times more clients in one bar than in another
+_LOG_FROM = 200  # times more clients in one bar than in another
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,6 +35,7 @@ _INCHES = (11, 13)
 _PIXELS_PER_INCH = 110
 _UNITS_S = ((2 * 86_400, 86_400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"))
 _COLORS = 10  # of matplotlib's own cycle; more runs than that take theirs from a gradient
+_STEPS = (1, 2, 5, 10)  # between ticks that count
 _LEGEND_LETTERS = 110  # in a line of the legend
 
 
@@ -112,10 +113,10 @@ def _finish(counted: Sequence[Axes], timed: Sequence[Axes], num_runs: int) -> No
     from matplotlib.ticker import MaxNLocator
 
     for axes in counted:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_STEPS))
     for axes in counted[-2:]:  # clients: there are no halves of them
         if axes.get_yscale() == "linear":
-            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=_STEPS))
     for axes in timed:
         axes.set_xlim(left=0)
     for axes in (*counted, *timed):
@@ -123,7 +124,8 @@ def _finish(counted: Sequence[Axes], timed: Sequence[Axes], num_runs: int) -> No
         axes.set_axisbelow(True)
     for axes in counted if num_runs == 1 else ():
         if len(axes.get_legend_handles_labels()[0]) > 1:
-            axes.legend(fontsize="small")
+            bars = axes.get_ylabel().startswith("clients")
+            axes.legend(fontsize="small", loc="upper center" if bars else "best", ncols=4 if bars else 1)
 
 
 def _title(figure: Figure, runs: Sequence[Run]) -> None:

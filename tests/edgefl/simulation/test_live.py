@@ -32,33 +32,35 @@ def test_nobody_may_know_how_many_rounds_there_will_be():
 
 def test_a_terminal_sees_a_table():
     progress = Progress(2)
-    progress.begin("stacked", now_s=0.0)
+    progress.begin("stacked", "measured: [fast]", now_s=0.0)
     progress.note(OUTCOME, now_s=1.0)
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(progress.table())
     text = console.export_text()
-    assert "engine stacked" in text
+    assert "engine stacked: measured: [fast]" in text
     assert "accuracy=0.5" in text
+    assert "round 1: c0: no data; c1: no data; c2: no data; and 2 more" in text
 
 
 def test_elsewhere_there_is_a_line_a_round(capsys):
-    progress = Progress(2)
-    with live_rounds(Output(), progress) as on_round:
-        progress.begin("loop", now_s=0.0)
-        on_round(OUTCOME)
-    line = capsys.readouterr().out
+    with live_rounds(Output(), Progress(2)) as screen:
+        screen.on_engine("loop", "it was asked for")
+        screen.on_round(OUTCOME)
+    engine, line = capsys.readouterr().out.splitlines()
+    assert engine == "engine loop: it was asked for"
     assert line.startswith("round 1/2: 8 admitted, 1 rejected, 1 failed, 4 clients/s, 1.5 MB moved, ")
-    assert line.endswith("accuracy=0.5 (c0: no data; c1: no data; c2: no data; and 2 more)\n")
+    assert line.endswith("accuracy=0.5 (c0: no data; c1: no data; c2: no data; and 2 more)")
 
 
 def test_a_terminal_is_updated(monkeypatch, capsys):
     monkeypatch.setattr(live.sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(live.sys.stderr, "isatty", lambda: True)
-    progress = Progress(2)
-    with live_rounds(Output(), progress) as on_round:
-        progress.begin("loop", now_s=0.0)
-        on_round(OUTCOME)
-    assert "1/2" in capsys.readouterr().err
+    with live_rounds(Output(), Progress(2)) as screen:
+        screen.on_engine("loop", "it was asked for")
+        screen.on_round(OUTCOME)
+    seen = capsys.readouterr()
+    assert "1/2" in seen.err
+    assert seen.out == ""  # a line between two drawings would be drawn over
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_of_several_runs_both_ways_together(axes):
 def test_what_became_of_the_clients(axes):
     panels.draw_outcomes(axes, [run()])
     assert [bars.get_label() for bars in axes.containers] == ["admitted", "failed"]
-    assert axes.get_ylim() == (0, pytest.approx(8 * 1.08))
+    assert axes.get_ylim() == (0, pytest.approx(8 * 1.15))
     axes.clear()
     panels.draw_outcomes(axes, [run(), run("b")])
     assert [line.get_ydata().tolist() for line in axes.lines] == [[5, 5, 5]] * 2
