@@ -83,6 +83,8 @@ def open_checkpoints(folder: Path | None, resume: Path | None, every: int = 1) -
 
     Raises ConfigError for a folder that another process holds, or that has a checkpoint which is not resumed.
     """
+    if resume is not None and not (resume / FILE).is_file():
+        raise ConfigError(f"{resume} has no checkpoint ({FILE}); --checkpoint {resume} makes them")
     folder = folder if folder is not None else resume
     if folder is None:
         yield None
@@ -114,8 +116,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             parameters=_part(tree, _PARAMETERS), optimizer=_part(tree, _OPTIMIZER),
             took_part=tree["took_part"], spent=tree["spent"],
         )  # fmt: skip
-    except FileNotFoundError as cause:
-        raise ConfigError(f"{folder} has no checkpoint ({FILE}); --checkpoint {folder} makes them") from cause
     except OSError as cause:
         raise ConfigError(f"cannot read {path}: {cause.strerror}") from cause
     except (ProtocolError, KeyError, ValueError, TypeError) as cause:

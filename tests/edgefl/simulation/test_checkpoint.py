@@ -172,7 +172,7 @@ def test_another_task_model_or_population_is_refused():
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path):
-    with pytest.raises(ConfigError, match="has no checkpoint"):
+    with pytest.raises(ConfigError, match="cannot read"):
         read_checkpoint(tmp_path)
     Checkpoints(tmp_path).write(make())
     whole = (tmp_path / FILE).read_bytes()
@@ -194,6 +194,9 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
 def test_a_folder_is_one_simulations_alone(tmp_path):
     with open_checkpoints(None, None) as none:
         assert none is None
+    with pytest.raises(ConfigError, match="has no checkpoint"), open_checkpoints(None, tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
     with (
         open_checkpoints(tmp_path, None),
         pytest.raises(ConfigError, match="in use by another simulation"),
