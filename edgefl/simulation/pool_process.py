@@ -6,24 +6,36 @@ the caller's main module is run again.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import pickle
 import signal
 import subprocess
 import sys
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from edgefl.errors import ConfigError
 from edgefl.simulation.fleets import Setup
-from edgefl.simulation.pool_wire import Done, Ready, Start, Summed, import_path, pickled_task
+from edgefl.simulation.pool_round import START_S
+from edgefl.simulation.pool_wire import (
+    Begin,
+    Chunk,
+    Done,
+    Flush,
+    Gone,
+    Ready,
+    Start,
+    Summed,
+    import_path,
+    pickled_task,
+)
 from edgefl.simulation.shared import SharedTree
 from edgefl.trees import TensorSpec, spec_of
 
-START_S = 120.0
 END_S = 5.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -58,47 +70,44 @@ class WorkerProcess:
         """Wait until it has loaded its task; raises ConfigError where it cannot."""
         if not self.pipe.poll(START_S):
             raise ConfigError(f"a worker process was not ready within {START_S:g} s")
-        try:
-            ready = self.pipe.recv()
-        except _GONE as cause:
-            raise ConfigError(f"a worker process {self.ended()} before it was ready") from cause
-        if isinstance(ready, Ready) and ready.fault:
-            raise ConfigError(f"a worker process cannot start: {ready.fault}")
+        if isinstance(gone := self.hear(), Gone):
+            raise ConfigError(f"a worker process {gone.how} before it was ready")
 
-    def send(self, message: Any) -> None:
-        """Send what wants no answer. That it is gone is seen where an answer is awaited."""
-        try:
-            self.pipe.send(message)
-        except _GONE:
-            return
+    def begin(self, begin: Begin) -> None:
+        """Tell it of a round, once it has done what it owes of one that was ended early."""
+        while self._owes and self.ready:
+            if not self.pipe.poll(begin.plan.deadline_s) or isinstance(self.hear(), Gone):
+                self.restart()
+        if self.ready:
+            self._send(begin)
 
-    def ask(self, message: Any) -> None:
+    def ask(self, message: Chunk | Flush) -> None:
         """Send what will be answered."""
         self._owes = True
-        self.send(message)
+        self._send(message)
 
-    def hear(self) -> Done | Summed | None:
-        """Return its answer; None where it is gone."""
+    def hear(self) -> Ready | Done | Summed | Gone:
+        """Return its answer; raises ConfigError where it cannot load its task."""
         try:
-            answer: Done | Summed = self.pipe.recv()
+            answer: Ready | Done | Summed = self.pipe.recv()
         except _GONE:
-            return None
+            return Gone(self.ended())
         self._owes = False
+        if isinstance(answer, Ready):
+            if answer.fault:
+                raise ConfigError(f"a worker process cannot start: {answer.fault}")
+            self.ready = True
         if isinstance(answer, Summed):
             self.peak_rss_mb = max(self.peak_rss_mb, answer.peak_rss_mb)
+            if answer.partial is not None:  # a copy: the worker may sum again, if another dies
+                total = {name: array.copy() for name, array in self.sums.tree.items()}
+                answer = dataclasses.replace(answer, partial=dataclasses.replace(answer.partial, total=total))
         return answer
 
-    def settle(self, within_s: float) -> None:
-        """Wait for what it still owes of a round that was ended early, and drop it; replace it where it is gone."""
-        while self._owes:
-            if not self.pipe.poll(within_s) or self.hear() is None:
-                self.restart()
-
     def restart(self) -> None:
-        """End it, and start another in its place; raises ConfigError where that cannot be done."""
+        """End it, and start another in its place."""
         self._end()
         self._run()
-        self.wait_until_ready()
 
     def ended(self) -> str:
         """Say how it ended."""
@@ -122,8 +131,13 @@ class WorkerProcess:
                 pass_fds=(theirs.fileno(), *self._descriptors),
                 env=os.environ | ONE_THREAD,
             )
-        self._owes = False
-        _send_bytes(self.pipe, self._start)
+        self.ready = self._owes = False
+        with contextlib.suppress(*_GONE):
+            self.pipe.send_bytes(self._start)  # what `recv` unpickles
+
+    def _send(self, message: Any) -> None:
+        with contextlib.suppress(*_GONE):  # that it is gone is seen where an answer is awaited
+            self.pipe.send(message)
 
     def _end(self) -> None:
         self.pipe.close()
@@ -134,10 +148,3 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(END_S)
-
-
-def _send_bytes(pipe: Connection, data: bytes) -> None:
-    try:
-        pipe.send_bytes(data)  # what `recv` unpickles
-    except _GONE:
-        return

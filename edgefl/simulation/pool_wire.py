@@ -48,7 +48,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A round begins: take the parameters from shared memory (the plan has none), and forget what is summed."""
+    """A round begins: take the parameters from where they lie (the plan has none), and forget what is summed."""
 
     plan: Plan
     sums: bool  # whether updates are summed in the worker, or sent one by one
@@ -63,7 +63,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Write the sum to shared memory, say who is in it, and begin a new one."""
+    """Give the sum, say who is in it, and begin a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,18 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """The answer to Flush: `partial.total` lies in shared memory. Failures, and what a guard refuses, stand aside."""
+    """The answer to Flush. Failures, and what a guard refuses, stand aside."""
 
     partial: Partial | None
     aside: tuple[Update | Failure, ...] = ()
     peak_rss_mb: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """There will be no answer."""
+
+    how: str  # e.g. was ended by SIGKILL
 
 
 def pickled_task(setup: Setup) -> bytes | None:

@@ -1,7 +1,6 @@
 """A worker of the pool: `python -m edgefl.simulation.pool_worker DESCRIPTOR`.
 
-One process with one torch thread. It trains what it is handed and, where the rule merges, keeps a sum
-instead of sending each update: admitted by the same guard, folded by the same rule as at the centre.
+One process with one torch thread, which trains what it is handed (see `pool_tally`).
 It ends when its pipe does. Ctrl-C is for its parent.
 """
 
@@ -12,93 +11,37 @@ import dataclasses
 import signal
 import sys
 from multiprocessing.connection import Connection
-from typing import Any
 
 import numpy as np
 
-from edgefl.aggregation import Rule, make_rule
-from edgefl.aggregation.rule import Merging
-from edgefl.errors import EdgeflError, UpdateRejected
-from edgefl.guards import RoundGuard
-from edgefl.records import Failure, Plan, Update
-from edgefl.rounds import MetricSums
-from edgefl.simulation.machine import own_peak_mb
+from edgefl.errors import EdgeflError
+from edgefl.simulation.pool_tally import ChunkTrainer
 from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Ready, Start, Summed
 from edgefl.simulation.shared import SharedTree
-from edgefl.simulation.trainer import LocalTrainer
 from edgefl.training import set_threads
 from edgefl.trees import TensorSpec
 
 
 class Worker:
-    """Answers the pool's messages, one at a time."""
+    """Answers the pool's messages: parameters come, and sums go, through shared memory."""
 
     def __init__(self, start: Start) -> None:
-        self._config = start.config
         self._parameters = SharedTree(start.spec, start.parameters)
         float64 = {name: TensorSpec(one.shape, np.dtype(np.float64)) for name, one in start.spec.items()}
         self._sums = SharedTree(float64, start.sums)
         task = start.load_task()
-        self._trainer = LocalTrainer(task, start.make_population(task))
-        self._tally: _Tally | None = None
+        self._trainer = ChunkTrainer(task, start.make_population(task), start.config)
 
-    def answer(self, message: Any) -> Done | Summed | None:
+    def answer(self, message: Begin | Chunk | Flush) -> Done | Summed | None:
         if isinstance(message, Begin):
             plan = dataclasses.replace(message.plan, parameters=self._parameters.tree)
-            self._trainer.begin(plan)
-            self._tally = _Tally(plan, self._config.aggregation.rule) if message.sums else None
+            self._trainer.begin(plan, sums=message.sums)
             return None
-        if isinstance(message, Chunk):
-            return self._chunk(message)
-        if isinstance(message, Flush) and self._tally is not None:
-            return self._tally.flush(self._sums)
-        raise TypeError(f"a worker cannot answer a {type(message).__name__}")
-
-    def _chunk(self, chunk: Chunk) -> Done:
-        answers = (self._trainer.train(client) for client in chunk.clients)
-        if self._tally is None:
-            return Done(tuple(answers))
-        for answer in answers:
-            self._tally.take(answer)
-        return Done()
-
-
-class _Tally:
-    """The sum of a round so far."""
-
-    def __init__(self, plan: Plan, rule: str) -> None:
-        self._plan, self._rule_name = plan, rule
-        self._reset()
-
-    def take(self, answer: Update | Failure) -> None:
-        """Fold an update that the guard admits; put aside what the centre has to see singly."""
-        if isinstance(answer, Failure):
-            self._aside.append(answer)
-            return
-        try:
-            self._guard.admit(answer)
-        except UpdateRejected:
-            self._aside.append(answer)
-            return
-        self._rule.add(answer)
-        self._metrics.add(answer.weight, answer.metrics)
-        self._any = True
-
-    def flush(self, sums: SharedTree) -> Summed:
-        partial = self._rule.partial() if self._any and isinstance(self._rule, Merging) else None
-        if partial is not None:
-            sums.write(partial.total)
-            partial = dataclasses.replace(partial, total={}, metrics=self._metrics.sums)
-        summed = Summed(partial, tuple(self._aside), own_peak_mb())
-        self._reset()
-        return summed
-
-    def _reset(self) -> None:
-        self._guard = RoundGuard(self._plan)
-        self._rule: Rule = make_rule(self._rule_name, self._plan.parameters)
-        self._metrics = MetricSums()
-        self._aside: list[Update | Failure] = []
-        self._any = False
+        answer = self._trainer.answer(message)
+        if isinstance(answer, Summed) and answer.partial is not None:
+            self._sums.write(answer.partial.total)
+            answer = dataclasses.replace(answer, partial=dataclasses.replace(answer.partial, total={}))
+        return answer
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from edgefl.errors import ConfigError
 from edgefl.simulation.pool_process import WorkerProcess
-from edgefl.simulation.pool_wire import Begin, Chunk
+from edgefl.simulation.pool_wire import Begin, Chunk, Gone
 from edgefl.simulation.shared import SharedTree
 from edgefl.trees import spec_of
 
@@ -29,13 +29,14 @@ def test_a_worker_that_is_gone_says_so_and_is_replaced(set_up, plan_of, paramete
     before = worker.pid
     os.kill(before, signal.SIGKILL)
     worker.ask(Chunk(plan.clients))
-    assert worker.hear() is None
-    assert worker.ended() == "was ended by SIGKILL"
-    worker.settle(10.0)  # what it owed will never come
-    assert worker.pid != before
-    worker.send(Begin(dataclasses.replace(plan, parameters={}), sums=False))
+    assert worker.hear() == Gone("was ended by SIGKILL")
+    begin = Begin(dataclasses.replace(plan, parameters={}), sums=False)
+    worker.begin(begin)  # what it owed will never come
+    assert (worker.pid != before, worker.ready) == (True, False)
+    worker.wait_until_ready()
+    worker.begin(begin)
     worker.ask(Chunk(plan.clients[:1]))
-    worker.settle(60.0)
+    worker.begin(begin)  # what that round owed is dropped
     worker.ask(Chunk(plan.clients[1:2]))
     answer = worker.hear()
     assert [one.device for one in answer.answers] == ["client-1"]

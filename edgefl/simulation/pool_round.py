@@ -1,0 +1,193 @@
+"""One round on workers, wherever they run: handed out in chunks, heard, and done again where one is lost.
+
+Clients are handed out to whoever is free. Where the rule merges, a worker returns one sum for all that
+it trained in a round, instead of an update a client. A worker that is lost, or says nothing within the
+round's deadline, is started again while the others go on; its clients are handed out again, one by one
+where it was at work on them, and a client that ends its worker twice fails.
+Invariant: each client of a cohort is counted once, whoever dies when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from edgefl.aggregation import make_rule
+from edgefl.aggregation.rule import Merging
+from edgefl.errors import ConfigError
+from edgefl.records import Failure, Partial, Plan, Update
+from edgefl.simulation.fleets import Meter, Setup
+from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Gone, Ready, Summed
+
+CHUNKS_PER_WORKER = 8  # of a round: small enough that workers end together
+MAX_CHUNK = 32
+MAX_DEATHS = 2  # a client that has ended so many workers is not tried again
+MAX_STARTS = 3  # of a worker in one round
+START_S = 120.0
+
+Answer = Update | Failure | Partial
+
+
+class Worker(Protocol):
+    """One worker, from the round's side. What it does takes its time: `wait` tells who has answered."""
+
+    ready: bool  # whether it has said so since it was started
+
+    def begin(self, begin: Begin) -> None:
+        """Tell it of a round, and forget what it still owes of the one before."""
+
+    def ask(self, message: Chunk | Flush) -> None:
+        """Give it something to answer."""
+
+    def hear(self) -> Ready | Done | Summed | Gone:
+        """Return the answer that is there; raises ConfigError where it cannot work on this task at all."""
+
+    def restart(self) -> None:
+        """End it and start another in its place, which will say that it is ready."""
+
+
+_W = TypeVar("_W", bound=Worker)
+Wait = Callable[[Sequence[_W], float], Sequence[_W]]  # for any of them, so many seconds; returns who has answered
+
+
+def train(setup: Setup, meter: Meter, plan: Plan, workers: Sequence[_W], wait: Wait[_W]) -> Iterator[Answer]:
+    """Train a plan's clients on workers that have its parameters; counts what a fleet would have moved."""
+    rule = make_rule(setup.config.aggregation.rule, plan.parameters)
+    sums = rule.merges and isinstance(rule, Merging) and setup.takes_sums(plan)
+    meter.begin(plan)
+    for answer in Round(plan, workers, wait, setup.stop, sums=sums).run():
+        up = len(answer.contributors) if isinstance(answer, Partial) else int(isinstance(answer, Update))
+        meter.count(down=up or 1, up=up)
+        yield answer
+
+
+@dataclass(slots=True)
+class _Work:
+    """Some clients to train."""
+
+    clients: tuple[str, ...]
+    deaths: int = 0  # of workers, while at work on it
+
+
+@dataclass(slots=True)
+class _Hand(Generic[_W]):
+    """One worker in one round."""
+
+    worker: _W
+    at_work: _Work | None = None
+    flushing: bool = False
+    summed: list[_Work] = field(default_factory=list)  # trained, in the worker's sum, not ours yet
+    starts: int = 0
+
+    @property
+    def busy(self) -> bool:
+        return self.at_work is not None or self.flushing
+
+
+class Round(Generic[_W]):
+    """A plan, and the workers that there are for it."""
+
+    def __init__(self, plan: Plan, workers: Sequence[_W], wait: Wait[_W], stop: threading.Event, *, sums: bool) -> None:
+        self._plan, self._wait, self._stop, self._sums = plan, wait, stop, sums
+        self._hands = [_Hand(worker) for worker in workers]
+        most = len(plan.clients) // (len(workers) * CHUNKS_PER_WORKER) if sums else 1
+        size = max(1, min(MAX_CHUNK, most))
+        self._todo = deque(_Work(plan.clients[i : i + size]) for i in range(0, len(plan.clients), size))
+        self._held: dict[str, Update | Failure] = {}  # single answers that wait for those before them
+        self._order = deque(() if sums else plan.clients)
+
+    def run(self) -> Iterator[Answer]:
+        """Yield the round's answers: sums as they come, single ones in the plan's order."""
+        for hand in self._hands:
+            if hand.worker.ready:
+                self._begin(hand)
+        while waited := self._hand_out():
+            busy = any(hand.busy for hand in waited)
+            within_s = self._plan.deadline_s if busy else min(self._plan.deadline_s, START_S)
+            answered = self._wait([hand.worker for hand in waited], within_s)
+            for hand in waited:
+                if hand.worker in answered:
+                    yield from self._hear(hand)
+                elif not answered and hand.busy:
+                    yield from self._lost(hand, f"no answer within {within_s:g} s")
+                elif not answered and not busy:
+                    self._give_up(hand, f"it was not ready within {within_s:g} s")
+
+    def _begin(self, hand: _Hand[_W]) -> None:
+        hand.worker.begin(Begin(dataclasses.replace(self._plan, parameters={}), self._sums))
+
+    def _hand_out(self) -> list[_Hand[_W]]:
+        """Give every free worker something to do; return those who will answer, and are wanted to."""
+        if self._stop.is_set():
+            self._todo.clear()
+        for hand in self._hands:
+            if hand.busy or not hand.worker.ready:
+                continue
+            if self._todo and self._may_begin(self._todo[0]):
+                hand.at_work = self._todo.popleft()
+                hand.worker.ask(Chunk(hand.at_work.clients))
+            elif hand.summed:
+                hand.flushing = True
+                hand.worker.ask(Flush())
+        starting = [hand for hand in self._hands if not hand.worker.ready] if self._todo else []
+        return [*(hand for hand in self._hands if hand.busy), *starting]
+
+    def _may_begin(self, work: _Work) -> bool:
+        """Single answers are not piled up: far ahead of who is waited for, nobody begins."""
+        few = len(self._held) < CHUNKS_PER_WORKER * len(self._hands)
+        return self._sums or few or self._order[0] in work.clients or not any(hand.busy for hand in self._hands)
+
+    def _hear(self, hand: _Hand[_W]) -> Iterator[Answer]:
+        answer = hand.worker.hear()
+        if isinstance(answer, Ready):
+            self._begin(hand)
+        elif isinstance(answer, Gone):
+            yield from self._lost(hand, f"its worker {answer.how}")
+        elif isinstance(answer, Summed):
+            hand.flushing, hand.summed = False, []
+            yield from answer.aside
+            if answer.partial is not None:
+                yield answer.partial
+        elif hand.at_work is not None:
+            if self._sums:
+                hand.summed.append(hand.at_work)
+            hand.at_work = None
+            yield from self._in_order(answer.answers)
+
+    def _in_order(self, answers: Sequence[Update | Failure]) -> Iterator[Update | Failure]:
+        self._held |= {answer.device: answer for answer in answers}
+        while self._order and self._order[0] in self._held:
+            yield self._held.pop(self._order.popleft())
+
+    def _lost(self, hand: _Hand[_W], why: str) -> Iterator[Answer]:
+        """Start a worker again, and hand out again what it had."""
+        again = [(work, work.deaths + hand.flushing) for work in hand.summed]
+        again += [(hand.at_work, hand.at_work.deaths + 1)] if hand.at_work is not None else []
+        if not hand.worker.ready and hand.starts >= MAX_STARTS:
+            self._give_up(hand, why)
+        else:
+            hand.starts = 0 if hand.worker.ready else hand.starts + 1
+            hand.at_work, hand.flushing, hand.summed = None, False, []
+            hand.worker.restart()
+        for work, deaths in again:
+            if deaths == work.deaths:
+                self._todo.appendleft(work)
+            elif deaths < MAX_DEATHS:
+                self._todo.extendleft(_Work((client,), deaths) for client in reversed(work.clients))
+            else:
+                yield from self._failed(work, why)
+
+    def _give_up(self, hand: _Hand[_W], why: str) -> None:
+        """Go on with the other workers; raises ConfigError where there are none."""
+        self._hands.remove(hand)
+        if not self._hands:
+            raise ConfigError(f"round {self._plan.round}: no worker can be started: {why}")
+
+    def _failed(self, work: _Work, why: str) -> Iterator[Answer]:
+        plan = self._plan
+        failures = [Failure(job=plan.job, round=plan.round, device=client, reason=why) for client in work.clients]
+        yield from failures if self._sums else self._in_order(failures)

@@ -1,0 +1,87 @@
+"""What a worker does with its chunks, however they come: trains, and keeps a sum where the rule merges.
+
+Updates are admitted by the same guard and folded by the same rule as at the centre.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from edgefl.aggregation import Rule, make_rule
+from edgefl.aggregation.rule import Merging
+from edgefl.config import JobConfig
+from edgefl.errors import UpdateRejected
+from edgefl.guards import RoundGuard
+from edgefl.records import Failure, Plan, Update
+from edgefl.rounds import MetricSums
+from edgefl.simulation.fleets import Population
+from edgefl.simulation.machine import own_peak_mb
+from edgefl.simulation.pool_wire import Chunk, Done, Flush, Summed
+from edgefl.simulation.trainer import LocalTrainer
+from edgefl.task import Task
+
+
+class ChunkTrainer:
+    """Answers for its chunks, a round after another."""
+
+    def __init__(self, task: Task, population: Population, config: JobConfig) -> None:
+        self._trainer = LocalTrainer(task, population)
+        self._rule_name = config.aggregation.rule
+        self._tally: _Tally | None = None
+
+    def begin(self, plan: Plan, *, sums: bool) -> None:
+        """Take up a round, forgetting the one before."""
+        self._trainer.begin(plan)
+        self._tally = _Tally(plan, self._rule_name) if sums else None
+
+    def answer(self, message: Chunk | Flush) -> Done | Summed:
+        if isinstance(message, Chunk):
+            return self._chunk(message)
+        if isinstance(message, Flush) and self._tally is not None:
+            return self._tally.flush()
+        raise TypeError(f"a worker cannot answer a {type(message).__name__}")
+
+    def _chunk(self, chunk: Chunk) -> Done:
+        answers = (self._trainer.train(client) for client in chunk.clients)
+        if self._tally is None:
+            return Done(tuple(answers))
+        for answer in answers:
+            self._tally.take(answer)
+        return Done()
+
+
+class _Tally:
+    """The sum of a round so far."""
+
+    def __init__(self, plan: Plan, rule: str) -> None:
+        self._plan, self._rule_name = plan, rule
+        self._reset()
+
+    def take(self, answer: Update | Failure) -> None:
+        """Fold an update that the guard admits; put aside what the centre has to see singly."""
+        if isinstance(answer, Failure):
+            self._aside.append(answer)
+            return
+        try:
+            self._guard.admit(answer)
+        except UpdateRejected:
+            self._aside.append(answer)
+            return
+        self._rule.add(answer)
+        self._metrics.add(answer.weight, answer.metrics)
+        self._any = True
+
+    def flush(self) -> Summed:
+        partial = self._rule.partial() if self._any and isinstance(self._rule, Merging) else None
+        if partial is not None:
+            partial = dataclasses.replace(partial, metrics=self._metrics.sums)
+        summed = Summed(partial, tuple(self._aside), own_peak_mb())
+        self._reset()
+        return summed
+
+    def _reset(self) -> None:
+        self._guard = RoundGuard(self._plan)
+        self._rule: Rule = make_rule(self._rule_name, self._plan.parameters)
+        self._metrics = MetricSums()
+        self._aside: list[Update | Failure] = []
+        self._any = False

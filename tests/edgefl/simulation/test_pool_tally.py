@@ -1,0 +1,42 @@
+"""Sums by the centre's own guard and rule, asked in this process."""
+
+import numpy as np
+import pytest
+
+from edgefl.records import Failure, Update
+from edgefl.simulation.loop import LoopFleet
+from edgefl.simulation.pool_tally import ChunkTrainer
+from edgefl.simulation.pool_wire import Chunk, Done, Flush
+
+
+@pytest.fixture
+def trainer_of(plan_of):
+    def make(setup):
+        return ChunkTrainer(setup.task, setup.population, setup.config), plan_of(setup)
+
+    return make
+
+
+def test_a_sum_holds_who_was_admitted_and_a_new_round_forgets_it(set_up, trainer_of):
+    setup = set_up(data={"empty": "2", "infinite": "3"})
+    trainer, plan = trainer_of(setup)
+    trainer.begin(plan, sums=True)
+    assert trainer.answer(Chunk(plan.clients)) == Done()
+    trainer.begin(plan, sums=True)
+    assert trainer.answer(Chunk(plan.clients[:4])) == Done()
+    summed = trainer.answer(Flush())
+    answers = [one for one in LoopFleet(setup).collect(plan) if one.device in plan.clients[:2]]
+    assert summed.partial.contributors == plan.clients[:2]
+    assert summed.partial.weight == sum(one.weight for one in answers)
+    for name, total in summed.partial.total.items():
+        np.testing.assert_allclose(total, sum(one.weight * one.tree[name] for one in answers), atol=1e-12)
+    assert [type(one) for one in summed.aside] == [Failure, Update]
+    assert trainer.answer(Flush()).partial is None
+
+
+def test_without_sums_answers_come_with_their_chunk(set_up, trainer_of):
+    trainer, plan = trainer_of(set_up())
+    trainer.begin(plan, sums=False)
+    assert [one.device for one in trainer.answer(Chunk(plan.clients[:2])).answers] == ["client-0", "client-1"]
+    with pytest.raises(TypeError, match="cannot answer a Flush"):
+        trainer.answer(Flush())
