@@ -11,8 +11,9 @@ state is neither read nor moved.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,8 @@ from edgefl.trees import Array, Tree, spec_of, subtract
 
 if TYPE_CHECKING:
     import torch
+
+    BatchGradient = Callable[[torch.Tensor, torch.Tensor], tuple[Sequence[torch.Tensor | None], torch.Tensor]]
 
 EVALUATION_BATCH = 256
 
@@ -93,7 +96,7 @@ def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict
     with torch.no_grad(), _seeded(0), UserCode(task.name, "evaluation"):
         for chunk in samples.chunks(EVALUATION_BATCH):
             outputs = model(chunk.inputs)
-            values = {"loss": float(_loss(task, outputs, chunk.targets))}
+            values = {"loss": float(loss_of(task, outputs, chunk.targets))}
             values |= {name: float(metric(outputs, chunk.targets)) for name, metric in task.metrics.items()}
             for name, value in values.items():
                 totals[name] = totals.get(name, 0.0) + value * len(chunk)
@@ -156,13 +159,20 @@ def gradient_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
     return tree
 
 
-def train_epochs(task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int) -> float:
-    """Train in place for `config.epochs`; returns the mean loss over all the samples it went through."""
+def train_epochs(
+    task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int,
+    gradient: BatchGradient | None = None,
+) -> float:  # fmt: skip
+    """Train in place for `config.epochs`; returns the mean loss over all the samples it went through.
+
+    `gradient` gives the gradients of the parameters that are trained, in their order; else autograd does.
+    """
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     anchors = [parameter.detach().clone() for parameter in trained] if config.proximal_mu else []
     total = torch.zeros((), dtype=torch.float64, device=samples.inputs.device)
+    gradient = gradient or partial(gradient_by_autograd, task, model, trained)
     model.train()
     with _seeded(seed), UserCode(task.name, "local training"):
         optimizer = task.optimizer(trained, config.lr) if task.optimizer else _PlainSGD(trained, config.lr)
@@ -170,13 +180,24 @@ def train_epochs(task: Task, model: torch.nn.Module, samples: Samples, config: T
         for _ in range(config.epochs):
             order = torch.randperm(len(samples), generator=shuffle).to(samples.inputs.device)
             for chosen in _batches(order, config.batch_size, model):
-                loss = _loss(task, model(samples.inputs[chosen]), samples.targets[chosen])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
+                gradients, loss = gradient(samples.inputs[chosen], samples.targets[chosen])
+                for parameter, grad in zip(trained, gradients, strict=True):
+                    parameter.grad = grad
                 _pull(trained, anchors, config.proximal_mu)
                 optimizer.step()
-                total += loss.detach() * len(chosen)
+                total += loss * len(chosen)
     return float(total) / (config.epochs * len(samples))
+
+
+def gradient_by_autograd(
+    task: Task, model: torch.nn.Module, trained: Sequence[torch.nn.Parameter], inputs: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:  # fmt: skip
+    """Return a batch's gradients, None for a parameter that its loss does not depend on, and the loss, 0-d."""
+    import torch
+
+    loss = loss_of(task, model(inputs), targets)
+    return torch.autograd.grad(loss, trained, allow_unused=True), loss.detach()
 
 
 def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *, batch_size: int, seed: int) -> float:
@@ -192,7 +213,7 @@ def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *,
     with _seeded(seed), UserCode(task.name, "local training"):
         for chosen in _batches(order, batch_size, model):
             share = len(chosen) / len(samples)  # the loss is a mean over its chunk
-            loss = _loss(task, model(samples.inputs[chosen]), samples.targets[chosen]) * share
+            loss = loss_of(task, model(samples.inputs[chosen]), samples.targets[chosen]) * share
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
             total += float(loss.detach())
     return total
@@ -204,14 +225,12 @@ class _PlainSGD:
     def __init__(self, parameters: Sequence[torch.nn.Parameter], lr: float) -> None:
         self._parameters, self._lr = parameters, lr
 
-    def zero_grad(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
     def step(self) -> None:
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.data.add_(parameter.grad, alpha=-self._lr)
+        import torch
+
+        moved = [one for one in self._parameters if one.grad is not None]
+        if moved:
+            torch._foreach_add_([one.data for one in moved], [one.grad for one in moved], alpha=-self._lr)
 
 
 def _pull(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:
@@ -227,13 +246,14 @@ def _batches(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator
 
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
-    normed = any(isinstance(module, norms) for module in model.modules())
-    if normed and len(batches) > 1 and len(batches[-1]) == 1:
+    lonely = len(batches) > 1 and len(batches[-1]) == 1
+    if lonely and any(isinstance(module, norms) for module in model.modules()):
         batches[-2:] = [torch.cat(batches[-2:])]
     yield from batches
 
 
-def _loss(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_of(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a batch, 0-d; raises TaskError for a loss that is not one number."""
     import torch
 
     if task.loss is None:
@@ -250,10 +270,18 @@ def _seeded(seed: int) -> Iterator[None]:
     """Seed torch inside, and leave its global random state as it was."""
     import torch
 
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+            torch.manual_seed(seed)
+            yield
+        return
+    random = torch.default_generator  # torch.manual_seed notes the whole stack for GPUs that may come: 0.1 ms
+    before = random.get_state()
+    random.manual_seed(seed)
+    try:
         yield
+    finally:
+        random.set_state(before)
 
 
 def _fit(task: Task, parameters: Tree, config: TrainConfig, options: Mapping[str, str]) -> FitResult:

@@ -1,0 +1,186 @@
+"""A training step as the list of tensor operations that it comes to, recorded once and run many times.
+
+Small models spend much of a step in autograd's bookkeeping and in Python; neither is in the recording
+(`torch.fx`), which runs the same kernels in the same order, random ones included. With a C++ compiler
+the recording can be compiled whole (`torch.compile`'s Inductor), which also fuses what lies between
+matrix products.
+Invariant: a recording is used only after it gave, on the very first batch of its shape, what autograd
+gives; a model that cannot be recorded, or that differs, is trained by autograd as on a device.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from edgefl.errors import TaskError
+from edgefl.task import Task, UserCode
+from edgefl.training import gradient_by_autograd, loss_of
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_RECORDINGS = 64  # shapes; a batch of one more is left to autograd
+TOLERANCE = 1e-3  # of the largest gradient: rounding stays far below, a wrong computation far above
+
+Gradients = Sequence["torch.Tensor | None"]
+_Recording = Callable[..., tuple[Any, ...]]
+
+
+class GradientOf:
+    """The gradients of a batch's loss, in the order of `trained`, and the loss. Buffers move as in a forward pass."""
+
+    def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False) -> None:
+        self._task, self._model, self._compiled = task, model, compiled
+        named = dict(model.named_parameters())
+        self.trained = [one for one in named.values() if one.requires_grad]
+        self._names = [name for name, one in named.items() if one.requires_grad]
+        self._others = {n: one for n, one in named.items() if not one.requires_grad} | dict(model.named_buffers())
+        self._recordings: dict[tuple[object, ...], _Recording | None] = {}
+        self.why_not = ""  # why autograd does it, where it does
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[Gradients, torch.Tensor]:
+        """Return the gradients, None for a parameter that the loss does not depend on, and the loss, 0-d."""
+        import torch
+
+        key = (inputs.shape, inputs.stride(), inputs.dtype, targets.shape, targets.dtype)
+        if key in self._recordings:
+            recording = self._recordings[key]
+        elif self.why_not or len(self._recordings) >= MAX_RECORDINGS:
+            recording = None
+        else:
+            recording = self._recordings[key] = self._record(inputs, targets)
+        if recording is None:
+            return self._by_autograd(inputs, targets)
+        with torch.no_grad():
+            *gradients, loss = recording(*self._arguments(inputs, targets))
+        return gradients, loss
+
+    def _arguments(self, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+        return [*(one.data for one in self.trained), *self._others.values(), inputs, targets]
+
+    def _by_autograd(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[Gradients, torch.Tensor]:
+        return gradient_by_autograd(self._task, self._model, self.trained, inputs, targets)
+
+    def _step(self, *arguments: Any) -> tuple[Any, ...]:
+        """Do what `_by_autograd` does, as a function of all that it works on."""
+        import torch
+
+        *state, inputs, targets = arguments
+        leaves = [one.detach().requires_grad_() for one in state[: len(self._names)]]
+        tensors = dict(zip((*self._names, *self._others), (*leaves, *state[len(leaves) :]), strict=True))
+        loss = loss_of(self._task, torch.func.functional_call(self._model, tensors, (inputs,)), targets)
+        return (*torch.autograd.grad(loss, leaves, allow_unused=True), loss.detach())
+
+    def _record(self, inputs: torch.Tensor, targets: torch.Tensor) -> _Recording | None:
+        """Record the step for batches of this shape; None, and `why_not`, where that cannot be done."""
+        before = _own_state(self._model)
+        arguments = self._arguments(inputs, targets)
+        try:
+            with UserCode(self._task.name, "recording a step"):
+                recording = record(self._step, arguments)
+        except TaskError as error:
+            self.why_not = str(error)
+            return None
+        if _own_state(self._model) != before:
+            self.why_not = f"task {self._task.name!r}: its model keeps state of its own besides parameters and buffers"
+            return None
+        if self._compiled:
+            recording = compiled(recording, arguments)
+        self.why_not = self._fault_of(recording, inputs, targets)
+        return None if self.why_not else recording
+
+    def _fault_of(self, recording: _Recording, inputs: torch.Tensor, targets: torch.Tensor) -> str:
+        """Take one step both ways from the same state, and leave that as it was; empty where they agree."""
+        import torch
+
+        buffers, random = [one.clone() for one in self._others.values()], torch.get_rng_state()
+        wanted, loss = self._by_autograd(inputs, targets)
+        after = [one.clone() for one in self._others.values()]
+        self._restore(buffers, random)
+        with torch.no_grad():
+            *seen, seen_loss = recording(*self._arguments(inputs, targets))
+        moved = [one.clone() for one in self._others.values()]
+        self._restore(buffers, random)
+        pairs = zip((*seen, seen_loss, *moved), (*wanted, loss, *after), strict=True)
+        agree = all(_close(one, other) for one, other in pairs)
+        return "" if agree else f"task {self._task.name!r}: a recorded step differs from autograd's"
+
+    def _restore(self, buffers: Sequence[torch.Tensor], random: torch.Tensor) -> None:
+        import torch
+
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for one, value in zip(self._others.values(), buffers, strict=True):
+                one.copy_(value)
+
+
+def record(step: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> _Recording:
+    """Return a step as the operations that it makes of tensors of these shapes; lets torch's errors through.
+
+    It is followed with tensors that have no values, so that a step which asks for one cannot be recorded.
+    """
+    from torch.fx import CodeGen
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    _tidy(module)
+    module.graph.set_codegen(CodeGen())  # plain arguments, not trees of them
+    module.recompile()
+    recording: _Recording = module.forward
+    return recording
+
+
+def _tidy(module: torch.fx.GraphModule) -> None:
+    """Take out what only autograd needs: other names of a tensor, and transpositions there and back."""
+    import torch
+
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        inner = node.args[0] if node.args else None
+        if node.target is aten.detach.default:
+            node.replace_all_uses_with(inner)
+        elif node.target is aten.t.default and getattr(inner, "target", None) is aten.t.default:
+            node.replace_all_uses_with(inner.args[0])  # type: ignore[union-attr]  # a node, as its target says
+    module.graph.eliminate_dead_code()
+
+
+def has_compiler() -> bool:
+    """Say whether there is a C++ compiler for Inductor to use."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+
+
+def compiled(recording: _Recording, arguments: Sequence[torch.Tensor]) -> _Recording:
+    """Compile a recording; random operations stay eager ones, so that their numbers are those of a device."""
+    import torch
+    import torch._inductor
+
+    module = recording.__self__  # type: ignore[attr-defined]  # a bound forward, as `record` makes it
+    with torch._inductor.config.patch(fallback_random=True):  # noqa: SLF001 - as above
+        result = torch._inductor.compile(module, list(arguments))  # noqa: SLF001 - as above
+    return cast("_Recording", result)
+
+
+def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:
+    """Return the plain values that modules hold, such as counters."""
+    plain = (bool, int, float, str)
+    return [
+        (name, key, value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, plain)
+    ]
+
+
+def _close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    import torch
+
+    if one is None or other is None:
+        return one is other
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    one, other = one.double(), other.double()
+    scale = float(other.abs().max()) if other.numel() else 0.0
+    return bool(torch.allclose(one, other, rtol=0, atol=TOLERANCE * scale, equal_nan=True))
