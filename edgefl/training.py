@@ -175,16 +175,13 @@ def train_epochs(
     gradient = gradient or partial(gradient_by_autograd, task, model, trained)
     model.train()
     with _seeded(seed), UserCode(task.name, "local training"):
-        optimizer = task.optimizer(trained, config.lr) if task.optimizer else _PlainSGD(trained, config.lr)
+        step = _optimizer_step(task, trained, config.lr)
         shuffle = torch.Generator().manual_seed(seed)
         for _ in range(config.epochs):
             order = torch.randperm(len(samples), generator=shuffle).to(samples.inputs.device)
             for chosen in _batches(order, config.batch_size, model):
                 gradients, loss = gradient(samples.inputs[chosen], samples.targets[chosen])
-                for parameter, grad in zip(trained, gradients, strict=True):
-                    parameter.grad = grad
-                _pull(trained, anchors, config.proximal_mu)
-                optimizer.step()
+                step(_pulled(gradients, trained, anchors, config.proximal_mu) if anchors else gradients)
                 total += loss * len(chosen)
     return float(total) / (config.epochs * len(samples))
 
@@ -219,25 +216,41 @@ def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *,
     return total
 
 
-class _PlainSGD:
-    """w <- w - lr * g. torch.optim.SGD does the same, after a second of imports and with more overhead."""
+def _optimizer_step(
+    task: Task, trained: Sequence[torch.nn.Parameter], lr: float
+) -> Callable[[Sequence[torch.Tensor | None]], None]:
+    """Return what takes one step by the gradients of `trained`: the task's optimizer, else w <- w - lr * g.
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], lr: float) -> None:
-        self._parameters, self._lr = parameters, lr
+    torch.optim.SGD does the latter too, after a second of imports and with more overhead.
+    """
+    import torch
 
-    def step(self) -> None:
-        import torch
+    if task.optimizer is None:
+        tensors = [parameter.data for parameter in trained]
 
-        moved = [one for one in self._parameters if one.grad is not None]
-        if moved:
-            torch._foreach_add_([one.data for one in moved], [one.grad for one in moved], alpha=-self._lr)
+        def plain(gradients: Sequence[torch.Tensor | None]) -> None:
+            moved = [(one, grad) for one, grad in zip(tensors, gradients, strict=True) if grad is not None]
+            if moved:
+                torch._foreach_add_(*map(list, zip(*moved, strict=True)), alpha=-lr)
+
+        return plain
+    optimizer = task.optimizer(trained, lr)
+
+    def chosen(gradients: Sequence[torch.Tensor | None]) -> None:
+        for parameter, grad in zip(trained, gradients, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+
+    return chosen
 
 
-def _pull(parameters: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor], mu: float) -> None:
-    """Add the gradient of mu/2 * ||w - w0||^2; without anchors there is no such term."""
-    for parameter, anchor in zip(parameters, anchors, strict=False):
-        term = mu * (parameter.detach() - anchor)
-        parameter.grad = term if parameter.grad is None else parameter.grad.add_(term)
+def _pulled(
+    gradients: Sequence[torch.Tensor | None], trained: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor],
+    mu: float,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """Return the gradients with that of mu/2 * ||w - w0||^2 added."""
+    terms = [mu * (parameter.detach() - anchor) for parameter, anchor in zip(trained, anchors, strict=True)]
+    return [term if grad is None else grad + term for grad, term in zip(gradients, terms, strict=True)]
 
 
 def _batches(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator[torch.Tensor]:

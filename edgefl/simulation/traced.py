@@ -30,7 +30,10 @@ _Recording = Callable[..., tuple[Any, ...]]
 
 
 class GradientOf:
-    """The gradients of a batch's loss, in the order of `trained`, and the loss. Buffers move as in a forward pass."""
+    """The gradients of a batch's loss, in the order of `trained`, and the loss. Buffers move as in a forward pass.
+
+    The model's tensors stay where they are: who changes them does so in place.
+    """
 
     def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False) -> None:
         self._task, self._model, self._compiled = task, model, compiled
@@ -38,6 +41,7 @@ class GradientOf:
         self.trained = [one for one in named.values() if one.requires_grad]
         self._names = [name for name, one in named.items() if one.requires_grad]
         self._others = {n: one for n, one in named.items() if not one.requires_grad} | dict(model.named_buffers())
+        self._state = [*(one.data for one in self.trained), *self._others.values()]  # moved in place, so these stay
         self._recordings: dict[tuple[object, ...], _Recording | None] = {}
         self.why_not = ""  # why autograd does it, where it does
 
@@ -55,11 +59,8 @@ class GradientOf:
         if recording is None:
             return self._by_autograd(inputs, targets)
         with torch.no_grad():
-            *gradients, loss = recording(*self._arguments(inputs, targets))
+            *gradients, loss = recording(*self._state, inputs, targets)
         return gradients, loss
-
-    def _arguments(self, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-        return [*(one.data for one in self.trained), *self._others.values(), inputs, targets]
 
     def _by_autograd(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[Gradients, torch.Tensor]:
         return gradient_by_autograd(self._task, self._model, self.trained, inputs, targets)
@@ -77,7 +78,7 @@ class GradientOf:
     def _record(self, inputs: torch.Tensor, targets: torch.Tensor) -> _Recording | None:
         """Record the step for batches of this shape; None, and `why_not`, where that cannot be done."""
         before = _own_state(self._model)
-        arguments = self._arguments(inputs, targets)
+        arguments = [*self._state, inputs, targets]
         try:
             with UserCode(self._task.name, "recording a step"):
                 recording = record(self._step, arguments)
@@ -101,7 +102,7 @@ class GradientOf:
         after = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
         with torch.no_grad():
-            *seen, seen_loss = recording(*self._arguments(inputs, targets))
+            *seen, seen_loss = recording(*self._state, inputs, targets)
         moved = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
         pairs = zip((*seen, seen_loss, *moved), (*wanted, loss, *after), strict=True)
@@ -122,7 +123,7 @@ def record(step: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> _Reco
 
     It is followed with tensors that have no values, so that a step which asks for one cannot be recorded.
     """
-    from torch.fx import CodeGen
+    from torch.fx.graph import CodeGen
     from torch.fx.experimental.proxy_tensor import make_fx
 
     module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
@@ -158,7 +159,7 @@ def compiled(recording: _Recording, arguments: Sequence[torch.Tensor]) -> _Recor
     import torch._inductor
 
     module = recording.__self__  # type: ignore[attr-defined]  # a bound forward, as `record` makes it
-    with torch._inductor.config.patch(fallback_random=True):  # noqa: SLF001 - as above
+    with torch._inductor.config.patch(fallback_random=True, size_asserts=False):  # noqa: SLF001 - as above
         result = torch._inductor.compile(module, list(arguments))  # noqa: SLF001 - as above
     return cast("_Recording", result)
 
