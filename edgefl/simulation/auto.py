@@ -18,11 +18,17 @@ from edgefl.simulation.fleets import Engine, Setup
 from edgefl.simulation.loop import LoopFleet
 from edgefl.simulation.machine import num_cores
 from edgefl.simulation.pool import PoolFleet
+from edgefl.simulation.ray_fleet import RayFleet
 from edgefl.simulation.stackable import why_not_stacked
 from edgefl.simulation.stacked import StackedFleet
 from edgefl.training import initial_parameters
 
-ENGINES: Mapping[str, Callable[[Setup], Engine]] = {"loop": LoopFleet, "stacked": StackedFleet, "pool": PoolFleet}
+ENGINES: Mapping[str, Callable[[Setup], Engine]] = {
+    "loop": LoopFleet,
+    "stacked": StackedFleet,
+    "pool": PoolFleet,
+    "ray": RayFleet,  # never chosen: a cluster is asked for
+}
 AUTO = "auto"
 MEASURE_S = 0.5  # of the loop; the others get as many clients
 FEWEST = 4  # clients to measure by

@@ -15,7 +15,7 @@ from edgefl.operator.progress import INTERRUPTED
 from edgefl.simulation.live import Progress, live_rounds
 from edgefl.simulation.request import Request
 
-ENGINES = ("auto", "loop", "stacked", "pool")
+ENGINES = ("auto", "loop", "stacked", "pool", "ray")
 _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_type=Path, file_okay=False)
 
 
@@ -30,6 +30,7 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--clients", type=click.IntRange(min=1), help="Short for --set population.clients=N.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
 @click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="auto measures.")
+@click.option("--address", metavar="HOST:PORT|auto", help="Of a Ray cluster, for --engine ray; without, it starts one.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting, over the file.")
 @click.option("--sweep", multiple=True, metavar="A.B=C,D,..", help="Run once for each value (of several: combination).")
@@ -82,7 +83,7 @@ def _simulate_task(request: Request, output: Output) -> None:
         result = run_simulation(
             request.task, engine=request.engine, config=job, data=request.options(),
             evaluate_every=request.evaluate_every, out=request.out, checkpoint=request.checkpoint,
-            checkpoint_every=request.checkpoint_every, resume=request.resume,
+            checkpoint_every=request.checkpoint_every, resume=request.resume, address=request.address,
             watching=Watching(on_engine=screen.on_engine, on_round=on_round),
         )  # fmt: skip
     output.line(

@@ -31,7 +31,7 @@ def sweep_task(request: Request, output: Output) -> None:
     with watched(request, output, SweepProgress(variants, counts)) as watching:
         result = sweep(
             request.task, over, engine=request.engine, config=base, data=options,
-            evaluate_every=request.evaluate_every, watching=watching,
+            evaluate_every=request.evaluate_every, address=request.address, watching=watching,
         )  # fmt: skip
     tell(result, len(variants), request, output)
 

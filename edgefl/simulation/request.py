@@ -18,6 +18,7 @@ class Request:
     clients: int | None
     rounds: int | None
     engine: str
+    address: str | None  # of a Ray cluster
     config: Path | None
     settings: tuple[str, ...]  # a.b=c
     sweep: tuple[str, ...]  # a.b=c,d
@@ -49,7 +50,7 @@ class Request:
         """Return the flags that were given and mean nothing to a Flower app."""
         flags = {
             "--config": self.config, "--data": self.data, "--out": self.out, "--checkpoint": self.checkpoint,
-            "--resume": self.resume, "--evaluate-every": self.evaluate_every > 1,
+            "--resume": self.resume, "--evaluate-every": self.evaluate_every > 1, "--address": self.address,
         }  # fmt: skip
         return [flag for flag, value in flags.items() if value]
 

@@ -40,6 +40,7 @@ from edgefl.simulation.interrupt import set_by_interrupt
 from edgefl.simulation.machine import num_cores, own_peak_mb
 from edgefl.simulation.participation import count, no_counts
 from edgefl.simulation.population import make_population
+from edgefl.simulation.ray_fleet import RayFleet
 from edgefl.simulation.report import Json, SimulationResult
 from edgefl.simulation.settings import SimulationConfig, VirtualTime, settled, virtual_time
 from edgefl.task import Task, load_task
@@ -63,6 +64,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     config: JobConfig | None = None, data: Mapping[str, str] | None = None, population: PopulationMaker | None = None,
     evaluate_every: int = 1, out: Path | None = None, watching: Watching | None = None,
     checkpoint: Path | str | None = None, checkpoint_every: int = 1, resume: Path | str | None = None,
+    address: str | None = None,
 ) -> SimulationResult:  # fmt: skip
     """Train a task over simulated clients and return what it came to.
 
@@ -70,6 +72,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     configuration's `[population]` (a `SimulationConfig`), over which `clients` and the loader's `data`
     options go. Ctrl-C ends the round and returns what there is. `checkpoint` is a folder to keep the state in after
     each `checkpoint_every`-th round; `resume` goes on from such a folder, and keeps the state there.
+    `address` is of the Ray cluster for the engine `ray`, which starts its own without it.
     Raises ConfigError, TaskError, and QuorumNotMet where a round ends with too few updates.
     """
     require_torch("simulation")
@@ -83,7 +86,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
         saved = None if before is None else read_checkpoint(before)
         setup = _set_up(task, settings, population, saved)
         with set_by_interrupt(setup.stop):
-            chosen = _make_engine(engine, setup, saved)
+            chosen = _make_engine(engine, setup, saved, address)
             with closing(chosen.engine):
                 watching.on_engine(chosen.name, chosen.reason)
                 virtual = virtual_time(setup, settings, chosen.engine, saved)
@@ -109,11 +112,17 @@ def _set_up(
     return Setup(task=loaded, reference=reference, make_population=maker, population=population, config=config)
 
 
-def _make_engine(name: str, setup: Setup, saved: Checkpoint | None) -> Chosen:
+def _make_engine(name: str, setup: Setup, saved: Checkpoint | None, address: str | None) -> Chosen:
     """Make the engine; `auto` goes on with the checkpoint's, since another would round differently."""
+    name = saved.engine if saved is not None and name == AUTO else name
+    if address is None:
+        chosen = make_engine(name, setup)
+    elif name == "ray":
+        chosen = Chosen(RayFleet(setup, address), name, f"it was asked for, on the cluster at {address}")
+    else:
+        raise ConfigError(f"the engine {name!r} has no address: it runs on this machine. Leave it out, or use 'ray'")
     if saved is None:
-        return make_engine(name, setup)
-    chosen = make_engine(saved.engine if name == AUTO else name, setup)
+        return chosen
     return dataclasses.replace(chosen, reason=f"resumed after round {saved.round} of {setup.config.rounds.count}")
 
 

@@ -112,6 +112,7 @@ def sweep(  # noqa: PLR0913 - as `simulate`
     task: Task | str | Path, over: Mapping[str, Sequence[Any]], *, clients: int | None = None,
     rounds: int | None = None, engine: str = AUTO, config: JobConfig | None = None,
     data: Mapping[str, str] | None = None, evaluate_every: int = 1, watching: SweepWatching | None = None,
+    address: str | None = None,
 ) -> SweepResult:  # fmt: skip
     """Simulate a task once for every combination: `edgefl.sweep(task, {"train.lr": [0.1, 0.3]}, clients=100)`.
 
@@ -133,7 +134,7 @@ def sweep(  # noqa: PLR0913 - as `simulate`
             watching.on_engine(variant, name, reason)
 
         return simulate(
-            task, engine=engine, config=config_of[variant.name], evaluate_every=evaluate_every,
+            task, engine=engine, config=config_of[variant.name], evaluate_every=evaluate_every, address=address,
             watching=Watching(on_engine=on_engine, on_round=on_round),
         )  # fmt: skip
 
