@@ -38,8 +38,9 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/dev.stamp
+bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.rounds $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.simulation $(BENCH_FLAGS)
 
 # A stamp says that .venv holds what pyproject.toml asks for; a second `make test` installs nothing.
 $(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
@@ -50,6 +51,11 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev]'
 	$(BIN)/pip check
 	touch $@ $(VENV)/demo.stamp
+
+$(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[bench]'
+	$(BIN)/pip check
+	touch $@ $(VENV)/dev.stamp $(VENV)/demo.stamp
 
 # Debian keeps venv in a package of its own.
 $(BIN)/python:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import click
 
-VERSIONS = ("edgefl", "numpy", "grpcio", "torch", "onnxruntime", "paho-mqtt", "amqtt", "flwr")
+VERSIONS = ("edgefl", "numpy", "grpcio", "torch", "onnxruntime", "paho-mqtt", "amqtt", "flwr", "ray", "pfl")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,12 +139,14 @@ def print_table(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("workload", "metric", "ours", "theirs", "limit", "ours/limit", "ratio", "target", "met")
+    table = Table("workload", "metric", "rival", "ours", "theirs", "limit", "ours/limit", "ratio", "target", "met")
     for row in rows:
         numbers = (row.ours, row.theirs, row.limit, row.over_limit, row.ratio)
         met = ("yes" if row.met else "no") if row.targets else "-"
         target = " and ".join(str(target) for target in row.targets)
-        table.add_row(row.workload, f"{row.metric}, {row.unit}", *(shown(n) for n in numbers), target, met)
+        table.add_row(
+            row.workload, f"{row.metric}, {row.unit}", row.rival or "-", *(shown(n) for n in numbers), target, met
+        )
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width)
     console.print(table)
@@ -176,18 +178,22 @@ def command(measure: Measure, doc: str) -> click.Command:
     @click.option("--quick", is_flag=True, help="Fewer repeats; what takes minutes is skipped.")
     @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for standard output.")
     def main(json_file: str | None, *, quick: bool) -> None:
-        signal.signal(signal.SIGTERM, _leave)
-        rows = list(measure(quick=quick))
-        if json_file != "-":
-            print_table(rows)
-        if json_file is not None:
-            write_json(rows, json_file)
-        if not quick and any(row.skipped for row in rows):
-            sys.exit(1)
+        signal.signal(signal.SIGTERM, leave)
+        say(list(measure(quick=quick)), json_file, strict=not quick)
 
     return main
 
 
-def _leave(number: int, _frame: FrameType | None) -> None:
+def say(rows: Sequence[Row], json_file: str | None, *, strict: bool) -> None:
+    """Print the rows and write them where it is wanted; exit 1 where a row failed to run and that is strict."""
+    if json_file != "-":
+        print_table(rows)
+    if json_file is not None:
+        write_json(rows, json_file)
+    if strict and any(row.skipped for row in rows):
+        sys.exit(1)
+
+
+def leave(number: int, _frame: FrameType | None) -> None:
     """Leave by an exception, so that every process started is ended on the way out."""
     sys.exit(128 + number)
