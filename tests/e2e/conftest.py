@@ -20,13 +20,13 @@ class Fleet(LocalFleet):
             self.runner.stop()
         super().__exit__(*details)
 
-    def add_agent(self, name, *, env=None, **data):
+    def add_agent(self, name, **data):
         self.enroll(name)
-        return self.restart_agent(name, env=env, **data)
+        return self.restart_agent(name, **data)
 
-    def restart_agent(self, name, *, env=None, **data):
+    def restart_agent(self, name, **data):
         options = [part for key, value in data.items() for part in ("--data", f"{key}={value}")]
-        agent = self.start_agent(name, *options, env=env)
+        agent = self.start_agent(name, *options)
         agent.wait_for("mqtt.up")
         return agent
 

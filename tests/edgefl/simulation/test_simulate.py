@@ -81,6 +81,8 @@ def test_a_round_under_quorum_is_loud(tasks):
 def test_more_than_there_are_is_refused(tasks):
     with pytest.raises(ConfigError, match="more clients than the 4"):
         simulate(tasks("task"), clients=4, config=config(rounds={"clients": 5}))
+    with pytest.raises(ConfigError, match="'loop' has no address"):
+        simulate(tasks("task"), clients=4, engine="loop", address="auto")
     with pytest.raises(ConfigError, match="brings its own clients"):
         simulate(tasks("task"), clients=4, population=lambda _task: None)
 
