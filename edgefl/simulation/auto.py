@@ -33,6 +33,7 @@ AUTO = "auto"
 MEASURE_S = 0.5  # of the loop; the others get as many clients
 FEWEST = 4  # clients to measure by
 POOL_START_S = 4.0
+WARM_UPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,19 @@ class Chosen:
 
 
 def make_engine(name: str, setup: Setup) -> Chosen:
-    """Make an engine by its short name; raises ConfigError for one that is unknown, or cannot run the task."""
+    """Make an engine by its short name; raises ConfigError for one that is unknown, or cannot run the task.
+
+    The workers of a pool train their clients in stacks where those are measured to be faster.
+    """
     if name == AUTO:
         return _Choice(setup).choose()
     if name not in ENGINES:
         raise ConfigError(f"engine {name!r} is not one of: {', '.join([AUTO, *ENGINES])}")
-    return Chosen(ENGINES[name](setup), name, "it was asked for")
+    if name != "pool":
+        return Chosen(ENGINES[name](setup), name, "it was asked for")
+    choice = _Choice(setup)
+    choice.measure_here().engine.close()
+    return Chosen(choice.pool(), name, f"it was asked for; {choice.reason()}")
 
 
 class _Choice:
@@ -68,17 +76,27 @@ class _Choice:
         self._ruled_out: dict[str, str] = {}
 
     def choose(self) -> Chosen:
-        best: tuple[str, Engine] = ("loop", LoopFleet(self._setup))
-        self._measure_loop(best[1])
-        if reason := why_not_stacked(self._setup):
-            self._ruled_out["stacked"] = reason
-        else:
-            best = self._better(best, "stacked", StackedFleet(self._setup))
-        if reason := self._why_no_pool(best[0]):
+        """Measure every engine that can run the task and may pay, and return the fastest."""
+        best = self.measure_here()
+        if reason := self._why_no_pool(best.name):
             self._ruled_out["pool"] = reason
         else:
             best = self._with_pool(best)
-        return Chosen(best[1], best[0], self._reason())
+        return dataclasses.replace(best, reason=self.reason())
+
+    def measure_here(self) -> Chosen:
+        """Measure the engines of this process, and return the faster."""
+        best = Chosen(LoopFleet(self._setup), "loop", "")
+        self._measure_loop(best.engine)
+        if reason := why_not_stacked(self._setup):
+            self._ruled_out["stacked"] = reason
+            return best
+        return self._better(best, "stacked", StackedFleet(self._setup))
+
+    def pool(self) -> Engine:
+        """Return workers who do what is faster here."""
+        stacks = self._rates.get("stacked", 0.0) > self._rates["loop"]
+        return PoolFleet(dataclasses.replace(self._setup, stacks=stacks))
 
     def _measure_loop(self, engine: Engine) -> None:
         """Let the loop run for a while: this is how many clients the others are measured by."""
@@ -92,16 +110,17 @@ class _Choice:
         self._rates["loop"] = count / (time.perf_counter() - start_s)
         self._plan = dataclasses.replace(self._plan, clients=self._plan.clients[:count])
 
-    def _better(self, best: tuple[str, Engine], name: str, engine: Engine) -> tuple[str, Engine]:
+    def _better(self, best: Chosen, name: str, engine: Engine) -> Chosen:
         """Return the faster of two, and end the other."""
-        _timed(engine, self._plan)  # samples are loaded where the engine wants them
+        for _ in range(WARM_UPS):  # samples are loaded where the engine wants them, steps are recorded
+            _timed(engine, self._plan)
         best_s = min(_timed(engine, self._plan) for _ in range(2))  # another program's moment is not this engine's rate
         self._rates[name] = len(self._plan.clients) / best_s
-        if self._rates[name] <= self._rates[best[0]]:
+        if self._rates[name] <= self._rates[best.name]:
             engine.close()
             return best
-        best[1].close()
-        return name, engine
+        best.engine.close()
+        return Chosen(engine, name, "")
 
     def _why_no_pool(self, best: str) -> str | None:
         if num_cores() == 1:
@@ -113,14 +132,15 @@ class _Choice:
             return f"all rounds take about {left_s:.1f} s, no longer than starting processes"
         return None
 
-    def _with_pool(self, best: tuple[str, Engine]) -> tuple[str, Engine]:
+    def _with_pool(self, best: Chosen) -> Chosen:
         try:
-            return self._better(best, "pool", PoolFleet(self._setup))
+            return self._better(best, "pool", self.pool())
         except ConfigError as error:
             self._ruled_out["pool"] = str(error)
             return best
 
-    def _reason(self) -> str:
+    def reason(self) -> str:
+        """Say what was measured, and what was not."""
         seen = [f"{name} {rate:.0f} clients/s" for name, rate in sorted(self._rates.items(), key=lambda one: -one[1])]
         out = [f"not {name}: {reason}" for name, reason in self._ruled_out.items()]
         return "; ".join([f"measured on {len(self._plan.clients)} clients: {', '.join(seen)}", *out])

@@ -51,6 +51,7 @@ class Setup:
     make_population: PopulationMaker
     population: Population
     config: JobConfig
+    stacks: bool = False  # whether workers train their clients in stacks, or one after another
     stop: threading.Event = field(default_factory=threading.Event)  # set: hand out no more clients
 
     def takes_sums(self, plan: Plan) -> bool:

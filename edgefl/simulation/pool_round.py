@@ -10,6 +10,7 @@ Invariant: each client of a cohort is counted once, whoever dies when.
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Gone, Ready, 
 
 CHUNKS_PER_WORKER = 8  # of a round: small enough that workers end together
 MAX_CHUNK = 32
+STACKS_PER_WORKER = 2  # and of whom a worker trains as one, since larger stacks are faster
+MAX_STACKED = 1024
 MAX_DEATHS = 2  # a client that has ended so many workers is not tried again
 MAX_STARTS = 3  # of a worker in one round
 START_S = 120.0
@@ -59,7 +62,7 @@ def train(setup: Setup, meter: Meter, plan: Plan, workers: Sequence[_W], wait: W
     rule = make_rule(setup.config.aggregation.rule, plan.parameters)
     sums = rule.merges and isinstance(rule, Merging) and setup.takes_sums(plan)
     meter.begin(plan)
-    for answer in Round(plan, workers, wait, setup.stop, sums=sums).run():
+    for answer in Round(plan, workers, wait, setup.stop, sums=sums, stacks=setup.stacks).run():
         up = len(answer.contributors) if isinstance(answer, Partial) else int(isinstance(answer, Update))
         meter.count(down=up or 1, up=up)
         yield answer
@@ -91,11 +94,18 @@ class _Hand(Generic[_W]):
 class Round(Generic[_W]):
     """A plan, and the workers that there are for it."""
 
-    def __init__(self, plan: Plan, workers: Sequence[_W], wait: Wait[_W], stop: threading.Event, *, sums: bool) -> None:
+    def __init__(
+        self, plan: Plan, workers: Sequence[_W], wait: Wait[_W], stop: threading.Event, *, sums: bool,
+        stacks: bool = False,
+    ) -> None:  # fmt: skip
         self._plan, self._wait, self._stop, self._sums = plan, wait, stop, sums
+        self._stacks = sums and stacks
         self._hands = [_Hand(worker) for worker in workers]
-        most = len(plan.clients) // (len(workers) * CHUNKS_PER_WORKER) if sums else 1
-        size = max(1, min(MAX_CHUNK, most))
+        if self._stacks:
+            size = min(MAX_STACKED, math.ceil(len(plan.clients) / (len(workers) * STACKS_PER_WORKER)))
+        else:
+            most = len(plan.clients) // (len(workers) * CHUNKS_PER_WORKER) if sums else 1
+            size = max(1, min(MAX_CHUNK, most))
         self._todo = deque(_Work(plan.clients[i : i + size]) for i in range(0, len(plan.clients), size))
         self._held: dict[str, Update | Failure] = {}  # single answers that wait for those before them
         self._order = deque(() if sums else plan.clients)
@@ -118,7 +128,7 @@ class Round(Generic[_W]):
                     self._give_up(hand, f"it was not ready within {within_s:g} s")
 
     def _begin(self, hand: _Hand[_W]) -> None:
-        hand.worker.begin(Begin(dataclasses.replace(self._plan, parameters={}), self._sums))
+        hand.worker.begin(Begin(dataclasses.replace(self._plan, parameters={}), self._sums, self._stacks))
 
     def _hand_out(self) -> list[_Hand[_W]]:
         """Give every free worker something to do; return those who will answer, and are wanted to."""

@@ -6,17 +6,19 @@ Updates are admitted by the same guard and folded by the same rule as at the cen
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from edgefl.aggregation import Rule, make_rule
 from edgefl.aggregation.rule import Merging
 from edgefl.config import JobConfig
 from edgefl.errors import UpdateRejected
 from edgefl.guards import RoundGuard
-from edgefl.records import Failure, Plan, Update
+from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import MetricSums
 from edgefl.simulation.fleets import Population
 from edgefl.simulation.machine import own_peak_mb
 from edgefl.simulation.pool_wire import Chunk, Done, Flush, Summed
+from edgefl.simulation.stacked import StackTrainer
 from edgefl.simulation.trainer import LocalTrainer
 from edgefl.task import Task
 
@@ -25,12 +27,16 @@ class ChunkTrainer:
     """Answers for its chunks, a round after another."""
 
     def __init__(self, task: Task, population: Population, config: JobConfig) -> None:
-        self._trainer = LocalTrainer(task, population)
+        self._task, self._population = task, population
+        self._trainer: LocalTrainer | StackTrainer | None = None
         self._rule_name = config.aggregation.rule
         self._tally: _Tally | None = None
 
-    def begin(self, plan: Plan, *, sums: bool) -> None:
+    def begin(self, plan: Plan, *, sums: bool, stacks: bool = False) -> None:
         """Take up a round, forgetting the one before."""
+        wanted = StackTrainer if stacks else LocalTrainer
+        if not isinstance(self._trainer, wanted):
+            self._trainer = wanted(self._task, self._population)
         self._trainer.begin(plan)
         self._tally = _Tally(plan, self._rule_name) if sums else None
 
@@ -42,11 +48,19 @@ class ChunkTrainer:
         raise TypeError(f"a worker cannot answer a {type(message).__name__}")
 
     def _chunk(self, chunk: Chunk) -> Done:
-        answers = (self._trainer.train(client) for client in chunk.clients)
-        if self._tally is None:
-            return Done(tuple(answers))
+        if isinstance(self._trainer, StackTrainer):  # only where sums are wanted
+            for stack in self._trainer.stacks(chunk.clients):
+                self._take(self._trainer.answers(stack, sums=True))
+            return Done()
+        if self._trainer is None:
+            raise RuntimeError("begin comes before a chunk")
+        answers = map(self._trainer.train, chunk.clients)
+        return Done(tuple(answers)) if self._tally is None else self._take(answers)
+
+    def _take(self, answers: Iterable[Update | Failure | Partial]) -> Done:
         for answer in answers:
-            self._tally.take(answer)
+            if self._tally is not None:
+                self._tally.take(answer)
         return Done()
 
 
@@ -57,10 +71,16 @@ class _Tally:
         self._plan, self._rule_name = plan, rule
         self._reset()
 
-    def take(self, answer: Update | Failure) -> None:
-        """Fold an update that the guard admits; put aside what the centre has to see singly."""
+    def take(self, answer: Update | Failure | Partial) -> None:
+        """Fold what the guard admits; put aside what the centre has to see singly."""
         if isinstance(answer, Failure):
             self._aside.append(answer)
+            return
+        if isinstance(answer, Partial):  # the stack's own, of finite updates
+            self._guard.admit_partial(answer)
+            self._rule.merge(answer)
+            self._metrics.merge(answer.metrics)
+            self._any = True
             return
         try:
             self._guard.admit(answer)

@@ -52,6 +52,7 @@ class Begin:
 
     plan: Plan
     sums: bool  # whether updates are summed in the worker, or sent one by one
+    stacks: bool = False  # whether clients are trained as one computation, or one after another
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ def _loss(task: Task, model: torch.nn.Module, inputs: torch.Tensor, targets: tor
 
 
 def _differs(setup: Setup, plan: Plan, held: dict[str, Samples]) -> str | None:
-    stacks, loop = StackTrainer(setup.task), LocalTrainer(setup.task, setup.population)
+    stacks, loop = StackTrainer(setup.task, setup.population), LocalTrainer(setup.task, setup.population)
     stacks.begin(plan)
     loop.begin(plan)
     for client, stacked in stacks.train(held).updates(plan):

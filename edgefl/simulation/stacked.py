@@ -9,7 +9,8 @@ says for which tasks this can be so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +20,17 @@ from edgefl.guards import MAX_METRIC
 from edgefl.records import Failure, Partial, Plan, Traffic, Update
 from edgefl.samples import Samples
 from edgefl.simulation.batches import StackedBatches, Step
-from edgefl.simulation.fleets import Meter, Setup, torch_threads
+from edgefl.simulation.fleets import Meter, Population, Setup, torch_threads
 from edgefl.simulation.machine import num_cores
+from edgefl.simulation.traced import Recorded
 from edgefl.task import Task, UserCode
 from edgefl.training import derive_seed, make_model, set_parameters
-from edgefl.trees import tree_bytes
 
 if TYPE_CHECKING:
     import torch
 
 MAX_STACK = 256  # clients
-STACK_BYTES = 512 << 20  # of parameters, gradients and what lies between: about four models a client
+STACK_BYTES = 16 << 20  # of parameters: beyond what caches hold, a larger stack is slower
 
 _Tensors = dict[str, Any]  # a tensor by name; of a stack, (K, ...)
 
@@ -43,7 +44,7 @@ class StackedFleet:
         if reason := why_not_stacked(setup):
             raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
         self._setup = setup
-        self._trainer = StackTrainer(setup.task)
+        self._trainer = StackTrainer(setup.task, setup.population)
         self._meter = Meter()
 
     def clients(self) -> Sequence[str]:
@@ -52,13 +53,12 @@ class StackedFleet:
     def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
         self._meter.begin(plan)
         sums = self._setup.config.aggregation.rule == "mean" and self._setup.takes_sums(plan)
-        size = max(1, min(MAX_STACK, STACK_BYTES // max(1, 4 * tree_bytes(plan.parameters))))
         with torch_threads(num_cores()):
             self._trainer.begin(plan)
-            for start in range(0, len(plan.clients), size):
+            for clients in self._trainer.stacks(plan.clients):
                 if self._setup.stop.is_set():
                     return
-                for answer in self._answers(plan, plan.clients[start : start + size], sums=sums):
+                for answer in self._trainer.answers(clients, sums=sums):
                     updates = len(answer.contributors) if isinstance(answer, Partial) else isinstance(answer, Update)
                     self._meter.count(down=updates or 1, up=int(updates))
                     yield answer
@@ -68,27 +68,6 @@ class StackedFleet:
 
     def close(self) -> None:
         """Nothing was started."""
-
-    def _answers(self, plan: Plan, clients: Sequence[str], *, sums: bool) -> Iterator[Update | Failure | Partial]:
-        held: dict[tuple[object, ...], dict[str, Samples]] = {}
-        failed: dict[str, str] = {}
-        for client in clients:
-            try:
-                samples = self._setup.population.samples(client)
-            except TaskError as error:
-                failed[client] = str(error)
-            else:
-                held.setdefault(kind_of(samples), {})[client] = samples
-        stacks = [self._trainer.train(one) for one in held.values()]
-        if sums:
-            yield from (answer for stack in stacks for answer in stack.summed(plan))
-            stacks = []
-        updates = {client: update for stack in stacks for client, update in stack.updates(plan)}
-        for client in clients:  # in the plan's order, as the loop yields them
-            if client in updates:
-                yield updates[client]
-            elif client in failed:
-                yield Failure(job=plan.job, round=plan.round, device=client, reason=failed[client])
 
 
 def kind_of(samples: Samples) -> tuple[object, ...]:
@@ -146,15 +125,14 @@ class Stack:
 
 
 class StackTrainer:
-    """Trains stacks of clients of one task; call `begin` for each plan."""
+    """Trains stacks of clients of one population; call `begin` for each plan."""
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, task: Task, population: Population) -> None:
+        self._task, self._population = task, population
         self._model = make_model(task)
         self._step = _StepOf(task, self._model)
         self._start: _Tensors = {}
-        self._train = TrainConfig()
-        self._round = 0
+        self._plan: Plan | None = None
 
     def begin(self, plan: Plan) -> None:
         """Take up a plan; raises TaskError where its parameters are not the model's."""
@@ -162,7 +140,38 @@ class StackTrainer:
         self._model.train()
         state = self._model.state_dict()
         self._start = {name: state[name].clone() for name in plan.parameters}
-        self._train, self._round = plan.train, plan.round
+        self._plan = plan
+
+    def stacks(self, clients: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Yield clients in stacks that are as large as pays."""
+        a_client = sum(start.nbytes for start in self._start.values())
+        size = max(1, min(MAX_STACK, STACK_BYTES // max(1, a_client)))
+        num_stacks = math.ceil(len(clients) / size)
+        for k in range(num_stacks):  # of equal size, but for one
+            yield clients[k * len(clients) // num_stacks : (k + 1) * len(clients) // num_stacks]
+
+    def answers(self, clients: Sequence[str], *, sums: bool) -> Iterator[Update | Failure | Partial]:
+        """Train one stack; yields partial sums and failures, or each client's answer in order."""
+        plan = self._begun()
+        held: dict[tuple[object, ...], dict[str, Samples]] = {}
+        failed: dict[str, str] = {}
+        for client in clients:
+            try:
+                samples = self._population.samples(client)
+            except TaskError as error:
+                failed[client] = str(error)
+            else:
+                held.setdefault(kind_of(samples), {})[client] = samples
+        stacks = [self.train(one) for one in held.values()]
+        if sums:
+            yield from (answer for stack in stacks for answer in stack.summed(plan))
+            stacks = []
+        updates = {client: update for stack in stacks for client, update in stack.updates(plan)}
+        for client in clients:  # in the plan's order, as the loop yields them
+            if client in updates:
+                yield updates[client]
+            elif client in failed:
+                yield Failure(job=plan.job, round=plan.round, device=client, reason=failed[client])
 
     def train(self, held: Mapping[str, Samples]) -> Stack:
         """Train clients whose samples are of one kind; raises TaskError for what the user's code does wrong."""
@@ -170,9 +179,10 @@ class StackTrainer:
 
         clients = sorted(held, key=lambda client: -len(held[client]))
         samples = [held[client] for client in clients]
-        seeds = [derive_seed(self._train.seed, self._round, client) for client in clients]
+        plan = self._begun()
+        seeds = [derive_seed(plan.train.seed, plan.round, client) for client in clients]
         with UserCode(self._task.name, "stacked training"):
-            parameters, totals = self._steps(StackedBatches(samples, seeds, self._train), len(clients))
+            parameters, totals = self._steps(StackedBatches(samples, seeds, plan.train), plan.train, len(clients))
         weights = torch.tensor([len(one) for one in samples], dtype=torch.float64, device=totals.device)
         deltas = {
             name: parameters[name] - start
@@ -180,9 +190,14 @@ class StackTrainer:
             else torch.zeros_like(start).expand(len(clients), *start.shape)
             for name, start in self._start.items()
         }
-        return Stack(tuple(clients), deltas, weights, totals / (self._train.epochs * weights))
+        return Stack(tuple(clients), deltas, weights, totals / (plan.train.epochs * weights))
 
-    def _steps(self, batches: StackedBatches, num_clients: int) -> tuple[_Tensors, torch.Tensor]:
+    def _begun(self) -> Plan:
+        if self._plan is None:
+            raise RuntimeError("begin comes before train")
+        return self._plan
+
+    def _steps(self, batches: StackedBatches, train: TrainConfig, num_clients: int) -> tuple[_Tensors, torch.Tensor]:
         """Return the trained parameters, (K, ...) each, and each client's sum of losses, (K,)."""
         import torch
 
@@ -192,10 +207,10 @@ class StackTrainer:
         for step in batches:
             active = {name: tensor[: len(step)] for name, tensor in stacked.items()}
             gradients, losses = self._step(active, step)
-            if self._train.proximal_mu:
+            if train.proximal_mu:
                 for name, anchor in anchors.items():
-                    gradients[name] = gradients[name] + self._train.proximal_mu * (active[name] - anchor)
-            torch._foreach_add_(list(active.values()), [gradients[name] for name in active], alpha=-self._train.lr)
+                    gradients[name] = gradients[name] + train.proximal_mu * (active[name] - anchor)
+            torch._foreach_add_(list(active.values()), [gradients[name] for name in active], alpha=-train.lr)
             totals[: len(step)] += losses.detach() * step.counts
         return stacked, totals
 
@@ -209,16 +224,27 @@ class _StepOf:
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._fixed = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
         self._task, self._model = task, model
-        self._full = vmap(grad_and_value(self._mean), randomness="error")
-        self._masked = vmap(grad_and_value(self._masked_mean), randomness="error")
+        self._full = Recorded(task.name, self._flat(vmap(grad_and_value(self._mean), randomness="error")))
+        self._masked = Recorded(task.name, self._flat(vmap(grad_and_value(self._masked_mean), randomness="error")))
 
     def __call__(self, parameters: _Tensors, step: Step) -> tuple[_Tensors, torch.Tensor]:
         """Return the gradients, (K, ...) each, and the losses, (K,)."""
+        tensors = [parameters[name] for name in self.trained]
         if step.mask is None:
-            gradients, losses = self._full(parameters, step.inputs, step.targets)
+            *gradients, losses = self._full(*tensors, step.inputs, step.targets)
         else:
-            gradients, losses = self._masked(parameters, step.inputs, step.targets, step.mask, step.counts)
-        return gradients, losses
+            *gradients, losses = self._masked(*tensors, step.inputs, step.targets, step.mask, step.counts)
+        return dict(zip(self.trained, gradients, strict=True)), losses
+
+    def _flat(self, mapped: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+        """Turn (parameters by name, batch) -> (gradients by name, losses) into a function from tensors to tensors."""
+
+        def step(*tensors: Any) -> tuple[Any, ...]:
+            named, batch = tensors[: len(self.trained)], tensors[len(self.trained) :]
+            gradients, losses = mapped(dict(zip(self.trained, named, strict=True)), *batch)
+            return (*(gradients[name] for name in self.trained), losses)
+
+        return step
 
     def _mean(self, parameters: _Tensors, inputs: Any, targets: Any) -> Any:
         return self._loss(self._outputs(parameters, inputs), targets)

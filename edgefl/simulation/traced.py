@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_RECORDINGS = 64  # shapes; a batch of one more is left to autograd
+OFTEN = 3  # times that a stack's shapes come before they are recorded, which costs as much as tens of steps
 TOLERANCE = 1e-3  # of the largest gradient: rounding stays far below, a wrong computation far above
 
 Gradients = Sequence["torch.Tensor | None"]
@@ -105,8 +107,7 @@ class GradientOf:
             *seen, seen_loss = recording(*self._state, inputs, targets)
         moved = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
-        pairs = zip((*seen, seen_loss, *moved), (*wanted, loss, *after), strict=True)
-        agree = all(_close(one, other) for one, other in pairs)
+        agree = _agree(seen, wanted) and _agree([seen_loss, *moved], [loss, *after])
         return "" if agree else f"task {self._task.name!r}: a recorded step differs from autograd's"
 
     def _restore(self, buffers: Sequence[torch.Tensor], random: torch.Tensor) -> None:
@@ -118,13 +119,49 @@ class GradientOf:
                 one.copy_(value)
 
 
+class Recorded:
+    """A function from tensors to tensors that changes nothing, recorded for the shapes that come often."""
+
+    def __init__(self, task: str, function: Callable[..., tuple[Any, ...]]) -> None:
+        self._task, self._function = task, function
+        self._seen: Counter[tuple[object, ...]] = Counter()
+        self._recordings: dict[tuple[object, ...], _Recording] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        import torch
+
+        key = tuple((one.shape, one.dtype) for one in tensors)
+        recording = self._recordings.get(key)
+        if recording is not None:
+            with torch.no_grad():
+                return recording(*tensors)
+        result = self._function(*tensors)
+        self._seen[key] += 1
+        if self._seen[key] == OFTEN and len(self._recordings) < MAX_RECORDINGS:
+            self._record(key, tensors, result)
+        return result
+
+    def _record(self, key: tuple[object, ...], tensors: Sequence[torch.Tensor], result: tuple[Any, ...]) -> None:
+        import torch
+
+        try:
+            with UserCode(self._task, "recording a step"):
+                recording = record(self._function, tensors)
+        except TaskError:
+            return  # it goes on as it is
+        with torch.no_grad():
+            seen = recording(*tensors)
+        if _agree(seen, result):
+            self._recordings[key] = recording
+
+
 def record(step: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> _Recording:
     """Return a step as the operations that it makes of tensors of these shapes; lets torch's errors through.
 
     It is followed with tensors that have no values, so that a step which asks for one cannot be recorded.
     """
-    from torch.fx.graph import CodeGen
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.graph import CodeGen
 
     module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     _tidy(module)
@@ -175,13 +212,24 @@ def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:
     ]
 
 
-def _close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def _agree(some: Gradients, others: Gradients) -> bool:
+    """Say whether tensors are the same but for rounding, as measured by the largest number in them."""
+    scale = max((_largest(one) for one in others if one is not None), default=0.0)
+    return all(_close(one, other, TOLERANCE * scale) for one, other in zip(some, others, strict=True))
+
+
+def _largest(one: torch.Tensor) -> float:
+    import torch
+
+    finite = one[torch.isfinite(one)].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _close(one: torch.Tensor | None, other: torch.Tensor | None, within: float) -> bool:
     import torch
 
     if one is None or other is None:
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    one, other = one.double(), other.double()
-    scale = float(other.abs().max()) if other.numel() else 0.0
-    return bool(torch.allclose(one, other, rtol=0, atol=TOLERANCE * scale, equal_nan=True))
+    return bool(torch.allclose(one.double(), other.double(), rtol=0, atol=within, equal_nan=True))
