@@ -30,8 +30,10 @@ from edgefl.trees import Tree
 
 if TYPE_CHECKING:
     import torch
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
 
-    from edgefl.config import TrainConfig
+    from edgefl.config import JobConfig, TrainConfig
 
 MAX_QUOTED = 1000  # characters of the user's own message that we repeat
 
@@ -73,6 +75,18 @@ class Task:
         torch_task = self.model is not None and self.loss is not None and self.train_data is not None
         if torch_task == (self.initial is not None and self.fit is not None):
             raise ConfigError(f"task {self.name!r} must have either model, loss and train_data, or initial and fit")
+
+    def flower_app(self, config: JobConfig | None = None) -> tuple[ServerApp, ClientApp]:
+        """Return this task as Flower's ServerApp and ClientApp: for a SuperLink's federation, or Flower's own engine.
+
+            app = task.flower_app(config)[0]  # in server_app.py; [1] in client_app.py
+
+        Rounds, rule, guards and quorum are ours, and a node's data are its `part` of `parts`: see
+        `edgefl.flower.tasks`. Raises MissingExtra without flwr.
+        """
+        from edgefl.flower import make_apps
+
+        return make_apps(self, config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,8 @@
 """Tasks are found by reference, and their faults are told with the user's file and line."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from edgefl.errors import ConfigError, TaskError
 from edgefl.task import Task, UserCode, import_task, load_task, locate_task
 
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 TASK = """
 from edgefl import Task
 from helper import NAME
@@ -173,3 +177,59 @@ def test_a_task_is_either_of_torch_or_of_its_own():
         Task(name="neither")
     with pytest.raises(ConfigError, match="either"):
         Task(name="both", model=print, loss=print, train_data=print, initial=dict, fit=print)  # type: ignore[arg-type]
+
+
+FLOWER = """
+import json
+import sys
+from pathlib import Path
+
+from edgefl.config import load_config, JobConfig
+from edgefl.task import load_task
+
+assert "flwr" not in sys.modules
+task = load_task(sys.argv[1])
+config = load_config(JobConfig, Path(sys.argv[1]) / "config.toml", ["rounds.count=2"])
+server_app, client_app = task.flower_app(config)
+
+from flwr.serverapp import ServerApp
+from flwr.simulation import run_simulation
+
+ending = ServerApp()
+
+@ending.main()
+def main(grid, context):
+    server_app(grid, context)
+    Path(sys.argv[2]).write_text(json.dumps([dict(context.state[f"round-{number}"]) for number in (1, 2)]))
+
+resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 2}}
+run_simulation(ending, client_app, num_supernodes=2, backend_config=resources)
+"""
+
+
+def test_a_task_is_a_flower_app():
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
+    assert [type(one) for one in load_task(str(DIGITS)).flower_app()] == [ServerApp, ClientApp]
+
+
+@pytest.mark.soak
+def test_a_task_runs_in_flowers_own_engine_and_gives_what_ours_gives(tmp_path):
+    """In a process of its own, as who uses it would: Flower's engine is Ray."""
+    import edgefl
+    from edgefl.config import load_config
+    from edgefl.local_fleet import QUIET
+    from edgefl.simulation.settings import SimulationConfig
+
+    (tmp_path / "app.py").write_text(FLOWER)
+    command = [sys.executable, tmp_path / "app.py", DIGITS, tmp_path / "rounds.json"]
+    done = subprocess.run(
+        command, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads((tmp_path / "rounds.json").read_text())
+    config = load_config(SimulationConfig, DIGITS / "config.toml")
+    ours = edgefl.simulate(DIGITS, clients=2, rounds=2, engine="loop", config=config)
+    for one, other in zip(theirs, ours.rounds, strict=True):
+        assert one["train_loss"] == pytest.approx(other["metrics"]["train_loss"], rel=0.01)
