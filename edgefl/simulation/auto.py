@@ -96,7 +96,8 @@ class _Choice:
     def pool(self) -> Engine:
         """Return workers who do what is faster here."""
         stacks = self._rates.get("stacked", 0.0) > self._rates["loop"]
-        return PoolFleet(dataclasses.replace(self._setup, stacks=stacks))
+        method = dataclasses.replace(self._setup.method, stacks=stacks)
+        return PoolFleet(dataclasses.replace(self._setup, method=method))
 
     def _measure_loop(self, engine: Engine) -> None:
         """Let the loop run for a while: this is how many clients the others are measured by."""

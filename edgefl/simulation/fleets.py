@@ -43,6 +43,14 @@ class Engine(Fleet, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """How clients are trained: the result is the same, to rounding."""
+
+    stacks: bool = False  # whether workers train theirs as one computation, or one after another
+    compiled: bool = False  # whether a C++ compiler makes their steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
     """One simulation, as its engines see it."""
 
@@ -51,7 +59,7 @@ class Setup:
     make_population: PopulationMaker
     population: Population
     config: JobConfig
-    stacks: bool = False  # whether workers train their clients in stacks, or one after another
+    method: Method = field(default_factory=Method)
     stop: threading.Event = field(default_factory=threading.Event)  # set: hand out no more clients
 
     def takes_sums(self, plan: Plan) -> bool:

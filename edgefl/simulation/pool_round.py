@@ -21,7 +21,7 @@ from edgefl.aggregation import make_rule
 from edgefl.aggregation.rule import Merging
 from edgefl.errors import ConfigError
 from edgefl.records import Failure, Partial, Plan, Update
-from edgefl.simulation.fleets import Meter, Setup
+from edgefl.simulation.fleets import Meter, Method, Setup
 from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Gone, Ready, Summed
 
 CHUNKS_PER_WORKER = 8  # of a round: small enough that workers end together
@@ -62,7 +62,7 @@ def train(setup: Setup, meter: Meter, plan: Plan, workers: Sequence[_W], wait: W
     rule = make_rule(setup.config.aggregation.rule, plan.parameters)
     sums = rule.merges and isinstance(rule, Merging) and setup.takes_sums(plan)
     meter.begin(plan)
-    for answer in Round(plan, workers, wait, setup.stop, sums=sums, stacks=setup.stacks).run():
+    for answer in Round(plan, workers, wait, setup.stop, sums=sums, method=setup.method).run():
         up = len(answer.contributors) if isinstance(answer, Partial) else int(isinstance(answer, Update))
         meter.count(down=up or 1, up=up)
         yield answer
@@ -96,12 +96,13 @@ class Round(Generic[_W]):
 
     def __init__(
         self, plan: Plan, workers: Sequence[_W], wait: Wait[_W], stop: threading.Event, *, sums: bool,
-        stacks: bool = False,
+        method: Method | None = None,
     ) -> None:  # fmt: skip
         self._plan, self._wait, self._stop, self._sums = plan, wait, stop, sums
-        self._stacks = sums and stacks
+        method = method or Method()
+        self._method = dataclasses.replace(method, stacks=sums and method.stacks)
         self._hands = [_Hand(worker) for worker in workers]
-        if self._stacks:
+        if self._method.stacks:
             size = min(MAX_STACKED, math.ceil(len(plan.clients) / (len(workers) * STACKS_PER_WORKER)))
         else:
             most = len(plan.clients) // (len(workers) * CHUNKS_PER_WORKER) if sums else 1
@@ -128,7 +129,7 @@ class Round(Generic[_W]):
                     self._give_up(hand, f"it was not ready within {within_s:g} s")
 
     def _begin(self, hand: _Hand[_W]) -> None:
-        hand.worker.begin(Begin(dataclasses.replace(self._plan, parameters={}), self._sums, self._stacks))
+        hand.worker.begin(Begin(dataclasses.replace(self._plan, parameters={}), self._sums, self._method))
 
     def _hand_out(self) -> list[_Hand[_W]]:
         """Give every free worker something to do; return those who will answer, and are wanted to."""

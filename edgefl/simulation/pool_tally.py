@@ -15,7 +15,7 @@ from edgefl.errors import UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import MetricSums
-from edgefl.simulation.fleets import Population
+from edgefl.simulation.fleets import Method, Population
 from edgefl.simulation.machine import own_peak_mb
 from edgefl.simulation.pool_wire import Chunk, Done, Flush, Summed
 from edgefl.simulation.stacked import StackTrainer
@@ -32,11 +32,12 @@ class ChunkTrainer:
         self._rule_name = config.aggregation.rule
         self._tally: _Tally | None = None
 
-    def begin(self, plan: Plan, *, sums: bool, stacks: bool = False) -> None:
+    def begin(self, plan: Plan, *, sums: bool, method: Method | None = None) -> None:
         """Take up a round, forgetting the one before."""
-        wanted = StackTrainer if stacks else LocalTrainer
+        method = method or Method()
+        wanted = StackTrainer if method.stacks else LocalTrainer
         if not isinstance(self._trainer, wanted):
-            self._trainer = wanted(self._task, self._population)
+            self._trainer = wanted(self._task, self._population, compiled=method.compiled)
         self._trainer.begin(plan)
         self._tally = _Tally(plan, self._rule_name) if sums else None
 

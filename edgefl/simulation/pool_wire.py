@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pickle
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.records import Failure, Partial, Plan, Update
-from edgefl.simulation.fleets import PopulationMaker, Setup
+from edgefl.simulation.fleets import Method, PopulationMaker, Setup
 from edgefl.task import Task
 from edgefl.trees import TensorSpec
 
@@ -52,7 +52,7 @@ class Begin:
 
     plan: Plan
     sums: bool  # whether updates are summed in the worker, or sent one by one
-    stacks: bool = False  # whether clients are trained as one computation, or one after another
+    method: Method = field(default_factory=Method)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class Worker:
     def answer(self, message: Begin | Chunk | Flush) -> Done | Summed | None:
         if isinstance(message, Begin):
             plan = dataclasses.replace(message.plan, parameters=self._parameters.tree)
-            self._trainer.begin(plan, sums=message.sums, stacks=message.stacks)
+            self._trainer.begin(plan, sums=message.sums, method=message.method)
             return None
         answer = self._trainer.answer(message)
         if isinstance(answer, Summed) and answer.partial is not None:

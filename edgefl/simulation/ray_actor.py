@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import secrets
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ class ActorStart:
     config: JobConfig
     import_path: tuple[str, ...]
     working_folder: str
+    run: str  # a name that no other simulation has
 
 
 def start_of(setup: Setup, *, here: bool) -> ActorStart:
@@ -59,6 +62,7 @@ def start_of(setup: Setup, *, here: bool) -> ActorStart:
         config=setup.config,
         import_path=import_path(),
         working_folder=os.fspath(Path.cwd()),
+        run=secrets.token_hex(8),
     )
 
 
@@ -67,7 +71,7 @@ class Actor:
 
     def __init__(self, start: ActorStart) -> None:
         self._start = start
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._unpacked = f"edgefl-task-{start.run}-"  # folders of these names are this simulation's
 
     def ready(self) -> Ready:
         """Load the task; say what is wrong where that cannot be."""
@@ -80,16 +84,16 @@ class Actor:
     def begin(self, begin: Begin, parameters: Tree) -> None:
         """Take up a round, with the parameters as they lie in the object store."""
         self._trainer.begin(
-            dataclasses.replace(begin.plan, parameters=parameters), sums=begin.sums, stacks=begin.stacks
+            dataclasses.replace(begin.plan, parameters=parameters), sums=begin.sums, method=begin.method
         )
 
     def answer(self, message: Chunk | Flush) -> Done | Summed:
         return self._trainer.answer(message)
 
     def leave(self) -> None:
-        """Remove what was unpacked."""
-        if self._folder is not None:
-            self._folder.cleanup()
+        """Remove what was unpacked on this machine, by who was killed too: all leave together."""
+        for folder in Path(tempfile.gettempdir()).glob(f"{self._unpacked}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _load(self) -> ChunkTrainer:
         set_threads(1)
@@ -108,8 +112,8 @@ class Actor:
             return task
         if start.bundle is None:
             return load_task(start.reference)
-        self._folder = tempfile.TemporaryDirectory(prefix="edgefl-task-")
-        file, folder = Path(self._folder.name) / "bundle.zip", Path(self._folder.name) / "task"
+        own = Path(tempfile.mkdtemp(prefix=self._unpacked))
+        file = own / "bundle.zip"
         file.write_bytes(start.bundle)
-        unpack_bundle(file, folder)
-        return load_bundle(folder, start.reference)
+        unpack_bundle(file, own / "task")
+        return load_bundle(own / "task", start.reference)

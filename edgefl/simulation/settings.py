@@ -19,13 +19,29 @@ from edgefl.simulation.clock import VirtualClock, VirtualFleet
 from edgefl.simulation.devices import Devices, DevicesConfig
 from edgefl.simulation.fleets import Setup
 from edgefl.simulation.population import PopulationConfig, sizes_of
+from edgefl.simulation.traced import has_compiler
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How the clients are trained, whatever the engine."""
+
+    compile: bool = False  # steps by a C++ compiler: seconds to a minute at the start, a fifth or more less a step
+
+    def __post_init__(self) -> None:
+        if self.compile and not has_compiler():
+            raise ConfigError(
+                "engine.compile=true needs a C++ compiler, and neither $CXX (or g++) nor clang++ is there. "
+                "Install one, or leave the setting out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulationConfig(JobConfig):
-    """A job's sections, and the population's."""
+    """A job's sections, the population's, and the engine's."""
 
     population: PopulationConfig = field(default_factory=PopulationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def settled(

@@ -35,7 +35,7 @@ from edgefl.simulation.checkpoint import (
     refuse_another,
     refuse_other_shapes,
 )
-from edgefl.simulation.fleets import PopulationMaker, Setup, torch_threads
+from edgefl.simulation.fleets import Method, PopulationMaker, Setup, torch_threads
 from edgefl.simulation.interrupt import set_by_interrupt
 from edgefl.simulation.machine import num_cores, own_peak_mb
 from edgefl.simulation.participation import count, no_counts
@@ -109,7 +109,10 @@ def _set_up(
     if saved is not None:
         refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))
     reference = None if isinstance(task, Task) else str(task)
-    return Setup(task=loaded, reference=reference, make_population=maker, population=population, config=config)
+    method = Method(compiled=config.engine.compile)
+    return Setup(
+        task=loaded, reference=reference, make_population=maker, population=population, config=config, method=method
+    )  # fmt: skip
 
 
 def _make_engine(name: str, setup: Setup, saved: Checkpoint | None, address: str | None) -> Chosen:

@@ -44,7 +44,7 @@ class StackedFleet:
         if reason := why_not_stacked(setup):
             raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
         self._setup = setup
-        self._trainer = StackTrainer(setup.task, setup.population)
+        self._trainer = StackTrainer(setup.task, setup.population, compiled=setup.method.compiled)
         self._meter = Meter()
 
     def clients(self) -> Sequence[str]:
@@ -127,10 +127,10 @@ class Stack:
 class StackTrainer:
     """Trains stacks of clients of one population; call `begin` for each plan."""
 
-    def __init__(self, task: Task, population: Population) -> None:
+    def __init__(self, task: Task, population: Population, *, compiled: bool = False) -> None:
         self._task, self._population = task, population
         self._model = make_model(task)
-        self._step = _StepOf(task, self._model)
+        self._step = _StepOf(task, self._model, compiled=compiled)
         self._start: _Tensors = {}
         self._plan: Plan | None = None
 
@@ -218,14 +218,18 @@ class StackTrainer:
 class _StepOf:
     """The gradient and loss of one batch of each client in a stack."""
 
-    def __init__(self, task: Task, model: torch.nn.Module) -> None:
+    def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool) -> None:
         from torch.func import grad_and_value, vmap
 
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._fixed = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
         self._task, self._model = task, model
-        self._full = Recorded(task.name, self._flat(vmap(grad_and_value(self._mean), randomness="error")))
-        self._masked = Recorded(task.name, self._flat(vmap(grad_and_value(self._masked_mean), randomness="error")))
+        self._full = Recorded(
+            task.name, self._flat(vmap(grad_and_value(self._mean), randomness="error")), compiled=compiled
+        )
+        self._masked = Recorded(
+            task.name, self._flat(vmap(grad_and_value(self._masked_mean), randomness="error")), compiled=compiled
+        )
 
     def __call__(self, parameters: _Tensors, step: Step) -> tuple[_Tensors, torch.Tensor]:
         """Return the gradients, (K, ...) each, and the losses, (K,)."""

@@ -10,6 +10,7 @@ gives; a model that cannot be recorded, or that differs, is trained by autograd 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections import Counter
@@ -17,7 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from edgefl.errors import TaskError
-from edgefl.task import Task, UserCode
+from edgefl.logs import event
+from edgefl.task import MAX_QUOTED, Task, UserCode
 from edgefl.training import gradient_by_autograd, loss_of
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 MAX_RECORDINGS = 64  # shapes; a batch of one more is left to autograd
 OFTEN = 3  # times that a stack's shapes come before they are recorded, which costs as much as tens of steps
 TOLERANCE = 1e-3  # of the largest gradient: rounding stays far below, a wrong computation far above
+
+_log = logging.getLogger(__name__)
 
 Gradients = Sequence["torch.Tensor | None"]
 _Recording = Callable[..., tuple[Any, ...]]
@@ -91,7 +95,7 @@ class GradientOf:
             self.why_not = f"task {self._task.name!r}: its model keeps state of its own besides parameters and buffers"
             return None
         if self._compiled:
-            recording = compiled(recording, arguments)
+            recording = compiled(self._task.name, recording, arguments)
         self.why_not = self._fault_of(recording, inputs, targets)
         return None if self.why_not else recording
 
@@ -122,8 +126,8 @@ class GradientOf:
 class Recorded:
     """A function from tensors to tensors that changes nothing, recorded for the shapes that come often."""
 
-    def __init__(self, task: str, function: Callable[..., tuple[Any, ...]]) -> None:
-        self._task, self._function = task, function
+    def __init__(self, task: str, function: Callable[..., tuple[Any, ...]], *, compiled: bool = False) -> None:
+        self._task, self._function, self._compiled = task, function, compiled
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
@@ -149,6 +153,8 @@ class Recorded:
                 recording = record(self._function, tensors)
         except TaskError:
             return  # it goes on as it is
+        if self._compiled:
+            recording = compiled(self._task, recording, tensors)
         with torch.no_grad():
             seen = recording(*tensors)
         if _agree(seen, result):
@@ -190,15 +196,21 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
 
 
-def compiled(recording: _Recording, arguments: Sequence[torch.Tensor]) -> _Recording:
-    """Compile a recording; random operations stay eager ones, so that their numbers are those of a device."""
+def compiled(task: str, recording: _Recording, arguments: Sequence[torch.Tensor]) -> _Recording:
+    """Compile a recording, or return it as it is, and log why, where the compiler will not.
+
+    Random operations stay eager ones, so that their numbers are those of a device.
+    """
     import torch
     import torch._inductor
 
     module = recording.__self__  # type: ignore[attr-defined]  # a bound forward, as `record` makes it
-    with torch._inductor.config.patch(fallback_random=True, size_asserts=False):  # noqa: SLF001 - as above
-        result = torch._inductor.compile(module, list(arguments))  # noqa: SLF001 - as above
-    return cast("_Recording", result)
+    try:
+        with torch._inductor.config.patch(fallback_random=True, size_asserts=False):  # noqa: SLF001 - as above
+            return cast("_Recording", torch._inductor.compile(module, list(arguments)))  # noqa: SLF001 - as above
+    except (RuntimeError, OSError) as error:
+        event(_log, logging.WARNING, "step.not_compiled", task=task, reason=str(error)[:MAX_QUOTED])
+        return recording
 
 
 def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from edgefl.simulation.ray_actor import Actor, start_of
 
 
 @pytest.fixture(autouse=True)
-def own_folder(monkeypatch):
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(Path.cwd())  # an actor goes elsewhere
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_an_actor_trains_as_the_loop_does(set_up, plan_of, here):
+def test_an_actor_trains_as_the_loop_does(set_up, plan_of, here, tmp_path):
     setup = set_up()
     plan = plan_of(setup)
     start = start_of(setup, here=here)
@@ -34,10 +36,10 @@ def test_an_actor_trains_as_the_loop_does(set_up, plan_of, here):
     assert partial.contributors == plan.clients
     for name, total in partial.total.items():
         np.testing.assert_allclose(total, sum(one.weight * one.tree[name] for one in singles), atol=1e-12)
-    folder = actor._folder
-    assert (folder is None) is here
+    assert len(list(tmp_path.iterdir())) == (not here)
+    Actor(start).ready()  # one that will be killed
     actor.leave()
-    assert folder is None or not Path(folder.name).exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_task_object_travels_where_its_parts_have_names(set_up):

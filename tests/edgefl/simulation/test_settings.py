@@ -1,8 +1,11 @@
 """`[population]` beside a job's sections, and when time is virtual."""
 
+import pytest
+
 from edgefl.config import JobConfig, from_dict
+from edgefl.errors import ConfigError
 from edgefl.simulation.loop import LoopFleet
-from edgefl.simulation.settings import SimulationConfig, settled, virtual_time
+from edgefl.simulation.settings import EngineConfig, SimulationConfig, settled, virtual_time
 
 
 def test_what_is_said_besides_goes_over_the_configuration():
@@ -30,3 +33,10 @@ def test_devices_bring_virtual_time(set_up, run):
     (outcome,) = run(setup, virtual.fleet)
     assert len(outcome.admitted) == 8
     assert 3.2 <= virtual.clock() < 3.3  # 16 samples, twice, at 10 a second
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"engine.compile=true needs a C\+\+ compiler"):
+        EngineConfig(compile=True)
