@@ -12,7 +12,7 @@ import ctypes
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
@@ -57,6 +57,7 @@ class Aggregator:
         self._options = options
         self._home = CloudHome(options)
         self._job_threads = ThreadPoolExecutor(MAX_JOBS, "job")
+        self._relay_thread = ThreadPoolExecutor(1, "relays")
 
     def serve(self, on_ready: Callable[[str], None] = lambda _url: None) -> None:
         """Serve until SIGTERM or SIGINT; raises HomeError for a home or port that cannot be had."""
@@ -122,10 +123,12 @@ class Aggregator:
             loop.add_signal_handler(number, stop.set)
         jobs = self._home.jobs
         running = jobs.running()
-        self._home.spool.keep_only(running)
+        self._home.relays.resume()
+        self._home.spool.keep_only([*running, *self._home.relays.running()])
         self._home.rounds.expect(job for job in running if jobs.load(job).cohort)
         async with self._grpc_server(), self._http_server():
             self._home.link.start()
+            self._relay_thread.submit(self._home.relays.watch).add_done_callback(self._report_crash)
             jobs.started, jobs.cancelled = self._start, self._cancel
             for job in running:
                 self._start(job)
@@ -149,6 +152,7 @@ class Aggregator:
             blobs=home.blobs,
             spool=home.spool,
             desired_for=home.rollouts.desired_for,
+            ended=self._ended,
             is_known=home.enrolment.is_known,
             broker_url=home.broker_url,
             insecure=options.insecure,
@@ -180,10 +184,16 @@ class Aggregator:
         self._home.rounds.interrupt(JobCancelled(f"job {job_id} was cancelled by its operator"), job_id)
         self._home.link.wake()
 
+    def _ended(self, held: Sequence[str]) -> list[str]:
+        """Of the jobs whose state a device keeps, return those that are over."""
+        return sorted(set(held) - set(self._home.relays.running())) if held else []
+
     def _stop_jobs(self) -> None:
         self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs go on at the next start"))
         self._home.link.wake()
+        self._home.relays.close()
         self._home.link.close()
+        self._relay_thread.shutdown(wait=True, cancel_futures=True)
         self._job_threads.shutdown(wait=True, cancel_futures=True)
 
     @staticmethod

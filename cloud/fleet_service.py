@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -34,6 +34,7 @@ from edgefl.trees import SpooledTree
 RESUME_S = 10.0
 MAX_REASON_CHARS = 2000
 MAX_METRICS, MAX_METRIC_CHARS = 100, 200  # of one update: they are kept with the round
+MAX_PLANS = 24  # in one answer to `Next`: below 1 MB
 MAX_DOWNLOADS = 4  # of one device at a time: a model, a bundle, releases
 DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
 
@@ -56,6 +57,7 @@ class ServiceParts:
     blobs: BlobStore
     spool: Spool
     desired_for: Callable[[str], list[Signed]]
+    ended: Callable[[Sequence[str]], list[str]]  # of these jobs, those that are over
     is_known: Callable[[str, str | None], bool]  # name and certificate's serial number
     broker_url: str
     insecure: bool = False
@@ -86,27 +88,30 @@ class FleetService:
         self._workers = workers
         self._uploads, self._downloads = Turnstile(), Turnstile(max_each=MAX_DOWNLOADS)
 
-    async def Next(self, _request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
+    async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self._device(context)
         desired = await self._run(self._parts.desired_for, device)
+        waiting = sorted(self._parts.rounds.waiting_for(device), key=_training_first)
         return pb.NextReply(
-            plans=[encode(one.plan) for one in self._parts.rounds.waiting_for(device)],
+            plans=[encode(one.plan) for one in waiting[:MAX_PLANS]],
             desired=[encode(signed) for signed in desired],
             broker=self._parts.broker_url,
+            ended=await self._run(self._parts.ended, request.holding),
         )
 
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Context
     ) -> None:
         device = await self._device(context)
+        opened = [one for one in self._parts.rounds.waiting_for(device) if one.plan.model.sha256 == request.sha256]
+        sources = [one.source for one in opened if one.source is not None]
         try:
-            path = self._parts.blobs.path(request.sha256)
+            path = sources[0] if sources else self._parts.blobs.path(request.sha256)
             descriptor = os.open(path, os.O_RDONLY)
         except ProtocolError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except FileNotFoundError:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"the cloud has no blob {request.sha256}")
-        opened = [one for one in self._parts.rounds.waiting_for(device) if one.plan.model.sha256 == request.sha256]
         try:
             async with self._downloads.turn(device) as transfer:
                 offset = min(request.offset, os.fstat(descriptor).st_size)
@@ -192,7 +197,8 @@ class FleetService:
         """Check, make durable, hand to the round; only then is it acknowledged."""
         try:
             incoming.finish(header.blake3)
-            SpooledTree(incoming.path)
+            if not opened.plan.envelope:  # else it is for the operator to read
+                SpooledTree(incoming.path)
         except ProtocolError as error:
             if header.offset:  # perhaps the part that was here is damaged: once more, from its beginning
                 return _state("PARTIAL")
@@ -213,6 +219,9 @@ class FleetService:
         return _state("REFUSED", reason=reason)
 
     def _record(self, opened: OpenRound, answer: Answer) -> None:
+        if opened.record is not None:
+            opened.record(answer)
+            return
         self._parts.jobs.record(opened.plan.job, opened.plan.round, answer)
 
     def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
@@ -245,6 +254,10 @@ class FleetService:
 
     async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+def _training_first(opened: OpenRound) -> tuple[bool, int]:
+    return bool(opened.plan.envelope), opened.plan.round
 
 
 def _certified_peer(context: Context) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The cloud's home folder, opened: keys, database, blobs, and the parts that work on them.
 
 The first start makes the CA, the fleet's signing key and the operator's credentials; every key has
-mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, blobs/, spool/.
+mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, blobs/, spool/, relays/.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from cloud.jobs import Jobs
 from cloud.mqtt_link import CloudLink, Hearers
 from cloud.open_rounds import OpenRounds
 from cloud.registry import Registry
+from cloud.relay_rows import RelayRows
+from cloud.relays import RelayParts, Relays
 from cloud.rollout import Rollouts
 from cloud.services import Services
 from cloud.spool import Spool
 from cloud.store import open_database
 from edgefl.errors import ConfigError
 from edgefl.home import create_home, lock_home, replace_file
-from edgefl.models.manifest import load_private_key, new_fleet_key, public_pem, save_private_key, sign
+from edgefl.models.manifest import Bundle, load_private_key, new_fleet_key, public_pem, save_private_key, sign
 from edgefl.operator.credentials import write_operator_credentials
 from edgefl.protocols.addresses import is_loopback
-from edgefl.protocols.messages import DeviceState, RolloutNote
+from edgefl.protocols.messages import DeviceState, RolloutNote, Signed
 from edgefl.protocols.tls import Identity, create_ca, expires, issue_server
 
 EMBEDDED = "embedded"
@@ -90,9 +92,12 @@ class CloudHome:
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
         self._drop: Callable[[str], None] = lambda _device: None  # a broker of its own asks nobody
-        self.jobs = Jobs(engine, self.blobs, lambda bundle: sign(bundle, self._fleet_key))
+        self.jobs = Jobs(engine, self.blobs, self._sign)
         self.enrolment = Enrolment(engine, self._tls)
         self._make_link()
+        self.relays = Relays(
+            RelayParts(RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays")
+        )
         self.registry = Registry(engine, self.blobs, self._fleet_key)
         self.rollouts = Rollouts(
             engine, self.registry, self._fleet_key, devices=self.enrolment.devices, send_desired=self.link.send_desired
@@ -122,6 +127,7 @@ class CloudHome:
             registry=self.registry,
             rollouts=self.rollouts,
             jobs=self.jobs,
+            relays=self.relays,
             blobs=self.blobs,
             link=_Presence(self.link, self._drop),
             ca_pem=self.identity.ca.read_bytes(),
@@ -139,12 +145,19 @@ class CloudHome:
         # An embedded broker is where the cloud is: a device puts in the host that it knows the cloud by.
         self.broker_url = f"{scheme}://:{options.mqtt_port}" if embedded else options.broker
         hearers = Hearers(
-            on_state=lambda _device, _state: self.rounds.presence_changed(),
+            on_state=self._note_presence,
             on_note=self._note_rollout,
             is_known=self.enrolment.is_known,
         )
         self.link = CloudLink(own_url, None if options.insecure else self.identity, hearers)
         self._exit.callback(self.link.close)
+
+    def _sign(self, bundle: Bundle) -> Signed:
+        return sign(bundle, self._fleet_key)
+
+    def _note_presence(self, _device: str, _state: DeviceState) -> None:
+        self.rounds.presence_changed()
+        self.relays.presence_changed()
 
     def _note_rollout(self, device: str, note: RolloutNote) -> None:
         self.rollouts.note(device, note)  # made after the link that it sends on

@@ -18,12 +18,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cloud import http_fleet, http_jobs, http_models
+from cloud import http_fleet, http_jobs, http_models, http_relays
 from cloud.http_server import serve_http
 from cloud.http_shared import MAX_STREAMS, UPLOAD_PATH
 from cloud.services import Services
 from edgefl import __version__
 from edgefl.errors import (
+    CloudStopping,
     ConfigError,
     EdgeflError,
     EnrolmentRefused,
@@ -41,6 +42,7 @@ _STATUS: Mapping[type[EdgeflError], int] = {
     ProtocolError: 400,
     EnrolmentRefused: 403,
     ManifestRejected: 409,
+    CloudStopping: 503,
 }
 
 
@@ -52,7 +54,7 @@ def make_app(services: Services) -> FastAPI:
     app.state.stream_threads = anyio.CapacityLimiter(MAX_STREAMS)
     operator = [Depends(_operator)]
     app.include_router(http_fleet.public)
-    for router in (http_fleet.operator, http_jobs.operator, http_models.operator):
+    for router in (http_fleet.operator, http_jobs.operator, http_models.operator, http_relays.operator):
         app.include_router(router, dependencies=operator)
     app.add_exception_handler(EdgeflError, _refused)
     app.add_exception_handler(StarletteHTTPException, _http_error)
@@ -69,7 +71,7 @@ class BodyLimit:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == UPLOAD_PATH:
+        if scope["type"] != "http" or _is_upload(scope["path"]):
             await self._app(scope, receive, send)
             return
         seen_bytes = 0
@@ -83,6 +85,10 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+
+def _is_upload(path: str) -> bool:
+    return path == UPLOAD_PATH or (path.startswith("/v1/relays/") and "/contents/" in path)
 
 
 async def _operator(request: Request) -> None:

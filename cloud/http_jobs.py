@@ -1,4 +1,7 @@
-"""Routes about bytes and jobs: upload and download blobs, submit, watch and cancel."""
+"""Routes about bytes and jobs: upload and download blobs, submit, watch and cancel.
+
+A relay is listed, shown and cancelled as a job; what else it does is in `cloud.http_relays`.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 
+from cloud.blobs import BlobStore
 from cloud.http_shared import HEARTBEAT, UPLOAD_PATH, Body, Here, known, stream_lines
 from cloud.services import Services
 from edgefl.config import JobConfig, from_dict
-from edgefl.errors import NotFound, ProtocolError
+from edgefl.errors import ConfigError, NotFound, ProtocolError
 from edgefl.hashing import HashingFile
 from edgefl.protocols.messages import BlobRef
 
@@ -36,11 +40,18 @@ class JobRequest(Body):
 @operator.put(UPLOAD_PATH)
 async def upload(request: Request, here: Here, sha256: str | None = None) -> BlobRef:
     """Store the body as a blob; with `sha256`, only where that is its digest."""
-    incoming = _Upload(request.stream(), sha256, here)
+    return await store_body(request, here.blobs, here, sha256=sha256, max_bytes=here.max_blob_bytes)
+
+
+async def store_body(
+    request: Request, store: BlobStore, here: Services, *, sha256: str | None, max_bytes: int
+) -> BlobRef:
+    """Write a request's body into a store, a chunk at a time."""
+    incoming = _Upload(request.stream(), sha256, max_bytes, here.chunk_deadline_s)
     announced = request.headers.get("content-length", "0")
     incoming.refuse_size(int(announced) if announced.isdecimal() else 0)
     try:
-        return await anyio.to_thread.run_sync(here.blobs.write, incoming.fill)
+        return await anyio.to_thread.run_sync(store.write, incoming.fill)
     except ClientDisconnect as cause:
         raise HTTPException(400, "the upload was cut off; nothing was stored") from cause
 
@@ -62,19 +73,24 @@ def submit(body: JobRequest, here: Here) -> dict[str, str]:
 
 @operator.get("/v1/jobs")
 def jobs(here: Here) -> list[dict[str, Any]]:
-    """Return every job, the newest first."""
-    return here.jobs.list()
+    """Return every job and relay, the newest first."""
+    found = [*here.jobs.list(), *here.relays.rows()]
+    return sorted(found, key=lambda row: row["created_s"], reverse=True)
 
 
 @operator.get("/v1/jobs/{job}")
 def job(job: str, here: Here) -> dict[str, Any]:
-    """Return a job with its rounds."""
-    return known(here.jobs.get, job)
+    """Return a job with its rounds, or a relay."""
+    return known(here.relays.get if _is_relay(job) else here.jobs.get, job)
 
 
 @operator.post("/v1/jobs/{job}/cancel")
 def cancel(job: str, here: Here) -> dict[str, Any]:
     """Stop a job."""
+    if _is_relay(job):
+        known(here.relays.get, job)
+        here.relays.end(job, "cancelled", "cancelled by its operator")
+        return {"id": job, "state": here.relays.get(job)["state"]}
     known(here.jobs.cancel, job)
     return {"id": job, "state": here.jobs.get(job)["state"]}
 
@@ -82,6 +98,8 @@ def cancel(job: str, here: Here) -> dict[str, Any]:
 @operator.get("/v1/jobs/{job}/events")
 def events(request: Request, job: str, here: Here, after: Annotated[int, Query(ge=0)] = 0) -> StreamingResponse:
     """Stream a line a finished round above `after`, heartbeats between, and the job's end as the last line."""
+    if _is_relay(job):
+        raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
     known(here.jobs.get, job)
     return stream_lines(request, job_lines(here, job, after))
 
@@ -100,14 +118,16 @@ def job_lines(here: Services, job: str, seen: int) -> Iterator[Mapping[str, Any]
             yield HEARTBEAT
 
 
+def _is_relay(job: str) -> bool:
+    return job.startswith("relay-")
+
+
 class _Upload:
     """A body on its way into a blob: read in the event loop, written in a worker thread, a chunk at a time."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], sha256: str | None, here: Services) -> None:
-        self._chunks = chunks
-        self._sha256 = sha256
-        self._max_bytes = here.max_blob_bytes
-        self._deadline_s = here.chunk_deadline_s
+    def __init__(self, chunks: AsyncIterator[bytes], sha256: str | None, max_bytes: int, deadline_s: float) -> None:
+        self._chunks, self._sha256 = chunks, sha256
+        self._max_bytes, self._deadline_s = max_bytes, deadline_s
 
     def fill(self, file: HashingFile) -> None:
         """Write everything that comes; raises before the blob exists."""

@@ -229,6 +229,10 @@ class Jobs:
 
 def _shown(row: Any) -> dict[str, Any]:
     names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s")
-    return {name: row[name] for name in names} | {
-        "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
-    }
+    return (
+        {"kind": "train"}
+        | {name: row[name] for name in names}
+        | {
+            "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
+        }
+    )

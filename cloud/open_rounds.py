@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cloud.jobs import Answer
 from edgefl.errors import EdgeflError
@@ -35,6 +36,8 @@ class OpenRound:
     events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     lock: threading.Lock = field(default_factory=threading.Lock)
     presence_pending: bool = False
+    record: Callable[[Answer], None] | None = None  # makes an answer durable; None = as an update of its job
+    source: Path | None = None  # of what the plan names as its model; None = a blob
 
     def accept(self, answer: Answer, make_durable: Callable[[Answer], None]) -> bool:
         """Take a device's answer, once; False where the round is over or has one from it."""

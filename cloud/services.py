@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from cloud.blobs import BlobStore
 from cloud.enrolment import Enrolment
 from cloud.registry import Registry
+from cloud.relays import Relays
 from cloud.rollout import Rollouts
 from edgefl.config import JobConfig
 from edgefl.protocols.messages import BlobRef, DeviceState
@@ -60,6 +61,7 @@ class Services:
     registry: Registry
     rollouts: Rollouts
     jobs: JobService
+    relays: Relays
     blobs: BlobStore
     link: Link
     ca_pem: bytes

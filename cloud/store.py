@@ -1,8 +1,8 @@
 """The cloud's database: SQLAlchemy Core over SQLite (WAL, synchronous FULL) under the home.
 
 What is committed here survives kill -9 and power loss. Rows of jobs, rounds and updates together say
-exactly where a federation stands; `cloud/jobs.py`, `enrolment.py`, `registry.py` and `rollout.py` are the
-only modules that query them. Methods may be called from any thread.
+exactly where a federation stands; `cloud/jobs.py`, `relay_rows.py`, `enrolment.py`, `registry.py` and `rollout.py`
+are the only modules that query them. Methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -68,6 +68,35 @@ updates = sa.Table(
     sa.Column("weight", sa.Float),
     sa.Column("metrics", sa.JSON, nullable=False),
     sa.Column("reason", sa.String),  # why there is no update
+)
+
+relays = sa.Table(
+    "relays",
+    TABLES,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("app", sa.String, nullable=False),
+    sa.Column("bundle", sa.JSON, nullable=False),  # messages.Signed
+    sa.Column("state", sa.String, nullable=False),  # running | done | failed | cancelled
+    sa.Column("sent", sa.Integer, nullable=False),  # messages taken so far: the number of the last
+    sa.Column("answered", sa.Integer, nullable=False),
+    sa.Column("error", sa.String),
+    sa.Column("created_s", sa.Float, nullable=False),
+    sa.Column("ended_s", sa.Float),
+)
+
+errands = sa.Table(  # of running relays: messages that the operator has not done with
+    "errands",
+    TABLES,
+    sa.Column("relay", sa.String, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("device", sa.String, nullable=False),
+    sa.Column("envelope", sa.String, nullable=False),
+    sa.Column("content_sha256", sa.String, nullable=False),
+    sa.Column("expires_s", sa.Float, nullable=False),  # seconds since 1970
+    sa.Column("answered", sa.Boolean, nullable=False),
+    sa.Column("file", sa.String),  # of the reply, under spool/; NULL where there is none, or not yet
+    sa.Column("reason", sa.String),  # why there is no reply
+    sa.Column("lost", sa.Boolean, nullable=False),  # the cloud gave the device up
 )
 
 releases = sa.Table(

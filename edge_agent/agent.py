@@ -151,14 +151,15 @@ class _Agent:
     def hear_desired(self, signed: Signed) -> None:
         self._updater.hear(signed)
 
-    def before_next(self) -> Callable[[list[WirePlan]], None]:
+    def before_next(self) -> tuple[list[str], Callable[[list[WirePlan], list[str]], None]]:
         at_work, settled_until = self._participant.current, self._store.last_settled()
 
-        def take(plans: list[WirePlan]) -> None:
+        def take(plans: list[WirePlan], ended: list[str]) -> None:
+            self._participant.forget(ended)
             self._participant.reconcile(plans, at_work, settled_until)
             self._outbox.wake()
 
-        return take
+        return self._store.jobs_with_state(), take
 
     async def _serve(self) -> None:
         path = self._config.home / SERVING_FILE

@@ -74,9 +74,9 @@ class CloudChannel:
             self.reachable = ready
             await self._channel.wait_for_state_change(state)
 
-    async def next(self, agent_version: str) -> pb.NextReply:
-        """Ask what this device should do now."""
-        request = pb.NextRequest(agent_version=agent_version)
+    async def next(self, agent_version: str, holding: Sequence[str] = ()) -> pb.NextReply:
+        """Ask what this device should do now; `holding` are the jobs of which it keeps a state."""
+        request = pb.NextRequest(agent_version=agent_version, holding=holding)
         reply: pb.NextReply = await self._next(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
         return reply
 

@@ -48,8 +48,8 @@ class Ears(Protocol):
     def hear_desired(self, signed: Signed) -> None:
         """Hear what this device should serve; not verified yet."""
 
-    def before_next(self) -> Callable[[list[WirePlan]], None]:
-        """`Next` is about to be asked; returns what takes its plans."""
+    def before_next(self) -> tuple[list[str], Callable[[list[WirePlan], list[str]], None]]:
+        """`Next` is about to be asked: return the jobs with a state here, and what takes plans and jobs that ended."""
 
 
 class Link:
@@ -98,10 +98,10 @@ class Link:
             wait_s = ASK_EVERY_S if await self._next() else ASK_AGAIN_S
 
     async def _next(self) -> bool:
-        take_plans = self._ears.before_next()
+        holding, take = self._ears.before_next()
         try:
-            reply = await self._channel.next(__version__)
-            take_plans([messages.decode(WirePlan, plan) for plan in reply.plans])
+            reply = await self._channel.next(__version__, holding)
+            take([messages.decode(WirePlan, plan) for plan in reply.plans], list(reply.ended))
             for signed in reply.desired:
                 self._ears.hear_desired(messages.decode(Signed, signed))
             await self._follow_broker(reply.broker)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from pathlib import Path
 
 import grpc
 
@@ -38,9 +39,9 @@ class Outbox:
         """There may be something to send, or someone to send it to."""
         self._wake.set()
 
-    def put(self, update: Outgoing) -> None:
-        """Take an update whose path is a draft that is written and synced."""
-        self._store.put(update)
+    def put(self, update: Outgoing, state: Path | None = None) -> None:
+        """Take an update whose path is a draft that is written and synced, and the state that goes with it."""
+        self._store.put(update, state)
         self.wake()
 
     def put_failure(self, note: FailureNote) -> None:

@@ -1,6 +1,7 @@
 """Takes part in rounds: from a plan, over the bundle, the model and the trainer, to an update in the outbox.
 
-One round at a time. A newer plan replaces an older one of its job; plans of other jobs wait, one each.
+One round at a time. A newer plan replaces an older one of its job; plans of other jobs wait, one each. A plan
+with an envelope is a message of a relayed Flower app, answered by its ClientApp: of those, each is answered.
 Invariant: a plan ends as an update, as a failure with its reason, or, where the cloud closed the round
 or could not be reached, as nothing; in the last case `Next` brings it back.
 """
@@ -27,7 +28,7 @@ from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolErro
 from edgefl.logs import event
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
 
-MAX_WAITING_JOBS = 16
+MAX_WAITING = 64  # plans; `Next` lists the others again
 LEAD_S, LEAD_SHARE = 2.0, 0.05  # a fit ends so long before the deadline, so that its failure is still heard
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -54,8 +55,8 @@ class Participant:
 
     def __init__(self, means: Means) -> None:
         self._means = means
-        self._waiting: dict[str, WirePlan] = {}  # by job
-        self._newest: dict[str, int] = {}  # job -> round of its last plan
+        self._waiting: dict[tuple[str, int], WirePlan] = {}  # by `_place`
+        self._newest: dict[str, int] = {}  # job -> round of its last plan of training
         self._current: WirePlan | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -83,31 +84,33 @@ class Participant:
 
     def offer(self, plan: WirePlan) -> None:
         """Take a plan, unless it is known."""
-        at_work, waiting = self._current, self._waiting.get(plan.job)
+        at_work, waiting = self._current, self._waiting.get(_place(plan))
         if self._means.store.is_answered(plan.job, plan.round):
             self._means.outbox.wake()
             return
-        if any(one and one.job == plan.job and one.round >= plan.round for one in (at_work, waiting)):
+        if any(one and _place(one) == _place(plan) and one.round >= plan.round for one in (at_work, waiting)):
             return
-        if waiting is None and len(self._waiting) >= MAX_WAITING_JOBS:
+        if waiting is None and len(self._waiting) >= MAX_WAITING:
             event(_log, logging.WARNING, "plan.deferred", job=plan.job, round=plan.round, waiting=len(self._waiting))
             return  # `Next` lists it again
-        self._waiting[plan.job] = plan
-        self._newest[plan.job] = plan.round
-        if at_work and at_work.job == plan.job:
+        self._waiting[_place(plan)] = plan
+        if not plan.envelope:
+            self._newest[plan.job] = plan.round
+        if at_work and _place(at_work) == _place(plan):
             self._cancel("a newer round began")
         self._wake.set()
 
     def close(self, closed: RoundClosed) -> None:
         """Stop work for a round that is over."""
-        plan, waiting = self._current, self._waiting.get(closed.job)
-        if waiting and waiting.round <= closed.round:
-            del self._waiting[closed.job]
-        if plan and plan.job == closed.job and plan.round <= closed.round:
+        for place, waiting in list(self._waiting.items()):
+            if _is_over(waiting, closed):
+                del self._waiting[place]
+        if self._current is not None and _is_over(self._current, closed):
             self._cancel("the round is over")
         self._means.outbox.drop(closed.job, closed.round)
         if closed.job_ended:
             self._newest.pop(closed.job, None)
+            self.forget([closed.job])
             self._rest = True
             self._wake.set()
 
@@ -127,6 +130,14 @@ class Participant:
                 event(_log, logging.ERROR, "plan.deferred", job=plan.job, round=plan.round, reason=error)
                 continue
             self.offer(plan)
+
+    def forget(self, jobs: Sequence[str]) -> None:
+        """These jobs are over: what their ClientApps kept here is of no use."""
+        for job in jobs:
+            try:
+                self._means.store.forget_state(job)
+            except HomeError as error:  # the disk is full: `Next` says it again
+                event(_log, logging.ERROR, "state.not_forgotten", job=job, reason=error)
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -157,8 +168,8 @@ class Participant:
         limit_s = plan.deadline_s - min(LEAD_S, LEAD_SHARE * plan.deadline_s)
         try:
             async with asyncio.timeout(limit_s):
-                update = await self._train(plan)
-            self._means.outbox.put(update)
+                update, state = await self._answer(plan)
+            self._means.outbox.put(update, state)
         except CloudUnreachable as error:
             event(_log, logging.WARNING, "plan.put_off", job=plan.job, round=plan.round, reason=error)
         except TimeoutError:
@@ -171,8 +182,8 @@ class Participant:
             event(_log, logging.INFO, "update.made", job=plan.job, round=plan.round, bytes=update.size,
                   weight=update.weight, seconds=time.monotonic() - start_s)  # fmt: skip
 
-    async def _train(self, plan: WirePlan) -> Outgoing:
-        """Fetch what the plan needs while the trainer starts, then have it train."""
+    async def _answer(self, plan: WirePlan) -> tuple[Outgoing, Path | None]:
+        """Fetch what the plan needs while the trainer starts, then have it train; return the new state as well."""
         means = self._means
         starting = asyncio.create_task(means.trainer.prepare(), name="trainer-start")
         try:
@@ -182,14 +193,16 @@ class Participant:
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)  # its error was raised above, or is not the first
-        draft = means.store.draft(plan.job, plan.round)
+        draft, state = means.store.draft(plan.job, plan.round), means.store.state_draft(plan.job, plan.round)
+        make = self._as_errand if plan.envelope else self._as_fit
         try:
-            done = await means.trainer.fit(self._as_fit(plan, model, bundle, task, draft))
+            done = await means.trainer.fit(make(plan, model, bundle, task, draft))
             _refuse_too_large(done.size, plan)
         except BaseException:
             means.store.discard(draft)
+            state.unlink(missing_ok=True)
             raise
-        return Outgoing(
+        update = Outgoing(
             job=plan.job,
             round=plan.round,
             path=draft,
@@ -197,6 +210,21 @@ class Participant:
             blake3=done.blake3,
             weight=done.weight,
             metrics=done.metrics,
+        )
+        return update, state if done.changed else None
+
+    def _as_errand(self, plan: WirePlan, order: Path, bundle: Path, app: str, draft: Path) -> wire.Errand:
+        store = self._means.store
+        return wire.Errand(
+            app=app,
+            order=str(order),
+            envelope=plan.envelope,
+            bundle=str(bundle),
+            options=self._means.options,
+            state=str(store.state(plan.job) or ""),
+            state_out=str(store.state_draft(plan.job, plan.round)),
+            out=str(draft),
+            memory_limit_mb=self._means.memory_limit_mb,
         )
 
     def _as_fit(self, plan: WirePlan, model: Path, bundle: Path, task: str, draft: Path) -> wire.Fit:
@@ -243,6 +271,17 @@ class Participant:
             event(_log, logging.INFO, "round.cancelled", job=self._current.job, round=self._current.round,
                   reason=reason)  # fmt: skip
             self._task.cancel()
+
+
+def _place(plan: WirePlan) -> tuple[str, int]:
+    """Return what a plan waits under: one for a job's rounds of training, one for each message."""
+    return plan.job, plan.round if plan.envelope else 0
+
+
+def _is_over(plan: WirePlan, closed: RoundClosed) -> bool:
+    if plan.job != closed.job:
+        return False
+    return closed.job_ended or plan.round == closed.round or (not plan.envelope and plan.round < closed.round)
 
 
 def _refuse_too_large(size: int, plan: WirePlan) -> None:

@@ -3,7 +3,8 @@
 SQLite (WAL, synchronous=FULL) for the facts, files for the bytes. Invariant: a row of the outbox
 points at a whole file that is on disk. So the file is written, synced and renamed before its row, and
 the row goes before the file; what a crash leaves between the two is cleaned when the store opens. A
-round is noted as answered in the same transaction that drops its update.
+round is noted as answered in the same transaction that drops its update. The state of a Flower app's client
+moves on in the transaction that takes its reply in, so that a message done again meets the state it met before.
 
 One spare file is kept: overwriting pages that the system already has is ten times cheaper than new ones.
 """
@@ -33,6 +34,7 @@ CREATE TABLE IF NOT EXISTS outbox (
 CREATE TABLE IF NOT EXISTS failures (job TEXT, round INTEGER, reason TEXT NOT NULL, PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS answered (
   id INTEGER PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, UNIQUE (job, round));
+CREATE TABLE IF NOT EXISTS states (job TEXT PRIMARY KEY, file TEXT NOT NULL);
 """
 
 
@@ -63,7 +65,9 @@ class Store:
 
     def __init__(self, home: Path) -> None:
         self.folder = home / "outbox"
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self._states = home / "states"
+        for folder in (self.folder, self._states):
+            folder.mkdir(mode=0o700, exist_ok=True)
         self._db = _open(home / "agent.db")
         self._clean()
 
@@ -85,19 +89,51 @@ class Store:
             else:
                 draft.replace(self.folder / "spare")
 
-    def put(self, update: Outgoing) -> None:
-        """Take an update into the outbox; its path is a draft, written and synced. Raises HomeError."""
-        path = self._file(update.job, update.round)
+    def put(self, update: Outgoing, state: Path | None = None) -> None:
+        """Take an update into the outbox; its path is a draft, written and synced. Raises HomeError.
+
+        `state` is the job's next state, a `state_draft` that is written and synced too.
+        """
+        path, former = self._file(update.job, update.round), self.state(update.job)
         update.path.replace(path)
         _sync_folder(self.folder)
+        if state is not None:
+            state = state.replace(state.with_suffix(".state"))
+            _sync_folder(self._states)
         try:
-            self._insert(update, path)
+            self._insert(update, path, state)
         except HomeError:
-            path.unlink()
+            for file in (path, *([state] if state else [])):
+                file.unlink()
             raise
+        if state is not None and former is not None and former != state:
+            former.unlink(missing_ok=True)
 
-    def _insert(self, update: Outgoing, path: Path) -> None:
+    def state_draft(self, job: str, number: int) -> Path:
+        """Return where to write the state after a job's message."""
+        return self._states / f"{_name(job, number)}.draft"
+
+    def state(self, job: str) -> Path | None:
+        """Return a job's state, if it has one."""
+        found = self._db.execute("SELECT file FROM states WHERE job = ?", (job,)).fetchone()
+        return None if found is None else self._states / found["file"]
+
+    def jobs_with_state(self) -> list[str]:
+        """Return the jobs that have a state here."""
+        return [row["job"] for row in self._db.execute("SELECT job FROM states ORDER BY rowid")]
+
+    def forget_state(self, job: str) -> None:
+        """The job is over."""
+        state = self.state(job)
         with self._change():
+            self._db.execute("DELETE FROM states WHERE job = ?", (job,))
+        if state is not None:
+            state.unlink(missing_ok=True)
+
+    def _insert(self, update: Outgoing, path: Path, state: Path | None) -> None:
+        with self._change():
+            if state is not None:
+                self._db.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (update.job, state.name))
             self._db.execute(
                 "INSERT OR REPLACE INTO outbox VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (update.job, update.round, path.name, update.size, update.blake3, update.weight,
@@ -168,8 +204,7 @@ class Store:
             ) from cause
 
     def _file(self, job: str, number: int) -> Path:
-        name = hashlib.sha256(f"{number}/{job}".encode()).hexdigest()[:32]  # a job's id is no file name
-        return self.folder / f"{name}.update"
+        return self.folder / f"{_name(job, number)}.update"
 
     def _clean(self) -> None:
         """Remove files without a row, and rows whose file is not whole: the cloud asks for those rounds again."""
@@ -180,9 +215,15 @@ class Store:
                 continue
             with self._change():
                 self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (update.job, update.round))
-        for file in self.folder.iterdir():
-            if file.name not in kept:
-                file.unlink()
+        kept |= {row["file"] for row in self._db.execute("SELECT file FROM states")}
+        for folder in (self.folder, self._states):
+            for file in folder.iterdir():
+                if file.name not in kept:
+                    file.unlink()
+
+
+def _name(job: str, number: int) -> str:
+    return hashlib.sha256(f"{number}/{job}".encode()).hexdigest()[:32]  # a job's id is no file name
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -70,7 +70,7 @@ class Trainer:
             self._child = await _start(self._socket_path)
             event(_log, logging.INFO, "trainer.started", pid=self._child.pid)
 
-    async def fit(self, fit: wire.Fit) -> wire.Done:
+    async def fit(self, fit: wire.Fit | wire.Errand) -> wire.Done:
         """Train; raises TaskError. Where this is cancelled, so is the child's work."""
         await self.prepare()
         child = self._child
@@ -136,7 +136,7 @@ class _Child:
     def gone(self) -> bool:
         return self._dead.is_set() or self._reader.at_eof()
 
-    async def ask(self, fit: wire.Fit) -> wire.Done | wire.Failed:
+    async def ask(self, fit: wire.Fit | wire.Errand) -> wire.Done | wire.Failed:
         """Have it train; raises EOFError where it died."""
         self._writer.write(wire.frame(fit))
         await self._writer.drain()

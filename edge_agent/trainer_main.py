@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -28,7 +29,7 @@ from blake3 import blake3
 
 from edge_agent import trainer_wire as wire
 from edgefl.bundle import load_bundle, unpack_bundle
-from edgefl.errors import EdgeflError, TaskError
+from edgefl.errors import EdgeflError, TaskError, out_of_memory
 from edgefl.guards import not_finite, wrong_metrics, wrong_spec, wrong_weight
 from edgefl.hashing import HashingFile
 from edgefl.records import Update
@@ -50,7 +51,7 @@ class Trainer:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._fits: queue.SimpleQueue[wire.Fit] = queue.SimpleQueue()  # the agent sends one at a time
+        self._fits: queue.SimpleQueue[wire.Fit | wire.Errand] = queue.SimpleQueue()  # the agent sends one at a time
         self._fitting = False
 
     def run(self) -> None:
@@ -70,7 +71,7 @@ class Trainer:
                 message = wire.parse(
                     _receive(self._connection, wire.body_bytes(_receive(self._connection, wire.HEAD_BYTES)))
                 )
-                if isinstance(message, wire.Fit):
+                if isinstance(message, wire.Fit | wire.Errand):
                     self._fits.put(message)
         except (OSError, EOFError, EdgeflError):
             os._exit(0)  # nobody waits for an answer, and the task may never return
@@ -80,10 +81,10 @@ class Trainer:
             self._fitting = False
             raise _Cancelled
 
-    def _answer(self, fit: wire.Fit) -> wire.Done | wire.Failed:
+    def _answer(self, fit: wire.Fit | wire.Errand) -> wire.Done | wire.Failed:
         try:
             self._fitting = True
-            done = perform(fit)
+            done = perform(fit) if isinstance(fit, wire.Fit) else perform_errand(fit)
             self._fitting = False
         except _Cancelled:
             return wire.Failed(reason="the round is over")
@@ -97,12 +98,38 @@ def perform(fit: wire.Fit) -> wire.Done:
     """Train, check what came out, write it; raises TaskError and what loading a task raises."""
     limit_memory(fit.memory_limit_mb)
     parameters = SpooledTree(Path(fit.model))
-    archive = Path(fit.bundle)
-    unpack_bundle(archive, archive.with_suffix(""))
-    task = load_bundle(archive.with_suffix(""), fit.task)
+    task = load_bundle(_unpacked(fit.bundle), fit.task)
     result = train_locally(task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client)
     check(task.name, result, parameters, fit)
     return write(result, Path(fit.out))
+
+
+def perform_errand(errand: wire.Errand) -> wire.Done:
+    """Have the ClientApp answer, write the state and then the reply; raises what keeps it from being asked."""
+    from edgefl.flower.errand import Errand, run_errand
+
+    limit_memory(errand.memory_limit_mb)
+    outcome = run_errand(
+        Errand(
+            app=errand.app.partition(":")[0].partition(".")[0],
+            folder=_unpacked(errand.bundle),
+            order=Path(errand.order),
+            envelope=errand.envelope,
+            options=errand.options,
+            state=Path(errand.state) if errand.state else None,
+        )
+    )
+    if outcome.state is not None:
+        _overwrite(Path(errand.state_out), lambda file: file.write(outcome.state or b""))
+    reply = _overwrite(Path(errand.out), lambda file: file.write(outcome.reply))
+    return wire.Done(size=reply.size, blake3=reply.hexdigest(), weight=0.0, changed=outcome.state is not None)
+
+
+def _unpacked(bundle: str) -> Path:
+    archive = Path(bundle)
+    folder = archive.with_suffix("")
+    unpack_bundle(archive, folder)
+    return folder
 
 
 def check(task: str, result: FitResult, parameters: Tree, fit: wire.Fit) -> None:
@@ -122,23 +149,24 @@ def check(task: str, result: FitResult, parameters: Tree, fit: wire.Fit) -> None
 
 def write(result: FitResult, path: Path) -> wire.Done:
     """Write the update over whatever is at `path`, and sync it."""
+    written = _overwrite(path, lambda file: write_tree(result.tree, file))
+    return wire.Done(size=written.size, blake3=written.hexdigest(), weight=result.weight, metrics=result.metrics)
+
+
+def _overwrite(path: Path, fill: Callable[[HashingFile], object]) -> HashingFile:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
         hashing = HashingFile(file, blake3())
-        write_tree(result.tree, hashing)
+        fill(hashing)
         file.truncate(hashing.size)
         os.fdatasync(file.fileno())
-    return wire.Done(size=hashing.size, blake3=hashing.hexdigest(), weight=result.weight, metrics=result.metrics)
+    return hashing
 
 
 def failure(error: BaseException, memory_limit_mb: int) -> wire.Failed:
     """Say why a fit failed; out of memory is told apart, whoever noticed it first."""
-    cause: BaseException | None = error
-    while cause is not None:
-        # torch says it with a RuntimeError of its allocator.
-        if isinstance(cause, MemoryError) or "you tried to allocate" in str(cause):
-            limit = f" of {memory_limit_mb} MB" if memory_limit_mb else ""
-            return wire.Failed(reason=f"the task ran out of its memory limit{limit}", spent=True)
-        cause = cause.__cause__ or cause.__context__
+    if out_of_memory(error):
+        limit = f" of {memory_limit_mb} MB" if memory_limit_mb else ""
+        return wire.Failed(reason=f"the task ran out of its memory limit{limit}", spent=True)
     text = str(error) if isinstance(error, EdgeflError) else f"the device could not do it: {error}"
     return wire.Failed(reason=text)
 

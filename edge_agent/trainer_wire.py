@@ -2,9 +2,11 @@
 
     child:  hello {pid}
     parent: fit {job, round, client, train, model, bundle, task, options, out, memory_limit_mb}
-    child:  done {size, blake3, weight, metrics} | failed {reason, spent}
+            | errand {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb}
+    child:  done {size, blake3, weight, metrics, changed} | failed {reason, spent}
 
-One fit at a time. `spent` says that the child is no longer fit for use (it ran out of memory) and ends.
+A fit is a round of training, an errand hands a message to a Flower app's ClientApp; one at a time. `spent` says
+that the child is no longer fit for use (it ran out of memory) and ends.
 """
 
 from __future__ import annotations
@@ -51,13 +53,30 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Errand:
+    """Hand a message to the ClientApp of a bundle."""
+
+    app: str  # module:attribute of its ClientApp
+    order: str  # path of what the message holds
+    envelope: str  # its metadata
+    bundle: str  # path of the verified bundle, unpacked beside it
+    options: Mapping[str, str]
+    state: str  # path of the node's state; empty = none yet
+    state_out: str  # path to write its next state to
+    out: str  # path to write the reply to; old bytes there are overwritten
+    memory_limit_mb: int  # of the child's data; 0 = none
+    kind: str = "errand"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """The update is at `out`, whole and synced."""
+    """The answer is at `out`, whole and synced; so is the state after an errand, where it `changed`."""
 
     size: int
     blake3: str
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    changed: bool = False
     kind: str = "done"
 
 
@@ -70,9 +89,9 @@ class Failed:
     kind: str = "failed"
 
 
-_KINDS: Mapping[str, type[Any]] = {"hello": Hello, "fit": Fit, "done": Done, "failed": Failed}
+_KINDS: Mapping[str, type[Any]] = {"hello": Hello, "fit": Fit, "errand": Errand, "done": Done, "failed": Failed}
 
-Message = Hello | Fit | Done | Failed
+Message = Hello | Fit | Errand | Done | Failed
 
 
 def frame(message: Message) -> bytes:

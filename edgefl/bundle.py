@@ -45,7 +45,11 @@ def pack_bundle(reference: str) -> PackedBundle:
     Hidden files, caches and virtual environments stay behind. Raises ConfigError for a reference that
     leads nowhere and for more than the caps allow.
     """
-    located = locate_task(reference)
+    return pack_located(locate_task(reference), reference)
+
+
+def pack_located(located: Located, reference: str) -> PackedBundle:
+    """Pack what is at a place already found, as `pack_bundle` does; `reference` is for its errors."""
     files = dict(sorted(_files_of(located)))
     top = located.top_module
     if not any(name == f"{top}.py" or (name.startswith(f"{top}/") and name.endswith(".py")) for name in files):

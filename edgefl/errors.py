@@ -115,3 +115,14 @@ class CloudStopping(EdgeflError):
 
 class InstallError(EdgeflError):
     """The agent cannot be installed as a service on this host."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error comes of too little memory, whoever noticed it first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # torch says it with a RuntimeError of its allocator.
+        if isinstance(cause, MemoryError) or "you tried to allocate" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -24,15 +24,19 @@ from cloud.broker import EmbeddedBroker
 from cloud.broker_config import write_broker_config
 from cloud.enrolment import Enrolment
 from cloud.http_api import make_app, serve_http
-from cloud.jobs import Jobs
+from cloud.jobs import Answer, Jobs
+from cloud.open_rounds import OpenRounds
 from cloud.registry import Registry
+from cloud.relay_rows import RelayRows
+from cloud.relays import RelayParts, Relays
 from cloud.rollout import Rollouts
 from cloud.services import Services
+from cloud.spool import Spool
 from cloud.store import open_database
 from edgefl.models.manifest import new_fleet_key, public_pem, sign
 from edgefl.operator.client import write_operator_credentials
 from edgefl.protocols import tls
-from edgefl.protocols.messages import DeviceState, Signed
+from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, WirePlan
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, Will
 from edgefl.protocols.tls import Identity
 from edgefl.testing import ManualClock
@@ -181,6 +185,8 @@ class HeardLink:
     def __init__(self) -> None:
         self.states: dict[str, DeviceState] = {}
         self.sent: list[tuple[str, Signed]] = []
+        self.told: list[tuple[str, WirePlan | RoundClosed]] = []
+        self.reason = ""
 
     def state(self, device: str) -> DeviceState | None:
         return self.states.get(device)
@@ -190,6 +196,15 @@ class HeardLink:
 
     def send_desired(self, device: str, signed: Signed) -> None:
         self.sent.append((device, signed))
+
+    def send_job(self, device: str, message: WirePlan | RoundClosed) -> None:
+        self.told.append((device, message))
+
+    def online(self) -> frozenset[str]:
+        return frozenset(name for name, state in self.states.items() if state.online)
+
+    def offline(self) -> frozenset[str]:
+        return frozenset(name for name, state in self.states.items() if not state.online)
 
 
 class HttpsServer:
@@ -242,8 +257,16 @@ class HttpPlane:
             self.engine, self.registry, self.key,
             devices=self.enrolment.devices, send_desired=self.link.send_desired, clock=self.clock,
         )  # fmt: skip
+        self.rounds, self.spool = OpenRounds(), Spool(folder / "spool")
+        self.relays = Relays(
+            RelayParts(
+                RelayRows(self.engine), self.rounds, self.spool, self.link, lambda bundle: sign(bundle, self.key),
+                folder / "relays",
+            )
+        )  # fmt: skip
         self.services = Services(
             enrolment=self.enrolment, registry=self.registry, rollouts=self.rollouts, jobs=self.jobs, blobs=self.blobs,
+            relays=self.relays,
             link=self.link, ca_pem=self.ca.cloud.ca.read_bytes(), fleet_key_pem=public_pem(self.key), grpc_port=9440,
             broker_url="mqtts://:8883", operator_token=OPERATOR, max_blob_bytes=5 << 20, heartbeat_s=0.1,
             chunk_deadline_s=0.5,
@@ -277,3 +300,54 @@ def http_plane(tmp_path: Path, https_server: HttpsServer) -> Iterator[HttpPlane]
     plane = HttpPlane(folder, https_server)
     yield plane
     plane.engine.dispose()
+
+
+class PlayedDevices:
+    """Devices of an HTTPS plane that are online and answer messages by a function of a test's: bytes, or a reason."""
+
+    def __init__(self, plane: HttpPlane, respond: Callable[[str, WirePlan, bytes], bytes | str | None]) -> None:
+        self._plane, self._respond = plane, respond
+        self._threads = ThreadPoolExecutor(2, "device")
+        plane.link.send_job = self.hear  # type: ignore[method-assign]
+
+    def enroll(self, *names: str) -> None:
+        self._plane.enroll(*names)
+        for name in names:
+            self._plane.link.states[name] = DeviceState(session=1, online=True, agent_version="0")
+
+    def hear(self, device: str, message: WirePlan | RoundClosed) -> None:
+        self._plane.link.told.append((device, message))
+        if isinstance(message, WirePlan):
+            self._threads.submit(self.answer, device, message).add_done_callback(lambda done: done.result())
+
+    def answer(self, device: str, plan: WirePlan) -> None:
+        opened = self._plane.rounds.get(plan.job, plan.round)
+        assert opened is not None
+        assert opened.source is not None
+        assert opened.record is not None
+        said = self._respond(device, plan, opened.source.read_bytes())
+        if isinstance(said, str):
+            opened.accept(Answer(device=device, reason=said), opened.record)
+        elif said is not None:
+            file = self._plane.spool.file(plan.job, plan.round, device)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(said)
+            opened.accept(Answer(device=device, file=str(file)), opened.record)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+
+@pytest.fixture
+def play_devices(http_plane: HttpPlane) -> Iterator[Callable[..., PlayedDevices]]:
+    """`play_devices(respond, *names)`: devices that answer messages with `respond(device, plan, content)`."""
+    played: list[PlayedDevices] = []
+
+    def play(respond: Callable[[str, WirePlan, bytes], bytes | str | None], *names: str) -> PlayedDevices:
+        played.append(PlayedDevices(http_plane, respond))
+        played[-1].enroll(*names)
+        return played[-1]
+
+    yield play
+    for one in played:
+        one.close()

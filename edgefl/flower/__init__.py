@@ -7,6 +7,8 @@ Their apps on our engine, unmodified:
         result = run_flower_app(app, num_supernodes, parse_run_config(["num-server-rounds=5"]), on_round=print)
         result.as_json()  # rounds, final, seconds, clients_per_second, engine, peak_rss_mb, model
 
+On the devices of a fleet instead: `run_on_fleet(app, open_client)`.
+
 Our tasks on their engines: `make_apps(task, config)` returns (ServerApp, ClientApp).
 Invariant: what we start phones nobody.
 """
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgefl.flower.app import FlowerApp, is_flower_app, load_flower_app, parse_run_config
+    from edgefl.flower.fleet_run import run_on_fleet
     from edgefl.flower.run import FlowerRunResult, run_flower_app
     from edgefl.flower.tasks import make_apps
 
@@ -30,6 +33,7 @@ __all__ = [
     "make_apps",
     "parse_run_config",
     "run_flower_app",
+    "run_on_fleet",
 ]
 
 # Flower reads these when it is imported, so they stand here, before any module of ours that imports it.
@@ -44,6 +48,7 @@ _HOMES = {
     "make_apps": "edgefl.flower.tasks",
     "parse_run_config": "edgefl.flower.app",
     "run_flower_app": "edgefl.flower.run",
+    "run_on_fleet": "edgefl.flower.fleet_run",
 }
 
 

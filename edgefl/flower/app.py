@@ -69,21 +69,27 @@ def load_flower_app(folder: str | Path) -> FlowerApp:
     )
 
 
-def load_client_app(folder: str | Path) -> ClientApp:
-    """Import an app's ClientApp alone; raises as `load_flower_app` does."""
+def load_client_app(folder: str | Path, name: str | None = None) -> ClientApp:
+    """Import an app's ClientApp alone; raises as `load_flower_app` does. `name` is for its errors."""
     require_flower("a Flower app")
     from flwr.clientapp import ClientApp
 
     folder, _, app = _tables(folder)
-    return _load(folder, _reference(folder, app, "clientapp"), ClientApp)
+    return _load(folder, _reference(folder, app, "clientapp"), ClientApp, name)
 
 
-def require_flower(feature: str) -> None:
+def client_reference(folder: str | Path) -> str:
+    """Return `module:attribute` of an app's ClientApp, importing nothing; raises ConfigError."""
+    folder, _, app = _tables(folder)
+    return ":".join(_reference(folder, app, "clientapp"))
+
+
+def require_flower(feature: str, extra: str = "sim") -> None:
     """Raise MissingExtra where flwr is not installed."""
     try:
         import flwr  # noqa: F401 - to see that it is there
     except ImportError as cause:
-        raise MissingExtra(feature, "sim") from cause
+        raise MissingExtra(feature, extra) from cause
 
 
 def fuse_run_config(app: FlowerApp, overrides: Mapping[str, RunConfigValue]) -> dict[str, RunConfigValue]:
@@ -101,11 +107,14 @@ def parse_run_config(settings: Iterable[str]) -> dict[str, RunConfigValue]:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {setting!r} is not of the form key=value")
-        try:
-            config[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            config[key.strip()] = text
+        config[key.strip()] = _toml_value(text)
     return flatten(config, where="--set")
+
+
+def parse_value(text: str) -> RunConfigValue:
+    """Read one value as in TOML; what is no number and no boolean there is a string."""
+    value = _toml_value(text)
+    return value if isinstance(value, (bool, int, float, str)) else text
 
 
 def flatten(table: Any, *, where: str, prefix: str = "") -> dict[str, RunConfigValue]:
@@ -121,6 +130,13 @@ def flatten(table: Any, *, where: str, prefix: str = "") -> dict[str, RunConfigV
         else:
             raise ConfigError(f"{where}: {prefix}{key}={value!r} must be a number, a string or a boolean")
     return flat
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _tables(folder: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -161,18 +177,18 @@ def _reference(folder: Path, app: Mapping[str, Any], component: str) -> tuple[st
     return module, attribute
 
 
-def _load(folder: Path, reference: tuple[str, str], kind: type[_T]) -> _T:
+def _load(folder: Path, reference: tuple[str, str], kind: type[_T], name: str | None = None) -> _T:
     module_name, attribute = reference
-    with UserCode(folder.name, f"importing {module_name!r}", KIND):
+    app = name or folder.name
+    with UserCode(app, f"importing {module_name!r}", KIND):
         found: Any = import_from(folder, module_name)
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            raise ConfigError(f"{KIND} {folder.name!r}: {module_name!r} has no attribute {attribute!r}")
-        found = getattr(found, name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{KIND} {app!r}: {module_name!r} has no attribute {attribute!r}")
+        found = getattr(found, part)
     if not isinstance(found, kind):
         raise ConfigError(
-            f"{KIND} {folder.name!r}: {module_name}:{attribute} is of type {type(found).__name__}, "
-            f"not a {kind.__name__}"
+            f"{KIND} {app!r}: {module_name}:{attribute} is of type {type(found).__name__}, not a {kind.__name__}"
         )
     return found
 

@@ -78,20 +78,11 @@ class Replies(Sequence[Message]):
             return True
 
 
-class LocalGrid(Grid):
-    """Carries messages between a ServerApp and the nodes of one run."""
+class RunGrid(Grid):
+    """What every grid of ours is: that of one run, which nobody changes."""
 
-    def __init__(
-        self, run_id: int, nodes: Nodes, runner: Runner, watch: Watch, stop: threading.Event | None = None
-    ) -> None:
+    def __init__(self, run_id: int) -> None:
         self._run = Run.create_empty(run_id)
-        self._stop = stop or threading.Event()  # set: no more clients begin, and no more rounds
-        self._closed = False
-        self._stopping = threading.Lock()  # held by who told the main thread
-        self._nodes, self._runner, self._watch = nodes, runner, watch
-        self._numbers = itertools.count(1)
-        self._waiting: dict[str, Message] = {}  # pushed, not yet pulled
-        self._unread: list[Replies] = []
 
     def set_run(self, run: Run) -> None:
         raise ConfigError(f"this grid belongs to run {self._run.run_id}; it cannot be set to {run.run_id}")
@@ -105,6 +96,22 @@ class LocalGrid(Grid):
     ) -> Message:
         """Make a message (deprecated by Flower in favour of `Message`)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class LocalGrid(RunGrid):
+    """Carries messages between a ServerApp and the nodes of one run."""
+
+    def __init__(
+        self, run_id: int, nodes: Nodes, runner: Runner, watch: Watch, stop: threading.Event | None = None
+    ) -> None:
+        super().__init__(run_id)
+        self._stop = stop or threading.Event()  # set: no more clients begin, and no more rounds
+        self._closed = False
+        self._stopping = threading.Lock()  # held by who told the main thread
+        self._nodes, self._runner, self._watch = nodes, runner, watch
+        self._numbers = itertools.count(1)
+        self._waiting: dict[str, Message] = {}  # pushed, not yet pulled
+        self._unread: list[Replies] = []
 
     def get_node_ids(self) -> Iterable[int]:
         if self._closed:  # a thread of the legacy server that Ctrl-C left behind looks for this, and ends

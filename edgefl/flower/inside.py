@@ -2,6 +2,7 @@
 
 - A `Message` can only be made in a process that has a task identity (`flwr.supercore.task_identity`).
 - A message's id is given by the grid that carries it, through the metadata's own dictionary.
+- Its protobuf forms, and the functions into and out of them.
 - What `Strategy.start` or the legacy server fills and returns stays inside the user's main; we listen there.
 Invariant: at the end of a run Flower is as it was before it.
 """
@@ -12,12 +13,14 @@ import copy
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from flwr.app import Array, Error, Message
+from flwr.app import Array, Error, Message, RecordDict
+from flwr.common import serde
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto import message_pb2, recorddict_pb2
 from flwr.server import server
 from flwr.server.history import History
 from flwr.serverapp import server_app
@@ -118,6 +121,53 @@ def without_content(message: Message) -> Message:
 def error_reply(request: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Message:
     """Report a client's failure the way Flower does: a reply that carries an Error."""
     return Message(Error(code=code, reason=reason), reply_to=request)
+
+
+def records_bytes(records: RecordDict) -> bytes:
+    """Return records in Flower's protobuf form: nothing at all where there are none."""
+    return bytes(serde.recorddict_to_proto(records).SerializeToString())
+
+
+def records_from(data: bytes) -> RecordDict:
+    """Return what `records_bytes` packed."""
+    return serde.recorddict_from_proto(recorddict_pb2.RecordDict.FromString(data))
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """Return a run config in the protobuf form of a Context that holds nothing else."""
+    context = message_pb2.Context(run_config=serde.user_config_to_proto(dict(config)))
+    return bytes(context.SerializeToString(deterministic=True))
+
+
+def config_from(data: bytes) -> dict[str, Any]:
+    """Return what `config_bytes` packed."""
+    return dict(serde.user_config_from_proto(message_pb2.Context.FromString(data).run_config))
+
+
+def metadata_bytes(message: Message) -> bytes:
+    """Return a message's metadata in Flower's protobuf form."""
+    return bytes(serde.message_to_proto(without_content(message)).metadata.SerializeToString())
+
+
+def message_of(metadata: bytes, content: RecordDict) -> Message:
+    """Return the message of packed metadata and a content."""
+    envelope = message_pb2.Metadata.FromString(metadata)
+    message = serde.message_from_proto(message_pb2.Message(metadata=envelope, content=recorddict_pb2.RecordDict()))
+    message.content = content
+    return message
+
+
+def message_bytes(message: Message) -> bytes:
+    """Return a whole message in Flower's protobuf form."""
+    return bytes(serde.message_to_proto(message).SerializeToString())
+
+
+def reply_from(data: bytes, request: Message) -> Message:
+    """Return the content or error that `message_bytes` packed, as a reply to the request."""
+    packed = message_pb2.Message.FromString(data)
+    if packed.HasField("error"):
+        return error_reply(request, packed.error.reason, packed.error.code)
+    return Message(serde.recorddict_from_proto(packed.content), reply_to=request)
 
 
 @contextmanager

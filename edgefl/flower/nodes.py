@@ -106,21 +106,27 @@ class InProcess:
 
 def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
     """Let a ClientApp answer a message that is its own to change; a failure becomes an error reply, as in Flower."""
+    request = with_own_metadata(delivery.message)
+    try:
+        return attempt(app, client_app, delivery)
+    except TaskError as error:
+        return failed(request, str(error))
+
+
+def attempt(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
+    """Let a ClientApp answer as `execute` does; what it raises leaves as TaskError."""
     message, context = delivery.message, delivery.context
     message_id, run_config = message.metadata.message_id, dict(context.run_config)
     request = with_own_metadata(message)
-    try:
-        with UserCode(app, f"the ClientApp's {message.metadata.message_type!r}", KIND):
-            reply = client_app(message, context)
-    except TaskError as error:
-        return _failed(request, str(error))
+    with UserCode(app, f"the ClientApp's {message.metadata.message_type!r}", KIND):
+        reply = client_app(message, context)
     if not isinstance(reply, Message):
-        return _failed(request, f"the ClientApp returned a {type(reply).__name__}, not a Message")
+        return failed(request, f"the ClientApp returned a {type(reply).__name__}, not a Message")
     if reply.metadata.reply_to_message_id != message_id:
-        return _failed(request, "the ClientApp returned a Message that is no reply to the one it got")
+        return failed(request, "the ClientApp returned a Message that is no reply to the one it got")
     if context.run_config != run_config:
         fault = "The `run_config` field of the `Context` object cannot be modified"
-        return _failed(request, fault, ErrorCode.UNKNOWN)
+        return failed(request, fault, ErrorCode.UNKNOWN)
     return Answer(copy_message(reply), request.metadata.dst_node_id, copy_records(context.state))
 
 
@@ -139,5 +145,6 @@ def _own(delivery: Delivery) -> Delivery:
     )
 
 
-def _failed(request: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Answer:
+def failed(request: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Answer:
+    """Return a failure as Flower reports it."""
     return Answer(error_reply(request, reason, code), request.metadata.dst_node_id, None)

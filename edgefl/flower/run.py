@@ -1,4 +1,4 @@
-"""Run a Flower app on this machine: its ServerApp in this thread, its ClientApps by a runner of ours.
+"""Run a Flower app: its ServerApp in this thread, its ClientApps by a runner of ours, or on a fleet (`fleet_run`).
 
 No Ray, no SuperLink, no process a message.
 Invariant: a run in which all training failed raises; Flower would call it finished.
@@ -10,9 +10,9 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import ConfigError, QuorumNotMet
@@ -25,6 +25,7 @@ from edgefl.task import UserCode
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
 
+    from edgefl.flower.inside import Returned
     from edgefl.flower.watch import Watch
 
 Json = dict[str, Any]
@@ -49,11 +50,14 @@ class FlowerRunResult:
     state: Mapping[str, Any] = field(default_factory=dict)  # the ServerApp's context.state
     interrupted: bool = False  # ended by Ctrl-C
     took_part: Counts = field(default_factory=lambda: no_counts(0))  # rounds of each node, by its partition
+    engine: str = "flower"
+    job: str | None = None  # on a fleet: its relay
+    model: Json | None = None  # digest and path, where it was written
 
     def as_json(self) -> Json:
         """The result with the keys that every engine's result has."""
         return {
-            "engine": "flower",
+            "engine": self.engine,
             "app": self.app,
             "workers": self.num_workers,
             "rounds": list(self.rounds),
@@ -61,10 +65,10 @@ class FlowerRunResult:
             "seconds": self.seconds,
             "clients_per_second": self.num_clients / self.seconds if self.seconds > 0 else 0.0,
             "peak_rss_mb": self.peak_rss_mb,
-            "model": None,
+            "model": self.model,
             "interrupted": self.interrupted,
             "clients_by_rounds": clients_by_rounds(self.took_part),
-        }
+        } | ({} if self.job is None else {"job": self.job})
 
 
 def run_flower_app(
@@ -84,9 +88,7 @@ def run_flower_app(
     from flwr.app import Context, RecordDict
 
     from edgefl.flower.grid import LocalGrid
-    from edgefl.flower.inside import listening, logging_from, task_identity
     from edgefl.flower.nodes import Nodes
-    from edgefl.flower.outcome import arrays_of, metrics_of
     from edgefl.flower.runners import Runners
     from edgefl.flower.watch import Watch
 
@@ -96,16 +98,11 @@ def run_flower_app(
     runners = Runners(app, workers, clock)
     grid = LocalGrid(run_id, nodes, runners, watch, stop)
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
-    if not _RUNNING.acquire(blocking=False):
-        raise ConfigError("a Flower app is already running in this process; start another process for the next")
     start_s = clock()
     with ExitStack() as stack:
-        stack.callback(_RUNNING.release)
+        heard = stack.enter_context(serving(run_id))
         stack.enter_context(runners)
         stack.callback(grid.close)
-        stack.enter_context(task_identity(run_id))
-        stack.enter_context(logging_from(logging.WARNING))
-        heard = stack.enter_context(listening())
         stack.enter_context(set_by_interrupt(stop))
         try:
             with UserCode(app.name, "its ServerApp", KIND):
@@ -115,6 +112,35 @@ def run_flower_app(
             stop.set()
         watch.finish()
         seconds = clock() - start_s
+    result = result_of(app, watch, heard, took_part(watch, len(nodes.ids()), _partition))
+    return replace(
+        result,
+        seconds=seconds,
+        num_workers=runners.num_workers,
+        peak_rss_mb=result.peak_rss_mb + runners.workers_peak_rss_mb,
+        state=context.state,
+        interrupted=stop.is_set(),
+    )
+
+
+@contextmanager
+def serving(run_id: int) -> Iterator[list[Returned]]:
+    """Let a ServerApp run in this process, one at a time; collects what its strategies return."""
+    from edgefl.flower.inside import listening, logging_from, task_identity
+
+    if not _RUNNING.acquire(blocking=False):
+        raise ConfigError("a Flower app is already running in this process; start another process for the next")
+    try:
+        with task_identity(run_id), logging_from(logging.WARNING), listening() as heard:
+            yield heard
+    finally:
+        _RUNNING.release()
+
+
+def result_of(app: FlowerApp, watch: Watch, heard: Sequence[Returned], counts: Counts) -> FlowerRunResult:
+    """Return what a run came to as its messages and strategies tell; raises QuorumNotMet where all training failed."""
+    from edgefl.flower.outcome import arrays_of, metrics_of
+
     _refuse_silence(app, watch)
     told = metrics_of(heard)
     rounds = tuple(seen.as_json(told.get(seen.number)) for seen in watch.rounds)
@@ -123,22 +149,25 @@ def run_flower_app(
         app=app.name,
         rounds=rounds,
         final={**(rounds[-1]["metrics"] if rounds else {}), **last},
-        seconds=seconds,
+        seconds=0.0,
         num_clients=sum(seen.num_admitted for seen in watch.rounds),
-        num_workers=runners.num_workers,
-        peak_rss_mb=peak_rss_mb() + runners.workers_peak_rss_mb,
+        num_workers=0,
+        peak_rss_mb=peak_rss_mb(),
         arrays=arrays_of(heard),
-        state=context.state,
-        interrupted=stop.is_set(),
-        took_part=_took_part(watch, len(nodes.ids())),
+        took_part=counts,
     )
 
 
-def _took_part(watch: Watch, num_nodes: int) -> Counts:
+def took_part(watch: Watch, num_nodes: int, position: Callable[[str], int]) -> Counts:
+    """Count the rounds of each node, by its position among them."""
     counts = no_counts(num_nodes)
     for seen in watch.rounds:
-        count(counts, (int(node.rpartition("-")[2]) for node in seen.participants))
+        count(counts, (position(node) for node in seen.participants))
     return counts
+
+
+def _partition(node: str) -> int:
+    return int(node.rpartition("-")[2])
 
 
 def _refuse_silence(app: FlowerApp, watch: Watch) -> None:

@@ -87,9 +87,12 @@ class SeenRound:
 class Watch:
     """Hears of every message and reply of a run. Safe to call from several threads."""
 
-    def __init__(self, clock: Callable[[], float], on_round: Callable[[Json], None] | None = None) -> None:
+    def __init__(
+        self, clock: Callable[[], float], on_round: Callable[[Json], None] | None = None,
+        name: Callable[[int], str] = node_name,
+    ) -> None:  # fmt: skip
         self.clock = clock
-        self._on_round = on_round
+        self._on_round, self._name = on_round, name
         self._rounds: dict[int, SeenRound] = {}
         self._open = 0  # the round that is open; 0 = none
         self._lock = threading.Lock()
@@ -117,17 +120,17 @@ class Watch:
             for message in messages:
                 if (seen := self._rounds.get(self._open)) is not None:
                     seen.down_bytes += message_bytes(message)
-                    seen.asked.setdefault(_category(message), set()).add(node_name(message.metadata.dst_node_id))
+                    seen.asked.setdefault(_category(message), set()).add(self._name(message.metadata.dst_node_id))
 
     def answered(self, request: Message, reply: Message) -> None:
         """Note a reply."""
         with self._lock:
             if (seen := self._rounds.get(self._open)) is None:
                 return
-            node, category = node_name(request.metadata.dst_node_id), _category(request)
+            node, category = self._name(request.metadata.dst_node_id), _category(request)
             seen.end_s = self.clock()
             if reply.has_error():
-                seen.failed[node] = reply.error.reason or f"error {reply.error.code}"
+                seen.failed.setdefault(node, reply.error.reason or f"error {reply.error.code}")
                 return
             seen.up_bytes += message_bytes(reply)
             seen.done.setdefault(category, set()).add(node)

@@ -7,11 +7,13 @@ from pathlib import Path
 import click
 
 from edgefl.config import JobConfig, load_config
+from edgefl.flower import is_flower_app
 from edgefl.operator.cli_fleet import devices, jobs
 from edgefl.operator.cli_models import models, rollout
 from edgefl.operator.connection import Connection, connected
 from edgefl.operator.output import Output, counted, example, json_option, metrics_text, refuse_no_folder
 from edgefl.operator.progress import left_running, round_progress
+from edgefl.operator.run_flower import FlowerRun, run_flower
 
 __all__ = ["devices", "jobs", "models", "rollout", "run"]
 
@@ -35,12 +37,17 @@ def run(  # noqa: PLR0913 - one a flag
     """Train a task on the fleet.
 
     TASK is package.module:attribute, or a folder whose pyproject.toml names its task. Ctrl-C stops watching, not the
-    job.
+    job. A folder with [tool.flwr.app] is a Flower app and runs as it is: its ServerApp here, so that Ctrl-C ends the
+    run, its ClientApp on the devices; --set key=value is for its run-config.
     """
     from edgefl.operator.run import submit, watch
     from edgefl.task import load_task
 
     refuse_no_folder(out, "--out")
+    if is_flower_app(task):
+        asked = FlowerRun(folder=Path(task), rounds=rounds, settings=settings, out=out, task_flags={"--config": config})
+        run_flower(asked, connection, output)
+        return
     over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
     job_config = load_config(JobConfig, config, over)
     loaded = load_task(task)

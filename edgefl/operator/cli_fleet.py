@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from edgefl.errors import ConfigError
 from edgefl.operator.client import Json
 from edgefl.operator.connection import Connection, connected
 from edgefl.operator.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
@@ -72,8 +73,8 @@ def show(job: str, connection: Connection, output: Output) -> None:
     """Show one job and its rounds."""
     with connection.open() as client:
         found = client.job(job)
-    output.line(f"{found['id']} {found['task']}: {found['state']}, {_progress(found)} rounds")
-    for outcome in found["rounds"]:
+    output.line(f"{found['id']} {found['task']}: {found['state']}, {_progress(found, ' rounds')}")
+    for outcome in found.get("rounds", ()):
         output.line(round_text(outcome, found["config"]["rounds"]["count"]))
     if found["error"]:
         output.line(f"error: {found['error']}")
@@ -104,15 +105,20 @@ def watch(job: str, task: str | None, out: Path | None, connection: Connection, 
     refuse_no_folder(out, "--out")
     loaded = load_task(task) if task is not None else None
     with connection.open() as client:
-        count = int(client.job(job)["config"]["rounds"]["count"])
+        found = client.job(job)
+        if found["kind"] == "relay":
+            raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
+        count = int(found["config"]["rounds"]["count"])
         with left_running(job, output), round_progress(output, count) as on_round:
             result = watch_job(client, job, loaded, on_round=on_round, out=out)
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     output.result(result.as_json())
 
 
-def _progress(job: Json) -> str:
-    return f"{job['rounds_done']}/{job['config']['rounds']['count']}"
+def _progress(job: Json, noun: str = "") -> str:
+    if job["kind"] == "relay":
+        return f"{job['answered']}/{job['sent']} messages"
+    return f"{job['rounds_done']}/{job['config']['rounds']['count']}{noun}"
 
 
 def _pairs(values: Json, between: str) -> str:

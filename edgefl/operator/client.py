@@ -102,6 +102,40 @@ class CloudClient:
         """Yield the rounds above `after` as they finish, then the job's end; over one connection."""
         return self._lines(f"/v1/jobs/{quote(job, safe='')}/events", {"after": after})
 
+    def start_relay(self, app: str, bundle: BlobRef) -> str:
+        """Begin a relay for a Flower app from its uploaded bundle, and return its id."""
+        return str(self._json("POST", "/v1/relays", {"app": app, "bundle": bundle})["id"])
+
+    def put_content(self, relay: str, data: bytes, sha256: str) -> None:
+        """Upload what messages of a relay hold."""
+        with self._deadline():
+            _checked(self._http.put(f"/v1/relays/{relay}/contents/{sha256}", content=data))
+
+    def drop_content(self, relay: str, sha256: str) -> None:
+        """Forget what no message holds any more."""
+        self._json("DELETE", f"/v1/relays/{relay}/contents/{sha256}")
+
+    def send_messages(self, relay: str, messages: Sequence[Json]) -> None:
+        """Send messages: number, device, envelope, content, within_s."""
+        self._json("POST", f"/v1/relays/{relay}/messages", {"messages": messages})
+
+    def relay_events(self, relay: str) -> Iterator[Json]:
+        """Yield a line a reply that is not done with, then the relay's end; over one connection."""
+        return self._lines(f"/v1/relays/{relay}/events", {})
+
+    def get_reply(self, relay: str, number: int) -> bytes:
+        """Download a reply."""
+        with self._deadline():
+            return _checked(self._http.get(f"/v1/relays/{relay}/replies/{number}")).content
+
+    def relay_done(self, relay: str, numbers: Sequence[int]) -> None:
+        """Forget messages and their replies."""
+        self._json("POST", f"/v1/relays/{relay}/done", {"numbers": list(numbers)})
+
+    def end_relay(self, relay: str, state: str, error: str | None) -> None:
+        """End a relay."""
+        self._json("POST", f"/v1/relays/{relay}/end", {"state": state, "error": error})
+
     def publish(self, model: str, blob: BlobRef, metrics: Mapping[str, float]) -> Json:
         """Make an uploaded model the next version, and return the release."""
         body = {"blob": blob, "metrics": dict(metrics)}

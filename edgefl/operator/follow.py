@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from edgefl.errors import CloudRefused, CloudUnreachable
 from edgefl.operator.client import CloudClient, Json
@@ -16,6 +17,8 @@ from edgefl.operator.client import CloudClient, Json
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 _PASSING = range(502, 505)  # an overloaded or stopping server
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,27 @@ def follow_rollout(
         return client.rollout_events(rollout, max(0.0, until_s - patience.clock()))
 
     return _resumed(connect, lambda status: status["state"] != "running", patience, until_s)
+
+
+def follow_relay(client: CloudClient, relay: str, patience: Patience | None = None) -> Iterator[Json]:
+    """Yield a relay's replies, one that is not done with perhaps again, then its end."""
+    return _resumed(lambda: client.relay_events(relay), lambda event: "state" in event, patience or Patience())
+
+
+def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
+    """Call until the cloud answers; raises CloudUnreachable when patience ends. For what may be done twice."""
+    patience = patience or Patience()
+    until_s, pause_s = patience.clock() + patience.seconds, FIRST_PAUSE_S
+    while True:
+        try:
+            return call()
+        except (CloudUnreachable, CloudRefused) as error:
+            if isinstance(error, CloudRefused) and error.status not in _PASSING:
+                raise
+            if patience.clock() + pause_s > until_s:
+                raise
+        patience.pause(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def _resumed(

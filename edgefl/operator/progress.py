@@ -16,8 +16,8 @@ INTERRUPTED = 130  # as shells count a process that SIGINT ended
 
 
 @contextmanager
-def round_progress(output: Output, count: int) -> Iterator[Callable[[Json], None]]:
-    """Give what is to hear of each round."""
+def round_progress(output: Output, count: int | None) -> Iterator[Callable[[Json], None]]:
+    """Give what is to hear of each round; a count of None: nobody knows how many there will be."""
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         yield lambda outcome: output.line(round_text(outcome, count))
         return
@@ -50,11 +50,12 @@ def left_running(job: str, output: Output) -> Iterator[None]:
         raise
 
 
-def round_text(outcome: Json, count: int) -> str:
+def round_text(outcome: Json, count: int | None) -> str:
     """Return one line on a finished round, with the reason of each refusal."""
     counts = [f"{outcome['admitted']} admitted"]
     counts += [f"{outcome[name]} {name}" for name in ("rejected", "failed", "missing") if outcome[name]]
-    text = f"round {outcome['round']}/{count}: {', '.join(counts)} in {outcome['seconds']:.2f} s "
+    of = "" if count is None else f"/{count}"
+    text = f"round {outcome['round']}{of}: {', '.join(counts)} in {outcome['seconds']:.2f} s "
     text += metrics_text(outcome["metrics"])
     reasons = "; ".join(f"{device}: {reason}" for device, reason in outcome["reasons"].items())
     return f"{text.rstrip()} ({reasons})" if reasons else text.rstrip()

@@ -8,20 +8,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class NextRequest(_message.Message):
-    __slots__ = ("agent_version",)
+    __slots__ = ("agent_version", "holding")
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    HOLDING_FIELD_NUMBER: _ClassVar[int]
     agent_version: str
-    def __init__(self, agent_version: _Optional[str] = ...) -> None: ...
+    holding: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent_version: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NextReply(_message.Message):
-    __slots__ = ("plans", "desired", "broker")
+    __slots__ = ("plans", "desired", "broker", "ended")
     PLANS_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     BROKER_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     plans: _containers.RepeatedScalarFieldContainer[bytes]
     desired: _containers.RepeatedScalarFieldContainer[bytes]
     broker: str
-    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ...) -> None: ...
+    ended: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DownloadRequest(_message.Message):
     __slots__ = ("sha256", "offset")

@@ -45,12 +45,13 @@ class WirePlan:
 
     job: str
     round: int
-    model: BlobRef  # safetensors: the parameters to start from
+    model: BlobRef  # safetensors: the parameters to start from; of a message: what Flower's client app is sent
     model_blake3: str  # their BLAKE3: every device checks them every round, in a quarter of SHA-256's time
     bundle: Signed  # a signed manifest.Bundle: the task's code
     train: TrainConfig
     deadline_s: float
     max_update_bytes: int
+    envelope: str = ""  # of a message of a relayed Flower app: its metadata; empty = a round of training
     kind: str = "plan"
 
 

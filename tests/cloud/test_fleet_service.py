@@ -1,6 +1,8 @@
 """The data plane over real gRPC and mutual TLS, spoken to by the generated stub."""
 
 import asyncio
+import dataclasses
+import hashlib
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from edgefl.models.manifest import new_fleet_key, sign
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls
-from edgefl.protocols.messages import WirePlan, decode_job
+from edgefl.protocols.messages import BlobRef, WirePlan, decode_job
 from edgefl.trees import write_tree
 
 Status = pb.UploadState
@@ -60,6 +62,7 @@ class Plane:
         workers = ThreadPoolExecutor(4)
         parts = ServiceParts(
             rounds=self.rounds, jobs=self.jobs, blobs=self.blobs, spool=self.spool, desired_for=lambda _device: [],
+            ended=lambda held: [job for job in held if job != self.job],
             is_known=lambda name, _serial: name in self.known, broker_url="mqtts://:8883",
         )  # fmt: skip
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", 8 << 20)])
@@ -130,6 +133,46 @@ def test_next_lists_the_rounds_that_wait_for_the_caller(plane):
     assert decode_job(reply.plans[0]) == plane.round.plan
     assert reply.broker == "mqtts://:8883"
     assert not plane.stub("c").Next(pb.NextRequest(), timeout=10).plans
+
+
+def a_message(plane, number=7, content=b"a message", device="a"):
+    """Open a message of a relay; return its round, and the answers that it recorded."""
+    source, answers = plane.folder / f"content-{number}", []
+    source.write_bytes(content)
+    ref = BlobRef(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    plan = dataclasses.replace(
+        plane.round.plan, job="relay-1", round=number, model=ref, envelope="e", max_update_bytes=1000
+    )
+    opened = OpenRound(plan, frozenset({device}), source=source, record=answers.append)
+    plane.rounds.add(opened)
+    return opened, answers
+
+
+def test_a_message_is_downloaded_by_its_device_alone_and_answered_with_any_bytes(plane):
+    opened, answers = a_message(plane)
+    stub, request = plane.stub("a"), pb.DownloadRequest(sha256=opened.plan.model.sha256)
+    assert b"".join(chunk.data for chunk in stub.Download(request, timeout=10)) == b"a message"
+    with pytest.raises(grpc.RpcError) as refused:
+        list(plane.stub("b").Download(request, timeout=10))
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+    key = pb.UpdateKey(job="relay-1", round=7)
+    assert plane.upload(stub, b"no safetensors", key=key, weight=0.0).status == Status.STORED
+    [answer] = answers
+    assert plane.spool.path(answer.file).read_bytes() == b"no safetensors"
+
+
+def test_next_lists_training_first_and_not_too_many_messages(plane):
+    for number in range(30, 0, -1):
+        a_message(plane, number, f"{number}".encode())
+    plans = [decode_job(plan) for plan in plane.stub("a").Next(pb.NextRequest(), timeout=10).plans]
+    assert [(plan.job, plan.round) for plan in plans] == [
+        (plane.job, 1), *[("relay-1", number) for number in range(1, 24)],
+    ]  # fmt: skip
+
+
+def test_next_says_which_jobs_are_over(plane):
+    asked = pb.NextRequest(holding=["relay-0", plane.job])
+    assert list(plane.stub("a").Next(asked, timeout=10).ended) == ["relay-0"]
 
 
 def test_a_download_goes_on_at_an_offset_and_is_counted(plane):

@@ -57,6 +57,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         self.blobs: dict[str, bytes] = {}
         self.plans: list[WirePlan] = []
         self.desired: list[Signed] = []
+        self.over: set[str] = set()  # jobs that have ended
         self.updates: dict[tuple[str, int], tuple[pb.UploadHeader, bytes]] = {}
         self.failures: dict[tuple[str, int], str] = {}
         self.parts: dict[tuple[str, int], bytearray] = {}
@@ -162,6 +163,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
             plans=[messages.encode(plan) for plan in waiting],
             desired=[messages.encode(signed) for signed in self.desired],
             broker=self.broker,
+            ended=[job for job in request.holding if job in self.over],
         )
 
     def Download(self, request, context):  # noqa: N802 - gRPC's name

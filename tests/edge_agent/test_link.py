@@ -19,7 +19,7 @@ class Ears:
     """What was heard."""
 
     def __init__(self) -> None:
-        self.jobs, self.desired, self.nexts = [], [], []
+        self.jobs, self.desired, self.nexts, self.ended = [], [], [], []
 
     def hear_job(self, message):
         self.jobs.append(message)
@@ -28,7 +28,7 @@ class Ears:
         self.desired.append(signed)
 
     def before_next(self):
-        return self.nexts.append
+        return ["job-held"], lambda plans, ended: (self.nexts.append(plans), self.ended.extend(ended))
 
 
 @pytest.fixture

@@ -17,10 +17,13 @@ def store(tmp_path):
     opened.close()
 
 
-def put(store: Store, number: int = 1, data: bytes = b"update") -> None:
-    draft = store.draft("j", number)
+def put(store: Store, number: int = 1, data: bytes = b"update", state: bytes | None = None) -> None:
+    draft, state_draft = store.draft("j", number), store.state_draft("j", number)
     draft.write_bytes(data)
-    store.put(Outgoing(job="j", round=number, path=draft, size=len(data), blake3="00", weight=2.5, metrics={"a": 0.5}))
+    update = Outgoing(job="j", round=number, path=draft, size=len(data), blake3="00", weight=2.5, metrics={"a": 0.5})
+    if state is not None:
+        state_draft.write_bytes(state)
+    store.put(update, None if state is None else state_draft)
 
 
 def test_an_update_survives_a_restart(store, tmp_path):
@@ -149,3 +152,27 @@ def test_a_round_is_asked_again_only_if_it_was_settled_before_that(store):
     for number in (1, 2):
         store.ask_again("j", number, asked)
     assert [store.is_answered("j", number) for number in (1, 2)] == [False, True]
+
+
+def test_a_state_moves_on_with_the_reply_that_made_it(store, tmp_path):
+    put(store, 1, state=b"one")
+    put(store, 2, state=b"two")
+    put(store, 3)
+    store.state_draft("j", 4).write_bytes(b"its reply was never taken in")
+    again = Store(tmp_path)
+    assert again.state("j").read_bytes() == b"two"
+    assert again.jobs_with_state() == ["j"]
+    assert len(list((tmp_path / "states").iterdir())) == 1
+    again.forget_state("j")
+    assert (again.state("j"), again.state("other")) == (None, None)
+    assert list((tmp_path / "states").iterdir()) == []
+    again.close()
+
+
+def test_a_state_that_cannot_be_noted_is_the_one_before(store, tmp_path):
+    put(store, 1, state=b"one")
+    store._db.execute("PRAGMA query_only = ON")
+    with pytest.raises(HomeError):
+        put(store, 2, state=b"two")
+    assert store.state("j").read_bytes() == b"one"
+    assert len(list((tmp_path / "states").iterdir())) == 1

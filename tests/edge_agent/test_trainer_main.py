@@ -6,15 +6,19 @@ import os
 import resource
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 from blake3 import blake3
+from flwr.app import Message, RecordDict
 
 from edge_agent import trainer_main as child
 from edge_agent import trainer_wire as wire
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
+from edgefl.flower import wire as wire_of_flower
+from edgefl.flower.inside import give_id, task_identity
 from edgefl.task import FitResult
 from edgefl.trees import read_tree
 
@@ -92,3 +96,59 @@ def test_it_needs_a_socket():
     )  # fmt: skip
     assert done.returncode == 1
     assert "socket activation" in done.stderr
+
+
+CLIENT = """
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.query()
+def count(message, context):
+    context.state["seen"] = ConfigRecord({"n": 1})
+    return Message(RecordDict(), reply_to=message)
+
+@app.train()
+def greedy(message, context):
+    raise MemoryError
+"""
+
+
+@pytest.fixture
+def errand(tmp_path):
+    """Return a function that makes an errand of a small Flower app."""
+    bundle = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(bundle, "w") as archive:
+        archive.writestr("errand_app.py", CLIENT)
+        archive.writestr("pyproject.toml", '[tool.flwr.app.components]\nclientapp = "errand_app:app"\n')
+
+    def make(kind):
+        with task_identity(1):
+            message = Message(RecordDict(), 5, kind)
+        give_id(message, "1-1")
+        (tmp_path / "order").write_bytes(wire_of_flower.pack_order({}, message.content))
+        return wire.Errand(
+            app="errand_app:app", order=str(tmp_path / "order"), envelope=wire_of_flower.pack_envelope(message),
+            bundle=str(bundle), options={}, state="", state_out=str(tmp_path / "state"), out=str(tmp_path / "out"),
+            memory_limit_mb=0,
+        ), message  # fmt: skip
+
+    return make
+
+
+def test_an_errand_ends_in_a_reply_and_a_state(errand, tmp_path):
+    (tmp_path / "out").write_bytes(b"old" * 1000)
+    asked, message = errand("query")
+    done = child.perform_errand(asked)
+    data = (tmp_path / "out").read_bytes()
+    assert (done.size, done.blake3, done.changed) == (len(data), blake3(data).hexdigest(), True)
+    assert not wire_of_flower.open_reply(data, message).has_error()
+    assert wire_of_flower.open_state((tmp_path / "state").read_bytes())["seen"]["n"] == 1
+
+
+def test_an_errand_that_runs_out_of_memory_spends_the_trainer(errand, tmp_path):
+    with pytest.raises(TaskError) as raised:
+        child.perform_errand(errand("train")[0])
+    assert child.failure(raised.value, 50).spent
+    assert not (tmp_path / "state").exists()

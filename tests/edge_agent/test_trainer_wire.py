@@ -12,11 +12,21 @@ FIT = wire.Fit(
     job="j", round=2, client="cam-1", train=TrainConfig(lr=0.5), model="/m", bundle="/b.zip", task="t:task",
     options={"part": "0"}, out="/o", memory_limit_mb=100,
 )  # fmt: skip
+ERRAND = wire.Errand(
+    app="app:app", order="/o", envelope="e", bundle="/b.zip", options={}, state="", state_out="/s", out="/r",
+    memory_limit_mb=100,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "message",
-    [FIT, wire.Hello(pid=7), wire.Done(size=1, blake3="ab", weight=2.0, metrics={"a": 1.0}), wire.Failed(reason="é\n")],
+    [
+        FIT,
+        ERRAND,
+        wire.Hello(pid=7),
+        wire.Done(size=1, blake3="ab", weight=2.0, metrics={"a": 1.0}),
+        wire.Failed(reason="é\n"),
+    ],
 )
 def test_a_message_survives_the_wire(message):
     data = wire.frame(message)

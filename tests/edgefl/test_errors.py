@@ -37,3 +37,11 @@ def test_update_rejected_keeps_device_and_reason() -> None:
     assert (error.device, error.reason) == ("a", "weight 0")
     assert "'a'" in str(error)
     assert "weight 0" in str(error)
+
+
+def test_out_of_memory_is_known_whoever_noticed_it() -> None:
+    wrapped = ValueError("x")
+    wrapped.__cause__ = MemoryError()
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: you tried to allocate 8 bytes"), wrapped):
+        assert errors.out_of_memory(error)
+    assert not errors.out_of_memory(ValueError("x"))

@@ -71,3 +71,12 @@ def test_an_ended_job_is_not_cancelled_any_more(edgefl, job):
 def test_a_job_that_is_not_there(edgefl, command):
     done = edgefl("jobs", command, "job-0")
     assert (done.exit_code, type(done.exception)) == (1, NotFound)
+
+
+def test_a_relay_is_shown_by_its_messages(edgefl, http_plane):
+    relay = http_plane.relays.start("app:app", http_plane.blobs.put(b"zip"))
+    listed = edgefl("jobs", "list").stdout.splitlines()[1].split("\t")
+    assert listed[:4] == [relay, "app:app", "running", "0/0 messages"]
+    assert edgefl("jobs", "show", relay).stdout.splitlines() == [f"{relay} app:app: running, 0/0 messages"]
+    assert "its rounds are seen where `edgefl run` runs" in str(edgefl("jobs", "watch", relay).exception)
+    assert edgefl("jobs", "cancel", relay).stdout == f"job {relay} is cancelled\n"

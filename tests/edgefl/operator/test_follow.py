@@ -10,7 +10,7 @@ import pytest
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, CloudUnreachable, NotFound
 from edgefl.operator.client import CloudClient, load_credentials
-from edgefl.operator.follow import Patience, follow_job, follow_rollout
+from edgefl.operator.follow import Patience, follow_job, follow_relay, follow_rollout, insist
 from edgefl.records import RoundOutcome
 from edgefl.testing import ManualClock
 
@@ -101,3 +101,30 @@ def test_a_rollout_is_followed_until_the_time_is_up(http_plane):
     with CloudClient(None, load_credentials(http_plane.credentials)) as client:
         rollout = client.start_rollout("m")["id"]
         assert [one["state"] for one in follow_rollout(client, rollout, 0.3)] == ["running"]
+
+
+def test_a_relay_is_followed_over_the_ends_of_its_streams():
+    streams = Streams([{"number": 1}, {"heartbeat": True}], [{"number": 1}], [{"number": 2}, END])
+    streams.relay_events = lambda relay: streams.job_events(relay, 0)
+    heard = list(follow_relay(streams, "relay", patience()[0]))
+    assert heard == [{"number": 1}, {"number": 1}, {"number": 2}, END]
+
+
+def test_to_insist_is_to_ask_until_there_is_an_answer():
+    answers = [GONE, CloudRefused("stopping", 503), "yes"]
+
+    def call():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert insist(call, patience()[0]) == "yes"
+    answers[:] = [CloudRefused("no", 400)]
+    with pytest.raises(CloudRefused, match="no"):
+        insist(call, patience()[0])
+    answers[:] = [GONE] * 50
+    one, clock = patience(10.0)
+    with pytest.raises(CloudUnreachable):
+        insist(call, one)
+    assert 5 < clock.now_s <= 10

@@ -1,0 +1,173 @@
+"""An operator's end of a relay: sends messages to devices, hears of replies in a thread of its own, fetches them.
+
+Knows nothing of Flower. Outlives restarts of the cloud: what a lost answer leaves open is asked for again, and
+every request may come twice.
+Invariant: once a relay has ended, for whatever reason, nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeVar
+
+from edgefl.errors import ConfigError, EdgeflError, JobCancelled, JobFailed, NotFound
+from edgefl.operator.client import CloudClient, Json
+from edgefl.operator.follow import Patience, follow_relay, insist
+from edgefl.protocols.messages import BlobRef
+
+BATCH = 250  # messages in one request, of a few hundred bytes each
+MAX_SAID = 2000  # characters of why a run failed
+FAREWELL_S = 10.0  # for a cloud that no longer answers, when all is over
+
+_T = TypeVar("_T")
+
+
+class Relay:
+    """One running relay, as a context: it ends with it as done, failed or cancelled. Safe to call from any thread."""
+
+    def __init__(
+        self, client: Callable[[], CloudClient], app: str, bundle: BlobRef, patience: Patience | None = None
+    ) -> None:
+        self._open, self._app, self._bundle = client, app, bundle
+        self._patience = patience or Patience()
+        self._turn = threading.RLock()  # of the one client; re-entered by a Ctrl-C
+        self._changed = threading.Condition()
+        self._arrived: dict[int, Json] = {}
+        self._wanted: set[int] = set()
+        self._strays: set[int] = set()  # replies that nobody waits for any more
+        self._held: Counter[str] = Counter()  # messages by what they hold
+        self._fault: EdgeflError | None = None
+        self.id = ""
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            self._client = undo.enter_context(self._open())
+            self.id = insist(lambda: self._client.start_relay(self._app, self._bundle), self._patience)
+            undo.pop_all()
+        self._listener = threading.Thread(target=self._listen, name=f"replies of {self.id}", daemon=True)
+        self._listener.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        why = raised or self._fault
+        state = (
+            "done" if why is None else "cancelled" if isinstance(why, KeyboardInterrupt | JobCancelled) else "failed"
+        )
+        said = None if why is None else str(why)[:MAX_SAID] or type(why).__name__
+        with self._client, suppress(EdgeflError):  # the cloud's own patience ends what it does not hear the end of
+            insist(lambda: self._client.end_relay(self.id, state, said), Patience(seconds=FAREWELL_S))
+        self.stop(JobCancelled(f"{self.id} is over"))
+        self._listener.join(FAREWELL_S)
+
+    @property
+    def fault(self) -> EdgeflError | None:
+        """Why the relay has ended, once it has."""
+        return self._fault
+
+    def stop(self, fault: EdgeflError) -> None:
+        """Have everybody who waits, or will, raise this."""
+        with self._changed:
+            self._fault = self._fault or fault
+            self._changed.notify_all()
+
+    def devices(self) -> list[str]:
+        """Return the names of the devices that are online."""
+        return [str(one["name"]) for one in self._ask(self._client.devices) if one["online"]]
+
+    def hold(self, data: bytes) -> str:
+        """Upload what a message holds, unless another does, and return its name; `send` it, then `done` drops it."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        with self._turn:
+            if not self._held[sha256]:
+                self._ask(lambda: self._client.put_content(self.id, data, sha256))
+            self._held[sha256] += 1
+        return sha256
+
+    def hold_again(self, sha256: str) -> str:
+        """Count one more message that holds what another does."""
+        with self._turn:
+            self._held[sha256] += 1
+        return sha256
+
+    def send(self, messages: Sequence[Json]) -> None:
+        """Send messages, in rising order of their numbers."""
+        with self._changed:
+            self._wanted |= {message["number"] for message in messages}
+        for start in range(0, len(messages), BATCH):
+            self._ask(partial(self._client.send_messages, self.id, messages[start : start + BATCH]))
+
+    def next_reply(self, numbers: Collection[int], timeout_s: float) -> Json | None:
+        """Wait for a reply to one of these messages; None at the timeout. Raises what ended the relay."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._fault or not self._arrived.keys().isdisjoint(numbers), timeout_s)
+            if self._fault is not None:
+                raise self._fault
+            ready = min(self._arrived.keys() & set(numbers), default=None)
+            return None if ready is None else self._arrived.pop(ready)
+
+    def fetch(self, number: int) -> bytes:
+        """Return a reply's bytes."""
+        return self._ask(lambda: self._client.get_reply(self.id, number))
+
+    def done(self, messages: Sequence[Json]) -> None:
+        """Have the cloud forget messages, answered or not; nothing where the relay has ended."""
+        if not messages or self._fault is not None:
+            return
+        with self._changed:
+            numbers = sorted({message["number"] for message in messages} | self._strays)
+            self._wanted -= set(numbers)
+            self._strays.clear()
+            for number in numbers:
+                self._arrived.pop(number, None)
+        self._ask(lambda: self._client.relay_done(self.id, numbers))
+        with self._turn:
+            for message in messages:
+                self._let_go(message["content"])
+
+    def _let_go(self, sha256: str) -> None:
+        self._held[sha256] -= 1
+        if not self._held[sha256]:
+            del self._held[sha256]
+            self._ask(lambda: self._client.drop_content(self.id, sha256))
+
+    def _ask(self, call: Callable[[], _T]) -> _T:
+        """Call the cloud until it answers; raises what ended the relay where that is why it refuses."""
+        if self._fault is not None:
+            raise self._fault
+        with self._turn:
+            try:
+                return insist(call, self._patience)
+            except NotFound:
+                with self._changed:  # the listener hears why, at once
+                    self._changed.wait_for(lambda: self._fault, FAREWELL_S)
+                raise self._fault or ConfigError(f"{self.id} is not known to the cloud") from None
+
+    def _listen(self) -> None:
+        try:
+            with self._open() as client:
+                for line in follow_relay(client, self.id, self._patience):
+                    if self._fault is not None:
+                        return
+                    self._hear(line)
+        except EdgeflError as error:
+            self.stop(error)
+
+    def _hear(self, line: Json) -> None:
+        if "state" in line:
+            said = f"{self.id} is {line['state']}" + (f": {line['error']}" if line["error"] else "")
+            self.stop(JobCancelled(said) if line["state"] == "cancelled" else JobFailed(said))
+            return
+        with self._changed:
+            if line["number"] in self._wanted:
+                self._arrived[line["number"]] = line
+            else:
+                self._strays.add(line["number"])
+            self._changed.notify_all()

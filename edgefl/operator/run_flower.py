@@ -1,0 +1,53 @@
+"""`edgefl run` of a Flower app's folder: its ServerApp runs here, its ClientApps on the devices of a fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from edgefl.errors import ConfigError
+from edgefl.operator.connection import Connection
+from edgefl.operator.output import Output, metrics_text
+from edgefl.operator.progress import INTERRUPTED, round_progress
+
+ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowerRun:
+    """What was asked of a Flower app."""
+
+    folder: Path
+    rounds: int | None
+    settings: Sequence[str]  # run-config overrides, key=value
+    out: Path | None
+    task_flags: Mapping[str, object]  # given, but of no meaning to a Flower app
+
+
+def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None:
+    """Run the app, show its rounds and write the result; raises ConfigError for what it cannot take."""
+    if given := [flag for flag, value in asked.task_flags.items() if value]:
+        raise ConfigError(f"{', '.join(given)}: a Flower app has no such thing; its run-config goes by --set key=value")
+    from edgefl.flower import load_flower_app, parse_run_config, run_on_fleet
+    from edgefl.flower.app import fuse_run_config
+
+    overrides = parse_run_config(asked.settings)
+    if asked.rounds is not None:
+        overrides[ROUNDS_KEY] = asked.rounds
+    app = load_flower_app(asked.folder)
+    count = fuse_run_config(app, overrides).get(ROUNDS_KEY)
+    with round_progress(output, count if isinstance(count, int) else None) as on_round:
+        result = run_on_fleet(
+            app, connection.open, overrides, on_start=lambda job: output.line(f"{job} started: {app.name}"),
+            on_round=on_round, out=asked.out,
+        )  # fmt: skip
+    ended = "interrupted" if result.interrupted else "done"
+    output.line(f"{result.job} {ended} in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    if result.model is not None:
+        output.line(f"model: {asked.out}")
+    output.result(result.as_json())
+    if result.interrupted:
+        raise click.exceptions.Exit(INTERRUPTED)
