@@ -78,6 +78,7 @@ class Actor:
         try:
             self._trainer = self._load()
         except (EdgeflError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+            self.leave()
             return Ready(str(error))
         return Ready()
 

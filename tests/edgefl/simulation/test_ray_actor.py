@@ -36,10 +36,10 @@ def test_an_actor_trains_as_the_loop_does(set_up, plan_of, here, tmp_path):
     assert partial.contributors == plan.clients
     for name, total in partial.total.items():
         np.testing.assert_allclose(total, sum(one.weight * one.tree[name] for one in singles), atol=1e-12)
-    assert len(list(tmp_path.iterdir())) == (not here)
+    assert len(list(tmp_path.glob("edgefl-task-*"))) == (not here)
     Actor(start).ready()  # one that will be killed
     actor.leave()
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("edgefl-task-*"))
 
 
 def test_a_task_object_travels_where_its_parts_have_names(set_up):

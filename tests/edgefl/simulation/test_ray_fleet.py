@@ -81,8 +81,8 @@ def test_rounds_agree_with_the_loop_whoever_is_killed(nodes, set_up, run, killed
     data = {"empty": "2", "infinite": "3"}
     setup = set_up("dropout", clients=40, data=data, rounds={"count": 2, "deadline_s": 60.0})
     with closing(RayFleet(setup, nodes.address)) as fleet:
-        assert len(fleet.workers) == 2
-        collect, pid = fleet.collect, pid_of(fleet, fleet.workers[0])
+        assert len(fleet.workers) >= 2  # a node that was killed just now may still be counted
+        collect, pid = fleet.collect, pid_of(fleet, next(one for one in fleet.workers if one.ready))
 
         def kill(plan):
             if plan.round == 2 and killed == "node":
