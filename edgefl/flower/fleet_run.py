@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 def run_on_fleet(
     app: FlowerApp, client: Callable[[], CloudClient], run_config: Mapping[str, RunConfigValue] | None = None, *,
-    on_start: Callable[[str], None] | None = None, on_round: Callable[[Json], None] | None = None,
+    on_start: Callable[[str, int], None] | None = None, on_round: Callable[[Json], None] | None = None,
     out: Path | None = None,
 ) -> FlowerRunResult:  # fmt: skip
     """Run an app's ServerApp to its end, with the devices that are online as its nodes.
 
-    `client` opens a connection to the cloud; `run_config` overrides the app's; `on_start` hears the relay's id,
-    `on_round` of each round; `out` is where the last strategy's arrays go (safetensors). Ctrl-C ends the run
-    with the rounds that there are. Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where
-    all training failed, JobCancelled and JobFailed where the relay ended before it.
+    `client` opens a connection to the cloud; `run_config` overrides the app's; `on_start` hears the relay's id and
+    how many devices are online, `on_round` of each round; `out` is where the last strategy's arrays go
+    (safetensors). Ctrl-C ends the run with the rounds that there are. Raises ConfigError, TaskError where the
+    ServerApp raises, QuorumNotMet where all training failed, JobCancelled and JobFailed where the relay ended.
     """
     require_flower("a Flower app")
     from flwr.app import Context, RecordDict
@@ -61,7 +61,7 @@ def run_on_fleet(
         grid = FleetGrid(run_id, relay, devices, config, watch)
         stack.callback(grid.close)
         if on_start is not None:
-            on_start(relay.id)
+            on_start(relay.id, len(devices.online()))
         context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
         heard = stack.enter_context(serving(run_id))
         start_s = time.monotonic()

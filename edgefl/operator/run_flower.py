@@ -10,7 +10,7 @@ import click
 
 from edgefl.errors import ConfigError
 from edgefl.operator.connection import Connection
-from edgefl.operator.output import Output, metrics_text
+from edgefl.operator.output import Output, counted, metrics_text
 from edgefl.operator.progress import INTERRUPTED, round_progress
 
 ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have it
@@ -39,11 +39,13 @@ def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None
         overrides[ROUNDS_KEY] = asked.rounds
     app = load_flower_app(asked.folder)
     count = fuse_run_config(app, overrides).get(ROUNDS_KEY)
+
+    def on_start(job: str, num_online: int) -> None:
+        waits = "" if num_online else "; Flower's strategies wait for more, Ctrl-C ends that"
+        output.line(f"{job} started: {app.name}, {counted(num_online, 'device')} online{waits}")
+
     with round_progress(output, count if isinstance(count, int) else None) as on_round:
-        result = run_on_fleet(
-            app, connection.open, overrides, on_start=lambda job: output.line(f"{job} started: {app.name}"),
-            on_round=on_round, out=asked.out,
-        )  # fmt: skip
+        result = run_on_fleet(app, connection.open, overrides, on_start=on_start, on_round=on_round, out=asked.out)
     ended = "interrupted" if result.interrupted else "done"
     output.line(f"{result.job} {ended} in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if result.model is not None:

@@ -22,7 +22,13 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from edge_agent.profile import Profile, save_profile
+from edge_agent.bundles import Bundles
+from edge_agent.channel import CloudChannel
+from edge_agent.outbox import Outbox
+from edge_agent.participant import Means, Participant
+from edge_agent.profile import Profile, load_profile, save_profile
+from edge_agent.store import Store
+from edge_agent.trainer import Trainer
 from edgefl.config import TrainConfig
 from edgefl.home import create_home
 from edgefl.models import manifest
@@ -323,3 +329,53 @@ def onnx_model() -> Callable[..., bytes]:
         return model.SerializeToString()
 
     return make
+
+
+class Device:
+    """A participant and all it needs, but no link: tests play the link."""
+
+    def __init__(self, fleet, home, until, **options) -> None:
+        self.until = until
+        self.fleet, self.log = fleet, home / "fits"
+        self.store = Store(home)
+        self.channel = CloudChannel(load_profile(home), home)
+        self.outbox = Outbox(self.store, self.channel)
+        self.trainer = Trainer()
+        self.participant = Participant(
+            Means(
+                device="cam-1", home=home, options={"log": str(self.log), **options}, memory_limit_mb=2000,
+                store=self.store, outbox=self.outbox, trainer=self.trainer,
+                bundles=Bundles(home, manifest.load_public_key((home / "fleet.pub").read_bytes()), self.channel),
+                channel=self.channel,
+            )
+        )  # fmt: skip
+
+    def fits(self) -> str:
+        return self.log.read_text().strip() if self.log.exists() else ""
+
+    async def __aenter__(self):
+        parts = (self.outbox, self.participant, self.trainer)
+        self._tasks = [asyncio.create_task(part.run()) for part in parts]
+        return self
+
+    async def __aexit__(self, *_):
+        for task in self._tasks:
+            task.cancel()
+        ended = await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.channel.close()
+        self.store.close()
+        assert all(isinstance(error, asyncio.CancelledError) for error in ended), ended
+
+
+@pytest.fixture
+def on_device(fleet, home, until):
+    """Run a coroutine function with a device."""
+
+    def run(function, **options):
+        async def inside():
+            async with Device(fleet, home, until, **options) as device:
+                return await function(device)
+
+        return asyncio.run(inside())
+
+    return run

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import io
-import textwrap
-import zipfile
 
 import numpy as np
 import pytest
 from blake3 import blake3
-from flwr.app import ConfigRecord, Message, RecordDict
 
-from edge_agent.bundles import Bundles
-from edge_agent.channel import CloudChannel
-from edge_agent.outbox import Outbox
-from edge_agent.participant import Means, Participant
-from edge_agent.profile import load_profile
-from edge_agent.store import Store
-from edge_agent.trainer import Trainer
 from edgefl.errors import HomeError
-from edgefl.flower import wire
-from edgefl.flower.inside import give_id, task_identity
-from edgefl.models.manifest import Bundle, load_public_key, new_fleet_key, sign, verify
-from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
+from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
+from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused
 
 TASK = """
     import time
@@ -45,56 +32,6 @@ TASK = """
 
     task = Task(name="t", initial=dict, fit=fit)
 """
-
-
-class Device:
-    """A participant and all it needs, but no link: tests play the link."""
-
-    def __init__(self, fleet, home, until, **options) -> None:
-        self.until = until
-        self.fleet, self.log = fleet, home / "fits"
-        self.store = Store(home)
-        self.channel = CloudChannel(load_profile(home), home)
-        self.outbox = Outbox(self.store, self.channel)
-        self.trainer = Trainer()
-        self.participant = Participant(
-            Means(
-                device="cam-1", home=home, options={"log": str(self.log), **options}, memory_limit_mb=2000,
-                store=self.store, outbox=self.outbox, trainer=self.trainer,
-                bundles=Bundles(home, load_public_key((home / "fleet.pub").read_bytes()), self.channel),
-                channel=self.channel,
-            )
-        )  # fmt: skip
-
-    def fits(self) -> str:
-        return self.log.read_text().strip() if self.log.exists() else ""
-
-    async def __aenter__(self):
-        parts = (self.outbox, self.participant, self.trainer)
-        self._tasks = [asyncio.create_task(part.run()) for part in parts]
-        return self
-
-    async def __aexit__(self, *_):
-        for task in self._tasks:
-            task.cancel()
-        ended = await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.channel.close()
-        self.store.close()
-        assert all(isinstance(error, asyncio.CancelledError) for error in ended), ended
-
-
-@pytest.fixture
-def on_device(fleet, home, until):
-    """Run a coroutine function with a device."""
-
-    def run(function, **options):
-        async def inside():
-            async with Device(fleet, home, until, **options) as device:
-                return await function(device)
-
-        return asyncio.run(inside())
-
-    return run
 
 
 def test_rounds_follow_each_other_and_reuse_what_there_is(fleet, home, on_device):
@@ -303,107 +240,5 @@ def test_an_agent_with_a_full_disk_lives_on_and_takes_part_when_there_is_space(f
         assert not device.store.is_answered("j1", 1)
         device.participant.reconcile([plan], None, 0)
         await device.until(lambda: ("j1", 1) in fleet.updates)
-
-    on_device(run)
-
-
-CLIENT = """
-    import os, time
-    from pathlib import Path
-    from flwr.app import ConfigRecord, Message, RecordDict
-    from flwr.clientapp import ClientApp
-
-    app = ClientApp()
-
-    @app.query()
-    def count(message, context):
-        with open(context.node_config["log"], "a") as log:
-            log.write("asked ")
-        if message.content["ask"]["hang"]:
-            time.sleep(60)
-        seen = context.state.config_records.get("seen", ConfigRecord({"n": 0}))["n"] + 1
-        context.state["seen"] = ConfigRecord({"n": seen})
-        return Message(RecordDict({"seen": ConfigRecord({"n": seen})}), reply_to=message)
-
-    @app.train()
-    def die(message, context):
-        os._exit(3)
-"""
-
-
-def message_plan(fleet, number, kind="query", *, hang=False):
-    """Return the plan of a message to a small ClientApp, and the message."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("client_app.py", textwrap.dedent(CLIENT))
-        archive.writestr("pyproject.toml", '[tool.flwr.app.components]\nclientapp = "client_app:app"\n')
-    with task_identity(1):
-        message = Message(RecordDict({"ask": ConfigRecord({"hang": hang})}), wire.node_id("cam-1"), kind)
-    give_id(message, f"1-{number}")
-    order = wire.pack_order({}, message.content)
-    bundle = sign(Bundle(blob=fleet.blob(file.getvalue()), task="client_app:app"), fleet.key)
-    base = fleet.plan(number, job="relay", bundle=bundle, offer=False)
-    plan: WirePlan = dataclasses.replace(
-        base, model=fleet.blob(order), model_blake3=blake3(order).hexdigest(), envelope=wire.pack_envelope(message),
-        max_update_bytes=1 << 20,
-    )  # fmt: skip
-    return plan, message
-
-
-def counted(fleet, number, message):
-    return wire.open_reply(fleet.updates["relay", number][1], message).content["seen"]["n"]
-
-
-def test_each_message_is_answered_in_turn_and_the_state_goes_with_the_job(fleet, home, on_device):
-    async def run(device):
-        sent = [message_plan(fleet, number) for number in (1, 2, 3)]
-        for plan, _ in sent:
-            device.participant.hear(plan)
-        device.participant.hear(sent[0][0])
-        await device.until(lambda: len(fleet.updates) == 3 and not device.store.outbox())
-        assert [counted(fleet, number, message) for number, (_, message) in enumerate(sent, 1)] == [1, 2, 3]
-        assert device.fits() == "asked asked asked"
-        assert device.store.jobs_with_state() == ["relay"]
-        device.participant.hear(RoundClosed(job="relay", round=3, job_ended=True))
-        assert device.store.jobs_with_state() == []
-        assert list((home / "states").iterdir()) == []
-
-    on_device(run)
-
-
-def test_a_message_that_is_no_longer_wanted_is_left_and_the_next_is_answered(fleet, on_device):
-    async def run(device):
-        (first, _), (second, message), (third, _) = (message_plan(fleet, n, hang=n == 1) for n in (1, 2, 3))
-        for plan in (first, second, third):
-            device.participant.hear(plan)
-        await device.until(lambda: device.fits() == "asked")
-        device.participant.close(RoundClosed(job="relay", round=3, job_ended=False))
-        device.participant.close(RoundClosed(job="relay", round=1, job_ended=False))
-        await device.until(lambda: ("relay", 2) in fleet.updates)
-        assert counted(fleet, 2, message) == 1
-        assert device.store.is_answered("relay", 3)
-        assert fleet.failures == {}
-
-    on_device(run)
-
-
-def test_a_client_that_ends_its_process_is_a_failure(fleet, on_device):
-    async def run(device):
-        plan, _ = message_plan(fleet, 1, "train")
-        device.participant.hear(plan)
-        await device.until(lambda: fleet.failures)
-        assert fleet.failures["relay", 1] == "the trainer ended with exit status 3 while it trained"
-        assert device.store.jobs_with_state() == []
-
-    on_device(run)
-
-
-def test_a_reply_that_is_too_large_is_a_failure_and_the_state_stays(fleet, home, on_device):
-    async def run(device):
-        plan, _ = message_plan(fleet, 1)
-        device.participant.hear(dataclasses.replace(plan, max_update_bytes=10))
-        await device.until(lambda: fleet.failures)
-        assert "at most 10 are taken" in fleet.failures["relay", 1]
-        assert list((home / "states").iterdir()) == []
 
     on_device(run)

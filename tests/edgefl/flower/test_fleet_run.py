@@ -62,14 +62,17 @@ def relays(plane):
 def test_a_fleet_gives_what_simulation_gives(make_app, on_fleet, http_plane, tmp_path):
     heard, started, out = [], [], tmp_path / "model.safetensors"
     folder = make_app()
-    result = on_fleet(folder, config={"rounds": 3}, on_round=heard.append, on_start=started.append, out=out)
+    result = on_fleet(
+        folder, config={"rounds": 3}, on_round=heard.append, on_start=lambda *told: started.append(told), out=out
+    )
     simulated = run_flower_app(load_flower_app(folder), 2, {"rounds": 3})
     assert without_times(result.rounds) == without_times(simulated.rounds) == without_times(heard)
     assert result.final == simulated.final
     np.testing.assert_array_equal(result.arrays.to_numpy_ndarrays()[0], simulated.arrays.to_numpy_ndarrays()[0])
+    assert [online for _, online in started] == [2]
     told = result.as_json()
     assert told.keys() == simulated.as_json().keys() | {"job"}
-    assert (told["engine"], told["job"], told["clients_by_rounds"]) == ("fleet", started[0], {"3": 2})
+    assert (told["engine"], told["job"], told["clients_by_rounds"]) == ("fleet", started[0][0], {"3": 2})
     assert told["model"] == {"sha256": hashlib.sha256(out.read_bytes()).hexdigest(), "path": str(out)}
     np.testing.assert_allclose(SpooledTree(out)["0"], [5, 5])
     assert relays(http_plane) == [("done", None)]

@@ -63,7 +63,7 @@ def test_rounds_are_shown_and_the_result_written(command, play_devices, tmp_path
     assert done.exit_code == 0, done.output
     started, *rounds, ended = done.output.splitlines()
     assert started.startswith("relay-")
-    assert started.endswith(" started: small_app")
+    assert started.endswith(" started: small_app, 2 devices online")
     assert [line.partition(" in ")[0] for line in rounds] == [f"round {n}/3: 2 admitted" for n in (1, 2, 3)]
     assert ended.endswith("score=0.5")
     result = json.loads((tmp_path / "r.json").read_text())
