@@ -3,7 +3,7 @@
 #
 #   make demo DEMO_FLAGS="--devices 5"    the whole loop on this machine, as real processes
 #   make test TEST_FLAGS="-k tls"         every test but the slow ones
-#   make soak                             the slow ones
+#   make soak                             the slow ones, with TensorFlow for examples/keras_app
 #   make check                            lint, format, types, import contracts: what CI asks
 #   make bench BENCH_FLAGS=--quick        the numbers of the README, rivals side by side
 #
@@ -28,7 +28,7 @@ test: $(VENV)/dev.stamp
 	sh deploy/system-packages.sh
 	$(BIN)/python -m pytest $(TEST_FLAGS)
 
-soak: $(VENV)/dev.stamp
+soak: $(VENV)/soak.stamp
 	sh deploy/system-packages.sh
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(TEST_FLAGS)
 
@@ -51,6 +51,11 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev]'
 	$(BIN)/pip check
 	touch $@ $(VENV)/demo.stamp
+
+$(VENV)/soak.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev,keras]'
+	$(BIN)/pip check
+	touch $@ $(VENV)/dev.stamp $(VENV)/demo.stamp
 
 $(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install $(PIP_FLAGS) -e '.[bench]'

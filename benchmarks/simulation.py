@@ -34,13 +34,15 @@ FLOWER_APP = ROOT / "examples" / "flower_app"
 APP_NODES, APP_ROUNDS, APP_QUICK_ROUNDS = 100, 8, 3
 MNIST_ROUNDS = 100  # those that its figure is for
 
-AUTO, CENTRAL, FLOWER, PFL = "edgefl", "centralised SGD", "Flower on Ray", "pfl-research in 2 processes"
+AUTO, COMPILED = "edgefl", "edgefl, compiled steps"
+CENTRAL, FLOWER, PFL = "centralised SGD", "Flower on Ray", "pfl-research in 2 processes"
 RATES: Mapping[str, Mapping[str, float]] = {  # at least so many times the rival's rate
     "digits-cnn": {CENTRAL: 0.85, FLOWER: 9, PFL: 1.9},
     "digits-mlp": {CENTRAL: 0.6},
     "digits-lr": {FLOWER: 70},
-    "cifar": {FLOWER: 2, PFL: 1.3},
+    "cifar": {FLOWER: 2, PFL: 1},
 }
+COMPILED_RATES: Mapping[str, Mapping[str, float]] = {"digits-cnn": {CENTRAL: 1}, "cifar": {PFL: 1.3}}
 MEMORY: Mapping[str, Mapping[str, float]] = {"cifar": {FLOWER: 2}}  # at most one such part of the rival's
 ENGINES: Mapping[str, Sequence[str]] = {  # of ours, by themselves
     "digits-cnn": ("loop", "stacked", "pool"),
@@ -56,6 +58,8 @@ def contestants(workload: Workload) -> list[Contestant]:
     """Return who takes part in a training workload, ours first."""
     name = workload.name
     ours = [Contestant(name=AUTO, command=module("ours", name))]
+    if name in COMPILED_RATES:
+        ours.append(Contestant(name=COMPILED, command=module("ours", name, "--settings", "engine.compile=true")))
     ours += [
         Contestant(name=f"edgefl {engine}", command=module("ours", name, "--engine", engine))
         for engine in ENGINES[name]
@@ -93,6 +97,20 @@ class Contest:
                 more_is_better=True,
             )
 
+    def compiled_rates(self) -> Iterator[Row]:
+        cohort = self.workload.cohort
+        for name, least in COMPILED_RATES.get(self.workload.name, {}).items():
+            yield self._row(
+                self.sides[name],
+                ours=self.sides[COMPILED],
+                metric="clients a second, compiled steps",
+                unit="1/s",
+                value=lambda one: one.rate(cohort),
+                limit=self.sides[CENTRAL].rate(cohort),
+                targets=(Target(of="ratio", at_least=least),),
+                more_is_better=True,
+            )
+
     def accuracies(self) -> Iterator[Row]:
         rounds = self.sides[AUTO].rounds
         for side in self._rivals():
@@ -120,8 +138,10 @@ class Contest:
     def _rivals(self) -> list[Side]:
         return [side for name, side in self.sides.items() if name != AUTO]
 
-    def _row(self, side: Side, *, value: Callable[[Side], float | None], **said: object) -> Row:
-        ours = self.sides[AUTO]
+    def _row(
+        self, side: Side, *, value: Callable[[Side], float | None], ours: Side | None = None, **said: object
+    ) -> Row:
+        ours = ours or self.sides[AUTO]
         return Row(
             workload=self.workload.about,
             rival=side.name,
@@ -137,13 +157,14 @@ def train(workload: Workload, *, quick: bool) -> Iterator[Row]:
     """Run the contest of one workload, then compare."""
     contest = _contest(workload, contestants(workload), quick=quick)
     yield from contest.rates()
+    yield from contest.compiled_rates()
     yield from contest.accuracies()
     yield from contest.memory()
 
 
 def _contest(workload: Workload, who: Sequence[Contestant], *, quick: bool) -> Contest:
     rounds = workload.quick_rounds if quick else workload.rounds
-    measured = {AUTO, CENTRAL, *RATES.get(workload.name, {}), FLOWER}
+    measured = {AUTO, COMPILED, CENTRAL, *RATES.get(workload.name, {}), FLOWER}
     sides = {
         one.name: Side(one, rounds, repeats=REPEATS if one.name in measured and not quick else 1, skipped=lack)
         for lack in (workload.missing(),)

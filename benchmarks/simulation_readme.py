@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.report import Row, machine, shown
 
 BEGIN, END = "<!-- simulation-table -->", "<!-- /simulation-table -->"
+_JUDGED = ("clients a second", "100 rounds")  # what an accuracy stands beside
 _SHOWN = ("torch", "flwr", "ray", "pfl")
 _HEAD = ("workload", "", "edgefl", "beside", "", "times", "to reach", "accuracy, both")
 
@@ -41,7 +42,7 @@ def _cells(row: Row, accuracies: Mapping[tuple[str, str | None], Row]) -> list[s
         return [row.workload, measure, shown(row.ours), row.rival or "", "not run", "", "", ""]
     met = "" if not row.targets else (" ✓" if row.met else " ✗")
     target = " and ".join(str(target) for target in row.targets).replace("ratio ", "").replace("ours ", "")
-    same = accuracies.get((row.workload, row.rival)) if row.more_is_better or row.unit == "s" else None
+    same = accuracies.get((row.workload, row.rival)) if row.metric in _JUDGED else None
     both = f"{_percent(same.ours)} / {_percent(same.theirs)}" if same else ""
     ours, theirs, times = (shown(value) for value in (row.ours, row.theirs, row.ratio))
     return [row.workload, measure, ours, row.rival or "", theirs, times, f"{target}{met}", both]
