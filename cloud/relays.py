@@ -73,6 +73,7 @@ class _Relay:
     hashes: dict[str, tuple[BlobRef, str]] = field(default_factory=dict)
     devices: set[str] = field(default_factory=set)  # that were sent something
     last: int = 0
+    resumed: bool = False  # after a restart: nobody knows who was sent something before
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class Relays:
             for errand in live.errands.values():
                 errand.opened.close()
                 self._parts.rounds.remove(errand.opened)
-            for device in sorted(live.devices):
+            for device in sorted(live.devices | (self._parts.link.online() if live.resumed else frozenset())):
                 self._parts.link.send_job(device, RoundClosed(job=relay, round=live.last, job_ended=True))
         self._parts.rounds.forget(relay)
         self._parts.spool.drop_job(relay)
@@ -215,6 +216,7 @@ class Relays:
         running = self._parts.rows.running()
         for relay, bundle in running.items():
             live = self._enter(relay, bundle)
+            live.resumed = True
             for message in self._parts.rows.messages(relay):
                 if message.answer is None:
                     self._open(live, message, self._plan(live, message))

@@ -90,6 +90,13 @@ def test_a_bad_message_is_refused(http, relay, bad, said):
     assert said in answer.json()["error"]
 
 
+def test_what_a_message_holds_may_be_larger_than_other_bodies(http, http_plane, relay):
+    data = bytes(3 << 20)
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert http.put(f"/v1/relays/{relay}/contents/{sha256}", content=data).json()["size"] == len(data)
+    assert http_plane.relays.contents(relay).path(sha256).read_bytes() == data
+
+
 def test_a_relay_needs_its_bundle_and_contents_their_digest(http, relay, monkeypatch):
     bundle = {"sha256": "0" * 64, "size": 1}
     assert "upload it first" in http.post("/v1/relays", json={"app": "a:b", "bundle": bundle}).json()["error"]

@@ -148,6 +148,16 @@ def test_after_a_restart_open_messages_wait_on_and_replies_are_told_again(cloud)
     assert cloud.reply(relay, 2, "b")
 
 
+def test_after_a_restart_the_end_is_told_to_all_who_may_have_a_state(cloud):
+    relay = cloud.begin()
+    cloud.relays.send(relay, [message(1, "a")])
+    cloud.reply(relay, 1, "a")
+    cloud.relays.done(relay, [1])
+    cloud.restart()
+    cloud.relays.end(relay, "done")
+    assert cloud.link.closed() == [("a", 0, True), ("b", 0, True)]
+
+
 def test_a_failure_is_a_reply_of_its_own(cloud):
     relay = cloud.begin()
     cloud.relays.send(relay, [message(1)])
