@@ -47,7 +47,7 @@ class Workload:
     samples: int  # a client
     batch: int
     lr: float
-    rounds: int  # with the first, which no rate counts
+    rounds: int  # with the first, which no rate counts; so many that processes are worth their start
     quick_rounds: int
     needs: str = ""  # a file or folder of the data folder
 
@@ -220,11 +220,11 @@ WORKLOADS = {
     for one in (
         Workload(
             name="digits-cnn", about="digits, 1000/100, CNN 102k", task=digits_cnn, attribute="digits_cnn",
-            rounds=11, quick_rounds=3, **_DIGITS,
+            rounds=16, quick_rounds=3, **_DIGITS,
         ),
         Workload(
             name="digits-mlp", about="digits, 1000/100, MLP 105k", task=digits_mlp, attribute="digits_mlp",
-            rounds=21, quick_rounds=4, **_DIGITS,
+            rounds=61, quick_rounds=4, **_DIGITS,
         ),
         Workload(
             name="digits-lr", about="digits, 1000/100, logistic regression", task=digits_lr, attribute="digits_lr",
