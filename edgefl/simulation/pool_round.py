@@ -118,7 +118,7 @@ class Round(Generic[_W]):
                 self._begin(hand)
         while waited := self._hand_out():
             busy = any(hand.busy for hand in waited)
-            within_s = self._plan.deadline_s if busy else min(self._plan.deadline_s, START_S)
+            within_s = self._plan.deadline_s if busy else START_S  # a deadline is for work, not for a start
             answered = self._wait([hand.worker for hand in waited], within_s)
             for hand in waited:
                 if hand.worker in answered:

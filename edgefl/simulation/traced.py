@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgefl.errors import TaskError
 from edgefl.logs import event
 from edgefl.task import MAX_QUOTED, Task, UserCode
-from edgefl.training import gradient_by_autograd, loss_of
+from edgefl.training import gradient_by_autograd, has_channels_last, laid_out, loss_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ class GradientOf:
 
     def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False) -> None:
         self._task, self._model, self._compiled = task, model, compiled
+        self._channels_last = has_channels_last(model)
         named = dict(model.named_parameters())
         self.trained = [one for one in named.values() if one.requires_grad]
         self._names = [name for name, one in named.items() if one.requires_grad]
@@ -55,6 +56,8 @@ class GradientOf:
         """Return the gradients, None for a parameter that the loss does not depend on, and the loss, 0-d."""
         import torch
 
+        if self._channels_last:
+            inputs = laid_out(inputs)
         key = (inputs.shape, inputs.stride(), inputs.dtype, targets.shape, targets.dtype)
         if key in self._recordings:
             recording = self._recordings[key]

@@ -2,15 +2,15 @@
 
 A device makes a model for each round, copies parameters in and a state dict out, checked each time.
 Here the check is made once a round, the model lies in one buffer (`flat`), and its steps are recorded
-(`traced`). Convolutions on a CPU have their channels last: pooling is ten times faster so.
-Invariant: the update is that of `train_locally` for the same data, bit for bit, but for models with
-convolutions or compiled steps, where it is that to rounding.
+(`traced`).
+Invariant: the update is that of `train_locally` for the same data, bit for bit, but for compiled steps,
+where it is that to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 from edgefl.errors import ConfigError, TaskError
 from edgefl.records import Failure, Plan, Update
@@ -23,15 +23,13 @@ from edgefl.training import (
     accumulate_gradient,
     derive_seed,
     gradient_of,
+    has_channels_last,
     make_model,
     set_parameters,
     train_epochs,
     train_locally,
 )
 from edgefl.trees import Tree
-
-if TYPE_CHECKING:
-    import torch
 
 
 @runtime_checkable
@@ -91,12 +89,8 @@ class _Model:
     """The one model, and how its steps are taken."""
 
     def __init__(self, task: Task, *, compiled: bool) -> None:
-        import torch
-
         self._task, self.module = task, make_model(task)
-        convolves = any(isinstance(one, torch.nn.Conv2d) for one in self.module.modules())
-        self._channels_last = convolves and not torch.cuda.is_available()
-        self.flat = FlatModel(self.module, channels_last=self._channels_last)
+        self.flat = FlatModel(self.module, channels_last=has_channels_last(self.module))
         self._gradient = GradientOf(task, self.module, compiled=compiled)
 
     def trained(self, samples: Samples, plan: Plan, seed: int) -> tuple[Tree, float]:
@@ -106,22 +100,5 @@ class _Model:
             batch_size = plan.train.batch_size
             loss = accumulate_gradient(self._task, self.module, samples, batch_size=batch_size, seed=seed)
             return gradient_of(self._task, self.module, plan.parameters), loss
-        loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._batch_gradient)
+        loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._gradient)
         return self.flat.delta(), loss
-
-    def _batch_gradient(
-        self, inputs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
-        if self._channels_last and inputs.dim() == 4:
-            inputs = _channels_last(inputs)
-        return self._gradient(inputs, targets)
-
-
-def _channels_last(inputs: torch.Tensor) -> torch.Tensor:
-    """Return images (N, C, H, W) in that layout; with one channel it is the same memory under other strides."""
-    import torch
-
-    _, channels, height, width = inputs.shape
-    if channels > 1:
-        return inputs.contiguous(memory_format=torch.channels_last)
-    return inputs.contiguous().as_strided(inputs.shape, (height * width, 1, width, 1))

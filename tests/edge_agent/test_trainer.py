@@ -52,9 +52,9 @@ TASK = """
             while True:
                 time.sleep(0.01)
         if what == "stubborn":
-            open(options["log"], "w").close()
             while True:
                 try:
+                    open(options["log"], "w").close()
                     time.sleep(60)
                 except BaseException:
                     pass

@@ -9,8 +9,8 @@ from edgefl.errors import ConfigError, MissingExtra
 from edgefl.simulation.request import Request
 
 PLAIN = Request(
-    task="t", clients=None, rounds=None, engine="auto", address=None, config=None, settings=(), sweep=(), data=(), evaluate_every=1,
-    out=None, plot=None, tensorboard=None, checkpoint=None, checkpoint_every=1, resume=None,
+    task="t", clients=None, rounds=None, engine="auto", address=None, config=None, settings=(), sweep=(), data=(),
+    evaluate_every=1, out=None, plot=None, tensorboard=None, checkpoint=None, checkpoint_every=1, resume=None,
 )  # fmt: skip
 
 
