@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from edgefl.config import TrainConfig
@@ -35,7 +36,7 @@ class Step:
 
 
 class StackedBatches:
-    """All the steps of a stack of clients, whose samples come longest first."""
+    """All the steps of a stack of clients; who has the most samples comes first."""
 
     def __init__(self, samples: Sequence[Samples], seeds: Sequence[int], config: TrainConfig) -> None:
         import torch
@@ -46,26 +47,30 @@ class StackedBatches:
         shape = (self._num_steps[0], len(samples), min(config.batch_size, len(samples[0])))
         self._indices = torch.zeros(shape, dtype=torch.int32)  # (S, K, B)
         self._counts = torch.zeros(shape[:2], dtype=torch.int32)  # (S, K)
-        first = 0
-        for k, (one, seed) in enumerate(zip(samples, seeds, strict=True)):
-            self._deal(k, first, _orders(len(one), seed, config.epochs), config.batch_size)
-            first += len(one)
+        shuffle, first = torch.Generator(), 0  # the first sample, in the tensors of all
+        for length, group in groupby(range(len(samples)), key=lambda k: len(samples[k])):
+            alike = list(group)
+            orders = _orders(length, [seeds[k] for k in alike], config.epochs, shuffle)
+            self._deal(slice(alike[0], alike[-1] + 1), first, orders, config.batch_size)
+            first += length * len(alike)
 
     def __iter__(self) -> Iterator[Step]:
         for s, (indices, counts) in enumerate(zip(self._indices, self._counts, strict=True)):
             num_active = sum(1 for steps in self._num_steps if steps > s)
             yield self._step(indices[:num_active], counts[:num_active])
 
-    def _deal(self, k: int, first: int, orders: torch.Tensor, batch_size: int) -> None:
-        """Write one client's batches; `orders` is (epochs, samples)."""
-        epochs, length = orders.shape
-        per_epoch = math.ceil(length / batch_size)
-        for position in range(per_epoch):
-            chosen = orders[:, position * batch_size : (position + 1) * batch_size]
-            mine = slice(position, epochs * per_epoch, per_epoch)  # this batch of each epoch
-            self._indices[mine, k, :] = first
-            self._indices[mine, k, : chosen.shape[1]] = chosen + first
-            self._counts[mine, k] = chosen.shape[1]
+    def _deal(self, clients: slice, first: int, orders: torch.Tensor, batch_size: int) -> None:
+        """Write the batches of clients with as many samples each; `orders` is (clients, epochs, samples)."""
+        import torch
+
+        num_clients, epochs, length = orders.shape
+        per_epoch, width = math.ceil(length / batch_size), self._indices.shape[2]
+        firsts = first + length * torch.arange(num_clients, dtype=torch.int32)[:, None, None]
+        filled = firsts.repeat(1, epochs, per_epoch * width)
+        filled[:, :, :length] += orders
+        self._indices[: epochs * per_epoch, clients] = filled.view(num_clients, -1, width).transpose(0, 1)
+        counts = torch.tensor([min(batch_size, length - start) for start in range(0, length, batch_size)])
+        self._counts[: epochs * per_epoch, clients] = counts.int().repeat(epochs)[:, None]
 
     def _step(self, indices: torch.Tensor, counts: torch.Tensor) -> Step:
         import torch
@@ -77,9 +82,12 @@ class StackedBatches:
         return Step(self._inputs[chosen], self._targets[chosen], mask, counts.to(device))
 
 
-def _orders(length: int, seed: int, epochs: int) -> torch.Tensor:
-    """Return the shuffles that `train_epochs` draws, (epochs, length)."""
+def _orders(length: int, seeds: Sequence[int], epochs: int, shuffle: torch.Generator) -> torch.Tensor:
+    """Return the shuffles that `train_epochs` draws for these seeds, (seeds, epochs, length)."""
     import torch
 
-    shuffle = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(length, generator=shuffle) for _ in range(epochs)]).int()
+    orders = []
+    for seed in seeds:
+        shuffle.manual_seed(seed)
+        orders += [torch.randperm(length, generator=shuffle) for _ in range(epochs)]
+    return torch.stack(orders).int().view(len(seeds), epochs, length)

@@ -14,11 +14,13 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from edgefl.errors import TaskError
 from edgefl.logs import event
+from edgefl.simulation.lean import lean, tidy
 from edgefl.task import MAX_QUOTED, Task, UserCode
 from edgefl.training import gradient_by_autograd, has_channels_last, laid_out, loss_of
 
@@ -68,7 +70,7 @@ class GradientOf:
         if recording is None:
             return self._by_autograd(inputs, targets)
         with torch.no_grad():
-            *gradients, loss = recording(*self._state, inputs, targets)
+            *gradients, loss = recording(inputs, targets)
         return gradients, loss
 
     def _by_autograd(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[Gradients, torch.Tensor]:
@@ -90,17 +92,18 @@ class GradientOf:
         arguments = [*self._state, inputs, targets]
         try:
             with UserCode(self._task.name, "recording a step"):
-                recording = record(self._step, arguments)
+                module = record(self._step, arguments)
         except TaskError as error:
             self.why_not = str(error)
             return None
         if _own_state(self._model) != before:
             self.why_not = f"task {self._task.name!r}: its model keeps state of its own besides parameters and buffers"
             return None
-        if self._compiled:
-            recording = compiled(self._task.name, recording, arguments)
-        self.why_not = self._fault_of(recording, inputs, targets)
-        return None if self.why_not else recording
+        for recording in _ways(self._task.name, module, arguments, self._state, compiled=self._compiled):
+            self.why_not = self._fault_of(recording, inputs, targets)
+            if not self.why_not:
+                return recording
+        return None
 
     def _fault_of(self, recording: _Recording, inputs: torch.Tensor, targets: torch.Tensor) -> str:
         """Take one step both ways from the same state, and leave that as it was; empty where they agree."""
@@ -110,8 +113,11 @@ class GradientOf:
         wanted, loss = self._by_autograd(inputs, targets)
         after = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
-        with torch.no_grad():
-            *seen, seen_loss = recording(*self._state, inputs, targets)
+        try:
+            with torch.no_grad():
+                *seen, seen_loss = recording(inputs, targets)
+        except (TypeError, RuntimeError) as error:
+            return f"task {self._task.name!r}: a recorded step failed: {error}"
         moved = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
         agree = _agree(seen, wanted) and _agree([seen_loss, *moved], [loss, *after])
@@ -153,18 +159,29 @@ class Recorded:
 
         try:
             with UserCode(self._task, "recording a step"):
-                recording = record(self._function, tensors)
+                module = record(self._function, tensors)
         except TaskError:
             return  # it goes on as it is
-        if self._compiled:
-            recording = compiled(self._task, recording, tensors)
-        with torch.no_grad():
-            seen = recording(*tensors)
-        if _agree(seen, result):
-            self._recordings[key] = recording
+        for recording in _ways(self._task, module, tensors, (), compiled=self._compiled):
+            with UserCode(self._task, "a recorded step"), torch.no_grad():
+                agrees = _agree(recording(*tensors), result)
+            if agrees:
+                self._recordings[key] = recording
+                return
 
 
-def record(step: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> _Recording:
+def _ways(
+    task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor], constants: Sequence[torch.Tensor],
+    *, compiled: bool,
+) -> Iterator[_Recording]:  # fmt: skip
+    """Yield ways to run a recording on the arguments that are not constants, what is fastest first."""
+    if compiled and (made := _compiled(task, module, arguments)) is not None:
+        yield partial(made, *constants)
+    yield lean(module, constants)
+    yield partial(module.forward, *constants)
+
+
+def record(step: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     """Return a step as the operations that it makes of tensors of these shapes; lets torch's errors through.
 
     It is followed with tensors that have no values, so that a step which asks for one cannot be recorded.
@@ -173,25 +190,10 @@ def record(step: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> _Reco
     from torch.fx.graph import CodeGen
 
     module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
-    _tidy(module)
+    tidy(module.graph)
     module.graph.set_codegen(CodeGen())  # plain arguments, not trees of them
     module.recompile()
-    recording: _Recording = module.forward
-    return recording
-
-
-def _tidy(module: torch.fx.GraphModule) -> None:
-    """Take out what only autograd needs: other names of a tensor, and transpositions there and back."""
-    import torch
-
-    aten = torch.ops.aten
-    for node in list(module.graph.nodes):
-        inner = node.args[0] if node.args else None
-        if node.target is aten.detach.default:
-            node.replace_all_uses_with(inner)
-        elif node.target is aten.t.default and getattr(inner, "target", None) is aten.t.default:
-            node.replace_all_uses_with(inner.args[0])  # type: ignore[union-attr]  # a node, as its target says
-    module.graph.eliminate_dead_code()
+    return module
 
 
 def has_compiler() -> bool:
@@ -199,21 +201,20 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
 
 
-def compiled(task: str, recording: _Recording, arguments: Sequence[torch.Tensor]) -> _Recording:
-    """Compile a recording, or return it as it is, and log why, where the compiler will not.
+def _compiled(task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor]) -> _Recording | None:
+    """Compile a recording; None, and a line in the log, where the compiler will not.
 
     Random operations stay eager ones, so that their numbers are those of a device.
     """
     import torch
     import torch._inductor
 
-    module = recording.__self__  # type: ignore[attr-defined]  # a bound forward, as `record` makes it
     try:
         with torch._inductor.config.patch(fallback_random=True, size_asserts=False):  # noqa: SLF001 - as above
             return cast("_Recording", torch._inductor.compile(module, list(arguments)))  # noqa: SLF001 - as above
     except (RuntimeError, OSError) as error:
         event(_log, logging.WARNING, "step.not_compiled", task=task, reason=str(error)[:MAX_QUOTED])
-        return recording
+        return None
 
 
 def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:
