@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -27,8 +26,6 @@ from edgefl.trees import Array, Tree, spec_of, subtract
 
 if TYPE_CHECKING:
     import torch
-
-    BatchGradient = Callable[[torch.Tensor, torch.Tensor], tuple[Sequence[torch.Tensor | None], torch.Tensor]]
 
 EVALUATION_BATCH = 256
 
@@ -76,7 +73,8 @@ def train_locally(
         loss = accumulate_gradient(task, model, samples, batch_size=config.batch_size, seed=seed)
         tree = gradient_of(task, model, parameters)
     else:
-        loss = train_epochs(task, model, samples, config, seed)
+        model.train()
+        loss = train_epochs(task, model, samples, config, seed, Autograd(task, model))
         tree = delta_of(task, model, parameters)
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
 
@@ -161,21 +159,48 @@ def gradient_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
     return tree
 
 
+class BatchGradient(Protocol):
+    """How a batch's gradients are computed."""
+
+    @property
+    def trained(self) -> Sequence[torch.nn.Parameter]:
+        """The parameters that are trained."""
+
+    def __call__(
+        self, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
+        """Return the gradients of `trained`, None for one that the loss does not depend on, and the loss, 0-d."""
+
+
+class Autograd:
+    """Gradients as torch computes them."""
+
+    def __init__(self, task: Task, model: torch.nn.Module) -> None:
+        self._task, self._model, self._channels_last = task, model, has_channels_last(model)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def __call__(
+        self, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
+        import torch
+
+        outputs = self._model(laid_out(inputs) if self._channels_last else inputs)
+        loss = loss_of(self._task, outputs, targets)
+        return torch.autograd.grad(loss, self.trained, allow_unused=True), loss.detach()
+
+
 def train_epochs(
-    task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int,
-    gradient: BatchGradient | None = None,
-) -> float:  # fmt: skip
+    task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int, gradient: BatchGradient
+) -> float:
     """Train in place for `config.epochs`; returns the mean loss over all the samples it went through.
 
-    `gradient` gives the gradients of the parameters that are trained, in their order; else autograd does.
+    The model is in its training mode, and `gradient` is of it.
     """
     import torch
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = gradient.trained
     anchors = [parameter.detach().clone() for parameter in trained] if config.proximal_mu else []
-    total = torch.zeros((), dtype=torch.float64, device=samples.inputs.device)
-    gradient = gradient or partial(gradient_by_autograd, task, model, trained)
-    model.train()
+    losses, counts = [], []
     with _seeded(seed), UserCode(task.name, "local training"):
         step = _optimizer_step(task, trained, config.lr)
         shuffle = torch.Generator().manual_seed(seed)
@@ -184,19 +209,9 @@ def train_epochs(
             for chosen in _batches(order, config.batch_size, model):
                 gradients, loss = gradient(samples.inputs[chosen], samples.targets[chosen])
                 step(_pulled(gradients, trained, anchors, config.proximal_mu) if anchors else gradients)
-                total += loss * len(chosen)
-    return float(total) / (config.epochs * len(samples))
-
-
-def gradient_by_autograd(
-    task: Task, model: torch.nn.Module, trained: Sequence[torch.nn.Parameter], inputs: torch.Tensor,
-    targets: torch.Tensor,
-) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:  # fmt: skip
-    """Return a batch's gradients, None for a parameter that its loss does not depend on, and the loss, 0-d."""
-    import torch
-
-    loss = loss_of(task, model(laid_out(inputs) if has_channels_last(model) else inputs), targets)
-    return torch.autograd.grad(loss, trained, allow_unused=True), loss.detach()
+                losses.append(loss)
+                counts.append(len(chosen))
+    return float(np.dot(torch.stack(losses).double().cpu().numpy(), counts)) / (config.epochs * len(samples))
 
 
 def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *, batch_size: int, seed: int) -> float:

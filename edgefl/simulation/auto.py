@@ -30,6 +30,7 @@ ENGINES: Mapping[str, Callable[[Setup], Engine]] = {
     "ray": RayFleet,  # never chosen: a cluster is asked for
 }
 AUTO = "auto"
+STACKS = "pool of stacks"
 MEASURE_S = 0.5  # of the loop; the others get as many clients
 FEWEST = 4  # clients to measure by
 POOL_START_S = 4.0
@@ -56,9 +57,7 @@ def make_engine(name: str, setup: Setup) -> Chosen:
         raise ConfigError(f"engine {name!r} is not one of: {', '.join([AUTO, *ENGINES])}")
     if name != "pool":
         return Chosen(ENGINES[name](setup), name, "it was asked for")
-    choice = _Choice(setup)
-    choice.measure_here().engine.close()
-    return Chosen(choice.pool(), name, f"it was asked for; {choice.reason()}")
+    return _Choice(setup).choose_method()
 
 
 class _Choice:
@@ -77,47 +76,62 @@ class _Choice:
 
     def choose(self) -> Chosen:
         """Measure every engine that can run the task and may pay, and return the fastest."""
-        best = self.measure_here()
+        best = Chosen(LoopFleet(self._setup), "loop", "")
+        self._shorten_plan(best.engine, FEWEST)
+        self._measure("loop", best.engine)
+        if reason := why_not_stacked(self._setup):
+            self._ruled_out["stacked"] = reason
+        else:
+            best = self._better(best, "stacked", StackedFleet(self._setup))
         if reason := self._why_no_pool(best.name):
             self._ruled_out["pool"] = reason
         else:
             best = self._with_pool(best)
         return dataclasses.replace(best, reason=self.reason())
 
-    def measure_here(self) -> Chosen:
-        """Measure the engines of this process, and return the faster."""
-        best = Chosen(LoopFleet(self._setup), "loop", "")
-        self._measure_loop(best.engine)
+    def choose_method(self) -> Chosen:
+        """Return a pool whose workers do what is faster there."""
+        pool = PoolFleet(self._setup)
+        self._shorten_plan(pool, FEWEST * len(pool.workers))
         if reason := why_not_stacked(self._setup):
-            self._ruled_out["stacked"] = reason
-            return best
-        return self._better(best, "stacked", StackedFleet(self._setup))
+            self._ruled_out[STACKS] = reason
+        self._measure_pool(pool)
+        return Chosen(pool, "pool", f"it was asked for; {self.reason()}")
 
-    def pool(self) -> Engine:
-        """Return workers who do what is faster here."""
-        stacks = self._rates.get("stacked", 0.0) > self._rates["loop"]
-        method = dataclasses.replace(self._setup.method, stacks=stacks)
-        return PoolFleet(dataclasses.replace(self._setup, method=method))
+    def _shorten_plan(self, engine: Engine, fewest: int) -> None:
+        """Keep as many clients as an engine trains in `MEASURE_S`: how many all are measured by."""
+        clients = self._plan.clients
+        self._plan = dataclasses.replace(self._plan, clients=clients[:fewest])
+        _timed(engine, self._plan)  # torch's own first steps are slow
+        count = int(len(self._plan.clients) * MEASURE_S / _timed(engine, self._plan))
+        self._plan = dataclasses.replace(self._plan, clients=clients[: max(fewest, count)])
 
-    def _measure_loop(self, engine: Engine) -> None:
-        """Let the loop run for a while: this is how many clients the others are measured by."""
-        first = self._plan.clients[:FEWEST]
-        _timed(engine, dataclasses.replace(self._plan, clients=first))  # torch's own first steps are slow
-        start_s, count = time.perf_counter(), 0
-        for _ in engine.collect(self._plan):
-            count += 1
-            if count >= FEWEST and time.perf_counter() - start_s > MEASURE_S:
-                break
-        self._rates["loop"] = count / (time.perf_counter() - start_s)
-        self._plan = dataclasses.replace(self._plan, clients=self._plan.clients[:count])
-
-    def _better(self, best: Chosen, name: str, engine: Engine) -> Chosen:
-        """Return the faster of two, and end the other."""
+    def _measure(self, name: str, engine: Engine) -> None:
         for _ in range(WARM_UPS):  # samples are loaded where the engine wants them, steps are recorded
             _timed(engine, self._plan)
         best_s = min(_timed(engine, self._plan) for _ in range(2))  # another program's moment is not this engine's rate
         self._rates[name] = len(self._plan.clients) / best_s
-        if self._rates[name] <= self._rates[best.name]:
+
+    def _measure_pool(self, pool: PoolFleet) -> str:
+        """Measure its workers one client after another and, where that can be, in stacks; keep what is faster."""
+        self._measure("pool", pool)
+        if {"stacked", STACKS} & self._ruled_out.keys():
+            return "pool"
+        pool.use(dataclasses.replace(self._setup.method, stacks=True))
+        self._measure(STACKS, pool)
+        if self._rates[STACKS] > self._rates["pool"]:
+            return STACKS
+        pool.use(self._setup.method)
+        return "pool"
+
+    def _better(self, best: Chosen, name: str, engine: Engine) -> Chosen:
+        """Return the faster of two, and end the other."""
+        rated = name
+        if isinstance(engine, PoolFleet):
+            rated = self._measure_pool(engine)
+        else:
+            self._measure(name, engine)
+        if self._rates[rated] <= self._rates[best.name]:
             engine.close()
             return best
         best.engine.close()
@@ -135,7 +149,7 @@ class _Choice:
 
     def _with_pool(self, best: Chosen) -> Chosen:
         try:
-            return self._better(best, "pool", self.pool())
+            return self._better(best, "pool", PoolFleet(self._setup))
         except ConfigError as error:
             self._ruled_out["pool"] = str(error)
             return best

@@ -35,6 +35,7 @@ class FlatModel:
         device = next(iter(state.values())).device if state else None
         self._flats = {dtype: torch.zeros(end, dtype=dtype, device=device) for dtype, end in ends.items()}
         self._starts = {dtype: flat.clone() for dtype, flat in self._flats.items()}
+        self._own: dict[str, Array] | None = None  # views of the buffers
         self._views: dict[str, tuple[torch.dtype, Any]] = {}  # name -> its place in any buffer
         for name, tensor in state.items():
             dtype, start = places[id(tensor)]
@@ -60,6 +61,17 @@ class FlatModel:
         """Return what has changed since, in arrays of its own."""
         moved = {dtype: _difference(flat, self._starts[dtype]) for dtype, flat in self._flats.items()}
         return {name: view(moved[dtype]).numpy() for name, (dtype, view) in self._views.items()}
+
+    def moved(self) -> Tree:
+        """Return what has changed since, in the model's own memory, which it takes: reset before the next step."""
+        for dtype, flat in self._flats.items():
+            if dtype.is_floating_point:
+                flat.sub_(self._starts[dtype])
+            else:
+                flat.copy_(_difference(flat, self._starts[dtype]))
+        if self._own is None or next(iter(self._flats.values())).is_cuda:
+            self._own = {name: view(self._flats[dtype]).cpu().numpy() for name, (dtype, view) in self._views.items()}
+        return self._own
 
 
 class _View:

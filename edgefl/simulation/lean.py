@@ -23,8 +23,8 @@ def tidy(graph: torch.fx.Graph) -> None:
 
     aten = torch.ops.aten
     for node in list(graph.nodes):
-        inner = node.args[0] if node.args else None
-        if node.target is aten.detach.default and inner is not None:
+        inner: _Node = node.args[0] if node.args else None
+        if node.target is aten.detach.default:
             node.replace_all_uses_with(inner)
         elif node.target is aten.t.default and getattr(inner, "target", None) is aten.t.default:
             node.replace_all_uses_with(inner.args[0])

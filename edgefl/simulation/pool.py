@@ -6,12 +6,13 @@ when a worker dies, stands in `pool_round`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
 from edgefl.errors import ConfigError
 from edgefl.records import Plan, Traffic
-from edgefl.simulation.fleets import Meter, Setup
+from edgefl.simulation.fleets import Meter, Method, Setup
 from edgefl.simulation.machine import num_cores
 from edgefl.simulation.pool_process import WorkerProcess
 from edgefl.simulation.pool_round import Answer, train
@@ -41,6 +42,10 @@ class PoolFleet:
     def peak_rss_mb(self) -> float:
         """Return the sum of the workers' peaks, as far as they have told."""
         return sum(worker.peak_rss_mb for worker in self.workers)
+
+    def use(self, method: Method) -> None:
+        """Have the workers train in another way from the next round on."""
+        self._setup = dataclasses.replace(self._setup, method=method)
 
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()

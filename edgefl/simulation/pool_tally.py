@@ -28,6 +28,7 @@ class ChunkTrainer:
 
     def __init__(self, task: Task, population: Population, config: JobConfig) -> None:
         self._task, self._population = task, population
+        self._trainers: dict[Method, LocalTrainer | StackTrainer] = {}
         self._trainer: LocalTrainer | StackTrainer | None = None
         self._rule_name = config.aggregation.rule
         self._tally: _Tally | None = None
@@ -36,8 +37,9 @@ class ChunkTrainer:
         """Take up a round, forgetting the one before."""
         method = method or Method()
         wanted = StackTrainer if method.stacks else LocalTrainer
-        if not isinstance(self._trainer, wanted):
-            self._trainer = wanted(self._task, self._population, compiled=method.compiled)
+        if method not in self._trainers:
+            self._trainers[method] = wanted(self._task, self._population, compiled=method.compiled)
+        self._trainer = self._trainers[method]
         self._trainer.begin(plan)
         self._tally = _Tally(plan, self._rule_name) if sums else None
 
@@ -55,8 +57,9 @@ class ChunkTrainer:
             return Done()
         if self._trainer is None:
             raise RuntimeError("begin comes before a chunk")
-        answers = map(self._trainer.train, chunk.clients)
-        return Done(tuple(answers)) if self._tally is None else self._take(answers)
+        if self._tally is None:
+            return Done(tuple(map(self._trainer.train, chunk.clients)))
+        return self._take(self._trainer.train(client, borrow=True) for client in chunk.clients)
 
     def _take(self, answers: Iterable[Update | Failure | Partial]) -> Done:
         for answer in answers:
@@ -86,7 +89,8 @@ class _Tally:
         try:
             self._guard.admit(answer)
         except UpdateRejected:
-            self._aside.append(answer)
+            own = {name: array.copy() for name, array in answer.tree.items()}  # it was borrowed
+            self._aside.append(dataclasses.replace(answer, tree=own))
             return
         self._rule.add(answer)
         self._metrics.add(answer.weight, answer.metrics)

@@ -22,7 +22,7 @@ from edgefl.errors import TaskError
 from edgefl.logs import event
 from edgefl.simulation.lean import lean, tidy
 from edgefl.task import MAX_QUOTED, Task, UserCode
-from edgefl.training import gradient_by_autograd, has_channels_last, laid_out, loss_of
+from edgefl.training import Autograd, has_channels_last, laid_out, loss_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class GradientOf:
 
     def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False) -> None:
         self._task, self._model, self._compiled = task, model, compiled
-        self._channels_last = has_channels_last(model)
+        self._by_autograd, self._channels_last = Autograd(task, model), has_channels_last(model)
         named = dict(model.named_parameters())
         self.trained = [one for one in named.values() if one.requires_grad]
         self._names = [name for name, one in named.items() if one.requires_grad]
@@ -72,9 +72,6 @@ class GradientOf:
         with torch.no_grad():
             *gradients, loss = recording(inputs, targets)
         return gradients, loss
-
-    def _by_autograd(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[Gradients, torch.Tensor]:
-        return gradient_by_autograd(self._task, self._model, self.trained, inputs, targets)
 
     def _step(self, *arguments: Any) -> tuple[Any, ...]:
         """Do what `_by_autograd` does, as a function of all that it works on."""

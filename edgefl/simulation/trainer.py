@@ -60,20 +60,24 @@ class LocalTrainer:
             return
         self._model = self._model or _Model(self._task, compiled=self._compiled)
         set_parameters(self._task, self._model.module, plan.parameters)
+        self._model.module.train()
         self._model.flat.start_from(plan.parameters)
 
-    def train(self, client: str) -> Update | Failure:
-        """Return a client's answer; what its data or the user's code does wrong is its Failure."""
+    def train(self, client: str, *, borrow: bool = False) -> Update | Failure:
+        """Return a client's answer; what its data or the user's code does wrong is its Failure.
+
+        A borrowed update lies in the trainer's own memory: it is only good until the next client trains.
+        """
         plan = self._plan
         if plan is None:
             raise RuntimeError("begin comes before train")
         try:
-            tree, weight, metrics = self._fit(plan, client)
+            tree, weight, metrics = self._fit(plan, client, borrow=borrow)
         except TaskError as error:
             return Failure(job=plan.job, round=plan.round, device=client, reason=str(error))
         return Update(job=plan.job, round=plan.round, device=client, tree=tree, weight=weight, metrics=metrics)
 
-    def _fit(self, plan: Plan, client: str) -> tuple[Tree, float, Mapping[str, float]]:
+    def _fit(self, plan: Plan, client: str, *, borrow: bool) -> tuple[Tree, float, Mapping[str, float]]:
         if self._model is None:
             options = self._population.options(client) if isinstance(self._population, WithOptions) else {}
             result = train_locally(
@@ -81,7 +85,8 @@ class LocalTrainer:
             )
             return result.tree, result.weight, result.metrics
         samples = self._population.samples(client)
-        tree, loss = self._model.trained(samples, plan, derive_seed(plan.train.seed, plan.round, client))
+        seed = derive_seed(plan.train.seed, plan.round, client)
+        tree, loss = self._model.trained(samples, plan, seed, borrow=borrow)
         return tree, float(len(samples)), {"train_loss": loss}
 
 
@@ -93,7 +98,7 @@ class _Model:
         self.flat = FlatModel(self.module, channels_last=has_channels_last(self.module))
         self._gradient = GradientOf(task, self.module, compiled=compiled)
 
-    def trained(self, samples: Samples, plan: Plan, seed: int) -> tuple[Tree, float]:
+    def trained(self, samples: Samples, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
         """Return what a client sends, and its loss."""
         self.flat.reset()
         if plan.train.algorithm == "fedsgd":
@@ -101,4 +106,4 @@ class _Model:
             loss = accumulate_gradient(self._task, self.module, samples, batch_size=batch_size, seed=seed)
             return gradient_of(self._task, self.module, plan.parameters), loss
         loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._gradient)
-        return self.flat.delta(), loss
+        return self.flat.moved() if borrow else self.flat.delta(), loss

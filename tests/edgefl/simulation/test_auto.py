@@ -1,5 +1,7 @@
 """The engine that is chosen, and why."""
 
+import re
+
 import pytest
 
 from edgefl.errors import ConfigError
@@ -34,12 +36,23 @@ def test_what_cannot_be_stacked_falls_back_and_says_why(set_up):
 def test_a_long_simulation_measures_the_pool_too_and_ends_the_slower(set_up, monkeypatch, faster):
     monkeypatch.setattr(auto, "num_cores", lambda: 2)
     monkeypatch.setattr(
-        auto, "_timed", lambda engine, _plan: 1e-9 if (type(engine) is PoolFleet) == (faster == "pool") else 1e9
+        auto, "_timed", lambda engine, _plan: 1 if (type(engine) is PoolFleet) == (faster == "pool") else 1e9
     )
     chosen = make_engine("auto", set_up("dropout", clients=40, rounds={"count": 100_000}))
     assert chosen.name == faster
     assert "pool " in chosen.reason
     chosen.engine.close()
+
+
+@pytest.mark.parametrize("faster", ["pool", "pool of stacks"])
+def test_a_pools_workers_do_what_is_faster_there(set_up, monkeypatch, faster):
+    used = []
+    monkeypatch.setattr(PoolFleet, "use", lambda _pool, method: used.append(method.stacks))
+    monkeypatch.setattr(auto, "_timed", lambda _engine, _plan: 1 if (used == [True]) == (faster != "pool") else 2)
+    chosen = make_engine("pool", set_up(clients=16))
+    chosen.engine.close()
+    assert used == ([True] if faster == "pool of stacks" else [True, False])
+    assert re.match(rf"it was asked for; measured on \d+ clients: {faster} ", chosen.reason)
 
 
 def test_a_pool_that_cannot_start_is_ruled_out(set_up, monkeypatch):

@@ -44,6 +44,21 @@ def test_a_model_is_as_it_was_and_its_changes_come_out(channels_last):
     assert delta["1.num_batches_tracked"] == 3  # it was a copy
 
 
+def test_what_is_lent_is_the_change_until_the_model_is_reset():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    flat = FlatModel(model, channels_last=True)
+    flat.start_from(tree_of(model))
+    for moved in (1.5, -2.0):
+        flat.reset()
+        with torch.no_grad():
+            model[0].weight[1, 0, 2, 1] += moved
+            model[1].num_batches_tracked += 3
+        wanted = flat.delta()
+        lent = flat.moved()
+        assert {name: array.tolist() for name, array in lent.items()} == {n: a.tolist() for n, a in wanted.items()}
+    assert np.shares_memory(lent["0.weight"], flat.moved()["0.weight"])
+
+
 def test_tensors_that_are_shared_stay_one():
     model = Tied()
     flat = FlatModel(model)

@@ -6,7 +6,7 @@ from torch import nn
 
 from edgefl import Task
 from edgefl.simulation.traced import GradientOf, Recorded, has_compiler
-from edgefl.training import gradient_by_autograd
+from edgefl.training import Autograd
 
 
 class Counting(nn.Linear):
@@ -59,7 +59,7 @@ def test_random_layers_and_buffers_move_as_they_do_by_autograd(compiled):
     moved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
     torch.manual_seed(7)
-    wanted, wanted_loss = gradient_by_autograd(task, model, gradient.trained, inputs, targets)
+    wanted, wanted_loss = Autograd(task, model)(inputs, targets)
     assert gradient.why_not == ""
     torch.testing.assert_close(loss, wanted_loss)
     for one, other in zip(seen, wanted, strict=True):
@@ -92,7 +92,7 @@ def test_what_cannot_be_recorded_is_left_to_autograd(make, why):
     seen, _ = gradient(inputs, targets)
     assert why in gradient.why_not
     if make is not Counting:
-        wanted, _ = gradient_by_autograd(task, model, gradient.trained, inputs, targets)
+        wanted, _ = Autograd(task, model)(inputs, targets)
         torch.testing.assert_close(list(seen), list(wanted))
 
 
