@@ -7,12 +7,12 @@ are asked for.
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from edgefl.errors import ConfigError
 from edgefl.samples import Samples, train_samples
 from edgefl.simulation.names import Names
+from edgefl.simulation.shelf import Shelf
 from edgefl.task import Task
 
 CACHE_BYTES = 1 << 30
@@ -28,8 +28,7 @@ class TaskPopulation:
         self._task = task
         self._names = Names(num_clients)
         self._options = dict(options)
-        self._kept: OrderedDict[str, Samples] = OrderedDict()
-        self._kept_bytes = 0
+        self._shelf = Shelf(CACHE_BYTES)
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -39,22 +38,8 @@ class TaskPopulation:
         return {**self._options, "part": str(self._names.index(client)), "parts": str(len(self._names))}
 
     def samples(self, client: str) -> Samples:
-        samples = self._kept.get(client)
-        if samples is None:
-            samples = train_samples(self._task, self.options(client))
-            self._keep(client, samples)
-        return samples
-
-    def _keep(self, client: str, samples: Samples) -> None:
-        self._kept[client] = samples
-        self._kept_bytes += _bytes(samples)
-        while self._kept_bytes > CACHE_BYTES and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= _bytes(oldest)
-
-
-def _bytes(samples: Samples) -> int:
-    return samples.inputs.nbytes + samples.targets.nbytes
+        kept = self._shelf.get(client)
+        return kept or self._shelf.put(client, train_samples(self._task, self.options(client)))
 
 
 def _refuse_partless(task: Task) -> None:
