@@ -27,11 +27,11 @@ from benchmarks.simulation_readme import write_readme
 from benchmarks.simulation_workloads import DECODED_VARIABLE, WORKLOADS, Workload, decode_cifar
 
 CORES = 2  # processes, or threads, of each contestant
-REPEATS = 3  # of those by whom a target is measured, and of ours
+REPEATS = 2  # of those by whom a target is measured, and of ours
 _FLOWER = ("flwr", "ray")
 MILLION = 1_000_000
 FLOWER_APP = ROOT / "examples" / "flower_app"
-APP_NODES, APP_ROUNDS, APP_QUICK_ROUNDS = 100, 8, 3
+APP_NODES, APP_ROUNDS, APP_QUICK_ROUNDS = 100, 16, 3
 MNIST_ROUNDS = 100  # those that its figure is for
 
 AUTO, COMPILED = "edgefl", "edgefl, compiled steps"

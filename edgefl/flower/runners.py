@@ -1,7 +1,7 @@
 """Where a run's ClientApps are executed: in this process, in worker processes, or first here, then there.
 
-Starting workers takes seconds, and nobody knows how long a run will be. So it starts here and moves once
-it has spent here what the start costs: never more than about twice the time of the better choice.
+Starting workers takes seconds, and nobody knows how long a run will be. So it starts here; a run that is
+not over soon has workers started, goes on here meanwhile, and moves once they are ready.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgefl.flower.app import FlowerApp
 from edgefl.flower.nodes import Answer, Delivery, InProcess
 from edgefl.flower.workers import Workers
 
-START_S = 3.0  # of a worker that imports torch
+START_S = 0.5  # of work in this process, before workers that import torch for seconds are worth their start
 
 
 class Runners:
@@ -34,6 +34,7 @@ class Runners:
         self._left_s = math.inf if workers == 0 or self._number == 1 else START_S  # to spend in this process
         if workers:
             self._left_s = 0.0
+        self._asked_for, self._all_there = bool(workers), False
         self._workers: Workers | None = None
         self._stack = ExitStack()
         self._lock = threading.Lock()
@@ -59,7 +60,7 @@ class Runners:
     def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
         """Yield answers as they come."""
         source = iter(deliveries)
-        while self._left_s > 0:
+        while not self._at_workers():
             delivery = next(source, None)
             if delivery is None:
                 return
@@ -68,6 +69,17 @@ class Runners:
             self._left_s -= self._clock() - start_s
             yield from answers
         yield from self._in_workers().run(source, deadline_s)
+
+    def _at_workers(self) -> bool:
+        """Say whether workers do the rest; starts them once enough was done here."""
+        if self._left_s > 0:
+            return False
+        if self._all_there or self._asked_for:
+            return True
+        if self._workers is None:
+            self._in_workers().start()
+        self._all_there = self._in_workers().ready
+        return self._all_there
 
     def _in_workers(self) -> Workers:
         with self._lock:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -80,6 +81,16 @@ class Workers:
         """The most memory that each worker has held, added up."""
         return sum(worker.peak_rss_mb for worker in self._workers)
 
+    def start(self) -> None:
+        """Start them all, without waiting."""
+        for worker in self._workers:
+            worker.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether each that was started has loaded the app, or died of it."""
+        return all(worker.ready for worker in self._workers)
+
     def pids(self) -> list[int]:
         """Return the processes that are running."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
@@ -136,6 +147,7 @@ class _Worker:
         self._folder = folder
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
+        self._greeted = False  # whether it has said that it is there
         self._holds: _Packed | None = None  # the content that the process was sent last
         self._lock = threading.Lock()  # of starting against ending
         self.ended = False
@@ -150,11 +162,18 @@ class _Worker:
 
         Raises EOFError or OSError where the process dies.
         """
-        connection = self._connection or self._start()
+        connection, timeout_s = self._connection or self.start(), min(timeout_s, MAX_WAIT_S)
+        if not self._greeted:
+            start_s = time.monotonic()
+            if not connection.poll(timeout_s):
+                self.kill()
+                return None
+            connection.recv_bytes()
+            self._greeted, timeout_s = True, max(0.0, timeout_s - (time.monotonic() - start_s))
         connection.send_bytes(envelope)
         connection.send_bytes(b"" if self._holds is packed else packed.data)
         self._holds = packed
-        if not connection.poll(min(timeout_s, MAX_WAIT_S)):
+        if not connection.poll(timeout_s):
             self.kill()
             return None
         answer: Answer
@@ -169,6 +188,7 @@ class _Worker:
                 self._process.join(STOP_S)
                 self._connection.close()
             self._process = self._connection = self._holds = None
+            self._greeted = False
 
     def end(self) -> None:
         """Kill the process for good; who waits for its answer hears that it died."""
@@ -178,7 +198,13 @@ class _Worker:
                 self._process.kill()
                 self._process.join(STOP_S)
 
-    def _start(self) -> Connection:
+    @property
+    def ready(self) -> bool:
+        """Whether it can be asked without waiting for its start."""
+        return self._greeted or (self._connection is not None and self._connection.poll(0))
+
+    def start(self) -> Connection:
+        """Start the process; it loads the app, and says when it has."""
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
         with self._lock:
             if self.ended:
@@ -197,6 +223,9 @@ def _serve(connection: Connection, folder: str) -> None:
     """Answer requests until there are no more: a worker's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends us
     content = RecordDict()
+    with suppress(ConfigError, TaskError):  # each message will be told
+        _client_app(folder)
+    connection.send_bytes(b"ready")
     while True:
         try:
             envelope, data = connection.recv_bytes(), connection.recv_bytes()

@@ -139,14 +139,22 @@ def test_a_run_in_workers_equals_the_run_in_this_process(make_app):
     assert there.final == pytest.approx(here.final)
 
 
-def test_a_long_run_moves_to_workers_on_its_way(app):
+def test_a_long_run_goes_on_here_while_workers_start_and_moves_when_they_are_ready(app):
+    def spaced():
+        for number, delivery in enumerate(deliveries(8)):
+            if number == 4:  # three were done here, and one more while they start
+                end_s = time.monotonic() + 60
+                while not runners._workers.ready and time.monotonic() < end_s:
+                    time.sleep(0.05)
+            yield delivery
+
     ticks = itertools.count()  # a second a look: each client takes one
     with Runners(app, None, lambda: float(next(ticks))) as runners:
         runners._number = 2  # as on two cores
         runners._left_s = 3.0
-        answers = list(runners.run(deliveries(8), float("1e9")))
+        answers = list(runners.run(spaced(), float("1e9")))
         assert runners.num_workers == 2
     pids = [answer.reply.content["a"]["pid"] for answer in sorted(answers, key=lambda answer: answer.node_id)]
-    assert pids[0] == os.getpid()
-    assert os.getpid() not in pids[-4:]
+    assert pids[:4] == [os.getpid()] * 4
+    assert os.getpid() not in pids[5:]  # the fifth was asked for before they were looked at
     assert len(pids) == 8
