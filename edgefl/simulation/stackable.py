@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -118,8 +120,25 @@ def _loss(task: Task, model: torch.nn.Module, inputs: torch.Tensor, targets: tor
     return float(task.loss(model(inputs), targets))
 
 
+class _Tried:
+    """A population of the clients of a trial."""
+
+    def __init__(self, held: dict[str, Samples]) -> None:
+        self._held = held
+
+    def names(self) -> Sequence[str]:
+        return list(self._held)
+
+    def samples(self, client: str) -> Samples:
+        return self._held[client]
+
+
 def _differs(setup: Setup, plan: Plan, held: dict[str, Samples]) -> str | None:
-    stacks, loop = StackTrainer(setup.task, setup.population), LocalTrainer(setup.task, setup.population)
+    """Compare after a full and a ragged step: over many, rounding alone drives some models apart."""
+    plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1))
+    few = plan.train.batch_size + max(1, plan.train.batch_size // 2)
+    held = {client: Samples(one.inputs[:few], one.targets[:few]) for client, one in held.items()}
+    stacks, loop = StackTrainer(setup.task, _Tried(held)), LocalTrainer(setup.task, _Tried(held))
     stacks.begin(plan)
     loop.begin(plan)
     for client, stacked in stacks.train(held).updates(plan):

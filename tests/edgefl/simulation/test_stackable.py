@@ -1,11 +1,19 @@
 """Which tasks can be stacked, and the reason of each that cannot."""
 
 import dataclasses
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from edgefl.config import JobConfig, load_config
+from edgefl.simulation.fleets import Setup
 from edgefl.simulation.stackable import why_not_stacked
+from edgefl.simulation.task_population import TaskPopulation
+from edgefl.task import load_task
+
+DIGITS = Path(__file__).parents[3] / "examples" / "digits"
 
 
 @pytest.mark.parametrize("name", ["task", "half"])
@@ -65,3 +73,11 @@ def test_what_only_a_look_inside_or_a_trial_shows(set_up, kind, reason):
 
 def test_nobody_to_try_it_with(set_up):
     assert "no client" in (why_not_stacked(set_up(clients=1, data={"empty": "0"})) or "")
+
+
+def test_rounding_that_many_steps_make_larger_is_no_reason():
+    task = load_task(str(DIGITS))
+    config = load_config(JobConfig, DIGITS / "config.toml", ["train.epochs=30", "train.lr=1.0", "rounds.count=1"])
+    maker = partial(TaskPopulation, num_clients=5, options={})
+    setup = Setup(task=task, reference=None, make_population=maker, population=maker(task), config=config)
+    assert why_not_stacked(setup) is None
