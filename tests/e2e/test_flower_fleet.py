@@ -5,6 +5,7 @@ import os
 import signal
 import textwrap
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,16 @@ def run(fleet, app, *options):
     return json.loads(result.read_text()), SpooledTree(out)
 
 
-@pytest.mark.parametrize(("name", "rounds", "tolerance"), [("sklearn_app", 3, 1e-6), ("flower_app", 1, 1e-5)])
+KERAS = [
+    pytest.mark.soak,
+    pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs TensorFlow: pip install '.[keras]'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds", "tolerance"),
+    [("sklearn_app", 3, 1e-6), ("flower_app", 1, 1e-5), pytest.param("keras_app", 1, 1e-4, marks=KERAS)],
+)
 def test_an_unmodified_app_gives_on_agents_what_it_gives_in_simulation(agents, name, rounds, tolerance):
     result, model = run(agents, EXAMPLES / name, "--rounds", rounds)
     simulated = run_flower_app(load_flower_app(EXAMPLES / name), PARTS, {"num-server-rounds": rounds}, workers=0)
