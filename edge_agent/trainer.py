@@ -38,6 +38,7 @@ class Trainer:
         self._socket_path = socket_path  # systemd's; None = a process of our own
         self._idle_s = idle_s
         self._child: _Child | None = None
+        self._abandoning: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._used = asyncio.Event()
 
@@ -80,8 +81,9 @@ class Trainer:
         try:
             answer = await child.ask(fit)
         except asyncio.CancelledError:
-            if not await child.let_go():
-                await self._drop()
+            # In a task of its own: up to Python 3.11.2, time limits do not hold in one that is being cancelled.
+            self._abandoning = asyncio.create_task(self._abandon(child))
+            await asyncio.shield(self._abandoning)
             raise
         except (EOFError, OSError, ProtocolError) as cause:
             await self._drop()
@@ -94,6 +96,10 @@ class Trainer:
                 await self._drop()
             raise TaskError(answer.reason)
         return answer
+
+    async def _abandon(self, child: _Child) -> None:
+        if not await child.let_go():
+            await self._drop()
 
     async def end(self) -> None:
         """End an idle child; one at work is left to its fit."""

@@ -55,10 +55,10 @@ def test_the_table_of_a_workload_by_hand(turns) -> None:
     assert table["peak RSS", "Flower on Ray"].ratio == 4.0
 
 
-def test_who_decides_takes_three_turns_and_memory_one_of_its_own(turns) -> None:
+def test_who_decides_takes_all_its_turns_and_memory_one_of_its_own(turns) -> None:
     list(simulation.measure(quick=False, only=["digits-cnn"]))
     counts = {name: turns.count((name, False)) for name, _ in turns}
-    assert counts["edgefl"] == counts["Flower on Ray"] == counts["centralised SGD"] == 3
+    assert counts["edgefl"] == counts["Flower on Ray"] == counts["centralised SGD"] == simulation.REPEATS
     assert counts["plain loop"] == counts["edgefl pool"] == 1
     assert [name for name, memory in turns if memory] == ["edgefl", "pfl-research in 2 processes", "Flower on Ray"]
 
