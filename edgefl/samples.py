@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,10 +89,17 @@ def _load(task: Task, loader: Callable[..., Any], what: str, options: Mapping[st
 _PARTS = ("inputs", "targets")
 
 
-def _refuse_options(task: Task, loader: Callable[..., Any], what: str, options: Mapping[str, str]) -> None:
+@lru_cache(maxsize=16)  # a simulation loads a thousand clients' data by one loader
+def _signature(loader: Callable[..., Any]) -> inspect.Signature | None:
     try:
-        signature = inspect.signature(loader)
+        return inspect.signature(loader)
     except ValueError:  # some builtins have none
+        return None
+
+
+def _refuse_options(task: Task, loader: Callable[..., Any], what: str, options: Mapping[str, str]) -> None:
+    signature = _signature(loader)
+    if signature is None:
         return
     try:
         signature.bind(**options)

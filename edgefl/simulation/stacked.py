@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgefl.config import TrainConfig
 from edgefl.errors import ConfigError, TaskError
 from edgefl.guards import MAX_METRIC
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_STACK = 256  # clients
+SMALL_BYTES = 32 << 10  # of one client's tensor
 STACK_BYTES = 16 << 20  # of parameters: beyond what caches hold, a larger stack is slower
 
 _Tensors = dict[str, Any]  # a tensor by name; of a stack, (K, ...)
@@ -94,26 +97,42 @@ class Stack:
         import torch
 
         finite = self.losses.abs() <= MAX_METRIC  # NaN is not
+        if finite.all():
+            everything = self._sum(finite)
+            if all(np.isfinite(total).all() for total in everything.total.values()):  # then all that it is of are
+                yield everything
+                return
         for delta in self.deltas.values():
             finite &= torch.isfinite(delta).flatten(1).all(1)
         for k in torch.nonzero(~finite).flatten().tolist():
             yield self._update(plan, k)
-        chosen = torch.nonzero(finite).flatten()
-        if len(chosen):
-            yield self._sum(chosen)
+        if finite.any():
+            yield self._sum(finite)
 
     def _sum(self, chosen: torch.Tensor) -> Partial:
-        weights, losses = self.weights[chosen], self.losses[chosen]
-        total = {
-            name: (weights @ delta[chosen].double().flatten(1)).reshape(delta.shape[1:]).cpu().numpy()
-            for name, delta in self.deltas.items()
-        }
+        """Return the weighted sum of the clients that are chosen, (K,) of booleans."""
+        import torch
+
+        weights = torch.where(chosen, self.weights, 0.0)
+        picked = torch.nonzero(chosen).flatten().tolist()
+        losses = torch.where(chosen, self.losses, 0.0)
         return Partial(
-            total=total,
+            total={name: self._total(delta, weights, picked).cpu().numpy() for name, delta in self.deltas.items()},
             weight=float(weights.sum()),
-            contributors=tuple(self.clients[k] for k in chosen.tolist()),
+            contributors=tuple(self.clients[k] for k in picked),
             metrics={"train_loss": (float(weights @ losses), float(weights.sum()))},
         )
+
+    @staticmethod
+    def _total(delta: torch.Tensor, weights: torch.Tensor, picked: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        if delta[0].nbytes <= SMALL_BYTES and len(picked) == len(weights):
+            return (weights @ delta.double().flatten(1)).reshape(delta.shape[1:])
+        total = torch.zeros(delta.shape[1:], dtype=torch.float64, device=delta.device)
+        for k in picked:  # of large ones, a copy of all in float64 would cost as much as the training
+            total.add_(delta[k], alpha=float(weights[k]))
+        return total
 
     def _update(self, plan: Plan, k: int) -> Update:
         tree = {name: delta[k].cpu().numpy() for name, delta in self.deltas.items()}
@@ -185,7 +204,7 @@ class StackTrainer:
             parameters, totals = self._steps(StackedBatches(samples, seeds, plan.train), plan.train, len(clients))
         weights = torch.tensor([len(one) for one in samples], dtype=torch.float64, device=totals.device)
         deltas = {
-            name: parameters[name] - start
+            name: parameters[name].sub_(start)
             if name in parameters
             else torch.zeros_like(start).expand(len(clients), *start.shape)
             for name, start in self._start.items()
