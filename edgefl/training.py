@@ -27,7 +27,7 @@ from edgefl.trees import Array, Tree, spec_of, subtract
 if TYPE_CHECKING:
     import torch
 
-EVALUATION_BATCH = 256
+EVALUATION_BATCH = 128
 
 
 def initial_parameters(task: Task, seed: int = 0) -> Tree:

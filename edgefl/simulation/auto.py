@@ -16,7 +16,7 @@ from edgefl.records import Partial, Plan
 from edgefl.rounds import select_clients
 from edgefl.simulation.fleets import Engine, Setup
 from edgefl.simulation.loop import LoopFleet
-from edgefl.simulation.machine import num_cores
+from edgefl.simulation.machine import give_back_memory, num_cores
 from edgefl.simulation.pool import PoolFleet
 from edgefl.simulation.ray_fleet import RayFleet
 from edgefl.simulation.stackable import why_not_stacked
@@ -135,7 +135,9 @@ class _Choice:
             engine.close()
             return best
         best.engine.close()
-        return Chosen(engine, name, "")
+        best = Chosen(engine, name, "")
+        give_back_memory()  # that the other trained in
+        return best
 
     def _why_no_pool(self, best: str) -> str | None:
         if num_cores() == 1:

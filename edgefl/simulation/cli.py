@@ -13,6 +13,7 @@ from edgefl.flower import is_flower_app
 from edgefl.operator.output import Output, example, json_option, metrics_text
 from edgefl.operator.progress import INTERRUPTED
 from edgefl.simulation.live import Progress, live_rounds
+from edgefl.simulation.machine import seldom_collected
 from edgefl.simulation.request import Request
 
 ENGINES = ("auto", "loop", "stacked", "pool", "ray")
@@ -50,16 +51,17 @@ def simulate(*, output: Output, **flags: Any) -> None:
     Ctrl-C ends the round and keeps what there is.
     """
     request = Request(**flags)
-    if is_flower_app(request.task):
-        from edgefl.simulation.cli_flower import simulate_flower
+    with seldom_collected():
+        if is_flower_app(request.task):
+            from edgefl.simulation.cli_flower import simulate_flower
 
-        simulate_flower(request, output)
-    elif request.sweep:
-        from edgefl.simulation.cli_sweep import sweep_task
+            simulate_flower(request, output)
+        elif request.sweep:
+            from edgefl.simulation.cli_sweep import sweep_task
 
-        sweep_task(request, output)
-    else:
-        _simulate_task(request, output)
+            sweep_task(request, output)
+        else:
+            _simulate_task(request, output)
 
 
 def _simulate_task(request: Request, output: Output) -> None:

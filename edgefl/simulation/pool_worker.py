@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from edgefl.errors import EdgeflError
+from edgefl.simulation.machine import seldom_collected
 from edgefl.simulation.pool_tally import ChunkTrainer
 from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Ready, Start, Summed
 from edgefl.simulation.shared import SharedTree
@@ -48,7 +49,7 @@ def main() -> None:
     """Serve the pool at the other end of the pipe until it goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
-    with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
+    with seldom_collected(), contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
         start: Start = pipe.recv()
         sys.path[:] = start.import_path
         try:
