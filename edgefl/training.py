@@ -74,7 +74,7 @@ def train_locally(
         tree = gradient_of(task, model, parameters)
     else:
         model.train()
-        loss = train_epochs(task, model, samples, config, seed, Autograd(task, model))
+        loss = train_epochs(task, model, samples, config, seed, Descent(task, Autograd(task, model)))
         tree = delta_of(task, model, parameters)
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
 
@@ -189,27 +189,43 @@ class Autograd:
         return torch.autograd.grad(loss, self.trained, allow_unused=True), loss.detach()
 
 
+class Descent:
+    """Steps by a batch's gradients: the task's optimizer, else w <- w - lr * g."""
+
+    def __init__(self, task: Task, gradient: BatchGradient) -> None:
+        self._task, self._gradient = task, gradient
+
+    def begin(self, config: TrainConfig) -> None:
+        """Take up a client: from where the model is now, by an optimizer of its own."""
+        trained = self._gradient.trained
+        self._mu = config.proximal_mu
+        self._anchors = [parameter.detach().clone() for parameter in trained] if self._mu else []
+        self._step = _optimizer_step(self._task, trained, config.lr)
+
+    def take(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Take a step in place; returns the batch's loss before it, 0-d."""
+        gradients, loss = self._gradient(inputs, targets)
+        self._step(_pulled(gradients, self._gradient.trained, self._anchors, self._mu) if self._mu else gradients)
+        return loss
+
+
 def train_epochs(
-    task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int, gradient: BatchGradient
+    task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int, descent: Descent
 ) -> float:
     """Train in place for `config.epochs`; returns the mean loss over all the samples it went through.
 
-    The model is in its training mode, and `gradient` is of it.
+    The model is in its training mode, and `descent` is of it.
     """
     import torch
 
-    trained = gradient.trained
-    anchors = [parameter.detach().clone() for parameter in trained] if config.proximal_mu else []
     losses, counts = [], []
     with _seeded(seed), UserCode(task.name, "local training"):
-        step = _optimizer_step(task, trained, config.lr)
+        descent.begin(config)
         shuffle = torch.Generator().manual_seed(seed)
         for _ in range(config.epochs):
             order = torch.randperm(len(samples), generator=shuffle).to(samples.inputs.device)
             for chosen in _batches(order, config.batch_size, model):
-                gradients, loss = gradient(samples.inputs[chosen], samples.targets[chosen])
-                step(_pulled(gradients, trained, anchors, config.proximal_mu) if anchors else gradients)
-                losses.append(loss)
+                losses.append(descent.take(samples.inputs[chosen], samples.targets[chosen]))
                 counts.append(len(chosen))
     return float(np.dot(torch.stack(losses).double().cpu().numpy(), counts)) / (config.epochs * len(samples))
 

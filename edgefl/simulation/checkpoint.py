@@ -3,7 +3,7 @@
 The file is a tree (see `edgefl.trees`): parameters, the server optimizer's state, how often clients took part,
 what batteries have spent; and `facts`, JSON: the rounds so far, virtual time, the settings.
 Invariants: the file is the old one or the new one, whenever the process dies; a simulation that goes on
-gives what an undisturbed one gives, bit for bit where the engine adds up in a fixed order.
+gives what an undisturbed one gives, bit for bit in a loop, to rounding in other engines.
 """
 
 from __future__ import annotations

@@ -18,16 +18,20 @@ _Node = Any  # torch.fx.Node, whose arguments have no narrower type
 
 
 def tidy(graph: torch.fx.Graph) -> None:
-    """Take out other names of a tensor, and transpositions there and back; bring what is pooled into one layout."""
+    """Take out other names of a tensor, what is turned there and back or keeps its shape; lay out what is pooled."""
     import torch
 
     aten = torch.ops.aten
+    swaps = (aten.t.default, aten.transpose.int)
+    reshapes = (aten.view.default, aten._unsafe_view.default, aten.expand.default)  # noqa: SLF001 - torch's own
     for node in list(graph.nodes):
         inner: _Node = node.args[0] if node.args else None
         if node.target is aten.detach.default:
             node.replace_all_uses_with(inner)
-        elif node.target is aten.t.default and getattr(inner, "target", None) is aten.t.default:
+        elif node.target in swaps and getattr(inner, "target", None) is node.target and inner.args[1:] == node.args[1:]:
             node.replace_all_uses_with(inner.args[0])
+        elif node.target in reshapes and inner.meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(inner)
         elif node.target is aten.max_pool2d_with_indices_backward.default and _mixed(inner, node.args[1]):
             with graph.inserting_before(node):  # the operation does it too, in ten times the time
                 moved = graph.call_function(aten.clone.default, (inner,), {"memory_format": torch.channels_last})
@@ -68,7 +72,7 @@ def _hoist(graph: torch.fx.Graph, constants: Sequence[torch.Tensor]) -> list[tor
     hoisted: list[torch.Tensor] = []
     after = placeholders[len(constants) - 1] if constants else None
     for node in list(graph.nodes):
-        if node.op != "call_function" or not _is_view(node.target) or node.args[0] not in values:
+        if node.op != "call_function" or not is_view(node.target) or node.args[0] not in values:
             continue
         values[node] = value = node.target(values[node.args[0]], *node.args[1:], **node.kwargs)
         with graph.inserting_after(after):
@@ -79,7 +83,7 @@ def _hoist(graph: torch.fx.Graph, constants: Sequence[torch.Tensor]) -> list[tor
     return hoisted
 
 
-def _is_view(target: object) -> bool:
+def is_view(target: object) -> bool:
     """Say whether an operation gives another name to the memory of its first argument."""
     import torch
 

@@ -24,6 +24,7 @@ from edgefl.samples import Samples
 from edgefl.simulation.batches import StackedBatches, Step
 from edgefl.simulation.fleets import Meter, Population, Setup, torch_threads
 from edgefl.simulation.machine import num_cores
+from edgefl.simulation.products import Gradients
 from edgefl.simulation.traced import Recorded
 from edgefl.task import Task, UserCode
 from edgefl.training import derive_seed, make_model, set_parameters
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_STACK = 256  # clients
 SMALL_BYTES = 32 << 10  # of one client's tensor
-STACK_BYTES = 16 << 20  # of parameters: beyond what caches hold, a larger stack is slower
+STACK_BYTES = 24 << 20  # of parameters: beyond what caches hold, a larger stack is slower
 
 _Tensors = dict[str, Any]  # a tensor by name; of a stack, (K, ...)
 
@@ -84,7 +85,8 @@ class Stack:
     """Clients trained together."""
 
     clients: tuple[str, ...]
-    deltas: Mapping[str, torch.Tensor]  # (K, ...), in the plan's order of names
+    start: Mapping[str, torch.Tensor]  # in the plan's order of names
+    trained: Mapping[str, torch.Tensor]  # (K, ...), of those that were
     weights: torch.Tensor  # (K,), float64
     losses: torch.Tensor  # (K,), float64
 
@@ -102,8 +104,8 @@ class Stack:
             if all(np.isfinite(total).all() for total in everything.total.values()):  # then all that it is of are
                 yield everything
                 return
-        for delta in self.deltas.values():
-            finite &= torch.isfinite(delta).flatten(1).all(1)
+        for new in self.trained.values():
+            finite &= torch.isfinite(new).flatten(1).all(1)
         for k in torch.nonzero(~finite).flatten().tolist():
             yield self._update(plan, k)
         if finite.any():
@@ -117,25 +119,35 @@ class Stack:
         picked = torch.nonzero(chosen).flatten().tolist()
         losses = torch.where(chosen, self.losses, 0.0)
         return Partial(
-            total={name: self._total(delta, weights, picked).cpu().numpy() for name, delta in self.deltas.items()},
+            total={name: self._total(name, weights, picked).cpu().numpy() for name in self.start},
             weight=float(weights.sum()),
             contributors=tuple(self.clients[k] for k in picked),
             metrics={"train_loss": (float(weights @ losses), float(weights.sum()))},
         )
 
-    @staticmethod
-    def _total(delta: torch.Tensor, weights: torch.Tensor, picked: Sequence[int]) -> torch.Tensor:
+    def _total(self, name: str, weights: torch.Tensor, picked: Sequence[int]) -> torch.Tensor:
+        """Return sum_k weight_k * (new_k - start), as sum_k weight_k * new_k - sum_k weight_k * start, in float64."""
         import torch
 
-        if delta[0].nbytes <= SMALL_BYTES and len(picked) == len(weights):
-            return (weights @ delta.double().flatten(1)).reshape(delta.shape[1:])
-        total = torch.zeros(delta.shape[1:], dtype=torch.float64, device=delta.device)
-        for k in picked:  # of large ones, a copy of all in float64 would cost as much as the training
-            total.add_(delta[k], alpha=float(weights[k]))
-        return total
+        start = self.start[name]
+        if name not in self.trained:
+            return torch.zeros_like(start, dtype=torch.float64)
+        new = self.trained[name]
+        if start.nbytes <= SMALL_BYTES and len(picked) == len(weights):
+            total = (weights @ new.double().flatten(1)).reshape(start.shape)
+        else:
+            total = torch.zeros_like(start, dtype=torch.float64)
+            for k in picked:  # of large ones, a copy of all in float64 would cost as much as the training
+                total.add_(new[k], alpha=float(weights[k]))
+        return total.sub_(start, alpha=float(weights.sum()))
 
     def _update(self, plan: Plan, k: int) -> Update:
-        tree = {name: delta[k].cpu().numpy() for name, delta in self.deltas.items()}
+        import torch
+
+        tree = {
+            name: (self.trained[name][k] - start if name in self.trained else torch.zeros_like(start)).cpu().numpy()
+            for name, start in self.start.items()
+        }
         metrics = {"train_loss": float(self.losses[k])}
         return Update(
             job=plan.job, round=plan.round, device=self.clients[k], tree=tree, weight=float(self.weights[k]),
@@ -201,15 +213,9 @@ class StackTrainer:
         plan = self._begun()
         seeds = [derive_seed(plan.train.seed, plan.round, client) for client in clients]
         with UserCode(self._task.name, "stacked training"):
-            parameters, totals = self._steps(StackedBatches(samples, seeds, plan.train), plan.train, len(clients))
+            trained, totals = self._steps(StackedBatches(samples, seeds, plan.train), plan.train, len(clients))
         weights = torch.tensor([len(one) for one in samples], dtype=torch.float64, device=totals.device)
-        deltas = {
-            name: parameters[name].sub_(start)
-            if name in parameters
-            else torch.zeros_like(start).expand(len(clients), *start.shape)
-            for name, start in self._start.items()
-        }
-        return Stack(tuple(clients), deltas, weights, totals / (plan.train.epochs * weights))
+        return Stack(tuple(clients), self._start, trained, weights, totals / (plan.train.epochs * weights))
 
     def _begun(self) -> Plan:
         if self._plan is None:
@@ -220,18 +226,19 @@ class StackTrainer:
         """Return the trained parameters, (K, ...) each, and each client's sum of losses, (K,)."""
         import torch
 
-        anchors = {name: self._start[name] for name in self._step.trained}
-        stacked = {name: anchor.expand(num_clients, *anchor.shape).clone() for name, anchor in anchors.items()}
-        totals = torch.zeros(num_clients, dtype=torch.float64, device=next(iter(stacked.values())).device)
+        anchors = [self._start[name] for name in self._step.trained]
+        stacked = [anchor.expand(num_clients, *anchor.shape).clone() for anchor in anchors]
+        totals = torch.zeros(num_clients, dtype=torch.float64, device=stacked[0].device)
         for step in batches:
-            active = {name: tensor[: len(step)] for name, tensor in stacked.items()}
-            gradients, losses = self._step(active, step)
+            active = [tensor[: len(step)] for tensor in stacked]
+            gradients = self._step(active, step)
             if train.proximal_mu:
-                for name, anchor in anchors.items():
-                    gradients[name] = gradients[name] + train.proximal_mu * (active[name] - anchor)
-            torch._foreach_add_(list(active.values()), [gradients[name] for name in active], alpha=-train.lr)
-            totals[: len(step)] += losses.detach() * step.counts
-        return stacked, totals
+                pulls = [tensor - anchor for tensor, anchor in zip(active, anchors, strict=True)]
+            gradients.descend(active, train.lr)
+            if train.proximal_mu:
+                torch._foreach_add_(active, pulls, alpha=-train.lr * train.proximal_mu)
+            totals[: len(step)] += gradients.loss.detach() * step.counts
+        return dict(zip(self._step.trained, stacked, strict=True)), totals
 
 
 class _StepOf:
@@ -243,21 +250,21 @@ class _StepOf:
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._fixed = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
         self._task, self._model = task, model
-        self._full = Recorded(
-            task.name, self._flat(vmap(grad_and_value(self._mean), randomness="error")), compiled=compiled
-        )
-        self._masked = Recorded(
-            task.name, self._flat(vmap(grad_and_value(self._masked_mean), randomness="error")), compiled=compiled
+        self._full, self._masked = (
+            Recorded(
+                task.name,
+                self._flat(vmap(grad_and_value(mean), randomness="error")),
+                len(self.trained),
+                compiled=compiled,
+            )
+            for mean in (self._mean, self._masked_mean)
         )
 
-    def __call__(self, parameters: _Tensors, step: Step) -> tuple[_Tensors, torch.Tensor]:
-        """Return the gradients, (K, ...) each, and the losses, (K,)."""
-        tensors = [parameters[name] for name in self.trained]
+    def __call__(self, parameters: Sequence[torch.Tensor], step: Step) -> Gradients:
+        """Return the gradients of `trained`, (K, ...) each, and the losses, (K,)."""
         if step.mask is None:
-            *gradients, losses = self._full(*tensors, step.inputs, step.targets)
-        else:
-            *gradients, losses = self._masked(*tensors, step.inputs, step.targets, step.mask, step.counts)
-        return dict(zip(self.trained, gradients, strict=True)), losses
+            return self._full(*parameters, step.inputs, step.targets)
+        return self._masked(*parameters, step.inputs, step.targets, step.mask, step.counts)
 
     def _flat(self, mapped: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         """Turn (parameters by name, batch) -> (gradients by name, losses) into a function from tensors to tensors."""

@@ -15,14 +15,17 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.logs import event
 from edgefl.simulation.lean import lean, tidy
+from edgefl.simulation.products import Gradients, Places, factor, in_order
 from edgefl.task import MAX_QUOTED, Task, UserCode
-from edgefl.training import Autograd, has_channels_last, laid_out, loss_of
+from edgefl.training import Autograd, Descent, has_channels_last, laid_out, loss_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +36,22 @@ TOLERANCE = 1e-3  # of the largest gradient: rounding stays far below, a wrong c
 
 _log = logging.getLogger(__name__)
 
-Gradients = Sequence["torch.Tensor | None"]
-_Recording = Callable[..., tuple[Any, ...]]
+_Tensors = Sequence["torch.Tensor | None"]
+_Function = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """A recorded function from tensors to gradients and a loss."""
+
+    run: _Function
+    places: Places
+
+    def __call__(self, *tensors: torch.Tensor) -> Gradients:
+        import torch
+
+        with torch.no_grad():
+            return Gradients(self.run(*tensors), self.places)
 
 
 class GradientOf:
@@ -54,10 +71,13 @@ class GradientOf:
         self._recordings: dict[tuple[object, ...], _Recording | None] = {}
         self.why_not = ""  # why autograd does it, where it does
 
-    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[Gradients, torch.Tensor]:
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[_Tensors, torch.Tensor]:
         """Return the gradients, None for a parameter that the loss does not depend on, and the loss, 0-d."""
-        import torch
+        gradients = self.of(inputs, targets)
+        return gradients.multiplied(), gradients.loss
 
+    def of(self, inputs: torch.Tensor, targets: torch.Tensor) -> Gradients:
+        """Return the gradients as they are for who only descends by them."""
         if self._channels_last:
             inputs = laid_out(inputs)
         key = (inputs.shape, inputs.stride(), inputs.dtype, targets.shape, targets.dtype)
@@ -67,11 +87,10 @@ class GradientOf:
             recording = None
         else:
             recording = self._recordings[key] = self._record(inputs, targets)
-        if recording is None:
-            return self._by_autograd(inputs, targets)
-        with torch.no_grad():
-            *gradients, loss = recording(inputs, targets)
-        return gradients, loss
+        if recording is not None:
+            return recording(inputs, targets)
+        gradients, loss = self._by_autograd(inputs, targets)
+        return Gradients((*gradients, loss), in_order(len(gradients)))
 
     def _step(self, *arguments: Any) -> tuple[Any, ...]:
         """Do what `_by_autograd` does, as a function of all that it works on."""
@@ -89,14 +108,15 @@ class GradientOf:
         arguments = [*self._state, inputs, targets]
         try:
             with UserCode(self._task.name, "recording a step"):
-                module = record(self._step, arguments)
+                module, places = record(self._step, arguments, len(self.trained))
         except TaskError as error:
             self.why_not = str(error)
             return None
         if _own_state(self._model) != before:
             self.why_not = f"task {self._task.name!r}: its model keeps state of its own besides parameters and buffers"
             return None
-        for recording in _ways(self._task.name, module, arguments, self._state, compiled=self._compiled):
+        for run in _ways(self._task.name, module, arguments, self._state, compiled=self._compiled):
+            recording = _Recording(run, places)
             self.why_not = self._fault_of(recording, inputs, targets)
             if not self.why_not:
                 return recording
@@ -111,13 +131,13 @@ class GradientOf:
         after = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
         try:
-            with torch.no_grad():
-                *seen, seen_loss = recording(inputs, targets)
+            seen = recording(inputs, targets)
+            gradients = seen.multiplied()
         except (TypeError, RuntimeError) as error:
             return f"task {self._task.name!r}: a recorded step failed: {error}"
         moved = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
-        agree = _agree(seen, wanted) and _agree([seen_loss, *moved], [loss, *after])
+        agree = _agree(gradients, wanted) and _agree([seen.loss, *moved], [loss, *after])
         return "" if agree else f"task {self._task.name!r}: a recorded step differs from autograd's"
 
     def _restore(self, buffers: Sequence[torch.Tensor], random: torch.Tensor) -> None:
@@ -129,39 +149,61 @@ class GradientOf:
                 one.copy_(value)
 
 
-class Recorded:
-    """A function from tensors to tensors that changes nothing, recorded for the shapes that come often."""
+class RecordedDescent(Descent):
+    """Steps by what is recorded; plain ones without gradients that are written down to be read once."""
 
-    def __init__(self, task: str, function: Callable[..., tuple[Any, ...]], *, compiled: bool = False) -> None:
-        self._task, self._function, self._compiled = task, function, compiled
+    def __init__(self, task: Task, gradient: GradientOf) -> None:
+        super().__init__(task, gradient)
+        self._own_optimizer, self._recorded = task.optimizer is not None, gradient
+        self._tensors = [one.data for one in gradient.trained]
+        self._plain_lr: float | None = None
+
+    def begin(self, config: TrainConfig) -> None:
+        self._plain_lr = None if self._own_optimizer or config.proximal_mu else config.lr
+        if self._plain_lr is None:
+            super().begin(config)
+
+    def take(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self._plain_lr is None:
+            return super().take(inputs, targets)
+        gradients = self._recorded.of(inputs, targets)
+        gradients.descend(self._tensors, self._plain_lr)
+        return gradients.loss
+
+
+class Recorded:
+    """A function from so many parameters, and a batch, to their gradients and losses.
+
+    It changes nothing, and is recorded for the shapes that come often.
+    """
+
+    def __init__(self, task: str, function: _Function, parameters: int, *, compiled: bool = False) -> None:
+        self._task, self._function, self._number, self._compiled = task, function, parameters, compiled
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
-    def __call__(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
-        import torch
-
+    def __call__(self, *tensors: torch.Tensor) -> Gradients:
         key = tuple((one.shape, one.dtype) for one in tensors)
         recording = self._recordings.get(key)
         if recording is not None:
-            with torch.no_grad():
-                return recording(*tensors)
-        result = self._function(*tensors)
+            return recording(*tensors)
+        result = Gradients(self._function(*tensors), in_order(self._number))
         self._seen[key] += 1
         if self._seen[key] == OFTEN and len(self._recordings) < MAX_RECORDINGS:
             self._record(key, tensors, result)
         return result
 
-    def _record(self, key: tuple[object, ...], tensors: Sequence[torch.Tensor], result: tuple[Any, ...]) -> None:
-        import torch
-
+    def _record(self, key: tuple[object, ...], tensors: Sequence[torch.Tensor], wanted: Gradients) -> None:
         try:
             with UserCode(self._task, "recording a step"):
-                module = record(self._function, tensors)
+                module, places = record(self._function, tensors, self._number)
         except TaskError:
             return  # it goes on as it is
-        for recording in _ways(self._task, module, tensors, (), compiled=self._compiled):
-            with UserCode(self._task, "a recorded step"), torch.no_grad():
-                agrees = _agree(recording(*tensors), result)
+        for run in _ways(self._task, module, tensors, (), compiled=self._compiled):
+            recording = _Recording(run, places)
+            with UserCode(self._task, "a recorded step"):
+                seen = recording(*tensors)
+                agrees = _agree([*seen.multiplied(), seen.loss], wanted.outputs)
             if agrees:
                 self._recordings[key] = recording
                 return
@@ -170,7 +212,7 @@ class Recorded:
 def _ways(
     task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor], constants: Sequence[torch.Tensor],
     *, compiled: bool,
-) -> Iterator[_Recording]:  # fmt: skip
+) -> Iterator[_Function]:  # fmt: skip
     """Yield ways to run a recording on the arguments that are not constants, what is fastest first."""
     if compiled and (made := _compiled(task, module, arguments)) is not None:
         yield partial(made, *constants)
@@ -178,9 +220,10 @@ def _ways(
     yield partial(module.forward, *constants)
 
 
-def record(step: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+def record(step: _Function, arguments: Sequence[torch.Tensor], parameters: int) -> tuple[torch.fx.GraphModule, Places]:
     """Return a step as the operations that it makes of tensors of these shapes; lets torch's errors through.
 
+    So many of its arguments are parameters, whose gradients it returns first; where they lie is returned too.
     It is followed with tensors that have no values, so that a step which asks for one cannot be recorded.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -189,8 +232,9 @@ def record(step: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> torch
     module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     tidy(module.graph)
     module.graph.set_codegen(CodeGen())  # plain arguments, not trees of them
+    places = factor(module.graph, parameters)
     module.recompile()
-    return module
+    return module, places
 
 
 def has_compiler() -> bool:
@@ -198,7 +242,7 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
 
 
-def _compiled(task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor]) -> _Recording | None:
+def _compiled(task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor]) -> _Function | None:
     """Compile a recording; None, and a line in the log, where the compiler will not.
 
     Random operations stay eager ones, so that their numbers are those of a device.
@@ -208,7 +252,7 @@ def _compiled(task: str, module: torch.fx.GraphModule, arguments: Sequence[torch
 
     try:
         with torch._inductor.config.patch(fallback_random=True, size_asserts=False):  # noqa: SLF001 - as above
-            return cast("_Recording", torch._inductor.compile(module, list(arguments)))  # noqa: SLF001 - as above
+            return cast("_Function", torch._inductor.compile(module, list(arguments)))  # noqa: SLF001 - as above
     except (RuntimeError, OSError) as error:
         event(_log, logging.WARNING, "step.not_compiled", task=task, reason=str(error)[:MAX_QUOTED])
         return None
@@ -225,17 +269,14 @@ def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:
     ]
 
 
-def _agree(some: Gradients, others: Gradients) -> bool:
+def _agree(some: _Tensors, others: _Tensors) -> bool:
     """Say whether tensors are the same but for rounding, as measured by the largest number in them."""
     scale = max((_largest(one) for one in others if one is not None), default=0.0)
     return all(_close(one, other, TOLERANCE * scale) for one, other in zip(some, others, strict=True))
 
 
 def _largest(one: torch.Tensor) -> float:
-    import torch
-
-    finite = one[torch.isfinite(one)].abs()
-    return float(finite.max()) if finite.numel() else 0.0
+    return float(one.abs().nan_to_num(0.0, 0.0).max()) if one.numel() else 0.0
 
 
 def _close(one: torch.Tensor | None, other: torch.Tensor | None, within: float) -> bool:
@@ -245,4 +286,6 @@ def _close(one: torch.Tensor | None, other: torch.Tensor | None, within: float) 
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if one.is_floating_point() and one.numel() and float((one - other).abs().max()) <= within:  # not where NaN is
+        return True
     return bool(torch.allclose(one.double(), other.double(), rtol=0, atol=within, equal_nan=True))

@@ -3,8 +3,8 @@
 A device makes a model for each round, copies parameters in and a state dict out, checked each time.
 Here the check is made once a round, the model lies in one buffer (`flat`), and its steps are recorded
 (`traced`).
-Invariant: the update is that of `train_locally` for the same data, bit for bit, but for compiled steps,
-where it is that to rounding.
+Invariant: the update is that of `train_locally` for the same data: bit for bit where each step has its
+gradient whole (an optimizer, a proximal term), and else to rounding, a few units in the last place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgefl.records import Failure, Plan, Update
 from edgefl.samples import Samples
 from edgefl.simulation.flat import FlatModel
 from edgefl.simulation.fleets import Population
-from edgefl.simulation.traced import GradientOf
+from edgefl.simulation.traced import GradientOf, RecordedDescent
 from edgefl.task import Task
 from edgefl.training import (
     accumulate_gradient,
@@ -96,7 +96,7 @@ class _Model:
     def __init__(self, task: Task, *, compiled: bool) -> None:
         self._task, self.module = task, make_model(task)
         self.flat = FlatModel(self.module, channels_last=has_channels_last(self.module))
-        self._gradient = GradientOf(task, self.module, compiled=compiled)
+        self._descent = RecordedDescent(task, GradientOf(task, self.module, compiled=compiled))
 
     def trained(self, samples: Samples, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
         """Return what a client sends, and its loss."""
@@ -105,5 +105,5 @@ class _Model:
             batch_size = plan.train.batch_size
             loss = accumulate_gradient(self._task, self.module, samples, batch_size=batch_size, seed=seed)
             return gradient_of(self._task, self.module, plan.parameters), loss
-        loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._gradient)
+        loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._descent)
         return self.flat.moved() if borrow else self.flat.delta(), loss

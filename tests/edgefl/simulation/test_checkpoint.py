@@ -46,7 +46,6 @@ def facts(result):
     ("engine", "sections"),
     [
         ("loop", {"server": ADAM}),
-        ("stacked", {"server": {"options": {"momentum": 0.9}}}),
         ("loop", {"server": ADAM, "population": {"clients": 12, "devices": PHONES}}),
     ],
 )
@@ -63,6 +62,16 @@ def test_the_result_is_that_of_an_undisturbed_run(tasks, tmp_path, engine, secti
     again = simulate(tasks("task"), config=config(9, **sections), resume=tmp_path)
     assert facts(again) == facts(whole)
     assert not again.interrupted
+
+
+def test_stacks_go_on_with_the_same_numbers_to_rounding(tasks, tmp_path):
+    sections = {"server": {"options": {"momentum": 0.9}}}  # and steps are recorded anew, which rounds them otherwise
+    whole = simulate(tasks("task"), engine="stacked", config=config(9, **sections))
+    simulate(tasks("task"), engine="stacked", config=config(5, **sections), checkpoint=tmp_path)
+    result = simulate(tasks("task"), config=config(9, **sections), resume=tmp_path)
+    assert result.took_part.tolist() == whole.took_part.tolist()
+    for name, array in whole.parameters.items():
+        np.testing.assert_allclose(result.parameters[name], array, rtol=0, atol=1e-12)
 
 
 def test_batteries_are_a_part_of_the_state(tasks, tmp_path):

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from edgefl.config import JobConfig, load_config
@@ -39,8 +40,9 @@ def test_a_simulated_round_of_digits_is_the_deployed_one(run):
     (deployed,) = run(setup, ScriptedFleet({name: device(name) for name in setup.population.names()}))
     set_threads(threads)
     for name, array in deployed.parameters.items():
-        np.testing.assert_array_equal(simulated.parameters[name], array)
-    assert (simulated.weight, simulated.metrics) == (deployed.weight, deployed.metrics)
+        np.testing.assert_allclose(simulated.parameters[name], array, rtol=0, atol=1e-6)
+    assert simulated.weight == deployed.weight
+    assert simulated.metrics == pytest.approx(deployed.metrics, abs=1e-6)
     assert simulated.up_bytes == simulated.down_bytes == 3 * encoded_bytes(deployed.parameters)
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from edgefl import Task
-from edgefl.simulation.traced import GradientOf, Recorded, has_compiler
-from edgefl.training import Autograd
+from edgefl.config import TrainConfig
+from edgefl.simulation.traced import GradientOf, Recorded, RecordedDescent, has_compiler
+from edgefl.training import Autograd, Descent
 
 
 class Counting(nn.Linear):
@@ -84,6 +85,21 @@ def test_a_parameter_without_a_part_in_the_loss_has_no_gradient():
     assert [one is None for one in seen] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("make", [deep, Unused, lambda: Branching(4, 2)])
+def test_a_plain_step_is_that_of_the_gradients(make):
+    model, gradient, task, inputs, targets = gradients(make)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moved = []
+    for descent in (RecordedDescent(task, gradient), Descent(task, Autograd(task, model))):
+        model.load_state_dict(state)
+        torch.manual_seed(7)
+        descent.begin(TrainConfig(lr=0.5))
+        losses = [descent.take(inputs, targets) for _ in range(3)]
+        moved.append({**{name: tensor.clone() for name, tensor in model.state_dict().items()}, "losses": losses})
+    torch.testing.assert_close(*moved)
+    assert not torch.equal(moved[0]["losses"][0], moved[0]["losses"][2])
+
+
 @pytest.mark.parametrize(
     ("make", "why"), [(Counting, "keeps state of its own"), (lambda: Branching(4, 2), "recording a step raised")]
 )
@@ -110,10 +126,11 @@ def test_a_function_is_recorded_when_its_shapes_have_come_often():
 
     def double(tensor):
         calls.append(len(tensor))
-        return (tensor * 2,)
+        return (tensor * 2, tensor.sum())
 
-    recorded = Recorded("t", double)
+    recorded = Recorded("t", double, 1)
     for k in range(6):
-        (result,) = recorded(torch.full((2,), float(k)))
-        assert result.tolist() == [2.0 * k] * 2
+        result = recorded(torch.full((2,), float(k)))
+        assert [one.tolist() for one in result.multiplied()] == [[2.0 * k] * 2]
+        assert float(result.loss) == 2 * k
     assert calls == [2, 2, 2, 2]  # three times by itself, once to record
