@@ -24,8 +24,9 @@ from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.simulation.fleets import Meter, Method, Setup
 from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Gone, Ready, Summed
 
-CHUNKS_PER_WORKER = 8  # of a round: small enough that workers end together
+LEFT_PER_CHUNK = 4  # a chunk is so small a part of a worker's share of what is left that workers end together
 MAX_CHUNK = 32
+AHEAD = 8  # clients a worker, whose single answers may wait for one before them
 STACKS_PER_WORKER = 2  # and of whom a worker trains as one, since larger stacks are faster
 MAX_STACKED = 1024
 MAX_DEATHS = 2  # a client that has ended so many workers is not tried again
@@ -104,10 +105,12 @@ class Round(Generic[_W]):
         self._hands = [_Hand(worker) for worker in workers]
         if self._method.stacks:
             size = min(MAX_STACKED, math.ceil(len(plan.clients) / (len(workers) * STACKS_PER_WORKER)))
+            parts = [plan.clients[i : i + size] for i in range(0, len(plan.clients), size)]
+        elif sums:
+            parts = _guided(plan.clients, len(workers))
         else:
-            most = len(plan.clients) // (len(workers) * CHUNKS_PER_WORKER) if sums else 1
-            size = max(1, min(MAX_CHUNK, most))
-        self._todo = deque(_Work(plan.clients[i : i + size]) for i in range(0, len(plan.clients), size))
+            parts = [(client,) for client in plan.clients]
+        self._todo = deque(map(_Work, parts))
         self._held: dict[str, Update | Failure] = {}  # single answers that wait for those before them
         self._order = deque(() if sums else plan.clients)
 
@@ -149,7 +152,7 @@ class Round(Generic[_W]):
 
     def _may_begin(self, work: _Work) -> bool:
         """Single answers are not piled up: far ahead of who is waited for, nobody begins."""
-        few = len(self._held) < CHUNKS_PER_WORKER * len(self._hands)
+        few = len(self._held) < AHEAD * len(self._hands)
         return self._sums or few or self._order[0] in work.clients or not any(hand.busy for hand in self._hands)
 
     def _hear(self, hand: _Hand[_W]) -> Iterator[Answer]:
@@ -202,3 +205,13 @@ class Round(Generic[_W]):
         plan = self._plan
         failures = [Failure(job=plan.job, round=plan.round, device=client, reason=why) for client in work.clients]
         yield from failures if self._sums else self._in_order(failures)
+
+
+def _guided(clients: Sequence[str], workers: int) -> list[tuple[str, ...]]:
+    """Cut clients into chunks that get smaller to the end (guided self-scheduling, Polychronopoulos & Kuck 1987)."""
+    chunks, start = [], 0
+    while start < len(clients):
+        size = max(1, min(MAX_CHUNK, (len(clients) - start) // (workers * LEFT_PER_CHUNK)))
+        chunks.append(tuple(clients[start : start + size]))
+        start += size
+    return chunks
