@@ -1,7 +1,8 @@
 """ClientApps in worker processes of this machine, one thread each, started when first needed.
 
 A message's records travel pickled, once to each worker for all the messages that share them; a node's
-state travels with its message and comes back with its answer. One thread here attends to each worker.
+state travels with its message and comes back with its answer. A worker is sent its next small message
+while it is at work on one, so that it need not wait for us.
 Invariants: a worker that dies takes no message with it: a new one does it again, and a message that kills
 two of them is answered for by an Error; no worker outlives its run.
 """
@@ -15,18 +16,19 @@ import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from flwr.app import Message, RecordDict
+from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError, TaskError
@@ -36,7 +38,8 @@ from edgefl.flower.nodes import Answer, Delivery, execute
 from edgefl.flower.records import copy_records
 from edgefl.operator.run import peak_rss_mb
 
-IN_FLIGHT = 2  # messages under way for each worker, so that it need not wait for us
+IN_FLIGHT = 2  # messages under way for each worker
+SMALL_BYTES = 32 << 10  # lie in a pipe that nobody reads, so that sending them never waits
 MAX_CRASHES = 2  # workers that one message may take with it
 MAX_WAIT_S = 1e6  # for one answer; the operating system cannot count far beyond
 STOP_S = 5.0  # for a killed process to be gone
@@ -51,12 +54,21 @@ class _Packed:
     data: bytes
 
 
+@dataclass(slots=True)
+class _Request:
+    """A message to be done."""
+
+    delivery: Delivery
+    envelope: bytes
+    packed: _Packed
+    crashes: int = 0  # of workers, while at work on it
+
+
 class Workers:
-    """A runner in worker processes. Use it as a context: at its end no process is left."""
+    """A runner in worker processes. Safe to call from several threads. At the end of its context no process is left."""
 
     def __init__(self, app: FlowerApp, number: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._number = clock, number
-        self._threads = ThreadPoolExecutor(number, "flower-worker")
+        self._clock = clock
         self._workers = [_Worker(app.folder) for _ in range(number)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -72,7 +84,6 @@ class Workers:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         for worker in self._workers:
             worker.end()
-        self._threads.shutdown(wait=True, cancel_futures=True)
         if self._threads_before is None:
             os.environ.pop(ONE_THREAD, None)
 
@@ -97,47 +108,103 @@ class Workers:
 
     def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
         """Yield answers as they come; what is under way at the deadline, or when we stop asking, is dropped."""
-        source = iter(deliveries)
-        flying: set[Future[Answer | None]] = set()
+        todo = _Todo(map(self._request, deliveries))
+        hands: list[_Worker] = []
         try:
             while True:
-                for delivery in islice(source, IN_FLIGHT * self._number - len(flying)):
-                    flying.add(self._threads.submit(self._ask, delivery, deadline_s))
-                if not flying:
-                    return
-                landed, flying = wait(flying, return_when=FIRST_COMPLETED)  # each ends by the deadline
-                for future in landed:
-                    if (answer := future.result()) is not None:
-                        yield answer
-        finally:
-            for future in flying:
-                future.cancel()
-
-    def _ask(self, delivery: Delivery, deadline_s: float) -> Answer | None:
-        """Have an idle worker answer: there is one for each of our threads. Nothing after the deadline."""
-        envelope = pickle.dumps((without_content(delivery.message), delivery.context))
-        packed = self._content_of(delivery.message)
-        worker = self._idle.get_nowait()
-        try:
-            for _ in range(MAX_CRASHES):
+                yield from self._hand_out(todo, hands, deadline_s)
                 left_s = deadline_s - self._clock()
-                if worker.ended or left_s <= 0:
-                    return None
-                try:
-                    return worker.ask(envelope, packed, left_s)
-                except (EOFError, OSError):
-                    worker.kill()
+                awaited = {hand.connection: hand for hand in hands if hand.connection is not None}
+                if not awaited or left_s <= 0:
+                    return
+                answered = wait_for(list(awaited), min(left_s, MAX_WAIT_S))
+                for hand in [hand for one, hand in awaited.items() if one in answered]:
+                    try:
+                        answer = hand.hear()
+                    except (EOFError, OSError):
+                        if hand.ended:
+                            return
+                        yield from _died(hand, todo)
+                    else:
+                        if answer is not None:
+                            yield answer
         finally:
-            self._idle.put(worker)
-        reason = f"the process of the ClientApp died {MAX_CRASHES} times over this message"
-        reply = error_reply(delivery.message, reason, ErrorCode.CLIENT_APP_CRASHED)
-        return None if worker.ended else Answer(reply, delivery.context.node_id, None)
+            for hand in hands:
+                if hand.awaited and self._clock() >= deadline_s:
+                    hand.kill()
+                hand.forget()
+                self._idle.put(hand)
 
-    def _content_of(self, message: Message) -> _Packed:
-        packed = self._packed
+    def _hand_out(self, todo: _Todo, hands: list[_Worker], deadline_s: float) -> Iterator[Answer]:
+        """Give all workers that we can have something to do, and let go who is done; answers for who kills them."""
+        if todo.more():
+            self._take_idle(hands, deadline_s - self._clock())
+        for hand in list(hands):
+            if not todo.more() and hand.free:  # another may be behind with two
+                todo.again(next(([one] for other in hands if (one := other.take_back()) is not None), []))
+            if todo.more() and hand.connection is None:
+                hand.start()
+            while todo.more(len(hands) if hand.at_work else 0) and hand.takes(todo.first()):
+                try:
+                    hand.ask(todo.take())
+                except OSError:
+                    yield from _died(hand, todo)
+            if not todo.more() and not hand.awaited:
+                hands.remove(hand)
+                self._idle.put(hand)
+
+    def _take_idle(self, hands: list[_Worker], within_s: float) -> None:
+        """Take workers that no other thread's run has; waits for one where we have none."""
+        with suppress(queue.Empty):
+            if not hands:
+                hands.append(self._idle.get(timeout=max(0.0, min(within_s, MAX_WAIT_S))))
+            while True:
+                hands.append(self._idle.get_nowait())
+
+    def _request(self, delivery: Delivery) -> _Request:
+        message, packed = delivery.message, self._packed
         if packed.content is not message.content:
             self._packed = packed = _Packed(message.content, pickle.dumps(message.content))
-        return packed
+        return _Request(delivery, pickle.dumps((without_content(message), delivery.context)), packed)
+
+
+class _Todo:
+    """Requests that wait, some of them for the second time."""
+
+    def __init__(self, source: Iterator[_Request]) -> None:
+        self._source, self._waiting = source, deque[_Request]()
+
+    def more(self, than: int = 0) -> bool:
+        """Say whether more than so many wait."""
+        self._waiting.extend(islice(self._source, max(0, than + 1 - len(self._waiting))))
+        return len(self._waiting) > than
+
+    def first(self) -> _Request:
+        return self._waiting[0]
+
+    def take(self) -> _Request:
+        return self._waiting.popleft()
+
+    def again(self, requests: Iterable[_Request]) -> None:
+        self._waiting.extendleft(reversed(list(requests)))
+
+
+def _died(worker: _Worker, todo: _Todo) -> Iterator[Answer]:
+    """Have done again what a dead worker had; answers for a message that has killed too many."""
+    lost = worker.kill()
+    if not lost and todo.more():  # it died of its start, for this one
+        lost = [todo.take()]
+    guilty, others = (lost[0], [one for one in lost[1:] if one is not None]) if lost else (None, [])
+    todo.again(others)
+    if guilty is None:
+        return
+    guilty.crashes += 1
+    if guilty.crashes < MAX_CRASHES:
+        todo.again([guilty])
+        return
+    reason = f"the process of the ClientApp died {MAX_CRASHES} times over this message"
+    reply = error_reply(guilty.delivery.message, reason, ErrorCode.CLIENT_APP_CRASHED)
+    yield Answer(reply, guilty.delivery.context.node_id, None)
 
 
 class _Worker:
@@ -146,10 +213,11 @@ class _Worker:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
+        self.connection: Connection | None = None
         self._greeted = False  # whether it has said that it is there
         self._holds: _Packed | None = None  # the content that the process was sent last
         self._lock = threading.Lock()  # of starting against ending
+        self._asked: deque[_Request | None] = deque()  # in the order of its answers; None: nobody waits for it
         self.ended = False
         self.peak_rss_mb = 0.0
 
@@ -157,38 +225,72 @@ class _Worker:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def ask(self, envelope: bytes, packed: _Packed, timeout_s: float) -> Answer | None:
-        """Return the answer; kills the process and returns nothing where it takes too long.
+    @property
+    def at_work(self) -> bool:
+        return bool(self._asked)
 
-        Raises EOFError or OSError where the process dies.
-        """
-        connection, timeout_s = self._connection or self.start(), min(timeout_s, MAX_WAIT_S)
+    @property
+    def free(self) -> bool:
+        """Whether it could begin at once."""
+        return self._greeted and not self._asked
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for an answer of it."""
+        return any(self._asked)
+
+    def takes(self, request: _Request) -> bool:
+        """Say whether it can be sent a request now, without waiting for it to read."""
+        if not self._greeted or self.connection is None:
+            return False
+        size = len(request.envelope) + (0 if self._holds is request.packed else len(request.packed.data))
+        return not self._asked or (len(self._asked) < IN_FLIGHT and size <= SMALL_BYTES)
+
+    def ask(self, request: _Request) -> None:
+        """Send a request that it takes; raises OSError where the process is dead."""
+        if self.connection is None:
+            raise RuntimeError("start comes before ask")
+        self._asked.append(request)
+        self.connection.send_bytes(request.envelope)
+        self.connection.send_bytes(b"" if self._holds is request.packed else request.packed.data)
+        self._holds = request.packed
+
+    def hear(self) -> Answer | None:
+        """Return the answer that is there, if it is one that is waited for; raises EOFError or OSError of the dead."""
+        if self.connection is None:
+            raise EOFError
+        data = self.connection.recv_bytes()
         if not self._greeted:
-            start_s = time.monotonic()
-            if not connection.poll(timeout_s):
-                self.kill()
-                return None
-            connection.recv_bytes()
-            self._greeted, timeout_s = True, max(0.0, timeout_s - (time.monotonic() - start_s))
-        connection.send_bytes(envelope)
-        connection.send_bytes(b"" if self._holds is packed else packed.data)
-        self._holds = packed
-        if not connection.poll(timeout_s):
-            self.kill()
+            self._greeted = True
             return None
         answer: Answer
-        answer, self.peak_rss_mb = pickle.loads(connection.recv_bytes())  # noqa: S301 - our own child's bytes
-        return answer
+        answer, self.peak_rss_mb = pickle.loads(data)  # noqa: S301 - our own child's bytes
+        return answer if self._asked.popleft() is not None else None
 
-    def kill(self) -> None:
-        """Kill the process, if there is one."""
+    def forget(self) -> None:
+        """Want no more what it was asked."""
+        self._asked = deque([None] * len(self._asked))
+
+    def take_back(self) -> _Request | None:
+        """Want no more what it has hardly begun, the last of several; returns that."""
+        if len(self._asked) < IN_FLIGHT:
+            return None
+        last, self._asked[-1] = self._asked[-1], None
+        return last
+
+    def kill(self) -> list[_Request | None]:
+        """Kill the process, if there is one; returns what it was asked."""
         with self._lock:
-            if self._process is not None and self._connection is not None:
+            if self._process is not None:
                 self._process.kill()
                 self._process.join(STOP_S)
-                self._connection.close()
-            self._process = self._connection = self._holds = None
+            if self.connection is not None:
+                self.connection.close()
+            self._process = self.connection = self._holds = None
             self._greeted = False
+        lost = list(self._asked)
+        self._asked.clear()
+        return lost
 
     def end(self) -> None:
         """Kill the process for good; who waits for its answer hears that it died."""
@@ -201,22 +303,19 @@ class _Worker:
     @property
     def ready(self) -> bool:
         """Whether it can be asked without waiting for its start."""
-        return self._greeted or (self._connection is not None and self._connection.poll(0))
+        return self._greeted or (self.connection is not None and self.connection.poll(0))
 
-    def start(self) -> Connection:
-        """Start the process; it loads the app, and says when it has."""
+    def start(self) -> None:
+        """Start the process, but for one that was ended; it loads the app, and says when it has."""
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
         with self._lock:
             if self.ended:
-                raise EOFError
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, str(self._folder)), name="flower-worker", daemon=True
-            )
-            process.start()
+                return
+            self.connection, theirs = context.Pipe()
+            arguments = (theirs, str(self._folder))
+            self._process = context.Process(target=_serve, args=arguments, name="flower-worker", daemon=True)
+            self._process.start()
             theirs.close()  # so that its end closes with the process
-            self._process, self._connection = process, ours
-            return ours
 
 
 def _serve(connection: Connection, folder: str) -> None:

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ CLIENT = """
         seen = context.state.get("seen", ConfigRecord({"n": 0}))
         context.state["seen"] = ConfigRecord({"n": seen["n"] + 1})
         touched = len(given["touched"])
-        answer = ConfigRecord({"pid": os.getpid(), "node": context.node_id, "n_touched": touched})
+        echo = given.get("echo", b"")
+        answer = ConfigRecord({"pid": os.getpid(), "node": context.node_id, "n_touched": touched, "echo": echo})
         return Message(RecordDict({"a": answer}), reply_to=message)
 """
 
@@ -158,3 +160,31 @@ def test_a_long_run_goes_on_here_while_workers_start_and_moves_when_they_are_rea
     assert pids[:4] == [os.getpid()] * 4
     assert os.getpid() not in pids[5:]  # the fifth was asked for before they were looked at
     assert len(pids) == 8
+
+
+def test_large_messages_of_their_own_for_each_node_pass_both_ways(app):
+    def large():
+        for delivery in deliveries(12):
+            delivery.message.content = RecordDict({"c": ConfigRecord({"echo": os.urandom(1 << 20)})})
+            yield delivery
+
+    with Workers(app, 2) as workers:
+        answers = answered(workers, large())
+    assert [answer.node_id for answer in answers] == list(range(1000, 1012))
+    assert {len(answer.reply.content["a"]["echo"]) for answer in answers} == {1 << 20}
+
+
+def test_several_threads_share_the_workers(app):
+    with Workers(app, 2) as workers, ThreadPoolExecutor(5) as pool:
+        asked = [[delivery] for delivery in deliveries(10)]
+        answers = [one for each in pool.map(lambda some: answered(workers, some), asked) for one in each]
+    assert [answer.node_id for answer in answers] == list(range(1000, 1010))
+
+
+def test_answers_that_nobody_waits_for_are_not_taken_for_later_ones(app):
+    with Workers(app, 1) as workers:
+        first = workers.run(deliveries(5), time.monotonic() + 30)
+        next(first)
+        first.close()  # the worker has been sent another one
+        answers = answered(workers, (one for one in deliveries(9) if one.context.node_id > 1006))
+    assert [answer.node_id for answer in answers] == [1007, 1008]
