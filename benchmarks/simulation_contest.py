@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -83,6 +84,11 @@ class Outcome:
     def rest_s(self) -> float:
         """Seconds of a round after the first, their mean."""
         return sum(self.round_s[1:]) / (len(self.round_s) - 1)
+
+    @property
+    def middle_s(self) -> float:
+        """Seconds of a round after the first, their median."""
+        return statistics.median(self.round_s[1:])
 
 
 @dataclass

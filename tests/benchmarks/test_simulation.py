@@ -78,7 +78,7 @@ def test_a_hundred_rounds_with_our_first_and_without_theirs(turns) -> None:
 
 
 def test_the_other_parts_by_hand(turns) -> None:
-    app = rows("flower-app")["clients a second", "Flower on Ray"]
+    app = rows("flower-app")["clients a second in the median round", "Flower on Ray"]
     assert (app.ours, app.theirs, app.met) == (pytest.approx(500), pytest.approx(50), True)
     table = rows("population")
     assert table["a round", "edgefl, 1,000 clients"].met
