@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flwr.app import Context, Message, RecordDict
@@ -99,13 +99,17 @@ class InProcess:
                 return
             with self._turn:
                 answer = execute(self._app, self._client_app, _own(delivery))
+                answer = replace(answer, reply=copy_message(answer.reply))  # the ClientApp may have kept its own
             if self._clock() >= deadline_s:
                 return
             yield answer
 
 
 def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
-    """Let a ClientApp answer a message that is its own to change; a failure becomes an error reply, as in Flower."""
+    """Let a ClientApp answer a message that is its own to change; a failure becomes an error reply, as in Flower.
+
+    The reply is the ClientApp's own: who does not send it as bytes copies it.
+    """
     request = with_own_metadata(delivery.message)
     try:
         return attempt(app, client_app, delivery)
@@ -127,7 +131,7 @@ def attempt(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
     if context.run_config != run_config:
         fault = "The `run_config` field of the `Context` object cannot be modified"
         return failed(request, fault, ErrorCode.UNKNOWN)
-    return Answer(copy_message(reply), request.metadata.dst_node_id, copy_records(context.state))
+    return Answer(reply, request.metadata.dst_node_id, copy_records(context.state))
 
 
 def _own(delivery: Delivery) -> Delivery:

@@ -14,6 +14,7 @@ import os
 import pickle
 import queue
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -35,11 +36,11 @@ from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Answer, Delivery, execute
-from edgefl.flower.records import copy_records
 from edgefl.operator.run import peak_rss_mb
 
 IN_FLIGHT = 2  # messages under way for each worker
 SMALL_BYTES = 32 << 10  # lie in a pipe that nobody reads, so that sending them never waits
+SOCKET_BYTES = 1 << 20  # of answers, that a worker may be ahead of us
 MAX_CRASHES = 2  # workers that one message may take with it
 MAX_WAIT_S = 1e6  # for one answer; the operating system cannot count far beyond
 STOP_S = 5.0  # for a killed process to be gone
@@ -312,16 +313,23 @@ class _Worker:
             if self.ended:
                 return
             self.connection, theirs = context.Pipe()
+            _widen(theirs)
             arguments = (theirs, str(self._folder))
             self._process = context.Process(target=_serve, args=arguments, name="flower-worker", daemon=True)
             self._process.start()
             theirs.close()  # so that its end closes with the process
 
 
+def _widen(end: Connection) -> None:
+    """Let the socket under a pipe hold a small model, so that who sends one goes on without waiting for its reader."""
+    with socket.socket(fileno=os.dup(end.fileno())) as under:
+        under.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)  # the system may grant less
+
+
 def _serve(connection: Connection, folder: str) -> None:
     """Answer requests until there are no more: a worker's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends us
-    content = RecordDict()
+    content = b""
     with suppress(ConfigError, TaskError):  # each message will be told
         _client_app(folder)
     connection.send_bytes(b"ready")
@@ -331,9 +339,8 @@ def _serve(connection: Connection, folder: str) -> None:
         except EOFError:
             return
         message, context = pickle.loads(envelope)  # noqa: S301 - our own parent's bytes
-        if data:  # else it is the content of the message before
-            content = pickle.loads(data)  # noqa: S301
-        message.content = copy_records(content)
+        content = data or content  # nothing: it is that of the message before
+        message.content = pickle.loads(content)  # noqa: S301 - each time, since each client may change its own
         answer = _answer(folder, Delivery(message, context))
         connection.send_bytes(pickle.dumps((answer, peak_rss_mb())))
 
