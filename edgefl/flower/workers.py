@@ -37,6 +37,7 @@ from edgefl.flower.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Answer, Delivery, execute
 from edgefl.operator.run import peak_rss_mb
+from edgefl.simulation.machine import seldom_collected
 
 IN_FLIGHT = 2  # messages under way for each worker
 SMALL_BYTES = 32 << 10  # lie in a pipe that nobody reads, so that sending them never waits
@@ -330,19 +331,20 @@ def _serve(connection: Connection, folder: str) -> None:
     """Answer requests until there are no more: a worker's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends us
     content = b""
-    with suppress(ConfigError, TaskError):  # each message will be told
-        _client_app(folder)
-    connection.send_bytes(b"ready")
-    while True:
-        try:
-            envelope, data = connection.recv_bytes(), connection.recv_bytes()
-        except EOFError:
-            return
-        message, context = pickle.loads(envelope)  # noqa: S301 - our own parent's bytes
-        content = data or content  # nothing: it is that of the message before
-        message.content = pickle.loads(content)  # noqa: S301 - each time, since each client may change its own
-        answer = _answer(folder, Delivery(message, context))
-        connection.send_bytes(pickle.dumps((answer, peak_rss_mb())))
+    with seldom_collected():
+        with suppress(ConfigError, TaskError):  # each message will be told
+            _client_app(folder)
+        connection.send_bytes(b"ready")
+        while True:
+            try:
+                envelope, data = connection.recv_bytes(), connection.recv_bytes()
+            except EOFError:
+                return
+            message, context = pickle.loads(envelope)  # noqa: S301 - our own parent's bytes
+            content = data or content  # nothing: it is that of the message before
+            message.content = pickle.loads(content)  # noqa: S301 - each time, since each client may change its own
+            answer = _answer(folder, Delivery(message, context))
+            connection.send_bytes(pickle.dumps((answer, peak_rss_mb())))
 
 
 def _answer(folder: str, delivery: Delivery) -> Answer:
