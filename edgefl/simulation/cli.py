@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,9 @@ from edgefl.operator.progress import INTERRUPTED
 from edgefl.simulation.live import Progress, live_rounds
 from edgefl.simulation.machine import seldom_collected
 from edgefl.simulation.request import Request
+
+if TYPE_CHECKING:
+    from edgefl.simulation.report import SimulationResult
 
 ENGINES = ("auto", "loop", "stacked", "pool", "ray")
 _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_type=Path, file_okay=False)
@@ -65,6 +69,7 @@ def simulate(*, output: Output, **flags: Any) -> None:
 
 
 def _simulate_task(request: Request, output: Output) -> None:
+    from edgefl.simulation.report import CutShort
     from edgefl.simulation.settings import SimulationConfig
     from edgefl.simulation.simulate import Watching
     from edgefl.simulation.simulate import simulate as run_simulation
@@ -82,12 +87,26 @@ def _simulate_task(request: Request, output: Output) -> None:
             for hear in heard:
                 hear(outcome)
 
-        result = run_simulation(
-            request.task, engine=request.engine, config=job, data=request.options(),
+        simulation = partial(
+            run_simulation, request.task, engine=request.engine, config=job, data=request.options(),
             evaluate_every=request.evaluate_every, out=request.out, checkpoint=request.checkpoint,
             checkpoint_every=request.checkpoint_every, resume=request.resume, address=request.address,
             watching=Watching(on_engine=screen.on_engine, on_round=on_round),
         )  # fmt: skip
+        try:
+            result = simulation()
+        except CutShort as error:
+            stack.close()
+            if error.so_far.rounds:
+                _tell(error.so_far, request, output)
+            raise
+    _tell(result, request, output)
+    if result.interrupted:
+        output.line(f"interrupted after {len(result.rounds)} of {job.rounds.count} rounds")
+        raise click.exceptions.Exit(INTERRUPTED)
+
+
+def _tell(result: SimulationResult, request: Request, output: Output) -> None:
     output.line(
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {result.clients_per_second:.0f} clients/s, "
         f"at most {result.peak_rss_mb:.0f} MB: {metrics_text(result.final) or 'no metrics'}"
@@ -98,6 +117,3 @@ def _simulate_task(request: Request, output: Output) -> None:
         write_plot({result.task: result.rounds}, request.plot, {result.task: result.took_part})
         output.line(f"plot: {request.plot}")
     output.result(result.as_json())
-    if result.interrupted:
-        output.line(f"interrupted after {len(result.rounds)} of {job.rounds.count} rounds")
-        raise click.exceptions.Exit(INTERRUPTED)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgefl.errors import MissingExtra
+from edgefl.errors import MissingExtra, QuorumNotMet
 from edgefl.simulation.participation import Counts, clients_by_rounds, no_counts
 from edgefl.simulation.plot import draw_rounds
 from edgefl.trees import Tree
@@ -33,7 +33,7 @@ class SimulationResult:
     parameters: Tree
     model: Json  # sha256, and path where it was written
     virtual_seconds: float | None = None  # on the devices' clock, where the configuration describes devices
-    interrupted: bool = False  # ended by Ctrl-C before its last round
+    interrupted: bool = False  # ended before its last round
     took_part: Counts = field(default_factory=lambda: no_counts(0))  # rounds of each client, in the order of the names
 
     @property
@@ -72,6 +72,14 @@ class SimulationResult:
     def figure(self) -> Figure:
         """Draw accuracy, loss and bytes over rounds and over time, and participation; needs matplotlib."""
         return draw_rounds({self.task: self.rounds}, {self.task: self.took_part})
+
+
+class CutShort(QuorumNotMet):
+    """A simulation ended by a round without its quorum; `so_far` is what the rounds before it came to."""
+
+    def __init__(self, reason: str, so_far: SimulationResult) -> None:
+        super().__init__(reason)
+        self.so_far = so_far
 
 
 def frame_rows(rounds: Sequence[Json]) -> list[Json]:

@@ -41,7 +41,7 @@ from edgefl.simulation.machine import num_cores, own_peak_mb
 from edgefl.simulation.participation import count, no_counts
 from edgefl.simulation.population import make_population
 from edgefl.simulation.ray_fleet import RayFleet
-from edgefl.simulation.report import Json, SimulationResult
+from edgefl.simulation.report import CutShort, Json, SimulationResult
 from edgefl.simulation.settings import SimulationConfig, VirtualTime, settled, virtual_time
 from edgefl.task import Task, load_task
 from edgefl.training import buffer_names, evaluate_model, initial_parameters, make_model, set_parameters
@@ -73,7 +73,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     options go. Ctrl-C ends the round and returns what there is. `checkpoint` is a folder to keep the state in after
     each `checkpoint_every`-th round; `resume` goes on from such a folder, and keeps the state there.
     `address` is of the Ray cluster for the engine `ray`, which starts its own without it.
-    Raises ConfigError, TaskError, and QuorumNotMet where a round ends with too few updates.
+    Raises ConfigError, TaskError, and CutShort, a QuorumNotMet, where a round ends with too few updates.
     """
     require_torch("simulation")
     start_s = time.perf_counter()
@@ -92,7 +92,10 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
                 virtual = virtual_time(setup, settings, chosen.engine, saved)
                 run = _Run(setup, chosen, virtual, watching, evaluate_every)
                 run.begin(start_s, checkpoints, saved)
-                run.rounds_until_stopped()
+                try:
+                    run.rounds_until_stopped()
+                except QuorumNotMet as error:
+                    raise CutShort(str(error), run.result(out)) from error
                 return run.result(out)
 
 
@@ -185,10 +188,11 @@ class _Run:
                 raise
 
     def result(self, out: Path | None) -> SimulationResult:
-        """Return what there is, and write the model where it is wanted."""
+        """Return what there is, and write the model where it is wanted and was trained."""
         data = _encoded(self._parameters)
-        if out is not None:
-            replace_file(out, data)
+        written = out if self._rounds else None
+        if written is not None:
+            replace_file(written, data)
         peak_mb = own_peak_mb() + float(getattr(self._chosen.engine, "peak_rss_mb", 0.0))
         return SimulationResult(
             task=self._setup.task.name,
@@ -201,7 +205,7 @@ class _Run:
             round_seconds=sum(float(one["seconds"]) for one in self._rounds),
             peak_rss_mb=peak_mb,
             parameters=self._parameters,
-            model={"sha256": hashlib.sha256(data).hexdigest(), "path": str(out) if out is not None else None},
+            model={"sha256": hashlib.sha256(data).hexdigest(), "path": str(written) if written is not None else None},
             interrupted=len(self._rounds) < self._setup.config.rounds.count,
             took_part=self._took_part,
         )

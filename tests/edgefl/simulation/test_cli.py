@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.simulation import auto
 from edgefl.simulation import simulate as module
 from edgefl.simulation.cli import ENGINES, simulate
@@ -50,6 +50,22 @@ def test_an_interrupted_one_writes_its_result_and_exits_130(tasks, tmp_path, mon
     done = invoke(tasks("task"), "--clients", 2, "--engine", "loop", "--json", tmp_path / "a.json")
     assert done.exit_code == 130
     assert json.loads((tmp_path / "a.json").read_text())["interrupted"] is True
+
+
+def test_rounds_before_one_without_a_quorum_are_kept(tasks, tmp_path):
+    (tmp_path / "night.toml").write_text("""
+        rounds = {count = 9, deadline_s = 5000.0, wait_s = 60.0}
+        [population.devices]
+        delay_s = {kind = "uniform", min = 4000.0, max = 4000.0}
+        availability = {kind = "diurnal", scatter = 0.0, share = 0.25, centre_s = 0.0}
+    """)
+    files = {flag: tmp_path / name for flag, name in (("--json", "a.json"), ("--plot", "a.png"), ("--out", "a.st"))}
+    options = [part for pair in files.items() for part in pair]
+    with pytest.raises(QuorumNotMet, match="no answer within 5000 s"):
+        invoke(tasks("task"), "--clients", 4, "--engine", "loop", "--config", tmp_path / "night.toml", *options)
+    said = json.loads((tmp_path / "a.json").read_text())
+    assert (len(said["rounds"]), said["interrupted"]) == (2, True)  # until 4,000 and 8,000 s of the 10,800
+    assert all(file.stat().st_size > 0 for file in files.values())
 
 
 def test_what_is_wrong_is_said_before_the_work(tasks, tmp_path):
