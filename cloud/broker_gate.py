@@ -22,6 +22,7 @@ from typing import Any
 
 from cloud import mqtt_wire
 from cloud.broker_streams import GatedReader, GatedWriter, peer_of
+from cloud.transports import abort
 from edgefl.errors import MissingExtra, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
@@ -118,12 +119,12 @@ class Gate:
     def drop(self, name: str) -> None:
         """End a client's connection, if it has one."""
         if name in self._open:
-            self._open[name][1].transport.abort()
+            abort(self._open[name][1].transport)
 
     async def close(self, timeout_s: float) -> None:
         """End all connections, then amqtt."""
         for writer in self._connections.values():
-            writer.transport.abort()
+            abort(writer.transport)
         if self._connections:
             await asyncio.wait(self._connections.keys(), timeout=timeout_s)
         # A message in flight to a client that has gone can cancel amqtt's own shutdown, or hold it up.
@@ -161,7 +162,7 @@ class Gate:
         self._open[name] = (task, writer)
         if former is not None:
             event(_log, logging.INFO, "broker.taken_over", device=name)
-            former[1].transport.abort()
+            abort(former[1].transport)
             await asyncio.wait({former[0]}, timeout=CONNECT_S)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cloud import mqtt_wire
+from cloud.transports import abort
 from edgefl.errors import MissingExtra, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
@@ -166,7 +167,7 @@ class GatedWriter(WriterAdapter):  # type: ignore[misc]  # amqtt ships no types
                 await self._stream.drain()
         except TimeoutError:
             event(_log, logging.WARNING, "broker.closed", device=self._name, reason=f"it read nothing for {WRITE_S} s")
-            self._stream.transport.abort()
+            abort(self._stream.transport)
             raise ConnectionResetError from None
 
     def get_peer_info(self) -> tuple[str, int]:

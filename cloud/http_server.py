@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from cloud.transports import abort
 from edgefl.errors import HomeError
 
 STOP_GRACE_S = 1
@@ -55,7 +56,7 @@ async def serve_http(app: ASGIApp, host: str, port: int, context: ssl.SSLContext
         async with asyncio.timeout(STOP_S):
             await serving
         for connection in list(server.server_state.connections):  # streams that were cut off
-            connection.transport.abort()
+            abort(connection.transport)
         await asyncio.sleep(0)  # lets them close before the loop may end
         listener.close()
 
