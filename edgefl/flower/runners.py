@@ -7,7 +7,6 @@ not over soon has workers started, goes on here meanwhile, and moves once they a
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from edgefl.errors import ConfigError
 from edgefl.flower.app import FlowerApp
 from edgefl.flower.nodes import Answer, Delivery, InProcess
 from edgefl.flower.workers import Workers
+from edgefl.simulation.machine import num_cores
 
 START_S = 0.5  # of work in this process, before workers that import torch for seconds are worth their start
 
@@ -86,9 +86,3 @@ class Runners:
             if self._workers is None:
                 self._workers = self._stack.enter_context(Workers(self._app, self._number, self._clock))
             return self._workers
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -18,12 +18,12 @@ def test_a_connection_is_ended_and_one_that_is_gone_stays_so(fleet_ca):
             reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=theirs, server_hostname="localhost")
             _, ours = await came
             abort(ours.transport)
+            ours.close()
             with contextlib.suppress(OSError):
                 assert await asyncio.wait_for(reader.read(), 5) == b""
             writer.close()
             with contextlib.suppress(OSError):
                 await asyncio.wait_for(writer.wait_closed(), 5)
-            await asyncio.sleep(0.1)  # let both ends know
             abort(ours.transport)
             abort(writer.transport)
 

@@ -5,7 +5,7 @@ from flwr.clientapp import ClientApp
 from edgefl.errors import ConfigError
 from edgefl.flower.inside import give_id, task_identity
 from edgefl.flower.nodes import Delivery, Nodes
-from edgefl.flower.runners import Runners, num_cores
+from edgefl.flower.runners import Runners
 from edgefl.testing import ManualClock
 
 
@@ -38,7 +38,3 @@ def test_zero_workers_means_this_process():
 def test_fewer_than_none_is_refused():
     with pytest.raises(ConfigError, match="workers=-1 must be 0"):
         Runners(App(), -1, ManualClock())
-
-
-def test_there_is_a_core():
-    assert num_cores() >= 1
