@@ -37,7 +37,7 @@ from edgefl.flower.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Answer, Delivery, execute
 from edgefl.operator.run import peak_rss_mb
-from edgefl.simulation.machine import seldom_collected
+from edgefl.simulation.machine import how_ended, seldom_collected
 
 IN_FLIGHT = 2  # messages under way for each worker
 SMALL_BYTES = 32 << 10  # lie in a pipe that nobody reads, so that sending them never waits
@@ -193,6 +193,7 @@ class _Todo:
 
 def _died(worker: _Worker, todo: _Todo) -> Iterator[Answer]:
     """Have done again what a dead worker had; answers for a message that has killed too many."""
+    how = worker.how_ended()
     lost = worker.kill()
     if not lost and todo.more():  # it died of its start, for this one
         lost = [todo.take()]
@@ -204,7 +205,10 @@ def _died(worker: _Worker, todo: _Todo) -> Iterator[Answer]:
     if guilty.crashes < MAX_CRASHES:
         todo.again([guilty])
         return
-    reason = f"the process of the ClientApp died {MAX_CRASHES} times over this message"
+    reason = (
+        f"the process of the ClientApp died {MAX_CRASHES} times over this message; the last one {how}. "
+        "What it printed stands in this command's own output; `--engine loop` runs the app in this process"
+    )
     reply = error_reply(guilty.delivery.message, reason, ErrorCode.CLIENT_APP_CRASHED)
     yield Answer(reply, guilty.delivery.context.node_id, None)
 
@@ -279,6 +283,14 @@ class _Worker:
             return None
         last, self._asked[-1] = self._asked[-1], None
         return last
+
+    def how_ended(self) -> str:
+        """Say how a process that is gone has ended."""
+        if self._process is not None:
+            self._process.join(STOP_S)  # its end of the pipe closes a little before
+            if self._process.exitcode is not None:
+                return how_ended(self._process.exitcode)
+        return "closed its pipe"
 
     def kill(self) -> list[_Request | None]:
         """Kill the process, if there is one; returns what it was asked."""

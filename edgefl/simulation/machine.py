@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,11 @@ def own_peak_mb() -> float:
         return peak_rss_mb()
     lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+
+
+def how_ended(status: int) -> str:
+    """Say how a process ended, by its status as Python gives it: below 0, minus a signal's number."""
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def give_back_memory() -> None:

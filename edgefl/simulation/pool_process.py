@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from multiprocessing import Pipe
@@ -20,6 +19,7 @@ import numpy as np
 
 from edgefl.errors import ConfigError
 from edgefl.simulation.fleets import Setup
+from edgefl.simulation.machine import how_ended
 from edgefl.simulation.pool_round import START_S
 from edgefl.simulation.pool_wire import (
     Begin,
@@ -111,8 +111,7 @@ class WorkerProcess:
 
     def ended(self) -> str:
         """Say how it ended."""
-        code = self._process.wait(END_S)
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return how_ended(self._process.wait(END_S))
 
     @property
     def pid(self) -> int:

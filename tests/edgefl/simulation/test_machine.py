@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edgefl.simulation.machine import give_back_memory, num_cores, own_peak_mb, seldom_collected
+from edgefl.simulation.machine import give_back_memory, how_ended, num_cores, own_peak_mb, seldom_collected
 
 
 def test_there_is_a_core():
@@ -47,3 +47,8 @@ def test_memory_that_is_free_goes_back():
     give_back_memory()
     assert process.memory_info().rss < held_bytes - 60_000_000
     assert len(kept) == 60_000
+
+
+def test_a_status_is_told_as_a_signal_or_a_number():
+    assert how_ended(-9) == "was ended by SIGKILL"
+    assert how_ended(1) == "ended with status 1"
