@@ -6,6 +6,7 @@
 #   make soak                             the slow ones, with TensorFlow for examples/keras_app
 #   make check                            lint, format, types, import contracts: what CI asks
 #   make bench BENCH_FLAGS=--quick        the numbers of the README, rivals side by side
+#   make lock                             newer versions of everything, in requirements.lock
 #
 #   PYTHON=python3.12     the interpreter to build .venv with
 #   PIP_FLAGS="..."       passed to `pip install`, e.g. an index with smaller builds of torch
@@ -14,9 +15,11 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# Every version is in requirements.lock; the package that builds ours, too. So nothing is resolved anew on your machine.
+INSTALL = $(BIN)/pip install $(PIP_FLAGS) --constraint requirements.lock --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak bench
+.PHONY: help demo test check soak bench lock
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -42,25 +45,34 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.rounds $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.simulation $(BENCH_FLAGS)
 
+# One solution for Python 3.11 to 3.13 and all extras at once. The extras' ranges stay as wide as they are true.
+lock: $(VENV)/dev.stamp
+	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --all-extras --no-annotate \
+	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
 # A stamp says that .venv holds what pyproject.toml asks for; a second `make test` installs nothing.
-$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install $(PIP_FLAGS) -e '.[agent,train,cloud,broker,examples]'
+$(VENV)/demo.stamp: $(VENV)/tools.stamp
+	$(INSTALL) '.[agent,train,cloud,broker,examples]'
 	touch $@
 
-$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev]'
+$(VENV)/dev.stamp: $(VENV)/tools.stamp
+	$(INSTALL) '.[dev]'
 	$(BIN)/pip check
 	touch $@ $(VENV)/demo.stamp
 
-$(VENV)/soak.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev,keras]'
+$(VENV)/soak.stamp: $(VENV)/tools.stamp
+	$(INSTALL) '.[dev,keras]'
 	$(BIN)/pip check
 	touch $@ $(VENV)/dev.stamp $(VENV)/demo.stamp
 
-$(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install $(PIP_FLAGS) -e '.[bench]'
+$(VENV)/bench.stamp: $(VENV)/tools.stamp
+	$(INSTALL) '.[bench]'
 	$(BIN)/pip check
 	touch $@ $(VENV)/dev.stamp $(VENV)/demo.stamp
+
+$(VENV)/tools.stamp: pyproject.toml requirements.lock | $(BIN)/python
+	$(BIN)/pip install $(PIP_FLAGS) --constraint requirements.lock setuptools
+	touch $@
 
 # Debian keeps venv in a package of its own.
 $(BIN)/python:

@@ -114,7 +114,7 @@ def test_a_door_that_is_not_there_says_so() -> None:
 
 def test_the_version_is_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["version"] == edgefl.__version__ == version("edgefl")
+    assert project["version"] == edgefl.__version__ == version("edgefl-fleet")
     assert f"\n## {edgefl.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
