@@ -113,7 +113,7 @@ def _contest(workload: Workload, *, quick: bool) -> Contest:
     ours = Side("edgefl", run_ours, (2 if quick else 4) if large else (10 if quick else 40))
     theirs = Side(flower_rival.name() or "Flower", flower_rival.run, 2 if large or quick else 4)
     if flower_rival.name() is None:
-        theirs.skipped = "Flower is not installed: pip install 'edgefl[dev]'"
+        theirs.skipped = "Flower is not installed: make bench installs it"
     elif quick and large:
         theirs.skipped = f"{theirs.name} takes minutes over {workload.megabytes:g} MB; left out by --quick"
     contest = Contest(workload, ours, theirs, Side("floor", floor.run, ours.rounds))

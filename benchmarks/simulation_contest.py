@@ -47,7 +47,7 @@ class Contestant:
     def absent(self) -> str | None:
         """Say what is missing, if something is."""
         missing = [package for package in self.needs if not installed(package)]
-        return f"{' and '.join(missing)} must be installed: pip install 'edgefl[bench]'" if missing else None
+        return f"{' and '.join(missing)} must be installed: make bench does it" if missing else None
 
 
 def module(name: str, workload: str, *options: str) -> Command:

@@ -168,7 +168,7 @@ def _require_runnable(installation: Installation, owner: tuple[int, int]) -> Non
 def _not_runnable(installation: Installation, seen: str) -> str:
     return (
         f"the user {installation.user!r} cannot run {installation.python} ({seen}). Install edgefl where all can read "
-        "it: python3 -m venv /opt/edgefl && /opt/edgefl/bin/pip install 'edgefl[agent,train]'"
+        'it, with the extras [agent,train], in /opt/edgefl for instance: see the README\'s "Install a device"'
     )
 
 

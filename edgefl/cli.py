@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NoReturn
 
 import click
 
 from edgefl import __version__
-from edgefl.errors import EdgeflError
+from edgefl.errors import EdgeflError, MissingExtra
+from edgefl.extras import OF_COMMANDS, extra_of, install_command, missing_modules
 
 _GROUP = "edgefl.commands"
-_EXTRAS = {"cloud": "cloud", "agent": "agent", "simulate": "sim", "demo": "agent,train,cloud,broker,examples"}
 
 
 class _Commands(click.Group):
     """Loads a subcommand when it is first asked for."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        return sorted(name for name in _entries() if isinstance(_load(name), click.Command))
+        return sorted(_entries())
 
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _entries():
-            return None
-        loaded = _load(cmd_name)
-        if isinstance(loaded, click.Command):
-            return loaded
-        extra = _EXTRAS.get(cmd_name, "train")
-        raise click.ClickException(
-            f"edgefl {cmd_name} needs the [{extra}] extra ({loaded}): pip install 'edgefl[{extra}]'"
-        )
+        return _load(cmd_name) if cmd_name in _entries() else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        extra = OF_COMMANDS.get(name or "", "")
+        if not {"-h", "--help"} & set(rest) and (absent := missing_modules(extra)):
+            raise click.ClickException(_refusal(name or "", extra, f"it lacks {', '.join(absent)}"))
+        return name, command, rest
+
+
+class _Unavailable(click.Command):
+    """A command that cannot even be loaded: listed as such, and refused whatever its arguments are."""
+
+    def __init__(self, name: str, extra: str, cause: ImportError) -> None:
+        super().__init__(name)
+        self._text = _refusal(name, extra, str(cause))
+
+    def parse_args(self, _ctx: click.Context, _args: list[str]) -> NoReturn:
+        raise click.ClickException(self._text)
+
+
+def _refusal(command: str, extra: str, seen: str) -> str:
+    return f"edgefl {command} needs the [{extra}] extra ({seen}): {install_command(extra)}"
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,11 +57,18 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; our own errors end as one line and exit status 1, never as a traceback."""
+    """Run the command line; our own errors and absent extras end as one line and exit status 1, without a traceback."""
     try:
         cli(prog_name="edgefl")
     except EdgeflError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except ModuleNotFoundError as missing:
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        extra = extra_of(missing.name, command)
+        if extra is None:
+            raise
+        click.echo(f"error: {MissingExtra(f'edgefl {command}', extra)} ({missing})", err=True)
         sys.exit(1)
 
 
@@ -51,14 +76,19 @@ def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=_GROUP)}
 
 
-def _load(name: str) -> click.Command | ModuleNotFoundError:
-    """Return the command, or the missing module that keeps it from loading."""
+def _load(name: str) -> click.Command:
+    """Return the command, or in its place one that says which extra it lacks."""
+    load: Callable[[], Any] = _entries()[name].load
+    extra = OF_COMMANDS.get(name, "")
     try:
-        command = _entries()[name].load()
-    except ModuleNotFoundError as missing:
-        if missing.name is not None and missing.name.split(".")[0] in {"edgefl", "cloud", "edge_agent"}:
+        command = load()
+    except ImportError as missing:
+        extra = extra or extra_of(missing.name) or ""
+        if not extra or (missing.name or "").partition(".")[0] in {"edgefl", "cloud", "edge_agent"}:
             raise
-        return missing
+        command = _Unavailable(name, extra, missing)
     if not isinstance(command, click.Command):
         raise TypeError(f"entry point {name!r} of {_GROUP} is not a click command")
+    if isinstance(command, _Unavailable) or missing_modules(extra):
+        command.short_help = f"(needs the [{extra}] extra) {command.get_short_help_str()}"
     return command

@@ -24,6 +24,8 @@
 A message says who, what was seen, what was wanted and what to do.
 """
 
+from edgefl.extras import install_command
+
 
 class EdgeflError(Exception):
     """Base of all errors that edgefl raises on purpose."""
@@ -37,7 +39,7 @@ class MissingExtra(EdgeflError, ImportError):
     """An optional dependency is absent; the message names the extra that brings it."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs the [{extra}] extra: pip install 'edgefl[{extra}]'")
+        super().__init__(f"{feature} needs the [{extra}] extra: {install_command(extra)}")
 
 
 class TaskError(EdgeflError):

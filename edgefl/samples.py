@@ -38,12 +38,12 @@ class Samples:
             yield Samples(self.inputs[start : start + size], self.targets[start : start + size])
 
 
-def require_torch(feature: str) -> None:
+def require_torch(feature: str, extra: str = "train") -> None:
     """Raise MissingExtra where torch is not installed."""
     try:
         import torch  # noqa: F401 - to see that it is there
     except ImportError as cause:
-        raise MissingExtra(feature, "train") from cause
+        raise MissingExtra(feature, extra) from cause
 
 
 def computing_device() -> torch.device:

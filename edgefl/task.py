@@ -26,6 +26,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import ConfigError, TaskError
+from edgefl.extras import extra_of, install_command
 from edgefl.trees import Tree
 
 if TYPE_CHECKING:
@@ -238,6 +239,10 @@ def _import(task: str, module_name: str) -> ModuleType:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(f"{cause.name}."):
             raise ConfigError(f"task {task!r}: there is no module {cause.name!r} here") from cause
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            extra = extra_of(cause.name)
+            how = install_command(extra) if extra else f"{sys.executable} -m pip install, and its package's name"
+            raise TaskError(f"{error}. It is not installed for {sys.executable}: {how}") from cause
         raise
 
 

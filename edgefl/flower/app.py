@@ -84,12 +84,12 @@ def client_reference(folder: str | Path) -> str:
     return ":".join(_reference(folder, app, "clientapp"))
 
 
-def require_flower(feature: str, extra: str = "sim") -> None:
+def require_flower(feature: str) -> None:
     """Raise MissingExtra where flwr is not installed."""
     try:
         import flwr  # noqa: F401 - to see that it is there
     except ImportError as cause:
-        raise MissingExtra(feature, extra) from cause
+        raise MissingExtra(feature, "flower") from cause
 
 
 def fuse_run_config(app: FlowerApp, overrides: Mapping[str, RunConfigValue]) -> dict[str, RunConfigValue]:

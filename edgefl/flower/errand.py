@@ -37,7 +37,7 @@ class Outcome:
 
 def run_errand(errand: Errand) -> Outcome:
     """Return the ClientApp's answer; raises MissingExtra, ProtocolError, and TaskError for too little memory."""
-    require_flower("a Flower app", "flower")
+    require_flower("a Flower app")
     from flwr.app import Context
 
     from edgefl.flower import wire

@@ -29,7 +29,7 @@ try:
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
 except ImportError as cause:
-    raise MissingExtra("a task as a Flower app", "sim") from cause
+    raise MissingExtra("a task as a Flower app", "flower") from cause
 
 from edgefl.flower.grid import streamed
 from edgefl.flower.inside import NUM_PARTITIONS_KEY, PARTITION_ID_KEY

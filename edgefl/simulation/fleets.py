@@ -92,7 +92,7 @@ class Meter:
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
     """Let torch use so many threads inside; small models are fastest with one."""
-    require_torch("simulation")
+    require_torch("simulation", "sim")
     import torch
 
     before = torch.get_num_threads()

@@ -109,7 +109,7 @@ def import_ray() -> ModuleType:
         import ray
         import ray.exceptions
     except ImportError as cause:
-        raise MissingExtra("the engine 'ray'", "sim") from cause
+        raise MissingExtra("the engine 'ray'", "ray") from cause
     return ray
 
 

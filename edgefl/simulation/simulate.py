@@ -75,7 +75,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     `address` is of the Ray cluster for the engine `ray`, which starts its own without it.
     Raises ConfigError, TaskError, and CutShort, a QuorumNotMet, where a round ends with too few updates.
     """
-    require_torch("simulation")
+    require_torch("simulation", "sim")
     start_s = time.perf_counter()
     watching = watching or Watching()
     if population is not None and (clients is not None or data):

@@ -119,7 +119,7 @@ def sweep(  # noqa: PLR0913 - as `simulate`
     The other arguments are those of `edgefl.simulate`; `over` goes over all of them.
     Raises ConfigError, TaskError. A variant that fails is in the result, with its error.
     """
-    require_torch("simulation")
+    require_torch("simulation", "sim")
     watching = watching or SweepWatching()
     base = settled(config or JobConfig(), clients=clients, rounds=rounds, data=data)
     variants = variants_of(over)

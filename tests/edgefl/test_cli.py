@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def test_help_lists_what_is_there(entries: dict[str, EntryPoint]) -> None:
     result = CliRunner().invoke(cli.cli, ["--help"])
     assert result.exit_code == 0
     assert "Say yes." in result.output
-    assert "cloud" not in result.output.split("Commands:")[1]
+    assert re.search(r"cloud +\(needs the \[cloud\] extra\)", result.output)
 
 
 def test_a_command_runs(entries: dict[str, EntryPoint]) -> None:
@@ -59,7 +60,8 @@ def test_an_absent_extra_is_named_with_the_line_that_brings_it(entries: dict[str
     result = CliRunner().invoke(cli.cli, ["cloud", "start"])
     assert result.exit_code == 1
     assert "edgefl cloud needs the [cloud] extra (No module named 'a_module_that_no_extra_brings')" in result.output
-    assert "pip install 'edgefl[cloud]'" in result.output
+    assert f"{sys.executable} -m pip install" in result.output
+    assert "[cloud]'" in result.output
 
 
 def test_a_missing_module_of_our_own_is_a_fault_and_no_missing_extra(entries: dict[str, EntryPoint]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from edgefl import errors
 from edgefl.errors import EdgeflError, MissingExtra, UpdateRejected
+from edgefl.extras import install_command
 
 ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
 
@@ -29,7 +30,7 @@ def test_errors_are_also_what_python_calls_them() -> None:
 
 
 def test_missing_extra_says_the_line_that_brings_it() -> None:
-    assert str(MissingExtra("training", "train")) == "training needs the [train] extra: pip install 'edgefl[train]'"
+    assert str(MissingExtra("training", "train")) == f"training needs the [train] extra: {install_command('train')}"
 
 
 def test_update_rejected_keeps_device_and_reason() -> None:

@@ -233,3 +233,16 @@ def test_a_task_runs_in_flowers_own_engine_and_gives_what_ours_gives(tmp_path):
     ours = edgefl.simulate(DIGITS, clients=2, rounds=2, engine="loop", config=config)
     for one, other in zip(theirs, ours.rounds, strict=True):
         assert one["train_loss"] == pytest.approx(other["metrics"]["train_loss"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted"),
+    [("amqtt_of_nobody", "and its package's name"), ("torch.no_such_part", r"pip install .*\[train\]'")],
+)
+def test_what_a_task_imports_and_this_machine_lacks_is_named_with_its_remedy(
+    tmp_path: Path, module: str, wanted: str
+) -> None:
+    (tmp_path / "lacking_task.py").write_text(f"import {module}\n", encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text('[tool.edgefl]\ntask = "lacking_task:task"\n', encoding="utf-8")
+    with pytest.raises(TaskError, match=rf"No module named '{module}'.*not installed for .*{wanted}"):
+        load_task(str(tmp_path))
