@@ -1,0 +1,178 @@
+"""What pyproject.toml promises, by real installations: any two extras go together, and what lacks one says which."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from edgefl import extras
+from edgefl.cli import cli
+from edgefl.operator.credentials import write_operator_credentials
+from edgefl.protocols import tls
+
+pytestmark = [pytest.mark.soak]
+
+ROOT = Path(__file__).parents[1]
+LOCK = ("--constraint", str(ROOT / "requirements.lock"))
+EXTRAS = tuple(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
+# uv takes what pip has on this machine, so that it need not fetch a larger build of torch.
+ENVIRONMENT = {**os.environ, "UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", ""), "UV_LINK_MODE": "hardlink"}
+DIGITS, APP = str(ROOT / "examples" / "digits"), str(ROOT / "examples" / "flower_app")
+HOME = ("--home", "home")
+NOWHERE = ("--cloud", "https://127.0.0.1:1")  # nobody listens there
+
+# Every command -> arguments that lead to its work, and the extras without which it cannot do that.
+COMMANDS = {
+    "agent doctor": (HOME, "agent"),
+    "agent enroll": ((*HOME, *NOWHERE, "--token", "t", "--name", "n"), "agent"),
+    "agent install": (("--dry-run", *HOME), "agent"),
+    "agent start": (HOME, "agent"),
+    "agent status": (HOME, "agent"),
+    "agent uninstall": (("--dry-run",), "agent"),
+    "cloud broker-config": (HOME, "cloud"),
+    "cloud start": ((*HOME, "--grpc-port", "0"), "cloud"),
+    "cloud token": (HOME, "cloud"),
+    "demo": ((), "agent,train,cloud,broker,examples"),
+    "devices list": (NOWHERE, ""),
+    "devices remove": (("a", *NOWHERE), ""),
+    "jobs cancel": (("j", *NOWHERE), ""),
+    "jobs list": (NOWHERE, ""),
+    "jobs show": (("j", *NOWHERE), ""),
+    "jobs watch": (("j", *NOWHERE), ""),
+    "models list": (NOWHERE, ""),
+    "models publish": (("m", "--task", DIGITS, "--parameters", "none.safetensors", *NOWHERE), "train,examples"),
+    "models show": (("m", *NOWHERE), ""),
+    "rollout start": (("m", *NOWHERE), ""),
+    "rollout status": (NOWHERE, ""),
+    "run": ((DIGITS, *NOWHERE), "train,examples"),
+    "simulate": ((DIGITS, "--clients", "2", "--rounds", "1", "--plot", "p.png"), "sim,examples"),
+}
+# Further ways into the same commands, each by another extra.
+MORE = {
+    "run": ((APP, *NOWHERE), "flower"),
+    "simulate": ((APP, "--clients", "2"), "flower"),
+    "simulate --engine ray": ((DIGITS, "--clients", "2", "--rounds", "1"), "sim,examples,ray"),
+    "simulate --tensorboard board": ((DIGITS, "--clients", "2", "--rounds", "1"), "sim,examples,tensorboard"),
+}
+
+
+class Environment:
+    """A virtual environment by uv, which installs by links, so that a hundred of them are affordable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        self._uv("venv", "--python", sys.executable, folder)
+
+    def install(self, *arguments: str | Path) -> None:
+        self._uv("pip", "install", "--python", self.python, *arguments)
+
+    def check(self) -> None:
+        """What pip's own check says."""
+        self._uv("pip", "check", "--python", self.python)
+
+    def edgefl(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        command = [self.folder / "bin" / "edgefl", *arguments]
+        env = {**ENVIRONMENT, "EDGEFL_CREDENTIALS": str(cwd / "operator.json"), "COLUMNS": "200"}
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+        )
+
+    @staticmethod
+    def _uv(*arguments: str | Path) -> None:
+        uv = Path(sys.executable).with_name("uv")
+        done = subprocess.run(
+            [uv, "--quiet", *arguments], capture_output=True, text=True, timeout=900, check=False, env=ENVIRONMENT
+        )
+        assert done.returncode == 0, f"uv {' '.join(map(str, arguments))}: {done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our own wheel, built once; where it comes from is then this file."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    subprocess.run(build, check=True, timeout=300)
+    return next(folder.glob("edgefl_fleet-*.whl"))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Callable[[], Environment]:
+    numbers = iter(range(1000))
+    return lambda: Environment(tmp_path / f"venv-{next(numbers)}")
+
+
+def leaves(command: click.Command | None, path: tuple[str, ...] = ()) -> Iterator[str]:
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from leaves(command.get_command(context, name), (*path, name))
+    else:
+        yield " ".join(path)
+
+
+def test_every_command_stands_in_the_table() -> None:
+    assert set(leaves(cli)) == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_pip_resolves_each_extra_by_its_ranges(extra: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", f"{ROOT}[{extra}]"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("first", EXTRAS)
+def test_any_extra_can_follow_any_other_in_one_environment(
+    first: str, wheel: Path, environment: Callable[[], Environment]
+) -> None:
+    for second in EXTRAS:
+        if second != first:
+            one = environment()
+            one.install(f"{wheel}[{first}]")
+            one.check()
+            one.install(f"{wheel}[{second}]")
+            one.check()
+
+
+@pytest.mark.parametrize("extra", ["", *(set(EXTRAS) - {"bench", "dev"})])
+def test_a_command_that_lacks_an_extra_names_it(
+    extra: str, wheel: Path, environment: Callable[[], Environment], tmp_path: Path
+) -> None:
+    bare = environment()
+    bare.install(*LOCK, f"{wheel}[{extra}]" if extra else wheel)
+    cwd = tmp_path / "elsewhere"
+    cwd.mkdir()
+    tls.create_ca(cwd)
+    write_operator_credentials(cwd, "https://127.0.0.1:1", "t", (cwd / "ca.pem").read_bytes())
+    for name, (arguments, needed) in [*COMMANDS.items(), *MORE.items()]:
+        if name in {"cloud start", "agent start"} and needed == extra:
+            continue  # they would run
+        done = bare.edgefl(*name.split(), *arguments, cwd=cwd)
+        said = done.stdout + done.stderr
+        assert "Traceback" not in said, f"{name}: {said}"
+        absent = set(needed.split(",")) - {extra, ""}
+        if absent:
+            assert done.returncode == 1, f"{name}: {said}"
+            assert re.search(rf"-m pip install 'edgefl-fleet\[({'|'.join([*absent, needed])})\] @ file:", said), (
+                f"{name} does not say which of {absent} it lacks: {said}"
+            )
+    listed = bare.edgefl("--help", cwd=cwd).stdout
+    for command, needed in extras.OF_COMMANDS.items():
+        marked = re.search(rf"{command} +\(needs the \[{needed}\] extra\)", listed) is not None
+        assert marked == (needed != extra), listed
