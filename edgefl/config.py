@@ -1,6 +1,7 @@
 """One TOML file, and `--set a.b=c` over it, into frozen dataclasses validated at birth.
 
-dacite does the building; an unknown key is an error that names the known ones.
+dacite does the building; an unknown key is an error that names the known ones. Every number has bounds: those of
+what later holds it (a lock's time-out, a database's integer, a float32), so that no round trips over it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ import dacite
 from edgefl.errors import ConfigError
 
 ALGORITHMS = ("fedavg", "fedsgd")
+MAX_COUNT = 2**31 - 1  # of rounds, clients, epochs, samples: what every layer counts with
+MAX_SECONDS = 366 * 86_400.0  # of a wait: locks, sockets and event loops take it, on 32 bits too
+MAX_SEED = 2**63 - 1
+MAX_RATE = 3.4028234663852886e38  # of float32: above, it is infinity where it is used
+
+MAX_NAME_CHARS = 200
+_MAX_SHOWN_BITS = 256
 
 _T = TypeVar("_T")
 
@@ -25,6 +33,49 @@ _T = TypeVar("_T")
 def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as a sentence
     if not condition:
         raise ConfigError(message)
+
+
+def require_within(key: str, value: float, least: float, most: float) -> None:
+    """Raise ConfigError for a number beyond its bounds, or NaN."""
+    if not least <= value <= most:
+        raise ConfigError(f"{key}={_shown(value)} must be {least} or more, and at most {most}")
+
+
+def _above_zero(key: str, value: float, most: float) -> None:
+    if not 0 < value <= most:
+        raise ConfigError(f"{key}={_shown(value)} must be above 0, and at most {most}")
+
+
+def _printable(key: str, value: str) -> None:
+    if not value.isprintable() or len(value) > MAX_NAME_CHARS:
+        raise ConfigError(f"{key}={_shown(value)} must be printable, and of at most {MAX_NAME_CHARS} characters")
+
+
+def _plain_option(key: str, value: object) -> None:
+    """Refuse what JSON cannot hold and what no optimizer can take: dates, tables, NaN."""
+    if isinstance(value, list | tuple):
+        for one in value:
+            _plain_option(key, one)
+    elif isinstance(value, str):
+        _printable(key, value)
+    elif isinstance(value, bool) or value is None:
+        return
+    elif not isinstance(value, int | float) or not -MAX_RATE <= value <= MAX_RATE:
+        raise ConfigError(
+            f"{key}={_shown(value)} must be a number from {-MAX_RATE} to {MAX_RATE}, true, false, a text or a list "
+            "of them"
+        )
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message."""
+    if isinstance(value, int) and value.bit_length() > _MAX_SHOWN_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = f"{value!r:.200}"
+    except (ValueError, RecursionError):  # Python refuses to print integers of thousands of digits
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,20 +91,17 @@ class RoundsConfig:
     wait_s: float = 60.0  # for enough clients to be online
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, f"rounds.count={self.count} must be 1 or more")
-        _require(self.clients >= 0, f"rounds.clients={self.clients} must be 0 (all) or more")
-        _require(self.quorum >= 1, f"rounds.quorum={self.quorum} must be 1 or more")
+        require_within("rounds.count", self.count, 1, MAX_COUNT)
+        require_within("rounds.clients", self.clients, 0, MAX_COUNT)
+        require_within("rounds.quorum", self.quorum, 1, MAX_COUNT)
         _require(
             self.clients == 0 or self.quorum <= self.clients,
             f"rounds.quorum={self.quorum} is above rounds.clients={self.clients}",
         )
-        _require(0 <= self.over_selection <= 10, f"rounds.over_selection={self.over_selection} must be in 0..10")
-        _require(0 < self.deadline_s < math.inf, f"rounds.deadline_s={self.deadline_s} must be above 0 and finite")
-        _require(
-            0 <= self.offline_grace_s < math.inf,
-            f"rounds.offline_grace_s={self.offline_grace_s} must be 0 or more, and finite",
-        )
-        _require(0 <= self.wait_s < math.inf, f"rounds.wait_s={self.wait_s} must be 0 or more, and finite")
+        require_within("rounds.over_selection", self.over_selection, 0, 10)
+        _above_zero("rounds.deadline_s", self.deadline_s, MAX_SECONDS)
+        require_within("rounds.offline_grace_s", self.offline_grace_s, 0, MAX_SECONDS)
+        require_within("rounds.wait_s", self.wait_s, 0, MAX_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,11 +118,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
         _require(self.algorithm in ALGORITHMS, f"train.algorithm={self.algorithm!r} is not one of: {known}")
-        _require(self.epochs >= 1, f"train.epochs={self.epochs} must be 1 or more")
-        _require(self.batch_size >= 1, f"train.batch_size={self.batch_size} must be 1 or more")
-        _require(0 < self.lr < math.inf, f"train.lr={self.lr} must be above 0 and finite")
-        mu = self.proximal_mu
-        _require(0 <= mu < math.inf, f"train.proximal_mu={mu} must be 0 or more, and finite")
+        require_within("train.epochs", self.epochs, 1, MAX_COUNT)
+        require_within("train.batch_size", self.batch_size, 1, MAX_COUNT)
+        _above_zero("train.lr", self.lr, MAX_RATE)
+        require_within("train.proximal_mu", self.proximal_mu, 0, MAX_RATE)
+        require_within("train.seed", self.seed, 0, MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +134,10 @@ class ServerConfig:
     options: Mapping[str, Any] = field(default_factory=dict)  # e.g. momentum = 0.9
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, f"server.lr={self.lr} must be above 0 and finite")
+        _printable("server.optimizer", self.optimizer)
+        _above_zero("server.lr", self.lr, MAX_RATE)
+        for name, value in self.options.items():
+            _plain_option(f"server.options.{name}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +145,9 @@ class AggregationConfig:
     """Which rule turns updates into one."""
 
     rule: str = "mean"
+
+    def __post_init__(self) -> None:
+        _printable("aggregation.rule", self.rule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +168,7 @@ def load_config(schema: type[_T], file: Path | None = None, settings: Iterable[s
             data = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as cause:
             raise ConfigError(f"cannot read the configuration {file}: {cause.strerror}") from cause
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+        except (ValueError, RecursionError) as cause:  # also an integer of too many digits
             raise ConfigError(f"{file} is not TOML: {cause}") from cause
     for setting in settings:
         _apply(data, setting)
@@ -125,20 +179,29 @@ def from_dict(schema: type[_T], data: Mapping[str, Any]) -> _T:
     """Build a dataclass tree from nested mappings; raises ConfigError naming the key at fault."""
     _refuse_unknown(schema, data, "")
     try:
-        hooks = {float: lambda value: float(value) if type(value) is int else value}
-        return dacite.from_dict(schema, dict(data), dacite.Config(type_hooks=hooks, strict=True))
+        return dacite.from_dict(schema, dict(data), dacite.Config(type_hooks={float: _as_float}, strict=True))
     except dacite.WrongTypeError as cause:
         wanted = getattr(cause.field_type, "__name__", cause.field_type)
-        raise ConfigError(f"{cause.field_path}={cause.value!r} must be of type {wanted}") from cause
+        raise ConfigError(f"{cause.field_path}={_shown(cause.value)} must be of type {wanted}") from cause
     except dacite.DaciteError as cause:
         raise ConfigError(str(cause)) from cause
+
+
+def _as_float(value: Any) -> Any:
+    """Take a whole number for a float; one that is beyond every float is infinity, which bounds refuse by name."""
+    if type(value) is not int:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def parse_value(text: str) -> Any:
     """Read a setting's value as TOML; a bare word is a string: --set server.optimizer=Adam."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError, KeyError):  # no TOML, too many digits, too deeply nested
         return text
 
 
@@ -157,10 +220,13 @@ def _apply(data: dict[str, Any], setting: str) -> None:
 
 def _refuse_unknown(schema: type[Any], data: Any, path: str) -> None:
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{path.rstrip('.')}={data!r} must be a section")
+        raise ConfigError(f"{path.rstrip('.')}={_shown(data)} must be a section")
     hints = get_type_hints(schema)
     for key, value in data.items():
         if key not in hints:
-            raise ConfigError(f"unknown configuration key {path + str(key)!r}; known here: {', '.join(sorted(hints))}")
+            known = ", ".join(sorted(hints))
+            raise ConfigError(f"unknown configuration key {_shown(path + str(key))}; known here: {known}")
+        if isinstance(value, bool) and hints[key] in {int, float}:  # Python counts with booleans
+            raise ConfigError(f"{path}{key}={value} must be of type {hints[key].__name__}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(hints[key], type):
             _refuse_unknown(hints[key], value, f"{path}{key}.")

@@ -123,11 +123,11 @@ class _TorchOptimizer:
         optimizer = self._make([parameter])
         try:
             optimizer.step()
-        except (TypeError, RuntimeError) as cause:
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as cause:  # torch asserts
             raise ConfigError(f"server.optimizer={self._config.optimizer!r} cannot step on its own: {cause}") from cause
 
     def _make(self, parameters: list[Any]) -> Any:
         try:
             return self._kind(parameters, lr=self._config.lr, **self._config.options)
-        except (TypeError, ValueError) as cause:
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as cause:
             raise ConfigError(f"server.options={dict(self._config.options)}: {cause}") from cause

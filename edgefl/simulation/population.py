@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgefl.config import MAX_COUNT, MAX_SEED, require_within
 from edgefl.errors import ConfigError, TaskError
 from edgefl.samples import Samples, train_samples
 from edgefl.simulation.devices import DevicesConfig
@@ -57,11 +58,10 @@ class PopulationConfig:
             raise ConfigError(f"population.partitioner={self.partitioner!r} is not one of: {', '.join(PARTITIONERS)}")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"population.alpha={self.alpha} must be above 0 and finite")
-        if self.shards_per_client < 1:
-            raise ConfigError(f"population.shards_per_client={self.shards_per_client} must be 1 or more")
-        for name in ("clients", "samples_per_client", "min_samples", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"population.{name}={getattr(self, name)} must be 0 or more")
+        require_within("population.shards_per_client", self.shards_per_client, 1, MAX_COUNT)
+        for name in ("clients", "samples_per_client", "min_samples"):
+            require_within(f"population.{name}", getattr(self, name), 0, MAX_COUNT)
+        require_within("population.seed", self.seed, 0, MAX_SEED)
         if (self.partitioner == "natural") != bool(self.ids):
             raise ConfigError("population.ids is the file of partitioner='natural': give both or neither")
         if self.min_samples and (self.samples_per_client or self.partitioner in {"task", "natural"}):

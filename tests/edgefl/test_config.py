@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from edgefl.config import JobConfig, from_dict, load_config
 from edgefl.errors import ConfigError
+from edgefl.rounds import select_clients
 
 
 def test_defaults_need_no_file() -> None:
@@ -51,6 +56,28 @@ def test_a_bare_word_is_a_string() -> None:
         ("train.lr=nan", "train.lr=nan"),
         ("train.proximal_mu=-0.1", "train.proximal_mu=-0.1"),
         ("server.lr=inf", "server.lr=inf"),
+        ("rounds.count=2147483648", "rounds.count=2147483648 must be 1 or more, and at most 2147483647"),
+        ("rounds.count=1e12", "rounds.count=1000000000000.0 must be of type int"),
+        ("rounds.count=true", "rounds.count=True must be of type int"),
+        ("rounds.deadline_s=1e12", "rounds.deadline_s=1000000000000.0 must be above 0, and at most 31622400"),
+        ("rounds.deadline_s=1" + "0" * 400, "rounds.deadline_s=inf"),
+        ("rounds.count=1" + "0" * 5000, "rounds.count='1000"),
+        ("rounds.quorum=0x" + "f" * 9000, "rounds.quorum=an integer of 36000 bits must be 1 or more"),
+        ("rounds.wait_s=1e10", "rounds.wait_s="),
+        ("train.seed=-1", "train.seed=-1 must be 0 or more, and at most 9223372036854775807"),
+        ("train.seed=9223372036854775808", "train.seed="),
+        ("train.lr=1e39", "train.lr=1e+39"),
+        ("train.lr=true", "train.lr=True must be of type float"),
+        ("train.epochs=4294967296", "train.epochs="),
+        ("server.lr=-0.0", "server.lr=-0.0"),
+        ("server.options.momentum=nan", "server.options.momentum=nan"),
+        ("server.options.momentum=1979-05-27", "server.options.momentum=datetime.date"),
+        ("server.options.betas=[0.9, inf]", "server.options.betas=inf"),
+        ("server.options.a.b=1", "server.options.a={'b': 1}"),
+        ("server.optimizer=A\ud800", r"server.optimizer='A\ud800' must be printable"),
+        ("aggregation.rule=mean\x1b[2J", "aggregation.rule="),
+        ("rounds.c\ud800=1", r"unknown configuration key 'rounds.c\ud800'"),
+        ("rounds.count=" + "[" * 5000, "rounds.count='[["),
         ("rounds.count", "--set 'rounds.count' is not of the form section.key=value"),
         ("=3", "is not of the form"),
     ],
@@ -58,6 +85,7 @@ def test_a_bare_word_is_a_string() -> None:
 def test_what_cannot_be_is_refused_by_name(setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         load_config(JobConfig, settings=[setting])
+    str(refusal.value).encode()  # or no terminal and no log could show it
     assert message in str(refusal.value)
 
 
@@ -83,3 +111,33 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes, messag
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.toml: No such file"):
         load_config(JobConfig, tmp_path / "gone.toml")
+
+
+def test_the_bounds_are_what_the_next_layers_hold() -> None:
+    utmost = load_config(
+        JobConfig,
+        settings=[
+            "rounds.count=2147483647", "rounds.deadline_s=31622400", "rounds.wait_s=31622400",
+            "rounds.offline_grace_s=31622400", "train.seed=9223372036854775807", "train.lr=3.4e38",
+            "server.lr=3.4e38",
+        ],
+    )  # fmt: skip
+    arrived = threading.Event()
+    arrived.set()
+    for seconds in (utmost.rounds.deadline_s, utmost.rounds.wait_s, utmost.rounds.offline_grace_s):
+        assert arrived.wait(seconds)
+        assert seconds < min(threading.TIMEOUT_MAX, 2**31)
+    assert select_clients(["a", "b", "c"], replace_clients(utmost), utmost.rounds.count)
+    assert np.isfinite(np.float32(utmost.train.lr))
+    torch.Generator().manual_seed(utmost.train.seed)
+
+
+def replace_clients(config: JobConfig) -> JobConfig:
+    return replace(config, rounds=replace(config.rounds, clients=2))
+
+
+def test_a_file_that_python_cannot_read_is_no_traceback(tmp_path: Path) -> None:
+    for text in ("a = " + "1" * 5000, "a = " + "[" * 5000, "\x00"):
+        (tmp_path / "job.toml").write_text(text)
+        with pytest.raises(ConfigError, match="is not TOML"):
+            load_config(JobConfig, tmp_path / "job.toml")
