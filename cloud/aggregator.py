@@ -157,7 +157,9 @@ class Aggregator:
             broker_url=home.broker_url,
             insecure=options.insecure,
         )
-        server.add_generic_rpc_handlers((handler(FleetService(parts, workers)),))
+        service = FleetService(parts, workers)
+        home.cut.append(service.forget)
+        server.add_generic_rpc_handlers((handler(service),))
         address = f"{options.host}:{options.grpc_port}"
         if options.insecure:
             server.add_insecure_port(address)

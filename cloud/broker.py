@@ -8,10 +8,12 @@ messages live in memory: after a restart each device says again what it is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any, Self
 
 from edgefl.errors import ConfigError
@@ -26,7 +28,7 @@ STOP_S = 5.0
 HANDSHAKE_S = 10.0
 
 
-def _everyone(_name: str) -> bool:
+def _everyone(_name: str, _serial: str | None) -> bool:
     return True
 
 
@@ -34,13 +36,15 @@ class EmbeddedBroker:
     """A broker that starts and stops with its owner.
 
     `identity` None is the insecure mode, for the loopback only: a client is who its user name says.
-    `is_known` says whether a device is still enrolled; it is asked in the broker's thread at each
-    connect and must answer soon. Port 0 takes a free one; `port` and `url` tell which.
+    `is_known` says whether a device is still enrolled with a certificate of this serial number (None in
+    the insecure mode); it is asked in the broker's thread at each connect and must answer soon. Port 0
+    takes a free one; `port` and `url` tell which.
     """
 
     def __init__(
-        self, identity: Identity | None, host: str, port: int, *, is_known: Callable[[str], bool] = _everyone
-    ) -> None:
+        self, identity: Identity | None, host: str, port: int,
+        *, is_known: Callable[[str, str | None], bool] = _everyone,
+    ) -> None:  # fmt: skip
         if identity is None and not is_loopback(host):
             raise ConfigError(f"a broker without TLS listens on the loopback only, not on {host!r}; leave --insecure")
         self._identity = identity
@@ -81,9 +85,11 @@ class EmbeddedBroker:
         self._thread = None
 
     def drop(self, device: str) -> None:
-        """End a device's connection now; with `is_known` saying no it does not come back."""
-        if self._loop is not None and self._gate is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._gate.drop, device)
+        """End a device's connection, and wait until it has ended; with `is_known` saying no it stays out."""
+        if self._loop is None or self._gate is None or self._thread is None or not self._thread.is_alive():
+            return
+        with contextlib.suppress(FutureTimeout):  # it is aborted; only its last will is late
+            asyncio.run_coroutine_threadsafe(self._gate.drop(device), self._loop).result(STOP_S)
 
     def _run(self, started: Future[int]) -> None:
         try:

@@ -7,9 +7,9 @@ packets of 256 MB, and on DISCONNECT loses what it had acknowledged; and with a 
 message when another client subscribes at that moment. So we listen ourselves, by TLS 1.3 with our CA's
 certificates only, look at each packet, and hand amqtt what is right by its adapters for external listeners.
 
-Invariants: a client is who its certificate says, and has one connection; the will of a former one goes
-out before the next is let in; nothing enters, by PUBLISH, SUBSCRIBE or will, and no PUBLISH leaves,
-against `topics.allowed`; what was acknowledged is delivered before the connection ends.
+Invariants: a client is who its certificate says, by name and serial number, and has one connection; the
+will of a former one goes out before the next is let in; nothing enters, by PUBLISH, SUBSCRIBE or will, and
+no PUBLISH leaves, against `topics.allowed`; what was acknowledged is delivered before the connection ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cloud.transports import abort
 from edgefl.errors import MissingExtra, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
-from edgefl.protocols.tls import CLOUD_NAME, common_name
+from edgefl.protocols.tls import CLOUD_NAME, common_name, serial_number
 
 try:
     from amqtt.broker import Broker
@@ -74,7 +74,7 @@ class QuietBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
 class Gate:
     """Accepts connections in the broker's event loop, owns them, and owns amqtt behind."""
 
-    def __init__(self, *, secure: bool, is_known: Callable[[str], bool]) -> None:
+    def __init__(self, *, secure: bool, is_known: Callable[[str, str | None], bool]) -> None:
         self._secure = secure
         self._is_known = is_known
         self._broker = _make_broker(self)
@@ -92,8 +92,8 @@ class Gate:
         try:
             async with asyncio.timeout(CONNECT_S):
                 connect = mqtt_wire.parse_connect(await mqtt_wire.read_packet(reader, mqtt_wire.CONNECT))
-            name = self._name(writer, connect)
-            self._check(name, connect)
+            name, serial = self._identify(writer, connect)
+            self._check(name, serial, connect)
             await self._take_over(name, task, writer)
             await self._hand_over(GatedReader(name, reader, connect, writer.write), GatedWriter(name, writer))
         except ProtocolError as fault:
@@ -116,10 +116,13 @@ class Gate:
         if client_id in self._readers:
             self._readers[client_id].note_delivery()
 
-    def drop(self, name: str) -> None:
-        """End a client's connection, if it has one."""
+    async def drop(self, name: str) -> None:
+        """End a client's connection, if it has one; returns when its last will has gone out."""
         if name in self._open:
-            abort(self._open[name][1].transport)
+            task, writer = self._open[name]
+            event(_log, logging.INFO, "broker.dropped", device=name)
+            abort(writer.transport)
+            await asyncio.wait({task}, timeout=CONNECT_S)
 
     async def close(self, timeout_s: float) -> None:
         """End all connections, then amqtt."""
@@ -140,19 +143,20 @@ class Gate:
         finally:
             del self._readers[reader.client_id]
 
-    def _name(self, writer: asyncio.StreamWriter, connect: mqtt_wire.Connect) -> str:
+    def _identify(self, writer: asyncio.StreamWriter, connect: mqtt_wire.Connect) -> tuple[str, str | None]:
+        """Return the client's name and its certificate's serial number."""
         if not self._secure:
-            return connect.user
+            return connect.user, None
         certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        return common_name(certificate) if certificate else ""
+        return (common_name(certificate), serial_number(certificate)) if certificate else ("", None)
 
-    def _check(self, name: str, connect: mqtt_wire.Connect) -> None:
+    def _check(self, name: str, serial: str | None, connect: mqtt_wire.Connect) -> None:
         """Raise ProtocolError unless this client may connect so."""
         if name != CLOUD_NAME:
             if not topics.valid_device_name(name):
                 raise ProtocolError(f"{name!r} is no device's name")
-            if not self._is_known(name):
-                raise ProtocolError("the device is not in the registry; enrol it again")
+            if not self._is_known(name, serial):
+                raise ProtocolError("the device is not of this fleet, or not with this certificate; enrol it again")
         if connect.will_topic is not None and not topics.allowed(name, connect.will_topic, publish=True):
             raise ProtocolError(f"its last will is for {connect.will_topic!r}, where it may not publish")
 

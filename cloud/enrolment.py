@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from cloud.store import devices, tokens
+from cloud.store import devices, revoked, tokens, updates
 from edgefl.errors import EnrolmentRefused, NotFound
 from edgefl.protocols.tls import serial_number, sign_request, token_for
 from edgefl.protocols.topics import valid_device_name
@@ -25,6 +25,8 @@ TOKEN_BYTES = 32
 VALID_FOR_S = 24 * 3600.0
 MAX_TAGS = 32
 MAX_TAG_CHARS = 64
+
+REMOVED = "the device was removed from the fleet"
 
 _REMEDY = "make a new one with `edgefl cloud token`"
 
@@ -93,10 +95,26 @@ class Enrolment:
             return [Device(**row) for row in db.execute(devices.select().order_by(devices.c.name)).mappings()]
 
     def remove(self, name: str) -> None:
-        """Put a device out of the fleet: its certificate is worth nothing from now on."""
+        """Put a device out of the fleet: its certificate is worth nothing from now on.
+
+        Updates of it that wait to be folded are refused in the same transaction.
+        """
         with self._engine.begin() as db:
-            if db.execute(devices.delete().where(devices.c.name == name)).rowcount != 1:
+            serial = db.scalar(sa.select(devices.c.serial).where(devices.c.name == name))
+            if serial is None:
                 raise NotFound(f"there is no device {name!r}; `edgefl devices list` shows those there are")
+            db.execute(devices.delete().where(devices.c.name == name))
+            self._revoke(db, serial, name)
+            waiting = (updates.c.device == name) & updates.c.file.is_not(sa.null())
+            db.execute(updates.update().where(waiting).values(file=sa.null(), weight=sa.null(), reason=REMOVED))
+
+    def revoked(self) -> list[str]:
+        """Return the serial numbers that are worth nothing any more, in the order in which they came to be so."""
+        with self._engine.connect() as db:
+            return list(db.scalars(sa.select(revoked.c.serial).order_by(revoked.c.number)))
+
+    def _revoke(self, db: sa.Connection, serial: str, device: str) -> None:
+        db.execute(revoked.insert().values({"serial": serial, "device": device, "revoked_s": self._clock()}))
 
 
 def _hashed(secret: str) -> str:

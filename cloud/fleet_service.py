@@ -7,6 +7,7 @@ database. Files are read and written in worker threads, and transfers take turns
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,8 +20,10 @@ from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.blobs import BlobStore
+from cloud.enrolment import REMOVED
 from cloud.jobs import Answer, Jobs
 from cloud.open_rounds import OpenRound, OpenRounds
+from cloud.running_calls import RunningCalls
 from cloud.spool import Incoming, Spool
 from cloud.turnstile import Transfer, Turnstile
 from edgefl.errors import ProtocolError, UploadCutOff
@@ -66,15 +69,16 @@ class ServiceParts:
 def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
     """Return the service for a gRPC server; chunks pass as bytes, see `edgefl.protocols.chunks`."""
     to_state = pb.UploadState.SerializeToString
+    registered = service.calls.registered
     methods = {
         "Next": grpc.unary_unary_rpc_method_handler(
-            service.Next, pb.NextRequest.FromString, pb.NextReply.SerializeToString
+            registered(service.Next), pb.NextRequest.FromString, pb.NextReply.SerializeToString
         ),
-        "Download": grpc.unary_stream_rpc_method_handler(service.Download, pb.DownloadRequest.FromString),
-        "Resume": grpc.unary_unary_rpc_method_handler(service.Resume, pb.UpdateKey.FromString, to_state),
-        "Upload": grpc.stream_unary_rpc_method_handler(service.Upload, None, to_state),
+        "Download": grpc.unary_stream_rpc_method_handler(registered(service.Download), pb.DownloadRequest.FromString),
+        "Resume": grpc.unary_unary_rpc_method_handler(registered(service.Resume), pb.UpdateKey.FromString, to_state),
+        "Upload": grpc.stream_unary_rpc_method_handler(registered(service.Upload), None, to_state),
         "Fail": grpc.unary_unary_rpc_method_handler(
-            service.Fail, pb.FailureReport.FromString, pb.FailureReply.SerializeToString
+            registered(service.Fail), pb.FailureReport.FromString, pb.FailureReply.SerializeToString
         ),
     }
     return grpc.method_handlers_generic_handler("edgefl.v1.Fleet", methods)
@@ -86,6 +90,8 @@ class FleetService:
     def __init__(self, parts: ServiceParts, workers: ThreadPoolExecutor) -> None:
         self._parts = parts
         self._workers = workers
+        self._loop = asyncio.get_running_loop()
+        self.calls = RunningCalls()
         self._uploads, self._downloads = Turnstile(), Turnstile(max_each=MAX_DOWNLOADS)
 
     async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
@@ -211,6 +217,15 @@ class FleetService:
 
         return _state("STORED", offset=header.size) if opened.accept(answer, keep) else _state("STALE")
 
+    def forget(self, device: str) -> None:
+        """Refuse what a device that was removed has under way, or waits to be folded. Called from any thread but ours.
+
+        Its calls end soon after; they change nothing any more.
+        """
+        for opened in self._parts.rounds.having(device):
+            opened.forget(device, functools.partial(self._record, opened))
+        self._loop.call_soon_threadsafe(self.calls.cut, device, REMOVED)
+
     def _refuse(self, opened: OpenRound, device: str, reason: str) -> pb.UploadState:
         """Count the device as one without an update in this round."""
         event(_log, logging.WARNING, "update.failed", job=opened.plan.job, round=opened.plan.round, device=device,
@@ -240,6 +255,7 @@ class FleetService:
         if not await self._run(self._parts.rounds.wait_resumed, RESUME_S):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud has just started and opens its rounds again")
         name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
+        self.calls.note(name)
         if not await self._run(self._parts.is_known, name, serial):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,

@@ -145,9 +145,10 @@ class GrpcFleet:
             if isinstance(event_, EdgeflError):
                 raise event_
             if isinstance(event_, Answer):
+                answer = opened.counted(event_)
                 num_taken += 1
-                num_updates += event_.file is not None
-                yield self._as_record(event_, plan)
+                num_updates += answer.file is not None
+                yield self._as_record(answer, plan)
             else:
                 opened.presence_pending = False
                 self._note_presence(opened, offline_since_s)

@@ -13,7 +13,7 @@ import json
 import secrets
 import socket
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -91,7 +91,7 @@ class CloudHome:
         self.blobs = BlobStore(home / "blobs")
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
-        self._drop: Callable[[str], None] = lambda _device: None  # a broker of its own asks nobody
+        self.cut: list[Callable[[str], None]] = []  # what ends the connections of a device that was removed
         self.jobs = Jobs(engine, self.blobs, self._sign)
         self.enrolment = Enrolment(engine, self._tls)
         self._make_link()
@@ -111,7 +111,7 @@ class CloudHome:
                 broker = EmbeddedBroker(identity, host, port, is_known=self.enrolment.is_known)
                 broker.start()
                 undo.callback(broker.stop)
-                self._drop = broker.drop
+                self.cut.append(broker.drop)
             self._exit = undo.pop_all()
         return self
 
@@ -129,7 +129,7 @@ class CloudHome:
             jobs=self.jobs,
             relays=self.relays,
             blobs=self.blobs,
-            link=_Presence(self.link, self._drop),
+            link=_Presence(self.link, self.cut),
             ca_pem=self.identity.ca.read_bytes(),
             fleet_key_pem=public_pem(self._fleet_key),
             grpc_port=self._options.grpc_port,
@@ -186,17 +186,18 @@ class CloudHome:
 
 @dataclass(frozen=True, slots=True)
 class _Presence:
-    """The link as the operator's plane sees it: who is removed is also cut off from our own broker."""
+    """The link as the operator's plane sees it: who is removed is also cut off from every door."""
 
     _link: CloudLink
-    _drop: Callable[[str], None]
+    _cut: Sequence[Callable[[str], None]]
 
     def state(self, device: str) -> DeviceState | None:
         return self._link.state(device)
 
     def forget(self, device: str) -> None:
-        self._link.forget(device)
-        self._drop(device)
+        for cut in self._cut:
+            cut(device)
+        self._link.forget(device)  # last: the broker has sent the device's will
 
 
 def _dialled(host: str) -> str:

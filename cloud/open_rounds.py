@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cloud.enrolment import REMOVED
 from cloud.jobs import Answer
 from edgefl.errors import EdgeflError
 from edgefl.protocols.messages import WirePlan
@@ -36,6 +37,7 @@ class OpenRound:
     events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     lock: threading.Lock = field(default_factory=threading.Lock)
     presence_pending: bool = False
+    removed: set[str] = field(default_factory=set)  # devices whose answers count no more
     record: Callable[[Answer], None] | None = None  # makes an answer durable; None = as an update of its job
     source: Path | None = None  # of what the plan names as its model; None = a blob
 
@@ -48,6 +50,23 @@ class OpenRound:
             self.answered.add(answer.device)
             self.events.put(answer)
             return True
+
+    def forget(self, device: str, make_durable: Callable[[Answer], None]) -> None:
+        """Refuse a device that was removed from the fleet, also where its answer waits to be folded."""
+        with self.lock:
+            if self.closed or device not in self.cohort:
+                return
+            self.removed.add(device)
+            if device not in self.answered:
+                answer = Answer(device=device, reason=REMOVED)
+                make_durable(answer)
+                self.answered.add(device)
+                self.events.put(answer)
+
+    def counted(self, answer: Answer) -> Answer:
+        """Return an answer as it counts now: that of a device that was removed meanwhile is refused."""
+        with self.lock:
+            return Answer(device=answer.device, reason=REMOVED) if answer.device in self.removed else answer
 
     def waiting(self) -> frozenset[str]:
         """Return the devices that have not answered."""
@@ -122,6 +141,11 @@ class OpenRounds:
         with self._lock:
             opened = list(self._open.values())
         return [one for one in opened if device in one.waiting()]
+
+    def having(self, device: str) -> list[OpenRound]:
+        """Return the open rounds whose cohort this device is in."""
+        with self._lock:
+            return [one for one in self._open.values() if device in one.cohort]
 
     def presence_changed(self) -> None:
         """Tell every open round that a device came or went."""

@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloud.enrolment import Device
+from cloud.enrolment import REMOVED, Device
 from cloud.registry import Registry
 from cloud.store import desired, rollouts
 from edgefl.errors import ConfigError, ManifestRejected, NotFound, ProtocolError
@@ -86,8 +86,8 @@ class Rollouts:
         self._update(here, note.state, note.detail[:MAX_DETAIL_CHARS])
 
     def forget(self, device: str) -> None:
-        """Note that a device was removed: it serves nothing for this fleet any more."""
-        self._update(desired.c.device == device, FAILED, "the device was removed from the fleet")
+        """Note that a device was removed: it serves nothing for this fleet any more, nor does its successor."""
+        self._update(desired.c.device == device, FAILED, REMOVED)
 
     def status(self, rollout: str) -> dict[str, Any]:
         """Return a rollout with its devices; those that a later rollout took over are no longer in it."""
@@ -108,8 +108,9 @@ class Rollouts:
 
     def desired_for(self, device: str) -> Documents:
         """Return what a device is to serve, one document a model."""
+        its_own = (desired.c.device == device) & ((desired.c.state != FAILED) | (desired.c.detail != REMOVED))
         with self._engine.connect() as db:
-            found = db.scalars(sa.select(desired.c.signed).where(desired.c.device == device)).all()
+            found = db.scalars(sa.select(desired.c.signed).where(its_own)).all()
         return [from_json(Signed, signed) for signed in found]
 
     def wait(self, seen: int, timeout_s: float) -> int:
@@ -172,7 +173,8 @@ def _rows(db: sa.Connection, model: str, names: Collection[str]) -> dict[str, Ma
 
 
 def _refuse_older(release: Release, before: Mapping[str, Mapping[str, Any]]) -> None:
-    newer = {name: row["version"] for name, row in before.items() if row["version"] > release.version}
+    ours = {name: row for name, row in before.items() if row["detail"] != REMOVED}  # else of another device
+    newer = {name: row["version"] for name, row in ours.items() if row["version"] > release.version}
     if newer:
         shown = ", ".join(f"{name} (version {version})" for name, version in sorted(newer.items())[:5])
         raise ManifestRejected(

@@ -31,6 +31,15 @@ devices = sa.Table(
     sa.Column("enrolled_s", sa.Float, nullable=False),
 )
 
+revoked = sa.Table(  # certificates that are not accepted any more
+    "revoked",
+    TABLES,
+    sa.Column("number", sa.Integer, primary_key=True),  # rises: also of the list of those that are revoked
+    sa.Column("serial", sa.String, nullable=False),
+    sa.Column("device", sa.String, nullable=False),
+    sa.Column("revoked_s", sa.Float, nullable=False),
+)
+
 jobs = sa.Table(
     "jobs",
     TABLES,

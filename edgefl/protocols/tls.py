@@ -106,15 +106,20 @@ def fingerprint(cert_pem: bytes) -> str:
     return x509.load_pem_x509_certificate(cert_pem).fingerprint(hashes.SHA256()).hex()
 
 
-def serial_number(cert_pem: bytes) -> str:
-    """Return a certificate's serial number in hex."""
-    return f"{x509.load_pem_x509_certificate(cert_pem).serial_number:x}"
+def load_certificate(cert: bytes) -> x509.Certificate:
+    """Return a certificate from PEM or DER; raises ValueError for what is none."""
+    load = x509.load_pem_x509_certificate if cert.startswith(b"-----") else x509.load_der_x509_certificate
+    return load(cert)
+
+
+def serial_number(cert: bytes) -> str:
+    """Return the serial number, in hex, of a certificate in PEM or DER."""
+    return f"{load_certificate(cert).serial_number:x}"
 
 
 def common_name(cert: bytes) -> str:
     """Return the CN of a certificate in PEM or DER."""
-    load = x509.load_pem_x509_certificate if cert.startswith(b"-----") else x509.load_der_x509_certificate
-    names = load(cert).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    names = load_certificate(cert).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if names else ""
 
 

@@ -16,7 +16,7 @@ from cloud.broker import EmbeddedBroker
 from cloud.mqtt_wire import MAX_PACKET_BYTES
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
-from edgefl.protocols.tls import client_context
+from edgefl.protocols.tls import client_context, new_request, serial_number, sign_request
 
 EVERY_UP = "edgefl/v1/up/+/+"
 
@@ -265,7 +265,7 @@ def test_port_0_takes_a_free_one_and_a_restart_keeps_it(fleet_ca) -> None:
 def test_a_device_that_was_removed_is_dropped_and_stays_out(fleet_ca) -> None:
     known = {"cam-1"}
     downs: queue.Queue[None] = queue.Queue()
-    with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, is_known=known.__contains__) as broker:
+    with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, is_known=lambda name, _: name in known) as broker:
         config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
         with MqttLink(config, on_disconnect=lambda: downs.put(None)) as link:
             assert link.wait_connected(5)
@@ -305,3 +305,18 @@ def test_without_amqtt_the_extra_is_named(fleet_ca, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "amqtt", None)
     with pytest.raises(MissingExtra, match=r"edgefl\[broker\]"):
         EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0).start()
+
+
+def test_a_certificate_of_another_serial_number_is_refused_and_disturbs_nobody(fleet_ca, caplog) -> None:
+    former, again = fleet_ca.device("cam-1"), fleet_ca.device("cam-1-again")
+    again.cert.write_bytes(sign_request(fleet_ca.folder, new_request(again, "cam-1"), "cam-1"))
+    valid = serial_number(again.cert.read_bytes())
+    broker = EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, is_known=lambda _, serial: serial == valid)
+    with broker, MqttLink(LinkConfig(url=broker.url, client_id="cam-1", identity=again)) as link:
+        assert link.wait_connected(5)
+        with raw(broker, fleet_ca.cloud.ca, former) as connection:
+            connection.sendall(raw_connect())
+            assert answer(connection) == b"\x20\x02\0\5"
+        assert link.wait_connected(0)
+    assert "not with this certificate" in caplog.text
+    assert "broker.taken_over" not in caplog.text

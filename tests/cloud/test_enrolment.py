@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cloud.enrolment import Enrolment
-from cloud.store import open_database, tokens
+from cloud.enrolment import REMOVED, Enrolment
+from cloud.store import open_database, tokens, updates
 from edgefl.errors import EnrolmentRefused, NotFound, ProtocolError
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
@@ -156,3 +156,22 @@ def test_a_removed_device_is_known_no_more_and_its_old_certificate_never_again(e
 def test_removing_a_stranger_says_so(enrolment):
     with pytest.raises(NotFound, match="no device 'ghost'"):
         enrolment.remove("ghost")
+
+
+def test_what_is_revoked_is_listed_in_order_and_stays_so(enrolment, csr):
+    serials = []
+    for name in ("b", "a", "b"):
+        serials.append(tls.serial_number(enrolment.enroll(secret_of(enrolment.new_token()), name, {}, csr)))
+        enrolment.remove(name)
+    assert enrolment.revoked() == serials
+
+
+def test_an_update_of_a_removed_device_that_is_not_folded_is_refused_after_a_restart_too(enrolment, csr):
+    enrolment.enroll(secret_of(enrolment.new_token()), "a", {}, csr)
+    row = {"job": "j", "round": 1, "file": "f", "weight": 2.0, "metrics": {}, "reason": None}
+    with enrolment._engine.begin() as db:
+        db.execute(updates.insert(), [row | {"device": name} for name in ("a", "b")])
+    enrolment.remove("a")
+    with enrolment._engine.begin() as db:
+        found = db.execute(updates.select().order_by(updates.c.device)).mappings().all()
+    assert [(one["device"], one["file"], one["reason"]) for one in found] == [("a", None, REMOVED), ("b", "f", None)]

@@ -9,6 +9,7 @@ import pytest
 
 from cloud.blobs import BlobStore
 from cloud.broker import EmbeddedBroker
+from cloud.enrolment import REMOVED
 from cloud.grpc_fleet import FleetParts, GrpcFleet
 from cloud.jobs import Answer, Jobs
 from cloud.mqtt_link import CloudLink, Hearers
@@ -126,6 +127,20 @@ def test_a_round_announces_collects_and_closes(centre):
     assert first.tree["w"].tolist() == [2, 2]
     assert second == Failure(job=centre.job, round=1, device="b", reason="task raised")
     assert centre.rounds.get(centre.job, 1) is None
+
+
+def test_an_update_of_a_removed_device_that_waits_to_be_folded_is_refused(centre):
+    fleet = centre.fleet(quorum=1)
+    arriving = fleet.collect(centre.plan(clients=("a", "b", "c")))
+    opening = in_thread(lambda: [next(arriving)])
+    centre.devices["a"].next()
+    centre.answer("a")
+    opening()  # a is folded; b and c are not
+    centre.answer("b")
+    opened = centre.rounds.get(centre.job, 1)
+    for device in "abc":
+        opened.forget(device, lambda one: centre.jobs.record(centre.job, 1, one))
+    assert list(arriving) == [Failure(job=centre.job, round=1, device=name, reason=REMOVED) for name in "bc"]
 
 
 def test_once_the_quorum_answered_an_offline_device_is_not_waited_for(centre):

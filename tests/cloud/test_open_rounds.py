@@ -2,6 +2,7 @@ import threading
 
 import pytest
 
+from cloud.enrolment import REMOVED
 from cloud.jobs import Answer
 from cloud.open_rounds import PRESENCE_CHANGED, OpenRound, OpenRounds
 from edgefl.config import TrainConfig
@@ -138,3 +139,28 @@ def test_a_job_that_is_interrupted_between_rounds_opens_no_other():
     assert rounds.stopping
     with pytest.raises(CloudStopping):
         rounds.refuse_stopped("another")
+
+
+def test_a_removed_device_is_refused_whether_it_has_answered_or_not():
+    round_, durable = opened(), []
+    answer = Answer(device="a", file="f", weight=2.0)
+    round_.accept(answer, ignore)
+    round_.forget("a", durable.append)
+    assert durable == []  # its answer is in the database, where the registry refuses it
+    assert round_.counted(round_.events.get_nowait()) == Answer(device="a", reason=REMOVED)
+    round_.forget("b", durable.append)
+    assert durable == [Answer(device="b", reason=REMOVED)]
+    assert round_.counted(round_.events.get_nowait()) == durable[0]
+    assert not round_.accept(Answer(device="b", file="f"), ignore)  # what was under way comes too late
+    round_.forget("c", durable.append)
+    assert len(durable) == 1
+    assert round_.counted(Answer(device="c", file="f")).file == "f"
+
+
+def test_the_rounds_that_have_a_device_are_those_of_its_cohorts():
+    rounds, one = OpenRounds(), opened()
+    rounds.add(one)
+    rounds.add(opened("other", cohort=("c",)))
+    one.accept(Answer(device="a", file="f"), ignore)
+    assert rounds.having("a") == [one]
+    assert rounds.waiting_for("a") == []

@@ -169,6 +169,14 @@ def test_a_removed_device_is_not_waited_for_and_its_sequence_goes_on(fleet):
     assert fleet.last("a").sequence == 2
 
 
+def test_a_device_of_a_removed_ones_name_inherits_neither_wish_nor_version(fleet):
+    fleet.rollouts.start("m", 2, to=["name:a"])
+    fleet.rollouts.forget("a")
+    assert fleet.rollouts.desired_for("a") == []
+    fleet.rollouts.start("m", 1, to=["name:a"])  # no step back: nothing newer was ever here
+    assert fleet.rollouts.desired_for("a") == [fleet.sent[-1][1]]
+
+
 def test_unknown_models_versions_and_rollouts_are_not_found(fleet):
     with pytest.raises(NotFound, match="no model 'n'"):
         fleet.rollouts.start("n")

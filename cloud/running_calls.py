@@ -1,0 +1,61 @@
+"""gRPC calls under way, by device, so that a device that is removed loses them at once.
+
+Invariant: a call is registered before its device is looked up in the registry. So whoever deletes a device
+and then cuts its calls leaves none behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+
+_T = TypeVar("_T")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Method = Callable[[Any, Context], Awaitable[_T]]
+
+
+class RunningCalls:
+    """Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._devices: dict[asyncio.Task[Any], str] = {}
+        self._cut: dict[asyncio.Task[Any], str] = {}  # and what it is told
+
+    def registered(self, method: Method[_T]) -> Method[_T]:
+        """Return a method of the service whose calls can be cut."""
+
+        async def call(request: Any, context: Context) -> _T:
+            task = _this_task()
+            try:
+                return await method(request, context)
+            except asyncio.CancelledError:
+                if task not in self._cut:
+                    raise
+                task.uncancel()
+                return await context.abort(grpc.StatusCode.PERMISSION_DENIED, self._cut[task])
+            finally:
+                self._devices.pop(task, None)
+                self._cut.pop(task, None)
+
+        return call
+
+    def note(self, device: str) -> None:
+        """Say whose call the running one is."""
+        self._devices[_this_task()] = device
+
+    def cut(self, device: str, reason: str) -> None:
+        """End a device's calls with PERMISSION_DENIED and a reason."""
+        for task in [task for task, name in self._devices.items() if name == device]:
+            self._cut[task] = reason
+            task.cancel()
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("a gRPC call is served by a task")
+    return task
