@@ -22,11 +22,11 @@ from typing import Any
 
 from cloud import mqtt_wire
 from cloud.broker_streams import GatedReader, GatedWriter, peer_of
-from cloud.transports import abort
 from edgefl.errors import MissingExtra, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
 from edgefl.protocols.tls import CLOUD_NAME, common_name, serial_number
+from edgefl.protocols.transports import abort
 
 try:
     from amqtt.broker import Broker

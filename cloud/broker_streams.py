@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cloud import mqtt_wire
-from cloud.transports import abort
 from edgefl.errors import MissingExtra, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
 from edgefl.protocols.tls import CLOUD_NAME
+from edgefl.protocols.transports import abort
 
 try:
     from amqtt.adapters import ReaderAdapter, WriterAdapter

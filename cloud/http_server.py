@@ -1,4 +1,4 @@
-"""uvicorn inside the cloud's own event loop, over TLS 1.3, with no hand on the process's signals."""
+"""uvicorn inside the cloud's own event loop, over TLS 1.3, within the limits of `edgefl.protocols.http_limits`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from cloud.transports import abort
 from edgefl.errors import HomeError
+from edgefl.protocols.http_limits import HttpLimits, LimitedServer
 
 STOP_GRACE_S = 1
-MAX_CONNECTIONS = 1000
 BACKLOG = 1024
 STOP_S = 10.0
 
 
-class _Server(uvicorn.Server):
-    """A server that leaves signals to the process that it is part of."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @contextlib.asynccontextmanager
-async def serve_http(app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None) -> AsyncIterator[int]:
+async def serve_http(
+    app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None, limits: HttpLimits | None = None
+) -> AsyncIterator[int]:
     """Serve while the block runs, and give its port; port 0 takes a free one.
 
     Raises HomeError for an address that cannot be had.
@@ -42,21 +35,20 @@ async def serve_http(app: ASGIApp, host: str, port: int, context: ssl.SSLContext
         log_config=None,
         access_log=False,
         log_level="warning",
-        limit_concurrency=MAX_CONNECTIONS,
         server_header=False,
         ssl_context_factory=(lambda _config, _default: context) if context else None,
         timeout_graceful_shutdown=STOP_GRACE_S,
     )
-    server = _Server(config)
+    server = LimitedServer(config, limits or HttpLimits(), "https")
+    number: int = listener.getsockname()[1]
     serving = asyncio.create_task(server.serve([listener]), name="https")
     try:
-        yield listener.getsockname()[1]
+        yield number
     finally:
         server.should_exit = True
         async with asyncio.timeout(STOP_S):
             await serving
-        for connection in list(server.server_state.connections):  # streams that were cut off
-            abort(connection.transport)
+        server.abort_all()  # streams that were cut off
         await asyncio.sleep(0)  # lets them close before the loop may end
         listener.close()
 

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 
-from cloud.transports import abort
 from edgefl.protocols import tls
+from edgefl.protocols.transports import abort
 
 
 def test_a_connection_is_ended_and_one_that_is_gone_stays_so(fleet_ca):
