@@ -3,17 +3,22 @@
 https://github.com/kserve/open-inference-protocol (REST) and Triton's binary tensor data extension:
 a body is JSON, or JSON of `Inference-Header-Content-Length` bytes and then the tensors' raw bytes in
 the order in which the JSON names them. Everything that does not fit the model raises ProtocolError,
-which says what was seen and what is wanted.
+which says what was seen and what is expected. A member that is null counts as absent, as clients that
+write every optional member expect. In JSON a result that is not finite is null; binary data carries it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edge_agent.json_numbers import read_numbers, write_numbers
+from edge_agent.json_request import SMALL_BYTES, Cut, parse_object
 from edge_agent.sessions import NUMPY_TYPES, Served, TensorInfo
 from edgefl.errors import ProtocolError
 
@@ -21,6 +26,12 @@ if TYPE_CHECKING:
     from edgefl.trees import Array
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+MAX_ELEMENTS = 16 << 20  # of one tensor, in or out
+MAX_OUTPUT_BYTES = 64 << 20  # of one answer's tensors
+MAX_JSON_ELEMENTS = 4 << 20  # of one answer in JSON: twenty bytes each, and more
+SMALL_ELEMENTS = 8192  # written as JSON in a millisecond or two
+MAX_ID_CHARS = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it, no encoding can carry it
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,36 +51,44 @@ class Response:
     headers: Mapping[str, str]
 
 
+def is_small(body: bytes, header_length: str | None) -> bool:
+    """Whether a request is read so fast that nobody else needs a turn meanwhile."""
+    return len(body) <= SMALL_BYTES or (
+        header_length is not None and len(header_length) <= len(str(SMALL_BYTES)) and len(body) <= MAX_ELEMENTS
+    )
+
+
 def parse_request(served: Served, body: bytes, header_length: str | None) -> Request:
     """Read a request for this model; raises ProtocolError."""
     size = _header_size(body, header_length)
-    try:
-        head = json.loads(body[:size])
-    except ValueError as cause:
-        raise ProtocolError(f"the request is not JSON: {cause}") from cause
-    if not isinstance(head, dict):
-        raise ProtocolError(f"the request is a JSON {type(head).__name__}, not an object")
-    feeds = _feeds(served, _objects(head, "inputs"), memoryview(body)[size:])
-    return Request(str(head.get("id", "")), feeds, _wanted_outputs(served, head))
+    view = memoryview(body)
+    head = parse_object(view[:size])
+    feeds = _feeds(served, _objects(head, "inputs"), view[size:])
+    return Request(_id(head), feeds, _wanted_outputs(served, head))
+
+
+def answers_at_once(request: Request, results: Sequence[Array]) -> bool:
+    """Whether an answer is written so fast that nobody else needs a turn meanwhile."""
+    return sum(result.size for result in results) <= SMALL_ELEMENTS or all(request.outputs.values())
 
 
 def encode_response(served: Served, request: Request, results: Sequence[Array]) -> Response:
-    """Write the results of `request.outputs`, in its order."""
-    outputs: list[dict[str, Any]] = []
+    """Write the results of `request.outputs`, in its order; raises ProtocolError where they are too large."""
+    _check_size(request, results)
+    outputs: list[str] = []
     binary: list[bytes] = []
     for (name, as_binary), result in zip(request.outputs.items(), results, strict=True):
-        datatype = next(one.datatype for one in served.outputs if one.name == name)
-        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(result.shape)}
+        datatype = served.output_types[name]
         if as_binary:
             binary.append(result.astype(NUMPY_TYPES[datatype], copy=False).tobytes())
-            output["parameters"] = {"binary_data_size": len(binary[-1])}
+            last: Iterator[str] = iter((f'"parameters":{{"binary_data_size":{len(binary[-1])}}}',))
         else:
-            output["data"] = result.reshape(-1).tolist()
-        outputs.append(output)
-    head: dict[str, Any] = {"model_name": served.name, "model_version": str(served.version), "outputs": outputs}
-    if request.id:
-        head["id"] = request.id
-    text = json.dumps(head, separators=(",", ":")).encode()
+            last = iter(('"data":[', *write_numbers(result.reshape(-1)), "]"))
+        shape = ",".join(map(str, result.shape))
+        outputs.append(f'{{"name":{json.dumps(name)},"datatype":"{datatype}","shape":[{shape}],{"".join(last)}}}')
+    own_id = f'"id":{json.dumps(request.id)},' if request.id else ""
+    names = f'"model_name":{json.dumps(served.name)},"model_version":"{served.version}"'
+    text = f'{{{names},{own_id}"outputs":[{",".join(outputs)}]}}'.encode()
     if not binary:
         return Response(text, {"content-type": "application/json"})
     return Response(
@@ -77,47 +96,87 @@ def encode_response(served: Served, request: Request, results: Sequence[Array]) 
     )
 
 
+def _check_size(request: Request, results: Sequence[Array]) -> None:
+    num_bytes = sum(result.nbytes for result in results)
+    in_json = sum(result.size for binary, result in zip(request.outputs.values(), results, strict=True) if not binary)
+    if num_bytes > MAX_OUTPUT_BYTES:
+        raise ProtocolError(
+            f"the answer has {num_bytes} bytes; at most {MAX_OUTPUT_BYTES} are sent. Ask for fewer rows or outputs"
+        )
+    if in_json > MAX_JSON_ELEMENTS:
+        raise ProtocolError(
+            f"the answer has {in_json} numbers; at most {MAX_JSON_ELEMENTS} are sent as JSON. "
+            "Ask for binary data (binary_data_output), or for fewer rows"
+        )
+
+
 def _header_size(body: bytes, header_length: str | None) -> int:
     if header_length is None:
         return len(body)
-    if not header_length.isdecimal() or int(header_length) > len(body):
-        raise ProtocolError(f"{HEADER_LENGTH} is {header_length!r}; the body has {len(body)} bytes")
+    plain = header_length.isascii() and header_length.isdecimal() and len(header_length) <= 18
+    if not plain or int(header_length) > len(body):
+        raise ProtocolError(f"{HEADER_LENGTH} is {header_length[:40]!r}; the body has {len(body)} bytes")
     return int(header_length)
 
 
+def _id(head: Mapping[str, Any]) -> str:
+    value = head.get("id")
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > MAX_ID_CHARS or _SURROGATE.search(value):
+        raise ProtocolError(f"'id' is {_shown(value)}; expected a text of at most {MAX_ID_CHARS} characters")
+    return value
+
+
 def _objects(head: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    value = head.get(key, [])
+    value = head.get(key)
+    if value is None:
+        return []
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise ProtocolError(f"{key!r} must be a list of objects")
     return value
 
 
 def _parameters(one: Mapping[str, Any]) -> dict[str, Any]:
-    value = one.get("parameters", {})
+    value = one.get("parameters")
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise ProtocolError("'parameters' must be an object")
     return value
 
 
+def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = parameters.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ProtocolError(f"parameter {name!r} is {_shown(value)}; expected true or false")
+    return value
+
+
 def _feeds(served: Served, tensors: Sequence[Mapping[str, Any]], binary: memoryview) -> dict[str, Array]:
-    wanted = {one.name: one for one in served.inputs}
+    wanted = served.input_infos
     feeds: dict[str, Array] = {}
     for tensor in tensors:
         name = tensor.get("name")
-        if name not in wanted or name in feeds:
-            fault = "is given twice" if name in feeds else "is unknown"
-            raise ProtocolError(f"input {name!r} {fault}; model {served.name} takes: {', '.join(wanted)}")
+        if not isinstance(name, str) or name not in wanted:
+            raise ProtocolError(f"input {_shown(name)} is unknown; model {served.name} takes: {', '.join(wanted)}")
+        if name in feeds:
+            raise ProtocolError(f"input {name!r} is given twice")
         shape = _checked_shape(wanted[name], tensor)
         size = _parameters(tensor).get("binary_data_size")
         if size is None:
             feeds[name] = _from_json(wanted[name], shape, tensor)
         else:
-            if not isinstance(size, int) or not 0 <= size <= len(binary):
-                raise ProtocolError(f"input {name!r} says {size!r} bytes of binary data; {len(binary)} are left")
+            if type(size) is not int or not 0 <= size <= len(binary):
+                raise ProtocolError(f"input {name!r} says {_shown(size)} bytes of binary data; {len(binary)} are left")
+            if tensor.get("data") is not None:
+                raise ProtocolError(f"input {name!r} has data in JSON and {size} bytes of binary data; send one")
             feeds[name] = _from_bytes(wanted[name], shape, binary[:size])
             binary = binary[size:]
-    if missing := [name for name in wanted if name not in feeds]:
-        raise ProtocolError(f"inputs missing: {', '.join(missing)}")
+    if len(feeds) != len(wanted):
+        raise ProtocolError(f"inputs missing: {', '.join(name for name in wanted if name not in feeds)}")
     if len(binary):
         raise ProtocolError(f"the body has {len(binary)} bytes more than its inputs say")
     return feeds
@@ -127,14 +186,21 @@ def _checked_shape(wanted: TensorInfo, tensor: Mapping[str, Any]) -> tuple[int, 
     datatype, shape = tensor.get("datatype"), tensor.get("shape")
     if datatype != wanted.datatype:
         hint = " (BYTES tensors are not served)" if datatype == "BYTES" else ""
-        raise ProtocolError(f"input {wanted.name!r} has datatype {datatype}, the model takes {wanted.datatype}{hint}")
+        seen = _shown(datatype, plain=True)
+        raise ProtocolError(f"input {wanted.name!r} has datatype {seen}, the model takes {wanted.datatype}{hint}")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ProtocolError(f"input {wanted.name!r} has shape {shape!r}, which is no list of sizes")
+        raise ProtocolError(f"input {wanted.name!r} has shape {_shown(shape)}, which is no list of sizes")
     fits = len(shape) == len(wanted.shape) and all(
         there in {-1, size} for size, there in zip(shape, wanted.shape, strict=True)
     )
     if not fits:
-        raise ProtocolError(f"input {wanted.name!r} has shape {shape}, the model takes {list(wanted.shape)} (-1 = any)")
+        raise ProtocolError(
+            f"input {wanted.name!r} has shape {_shown(shape)}, the model takes {list(wanted.shape)} (-1 = any)"
+        )
+    if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        raise ProtocolError(
+            f"input {wanted.name!r} has shape {_shown(shape)}: more than {MAX_ELEMENTS} elements. Send fewer rows"
+        )
     return tuple(shape)
 
 
@@ -147,41 +213,47 @@ def _from_bytes(wanted: TensorInfo, shape: tuple[int, ...], data: memoryview) ->
         raise ProtocolError(
             f"input {wanted.name!r} has {len(data)} bytes of data; shape {list(shape)} of {wanted.datatype} has {need}"
         )
-    return np.frombuffer(data, dtype).reshape(shape)
+    values = np.frombuffer(data, dtype)
+    if dtype.kind == "b" and data.nbytes and values.view("u1").max() > 1:
+        raise ProtocolError(f"input {wanted.name!r} holds bytes other than 0 and 1; its datatype is BOOL")
+    return values.reshape(shape)
 
 
 def _from_json(wanted: TensorInfo, shape: tuple[int, ...], tensor: Mapping[str, Any]) -> Array:
     """Read nested or flat numbers; nothing is cast that would lose something."""
-    import numpy as np
-
-    dtype = np.dtype(NUMPY_TYPES[wanted.datatype])
+    data = tensor.get("data")
     try:
-        raw = np.asarray(tensor.get("data"))
-        if raw.size and raw.dtype.kind not in {"b": "b", "u": "bui", "i": "bui", "f": "buif"}[dtype.kind]:
-            raise ProtocolError(f"input {wanted.name!r} holds {raw.dtype.name} data; its datatype is {wanted.datatype}")
-        if raw.size != math.prod(shape):
-            raise ProtocolError(
-                f"input {wanted.name!r} has {raw.size} values of data; shape {list(shape)} has {math.prod(shape)}"
-            )
-        values = raw.astype(dtype)
-    except (ValueError, OverflowError) as cause:
-        if isinstance(cause, ProtocolError):
-            raise
+        values = read_numbers(data, NUMPY_TYPES[wanted.datatype])
+    except ProtocolError as cause:
         raise ProtocolError(f"input {wanted.name!r} cannot be read as {wanted.datatype}: {cause}") from cause
-    if dtype.kind in "iu" and raw.size and not np.array_equal(values, raw):
-        raise ProtocolError(f"input {wanted.name!r} holds values outside {wanted.datatype}")
+    if values.size != math.prod(shape):
+        raise ProtocolError(
+            f"input {wanted.name!r} has {values.size} values of data; shape {list(shape)} has {math.prod(shape)}"
+        )
     return values.reshape(shape)
 
 
 def _wanted_outputs(served: Served, head: Mapping[str, Any]) -> dict[str, bool]:
-    default = bool(_parameters(head).get("binary_data_output", False))
-    known = [one.name for one in served.outputs]
+    default = _flag(_parameters(head), "binary_data_output", default=False)
+    known = served.output_types
     asked = _objects(head, "outputs")
-    for output in asked:
-        if output.get("name") not in known:
-            raise ProtocolError(
-                f"output {output.get('name')!r} is unknown; model {served.name} has: {', '.join(known)}"
-            )
     if not asked:
         return dict.fromkeys(known, default)
-    return {str(output["name"]): bool(_parameters(output).get("binary_data", default)) for output in asked}
+    wanted: dict[str, bool] = {}
+    for output in asked:
+        name = output.get("name")
+        if not isinstance(name, str) or name not in known:
+            raise ProtocolError(f"output {_shown(name)} is unknown; model {served.name} has: {', '.join(known)}")
+        if name in wanted:
+            raise ProtocolError(f"output {name!r} is asked for twice")
+        wanted[name] = _flag(_parameters(output), "binary_data", default=default)
+    return wanted
+
+
+def _shown(value: object, *, plain: bool = False) -> str:
+    """Return what a client sent, short, whatever it is."""
+    if isinstance(value, Cut):
+        return "a long array"
+    if plain and isinstance(value, str):
+        return value[:40]
+    return reprlib.repr(value)

@@ -1,44 +1,70 @@
-"""Predictions on the device: the Open Inference Protocol (v2) over REST, in the agent's event loop.
+"""Predictions on the device: the Open Inference Protocol (v2) over REST.
 
-Any client of Triton or KServe can ask. Loopback by default. A quick model runs right here; a slower one
-in a worker thread, so that the loop keeps turning (ONNX Runtime computes outside the GIL).
+Any client of Triton or KServe can ask. It runs in the serving process (`edge_agent.serving_main`), never in
+the agent. A quick model runs in the event loop; a slower one, a large body and a large answer in a worker
+thread, so that `live` is answered meanwhile (ONNX Runtime computes outside the interpreter's lock).
+Invariant: every answer is the protocol's JSON or binary data; 4xx where the client has to change something.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse
-from starlette.responses import Response as HttpResponse
-from starlette.routing import Route
-
-from edge_agent.sessions import Models, Served
+from edge_agent.sessions import Models, Served, Stop
 from edgefl import __version__
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.protocols.addresses import bracketed
 
+if TYPE_CHECKING:
+    from edge_agent.inference import Request, Response
+
 MAX_BODY_BYTES = 64 << 20
-MAX_CONNECTIONS = 256
+MAX_RECEIVED_BYTES = 4 * MAX_BODY_BYTES  # of all bodies that are being received
+MAX_WAITING = 64  # requests that wait for a worker
 NUM_WORKERS = 2
-SHUTDOWN_S = 5
+BODY_S = 30.0  # for a body to arrive
+REQUEST_S = 60.0  # for a prediction; then the computation is stopped
+STOP_S = 5.0  # for a stopped computation to end; one that does not is stuck in a kernel
+BACKLOG = 1024
+RETRY_AFTER_S = 1
+
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
+
+
+class _Refused(Exception):
+    """The request is answered with an error; ends the work on it."""
+
+    def __init__(self, status: int, reason: str, *headers: tuple[bytes, bytes]) -> None:
+        super().__init__(reason)
+        self.status, self.headers = status, headers
 
 
 def bind(host: str, port: int) -> socket.socket:
     """Take the port to serve on (0 = any that is free); raises ConfigError where it is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # TCP by name: asyncio sets TCP_NODELAY on no other, and each answer would wait 40 ms for an acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # who connects before the first answer waits, instead of being refused
     except OSError as cause:
         listener.close()
         raise ConfigError(
@@ -47,10 +73,10 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, *, secure: bool = False) -> str:
     """Return where clients reach a listener."""
     host, port = listener.getsockname()[:2]
-    return f"http://{bracketed(host)}:{port}"
+    return f"{'https' if secure else 'http'}://{bracketed(host)}:{port}"
 
 
 class Serving:
@@ -59,124 +85,243 @@ class Serving:
     def __init__(self, models: Models, listener: socket.socket) -> None:
         self._models, self._listener = models, listener
         self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="inference")
+        self._waiting = self._received = 0
         self.ready = False  # set once the releases that the device holds are loaded
+        self.on_stuck: Callable[[str], None] = lambda model: None  # noqa: ARG005 - a computation cannot be stopped
 
     async def run(self) -> None:
         """Serve until cancelled; requests that have begun are answered."""
-        config = uvicorn.Config(
-            self.app(), lifespan="off", ws="none", log_config=None, log_level="warning", access_log=False,
-            limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=SHUTDOWN_S,
-        )  # fmt: skip
-        server = _Server(config)
-        task = asyncio.create_task(server.serve(sockets=[self._listener]), name="uvicorn")
+        from edge_agent.http_server import serve
+
         try:
-            await asyncio.shield(task)
+            await serve(self.app(), self._listener)
         finally:
-            server.should_exit = True
-            await asyncio.wait([task], timeout=2 * SHUTDOWN_S)
             self._workers.shutdown(wait=False, cancel_futures=True)
             self._listener.close()
 
-    def app(self) -> Starlette:
+    def app(self) -> App:
         """Return the ASGI application."""
-        model = "/v2/models/{name}"
-        versioned = f"{model}/versions/{{version}}"
-        routes = [
-            Route("/v2", self._server_metadata),
-            Route("/v2/health/live", self._live),
-            Route("/v2/health/ready", self._ready),
-        ]
-        for path in (model, versioned):
-            routes += [
-                Route(path, self._model_metadata),
-                Route(f"{path}/ready", self._model_ready),
-                Route(f"{path}/infer", self._infer, methods=["POST"]),
-            ]
-        handlers: dict[Any, Any] = {HTTPException: _http_error, ProtocolError: _bad_request}
-        return Starlette(routes=routes, exception_handlers=handlers)
 
-    async def _server_metadata(self, _request: HttpRequest) -> HttpResponse:
-        return JSONResponse({"name": "edgefl", "version": __version__, "extensions": ["binary_tensor_data"]})
+        async def app(scope: _Scope, receive: _Receive, send: _Send) -> None:  # servers look for a function
+            await self._call(scope, receive, send)
 
-    async def _live(self, _request: HttpRequest) -> HttpResponse:
-        return JSONResponse({"live": True})
+        return app
 
-    async def _ready(self, _request: HttpRequest) -> HttpResponse:
-        return JSONResponse({"ready": self.ready}, 200 if self.ready else 503)
+    async def _call(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        if scope["type"] != "http":
+            await _greet(scope, receive, send)
+            return
+        try:
+            answer = await self._answer(scope, receive)
+        except _Refused as refused:
+            answer = _error(refused.status, str(refused), *refused.headers)
+        except ProtocolError as error:
+            answer = _error(400, str(error))
+        except MemoryError:
+            answer = _error(503, "this request needs more memory than predictions may use here; send fewer rows")
+        except Exception:
+            await _reply(scope, send, _error(500, "a fault of this server; its log says more"))
+            raise  # the server logs it
+        await _reply(scope, send, answer)
 
-    async def _model_metadata(self, request: HttpRequest) -> HttpResponse:
-        served = self._find(request)
-        return JSONResponse(
-            {
-                "name": served.name,
-                "versions": [str(served.version)],
-                "platform": "onnxruntime_onnx",
-                "inputs": [one.as_json() for one in served.inputs],
-                "outputs": [one.as_json() for one in served.outputs],
-            }
-        )
+    async def _answer(self, scope: _Scope, receive: _Receive) -> _Answer:
+        match [part for part in scope["path"].split("/") if part]:
+            case ["v2", "models", name, "infer"]:
+                return await self._infer(scope, receive, name, None)
+            case ["v2", "models", name, "versions", version, "infer"]:
+                return await self._infer(scope, receive, name, version)
+            case rest:
+                _allow(scope, b"GET, HEAD", "GET", "HEAD", known=_is_known(rest))
+                return self._look(rest)
 
-    async def _model_ready(self, request: HttpRequest) -> HttpResponse:
-        return JSONResponse({"name": self._find(request).name, "ready": True})
+    def _look(self, path: list[str]) -> _Answer:
+        """Answer what needs no computation."""
+        match path[1:]:
+            case []:
+                return _json({"name": "edgefl", "version": __version__, "extensions": ["binary_tensor_data"]})
+            case ["health", "live"]:
+                return _json({"live": True})
+            case ["health", "ready"]:
+                return _json({"ready": self.ready}, 200 if self.ready else 503)
+        served = self._find(path[2], path[4] if path[3:4] == ["versions"] else None)
+        return _json({"name": served.name, "ready": True}) if path[-1] == "ready" and len(path) > 3 else _about(served)
 
-    async def _infer(self, request: HttpRequest) -> HttpResponse:
-        from edge_agent.inference import HEADER_LENGTH, encode_response, parse_request
+    async def _infer(self, scope: _Scope, receive: _Receive, name: str, version: str | None) -> _Answer:
+        from edge_agent.inference import answers_at_once, encode_response, is_small, parse_request
 
-        served = self._find(request)
-        body = await _body(request)
-        parsed = parse_request(served, body, request.headers.get(HEADER_LENGTH))
-        if served.inline:
-            results = served.run(tuple(parsed.outputs), parsed.feeds)
-        else:
-            loop = asyncio.get_running_loop()
-            results = await loop.run_in_executor(self._workers, served.run, tuple(parsed.outputs), parsed.feeds)
-        response = encode_response(served, parsed, results)
-        return HttpResponse(response.body, headers=response.headers)
+        _allow(scope, b"POST", "POST", known=True)
+        served = self._find(name, version)
+        body, length = await self._body(scope, receive)
+        if not is_small(body, length):
+            return _sent(await self._in_thread(partial(_all, served, body, length), served))
+        request = parse_request(served, body, length)
+        if not served.is_quick(request.feeds):
+            return _sent(await self._in_thread(partial(_rest, served, request), served))
+        results = served.run(tuple(request.outputs), request.feeds)
+        if answers_at_once(request, results):
+            return _sent(encode_response(served, request, results))
+        return _sent(await self._in_thread(lambda _stop: encode_response(served, request, results), served))
 
-    def _find(self, request: HttpRequest) -> Served:
-        name, version = request.path_params["name"], request.path_params.get("version")
+    async def _in_thread(self, work: Callable[[Stop], Response], served: Served) -> Response:
+        if self._waiting >= MAX_WAITING:
+            raise _Refused(503, f"{MAX_WAITING} predictions wait already; ask again", _retry())
+        stop = Stop()
+        self._waiting += 1
+        done = asyncio.get_running_loop().run_in_executor(self._workers, work, stop)
+        done.add_done_callback(self._left)
+        try:
+            async with asyncio.timeout(REQUEST_S):
+                return await asyncio.shield(done)
+        except TimeoutError as cause:
+            raise _Refused(504, f"the prediction took longer than {REQUEST_S:g} s; send fewer rows") from cause
+        finally:
+            if not done.done():
+                stop.set()
+                asyncio.get_running_loop().call_later(STOP_S, self._check_stopped, done, served.name)
+
+    def _left(self, done: asyncio.Future[Response]) -> None:
+        self._waiting -= 1
+        if not done.cancelled():
+            done.exception()  # told to whoever still waits; nobody else wants it
+
+    def _check_stopped(self, done: asyncio.Future[Response], model: str) -> None:
+        if not done.done():
+            self.on_stuck(model)
+
+    async def _body(self, scope: _Scope, receive: _Receive) -> tuple[bytes, str | None]:
+        """Return the body and its header length; raises _Refused for one that is too large, or late."""
+        header_length: str | None = None
+        for name, value in scope["headers"]:
+            if name == b"inference-header-content-length":
+                header_length = value.decode("latin-1")
+            elif name == b"content-encoding" and value != b"identity":
+                raise ProtocolError(f"the request is compressed ({value[:40].decode('latin-1')}); send it as it is")
+            elif name == b"content-length" and int(value[:18]) > MAX_BODY_BYTES:
+                raise _too_large()
+        message = await receive()
+        if not message.get("more_body", False):
+            if message["type"] == "http.disconnect":
+                raise _Refused(400, "the client went before its request was whole")
+            body: bytes = message.get("body", b"")
+            if len(body) > MAX_BODY_BYTES:
+                raise _too_large()
+            return body, header_length
+        return await self._long_body(message, receive), header_length
+
+    async def _long_body(self, message: MutableMapping[str, Any], receive: _Receive) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    if message["type"] == "http.disconnect":
+                        raise _Refused(400, "the client went before its request was whole")
+                    part = message.get("body", b"")
+                    parts.append(part)
+                    size += len(part)
+                    self._received += len(part)
+                    if size > MAX_BODY_BYTES:
+                        raise _too_large()
+                    if self._received > MAX_RECEIVED_BYTES:
+                        raise _Refused(503, "too many large requests arrive at once; ask again", _CLOSE, _retry())
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+                    message = await receive()
+        except TimeoutError as cause:
+            raise _Refused(408, f"the request was not whole within {BODY_S:g} s", _CLOSE) from cause
+        finally:
+            self._received -= size
+
+    def _find(self, name: str, version: str | None) -> Served:
         served = self._models.get(name)
         if served is None:
             if not self.ready:
-                raise HTTPException(503, f"model {name!r} may still be loading; ask again")
-            raise HTTPException(404, f"model {name!r} is not on this device; it serves: {self._names()}")
+                raise _Refused(503, f"model {name[:80]!r} may still be loading; ask again", _retry())
+            raise _Refused(404, f"model {name[:80]!r} is not on this device; it serves: {self._names()}")
         if version is not None and version != str(served.version):
-            raise HTTPException(404, f"model {name!r} has version {served.version} here, not {version!r}")
+            raise _Refused(404, f"model {name!r} has version {served.version} here, not {version[:80]!r}")
         return served
 
     def _names(self) -> str:
         return ", ".join(sorted(self._models.versions())) or "none"
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the agent has its own."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+_CLOSE = (b"connection", b"close")
 
 
-async def _body(request: HttpRequest) -> bytes:
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise ProtocolError(f"the request is compressed ({encoding}); send it as it is")
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the request has more than {MAX_BODY_BYTES} bytes")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+async def _reply(scope: _Scope, send: _Send, answer: _Answer) -> None:
+    headers = [*answer.headers, (b"content-length", str(len(answer.body)).encode())]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else answer.body})
 
 
-async def _http_error(_request: HttpRequest, error: HTTPException) -> HttpResponse:
-    return _error(error.status_code, error.detail, error.headers)
+def _all(served: Served, body: bytes, length: str | None, stop: Stop) -> Response:
+    from edge_agent.inference import parse_request
+
+    return _rest(served, parse_request(served, body, length), stop)
 
 
-async def _bad_request(_request: HttpRequest, error: ProtocolError) -> HttpResponse:
-    return _error(400, str(error))
+def _rest(served: Served, request: Request, stop: Stop) -> Response:
+    from edge_agent.inference import encode_response
+
+    return encode_response(served, request, served.run(tuple(request.outputs), request.feeds, stop))
 
 
-def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> HttpResponse:
-    return JSONResponse({"error": text}, status, headers=headers)
+def _sent(response: Response) -> _Answer:
+    headers = tuple((name.lower().encode(), value.encode()) for name, value in response.headers.items())
+    return _Answer(200, response.body, headers)
+
+
+def _about(served: Served) -> _Answer:
+    return _json(
+        {
+            "name": served.name,
+            "versions": [str(served.version)],
+            "platform": "onnxruntime_onnx",
+            "inputs": [one.as_json() for one in served.inputs],
+            "outputs": [one.as_json() for one in served.outputs],
+        }
+    )
+
+
+def _is_known(path: list[str]) -> bool:
+    match path:
+        case ["v2"] | ["v2", "health", "live" | "ready"] | ["v2", "models", _] | ["v2", "models", _, "ready"]:
+            return True
+        case ["v2", "models", _, "versions", _] | ["v2", "models", _, "versions", _, "ready"]:
+            return True
+        case _:
+            return False
+
+
+def _allow(scope: _Scope, allowed: bytes, *methods: str, known: bool) -> None:
+    if not known:
+        raise _Refused(404, "Not Found")
+    if scope["method"] not in methods:
+        raise _Refused(405, "Method Not Allowed", (b"allow", allowed))
+
+
+def _too_large() -> _Refused:
+    return _Refused(413, f"the request has more than {MAX_BODY_BYTES} bytes", _CLOSE)
+
+
+def _retry() -> tuple[bytes, bytes]:
+    return b"retry-after", str(RETRY_AFTER_S).encode()
+
+
+def _json(value: Mapping[str, object], status: int = 200) -> _Answer:
+    return _Answer(status, json.dumps(value, separators=(",", ":")).encode())
+
+
+def _error(status: int, text: str, *headers: tuple[bytes, bytes]) -> _Answer:
+    return _Answer(status, json.dumps({"error": text}).encode(), ((b"content-type", b"application/json"), *headers))
+
+
+async def _greet(scope: _Scope, receive: _Receive, send: _Send) -> None:
+    """Answer what is no request: the server's start and end, and web sockets, which the protocol has not."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1000})
+        return
+    while (message := await receive())["type"] != "lifespan.shutdown":
+        await send({"type": f"{message['type']}.complete"})
+    await send({"type": "lifespan.shutdown.complete"})

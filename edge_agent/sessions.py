@@ -7,15 +7,21 @@ stays small. Invariant: a swap replaces one reference; a request that has begun 
 from __future__ import annotations
 
 import math
+import mmap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from edgefl.errors import MissingExtra, ProtocolError
 
 INLINE_S = 0.002  # a model that is slower than that runs outside the event loop
+SLOW_S = 0.02  # one that once takes so long there was misjudged
+MAX_GROWTH = 64  # times the warm-up's elements are taken for as many times its time; not more, a model may be quadratic
+# Operators whose time depends on values, not on shapes, as they stand in a model's bytes (op_type is field 4).
+_BY_VALUE = (b"\x22\x04Loop", b"\x22\x04Scan", b"\x22\x05Range")
 _ORT_TYPES: Mapping[str, str] = {
     "tensor(bool)": "BOOL",
     "tensor(uint8)": "UINT8",
@@ -58,7 +64,31 @@ class TensorInfo:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
-@dataclass(frozen=True, slots=True)
+class Pace:
+    """How much work of a model the event loop can do without anybody noticing. Only ever gets stricter."""
+
+    def __init__(self, max_elements: int = 0) -> None:
+        self.max_elements = max_elements  # of all inputs of a request
+
+    def took(self, seconds: float) -> None:
+        """A run in the event loop is over; one that was slow was the last there."""
+        if seconds > SLOW_S:
+            self.max_elements = 0
+
+
+class Stop:
+    """Ends a run from another thread: ONNX Runtime looks before each node of the graph."""
+
+    def __init__(self) -> None:
+        import onnxruntime as ort
+
+        self.options = ort.RunOptions()
+
+    def set(self) -> None:
+        self.options.terminate = True
+
+
+@dataclass(frozen=True)
 class Served:
     """One version of a model, loaded."""
 
@@ -68,13 +98,31 @@ class Served:
     outputs: tuple[TensorInfo, ...]
     inline: bool  # quick enough to run in the event loop
     session: Any  # an onnxruntime.InferenceSession; thread-safe
+    pace: Pace = field(default_factory=Pace)
 
-    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+    @cached_property
+    def input_infos(self) -> Mapping[str, TensorInfo]:
+        """The inputs by name."""
+        return {one.name: one for one in self.inputs}
+
+    @cached_property
+    def output_types(self) -> Mapping[str, str]:
+        """The outputs' datatypes by name."""
+        return {one.name: one.datatype for one in self.outputs}
+
+    def is_quick(self, feeds: Mapping[str, Any]) -> bool:
+        """Whether the event loop can wait for a run on these."""
+        return self.inline and sum(value.size for value in feeds.values()) <= self.pace.max_elements
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any], stop: Stop | None = None) -> list[Any]:
         """Compute outputs; raises ProtocolError where the model cannot take these values."""
+        start_s = time.perf_counter()
         try:
-            result: list[Any] = self.session.run(list(outputs), dict(feeds))
+            result: list[Any] = self.session.run(list(outputs), dict(feeds), stop.options if stop else None)
         except _ort_errors() as cause:
             raise ProtocolError(f"model {self.name} version {self.version} cannot take this: {cause}") from cause
+        if stop is None:
+            self.pace.took(time.perf_counter() - start_s)
         return result
 
 
@@ -105,6 +153,9 @@ def load(name: str, version: int, path: Path) -> Served:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads cost a device's battery
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.log_severity_level = 3
+    # An arena keeps the memory of the largest request for ever, and patterns are kept for every shape ever seen.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = tuple(_info(name, version, one) for one in session.get_inputs())
@@ -112,7 +163,18 @@ def load(name: str, version: int, path: Path) -> Served:
         seconds = _warm_up(session, inputs)
     except _ort_errors() as cause:
         raise ProtocolError(f"model {name} version {version} does not load: {cause}") from cause
-    return Served(name, version, inputs, outputs, seconds < INLINE_S, session)
+    inline = seconds < INLINE_S and not _depends_on_values(path)
+    elements = sum(math.prod(max(size, 1) for size in one.shape) for one in inputs)
+    return Served(name, version, inputs, outputs, inline, session, Pace(_affordable(elements, seconds)))
+
+
+def _affordable(elements: int, seconds: float) -> int:
+    return int(elements * min(MAX_GROWTH, INLINE_S / max(seconds, 1e-9)))
+
+
+def _depends_on_values(path: Path) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return any(text.find(operator) >= 0 for operator in _BY_VALUE)
 
 
 def _info(name: str, version: int, one: Any) -> TensorInfo:
@@ -147,4 +209,4 @@ def _ort_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     found = [one for one in vars(state).values() if isinstance(one, type) and issubclass(one, Exception)]
-    return (*found, RuntimeError, ValueError)
+    return (*found, RuntimeError, ValueError, MemoryError)

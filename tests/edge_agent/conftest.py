@@ -379,3 +379,36 @@ def on_device(fleet, home, until):
         return asyncio.run(inside())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def loop_model() -> bytes:
+    """A model that counts to `times`, one step after the other: as slow as its input says."""
+    from onnx import TensorProto, helper
+
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["count", "one"], ["next"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("count", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
+        ],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["times", "yes", "zero"], ["counted"], body=body)],
+        "loop",
+        [helper.make_tensor_value_info("times", TensorProto.INT64, [])],
+        [helper.make_tensor_value_info("counted", TensorProto.FLOAT, [])],
+        [
+            helper.make_tensor("yes", TensorProto.BOOL, [], [True]),
+            helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]),
+            helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return model.SerializeToString()

@@ -86,7 +86,34 @@ def test_an_empty_batch():
         (body(tensor([1, 2, 3])), None, r"has 3 values of data; shape \[1, 2\] has 2"),
         (body(tensor(["1", "2"])), None, "holds str"),
         (body(tensor([[1], [2, 3]])), None, "cannot be read as FP32"),
-        (body(tensor()), None, "input 'x' holds object"),
+        (body(tensor()), None, "input 'x' cannot be read as FP32: it has no data"),
+        (body(tensor([None, 2])), None, "it holds null"),
+        (body(tensor([[1, 2], 3])), None, "its rows differ in length"),
+        (body(tensor([1e39, 2])), None, "holds values outside"),
+        (body(tensor([10**400, 2])), None, "holds values outside"),
+        (body(tensor([float("nan"), 2])), None, "the request holds NaN, which is not JSON"),
+        (body(tensor([1, float("-inf")])), None, "the request holds -Infinity, which is not JSON"),
+        (b"[" * 100_000, None, "nested too deeply"),
+        (b'{"a":' * 100_000, None, "nested too deeply"),
+        (b'{"inputs": [], "inputs": []}', None, "names the member 'inputs' twice"),
+        (body(tensor([1, 2], name=[])), None, r"input \[\] is unknown"),
+        (body(tensor([1, 2], name="\ud800")), None, "is unknown"),
+        (body(tensor([1, 2], datatype=[])), None, r"has datatype \[\], the model takes"),
+        (body(tensor([1, 2], shape=(10**4000, 2))), None, "values of data|more than"),
+        (body(tensor([1, 2], shape=(10**9, 2))), None, "more than 16777216 elements"),
+        (body(tensor(shape=(1, 2), binary_data_size=True)), None, "says True bytes"),
+        (body(tensor([1, 2], binary_data_size=0)), None, "send one"),
+        (body(tensor([1, 2]), outputs=[{"name": []}]), None, r"output \[\] is unknown"),
+        (body(tensor([1, 2]), outputs=[{"name": "y"}, {"name": "y"}]), None, "output 'y' is asked for twice"),
+        (
+            body(tensor([1, 2]), outputs=[{"name": "y", "parameters": {"binary_data": 1}}]),
+            None,
+            "expected true or false",
+        ),
+        (body(tensor([1, 2]), id=7), None, "'id' is 7; expected a text"),
+        (body(tensor([1, 2]), id="\ud800"), None, "expected a text"),
+        (body(tensor([1, 2])), "9" * 5000, "Inference-Header-Content-Length is '999"),
+        (body(tensor([1, 2])), "\u0663", "Inference-Header-Content-Length is"),
         (body(tensor(binary_data_size=8)) + b"1234", str(len(body(tensor(binary_data_size=8)))), "4 are left"),
         (body(tensor(binary_data_size=4)) + b"1234", str(len(body(tensor(binary_data_size=4)))), "has 4 bytes of data"),
         (body(tensor(binary_data_size="8")), None, "says '8' bytes"),
@@ -102,11 +129,70 @@ def test_what_does_not_fit_says_what_was_seen(data, length, said):
         parse_request(served(), data, length)
 
 
-@pytest.mark.parametrize("values", [[1.5, 2], [300, 1], [-129, 1], [10**30, 1], [float("nan"), 1]])
+@pytest.mark.parametrize("values", [[1.5, 2], [300, 1], [-129, 1], [10**30, 1], [10**4000, 1]])
 def test_integers_lose_nothing(values):
     model = served(TensorInfo("x", "INT8", (-1, 2)))
     with pytest.raises(ProtocolError, match="input 'x'"):
         parse_request(model, body(tensor(values, datatype="INT8")), None)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "values"),
+    [("UINT64", [2**63 + 1, 2**64 - 1]), ("INT64", [-(2**63), 2**63 - 1]), ("UINT64", [0, 2**53 + 1])],
+)
+def test_integers_of_64_bits_are_exact_both_ways(datatype, values):
+    model = served(TensorInfo("x", datatype, (-1, 2)), outputs=(TensorInfo("y", datatype, (-1, 2)),))
+    request = parse_request(model, body(tensor(values, datatype=datatype)), None)
+    assert request.feeds["x"].tolist() == [values]
+    answer = json.loads(encode_response(model, request, [request.feeds["x"]]).body)
+    assert answer["outputs"][0]["data"] == values
+
+
+def test_null_is_as_if_it_were_not_there():
+    tensors = {**tensor([1, 2]), "parameters": {"binary_data_size": None}}
+    text = json.dumps({"id": None, "parameters": None, "outputs": None, "inputs": [tensors]}).encode()
+    request = parse_request(served(), text, None)
+    assert (request.id, request.outputs) == ("", {"y": False})
+    text = json.dumps({"outputs": [{"name": "y", "parameters": None}], "inputs": [tensors]}).encode()
+    assert parse_request(served(), text, None).outputs == {"y": False}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_null_in_json_and_itself_in_binary(value):
+    results = [np.array([[value, 1]], np.float32)]
+    plain = encode_response(served(), Request("", {}, {"y": False}), results)
+    assert json.loads(plain.body, parse_constant=pytest.fail)["outputs"][0]["data"] == [None, 1.0]
+    binary = encode_response(served(), Request("", {}, {"y": True}), results)
+    assert binary.body.endswith(results[0].tobytes())
+
+
+def test_booleans_in_binary_are_zero_or_one():
+    model = served(TensorInfo("x", "BOOL", (2,)))
+    head = body(tensor(shape=(2,), datatype="BOOL", binary_data_size=2))
+    with pytest.raises(ProtocolError, match="bytes other than 0 and 1"):
+        parse_request(model, head + b"\x01\x02", str(len(head)))
+
+
+@pytest.mark.parametrize("rows", [20_000, 200_001])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_large_request_is_read_as_a_small_one(rows, nested):
+    values = np.arange(2 * rows, dtype=np.float32) / 8
+    data = values.reshape(-1, 2).tolist() if nested else values.tolist()
+    text = body(tensor(data, shape=(rows, 2)), id="after", outputs=[{"name": "y"}])
+    request = parse_request(served(), text, None)
+    assert np.array_equal(request.feeds["x"], values.reshape(-1, 2))
+    assert request.id == "after"
+
+
+def test_an_answer_has_a_limit(monkeypatch):
+    request = Request("", {}, {"y": False})
+    results = [np.zeros((4, 2), np.float32)]
+    monkeypatch.setattr("edge_agent.inference.MAX_JSON_ELEMENTS", 7)
+    with pytest.raises(ProtocolError, match="8 numbers; at most 7 are sent as JSON"):
+        encode_response(served(), request, results)
+    monkeypatch.setattr("edge_agent.inference.MAX_OUTPUT_BYTES", 31)
+    with pytest.raises(ProtocolError, match="32 bytes; at most 31"):
+        encode_response(served(), Request("", {}, {"y": True}), results)
 
 
 def test_a_response_in_json():

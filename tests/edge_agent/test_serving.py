@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import socket
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 
 import httpx
 import numpy as np
 import pytest
+from starlette.websockets import WebSocketDisconnect
 
 from edge_agent import sessions
 from edge_agent.serving import Serving, bind, url_of
 from edge_agent.sessions import Models, load
 from edgefl import __version__
 from edgefl.errors import ConfigError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it would rather have another HTTP client
+    from starlette.testclient import TestClient
 
 
 @pytest.fixture
@@ -196,9 +204,134 @@ def test_no_request_fails_while_versions_are_swapped(serve, model):
     serve(run, model(1, 1.0))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"inputs": [{"name": [], "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}]}',
+        b'{"inputs": [{"name": "x", "shape": [1, 3], "datatype": {}, "data": [1, 2, 3]}]}',
+        b'{"inputs": [{"name": "\\ud800", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}]}',
+        b'{"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 1%s]}]}' % (b"0" * 4299),
+        b'{"inputs": [{"name": "x", "shape": [1%s, 3], "datatype": "FP32", "data": []}]}' % (b"0" * 4299),
+        b'{"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": %s}]}' % (b"[" * 900 + b"]" * 900),
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+    ],
+)
+def test_hostile_requests_are_answered_in_json(serve, model, content):
+    async def run(client, _models):
+        answer = await client.post("/v2/models/affine/infer", content=content)
+        assert answer.status_code == 400
+        assert answer.headers["content-type"] == "application/json"
+        assert set(answer.json()) == {"error"}
+        assert (await client.post("/v2/models/affine/infer", json=request())).status_code == 200
+
+    serve(run, model())
+
+
+def test_a_fault_of_ours_is_answered_in_json_and_logged(serve, model, caplog):
+    broken = dataclasses.replace(model(), session=None)
+
+    async def run(client, _models):
+        answer = await client.post("/v2/models/affine/infer", json=request())
+        assert answer.status_code == 500
+        assert answer.json() == {"error": "a fault of this server; its log says more"}
+
+    serve(run, broken)
+    assert "AttributeError" in caplog.text
+
+
+def test_no_answer_waits_for_an_acknowledgement():
+    async def inside():
+        accepted = asyncio.get_running_loop().create_future()
+
+        class Accepts(asyncio.Protocol):
+            def connection_made(self, transport):
+                accepted.set_result(
+                    transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                )
+                transport.close()
+
+        listener = bind("127.0.0.1", 0)
+        server = await asyncio.get_running_loop().create_server(Accepts, sock=listener)
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await accepted
+        writer.close()
+        server.close()
+
+    asyncio.run(inside())
+
+
+def test_a_computation_that_takes_too_long_is_stopped(serve, tmp_path, loop_model, monkeypatch):
+    monkeypatch.setattr("edge_agent.serving.REQUEST_S", 0.2)
+    (tmp_path / "loop.onnx").write_bytes(loop_model)
+    endless = {"inputs": [{"name": "times", "shape": [], "datatype": "INT64", "data": [2**40]}]}
+
+    async def run(client, _models):
+        slow = [asyncio.create_task(client.post("/v2/models/loop/infer", json=endless)) for _ in range(3)]
+        assert (await client.get("/v2/health/live")).status_code == 200
+        for answer in await asyncio.gather(*slow):
+            assert (answer.status_code, answer.json()["error"][:27]) == (504, "the prediction took longer ")
+        few = {"inputs": [{"name": "times", "shape": [], "datatype": "INT64", "data": [3]}]}
+        assert (await client.post("/v2/models/loop/infer", json=few)).json()["outputs"][0]["data"] == [3.0]
+
+    serve(run, load("loop", 1, tmp_path / "loop.onnx"))
+
+
+def test_more_than_can_wait_are_sent_away(serve, tmp_path, loop_model, monkeypatch):
+    monkeypatch.setattr("edge_agent.serving.MAX_WAITING", 2)
+    monkeypatch.setattr("edge_agent.serving.REQUEST_S", 1.0)
+    (tmp_path / "loop.onnx").write_bytes(loop_model)
+    endless = {"inputs": [{"name": "times", "shape": [], "datatype": "INT64", "data": [2**40]}]}
+
+    async def run(client, _models):
+        answers = await asyncio.gather(*(client.post("/v2/models/loop/infer", json=endless) for _ in range(5)))
+        assert sorted(answer.status_code for answer in answers) == [503, 503, 503, 504, 504]
+        assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}
+
+    serve(run, load("loop", 1, tmp_path / "loop.onnx"))
+
+
+def test_half_a_body_has_a_deadline(serve, model, monkeypatch):
+    monkeypatch.setattr("edge_agent.serving.BODY_S", 0.1)
+
+    async def run(client, _models):
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        writer.write(b'POST /v2/models/affine/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"inputs"')
+        answer = await reader.read()
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'{"error": "the request was not whole within 0.1 s"}' in answer
+        assert (await client.post("/v2/models/affine/infer", json=request())).status_code == 200
+
+    serve(run, model())
+
+
+def test_large_bodies_together_have_a_limit(serve, model, monkeypatch):
+    monkeypatch.setattr("edge_agent.serving.MAX_RECEIVED_BYTES", 300_000)
+
+    async def run(client, _models):
+        answer = await client.post("/v2/models/affine/infer", content=b" " * 1_000_000)
+        assert (answer.status_code, answer.headers["connection"]) == (503, "close")
+
+    serve(run, model())
+
+
+def test_any_asgi_server_or_client_can_hold_the_application(model):
+    models = Models()
+    models.put(model())
+    with bind("127.0.0.1", 0) as listener:
+        serving = Serving(models, listener)
+        with TestClient(serving.app()) as client:
+            assert client.get("/v2/health/ready").status_code == 503
+            serving.ready = True
+            assert client.get("/v2/health/ready/").json() == {"ready": True}
+            assert client.head("/v2").content == b""
+            with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v2"):
+                pass
+
+
 def test_a_port_in_use_is_named():
     with bind("127.0.0.1", 0) as first:
-        first.listen()
         port = first.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot serve on 127.0.0.1:{port}: Address already in use"):
             bind("127.0.0.1", port)

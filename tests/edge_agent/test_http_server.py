@@ -1,0 +1,36 @@
+"""The server around an application: what has begun is answered before it ends."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+
+from edge_agent.http_server import serve
+from edge_agent.serving import bind, url_of
+
+
+def test_a_request_that_has_begun_is_answered():
+    async def inside():
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def app(_scope, _receive, send):
+            begun.set()
+            await go_on.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"ok"})
+
+        listener = bind("127.0.0.1", 0)
+        serving = asyncio.create_task(serve(app, listener))
+        async with httpx.AsyncClient(base_url=url_of(listener), trust_env=False) as client:
+            asked = asyncio.create_task(client.get("/"))
+            await begun.wait()
+            serving.cancel()
+            go_on.set()
+            answer = await asked
+        assert answer.text == "ok"
+        assert "server" not in answer.headers
+        await asyncio.gather(serving, return_exceptions=True)
+        listener.close()
+
+    asyncio.run(inside())
