@@ -1,27 +1,23 @@
-"""uvicorn over a listening socket of ours, with no hand on the process's signals."""
+"""uvicorn over a listening socket of ours, within limits: half a request, or none, costs only its sender."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import ssl
 from typing import Any
 
 import uvicorn
 
+from edgefl.protocols.http_limits import HttpLimits, LimitedServer
+
 SHUTDOWN_S = 5
+LIMITS = HttpLimits(max_connections=1000, max_waiting=256)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process has its own."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def serve(app: Any, listener: socket.socket) -> None:
+async def serve(
+    app: Any, listener: socket.socket, context: ssl.SSLContext | None = None, limits: HttpLimits = LIMITS
+) -> None:
     """Serve until cancelled; requests that have begun are answered."""
     config = uvicorn.Config(
         app,
@@ -33,12 +29,14 @@ async def serve(app: Any, listener: socket.socket) -> None:
         log_config=None,
         log_level="warning",
         access_log=False,
+        ssl_context_factory=(lambda _config, _default: context) if context else None,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    server = _Server(config)
+    server = LimitedServer(config, limits, "predictions")
     task = asyncio.create_task(server.serve(sockets=[listener]), name="uvicorn")
     try:
         await asyncio.shield(task)
     finally:
         server.should_exit = True
         await asyncio.wait([task], timeout=2 * SHUTDOWN_S)
+        server.abort_all()

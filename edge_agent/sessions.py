@@ -188,13 +188,19 @@ def _info(name: str, version: int, one: Any) -> TensorInfo:
 
 
 def _warm_up(session: Any, inputs: Sequence[TensorInfo]) -> float:
-    """Run on zeros twice; returns the seconds of the second run, which no longer pays for the first."""
+    """Run twice, on zeros or on ones; returns the seconds of the second run, which no longer pays for the first."""
+    try:
+        return _run_twice(session, inputs, 0)
+    except _ort_errors():  # a divisor, say
+        return _run_twice(session, inputs, 1)
+
+
+def _run_twice(session: Any, inputs: Sequence[TensorInfo], value: int) -> float:
     import numpy as np
 
     feeds = {
-        one.name: np.zeros([size if size > 0 else 1 for size in one.shape], NUMPY_TYPES[one.datatype])
+        one.name: np.full([size if size > 0 else 1 for size in one.shape], value, NUMPY_TYPES[one.datatype])
         for one in inputs
-        if math.prod(one.shape) != 0
     }
     seconds = 0.0
     for _ in range(2):

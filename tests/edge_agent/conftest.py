@@ -36,6 +36,7 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc, messages, tls
 from edgefl.protocols.messages import BlobRef, Signed, WirePlan
 from edgefl.trees import encoded_bytes, read_tree, write_tree
+from tests import onnx_models
 
 WAIT_S = 30.0
 
@@ -309,26 +310,7 @@ def alive() -> Callable[[int], bool]:
 @pytest.fixture(scope="session")
 def onnx_model() -> Callable[..., bytes]:
     """Make a small model: y = x * scale + 1 over x of FP32[-1, features]."""
-
-    def make(scale: float = 2.0, features: int = 3) -> bytes:
-        import onnx
-        from onnx import TensorProto, helper
-
-        graph = helper.make_graph(
-            [helper.make_node("Mul", ["x", "scale"], ["scaled"]), helper.make_node("Add", ["scaled", "one"], ["y"])],
-            "affine",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", features])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", features])],
-            [
-                helper.make_tensor("scale", TensorProto.FLOAT, [], [scale]),
-                helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
-            ],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-        onnx.checker.check_model(model)
-        return model.SerializeToString()
-
-    return make
+    return onnx_models.affine
 
 
 class Device:
@@ -379,36 +361,3 @@ def on_device(fleet, home, until):
         return asyncio.run(inside())
 
     return run
-
-
-@pytest.fixture(scope="session")
-def loop_model() -> bytes:
-    """A model that counts to `times`, one step after the other: as slow as its input says."""
-    from onnx import TensorProto, helper
-
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["count", "one"], ["next"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("count", TensorProto.FLOAT, []),
-        ],
-        [
-            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
-        ],
-    )
-    graph = helper.make_graph(
-        [helper.make_node("Loop", ["times", "yes", "zero"], ["counted"], body=body)],
-        "loop",
-        [helper.make_tensor_value_info("times", TensorProto.INT64, [])],
-        [helper.make_tensor_value_info("counted", TensorProto.FLOAT, [])],
-        [
-            helper.make_tensor("yes", TensorProto.BOOL, [], [True]),
-            helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]),
-            helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    return model.SerializeToString()

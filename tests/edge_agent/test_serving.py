@@ -21,6 +21,7 @@ from edge_agent.serving import Serving, bind, url_of
 from edge_agent.sessions import Models, load
 from edgefl import __version__
 from edgefl.errors import ConfigError
+from tests import onnx_models
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it would rather have another HTTP client
@@ -261,9 +262,9 @@ def test_no_answer_waits_for_an_acknowledgement():
     asyncio.run(inside())
 
 
-def test_a_computation_that_takes_too_long_is_stopped(serve, tmp_path, loop_model, monkeypatch):
+def test_a_computation_that_takes_too_long_is_stopped(serve, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_agent.serving.REQUEST_S", 0.2)
-    (tmp_path / "loop.onnx").write_bytes(loop_model)
+    (tmp_path / "loop.onnx").write_bytes(onnx_models.counter())
     endless = {"inputs": [{"name": "times", "shape": [], "datatype": "INT64", "data": [2**40]}]}
 
     async def run(client, _models):
@@ -277,10 +278,10 @@ def test_a_computation_that_takes_too_long_is_stopped(serve, tmp_path, loop_mode
     serve(run, load("loop", 1, tmp_path / "loop.onnx"))
 
 
-def test_more_than_can_wait_are_sent_away(serve, tmp_path, loop_model, monkeypatch):
+def test_more_than_can_wait_are_sent_away(serve, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_agent.serving.MAX_WAITING", 2)
     monkeypatch.setattr("edge_agent.serving.REQUEST_S", 1.0)
-    (tmp_path / "loop.onnx").write_bytes(loop_model)
+    (tmp_path / "loop.onnx").write_bytes(onnx_models.counter())
     endless = {"inputs": [{"name": "times", "shape": [], "datatype": "INT64", "data": [2**40]}]}
 
     async def run(client, _models):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import psutil
 import pytest
 
 from edge_agent import sessions
-from edge_agent.sessions import Models, TensorInfo, load
+from edge_agent.sessions import Models, Stop, TensorInfo, load
 from edgefl.errors import ProtocolError
+from tests import onnx_models
 
 
 @pytest.fixture
@@ -41,6 +45,49 @@ def test_values_that_a_model_cannot_take(path):
     served = load("affine", 4, path)
     with pytest.raises(ProtocolError, match="cannot take this"):
         served.run(["y"], {"x": np.ones((2, 2), np.float32)})
+
+
+def test_a_model_that_cannot_take_zeros_is_warmed_up_with_ones(path):
+    path.write_bytes(onnx_models.divider())
+    served = load("divider", 1, path)
+    assert served.run(["y"], {"a": np.array([[8]], np.int32), "b": np.array([[2]], np.int32)})[0].tolist() == [[4]]
+
+
+def test_only_what_is_quick_runs_in_the_event_loop(path):
+    served = load("affine", 4, path)
+    assert served.is_quick({"x": np.zeros((1, 3), np.float32)})
+    assert not served.is_quick({"x": np.zeros((100_000, 3), np.float32)})
+    path.write_bytes(onnx_models.counter())
+    assert not load("counter", 1, path).is_quick({"times": np.array(1)})  # its time depends on values
+
+
+def test_a_model_that_was_misjudged_once_is_not_for_the_event_loop_any_more(path, monkeypatch):
+    served = load("affine", 4, path)
+    monkeypatch.setattr(sessions, "SLOW_S", 0.0)
+    feeds = {"x": np.zeros((1, 3), np.float32)}
+    served.run(["y"], feeds)
+    assert not served.is_quick(feeds)
+
+
+def test_a_run_can_be_stopped_from_another_thread(path):
+    path.write_bytes(onnx_models.counter())
+    served = load("counter", 1, path)
+    stop = Stop()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(served.run, ["counted"], {"times": np.array(2**40)}, stop)
+        stop.set()
+        with pytest.raises(ProtocolError):
+            running.result(60)
+
+
+def test_a_large_request_leaves_no_memory_behind(path):
+    path.write_bytes(onnx_models.outer())
+    served = load("outer", 1, path)
+    process = psutil.Process()
+    served.run(["y"], {"x": np.ones(1000, np.float32)})
+    before = process.memory_info().rss
+    served.run(["y"], {"x": np.ones(8000, np.float32)})  # 256 MB of pairs
+    assert process.memory_info().rss - before < 100e6
 
 
 def test_a_model_with_strings_is_refused(tmp_path):
