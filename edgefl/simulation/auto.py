@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from edgefl.errors import ConfigError
 from edgefl.records import Partial, Plan
 from edgefl.rounds import select_clients
+from edgefl.simulation.fallback import Attempt
 from edgefl.simulation.fleets import Engine, Setup
 from edgefl.simulation.loop import LoopFleet
 from edgefl.simulation.machine import give_back_memory, num_cores
@@ -23,13 +24,13 @@ from edgefl.simulation.stackable import why_not_stacked
 from edgefl.simulation.stacked import StackedFleet
 from edgefl.training import initial_parameters
 
+AUTO, LOOP = "auto", "loop"
 ENGINES: Mapping[str, Callable[[Setup], Engine]] = {
-    "loop": LoopFleet,
+    LOOP: LoopFleet,
     "stacked": StackedFleet,
     "pool": PoolFleet,
     "ray": RayFleet,  # never chosen: a cluster is asked for
 }
-AUTO = "auto"
 STACKS = "pool of stacks"
 MEASURE_S = 0.5  # of the loop; the others get as many clients
 FEWEST = 4  # clients to measure by
@@ -76,13 +77,13 @@ class _Choice:
 
     def choose(self) -> Chosen:
         """Measure every engine that can run the task and may pay, and return the fastest."""
-        best = Chosen(LoopFleet(self._setup), "loop", "")
+        best = Chosen(LoopFleet(self._setup), LOOP, "")
         self._shorten_plan(best.engine, FEWEST)
-        self._measure("loop", best.engine)
+        self._measure(LOOP, best.engine)
         if reason := why_not_stacked(self._setup):
             self._ruled_out["stacked"] = reason
         else:
-            best = self._better(best, "stacked", StackedFleet(self._setup))
+            best = self._with_stacks(best)
         if reason := self._why_no_pool(best.name):
             self._ruled_out["pool"] = reason
         else:
@@ -119,7 +120,10 @@ class _Choice:
             return "pool"
         pool.use(dataclasses.replace(self._setup.method, stacks=True))
         self._measure(STACKS, pool)
-        if self._rates[STACKS] > self._rates["pool"]:
+        if pool.faults:
+            self._ruled_out[STACKS] = pool.faults[0]
+            del self._rates[STACKS]
+        elif self._rates[STACKS] > self._rates["pool"]:
             return STACKS
         pool.use(self._setup.method)
         return "pool"
@@ -149,12 +153,27 @@ class _Choice:
             return f"all rounds take about {left_s:.1f} s, no longer than starting processes"
         return None
 
+    def _with_stacks(self, best: Chosen) -> Chosen:
+        with Attempt("stacked") as attempt:
+            return self._better(best, "stacked", StackedFleet(self._setup))
+        self._rule_out("stacked", attempt.fault)
+        return best
+
     def _with_pool(self, best: Chosen) -> Chosen:
         try:
-            return self._better(best, "pool", PoolFleet(self._setup))
+            pool = PoolFleet(self._setup)
         except ConfigError as error:
-            self._ruled_out["pool"] = str(error)
+            self._rule_out("pool", str(error))
             return best
+        with Attempt("pool") as attempt:
+            return self._better(best, "pool", pool)
+        pool.close()
+        self._rule_out("pool", attempt.fault)
+        return best
+
+    def _rule_out(self, name: str, reason: str) -> None:
+        self._ruled_out[name] = reason
+        self._rates.pop(name, None)
 
     def reason(self) -> str:
         """Say what was measured, and what was not."""

@@ -43,6 +43,11 @@ class PoolFleet:
         """Return the sum of the workers' peaks, as far as they have told."""
         return sum(worker.peak_rss_mb for worker in self.workers)
 
+    @property
+    def faults(self) -> Sequence[str]:
+        """Return what went wrong with the workers' stacks, whose clients they then trained one by one."""
+        return [worker.fault for worker in self.workers if worker.fault]
+
     def use(self, method: Method) -> None:
         """Have the workers train in another way from the next round on."""
         self._setup = dataclasses.replace(self._setup, method=method)

@@ -63,7 +63,7 @@ class WorkerProcess:
             self._start = pickle.dumps(start)
         except (pickle.PicklingError, AttributeError, TypeError) as cause:
             raise ConfigError(f"the population cannot be sent to worker processes: {cause}") from cause
-        self.peak_rss_mb = 0.0
+        self.peak_rss_mb, self.fault = 0.0, ""
         self._run()
 
     def wait_until_ready(self) -> None:
@@ -99,6 +99,7 @@ class WorkerProcess:
             self.ready = True
         if isinstance(answer, Summed):
             self.peak_rss_mb = max(self.peak_rss_mb, answer.peak_rss_mb)
+            self.fault = self.fault or answer.fault
             if answer.partial is not None:  # a copy: the worker may sum again, if another dies
                 total = {name: array.copy() for name, array in self.sums.tree.items()}
                 answer = dataclasses.replace(answer, partial=dataclasses.replace(answer.partial, total=total))

@@ -6,7 +6,7 @@ Updates are admitted by the same guard and folded by the same rule as at the cen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from edgefl.aggregation import Rule, make_rule
 from edgefl.aggregation.rule import Merging
@@ -15,6 +15,7 @@ from edgefl.errors import UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import MetricSums
+from edgefl.simulation.fallback import Attempt
 from edgefl.simulation.fleets import Method, Population
 from edgefl.simulation.machine import own_peak_mb
 from edgefl.simulation.pool_wire import Chunk, Done, Flush, Summed
@@ -30,36 +31,65 @@ class ChunkTrainer:
         self._task, self._population = task, population
         self._trainers: dict[Method, LocalTrainer | StackTrainer] = {}
         self._trainer: LocalTrainer | StackTrainer | None = None
+        self._plan: Plan | None = None
+        self._method = Method()
+        self._fault = ""  # of stacks
         self._rule_name = config.aggregation.rule
         self._tally: _Tally | None = None
 
     def begin(self, plan: Plan, *, sums: bool, method: Method | None = None) -> None:
         """Take up a round, forgetting the one before."""
-        method = method or Method()
-        wanted = StackTrainer if method.stacks else LocalTrainer
-        if method not in self._trainers:
-            self._trainers[method] = wanted(self._task, self._population, compiled=method.compiled)
-        self._trainer = self._trainers[method]
-        self._trainer.begin(plan)
+        self._plan, self._method = plan, method or Method()
         self._tally = _Tally(plan, self._rule_name) if sums else None
+        self._begin()
 
     def answer(self, message: Chunk | Flush) -> Done | Summed:
         if isinstance(message, Chunk):
             return self._chunk(message)
         if isinstance(message, Flush) and self._tally is not None:
-            return self._tally.flush()
+            return dataclasses.replace(self._tally.flush(), fault=self._fault)
         raise TypeError(f"a worker cannot answer a {type(message).__name__}")
 
     def _chunk(self, chunk: Chunk) -> Done:
         if isinstance(self._trainer, StackTrainer):  # only where sums are wanted
-            for stack in self._trainer.stacks(chunk.clients):
-                self._take(self._trainer.answers(stack, sums=True))
-            return Done()
+            return self._in_stacks(self._trainer, chunk.clients)
         if self._trainer is None:
             raise RuntimeError("begin comes before a chunk")
         if self._tally is None:
             return Done(tuple(map(self._trainer.train, chunk.clients)))
         return self._take(self._trainer.train(client, borrow=True) for client in chunk.clients)
+
+    def _in_stacks(self, trainer: StackTrainer, clients: Sequence[str]) -> Done:
+        """Train them in stacks; where one fails, train those that are left one by one, now and from then on."""
+        num_done = 0
+        for stack in trainer.stacks(clients):
+            with Attempt("stacks") as attempt:
+                answers = list(trainer.answers(stack, sums=True))
+            if attempt.fault:
+                self._fault = attempt.fault
+                self._begin()
+                return self._chunk(Chunk(tuple(clients[num_done:])))
+            self._take(answers)
+            num_done += len(stack)
+        return Done()
+
+    def _begin(self) -> None:
+        """Make ready what trains by the method; where stacks fail, what trains one by one."""
+        if self._method.stacks and not self._fault:
+            with Attempt("stacks") as attempt:
+                self._trainer = self._taken_up(self._method)
+                return
+            self._fault = attempt.fault
+        self._trainer = self._taken_up(dataclasses.replace(self._method, stacks=False))
+
+    def _taken_up(self, method: Method) -> LocalTrainer | StackTrainer:
+        if self._plan is None:
+            raise RuntimeError("a plan comes before a trainer")
+        wanted = StackTrainer if method.stacks else LocalTrainer
+        if method not in self._trainers:
+            self._trainers[method] = wanted(self._task, self._population, compiled=method.compiled)
+        self._trainers[method].begin(self._plan)
+        return self._trainers[method]
 
     def _take(self, answers: Iterable[Update | Failure | Partial]) -> Done:
         for answer in answers:

@@ -81,6 +81,7 @@ class Summed:
     partial: Partial | None
     aside: tuple[Update | Failure, ...] = ()
     peak_rss_mb: float = 0.0
+    fault: str = ""  # of stacks, whose clients were trained one by one instead
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from edgefl.home import replace_file
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
 from edgefl.samples import require_torch, test_samples
-from edgefl.simulation.auto import AUTO, Chosen, make_engine
+from edgefl.simulation.auto import AUTO, LOOP, Chosen, make_engine
 from edgefl.simulation.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -35,6 +35,7 @@ from edgefl.simulation.checkpoint import (
     refuse_another,
     refuse_other_shapes,
 )
+from edgefl.simulation.fallback import Sheltered
 from edgefl.simulation.fleets import Method, PopulationMaker, Setup, torch_threads
 from edgefl.simulation.interrupt import set_by_interrupt
 from edgefl.simulation.machine import num_cores, own_peak_mb
@@ -87,6 +88,8 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
         setup = _set_up(task, settings, population, saved)
         with set_by_interrupt(setup.stop):
             chosen = _make_engine(engine, setup, saved, address)
+            if engine == AUTO:
+                chosen = dataclasses.replace(chosen, engine=Sheltered(setup, chosen.engine, chosen.name))
             with closing(chosen.engine):
                 watching.on_engine(chosen.name, chosen.reason)
                 virtual = virtual_time(setup, settings, chosen.engine, saved)
@@ -163,6 +166,8 @@ class _Run:
     def begin(self, start_s: float, checkpoints: Checkpoints | None, saved: Checkpoint | None) -> None:
         """Say since when it runs, where its state is kept, and where it stands already."""
         self._start_s, self._checkpoints = start_s, checkpoints
+        if isinstance(self._chosen.engine, Sheltered):
+            self._chosen.engine.on_fallback = self._fell_back
         if saved is None:
             return
         self._start_s = start_s - saved.seconds
@@ -222,6 +227,11 @@ class _Run:
         self._rounds.append(said)
         self._keep(outcome, last=last)
         self._watching.on_round(self._rounds[-1])
+
+    def _fell_back(self, why: str) -> None:
+        """Note, and say, that the loop took the engine's place."""
+        self._chosen = dataclasses.replace(self._chosen, name=LOOP, reason=f"{self._chosen.reason}; {why}")
+        self._watching.on_engine(self._chosen.name, self._chosen.reason)
 
     def _keep(self, outcome: RoundOutcome, *, last: bool) -> None:
         """Write a checkpoint where one is due; never of a round that Ctrl-C may have cut short."""

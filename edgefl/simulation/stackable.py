@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgefl.aggregation.mean import WeightedMean
 from edgefl.errors import TaskError
-from edgefl.records import Failure, Plan, Update
+from edgefl.records import Failure, Partial, Plan
 from edgefl.rounds import select_clients
 from edgefl.samples import Samples
+from edgefl.simulation.fallback import Attempt
 from edgefl.simulation.fleets import Setup
 from edgefl.simulation.stacked import StackTrainer, kind_of
 from edgefl.simulation.trainer import LocalTrainer
 from edgefl.task import Task, UserCode
 from edgefl.training import initial_parameters, make_model
+from edgefl.trees import Tree
 
 if TYPE_CHECKING:
     import torch
 
 NUM_TRIED = 3  # clients
 TOLERANCE = 1e-3  # of the largest change; rounding stays far below, a wrong computation far above
+ULPS = 4  # units in the last place of a parameter that both ways may be apart
 
 
 def why_not_stacked(setup: Setup) -> str | None:
@@ -73,10 +77,12 @@ def _of_a_trial(setup: Setup, model: torch.nn.Module) -> str | None:
     held = _some_samples(setup, plan)
     if not held:
         return "no client of the first cohort has data to try it with"
-    try:
-        return _not_a_mean(setup.task, model, list(held.values())) or _differs(setup, plan, held)
-    except TaskError as error:
-        return f"torch.func cannot map it over clients: {error}"
+    with Attempt("stacked") as attempt:
+        try:
+            return _not_a_mean(setup.task, model, list(held.values())) or _differs(setup, plan, held)
+        except TaskError as error:
+            return f"torch.func cannot map it over clients: {error}"
+    return f"in a trial {attempt.fault}"
 
 
 def _some_samples(setup: Setup, plan: Plan) -> dict[str, Samples]:
@@ -108,16 +114,17 @@ def _not_a_mean(task: Task, model: torch.nn.Module, samples: list[Samples]) -> s
     with torch.no_grad(), UserCode(task.name, "loss"):
         together = _loss(task, model, inputs, targets)
         singles = [_loss(task, model, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
-    mean = sum(singles) / len(singles)
-    if math.isclose(together, mean, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+    mean = float(sum(singles) / len(singles))
+    within = max(TOLERANCE, ULPS * torch.finfo(together.dtype).eps)
+    if math.isclose(together, mean, rel_tol=within, abs_tol=within):
         return None
     return f"the loss of {len(inputs)} samples is {together:.6g}, the mean of their losses {mean:.6g}; wanted is a mean"
 
 
-def _loss(task: Task, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+def _loss(task: Task, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if task.loss is None:
         raise TaskError(f"task {task.name!r} has no loss")
-    return float(task.loss(model(inputs), targets))
+    return task.loss(model(inputs), targets)
 
 
 class _Tried:
@@ -141,19 +148,35 @@ def _differs(setup: Setup, plan: Plan, held: dict[str, Samples]) -> str | None:
     stacks, loop = StackTrainer(setup.task, _Tried(held)), LocalTrainer(setup.task, _Tried(held))
     stacks.begin(plan)
     loop.begin(plan)
-    for client, stacked in stacks.train(held).updates(plan):
+    stack, sums, noise = stacks.train(held), WeightedMean(plan.parameters), _noise_of(stacks.start)
+    for client, stacked in stack.updates(plan):
         single = loop.train(client)
         if isinstance(single, Failure):
             return f"the trial failed: {single.reason}"
-        if reason := _difference(stacked, single):
+        if reason := _difference(stacked.tree, single.tree, noise):
             return reason
-    return None
+        sums.add(single)
+    of_all = sums.partial()
+    noise = {name: of_all.weight * one for name, one in noise.items()}
+    seen = (_difference(one.total, of_all.total, noise) for one in stack.summed(plan) if isinstance(one, Partial))
+    return next((reason for reason in seen if reason), None)
 
 
-def _difference(stacked: Update, single: Update) -> str | None:
-    for name, wanted in single.tree.items():
-        largest, apart = np.abs(wanted).max(initial=0.0), np.abs(stacked.tree[name] - wanted).max(initial=0.0)
-        if not apart <= TOLERANCE * largest + 1e-7:  # NaN too
+def _noise_of(start: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return, for each tensor, what rounding alone makes of a delta: of a 16-bit parameter, it is much."""
+    import torch
+
+    return {
+        name: max(1e-7, ULPS * torch.finfo(one.dtype).eps * float(one.abs().max())) if one.numel() else 0.0
+        for name, one in start.items()
+        if one.is_floating_point()
+    }
+
+
+def _difference(stacked: Tree, single: Tree, noise: Mapping[str, float]) -> str | None:
+    for name, wanted in single.items():
+        largest, apart = np.abs(wanted).max(initial=0.0), np.abs(stacked[name] - wanted).max(initial=0.0)
+        if not apart <= TOLERANCE * largest + noise.get(name, 0.0):  # NaN too
             return (
                 f"in a trial its tensor {name!r} came out {apart:.3g} from the loop's, whose largest is {largest:.3g}"
             )

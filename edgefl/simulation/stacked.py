@@ -105,7 +105,7 @@ class Stack:
                 yield everything
                 return
         for new in self.trained.values():
-            finite &= torch.isfinite(new).flatten(1).all(1)
+            finite &= torch.isfinite(_rows(new)).all(1)
         for k in torch.nonzero(~finite).flatten().tolist():
             yield self._update(plan, k)
         if finite.any():
@@ -134,7 +134,7 @@ class Stack:
             return torch.zeros_like(start, dtype=torch.float64)
         new = self.trained[name]
         if start.nbytes <= SMALL_BYTES and len(picked) == len(weights):
-            total = (weights @ new.double().flatten(1)).reshape(start.shape)
+            total = (weights @ _rows(new).double()).reshape(start.shape)
         else:
             total = torch.zeros_like(start, dtype=torch.float64)
             for k in picked:  # of large ones, a copy of all in float64 would cost as much as the training
@@ -155,6 +155,11 @@ class Stack:
         )  # fmt: skip
 
 
+def _rows(stacked: torch.Tensor) -> torch.Tensor:
+    """Return a stack as one row a client, (K, D): of tensors without dimensions, or without numbers, too."""
+    return stacked.reshape(len(stacked), math.prod(stacked.shape[1:]))
+
+
 class StackTrainer:
     """Trains stacks of clients of one population; call `begin` for each plan."""
 
@@ -164,6 +169,11 @@ class StackTrainer:
         self._step = _StepOf(task, self._model, compiled=compiled)
         self._start: _Tensors = {}
         self._plan: Plan | None = None
+
+    @property
+    def start(self) -> Mapping[str, torch.Tensor]:
+        """Return the parameters of the plan that was taken up, in its order."""
+        return self._start
 
     def begin(self, plan: Plan) -> None:
         """Take up a plan; raises TaskError where its parameters are not the model's."""

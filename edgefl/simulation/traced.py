@@ -270,8 +270,11 @@ def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:
 
 
 def _agree(some: _Tensors, others: _Tensors) -> bool:
-    """Say whether tensors are the same but for rounding, as measured by the largest number in them."""
-    scale = max((_largest(one) for one in others if one is not None), default=0.0)
+    """Say whether tensors are the same but for rounding, as measured by the largest number in them.
+
+    Integers and booleans have no rounding: counters and masks must be equal.
+    """
+    scale = max((_largest(one) for one in others if one is not None and one.is_floating_point()), default=0.0)
     return all(_close(one, other, TOLERANCE * scale) for one, other in zip(some, others, strict=True))
 
 
@@ -286,6 +289,8 @@ def _close(one: torch.Tensor | None, other: torch.Tensor | None, within: float) 
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if one.is_floating_point() and one.numel() and float((one - other).abs().max()) <= within:  # not where NaN is
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    if one.numel() and float((one - other).abs().max()) <= within:  # not where NaN is
         return True
     return bool(torch.allclose(one.double(), other.double(), rtol=0, atol=within, equal_nan=True))

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from edgefl.records import Failure, Update
+from edgefl.simulation import stacked
+from edgefl.simulation.fleets import Method
 from edgefl.simulation.loop import LoopFleet
 from edgefl.simulation.pool_tally import ChunkTrainer
 from edgefl.simulation.pool_wire import Chunk, Done, Flush
+from edgefl.simulation.stacked import StackTrainer
 
 
 @pytest.fixture
@@ -41,3 +44,27 @@ def test_without_sums_answers_come_with_their_chunk(set_up, trainer_of):
     assert [one.device for one in trainer.answer(Chunk(plan.clients[:2])).answers] == ["client-0", "client-1"]
     with pytest.raises(TypeError, match="cannot answer a Flush"):
         trainer.answer(Flush())
+
+
+@pytest.mark.parametrize("when", ["begin", "answers"])
+def test_where_stacks_fail_a_worker_trains_one_by_one_and_says_so(set_up, trainer_of, monkeypatch, when):
+    trainer, plan = trainer_of(set_up())
+    monkeypatch.setattr(stacked, "MAX_STACK", 3)
+    whole, calls = getattr(StackTrainer, when), []
+
+    def failing(*arguments, **options):
+        calls.append(when)
+        if when == "begin" or len(calls) == 2:
+            raise IndexError("a fault of ours")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(StackTrainer, when, failing)
+    trainer.begin(plan, sums=True, method=Method(stacks=True))
+    trainer.answer(Chunk(plan.clients))
+    summed = trainer.answer(Flush())
+    assert summed.fault == "it failed: IndexError: a fault of ours"
+    assert sorted(summed.partial.contributors) == list(plan.clients)
+    trainer.begin(plan, sums=True, method=Method(stacks=True))
+    trainer.answer(Chunk(plan.clients))
+    assert sorted(trainer.answer(Flush()).partial.contributors) == list(plan.clients)
+    assert len(calls) == (1 if when == "begin" else 2)
