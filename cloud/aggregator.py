@@ -23,6 +23,7 @@ from cloud.grpc_fleet import FleetParts, GrpcFleet
 from cloud.home import AggregatorOptions, CloudHome
 from cloud.http_api import make_app, serve_http
 from cloud.jobs import JobRow
+from cloud.upkeep import interval_s, looked_after
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.errors import CloudStopping, EdgeflError, HomeError, JobCancelled
 from edgefl.logs import event
@@ -176,7 +177,15 @@ class Aggregator:
     async def _http_server(self) -> AsyncIterator[None]:
         options, home = self._options, self._home
         context = None if options.insecure else server_context(home.identity, client_certificates=False)
-        async with serve_http(make_app(home.services()), options.host, options.http_port, context):
+
+        def reload() -> None:
+            if context is not None:
+                context.load_cert_chain(home.identity.cert, home.identity.key)
+
+        async with (
+            serve_http(make_app(home.services()), options.host, options.http_port, context),
+            looked_after(home.look_after_certificates, reload, interval_s(options.certificate_days)),
+        ):
             yield
 
     def _start(self, job_id: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ssl
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -55,6 +56,7 @@ class EmbeddedBroker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._gate: Gate | None = None
+        self._context: ssl.SSLContext | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -91,6 +93,12 @@ class EmbeddedBroker:
         with contextlib.suppress(FutureTimeout):  # it is aborted; only its last will is late
             asyncio.run_coroutine_threadsafe(self._gate.drop(device), self._loop).result(STOP_S)
 
+    def reload(self) -> None:
+        """Show the certificate that is in its file now, from the next handshake on."""
+        if self._loop is not None and self._context is not None and self._identity is not None:
+            identity = self._identity
+            self._loop.call_soon_threadsafe(self._context.load_cert_chain, identity.cert, identity.key)
+
     def _run(self, started: Future[int]) -> None:
         try:
             asyncio.run(self._serve(started))
@@ -118,8 +126,8 @@ class EmbeddedBroker:
     async def _listen(self, gate: Gate) -> asyncio.Server:
         tls: dict[str, Any] = {}
         if self._identity is not None:
-            context = server_context(self._identity, client_certificates=True)
-            tls = {"ssl": context, "ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": 1.0}
+            self._context = server_context(self._identity, client_certificates=True)
+            tls = {"ssl": self._context, "ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": 1.0}
         try:
             return await asyncio.start_server(gate.accept, self._host, self.port, **tls)
         except OSError as cause:

@@ -3,6 +3,8 @@
     require_certificate + use_identity_as_username   a client is who its certificate says
     use_username_as_clientid                         nobody can end another's connection by its client id
     acl_file                                         the rights of `topics.allowed`, as patterns
+    crlfile                                          certificates of devices that were removed or renewed theirs
+    pid_file                                         whom the cloud tells (SIGHUP) to read its certificates again
 
 Nothing is kept over a restart: a state that outlived its device would call the dead online, and each
 device says again on connect what it is and asks over gRPC what it missed.
@@ -19,21 +21,26 @@ from edgefl.home import replace_file
 from edgefl.protocols.tls import CLOUD_NAME, Identity
 from edgefl.protocols.topics import ROOT, UP_KINDS
 
-CONFIG_FILE, ACL_FILE = "mosquitto.conf", "acl"
+CONFIG_FILE, ACL_FILE, CRL_FILE, PID_FILE = "mosquitto.conf", "acl", "crl.pem", "mosquitto.pid"
 MAX_QUEUED = 100_000  # to one client: as many retained states as a large fleet has devices
 
 _CONFIG = """\
 # mosquitto for an edgefl fleet, written by `edgefl cloud broker-config`.
-# The folder holds ca.pem, cert.pem and key.pem too; all must be readable by the user `mosquitto`.
+# The folder holds ca.pem, cert.pem, key.pem and crl.pem too; all must be readable by the user `mosquitto`.
+# crl.pem lists the certificates that were revoked, mosquitto reads it on SIGHUP. The cloud writes it at each
+# removal and sends the signal to the process in pid_file. A broker on another machine gets the list from
+# https://CLOUD:9480/v1/crl and is restarted when it changes: see edgefl-crl.service and edgefl-crl.timer.
 
 per_listener_settings false
 allow_anonymous false
 acl_file {acl}
+pid_file {pid}
 
 listener {port} {host}
 cafile {identity.ca}
 certfile {identity.cert}
 keyfile {identity.key}
+crlfile {crl}
 tls_version tlsv1.3
 require_certificate true
 use_identity_as_username true
@@ -59,6 +66,8 @@ def broker_config(folder: Path, host: str, port: int) -> str:
         raise ConfigError(f"{folder} must be an absolute path: mosquitto does not say where it looks from")
     return _CONFIG.format(
         acl=folder / ACL_FILE,
+        crl=folder / CRL_FILE,
+        pid=folder / PID_FILE,
         port=port,
         host=host,
         identity=Identity.in_folder(folder),
@@ -81,7 +90,10 @@ def broker_acl() -> str:
 
 
 def write_broker_config(folder: Path, host: str, port: int) -> Path:
-    """Write mosquitto.conf and acl into a folder that has the broker's Identity; returns the former's path."""
+    """Write mosquitto.conf and acl into a folder that has the broker's Identity and crl.pem.
+
+    Returns the path of mosquitto.conf.
+    """
     replace_file(folder / ACL_FILE, broker_acl().encode())
     replace_file(folder / CONFIG_FILE, broker_config(folder, host, port).encode())
     return folder / CONFIG_FILE

@@ -30,11 +30,16 @@ def cloud() -> None:
 @click.option("--http-port", default=9480, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--mqtt-port", default=8883, show_default=True, type=click.IntRange(1, 65535), help="Embedded broker's.")
 @click.option("--broker", default="embedded", show_default=True, help="embedded, or mqtts://HOST:PORT.")
+@click.option("--broker-pid-file", type=click.Path(path_type=Path),
+              help="Of a mosquitto on this machine, which is told by SIGHUP to read its certificates again. "
+                   "[default: HOME/mosquitto/mosquitto.pid]")  # fmt: skip
 @click.option("--name", "names", multiple=True, help="A further name or address that devices reach this cloud by.")
+@click.option("--certificate-days", default=397.0, show_default=True, type=click.FloatRange(0.001, 3650),
+              help="Lifetime of certificates; each is renewed by itself when a third of it is left.")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="No TLS. For loopback only.")
 def start(  # noqa: PLR0913 - one a flag
-    *, home: Path, host: str, grpc_port: int, http_port: int, mqtt_port: int, broker: str, names: tuple[str, ...],
-    insecure: bool,
+    *, home: Path, host: str, grpc_port: int, http_port: int, mqtt_port: int, broker: str,
+    broker_pid_file: Path | None, names: tuple[str, ...], certificate_days: float, insecure: bool,
 ) -> None:  # fmt: skip
     """Serve until Ctrl-C or SIGTERM. The first start makes the CA, the fleet's key and HOME/operator.json."""
     from cloud.aggregator import Aggregator
@@ -48,6 +53,8 @@ def start(  # noqa: PLR0913 - one a flag
         http_port=http_port,
         mqtt_port=mqtt_port,
         broker=broker,
+        broker_pid_file=broker_pid_file,
+        certificate_days=certificate_days,
         insecure=insecure,
         names=names,
     )
@@ -101,8 +108,10 @@ def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], outp
 
     HOME/mosquitto then has its configuration, topic rights, key and certificate.
     """
-    from cloud.broker_config import write_broker_config
-    from edgefl.home import create_home
+    from cloud.broker_config import CRL_FILE, PID_FILE, write_broker_config
+    from cloud.enrolment import Enrolment
+    from cloud.store import open_database
+    from edgefl.home import create_home, replace_file
     from edgefl.protocols.tls import BROKER_NAME, Identity, create_ca, issue_server
 
     create_home(home, "cloud")
@@ -115,8 +124,16 @@ def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], outp
     shutil.copyfile(keys / "ca.pem", identity.ca)
     hosts = {host, "localhost", "127.0.0.1", socket.gethostname(), *names} - {"0.0.0.0", "::"}  # noqa: S104 - not bound
     issue_server(keys, identity, sorted(hosts), BROKER_NAME)
+    engine = open_database(home / "cloud.db")
+    replace_file(folder / CRL_FILE, Enrolment(engine, keys).crl())
+    engine.dispose()
     path = write_broker_config(folder, host, port)
     output.line(f"wrote {path}; start it with: mosquitto -c {path}")
+    output.line(
+        "On this machine, `edgefl cloud start` tells it by SIGHUP which certificates are revoked, if it may: run both "
+        f"as one user, and where mosquitto's pid is not in {folder / PID_FILE}, give --broker-pid-file. On another "
+        "machine, deploy/mosquitto/edgefl-crl.timer does it."
+    )
     if os.geteuid() == 0:
         output.line(
             "Started by root, mosquitto becomes the user mosquitto, who may not read there: add the line `user root` "

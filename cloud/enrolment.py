@@ -16,9 +16,10 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from cloud.crl import make_crl
 from cloud.store import devices, revoked, tokens, updates
 from edgefl.errors import EnrolmentRefused, NotFound
-from edgefl.protocols.tls import serial_number, sign_request, token_for
+from edgefl.protocols.tls import LEAF_DAYS, serial_number, sign_request, token_for
 from edgefl.protocols.topics import valid_device_name
 
 TOKEN_BYTES = 32
@@ -44,10 +45,14 @@ class Device:
 class Enrolment:
     """Tokens and devices of one fleet. Methods may be called from any thread."""
 
-    def __init__(self, engine: sa.Engine, ca_folder: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, engine: sa.Engine, ca_folder: Path, clock: Callable[[], float] = time.time,
+        certificate_days: float = LEAF_DAYS,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._ca_folder = ca_folder
         self._clock = clock
+        self._certificate_days = certificate_days
 
     def new_token(self, valid_for_s: float = VALID_FOR_S) -> str:
         """Make a one-time token. It carries the CA's fingerprint too: a device trusts nobody before that."""
@@ -77,7 +82,7 @@ class Enrolment:
                     f"a device named {name!r} is enrolled already. Take another --name, or `edgefl devices remove "
                     f"{name}` first; this token is still good."
                 )
-            certificate = sign_request(self._ca_folder, csr, name)
+            certificate = sign_request(self._ca_folder, csr, name, self._certificate_days)
             row = {"name": name, "serial": serial_number(certificate), "tags": dict(tags), "enrolled_s": now_s}
             db.execute(devices.insert().values(row))
         return certificate
@@ -112,6 +117,16 @@ class Enrolment:
         """Return the serial numbers that are worth nothing any more, in the order in which they came to be so."""
         with self._engine.connect() as db:
             return list(db.scalars(sa.select(revoked.c.serial).order_by(revoked.c.number)))
+
+    def crl(self) -> bytes:
+        """Return the list of revoked certificates (PEM), for a broker that cannot ask here."""
+        return make_crl(self._ca_folder, self.revoked())
+
+    def has_open_tokens(self) -> bool:
+        """Whether a token is about that somebody may still use."""
+        is_open = tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > self._clock())
+        with self._engine.connect() as db:
+            return db.scalar(sa.select(tokens.c.secret_sha256).where(is_open).limit(1)) is not None
 
     def _revoke(self, db: sa.Connection, serial: str, device: str) -> None:
         db.execute(revoked.insert().values({"serial": serial, "device": device, "revoked_s": self._clock()}))

@@ -7,9 +7,9 @@ mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, blobs/, spool/, rel
 from __future__ import annotations
 
 import contextlib
-import datetime
 import ipaddress
 import json
+import logging
 import secrets
 import socket
 import urllib.parse
@@ -25,8 +25,10 @@ from cloud.blobs import BlobStore
 from cloud.broker import EmbeddedBroker
 from cloud.enrolment import Enrolment
 from cloud.jobs import Jobs
+from cloud.mosquitto import Mosquitto, MosquittoParts
 from cloud.mqtt_link import CloudLink, Hearers
 from cloud.open_rounds import OpenRounds
+from cloud.own_certificates import renew_ca, renew_server
 from cloud.registry import Registry
 from cloud.relay_rows import RelayRows
 from cloud.relays import RelayParts, Relays
@@ -35,15 +37,17 @@ from cloud.services import Services
 from cloud.spool import Spool
 from cloud.store import open_database
 from edgefl.errors import ConfigError
-from edgefl.home import create_home, lock_home, replace_file
+from edgefl.home import create_home, lock_home
+from edgefl.logs import event
 from edgefl.models.manifest import Bundle, load_private_key, new_fleet_key, public_pem, save_private_key, sign
 from edgefl.operator.credentials import write_operator_credentials
 from edgefl.protocols.addresses import is_loopback
 from edgefl.protocols.messages import DeviceState, RolloutNote, Signed
-from edgefl.protocols.tls import Identity, create_ca, expires, issue_server
+from edgefl.protocols.tls import CLOUD_NAME, LEAF_DAYS, Identity, create_ca
 
 EMBEDDED = "embedded"
-_RENEW_BEFORE = datetime.timedelta(days=30)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +62,8 @@ class AggregatorOptions:
     broker: str = EMBEDDED  # or mqtts://host:port, mqtt://host:port
     insecure: bool = False
     names: tuple[str, ...] = ()  # further names and addresses that devices reach this cloud by
+    broker_pid_file: Path | None = None  # of a mosquitto on this machine; None = where broker-config put it
+    certificate_days: float = LEAF_DAYS  # lifetime of certificates made from now on
     kept_models: int = 3  # parameters of so many latest rounds stay, for evaluation
 
     def __post_init__(self) -> None:
@@ -85,15 +91,20 @@ class CloudHome:
         self.url = f"{scheme}://{_dialled(options.host)}:{options.http_port}"
         self._make_keys()
         self._fleet_key = load_private_key(home / "fleet.key")
-        self._operator_token = self._make_operator()
         engine = open_database(home / "cloud.db")
         self._exit.callback(engine.dispose)
+        self.enrolment = Enrolment(engine, self._tls, certificate_days=options.certificate_days)
+        if not self.enrolment.has_open_tokens() and renew_ca(self._tls):
+            event(_log, logging.INFO, "cloud.ca_renewed", file=self.identity.ca)
+        self._renew_certificate()
+        self._operator_token = self._make_operator()
         self.blobs = BlobStore(home / "blobs")
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
+        self._renewed: list[Callable[[], None]] = []
+        self._mosquitto: Mosquitto | None = None
         self.cut: list[Callable[[str], None]] = []  # what ends the connections of a device that was removed
         self.jobs = Jobs(engine, self.blobs, self._sign)
-        self.enrolment = Enrolment(engine, self._tls)
         self._make_link()
         self.relays = Relays(
             RelayParts(RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays")
@@ -112,6 +123,20 @@ class CloudHome:
                 broker.start()
                 undo.callback(broker.stop)
                 self.cut.append(broker.drop)
+                self._renewed.append(broker.reload)
+            elif not self._options.insecure:
+                self._mosquitto = Mosquitto(
+                    MosquittoParts(
+                        url=self._options.broker,
+                        folder=self._options.home / "mosquitto",
+                        ca_folder=self._tls,
+                        crl=self.enrolment.crl,
+                        certificate_days=self._options.certificate_days,
+                        pid_file=self._options.broker_pid_file,
+                    )
+                )
+                self._mosquitto.refresh(even_unchanged=True)
+                self.cut.append(self._mosquitto.drop)
             self._exit = undo.pop_all()
         return self
 
@@ -119,6 +144,16 @@ class CloudHome:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+
+    def look_after_certificates(self) -> bool:
+        """Renew what runs out or does not fit; returns whether the cloud's own certificate is a new one."""
+        renewed = self._renew_certificate()
+        if renewed:
+            for reload in self._renewed:
+                reload()
+        if self._mosquitto is not None:
+            self._mosquitto.refresh()
+        return renewed
 
     def services(self) -> Services:
         """Return what the HTTPS plane works on."""
@@ -168,13 +203,13 @@ class CloudHome:
             create_ca(self._tls)
         if not (self._options.home / "fleet.key").exists():
             save_private_key(new_fleet_key(), self._options.home / "fleet.key")
-        hosts = _hosts(self._options)
-        named = self._tls / "hosts.json"
-        known = json.loads(named.read_text(encoding="utf-8")) if named.exists() else None
-        now = datetime.datetime.now(datetime.UTC)
-        if known != hosts or expires(self.identity.cert.read_bytes()) - now < _RENEW_BEFORE:
-            issue_server(self._tls, self.identity, hosts)
-            replace_file(named, json.dumps(hosts).encode())
+
+    def _renew_certificate(self) -> bool:
+        options = self._options
+        renewed = renew_server(self._tls, self.identity, _hosts(options), CLOUD_NAME, options.certificate_days)
+        if renewed:
+            event(_log, logging.INFO, "cloud.certificate_renewed", file=self.identity.cert)
+        return renewed
 
     def _make_operator(self) -> str:
         path = self._options.home / "operator.json"

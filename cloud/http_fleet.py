@@ -46,6 +46,12 @@ async def ca(here: Here) -> Response:
     return Response(here.ca_pem, media_type="application/x-pem-file")
 
 
+@public.get("/v1/crl")
+def crl(here: Here) -> Response:
+    """Return the list of revoked certificates, for a broker on another machine."""
+    return Response(here.enrolment.crl(), media_type="application/x-pem-file")
+
+
 @public.post("/v1/enroll")
 def enroll(body: EnrolRequest, here: Here) -> dict[str, Any]:
     """Turn a one-time token and a signing request into a certificate."""

@@ -29,6 +29,7 @@ _EXPIRED, _NOT_YET = 10, 9  # X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_CERT_NOT_Y
 _REFUSALS = {  # what a server says of a client's certificate, in OpenSSL's words
     "UNKNOWN_CA": "of another fleet",
     "CERTIFICATE_EXPIRED": "expired",
+    "CERTIFICATE_REVOKED": "revoked",
     "CERTIFICATE_REQUIRED": "missing",
     "BAD_CERTIFICATE": "damaged",
     "DECRYPT_ERROR": "of another fleet",

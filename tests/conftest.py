@@ -21,7 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from cloud.blobs import BlobStore
 from cloud.broker import EmbeddedBroker
-from cloud.broker_config import write_broker_config
+from cloud.broker_config import CRL_FILE, write_broker_config
+from cloud.crl import make_crl
 from cloud.enrolment import Enrolment
 from cloud.http_api import make_app, serve_http
 from cloud.jobs import Answer, Jobs
@@ -76,6 +77,7 @@ class Mosquitto:
         self.port = port
         self.url = f"mqtts://127.0.0.1:{port}"
         self.lines: list[str] = []
+        (folder / CRL_FILE).write_bytes(make_crl(folder, []))
         self._config = write_broker_config(folder, "127.0.0.1", port)
         if os.geteuid() == 0:  # it would become the user mosquitto, who cannot read a test's folder
             self._config.write_text(self._config.read_text() + "user root\n")

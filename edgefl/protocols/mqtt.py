@@ -132,6 +132,7 @@ class MqttLink:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.settimeout(0)
         self._wake_out.settimeout(0)
+        self._context: ssl.SSLContext | None = None
         self._client = self._make_client()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{config.client_id}", daemon=True)
 
@@ -223,6 +224,8 @@ class MqttLink:
         if self._config.will:
             self._client.will_set(*self._config.will(), qos=1, retain=True)
         try:
+            if self._context is not None and self._config.identity is not None:  # it may have been renewed
+                self._context.load_cert_chain(self._config.identity.cert, self._config.identity.key)
             self._client.reconnect()
         except OSError as cause:
             self._note_down(str(cause))
@@ -272,9 +275,9 @@ class MqttLink:
         host, port, secure = parse_url(config.url)
         client = paho.Client(CallbackAPIVersion.VERSION2, config.client_id, clean_session=True)
         if secure and config.identity is not None:
-            context = client_context(config.identity.ca, config.identity)
-            context.sslsocket_class = _ClosingSocket
-            client.tls_set_context(context)
+            self._context = client_context(config.identity.ca, config.identity)
+            self._context.sslsocket_class = _ClosingSocket
+            client.tls_set_context(self._context)
         else:
             client.username_pw_set(config.client_id)
         client.max_queued_messages_set(MAX_QUEUED)

@@ -12,10 +12,10 @@ import hashlib
 import ipaddress
 import os
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -24,13 +24,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from edgefl.errors import HomeError, ProtocolError
+from edgefl.home import replace_file
 
 if TYPE_CHECKING:
     import grpc
 
-CA_DAYS = 3650
-LEAF_DAYS = 397
-_BACKDATE = datetime.timedelta(hours=24)  # a device's clock may be behind
+# Every certificate begins in 1970: whoever's clock is behind, by however much, sees one that is valid. A CA
+# has no end (RFC 5280, section 4.1.2.5), so that none shuts out a fleet some years from now.
+BEGIN = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+NO_END = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
+LEAF_DAYS = 397.0
+_WRITTEN = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)  # a clock that shows an earlier day is wrong
 
 CLOUD_NAME = "cloud"
 BROKER_NAME = "broker"  # of a broker outside the cloud: its key must not open the cloud's doors
@@ -53,27 +57,41 @@ def create_ca(folder: Path) -> None:
     """Make `ca.key` (0600) and `ca.pem` in a folder that has none."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "edgefl fleet CA")])
+    write_private(folder / "ca.key", _key_pem(key))
+    (folder / "ca.pem").write_bytes(self_signed(key, name))
+
+
+def self_signed(key: ec.EllipticCurvePrivateKey, name: x509.Name) -> bytes:
+    """Return a CA's certificate (PEM)."""
     usage = x509.KeyUsage(
         digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False, key_encipherment=False,
         data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
     )  # fmt: skip
     cert = (
-        _builder(name, name, key.public_key(), CA_DAYS)
+        _builder(name, name, key.public_key(), NO_END)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA256())
     )
-    write_private(folder / "ca.key", _key_pem(key))
-    (folder / "ca.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+    return cert.public_bytes(serialization.Encoding.PEM)
 
 
-def issue_server(ca_folder: Path, identity: Identity, hosts: Sequence[str], name: str = CLOUD_NAME) -> None:
+def issue_server(
+    ca_folder: Path, identity: Identity, hosts: Sequence[str], name: str = CLOUD_NAME, days: float | None = None
+) -> None:
     """Make a server's own key and certificate, good as server for `hosts` and as client `name`."""
     key = ec.generate_private_key(ec.SECP256R1())
-    pem = _sign_leaf(ca_folder, name, key.public_key(), hosts)
+    pem = certify_server(ca_folder, key.public_key(), hosts, name, days)
     identity.key.unlink(missing_ok=True)
     write_private(identity.key, _key_pem(key))
-    identity.cert.write_bytes(pem)
+    replace_file(identity.cert, pem)
+
+
+def certify_server(
+    ca_folder: Path, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], name: str, days: float | None = None
+) -> bytes:
+    """Return a server's certificate (PEM) for a key that it has."""
+    return _sign_leaf(ca_folder, name, key, hosts, days)
 
 
 def new_request(identity: Identity, device: str) -> bytes:
@@ -86,7 +104,7 @@ def new_request(identity: Identity, device: str) -> bytes:
     return request.public_bytes(serialization.Encoding.PEM)
 
 
-def sign_request(ca_folder: Path, request_pem: bytes, device: str) -> bytes:
+def sign_request(ca_folder: Path, request_pem: bytes, device: str, days: float | None = None) -> bytes:
     """Return the certificate (PEM) of a device's request; its CN is `device` whatever the request says.
 
     Raises ProtocolError for a request that is not one or does not prove its key.
@@ -98,7 +116,7 @@ def sign_request(ca_folder: Path, request_pem: bytes, device: str) -> bytes:
         raise ProtocolError(f"the signing request is not PKCS #10: {cause}") from cause
     if not proven or not isinstance(key, ec.EllipticCurvePublicKey):
         raise ProtocolError("the signing request must hold an EC key and be signed by it")
-    return _sign_leaf(ca_folder, device, key, ())
+    return _sign_leaf(ca_folder, device, key, (), days)
 
 
 def fingerprint(cert_pem: bytes) -> str:
@@ -150,11 +168,31 @@ def client_context(ca: Path, identity: Identity | None = None) -> ssl.SSLContext
 
 
 def grpc_server_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """Mutual TLS for a gRPC server."""
+    """Mutual TLS for a gRPC server; a certificate that is renewed counts from the next handshake on."""
     import grpc
 
-    pair = (identity.key.read_bytes(), identity.cert.read_bytes())
-    return grpc.ssl_server_credentials([pair], identity.ca.read_bytes(), require_client_auth=True)
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        pair = (identity.key.read_bytes(), identity.cert.read_bytes())
+        return grpc.ssl_server_certificate_configuration([pair], identity.ca.read_bytes())
+
+    seen = [_stamp(identity)]
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        stamp = _stamp(identity)
+        if stamp == seen[0]:
+            return None
+        fresh = configuration()
+        seen[0] = stamp  # not before: where the files cannot be read, the next handshake tries again
+        return fresh
+
+    fetcher = cast("Callable[[], grpc.ServerCertificateConfiguration]", renewed)  # the stubs forget the None
+    return grpc.dynamic_ssl_server_credentials(configuration(), fetcher, require_client_authentication=True)
+
+
+def _stamp(identity: Identity) -> tuple[int, int]:
+    """Return what changes whenever a certificate's file is replaced."""
+    facts = identity.cert.stat()
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def grpc_channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
@@ -193,15 +231,24 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _sign_leaf(ca_folder: Path, name: str, key: ec.EllipticCurvePublicKey, hosts: Sequence[str]) -> bytes:
-    ca = x509.load_pem_x509_certificate((ca_folder / "ca.pem").read_bytes())
-    ca_key = serialization.load_pem_private_key((ca_folder / "ca.key").read_bytes(), None)
-    if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
-        raise HomeError(f"{ca_folder / 'ca.key'} does not hold an EC key")
+def load_ca(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Return the certificate and the key of the CA in a folder."""
+    key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise HomeError(f"{folder / 'ca.key'} does not hold an EC key")
+    return x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()), key
+
+
+def _sign_leaf(
+    ca_folder: Path, name: str, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], days: float | None
+) -> bytes:
+    ca, ca_key = load_ca(ca_folder)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    lifetime = datetime.timedelta(days=LEAF_DAYS if days is None else days)
+    end = max(datetime.datetime.now(datetime.UTC), _WRITTEN) + lifetime
     usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if hosts else [])]
     builder = (
-        _builder(subject, ca.subject, key, LEAF_DAYS)
+        _builder(subject, ca.subject, key, end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
@@ -221,16 +268,15 @@ def _alternative_name(host: str) -> x509.GeneralName:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, end: datetime.datetime
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATE)
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_before(BEGIN)
+        .not_valid_after(end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )

@@ -80,7 +80,14 @@ def test_a_brokers_folder_is_made_before_the_cloud_ever_ran(tmp_path):
     done = invoke("broker-config", "--home", tmp_path / "new", "--port", 8884, "--name", "broker.example.org")
     assert done.exit_code == 0, done.exception
     folder = tmp_path / "new" / "mosquitto"
-    assert {one.name for one in folder.iterdir()} == {"mosquitto.conf", "acl", "ca.pem", "cert.pem", "key.pem"}
+    assert {one.name for one in folder.iterdir()} == {
+        "mosquitto.conf",
+        "acl",
+        "ca.pem",
+        "cert.pem",
+        "key.pem",
+        "crl.pem",
+    }
     assert "listener 8884 127.0.0.1" in (folder / "mosquitto.conf").read_text()
     assert stat.S_IMODE((folder / "key.pem").stat().st_mode) == 0o600
     assert (folder / "ca.pem").read_bytes() == (tmp_path / "new" / "tls" / "ca.pem").read_bytes()

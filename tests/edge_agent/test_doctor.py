@@ -190,19 +190,20 @@ def test_a_certificate_of_another_fleet_is_told_by_us_and_by_them(home: Path, se
 
 
 @pytest.mark.parametrize(
-    ("backdate_days", "days", "state", "seen"),
+    ("begins_in_days", "days", "state", "seen"),
     [
-        (3, -1, "fail", "the certificate expired on"),
-        (-2, 10, "fail", "by this clock the certificate begins only on"),
-        (1, 20, "warn", "valid until"),
-        (1, 90, "ok", "valid until"),
+        (-3, -1, "fail", "the certificate expired on"),
+        (2, 10, "fail", "by this clock the certificate begins only on"),
+        (-1, 20, "warn", "valid until"),
+        (-1, 90, "ok", "valid until"),
     ],
 )
 def test_the_dates_of_the_certificate(
     home: Path, serve_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    backdate_days: int, days: int, state: str, seen: str,
+    begins_in_days: int, days: int, state: str, seen: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(tls, "_BACKDATE", datetime.timedelta(days=backdate_days))
+    now = datetime.datetime.now(datetime.UTC)
+    monkeypatch.setattr(tls, "BEGIN", now + datetime.timedelta(days=begins_in_days))
     monkeypatch.setattr(tls, "LEAF_DAYS", days)
     issue(home, tmp_path / "cloud")
     check = diagnose(home, serve_port)["certificate"]

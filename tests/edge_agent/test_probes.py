@@ -170,7 +170,8 @@ def test_a_clock_years_off_is_told_as_a_wrong_clock_and_no_bad_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cloud's certificate begins in a month, by our clock: only then does everything else make sense."""
-    monkeypatch.setattr(tls, "_BACKDATE", datetime.timedelta(days=-30))
+    now = datetime.datetime.now(datetime.UTC)
+    monkeypatch.setattr(tls, "BEGIN", now + datetime.timedelta(days=30))
     cloud, device = new_fleet(tmp_path)
     month_s = 30 * 86400
     with health_server(tls.server_context(cloud, client_certificates=False), time=time.time() + month_s) as port:
@@ -260,7 +261,6 @@ def test_an_expired_certificate_of_ours_is_told(tmp_path: Path, monkeypatch: pyt
     cloud, device = new_fleet(tmp_path)
     late = Identity.in_folder(tmp_path / "late")
     late.key.parent.mkdir()
-    monkeypatch.setattr(tls, "_BACKDATE", datetime.timedelta(days=3))
     monkeypatch.setattr(tls, "LEAF_DAYS", -1)
     late.cert.write_bytes(tls.sign_request(tmp_path / "cloud", tls.new_request(late, "pi-4"), "pi-4"))
     expired = Identity(key=late.key, cert=late.cert, ca=device.ca)
@@ -269,7 +269,6 @@ def test_an_expired_certificate_of_ours_is_told(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_expired_certificate_of_the_clouds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls, "_BACKDATE", datetime.timedelta(days=3))
     monkeypatch.setattr(tls, "LEAF_DAYS", -1)
     cloud, device = new_fleet(tmp_path)
     monkeypatch.undo()

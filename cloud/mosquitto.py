@@ -1,0 +1,144 @@
+"""The cloud's hold on the mosquitto that it configured: who is revoked, which certificate it shows, who is cut.
+
+mosquitto asks nobody whether a device is still of the fleet. It has a list of revoked certificates (CRL) in
+the folder that `edgefl cloud broker-config` made, and reads list and certificate again on SIGHUP (tried with
+2.0.11). Connections that are open stay open then: so a device that is removed has its connection taken over,
+with a certificate of its name that is made for that moment and thrown away.
+A mosquitto on another machine gets the list over HTTPS (/v1/crl) and is restarted by a timer of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from cryptography import x509
+
+from cloud.broker_config import CRL_FILE, PID_FILE
+from cloud.own_certificates import hosts_of, renew_server
+from edgefl.errors import ConfigError
+from edgefl.home import replace_file
+from edgefl.logs import event
+from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.tls import BROKER_NAME, Identity, new_request, sign_request
+
+CONNECT_S = 5.0
+HOLD_DAYS = 1.0  # of the certificate that takes a connection over
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MosquittoParts:
+    """Where this mosquitto is, and what it is to know."""
+
+    url: str  # mqtts://host:port
+    folder: Path  # that broker-config made; it may not be there
+    ca_folder: Path
+    crl: Callable[[], bytes]  # the list as it is now, PEM
+    certificate_days: float
+    pid_file: Path | None = None  # None = in the folder
+
+
+class Mosquitto:
+    """Methods may be called from any thread; they wait for seconds at most."""
+
+    def __init__(self, parts: MosquittoParts) -> None:
+        self._parts = parts
+        self._lock = threading.Lock()  # one writer of the folder at a time
+        self._uncut: set[str] = set()
+
+    def refresh(self, *, even_unchanged: bool = False) -> None:
+        """Write the list and the certificate where they are not as they should be, and have mosquitto read them.
+
+        `even_unchanged` writes the list in any case: the cloud's start does, for a CA that was renewed.
+        """
+        with self._lock:
+            if self._parts.folder.is_dir() and (self._write(even_unchanged=even_unchanged)):
+                self._reload()
+        for device in sorted(self._uncut):
+            self._take_over(device)
+
+    def drop(self, device: str) -> None:
+        """End the connection of a device that was removed; its certificate does not let it in again."""
+        self.refresh()
+        self._take_over(device)
+
+    def _write(self, *, even_unchanged: bool) -> bool:
+        folder, ca = self._parts.folder, self._parts.ca_folder / "ca.pem"
+        changed = False
+        if _content(folder / "ca.pem") != ca.read_bytes():
+            replace_file(folder / "ca.pem", ca.read_bytes())
+            changed = even_unchanged = True
+        crl = self._parts.crl()
+        if even_unchanged or _revoked(_content(folder / CRL_FILE)) != _revoked(crl):
+            replace_file(folder / CRL_FILE, crl)
+            changed = True
+        return self._renew() or changed
+
+    def _renew(self) -> bool:
+        """Renew the broker's certificate, for the hosts that it has; returns whether it did."""
+        identity = Identity.in_folder(self._parts.folder)
+        try:
+            hosts = hosts_of(x509.load_pem_x509_certificate(identity.cert.read_bytes()))
+        except (OSError, ValueError) as fault:
+            event(_log, logging.ERROR, "broker.no_certificate", file=identity.cert, reason=fault,
+                  advice="run `edgefl cloud broker-config` again, and restart mosquitto")  # fmt: skip
+            return False
+        renewed = renew_server(self._parts.ca_folder, identity, hosts, BROKER_NAME, self._parts.certificate_days)
+        if renewed:
+            event(_log, logging.INFO, "broker.certificate_renewed", file=identity.cert)
+        return renewed
+
+    def _reload(self) -> None:
+        path = self._parts.pid_file or self._parts.folder / PID_FILE
+        try:
+            pid = int(path.read_text(encoding="ascii"))
+            if psutil.Process(pid).name() != "mosquitto":
+                raise ProcessLookupError(f"process {pid} is no mosquitto")
+            os.kill(pid, signal.SIGHUP)
+        except (OSError, ValueError, psutil.Error) as fault:
+            advice = "send SIGHUP to a mosquitto on this machine; mosquitto.conf says what another one needs"
+            event(_log, logging.WARNING, "broker.not_reloaded", pid_file=path, reason=fault, advice=advice)
+        else:
+            event(_log, logging.INFO, "broker.reloaded", pid=pid)
+
+    def _take_over(self, device: str) -> None:
+        """Connect as this device, so that the broker ends its other connection, and leave."""
+        ca = self._parts.ca_folder
+        try:
+            with tempfile.TemporaryDirectory(prefix=".take-over-", dir=ca) as folder:
+                identity = Identity(Path(folder, "key.pem"), Path(folder, "cert.pem"), ca / "ca.pem")
+                identity.cert.write_bytes(sign_request(ca, new_request(identity, device), device, HOLD_DAYS))
+                config = LinkConfig(url=self._parts.url, client_id=device, identity=identity)
+                with MqttLink(config) as link:
+                    done, reason = link.wait_connected(CONNECT_S), link.reason
+        except (OSError, ConfigError) as fault:
+            done, reason = False, str(fault)
+        if done:
+            self._uncut.discard(device)
+            event(_log, logging.INFO, "broker.dropped", device=device)
+        else:
+            self._uncut.add(device)  # `refresh` tries again
+            event(_log, logging.WARNING, "broker.not_dropped", device=device, reason=reason)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _revoked(crl: bytes) -> set[int]:
+    try:
+        return {entry.serial_number for entry in x509.load_pem_x509_crl(crl)}
+    except ValueError:
+        return set()
