@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.fleet_service import FleetService, ServiceParts, handler
 from cloud.grpc_fleet import FleetParts, GrpcFleet
+from cloud.grpc_port import GrpcPort
 from cloud.home import AggregatorOptions, CloudHome
 from cloud.http_api import make_app, serve_http
 from cloud.jobs import JobRow
@@ -28,6 +29,7 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.errors import CloudStopping, EdgeflError, HomeError, JobCancelled
 from edgefl.logs import event
 from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
+from edgefl.protocols.http_limits import HttpLimits
 from edgefl.protocols.tls import grpc_server_credentials, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
@@ -145,7 +147,9 @@ class Aggregator:
         options, home = self._options, self._home
         _refuse_port_in_use(options.host, options.grpc_port, "--grpc-port")
         sizes = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
-        server = grpc.aio.server(options=[*sizes, *_CHANNEL])
+        shares = home.shares
+        port = GrpcPort(shares.devices, options.grpc_port, shares.full(), asyncio.get_running_loop().time)
+        server = grpc.aio.server(options=[*sizes, *_CHANNEL, *port.options])
         workers = ThreadPoolExecutor(8, "data-plane")
         parts = ServiceParts(
             rounds=home.rounds,
@@ -157,6 +161,9 @@ class Aggregator:
             is_known=home.enrolment.is_known,
             broker_url=home.broker_url,
             insecure=options.insecure,
+            admit=port.admit,
+            pace=port.pace,
+            max_transfers=shares.transfers,
         )
         service = FleetService(parts, workers)
         home.cut.append(service.forget)
@@ -167,23 +174,27 @@ class Aggregator:
         else:
             server.add_secure_port(address, grpc_server_credentials(home.identity))
         await server.start()
-        try:
-            yield
-        finally:
-            await server.stop(STOP_GRACE_S)
-            workers.shutdown(wait=True)
+        async with asyncio.TaskGroup() as tasks:  # if nobody watches the port any more, the cloud ends
+            watch = tasks.create_task(port.watch(), name="grpc-connections")
+            try:
+                yield
+            finally:
+                watch.cancel()
+                await server.stop(STOP_GRACE_S)
+                workers.shutdown(wait=True)
 
     @contextlib.asynccontextmanager
     async def _http_server(self) -> AsyncIterator[None]:
         options, home = self._options, self._home
         context = None if options.insecure else server_context(home.identity, client_certificates=False)
+        limits = HttpLimits(max_connections=home.shares.http)
 
         def reload() -> None:
             if context is not None:
                 context.load_cert_chain(home.identity.cert, home.identity.key)
 
         async with (
-            serve_http(make_app(home.services()), options.host, options.http_port, context),
+            serve_http(make_app(home.services()), options.host, options.http_port, context, limits),
             looked_after(home.look_after_certificates, reload, interval_s(options.certificate_days)),
         ):
             yield

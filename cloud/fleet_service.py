@@ -25,7 +25,7 @@ from cloud.jobs import Answer, Jobs
 from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.running_calls import RunningCalls
 from cloud.spool import Incoming, Spool
-from cloud.turnstile import Transfer, Turnstile
+from cloud.turnstile import MAX_INSIDE, Transfer, Turnstile
 from edgefl.errors import ProtocolError, UploadCutOff
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
@@ -64,6 +64,9 @@ class ServiceParts:
     is_known: Callable[[str, str | None], bool]  # name and certificate's serial number
     broker_url: str
     insecure: bool = False
+    admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why there is no seat for a device's connection
+    pace: Callable[[str], float] = lambda _device: 0.0  # for how many seconds a device's call has to wait
+    max_transfers: int = MAX_INSIDE  # uploads, and downloads, under way at a time
 
 
 def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
@@ -92,7 +95,8 @@ class FleetService:
         self._workers = workers
         self._loop = asyncio.get_running_loop()
         self.calls = RunningCalls()
-        self._uploads, self._downloads = Turnstile(), Turnstile(max_each=MAX_DOWNLOADS)
+        self._uploads = Turnstile(max_inside=parts.max_transfers)
+        self._downloads = Turnstile(max_inside=parts.max_transfers, max_each=MAX_DOWNLOADS)
 
     async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self._device(context)
@@ -113,24 +117,24 @@ class FleetService:
         sources = [one.source for one in opened if one.source is not None]
         try:
             path = sources[0] if sources else self._parts.blobs.path(request.sha256)
-            descriptor = os.open(path, os.O_RDONLY)
+            async with self._downloads.turn(device) as transfer:
+                descriptor = os.open(path, os.O_RDONLY)  # in its turn: those that wait for theirs hold none
+                try:
+                    offset = min(request.offset, os.fstat(descriptor).st_size)
+                    while data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset):
+                        offset += len(data)
+                        for one in opened:
+                            one.down_bytes += len(data)
+                        await context.write(encode_chunk(data))
+                        transfer.moved()
+                finally:
+                    os.close(descriptor)
         except ProtocolError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except FileNotFoundError:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"the cloud has no blob {request.sha256}")
-        try:
-            async with self._downloads.turn(device) as transfer:
-                offset = min(request.offset, os.fstat(descriptor).st_size)
-                while data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset):
-                    offset += len(data)
-                    for one in opened:
-                        one.down_bytes += len(data)
-                    await context.write(encode_chunk(data))
-                    transfer.moved()
         except TimeoutError:
             await context.abort(grpc.StatusCode.ABORTED, _STALLED)
-        finally:
-            os.close(descriptor)
 
     async def Resume(self, request: pb.UpdateKey, context: Context) -> pb.UploadState:  # noqa: N802
         device = await self._device(context)
@@ -256,11 +260,15 @@ class FleetService:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud has just started and opens its rounds again")
         name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
         self.calls.note(name)
+        if (wait_s := self._parts.pace(name)) > 0:  # it has no more calls open than its connections have streams
+            await asyncio.sleep(wait_s)
         if not await self._run(self._parts.is_known, name, serial):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"device {name!r} is not of this fleet, or not with this certificate; enrol it with a new token",
             )
+        if no_seat := self._parts.admit(name, context.peer()):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, no_seat)
         return name
 
     @staticmethod

@@ -34,8 +34,10 @@ from cloud.relay_rows import RelayRows
 from cloud.relays import RelayParts, Relays
 from cloud.rollout import Rollouts
 from cloud.services import Services
+from cloud.shares import Shares
 from cloud.spool import Spool
 from cloud.store import open_database
+from edgefl.descriptors import raise_limit
 from edgefl.errors import ConfigError
 from edgefl.home import create_home, lock_home
 from edgefl.logs import event
@@ -83,6 +85,7 @@ class CloudHome:
         self._options = options
         self._exit = contextlib.ExitStack()
         home = options.home
+        self.shares = Shares.of(raise_limit(), embedded_broker=options.broker == EMBEDDED)
         create_home(home, "cloud")
         self._exit.callback(lock_home(home).close)
         self._tls = home / "tls"

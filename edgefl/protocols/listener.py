@@ -97,8 +97,9 @@ class Listener:
             event(_log, logging.WARNING, "port.full", port=self._port.name, connections=len(self._connections))
             connection.close()
             return
-        # asyncio does so only where the listening socket was made with its protocol's number.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # it is gone already
+            # asyncio does so only where the listening socket was made with its protocol's number.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         task = asyncio.create_task(self._greet(connection, place), name=f"handshake-{self._port.name}")
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)

@@ -1,0 +1,70 @@
+"""The cloud's descriptors, shared out at its start, so that no port can take another's.
+
+    a quarter (512 at most)   the database, the spool, blobs, the process itself
+    an eighth (1000 at most)  HTTPS: operators, enrolment
+    the rest                  devices, at the gRPC port and, with the embedded broker, at the MQTT port
+
+A device port keeps some of its places for connections that have not said who they are; the others are
+*seats*, for enrolled devices. A device that finds no seat is told so. Invariant: the shares' sum is within the limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from edgefl.errors import HomeError
+from edgefl.protocols.connections import MAX_LEAVING, ConnectionLimits
+
+LEAST = 256  # descriptors: below, there is no cloud to speak of
+MAX_FILES, MAX_HTTP, MAX_WAITING = 512, 1000, 256
+WAITING_S = 20.0  # to say who it is: TLS, and a first call or CONNECT
+FILES_OF_A_TRANSFER = 4  # two turnstiles, and what a file is opened again for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PortShare:
+    """What one port for devices may hold."""
+
+    seats: int  # connections of enrolled devices
+    waiting: int  # connections that have not said who they are
+
+    def limits(self) -> ConnectionLimits:
+        return ConnectionLimits(max_open=self.seats + self.waiting, max_waiting=self.waiting, waiting_s=WAITING_S)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """How a limit of open descriptors is divided."""
+
+    limit: int
+    files: int
+    http: int
+    devices: PortShare  # each: of the gRPC port, and of the embedded broker's
+
+    @classmethod
+    def of(cls, limit: int, *, embedded_broker: bool) -> Self:
+        """Divide a limit; raises HomeError for one with which a cloud cannot work."""
+        if limit < LEAST:
+            raise HomeError(
+                f"this process may open {limit} files and connections; a cloud needs {LEAST}, and two more for each "
+                "device. Raise the limit: `ulimit -n`, or LimitNOFILE= in its unit"
+            )
+        files, http = min(MAX_FILES, limit // 4), min(MAX_HTTP, limit // 8)
+        num_ports = 2 if embedded_broker else 1
+        each = (limit - files - http) // num_ports - MAX_LEAVING
+        waiting = min(MAX_WAITING, each // 4)
+        return cls(limit=limit, files=files, http=http, devices=PortShare(seats=each - waiting, waiting=waiting))
+
+    @property
+    def transfers(self) -> int:
+        """How many uploads, and downloads, may be under way at a time."""
+        return max(4, self.files // FILES_OF_A_TRANSFER)
+
+    def full(self) -> str:
+        """What a device is told that finds no seat."""
+        return (
+            f"the cloud holds the connections of {self.devices.seats} devices, the most that its limit of "
+            f"{self.limit} open files allows; raise the limit (LimitNOFILE= in its unit, `ulimit -n`). This device "
+            "tries again by itself"
+        )

@@ -1,0 +1,94 @@
+"""Strangers and greedy devices at each port: a round of three goes on, an operator is served, the log is short."""
+
+import contextlib
+import json
+import socket
+import threading
+
+import pytest
+
+from edgefl.descriptors import raise_limit
+
+STRANGERS = 1500
+MAX_LOG_BYTES = 200_000
+GRPC, HTTPS, MQTT = "grpc", "https", "mqtt"
+
+
+@pytest.fixture(autouse=True)
+def _many_sockets():
+    if raise_limit() < 2 * STRANGERS:
+        pytest.skip(f"the hard limit of open files is below {2 * STRANGERS}")
+
+
+def port_of(fleet, door):
+    return {GRPC: fleet.grpc_port, HTTPS: fleet.http_port, MQTT: fleet.mqtt_port}[door]
+
+
+class Crowd:
+    """Holds connections that say `first_bytes` and no more; those that are closed come back twice a second."""
+
+    def __init__(self, port, first_bytes=b"", count=STRANGERS):
+        self._port, self._first_bytes = port, first_bytes
+        self._stop = threading.Event()
+        self._held = [self._dial() for _ in range(count)]
+        self._holder = threading.Thread(target=self._hold, daemon=True)
+
+    def __enter__(self):
+        self._holder.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._holder.join(60)
+        for connection in self._held:
+            if connection is not None:
+                connection.close()
+
+    def _dial(self):
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection(("127.0.0.1", self._port), timeout=5)
+            connection.sendall(self._first_bytes)
+            connection.setblocking(False)
+            return connection
+        return None
+
+    def _hold(self):
+        while not self._stop.wait(0.5):
+            for number, connection in enumerate(self._held):
+                if not self._stop.is_set() and is_lost(connection):
+                    if connection is not None:
+                        connection.close()
+                    self._held[number] = self._dial()
+
+
+def is_lost(connection):
+    try:
+        return connection is None or connection.recv(4096) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def operator_lists_devices(fleet):
+    fleet.command("devices", "list", "--cloud", fleet.url, "--json", fleet.folder / "devices.json")
+    return {one["name"] for one in json.loads((fleet.folder / "devices.json").read_text())}
+
+
+def log_is_short(fleet):
+    assert fleet.cloud.log.stat().st_size < MAX_LOG_BYTES, fleet.cloud.log.read_text()[:4000]
+
+
+@pytest.mark.parametrize("first_bytes", [b"", b"\x16\x03\x01"], ids=["mute", "half a ClientHello"])
+@pytest.mark.parametrize("door", [GRPC, HTTPS, MQTT])
+def test_a_crowd_that_says_nothing(fleet, three, round_is_right, door, first_bytes):
+    data = three(fleet)
+    with Crowd(port_of(fleet, door), first_bytes):
+        round_is_right(fleet)
+        assert operator_lists_devices(fleet) == set(data)
+        for name in ("a", "b"):  # and a device that comes anew finds its way in
+            fleet.agents[name].stop()
+            fleet.restart_agent(name, **data[name])
+        round_is_right(fleet)
+    log_is_short(fleet)
+    round_is_right(fleet)
