@@ -30,6 +30,7 @@ Tree = Mapping[str, Array]
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 32  # what every numpy that we support can hold
 BLOCK_ELEMENTS = 1 << 16
+_SMALL_BYTES = 256 << 10
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -96,10 +97,16 @@ def apply(old: Array, delta: Array) -> Array:
 
 def write_tree(tree: Tree, file: BinaryIO | HashingFile) -> None:
     """Write the tree in safetensors format; raises ProtocolError for a dtype the format lacks."""
-    file.write(_header(spec_of(tree)))
+    small = bytearray(_header(spec_of(tree)))  # thousands of small tensors would be as many calls to the system
     for array in tree.values():
-        wire = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        file.write(wire.reshape(-1).view(np.uint8).data)
+        wire = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+        if len(wire) < _SMALL_BYTES and len(small) < _SMALL_BYTES:
+            small += wire
+            continue
+        file.write(memoryview(small))
+        file.write(wire)
+        small = bytearray()
+    file.write(memoryview(small))
 
 
 def read_tree(data: bytes | memoryview) -> dict[str, Array]:

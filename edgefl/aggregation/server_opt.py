@@ -34,13 +34,13 @@ class ServerOptimizer:
 
     def step(self, parameters: Tree, mean: Tree) -> dict[str, Array]:
         """Return the parameters of the next round. Uses up `mean`: its arrays may become the result's."""
-        trained = [name for name, array in parameters.items() if array.dtype.kind == "f" and name not in self._buffers]
-        new = {name: apply(array, mean[name]) for name, array in parameters.items() if name not in set(trained)}
+        trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
+        new = {name: apply(array, mean[name]) for name, array in parameters.items() if name not in trained}
         if self._optimizer is not None:
             gradients = {name: -self._sign * mean[name] for name in trained}
-            new |= self._optimizer.step({name: parameters[name] for name in trained}, gradients)
+            new |= self._optimizer.step(trained, gradients)
         else:
-            new |= {name: self._plain(parameters[name], mean[name]) for name in trained}
+            new |= {name: self._plain(array, mean[name]) for name, array in trained.items()}
         return {name: new[name] for name in parameters}
 
     def state(self) -> dict[str, Array]:
@@ -51,6 +51,9 @@ class ServerOptimizer:
         """Take up a state that `state` returned."""
         if self._optimizer is not None:
             self._optimizer.pending = dict(state)
+
+    def _is_trained(self, name: str, array: Array) -> bool:
+        return array.dtype.kind == "f" and name not in self._buffers
 
     def _plain(self, old: Array, mean: Array) -> Array:
         flat_new, flat_old = mean.reshape(-1), old.reshape(-1)
@@ -86,7 +89,7 @@ class _TorchOptimizer:
             self._restore()
         for name, parameter in self._parameters.items():
             parameter.data.copy_(torch.from_numpy(np.array(parameters[name])))
-            parameter.grad = torch.from_numpy(np.array(gradients[name], dtype=parameters[name].dtype))
+            parameter.grad = torch.from_numpy(np.asarray(gradients[name], dtype=parameters[name].dtype))
         self._optimizer.step()
         return {name: parameter.detach().numpy().copy() for name, parameter in self._parameters.items()}
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_RECORDINGS = 64  # shapes; a batch of one more is left to autograd
+MAX_PARAMETERS = 1000  # tensors; recording takes milliseconds for each, which a model of very many never gets back
 OFTEN = 3  # times that a stack's shapes come before they are recorded, which costs as much as tens of steps
 TOLERANCE = 1e-3  # of the largest gradient: rounding stays far below, a wrong computation far above
 
@@ -70,6 +71,8 @@ class GradientOf:
         self._state = [*(one.data for one in self.trained), *self._others.values()]  # moved in place, so these stay
         self._recordings: dict[tuple[object, ...], _Recording | None] = {}
         self.why_not = ""  # why autograd does it, where it does
+        if len(self.trained) > MAX_PARAMETERS:
+            self.why_not = f"task {task.name!r}: its model has {len(self.trained)} parameters, too many to record"
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[_Tensors, torch.Tensor]:
         """Return the gradients, None for a parameter that the loss does not depend on, and the loss, 0-d."""
@@ -189,7 +192,8 @@ class Recorded:
             return recording(*tensors)
         result = Gradients(self._function(*tensors), in_order(self._number))
         self._seen[key] += 1
-        if self._seen[key] == OFTEN and len(self._recordings) < MAX_RECORDINGS:
+        few = len(self._recordings) < MAX_RECORDINGS and self._number <= MAX_PARAMETERS
+        if self._seen[key] == OFTEN and few:
             self._record(key, tensors, result)
         return result
 

@@ -162,3 +162,27 @@ def test_what_cannot_step_is_refused_at_once(settings: dict[str, Any], message: 
     with pytest.raises(ConfigError) as refusal:
         make(settings)
     assert message in str(refusal.value)
+
+
+class Name(str):
+    """A tensor's name that counts how often it is looked up."""
+
+    __slots__ = ()
+    hashed = 0
+
+    def __hash__(self) -> int:
+        Name.hashed += 1
+        return super().__hash__()
+
+
+@pytest.mark.parametrize("settings", [{}, OPTIMIZERS[2]], ids=["numpy", "torch"])
+def test_a_steps_cost_grows_with_the_tensors_not_with_their_square(settings: dict[str, Any]) -> None:
+    lookups = []
+    for count in (100, 400):
+        names = [Name(f"block.{number}.w") for number in range(count)]
+        parameters, mean = ({name: np.ones(2, np.float32) for name in names} for _ in range(2))
+        optimizer = make(settings)
+        Name.hashed = 0
+        optimizer.step(parameters, mean)
+        lookups.append(Name.hashed)
+    assert lookups[1] <= 5 * lookups[0]  # 4 is linear, 16 is square

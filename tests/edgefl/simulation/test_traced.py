@@ -134,3 +134,15 @@ def test_a_function_is_recorded_when_its_shapes_have_come_often():
         assert [one.tolist() for one in result.multiplied()] == [[2.0 * k] * 2]
         assert float(result.loss) == 2 * k
     assert calls == [2, 2, 2, 2]  # three times by itself, once to record
+
+
+def test_a_model_of_very_many_parameters_is_left_to_autograd(monkeypatch):
+    monkeypatch.setattr("edgefl.simulation.traced.MAX_PARAMETERS", 3)
+    _, gradient, _, inputs, targets = gradients(Unused)  # it has 4
+    gradient(inputs, targets)
+    assert "4 parameters, too many to record" in gradient.why_not
+    calls = []
+    recorded = Recorded("t", lambda *tensors: (calls.append(1), *tensors, tensors[0].sum())[1:], 4)
+    for _ in range(5):
+        recorded(*torch.ones(4, 2).unbind())
+    assert len(calls) == 5  # never from a recording
