@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import grpc
 from sqlalchemy.exc import SQLAlchemyError
@@ -51,6 +52,7 @@ _CHANNEL = (
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class Aggregator:
@@ -61,6 +63,8 @@ class Aggregator:
         self._home = CloudHome(options)
         self._job_threads = ThreadPoolExecutor(MAX_JOBS, "job")
         self._relay_thread = ThreadPoolExecutor(1, "relays")
+        self._fault: BaseException | None = None  # of a part of this process
+        self._fall: Callable[[], object] = lambda: None
 
     def serve(self, on_ready: Callable[[str], None] = lambda _url: None) -> None:
         """Serve until SIGTERM or SIGINT; raises HomeError for a home or port that cannot be had."""
@@ -71,27 +75,48 @@ class Aggregator:
     def run_job(self, job_id: str) -> None:
         """Run one job to its end, from wherever its rows say that it stands."""
         home = self._home
-        row = home.jobs.load(job_id)
-        fleet = GrpcFleet(row, FleetParts(home.rounds, home.jobs, home.blobs, home.spool, home.link))
+        fleet: GrpcFleet | None = None
         try:
+            row = self._insist(lambda: home.jobs.load(job_id))
+            if row.state != "running":
+                return
+            parts = FleetParts(home.rounds, home.jobs, home.blobs, home.spool, home.link, home.storage)
+            fleet = GrpcFleet(row, parts)
             job = self._prepare(row, fleet)
             for outcome in run_rounds(job, fleet, SpooledTree(home.blobs.path(row.model.sha256))):
                 self._commit(outcome, fleet, job.step.state())
+            self._end(job_id, "done")
         except CloudStopping:
             event(_log, logging.INFO, "job.paused", job=job_id)
             return
         except JobCancelled as stopped:
-            home.jobs.end(job_id, "cancelled", str(stopped))
+            self._end(job_id, "cancelled", str(stopped))
         except (EdgeflError, OSError, SQLAlchemyError) as error:
-            event(_log, logging.ERROR, "job.failed", job=job_id, error=error)
-            home.jobs.end(job_id, "failed", str(error))
-        else:
-            home.jobs.end(job_id, "done")
-            event(_log, logging.INFO, "job.done", job=job_id)
+            self._end(job_id, "failed", str(error))
+        except BaseException as defect:  # noqa: BLE001 - the thread's last line: nobody else would tell of the end
+            _log.critical("job.crashed job=%s", job_id, exc_info=defect)
+            self._end(job_id, "failed", f"a defect of edgefl ended it, {defect!r:.500}; the cloud's log says more")
         finally:
             home.rounds.forget(job_id)
-        fleet.end()
+        if fleet is not None:
+            fleet.end()
         home.spool.drop_job(job_id)
+
+    def _end(self, job_id: str, state: str, error: str | None = None) -> None:
+        """Write a job's end down, as soon as the disk takes it; where the cloud stops first, the job is taken up again.
+
+        Raises what the database will never take: the process ends with it (`_report_crash`).
+        """
+        level = logging.ERROR if state == "failed" else logging.INFO
+        event(_log, level, f"job.{state}", job=job_id, error=error or "-")
+        try:
+            self._insist(lambda: self._home.jobs.end(job_id, state, error))
+        except CloudStopping:
+            event(_log, logging.WARNING, "job.end_not_written", job=job_id, state=state)
+
+    def _insist(self, call: Callable[[], _T]) -> _T:
+        """Call until the disk and the database take it; raises CloudStopping."""
+        return self._home.storage.insist(call, self._home.rounds.refuse_stopping)
 
     def _prepare(self, row: JobRow, fleet: GrpcFleet) -> Job:
         """Return the job with the optimizer's state, and the cohort of the round that was open, if one was."""
@@ -111,9 +136,9 @@ class Aggregator:
     def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, optimizer: Tree) -> None:
         """Make a round's end durable; the model first, since the commit points to it."""
         model = fleet.published(outcome.parameters)
-        state = self._home.blobs.put_tree(optimizer).sha256 if optimizer else None
-        self._home.jobs.finish_round(outcome, model, state)
-        self._home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models)
+        state = fleet.insist(lambda: self._home.blobs.put_tree(optimizer).sha256) if optimizer else None
+        fleet.insist(lambda: self._home.jobs.finish_round(outcome, model, state))
+        fleet.insist(lambda: self._home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models))
         self._home.spool.drop_round(outcome.job, outcome.round)
         event(_log, logging.INFO, "round.done", job=outcome.job, round=outcome.round,
               admitted=len(outcome.admitted), rejected=len(outcome.rejected), failed=len(outcome.failed),
@@ -128,8 +153,9 @@ class Aggregator:
         running = jobs.running()
         self._home.relays.resume()
         self._home.spool.keep_only([*running, *self._home.relays.running()])
-        self._home.rounds.expect(job for job in running if jobs.load(job).cohort)
+        self._home.rounds.expect(job for job in running if jobs.has_open_round(job))
         async with self._grpc_server(), self._http_server():
+            self._fall = lambda: loop.call_soon_threadsafe(stop.set)
             self._home.link.start()
             self._relay_thread.submit(self._home.relays.watch).add_done_callback(self._report_crash)
             jobs.started, jobs.cancelled = self._start, self._cancel
@@ -141,6 +167,11 @@ class Aggregator:
             await stop.wait()
             event(_log, logging.INFO, "cloud.stopping")
             await asyncio.to_thread(self._stop_jobs)
+        if self._fault is not None:
+            raise HomeError(
+                f"the cloud ends, since a part of it did: {self._fault!r:.500}. Its log says more; its jobs go on at "
+                "the next start"
+            ) from self._fault
 
     @contextlib.asynccontextmanager
     async def _grpc_server(self) -> AsyncIterator[None]:
@@ -159,6 +190,7 @@ class Aggregator:
             desired_for=home.rollouts.desired_for,
             ended=self._ended,
             is_known=home.enrolment.is_known,
+            storage=home.storage,
             broker_url=home.broker_url,
             insecure=options.insecure,
             admit=port.admit,
@@ -200,11 +232,14 @@ class Aggregator:
             yield
 
     def _start(self, job_id: str) -> None:
-        self._job_threads.submit(self.run_job, job_id).add_done_callback(self._report_crash)
+        try:
+            self._job_threads.submit(self.run_job, job_id).add_done_callback(self._report_crash)
+        except RuntimeError as error:  # no thread could be started: one that runs may take it up, and finds it ended
+            self._end(job_id, "failed", f"the cloud could not begin it: {error}")
 
     def _cancel(self, job_id: str) -> None:
-        self._home.rounds.interrupt(JobCancelled(f"job {job_id} was cancelled by its operator"), job_id)
-        self._home.link.wake()
+        self._home.rounds.interrupt(JobCancelled("cancelled by its operator"), job_id)
+        self._wake()
 
     def _ended(self, held: Sequence[str]) -> list[str]:
         """Of the jobs whose state a device keeps, return those that are over."""
@@ -212,17 +247,22 @@ class Aggregator:
 
     def _stop_jobs(self) -> None:
         self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs go on at the next start"))
-        self._home.link.wake()
+        self._wake()
         self._home.relays.close()
         self._home.link.close()
         self._relay_thread.shutdown(wait=True, cancel_futures=True)
         self._job_threads.shutdown(wait=True, cancel_futures=True)
 
-    @staticmethod
-    def _report_crash(future: Future[None]) -> None:
-        """Log a defect of ours with its traceback. The job stays `running` and goes on at the next start."""
+    def _wake(self) -> None:
+        self._home.link.wake()
+        self._home.storage.wake()
+
+    def _report_crash(self, future: Future[None]) -> None:
+        """End the process with a part of it that nobody could go on without, or that could not say that it ended."""
         if not future.cancelled() and (error := future.exception()) is not None:
-            _log.critical("job.crashed", exc_info=error)
+            _log.critical("cloud.part_ended", exc_info=error)
+            self._fault = error
+            self._fall()
 
 
 def keep_freed_memory() -> None:

@@ -12,8 +12,8 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -25,6 +25,7 @@ from cloud.jobs import Answer, Jobs
 from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.running_calls import RunningCalls
 from cloud.spool import Incoming, Spool
+from cloud.storage import Storage
 from cloud.turnstile import MAX_INSIDE, Transfer, Turnstile
 from edgefl.errors import ProtocolError, UploadCutOff
 from edgefl.logs import event
@@ -67,6 +68,7 @@ class ServiceParts:
     admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why there is no seat for a device's connection
     pace: Callable[[str], float] = lambda _device: 0.0  # for how many seconds a device's call has to wait
     max_transfers: int = MAX_INSIDE  # uploads, and downloads, under way at a time
+    storage: Storage = field(default_factory=Storage)
 
 
 def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
@@ -147,7 +149,7 @@ class FleetService:
     async def Upload(  # noqa: N802
         self, requests: AsyncIterator[bytes], context: Context
     ) -> pb.UploadState:
-        device = await self._device(context)
+        device, num_bytes = await self._device(context), 0
         try:
             async with self._uploads.turn(device) as transfer:
                 first = pb.UploadChunk.FromString(await anext(requests, b""))
@@ -158,22 +160,34 @@ class FleetService:
                     return await self._unless_stopping(settled or _state("STALE"), context)
                 if fault := _bad_header(first.header, opened):
                     return await self._run(self._refuse, opened, device, fault)
+                num_bytes = first.header.size - first.header.offset
                 state = await self._receive(_moving(requests, transfer), first.header, opened, device)
+                await self._run(self._parts.storage.worked, num_bytes)
                 return await self._unless_stopping(state, context)
         except DecodeError:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message of the upload is no UploadChunk")
         except (UploadCutOff, TimeoutError) as error:
             return await context.abort(grpc.StatusCode.ABORTED, str(error) or _STALLED)
         except (OSError, SQLAlchemyError) as error:
-            event(_log, logging.ERROR, "upload.not_stored", device=device, error=error)
-            return await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it: {error}")
+            return await self._not_stored(error, device, context, num_bytes)
 
     async def Fail(self, request: pb.FailureReport, context: Context) -> pb.FailureReply:  # noqa: N802
         device = await self._device(context)
         opened, _ = self._find(request.key, device)
         if opened is not None:
-            await self._run(self._refuse, opened, device, request.reason[:MAX_REASON_CHARS])
+            try:
+                await self._run(self._refuse, opened, device, request.reason[:MAX_REASON_CHARS])
+            except (OSError, SQLAlchemyError) as error:
+                await self._not_stored(error, device, context)
         return pb.FailureReply()
+
+    async def _not_stored(self, error: Exception, device: str, context: Context, num_bytes: int = 0) -> NoReturn:
+        """End a call with a status that the device tries again after; the round's deadline waits for it."""
+        if not self._parts.storage.refused(error, num_bytes):
+            event(_log, logging.ERROR, "upload.not_stored", device=device, error=error)
+        cause = getattr(error, "orig", None) or error
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it now: {cause}")
+        raise error  # not reached: an aborted call raises
 
     async def _receive(
         self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, device: str

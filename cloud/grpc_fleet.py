@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from blake3 import blake3
 
@@ -19,6 +20,7 @@ from cloud.jobs import Answer, JobRow, Jobs
 from cloud.mqtt_link import CloudLink
 from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.spool import Spool
+from cloud.storage import LOOK_S, Storage
 from edgefl.errors import EdgeflError
 from edgefl.logs import event
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
@@ -29,6 +31,7 @@ RETURN_S = 20.0  # for a device that has not been heard of since the cloud's sta
 HEADER_SLACK_BYTES = 64 << 10  # another writer's header may be longer than ours
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class FleetParts:
     blobs: BlobStore
     spool: Spool
     link: CloudLink
+    storage: Storage = field(default_factory=Storage)
 
 
 class GrpcFleet:
@@ -70,8 +74,12 @@ class GrpcFleet:
 
     def keep(self, parameters: Tree) -> SpooledTree:
         """Encode the parameters, once for all devices, and go on with the file: it is mapped when it is needed."""
-        ref = self._parts.blobs.put_tree(parameters)
+        ref = self.insist(lambda: self._parts.blobs.put_tree(parameters), encoded_bytes(parameters))
         return SpooledTree(self._parts.blobs.path(ref.sha256))
+
+    def insist(self, call: Callable[[], _T], num_bytes: int = 0) -> _T:
+        """Write something durable: waits while the disk is full; raises what the job was interrupted with."""
+        return self._parts.storage.insist(call, lambda: self._parts.rounds.refuse_stopped(self._job.id), num_bytes)
 
     def published(self, parameters: Tree) -> BlobRef:
         """Return the blob that `keep` made of a round's parameters, or makes it."""
@@ -118,30 +126,37 @@ class GrpcFleet:
             max_update_bytes=encoded_bytes(plan.parameters) + HEADER_SLACK_BYTES,
         )
         opened = OpenRound(wire, frozenset(plan.clients))
-        for answer in self._parts.jobs.open_round(plan.job, plan.round, plan.clients):
+        for answer in self.insist(lambda: self._parts.jobs.open_round(plan.job, plan.round, plan.clients)):
             opened.accept(answer, lambda _answer: None)  # it is durable already
         self._parts.rounds.add(opened)
         waiting = opened.waiting()
         event(_log, logging.INFO, "round.open", job=plan.job, round=plan.round, cohort=len(plan.clients),
               waiting=len(waiting))  # fmt: skip
-        for device in sorted(waiting):
-            self._parts.link.send_job(device, wire)
+        self._announce(opened)
         self._took_part |= set(plan.clients)
         return opened
 
+    def _announce(self, opened: OpenRound) -> None:
+        for device in sorted(opened.waiting()):
+            self._parts.link.send_job(device, opened.plan)
+
     def _arrivals(self, opened: OpenRound, plan: Plan) -> Iterator[Update | Failure]:
-        end_s = time.monotonic() + plan.deadline_s
+        until = _Deadline(plan.deadline_s, self._parts.storage)
         offline_since_s: dict[str, float] = {}
         num_updates = num_taken = 0
         self._note_presence(opened, offline_since_s)  # who went before the round began, or with the last cloud
         while num_taken < len(opened.cohort):
-            until_s = end_s
+            if until.resumed():  # those that gave up sending do not know
+                self._announce(opened)
+            given_up_s = float("inf")
             if num_updates >= self._job.config.rounds.quorum:
-                until_s = min(end_s, self._given_up_s(opened, offline_since_s))
+                given_up_s = self._given_up_s(opened, offline_since_s)
             try:
-                event_ = opened.events.get(timeout=max(0.0, until_s - time.monotonic()))
+                event_ = opened.events.get(timeout=until.wait_s(given_up_s))
             except queue.Empty:
-                return
+                if until.is_over(given_up_s):
+                    return
+                continue
             if isinstance(event_, EdgeflError):
                 raise event_
             if isinstance(event_, Answer):
@@ -176,3 +191,34 @@ class GrpcFleet:
             return Failure(job=job, round=number, device=device, reason=answer.reason or "no reason given")
         tree = SpooledTree(self._parts.spool.path(answer.file))
         return Update(job=job, round=number, device=device, tree=tree, weight=answer.weight, metrics=answer.metrics)
+
+
+class _Deadline:
+    """A round's deadline, which does not run while updates cannot be stored."""
+
+    def __init__(self, seconds: float, storage: Storage) -> None:
+        self._storage = storage
+        self._end_s = time.monotonic() + seconds
+        self._before_s = storage.paused_s()
+        self._was_paused = False
+
+    def wait_s(self, given_up_s: float) -> float:
+        """Return how long to wait for the next event: during a pause, no longer than until the next look."""
+        left_s = max(0.0, min(self._until_s(), given_up_s) - time.monotonic())
+        if self._storage.look():
+            return left_s
+        self._was_paused = True
+        return LOOK_S
+
+    def is_over(self, given_up_s: float) -> bool:
+        return self._storage.look() and time.monotonic() >= min(self._until_s(), given_up_s)
+
+    def resumed(self) -> bool:
+        """Whether a pause is over; says it once."""
+        if not self._was_paused or not self._storage.look():
+            return False
+        self._was_paused = False
+        return True
+
+    def _until_s(self) -> float:
+        return self._end_s + self._storage.paused_s() - self._before_s

@@ -36,6 +36,7 @@ from cloud.rollout import Rollouts
 from cloud.services import Services
 from cloud.shares import Shares
 from cloud.spool import Spool
+from cloud.storage import Storage
 from cloud.store import open_database
 from edgefl.descriptors import raise_limit
 from edgefl.errors import ConfigError
@@ -101,6 +102,7 @@ class CloudHome:
             event(_log, logging.INFO, "cloud.ca_renewed", file=self.identity.ca)
         self._renew_certificate()
         self._operator_token = self._make_operator()
+        self.storage = Storage(home)
         self.blobs = BlobStore(home / "blobs")
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
@@ -108,9 +110,10 @@ class CloudHome:
         self._mosquitto: Mosquitto | None = None
         self.cut: list[Callable[[str], None]] = []  # what ends the connections of a device that was removed
         self.jobs = Jobs(engine, self.blobs, self._sign)
+        self.jobs.waiting = self.storage.waiting
         self._make_link()
         self.relays = Relays(
-            RelayParts(RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays")
+            RelayParts(RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays", self.storage)
         )
         self.registry = Registry(engine, self.blobs, self._fleet_key)
         self.rollouts = Rollouts(
@@ -167,6 +170,7 @@ class CloudHome:
             jobs=self.jobs,
             relays=self.relays,
             blobs=self.blobs,
+            storage=self.storage,
             link=_Presence(self.link, self.cut),
             ca_pem=self.identity.ca.read_bytes(),
             fleet_key_pem=public_pem(self._fleet_key),

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import anyio
+import anyio.to_thread
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +24,7 @@ from cloud import http_fleet, http_jobs, http_models, http_relays
 from cloud.http_server import serve_http
 from cloud.http_shared import MAX_STREAMS, UPLOAD_PATH
 from cloud.services import Services
+from cloud.storage import waits_for
 from edgefl import __version__
 from edgefl.errors import (
     CloudStopping,
@@ -59,6 +62,8 @@ def make_app(services: Services) -> FastAPI:
     app.add_exception_handler(EdgeflError, _refused)
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
+    for kind in (OSError, DBAPIError):
+        app.add_exception_handler(kind, _not_stored)
     app.add_exception_handler(Exception, _defect)
     app.add_middleware(BodyLimit)
     return app
@@ -117,6 +122,17 @@ async def _invalid(_request: Request, error: Exception) -> JSONResponse:
         raise error
     faults = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
     return _error(400, "; ".join(faults[:5]))
+
+
+async def _not_stored(request: Request, error: Exception) -> JSONResponse:
+    """Say that a full disk or a busy database is worth another try; anything else of theirs is a defect."""
+    awaited = waits_for(error)
+    if not awaited:
+        raise error
+    services: Services = request.app.state.services
+    await anyio.to_thread.run_sync(services.storage.refused, error)
+    cause = getattr(error, "orig", None) or error
+    return _error(503, f"the cloud waits for {awaited} ({cause}); try again when there is some", {"Retry-After": "5"})
 
 
 async def _defect(_request: Request, _raised: Exception) -> JSONResponse:

@@ -35,6 +35,9 @@ class JobRequest(Body):
     parameters: BlobRef
     buffers: list[str] = Field(default_factory=list)
     config: dict[str, Any] = Field(default_factory=dict)
+    key: str | None = Field(
+        default=None, pattern="^[0-9a-f]{32}$"
+    )  # of this request: sent again, it starts nothing new
 
 
 @operator.put(UPLOAD_PATH)
@@ -68,7 +71,7 @@ def download(sha256: str, here: Here) -> FileResponse:
 def submit(body: JobRequest, here: Here) -> dict[str, str]:
     """Start a job."""
     config = from_dict(JobConfig, body.config)
-    return {"id": here.jobs.submit(body.task, body.bundle, body.parameters, body.buffers, config)}
+    return {"id": here.jobs.submit(body.task, body.bundle, body.parameters, body.buffers, config, body.key)}
 
 
 @operator.get("/v1/jobs")

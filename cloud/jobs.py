@@ -38,6 +38,7 @@ class JobRow:
     """One job as the aggregator runs it."""
 
     id: str
+    state: str
     bundle: Signed
     config: JobConfig
     buffers: tuple[str, ...]
@@ -68,9 +69,19 @@ class Jobs:
         self._changed = threading.Condition()
         self.started: Callable[[str], None] = lambda _job: None
         self.cancelled: Callable[[str], None] = lambda _job: None
+        self.waiting: Callable[[], str] = lambda: ""  # what running jobs wait for, e.g. disk space
 
-    def submit(self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig) -> str:
-        """Start a job; raises ConfigError for what could only fail in a round, ProtocolError for a bad tree."""
+    def submit(
+        self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
+        key: str | None = None,
+    ) -> str:  # fmt: skip
+        """Start a job; raises ConfigError for what could only fail in a round, ProtocolError for a bad tree.
+
+        `key` names the request: where its answer was lost and it is sent again, the job is the same.
+        """
+        job = f"job-{key[:16] if key else secrets.token_hex(4)}"
+        if key and self._is_known(job):
+            return job
         for name, ref in (("bundle", bundle), ("parameters", parameters)):
             if not self._blobs.has(ref.sha256):
                 raise ConfigError(f"the job's {name} {ref.sha256[:16]}... is not in the cloud; upload it first")
@@ -79,7 +90,6 @@ class Jobs:
             raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
         make_rule(config.aggregation.rule, {})
         ServerOptimizer(config.server, gradient=False)
-        job = f"job-{secrets.token_hex(4)}"
         values = {
             "id": job,
             "task": task,
@@ -110,6 +120,7 @@ class Jobs:
             cohort = db.scalar(sa.select(rounds.c.cohort).where(open_round))
         return JobRow(
             id=job,
+            state=row["state"],
             bundle=from_json(Signed, row["bundle"]),
             config=from_dict(JobConfig, row["config"]),
             buffers=tuple(row["buffers"]),
@@ -118,6 +129,12 @@ class Jobs:
             optimizer_sha256=row["optimizer_sha256"],
             cohort=tuple(cohort or ()),
         )
+
+    def has_open_round(self, job: str) -> bool:
+        """Whether a round of the job was announced and is not finished."""
+        open_round = (rounds.c.job == job) & rounds.c.outcome.is_(sa.null())
+        with self._engine.begin() as db:
+            return db.scalar(sa.select(rounds.c.round).where(open_round)) is not None
 
     def open_round(self, job: str, number: int, cohort: Sequence[str]) -> list[Answer]:
         """Make the round's row unless it is there, and return the answers that came before a restart."""
@@ -179,7 +196,7 @@ class Jobs:
         """Return every job as the REST plane shows it, the newest first."""
         with self._engine.begin() as db:
             found = db.execute(jobs.select().order_by(jobs.c.created_s.desc())).mappings()
-            return [_shown(row) for row in found]
+            return [self._shown(row) for row in found]
 
     def get(self, job: str) -> dict[str, Any]:
         """Return one job with its rounds; raises NotFound for an unknown id."""
@@ -187,7 +204,7 @@ class Jobs:
             row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one_or_none()
         if row is None:
             raise NotFound(f"there is no job {job!r}; `edgefl jobs list` shows those there are")
-        return _shown(row) | {"rounds": self.rounds_after(job, 0)}
+        return self._shown(row) | {"rounds": self.rounds_after(job, 0)}
 
     def rounds_after(self, job: str, number: int) -> Rows:
         """Return the outcomes of the finished rounds above `number`."""
@@ -201,10 +218,13 @@ class Jobs:
             return self._changed.wait_for(lambda: self._has_news(job, rounds_seen), timeout_s)
 
     def cancel(self, job: str) -> None:
-        """Stop a running job; one that has ended stays as it is. Raises NotFound for an unknown id."""
+        """Stop a running job; one that has ended stays as it is. Raises NotFound for an unknown id.
+
+        The job hears of it first: where the disk is full, it ends without another round, and its row follows.
+        """
         if self.get(job)["state"] == "running":
-            self.end(job, "cancelled", "cancelled by its operator")
             self.cancelled(job)
+            self.end(job, "cancelled", "cancelled by its operator")
 
     def forget_model_of(self, job: str, number: int) -> None:
         """Delete the parameters after an old round, unless a job still stands on them."""
@@ -216,23 +236,27 @@ class Jobs:
         if sha256 and not in_use:
             self._blobs.delete(sha256)
 
+    def _is_known(self, job: str) -> bool:
+        with self._engine.begin() as db:
+            return db.scalar(sa.select(jobs.c.id).where(jobs.c.id == job)) is not None
+
     def _has_news(self, job: str, rounds_seen: int) -> bool:
         row = sa.select(jobs.c.state, jobs.c.rounds_done).where(jobs.c.id == job)
         with self._engine.begin() as db:
             state, rounds_done = db.execute(row).one()
         return state in ENDED or rounds_done > rounds_seen
 
+    def _shown(self, row: Any) -> dict[str, Any]:
+        names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s")
+        return (
+            {"kind": "train"}
+            | {name: row[name] for name in names}
+            | {
+                "waiting": (self.waiting() or None) if row["state"] == "running" else None,
+                "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
+            }
+        )
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-
-def _shown(row: Any) -> dict[str, Any]:
-    names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s")
-    return (
-        {"kind": "train"}
-        | {name: row[name] for name in names}
-        | {
-            "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
-        }
-    )

@@ -173,6 +173,12 @@ class OpenRounds:
         with self._lock:
             self._refuse_stopped(job)
 
+    def refuse_stopping(self) -> None:
+        """Raise what all jobs were interrupted with, if they were."""
+        with self._lock:
+            if (error := self._stopped.get(None)) is not None:
+                raise error
+
     def forget(self, job: str) -> None:
         """The job has ended: it opens no round any more."""
         self.resumed(job)

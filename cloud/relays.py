@@ -28,8 +28,9 @@ from cloud.mqtt_link import CloudLink
 from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.relay_rows import Message, RelayRows, Rows
 from cloud.spool import Spool
+from cloud.storage import Storage
 from edgefl.config import TrainConfig
-from edgefl.errors import ConfigError, NotFound
+from edgefl.errors import CloudStopping, ConfigError, NotFound
 from edgefl.logs import event
 from edgefl.models.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, RoundClosed, Signed, WirePlan, encode
@@ -86,6 +87,7 @@ class RelayParts:
     link: CloudLink
     sign: Callable[[Bundle], Signed]
     folder: Path  # of what messages hold
+    storage: Storage = field(default_factory=Storage)
 
 
 class Relays:
@@ -241,10 +243,14 @@ class Relays:
                 self._stirred = False
                 self._note_offline(set() if blind else self._devices() - online, heard_of)
                 late, forsaken, next_s = self._overdue(time.monotonic())
-            for give_up in late:
-                give_up()
-            for relay in forsaken:
-                self.end(relay, "failed", f"its operator was not heard of for {self._patience.operator_s:g} s")
+            reason = f"its operator was not heard of for {self._patience.operator_s:g} s"
+            ends = [functools.partial(self.end, relay, "failed", reason) for relay in forsaken]
+            acts: list[Callable[[], None]] = [*late, *ends]
+            for act in acts:
+                try:
+                    self._parts.storage.insist(act, self._refuse_closed)  # a full disk is waited for
+                except CloudStopping:
+                    return
             with self._times:
                 wait_s = 0.0 if late or forsaken else min(next_s - time.monotonic(), LONGEST_WAIT_S)
                 self._times.wait_for(lambda: self._stirred or self._closed, max(0.0, wait_s))
@@ -255,6 +261,11 @@ class Relays:
             self._closed = True
             self._times.notify_all()
             self._arrived.notify_all()
+
+    def _refuse_closed(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise CloudStopping("the cloud is stopping; its relays go on at the next start")
 
     # With the lock.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cloud.blobs import BlobStore
@@ -11,6 +11,7 @@ from cloud.enrolment import Enrolment
 from cloud.registry import Registry
 from cloud.relays import Relays
 from cloud.rollout import Rollouts
+from cloud.storage import Storage
 from edgefl.config import JobConfig
 from edgefl.protocols.messages import BlobRef, DeviceState
 
@@ -24,7 +25,10 @@ class JobService(Protocol):
     error, model and rounds.
     """
 
-    def submit(self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig) -> str:
+    def submit(
+        self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
+        key: str | None = None,
+    ) -> str:  # fmt: skip
         """Start a job and return its id; raises ConfigError or ProtocolError for what cannot be run."""
 
     def list(self) -> Rows:
@@ -69,6 +73,7 @@ class Services:
     grpc_port: int
     broker_url: str
     operator_token: str
+    storage: Storage = field(default_factory=Storage)
     max_blob_bytes: int = 4 << 30
     heartbeat_s: float = 5.0  # of event streams in which nothing happens
     chunk_deadline_s: float = 60.0  # for the next bytes of an upload

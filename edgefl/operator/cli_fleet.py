@@ -74,6 +74,8 @@ def show(job: str, connection: Connection, output: Output) -> None:
     with connection.open() as client:
         found = client.job(job)
     output.line(f"{found['id']} {found['task']}: {found['state']}, {_progress(found, ' rounds')}")
+    if found.get("waiting"):
+        output.line(found["waiting"])
     for outcome in found.get("rounds", ()):
         output.line(round_text(outcome, found["config"]["rounds"]["count"]))
     if found["error"]:

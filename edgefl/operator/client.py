@@ -80,10 +80,12 @@ class CloudClient:
             file.writelines(_checked(answer).iter_bytes(1 << 20))
 
     def submit_job(
-        self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig
-    ) -> str:
-        """Start a job from uploaded parts, and return its id."""
+        self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
+        key: str | None = None,
+    ) -> str:  # fmt: skip
+        """Start a job from uploaded parts, and return its id; with a `key`, once, however often it is asked."""
         body = {"task": task, "bundle": bundle, "parameters": parameters, "buffers": buffers, "config": config}
+        body |= {} if key is None else {"key": key}
         return str(self._json("POST", "/v1/jobs", body)["id"])
 
     def jobs(self) -> list[Json]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import resource
+import secrets
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from edgefl.bundle import pack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
 from edgefl.operator.client import CloudClient, Json, load_credentials
-from edgefl.operator.follow import Patience, follow_job
+from edgefl.operator.follow import Patience, follow_job, insist
 from edgefl.protocols.messages import BlobRef
 from edgefl.task import Task, load_task
 from edgefl.training import buffer_names, evaluate_model, initial_parameters, make_model, set_parameters
@@ -72,8 +74,10 @@ def submit(client: CloudClient, reference: str, task: Task, config: JobConfig) -
     """Upload a task and its first parameters, start the job and return its id."""
     packed = pack_bundle(reference)
     parameters = initial_parameters(task, config.train.seed)
-    bundle = client.put_blob(packed.data, hashlib.sha256(packed.data).hexdigest())
-    return client.submit_job(packed.task, bundle, upload_tree(client, parameters), buffer_names(task), config)
+    sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
+    bundle = insist(lambda: client.put_blob(packed.data, sha256))
+    tree = upload_tree(client, parameters)
+    return insist(lambda: client.submit_job(packed.task, bundle, tree, buffer_names(task), config, key))
 
 
 def watch(
@@ -81,7 +85,7 @@ def watch(
     on_round: OnRound | None = None, out: Path | None = None, patience: Patience | None = None,
 ) -> RunResult:  # fmt: skip
     """Follow a job to its end, over restarts of the cloud; raises JobFailed or JobCancelled where it has none."""
-    judge = Judge(client, task) if task is not None else None
+    judge = Judge(client, task, patience) if task is not None else None
     rounds: list[Json] = []
     end: Json = {}
     for event in follow_job(client, job, patience=patience):
@@ -98,8 +102,8 @@ def watch(
         raise JobFailed(f"job {job} failed after {len(rounds)} rounds: {end['error']}")
     model = {"sha256": end["model"]["sha256"], "path": str(out) if out is not None else None}
     if out is not None:
-        download(client, model["sha256"], out)
-    times = client.job(job)
+        insist(lambda: download(client, model["sha256"], out), patience)
+    times = insist(lambda: client.job(job), patience)
     return RunResult(
         job=job,
         rounds=tuple(rounds),
@@ -112,8 +116,8 @@ def watch(
 class Judge:
     """Evaluates models of a job on the task's test data; says nothing where there is none."""
 
-    def __init__(self, client: CloudClient, task: Task) -> None:
-        self._client = client
+    def __init__(self, client: CloudClient, task: Task, patience: Patience | None = None) -> None:
+        self._client, self._patience = client, patience
         self._task = task
         self._tools: tuple[Any, Any] | None = None
         if task.model is not None and task.test_data is not None:
@@ -128,7 +132,7 @@ class Judge:
         with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
             path = Path(folder) / "model"
             try:
-                download(self._client, sha256, path)
+                insist(lambda: download(self._client, sha256, path), self._patience)
             except NotFound:
                 return {}
             model, samples = self._tools
@@ -156,17 +160,23 @@ def upload_tree(client: CloudClient, tree: Tree) -> BlobRef:
     with tempfile.TemporaryFile(prefix="edgefl-") as file:
         write_tree(tree, file)
         file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        return client.put_blob(file, sha256)
+        return _upload(client, file)
 
 
 def upload_file(client: CloudClient, path: Path) -> BlobRef:
     """Upload a file."""
     with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return _upload(client, file)
+
+
+def _upload(client: CloudClient, file: BufferedReader | BufferedRandom) -> BlobRef:
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def from_its_beginning() -> BlobRef:
         file.seek(0)
         return client.put_blob(file, sha256)
+
+    return insist(from_its_beginning)
 
 
 def peak_rss_mb() -> float:

@@ -1,23 +1,27 @@
 """The cloud in this very process, with a real agent: how far it is from a command to the averaging line."""
 
+import contextlib
 import inspect
+import json
 import logging
 import os
 import signal
+import sqlite3
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cloud.cli
 from cloud.aggregator import Aggregator
-from cloud.home import AggregatorOptions
+from cloud.home import AggregatorOptions, CloudHome
 from edgefl import aggregation
 from edgefl.aggregation import WeightedMean
 from edgefl.config import JobConfig, load_config
-from edgefl.errors import HomeError
+from edgefl.errors import CloudUnreachable, HomeError, JobFailed
 from edgefl.local_fleet import LocalFleet
 from edgefl.operator.run import run
 
@@ -89,6 +93,48 @@ def test_from_the_command_to_the_averaging_line_are_five_stops(tmp_path, monkeyp
     assert stops == ["aggregator.run_job", "rounds.run_rounds", "rounds.run_round"]
     assert "Aggregator(options).serve(" in inspect.getsource(cloud.cli.start.callback)
     assert len(["cli.start", *stops, "mean.add"]) <= MAX_STOPS
+
+
+def test_a_defect_of_ours_ends_its_job_with_a_reason_and_the_cloud_goes_on(tmp_path, monkeypatch):
+    class Broken(WeightedMean):
+        def add(self, update):
+            if not failed:
+                raise OverflowError("timeout value is too large")
+            super().add(update)
+
+    monkeypatch.setitem(aggregation.RULES, "mean", Broken)
+    failed = []
+
+    def work():
+        fleet.enroll("a")
+        data = ("--data", "delta=2", "--data", "weight=1", "--data", f"calls={tmp_path / 'a.calls'}")
+        fleet.start_agent("a", *data).wait_for("mqtt.up")
+        config = load_config(JobConfig, None, ["rounds.count=1"])
+        with pytest.raises(JobFailed, match=r"a defect of edgefl.*OverflowError.*too large"):
+            run(str(NUMBERS), cloud=fleet.url, config=config, credentials=fleet.credentials)
+        failed.append(json.loads(fleet.command("jobs", "list", "--json", "-")))
+        assert run(str(NUMBERS), cloud=fleet.url, config=config, credentials=fleet.credentials).rounds
+
+    with LocalFleet(tmp_path) as fleet:
+        serve_while(fleet, work)
+    assert failed[0][0]["state"] == "failed"
+
+
+def test_a_job_that_an_older_version_took_and_cannot_run_is_failed_at_the_start(tmp_path):
+    def work():
+        with pytest.raises(CloudUnreachable, match=r"train\.seed=-1 must be 0 or more"):
+            fleet.command("jobs", "watch", job)
+
+    with LocalFleet(tmp_path) as fleet:
+        home = CloudHome(AggregatorOptions(home=fleet.home))
+        with contextlib.ExitStack() as held:
+            held.push(home)  # not entered: no broker; its lock is let go
+            bundle, tree = home.blobs.put(b"zip"), home.blobs.put_tree({"w": np.zeros(1, np.float32)})
+            job = home.jobs.submit("t:t", bundle, tree, (), JobConfig())
+        with sqlite3.connect(fleet.home / "cloud.db") as db:
+            db.execute("UPDATE jobs SET config = json_set(config, '$.train.seed', -1)")
+        db.close()
+        serve_while(fleet, work)
 
 
 def test_a_second_cloud_on_the_same_home_or_port_is_refused(tmp_path):

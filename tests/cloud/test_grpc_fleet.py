@@ -1,5 +1,6 @@
 """A job's fleet over a real broker: who is waited for, for how long, and what a restart finds."""
 
+import errno
 import queue
 import threading
 import time
@@ -10,11 +11,12 @@ import pytest
 from cloud.blobs import BlobStore
 from cloud.broker import EmbeddedBroker
 from cloud.enrolment import REMOVED
-from cloud.grpc_fleet import FleetParts, GrpcFleet
+from cloud.grpc_fleet import FleetParts, GrpcFleet, _Deadline
 from cloud.jobs import Answer, Jobs
 from cloud.mqtt_link import CloudLink, Hearers
 from cloud.open_rounds import OpenRounds
 from cloud.spool import Spool
+from cloud.storage import LOOK_S, Storage
 from cloud.store import open_database
 from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import CloudStopping, JobCancelled
@@ -23,7 +25,7 @@ from edgefl.protocols import topics
 from edgefl.protocols.messages import DeviceState, RoundClosed, UpdateRefused, WirePlan, decode_job, encode
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
 from edgefl.records import Failure, Plan
-from edgefl.testing import make_update
+from edgefl.testing import ManualClock, make_update
 from edgefl.trees import SpooledTree, write_tree
 
 PARAMETERS = {"w": np.zeros(2, np.float32)}
@@ -264,3 +266,21 @@ def test_a_device_not_heard_of_since_the_clouds_start_is_waited_for_a_little_lon
     centre.answer("a")
     assert [answer.device for answer in collected()] == ["a"]
     assert 0.35 < time.monotonic() - start_s < 10
+
+
+def test_no_deadline_runs_while_nothing_can_be_stored_and_the_plan_is_told_again(tmp_path):
+    clock = ManualClock()
+    storage = Storage(tmp_path, clock)
+    deadline = _Deadline(0.0, storage)
+    assert deadline.is_over(float("inf"))
+    storage.refused(OSError(errno.ENOSPC, "full"))
+    deadline = _Deadline(0.0, storage)
+    assert deadline.wait_s(float("inf")) == LOOK_S
+    assert not deadline.is_over(float("inf"))
+    assert not deadline.resumed()
+    clock.advance(1000.0)  # the disk has room: the next look ends the pause
+    assert deadline.resumed()
+    assert not deadline.resumed()
+    assert deadline.wait_s(float("inf")) == pytest.approx(1000.0, abs=10)
+    assert not deadline.is_over(float("inf"))
+    assert deadline.is_over(0.0)

@@ -144,3 +144,25 @@ def test_the_optimizers_former_state_is_forgotten_unless_a_job_stands_on_it(home
         assert blobs.has(states[state].sha256)
         assert blobs.has(jobs.load(second).optimizer_sha256 or states[state].sha256)
     assert [blobs.has(state.sha256) for state in states] == [False, False, True]
+
+
+def test_a_request_that_is_sent_again_starts_one_job(home):
+    jobs, blobs, _ = home
+    started = []
+    jobs.started = started.append
+    bundle, tree = blobs.put(b"zip"), blobs.put_tree({"w": np.zeros(2, np.float32)})
+    first, again, other = (
+        jobs.submit("t:t", bundle, tree, (), JobConfig(), key) for key in ("a" * 32, "a" * 32, "b" * 32)
+    )
+    assert first == again
+    assert started == [first, other]
+
+
+def test_a_running_job_says_what_it_waits_for(home):
+    jobs, blobs, _ = home
+    job = submit(jobs, blobs)
+    assert jobs.get(job)["waiting"] is None
+    jobs.waiting = lambda: "waiting for disk space: full"
+    assert jobs.list()[0]["waiting"] == "waiting for disk space: full"
+    jobs.end(job, "done")
+    assert jobs.get(job)["waiting"] is None

@@ -57,6 +57,12 @@ class Fleet(LocalFleet):
         return json.loads(self.result.read_text()), SpooledTree(self.out)
 
 
+@pytest.fixture
+def fleet_class():
+    """What `fleet` is made of, for a test that prepares its folder first."""
+    return Fleet
+
+
 @pytest.fixture(params=["embedded", "mosquitto"])
 def fleet(request, tmp_path):
     """A running cloud with either broker."""

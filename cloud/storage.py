@@ -1,0 +1,171 @@
+"""Whether the home takes what is written to it. A full disk is a pause that ends when there is space.
+
+Who cannot write says so (`refused`), or waits until it can (`insist`). From then on `waiting` tells what is waited
+for, and no deadline of a round runs, until something was written again or a trial shows that there is room.
+A file system tells nobody when it has space again: it is looked at, at most every LOOK_S seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy.exc import DBAPIError
+
+from edgefl.logs import event
+
+FIRST_PAUSE_S, LOOK_S = 0.1, 1.0
+LEAST_BYTES = 1 << 20  # what must be free before a disk is not full any more
+DISK_SPACE = "disk space"
+
+_ERRNOS = {
+    errno.ENOSPC: DISK_SPACE,
+    errno.EDQUOT: f"{DISK_SPACE} (of its quota)",
+    errno.EMFILE: "file descriptors",
+    errno.ENFILE: "file descriptors",
+    errno.ENOMEM: "memory",
+    errno.EAGAIN: "the system",
+}
+_SQLITE = {
+    sqlite3.SQLITE_FULL: DISK_SPACE,
+    sqlite3.SQLITE_IOERR: DISK_SPACE,
+    sqlite3.SQLITE_CANTOPEN: "the database's files",
+    sqlite3.SQLITE_BUSY: "the database",
+    sqlite3.SQLITE_LOCKED: "the database",
+    sqlite3.SQLITE_PROTOCOL: "the database",
+    sqlite3.SQLITE_NOMEM: "memory",
+}
+_DAMAGED = frozenset({sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS})
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+def waits_for(error: BaseException) -> str:
+    """Return what an error of the disk or database will pass with; empty for one that will not pass."""
+    if isinstance(error, DBAPIError):
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        return "" if code is None or code in _DAMAGED else _SQLITE.get(code & 0xFF, "")
+    if isinstance(error, OSError):
+        return _ERRNOS.get(error.errno or 0, "")
+    return ""
+
+
+class Storage:
+    """The disk below one home, as those who write to it find it. Used from any thread."""
+
+    def __init__(self, folder: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder, self._clock = folder, clock
+        self._changed = threading.Condition()
+        self._waits_for = ""
+        self._why = ""
+        self._needed_bytes = 0
+        self._since_s = self._looked_s = 0.0
+        self._paused_s = 0.0  # in pauses that are over
+
+    def waiting(self) -> str:
+        """Return what is waited for, as people read it; empty where nothing is."""
+        self.look()
+        with self._changed:
+            return f"waiting for {self._waits_for}: {self._why}" if self._waits_for else ""
+
+    def paused_s(self) -> float:
+        """Return for how long there were pauses, with the one at hand."""
+        with self._changed:
+            return self._paused_s + (self._clock() - self._since_s if self._waits_for else 0.0)
+
+    def refused(self, error: BaseException, num_bytes: int = 0) -> bool:
+        """Begin or prolong a pause; False for an error that will not pass."""
+        awaited = waits_for(error)
+        if not awaited:
+            return False
+        with self._changed:
+            begins = not self._waits_for
+            now_s = self._clock()
+            self._since_s = now_s if begins else self._since_s
+            self._looked_s = now_s
+            self._needed_bytes = max(num_bytes, 0 if begins else self._needed_bytes)
+            self._waits_for, self._why = awaited, str(getattr(error, "orig", None) or error)
+            self._changed.notify_all()
+        if begins:
+            event(_log, logging.WARNING, "storage.refused", waiting_for=awaited, error=self._why)
+        return True
+
+    def worked(self, num_bytes: int = LEAST_BYTES) -> None:
+        """So many bytes were written: a pause is over, unless more are waited for."""
+        with self._changed:
+            if not self._waits_for or self._needed_bytes > max(num_bytes, LEAST_BYTES):
+                return
+            seconds, awaited = self._clock() - self._since_s, self._waits_for
+            self._paused_s += seconds
+            self._waits_for = self._why = ""
+            self._changed.notify_all()
+        event(_log, logging.INFO, "storage.back", waited_for=awaited, seconds=seconds)
+
+    def look(self) -> bool:
+        """Whether there is no pause, or no longer: tries, where the last trial is long enough ago."""
+        with self._changed:
+            if not self._waits_for:
+                return True
+            if self._clock() < self._looked_s + LOOK_S:
+                return False
+            self._looked_s = self._clock()
+            needed_bytes = max(self._needed_bytes, LEAST_BYTES)
+        if not self._has_room(needed_bytes):
+            return False
+        self.worked(needed_bytes)
+        return True
+
+    def insist(self, call: Callable[[], _T], refuse_stopped: Callable[[], None], num_bytes: int = 0) -> _T:
+        """Call until the disk and the database take it; raises what will not pass, and what `refuse_stopped` raises."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                done = call()
+            except (OSError, DBAPIError) as error:
+                if not self.refused(error, num_bytes):
+                    raise
+            else:
+                self.worked(num_bytes)
+                return done
+            refuse_stopped()
+            with self._changed:
+                self._changed.wait(pause_s)  # or until `wake`
+            refuse_stopped()
+            pause_s = min(2 * pause_s, LOOK_S)
+
+    def wake(self) -> None:
+        """Let those who wait look whether they are still to."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """Whether so many bytes could be written now. A trial, since quotas and reserves show in no number."""
+        if self._folder is None:
+            return True
+        trial = self._folder / ".trial"
+        try:
+            with trial.open("wb") as file:
+                _reserve(file.fileno(), num_bytes)
+        except OSError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                trial.unlink(missing_ok=True)
+        return True
+
+
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    elif shutil.disk_usage(descriptor).free < num_bytes:  # macOS
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
