@@ -163,7 +163,10 @@ class _Agent:
 
     async def _serve(self) -> None:
         path = self._config.home / SERVING_FILE
-        replace_file(path, self._url.encode())
+        try:
+            replace_file(path, self._url.encode())
+        except OSError as error:  # a full disk: `agent status` lacks the address, the port serves all the same
+            event(_log, logging.ERROR, "serving.not_noted", url=self._url, reason=error)
         try:
             await self._serving.run()
         finally:

@@ -6,6 +6,7 @@ The trainer unpacks them, beside the archive: a process that is limited, and has
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from edgefl.errors import ManifestRejected
 from edgefl.models.manifest import Bundle, check_blob, verify
 from edgefl.protocols.messages import Signed
 
-MAX_KEPT = 8
+MAX_KEPT = 8  # archives, and folders that tasks work in
 MAX_ARCHIVE_BYTES = 64 << 20
 
 
@@ -54,3 +55,18 @@ class Bundles:
             archive = self._archives.pop(next(iter(self._archives)))
             archive.unlink(missing_ok=True)
             shutil.rmtree(archive.with_suffix(""), ignore_errors=True)
+
+
+def work_folder(home: Path, archive: Path) -> Path:
+    """Return the folder that a bundle's task works in: what it writes by relative names stays there.
+
+    It lasts from round to round and over restarts of the agent; those unused for longest are removed.
+    """
+    folders = home / "tasks"
+    folder = folders / archive.stem[:32]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.utime(folder)
+    by_age = sorted(folders.iterdir(), key=lambda one: one.stat().st_mtime)
+    for oldest in by_age[:-MAX_KEPT]:
+        shutil.rmtree(oldest)
+    return folder

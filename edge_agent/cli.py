@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -67,7 +67,12 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
 
 @agent.command(epilog=example("edgefl agent start --home ~/edgefl --data part=0"))
 @_HOME
-@click.option("--data", multiple=True, metavar="K=V", help="An option for the task's loaders. Repeatable.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="K=V",
+    help="An option for the task's loaders. Repeatable. A path such as ./pictures is looked for here.",
+)
 @click.option("--serve-host", default="127.0.0.1", show_default=True, help="Address that predictions are served on.")
 @click.option("--serve-port", default=8000, show_default=True, help="0 takes any that is free.")
 @click.option("--trainer-memory-mb", default=0, help="Memory limit of training; 0 = three quarters of the machine's.")
@@ -81,7 +86,7 @@ def start(log_level: str, data: Sequence[str], **options: object) -> None:
     from edge_agent.agent import AgentConfig, run_agent
 
     set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
-    config = AgentConfig(data=_pairs("--data", data), **options)  # type: ignore[arg-type]  # click has typed them
+    config = AgentConfig(data=_located(_pairs("--data", data)), **options)  # type: ignore[arg-type]  # click has typed them
     asyncio.run(run_agent(config))
 
 
@@ -117,3 +122,11 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{option} {text!r} is not of the form key=value")
         pairs[key] = value
     return pairs
+
+
+def _located(options: Mapping[str, str]) -> dict[str, str]:
+    """Make what is a relative path of something here absolute: a task works in a folder of its own."""
+    return {
+        key: str(Path(value).resolve()) if "/" in value and Path(value).exists() else value
+        for key, value in options.items()
+    }

@@ -153,7 +153,7 @@ def _require_host(root: Path) -> None:
 
 def _require_runnable(installation: Installation, owner: tuple[int, int]) -> None:
     """Raise InstallError where the service's user could not run what this user runs."""
-    probe = [str(installation.python), "-c", "import edge_agent.trainer_main"]
+    probe = [str(installation.python), "-P", "-c", "import edge_agent.trainer_main"]
     try:
         done = subprocess.run(
             probe, user=owner[0], group=owner[1], extra_groups=[], cwd="/", env={"PATH": os.defpath},

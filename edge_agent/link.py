@@ -123,7 +123,10 @@ class Link:
             return
         parse_url(profile.broker)  # raises before anything changes
         event(_log, logging.INFO, "broker.moved", broker=profile.broker)
-        save_profile(self._home, profile)
+        try:
+            save_profile(self._home, profile)
+        except OSError as error:  # a full disk: each `Next` says it again
+            event(_log, logging.ERROR, "broker.not_saved", reason=error)
         self._profile = profile
         await asyncio.to_thread(self._mqtt.close)
         self._mqtt = self._new_mqtt()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent import trainer_wire as wire
-from edge_agent.bundles import Bundles
+from edge_agent.bundles import Bundles, work_folder
 from edge_agent.channel import CloudChannel
 from edge_agent.outbox import Outbox
 from edge_agent.resources import give_memory_back
@@ -189,6 +189,8 @@ class Participant:
         try:
             bundle, task = await means.bundles.get(plan.bundle)
             model = await self._fetch_model(plan.model, plan.model_blake3)
+            if not plan.envelope:  # an update has the model's tensors; better now than after the training
+                means.store.require_space(plan.model.size)
             await starting
         finally:
             starting.cancel()
@@ -225,6 +227,7 @@ class Participant:
             state_out=str(store.state_draft(plan.job, plan.round)),
             out=str(draft),
             memory_limit_mb=self._means.memory_limit_mb,
+            folder=str(work_folder(self._means.home, bundle)),
         )
 
     def _as_fit(self, plan: WirePlan, model: Path, bundle: Path, task: str, draft: Path) -> wire.Fit:
@@ -239,6 +242,7 @@ class Participant:
             options=self._means.options,
             out=str(draft),
             memory_limit_mb=self._means.memory_limit_mb,
+            folder=str(work_folder(self._means.home, bundle)),
         )
 
     async def _fetch_model(self, ref: BlobRef, blake3: str) -> Path:

@@ -58,7 +58,14 @@ def read_status(home: Path) -> Status:
 def _outbox(path: Path) -> tuple[int, int]:
     if not path.exists():
         return 0, 0
-    with closing(sqlite3.connect(path, timeout=10)) as db:
+    try:
+        return _count(str(path))
+    except sqlite3.OperationalError:  # held by an agent whose disk is full, or too full for us: as it was last on disk
+        return _count(f"{path.resolve().as_uri()}?immutable=1")
+
+
+def _count(database: str) -> tuple[int, int]:
+    with closing(sqlite3.connect(database, timeout=1, uri=database.startswith("file:"))) as db:
         count, size = db.execute("SELECT count(*), coalesce(sum(size), 0) FROM outbox").fetchone()
     return int(count), int(size)
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge_agent.disk import require_space
 from edgefl.errors import HomeError
 
 SCHEMA_VERSION = 1
@@ -68,6 +69,7 @@ class Store:
         self._states = home / "states"
         for folder in (self.folder, self._states):
             folder.mkdir(mode=0o700, exist_ok=True)
+        self._untold: dict[tuple[str, int], FailureNote] = {}  # failures that a full disk did not take
         self._db = _open(home / "agent.db")
         self._clean()
 
@@ -80,6 +82,12 @@ class Store:
         if spare.exists():
             spare.replace(draft)
         return draft
+
+    def require_space(self, size: int) -> None:
+        """Raise DiskFull unless an update of so many bytes can be written."""
+        spare = self.folder / "spare"
+        here = spare.stat().st_size if spare.exists() else 0
+        require_space(self.folder, max(0, size - here), "the update")
 
     def discard(self, draft: Path) -> None:
         """A draft came to nothing; its pages serve the next, unless they are the last."""
@@ -145,17 +153,27 @@ class Store:
         return [_outgoing(self.folder, row) for row in self._db.execute("SELECT * FROM outbox ORDER BY rowid")]
 
     def note_failure(self, note: FailureNote) -> None:
-        """Remember to tell the cloud that a round cannot be done here."""
-        with self._change():
-            self._db.execute("INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", (note.job, note.round, note.reason))
+        """Remember to tell the cloud that a round cannot be done here.
+
+        Where the disk is full it is remembered by this process only: a failure is told without what failed.
+        """
+        self._untold[note.job, note.round] = note
+        with contextlib.suppress(HomeError):
+            with self._change():
+                self._db.execute(
+                    "INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", (note.job, note.round, note.reason)
+                )
+            del self._untold[note.job, note.round]  # committed
 
     def failures(self) -> list[FailureNote]:
         """Return the failures that the cloud has not been told of."""
         rows = self._db.execute("SELECT job, round, reason FROM failures ORDER BY rowid")
-        return [FailureNote(job=job, round=number, reason=reason) for job, number, reason in rows]
+        kept = [FailureNote(job=job, round=number, reason=reason) for job, number, reason in rows]
+        return [*kept, *self._untold.values()]
 
     def settle(self, job: str, number: int) -> None:
         """The cloud has the answer, or wants none: drop it and never train for this round again."""
+        self._untold.pop((job, number), None)
         with self._change():
             self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (job, number))
             self._db.execute("DELETE FROM failures WHERE job = ? AND round = ?", (job, number))
@@ -169,6 +187,8 @@ class Store:
 
     def is_answered(self, job: str, number: int) -> bool:
         """Whether this round needs no training: settled, or its answer is on its way."""
+        if (job, number) in self._untold:
+            return True
         found = self._db.execute(
             "SELECT 1 FROM answered WHERE job = :job AND round = :round UNION ALL "
             "SELECT 1 FROM outbox WHERE job = :job AND round = :round UNION ALL "
@@ -213,7 +233,7 @@ class Store:
             if update.path.exists() and update.path.stat().st_size == update.size:
                 kept.add(update.path.name)
                 continue
-            with self._change():
+            with contextlib.suppress(HomeError), self._change():  # on a full disk it stays, and is never sent
                 self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (update.job, update.round))
         kept |= {row["file"] for row in self._db.execute("SELECT file FROM states")}
         for folder in (self.folder, self._states):
@@ -228,20 +248,34 @@ def _name(job: str, number: int) -> str:
 
 def _open(path: Path) -> sqlite3.Connection:
     try:
+        try:
+            db = _connect(path, locking="NORMAL")
+        except sqlite3.OperationalError:
+            # A full disk has no room for the shared-memory file; the only process at the database needs none.
+            db = _connect(path, locking="EXCLUSIVE")
+    except sqlite3.DatabaseError as cause:
+        raise HomeError(f"{path} cannot be used: {cause}. Move it away: unsent updates are trained again") from cause
+    return db
+
+
+def _connect(path: Path, *, locking: str) -> sqlite3.Connection:
+    """Open the database, and write nothing to one that has the schema already."""
+    with contextlib.ExitStack() as undo:
         db = sqlite3.connect(path, timeout=10)
+        undo.callback(db.close)
         db.row_factory = sqlite3.Row
+        db.execute(f"PRAGMA locking_mode = {locking}")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
-            db.close()
             raise HomeError(
                 f"{path} has schema {version}; this edgefl knows {SCHEMA_VERSION}. Install the newer version"
             )
-        db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    except sqlite3.DatabaseError as cause:
-        raise HomeError(f"{path} cannot be used: {cause}. Move it away: unsent updates are trained again") from cause
+        if version < SCHEMA_VERSION:
+            db.executescript(_SCHEMA)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        undo.pop_all()
     return db
 
 

@@ -239,7 +239,7 @@ async def _spawn() -> _Child:
 
 def _popen(descriptor: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "edge_agent.trainer_main", "--fd", str(descriptor)],
+        [sys.executable, "-P", "-m", "edge_agent.trainer_main", "--fd", str(descriptor)],
         stdin=subprocess.DEVNULL,
         stdout=_STDERR,  # what the user prints
         pass_fds=(descriptor,),

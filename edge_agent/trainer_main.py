@@ -1,7 +1,9 @@
 """The trainer: a child process that trains plan after plan, so that torch is loaded once and not in the agent.
 
-    python -m edge_agent.trainer_main --fd N        as the agent starts it
-    python -m edge_agent.trainer_main --listen-fds  as systemd's socket activation starts it (fd 3)
+    python -P -m edge_agent.trainer_main --fd N        as the agent starts it
+    python -P -m edge_agent.trainer_main --listen-fds  as systemd's socket activation starts it (fd 3)
+
+-P: no file of the folder that the agent was started in is taken for a module of ours or of a task.
 
 It has the lowest claim on the machine: nice, and limited in memory by RLIMIT_DATA, so that a task
 which eats memory gets a MemoryError here and the serving of predictions goes on. A second thread reads
@@ -84,6 +86,8 @@ class Trainer:
     def _answer(self, fit: wire.Fit | wire.Errand) -> wire.Done | wire.Failed:
         try:
             self._fitting = True
+            if fit.folder:
+                os.chdir(fit.folder)
             done = perform(fit) if isinstance(fit, wire.Fit) else perform_errand(fit)
             self._fitting = False
         except _Cancelled:

@@ -1,8 +1,8 @@
 """What the agent and its trainer child say to each other, over a socket: length-prefixed JSON.
 
     child:  hello {pid}
-    parent: fit {job, round, client, train, model, bundle, task, options, out, memory_limit_mb}
-            | errand {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb}
+    parent: fit {job, round, client, train, model, bundle, task, options, out, memory_limit_mb,
+            folder} | errand {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb, folder}
     child:  done {size, blake3, weight, metrics, changed} | failed {reason, spent}
 
 A fit is a round of training, an errand hands a message to a Flower app's ClientApp; one at a time. `spent` says
@@ -49,6 +49,7 @@ class Fit:
     options: Mapping[str, str]
     out: str  # path to write the update to; old bytes there are overwritten
     memory_limit_mb: int  # of the child's data; 0 = none
+    folder: str = ""  # where the task works, an existing folder of its own; empty = where the child is
     kind: str = "fit"
 
 
@@ -65,6 +66,7 @@ class Errand:
     state_out: str  # path to write its next state to
     out: str  # path to write the reply to; old bytes there are overwritten
     memory_limit_mb: int  # of the child's data; 0 = none
+    folder: str = ""  # where the app works, an existing folder of its own; empty = where the child is
     kind: str = "errand"
 
 

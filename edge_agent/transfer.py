@@ -20,6 +20,7 @@ import grpc
 from blake3 import blake3
 
 from edge_agent.channel import CloudChannel
+from edge_agent.disk import space_for
 from edge_agent.store import Outgoing
 from edgefl.errors import CloudUnreachable, ManifestRejected
 from edgefl.protocols import fleet_pb2 as pb
@@ -38,19 +39,22 @@ _HASH_BYTES = 1 << 20
 async def download(
     channel: CloudChannel, ref: BlobRef, path: Path, *, fast_hash: str = "", reuse: Path | None = None
 ) -> None:
-    """Bring a blob to `path`, which appears whole or not at all; raises CloudUnreachable or ManifestRejected.
+    """Bring a blob to `path`, which appears whole or not at all; raises CloudUnreachable, ManifestRejected, DiskFull.
 
     Checked by its BLAKE3 where that is given, a quarter of the time that SHA-256 takes.
     `reuse` is a file that is no longer wanted: where it has the size, its pages are overwritten.
     """
     part = path.with_name(path.name + ".part")
     reused = reuse is not None and _take_over(reuse, part, ref.size)
-    for from_zero in (reused, True):  # bytes left by an earlier attempt may be damaged: then once more
-        with _Incoming(part, ref, fast_hash, from_zero=from_zero) as incoming:
-            await _until_done(f"the download of {ref.sha256[:16]}...", lambda: _receive(channel, incoming), incoming)
-            if incoming.is_right():
-                part.replace(path)
-                return
+    with space_for(part, ref.size, f"the download of {ref.sha256[:16]}..."):
+        for from_zero in (reused, True):  # bytes left by an earlier attempt may be damaged: then once more
+            with _Incoming(part, ref, fast_hash, from_zero=from_zero) as incoming:
+                await _until_done(
+                    f"the download of {ref.sha256[:16]}...", lambda: _receive(channel, incoming), incoming
+                )
+                if incoming.is_right():
+                    part.replace(path)
+                    return
     part.unlink()
     raise ManifestRejected(f"the cloud's blob {ref.sha256[:16]}... has other bytes than its hash says")
 

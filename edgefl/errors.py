@@ -18,6 +18,7 @@
     |-- CloudUnreachable     the cloud or its broker did not answer in time
     |-- CloudRefused         the cloud answered, and said no
     |-- NotFound             a job, model, device, rollout or blob that the cloud does not have
+    |-- DiskFull             a disk without the space that something needs
     |-- HomeError            a home folder that is missing, damaged, taken or of a newer version
     `-- InstallError         a host on which the agent cannot be installed as a service
 
@@ -109,6 +110,10 @@ class NotFound(ConfigError):
 
 class HomeError(EdgeflError):
     """A home folder is missing, damaged, in use, or was made by a newer version."""
+
+
+class DiskFull(EdgeflError):
+    """A disk has not the space that something needs; the message says how much, and where."""
 
 
 class CloudStopping(EdgeflError):

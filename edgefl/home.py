@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -61,7 +62,7 @@ def check_home(folder: Path, kind: str) -> None:
 
 def lock_home(folder: Path) -> IO[str]:
     """Hold the home until the returned file is closed or the process ends; raises HomeError if it is held."""
-    file = (folder / "lock").open("a+", encoding="utf-8")
+    file = os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as cause:
@@ -69,9 +70,9 @@ def lock_home(folder: Path) -> IO[str]:
         holder = file.read().strip() or "?"
         file.close()
         raise HomeError(f"{folder} is in use by process {holder}; stop it, or choose another --home") from cause
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    # The number is for the message above; a disk that is full must not keep its owner out.
+    with suppress(OSError):
+        os.pwrite(file.fileno(), f"{os.getpid():<20}".encode(), 0)
     return file
 
 
@@ -90,8 +91,12 @@ def home_in_use(folder: Path) -> bool:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old or the new content and nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

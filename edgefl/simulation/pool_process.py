@@ -127,7 +127,7 @@ class WorkerProcess:
         self.pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.pool_worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", f"{__package__}.pool_worker", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), *self._descriptors),
                 env=os.environ | ONE_THREAD,
             )

@@ -117,7 +117,7 @@ def _refuse_unreachable(address: str) -> None:
     """Ask, in a process that can be ended, whether a cluster is there: in this one, Ray would try for minutes."""
     if address != "auto":
         _refuse_unheard(address)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_S, check=False)
     except subprocess.TimeoutExpired as cause:

@@ -24,7 +24,6 @@ from edgefl.samples import Samples
 from edgefl.simulation.batches import StackedBatches, Step
 from edgefl.simulation.fleets import Meter, Population, Setup, torch_threads
 from edgefl.simulation.machine import num_cores
-from edgefl.simulation.population import samples_of
 from edgefl.simulation.products import Gradients
 from edgefl.simulation.traced import Recorded
 from edgefl.task import Task, UserCode
@@ -199,7 +198,7 @@ class StackTrainer:
         failed: dict[str, str] = {}
         for client in clients:
             try:
-                samples = samples_of(self._population, client, plan.train.seed)
+                samples = self._population.samples(client)
             except TaskError as error:
                 failed[client] = str(error)
             else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 
 import pytest
 
 from edge_agent import bundles as bundles_module
-from edge_agent.bundles import Bundles
+from edge_agent.bundles import MAX_KEPT, Bundles, work_folder
 from edge_agent.channel import CloudChannel
 from edge_agent.profile import load_profile
 from edgefl.errors import ManifestRejected
@@ -81,3 +82,13 @@ def test_the_oldest_are_forgotten(fleet, home, with_bundles, monkeypatch):
         assert [path.exists() for path in paths] == [False, True, True]
 
     with_bundles(run)
+
+
+def test_a_task_finds_its_folder_again_and_the_oldest_go(tmp_path):
+    first = work_folder(tmp_path, tmp_path / "0.zip")
+    (first / "cache").write_text("kept")
+    assert work_folder(tmp_path, tmp_path / "0.zip") == first
+    assert (first / "cache").read_text() == "kept"
+    os.utime(first, (0, 0))
+    folders = [work_folder(tmp_path, tmp_path / f"{number}.zip") for number in range(1, MAX_KEPT + 1)]
+    assert sorted(one.name for one in (tmp_path / "tasks").iterdir()) == sorted(one.name for one in folders)

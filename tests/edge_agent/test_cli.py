@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from edge_agent.cli import agent
+from edge_agent.cli import _located, agent
 from edgefl.errors import ConfigError, HomeError
 
 COMMANDS = ("doctor", "enroll", "install", "start", "status", "uninstall")
@@ -54,3 +54,11 @@ def test_start_imports_little():
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "onnxruntime", "fastapi", "pydantic", "rich", "httpx", "edgefl.trees"}
     assert heavy.isdisjoint(loaded)
+
+
+def test_a_relative_path_of_the_data_is_where_the_agent_was_started(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "0").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = {"path": "./pictures", "part": "0", "url": "s3://bucket/x", "absolute": "/proc"}
+    assert _located(options) == options | {"path": str(tmp_path / "pictures")}

@@ -228,17 +228,37 @@ def test_a_closed_round_that_a_restarted_cloud_waits_for_is_done_again(fleet, on
     on_device(run)
 
 
-def test_an_agent_with_a_full_disk_lives_on_and_takes_part_when_there_is_space(fleet, on_device):
+def test_an_agent_with_a_full_disk_says_so_and_takes_part_when_there_is_space(fleet, on_device):
     async def run(device):
-        plan = fleet.plan(1, code=TASK)
         device.store._db.execute("PRAGMA query_only = ON")  # no statement can be written
         with pytest.raises(HomeError):
             device.store.settle("j1", 9)
-        device.participant.hear(plan)
-        await device.until(lambda: device.fits() == "1" and device.participant.current is None)
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+        assert "Free some space on its disk" in fleet.failures["j1", 1]
         device.store._db.execute("PRAGMA query_only = OFF")
-        assert not device.store.is_answered("j1", 1)
-        device.participant.reconcile([plan], None, 0)
+        device.participant.hear(fleet.plan(2, code=TASK))
+        await device.until(lambda: ("j1", 2) in fleet.updates)
+
+    on_device(run)
+
+
+def test_a_model_larger_than_the_disk_is_refused_before_a_byte_of_it_comes(fleet, home, on_device, monkeypatch):
+    monkeypatch.setattr("edge_agent.disk.KEPT_BYTES", 1 << 60)
+
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+        assert "of disk space" in fleet.failures["j1", 1]
+        assert not list((home / "work").iterdir())
+
+    on_device(run)
+
+
+def test_a_task_works_in_a_folder_of_its_own(fleet, home, on_device):
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK.replace("import time", "import time; open('left.txt', 'w')")))
         await device.until(lambda: ("j1", 1) in fleet.updates)
+        assert [one.name for one in (home / "tasks").glob("*/*")] == ["left.txt"]
 
     on_device(run)

@@ -126,7 +126,7 @@ def test_a_full_disk_is_said_and_changes_nothing(store):
     put(store)
     fill_disk(store)
     with pytest.raises(HomeError, match=r"agent.db cannot be written: database or disk is full. Free some space"):
-        store.note_failure(FailureNote(job="j", round=2, reason="x" * 100_000))
+        store.settle("j" * 100_000, 2)
     draft = store.draft("j", 3)
     draft.write_bytes(b"x")
     update = Outgoing(job="j", round=3, path=draft, size=1, blake3="x" * 100_000, weight=1.0)
@@ -135,6 +135,16 @@ def test_a_full_disk_is_said_and_changes_nothing(store):
     assert [update.round for update in store.outbox()] == [1]
     assert store.failures() == []
     assert [file.name for file in store.folder.iterdir()] == [store.outbox()[0].path.name]
+
+
+def test_a_failure_is_told_without_the_disk_that_failed(store):
+    fill_disk(store)
+    note = FailureNote(job="j", round=2, reason="x" * 100_000)
+    store.note_failure(note)
+    assert store.failures() == [note]
+    assert store.is_answered("j", 2)
+    store.settle("j", 2)
+    assert store.failures() == []
 
 
 def test_on_a_disk_that_is_nearly_full_no_spare_file_is_kept(store, monkeypatch):

@@ -27,7 +27,7 @@ def unit(name: str, **options: Any) -> list[str]:
 
 def test_the_agent_by_hand() -> None:
     lines = unit(AGENT, home=Path("/srv/fl"), user="pi", python=Path("/opt/edgefl/bin/python"), data={"part": "3"})
-    start = "/opt/edgefl/bin/python -m edgefl agent start --home /srv/fl --trainer-socket /run/edgefl/trainer.sock"
+    start = "/opt/edgefl/bin/python -P -m edgefl agent start --home /srv/fl --trainer-socket /run/edgefl/trainer.sock"
     assert f"ExecStart={start} \\" in lines
     assert "    --serve-host 127.0.0.1 --serve-port 8000 --data part=3" in lines
     for line in (
@@ -46,10 +46,10 @@ def command_line(name: str, **options: Any) -> list[str]:
 
 def test_the_agent_understands_how_it_is_started() -> None:
     python, *words = command_line(AGENT, serve_host="0.0.0.0", serve_port=9000, data={"part": "3"})  # noqa: S104
-    assert (python, words[:4]) == (sys.executable, ["-m", "edgefl", "agent", "start"])
+    assert (python, words[:5]) == (sys.executable, ["-P", "-m", "edgefl", "agent", "start"])
     start = agent.get_command(click.Context(agent), "start")
     assert start is not None
-    given = start.make_context("start", words[4:]).params
+    given = start.make_context("start", words[5:]).params
     assert (given["home"], given["trainer_socket"]) == (Path("/var/lib/edgefl"), Path("/run/edgefl/trainer.sock"))
     assert (given["serve_host"], given["serve_port"], given["data"]) == ("0.0.0.0", 9000, ("part=3",))  # noqa: S104
 
