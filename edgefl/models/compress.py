@@ -1,8 +1,8 @@
-"""int8 by static quantisation, under an accuracy gate.
+"""int8 by static quantisation, under a gate.
 
 Pre-processing first (shapes inferred, batch norm folded), then QDQ with unsigned activations and
 signed weights per channel: the form whose kernels x86 has (S8S8 is fused far more seldom). What it
-costs in accuracy is measured with the caller's own function, before anything is published.
+costs is measured with the caller's own function (`edgefl.models.gate`), before anything is published.
 Invariant: a file stands at the target only if the drop was within `max_drop`.
 """
 
@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,19 @@ from edgefl.errors import AccuracyGateFailed, ConfigError, MissingExtra
 from edgefl.models.session import accuracy_of, input_name, open_session
 from edgefl.trees import Array
 
-__all__ = ["CompressReport", "accuracy_of", "compress"]
+__all__ = ["CompressReport", "Measure", "accuracy_of", "compress"]
 
 CALIBRATION_BATCH = 32
 _ROUNDING = 1e-9  # 0.97 - 0.96 is above 0.01 in floats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """What a gate judges by."""
+
+    name: str = "accuracy"
+    drop: Callable[[float, float], float] = field(default=lambda before, after: before - after)  # the share lost
+    unit: str = ""  # of what the drop is a share, in words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,42 +44,53 @@ class CompressReport:
 
     source_bytes: int
     target_bytes: int
-    accuracy_before: float
-    accuracy_after: float
-    drop: float  # before - after: below 0 where the compressed model is better
+    measure: str  # what the gate judged by: accuracy | loss
+    before: float
+    after: float
+    drop: float  # the share that is lost: of accuracy before - after; below 0 where the compressed model is better
     seconds: float
+    accuracy_before: float | None = None  # where that is the measure
+    accuracy_after: float | None = None
 
 
 def compress(
-    source: Path, target: Path, *, calibration: Array, evaluate: Callable[[Path], float], max_drop: float
-) -> CompressReport:
+    source: Path, target: Path, *, calibration: Array, evaluate: Callable[[Path], float], max_drop: float,
+    measure: Measure | None = None,
+) -> CompressReport:  # fmt: skip
     """Quantise an ONNX file to int8, with ranges seen on the calibration inputs.
 
-    `evaluate` maps an ONNX file to its accuracy. Raises AccuracyGateFailed where it falls by more than
-    `max_drop`, and leaves no file then.
+    `evaluate` maps an ONNX file to its accuracy, or to another measure. Raises AccuracyGateFailed where more than
+    `max_drop` of it is lost, and leaves no file then.
     """
+    measure = measure or Measure()
     if len(calibration) == 0:
         raise ConfigError("compression needs at least one calibration input, 0 were given")
     if not 0 <= max_drop <= 1:
-        raise ConfigError(f"max_drop={max_drop} must be in 0..1: a share of accuracy, 0.01 is one point")
+        raise ConfigError(f"max_drop={max_drop} must be in 0..1: a share, 0.01 is one point of accuracy")
     start_s = time.monotonic()
     before = evaluate(source)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         half = _quantise(source, Path(folder), np.asarray(calibration))
         after = evaluate(half)
-        if not before - after <= max_drop + _ROUNDING:  # NaN is not
+        drop = measure.drop(before, after)
+        if not drop <= max_drop + _ROUNDING:  # NaN is not
             raise AccuracyGateFailed(
-                f"{source.name}: accuracy falls from {before:.4f} to {after:.4f} in int8, by {before - after:.4f}; "
-                f"allowed is {max_drop:g}. Give more calibration data, allow more, or publish it uncompressed."
+                f"{source.name}: {measure.name} goes from {before:.4f} to {after:.4f} in int8, by {drop:.4f}"
+                f"{measure.unit}; allowed is {max_drop:g}. Give more calibration data, allow more, or publish it "
+                "uncompressed."
             )
         half.replace(target)
+    is_accuracy = measure.name == "accuracy"
     return CompressReport(
         source_bytes=source.stat().st_size,
         target_bytes=target.stat().st_size,
-        accuracy_before=before,
-        accuracy_after=after,
-        drop=before - after,
+        measure=measure.name,
+        before=before,
+        after=after,
+        drop=drop,
         seconds=time.monotonic() - start_s,
+        accuracy_before=before if is_accuracy else None,
+        accuracy_after=after if is_accuracy else None,
     )
 
 

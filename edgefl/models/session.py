@@ -50,13 +50,34 @@ def input_name(session: Any) -> str:
     return str(names[0])
 
 
+def is_classified(outputs: Array, targets: Array) -> bool:
+    """Say whether targets are classes for outputs of shape (N, C, ...): integers in 0..C-1, one a place."""
+    return _has_scores(outputs, targets) and bool(((targets >= 0) & (targets < outputs.shape[1])).all())
+
+
 def accuracy_of(path: Path, inputs: Array, targets: Array) -> float:
-    """Return the share of samples whose largest output is at the target's index."""
+    """Return the share of targets that are the index of the largest output: of a picture, over its pixels.
+
+    Raises ConfigError where the targets are not classes.
+    """
     if len(inputs) == 0 or len(inputs) != len(targets):
         raise ConfigError(f"accuracy needs as many targets as inputs, and one at least: {len(inputs)}, {len(targets)}")
     session = open_session(path)
     name, right = input_name(session), 0
     for start in range(0, len(inputs), _BATCH):
         (outputs,) = session.run(None, {name: np.asarray(inputs[start : start + _BATCH])})
-        right += int((outputs.argmax(axis=1) == np.asarray(targets[start : start + _BATCH])).sum())
-    return right / len(inputs)
+        chunk = np.asarray(targets[start : start + _BATCH])
+        if not _has_scores(outputs, chunk):
+            raise ConfigError(
+                f"{path.name} gives {outputs.dtype}{list(outputs.shape)} for targets of {chunk.dtype}"
+                f"{list(chunk.shape)}: these are not classes, so there is no accuracy"
+            )
+        right += int((outputs.argmax(axis=1) == chunk).sum())
+    return right / np.asarray(targets).size
+
+
+def _has_scores(outputs: Array, targets: Array) -> bool:
+    """Say whether outputs have scores, two at least, where targets have an integer."""
+    if targets.dtype.kind not in "iu" or outputs.ndim < 2 or outputs.shape[1] < 2:
+        return False
+    return targets.shape == (len(outputs), *outputs.shape[2:])

@@ -33,7 +33,8 @@ def models() -> None:
 @click.option("--job", help="Or the job that trained them.")
 @click.option("--onnx", type=FILE, help="Or a finished ONNX file.")
 @click.option("--compress", "compression", type=click.Choice(["int8", "none"]), default="int8", show_default=True)
-@click.option("--max-drop", default=0.02, show_default=True, help="Accuracy it may cost: 0.02 = 2 points.")
+@click.option("--max-drop", default=0.02, show_default=True,
+              help="What it may cost: 0.02 = 2 points of accuracy, or 2% of what the model has learned.")  # fmt: skip
 @connected
 @json_option
 def publish(  # noqa: PLR0913 - one a flag
@@ -161,8 +162,8 @@ def _say_published(release: Json, output: Output) -> None:
     output.line(f"{release['model']} version {release['version']}: {metrics_text(release['metrics'])}".rstrip(": "))
     if report := release["compression"]:
         output.line(
-            f"int8: {report['source_bytes'] / 1024:.0f} -> {report['target_bytes'] / 1024:.0f} KiB, accuracy "
-            f"{report['accuracy_before']:.4f} -> {report['accuracy_after']:.4f} (drop {report['drop']:.4f})"
+            f"int8: {report['source_bytes'] / 1024:.0f} -> {report['target_bytes'] / 1024:.0f} KiB, "
+            f"{report['measure']} {report['before']:.4f} -> {report['after']:.4f} (drop {report['drop']:.4f})"
         )
     output.line(f"bring it to the devices: edgefl rollout start {release['model']} --version {release['version']}")
 

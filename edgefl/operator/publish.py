@@ -1,7 +1,8 @@
-"""From trained parameters to a release: export to ONNX, compress under an accuracy gate, upload, sign.
+"""From trained parameters to a release: export to ONNX, compress under a gate, upload, sign.
 
 Invariant: nothing is published that does not compute what its source computes (parity), or that lost
-more accuracy than allowed.
+more than allowed by the task's own measure; what is published as a metric was measured on the file itself,
+or for an uncompressed one on the model that it was compared with.
 """
 
 from __future__ import annotations
@@ -73,18 +74,24 @@ def publish_onnx(client: CloudClient, model: str, path: Path) -> Json:
 
 
 def _compressed(task: Task, source: Exported, max_drop: float) -> Exported:
-    from edgefl.models.compress import accuracy_of, compress
+    from edgefl.models.compress import compress
+    from edgefl.models.gate import gate_of
     from edgefl.samples import test_samples
 
-    samples = test_samples(task, {})
-    inputs, targets = samples.inputs.cpu().numpy(), samples.targets.cpu().numpy()
+    gate = gate_of(task, source.path)
+    calibration = test_samples(task, {}).inputs[:MAX_CALIBRATION].cpu().numpy()  # their ranges; no label is looked at
+    seen: dict[Path, Mapping[str, float]] = {}
+
+    def evaluate(path: Path) -> float:
+        seen[path] = gate.evaluate(path)
+        return seen[path][gate.measure.name]
+
     target = source.path.with_name("model.int8.onnx")
     report = compress(
-        source.path,
-        target,
-        calibration=inputs[:MAX_CALIBRATION],  # their ranges; no label is looked at
-        evaluate=lambda path: accuracy_of(path, inputs, targets),
-        max_drop=max_drop,
+        source.path, target, calibration=calibration, evaluate=evaluate, max_drop=max_drop, measure=gate.measure
     )
-    measured = {"accuracy": report.accuracy_after, "accuracy_drop": report.drop}
-    return Exported(path=target, metrics=measured, report=dataclasses.asdict(report))
+    of_target = list(seen.values())[-1]
+    lost = (
+        {"accuracy_drop": report.drop} if report.measure == "accuracy" else {"loss_rise": report.after - report.before}
+    )
+    return Exported(path=target, metrics={**of_target, **lost}, report=dataclasses.asdict(report))

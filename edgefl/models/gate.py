@@ -1,0 +1,134 @@
+"""What a compressed model is judged by: accuracy where the task is a classification, and else its own loss.
+
+A task is a classification where its test data have one class a place: integers in 0..C-1, for outputs of
+C scores. Every other task is judged by its loss, as a share of what the model has learned:
+
+    drop = (r(after) - r(before)) / (r(blind) - r(before))
+
+`blind` is the loss of the source's mean output, what a model gives that does not look at its input. r is
+the square root for a squared error, so that errors are in the targets' own unit, and nothing otherwise.
+Invariant: a number is called accuracy only where it is the share of right answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgefl.errors import ConfigError
+from edgefl.models import compress
+from edgefl.models.compress import Measure
+from edgefl.models.session import input_name, is_classified, open_session
+from edgefl.samples import Samples, test_samples
+from edgefl.task import Task
+from edgefl.training import EVALUATION_BATCH, evaluate_model
+from edgefl.trees import Array
+
+if TYPE_CHECKING:
+    import torch
+
+ACCURACY, LOSS = "accuracy", "loss"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """How ONNX files of one task are judged."""
+
+    measure: Measure
+    evaluate: Callable[[Path], Mapping[str, float]]  # all that is measured of a file, the measure among it
+
+
+def gate_of(task: Task, source: Path) -> Gate:
+    """Return the gate for compressed forms of a file; raises ConfigError where nothing can be judged."""
+    if task.test_data is None:
+        raise ConfigError(
+            f"task {task.name!r} has no test_data, so nobody can say what compression costs. Give it test_data, or "
+            "publish with --compress none"
+        )
+    samples = test_samples(task, {})
+    if all(is_classified(outputs, targets) for outputs, targets in _outputs(source, samples)):
+        inputs, targets = samples.inputs.cpu().numpy(), samples.targets.cpu().numpy()
+        return Gate(
+            measure=Measure(),
+            evaluate=lambda path: {ACCURACY: compress.accuracy_of(path, inputs, targets)},
+        )
+    share_lost = Measure(name=LOSS, drop=_share_lost(task, source, samples), unit=" of what the model has learned")
+    return Gate(measure=share_lost, evaluate=lambda path: measured(task, path, samples))
+
+
+def measured(task: Task, path: Path, samples: Samples) -> dict[str, float]:
+    """Return the loss and the task's metrics of an ONNX file over samples."""
+    return evaluate_model(task, _answering(_runner(path)), samples)
+
+
+def _share_lost(task: Task, source: Path, samples: Samples) -> Callable[[float, float], float]:
+    mean = _mean_output(source, samples)
+    before = measured(task, source, samples)[LOSS]
+    blind = evaluate_model(task, _answering(lambda inputs: np.repeat(mean, len(inputs), axis=0)), samples)[LOSS]
+    if not before < blind:  # NaN is not
+        raise ConfigError(
+            f"task {task.name!r}: its loss on the test data is {before:.4g}, and {blind:.4g} for a model that does "
+            "not look at its input. It has learned nothing yet that compression could lose: train it, or publish "
+            "with --compress none"
+        )
+    root = math.sqrt if _is_squared(task, mean, samples) else float
+    return lambda before, after: (root(after) - root(before)) / (root(blind) - root(before))
+
+
+def _is_squared(task: Task, mean: Array, samples: Samples) -> bool:
+    """Say whether half the distance from the targets is a quarter of the loss."""
+    import torch
+
+    targets = samples.targets[:EVALUATION_BATCH]
+    if not targets.is_floating_point() or targets.shape[1:] != mean.shape[1:]:
+        return False
+    few = Samples(samples.inputs[:EVALUATION_BATCH], targets)
+    far = torch.from_numpy(mean).to(targets) - targets
+
+    def loss_at(share: float) -> float:
+        return evaluate_model(task, _answering(lambda _inputs: (targets + share * far).numpy()), few)[LOSS]
+
+    return math.isclose(loss_at(0.5), loss_at(1.0) / 4, rel_tol=1e-3)
+
+
+def _mean_output(source: Path, samples: Samples) -> Array:
+    """Return the mean of a file's outputs, (1, ...)."""
+    total: Array | float = 0.0
+    for outputs, _ in _outputs(source, samples):
+        total = total + outputs.sum(axis=0, keepdims=True, dtype=np.float64)
+    return np.asarray(total / len(samples), np.float32)
+
+
+def _outputs(path: Path, samples: Samples) -> Iterator[tuple[Array, Array]]:
+    run = _runner(path)
+    for chunk in samples.chunks(EVALUATION_BATCH):
+        yield run(chunk.inputs.cpu().numpy()), chunk.targets.cpu().numpy()
+
+
+def _runner(path: Path) -> Callable[[Array], Array]:
+    session = open_session(path)
+    name = input_name(session)
+
+    def run(inputs: Array) -> Array:
+        outputs = session.run(None, {name: inputs})
+        if len(outputs) != 1:
+            raise ConfigError(f"{path.name} has {len(outputs)} outputs; a gate judges a model of one")
+        return np.asarray(outputs[0])
+
+    return run
+
+
+def _answering(run: Callable[[Array], Array]) -> torch.nn.Module:
+    """Return a module that answers as a function of arrays does."""
+    import torch
+
+    class Answering(torch.nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(run(inputs.cpu().numpy())).to(inputs.device)
+
+    return Answering()
