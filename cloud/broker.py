@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import functools
 import ssl
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
+from cloud.shares import PortShare
 from edgefl.errors import ConfigError
 from edgefl.protocols.addresses import bracketed, is_loopback
+from edgefl.protocols.connections import Connection, Connections
+from edgefl.protocols.listener import Listener, Port, listen
 from edgefl.protocols.tls import Identity, server_context
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 START_S = 10.0
 STOP_S = 5.0
-HANDSHAKE_S = 10.0
+ROOMY = PortShare(seats=10_000, waiting=256)
 
 
 def _everyone(_name: str, _serial: str | None) -> bool:
@@ -44,7 +47,7 @@ class EmbeddedBroker:
 
     def __init__(
         self, identity: Identity | None, host: str, port: int,
-        *, is_known: Callable[[str, str | None], bool] = _everyone,
+        *, is_known: Callable[[str, str | None], bool] = _everyone, share: PortShare = ROOMY,
     ) -> None:  # fmt: skip
         if identity is None and not is_loopback(host):
             raise ConfigError(f"a broker without TLS listens on the loopback only, not on {host!r}; leave --insecure")
@@ -52,6 +55,7 @@ class EmbeddedBroker:
         self._host = host
         self.port = port
         self._is_known = is_known
+        self._share = share
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -111,29 +115,42 @@ class EmbeddedBroker:
         from cloud.broker_gate import Gate  # and with it amqtt, only where a broker is wanted
 
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        self._gate = gate = Gate(secure=self._identity is not None, is_known=self._is_known)
+        self._gate = gate = Gate(
+            secure=self._identity is not None, is_known=self._is_known, max_devices=self._share.seats
+        )
         await gate.start()
         try:
-            server = await self._listen(gate)
+            listener = self._listen(gate)
         except ConfigError:
             await gate.close(STOP_S)
             raise
-        started.set_result(server.sockets[0].getsockname()[1])
+        started.set_result(listener.port_number)
         await self._stopping.wait()
-        server.close()
+        listener.close()
         await gate.close(STOP_S)
+        await listener.wait_closed()
 
-    async def _listen(self, gate: Gate) -> asyncio.Server:
-        tls: dict[str, Any] = {}
+    def _listen(self, gate: Gate) -> Listener:
         if self._identity is not None:
             self._context = server_context(self._identity, client_certificates=True)
-            tls = {"ssl": self._context, "ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": 1.0}
         try:
-            return await asyncio.start_server(gate.accept, self._host, self.port, **tls)
-        except OSError as cause:
-            if cause.errno != errno.EADDRINUSE:
-                raise ConfigError(f"the broker cannot listen on {self._host}:{self.port}: {cause}") from cause
-            raise ConfigError(
-                f"the broker's port {self.port} on {self._host} is in use; stop what listens there, or "
-                "choose another --mqtt-port"
-            ) from cause
+            listening = listen(self._host, self.port, "--mqtt-port")
+        except ConfigError as cause:
+            raise ConfigError(f"the broker's port {self.port} is not to be had: {cause}") from cause
+        port = Port(name="mqtt", socket=listening, context=self._context)
+        connections = Connections(self._share.limits(), asyncio.get_running_loop().time)
+        listener = Listener(port, connections, lambda place: _Conversation(gate, place))
+        listener.start()
+        return listener
+
+
+class _Conversation(asyncio.StreamReaderProtocol):
+    """One connection's bytes as streams, from the end of the TLS handshake until it is lost."""
+
+    def __init__(self, gate: Gate, place: Connection) -> None:
+        super().__init__(asyncio.StreamReader(), functools.partial(gate.accept, place))
+        self._place = place
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._place.leave()
+        super().connection_lost(exc)

@@ -25,6 +25,7 @@ from cloud.broker_streams import GatedReader, GatedWriter, peer_of
 from edgefl.errors import MissingExtra, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
+from edgefl.protocols.connections import Connection
 from edgefl.protocols.tls import CLOUD_NAME, common_name, serial_number
 from edgefl.protocols.transports import abort
 
@@ -74,8 +75,9 @@ class QuietBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
 class Gate:
     """Accepts connections in the broker's event loop, owns them, and owns amqtt behind."""
 
-    def __init__(self, *, secure: bool, is_known: Callable[[str, str | None], bool]) -> None:
+    def __init__(self, *, secure: bool, is_known: Callable[[str, str | None], bool], max_devices: int) -> None:
         self._secure = secure
+        self._max_devices = max_devices
         self._is_known = is_known
         self._broker = _make_broker(self)
         self._open: dict[str, tuple[asyncio.Task[None], asyncio.StreamWriter]] = {}
@@ -85,7 +87,7 @@ class Gate:
     async def start(self) -> None:
         await self._broker.start()
 
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accept(self, place: Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
         task, peer, name = _this_task(), peer_of(writer)[0], ""
         self._connections[task] = writer
@@ -94,6 +96,11 @@ class Gate:
                 connect = mqtt_wire.parse_connect(await mqtt_wire.read_packet(reader, mqtt_wire.CONNECT))
             name, serial = self._identify(writer, connect)
             self._check(name, serial, connect)
+            if self._is_full_for(name):
+                event(_log, logging.WARNING, "device.no_seat", device=name, seats=self._max_devices)
+                writer.write(mqtt_wire.SERVER_UNAVAILABLE)
+                return
+            place.settle()
             await self._take_over(name, task, writer)
             await self._hand_over(GatedReader(name, reader, connect, writer.write), GatedWriter(name, writer))
         except ProtocolError as fault:
@@ -159,6 +166,9 @@ class Gate:
                 raise ProtocolError("the device is not of this fleet, or not with this certificate; enrol it again")
         if connect.will_topic is not None and not topics.allowed(name, connect.will_topic, publish=True):
             raise ProtocolError(f"its last will is for {connect.will_topic!r}, where it may not publish")
+
+    def _is_full_for(self, name: str) -> bool:
+        return name not in {CLOUD_NAME, *self._open} and len(self._open.keys() - {CLOUD_NAME}) >= self._max_devices
 
     async def _take_over(self, name: str, task: asyncio.Task[None], writer: asyncio.StreamWriter) -> None:
         """Let this be the name's connection; the former one ends first, so that its will does not overtake."""

@@ -17,6 +17,7 @@ from cloud import mqtt_wire
 from edgefl.errors import MissingExtra, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
+from edgefl.protocols.pacing import TokenBucket
 from edgefl.protocols.tls import CLOUD_NAME
 from edgefl.protocols.transports import abort
 
@@ -28,9 +29,38 @@ except ImportError as cause:
 WRITE_S = 10.0  # for a receiver to make room
 DRAIN_S = 5.0  # for amqtt to deliver what a client sent before it left
 LONGEST_KEEPALIVE_S = 300
-MESSAGES_PER_S, BURST = 200, 1000  # of one device; a healthy one sends a few in a minute
+# A device's share, whatever packets it sends; a healthy one sends a few in a minute.
+PACKETS_PER_S, PACKETS_BURST = 200, 1000
+BYTES_PER_S, BYTES_BURST = 256 << 10, 2 << 20
+PATIENCE_S = 30.0  # with one that is above its share all the time
+MAX_FILTERS = 64  # of one connection, whatever it unsubscribes from
 
 _log = logging.getLogger(__name__)
+
+
+class Share:
+    """What one device may send, in packets and in bytes."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._packets = TokenBucket(PACKETS_PER_S, PACKETS_BURST, clock)
+        self._bytes = TokenBucket(BYTES_PER_S, BYTES_BURST, clock)
+        self._above_since_s: float | None = None
+
+    def take(self, size: int) -> float:
+        """Count a packet; return for how many seconds nothing is read. Raises ProtocolError where patience ends."""
+        wait_s = max(self._packets.take(), self._bytes.take(size))
+        now_s = self._clock()
+        if wait_s <= 0:
+            self._above_since_s = None
+        elif self._above_since_s is None:
+            self._above_since_s = now_s
+        elif now_s - self._above_since_s > PATIENCE_S:
+            raise ProtocolError(
+                f"for {PATIENCE_S:g} s it sent more than its share of {PACKETS_PER_S} packets and "
+                f"{BYTES_PER_S >> 10} kB a second"
+            )
+        return wait_s
 
 
 class GatedReader(ReaderAdapter):  # type: ignore[misc]  # amqtt ships no types
@@ -51,7 +81,8 @@ class GatedReader(ReaderAdapter):  # type: ignore[misc]  # amqtt ships no types
         self._ended = False
         self._undelivered = 0
         self._delivered = asyncio.Event()
-        self._paid_until_s = 0.0  # by the loop's clock, at MESSAGES_PER_S
+        self._num_filters = 0
+        self._share = Share(asyncio.get_running_loop().time)
 
     async def read(self, n: int = -1) -> bytes:
         if self._at == len(self._packet):
@@ -92,10 +123,10 @@ class GatedReader(ReaderAdapter):  # type: ignore[misc]  # amqtt ships no types
         while True:
             async with asyncio.timeout(self._silence_s):
                 packet = await mqtt_wire.read_packet(self._stream)
+            await self._pace(len(packet))
             match mqtt_wire.kind(packet):
                 case mqtt_wire.PUBLISH:
                     rightful = self._admit_publish(packet)
-                    await self._pace()
                 case mqtt_wire.SUBSCRIBE:
                     rightful = self._admit_subscribe(packet)
                 case mqtt_wire.CONNECT:
@@ -117,6 +148,9 @@ class GatedReader(ReaderAdapter):  # type: ignore[misc]  # amqtt ships no types
 
     def _admit_subscribe(self, packet: bytes) -> bool:
         filters = mqtt_wire.subscribe_filters(packet)
+        self._num_filters += len(filters)
+        if self._name != CLOUD_NAME and self._num_filters > MAX_FILTERS:
+            raise ProtocolError(f"it subscribes to more than {MAX_FILTERS} filters; a device needs two")
         refused = [one for one in filters if not topics.allowed(self._name, one, publish=False)]
         if not refused:
             return True
@@ -124,13 +158,10 @@ class GatedReader(ReaderAdapter):  # type: ignore[misc]  # amqtt ships no types
         self._answer(mqtt_wire.suback_refused(packet))
         return False
 
-    async def _pace(self) -> None:
-        """Read a device that floods no faster than MESSAGES_PER_S: amqtt's queues have no bound."""
-        now_s = asyncio.get_running_loop().time()
-        self._paid_until_s = max(now_s, self._paid_until_s) + 1 / MESSAGES_PER_S
-        ahead_s = self._paid_until_s - now_s - BURST / MESSAGES_PER_S
-        if ahead_s > 0 and self._name != CLOUD_NAME:
-            await asyncio.sleep(ahead_s)
+    async def _pace(self, size: int) -> None:
+        """Read a device that floods no faster than its share; the cloud has no share."""
+        if self._name != CLOUD_NAME:
+            await asyncio.sleep(self._share.take(size))  # of 0 s too: others have their turn
 
     async def _deliver_all(self) -> None:
         with contextlib.suppress(TimeoutError):

@@ -125,7 +125,9 @@ class CloudHome:
             if self._options.broker == EMBEDDED:
                 host, port = self._options.host, self._options.mqtt_port
                 identity = None if self._options.insecure else self.identity
-                broker = EmbeddedBroker(identity, host, port, is_known=self.enrolment.is_known)
+                broker = EmbeddedBroker(
+                    identity, host, port, is_known=self.enrolment.is_known, share=self.shares.devices
+                )
                 broker.start()
                 undo.callback(broker.stop)
                 self.cut.append(broker.drop)

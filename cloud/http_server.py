@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import AsyncIterator
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from edgefl.errors import HomeError
+from edgefl.errors import ConfigError, HomeError
 from edgefl.protocols.http_limits import HttpLimits, LimitedServer
+from edgefl.protocols.listener import listen
 
 STOP_GRACE_S = 1
-BACKLOG = 1024
 STOP_S = 10.0
 
 
@@ -27,7 +26,10 @@ async def serve_http(
 
     Raises HomeError for an address that cannot be had.
     """
-    listener = _listen(host, port)
+    try:
+        listener = listen(host, port, "--http-port")
+    except ConfigError as cause:
+        raise HomeError(str(cause)) from cause
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -51,17 +53,3 @@ async def serve_http(
         server.abort_all()  # streams that were cut off
         await asyncio.sleep(0)  # lets them close before the loop may end
         listener.close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # TCP by name: asyncio sets TCP_NODELAY on no other, and each answer would wait 40 ms for an acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-    except OSError as cause:
-        listener.close()
-        raise HomeError(f"cannot listen on {host}:{port}: {cause.strerror}. Choose another --http-port") from cause
-    return listener

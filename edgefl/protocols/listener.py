@@ -17,12 +17,14 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edgefl.errors import ConfigError
 from edgefl.logs import event
 from edgefl.protocols.connections import Connection, Connections, source_of
 
 SWEEP_S = 0.5  # how often the overdue are looked for
 NO_DESCRIPTOR_S = 0.1  # before the next try to accept
 TLS_GOODBYE_S = 1.0
+BACKLOG = 1024
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _log = logging.getLogger(__name__)
@@ -127,6 +129,21 @@ class Listener:
         while True:
             await asyncio.sleep(SWEEP_S)
             self._connections.close_overdue()
+
+
+def listen(host: str, port: int, flag: str) -> socket.socket:
+    """Take a TCP port (0 = any that is free); raises ConfigError, which names the flag to choose another by."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # TCP by name: asyncio sets TCP_NODELAY on no other, and each answer would wait 40 ms for an acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as cause:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {cause.strerror}. Choose another {flag}") from cause
+    return listener
 
 
 def _shutting_down(connection: socket.socket) -> Callable[[str], None]:

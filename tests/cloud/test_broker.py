@@ -14,9 +14,10 @@ import pytest
 
 from cloud.broker import EmbeddedBroker
 from cloud.mqtt_wire import MAX_PACKET_BYTES
+from cloud.shares import PortShare
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
-from edgefl.protocols.tls import client_context, new_request, serial_number, sign_request
+from edgefl.protocols.tls import Identity, client_context, new_request, serial_number, sign_request
 
 EVERY_UP = "edgefl/v1/up/+/+"
 
@@ -320,3 +321,29 @@ def test_a_certificate_of_another_serial_number_is_refused_and_disturbs_nobody(f
         assert link.wait_connected(0)
     assert "not with this certificate" in caplog.text
     assert "broker.taken_over" not in caplog.text
+
+
+def test_a_device_that_finds_no_place_is_told_and_the_cloud_always_has_one(fleet_ca, caplog) -> None:
+    share = PortShare(seats=2, waiting=4)
+    with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, share=share) as broker, contextlib.ExitStack() as links:
+
+        def connect(name: str, identity: Identity) -> MqttLink:
+            link = MqttLink(LinkConfig(url=broker.url, client_id=name, identity=identity))
+            return links.enter_context(link)
+
+        assert all(connect(f"cam-{n}", fleet_ca.device(f"cam-{n}")).wait_connected(30) for n in (1, 2))
+        late = connect("cam-3", fleet_ca.device("cam-3"))
+        assert connect("cloud", fleet_ca.cloud).wait_connected(30)
+        assert not late.wait_connected(1)
+        assert "server unavailable" in late.reason.lower()
+        assert "device.no_seat device=cam-3" in caplog.text
+
+
+def test_strangers_that_say_nothing_make_room(fleet_ca) -> None:
+    share = PortShare(seats=4, waiting=2)
+    with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, share=share) as broker, contextlib.ExitStack() as strangers:
+        for _ in range(60):
+            strangers.enter_context(socket.create_connection(("127.0.0.1", broker.port), timeout=5))
+        config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
+        with MqttLink(config) as link:
+            assert link.wait_connected(30)

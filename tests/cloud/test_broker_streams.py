@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import pytest
 
 from cloud import broker_streams
-from cloud.broker_streams import GatedReader, GatedWriter
+from cloud.broker_streams import MAX_FILTERS, GatedReader, GatedWriter, Share
 from cloud.mqtt_wire import Connect
+from edgefl.errors import ProtocolError
 
 HELLO = Connect(flags=0x02, keepalive_s=10, user="", will_topic=None, will=())
 TOPIC = b"\0\x18edgefl/v1/up/cam-1/state"
@@ -134,19 +136,81 @@ def test_what_a_client_has_no_right_to_is_answered_and_goes_no_further(caplog) -
     assert caplog.text.count("broker.refused device=cam-1 action=") == 4
 
 
-def test_a_device_that_floods_is_read_at_its_pace(monkeypatch) -> None:
-    monkeypatch.setattr(broker_streams, "MESSAGES_PER_S", 100)
-    monkeypatch.setattr(broker_streams, "BURST", 3)
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
 
-    async def go() -> float:
-        reader, _ = reader_of(PUBLISH * 13)
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize("size", [2, 30_000])
+def test_by_law_a_device_is_read_no_faster_than_its_share(size: int) -> None:
+    clock = Clock()
+    share = Share(clock)
+    per_s = min(broker_streams.PACKETS_PER_S, broker_streams.BYTES_PER_S / size)
+    burst = min(broker_streams.PACKETS_BURST, broker_streams.BYTES_BURST / size)
+    for number in range(1, int(burst + 10 * per_s)):
+        clock.now_s += share.take(size)
+        assert number <= burst + per_s * clock.now_s + 1
+    assert clock.now_s > 9
+
+
+def test_patience_ends_with_one_that_never_comes_below_its_share() -> None:
+    clock = Clock()
+    share = Share(clock)
+
+    def flood() -> None:
+        for _ in range(100_000):
+            clock.now_s += share.take(2)
+
+    with pytest.raises(ProtocolError, match="for 30 s it sent more than its share of 200 packets and 256 kB a second"):
+        flood()
+    assert 30 < clock.now_s < 31
+
+
+def test_one_that_rests_in_between_is_kept() -> None:
+    clock = Clock()
+    share = Share(clock)
+    for _ in range(20):
+        for _ in range(2000):
+            clock.now_s += share.take(2)
+        clock.now_s += 10
+    assert share.take(2) == 0.0
+
+
+@pytest.mark.parametrize("packet", [b"\xc0\0", b"\x40\2\0\1", PUBLISH])
+def test_whatever_a_device_floods_with_others_have_their_turn(monkeypatch, packet: bytes) -> None:
+    monkeypatch.setattr(broker_streams, "PACKETS_BURST", 5)
+    monkeypatch.setattr(broker_streams, "PACKETS_PER_S", 1e-3)
+
+    async def go() -> int:
+        reader, _ = reader_of(packet * 20)
         await skip_connect(reader)
-        began_s = asyncio.get_running_loop().time()
-        for _ in range(13):
-            await reader.read(31)
-        return asyncio.get_running_loop().time() - began_s
+        num_read = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.3):
+                while True:
+                    await reader.read(len(packet))
+                    num_read += 1
+        return num_read
 
-    assert 0.09 < asyncio.run(go()) < 2  # ten beyond the burst, at 100 a second
+    assert asyncio.run(go()) == 5
+
+
+def test_a_device_does_not_subscribe_for_ever(caplog) -> None:
+    async def go() -> None:
+        topic = b"edgefl/v1/down/cam-1/x"
+        subscribe = bytes([0x82, 5 + len(topic), 0, 1]) + len(topic).to_bytes(2) + topic + b"\1"
+        reader, _ = reader_of(subscribe * (MAX_FILTERS + 1))
+        await skip_connect(reader)
+        for _ in range(MAX_FILTERS):
+            await reader.read(len(subscribe))
+        with pytest.raises(asyncio.IncompleteReadError):
+            await reader.read(1)
+
+    asyncio.run(go())
+    assert "more than 64 filters" in caplog.text
 
 
 def test_what_a_client_may_not_read_does_not_leave() -> None:

@@ -4,10 +4,12 @@ import contextlib
 import json
 import socket
 import threading
+import time
 
 import pytest
 
 from edgefl.descriptors import raise_limit
+from edgefl.protocols.tls import Identity, client_context
 
 STRANGERS = 1500
 MAX_LOG_BYTES = 200_000
@@ -90,5 +92,43 @@ def test_a_crowd_that_says_nothing(fleet, three, round_is_right, door, first_byt
             fleet.agents[name].stop()
             fleet.restart_agent(name, **data[name])
         round_is_right(fleet)
+    log_is_short(fleet)
+    round_is_right(fleet)
+
+
+def flood(fleet, name, packet, seconds):
+    """Send one MQTT packet again and again with a device's certificate; returns how many, and why it ended."""
+    context = client_context(fleet.folder / name / "ca.pem", Identity.in_folder(fleet.folder / name))
+    client_id = name.encode()
+    body = b"\0\4MQTT\4\2\0\x0a" + len(client_id).to_bytes(2) + client_id
+    until_s, num_sent = time.monotonic() + seconds, 0
+    with contextlib.ExitStack() as stack:
+        plain = stack.enter_context(socket.create_connection(("127.0.0.1", fleet.mqtt_port), timeout=5))
+        connection = stack.enter_context(context.wrap_socket(plain, server_hostname="127.0.0.1"))
+        connection.sendall(bytes([0x10, len(body)]) + body)
+        connection.settimeout(0.5)
+        block = packet * (16384 // len(packet))
+        while time.monotonic() < until_s:
+            with contextlib.suppress(TimeoutError):  # it is not read: that is the point
+                num_sent += connection.send(block) // len(packet)
+    return num_sent
+
+
+@pytest.mark.parametrize("packet", [b"\xc0\0", b"\x40\2\0\1"], ids=["PINGREQ", "PUBACK"])
+def test_a_device_that_floods_the_broker(fleet, three, round_is_right, packet):
+    three(fleet)
+    fleet.enroll("flood")
+    sent = []
+
+    def attack():
+        with contextlib.suppress(OSError):  # mosquitto ends a connection that it cannot answer
+            sent.append(flood(fleet, "flood", packet, 12))
+
+    attacker = threading.Thread(target=attack)
+    attacker.start()
+    round_is_right(fleet)
+    round_is_right(fleet)
+    assert operator_lists_devices(fleet) >= {"a", "b", "c"}
+    attacker.join(60)
     log_is_short(fleet)
     round_is_right(fleet)
