@@ -192,6 +192,8 @@ class Aggregator:
             is_known=home.enrolment.is_known,
             storage=home.storage,
             broker_url=home.broker_url,
+            renewals=home.enrolment.renewals,
+            ca_pem=home.identity.ca.read_bytes(),
             insecure=options.insecure,
             admit=port.admit,
             pace=port.pace,

@@ -17,6 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from cloud.crl import make_crl
+from cloud.renewal import Renewals, forget_next
 from cloud.store import devices, revoked, tokens, updates
 from edgefl.errors import EnrolmentRefused, NotFound
 from edgefl.protocols.tls import LEAF_DAYS, serial_number, sign_request, token_for
@@ -53,6 +54,7 @@ class Enrolment:
         self._ca_folder = ca_folder
         self._clock = clock
         self._certificate_days = certificate_days
+        self.renewals = Renewals(engine, ca_folder, clock, certificate_days)
 
     def new_token(self, valid_for_s: float = VALID_FOR_S) -> str:
         """Make a one-time token. It carries the CA's fingerprint too: a device trusts nobody before that."""
@@ -88,11 +90,13 @@ class Enrolment:
         return certificate
 
     def is_known(self, name: str, serial: str | None = None) -> bool:
-        """Whether a device is of the fleet; with a serial number, by that very certificate."""
+        """Whether a device is of the fleet; with a serial number, by that very certificate or its next one."""
         found = sa.select(devices.c.serial).where(devices.c.name == name)
         with self._engine.connect() as db:
             valid = db.scalar(found)
-        return valid is not None and serial in {None, valid}
+        if valid is None or serial in {None, valid}:
+            return valid is not None
+        return self.renewals.first_use(name, serial)
 
     def devices(self) -> list[Device]:
         """Return the fleet by name."""
@@ -109,7 +113,9 @@ class Enrolment:
             if serial is None:
                 raise NotFound(f"there is no device {name!r}; `edgefl devices list` shows those there are")
             db.execute(devices.delete().where(devices.c.name == name))
-            self._revoke(db, serial, name)
+            for one in (serial, forget_next(db, name)):
+                if one is not None:
+                    db.execute(revoked.insert().values(serial=one, device=name, revoked_s=self._clock()))
             waiting = (updates.c.device == name) & updates.c.file.is_not(sa.null())
             db.execute(updates.update().where(waiting).values(file=sa.null(), weight=sa.null(), reason=REMOVED))
 
@@ -127,9 +133,6 @@ class Enrolment:
         is_open = tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > self._clock())
         with self._engine.connect() as db:
             return db.scalar(sa.select(tokens.c.secret_sha256).where(is_open).limit(1)) is not None
-
-    def _revoke(self, db: sa.Connection, serial: str, device: str) -> None:
-        db.execute(revoked.insert().values({"serial": serial, "device": device, "revoked_s": self._clock()}))
 
 
 def _hashed(secret: str) -> str:

@@ -23,11 +23,12 @@ from cloud.blobs import BlobStore
 from cloud.enrolment import REMOVED
 from cloud.jobs import Answer, Jobs
 from cloud.open_rounds import OpenRound, OpenRounds
+from cloud.renewal import Renewals
 from cloud.running_calls import RunningCalls
 from cloud.spool import Incoming, Spool
 from cloud.storage import Storage
 from cloud.turnstile import MAX_INSIDE, Transfer, Turnstile
-from edgefl.errors import ProtocolError, UploadCutOff
+from edgefl.errors import EnrolmentRefused, ProtocolError, UploadCutOff
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk, upload_data
@@ -64,6 +65,8 @@ class ServiceParts:
     ended: Callable[[Sequence[str]], list[str]]  # of these jobs, those that are over
     is_known: Callable[[str, str | None], bool]  # name and certificate's serial number
     broker_url: str
+    renewals: Renewals | None = None  # None = certificates are not renewed here
+    ca_pem: bytes = b""  # told with a renewed certificate
     insecure: bool = False
     admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why there is no seat for a device's connection
     pace: Callable[[str], float] = lambda _device: 0.0  # for how many seconds a device's call has to wait
@@ -82,6 +85,9 @@ def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
         "Download": grpc.unary_stream_rpc_method_handler(registered(service.Download), pb.DownloadRequest.FromString),
         "Resume": grpc.unary_unary_rpc_method_handler(registered(service.Resume), pb.UpdateKey.FromString, to_state),
         "Upload": grpc.stream_unary_rpc_method_handler(registered(service.Upload), None, to_state),
+        "Renew": grpc.unary_unary_rpc_method_handler(
+            registered(service.Renew), pb.RenewRequest.FromString, pb.RenewReply.SerializeToString
+        ),
         "Fail": grpc.unary_unary_rpc_method_handler(
             registered(service.Fail), pb.FailureReport.FromString, pb.FailureReply.SerializeToString
         ),
@@ -109,7 +115,19 @@ class FleetService:
             desired=[encode(signed) for signed in desired],
             broker=self._parts.broker_url,
             ended=await self._run(self._parts.ended, request.holding),
+            renew=self._is_renewal_due(context),
         )
+
+    async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
+        device = await self._device(context)
+        if self._parts.renewals is None or not self._is_renewal_due(context):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this certificate is good for a long time yet")
+        try:
+            certificate = await self._run(self._parts.renewals.renew, device, request.csr)
+        except (ProtocolError, EnrolmentRefused) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        event(_log, logging.INFO, "device.renewed", device=device)
+        return pb.RenewReply(certificate=certificate, ca=self._parts.ca_pem)
 
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Context
@@ -285,6 +303,11 @@ class FleetService:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, no_seat)
         return name
 
+    def _is_renewal_due(self, context: Context) -> bool:
+        if self._parts.renewals is None or self._parts.insecure:
+            return False
+        return self._parts.renewals.is_due(_certificate(context))
+
     @staticmethod
     def _insecure_peer(context: Context) -> tuple[str, None]:
         name = dict(context.invocation_metadata() or ()).get(DEVICE_METADATA, "")
@@ -300,8 +323,14 @@ def _training_first(opened: OpenRound) -> tuple[bool, int]:
 
 def _certified_peer(context: Context) -> tuple[str, str]:
     """Return the name and the serial number of the caller's certificate, which the TLS handshake has verified."""
-    certificate = next(iter(context.auth_context()["x509_pem_cert"]))
+    certificate = _certificate(context)
     return common_name(certificate), serial_number(certificate)
+
+
+def _certificate(context: Context) -> bytes:
+    """Return the caller's certificate (PEM)."""
+    certificate: bytes = next(iter(context.auth_context()["x509_pem_cert"]))
+    return certificate
 
 
 def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:

@@ -1,8 +1,8 @@
 """The cloud's database: SQLAlchemy Core over SQLite (WAL, synchronous FULL) under the home.
 
 What is committed here survives kill -9 and power loss. Rows of jobs, rounds and updates together say
-exactly where a federation stands; `cloud/jobs.py`, `relay_rows.py`, `enrolment.py`, `registry.py` and `rollout.py`
-are the only modules that query them. Methods may be called from any thread.
+exactly where a federation stands; `cloud/jobs.py`, `relay_rows.py`, `enrolment.py`, `renewal.py`,
+`registry.py` and `rollout.py` are the only modules that query them. Methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ devices = sa.Table(
     sa.Column("serial", sa.String, nullable=False),  # of the certificate that is valid for it
     sa.Column("tags", sa.JSON, nullable=False),
     sa.Column("enrolled_s", sa.Float, nullable=False),
+)
+
+renewals = sa.Table(  # certificates that devices have and have not used yet
+    "renewals",
+    TABLES,
+    sa.Column("device", sa.String, primary_key=True),
+    sa.Column("serial", sa.String, nullable=False),
+    sa.Column("certificate", sa.String, nullable=False),  # PEM
+    sa.Column("issued_s", sa.Float, nullable=False),
 )
 
 revoked = sa.Table(  # certificates that are not accepted any more

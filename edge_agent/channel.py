@@ -19,6 +19,7 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
 
 CALL_TIMEOUT_S = 20.0
+TRANSFER_S = 120.0  # for transfers over a connection that is to end; those that take longer go on over the new one
 DEVICE_METADATA = "edgefl-device"  # who we are where no certificate says it
 
 _SERVICE = "/edgefl.v1.Fleet"
@@ -41,15 +42,27 @@ class CloudChannel:
     """A channel, and whether the cloud is reachable over it now."""
 
     def __init__(self, profile: Profile, home: Path) -> None:
+        self._profile, self._home = profile, home
         self._metadata: Sequence[tuple[str, str]] = ()
         if profile.insecure:
             self._metadata = ((DEVICE_METADATA, profile.device),)
-            self._channel = grpc.aio.insecure_channel(profile.grpc, options=_OPTIONS)
+        self._reopened = asyncio.Event()
+        self._former: set[asyncio.Task[None]] = set()  # channels that end when their calls have
+        self.reachable = False
+        self._open()
+
+    def _open(self) -> None:
+        """Open the channel, with the certificate that is in the home now."""
+        if self._profile.insecure:
+            self._channel = grpc.aio.insecure_channel(self._profile.grpc, options=_OPTIONS)
         else:
-            credentials = tls.grpc_channel_credentials(tls.Identity.in_folder(home))
-            self._channel = grpc.aio.secure_channel(profile.grpc, credentials, options=_OPTIONS)
+            credentials = tls.grpc_channel_credentials(tls.Identity.in_folder(self._home))
+            self._channel = grpc.aio.secure_channel(self._profile.grpc, credentials, options=_OPTIONS)
         self._next: Any = self._channel.unary_unary(
             f"{_SERVICE}/Next", pb.NextRequest.SerializeToString, pb.NextReply.FromString
+        )
+        self._renew: Any = self._channel.unary_unary(
+            f"{_SERVICE}/Renew", pb.RenewRequest.SerializeToString, pb.RenewReply.FromString
         )
         self._resume: Any = self._channel.unary_unary(
             f"{_SERVICE}/Resume", pb.UpdateKey.SerializeToString, pb.UploadState.FromString
@@ -61,23 +74,51 @@ class CloudChannel:
             f"{_SERVICE}/Download", pb.DownloadRequest.SerializeToString, None
         )
         self._upload: Any = self._channel.stream_unary(f"{_SERVICE}/Upload", None, pb.UploadState.FromString)
-        self.reachable = False
+
+    async def reopen(self) -> None:
+        """Go on over a new connection, with the certificate that is in the home now; calls under way end first."""
+        former = self._channel
+        self._open()
+        self._reopened.set()
+        task = asyncio.create_task(former.close(TRANSFER_S), name="former-channel")
+        self._former.add(task)
+        task.add_done_callback(self._former.discard)
 
     async def watch(self, on_reachable: Callable[[], None]) -> None:
         """Call back whenever the cloud becomes reachable; runs until cancelled."""
         while True:
+            self._reopened.clear()
             state = self._channel.get_state(try_to_connect=True)
             ready = state is grpc.ChannelConnectivity.READY
             if ready and not self.reachable:
                 self.reachable = True
                 on_reachable()
             self.reachable = ready
-            await self._channel.wait_for_state_change(state)
+            await self._changed(state)
+
+    async def _changed(self, state: grpc.ChannelConnectivity) -> None:
+        """Wait until the channel has another state, or is another channel."""
+        changed = asyncio.ensure_future(self._channel.wait_for_state_change(state))
+        reopened = asyncio.ensure_future(self._reopened.wait())
+        try:
+            await asyncio.wait((changed, reopened), return_when=asyncio.FIRST_COMPLETED)
+            if not reopened.done():
+                changed.result()  # raises where the channel is closed
+        finally:
+            changed.cancel()
+            reopened.cancel()
+            await asyncio.gather(changed, reopened, return_exceptions=True)
 
     async def next(self, agent_version: str, holding: Sequence[str] = ()) -> pb.NextReply:
         """Ask what this device should do now; `holding` are the jobs of which it keeps a state."""
         request = pb.NextRequest(agent_version=agent_version, holding=holding)
         reply: pb.NextReply = await self._next(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+        return reply
+
+    async def renew(self, request: bytes) -> pb.RenewReply:
+        """Ask for a certificate for a new key."""
+        message = pb.RenewRequest(csr=request)
+        reply: pb.RenewReply = await self._renew(message, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
         return reply
 
     async def resume(self, job: str, number: int) -> pb.UploadState:
@@ -104,5 +145,8 @@ class CloudChannel:
 
     async def close(self) -> None:
         """Close the channel and end its calls."""
+        for former in list(self._former):
+            former.cancel()
+        await asyncio.gather(*self._former, return_exceptions=True)
         async with asyncio.timeout(CALL_TIMEOUT_S):
             await self._channel.close(None)

@@ -20,6 +20,7 @@ import grpc
 
 from edge_agent.channel import CloudChannel
 from edge_agent.profile import Profile, save_profile, with_broker
+from edge_agent.renewal import Renewal
 from edge_agent.resources import measure
 from edgefl import __version__
 from edgefl.errors import CloudUnreachable, ConfigError, ProtocolError
@@ -63,6 +64,7 @@ class Link:
         self._session = _Session(home / "session")
         self._serving: tuple[Mapping[str, int], str] = ({}, "")
         self._mqtt = self._new_mqtt()
+        self._renewal = Renewal(home, profile.device, channel, lambda: self._mqtt.reconnect("the certificate is new"))
 
     async def run(self) -> None:
         """Keep the link until cancelled; then say that the device is going."""
@@ -105,6 +107,8 @@ class Link:
             for signed in reply.desired:
                 self._ears.hear_desired(messages.decode(Signed, signed))
             await self._follow_broker(reply.broker)
+            if reply.renew and await self._renewal.renew():
+                self._ask.set()  # the first use of the new certificate
         except grpc.aio.AioRpcError as error:
             level = logging.DEBUG if error.code() is grpc.StatusCode.UNAVAILABLE else logging.WARNING
             event(_log, level, "next.failed", code=error.code().name, reason=error.details())

@@ -173,14 +173,14 @@ class LocalFleet:
         self.broker = LoggedProcess(command, self.folder / "broker.log")
         self.broker.wait_for("running")
 
-    def start_cloud(self) -> None:
+    def start_cloud(self, *options: str, env: Mapping[str, str] | None = None) -> None:
         """Start the cloud, on the same home and ports if it ran before, and wait until it serves."""
         mosquitto = ("--broker", f"mqtts://127.0.0.1:{self.mqtt_port}")
         embedded = ("--broker", "embedded", "--mqtt-port", str(self.mqtt_port))
         self.cloud = self.spawn(
             "cloud.log", "cloud", "start", "--home", self.home, "--grpc-port", self.grpc_port,
             "--http-port", self.http_port, *(mosquitto if self._broker_kind == "mosquitto" else embedded),
-            *self._insecure,
+            *self._insecure, *options, env=env,
         )  # fmt: skip
         self.cloud.wait_for("cloud.ready")
 

@@ -16,16 +16,18 @@ class NextRequest(_message.Message):
     def __init__(self, agent_version: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NextReply(_message.Message):
-    __slots__ = ("plans", "desired", "broker", "ended")
+    __slots__ = ("plans", "desired", "broker", "ended", "renew")
     PLANS_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     BROKER_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
     plans: _containers.RepeatedScalarFieldContainer[bytes]
     desired: _containers.RepeatedScalarFieldContainer[bytes]
     broker: str
     ended: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ...) -> None: ...
+    renew: bool
+    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ..., renew: _Optional[bool] = ...) -> None: ...
 
 class DownloadRequest(_message.Message):
     __slots__ = ("sha256", "offset")
@@ -111,3 +113,17 @@ class FailureReport(_message.Message):
 class FailureReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("csr",)
+    CSR_FIELD_NUMBER: _ClassVar[int]
+    csr: bytes
+    def __init__(self, csr: _Optional[bytes] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("certificate", "ca")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    CA_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    ca: bytes
+    def __init__(self, certificate: _Optional[bytes] = ..., ca: _Optional[bytes] = ...) -> None: ...

@@ -59,6 +59,11 @@ class FleetStub:
                 request_serializer=edgefl_dot_protocols_dot_fleet__pb2.FailureReport.SerializeToString,
                 response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.FailureReply.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/edgefl.v1.Fleet/Renew',
+                request_serializer=edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.SerializeToString,
+                response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.RenewReply.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -99,6 +104,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """A new certificate for a new key; the present one is good until the new one is first used.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Fail,
                     request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.FailureReport.FromString,
                     response_serializer=edgefl_dot_protocols_dot_fleet__pb2.FailureReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.FromString,
+                    response_serializer=edgefl_dot_protocols_dot_fleet__pb2.RenewReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class Fleet:
             '/edgefl.v1.Fleet/Fail',
             edgefl_dot_protocols_dot_fleet__pb2.FailureReport.SerializeToString,
             edgefl_dot_protocols_dot_fleet__pb2.FailureReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/edgefl.v1.Fleet/Renew',
+            edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.SerializeToString,
+            edgefl_dot_protocols_dot_fleet__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,

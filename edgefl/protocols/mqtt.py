@@ -132,6 +132,7 @@ class MqttLink:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.settimeout(0)
         self._wake_out.settimeout(0)
+        self._leave_for = ""  # why the connection is to be made anew
         self._context: ssl.SSLContext | None = None
         self._client = self._make_client()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{config.client_id}", daemon=True)
@@ -182,6 +183,11 @@ class MqttLink:
             event(_log, logging.DEBUG, "mqtt.dropped", topic=topic, reason=self.reason)
         self._wake()
 
+    def reconnect(self, reason: str) -> None:
+        """Leave the broker without a will and come back at once; what is queued is sent then."""
+        self._leave_for = reason
+        self._wake()
+
     def close(self, flush_s: float = 2.0) -> None:
         """Give what is queued `flush_s` to be acknowledged, say goodbye (no will), end the thread."""
         if self._thread.is_alive() and not self._closing.is_set():
@@ -220,7 +226,7 @@ class MqttLink:
         return FIRST_DELAY_S * (1 + zlib.crc32(self._config.client_id.encode()) % 1000 / 1000)
 
     def _dial(self) -> bool:
-        self._fault = ""
+        self._fault = self._leave_for = ""
         if self._config.will:
             self._client.will_set(*self._config.will(), qos=1, retain=True)
         try:
@@ -240,6 +246,10 @@ class MqttLink:
             selector.register(self._wake_in, selectors.EVENT_READ)
             selector.register(connection, selectors.EVENT_READ)
             while self._client.socket() is connection:
+                if goodbye_by_s is None and self._leave_for:
+                    self._fault, self._leave_for = self._leave_for, ""
+                    goodbye_by_s = time.monotonic() + GOODBYE_S
+                    self._client.disconnect()
                 if goodbye_by_s is None and self._closing.is_set():
                     goodbye_by_s = time.monotonic() + GOODBYE_S
                     self._client.disconnect()

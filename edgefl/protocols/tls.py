@@ -7,6 +7,7 @@ minimum version; both of our ends speak 1.3, and a test checks that they do.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -96,11 +97,26 @@ def certify_server(
 
 def new_request(identity: Identity, device: str) -> bytes:
     """Make a device's key (0600) and return its signing request (PEM)."""
+    identity.key.unlink(missing_ok=True)
+    return request_for(saved_key(identity.key), device)
+
+
+def saved_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the key in a file, which is made (0600) where there is none, or none that can be read."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        if isinstance(key, ec.EllipticCurvePrivateKey):
+            return key
     key = ec.generate_private_key(ec.SECP256R1())
+    path.unlink(missing_ok=True)
+    write_private(path, _key_pem(key))
+    return key
+
+
+def request_for(key: ec.EllipticCurvePrivateKey, device: str) -> bytes:
+    """Return a signing request (PEM) for a key."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
-    identity.key.unlink(missing_ok=True)
-    write_private(identity.key, _key_pem(key))
     return request.public_bytes(serialization.Encoding.PEM)
 
 

@@ -1,8 +1,11 @@
 """Certificates of devices: those that were removed, that run out, and clocks that are wrong."""
 
 import shutil
+from pathlib import Path
 
 import grpc
+import numpy as np
+import pytest
 
 from edgefl.errors import CloudUnreachable
 from edgefl.protocols import fleet_pb2 as pb
@@ -65,4 +68,73 @@ def test_a_removed_device_is_out_at_every_door_also_after_its_name_is_enrolled_a
     assert code_of_next(fleet, stolen) is grpc.StatusCode.PERMISSION_DENIED
     assert not broker_lets_in(fleet, "c", stolen)
     assert not said(agent, "mqtt.down", seen)
+    round_is_right(fleet)
+
+
+def test_what_a_removed_device_sends_or_has_sent_is_not_folded(fleet, three, round_is_right):
+    data = three(fleet)
+    for name in ("b", "c"):
+        fleet.agents[name].stop()
+    fleet.restart_agent("b", **data["b"] | {"seconds": 3})
+    fleet.restart_agent("c", **data["c"])
+    run = fleet.start_run("numbers", "rounds.clients=3", "rounds.quorum=1", "rounds.deadline_s=60")
+    fleet.agents["c"].wait_for("update.stored", 30)  # b still trains
+    remove(fleet, "b")
+    result, model = fleet.finish_run(run)
+    (entry,) = result["rounds"]
+    assert entry["failed"] == 1
+    np.testing.assert_allclose(model["w"], np.full(3, (1 * 1.0 + 5 * 10.0) / 6), rtol=1e-6)
+    fleet.agents["b"].stop()
+    shutil.rmtree(fleet.folder / "b")
+    fleet.add_agent("b", **data["b"])
+    round_is_right(fleet)
+
+
+def restart_cloud(fleet, *options):
+    fleet.cloud.stop()
+    fleet.start_cloud(*options)
+
+
+def serial_in(home):
+    return tls.serial_number((home / "cert.pem").read_bytes())
+
+
+def test_devices_renew_their_certificates_and_the_former_ones_are_worth_nothing(fleet, three, round_is_right, tmp_path):
+    restart_cloud(fleet, "--certificate-days", "10")
+    data = three(fleet)
+    former = {name: copy_of(fleet.folder / name, tmp_path / f"former-{name}") for name in "abc"}
+    seen = {name: agent.num_lines() for name, agent in fleet.agents.items()}
+    restart_cloud(fleet)  # by its usual lifetime, ten days are much too few
+    for name, agent in fleet.agents.items():
+        agent.wait_for("certificate.renewed", 60, after=seen[name])
+        agent.wait_for("mqtt.up", 60, after=seen[name])
+        home = fleet.folder / name
+        assert tls.serial_number(former[name].cert.read_bytes()) != serial_in(home)
+        assert (home / "key.pem").read_bytes() != former[name].key.read_bytes()
+    round_is_right(fleet)
+    for identity in former.values():
+        assert code_of_next(fleet, identity) is grpc.StatusCode.PERMISSION_DENIED
+    if fleet.broker is None:
+        assert not broker_lets_in(fleet, "a", former["a"])
+    for name, options in data.items():
+        fleet.agents[name].stop()
+        fleet.restart_agent(name, **options)
+    round_is_right(fleet)
+
+
+CLOCKS = {"30 hours behind": "-30h", "in 1970": "-20780d", "3 months behind": "-90d"}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_device_whose_clock_is_behind_takes_part(fleet, three, round_is_right, clock):
+    faketime = shutil.which("faketime")
+    if faketime is None:
+        pytest.skip("faketime is not installed; deploy/system-packages.sh installs it")
+    data = three(fleet)
+    fleet.agents["b"].stop()
+    options = [part for key, value in data["b"].items() for part in ("--data", f"{key}={value}")]
+    library = next(Path("/usr/lib").rglob("libfaketime.so.1"))
+    env = {"LD_PRELOAD": str(library), "FAKETIME": CLOCKS[clock], "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    agent = fleet.start_agent("b", *options, env=env)
+    agent.wait_for("mqtt.up", 30)
     round_is_right(fleet)

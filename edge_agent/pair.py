@@ -1,0 +1,68 @@
+"""A device's key and certificate, replaced together in one step.
+
+`key.pem` and `cert.pem` of a home are files of its enrolment, and from the first renewal on links into the
+folder that `pair` is a link to. So whoever reads both, after a crash at any moment too, sees the old pair or
+the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from edgefl.protocols.tls import Identity, serial_number, write_private
+
+LINK = "pair"
+NAMES = ("key.pem", "cert.pem")
+
+
+def replace_pair(home: Path, key_pem: bytes, cert_pem: bytes) -> None:
+    """Make these the key and the certificate of a home; the former ones are deleted."""
+    _become_links(home)
+    _point(home / LINK, _written(home, key_pem, cert_pem))
+    _sync(home)
+    in_use = (home / LINK).readlink().name
+    for folder in home.glob("pair-*"):
+        if folder.name != in_use:
+            shutil.rmtree(folder)
+
+
+def _become_links(home: Path) -> None:
+    """Have a home's key and certificate be links, with the contents that they have."""
+    identity = Identity.in_folder(home)
+    if identity.key.is_symlink() and identity.cert.is_symlink():
+        return
+    _point(home / LINK, _written(home, identity.key.read_bytes(), identity.cert.read_bytes()))
+    for name in NAMES:
+        _point(home / name, f"{LINK}/{name}")
+
+
+def _written(home: Path, key_pem: bytes, cert_pem: bytes) -> str:
+    """Write a pair into a folder of its own, durably, and return the folder's name."""
+    folder = home / f"pair-{serial_number(cert_pem)}"
+    with contextlib.suppress(FileNotFoundError):  # left by an attempt that was cut off
+        shutil.rmtree(folder)
+    folder.mkdir(mode=0o700)
+    for name, data in zip(NAMES, (key_pem, cert_pem), strict=True):
+        write_private(folder / name, data)
+        _sync(folder / name)
+    _sync(folder)
+    return folder.name
+
+
+def _point(link: Path, target: str) -> None:
+    """Make a link, or a file, point somewhere else in one step."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
