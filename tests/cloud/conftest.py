@@ -13,6 +13,7 @@ from cloud.blobs import BlobStore
 from cloud.fleet_service import FleetService, ServiceParts, handler
 from cloud.jobs import Jobs
 from cloud.open_rounds import OpenRound, OpenRounds
+from cloud.renewal import Renewals
 from cloud.spool import Spool
 from cloud.store import open_database
 from edgefl.config import JobConfig
@@ -36,6 +37,7 @@ class Plane:
         key = new_fleet_key()
         self.jobs, self.rounds = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key)), OpenRounds()
         self.known = {"a", "b", "c"}
+        self.renewals = Renewals(self.engine, folder)
         self.model = self.blobs.put_tree({"w": np.arange(3_000_000, dtype=np.float32)})
         self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), self.model, (), JobConfig())
         row = self.jobs.load(self.job)
@@ -56,7 +58,8 @@ class Plane:
         parts = ServiceParts(
             rounds=self.rounds, jobs=self.jobs, blobs=self.blobs, spool=self.spool, desired_for=lambda _device: [],
             ended=lambda held: [job for job in held if job != self.job],
-            is_known=lambda name, _serial: name in self.known, broker_url="mqtts://:8883",
+            is_known=lambda name, _serial: name in self.known, broker_url="mqtts://:8883", renewals=self.renewals,
+            ca_pem=(self.folder / "ca.pem").read_bytes(),
         )  # fmt: skip
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", 8 << 20)])
         self.service = FleetService(parts, workers)

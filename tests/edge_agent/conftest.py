@@ -73,6 +73,10 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         self.chunk_bytes = 1 << 20
         self.before_chunk: Callable[[str, int], None] = lambda _way, _offset: None  # may raise or wait
         self.answer: pb.UploadState | None = None  # to every upload, at its header
+        self.is_due = False  # whether devices are told to renew their certificates
+        self.renew: Callable[[bytes], pb.RenewReply] | None = None  # None = as a cloud does
+        self.refusal: tuple[grpc.StatusCode, str] | None = None  # of every renewal
+        self.serials: list[str] = []  # of the certificates that asked `Next`
         self._changed = threading.Condition()
         self._server: grpc.Server | None = None
         self.port = 0
@@ -164,6 +168,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
     # What the agent calls.
 
     def Next(self, request, context):  # noqa: N802 - gRPC's name
+        self.serials.append(tls.serial_number(context.auth_context()["x509_pem_cert"][0]))
         self.note(f"next {_device(context)}")
         waiting = [plan for plan in self.plans if not {(plan.job, plan.round)} & (self.updates.keys() | self.failures)]
         return pb.NextReply(
@@ -171,7 +176,17 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
             desired=[messages.encode(signed) for signed in self.desired],
             broker=self.broker,
             ended=[job for job in request.holding if job in self.over],
+            renew=self.is_due,
         )
+
+    def Renew(self, request, context):  # noqa: N802 - gRPC's name
+        self.is_due = False
+        self.note(f"renew {_device(context)}")
+        if self.refusal is not None:
+            context.abort(*self.refusal)
+        if self.renew is not None:
+            return self.renew(request.csr)
+        return pb.RenewReply(certificate=tls.sign_request(self.folder, request.csr, _device(context)))
 
     def Download(self, request, context):  # noqa: N802 - gRPC's name
         self.note(f"download {request.sha256[:8]} {request.offset}")

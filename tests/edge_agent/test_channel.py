@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import threading
 
 import grpc
 import pytest
@@ -98,3 +99,29 @@ def test_insecure_names_the_device_in_its_metadata(tmp_path):
 
     assert asyncio.run(run()) == "cam-9"
     server.stop(None).wait(5)
+
+
+def test_a_channel_that_is_reopened_shows_the_new_certificate_and_ends_what_was_under_way(fleet, home, until):
+    ref = fleet.blob(bytes(3 << 20))
+    gate = threading.Event()
+    fleet.before_chunk = lambda _way, offset: gate.wait(20) if offset else None
+
+    async def run(channel):
+        told = []
+        watching = asyncio.create_task(channel.watch(lambda: told.append(1)))
+        await channel.next("0.1")
+        under_way = channel.download(ref.sha256, 0)
+        received = len((await under_way.read())[3:])
+        identity = tls.Identity.in_folder(home)
+        identity.cert.write_bytes(tls.sign_request(fleet.folder, tls.new_request(identity, "cam-1"), "cam-1"))
+        await channel.reopen()
+        await channel.next("0.1")
+        gate.set()
+        while isinstance(message := await under_way.read(), bytes):
+            received += len(message)
+        await until(lambda: channel.reachable)
+        watching.cancel()
+        return received
+
+    assert over(home, run) >= 3 << 20
+    assert len(set(fleet.serials)) == 2

@@ -11,7 +11,7 @@ from edge_agent import link as link_module
 from edge_agent.channel import CloudChannel
 from edge_agent.link import Link, _Session
 from edge_agent.profile import load_profile
-from edgefl.protocols import messages, topics
+from edgefl.protocols import messages, tls, topics
 from edgefl.protocols.messages import DeviceState, RolloutNote, RoundClosed, Telemetry
 
 
@@ -195,3 +195,21 @@ def test_a_session_only_rises(tmp_path):
     assert _Session(path).number == 10_000_000_000_000
     path.write_text("damaged")
     assert _Session(path).number == 0
+
+
+def test_a_certificate_is_renewed_when_the_cloud_says_so_and_nothing_is_lost(
+    with_link, fleet, shared_ca, broker, peer, until
+):
+    cloud = peer("cloud", topics.EVERY_UP)
+
+    async def run(link, _ears):
+        await until(lambda: fleet.serials and link._mqtt.wait_connected(0))
+        first, fleet.is_due = fleet.serials[0], True
+        link._ask.set()
+        await until(lambda: fleet.serials[-1] != first)  # the new certificate's first use
+        link.tell(RolloutNote(model="m", version=1, state="active"))
+        while (await asyncio.to_thread(cloud.next, 10))[0] != topics.up("cam-1", "rollout"):
+            pass
+
+    home = with_link(run, broker_port=broker.port)
+    assert tls.serial_number((home / "cert.pem").read_bytes()) == fleet.serials[-1]

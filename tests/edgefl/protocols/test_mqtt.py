@@ -15,6 +15,7 @@ from edgefl.errors import CloudUnreachable, ConfigError, ProtocolError
 from edgefl.protocols import mqtt
 from edgefl.protocols.messages import MAX_MESSAGE_BYTES
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
+from edgefl.protocols.tls import request_for, saved_key, sign_request
 
 UP = "edgefl/v1/up/cam-1/state"
 
@@ -232,3 +233,23 @@ def test_a_process_with_more_than_1024_open_files_still_has_a_link(peer, broker)
         for file in files:
             file.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_link_that_reconnects_shows_the_certificate_that_is_in_its_file_now(broker, fleet_ca, peer) -> None:
+    listener = peer("cloud", "edgefl/v1/up/+/+")
+    wills: list[bytes] = []
+
+    def will() -> tuple[str, bytes]:
+        wills.append(b"will %d" % len(wills))
+        return UP, wills[-1]
+
+    identity = fleet_ca.device("cam-1")
+    link = peer("cam-1", will=will).link
+    identity.cert.write_bytes(b"damaged")
+    link.reconnect("its certificate is new")
+    while link.reason in {"", "its certificate is new"}:
+        link.wait_connected(0.01)
+    link.publish(UP, b"waits")  # while the link is down
+    identity.cert.write_bytes(sign_request(fleet_ca.folder, request_for(saved_key(identity.key), "cam-1"), "cam-1"))
+    assert link.wait_connected(10)
+    assert listener.next() == (UP, b"waits")  # and no will: it left in peace
