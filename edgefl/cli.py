@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from edgefl import __version__
+from edgefl import __version__, debug
 from edgefl.errors import EdgeflError, MissingExtra
 from edgefl.extras import OF_COMMANDS, extra_of, install_command, missing_modules
 
@@ -52,16 +52,24 @@ def _refusal(command: str, extra: str, seen: str) -> str:
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edgefl")
+@click.option(
+    debug.FLAG,
+    is_flag=True,
+    expose_value=False,
+    help="Show the stack of an error; may stand after any command.",
+    callback=lambda _ctx, _param, given: debug.ask_for() if given else None,
+)
 def cli() -> None:
     """Federated learning from device to cloud and back: train, compress, deploy, serve, watch."""
 
 
 def main() -> None:
-    """Run the command line; our own errors and absent extras end as one line and exit status 1, without a traceback."""
+    """Run the command line; an error ends as one line and exit status 1, with a traceback where --debug asks for it."""
+    sys.excepthook = debug.tell_unexpected
     try:
-        cli(prog_name="edgefl")
+        cli(debug.taken_from(sys.argv[1:]), prog_name="edgefl")
     except EdgeflError as error:
-        click.echo(f"error: {error}", err=True)
+        debug.tell(error)
         sys.exit(1)
     except ModuleNotFoundError as missing:
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")

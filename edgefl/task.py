@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from edgefl import debug
 from edgefl.errors import ConfigError, TaskError
 from edgefl.extras import extra_of, install_command
 from edgefl.trees import Tree
@@ -156,6 +157,7 @@ class UserCode:
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(raised, TaskError) or not isinstance(raised, (Exception, SystemExit)):
             return
+        debug.show(raised)  # it may go on as text alone
         said = f"{type(raised).__name__}: {raised}".rstrip(": ")[:MAX_QUOTED]
         raise TaskError(f"{self._kind} {self._task!r}: {self._doing} raised {said}{_place(raised)}") from raised
 

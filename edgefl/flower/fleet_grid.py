@@ -3,7 +3,8 @@
 `push_messages` sends at once and `pull_messages` returns what is there, so that asynchronous apps are; what
 `send_and_receive` returns arrives while it is iterated. A device that is lost is answered for by an Error, one
 that is late is not answered for, both as in Flower.
-Invariant: what a message held is dropped in the cloud once nobody waits for its reply.
+Invariants: what a message held is dropped in the cloud once nobody waits for its reply; what is pushed runs before
+any later message to the same device, which takes them in the order of their numbers, and before the run ends.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flwr.app import Message
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.flower import wire
 from edgefl.flower.app import RunConfigValue
-from edgefl.flower.grid import Replies, RunGrid
+from edgefl.flower.grid import Replies, RunGrid, checked_messages
 from edgefl.flower.inside import ErrorCode, RunNotRunningException, error_reply, give_id, without_content
 from edgefl.flower.watch import Watch
 from edgefl.operator.relay import Relay
@@ -81,33 +82,47 @@ class FleetGrid(RunGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, and return at once."""
-        sent = self._send(messages, None)
-        self._pushed |= {one.request.metadata.message_id: one for one in sent}
-        return [one.request.metadata.message_id for one in sent]
+        with self.border:
+            sent = self._send(messages, None)
+            self._pushed |= {one.request.metadata.message_id: one for one in sent}
+            return [one.request.metadata.message_id for one in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come to these; each is returned once."""
-        asked = {key: self._pushed[key] for key in dict.fromkeys(message_ids) if key in self._pushed}
-        replies = list(self._arriving(asked.values(), 0.0, keep=True))
-        for reply in replies:
-            self._pushed.pop(reply.metadata.reply_to_message_id)
-        return replies
+        with self.border:
+            asked = {key: self._pushed[key] for key in dict.fromkeys(message_ids) if key in self._pushed}
+            replies = list(self._arriving(asked.values(), 0.0, keep=True))
+            for reply in replies:
+                self._pushed.pop(reply.metadata.reply_to_message_id)
+            return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """Send messages; the replies arrive as they are iterated, until the timeout (seconds)."""
-        sent = self._send(messages, timeout)
+        if timeout is not None and timeout <= 0:  # nobody waits for replies
+            self.push_messages(messages)
+            return Replies(iter(()))
+        with self.border:
+            sent = self._send(messages, timeout)
         end_s = self._watch.clock() + max((one.order["within_s"] for one in sent), default=0.0)
-        replies = Replies(self._arriving(sent, end_s))
+        replies = Replies(self._arriving(sent, end_s), self.border)
         if len(sent) <= 1:
             len(replies)  # the legacy server sends one message at a time, from many threads
         return replies
+
+    def finish(self) -> None:
+        """Wait for the answers to what was pushed and never pulled, as long as these messages last."""
+        with self.border:
+            left, self._pushed = list(self._pushed.values()), {}
+            end_s = self._watch.clock() + max((one.order["within_s"] for one in left), default=0.0)
+            for _ in self._arriving(left, end_s):
+                pass
 
     def close(self) -> None:
         """The run is over: the legacy server's threads may end."""
         self._closed = True
 
     def _send(self, messages: Iterable[Message], timeout: float | None) -> list[_Sent]:
-        messages = list(messages)
+        messages = checked_messages(messages)
         self._watch.sent(messages)
         held: dict[int, tuple[str, object]] = {}  # by content's id, with it, so that its id stays its own
         with self._sending:

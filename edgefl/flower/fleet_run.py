@@ -6,6 +6,7 @@ Invariant: however the ServerApp ends, by itself, by what it raises or by Ctrl-C
 from __future__ import annotations
 
 import hashlib
+import logging
 import signal
 import threading
 import time
@@ -14,19 +15,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from edgefl.bundle import pack_located
 from edgefl.errors import JobCancelled, TaskError
 from edgefl.flower.app import KIND, FlowerApp, RunConfigValue, client_reference, fuse_run_config, require_flower
-from edgefl.flower.run import FlowerRunResult, Json, result_of, serving, took_part
+from edgefl.flower.run import FlowerRunResult, Json, keep_model, result_of, serving, took_part
 from edgefl.operator.client import CloudClient
 from edgefl.operator.relay import Relay
 from edgefl.task import Located, UserCode
-from edgefl.trees import write_tree
 
-if TYPE_CHECKING:
-    from flwr.app import ArrayRecord
+_log = logging.getLogger(__name__)
 
 
 def run_on_fleet(
@@ -52,7 +50,7 @@ def run_on_fleet(
     packed = pack_located(Located(reference, app.folder), str(app.folder))
     with client() as uploading:
         bundle = uploading.put_blob(packed.data, hashlib.sha256(packed.data).hexdigest())
-    interrupted = False
+    interrupted = threading.Event()
     with ExitStack() as stack:
         relay = stack.enter_context(Relay(client, reference, bundle))
         devices = Devices(relay)
@@ -66,47 +64,49 @@ def run_on_fleet(
         heard = stack.enter_context(serving(run_id))
         start_s = time.monotonic()
         try:
-            with _stopped_by_interrupt(relay), UserCode(app.name, "its ServerApp", KIND):
+            with _stopped_by_interrupt(relay, interrupted), UserCode(app.name, "its ServerApp", KIND):
                 app.server_app(grid, context)
+                grid.finish()
         except KeyboardInterrupt:
-            interrupted = True
-        except TaskError:
-            if relay.fault is not None:  # what the ServerApp met with, and could do nothing about
-                raise relay.fault from None
-            raise
-        if relay.fault is not None and not interrupted:  # the legacy server counts what it raises as failures
-            raise relay.fault
+            interrupted.set()
+        except TaskError as error:
+            grid.border.raise_fault(app.name)
+            keep_model(heard, out)
+            if relay.fault is None:
+                raise
+            if interrupted.is_set():  # an app that a strategy's early end has left with less
+                _log.warning("after the interrupt: %s", error)
+        if relay.fault is not None and not interrupted.is_set():  # what the ServerApp could do nothing about;
+            raise relay.fault from None  # the legacy server counts what it raises as failures
+        grid.border.raise_fault(app.name)
         watch.finish()
         seconds = time.monotonic() - start_s
         positions = devices.positions()
-        result = result_of(app, watch, heard, took_part(watch, len(positions), positions.__getitem__))
-    model = None if out is None or result.arrays is None else _write(result.arrays, out)
+        counts = took_part(watch, len(positions), positions.__getitem__)
+        result = result_of(app, watch, heard, counts, interrupted=interrupted.is_set())
+    model = keep_model(heard, out)
     return replace(
-        result, engine="fleet", job=relay.id, seconds=seconds, state=context.state, model=model, interrupted=interrupted
-    )
+        result, engine="fleet", job=relay.id, seconds=seconds, state=context.state, model=model,
+        interrupted=interrupted.is_set(),
+    )  # fmt: skip
 
 
 @contextmanager
-def _stopped_by_interrupt(relay: Relay) -> Iterator[None]:
-    """Let Ctrl-C free whoever waits for a reply, in any thread, and then end the main one as ever."""
+def _stopped_by_interrupt(relay: Relay, interrupted: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C free whoever waits for a reply, in any thread, and end the strategy; a second one ends the app."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    from edgefl.flower.inside import Interrupted
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         relay.stop(JobCancelled("interrupted where it was run"))
-        signal.default_int_handler(number, frame)
+        interrupted.set()
+        raise Interrupted
 
     before = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _write(arrays: ArrayRecord, out: Path) -> Json:
-    from edgefl.flower.records import tree_of
-
-    with out.open("wb") as file:
-        write_tree(tree_of(arrays), file)
-    return {"sha256": hashlib.sha256(out.read_bytes()).hexdigest(), "path": str(out)}

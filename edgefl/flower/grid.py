@@ -2,8 +2,9 @@
 
 `send_and_receive` returns replies that arrive while they are iterated, so that a strategy may fold them
 one by one; they may also be counted, indexed and iterated again, as the lists that Flower's grids return.
-Invariant: every pushed message is executed, whether or not its reply is looked at; but for Ctrl-C, which ends the
-round with what was answered, and the run where the next round would begin.
+Invariants: every pushed message is executed, whether or not its reply is looked at or pulled, before any later one
+to the same node and before the run ends; but for Ctrl-C, which ends the round with what was answered, and the run
+where the next round would begin. A node is at work on one message at a time.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import _thread
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import overload
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from edgefl.errors import ConfigError
-from edgefl.flower.inside import Run, RunNotRunningException, give_id, with_own_metadata
+from edgefl.flower.inside import Interrupted, Run, RunNotRunningException, give_id, with_own_metadata
 from edgefl.flower.nodes import Delivery, Nodes, Runner
+from edgefl.flower.own_fault import Border
 from edgefl.flower.records import copy_records
 from edgefl.flower.watch import Watch
 
@@ -27,8 +30,8 @@ from edgefl.flower.watch import Watch
 class Replies(Sequence[Message]):
     """Replies that arrive while they are iterated. Safe to iterate from several threads."""
 
-    def __init__(self, arriving: Iterator[Message]) -> None:
-        self._arriving = arriving
+    def __init__(self, arriving: Iterator[Message], border: Border | None = None) -> None:
+        self._arriving, self._border = arriving, border or Border()
         self._kept: list[Message] = []
         self._turn = threading.Lock()
 
@@ -57,7 +60,8 @@ class Replies(Sequence[Message]):
     def once(self) -> Iterator[Message]:
         """Yield the replies without keeping them; closing the iterator leaves the rest of them undone."""
         try:
-            yield from self._arriving
+            while (reply := self._next()) is not None:
+                yield reply
         finally:
             self.close()
 
@@ -71,11 +75,15 @@ class Replies(Sequence[Message]):
         """Say whether there is a reply of that index, waiting for it if need be."""
         with self._turn:
             while index >= len(self._kept):
-                reply = next(self._arriving, None)
+                reply = self._next()
                 if reply is None:
                     return False
                 self._kept.append(reply)
             return True
+
+    def _next(self) -> Message | None:
+        with self._border:
+            return next(self._arriving, None)
 
 
 class RunGrid(Grid):
@@ -83,6 +91,7 @@ class RunGrid(Grid):
 
     def __init__(self, run_id: int) -> None:
         self._run = Run.create_empty(run_id)
+        self.border = Border()  # what fails inside is our fault
 
     def set_run(self, run: Run) -> None:
         raise ConfigError(f"this grid belongs to run {self._run.run_id}; it cannot be set to {run.run_id}")
@@ -110,8 +119,10 @@ class LocalGrid(RunGrid):
         self._stopping = threading.Lock()  # held by who told the main thread
         self._nodes, self._runner, self._watch = nodes, runner, watch
         self._numbers = itertools.count(1)
-        self._waiting: dict[str, Message] = {}  # pushed, not yet pulled
+        self._waiting: dict[str, Message] = {}  # pushed, not yet executed, in the order of pushing
+        self._replies: dict[str, Message] = {}  # to what was pushed, not yet pulled
         self._unread: list[Replies] = []
+        self._settling = threading.RLock()
 
     def get_node_ids(self) -> Iterable[int]:
         if self._closed:  # a thread of the legacy server that Ctrl-C left behind looks for this, and ends
@@ -119,23 +130,30 @@ class LocalGrid(RunGrid):
         return list(self._nodes.ids())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take messages; they are executed when their replies are pulled."""
-        self.finish()
-        outgoing = self._snapshots(messages)
-        self._waiting |= outgoing
-        return list(outgoing)
+        """Take messages; they are executed when their replies are pulled, or when what comes later needs it."""
+        with self.border:
+            self._read_all()
+            outgoing = self._snapshots(messages)
+            self._waiting |= outgoing
+            return list(outgoing)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Execute what waits among these ids and return the replies; nothing for an id already pulled."""
-        wanted = dict.fromkeys(message_ids)
-        asked = {key: self._waiting.pop(key) for key in wanted if key in self._waiting}
-        return list(self._execute(asked, None))
+        wanted = list(dict.fromkeys(message_ids))
+        with self.border:
+            self._settle(self._due(wanted, ()))
+            return [self._replies.pop(key) for key in wanted if key in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
-        """Execute messages; the replies arrive as they are iterated, until the timeout (seconds)."""
-        self.finish()
-        outgoing = self._snapshots(messages)
-        replies = Replies(self._execute(outgoing, timeout))
+        """Execute messages; the replies arrive as they are iterated. `timeout`: seconds for each client's own work."""
+        if timeout is not None and timeout <= 0:  # nobody waits for replies
+            self.push_messages(messages)
+            return Replies(iter(()))
+        with self.border:
+            self._read_all()
+            outgoing = self._snapshots(messages)
+            self._settle(self._due((), {message.metadata.dst_node_id for message in outgoing.values()}))
+        replies = Replies(self._execute(outgoing, timeout), self.border)
         if len(outgoing) > 1:
             self._unread.append(replies)
         else:
@@ -143,10 +161,31 @@ class LocalGrid(RunGrid):
         return replies
 
     def finish(self) -> None:
-        """Execute what was sent and never looked at."""
+        """Execute what was sent and never looked at, and what was pushed and never pulled."""
+        with self.border:
+            self._read_all()
+            self._settle(list(self._waiting))
+
+    def _read_all(self) -> None:
         unread, self._unread = self._unread, []
         for replies in unread:
             len(replies)
+
+    def _due(self, ids: Collection[str], nodes: Collection[int]) -> list[str]:
+        """Return what waits among these ids, and all that waits before it, or before what comes next, at a node."""
+        due, busy = [], set(nodes)
+        for key, message in reversed(list(self._waiting.items())):
+            if key in ids or message.metadata.dst_node_id in busy:
+                busy.add(message.metadata.dst_node_id)
+                due.append(key)
+        return due[::-1]
+
+    def _settle(self, keys: Sequence[str]) -> None:
+        """Execute what was pushed, and keep the replies for who pulls them."""
+        with self._settling:  # the legacy server sends from many threads
+            due = {key: self._waiting.pop(key) for key in keys if key in self._waiting}
+            for reply in self._execute(due, None):
+                self._replies[reply.metadata.reply_to_message_id] = reply
 
     def close(self) -> None:
         """Drop what was sent and never looked at; nothing more is sent."""
@@ -156,7 +195,7 @@ class LocalGrid(RunGrid):
 
     def _snapshots(self, messages: Iterable[Message]) -> dict[str, Message]:
         """Give each message its id, and keep it as it is now; one copy of a content that many share."""
-        messages = list(messages)
+        messages = checked_messages(messages)
         self._refuse_next_round(messages)
         snapshots: dict[str, Message] = {}
         copies: dict[int, tuple[RecordDict, RecordDict]] = {}  # with the original, so that its id stays its own
@@ -177,21 +216,45 @@ class LocalGrid(RunGrid):
             return
         if threading.current_thread() is not threading.main_thread() and self._stopping.acquire(blocking=False):
             _thread.interrupt_main()  # the legacy server sends from threads, and takes what they raise for failures
-        raise KeyboardInterrupt
+        raise Interrupted
 
     def _execute(self, requests: dict[str, Message], timeout: float | None) -> Iterator[Message]:
-        ttl_s = max((request.metadata.ttl for request in requests.values()), default=0.0)
-        deadline_s = self._watch.clock() + (ttl_s if timeout is None else min(timeout, ttl_s))
-        deliveries = (
-            Delivery(request, self._nodes.context(request.metadata.dst_node_id))
-            for request in requests.values()
-            if not self._stop.is_set()
-        )
-        for answer in self._runner.run(deliveries, deadline_s):
-            self._nodes.keep(answer)
-            give_id(answer.reply, f"{self._run.run_id}-{next(self._numbers)}")
-            self._watch.answered(requests[answer.reply.metadata.reply_to_message_id], answer.reply)
-            yield answer.reply
+        for wave in _waves(requests.values()):
+            ttl_s = max((request.metadata.ttl for request in wave), default=0.0)
+            within_s = ttl_s if timeout is None else min(timeout, ttl_s)
+            deliveries = (
+                Delivery(request, self._nodes.context(request.metadata.dst_node_id))
+                for request in wave
+                if not self._stop.is_set()
+            )
+            for answer in self._runner.run(deliveries, within_s):
+                self._nodes.keep(answer)
+                give_id(answer.reply, f"{self._run.run_id}-{next(self._numbers)}")
+                self._watch.answered(requests[answer.reply.metadata.reply_to_message_id], answer.reply)
+                yield answer.reply
+
+
+def _waves(requests: Iterable[Message]) -> list[list[Message]]:
+    """Deal messages out so that none comes before an earlier one to the same node, which then has a new state."""
+    waves: list[list[Message]] = []
+    turns: Counter[int] = Counter()
+    for request in requests:
+        turn = turns[request.metadata.dst_node_id]
+        turns[request.metadata.dst_node_id] += 1
+        if turn == len(waves):
+            waves.append([])
+        waves[turn].append(request)
+    return waves
+
+
+def checked_messages(messages: Iterable[Message]) -> list[Message]:
+    """Return what a ServerApp sends as a list; raises ConfigError for what is no Message with content."""
+    listed = list(messages)
+    for one in listed:
+        if not isinstance(one, Message) or not one.has_content():
+            seen = "a Message without content" if isinstance(one, Message) else f"a {type(one).__name__}"
+            raise ConfigError(f"the ServerApp sent {seen}; expected Messages with a RecordDict as content")
+    return listed
 
 
 def streamed(replies: Iterable[Message]) -> Iterator[Message]:

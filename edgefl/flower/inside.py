@@ -11,26 +11,38 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from flwr.app import Array, Error, Message, RecordDict
-from flwr.common import serde
+import numpy as np
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.common import parameters_to_ndarrays, serde
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
+from flwr.compat.common import recorddict_compat
 from flwr.proto import message_pb2, recorddict_pb2
 from flwr.server import server
+from flwr.server.compat import legacy_context
+from flwr.server.compat.legacy_context import LegacyContext
 from flwr.server.history import History
+from flwr.server.server import Server
+from flwr.server.workflow.constant import MAIN_PARAMS_RECORD
 from flwr.serverapp import server_app
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "ErrorCode", "History", "Result", "Run", "RunNotRunningException"]
+__all__ = [
+    "NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "ErrorCode", "History", "LegacyContext", "Result", "Run",
+    "RunNotRunningException", "Server",
+]  # fmt: skip
 
-Returned = Result | History
+Returned = Result | History | Server | LegacyContext
+
+
+class Interrupted(KeyboardInterrupt):
+    """A Ctrl-C that lets a strategy end with what it has, so that the app goes on to keep it."""
 
 
 @contextmanager
@@ -47,49 +59,85 @@ def task_identity(run_id: int) -> Iterator[None]:
 @contextmanager
 def listening() -> Iterator[list[Returned]]:
     """Collect what strategies fill and return while the context lasts; what Ctrl-C keeps from returning, too."""
-    heard: list[Returned] = []
+    heard = _Heard()
+    with (
+        _wrapped(Strategy, "start", heard.keeping),
+        _wrapped(server_app, "start_grid", heard.keeping),
+        _wrapped(sys.modules[Strategy.__module__], "Result", heard.noting),
+        _wrapped(server, "History", heard.noting),
+        _wrapped(legacy_context, "History", heard.noting),
+        _wrapped(Server, "fit", heard.noting_self),
+        _wrapped(LegacyContext, "__init__", heard.noting_self),
+    ):
+        yield heard.all
 
-    def hear(one: Returned) -> None:
-        if not any(one is other for other in heard):
-            heard.append(one)
 
-    def noting(made: Callable[..., Any]) -> Callable[..., Any]:
+class _Heard:
+    """What was heard, in its order, and the wrappers that hear."""
+
+    def __init__(self) -> None:
+        self.all: list[Returned] = []
+
+    def hear(self, one: Returned) -> None:
+        if not any(one is other for other in self.all):
+            self.all.append(one)
+
+    def noting(self, made: Callable[..., Any]) -> Callable[..., Any]:
+        """Hear of what is made."""
+
         def make(*arguments: Any, **options: Any) -> Any:
             one = made(*arguments, **options)
-            hear(one)
+            self.hear(one)
             return one
 
         return make
 
-    def keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+    def noting_self(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Hear of whose method is called."""
+
+        @functools.wraps(method)
+        def noted(one: Any, *arguments: Any, **options: Any) -> Any:
+            self.hear(one)
+            return method(one, *arguments, **options)
+
+        return noted
+
+    def keeping(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Hear of what is returned; where Ctrl-C ended a strategy, return what that has, if it has any."""
+
         @functools.wraps(function)
         def kept(*arguments: Any, **options: Any) -> Any:
-            returned = function(*arguments, **options)
+            before = len(self.all)
+            try:
+                returned = function(*arguments, **options)
+            except Interrupted:
+                if (returned := _with_arrays(self.all[before:])) is None:
+                    raise
             if isinstance(returned, (Result, History)):
-                hear(returned)
+                self.hear(returned)
             return returned
 
         return kept
 
-    with (
-        _wrapped(Strategy, "start", keeping),
-        _wrapped(server_app, "start_grid", keeping),
-        _wrapped(sys.modules[Strategy.__module__], "Result", noting),
-        _wrapped(server, "History", noting),
-    ):
-        yield heard
+
+def _with_arrays(heard: Sequence[Returned]) -> Result | None:
+    return next((one for one in reversed(heard) if isinstance(one, Result) and one.arrays), None)
 
 
-@contextmanager
-def logging_from(level: int) -> Iterator[None]:
-    """Let Flower log from a level on: a run of ours tells its rounds itself."""
-    logger = logging.getLogger("flwr")
-    before = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def legacy_arrays(one: Server | LegacyContext) -> ArrayRecord | None:
+    """Return the model of a legacy server or workflow, as it is now; its arrays are numbered, as they have no names."""
+    if isinstance(one, Server):
+        parameters = one.parameters
+    else:
+        record = one.state.array_records.get(MAIN_PARAMS_RECORD)
+        if record is None:
+            return None
+        parameters = recorddict_compat.arrayrecord_to_parameters(record, keep_input=True)
+    if not parameters.tensors:
+        return None
+    if parameters.tensor_type == "numpy.ndarray":
+        return ArrayRecord(parameters_to_ndarrays(parameters))
+    return ArrayRecord([np.frombuffer(tensor, np.uint8) for tensor in parameters.tensors])  # a tree of XGBoost's, say
 
 
 def give_id(message: Message, message_id: str) -> None:

@@ -44,17 +44,23 @@ class Answer:
 class Runner(Protocol):
     """Runs ClientApps, here or elsewhere."""
 
-    def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
-        """Yield answers as they come, those that come before the deadline (on the runner's clock)."""
+    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
+        """Yield answers as they come, of the clients that need no longer than this; waiting for a turn is not work."""
 
 
 class Nodes:
     """Who takes part, and what each remembers."""
 
-    def __init__(self, run_id: int, count: int, run_config: Mapping[str, RunConfigValue]) -> None:
+    def __init__(
+        self, run_id: int, count: int, run_config: Mapping[str, RunConfigValue],
+        node_config: Mapping[str, RunConfigValue] | None = None,
+    ) -> None:  # fmt: skip
         if count < 1:
             raise ConfigError(f"a federation needs 1 node or more, not {count}")
         self._run_id, self._count, self._run_config = run_id, count, run_config
+        self._node_config = dict(node_config or {})  # of each, beside its partition
+        if taken := sorted(self._node_config.keys() & {PARTITION_ID_KEY, NUM_PARTITIONS_KEY}):
+            raise ConfigError(f"{taken[0]} of a simulated node is its place among them, and cannot be given")
         self._states: dict[int, RecordDict] = {}
 
     def ids(self) -> Sequence[int]:
@@ -67,7 +73,11 @@ class Nodes:
         return Context(
             run_id=self._run_id,
             node_id=node_id,
-            node_config={PARTITION_ID_KEY: node_id - FIRST_NODE_ID, NUM_PARTITIONS_KEY: self._count},
+            node_config={
+                **self._node_config,
+                PARTITION_ID_KEY: node_id - FIRST_NODE_ID,
+                NUM_PARTITIONS_KEY: self._count,
+            },
             state=self._states.get(node_id, RecordDict()),
             run_config=dict(self._run_config),
         )
@@ -92,17 +102,16 @@ class InProcess:
         self._app, self._client_app, self._clock = app, client_app, clock
         self._turn = threading.Lock()  # clients share this process's random state, so they take turns
 
-    def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
-        """Yield answers in the order of the deliveries; who has not started by the deadline does not start."""
+    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
+        """Yield answers in the order of the deliveries, but for who took too long in its own turn."""
         for delivery in deliveries:
-            if self._clock() >= deadline_s:
-                return
             with self._turn:
+                start_s = self._clock()
                 answer = execute(self._app, self._client_app, _own(delivery))
                 answer = replace(answer, reply=copy_message(answer.reply))  # the ClientApp may have kept its own
-            if self._clock() >= deadline_s:
-                return
-            yield answer
+                late = self._clock() - start_s >= within_s
+            if not late:
+                yield answer
 
 
 def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:

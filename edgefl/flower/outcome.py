@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord
 
-from edgefl.flower.inside import History, Result, Returned
+from edgefl.errors import ConfigError
+from edgefl.flower.inside import History, Result, Returned, legacy_arrays
+from edgefl.flower.records import tree_of
 from edgefl.flower.watch import merged
+from edgefl.trees import write_tree
 
+Json = dict[str, Any]
 ByRound = dict[int, dict[str, float]]
 
 
@@ -17,6 +23,8 @@ def metrics_of(heard: Iterable[Returned]) -> ByRound:
     """Return the metrics of each round; of several results, the later one's count."""
     rounds: ByRound = {}
     for one in heard:
+        if not isinstance(one, (Result, History)):
+            continue
         server, evaluate, train = _of_result(one) if isinstance(one, Result) else _of_history(one)
         for number in sorted({*server, *evaluate, *train}):
             rounds[number] = merged(server.get(number, {}), evaluate.get(number, {}), train.get(number, {}))
@@ -24,8 +32,25 @@ def metrics_of(heard: Iterable[Returned]) -> ByRound:
 
 
 def arrays_of(heard: Sequence[Returned]) -> ArrayRecord | None:
-    """Return the last arrays that a strategy returned; none where only a legacy server ran."""
-    return next((one.arrays for one in reversed(heard) if isinstance(one, Result)), None)
+    """Return the last model that there is: of a strategy's Result, of a legacy server, or of a legacy workflow."""
+    models = (_arrays(one) for one in reversed(heard))
+    return next((arrays for arrays in models if arrays), None)
+
+
+def write_arrays(arrays: ArrayRecord, out: Path) -> Json:
+    """Write a model as safetensors; returns its digest and path. Raises ConfigError where it cannot be written."""
+    try:
+        with out.open("wb") as file:
+            write_tree(tree_of(arrays), file)
+        return {"sha256": hashlib.sha256(out.read_bytes()).hexdigest(), "path": str(out)}
+    except OSError as cause:
+        raise ConfigError(f"cannot write the model to {out}: {cause.strerror}") from cause
+
+
+def _arrays(one: Returned) -> ArrayRecord | None:
+    if isinstance(one, Result):
+        return one.arrays
+    return None if isinstance(one, History) else legacy_arrays(one)
 
 
 def _of_result(result: Result) -> tuple[ByRound, ByRound, ByRound]:

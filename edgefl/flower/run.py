@@ -1,7 +1,7 @@
 """Run a Flower app: its ServerApp in this thread, its ClientApps by a runner of ours, or on a fleet (`fleet_run`).
 
 No Ray, no SuperLink, no process a message.
-Invariant: a run in which all training failed raises; Flower would call it finished.
+Invariant: a run in which no training was answered raises; Flower would call it finished.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgefl.errors import ConfigError, QuorumNotMet
+from edgefl.errors import ConfigError, QuorumNotMet, TaskError
 from edgefl.flower.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
 from edgefl.operator.run import peak_rss_mb
 from edgefl.simulation.interrupt import set_by_interrupt
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+_log = logging.getLogger(__name__)
 MAX_REASONS = 5  # quoted in an error
 _RUN_IDS = itertools.count(1)
 _RUNNING = threading.Lock()  # Flower's task identity belongs to the whole process
@@ -46,7 +48,7 @@ class FlowerRunResult:
     num_clients: int  # that did their part, summed over the rounds
     num_workers: int  # processes that trained; 0 = all was done in this one
     peak_rss_mb: float  # of this process and its workers
-    arrays: ArrayRecord | None  # of the last strategy that returned a Result
+    arrays: ArrayRecord | None  # the last model of a strategy, or of a legacy server or workflow
     state: Mapping[str, Any] = field(default_factory=dict)  # the ServerApp's context.state
     interrupted: bool = False  # ended by Ctrl-C
     took_part: Counts = field(default_factory=lambda: no_counts(0))  # rounds of each node, by its partition
@@ -71,18 +73,20 @@ class FlowerRunResult:
         } | ({} if self.job is None else {"job": self.job})
 
 
-def run_flower_app(
+def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others ours
     app: FlowerApp, num_supernodes: int | None = None, run_config: Mapping[str, RunConfigValue] | None = None, *,
     workers: int | None = None, on_round: Callable[[Json], None] | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] = time.monotonic, out: Path | None = None,
+    node_config: Mapping[str, RunConfigValue] | None = None,
 ) -> FlowerRunResult:  # fmt: skip
     """Run an app's ServerApp to its end, with so many nodes (the app's own number where none is given).
 
     `run_config` overrides the app's; `on_round` hears of each round as its messages showed it. `workers`
     is the number of processes that train: 0 for this one alone; where none is given, this one alone at
-    first, and one a core once that has taken as long as starting them would. Ctrl-C ends the round with who
-    has answered and returns what there is.
-    Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where all training failed.
+    first, and one a core once that has taken as long as starting them would. `out` is where the model goes
+    (safetensors); `node_config` is what each node's Context has beside its partition. Ctrl-C ends the round with who
+    has answered; a strategy then returns what it has, and so do we.
+    Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where no training was answered.
     """
     require_flower("a Flower app")
     from flwr.app import Context, RecordDict
@@ -94,7 +98,8 @@ def run_flower_app(
 
     config = fuse_run_config(app, run_config or {})
     run_id, watch, stop = next(_RUN_IDS), Watch(clock, on_round), threading.Event()
-    nodes = Nodes(run_id, app.num_supernodes if num_supernodes is None else num_supernodes, config)
+    number = app.num_supernodes if num_supernodes is None else num_supernodes
+    nodes = Nodes(run_id, number, config, node_config or {})
     runners = Runners(app, workers, clock)
     grid = LocalGrid(run_id, nodes, runners, watch, stop)
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
@@ -110,15 +115,24 @@ def run_flower_app(
                 grid.finish()
         except KeyboardInterrupt:  # the grid's, where the next round would have begun; or the second Ctrl-C
             stop.set()
+        except TaskError as error:
+            grid.border.raise_fault(app.name)
+            if not stop.is_set():
+                keep_model(heard, out)
+                raise
+            _log.warning("after the interrupt: %s", error)  # of an app that a strategy's early end has left with less
+        grid.border.raise_fault(app.name)
         watch.finish()
         seconds = clock() - start_s
-    result = result_of(app, watch, heard, took_part(watch, len(nodes.ids()), _partition))
+    result = result_of(app, watch, heard, took_part(watch, len(nodes.ids()), _partition), interrupted=stop.is_set())
+    model = keep_model(heard, out)
     return replace(
         result,
         seconds=seconds,
         num_workers=runners.num_workers,
         peak_rss_mb=result.peak_rss_mb + runners.workers_peak_rss_mb,
         state=context.state,
+        model=model,
         interrupted=stop.is_set(),
     )
 
@@ -126,23 +140,29 @@ def run_flower_app(
 @contextmanager
 def serving(run_id: int) -> Iterator[list[Returned]]:
     """Let a ServerApp run in this process, one at a time; collects what its strategies return."""
-    from edgefl.flower.inside import listening, logging_from, task_identity
+    from edgefl.flower.app_log import app_log
+    from edgefl.flower.inside import listening, task_identity
 
     if not _RUNNING.acquire(blocking=False):
         raise ConfigError("a Flower app is already running in this process; start another process for the next")
     try:
-        with task_identity(run_id), logging_from(logging.WARNING), listening() as heard:
+        with task_identity(run_id), app_log(), listening() as heard:
             yield heard
     finally:
         _RUNNING.release()
 
 
-def result_of(app: FlowerApp, watch: Watch, heard: Sequence[Returned], counts: Counts) -> FlowerRunResult:
-    """Return what a run came to as its messages and strategies tell; raises QuorumNotMet where all training failed."""
+def result_of(
+    app: FlowerApp, watch: Watch, heard: Sequence[Returned], counts: Counts, *, interrupted: bool
+) -> FlowerRunResult:
+    """Return what a run came to as its messages and strategies tell; raises QuorumNotMet where none was answered."""
     from edgefl.flower.outcome import arrays_of, metrics_of
+    from edgefl.flower.own_fault import Bystander
 
-    _refuse_silence(app, watch)
-    told = metrics_of(heard)
+    _refuse_silence(app, watch, interrupted=interrupted)
+    told: dict[int, dict[str, float]] = {}
+    with Bystander("what the app's strategies said of its rounds"):
+        told = metrics_of(heard)
     rounds = tuple(seen.as_json(told.get(seen.number)) for seen in watch.rounds)
     last = told[max(told)] if told else {}
     return FlowerRunResult(
@@ -170,10 +190,23 @@ def _partition(node: str) -> int:
     return int(node.rpartition("-")[2])
 
 
-def _refuse_silence(app: FlowerApp, watch: Watch) -> None:
-    reasons = list(watch.failures())
-    if reasons and not any(seen.num_admitted for seen in watch.rounds):
-        more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
+def keep_model(heard: Sequence[Returned], out: Path | None) -> Json | None:
+    """Write the model that there is to a file, if both are there."""
+    from edgefl.flower.outcome import arrays_of, write_arrays
+
+    arrays = arrays_of(heard) if out is not None else None
+    return None if out is None or arrays is None else write_arrays(arrays, out)
+
+
+def _refuse_silence(app: FlowerApp, watch: Watch, *, interrupted: bool) -> None:
+    """Raise where nobody did what was asked: Flower would call that finished."""
+    reasons, silent = list(watch.failures()), watch.unanswered()
+    if silent is None or (interrupted and not reasons):
+        return
+    if not reasons:
         raise QuorumNotMet(
-            f"{KIND} {app.name!r}: every client failed, in every round. {'; '.join(reasons[:MAX_REASONS])}{more}"
+            f"{KIND} {app.name!r}: none of its {watch.num_asked(silent)} {silent} messages was answered in "
+            "time; expected one answer at least. Look at the app's timeout, and at what its clients do"
         )
+    more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
+    raise QuorumNotMet(f"{KIND} {app.name!r}: every client failed, in every round. {'; '.join(reasons[:MAX_REASONS])}{more}")

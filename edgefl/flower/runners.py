@@ -57,18 +57,18 @@ class Runners:
         """How many worker processes there are; 0 where all was done here."""
         return 0 if self._workers is None else self._number
 
-    def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
-        """Yield answers as they come."""
+    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
+        """Yield answers as they come, of the clients that need no longer than this."""
         source = iter(deliveries)
         while not self._at_workers():
             delivery = next(source, None)
             if delivery is None:
                 return
             start_s = self._clock()
-            answers = list(self._here.run([delivery], deadline_s))
+            answers = list(self._here.run([delivery], within_s))
             self._left_s -= self._clock() - start_s
             yield from answers
-        yield from self._in_workers().run(source, deadline_s)
+        yield from self._in_workers().run(source, within_s)
 
     def _at_workers(self) -> bool:
         """Say whether workers do the rest; starts them once enough was done here."""

@@ -2,19 +2,22 @@
 
 The round of a message is its config's `server-round`, else its group id (the legacy server's), else
 counted: each train batch opens the next. Queries belong to no round of their own.
+Invariant: a watch only looks on. What fails in it, or in who hears of rounds, is logged, and changes nothing.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message, MetricRecord
 
 from edgefl.flower.nodes import node_name
+from edgefl.flower.own_fault import Bystander
 from edgefl.flower.records import message_bytes
 
 Json = dict[str, Any]
@@ -95,16 +98,29 @@ class Watch:
         self._on_round, self._name = on_round, name
         self._rounds: dict[int, SeenRound] = {}
         self._open = 0  # the round that is open; 0 = none
+        self._asked: Counter[str] = Counter()  # messages of the whole run, by category
+        self._answered: Counter[str] = Counter()  # those whose reply has content
+        self._reasons: list[str] = []  # why others have none
         self._lock = threading.Lock()
+        self._looking, self._showing = Bystander("what is said of the rounds"), Bystander("what is shown of them")
 
     @property
     def rounds(self) -> Sequence[SeenRound]:
         return list(self._rounds.values())
 
-    def failures(self) -> Iterator[str]:
-        """Yield every reason seen, with the node's name."""
-        for one in self._rounds.values():
-            yield from (f"{node}: {reason}" for node, reason in one.failed.items())
+    def unanswered(self) -> str | None:
+        """Say which messages had no answer at all: those to `train` where there was training, else those of rounds."""
+        if self._asked["train"]:
+            return None if self._answered["train"] else "train"
+        return "evaluate" if self._reasons and not any(one.num_admitted for one in self._rounds.values()) else None
+
+    def num_asked(self, category: str) -> int:
+        """How many messages of a category were sent."""
+        return self._asked[category]
+
+    def failures(self) -> Sequence[str]:
+        """Return every reason seen, with the node's name."""
+        return list(self._reasons)
 
     def opens_round(self, message: Message) -> bool:
         """Say whether a message belongs to another round than the one that is open."""
@@ -113,45 +129,49 @@ class Watch:
 
     def sent(self, messages: Sequence[Message]) -> None:
         """Note messages that were pushed together."""
-        if not messages:
-            return
-        with self._lock:
-            self._enter(self._number(messages[0]))
+        with self._lock, self._looking:
+            self._asked.update(map(_category, messages))
+            if messages:
+                self._enter(self._number(messages[0]))
             for message in messages:
                 if (seen := self._rounds.get(self._open)) is not None:
-                    seen.down_bytes += message_bytes(message)
                     seen.asked.setdefault(_category(message), set()).add(self._name(message.metadata.dst_node_id))
+                    seen.down_bytes += message_bytes(message)
 
     def answered(self, request: Message, reply: Message) -> None:
         """Note a reply."""
-        with self._lock:
+        with self._lock, self._looking:
+            node, category = self._name(request.metadata.dst_node_id), _category(request)
+            reason = (reply.error.reason or f"error {reply.error.code}") if reply.has_error() else None
+            self._answered[category] += reason is None
             if (seen := self._rounds.get(self._open)) is None:
                 return
-            node, category = self._name(request.metadata.dst_node_id), _category(request)
             seen.end_s = self.clock()
-            if reply.has_error():
-                seen.failed.setdefault(node, reply.error.reason or f"error {reply.error.code}")
+            if reason is not None:
+                self._reasons.append(f"{node}: {reason}")
+                seen.failed.setdefault(node, reason)
                 return
-            seen.up_bytes += message_bytes(reply)
             seen.done.setdefault(category, set()).add(node)
+            seen.up_bytes += message_bytes(reply)
             seen.count(category, reply.content.metric_records)
 
     def finish(self) -> None:
         """Note the end of the run."""
-        with self._lock:
+        with self._lock, self._looking:
             self._enter(0)
 
     def _enter(self, number: int) -> None:
         """Close the open round where another begins."""
         if number == self._open:
             return
-        if (ended := self._rounds.get(self._open)) is not None:
-            ended.end_s = self.clock()
-            if self._on_round is not None:
-                self._on_round(ended.as_json())
-        self._open = number
+        ended, self._open = self._rounds.get(self._open), number
         if number:
             self._rounds.setdefault(number, SeenRound(number, self.clock()))
+        if ended is not None:
+            ended.end_s = self.clock()
+            if self._on_round is not None:
+                with self._showing:
+                    self._on_round(ended.as_json())
 
     def _number(self, message: Message) -> int:
         category = _category(message)

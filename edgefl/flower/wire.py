@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.flower import inside
 from edgefl.flower.app import RunConfigValue
+from edgefl.flower.records import records_bytes
 
 MAX_MESSAGE_BYTES = 1 << 30  # protobuf ends at twice that
 MAX_ENVELOPE_CHARS = 8 << 10  # it travels in a small message of the control plane
@@ -30,7 +31,7 @@ _HEAD = struct.Struct(">I")
 
 def pack_order(run_config: Mapping[str, RunConfigValue], content: RecordDict) -> bytes:
     """Return what messages with this content share; raises ConfigError for more than a message may have."""
-    size = sum(record.count_bytes() for record in content.values())
+    size = records_bytes(content)
     if size > MAX_MESSAGE_BYTES:  # before it is copied
         raise ConfigError(f"a message of {size} bytes; at most {MAX_MESSAGE_BYTES} are carried. Send less at a time")
     config = inside.config_bytes(run_config)

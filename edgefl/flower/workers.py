@@ -97,7 +97,7 @@ class Workers:
     def start(self) -> None:
         """Start them all, without waiting."""
         for worker in self._workers:
-            worker.start()
+            worker.start(self._clock())
 
     @property
     def ready(self) -> bool:
@@ -108,21 +108,21 @@ class Workers:
         """Return the processes that are running."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
 
-    def run(self, deliveries: Iterable[Delivery], deadline_s: float) -> Iterator[Answer]:
-        """Yield answers as they come; what is under way at the deadline, or when we stop asking, is dropped."""
+    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
+        """Yield answers as they come; one that needs longer is given up, and its worker killed."""
         todo = _Todo(map(self._request, deliveries))
         hands: list[_Worker] = []
         try:
             while True:
-                yield from self._hand_out(todo, hands, deadline_s)
-                left_s = deadline_s - self._clock()
+                yield from self._hand_out(todo, hands)
                 awaited = {hand.connection: hand for hand in hands if hand.connection is not None}
-                if not awaited or left_s <= 0:
+                if not awaited:
                     return
-                answered = wait_for(list(awaited), min(left_s, MAX_WAIT_S))
+                next_s = min(hand.began_s for hand in awaited.values()) + within_s
+                answered = wait_for(list(awaited), max(0.0, min(next_s - self._clock(), MAX_WAIT_S)))
                 for hand in [hand for one, hand in awaited.items() if one in answered]:
                     try:
-                        answer = hand.hear()
+                        answer = hand.hear(self._clock())
                     except (EOFError, OSError):
                         if hand.ended:
                             return
@@ -130,36 +130,45 @@ class Workers:
                     else:
                         if answer is not None:
                             yield answer
+                self._give_up_late(awaited.values(), todo, within_s)
         finally:
             for hand in hands:
-                if hand.awaited and self._clock() >= deadline_s:
-                    hand.kill()
                 hand.forget()
                 self._idle.put(hand)
 
-    def _hand_out(self, todo: _Todo, hands: list[_Worker], deadline_s: float) -> Iterator[Answer]:
+    def _give_up_late(self, hands: Iterable[_Worker], todo: _Todo, within_s: float) -> None:
+        """Kill who is at work for too long, drop what it is at, and have done again what waits behind that."""
+        for hand in hands:
+            if self._clock() < hand.began_s + within_s or hand.has_said:
+                continue
+            lost = hand.kill()
+            if not lost and todo.more():  # it has not even loaded the app, which this one waits for
+                todo.take()
+            todo.again([one for one in lost[1:] if one is not None])
+
+    def _hand_out(self, todo: _Todo, hands: list[_Worker]) -> Iterator[Answer]:
         """Give all workers that we can have something to do, and let go who is done; answers for who kills them."""
         if todo.more():
-            self._take_idle(hands, deadline_s - self._clock())
+            self._take_idle(hands)
         for hand in list(hands):
             if not todo.more() and hand.free:  # another may be behind with two
                 todo.again(next(([one] for other in hands if (one := other.take_back()) is not None), []))
             if todo.more() and hand.connection is None:
-                hand.start()
+                hand.start(self._clock())
             while todo.more(len(hands) if hand.at_work else 0) and hand.takes(todo.first()):
                 try:
-                    hand.ask(todo.take())
+                    hand.ask(todo.take(), self._clock())
                 except OSError:
                     yield from _died(hand, todo)
             if not todo.more() and not hand.awaited:
                 hands.remove(hand)
                 self._idle.put(hand)
 
-    def _take_idle(self, hands: list[_Worker], within_s: float) -> None:
+    def _take_idle(self, hands: list[_Worker]) -> None:
         """Take workers that no other thread's run has; waits for one where we have none."""
         with suppress(queue.Empty):
             if not hands:
-                hands.append(self._idle.get(timeout=max(0.0, min(within_s, MAX_WAIT_S))))
+                hands.append(self._idle.get(timeout=MAX_WAIT_S))
             while True:
                 hands.append(self._idle.get_nowait())
 
@@ -225,6 +234,7 @@ class _Worker:
         self._lock = threading.Lock()  # of starting against ending
         self._asked: deque[_Request | None] = deque()  # in the order of its answers; None: nobody waits for it
         self.ended = False
+        self.began_s = 0.0  # with what it is at: its start, or a request
         self.peak_rss_mb = 0.0
 
     @property
@@ -245,6 +255,11 @@ class _Worker:
         """Whether somebody waits for an answer of it."""
         return any(self._asked)
 
+    @property
+    def has_said(self) -> bool:
+        """Whether there is something to hear; of a dead one, too."""
+        return self.connection is None or self.connection.poll(0)
+
     def takes(self, request: _Request) -> bool:
         """Say whether it can be sent a request now, without waiting for it to read."""
         if not self._greeted or self.connection is None:
@@ -252,20 +267,23 @@ class _Worker:
         size = len(request.envelope) + (0 if self._holds is request.packed else len(request.packed.data))
         return not self._asked or (len(self._asked) < IN_FLIGHT and size <= SMALL_BYTES)
 
-    def ask(self, request: _Request) -> None:
+    def ask(self, request: _Request, now_s: float) -> None:
         """Send a request that it takes; raises OSError where the process is dead."""
         if self.connection is None:
             raise RuntimeError("start comes before ask")
+        if not self._asked:
+            self.began_s = now_s
         self._asked.append(request)
         self.connection.send_bytes(request.envelope)
         self.connection.send_bytes(b"" if self._holds is request.packed else request.packed.data)
         self._holds = request.packed
 
-    def hear(self) -> Answer | None:
+    def hear(self, now_s: float) -> Answer | None:
         """Return the answer that is there, if it is one that is waited for; raises EOFError or OSError of the dead."""
         if self.connection is None:
             raise EOFError
         data = self.connection.recv_bytes()
+        self.began_s = now_s  # with the next one
         if not self._greeted:
             self._greeted = True
             return None
@@ -319,8 +337,9 @@ class _Worker:
         """Whether it can be asked without waiting for its start."""
         return self._greeted or (self.connection is not None and self.connection.poll(0))
 
-    def start(self) -> None:
+    def start(self, now_s: float) -> None:
         """Start the process, but for one that was ended; it loads the app, and says when it has."""
+        self.began_s = now_s
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
         with self._lock:
             if self.ended:

@@ -108,5 +108,5 @@ def test_a_device_without_flower_says_what_it_lacks(ask, monkeypatch):
 
     ask("query")
     monkeypatch.setattr(builtins, "__import__", without_flower)
-    with pytest.raises(MissingExtra, match=r"pip install 'edgefl\[flower\]'"):
+    with pytest.raises(MissingExtra, match=r"needs the \[flower\] extra"):
         ask("query")

@@ -1,12 +1,18 @@
-import logging
+import sys
 
 import numpy as np
 import pytest
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.common import Parameters, ndarrays_to_parameters
+from flwr.server import LegacyContext, Server, SimpleClientManager
+from flwr.server.history import History
+from flwr.server.workflow.constant import MAIN_PARAMS_RECORD
 from flwr.serverapp import server_app
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from edgefl.flower import inside
+
+strategy_module = sys.modules[Strategy.__module__]
 
 
 def test_messages_can_be_made_while_the_identity_lasts():
@@ -20,17 +26,17 @@ def test_messages_can_be_made_while_the_identity_lasts():
 
 
 def test_flower_is_as_it_was_afterwards():
-    before = Strategy.start, server_app.start_grid, logging.getLogger("flwr").level
-    with inside.listening(), inside.logging_from(logging.ERROR):
+    before = Strategy.start, server_app.start_grid, Server.fit, LegacyContext.__init__
+    with inside.listening():
         assert Strategy.start is not before[0]
 
     def fail():
-        with inside.listening(), inside.logging_from(logging.ERROR):
+        with inside.listening():
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert (Strategy.start, server_app.start_grid, logging.getLogger("flwr").level) == before
+    assert (Strategy.start, server_app.start_grid, Server.fit, LegacyContext.__init__) == before
 
 
 def test_what_a_strategy_returns_is_heard(monkeypatch):
@@ -38,6 +44,37 @@ def test_what_a_strategy_returns_is_heard(monkeypatch):
     with inside.listening() as heard:
         returned = FedAvg().start()
     assert heard == [returned]
+
+
+def test_ctrl_c_ends_a_strategy_with_what_it_has_and_one_that_has_nothing_as_ever(monkeypatch):
+    def start(_self, arrays):
+        result = strategy_module.Result(arrays=arrays)
+        raise inside.Interrupted(result)
+
+    monkeypatch.setattr(Strategy, "start", start)
+    with inside.listening():
+        assert FedAvg().start(ArrayRecord([np.ones(2)])).arrays.to_numpy_ndarrays()[0].tolist() == [1, 1]
+        with pytest.raises(KeyboardInterrupt):
+            FedAvg().start(ArrayRecord())
+
+
+def test_a_legacy_workflow_and_a_legacy_server_are_heard_of_with_their_model(monkeypatch):
+    monkeypatch.setattr(Server, "fit", lambda *_arguments, **_options: (History(), 0.0))
+    with inside.listening() as heard:
+        context = LegacyContext(Context(1, 0, {}, RecordDict(), {}))
+        server = Server(client_manager=SimpleClientManager())
+        server.fit(1, None)
+    assert heard[0] is context
+    assert heard[1] is context.history
+    assert heard[2] is server
+    assert inside.legacy_arrays(context) is None
+    assert inside.legacy_arrays(server) is None
+    server.parameters = ndarrays_to_parameters([np.arange(3), np.float32(2)])
+    context.state[MAIN_PARAMS_RECORD] = ArrayRecord({"0": Array(data=b"tree", stype="", dtype="", shape=())})
+    assert [array.tolist() for array in inside.legacy_arrays(server).to_numpy_ndarrays()] == [[0, 1, 2], 2.0]
+    server.parameters = Parameters([b"tree"], "xgboost")
+    for one in (server, context):
+        assert bytes(inside.legacy_arrays(one).to_numpy_ndarrays()[0]) == b"tree"
 
 
 def test_a_twin_has_metadata_of_its_own_and_an_arrays_twin_its_bytes():

@@ -38,8 +38,8 @@ def counting_app(*, fail=False):
     return app
 
 
-def run(app, *deliveries, clock=None, deadline_s=60.0):
-    return list(InProcess("app", app, clock or ManualClock()).run(deliveries, deadline_s))
+def run(app, *deliveries, clock=None, within_s=60.0):
+    return list(InProcess("app", app, clock or ManualClock()).run(deliveries, within_s))
 
 
 def test_a_nodes_context_says_its_partition_and_is_its_own():
@@ -85,14 +85,21 @@ def test_a_reply_that_is_no_message_is_a_failure():
     assert "returned a str, not a Message" in answer.reply.error.reason
 
 
-def test_nobody_starts_after_the_deadline():
+def test_who_takes_too_long_is_not_heard_and_the_others_are():
     clock, of = ManualClock(), nodes()
     app = ClientApp()
 
     @app.train()
-    def train(message: Message, _context: Context) -> Message:
-        clock.advance(6)
+    def train(message: Message, context: Context) -> Message:
+        clock.advance(20 if context.node_id == 1000 else 6)
         return Message(RecordDict(), reply_to=message)
 
-    answers = run(app, *(delivery(of, node) for node in of.ids()), clock=clock, deadline_s=10)
-    assert [answer.node_id for answer in answers] == [1000]
+    answers = run(app, *(delivery(of, node) for node in of.ids()), clock=clock, within_s=10)
+    assert [answer.node_id for answer in answers] == list(of.ids())[1:]
+
+
+def test_a_nodes_config_has_what_was_given_beside_its_partition():
+    of = Nodes(1, 2, {}, {"site": "a", "rate": 0.5})
+    assert of.context(1001).node_config == {"site": "a", "rate": 0.5, "partition-id": 1, "num-partitions": 2}
+    with pytest.raises(ConfigError, match="partition-id of a simulated node is its place"):
+        Nodes(1, 2, {}, {"partition-id": 3})

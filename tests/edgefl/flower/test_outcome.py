@@ -1,7 +1,13 @@
-from flwr.app import ArrayRecord, MetricRecord
+import hashlib
 
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, MetricRecord
+
+from edgefl.errors import ConfigError
 from edgefl.flower.inside import History, Result
-from edgefl.flower.outcome import arrays_of, metrics_of
+from edgefl.flower.outcome import arrays_of, metrics_of, write_arrays
+from edgefl.trees import SpooledTree
 
 
 def result(**parts):
@@ -28,7 +34,16 @@ def test_a_legacy_history_says_the_same():
     assert metrics_of([history])[1] == {"loss": 0.25, "accuracy": 0.75}
 
 
-def test_the_last_results_arrays_count_and_a_history_has_none():
-    first, last = result(arrays=ArrayRecord()), result(arrays=ArrayRecord())
-    assert arrays_of([first, last, History()]) is last.arrays
-    assert arrays_of([History()]) is None
+def test_the_last_model_that_there_is_counts():
+    first, last = result(arrays=ArrayRecord([np.zeros(1)])), result(arrays=ArrayRecord([np.ones(1)]))
+    assert arrays_of([first, last, History(), result()]) is last.arrays
+    assert arrays_of([History(), result()]) is None
+
+
+def test_a_model_is_written_as_it_is_and_what_cannot_be_is_said(tmp_path):
+    arrays = ArrayRecord({"w": Array(np.arange(4, dtype=np.float32).reshape(2, 2))})
+    told = write_arrays(arrays, tmp_path / "m.safetensors")
+    assert told["sha256"] == hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
+    assert SpooledTree(tmp_path / "m.safetensors")["w"].tolist() == [[0, 1], [2, 3]]
+    with pytest.raises(ConfigError, match="cannot write the model to"):
+        write_arrays(arrays, tmp_path / "none" / "m.safetensors")

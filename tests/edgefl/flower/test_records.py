@@ -1,7 +1,7 @@
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from edgefl.flower.records import copy_records, record_of, tree_of
+from edgefl.flower.records import copy_records, record_of, records_bytes, tree_of
 
 
 def test_a_tree_goes_there_and_back():
@@ -29,3 +29,16 @@ def test_a_copy_shares_nothing_that_can_change():
     assert records["metrics"]["list"] == [1.0]
     assert dict(records["config"]) == {"names": ["a"]}
     assert records["arrays"].to_numpy_ndarrays()[0].tolist() == [1, 1]
+
+
+def test_bytes_are_counted_whatever_a_record_holds():
+    records = RecordDict(
+        {
+            "config": ConfigRecord({"a": [], "b": "", "c": b"", "d": True, "e": [b"", b"xy"], "f": "three", "g": 1.5}),
+            "metrics": MetricRecord({"h": [], "i": [1, 2], "j": 10**30}),
+            "arrays": ArrayRecord(),
+        }
+    )
+    assert records_bytes(records) == 10 + (0 + 0 + 0 + 1 + 2 + 5 + 8) + (0 + 16 + 8)
+    array = Array(np.zeros(3))
+    assert records_bytes(RecordDict({"a": ArrayRecord({"w": array})})) == 1 + len(array.data)

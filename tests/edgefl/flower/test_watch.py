@@ -56,6 +56,37 @@ def test_metrics_are_weighted_means_and_failures_have_reasons(watch):
     assert list(watch.failures()) == ["partition-2: broken"]
 
 
+def test_training_that_nobody_answered_is_told_whether_or_not_anything_else_was(watch):
+    assert watch.unanswered() is None
+    watch.sent([ask(kind="query")])
+    answer(watch, ask(kind="query"))
+    assert watch.unanswered() is None
+    request = ask(kind="train.apply")
+    watch.sent([request])
+    assert (watch.unanswered(), watch.num_asked("train")) == ("train", 1)
+    answer(watch, request)
+    assert watch.unanswered() is None
+
+
+def test_what_fails_in_looking_on_is_logged_once_as_ours_and_changes_nothing(caplog):
+    def broken(told):
+        raise BrokenPipeError(told["round"])
+
+    with task_identity(1):
+        watch = Watch(ManualClock(), broken)
+        for number in (1, 2):
+            request = ask(**{"server-round": number})
+            watch.sent([request])
+            answer(watch, request, **{"num-examples": 1.5, "huge": 10**400})  # more than a float can hold
+        watch.finish()
+    assert [seen.number for seen in watch.rounds] == [1, 2]
+    assert watch.unanswered() is None
+    assert [one.getMessage().partition(": ")[0] for one in caplog.records] == [
+        "a fault of edgefl itself, not of the app; the run goes on, but what is said of the rounds may be incomplete",
+        "a fault of edgefl itself, not of the app; the run goes on, but what is shown of them may be incomplete",
+    ]
+
+
 def test_the_servers_metrics_keep_their_names():
     assert merged({"loss": 1.0, "bad": float("nan")}, {"loss": 2.0}, {"loss": 3.0, "other": 4.0}) == {
         "loss": 1.0,

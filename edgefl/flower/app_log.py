@@ -1,0 +1,66 @@
+"""What an app logs through Flower's logger is shown; only Flower's own reports of rounds are not, since we tell rounds.
+
+Flower's logger, `flwr`, is the apps' too: their examples print results with it. What Flower says of anything else
+(waiting for nodes, secure aggregation, deprecations) and every warning is shown.
+Invariant: after the context Flower's logger is as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import flwr
+
+LOGGER = "flwr"
+_FLOWER = Path(flwr.__file__).parent
+_REPORTS = tuple(  # of a run and its rounds: by whose code
+    str(_FLOWER / part)
+    for part in (
+        "serverapp/strategy/", "server/strategy/", "server/server.py", "server/compat/app.py",
+        "server/workflow/default_workflows.py",
+    )
+)  # fmt: skip
+_KEPT = {"sample_nodes"}  # functions there that say what a run waits for
+
+
+class _StderrNow:
+    """Writes to what is stderr at the time of writing: a live table or a test may have taken its place."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def is_report(record: logging.LogRecord) -> bool:
+    """Whether a record is one of Flower's own on rounds, below a warning."""
+    return record.levelno < logging.WARNING and record.pathname.startswith(_REPORTS) and record.funcName not in _KEPT
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not is_report(record)
+
+
+@contextmanager
+def app_log() -> Iterator[None]:
+    """Show what the app says while the context lasts."""
+    logger = logging.getLogger(LOGGER)
+    consoles = [one for one in logger.handlers if type(one).__name__ == "ConsoleHandler"]
+    streams = {one: one.stream for one in consoles if isinstance(one, logging.StreamHandler)}
+    levels = {one: one.level for one in consoles}
+    logger.addFilter(_is_shown)
+    for one in streams:
+        one.stream = _StderrNow()
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_shown)
+        for one, stream in streams.items():
+            one.stream = stream
+        for handler, level in levels.items():  # an app may ask for DEBUG
+            handler.setLevel(level)
