@@ -123,10 +123,10 @@ class FleetGrid(RunGrid):
 
     def _send(self, messages: Iterable[Message], timeout: float | None) -> list[_Sent]:
         messages = checked_messages(messages)
-        self._watch.sent(messages)
         held: dict[int, tuple[str, object]] = {}  # by content's id, with it, so that its id stays its own
         with self._sending:
             sent = [self._pack(message, timeout, held) for message in messages]
+            self._watch.sent(messages)
             self._relay.send([one.order for one in sent])
         return sent
 

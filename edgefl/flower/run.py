@@ -209,4 +209,6 @@ def _refuse_silence(app: FlowerApp, watch: Watch, *, interrupted: bool) -> None:
             "time; expected one answer at least. Look at the app's timeout, and at what its clients do"
         )
     more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
-    raise QuorumNotMet(f"{KIND} {app.name!r}: every client failed, in every round. {'; '.join(reasons[:MAX_REASONS])}{more}")
+    raise QuorumNotMet(
+        f"{KIND} {app.name!r}: every client failed, in every round. {'; '.join(reasons[:MAX_REASONS])}{more}"
+    )

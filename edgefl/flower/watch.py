@@ -98,6 +98,7 @@ class Watch:
         self._on_round, self._name = on_round, name
         self._rounds: dict[int, SeenRound] = {}
         self._open = 0  # the round that is open; 0 = none
+        self._round_of: dict[str, int] = {}  # by message id, of those not answered yet
         self._asked: Counter[str] = Counter()  # messages of the whole run, by category
         self._answered: Counter[str] = Counter()  # those whose reply has content
         self._reasons: list[str] = []  # why others have none
@@ -134,19 +135,22 @@ class Watch:
             if messages:
                 self._enter(self._number(messages[0]))
             for message in messages:
+                if message.metadata.message_id:
+                    self._round_of[message.metadata.message_id] = self._open
                 if (seen := self._rounds.get(self._open)) is not None:
                     seen.asked.setdefault(_category(message), set()).add(self._name(message.metadata.dst_node_id))
                     seen.down_bytes += message_bytes(message)
 
     def answered(self, request: Message, reply: Message) -> None:
-        """Note a reply."""
+        """Note a reply, in the round of its request."""
         with self._lock, self._looking:
             node, category = self._name(request.metadata.dst_node_id), _category(request)
             reason = (reply.error.reason or f"error {reply.error.code}") if reply.has_error() else None
             self._answered[category] += reason is None
-            if (seen := self._rounds.get(self._open)) is None:
+            number = self._round_of.pop(request.metadata.message_id, self._open)
+            if (seen := self._rounds.get(number)) is None:
                 return
-            seen.end_s = self.clock()
+            seen.end_s = self.clock() if number == self._open else seen.end_s
             if reason is not None:
                 self._reasons.append(f"{node}: {reason}")
                 seen.failed.setdefault(node, reason)

@@ -1,4 +1,4 @@
-"""The app's words and Flower's own on anything but rounds are shown; its level, streams and filters stay as they were."""
+"""The words of an app, and of Flower on anything but rounds, are shown; the logger stays as it was."""
 
 import logging
 from logging import DEBUG, INFO

@@ -1,0 +1,193 @@
+"""What an app may count on in Flower, it may count on here: in simulation, and (by played devices) on a fleet."""
+
+import operator
+
+import numpy as np
+import pytest
+
+from edgefl.errors import EdgeflError, QuorumNotMet
+from edgefl.flower import load_flower_app, run_flower_app
+from edgefl.trees import SpooledTree
+
+IMPORTS = """
+    import numpy as np
+    from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+    from flwr.serverapp.strategy import FedAvg
+"""
+PUSHES = (  # as a vertical federation: gradients are pushed, and their replies not looked at
+    IMPORTS
+    + """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        for turn in range(1, context.run_config["rounds"] + 1):
+            asked = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+            replies = list(grid.send_and_receive(asked))
+            context.state[str(turn)] = ConfigRecord({"seen": sorted(one.content["a"]["n"] for one in replies)})
+            step = RecordDict({"g": ConfigRecord({"turn": turn, "none": [], "empty": "", "bytes": b""})})
+            grid.push_messages([Message(step, node, "train.step") for node in grid.get_node_ids()])
+"""
+)
+STEPS = (
+    IMPORTS
+    + """
+    app = ClientApp()
+
+    @app.query()
+    def query(message, context):
+        return Message(RecordDict({"a": context.state.get("n", ConfigRecord({"n": 0}))}), reply_to=message)
+
+    @app.train("step")
+    def step(message, context):
+        n = context.state.get("n", ConfigRecord({"n": 0}))["n"]
+        context.state["n"] = ConfigRecord({"n": n + message.content["g"]["turn"]})
+        return Message(RecordDict(), reply_to=message)
+"""
+)
+DEFAULT_WORKFLOW = """
+    import numpy as np
+    from flwr.common import ndarrays_to_parameters
+    from flwr.server import LegacyContext, ServerApp, ServerConfig
+    from flwr.server.strategy import FedAvg
+    from flwr.server.workflow import DefaultWorkflow
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        strategy = FedAvg(
+            initial_parameters=ndarrays_to_parameters([np.zeros(2)]),
+            evaluate_metrics_aggregation_fn=lambda all: {"value": sum(n * m["value"] for n, m in all) / len(all)},
+        )
+        rounds = context.run_config["rounds"]
+        DefaultWorkflow()(grid, LegacyContext(context, ServerConfig(num_rounds=rounds), strategy))
+"""
+NUMPY_CLIENT = """
+    from flwr.client import ClientApp, NumPyClient
+
+    class Client(NumPyClient):
+        def __init__(self, part):
+            self.part = part
+
+        def fit(self, parameters, config):
+            return [array + 1 + self.part for array in parameters], 1, {}
+
+        def evaluate(self, parameters, config):
+            return float(parameters[0][0]), 1, {"value": float(parameters[0][1])}
+
+    app = ClientApp(client_fn=lambda context: Client(int(context.node_config["partition-id"])).to_client())
+"""
+
+
+@pytest.fixture(params=["loop", "pool", "fleet"])
+def anywhere(request, make_app):
+    """Run an app's parts with two nodes, in each place that we run apps in."""
+    on_fleet = request.getfixturevalue("on_fleet") if request.param == "fleet" else None
+
+    def run(server, client, rounds, **options):
+        folder = make_app(server, client)
+        if on_fleet is not None:
+            return on_fleet(folder, config={"rounds": rounds}, **options)
+        workers = {"loop": 0, "pool": 2}[request.param]
+        return run_flower_app(load_flower_app(folder), 2, {"rounds": rounds}, workers=workers, **options)
+
+    return run
+
+
+def test_what_is_pushed_and_never_pulled_runs_in_order_the_last_of_it_too(anywhere):
+    result = anywhere(PUSHES, STEPS, 3)
+    assert [result.state[str(turn)]["seen"] for turn in (1, 2, 3)] == [[0, 0], [1, 1], [3, 3]]
+    assert [one["admitted"] for one in result.rounds] == [2, 2, 2]
+
+
+def test_training_that_nobody_answers_is_no_success(anywhere):
+    with pytest.raises(QuorumNotMet, match=r"every client failed, in every round\. .*KeyError"):
+        anywhere(PUSHES, STEPS.replace('"g"]["turn"]', '"g"]["gone"]'), 1)
+
+
+def test_a_legacy_workflows_history_and_model_are_its_result(anywhere, tmp_path):
+    result = anywhere(DEFAULT_WORKFLOW, NUMPY_CLIENT, 2, out=tmp_path / "m.safetensors")
+    assert [one["metrics"] for one in result.rounds] == [{"loss": 1.5, "value": 1.5}, {"loss": 3.0, "value": 3.0}]
+    assert result.final == {"loss": 3.0, "value": 3.0}
+    assert SpooledTree(tmp_path / "m.safetensors")["0"].tolist() == [3, 3]
+
+
+def test_who_answers_too_late_leaves_no_success(make_app, adder_client):
+    server = (
+        IMPORTS
+        + """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        FedAvg().start(grid=grid, initial_arrays=ArrayRecord([np.zeros(2)]), num_rounds=1, timeout=0.05)
+"""
+    )
+    slow = adder_client.replace("part = context", "import time; time.sleep(0.1)\n        part = context")
+    with pytest.raises(QuorumNotMet, match="none of its 2 train messages was answered in time"):
+        run_flower_app(load_flower_app(make_app(server, slow)), 2, workers=0)
+
+
+def test_what_is_of_use_to_us_alone_cannot_end_a_run(make_app, monkeypatch):
+    def broken(*_arguments):
+        raise IndexError("list index out of range")
+
+    folder = make_app()
+    expected = run_flower_app(load_flower_app(folder), 2, workers=0)
+    monkeypatch.setattr("edgefl.flower.watch.message_bytes", broken)
+    result = run_flower_app(load_flower_app(folder), 2, workers=0, on_round=broken)
+    np.testing.assert_array_equal(result.arrays.to_numpy_ndarrays(), expected.arrays.to_numpy_ndarrays())
+    assert result.final == expected.final
+    assert [one["admitted"] for one in result.rounds] == [2, 2]
+
+
+def test_a_fault_of_ours_that_ends_a_run_is_told_as_ours(make_app, monkeypatch):
+    app = load_flower_app(make_app())
+    monkeypatch.setattr("edgefl.flower.grid.copy_records", operator.methodcaller("no_such_method"))
+    with pytest.raises(EdgeflError, match=r"a fault of edgefl itself, not of adder: AttributeError.*grid\.py:\d+"):
+        run_flower_app(app, 2, workers=0)
+
+
+def test_after_ctrl_c_the_app_itself_keeps_what_its_strategy_has(make_app, adder_client, tmp_path):
+    server = (
+        IMPORTS
+        + f"""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        result = FedAvg().start(grid=grid, initial_arrays=ArrayRecord([np.zeros(2)]), num_rounds=50)
+        np.save({str(tmp_path / "own.npy")!r}, result.arrays.to_numpy_ndarrays()[0])
+"""
+    )
+    pressed = """if float(message.content["arrays"].to_numpy_ndarrays()[0][0]) > 0:
+            import signal; signal.raise_signal(signal.SIGINT)
+        """
+    client = adder_client.replace("part = context", f"{pressed}part = context", 1)
+    out = tmp_path / "m.safetensors"
+    result = run_flower_app(load_flower_app(make_app(server, client)), 2, workers=0, out=out)
+    assert result.interrupted
+    assert len(result.rounds) == 2
+    kept = np.load(tmp_path / "own.npy")
+    assert kept[0] > 5 / 3  # the first round's, and who answered in the second
+    np.testing.assert_array_equal(SpooledTree(out)["0"], kept)
+
+
+def test_a_server_app_that_fails_leaves_the_model_that_there_was(make_app, tmp_path):
+    server = (
+        IMPORTS
+        + """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        FedAvg().start(grid=grid, initial_arrays=ArrayRecord([np.zeros(2)]), num_rounds=1)
+        raise OSError("no space to write the report")
+"""
+    )
+    with pytest.raises(EdgeflError, match="no space to write the report"):
+        run_flower_app(load_flower_app(make_app(server)), 2, workers=0, out=tmp_path / "m.safetensors")
+    np.testing.assert_allclose(SpooledTree(tmp_path / "m.safetensors")["0"], [5 / 3] * 2)
