@@ -44,6 +44,7 @@ class FleetParts:
     spool: Spool
     link: CloudLink
     storage: Storage = field(default_factory=Storage)
+    clock: Callable[[], float] = time.monotonic
 
 
 class GrpcFleet:
@@ -141,7 +142,7 @@ class GrpcFleet:
             self._parts.link.send_job(device, opened.plan)
 
     def _arrivals(self, opened: OpenRound, plan: Plan) -> Iterator[Update | Failure]:
-        until = _Deadline(plan.deadline_s, self._parts.storage)
+        until = _Deadline(plan.deadline_s, self._parts.storage, self._parts.clock)
         offline_since_s: dict[str, float] = {}
         num_updates = num_taken = 0
         self._note_presence(opened, offline_since_s)  # who went before the round began, or with the last cloud
@@ -170,7 +171,7 @@ class GrpcFleet:
 
     def _note_presence(self, opened: OpenRound, offline_since_s: dict[str, float]) -> None:
         link = self._parts.link
-        now_s, heard_of = time.monotonic(), link.offline()
+        now_s, heard_of = self._parts.clock(), link.offline()
         gone = frozenset() if link.reason else opened.waiting() - link.online()  # without a broker, nobody is known
         for device in gone:
             since_s = now_s if device in heard_of else now_s + RETURN_S
@@ -196,22 +197,22 @@ class GrpcFleet:
 class _Deadline:
     """A round's deadline, which does not run while updates cannot be stored."""
 
-    def __init__(self, seconds: float, storage: Storage) -> None:
-        self._storage = storage
-        self._end_s = time.monotonic() + seconds
+    def __init__(self, seconds: float, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
+        self._storage, self._clock = storage, clock
+        self._end_s = clock() + seconds
         self._before_s = storage.paused_s()
         self._was_paused = False
 
     def wait_s(self, given_up_s: float) -> float:
         """Return how long to wait for the next event: during a pause, no longer than until the next look."""
-        left_s = max(0.0, min(self._until_s(), given_up_s) - time.monotonic())
+        left_s = max(0.0, min(self._until_s(), given_up_s) - self._clock())
         if self._storage.look():
             return left_s
         self._was_paused = True
         return LOOK_S
 
     def is_over(self, given_up_s: float) -> bool:
-        return self._storage.look() and time.monotonic() >= min(self._until_s(), given_up_s)
+        return self._storage.look() and self._clock() >= min(self._until_s(), given_up_s)
 
     def resumed(self) -> bool:
         """Whether a pause is over; says it once."""

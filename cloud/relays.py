@@ -52,6 +52,7 @@ class Patience:
     device_s: float = 30.0  # offline
     return_s: float = 20.0  # for a device that has not been heard of since the cloud's start
     stream_s: float = 60.0  # an operator's stream ends and is asked for again: so a dead one is not taken for alive
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +139,8 @@ class Relays:
     def lines(self, relay: str, heartbeat_s: float) -> Iterator[Line]:
         """Yield each reply that the operator has not done with, as it comes; the relay's end, if that comes first."""
         told: set[int] = set()
-        end_s = time.monotonic() + self._patience.stream_s
-        while time.monotonic() < end_s:
+        end_s = self._patience.clock() + self._patience.stream_s
+        while self._patience.clock() < end_s:
             with self._arrived:
                 self._wait_for_news(relay, told, heartbeat_s)
                 if self._closed:
@@ -147,7 +148,7 @@ class Relays:
                 live = self._live.get(relay)
                 new = [line for number, line in live.replies.items() if number not in told] if live else []
                 if live is not None:
-                    live.heard_s = time.monotonic()
+                    live.heard_s = self._patience.clock()
             if live is None:
                 row = self._parts.rows.get(relay)
                 yield {"state": row["state"], "error": row["error"]}
@@ -242,7 +243,7 @@ class Relays:
                     return
                 self._stirred = False
                 self._note_offline(set() if blind else self._devices() - online, heard_of)
-                late, forsaken, next_s = self._overdue(time.monotonic())
+                late, forsaken, next_s = self._overdue(self._patience.clock())
             reason = f"its operator was not heard of for {self._patience.operator_s:g} s"
             ends = [functools.partial(self.end, relay, "failed", reason) for relay in forsaken]
             acts: list[Callable[[], None]] = [*late, *ends]
@@ -252,7 +253,7 @@ class Relays:
                 except CloudStopping:
                     return
             with self._times:
-                wait_s = 0.0 if late or forsaken else min(next_s - time.monotonic(), LONGEST_WAIT_S)
+                wait_s = 0.0 if late or forsaken else min(next_s - self._patience.clock(), LONGEST_WAIT_S)
                 self._times.wait_for(lambda: self._stirred or self._closed, max(0.0, wait_s))
 
     def close(self) -> None:
@@ -273,7 +274,7 @@ class Relays:
         return {errand.device for live in self._live.values() for errand in live.errands.values()}
 
     def _note_offline(self, gone: set[str], heard_of: frozenset[str]) -> None:
-        now_s = time.monotonic()
+        now_s = self._patience.clock()
         since_s = {device: now_s if device in heard_of else now_s + self._patience.return_s for device in gone}
         before = self._offline_since_s
         self._offline_since_s = {device: min(at, before.get(device, at)) for device, at in since_s.items()}
@@ -307,7 +308,7 @@ class Relays:
         with self._lock:
             live = self._live.get(relay)
             if live is not None:
-                live.heard_s = time.monotonic()
+                live.heard_s = self._patience.clock()
                 return live
         row = self._parts.rows.get(relay)
         raise NotFound(f"{relay} is over: {row['state']}{', ' + row['error'] if row['error'] else ''}")
@@ -315,7 +316,7 @@ class Relays:
     def _enter(self, relay: str, bundle: Signed) -> _Relay:
         contents = BlobStore(self._parts.folder / relay)
         with self._lock:
-            live = self._live[relay] = _Relay(relay, bundle, contents, time.monotonic())
+            live = self._live[relay] = _Relay(relay, bundle, contents, self._patience.clock())
         self._stir()
         return live
 
@@ -344,7 +345,7 @@ class Relays:
         opened = OpenRound(plan, frozenset({message.device}), source=live.contents.path(message.content_sha256))
         opened.record = functools.partial(self._keep, live.id, message.number, lost=False)
         with self._lock:
-            live.errands[message.number] = _Errand(opened, message.device, time.monotonic() + plan.deadline_s)
+            live.errands[message.number] = _Errand(opened, message.device, self._patience.clock() + plan.deadline_s)
             live.devices.add(message.device)
             live.last = message.number
         self._parts.rounds.add(opened)

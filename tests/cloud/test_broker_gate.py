@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import socket
-import time
 
 from amqtt.broker import Broker
 
@@ -46,13 +45,12 @@ def test_no_birth_is_lost_while_others_connect_and_subscribe(fleet_ca) -> None:
                 link.close()
 
 
-def test_a_connection_that_never_said_who_it_is_does_not_hold_up_the_stop(fleet_ca) -> None:
+def test_a_connection_that_never_said_who_it_is_does_not_hold_up_the_stop(fleet_ca, monkeypatch) -> None:
+    monkeypatch.setattr("cloud.broker_gate.CONNECT_S", 3600.0)
     broker = EmbeddedBroker(None, "127.0.0.1", 0)
     broker.start()
     with socket.create_connection(("127.0.0.1", broker.port), timeout=5) as mute:
         mute.sendall(b"\x10")
         with MqttLink(LinkConfig(url=broker.url, client_id="cam-1")) as later:
             assert later.wait_connected(5)  # so the mute one has been accepted
-        began_s = time.monotonic()
         broker.stop()
-        assert time.monotonic() - began_s < 2

@@ -67,11 +67,11 @@ class Centre:
         self.devices = {name: Device(self.broker, ca.device(name), name) for name in ("a", "b")}
         assert self.link.wait_until(lambda: self.link.online() == {"a", "b"}, 5)
 
-    def fleet(self, **rounds):
+    def fleet(self, clock=time.monotonic, **rounds):
         parameters = self.blobs.put_tree(PARAMETERS)
         config = JobConfig(rounds=RoundsConfig(**rounds))
         self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), parameters, (), config)
-        parts = FleetParts(self.rounds, self.jobs, self.blobs, self.spool, self.link)
+        parts = FleetParts(self.rounds, self.jobs, self.blobs, self.spool, self.link, clock=clock)
         return GrpcFleet(self.jobs.load(self.job), parts)
 
     def plan(self, **changes):
@@ -146,36 +146,42 @@ def test_an_update_of_a_removed_device_that_waits_to_be_folded_is_refused(centre
 
 
 def test_once_the_quorum_answered_an_offline_device_is_not_waited_for(centre):
-    fleet = centre.fleet(quorum=1, offline_grace_s=0.3)
-    collected = in_thread(lambda: fleet.collect(centre.plan()))
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=1, offline_grace_s=0.02)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=1000)))
     centre.devices["a"].next()
-    start_s = time.monotonic()
     centre.answer("a")
     centre.devices["b"].say(online=False)
+    clock.wait_for_looks()
+    assert centre.rounds.get(centre.job, 1) is not None
+    clock.advance(0.02)
     assert [answer.device for answer in collected()] == ["a"]
-    assert 0.25 < time.monotonic() - start_s < 10
     assert isinstance(centre.devices["b"].next(), WirePlan)
     closed = centre.devices["b"].next()
     assert closed == RoundClosed(job=centre.job, round=1, job_ended=False)
 
 
 def test_under_the_quorum_an_offline_device_is_waited_for_and_may_come_back(centre):
-    fleet = centre.fleet(quorum=2, offline_grace_s=0.1)
-    collected = in_thread(lambda: fleet.collect(centre.plan()))
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=2, offline_grace_s=0.02)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=0.02)))
     centre.devices["a"].next()
     centre.answer("a")
     centre.devices["b"].say(online=False)
     assert centre.link.wait_until(lambda: "b" not in centre.link.online(), 5)
-    time.sleep(0.3)
+    clock.wait_for_looks()
     assert centre.answer("b")
     assert [answer.device for answer in collected()] == ["a", "b"]
 
 
 def test_a_round_ends_at_its_deadline(centre):
-    fleet = centre.fleet(quorum=2)
-    start_s = time.monotonic()
-    assert list(fleet.collect(centre.plan(deadline_s=0.3))) == []
-    assert 0.25 < time.monotonic() - start_s < 10
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=2)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=0.02)))
+    clock.wait_for_looks()
+    assert centre.rounds.get(centre.job, 1) is not None
+    clock.advance(0.02)
+    assert collected() == []
 
 
 def test_a_restart_yields_what_had_come_and_asks_only_the_others(centre):
@@ -216,23 +222,19 @@ def test_a_refused_device_and_an_ended_job_are_told(centre):
 
 def test_too_few_devices_are_waited_for_only_so_long(centre):
     fleet = centre.fleet(quorum=3, wait_s=0.2)
-    start_s = time.monotonic()
     assert fleet.clients() == ["a", "b"]
-    assert time.monotonic() - start_s < 10
 
 
 def test_a_job_that_waits_for_devices_is_cancelled_at_once(centre):
-    fleet = centre.fleet(quorum=3, wait_s=60)
+    fleet = centre.fleet(quorum=3, wait_s=3600)
 
     def cancel():
         centre.rounds.interrupt(JobCancelled("stop"), centre.job)
         centre.link.wake()
 
     threading.Timer(0.1, cancel).start()
-    start_s = time.monotonic()
     with pytest.raises(JobCancelled, match="stop"):
         fleet.clients()
-    assert time.monotonic() - start_s < 10
 
 
 def test_a_stopping_cloud_tells_no_device_that_its_round_is_closed(centre):
@@ -241,31 +243,32 @@ def test_a_stopping_cloud_tells_no_device_that_its_round_is_closed(centre):
     with pytest.raises(CloudStopping):
         list(fleet.collect(centre.plan()))
     assert isinstance(centre.devices["a"].next(), WirePlan)
-    time.sleep(0.1)
-    assert centre.devices["a"].heard.empty()
+    fleet.refuse(centre.plan(), make_update("a", w=[1.0]), "said after what was not to be said")
+    assert isinstance(centre.devices["a"].next(), UpdateRefused)
 
 
 def test_a_device_that_went_before_the_round_began_is_not_waited_for(centre):
     fleet = centre.fleet(quorum=1, offline_grace_s=0.1)
     centre.devices["b"].say(online=False)
     assert centre.link.wait_until(lambda: "b" in centre.link.offline(), 5)
-    collected = in_thread(lambda: fleet.collect(centre.plan()))
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=1000)))
     centre.devices["a"].next()
-    start_s = time.monotonic()
     centre.answer("a")
     assert [answer.device for answer in collected()] == ["a"]
-    assert time.monotonic() - start_s < 5
 
 
 def test_a_device_not_heard_of_since_the_clouds_start_is_waited_for_a_little_longer(centre, monkeypatch):
-    monkeypatch.setattr("cloud.grpc_fleet.RETURN_S", 0.3)
-    fleet = centre.fleet(quorum=1, offline_grace_s=0.1)
-    start_s = time.monotonic()
-    collected = in_thread(lambda: fleet.collect(centre.plan(clients=("a", "gone"))))
+    monkeypatch.setattr("cloud.grpc_fleet.RETURN_S", 0.02)
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=1, offline_grace_s=0.01)
+    collected = in_thread(lambda: fleet.collect(centre.plan(clients=("a", "gone"), deadline_s=1000)))
     centre.devices["a"].next()
     centre.answer("a")
+    clock.advance(0.02)
+    clock.wait_for_looks()
+    assert centre.rounds.get(centre.job, 1) is not None
+    clock.advance(0.01)
     assert [answer.device for answer in collected()] == ["a"]
-    assert 0.35 < time.monotonic() - start_s < 10
 
 
 def test_no_deadline_runs_while_nothing_can_be_stored_and_the_plan_is_told_again(tmp_path):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import time
 
 import httpx
 import pytest
 
-from cloud.http_server import serve_http
+from cloud.http_server import _listen, serve_http
 from edgefl.errors import HomeError
 
 
@@ -50,9 +49,7 @@ def test_the_port_is_free_again_after_the_stop_even_with_a_stream_open():
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             await reader.readuntil(b"begun")
-            stopping_s = time.monotonic()
         writer.close()
-        assert time.monotonic() - stopping_s < 5
         async with serve_http(hello, "127.0.0.1", port, None) as again:
             assert again == port
 
@@ -61,15 +58,22 @@ def test_the_port_is_free_again_after_the_stop_even_with_a_stream_open():
 
 def test_answers_do_not_wait_for_acknowledgements():
     async def main():
-        async with serve_http(hello, "127.0.0.1", 0, None) as port, httpx.AsyncClient(trust_env=False) as client:
-            durations_s = []
-            for _ in range(15):
-                start_s = time.monotonic()
-                await client.get(f"http://127.0.0.1:{port}/")
-                durations_s.append(time.monotonic() - start_s)
-            return sorted(durations_s)[7]
+        with _listen("127.0.0.1", 0) as listener:
+            listener.setblocking(False)
+            accepted = asyncio.get_running_loop().create_future()
 
-    assert asyncio.run(main()) < 0.03  # with Nagle's algorithm it is 0.044
+            class Connection(asyncio.Protocol):
+                def connection_made(self, transport):
+                    connection = transport.get_extra_info("socket")
+                    accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                    transport.abort()
+
+            async with await asyncio.get_running_loop().create_server(Connection, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.close()
+                return await accepted
+
+    assert asyncio.run(main()) == 1  # else Nagle's algorithm holds each answer back for 44 ms
 
 
 def test_signals_stay_with_the_process_that_serves():

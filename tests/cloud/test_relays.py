@@ -17,6 +17,7 @@ from cloud.store import open_database
 from edgefl.errors import ConfigError, NotFound, ProtocolError
 from edgefl.models.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import BlobRef, RoundClosed, WirePlan
+from edgefl.testing import ManualClock
 
 CONTENT = b"what a message holds"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -177,27 +178,36 @@ def test_a_message_that_is_late_is_given_up(cloud):
 
 
 def test_a_device_that_is_gone_is_given_up_and_one_that_is_back_is_not(cloud):
-    cloud.restart(device_s=0.3)
+    clock = ManualClock()
+    cloud.restart(device_s=0.02, clock=clock)
     relay = cloud.begin()
     cloud.relays.send(relay, [message(1, "a"), message(2, "b")])
     for device in "ab":
         cloud.link.here.discard(device)
         cloud.link.gone.add(device)
     cloud.relays.presence_changed()
-    time.sleep(0.1)
+    clock.wait_for_looks()  # both were seen to be gone
     cloud.link.here.add("b")
+    cloud.link.gone.discard("b")
+    cloud.relays.presence_changed()
+    clock.wait_for_looks()
+    clock.advance(0.02)
     cloud.relays.presence_changed()
     [line] = cloud.next_lines(relay)
-    assert (line["device"], line["lost"], line["reason"]) == ("a", True, "device a: offline for 0.3 s")
+    assert (line["device"], line["lost"], line["reason"]) == ("a", True, "device a: offline for 0.02 s")
     assert cloud.rounds.waiting_for("b")
 
 
 def test_without_a_broker_nobody_is_gone(cloud):
-    cloud.restart(device_s=0.05)
+    clock = ManualClock()
+    cloud.restart(device_s=0.02, clock=clock)
     relay = cloud.begin()
     cloud.link.here, cloud.link.gone, cloud.link.reason = set(), {"a"}, "no broker"
     cloud.relays.send(relay, [message(1)])
-    time.sleep(0.2)
+    for _ in range(10):
+        cloud.relays.presence_changed()
+        clock.wait_for_looks(2)
+        clock.advance(0.02)
     assert cloud.rounds.waiting_for("a")
 
 
@@ -230,14 +240,15 @@ def test_the_end_of_a_relay_leaves_nothing(cloud):
 
 
 def test_a_relay_whose_operator_is_gone_ends(cloud):
-    cloud.restart(operator_s=0.2)
+    clock = ManualClock()
+    cloud.restart(operator_s=0.2, stream_s=0.05, clock=clock)
     relay = cloud.begin()
     list(zip(range(8), cloud.relays.lines(relay, 0.05), strict=False))  # an operator that listens is there
     assert cloud.relays.running() == [relay]
-    end_s = time.monotonic() + 10
+    clock.advance(0.2)
+    cloud.relays.presence_changed()  # has the watch look again
     while cloud.relays.running():
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
+        clock.wait_for_looks(1)
     assert cloud.relays.get(relay)["error"] == "its operator was not heard of for 0.2 s"
 
 

@@ -91,9 +91,7 @@ def test_next_is_asked_again_when_the_cloud_is_back(fleet, with_link, until):
         await asyncio.to_thread(fleet.stop)
         fleet.plan(1)
         await asyncio.to_thread(fleet.start)
-        start_s = time.monotonic()
         await until(lambda: ears.nexts[-1])
-        assert time.monotonic() - start_s < 4
 
     with_link(run)
 
@@ -166,9 +164,7 @@ def test_a_broker_that_restarts_gets_a_higher_session(shared_ca, broker, with_li
         asked = len(ears.nexts)
         await asyncio.to_thread(broker.stop)
         await asyncio.to_thread(broker.start)
-        start_s = time.monotonic()
         await until(lambda: len(ears.nexts) > asked)  # it asks what it may have missed
-        assert time.monotonic() - start_s < 5
 
     home = with_link(run, broker.port)
     assert int((home / "session").read_text()) > 1_600_000_000_000
