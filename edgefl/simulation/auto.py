@@ -94,7 +94,7 @@ class _Choice:
         """Return a pool whose workers do what is faster there."""
         pool = PoolFleet(self._setup)
         self._shorten_plan(pool, FEWEST * len(pool.workers))
-        if reason := why_not_stacked(self._setup):
+        if reason := pool.why_not_stacked():
             self._ruled_out[STACKS] = reason
         self._measure_pool(pool)
         return Chosen(pool, "pool", f"it was asked for; {self.reason()}")

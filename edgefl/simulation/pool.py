@@ -27,6 +27,7 @@ class PoolFleet:
     def __init__(self, setup: Setup, num_workers: int | None = None) -> None:
         self._setup = setup
         self._meter = Meter()
+        self._deadly: dict[str, str] = {}  # clients that end their workers, and how
         self._parameters = SharedTree(spec_of(initial_parameters(setup.task, setup.config.train.seed)))
         self.workers: list[WorkerProcess] = []
         try:
@@ -48,6 +49,10 @@ class PoolFleet:
         """Return what went wrong with the workers' stacks, whose clients they then trained one by one."""
         return [worker.fault for worker in self.workers if worker.fault]
 
+    def why_not_stacked(self) -> str | None:
+        """Return why the task's clients cannot be trained in stacks, or None, as a worker has tried it."""
+        return self.workers[0].why_not_stacked()
+
     def use(self, method: Method) -> None:
         """Have the workers train in another way from the next round on."""
         self._setup = dataclasses.replace(self._setup, method=method)
@@ -57,7 +62,7 @@ class PoolFleet:
 
     def collect(self, plan: Plan) -> Iterator[Answer]:
         self._parameters.write(plan.parameters)
-        return train(self._setup, self._meter, plan, self.workers, _wait)
+        return train(self._setup, self._meter, plan, self.workers, _wait, self._deadly)
 
     def traffic(self) -> Traffic:
         return self._meter.traffic()

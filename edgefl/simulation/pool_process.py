@@ -30,6 +30,8 @@ from edgefl.simulation.pool_wire import (
     Ready,
     Start,
     Summed,
+    Tried,
+    Try,
     import_path,
     pickled_task,
 )
@@ -72,6 +74,20 @@ class WorkerProcess:
             raise ConfigError(f"a worker process was not ready within {START_S:g} s")
         if isinstance(gone := self.hear(), Gone):
             raise ConfigError(f"a worker process {gone.how} before it was ready")
+
+    def why_not_stacked(self) -> str | None:
+        """Have it try whether clients can be trained in stacks; return why not, or None."""
+        self._send(Try())
+        how = f"did not answer within {START_S:g} s"
+        if self.pipe.poll(START_S):
+            try:
+                tried: Tried = self.pipe.recv()
+            except _GONE:
+                how = self.ended()
+            else:
+                return tried.why_not
+        self.restart()
+        return f"the worker that tried it {how}"
 
     def begin(self, begin: Begin) -> None:
         """Tell it of a round, once it has done what it owes of one that was ended early."""

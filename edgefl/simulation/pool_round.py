@@ -3,7 +3,8 @@
 Clients are handed out to whoever is free. Where the rule merges, a worker returns one sum for all that
 it trained in a round, instead of an update a client. A worker that is lost, or says nothing within the
 round's deadline, is started again while the others go on; its clients are handed out again, one by one
-where it was at work on them, and a client that ends its worker twice fails.
+where it was at work on them, and a client that ends its worker twice fails: in this round, and in every
+later one without being tried again.
 Invariant: each client of a cohort is counted once, whoever dies when.
 """
 
@@ -58,12 +59,17 @@ _W = TypeVar("_W", bound=Worker)
 Wait = Callable[[Sequence[_W], float], Sequence[_W]]  # for any of them, so many seconds; returns who has answered
 
 
-def train(setup: Setup, meter: Meter, plan: Plan, workers: Sequence[_W], wait: Wait[_W]) -> Iterator[Answer]:
-    """Train a plan's clients on workers that have its parameters; counts what a fleet would have moved."""
+def train(
+    setup: Setup, meter: Meter, plan: Plan, workers: Sequence[_W], wait: Wait[_W], deadly: dict[str, str]
+) -> Iterator[Answer]:  # fmt: skip
+    """Train a plan's clients on workers that have its parameters; counts what a fleet would have moved.
+
+    Clients that end their workers are noted in `deadly`, and whoever stands there is not tried.
+    """
     rule = make_rule(setup.config.aggregation.rule, plan.parameters)
     sums = rule.merges and isinstance(rule, Merging) and setup.takes_sums(plan)
     meter.begin(plan)
-    for answer in Round(plan, workers, wait, setup.stop, sums=sums, method=setup.method).run():
+    for answer in Round(plan, workers, wait, setup.stop, sums=sums, method=setup.method, deadly=deadly).run():
         up = len(answer.contributors) if isinstance(answer, Partial) else int(isinstance(answer, Update))
         meter.count(down=up or 1, up=up)
         yield answer
@@ -95,27 +101,32 @@ class _Hand(Generic[_W]):
 class Round(Generic[_W]):
     """A plan, and the workers that there are for it."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a fleet has for a round, each once
         self, plan: Plan, workers: Sequence[_W], wait: Wait[_W], stop: threading.Event, *, sums: bool,
-        method: Method | None = None,
+        method: Method | None = None, deadly: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._plan, self._wait, self._stop, self._sums = plan, wait, stop, sums
         method = method or Method()
         self._method = dataclasses.replace(method, stacks=sums and method.stacks)
         self._hands = [_Hand(worker) for worker in workers]
+        self._deadly = deadly if deadly is not None else {}
+        clients = tuple(client for client in plan.clients if client not in self._deadly)
         if self._method.stacks:
-            size = min(MAX_STACKED, math.ceil(len(plan.clients) / (len(workers) * STACKS_PER_WORKER)))
-            parts = [plan.clients[i : i + size] for i in range(0, len(plan.clients), size)]
+            size = max(1, min(MAX_STACKED, math.ceil(len(clients) / (len(workers) * STACKS_PER_WORKER))))
+            parts = [clients[i : i + size] for i in range(0, len(clients), size)]
         elif sums:
-            parts = _guided(plan.clients, len(workers))
+            parts = _guided(clients, len(workers))
         else:
-            parts = [(client,) for client in plan.clients]
+            parts = [(client,) for client in clients]
         self._todo = deque(map(_Work, parts))
         self._held: dict[str, Update | Failure] = {}  # single answers that wait for those before them
         self._order = deque(() if sums else plan.clients)
 
     def run(self) -> Iterator[Answer]:
         """Yield the round's answers: sums as they come, single ones in the plan's order."""
+        for client in self._plan.clients:
+            if client in self._deadly:
+                yield from self._failed(_Work((client,)), self._deadly[client])
         for hand in self._hands:
             if hand.worker.ready:
                 self._begin(hand)
@@ -127,7 +138,7 @@ class Round(Generic[_W]):
                 if hand.worker in answered:
                     yield from self._hear(hand)
                 elif not answered and hand.busy:
-                    yield from self._lost(hand, f"no answer within {within_s:g} s")
+                    yield from self._lost(hand, f"no answer within {within_s:g} s", died=False)
                 elif not answered and not busy:
                     self._give_up(hand, f"it was not ready within {within_s:g} s")
 
@@ -160,7 +171,7 @@ class Round(Generic[_W]):
         if isinstance(answer, Ready):
             self._begin(hand)
         elif isinstance(answer, Gone):
-            yield from self._lost(hand, f"its worker {answer.how}")
+            yield from self._lost(hand, f"its worker {answer.how}", died=True)
         elif isinstance(answer, Summed):
             hand.flushing, hand.summed = False, []
             yield from answer.aside
@@ -177,7 +188,7 @@ class Round(Generic[_W]):
         while self._order and self._order[0] in self._held:
             yield self._held.pop(self._order.popleft())
 
-    def _lost(self, hand: _Hand[_W], why: str) -> Iterator[Answer]:
+    def _lost(self, hand: _Hand[_W], why: str, *, died: bool) -> Iterator[Answer]:
         """Start a worker again, and hand out again what it had."""
         again = [(work, work.deaths + hand.flushing) for work in hand.summed]
         again += [(hand.at_work, hand.at_work.deaths + 1)] if hand.at_work is not None else []
@@ -193,6 +204,7 @@ class Round(Generic[_W]):
             elif deaths < MAX_DEATHS:
                 self._todo.extendleft(_Work((client,), deaths) for client in reversed(work.clients))
             else:
+                self._deadly |= dict.fromkeys(work.clients, f"{why}, each of {deaths} times") if died else {}
                 yield from self._failed(work, why)
 
     def _give_up(self, hand: _Hand[_W], why: str) -> None:

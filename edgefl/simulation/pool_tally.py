@@ -16,9 +16,10 @@ from edgefl.guards import RoundGuard
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import MetricSums
 from edgefl.simulation.fallback import Attempt
-from edgefl.simulation.fleets import Method, Population
+from edgefl.simulation.fleets import Method, Population, Setup
 from edgefl.simulation.machine import own_peak_mb
-from edgefl.simulation.pool_wire import Chunk, Done, Flush, Summed
+from edgefl.simulation.pool_wire import Chunk, Done, Flush, Summed, Tried
+from edgefl.simulation.stackable import why_not_stacked
 from edgefl.simulation.stacked import StackTrainer
 from edgefl.simulation.trainer import LocalTrainer
 from edgefl.task import Task
@@ -29,6 +30,9 @@ class ChunkTrainer:
 
     def __init__(self, task: Task, population: Population, config: JobConfig) -> None:
         self._task, self._population = task, population
+        self._setup = Setup(
+            task=task, reference=None, make_population=lambda _task: population, population=population, config=config
+        )  # fmt: skip
         self._trainers: dict[Method, LocalTrainer | StackTrainer] = {}
         self._trainer: LocalTrainer | StackTrainer | None = None
         self._plan: Plan | None = None
@@ -42,6 +46,10 @@ class ChunkTrainer:
         self._plan, self._method = plan, method or Method()
         self._tally = _Tally(plan, self._rule_name) if sums else None
         self._begin()
+
+    def try_stacks(self) -> Tried:
+        """Say why clients cannot be trained in stacks, if they cannot."""
+        return Tried(why_not_stacked(self._setup))
 
     def answer(self, message: Chunk | Flush) -> Done | Summed:
         if isinstance(message, Chunk):

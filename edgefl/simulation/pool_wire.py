@@ -68,6 +68,18 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class Try:
+    """Try whether clients can be trained in stacks. The user's code runs in it, so it is a worker's to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """The answer to Try: why not, or None."""
+
+    why_not: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A chunk is trained. Where updates are summed, its answers come with the sum."""
 

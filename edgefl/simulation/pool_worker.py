@@ -17,7 +17,7 @@ import numpy as np
 from edgefl.errors import EdgeflError
 from edgefl.simulation.machine import seldom_collected
 from edgefl.simulation.pool_tally import ChunkTrainer
-from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Ready, Start, Summed
+from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Ready, Start, Summed, Tried, Try
 from edgefl.simulation.shared import SharedTree
 from edgefl.training import set_threads
 from edgefl.trees import TensorSpec
@@ -33,11 +33,13 @@ class Worker:
         task = start.load_task()
         self._trainer = ChunkTrainer(task, start.make_population(task), start.config)
 
-    def answer(self, message: Begin | Chunk | Flush) -> Done | Summed | None:
+    def answer(self, message: Begin | Chunk | Flush | Try) -> Done | Summed | Tried | None:
         if isinstance(message, Begin):
             plan = dataclasses.replace(message.plan, parameters=self._parameters.tree)
             self._trainer.begin(plan, sums=message.sums, method=message.method)
             return None
+        if isinstance(message, Try):
+            return self._trainer.try_stacks()
         answer = self._trainer.answer(message)
         if isinstance(answer, Summed) and answer.partial is not None:
             self._sums.write(answer.partial.total)

@@ -29,6 +29,7 @@ class RayFleet:
     def __init__(self, setup: Setup, address: str | None = None) -> None:
         self._setup = setup
         self._meter = Meter()
+        self._deadly: dict[str, str] = {}  # clients that end their workers, and how
         self._parameters: Any = None  # a reference into the object store
         self.workers: list[RayWorker] = []
         self.cluster = Cluster(address)
@@ -49,7 +50,7 @@ class RayFleet:
 
     def collect(self, plan: Plan) -> Iterator[Answer]:
         self._parameters = self.cluster.ray.put(dict(plan.parameters))
-        return train(self._setup, self._meter, plan, self.workers, wait_for_any)
+        return train(self._setup, self._meter, plan, self.workers, wait_for_any, self._deadly)
 
     def traffic(self) -> Traffic:
         return self._meter.traffic()

@@ -128,3 +128,35 @@ def test_a_client_that_ends_two_workers_fails(set_up, plan_of):
     assert [one.reason for one in answers if isinstance(one, Failure)] == ["its worker died of client-2"]
     named = sorted(name for one in answers if isinstance(one, Partial) for name in one.contributors)
     assert named == ["client-0", "client-1", "client-3"]
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_and_is_failed_in_later_rounds_without_another_try(set_up, plan_of, sums):
+    setup, deadly = set_up(clients=4), {"client-1": "its worker died, each of 2 times"}
+    plan, asked = plan_of(setup), []
+
+    class Noting(Scripted):
+        def ask(self, message):
+            asked.extend(getattr(message, "clients", ()))
+            super().ask(message)
+
+    round_ = Round(plan, [Noting(setup, plan)], wait, threading.Event(), sums=sums, deadly=deadly)
+    answers = list(round_.run())
+    assert sorted(asked) == ["client-0", "client-2", "client-3"]
+    assert [one.reason for one in answers if isinstance(one, Failure)] == ["its worker died, each of 2 times"]
+    if not sums:
+        assert [one.device for one in answers] == list(plan.clients)
+
+
+def test_one_that_was_only_silent_is_tried_in_the_next_round(set_up, plan_of):
+    setup, deadly = set_up(clients=1), {}
+    plan = plan_of(setup)
+
+    class Silent(Scripted):
+        def ask(self, message):
+            super().ask(message)
+            self.silent = True
+
+    (answer,) = Round(plan, [Silent(setup, plan)], wait, threading.Event(), sums=True, deadly=deadly).run()
+    assert "no answer within" in answer.reason
+    assert not deadly
