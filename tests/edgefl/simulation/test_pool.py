@@ -9,6 +9,7 @@ import pytest
 
 from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.records import Partial
+from edgefl.simulation import pool as module
 from edgefl.simulation.loop import LoopFleet
 from edgefl.simulation.pool import PoolFleet
 
@@ -73,11 +74,21 @@ def test_a_round_that_all_fail_is_loud(set_up, run, tmp_path):
         run(setup, pool)
 
 
-def test_a_silent_worker_is_replaced_at_the_deadline(set_up, run):
-    setup = set_up(clients=2, rounds={"count": 1, "deadline_s": 1.0})
+def test_a_silent_worker_is_replaced_at_the_deadline(set_up, run, monkeypatch):
+    setup = set_up(clients=2, rounds={"count": 1, "deadline_s": 100.0})
+    wait, waited_s = module._wait, []
+
+    def passed(workers, within_s):
+        waited_s.append(within_s)
+        return [] if len(waited_s) == 1 else wait(workers, within_s)  # a deadline that has passed
+
+    monkeypatch.setattr(module, "_wait", passed)
     with closing(PoolFleet(setup, 1)) as pool:
-        os.kill(pool.workers[0].pid, signal.SIGSTOP)
+        before = pool.workers[0].pid
+        os.kill(before, signal.SIGSTOP)
         (outcome,) = run(setup, pool)
+        assert pool.workers[0].pid != before
+    assert waited_s[0] == 100.0
     assert len(outcome.admitted) == 2
 
 
