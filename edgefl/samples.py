@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgefl.errors import MissingExtra, TaskError
+from edgefl.randomness import seeded
 from edgefl.task import Task, UserCode
 
 if TYPE_CHECKING:
@@ -53,18 +54,23 @@ def computing_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def train_samples(task: Task, options: Mapping[str, str]) -> Samples:
-    """Return this device's own samples; raises TaskError where there are none or they cannot be used."""
+def train_samples(task: Task, options: Mapping[str, str], *, seed: int = 0) -> Samples:
+    """Return this device's own samples; a loader that draws finds the global random states seeded.
+
+    Raises TaskError where there are none or they cannot be used.
+    """
     if task.train_data is None:
         raise TaskError(f"task {task.name!r} has no train_data")
-    return _load(task, task.train_data, "train_data", options)
+    with seeded(seed):
+        return _load(task, task.train_data, "train_data", options)
 
 
 def test_samples(task: Task, options: Mapping[str, str]) -> Samples:
     """Return the held-out samples; raises TaskError where there are none or they cannot be used."""
     if task.test_data is None:
         raise TaskError(f"task {task.name!r} has no test_data")
-    return _load(task, task.test_data, "test_data", options)
+    with seeded(0):
+        return _load(task, task.test_data, "test_data", options)
 
 
 def _load(task: Task, loader: Callable[..., Any], what: str, options: Mapping[str, str]) -> Samples:

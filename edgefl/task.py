@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from edgefl import debug
 from edgefl.errors import ConfigError, TaskError
 from edgefl.extras import extra_of, install_command
+from edgefl.randomness import seeded
 from edgefl.trees import Tree
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def _comes_from(module: ModuleType, folder: Path) -> bool:
 
 def _import(task: str, module_name: str) -> ModuleType:
     try:
-        with UserCode(task, f"importing {module_name!r}"):
+        with seeded(0), UserCode(task, f"importing {module_name!r}"):
             return import_module(module_name)
     except TaskError as error:
         cause = error.__cause__

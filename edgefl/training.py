@@ -4,15 +4,14 @@ FedAvg (McMahan et al. 2017, Algorithm 1, ClientUpdate): local epochs of minibat
 FedProx (Li et al. 2020): the same with mu/2 * ||w - w0||^2 added to the loss.
 FedSGD (McMahan et al. 2017, section 2): one gradient of the mean loss over all local samples, exact,
 accumulated in chunks. Buffers have no gradient: they send their delta.
-Invariant: a result depends on (parameters, samples, config, round, client) alone; the global random
-state is neither read nor moved.
+Invariant: a result depends on (parameters, samples, config, round, client) alone: the user's code finds the
+global random states (Python's, numpy's, torch's) seeded by these, and they are left as they were.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.guards import wrong_spec, wrong_weight
+from edgefl.randomness import seeded
 from edgefl.samples import Samples, computing_device, require_torch, test_samples, train_samples
 from edgefl.task import FitResult, Task, UserCode
 from edgefl.trees import Array, Tree, spec_of, subtract
@@ -33,7 +33,7 @@ EVALUATION_BATCH = 128
 def initial_parameters(task: Task, seed: int = 0) -> Tree:
     """Return the parameters of round 1: the model's state dict, or what the task's `initial` returns."""
     if task.initial is not None:
-        with UserCode(task.name, "initial"):
+        with seeded(seed), UserCode(task.name, "initial"):
             tree = task.initial()
         _refuse_tree(task, "initial", tree)
         return tree
@@ -63,11 +63,11 @@ def train_locally(
 ) -> FitResult:  # fmt: skip
     """Train on this device's samples; raises TaskError for whatever the user's code does wrong."""
     if task.fit is not None:
-        return _fit(task, parameters, config, options)
+        return _fit(task, parameters, config, options, derive_seed(config.seed, round, client))
     model = make_model(task, parameters)
     if has_channels_last(model):
         lay_out(model)
-    samples = train_samples(task, options)
+    samples = train_samples(task, options, seed=data_seed(config.seed, client))
     seed = derive_seed(config.seed, round, client)
     if config.algorithm == "fedsgd":
         loss = accumulate_gradient(task, model, samples, batch_size=config.batch_size, seed=seed)
@@ -93,7 +93,7 @@ def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict
 
     totals: dict[str, float] = {}
     model.eval()
-    with torch.no_grad(), _seeded(0), UserCode(task.name, "evaluation"):
+    with torch.no_grad(), seeded(0), UserCode(task.name, "evaluation"):
         for chunk in samples.chunks(EVALUATION_BATCH):
             outputs = model(chunk.inputs)
             values = {"loss": float(loss_of(task, outputs, chunk.targets))}
@@ -108,6 +108,11 @@ def derive_seed(seed: int, round_number: int, client: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{round_number}/{client}".encode()).digest()[:7])
 
 
+def data_seed(seed: int, client: str) -> int:
+    """Return the seed of a client's loader: its samples are the same in every round."""
+    return derive_seed(seed, 0, client)
+
+
 def make_model(task: Task, parameters: Tree | None = None, *, seed: int = 0) -> torch.nn.Module:
     """Make the task's model with these parameters, where given, on the computing device."""
     require_torch(f"task {task.name!r}")
@@ -115,7 +120,7 @@ def make_model(task: Task, parameters: Tree | None = None, *, seed: int = 0) -> 
 
     if task.model is None:
         raise TaskError(f"task {task.name!r} has no model: it brings its own fit")
-    with _seeded(seed), UserCode(task.name, "model"):
+    with seeded(seed), UserCode(task.name, "model"):
         model = task.model()
     if not isinstance(model, torch.nn.Module):
         raise TaskError(f"task {task.name!r}: model returned a {type(model).__name__}, not a torch.nn.Module")
@@ -219,7 +224,7 @@ def train_epochs(
     import torch
 
     losses, counts = [], []
-    with _seeded(seed), UserCode(task.name, "local training"):
+    with seeded(seed), UserCode(task.name, "local training"):
         descent.begin(config)
         shuffle = torch.Generator().manual_seed(seed)
         for _ in range(config.epochs):
@@ -240,7 +245,7 @@ def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *,
     total, order, last = 0.0, torch.arange(len(samples), device=samples.inputs.device), has_channels_last(model)
     model.train()
     model.zero_grad()
-    with _seeded(seed), UserCode(task.name, "local training"):
+    with seeded(seed), UserCode(task.name, "local training"):
         for chosen in _batches(order, batch_size, model):
             share = len(chosen) / len(samples)  # the loss is a mean over its chunk
             inputs = laid_out(samples.inputs[chosen]) if last else samples.inputs[chosen]
@@ -340,29 +345,10 @@ def loss_of(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.T
     return loss.reshape(())
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch inside, and leave its global random state as it was."""
-    import torch
-
-    if torch.cuda.is_available():
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-            torch.manual_seed(seed)
-            yield
-        return
-    random = torch.default_generator  # torch.manual_seed notes the whole stack for GPUs that may come: 0.1 ms
-    before = random.get_state()
-    random.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.set_state(before)
-
-
-def _fit(task: Task, parameters: Tree, config: TrainConfig, options: Mapping[str, str]) -> FitResult:
+def _fit(task: Task, parameters: Tree, config: TrainConfig, options: Mapping[str, str], seed: int) -> FitResult:
     if task.fit is None:
         raise TaskError(f"task {task.name!r} has no fit")
-    with UserCode(task.name, "fit"):
+    with seeded(seed), UserCode(task.name, "fit"):
         result = task.fit(parameters, config, options)
     if not isinstance(result, FitResult):
         raise TaskError(f"task {task.name!r}: fit returned a {type(result).__name__}, not an edgefl.FitResult")

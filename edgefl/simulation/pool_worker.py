@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from edgefl.errors import EdgeflError
+from edgefl.randomness import kept, seeded
 from edgefl.simulation.machine import seldom_collected
 from edgefl.simulation.pool_tally import ChunkTrainer
 from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Ready, Start, Summed, Tried, Try
@@ -31,7 +32,9 @@ class Worker:
         float64 = {name: TensorSpec(one.shape, np.dtype(np.float64)) for name, one in start.spec.items()}
         self._sums = SharedTree(float64, start.sums)
         task = start.load_task()
-        self._trainer = ChunkTrainer(task, start.make_population(task), start.config)
+        with seeded(start.config.train.seed):
+            population = start.make_population(task)
+        self._trainer = ChunkTrainer(task, population, start.config)
 
     def answer(self, message: Begin | Chunk | Flush | Try) -> Done | Summed | Tried | None:
         if isinstance(message, Begin):
@@ -51,7 +54,7 @@ def main() -> None:
     """Serve the pool at the other end of the pipe until it goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
-    with seldom_collected(), contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
+    with kept(), seldom_collected(), contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
         start: Start = pipe.recv()
         sys.path[:] = start.import_path
         try:

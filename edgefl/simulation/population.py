@@ -17,6 +17,7 @@ import numpy as np
 
 from edgefl.config import MAX_COUNT, MAX_SEED, require_within
 from edgefl.errors import ConfigError, TaskError
+from edgefl.randomness import seeded
 from edgefl.samples import Samples, train_samples
 from edgefl.simulation.devices import DevicesConfig
 from edgefl.simulation.draws import Indices
@@ -26,6 +27,7 @@ from edgefl.simulation.partition import Cut, Disjoint, Partition, filled, owners
 from edgefl.simulation.schedule import NumSamples
 from edgefl.simulation.task_population import TaskPopulation
 from edgefl.task import Task
+from edgefl.training import data_seed
 
 PARTITIONERS = ("task", "iid", "dirichlet", "shards", "size_skew", "natural")
 BY_LABEL = ("dirichlet", "shards")
@@ -71,11 +73,14 @@ class PopulationConfig:
             )
 
 
-def make_population(task: Task, config: PopulationConfig) -> Population:
-    """Return the population that the configuration describes; raises ConfigError or TaskError."""
+def make_population(task: Task, config: PopulationConfig, seed: int = 0) -> Population:
+    """Return the population that the configuration describes; raises ConfigError or TaskError.
+
+    `seed` is the job's: the task's loader draws by it.
+    """
     if config.partitioner == "task":
-        return TaskPopulation(task, config.clients or DEFAULT_CLIENTS, config.data)
-    everything = train_samples(task, config.data)
+        return TaskPopulation(task, config.clients or DEFAULT_CLIENTS, config.data, seed=seed)
+    everything = train_samples(task, config.data, seed=seed)
     if config.partitioner == "natural":
         return _natural(everything, config)
     names = Names(config.clients or DEFAULT_CLIENTS)
@@ -93,6 +98,14 @@ def make_population(task: Task, config: PopulationConfig) -> Population:
     if config.min_samples:
         owner = filled(owner, cut.clients, config.min_samples)
     return PartedPopulation(everything, names, Disjoint(owner, cut.clients, config.seed))
+
+
+def samples_of(population: Population, client: str, seed: int) -> Samples:
+    """Return a client's samples. A population of the user's own may draw: by the job's seed and the client alone."""
+    if isinstance(population, TaskPopulation | PartedPopulation):
+        return population.samples(client)  # whose loader is seeded where it is called
+    with seeded(data_seed(seed, client)):
+        return population.samples(client)
 
 
 class PartedPopulation:
@@ -125,7 +138,7 @@ class PartedPopulation:
         return self._partition.size(self._names.index(client))
 
 
-def sizes_of(task: Task, population: Population) -> NumSamples:
+def sizes_of(task: Task, population: Population, seed: int = 0) -> NumSamples:
     """Return how many samples a client trains on, counted without making them where that can be.
 
     0 for a client without data: its `samples` says why. 1 for each where the task's own `fit` loads them.
@@ -138,7 +151,7 @@ def sizes_of(task: Task, population: Population) -> NumSamples:
     @lru_cache(maxsize=KNOWN_SIZES)
     def count(client: str) -> int:
         try:
-            return len(population.samples(client))
+            return len(samples_of(population, client, seed))
         except TaskError:  # it comes again, and is told, where the client is to train
             return 0
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from edgefl.bundle import load_bundle, pack_bundle, unpack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, EdgeflError
+from edgefl.randomness import seeded
 from edgefl.simulation.fleets import PopulationMaker, Setup
 from edgefl.simulation.pool_tally import ChunkTrainer
 from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Ready, Summed, import_path, pickled_task
@@ -104,7 +105,9 @@ class Actor:
             os.chdir(start.working_folder)
         task = self._task()
         maker: PopulationMaker = pickle.loads(start.make_population)  # noqa: S301 - our own driver's
-        return ChunkTrainer(task, maker(task), start.config)
+        with seeded(start.config.train.seed):
+            population = maker(task)
+        return ChunkTrainer(task, population, start.config)
 
     def _task(self) -> Task:
         start = self._start

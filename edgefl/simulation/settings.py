@@ -92,8 +92,9 @@ def virtual_time(
     devices = Devices(config.population.devices, setup.population.names(), config.population.seed)
     if saved is not None:
         devices.load(saved.spent)
+    sizes = sizes_of(setup.task, setup.population, config.train.seed)
     fleet = VirtualFleet(
-        engine, devices, clock, rounds=config.rounds, num_samples=sizes_of(setup.task, setup.population),
+        engine, devices, clock, rounds=config.rounds, num_samples=sizes,
         first_round=saved.round + 1 if saved is not None else 1,
     )  # fmt: skip
     return VirtualTime(fleet, clock, devices)

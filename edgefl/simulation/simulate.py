@@ -22,6 +22,7 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.home import replace_file
+from edgefl.randomness import kept, seeded
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
 from edgefl.samples import require_torch, test_samples
@@ -83,7 +84,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
         raise ConfigError("a population brings its own clients and data; leave `clients` and `data` out")
     settings = settled(config or JobConfig(), clients=clients, rounds=rounds, data=data)
     folder, before = (None if one is None else Path(one) for one in (checkpoint, resume))
-    with open_checkpoints(folder, before, checkpoint_every) as checkpoints:
+    with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
         saved = None if before is None else read_checkpoint(before)
         setup = _set_up(task, settings, population, saved)
         with set_by_interrupt(setup.stop):
@@ -109,8 +110,9 @@ def _set_up(
     loaded = task if isinstance(task, Task) else load_task(str(task))
     if saved is not None:
         refuse_another(saved, loaded.name, config)
-    maker = population_maker or partial(make_population, config=config.population)
-    population = maker(loaded)
+    maker = population_maker or partial(make_population, config=config.population, seed=config.train.seed)
+    with seeded(config.train.seed):
+        population = maker(loaded)
     refuse_more_than_there_are(config, len(population.names()))
     if saved is not None:
         refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))

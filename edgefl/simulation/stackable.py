@@ -11,11 +11,13 @@ import numpy as np
 
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.errors import TaskError
+from edgefl.randomness import Drawn, seeded
 from edgefl.records import Failure, Partial, Plan
 from edgefl.rounds import select_clients
 from edgefl.samples import Samples
 from edgefl.simulation.fallback import Attempt
 from edgefl.simulation.fleets import Setup
+from edgefl.simulation.population import samples_of
 from edgefl.simulation.stacked import StackTrainer, kind_of
 from edgefl.simulation.trainer import LocalTrainer
 from edgefl.task import Task, UserCode
@@ -92,7 +94,7 @@ def _some_samples(setup: Setup, plan: Plan) -> dict[str, Samples]:
     held: dict[str, Samples] = {}
     for client in plan.clients[: 4 * NUM_TRIED]:
         try:
-            samples = setup.population.samples(client)
+            samples = samples_of(setup.population, client, plan.train.seed)
         except TaskError:
             continue  # its own round will say so
         if not torch.isfinite(samples.inputs).all():
@@ -111,9 +113,12 @@ def _not_a_mean(task: Task, model: torch.nn.Module, samples: list[Samples]) -> s
     inputs = torch.cat([one.inputs[:NUM_TRIED] for one in samples])
     targets = torch.cat([one.targets[:NUM_TRIED] for one in samples])
     model.train()
-    with torch.no_grad(), UserCode(task.name, "loss"):
+    with seeded(0), torch.no_grad(), UserCode(task.name, "loss"):
+        drawn = Drawn()
         together = _loss(task, model, inputs, targets)
         singles = [_loss(task, model, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
+        if drawn.since():
+            return "its model or loss draws from Python's or numpy's random state, and a stack has none for each client"
     mean = float(sum(singles) / len(singles))
     within = max(TOLERANCE, ULPS * torch.finfo(together.dtype).eps)
     if math.isclose(together, mean, rel_tol=within, abs_tol=within):

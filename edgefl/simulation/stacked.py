@@ -24,6 +24,7 @@ from edgefl.samples import Samples
 from edgefl.simulation.batches import StackedBatches, Step
 from edgefl.simulation.fleets import Meter, Population, Setup, torch_threads
 from edgefl.simulation.machine import num_cores
+from edgefl.simulation.population import samples_of
 from edgefl.simulation.products import Gradients
 from edgefl.simulation.traced import Recorded
 from edgefl.task import Task, UserCode
@@ -198,7 +199,7 @@ class StackTrainer:
         failed: dict[str, str] = {}
         for client in clients:
             try:
-                samples = self._population.samples(client)
+                samples = samples_of(self._population, client, plan.train.seed)
             except TaskError as error:
                 failed[client] = str(error)
             else:

@@ -14,6 +14,7 @@ from edgefl.samples import Samples, train_samples
 from edgefl.simulation.names import Names
 from edgefl.simulation.shelf import Shelf
 from edgefl.task import Task
+from edgefl.training import data_seed
 
 CACHE_BYTES = 1 << 30
 
@@ -21,11 +22,11 @@ CACHE_BYTES = 1 << 30
 class TaskPopulation:
     """As many clients as asked for; raises ConfigError for a loader that cannot part its data."""
 
-    def __init__(self, task: Task, num_clients: int, options: Mapping[str, str]) -> None:
+    def __init__(self, task: Task, num_clients: int, options: Mapping[str, str], *, seed: int = 0) -> None:
         if num_clients < 1:
             raise ConfigError(f"{num_clients} clients were asked for; wanted is 1 or more")
         _refuse_partless(task)
-        self._task = task
+        self._task, self._seed = task, seed
         self._names = Names(num_clients)
         self._options = dict(options)
         self._shelf = Shelf(CACHE_BYTES)
@@ -39,7 +40,10 @@ class TaskPopulation:
 
     def samples(self, client: str) -> Samples:
         kept = self._shelf.get(client)
-        return kept or self._shelf.put(client, train_samples(self._task, self.options(client)))
+        if kept is not None:
+            return kept
+        seed = data_seed(self._seed, client)
+        return self._shelf.put(client, train_samples(self._task, self.options(client), seed=seed))
 
 
 def _refuse_partless(task: Task) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.logs import event
+from edgefl.randomness import Drawn
 from edgefl.simulation.lean import lean, tidy
 from edgefl.simulation.products import Gradients, Places, factor, in_order
 from edgefl.task import MAX_QUOTED, Task, UserCode
@@ -107,13 +108,18 @@ class GradientOf:
 
     def _record(self, inputs: torch.Tensor, targets: torch.Tensor) -> _Recording | None:
         """Record the step for batches of this shape; None, and `why_not`, where that cannot be done."""
-        before = _own_state(self._model)
+        before, drawn = _own_state(self._model), Drawn()
         arguments = [*self._state, inputs, targets]
         try:
             with UserCode(self._task.name, "recording a step"):
                 module, places = record(self._step, arguments, len(self.trained))
         except TaskError as error:
             self.why_not = str(error)
+            drawn.put_back()
+            return None
+        if drawn.since():
+            drawn.put_back()  # as if nobody had tried
+            self.why_not = f"task {self._task.name!r}: its model or loss draws from Python's or numpy's random state"
             return None
         if _own_state(self._model) != before:
             self.why_not = f"task {self._task.name!r}: its model keeps state of its own besides parameters and buffers"

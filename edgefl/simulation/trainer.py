@@ -17,6 +17,7 @@ from edgefl.records import Failure, Plan, Update
 from edgefl.samples import Samples
 from edgefl.simulation.flat import FlatModel
 from edgefl.simulation.fleets import Population
+from edgefl.simulation.population import samples_of
 from edgefl.simulation.traced import GradientOf, RecordedDescent
 from edgefl.task import Task
 from edgefl.training import (
@@ -84,7 +85,7 @@ class LocalTrainer:
                 self._task, plan.parameters, plan.train, options=options, round=plan.round, client=client
             )
             return result.tree, result.weight, result.metrics
-        samples = self._population.samples(client)
+        samples = samples_of(self._population, client, plan.train.seed)
         seed = derive_seed(plan.train.seed, plan.round, client)
         tree, loss = self._model.trained(samples, plan, seed, borrow=borrow)
         return tree, float(len(samples)), {"train_loss": loss}

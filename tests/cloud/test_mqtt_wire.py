@@ -64,7 +64,7 @@ def test_another_first_packet_is_refused(packet: bytes) -> None:
 
 
 def test_whatever_the_bytes_there_is_an_answer() -> None:
-    rng = random.Random(0)  # noqa: S311  # no secret
+    rng = random.Random(0)  # no secret
     for _ in range(2000):
         packet = bytearray(FULL)
         for _ in range(rng.randrange(1, 4)):

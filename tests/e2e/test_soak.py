@@ -20,7 +20,7 @@ def test_random_kills_and_stops_change_nothing_in_the_result(fleet, tmp_path, se
     for name, options in data.items():
         fleet.add_agent(name, **options)
     run = fleet.start_run("numbers", *SETTINGS, rounds=ROUNDS)
-    rng = random.Random(seed)  # noqa: S311 - no secret
+    rng = random.Random(seed)  # no secret
     fleet.agents["a"].wait_for("plan.taken")
     num_kills = 0
     while num_kills < KILLS and run.popen.poll() is None:

@@ -246,11 +246,11 @@ def test_the_global_random_state_is_neither_read_nor_moved():
     first = train(task, batch_size=4)
     torch.manual_seed(2)
     random.seed(2)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     assert same(train(task, batch_size=4).tree, first.tree)
     initial_parameters(task)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
 
 
