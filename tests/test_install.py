@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -17,14 +16,11 @@ from edgefl import extras
 from edgefl.cli import cli
 from edgefl.operator.credentials import write_operator_credentials
 from edgefl.protocols import tls
+from tests.environments import LOCK, ROOT, Environment
 
 pytestmark = [pytest.mark.soak]
 
-ROOT = Path(__file__).parents[1]
-LOCK = ("--constraint", str(ROOT / "requirements.lock"))
 EXTRAS = tuple(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
-# uv takes what pip has on this machine, so that it need not fetch a larger build of torch.
-ENVIRONMENT = {**os.environ, "UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", ""), "UV_LINK_MODE": "hardlink"}
 DIGITS, APP = str(ROOT / "examples" / "digits"), str(ROOT / "examples" / "flower_app")
 HOME = ("--home", "home")
 NOWHERE = ("--cloud", "https://127.0.0.1:1")  # nobody listens there
@@ -62,44 +58,6 @@ MORE = {
     "simulate --engine ray": ((DIGITS, "--clients", "2", "--rounds", "1"), "sim,examples,ray"),
     "simulate --tensorboard board": ((DIGITS, "--clients", "2", "--rounds", "1"), "sim,examples,tensorboard"),
 }
-
-
-class Environment:
-    """A virtual environment by uv, which installs by links, so that a hundred of them are affordable."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.python = folder / "bin" / "python"
-        self._uv("venv", "--python", sys.executable, folder)
-
-    def install(self, *arguments: str | Path) -> None:
-        self._uv("pip", "install", "--python", self.python, *arguments)
-
-    def check(self) -> None:
-        """What pip's own check says."""
-        self._uv("pip", "check", "--python", self.python)
-
-    def edgefl(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        command = [self.folder / "bin" / "edgefl", *arguments]
-        env = {**ENVIRONMENT, "EDGEFL_CREDENTIALS": str(cwd / "operator.json"), "COLUMNS": "200"}
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-        )
-
-    @staticmethod
-    def _uv(*arguments: str | Path) -> None:
-        uv = Path(sys.executable).with_name("uv")
-        done = subprocess.run(
-            [uv, "--quiet", *arguments], capture_output=True, text=True, timeout=900, check=False, env=ENVIRONMENT
-        )
-        assert done.returncode == 0, f"uv {' '.join(map(str, arguments))}: {done.stderr}"
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +121,7 @@ def test_a_command_that_lacks_an_extra_names_it(
     for name, (arguments, needed) in [*COMMANDS.items(), *MORE.items()]:
         if name in {"cloud start", "agent start"} and needed == extra:
             continue  # they would run
-        done = bare.edgefl(*name.split(), *arguments, cwd=cwd)
+        done = bare.edgefl(*name.split(), *arguments, cwd=cwd, env={"EDGEFL_CREDENTIALS": cwd / "operator.json"})
         said = done.stdout + done.stderr
         assert "Traceback" not in said, f"{name}: {said}"
         absent = set(needed.split(",")) - {extra, ""}
