@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import logging
 import signal
 import socket
@@ -29,8 +30,10 @@ from cloud.upkeep import interval_s, looked_after
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.errors import CloudStopping, EdgeflError, HomeError, JobCancelled
 from edgefl.logs import event
+from edgefl.models.manifest import Bundle
 from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
 from edgefl.protocols.http_limits import HttpLimits
+from edgefl.protocols.messages import from_json
 from edgefl.protocols.tls import grpc_server_credentials, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
@@ -121,6 +124,10 @@ class Aggregator:
     def _prepare(self, row: JobRow, fleet: GrpcFleet) -> Job:
         """Return the job with the optimizer's state, and the cohort of the round that was open, if one was."""
         step = ServerOptimizer(row.config.server, gradient=row.config.train.algorithm == "fedsgd", buffers=row.buffers)
+        bundle = from_json(Bundle, json.loads(row.bundle.text))
+        for sha256 in (row.model.sha256, bundle.blob.sha256, row.optimizer_sha256):
+            if sha256 is not None:
+                self._home.blobs.check(sha256)  # raises BlobDamaged
         if row.optimizer_sha256 is not None:
             step.load(SpooledTree(self._home.blobs.path(row.optimizer_sha256)))
         return Job(

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from blake3 import blake3
-
 from cloud.blobs import BlobStore
 from cloud.jobs import Answer, JobRow, Jobs
 from cloud.mqtt_link import CloudLink
@@ -54,6 +52,7 @@ class GrpcFleet:
         self._job = job
         self._parts = parts
         self._took_part: set[str] = set()
+        self._begun_from: str | None = None  # the model of the round that is open
 
     def clients(self) -> Sequence[str]:
         """Return the devices online, once as many as wanted are there.
@@ -74,7 +73,12 @@ class GrpcFleet:
         return sorted(link.online())
 
     def keep(self, parameters: Tree) -> SpooledTree:
-        """Encode the parameters, once for all devices, and go on with the file: it is mapped when it is needed."""
+        """Encode the parameters, once for all devices, and go on with the file: it is mapped when it is needed.
+
+        Raises BlobDamaged where the file that the round began from, which they were computed of, has changed.
+        """
+        if self._begun_from is not None:
+            self._parts.blobs.check(self._begun_from)
         ref = self.insist(lambda: self._parts.blobs.put_tree(parameters), encoded_bytes(parameters))
         return SpooledTree(self._parts.blobs.path(ref.sha256))
 
@@ -116,11 +120,12 @@ class GrpcFleet:
 
     def _open(self, plan: Plan) -> OpenRound:
         model = self.published(plan.parameters)
+        self._begun_from = model.sha256
         wire = WirePlan(
             job=plan.job,
             round=plan.round,
             model=model,
-            model_blake3=blake3().update_mmap(self._parts.blobs.path(model.sha256)).hexdigest(),
+            model_blake3=self._parts.blobs.check(model.sha256),
             bundle=self._job.bundle,
             train=plan.train,
             deadline_s=plan.deadline_s,

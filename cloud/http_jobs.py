@@ -20,7 +20,7 @@ from cloud.blobs import BlobStore
 from cloud.http_shared import HEARTBEAT, UPLOAD_PATH, Body, Here, known, stream_lines
 from cloud.services import Services
 from edgefl.config import JobConfig, from_dict
-from edgefl.errors import ConfigError, NotFound, ProtocolError
+from edgefl.errors import ConfigError, ProtocolError
 from edgefl.hashing import HashingFile
 from edgefl.protocols.messages import BlobRef
 
@@ -61,9 +61,8 @@ async def store_body(
 
 @operator.get(UPLOAD_PATH + "/{sha256}")
 def download(sha256: str, here: Here) -> FileResponse:
-    """Return a blob; ranges are understood."""
-    if not here.blobs.has(sha256):
-        raise NotFound(f"the cloud has no blob {sha256}")
+    """Return a blob whose bytes are what its name says; ranges are understood."""
+    here.blobs.check(sha256)
     return FileResponse(here.blobs.path(sha256), media_type="application/octet-stream")
 
 

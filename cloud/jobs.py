@@ -85,6 +85,7 @@ class Jobs:
         for name, ref in (("bundle", bundle), ("parameters", parameters)):
             if not self._blobs.has(ref.sha256):
                 raise ConfigError(f"the job's {name} {ref.sha256[:16]}... is not in the cloud; upload it first")
+            self._blobs.check(ref.sha256)
         tree = SpooledTree(self._blobs.path(parameters.sha256))
         if unknown := sorted(set(buffers) - set(tree)):
             raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")

@@ -6,6 +6,8 @@
     |-- TaskError            the user's task raised, hung, or returned what cannot be an update
     |-- UpdateRejected       an update refused by a guard, before it changed anything
     |-- QuorumNotMet         a round that ended with too few admitted updates
+    |-- StepFailed           parameters that a round's step left not finite, or beyond their dtype
+    |-- BlobDamaged          stored bytes that are no longer what their name says
     |-- JobFailed            a job that ended before its last round
     |-- JobCancelled         a job stopped by its operator
     |-- CloudStopping        the cloud ends; its jobs go on when it is started again
@@ -58,6 +60,14 @@ class UpdateRejected(EdgeflError):
 
 class QuorumNotMet(EdgeflError):
     """A round ended with fewer admitted updates than its quorum."""
+
+
+class StepFailed(EdgeflError):
+    """A round's step left parameters that are not finite, or wrapped around; those before it stay."""
+
+
+class BlobDamaged(EdgeflError):
+    """Stored bytes are no longer what their name says."""
 
 
 class JobFailed(EdgeflError):

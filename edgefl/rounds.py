@@ -16,11 +16,13 @@ from typing import Protocol
 import numpy as np
 
 from edgefl.aggregation import make_rule
+from edgefl.aggregation.rule import Rule
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Failure, Partial, Plan, RoundOutcome, Traffic, Update
+from edgefl.step_check import integer_moves, refuse_unsound
 from edgefl.trees import Tree
 
 Clock = Callable[[], float]  # seconds, monotonic
@@ -59,7 +61,7 @@ class Job:
 
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
-    """Run the job's rounds, one at each step of the iterator; raises QuorumNotMet."""
+    """Run the job's rounds, one at each step of the iterator; raises QuorumNotMet and StepFailed."""
     cohort = job.cohort
     for number in range(job.first_round, job.config.rounds.count + 1):
         plan = Plan(
@@ -76,7 +78,7 @@ def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcom
 
 
 def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
-    """Run one round to its end; raises QuorumNotMet with every reason seen."""
+    """Run one round to its end; raises QuorumNotMet with every reason seen, and StepFailed."""
     start_s, before = job.clock(), fleet.traffic()
     wanted = job.config.rounds.clients or len(plan.clients)
     guard, rule = RoundGuard(plan), make_rule(job.config.aggregation.rule, plan.parameters)
@@ -103,10 +105,11 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
     if len(tally.admitted) < job.config.rounds.quorum:
         raise QuorumNotMet(tally.under_quorum(plan, job.config.rounds.quorum))
     after = fleet.traffic()
+    parameters = _step(job, plan, rule)
     return RoundOutcome(
         job=plan.job,
         round=plan.round,
-        parameters=job.keep(job.step.step(plan.parameters, rule.result())),
+        parameters=job.keep(parameters),
         admitted=tuple(tally.admitted),
         rejected=tally.rejected,
         failed=tally.failed,
@@ -117,6 +120,16 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
         up_bytes=after.up_bytes - before.up_bytes,
         down_bytes=after.down_bytes - before.down_bytes,
     )
+
+
+def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
+    """Move the parameters by the rule's result; raises StepFailed where that leads beyond what they can hold."""
+    with np.errstate(over="ignore", invalid="ignore"):  # told by name below
+        mean = rule.result()
+        moves = integer_moves(mean)
+        new = job.step.step(plan.parameters, mean)
+    refuse_unsound(plan, moves, new, job.step.fault())
+    return new
 
 
 def select_clients(available: Sequence[str], config: JobConfig, round_number: int) -> tuple[str, ...]:

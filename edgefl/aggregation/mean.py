@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 
-from edgefl.errors import UpdateRejected
+from edgefl.errors import StepFailed, UpdateRejected
 from edgefl.guards import not_finite_tree, wrong_spec, wrong_weight
 from edgefl.records import Partial, Update
 from edgefl.trees import Array, TensorSpec, Tree, blocks, spec_of
@@ -73,8 +73,16 @@ class WeightedMean:
         mean = np.empty(total.size, spec.dtype)
         for block in blocks(total.size):
             value = total[block] / self._weight
-            mean[block] = value if spec.dtype.kind == "f" else np.rint(value).astype(np.int64).astype(spec.dtype)
+            mean[block] = value if spec.dtype.kind == "f" else _whole(name, value).astype(spec.dtype)
         return mean.reshape(spec.shape)
+
+
+def _whole(name: str, value: Array) -> Array:
+    """Round to nearest; raises StepFailed beyond 64 bits, where a cast would give anything."""
+    whole = np.rint(value)
+    if not ((whole >= -(2.0**63)) & (whole < 2.0**63)).all():
+        raise StepFailed(f"the mean of the updates of tensor {name!r} is beyond 64 bits: {np.abs(whole).max():g}")
+    return whole.astype(np.int64)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError, MissingExtra
+from edgefl.guards import not_finite_tree
 from edgefl.trees import Array, Tree, apply, blocks
 
 
@@ -46,6 +47,10 @@ class ServerOptimizer:
     def state(self) -> dict[str, Array]:
         """Return the optimizer's state as a tree, for a checkpoint; empty for plain SGD."""
         return self._optimizer.state() if self._optimizer is not None else {}
+
+    def fault(self) -> str | None:
+        """Say which part of the optimizer's state is not finite, if one is: no later step would be."""
+        return not_finite_tree(self._optimizer.slots()) if self._optimizer is not None else None
 
     def load(self, state: Tree) -> None:
         """Take up a state that `state` returned."""
@@ -96,9 +101,15 @@ class _TorchOptimizer:
     def state(self) -> dict[str, Array]:
         if self._optimizer is None:
             return self.pending
+        return {name: np.array(value) for name, value in self.slots().items()}
+
+    def slots(self) -> dict[str, Array]:
+        """Return what the optimizer keeps, as views."""
+        if self._optimizer is None:
+            return {}
         slots = self._optimizer.state_dict()["state"]
         return {
-            f"{index}.{slot}": np.array(value.detach().numpy() if hasattr(value, "detach") else value)
+            f"{index}.{slot}": np.asarray(value.detach().numpy() if hasattr(value, "detach") else value)
             for index, values in slots.items()
             for slot, value in values.items()
             if value is not None

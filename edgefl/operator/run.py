@@ -70,14 +70,14 @@ def run(
         return watch(client, job, loaded, on_round=on_round, out=out)
 
 
-def submit(client: CloudClient, reference: str, task: Task, config: JobConfig) -> str:
-    """Upload a task and its first parameters, start the job and return its id."""
+def submit(client: CloudClient, reference: str, task: Task, config: JobConfig, patience: Patience | None = None) -> str:
+    """Upload a task and its first parameters, start the job and return its id; over restarts of the cloud."""
     packed = pack_bundle(reference)
     parameters = initial_parameters(task, config.train.seed)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
-    bundle = insist(lambda: client.put_blob(packed.data, sha256))
-    tree = upload_tree(client, parameters)
-    return insist(lambda: client.submit_job(packed.task, bundle, tree, buffer_names(task), config, key))
+    bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)
+    tree = upload_tree(client, parameters, patience)
+    return insist(lambda: client.submit_job(packed.task, bundle, tree, buffer_names(task), config, key), patience)
 
 
 def watch(
@@ -155,12 +155,12 @@ def download(client: CloudClient, sha256: str, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def upload_tree(client: CloudClient, tree: Tree) -> BlobRef:
+def upload_tree(client: CloudClient, tree: Tree, patience: Patience | None = None) -> BlobRef:
     """Upload parameters without a second copy of them in memory."""
     with tempfile.TemporaryFile(prefix="edgefl-") as file:
         write_tree(tree, file)
         file.seek(0)
-        return _upload(client, file)
+        return _upload(client, file, patience)
 
 
 def upload_file(client: CloudClient, path: Path) -> BlobRef:
@@ -169,14 +169,14 @@ def upload_file(client: CloudClient, path: Path) -> BlobRef:
         return _upload(client, file)
 
 
-def _upload(client: CloudClient, file: BufferedReader | BufferedRandom) -> BlobRef:
+def _upload(client: CloudClient, file: BufferedReader | BufferedRandom, patience: Patience | None = None) -> BlobRef:
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
     def from_its_beginning() -> BlobRef:
         file.seek(0)
         return client.put_blob(file, sha256)
 
-    return insist(from_its_beginning)
+    return insist(from_its_beginning, patience)
 
 
 def peak_rss_mb() -> float:

@@ -20,7 +20,7 @@ import numpy as np
 
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
-from edgefl.errors import ConfigError, QuorumNotMet
+from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.home import replace_file
 from edgefl.randomness import kept, seeded
 from edgefl.records import RoundOutcome
@@ -75,7 +75,8 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     options go. Ctrl-C ends the round and returns what there is. `checkpoint` is a folder to keep the state in after
     each `checkpoint_every`-th round; `resume` goes on from such a folder, and keeps the state there.
     `address` is of the Ray cluster for the engine `ray`, which starts its own without it.
-    Raises ConfigError, TaskError, and CutShort, a QuorumNotMet, where a round ends with too few updates.
+    Raises ConfigError, TaskError, and CutShort, a QuorumNotMet, where a round ends with too few updates, or
+    with parameters that are not finite.
     """
     require_torch("simulation", "sim")
     start_s = time.perf_counter()
@@ -98,7 +99,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
                 run.begin(start_s, checkpoints, saved)
                 try:
                     run.rounds_until_stopped()
-                except QuorumNotMet as error:
+                except (QuorumNotMet, StepFailed) as error:
                     raise CutShort(str(error), run.result(out)) from error
                 return run.result(out)
 

@@ -2,9 +2,10 @@ import hashlib
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from cloud.blobs import BlobStore
-from edgefl.errors import ProtocolError
+from edgefl.errors import BlobDamaged, NotFound, ProtocolError
 from edgefl.trees import SpooledTree
 
 
@@ -56,3 +57,38 @@ def test_a_deleted_blob_can_be_read_on_by_who_has_it_open(tmp_path):
         blobs.delete(ref.sha256)
         assert not blobs.has(ref.sha256)
         assert file.read() == b"abc"
+
+
+def damage(path, at=0):
+    """Turn one bit, as a disk does: size and times stay."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_blob_with_one_other_bit_is_found_out(tmp_path, known):
+    blobs = BlobStore(tmp_path / "blobs")
+    ref = blobs.put_tree({"w": np.zeros(1000, np.float32)})
+    if not known:
+        blobs = BlobStore(tmp_path / "blobs")  # another process: it has not seen these bytes being written
+    fast = blake3(blobs.path(ref.sha256).read_bytes()).hexdigest()
+    assert blobs.check(ref.sha256) == fast
+    assert blobs.check(ref.sha256) == fast
+    damage(blobs.path(ref.sha256), at=2000)
+    for _ in range(2):
+        with pytest.raises(BlobDamaged, match=f"{ref.sha256[:16]}.* are not what its name says"):
+            blobs.check(ref.sha256)
+    assert blobs.put_tree({"w": np.zeros(1000, np.float32)}) == ref  # sent again, it is whole
+    assert blobs.check(ref.sha256) == fast
+
+
+def test_a_blob_that_is_damaged_before_it_is_first_looked_at_is_found_out(tmp_path):
+    ref = BlobStore(tmp_path / "blobs").put(b"abc")
+    blobs = BlobStore(tmp_path / "blobs")
+    damage(blobs.path(ref.sha256))
+    with pytest.raises(BlobDamaged):
+        blobs.check(ref.sha256)
+    with pytest.raises(NotFound, match="no blob"):
+        blobs.check("0" * 64)

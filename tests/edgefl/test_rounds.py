@@ -12,7 +12,7 @@ import pytest
 
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, ServerConfig, from_dict
-from edgefl.errors import ConfigError, QuorumNotMet
+from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.records import Failure, Partial, Plan, RoundOutcome, Update
 from edgefl.rounds import Job, run_rounds, select_clients
 from edgefl.testing import Answer, ManualClock, ScriptedFleet, make_update
@@ -30,6 +30,10 @@ def job(settings: JobConfig, **changes: Any) -> Job:
 
 def sends(device: str, w: float = 1.0, weight: float = 1.0, **metrics: float) -> Answer:
     return lambda plan: make_update(device, job=plan.job, round=plan.round, weight=weight, metrics=metrics, w=[w, w])
+
+
+def moves(device: str, delta: Any) -> Answer:
+    return lambda plan: make_update(device, job=plan.job, round=plan.round, w=delta)
 
 
 def fails(device: str, reason: str = "no data") -> Answer:
@@ -256,3 +260,33 @@ def test_a_partial_sum_that_is_refused_changes_nothing(second: Partial, reason: 
     assert outcome.admitted == ("a", "b")
     assert outcome.rejected.keys() == set(second.contributors) - {"a", "b"}
     assert all(reason in said for said in outcome.rejected.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "delta", "message"),
+    [
+        (np.full(2, 3e38, np.float32), np.full(2, 3e38, np.float32), "'w' holds NaN or infinity"),
+        (np.full(2, 6e4, np.float16), np.full(2, 6e4, np.float16), "'w' holds NaN or infinity"),
+        (np.array([2**63 - 1]), np.array([1]), "'w' is beyond the range of int64"),
+        (np.array([0]), np.array([2**63 - 1]), "'w' is beyond 64 bits"),
+        (np.array([-(2**63)]), np.array([-1]), "'w' is beyond the range of int64"),
+    ],
+)
+def test_a_step_beyond_a_dtype_fails_the_round_by_name_and_keeps_nothing(old: Any, delta: Any, message: str) -> None:
+    kept = []
+
+    def keep(tree: Any) -> Any:
+        kept.append(tree)
+        return tree
+
+    fleet = ScriptedFleet({name: moves(name, delta) for name in ("a", "b")})
+    with pytest.raises(StepFailed, match=message):
+        list(run_rounds(job(config(), keep=keep), fleet, {"w": old}))
+    assert kept == []
+
+
+def test_a_server_optimizer_that_overflows_inside_fails_the_round() -> None:
+    adam = ServerOptimizer(ServerConfig(optimizer="Adam"), gradient=False)
+    large = np.full(2, 3e38, np.float32)  # its square is infinity, by which Adam divides: a step of 0
+    with pytest.raises(StepFailed, match=r"exp_avg_sq' holds NaN or infinity"):
+        list(run_rounds(Job(id="job", config=config(), step=adam), ScriptedFleet({"a": moves("a", large)}), START))

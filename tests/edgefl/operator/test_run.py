@@ -12,6 +12,7 @@ import edgefl
 from edgefl.config import JobConfig, RoundsConfig, TrainConfig
 from edgefl.errors import CloudRefused, ConfigError, JobCancelled, JobFailed
 from edgefl.operator.client import CloudClient, load_credentials
+from edgefl.operator.follow import Patience, follow_job
 from edgefl.operator.run import download, submit, watch
 from edgefl.task import load_task
 from edgefl.training import evaluate
@@ -112,9 +113,66 @@ def test_a_task_that_is_none_starts_nothing(http_plane, tmp_path):
 def test_a_download_that_is_not_what_was_asked_leaves_no_file(http_plane, client, tmp_path):
     ref = http_plane.blobs.put(b"right")
     http_plane.blobs.path(ref.sha256).write_bytes(b"wrong")
-    with pytest.raises(CloudRefused, match="came with SHA-256"):
+    with pytest.raises(CloudRefused, match="are not what its name says"):
         download(client, ref.sha256, tmp_path / "x")
+    with (
+        pytest.raises(CloudRefused, match="came with SHA-256"),
+        OtherBytes(None, load_credentials(http_plane.credentials)) as other,
+    ):
+        download(other, ref.sha256, tmp_path / "x")
     assert not [one for one in tmp_path.iterdir() if "x" in one.name]
+
+
+class OtherBytes(CloudClient):
+    """A cloud that sends other bytes than were asked for."""
+
+    def get_blob(self, sha256, file):
+        file.write(b"wrong")
+
+
+class Interrupted(CloudClient):
+    """A cloud that is not there when its blobs, or a job's row, are first asked for."""
+
+    server = None
+
+    def get_blob(self, sha256, file):
+        self.break_off()
+        super().get_blob(sha256, file)
+
+    def job(self, job):
+        self.break_off()
+        return super().job(job)
+
+    def put_blob(self, data, sha256):
+        self.break_off()
+        return super().put_blob(data, sha256)
+
+    def break_off(self):
+        if self.server is not None:
+            server, self.server = self.server, None
+            server.stop()
+
+
+def test_uploads_and_the_last_download_are_tried_again_as_patiently_as_a_job_is_followed(
+    http_plane, trainers, plain_task, tmp_path
+):
+    server, credentials = http_plane.server, load_credentials(http_plane.credentials)
+
+    def restart(_seconds):
+        if not server._thread.is_alive():
+            server.start()
+
+    patience = Patience(pause=restart)
+    with Interrupted(None, credentials) as client:
+        client.server = server
+        job = submit(client, str(plain_task), load_task(str(plain_task)), CONFIG, patience)
+        end = list(follow_job(client, job))[-1]
+        client.server = server
+        result = watch(client, job, out=tmp_path / "model", patience=patience)
+    assert client.server is None
+    assert SpooledTree(tmp_path / "model")
+    assert result.model["sha256"] == end["model"]["sha256"]
+    assert len(http_plane.jobs.list()) == 1
 
 
 def test_parameters_arrive_as_they_were(http_plane, trainers, plain_task, client):
