@@ -9,8 +9,9 @@ import socket
 import httpx
 import pytest
 
-from cloud.http_server import _listen, serve_http
+from cloud.http_server import serve_http
 from edgefl.errors import HomeError
+from edgefl.protocols.listener import listen
 
 
 async def hello(scope, receive, send):
@@ -58,7 +59,7 @@ def test_the_port_is_free_again_after_the_stop_even_with_a_stream_open():
 
 def test_answers_do_not_wait_for_acknowledgements():
     async def main():
-        with _listen("127.0.0.1", 0) as listener:
+        with listen("127.0.0.1", 0, "--http-port") as listener:
             listener.setblocking(False)
             accepted = asyncio.get_running_loop().create_future()
 
