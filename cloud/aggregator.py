@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import json
 import logging
 import signal
@@ -66,14 +67,17 @@ class Aggregator:
         self._home = CloudHome(options)
         self._job_threads = ThreadPoolExecutor(MAX_JOBS, "job")
         self._relay_thread = ThreadPoolExecutor(1, "relays")
-        self._fault: BaseException | None = None  # of a part of this process
-        self._fall: Callable[[], object] = lambda: None
 
     def serve(self, on_ready: Callable[[str], None] = lambda _url: None) -> None:
-        """Serve until SIGTERM or SIGINT; raises HomeError for a home or port that cannot be had."""
+        """Serve until SIGTERM or SIGINT; raises HomeError for a home or port that cannot be had.
+
+        Raises PartFailed where a part has ended that could not be started again.
+        """
         keep_freed_memory()
         with self._home:
             asyncio.run(self._serve(on_ready))
+        if self._home.parts.failure is not None:
+            raise self._home.parts.failure
 
     def run_job(self, job_id: str) -> None:
         """Run one job to its end, from wherever its rows say that it stands."""
@@ -156,15 +160,18 @@ class Aggregator:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        parts = self._home.parts
+        parts.on_end = functools.partial(loop.call_soon_threadsafe, stop.set)
         jobs = self._home.jobs
         running = jobs.running()
         self._home.relays.resume()
         self._home.spool.keep_only([*running, *self._home.relays.running()])
         self._home.rounds.expect(job for job in running if jobs.has_open_round(job))
         async with self._grpc_server(), self._http_server():
-            self._fall = lambda: loop.call_soon_threadsafe(stop.set)
+            parts.check("grpc", lambda: "")  # it ends with this block
+            parts.check("jobs", lambda: "")  # see `_report_crash`
             self._home.link.start()
-            self._relay_thread.submit(self._home.relays.watch).add_done_callback(self._report_crash)
+            self._relay_thread.submit(parts.keep, "relays", self._home.relays.watch)
             jobs.started, jobs.cancelled = self._start, self._cancel
             for job in running:
                 self._start(job)
@@ -173,12 +180,8 @@ class Aggregator:
             on_ready(self._home.url)
             await stop.wait()
             event(_log, logging.INFO, "cloud.stopping")
+            parts.close()
             await asyncio.to_thread(self._stop_jobs)
-        if self._fault is not None:
-            raise HomeError(
-                f"the cloud ends, since a part of it did: {self._fault!r:.500}. Its log says more; its jobs go on at "
-                "the next start"
-            ) from self._fault
 
     @contextlib.asynccontextmanager
     async def _grpc_server(self) -> AsyncIterator[None]:
@@ -267,11 +270,9 @@ class Aggregator:
         self._home.storage.wake()
 
     def _report_crash(self, future: Future[None]) -> None:
-        """End the process with a part of it that nobody could go on without, or that could not say that it ended."""
+        """End the process with a job that could not say that it ended."""
         if not future.cancelled() and (error := future.exception()) is not None:
-            _log.critical("cloud.part_ended", exc_info=error)
-            self._fault = error
-            self._fall()
+            self._home.parts.ended("jobs", error)
 
 
 def keep_freed_memory() -> None:

@@ -42,12 +42,14 @@ class EmbeddedBroker:
     `identity` None is the insecure mode, for the loopback only: a client is who its user name says.
     `is_known` says whether a device is still enrolled with a certificate of this serial number (None in
     the insecure mode); it is asked in the broker's thread at each connect and must answer soon. Port 0
-    takes a free one; `port` and `url` tell which.
+    takes a free one; `port` and `url` tell which. `on_failure` hears, in the broker's thread, that it
+    ended unasked; without it threading's hook does.
     """
 
     def __init__(
         self, identity: Identity | None, host: str, port: int,
         *, is_known: Callable[[str, str | None], bool] = _everyone, share: PortShare = ROOMY,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:  # fmt: skip
         if identity is None and not is_loopback(host):
             raise ConfigError(f"a broker without TLS listens on the loopback only, not on {host!r}; leave --insecure")
@@ -56,6 +58,7 @@ class EmbeddedBroker:
         self.port = port
         self._is_known = is_known
         self._share = share
+        self._on_failure = on_failure
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -73,6 +76,11 @@ class EmbeddedBroker:
     def url(self) -> str:
         """Where clients on this machine find it."""
         return f"{'mqtts' if self._identity else 'mqtt'}://{bracketed(self._host)}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
         """Return when it listens; raises ConfigError for a port that is in use, MissingExtra without amqtt."""
@@ -107,9 +115,12 @@ class EmbeddedBroker:
         try:
             asyncio.run(self._serve(started))
         except BaseException as fault:
-            if started.done():
+            if not started.done():
+                started.set_exception(fault)
+            elif self._on_failure is not None:
+                self._on_failure(fault)
+            else:
                 raise
-            started.set_exception(fault)
 
     async def _serve(self, started: Future[int]) -> None:
         from cloud.broker_gate import Gate  # and with it amqtt, only where a broker is wanted

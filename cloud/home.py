@@ -24,11 +24,13 @@ import psutil
 from cloud.blobs import BlobStore
 from cloud.broker import EmbeddedBroker
 from cloud.enrolment import Enrolment
+from cloud.inbox import Inbox
 from cloud.jobs import Jobs
 from cloud.mosquitto import Mosquitto, MosquittoParts
 from cloud.mqtt_link import CloudLink, Hearers
 from cloud.open_rounds import OpenRounds
 from cloud.own_certificates import renew_ca, renew_server
+from cloud.parts import Parts, database_fault, disk_fault
 from cloud.registry import Registry
 from cloud.relay_rows import RelayRows
 from cloud.relays import RelayParts, Relays
@@ -104,6 +106,7 @@ class CloudHome:
         self._operator_token = self._make_operator()
         self.storage = Storage(home)
         self.blobs = BlobStore(home / "blobs")
+        self.parts = Parts()
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
         self._renewed: list[Callable[[], None]] = []
@@ -119,19 +122,25 @@ class CloudHome:
         self.rollouts = Rollouts(
             engine, self.registry, self._fleet_key, devices=self.enrolment.devices, send_desired=self.link.send_desired
         )
+        self._notes: Inbox[tuple[str, RolloutNote]] = Inbox("rollout-notes", lambda one: self.rollouts.note(*one))
+        self._exit.callback(self._notes.close)
+        self._say_how_to_look(home)
 
     def __enter__(self) -> Self:
         with self._exit as undo:  # all of it, where the broker cannot start
+            self._notes.start()
             if self._options.broker == EMBEDDED:
                 host, port = self._options.host, self._options.mqtt_port
                 identity = None if self._options.insecure else self.identity
                 broker = EmbeddedBroker(
-                    identity, host, port, is_known=self.enrolment.is_known, share=self.shares.devices
-                )
+                    identity, host, port, is_known=self.enrolment.is_known, share=self.shares.devices,
+                    on_failure=lambda error: self.parts.ended("broker", error),
+                )  # fmt: skip
                 broker.start()
                 undo.callback(broker.stop)
                 self.cut.append(broker.drop)
                 self._renewed.append(broker.reload)
+                self.parts.check("broker", lambda: "" if broker.alive else "its thread has ended")
             elif not self._options.insecure:
                 self._mosquitto = Mosquitto(
                     MosquittoParts(
@@ -179,6 +188,7 @@ class CloudHome:
             grpc_port=self._options.grpc_port,
             broker_url=self.broker_url,
             operator_token=self._operator_token,
+            parts=self.parts.reasons,
         )
 
     def _make_link(self) -> None:
@@ -189,6 +199,7 @@ class CloudHome:
         # An embedded broker is where the cloud is: a device puts in the host that it knows the cloud by.
         self.broker_url = f"{scheme}://:{options.mqtt_port}" if embedded else options.broker
         hearers = Hearers(
+            on_failure=lambda error: self.parts.ended("link", error),
             on_state=self._note_presence,
             on_note=self._note_rollout,
             is_known=self.enrolment.is_known,
@@ -204,7 +215,17 @@ class CloudHome:
         self.relays.presence_changed()
 
     def _note_rollout(self, device: str, note: RolloutNote) -> None:
-        self.rollouts.note(device, note)  # made after the link that it sends on
+        self._notes.put(device, (device, note))  # it writes to the database: in a thread of its own
+
+    def _say_how_to_look(self, home: Path) -> None:
+        """Say how health looks at each part that is here."""
+        self.parts.check("link", lambda: self.link.reason)
+        if self._options.broker != EMBEDDED:
+            self.parts.check("broker", lambda: self.link.reason)
+        self.parts.check(
+            "database", lambda: self.link.held_up or self._notes.reason or database_fault(home / "cloud.db")
+        )
+        self.parts.check("disk", lambda: self.storage.waiting() or disk_fault(home))
 
     def _make_keys(self) -> None:
         self._tls.mkdir(mode=0o700, exist_ok=True)

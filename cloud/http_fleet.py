@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from cloud.enrolment import VALID_FOR_S, Device
@@ -35,9 +35,13 @@ class TokenRequest(Body):
 
 
 @public.get("/v1/health")
-async def health() -> dict[str, Any]:
-    """Say that the cloud is there, and its time: a device's doctor compares clocks."""
-    return {"status": "ok", "version": __version__, "time": time.time()}
+def health(here: Here) -> JSONResponse:
+    """Say how the cloud's parts are, 503 where one is not well, and the time: a device's doctor compares clocks."""
+    reasons = here.parts()
+    well = not any(reasons.values())
+    parts = {name: {"ok": not reason, "reason": reason} for name, reason in reasons.items()}
+    facts = {"status": "ok" if well else "failing", "version": __version__, "time": time.time(), "parts": parts}
+    return JSONResponse(facts, 200 if well else 503)
 
 
 @public.get("/v1/ca")

@@ -23,7 +23,7 @@ from cryptography import x509
 
 from cloud.broker_config import CRL_FILE, PID_FILE
 from cloud.own_certificates import hosts_of, renew_server
-from edgefl.errors import ConfigError
+from edgefl.errors import CloudUnreachable, ConfigError
 from edgefl.home import replace_file
 from edgefl.logs import event
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
@@ -118,9 +118,9 @@ class Mosquitto:
                 identity = Identity(Path(folder, "key.pem"), Path(folder, "cert.pem"), ca / "ca.pem")
                 identity.cert.write_bytes(sign_request(ca, new_request(identity, device), device, HOLD_DAYS))
                 config = LinkConfig(url=self._parts.url, client_id=device, identity=identity)
-                with MqttLink(config) as link:
+                with MqttLink(config, on_failure=_note_failure) as link:
                     done, reason = link.wait_connected(CONNECT_S), link.reason
-        except (OSError, ConfigError) as fault:
+        except (OSError, ConfigError, CloudUnreachable) as fault:
             done, reason = False, str(fault)
         if done:
             self._uncut.discard(device)
@@ -128,6 +128,10 @@ class Mosquitto:
         else:
             self._uncut.add(device)  # `refresh` tries again
             event(_log, logging.WARNING, "broker.not_dropped", device=device, reason=reason)
+
+
+def _note_failure(failure: BaseException) -> None:
+    event(_log, logging.ERROR, "broker.take_over_failed", reason=repr(failure))  # `wait_connected` raises it too
 
 
 def _content(path: Path) -> bytes:

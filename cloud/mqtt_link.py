@@ -4,6 +4,9 @@ Invariants: of two states of a device the one with the higher session counts, wi
 comes last (a will may overtake a rebirth); a malformed message changes nothing and is logged with its
 device and reason; a device's message counts only while it is enrolled. While the broker is away nobody
 is online: retained states and rebirths tell again who is there.
+
+The link's thread only takes messages in; a thread of its own (`cloud.inbox`) works them off in their order, each
+again where the database or the disk says no for a while. So a locked database holds up no keep-alive.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cloud.inbox import Inbox
 from edgefl.errors import CloudUnreachable, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
@@ -47,34 +51,36 @@ def _everyone(_device: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hearers:
-    """Who hears of what. All are called in the link's thread, and must return soon."""
+    """Who hears of what. All but `on_failure` are called in the inbox's thread, and must return soon."""
 
+    on_failure: Callable[[BaseException], None]  # the link has ended, and will not come back
     on_state: Callable[[str, DeviceState], None] = _ignore  # also for devices lost with the broker
     on_note: Callable[[str, RolloutNote], None] = _ignore
     on_telemetry: Callable[[str, Telemetry], None] = _ignore
-    on_failure: Callable[[BaseException], None] = _ignore  # a hearer raised: the link has ended
     is_known: Callable[[str], bool] = _everyone  # whether a device is enrolled
 
 
 class CloudLink:
     """Presence and messages by any broker. Its methods may be called from any thread."""
 
-    def __init__(self, url: str, identity: Identity | None, hearers: Hearers | None = None) -> None:
-        self._hearers = hearers or Hearers()
+    def __init__(self, url: str, identity: Identity | None, hearers: Hearers) -> None:
+        self._hearers = hearers
         self._changed = threading.Condition()
         self._states: dict[str, DeviceState] = {}
         config = LinkConfig(
             url=url, client_id=CLOUD_NAME, identity=identity, subscriptions=[(topics.EVERY_UP, 1)], keepalive_s=10
         )
+        self._inbox: Inbox[tuple[str, bytes] | None] = Inbox("mqtt-inbox", self._take)
         self._link = MqttLink(
             config,
-            on_message=self._received,
-            on_disconnect=self._lost_broker,
-            on_failure=self._hearers.on_failure,
+            on_message=lambda topic, payload: self._inbox.put(topic, (topic, payload)),
+            on_disconnect=lambda: self._inbox.put("", None),
+            on_failure=hearers.on_failure,
         )
 
     def start(self) -> None:
         """Begin to connect; returns at once."""
+        self._inbox.start()
         self._link.start()
 
     def wait_connected(self, timeout_s: float) -> bool:
@@ -86,9 +92,15 @@ class CloudLink:
         """Why the broker is not there; empty while it is."""
         return self._link.reason
 
+    @property
+    def held_up(self) -> str:
+        """Why messages wait to be worked off; empty where none does."""
+        return self._inbox.reason
+
     def close(self) -> None:
         """Send what is queued, and leave the broker."""
         self._link.close()
+        self._inbox.close()
 
     def online(self) -> frozenset[str]:
         """Return the devices that are online."""
@@ -137,7 +149,14 @@ class CloudLink:
         except CloudUnreachable as fault:  # costs latency only: the device will ask
             event(_log, logging.WARNING, "mqtt.not_sent", topic=topic, reason=fault)
 
-    # Below: the link's thread.
+    # Below: the inbox's thread.
+
+    def _take(self, item: tuple[str, bytes] | None) -> None:
+        """Take a message; None stands for the broker that was lost."""
+        if item is None:
+            self._lost_broker()
+        else:
+            self._received(*item)
 
     def _received(self, topic: str, payload: bytes) -> None:
         device, kind = topics.parse_up(topic)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,3 +77,4 @@ class Services:
     max_blob_bytes: int = 4 << 30
     heartbeat_s: float = 5.0  # of event streams in which nothing happens
     chunk_deadline_s: float = 60.0  # for the next bytes of an upload
+    parts: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is not well; empty = it is

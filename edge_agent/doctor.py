@@ -140,7 +140,12 @@ def look_at_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -
     """The cloud's three doors: HTTPS, which also tells the time, gRPC, and the broker."""
     health = ask_health(peer("cloud", profile.cloud_url, identity))
     if isinstance(health, Health):
-        yield Check(check="cloud", state="ok", seen=f"{profile.cloud_url} runs edgefl {health.version}")
+        seen = f"{profile.cloud_url} runs edgefl {health.version}"
+        if health.ailing:
+            advice = "Its operator has to look; this device does its part."
+            yield Check(check="cloud", state="warn", seen=f"{seen}, but not well: {health.ailing}", advice=advice)
+        else:
+            yield Check(check="cloud", state="ok", seen=seen)
         yield look_at_clock(health.ahead_s)
     else:
         yield health

@@ -23,7 +23,7 @@ from edgefl.home import create_home
 from edgefl.models.manifest import load_public_key
 from edgefl.protocols import tls
 from edgefl.protocols.addresses import bracketed
-from edgefl.protocols.messages import from_json
+from edgefl.protocols.fields import from_json, limited, raw
 from edgefl.protocols.topics import valid_device_name
 
 TIMEOUT_S = 20.0
@@ -43,10 +43,10 @@ class Application:
 class Admission:
     """What the cloud answers: PEM texts and addresses."""
 
-    certificate: str
-    ca: str
-    fleet_key: str
-    grpc_port: int
+    certificate: str = field(metadata=raw())
+    ca: str = field(metadata=raw())
+    fleet_key: str = field(metadata=raw())
+    grpc_port: int = field(metadata=limited(least=1, most=65535))
     broker: str  # mqtts://host:port, or mqtts://:port for the host of --cloud
 
 

@@ -21,8 +21,10 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 from edgefl.protocols import tls
+from edgefl.text import one_line
 
 DEADLINE_S = 5.0
+MAX_SHOWN_CHARS = 500  # of what a cloud says
 PATIENCE_S = 0.3  # beyond three round trips, for a server to object to our certificate
 _NO_CHECK_TIME = ssl.VerifyFlags(0x200000)  # X509_V_FLAG_NO_CHECK_TIME, which Python's ssl has no name for
 _EXPIRED, _NOT_YET = 10, 9  # X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_CERT_NOT_YET_VALID
@@ -52,6 +54,7 @@ class Health:
 
     version: str
     ahead_s: float  # of this clock; NaN where the cloud named no time
+    ailing: str = ""  # the parts of the cloud that are not well, and why
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,11 +94,14 @@ def ask_health(cloud: Peer, clock: Callable[[], float] = time.time) -> Health | 
         return Check(check=cloud.check, state="fail", seen=f"{cloud} speaks no HTTP", advice="Check --cloud's port.")
     try:
         facts = json.loads(body)
-        version = str(facts["version"])
-    except (ValueError, KeyError, TypeError):
+        version = one_line(str(facts["version"]), MAX_SHOWN_CHARS)
+        parts = {str(name): part for name, part in facts.get("parts", {}).items() if not part["ok"]}
+        ailing = "; ".join(f"{name}: {part['reason']}" for name, part in parts.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         seen = f"{cloud} answers {answer.status}, but not as an edgefl cloud does"
         return Check(check=cloud.check, state="fail", seen=seen, advice="Check the address of --cloud.")
-    return Health(version=version, ahead_s=here_s - _seconds(facts.get("time"), answer.getheader("Date")))
+    ahead_s = here_s - _seconds(facts.get("time"), answer.getheader("Date"))
+    return Health(version=version, ahead_s=ahead_s, ailing=one_line(ailing, MAX_SHOWN_CHARS))
 
 
 def greet(service: Peer) -> Check:
@@ -205,12 +211,12 @@ def _our_certificate(at: Peer, error: ssl.SSLError) -> tuple[str, str]:
 
 def _seconds(stated: object, date_header: str | None) -> float:
     """Return a time in seconds since 1970: a number, ISO 8601 or an HTTP date; NaN for none."""
-    if isinstance(stated, int | float):
-        return float(stated)
     try:
+        if isinstance(stated, int | float):
+            return float(stated)
         if isinstance(stated, str):
             moment = datetime.datetime.fromisoformat(stated)
             return moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp()
         return parsedate_to_datetime(date_header).timestamp() if date_header else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         return math.nan

@@ -20,7 +20,8 @@ from typing import Any
 
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
-from edgefl.protocols.messages import from_json
+from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw
+from edgefl.protocols.messages import MAX_ROUND
 
 MAX_FRAME_BYTES = 1 << 20
 _HEAD = struct.Struct(">I")
@@ -28,7 +29,7 @@ HEAD_BYTES = _HEAD.size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Hello:
+class Hello(Checked):
     """The child is there."""
 
     pid: int
@@ -36,46 +37,46 @@ class Hello:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fit:
+class Fit(Checked):
     """Train for one plan."""
 
     job: str
-    round: int
+    round: int = field(metadata=limited(least=0, most=MAX_ROUND))
     client: str
     train: TrainConfig
-    model: str  # path of the parameters, a safetensors file
-    bundle: str  # path of the verified bundle, unpacked beside it
+    model: str = field(metadata=raw())  # path of the parameters, a safetensors file
+    bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked beside it
     task: str  # module:attribute in it
-    options: Mapping[str, str]
-    out: str  # path to write the update to; old bytes there are overwritten
+    options: Mapping[str, str] = field(metadata=raw())
+    out: str = field(metadata=raw())  # path to write the update to; old bytes there are overwritten
     memory_limit_mb: int  # of the child's data; 0 = none
     folder: str = ""  # where the task works, an existing folder of its own; empty = where the child is
     kind: str = "fit"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Errand:
+class Errand(Checked):
     """Hand a message to the ClientApp of a bundle."""
 
     app: str  # module:attribute of its ClientApp
-    order: str  # path of what the message holds
+    order: str = field(metadata=raw())  # path of what the message holds
     envelope: str  # its metadata
-    bundle: str  # path of the verified bundle, unpacked beside it
-    options: Mapping[str, str]
-    state: str  # path of the node's state; empty = none yet
-    state_out: str  # path to write its next state to
-    out: str  # path to write the reply to; old bytes there are overwritten
+    bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked beside it
+    options: Mapping[str, str] = field(metadata=raw())
+    state: str = field(metadata=raw())  # path of the node's state; empty = none yet
+    state_out: str = field(metadata=raw())  # path to write its next state to
+    out: str = field(metadata=raw())  # path to write the reply to; old bytes there are overwritten
     memory_limit_mb: int  # of the child's data; 0 = none
     folder: str = ""  # where the app works, an existing folder of its own; empty = where the child is
     kind: str = "errand"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Done:
+class Done(Checked):
     """The answer is at `out`, whole and synced; so is the state after an errand, where it `changed`."""
 
-    size: int
-    blake3: str
+    size: int = field(metadata=limited(least=0))
+    blake3: str = field(metadata=limited(max_chars=64))
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     changed: bool = False
@@ -83,10 +84,10 @@ class Done:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Failed:
+class Failed(Checked):
     """There will be no update, and why."""
 
-    reason: str
+    reason: str = field(metadata=prose())
     spent: bool = False
     kind: str = "failed"
 
@@ -115,9 +116,9 @@ def body_bytes(head: bytes) -> int:
 def parse(body: bytes) -> Message:
     """Return the message of a body; raises ProtocolError."""
     try:
-        value = json.loads(body)
+        value = parse_json(body)
         schema = _KINDS[value["kind"]]
-    except (ValueError, KeyError, TypeError) as cause:
+    except (ProtocolError, KeyError, TypeError) as cause:
         raise ProtocolError(f"not a message between agent and trainer: {body[:80]!r}") from cause
     message: Message = from_json(schema, value)
     return message

@@ -21,6 +21,7 @@
     |-- CloudRefused         the cloud answered, and said no
     |-- NotFound             a job, model, device, rollout or blob that the cloud does not have
     |-- DiskFull             a disk without the space that something needs
+    |-- PartFailed           a part of a running program that ended and could not be started again
     |-- HomeError            a home folder that is missing, damaged, taken or of a newer version
     `-- InstallError         a host on which the agent cannot be installed as a service
 
@@ -124,6 +125,10 @@ class HomeError(EdgeflError):
 
 class DiskFull(EdgeflError):
     """A disk has not the space that something needs; the message says how much, and where."""
+
+
+class PartFailed(EdgeflError):
+    """A part of a running program has ended and could not be started again; so the program ends."""
 
 
 class CloudStopping(EdgeflError):

@@ -147,6 +147,7 @@ class Peer:
         self.connects: queue.Queue[None] = queue.Queue()
         self.link = MqttLink(
             config,
+            on_failure=pytest.fail,
             on_message=lambda topic, payload: self.inbox.put((topic, payload)),
             on_connect=lambda: self.connects.put(None),
         )

@@ -22,38 +22,43 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from edgefl.errors import ManifestRejected, ProtocolError
-from edgefl.protocols.messages import BlobRef, Signed, from_json
+from edgefl.protocols.fields import Checked, from_json, limited, parse_json
+from edgefl.protocols.messages import MAX_NAME_CHARS, BlobRef, Signed
+
+MAX_TASK_CHARS = 500
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bundle:
+class Bundle(Checked):
     """A task's code: a zip of its folder, and where in it the task is."""
 
     blob: BlobRef
-    task: str  # module:attribute inside the bundle
+    task: str = field(metadata=limited(max_chars=MAX_TASK_CHARS))  # module:attribute inside the bundle
     kind: str = "bundle"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Release:
+class Release(Checked):
     """A version of a model. Versions of one model only rise."""
 
-    model: str
-    version: int  # from 1
+    model: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    version: int = field(metadata=limited(least=0))  # from 1
     blob: BlobRef  # the ONNX file
     metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. accuracy, accuracy_drop
     kind: str = "release"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Desired:
+class Desired(Checked):
     """What one device should serve of one model. Of two, the one with the higher sequence counts."""
 
-    device: str
+    device: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     release: Release
-    sequence: int  # rises with every change that the cloud makes for this device and model
+    sequence: int = field(
+        metadata=limited(least=0)
+    )  # rises with every change that the cloud makes for this device and model
     rollback: bool = False  # allows a version below the one installed
     kind: str = "desired"
 
@@ -126,11 +131,12 @@ def verify(signed: Signed, schema: type[_T], key: Ed25519PublicKey) -> _T:
             "Publish it through this fleet's cloud, or enrol the device again."
         ) from cause
     try:
-        value = json.loads(signed.text)
-        if value.get("kind") != what:
-            raise ManifestRejected(f"a signed {value.get('kind')!r} came where a {what} was wanted")
+        value = parse_json(signed.text)
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if isinstance(value, dict) and kind != what:
+            raise ManifestRejected(f"a signed {kind!r:.80} came where a {what} was wanted")
         return from_json(schema, value)
-    except (ProtocolError, ValueError, AttributeError) as cause:
+    except ProtocolError as cause:
         raise ManifestRejected(f"the signed {what} cannot be read: {cause}") from cause
 
 

@@ -1,7 +1,8 @@
 """The small facts of the control plane as JSON, below 32 KB each.
 
-Every message is a frozen dataclass; `encode` and `decode` are its bytes. Unknown keys are ignored, so
-that a newer cloud can speak to an older agent; a missing or ill-typed key raises ProtocolError.
+Every message is a frozen dataclass whose fields are checked at its birth (`edgefl.protocols.fields`); `encode` and
+`decode` are its bytes. Unknown keys are ignored, so that a newer cloud can speak to an older agent; a missing key
+and one that holds what it may not raise ProtocolError.
 """
 
 from __future__ import annotations
@@ -12,71 +13,80 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import dacite
-
 from edgefl.config import TrainConfig
-from edgefl.errors import ConfigError, ProtocolError
+from edgefl.errors import ProtocolError
+from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw
+
+__all__ = [
+    "MAX_MESSAGE_BYTES", "BlobRef", "DeviceState", "RolloutNote", "RoundClosed", "Signed", "Telemetry",
+    "UpdateRefused", "WirePlan", "decode", "decode_job", "encode", "from_json",
+]  # fmt: skip
 
 MAX_MESSAGE_BYTES = 32 << 10
+MAX_ROUND = 2**32 - 1  # as fleet.proto carries it
+MAX_SECONDS = 1e9
+MAX_NAME_CHARS = 200
+MAX_TAGS, MAX_TAG_CHARS = 32, 64
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BlobRef:
+class BlobRef(Checked):
     """Content-addressed bytes."""
 
-    sha256: str
-    size: int
+    sha256: str = field(metadata=limited(max_chars=64))
+    size: int = field(metadata=limited(least=0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Signed:
+class Signed(Checked):
     """Canonical JSON text and its Ed25519 signature; made and checked by `edgefl.models.manifest`."""
 
-    text: str
-    key_id: str
-    signature: str  # base64
+    text: str = field(metadata=raw())  # checked with its signature
+    key_id: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    signature: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))  # base64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WirePlan:
+class WirePlan(Checked):
     """A round's plan as a device gets it (down/<device>/job and `Next`)."""
 
-    job: str
-    round: int
+    job: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    round: int = field(metadata=limited(least=0, most=MAX_ROUND))
     model: BlobRef  # safetensors: the parameters to start from; of a message: what Flower's client app is sent
-    model_blake3: str  # their BLAKE3: every device checks them every round, in a quarter of SHA-256's time
+    # Their BLAKE3: every device checks them every round, in a quarter of SHA-256's time.
+    model_blake3: str = field(metadata=limited(max_chars=64))
     bundle: Signed  # a signed manifest.Bundle: the task's code
     train: TrainConfig
-    deadline_s: float
-    max_update_bytes: int
+    deadline_s: float = field(metadata=limited(least=0, most=MAX_SECONDS))
+    max_update_bytes: int = field(metadata=limited(least=0))
     envelope: str = ""  # of a message of a relayed Flower app: its metadata; empty = a round of training
     kind: str = "plan"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoundClosed:
+class RoundClosed(Checked):
     """The round is over: stop training for it, drop its update (down/<device>/job)."""
 
-    job: str
-    round: int
+    job: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    round: int = field(metadata=limited(least=0, most=MAX_ROUND))
     job_ended: bool  # no further round will come: the trainer can rest
     kind: str = "closed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UpdateRefused:
+class UpdateRefused(Checked):
     """A guard refused this device's update (down/<device>/job)."""
 
-    job: str
-    round: int
-    reason: str
+    job: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    round: int = field(metadata=limited(least=0, most=MAX_ROUND))
+    reason: str = field(metadata=prose())
     kind: str = "refused"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceState:
+class DeviceState(Checked):
     """Presence (up/<device>/state, retained; the will is the same with online = false).
 
     A will may overtake a rebirth: of two messages the one with the higher session counts.
@@ -84,24 +94,24 @@ class DeviceState:
 
     session: int  # milliseconds since 1970 at the agent's connect: only ever compared, never a time
     online: bool
-    agent_version: str
+    agent_version: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     models: Mapping[str, int] = field(default_factory=dict)  # model -> version that it serves
-    tags: Mapping[str, str] = field(default_factory=dict)
-    serving_url: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict, metadata=limited(max_items=MAX_TAGS, max_chars=MAX_TAG_CHARS))
+    serving_url: str = field(default="", metadata=limited(max_chars=MAX_NAME_CHARS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutNote:
+class RolloutNote(Checked):
     """How far a device is with a release (up/<device>/rollout)."""
 
-    model: str
-    version: int
-    state: str  # downloading | installed | active | failed
-    detail: str = ""
+    model: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    version: int = field(metadata=limited(least=0))
+    state: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))  # downloading | installed | active | failed
+    detail: str = field(default="", metadata=prose())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Telemetry:
+class Telemetry(Checked):
     """What a device has (up/<device>/telemetry, QoS 0)."""
 
     cpu_count: int
@@ -140,22 +150,10 @@ def decode_job(data: bytes) -> WirePlan | RoundClosed | UpdateRefused:
     return message
 
 
-def from_json(schema: type[_T], value: Mapping[str, Any]) -> _T:
-    """Build a message from parsed JSON; raises ProtocolError."""
-    hooks = {float: lambda number: float(number) if type(number) is int else number}
-    try:
-        return dacite.from_dict(schema, dict(value), dacite.Config(type_hooks=hooks))
-    except (dacite.DaciteError, ConfigError) as cause:
-        raise ProtocolError(f"{schema.__name__}: {cause}") from cause
-
-
 def _parse(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as cause:
-        raise ProtocolError(f"message is not JSON: {cause}") from cause
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise ProtocolError(f"message is a JSON {type(value).__name__}, not an object")
     return value

@@ -20,16 +20,14 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-from edgefl.errors import CloudUnreachable, ConfigError, MissingExtra, ProtocolError
+from edgefl.errors import CloudUnreachable, MissingExtra, ProtocolError
 from edgefl.logs import event
-from edgefl.protocols.addresses import is_loopback
+from edgefl.protocols.link_config import LinkConfig, Will, parse_url
 from edgefl.protocols.messages import MAX_MESSAGE_BYTES
-from edgefl.protocols.tls import Identity, client_context
+from edgefl.protocols.tls import client_context
 
 try:
     import paho.mqtt.client as paho
@@ -37,51 +35,17 @@ try:
 except ImportError as cause:
     raise MissingExtra("the MQTT link", "agent") from cause
 
+__all__ = ["LinkConfig", "MqttLink", "Will", "parse_url"]
+
 MAX_QUEUED = 10_000  # messages that wait for the broker's acknowledgement
 MAX_IN_FLIGHT = 200
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 2.0  # between attempts to connect; doubles
+MAX_FAULTS, FAULTS_S = 5, 60.0  # errors of our own that a link survives: fewer than so many within such a time
 DIAL_TIMEOUT_S = 3.0
 TICK_S = 1.0  # how often keep-alive is looked at
 GOODBYE_S = 1.0  # to write the DISCONNECT
 
-_PORTS = {"mqtt": 1883, "mqtts": 8883}
 _log = logging.getLogger(__name__)
-
-Will = Callable[[], tuple[str, bytes]]  # topic and payload
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinkConfig:
-    """Which broker, as whom, and what to hear."""
-
-    url: str  # mqtts://host:port, or mqtt://host:port on the loopback
-    client_id: str  # the device's id, or `cloud`; also the user name where there are no certificates
-    identity: Identity | None = None  # None with mqtt:// only
-    subscriptions: Sequence[tuple[str, int]] = ()  # topic filter, QoS
-    will: Will | None = None  # asked before each connect; sent with QoS 1, retained
-    keepalive_s: int = 10
-
-    def __post_init__(self) -> None:
-        _, _, secure = parse_url(self.url)
-        if secure != (self.identity is not None):
-            wanted = "a certificate: enrol first" if secure else "no certificate: use mqtts://"
-            raise ConfigError(f"broker {self.url!r} needs {wanted}")
-        if self.keepalive_s < 1:
-            raise ConfigError(f"keepalive_s={self.keepalive_s} must be at least 1")
-
-
-def parse_url(url: str) -> tuple[str, int, bool]:
-    """Return (host, port, secure) of a broker; raises ConfigError. Plain mqtt:// is for the loopback only."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as cause:
-        raise ConfigError(f"broker {url!r} is not mqtts://host:port: {cause}") from cause
-    if parts.scheme not in _PORTS or not host or parts.path.strip("/"):
-        raise ConfigError(f"broker {url!r} is not mqtts://host:port")
-    if parts.scheme == "mqtt" and not is_loopback(host):
-        raise ConfigError(f"broker {url!r} is neither TLS nor on this machine; use mqtts://")
-    return host, port or _PORTS[parts.scheme], parts.scheme == "mqtts"
 
 
 def _nothing(*_: object) -> None:
@@ -102,19 +66,20 @@ class _ClosingSocket(ssl.SSLSocket):
 class MqttLink:
     """A connection that comes back. All handlers run in the link's thread, none may call `close`.
 
-    A ProtocolError from `on_message` is logged with its topic and the link goes on. Any other error of
-    a handler is a fault of ours: the link ends, `on_failure` hears of it, threading's hook reports it,
-    and `publish` and `wait_connected` raise it from then on.
+    An error of `on_message` costs that message only: a ProtocolError is logged with its topic, any other,
+    which is a defect of ours, with its traceback. After an error anywhere else the link connects again; at
+    the MAX_FAULTS-th within FAULTS_S it ends, `on_failure` hears of it, and `publish` and `wait_connected`
+    raise it from then on.
     """
 
     def __init__(
         self,
         config: LinkConfig,
         *,
+        on_failure: Callable[[BaseException], None],
         on_message: Callable[[str, bytes], None] = _nothing,
         on_connect: Callable[[], None] = _nothing,
         on_disconnect: Callable[[], None] = _nothing,
-        on_failure: Callable[[BaseException], None] = _nothing,
     ) -> None:
         self._config = config
         self._on_message, self._on_connect = on_message, on_connect
@@ -126,6 +91,7 @@ class MqttLink:
         self._reason = ""  # why the link is down
         self._closing = threading.Event()
         self._delay_s = 0.0
+        self._faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
         self._sent: deque[paho.MQTTMessageInfo] = deque()
         self._sent_lock = threading.Lock()
         self._wake_lock = threading.Lock()  # a leaf: nothing of paho is called under it
@@ -208,8 +174,7 @@ class MqttLink:
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
-                if self._dial():
-                    self._converse()
+                self._connect_once()
                 self._delay_s = min(LAST_DELAY_S, self._delay_s * 2) if self._delay_s else self._first_delay_s()
                 self._closing.wait(self._delay_s)
         except BaseException as failure:
@@ -220,6 +185,23 @@ class MqttLink:
             raise
         finally:
             self._hang_up()
+
+    def _connect_once(self) -> None:
+        """Connect and converse; an error in it is survived, unless there were too many of late."""
+        try:
+            if self._dial():
+                self._converse()
+        except Exception as fault:
+            now_s = time.monotonic()
+            self._faults_s.append(now_s)
+            if len(self._faults_s) == MAX_FAULTS and now_s - self._faults_s[0] < FAULTS_S:
+                raise
+            _log.exception("mqtt.fault client=%s: it connects again", self._config.client_id)
+            was_up = self._up
+            self._hang_up()
+            self._note_down(f"a fault of this program: {fault!r}")
+            if was_up:
+                self._on_disconnect()
 
     def _first_delay_s(self) -> float:
         """Spread a fleet that lost the same broker, without a random number."""
@@ -345,6 +327,8 @@ class MqttLink:
             event(_log, logging.WARNING, "mqtt.bad_message", reason="its topic is not UTF-8")
         except ProtocolError as fault:
             event(_log, logging.WARNING, "mqtt.bad_message", topic=topic, reason=fault)
+        except Exception:  # noqa: BLE001 - whatever a peer's message finds out about us costs that message only
+            _log.critical("mqtt.message_lost topic=%r bytes=%d", topic, len(message.payload), exc_info=True)
 
     def _note_down(self, reason: str) -> None:
         """Log why the link is down, each reason once; `_reason` is empty while it is up."""

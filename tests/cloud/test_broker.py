@@ -198,7 +198,7 @@ from edgefl.protocols.tls import Identity
 url, name, key, cert, ca = sys.argv[1:]
 topic = f"edgefl/v1/up/{name}/state"
 link = MqttLink(LinkConfig(url=url, client_id=name, identity=Identity(Path(key), Path(cert), Path(ca)),
-                           will=lambda: (topic, b"gone")))
+                           will=lambda: (topic, b"gone")), on_failure=print)
 link.start()
 assert link.wait_connected(10)
 link.publish(topic, b"here", retain=True)
@@ -268,7 +268,7 @@ def test_a_device_that_was_removed_is_dropped_and_stays_out(fleet_ca) -> None:
     downs: queue.Queue[None] = queue.Queue()
     with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, is_known=lambda name, _: name in known) as broker:
         config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
-        with MqttLink(config, on_disconnect=lambda: downs.put(None)) as link:
+        with MqttLink(config, on_failure=pytest.fail, on_disconnect=lambda: downs.put(None)) as link:
             assert link.wait_connected(5)
             known.clear()
             broker.drop("cam-1")
@@ -291,9 +291,9 @@ def test_insecure_is_for_the_loopback_and_keeps_the_same_rights(fleet_ca) -> Non
     heard: queue.Queue[tuple[str, bytes]] = queue.Queue()
     with EmbeddedBroker(None, "127.0.0.1", 0) as broker:
         listening = LinkConfig(url=broker.url, client_id="cloud", subscriptions=[(EVERY_UP, 1)])
-        with MqttLink(listening, on_message=lambda *message: heard.put(message)) as cloud:
+        with MqttLink(listening, on_failure=pytest.fail, on_message=lambda *message: heard.put(message)) as cloud:
             assert cloud.wait_connected(5)
-            with MqttLink(LinkConfig(url=broker.url, client_id="cam-1")) as device:
+            with MqttLink(LinkConfig(url=broker.url, client_id="cam-1"), on_failure=pytest.fail) as device:
                 device.publish(up("cam-2"), b"forged")
                 device.publish(up("cam-1"), b"mine")
                 assert heard.get(timeout=5) == (up("cam-1"), b"mine")
@@ -313,7 +313,10 @@ def test_a_certificate_of_another_serial_number_is_refused_and_disturbs_nobody(f
     again.cert.write_bytes(sign_request(fleet_ca.folder, new_request(again, "cam-1"), "cam-1"))
     valid = serial_number(again.cert.read_bytes())
     broker = EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, is_known=lambda _, serial: serial == valid)
-    with broker, MqttLink(LinkConfig(url=broker.url, client_id="cam-1", identity=again)) as link:
+    with (
+        broker,
+        MqttLink(LinkConfig(url=broker.url, client_id="cam-1", identity=again), on_failure=pytest.fail) as link,
+    ):
         assert link.wait_connected(5)
         with raw(broker, fleet_ca.cloud.ca, former) as connection:
             connection.sendall(raw_connect())
@@ -328,7 +331,7 @@ def test_a_device_that_finds_no_place_is_told_and_the_cloud_always_has_one(fleet
     with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, share=share) as broker, contextlib.ExitStack() as links:
 
         def connect(name: str, identity: Identity) -> MqttLink:
-            link = MqttLink(LinkConfig(url=broker.url, client_id=name, identity=identity))
+            link = MqttLink(LinkConfig(url=broker.url, client_id=name, identity=identity), on_failure=pytest.fail)
             return links.enter_context(link)
 
         assert all(connect(f"cam-{n}", fleet_ca.device(f"cam-{n}")).wait_connected(30) for n in (1, 2))
@@ -345,5 +348,5 @@ def test_strangers_that_say_nothing_make_room(fleet_ca) -> None:
         for _ in range(60):
             strangers.enter_context(socket.create_connection(("127.0.0.1", broker.port), timeout=5))
         config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
-        with MqttLink(config) as link:
+        with MqttLink(config, on_failure=pytest.fail) as link:
             assert link.wait_connected(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 
+import pytest
 from amqtt.broker import Broker
 
 from cloud.broker import EmbeddedBroker
@@ -27,14 +28,20 @@ def test_no_birth_is_lost_while_others_connect_and_subscribe(fleet_ca) -> None:
         config = LinkConfig(
             url=broker.url, client_id=name, identity=fleet_ca.device(name), subscriptions=[(topics.down(name, "+"), 1)]
         )
-        link = MqttLink(config, on_connect=lambda: link.publish(topics.up(name, "state"), b"born", retain=True))
+        link = MqttLink(
+            config,
+            on_failure=pytest.fail,
+            on_connect=lambda: link.publish(topics.up(name, "state"), b"born", retain=True),
+        )
         return link
 
     with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0) as broker:
         config = LinkConfig(
             url=broker.url, client_id="cloud", identity=fleet_ca.cloud, subscriptions=[(topics.EVERY_UP, 1)]
         )
-        with MqttLink(config, on_message=lambda topic, _: heard.put(topics.parse_up(topic)[0])) as cloud:
+        with MqttLink(
+            config, on_failure=pytest.fail, on_message=lambda topic, _: heard.put(topics.parse_up(topic)[0])
+        ) as cloud:
             assert cloud.wait_connected(5)
             links = [agent(name) for name in names]
             for link in links:
@@ -51,6 +58,6 @@ def test_a_connection_that_never_said_who_it_is_does_not_hold_up_the_stop(fleet_
     broker.start()
     with socket.create_connection(("127.0.0.1", broker.port), timeout=5) as mute:
         mute.sendall(b"\x10")
-        with MqttLink(LinkConfig(url=broker.url, client_id="cam-1")) as later:
+        with MqttLink(LinkConfig(url=broker.url, client_id="cam-1"), on_failure=pytest.fail) as later:
             assert later.wait_connected(5)  # so the mute one has been accepted
         broker.stop()

@@ -39,7 +39,9 @@ class Device:
         config = LinkConfig(
             url=broker.url, client_id=name, identity=identity, subscriptions=[(topics.down(name, "job"), 1)]
         )
-        self.link = MqttLink(config, on_message=lambda _topic, payload: self.heard.put(decode_job(payload)))
+        self.link = MqttLink(
+            config, on_failure=pytest.fail, on_message=lambda _topic, payload: self.heard.put(decode_job(payload))
+        )
         self.link.start()
         assert self.link.wait_connected(5)
         self.say(online=True)
@@ -60,7 +62,7 @@ class Centre:
         self.blobs, self.spool, self.rounds = BlobStore(folder / "blobs"), Spool(folder / "spool"), OpenRounds()
         key = new_fleet_key()
         self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key))
-        hearers = Hearers(on_state=lambda _device, _state: self.rounds.presence_changed())
+        hearers = Hearers(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.presence_changed())
         self.link = CloudLink(self.broker.url, ca.cloud, hearers)
         self.link.start()
         assert self.link.wait_connected(5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import httpx
 import pytest
 
+from cloud.http_api import make_app
 from edgefl import __version__
 from edgefl.protocols import tls
 from edgefl.protocols.messages import DeviceState
@@ -35,6 +37,18 @@ def test_health_tells_version_and_time(http):
     answer = http.get("/v1/health").json()
     assert (answer["status"], answer["version"]) == ("ok", __version__)
     assert abs(answer["time"] - time.time()) < 60
+
+
+def test_health_names_the_part_that_is_not_well(http, http_plane):
+    reasons = {"link": "", "database": "cloud.db: database is locked"}
+    http_plane.server.app = make_app(dataclasses.replace(http_plane.services, parts=lambda: reasons))
+    answer = http.get("/v1/health")
+    assert answer.status_code == 503
+    assert answer.json()["status"] == "failing"
+    assert answer.json()["parts"] == {
+        "link": {"ok": True, "reason": ""},
+        "database": {"ok": False, "reason": "cloud.db: database is locked"},
+    }
 
 
 def test_the_ca_is_the_one_that_the_token_names(http, http_plane):

@@ -28,7 +28,7 @@ def mosquitto(broker, fleet_ca):
 
 
 def link_of(broker, fleet_ca, name):
-    return MqttLink(LinkConfig(url=broker.url, client_id=name, identity=fleet_ca.device(name)))
+    return MqttLink(LinkConfig(url=broker.url, client_id=name, identity=fleet_ca.device(name)), on_failure=pytest.fail)
 
 
 def serial_of(identity):

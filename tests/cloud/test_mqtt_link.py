@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import queue
+import sqlite3
 import subprocess
 import sys
 import threading
 
 import pytest
+import sqlalchemy as sa
 
 from cloud.mqtt_link import CloudLink, Hearers
 from edgefl.errors import ProtocolError
@@ -50,6 +52,7 @@ def cloud(broker, fleet_ca):
     states, notes, telemetry = queue.Queue(), queue.Queue(), queue.Queue()
     known = {"cam-1", "cam-2"}
     hearers = Hearers(
+        on_failure=pytest.fail,
         on_state=lambda *one: states.put(one),
         on_note=lambda *one: notes.put(one),
         on_telemetry=lambda *one: telemetry.put(one),
@@ -205,7 +208,7 @@ def test_a_cloud_that_comes_later_learns_who_is_there(broker, fleet_ca, peer) ->
         device.link.publish(topics.up(name, "state"), state(1), retain=True)
     device.link.publish(topics.up("cam-2", "state"), state(1, online=False), retain=True)
     device.link.close()
-    link = CloudLink(broker.url, fleet_ca.cloud)
+    link = CloudLink(broker.url, fleet_ca.cloud, Hearers(on_failure=pytest.fail))
     link.start()
     assert online_is(link, "cam-1")
     assert link.wait_until(lambda: link.offline() == {"cam-2"}, 5)
@@ -229,6 +232,7 @@ url, name, key, cert, ca = sys.argv[1:]
 say = lambda online: (topics.up(name, "state"), encode(DeviceState(session=9, online=online, agent_version="1")))
 link = MqttLink(
     LinkConfig(url=url, client_id=name, identity=Identity(Path(key), Path(cert), Path(ca)), will=lambda: say(False)),
+    on_failure=print,
     on_connect=lambda: link.publish(*say(True), retain=True),
 )
 link.start()
@@ -243,3 +247,56 @@ def test_a_killed_agent_is_offline_at_once(cloud, broker, fleet_ca) -> None:
         assert online_is(cloud.link, "cam-1", timeout_s=20)
         process.kill()
         assert cloud.link.wait_until(lambda: cloud.link.offline() == {"cam-1"}, 2)
+
+
+HOSTILE = [
+    b'{"model":"m","state":"active","version":%s}' % number
+    for number in (b"1e400", b"10000000000000000000000", b"9" * 4000, b"9" * 5000, b"NaN", b"true", b"-1", b"1.0")
+] + [
+    b'{"model":"m","version":1,"state":"\\ud800"}',
+    b'{"model":"\\u001b[2J","version":1,"state":"active"}',
+    b'{"model":"m\\u0000","version":1,"state":"active"}',
+    b'{"version":1,"state":"active","' + b"k" * 30_000 + b'":1}',
+    b"[" * 30_000,
+    b'{"a":' * 5000 + b"1" + b"}" * 5000,
+    b"\xff\xfe\x00",
+]  # fmt: skip
+
+
+def test_no_payload_costs_more_than_itself(cloud, peer) -> None:
+    device = peer("cam-1")
+    for kind in topics.UP_KINDS:
+        for payload in HOSTILE:
+            device.link.publish(topics.up("cam-1", kind), payload)
+    device.link.publish(topics.up("cam-1", "state"), state(3))
+    assert online_is(cloud.link, "cam-1")
+    assert cloud.link.wait_connected(0)
+    device.link.publish(topics.up("cam-1", "rollout"), encode(NOTE))
+    assert cloud.notes.get(timeout=5) == ("cam-1", NOTE)
+    assert cloud.telemetry.empty()
+
+
+def test_a_note_is_clean_where_it_enters(cloud, peer) -> None:
+    payload = b'{"model":"m","version":1,"state":"failed","detail":"\\u001b[2Jbad\\n\\ud800 \\u0000"}'
+    peer("cam-1").link.publish(topics.up("cam-1", "rollout"), payload)
+    assert cloud.notes.get(timeout=5)[1].detail == "\\x1b[2Jbad \\ud800 \\x00"
+
+
+def test_a_database_that_is_locked_for_a_while_loses_no_message(broker, fleet_ca, peer) -> None:
+    cause = sqlite3.OperationalError("database is locked")
+    cause.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    faults, states = [sa.exc.OperationalError("SELECT", {}, cause)] * 3, queue.Queue()
+
+    def is_known(_device: str) -> bool:
+        if faults:
+            raise faults.pop()
+        return True
+
+    hearers = Hearers(on_failure=pytest.fail, on_state=lambda *one: states.put(one), is_known=is_known)
+    link = CloudLink(broker.url, fleet_ca.cloud, hearers)
+    link.start()
+    assert link.wait_connected(5)
+    peer("cam-1").link.publish(topics.up("cam-1", "state"), state(1))
+    assert states.get(timeout=5)[0] == "cam-1"
+    assert (faults, link.held_up) == ([], "")
+    link.close()

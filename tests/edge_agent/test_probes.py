@@ -301,3 +301,17 @@ def test_another_program_may_not(body: bytes) -> None:
 def test_a_program_that_speaks_something_else_may_not() -> None:
     with tls_server(None, speaks=b"220 mail ready\r\n\r\n") as port:
         assert f"{port} is taken by another program" in failure(look_at_port(port, agent_runs=True))
+
+
+def test_a_cloud_that_is_not_well_is_said_on_one_line() -> None:
+    parts = {"link": {"ok": True, "reason": ""}, "disk": {"ok": False, "reason": "3 MB\x1b[2J\nare free"}}
+    with health_server(None, parts=parts) as port:
+        health = ask_health(peer("cloud", f"http://127.0.0.1:{port}", None))
+    assert isinstance(health, Health)
+    assert health.ailing == "disk: 3 MB\\x1b[2J are free"
+
+
+@pytest.mark.parametrize("facts", [{"parts": []}, {"parts": {"link": 3}}, {"time": 10**400}, {"body": b"[" * 50_000}])
+def test_no_answer_of_a_cloud_trips_the_doctor(facts: dict[str, Any]) -> None:
+    with health_server(None, **facts) as port:
+        assert isinstance(ask_health(peer("cloud", f"http://127.0.0.1:{port}", None)), Health | Check)

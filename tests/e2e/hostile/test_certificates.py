@@ -26,7 +26,7 @@ def code_of_next(fleet, identity):
 
 def broker_lets_in(fleet, name, identity):
     config = LinkConfig(url=f"mqtts://127.0.0.1:{fleet.mqtt_port}", client_id=name, identity=identity)
-    with MqttLink(config) as link:
+    with MqttLink(config, on_failure=pytest.fail) as link:
         return link.wait_connected(3)
 
 

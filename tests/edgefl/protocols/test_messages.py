@@ -108,5 +108,12 @@ def test_what_is_not_a_message_is_refused(fault: str) -> None:
 
 
 def test_what_would_be_too_large_is_not_sent() -> None:
-    with pytest.raises(ProtocolError, match=r"UpdateRefused has \d+ bytes; at most 32768 are allowed"):
-        encode(UpdateRefused(job="job", round=1, reason="x" * messages.MAX_MESSAGE_BYTES))
+    with pytest.raises(ProtocolError, match=r"Signed has \d+ bytes; at most 32768 are allowed"):
+        encode(Signed(text="x" * messages.MAX_MESSAGE_BYTES, key_id="k", signature="s"))
+
+
+def test_a_reason_is_cleaned_and_cut_not_refused() -> None:
+    refused = UpdateRefused(job="job", round=1, reason="\x1b[31mred\nforged=line " + "x" * 40_000)
+    assert refused.reason.startswith("\\x1b[31mred forged=line xxx")
+    assert len(refused.reason) < 2020
+    assert decode_job(encode(refused)) == refused

@@ -10,45 +10,13 @@ import threading
 
 import pytest
 
-from edgefl.errors import CloudUnreachable, ConfigError, ProtocolError
+from edgefl.errors import CloudUnreachable, ProtocolError
 from edgefl.protocols import mqtt
 from edgefl.protocols.messages import MAX_MESSAGE_BYTES
-from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
+from edgefl.protocols.mqtt import LinkConfig, MqttLink
 from edgefl.protocols.tls import request_for, saved_key, sign_request
 
 UP = "edgefl/v1/up/cam-1/state"
-
-
-@pytest.mark.parametrize(
-    ("url", "parts"),
-    [
-        ("mqtts://broker.example:1234", ("broker.example", 1234, True)),
-        ("mqtts://broker.example", ("broker.example", 8883, True)),
-        ("mqtt://127.0.0.1:1", ("127.0.0.1", 1, False)),
-        ("mqtt://localhost", ("localhost", 1883, False)),
-        ("mqtts://[::1]:5", ("::1", 5, True)),
-    ],
-)
-def test_a_broker_url_by_hand(url: str, parts: tuple[str, int, bool]) -> None:
-    assert parse_url(url) == parts
-
-
-@pytest.mark.parametrize(
-    "url", ["broker:8883", "https://broker:8883", "mqtts://", "mqtts://b:port", "mqtts://b:99999", "mqtts://b/x",
-            "mqtt://broker.example:1883", "mqtt://0.0.0.0:1883"],
-)  # fmt: skip
-def test_another_url_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="broker"):
-        parse_url(url)
-
-
-def test_tls_and_certificate_go_together(fleet_ca) -> None:
-    with pytest.raises(ConfigError, match="enrol"):
-        LinkConfig(url="mqtts://localhost", client_id="cam-1")
-    with pytest.raises(ConfigError, match="mqtts"):
-        LinkConfig(url="mqtt://localhost", client_id="cam-1", identity=fleet_ca.device("cam-1"))
-    with pytest.raises(ConfigError, match="keepalive"):
-        LinkConfig(url="mqtt://localhost", client_id="cam-1", keepalive_s=0)
 
 
 def test_messages_pass_both_ways_in_order(peer) -> None:
@@ -88,7 +56,9 @@ def test_after_a_broker_restart_the_link_is_back_and_subscribed(broker, peer) ->
 
 def test_what_is_said_before_the_broker_is_there_arrives(broker, peer, fleet_ca) -> None:
     cloud = peer("cloud", "edgefl/v1/up/+/+")
-    link = MqttLink(LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1")))
+    link = MqttLink(
+        LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1")), on_failure=pytest.fail
+    )
     link.publish(UP, b"early")
     link.start()
     assert cloud.next() == (UP, b"early")
@@ -128,7 +98,7 @@ def test_the_brokers_certificate_must_be_for_the_host_we_asked(free_port, fleet_
     elsewhere = tls.Identity(folder / "key.pem", folder / "cert.pem", fleet_ca.folder / "ca.pem")
     tls.issue_server(fleet_ca.folder, elsewhere, ["broker.example"])
     config = LinkConfig(url=f"mqtts://127.0.0.1:{free_port}", client_id="cam-1", identity=fleet_ca.device("cam-1"))
-    with EmbeddedBroker(elsewhere, "127.0.0.1", free_port), MqttLink(config) as link:
+    with EmbeddedBroker(elsewhere, "127.0.0.1", free_port), MqttLink(config, on_failure=pytest.fail) as link:
         assert not link.wait_connected(0.5)
         assert "IP address mismatch" in link.reason
 
@@ -145,7 +115,7 @@ def test_a_bad_message_is_logged_and_the_link_goes_on(peer, broker, fleet_ca, ca
     config = LinkConfig(
         url=broker.url, client_id="cloud", identity=fleet_ca.cloud, subscriptions=[("edgefl/v1/up/+/+", 1)]
     )
-    with MqttLink(config, on_message=hear) as link:
+    with MqttLink(config, on_failure=pytest.fail, on_message=hear) as link:
         assert link.wait_connected(5)
         device.link.publish(UP, b"bad")
         device.link.publish(UP, b"good")
@@ -156,30 +126,72 @@ def test_a_bad_message_is_logged_and_the_link_goes_on(peer, broker, fleet_ca, ca
     assert "no sense in it" in line.message
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_faulty_handler_ends_the_link_loudly(peer, broker, fleet_ca) -> None:
-    failures: queue.Queue[BaseException] = queue.Queue()
+def test_a_defect_that_a_message_finds_costs_that_message_only(peer, broker, fleet_ca, caplog) -> None:
+    heard: queue.Queue[bytes] = queue.Queue()
 
     def stumble(topic: str, payload: bytes) -> None:
-        raise ZeroDivisionError
+        if payload == b"poison":
+            raise ZeroDivisionError
+        heard.put(payload)
 
     device = peer("cam-1")
+    device.link.publish(UP, b"poison", retain=True)  # it comes again with each connection
     config = LinkConfig(
         url=broker.url, client_id="cloud", identity=fleet_ca.cloud, subscriptions=[("edgefl/v1/up/+/+", 1)]
     )
-    with MqttLink(config, on_message=stumble, on_failure=failures.put) as link:
+    with MqttLink(config, on_failure=pytest.fail, on_message=stumble) as link:
         assert link.wait_connected(5)
-        device.link.publish(UP, b"anything")
-        assert isinstance(failures.get(timeout=5), ZeroDivisionError)
+        device.link.publish("edgefl/v1/up/cam-1/rollout", b"good")
+        assert heard.get(timeout=5) == b"good"
+        assert link.wait_connected(0)
+    [line] = [one for one in caplog.records if "mqtt.message_lost" in one.message]
+    assert line.levelno == logging.CRITICAL
+    assert line.exc_info is not None
+
+
+def test_a_fault_of_the_link_itself_is_survived(peer, broker, fleet_ca, caplog) -> None:
+    faults, connects, downs = [ZeroDivisionError(), OSError(24, "Too many open files")], queue.Queue(), queue.Queue()
+
+    def stumble() -> None:
+        connects.put(None)
+        if faults:
+            raise faults.pop()
+
+    config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
+    with MqttLink(config, on_failure=pytest.fail, on_connect=stumble, on_disconnect=lambda: downs.put(None)) as link:
+        assert link.wait_connected(10)
+        link.publish(UP, b"and it works")
+    assert connects.qsize() == 3
+    assert downs.qsize() == 1  # the end; it was not up before
+    assert caplog.text.count("mqtt.fault") == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_link_that_cannot_be_healed_ends_loudly(broker, fleet_ca, monkeypatch) -> None:
+    failures: queue.Queue[BaseException] = queue.Queue()
+    monkeypatch.setattr(mqtt, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(mqtt, "LAST_DELAY_S", 0.01)
+
+    def stumble() -> None:
+        raise ZeroDivisionError
+
+    config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
+    with MqttLink(config, on_connect=stumble, on_failure=failures.put) as link:
+        assert isinstance(failures.get(timeout=10), ZeroDivisionError)
         with pytest.raises(CloudUnreachable, match="ZeroDivisionError"):
-            link.publish("edgefl/v1/down/cam-1/job", b"")
+            link.publish(UP, b"")
         with pytest.raises(CloudUnreachable, match="ZeroDivisionError"):
             link.wait_connected(5)
 
 
+def test_a_link_is_told_whom_to_tell_of_its_end() -> None:
+    with pytest.raises(TypeError, match="on_failure"):
+        MqttLink(LinkConfig(url="mqtt://127.0.0.1:9", client_id="cam-1"))
+
+
 def test_a_full_queue_is_said_not_swallowed(free_port, monkeypatch) -> None:
     monkeypatch.setattr(mqtt, "MAX_QUEUED", 3)
-    with MqttLink(LinkConfig(url=f"mqtt://127.0.0.1:{free_port}", client_id="cam-1")) as link:
+    with MqttLink(LinkConfig(url=f"mqtt://127.0.0.1:{free_port}", client_id="cam-1"), on_failure=pytest.fail) as link:
         for _ in range(3):
             link.publish(UP, b"kept")
         with pytest.raises(CloudUnreachable, match="3 messages wait"):
@@ -188,7 +200,7 @@ def test_a_full_queue_is_said_not_swallowed(free_port, monkeypatch) -> None:
 
 
 def test_an_absent_broker_is_named_once_and_close_does_not_hang(free_port, caplog) -> None:
-    with MqttLink(LinkConfig(url=f"mqtt://127.0.0.1:{free_port}", client_id="cam-1")) as link:
+    with MqttLink(LinkConfig(url=f"mqtt://127.0.0.1:{free_port}", client_id="cam-1"), on_failure=pytest.fail) as link:
         assert not link.wait_connected(1.2)  # three attempts
         assert "refused" in link.reason
     assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1
@@ -198,7 +210,7 @@ def test_an_absent_broker_is_named_once_and_close_does_not_hang(free_port, caplo
 def test_a_broker_that_takes_calls_and_says_nothing_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"mqtt://127.0.0.1:{mute.getsockname()[1]}"
-        with MqttLink(LinkConfig(url=url, client_id="cam-1", keepalive_s=1)) as link:
+        with MqttLink(LinkConfig(url=url, client_id="cam-1", keepalive_s=1), on_failure=pytest.fail) as link:
             mute.settimeout(10)
             first, _ = mute.accept()
             second, _ = mute.accept()  # it dialled again
@@ -208,7 +220,7 @@ def test_a_broker_that_takes_calls_and_says_nothing_is_given_up() -> None:
 
 
 def test_a_link_that_was_never_started_closes() -> None:
-    link = MqttLink(LinkConfig(url="mqtt://127.0.0.1:9", client_id="cam-1"))
+    link = MqttLink(LinkConfig(url="mqtt://127.0.0.1:9", client_id="cam-1"), on_failure=pytest.fail)
     link.close()
     link.close()
 

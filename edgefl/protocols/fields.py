@@ -1,0 +1,218 @@
+"""What a field of a message may hold: checked at the message's birth, by the type that the field is declared with.
+
+    bool, str, int, float   of that very type (a bool is no int; a whole number is a float)
+    int                     64 bits with a sign: what SQLite and protobuf hold
+    float                   finite
+    str                     safe for a line (see `edgefl.text`), of a bounded length
+    mappings, sequences     of a bounded number of items; keys and items as above
+
+A message derives from `Checked`; `limited` narrows a field, or says that its text is for people (`prose`), which
+is cleaned and cut instead of refused.
+Invariant: a message that exists can be encoded, stored, logged and shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import dacite
+
+from edgefl.errors import ConfigError, ProtocolError
+from edgefl.text import is_safe, one_line
+
+INT64 = 2**63
+MAX_TEXT_CHARS = 64 << 10
+MAX_KEY_CHARS = 200
+MAX_ITEMS = 1000
+MAX_PROSE_CHARS = 2000
+MAX_SHOWN_CHARS = 200  # of what a refusal repeats
+
+_T = TypeVar("_T")
+_KEY = "limits"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How far one field may go; for an item of a mapping or a sequence, too."""
+
+    least: float | None = None
+    most: float | None = None
+    max_chars: int = MAX_TEXT_CHARS
+    max_items: int = MAX_ITEMS
+    prose: bool = False  # for people: cleaned, not refused
+    raw: bool = False  # any text: a path on this machine, or what is checked later
+
+
+def limited(
+    *, least: float | None = None, most: float | None = None, max_chars: int = MAX_TEXT_CHARS,
+    max_items: int = MAX_ITEMS,
+) -> Mapping[str, Limits]:  # fmt: skip
+    """Return a field's metadata: numbers from `least` to `most`, texts and collections up to a size."""
+    return {_KEY: Limits(least=least, most=most, max_chars=max_chars, max_items=max_items)}
+
+
+def prose(max_chars: int = MAX_PROSE_CHARS) -> Mapping[str, Limits]:
+    """Return the metadata of a text for people."""
+    return {_KEY: Limits(max_chars=max_chars, prose=True)}
+
+
+def raw() -> Mapping[str, Limits]:
+    """Return the metadata of a text that is taken as it is: a path on this machine, or what is checked later."""
+    return {_KEY: Limits(raw=True)}
+
+
+class Checked:
+    """Base of every message: a frozen dataclass whose fields are checked when it is made."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(message: Any) -> None:
+    """Raise ProtocolError for the first field that holds what it may not; clean its prose."""
+    for name, hint, limits in _fields(message.__class__):
+        value = getattr(message, name)
+        if limits.prose and isinstance(value, str):
+            object.__setattr__(message, name, one_line(value, limits.max_chars))
+        elif fault := _fault(value, hint, limits):
+            raise ProtocolError(f"{type(message).__name__}: {name} {fault}")
+
+
+def from_json(schema: type[_T], value: Any) -> _T:
+    """Build a message from parsed JSON; raises ProtocolError. Unknown keys are ignored."""
+    if not isinstance(value, Mapping):
+        raise ProtocolError(f"{schema.__name__} is a JSON {type(value).__name__}, not an object")
+    try:
+        message = dacite.from_dict(schema, dict(value), dacite.Config(type_hooks={float: _float}))
+        if not isinstance(message, Checked):
+            check(message)
+    except ProtocolError:
+        raise
+    except (dacite.DaciteError, ConfigError, TypeError, ValueError, OverflowError, RecursionError) as cause:
+        raise ProtocolError(f"{schema.__name__}: {one_line(str(cause), MAX_SHOWN_CHARS)}") from cause
+    return message
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return the value of a JSON text; raises ProtocolError for whatever json trips over."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as cause:  # also numbers of too many digits
+        raise ProtocolError(f"message is not JSON: {one_line(str(cause), MAX_SHOWN_CHARS)}") from cause
+
+
+def _float(number: Any) -> Any:
+    return float(number) if type(number) is int else number
+
+
+@functools.cache
+def _fields(schema: Any) -> list[tuple[str, Any, Limits]]:
+    hints = get_type_hints(schema)
+    return [(one.name, hints[one.name], one.metadata.get(_KEY, Limits())) for one in dataclasses.fields(schema)]
+
+
+def _fault(value: Any, hint: Any, limits: Limits) -> str:
+    """Say what is wrong with a value, if anything is."""
+    if hint is Any:
+        hint = _kind_of(value)
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        faults = [_fault(value, one, limits) for one in get_args(hint)]
+        return "" if "" in faults else faults[0]
+    if origin is not None:
+        checker = _mapping_fault if issubclass(origin, Mapping) else _sequence_fault
+        return checker(value, get_args(hint), limits)
+    if hint in _SCALARS:
+        return _SCALARS[hint](value, limits)
+    if isinstance(hint, type) and not isinstance(value, hint):
+        return f"is of type {type(value).__name__}, expected {hint.__name__}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, Checked):
+        check(value)
+    return ""
+
+
+def _kind_of(value: Any) -> Any:
+    """Return the hint that a value without one is checked by."""
+    if isinstance(value, Mapping):
+        return Mapping[str, Any]
+    if isinstance(value, list | tuple):
+        return Sequence[Any]
+    return type(value)
+
+
+def _bool_fault(value: Any, _limits: Limits) -> str:
+    return "" if type(value) is bool else f"is {_shown(value)}, expected true or false"
+
+
+def _int_fault(value: Any, limits: Limits) -> str:
+    if type(value) is not int:
+        return f"is {_shown(value)}, expected a whole number"
+    least = -INT64 if limits.least is None else limits.least
+    most = INT64 - 1 if limits.most is None else limits.most
+    return "" if least <= value <= most else f"is {_shown(value)}, expected {least} to {most}"
+
+
+def _float_fault(value: Any, limits: Limits) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"is {_shown(value)}, expected a number"
+    least = -math.inf if limits.least is None else limits.least
+    most = math.inf if limits.most is None else limits.most
+    if not -math.inf < value < math.inf or not least <= value <= most:  # NaN fails this too
+        bounds = "" if limits.least is limits.most is None else f" from {least:g} to {most:g}"
+        return f"is {_shown(value)}, expected a finite number{bounds}"
+    return ""
+
+
+def _text_fault(value: Any, limits: Limits) -> str:
+    if not isinstance(value, str):
+        return f"is {_shown(value)}, expected text"
+    if len(value) > limits.max_chars:
+        return f"has {len(value)} characters, expected {limits.max_chars} at most"
+    return (
+        ""
+        if limits.raw or is_safe(value)
+        else f"is {value!r:.{MAX_SHOWN_CHARS}}, expected text without control characters"
+    )
+
+
+def _mapping_fault(value: Any, of: tuple[Any, ...], limits: Limits) -> str:
+    if not isinstance(value, Mapping):
+        return f"is {_shown(value)}, expected an object"
+    if len(value) > limits.max_items:
+        return f"has {len(value)} entries, expected {limits.max_items} at most"
+    keys = Limits(max_chars=min(limits.max_chars, MAX_KEY_CHARS), raw=limits.raw)
+    for key, one in value.items():
+        if fault := _text_fault(key, keys) or _fault(one, of[1], limits):
+            return f"holds an entry that {fault}"
+    return ""
+
+
+def _sequence_fault(value: Any, of: tuple[Any, ...], limits: Limits) -> str:
+    if not isinstance(value, list | tuple):
+        return f"is {_shown(value)}, expected a list"
+    if len(value) > limits.max_items:
+        return f"has {len(value)} entries, expected {limits.max_items} at most"
+    return next((f"holds an entry that {fault}" for one in value if (fault := _fault(one, of[0], limits))), "")
+
+
+def _shown(value: Any) -> str:
+    if type(value) is int and abs(value) >= 2**128:  # Python refuses to print the longest
+        return f"a number of {value.bit_length()} bits"
+    return one_line(repr(value) if not isinstance(value, Mapping | list) else f"a {type(value).__name__}", 80)
+
+
+_SCALARS: Mapping[Any, Callable[[Any, Limits], str]] = {
+    bool: _bool_fault,
+    int: _int_fault,
+    float: _float_fault,
+    str: _text_fault,
+}
