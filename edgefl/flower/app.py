@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import ServerApp
 
 KIND = "Flower app"  # in errors of the user's code
-DEFAULT_SUPERNODES = 10  # Flower's own default
+DEFAULT_SUPERNODES = 2  # Flower's own default
 
 RunConfigValue = bool | int | float | str
 
@@ -36,7 +36,7 @@ class FlowerApp:
     server_app: ServerApp
     client_app: ClientApp
     config: Mapping[str, RunConfigValue]  # its defaults, flat: {"a.b": 1}
-    num_supernodes: int = DEFAULT_SUPERNODES  # of its default federation
+    num_supernodes: int = DEFAULT_SUPERNODES  # of its default federation, where it has one
 
 
 def is_flower_app(folder: str | Path) -> bool:
@@ -65,8 +65,13 @@ def load_flower_app(folder: str | Path) -> FlowerApp:
         server_app=_load(folder, server, ServerApp),
         client_app=load_client_app(folder),
         config=config,
-        num_supernodes=_num_supernodes(table),
+        num_supernodes=_num_supernodes(table) or DEFAULT_SUPERNODES,
     )
+
+
+def own_supernodes(folder: str | Path) -> int | None:
+    """Return how many nodes an app's default federation has, if its pyproject.toml says so; imports nothing."""
+    return _num_supernodes(_tables(folder)[1])
 
 
 def load_client_app(folder: str | Path, name: str | None = None) -> ClientApp:
@@ -193,12 +198,12 @@ def _load(folder: Path, reference: tuple[str, str], kind: type[_T], name: str | 
     return found
 
 
-def _num_supernodes(table: Mapping[str, Any]) -> int:
+def _num_supernodes(table: Mapping[str, Any]) -> int | None:
     """Read `num-supernodes` of the default federation, where older projects write it."""
     federations = table.get("federations")
     if not isinstance(federations, Mapping):
-        return DEFAULT_SUPERNODES
+        return None
     federation = federations.get(federations.get("default"))
     options = federation.get("options") if isinstance(federation, Mapping) else None
     number = options.get("num-supernodes") if isinstance(options, Mapping) else None
-    return number if type(number) is int and number > 0 else DEFAULT_SUPERNODES
+    return number if type(number) is int and number > 0 else None

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgefl.config import JobConfig, load_config
+from edgefl.errors import ConfigError
 from edgefl.flower import is_flower_app
 from edgefl.operator.cli_fleet import devices, jobs
 from edgefl.operator.cli_models import models, rollout
@@ -28,11 +29,13 @@ __all__ = ["devices", "jobs", "models", "rollout", "run"]
 @click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting, over the file.")
+@click.option("--run-config", multiple=True, metavar="'K=V K=V'|FILE", help="As --set, in Flower's words.")
+@click.option("--federation-config", multiple=True, hidden=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where the model goes (safetensors).")
 @json_option
 def run(  # noqa: PLR0913 - one a flag
     *, task: str, connection: Connection, rounds: int | None, config: Path | None, settings: tuple[str, ...],
-    out: Path | None, output: Output,
+    run_config: tuple[str, ...], federation_config: tuple[str, ...], out: Path | None, output: Output,
 ) -> None:  # fmt: skip
     """Train a task on the fleet.
 
@@ -45,9 +48,14 @@ def run(  # noqa: PLR0913 - one a flag
 
     refuse_no_folder(out, "--out")
     if is_flower_app(task):
-        asked = FlowerRun(folder=Path(task), rounds=rounds, settings=settings, out=out, task_flags={"--config": config})
+        asked = FlowerRun(
+            folder=Path(task), rounds=rounds, settings=settings, run_config=run_config, out=out,
+            federation_config=federation_config, task_flags={"--config": config},
+        )  # fmt: skip
         run_flower(asked, connection, output)
         return
+    if run_config or federation_config:
+        raise ConfigError("--run-config is of Flower apps; a task is configured by --set a.b=c or --config FILE")
     over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
     job_config = load_config(JobConfig, config, over)
     loaded = load_task(task)

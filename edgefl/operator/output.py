@@ -1,7 +1,8 @@
 """What commands print: lines and tables for people, JSON for programs.
 
-A table is drawn on a terminal and plain lines elsewhere. Where JSON goes to stdout (`--json -`), what is
-for people goes to stderr, so that stdout is JSON and nothing else.
+A table is drawn on a terminal and plain lines elsewhere. Where JSON goes to stdout (`--json -`), all else goes to
+stderr, so that stdout is JSON and nothing else: what is for people, and what the user's code prints, in this process
+or in one that it starts.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import click
 
@@ -28,10 +31,10 @@ NO_STYLES: Mapping[str, str] = MappingProxyType({})
 
 
 class Output:
-    """Where one command's words and result go."""
+    """Where one command's words and result go; `results` is where JSON goes for `-`."""
 
-    def __init__(self, json_target: str | None = None) -> None:
-        self._json = json_target
+    def __init__(self, json_target: str | None = None, results: TextIO | None = None) -> None:
+        self._json, self._results = json_target, results
         self._to_stderr = json_target == "-"
         if json_target not in {None, "-"}:
             refuse_no_folder(Path(str(json_target)), "--json")
@@ -69,7 +72,7 @@ class Output:
             return
         text = json.dumps(_without_nan(value), indent=1)
         if self._json == "-":
-            click.echo(text)
+            click.echo(text, self._results)
             return
         path = Path(self._json)
         try:
@@ -89,9 +92,32 @@ def json_option(command: Callable[_P, _T]) -> Callable[..., _T]:
     @click.option("--json", "json_target", metavar="FILE", help="Write the result as JSON; - for stdout.")
     @functools.wraps(command)
     def with_output(*arguments: Any, json_target: str | None, **options: Any) -> _T:
-        return command(*arguments, output=Output(json_target), **options)  # type: ignore[arg-type]  # what click gives is checked by click
+        with stdout_for_results() if json_target == "-" else nullcontext(None) as results:
+            output = Output(json_target, results)
+            return command(*arguments, output=output, **options)  # type: ignore[arg-type]  # what click gives is checked by click
 
     return with_output
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[TextIO]:
+    """Give stdout to results alone: what else is written to it, by children and by C code too, goes to stderr."""
+    results = sys.stdout
+    try:
+        stdout, stderr = results.fileno(), sys.stderr.fileno()
+    except (OSError, ValueError):  # no files of the system's, as in a test
+        with redirect_stdout(sys.stderr):
+            yield results
+        return
+    results.flush()
+    with os.fdopen(os.dup(stdout), "w", encoding=results.encoding) as kept, redirect_stdout(sys.stderr):
+        os.dup2(stderr, stdout)
+        try:
+            yield kept
+        finally:
+            kept.flush()
+            results.flush()
+            os.dup2(kept.fileno(), stdout)
 
 
 def refuse_no_folder(path: Path | None, flag: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from edgefl.errors import ConfigError
 from edgefl.operator.connection import Connection
 from edgefl.operator.output import Output, counted, metrics_text
 from edgefl.operator.progress import INTERRUPTED, round_progress
+
+if TYPE_CHECKING:
+    from edgefl.flower import FlowerRunResult
 
 ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have it
 
@@ -23,6 +27,8 @@ class FlowerRun:
     folder: Path
     rounds: int | None
     settings: Sequence[str]  # run-config overrides, key=value
+    run_config: Sequence[str]  # the same in Flower's words, below them
+    federation_config: Sequence[str]
     out: Path | None
     task_flags: Mapping[str, object]  # given, but of no meaning to a Flower app
 
@@ -30,11 +36,20 @@ class FlowerRun:
 def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None:
     """Run the app, show its rounds and write the result; raises ConfigError for what it cannot take."""
     if given := [flag for flag, value in asked.task_flags.items() if value]:
-        raise ConfigError(f"{', '.join(given)}: a Flower app has no such thing; its run-config goes by --set key=value")
+        raise ConfigError(
+            f"{', '.join(given)}: a Flower app has no such thing; its run-config goes by --set key=value, "
+            "or by --run-config FILE.toml"
+        )
+    if asked.federation_config:
+        raise ConfigError(
+            "--federation-config: on a fleet the devices that are online are the nodes. Leave it away; a device's node "
+            "config goes by edgefl agent start --data key=value, and edgefl simulate has as many nodes as you like"
+        )
     from edgefl.flower import load_flower_app, parse_run_config, run_on_fleet
     from edgefl.flower.app import fuse_run_config
+    from edgefl.flower.habits import read_run_config
 
-    overrides = parse_run_config(asked.settings)
+    overrides = read_run_config(asked.run_config) | parse_run_config(asked.settings)
     if asked.rounds is not None:
         overrides[ROUNDS_KEY] = asked.rounds
     app = load_flower_app(asked.folder)
@@ -48,8 +63,17 @@ def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None
         result = run_on_fleet(app, connection.open, overrides, on_start=on_start, on_round=on_round, out=asked.out)
     ended = "interrupted" if result.interrupted else "done"
     output.line(f"{result.job} {ended} in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
-    if result.model is not None:
-        output.line(f"model: {asked.out}")
+    if asked.out is not None:
+        output.line(model_text(result, asked.out))
     output.result(result.as_json())
     if result.interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
+
+
+def model_text(result: FlowerRunResult, out: Path) -> str:
+    """Say where the model is, or why there is none."""
+    if result.model is not None:
+        return f"model: {out}"
+    return (
+        f"no model is written to {out}: none of the app's strategies returned one; an app of its own kind saves its own"
+    )

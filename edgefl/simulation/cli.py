@@ -38,8 +38,10 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--address", metavar="HOST:PORT|auto", help="Of a Ray cluster, for --engine ray; without, it starts one.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting, over the file.")
+@click.option("--run-config", multiple=True, metavar="'K=V K=V'|FILE", help="As --set, in Flower's words.")
+@click.option("--federation-config", multiple=True, metavar="'K=V K=V'", help="Of a Flower app: num-supernodes=N, ..")
 @click.option("--sweep", multiple=True, metavar="A.B=C,D,..", help="Run once for each value (of several: combination).")
-@click.option("--data", multiple=True, metavar="K=V", help="A data option for every client's loader.")
+@click.option("--data", multiple=True, metavar="K=V", help="A data option for every client's loader, or node config.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS")
 @click.option("--out", type=_FILE, help="Where the model goes (safetensors).")
 @click.option("--plot", type=_FILE, help="Draw the rounds into a .png or .svg.")
@@ -51,7 +53,8 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 def simulate(*, output: Output, **flags: Any) -> None:
     """Simulate TASK: package.module:attribute, or a folder whose pyproject.toml names its task.
 
-    A folder with [tool.flwr.app] is a Flower app and runs as it is; --set and --sweep are for its run-config.
+    A folder with [tool.flwr.app] is a Flower app and runs as it is; --set and --sweep are for its run-config. It has
+    as many nodes as --clients, --federation-config, its pyproject.toml or Flower's config.toml say, else 2.
     Ctrl-C ends the round and keeps what there is.
     """
     request = Request(**flags)
@@ -60,7 +63,9 @@ def simulate(*, output: Output, **flags: Any) -> None:
             from edgefl.simulation.cli_flower import simulate_flower
 
             simulate_flower(request, output)
-        elif request.sweep:
+            return
+        request.refuse_flowers()
+        if request.sweep:
             from edgefl.simulation.cli_sweep import sweep_task
 
             sweep_task(request, output)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgefl.errors import ConfigError
-from edgefl.flower import FlowerRunResult, load_flower_app, parse_run_config, run_flower_app
-from edgefl.flower.app import RunConfigValue, flatten, fuse_run_config
-from edgefl.operator.output import Output, metrics_text
+from edgefl.flower import FlowerApp, FlowerRunResult, load_flower_app, parse_run_config, run_flower_app
+from edgefl.flower.app import RunConfigValue, flatten, fuse_run_config, own_supernodes, parse_value
+from edgefl.flower.habits import Federation, federation_at_home, read_federation, read_run_config
+from edgefl.operator.output import Output, counted, metrics_text
 from edgefl.operator.progress import INTERRUPTED
+from edgefl.operator.run_flower import model_text
 from edgefl.simulation.live import Progress, live_rounds
 from edgefl.simulation.machine import num_cores
 from edgefl.simulation.request import Request
@@ -21,24 +25,57 @@ ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have
 ENGINE, REASON = "flower", "a Flower app, its clients by our runners"
 
 RunConfig = Mapping[str, RunConfigValue]
+OnRound = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Way:
+    """How an app is run, whatever its run config."""
+
+    nodes: int | None
+    workers: int | None
+    node_config: RunConfig
+
+    def run(self, app: FlowerApp, overrides: RunConfig, on_round: OnRound, out: Path | None = None) -> FlowerRunResult:
+        return run_flower_app(
+            app, self.nodes, overrides, workers=self.workers, node_config=self.node_config, on_round=on_round, out=out
+        )
 
 
 def simulate_flower(request: Request, output: Output) -> None:
     """Run the app, show its rounds, and write what was asked for; raises ConfigError for what it cannot take."""
     if given := request.only_for_tasks():
-        raise ConfigError(f"{', '.join(given)}: a Flower app has no such thing; its run-config goes by --set key=value")
-    workers, overrides = _workers(request.engine), dict(parse_run_config(request.settings))
+        raise ConfigError(
+            f"{', '.join(given)}: a Flower app has no such thing; its run-config goes by --set key=value, "
+            "or by --run-config FILE.toml"
+        )
+    overrides = read_run_config(request.run_config) | parse_run_config(request.settings)
     if request.rounds is not None:
         overrides[ROUNDS_KEY] = request.rounds
+    way = _way(request, output)
     app = load_flower_app(request.task)
     if request.sweep:
-        _sweep(request, overrides, output)
+        _sweep(request, way, overrides, output)
         return
     count = fuse_run_config(app, overrides).get(ROUNDS_KEY)
     with live_rounds(output, Progress(count if isinstance(count, int) else None)) as screen:
-        screen.on_engine(ENGINE, REASON)
-        result = run_flower_app(app, request.clients, overrides, workers=workers, on_round=screen.on_round)
+        screen.on_engine(ENGINE, f"{REASON}; {counted(way.nodes or app.num_supernodes, 'node')}")
+        result = way.run(app, overrides, screen.on_round, request.out)
     _tell(result, request, output)
+
+
+def _way(request: Request, output: Output) -> _Way:
+    """Choose by the command line first, then by the app, then by what Flower's users have at home."""
+    said, home = read_federation(request.federation_config), federation_at_home()
+    if home.left:
+        output.line(f"Flower's config.toml: {', '.join(home.left)} mean nothing here, where Ray runs no clients")
+    nodes = request.clients or said.num_supernodes or own_supernodes(request.task) or home.num_supernodes
+    limits = replace(home, client_cpus=said.client_cpus or home.client_cpus)
+    return _Way(
+        nodes=nodes,
+        workers=_workers(request.engine, limits),
+        node_config={key: parse_value(value) for key, value in request.options().items()},
+    )
 
 
 def _tell(result: FlowerRunResult, request: Request, output: Output) -> None:
@@ -47,6 +84,8 @@ def _tell(result: FlowerRunResult, request: Request, output: Output) -> None:
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {said['clients_per_second']:.0f} clients/s, "
         f"at most {result.peak_rss_mb:.0f} MB: {metrics_text(result.final) or 'no metrics'}"
     )
+    if request.out is not None:
+        output.line(model_text(result, request.out))
     if request.plot is not None:
         from edgefl.simulation.plot import write_plot
 
@@ -60,21 +99,20 @@ def _tell(result: FlowerRunResult, request: Request, output: Output) -> None:
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _sweep(request: Request, overrides: RunConfig, output: Output) -> None:
+def _sweep(request: Request, way: _Way, overrides: RunConfig, output: Output) -> None:
     """Run the app once for each combination of run-config values, loaded afresh: it knows nothing of the others."""
     from edgefl.simulation.cli_sweep import tell
     from edgefl.simulation.live_sweep import SweepProgress, live_sweep
-    from edgefl.simulation.sweep import OnRound, run_variants
+    from edgefl.simulation.sweep import run_variants
     from edgefl.simulation.tensorboard import run_folder
 
-    app, workers = load_flower_app(request.task), _workers(request.engine)
+    app = load_flower_app(request.task)
     variants = variants_of(parse_sweep(request.sweep))
     settings = {one.name: {**overrides, **flatten(one.settings, where="--sweep")} for one in variants}
     counts = [fuse_run_config(app, settings[one.name]).get(ROUNDS_KEY) for one in variants]
 
     def run(variant: Variant, on_round: OnRound) -> FlowerRunResult:
-        fresh = load_flower_app(request.task)
-        result = run_flower_app(fresh, request.clients, settings[variant.name], workers=workers, on_round=on_round)
+        result = way.run(load_flower_app(request.task), settings[variant.name], on_round)
         if request.tensorboard is not None:
             _write_event_file(result, run_folder(request.tensorboard, variant.name))
         return result
@@ -94,9 +132,12 @@ def _write_event_file(result: FlowerRunResult, folder: Path) -> None:
             write(outcome)
 
 
-def _workers(engine: str) -> int | None:
+def _workers(engine: str, limits: Federation) -> int | None:
     """Return how many processes train; None lets the app's runner see for itself."""
-    known: dict[str, int | None] = {"auto": None, "loop": 0, "pool": num_cores()}
+    limited = limits.workers(num_cores())
+    known: dict[str, int | None] = {"auto": limited, "loop": 0, "pool": limited or num_cores()}
+    if limits.client_cpus is not None and limited == 0:
+        known["pool"] = 1
     if engine not in known:
         raise ConfigError(f"the engine {engine!r} cannot run a Flower app: its training is its own code; use auto")
     return known[engine]

@@ -21,6 +21,8 @@ class Request:
     address: str | None  # of a Ray cluster
     config: Path | None
     settings: tuple[str, ...]  # a.b=c
+    run_config: tuple[str, ...] = ()  # a Flower app's, in Flower's words
+    federation_config: tuple[str, ...] = ()
     sweep: tuple[str, ...]  # a.b=c,d
     data: tuple[str, ...]  # key=value
     evaluate_every: int
@@ -49,10 +51,16 @@ class Request:
     def only_for_tasks(self) -> list[str]:
         """Return the flags that were given and mean nothing to a Flower app."""
         flags = {
-            "--config": self.config, "--data": self.data, "--out": self.out, "--checkpoint": self.checkpoint,
-            "--resume": self.resume, "--evaluate-every": self.evaluate_every > 1, "--address": self.address,
+            "--config": self.config, "--checkpoint": self.checkpoint, "--resume": self.resume,
+            "--evaluate-every": self.evaluate_every > 1, "--address": self.address,
         }  # fmt: skip
         return [flag for flag, value in flags.items() if value]
+
+    def refuse_flowers(self) -> None:
+        """Raise ConfigError for flags that mean nothing to a task."""
+        flags = {"--run-config": self.run_config, "--federation-config": self.federation_config}
+        if given := [flag for flag, value in flags.items() if value]:
+            raise ConfigError(f"{given[0]} is of Flower apps; a task is configured by --set a.b=c or --config FILE")
 
     def over(self) -> tuple[str, ...]:
         """Return the settings, the flags that are short for some among them."""

@@ -8,7 +8,7 @@ import pytest
 from edgefl import flower
 from edgefl.errors import ConfigError, TaskError
 from edgefl.flower import is_flower_app, load_flower_app, parse_run_config
-from edgefl.flower.app import fuse_run_config
+from edgefl.flower.app import fuse_run_config, own_supernodes
 
 
 def test_the_door_shows_what_it_says():
@@ -20,7 +20,7 @@ def test_the_door_shows_what_it_says():
 def test_the_folder_is_recognised_and_its_config_is_flat(make_app, tmp_path):
     folder = make_app()
     app = load_flower_app(folder)
-    assert (app.name, app.folder, app.num_supernodes) == ("adder", folder, 10)
+    assert (app.name, app.folder, app.num_supernodes) == ("adder", folder, 2)
     assert app.config == {"rounds": 2, "nested.rate": 0.5}
     assert is_flower_app(folder)
     assert not is_flower_app(tmp_path)
@@ -47,7 +47,9 @@ def test_flower_is_told_to_phone_nobody_before_it_is_imported():
 def test_the_default_federation_gives_the_number_of_nodes(make_app):
     text = (make_app(name="before") / "pyproject.toml").read_text().replace("before", "{name}")
     text += '[tool.flwr.federations]\ndefault = "local"\n[tool.flwr.federations.local]\noptions.num-supernodes = 4\n'
-    assert load_flower_app(make_app(pyproject=text)).num_supernodes == 4
+    assert own_supernodes(make_app(name="silent")) is None
+    folder = make_app(pyproject=text)
+    assert (own_supernodes(folder), load_flower_app(folder).num_supernodes) == (4, 4)
 
 
 def test_each_load_starts_afresh_and_two_apps_keep_apart(make_app):

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from edgefl.errors import ConfigError
-from edgefl.operator.output import Output, counted, example, json_option, metrics_text, refuse_no_folder, time_text
+from edgefl.operator.output import (
+    Output,
+    counted,
+    example,
+    json_option,
+    metrics_text,
+    refuse_no_folder,
+    stdout_for_results,
+    time_text,
+)  # fmt: skip
 
 
 @click.command(epilog=example("first --line", "second"))
@@ -30,6 +41,34 @@ def test_json_on_stdout_is_alone_there():
     done = CliRunner(mix_stderr=False).invoke(tell, ["--json", "-"])
     assert json.loads(done.stdout) == {"value": None, "list": [1.5, None]}
     assert "done" in done.stderr
+
+
+def test_json_on_stdout_is_alone_there_whoever_else_prints():
+    program = (
+        "import os, subprocess, sys, click; from edgefl.operator.output import json_option\n"
+        "@click.command()\n"
+        "@json_option\n"
+        "def tell(output):\n"
+        "    print('the app'); os.write(1, b'its library '); sys.stdout.write('again ')\n"
+        "    subprocess.run([sys.executable, '-c', 'print(\"its child\")'], check=True)\n"
+        "    output.result({'alone': True})\n"
+        "tell(standalone_mode=False); print('afterwards')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--json", "-"], capture_output=True, text=True, check=True)
+    assert done.stdout == '{\n "alone": true\n}\nafterwards\n'
+    assert [word in done.stderr for word in ("the app", "its library", "again", "its child")] == [True] * 4
+
+
+def test_stdout_is_everybodys_again_after_an_error(capfd):
+    @stdout_for_results()
+    def fail():
+        sys.stdout.write("aside\n")
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    sys.stdout.write("in front\n")
+    assert capfd.readouterr() == ("in front\n", "aside\n")
 
 
 def test_json_in_a_file(tmp_path):

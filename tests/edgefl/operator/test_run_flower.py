@@ -71,12 +71,22 @@ def test_rounds_are_shown_and_the_result_written(command, play_devices, tmp_path
     assert result["final"] == {"score": 0.5}
 
 
+def test_flowers_words_are_taken_and_the_absence_of_a_model_told(command, play_devices, tmp_path):
+    play_devices(respond, "a")
+    done = command("--run-config", "num-server-rounds=4", "--out", tmp_path / "m.safetensors")
+    assert done.exit_code == 0, done.output
+    assert "round 4/4: 1 admitted" in done.output
+    assert "no model is written to" in done.output
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--set", "colour=red"), "has no run-config key 'colour'; known: num-server-rounds"),
         (("--config", "x.toml"), "--config: a Flower app has no such thing"),
         (("--set", "colour"), "is not of the form key=value"),
+        (("--run-config", "colour = red"), "is not of the form key=value; expected --run-config"),
+        (("--federation-config", "num-supernodes=3"), "on a fleet the devices that are online are the nodes"),
     ],
 )
 def test_what_it_cannot_take_is_refused(command, http_plane, options, said):

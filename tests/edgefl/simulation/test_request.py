@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,13 @@ def test_data_options():
 
 def test_what_a_flower_app_has_not():
     assert asked().only_for_tasks() == []
-    assert asked(data=("a=b",), evaluate_every=2).only_for_tasks() == ["--data", "--evaluate-every"]
+    assert asked(data=("a=b",), resume=Path("x"), evaluate_every=2).only_for_tasks() == ["--resume", "--evaluate-every"]
+
+
+def test_what_a_task_has_not():
+    asked().refuse_flowers()
+    with pytest.raises(ConfigError, match="--federation-config is of Flower apps; a task is configured by --set"):
+        asked(federation_config=("num-supernodes=2",)).refuse_flowers()
 
 
 def test_what_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
