@@ -152,6 +152,7 @@ class CloudHome:
                         pid_file=self._options.broker_pid_file,
                     )
                 )
+                self._mosquitto.check_config()
                 self._mosquitto.refresh(even_unchanged=True)
                 self.cut.append(self._mosquitto.drop)
             self._exit = undo.pop_all()

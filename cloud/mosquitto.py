@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 from cryptography import x509
 
-from cloud.broker_config import CRL_FILE, PID_FILE
+from cloud.broker_config import CONFIG_FILE, CRL_FILE, PID_FILE
 from cloud.own_certificates import hosts_of, renew_server
 from edgefl.errors import CloudUnreachable, ConfigError
 from edgefl.home import replace_file
@@ -61,10 +61,17 @@ class Mosquitto:
         `even_unchanged` writes the list in any case: the cloud's start does, for a CA that was renewed.
         """
         with self._lock:
-            if self._parts.folder.is_dir() and (self._write(even_unchanged=even_unchanged)):
+            if self._parts.folder.is_dir() and self._write(even_unchanged=even_unchanged):
                 self._reload()
         for device in sorted(self._uncut):
             self._take_over(device)
+
+    def check_config(self) -> None:
+        """Say where mosquitto was configured by an edgefl that knew of no list."""
+        config = _content(self._parts.folder / CONFIG_FILE)
+        if config and b"\ncrlfile " not in config:
+            advice = "run `edgefl cloud broker-config` again, and restart mosquitto: it lets revoked certificates in"
+            event(_log, logging.WARNING, "broker.config_old", file=self._parts.folder / CONFIG_FILE, advice=advice)
 
     def drop(self, device: str) -> None:
         """End the connection of a device that was removed; its certificate does not let it in again."""

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what the project's tests take from the system, by apt-get: mosquitto (a real broker),
-# systemd (systemd-analyze checks the units) and iproute2. Does nothing when all is there, and starts
+# systemd (systemd-analyze checks the units), iproute2 and faketime (clocks that are wrong). Does nothing when all is there, and starts
 # no service: a mosquitto left on port 1883 would be a broker that nobody asked for.
 set -eu
 
@@ -11,6 +11,7 @@ need() { # need COMMAND PACKAGE
 need mosquitto mosquitto
 need systemd-analyze systemd
 need ip iproute2
+need faketime faketime
 
 if [ -z "$missing" ]; then
     echo "system packages: all there"

@@ -31,7 +31,7 @@ from edgefl.protocols import tls
 
 SERVE_PORT = 8000
 LOW_DISK_MB, NO_DISK_MB = 1000, 100
-SKEW_WARN_S, SKEW_FAIL_S = 60.0, 23 * 3600.0  # certificates are dated 24 hours back
+SKEW_WARN_S, AHEAD_FAIL_S = 60.0, 23 * 3600.0  # by a clock that is ahead, certificates end too early
 EXPIRY_WARN = datetime.timedelta(days=30)
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -127,12 +127,14 @@ def _look_at_dates(cert: x509.Certificate, again: str) -> Check:
     now, end = datetime.datetime.now(datetime.UTC), cert.not_valid_after_utc
     if now < cert.not_valid_before_utc:
         seen = f"by this clock the certificate begins only on {cert.not_valid_before_utc:%Y-%m-%d}"
-        return Check(check="certificate", state="fail", seen=seen, advice="Set this device's clock.")
+        advice = "Set this device's clock. The agent then gets a certificate that begins in 1970."
+        return Check(check="certificate", state="fail", seen=seen, advice=advice)
     if now > end:
         seen = f"the certificate expired on {end:%Y-%m-%d}, if this clock is right"
         return Check(check="certificate", state="fail", seen=seen, advice=f"Check the clock. {again}")
     state = "warn" if end - now < EXPIRY_WARN else "ok"
-    advice = f"It ends soon. {again}" if state == "warn" else ""
+    soon = "It ends soon. The agent renews it by itself: start it, and see that the data plane answers."
+    advice = soon if state == "warn" else ""
     return Check(check="certificate", state=state, seen=f"valid until {end:%Y-%m-%d}", advice=advice)
 
 
@@ -177,9 +179,10 @@ def look_at_clock(ahead_s: float) -> Check:
     if math.isnan(ahead_s):
         return Check(check="clock", state="warn", seen="the cloud named no time to compare with", advice="Update it.")
     off_s = abs(ahead_s)
-    state = "fail" if off_s > SKEW_FAIL_S else "warn" if off_s > SKEW_WARN_S else "ok"
+    state = "fail" if ahead_s > AHEAD_FAIL_S else "warn" if off_s > SKEW_WARN_S else "ok"
     seen = f"{off_s:,.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the cloud"
-    advice = "" if state == "ok" else "Set it: `timedatectl set-ntp true`. Certificates depend on it; rounds do not."
+    why = "by a clock that is ahead, certificates end too early" if ahead_s > 0 else "log lines are dated wrongly"
+    advice = "" if state == "ok" else f"Set it: `timedatectl set-ntp true`; {why}."
     return Check(check="clock", state=state, seen=seen, advice=advice)
 
 

@@ -63,6 +63,7 @@ class Link:
         self._broken: asyncio.Future[None] = self._loop.create_future()
         self._session = _Session(home / "session")
         self._serving: tuple[Mapping[str, int], str] = ({}, "")
+        self._refusal = ""  # why the cloud did not answer `Next`: each reason is a line once
         self._mqtt = self._new_mqtt()
         self._renewal = Renewal(home, profile.device, channel, lambda: self._mqtt.reconnect("the certificate is new"))
 
@@ -110,12 +111,15 @@ class Link:
             if reply.renew and await self._renewal.renew():
                 self._ask.set()  # the first use of the new certificate
         except grpc.aio.AioRpcError as error:
-            level = logging.DEBUG if error.code() is grpc.StatusCode.UNAVAILABLE else logging.WARNING
+            told, self._refusal = self._refusal, error.details() or ""
+            is_news = error.code() is not grpc.StatusCode.UNAVAILABLE and self._refusal != told
+            level = logging.WARNING if is_news else logging.DEBUG
             event(_log, level, "next.failed", code=error.code().name, reason=error.details())
             return False
         except (ProtocolError, ConfigError) as error:
             event(_log, logging.WARNING, "next.unreadable", reason=error)
             return True
+        self._refusal = ""
         with suppress(OSError):  # a full disk: `edgefl agent status` shows an older contact, no more
             (self._home / "contact").touch()
         return True

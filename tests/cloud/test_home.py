@@ -1,10 +1,15 @@
+import datetime
 import json
+import socket
 import stat
 
 import pytest
 
+from cloud.enrolment import Enrolment
 from cloud.home import AggregatorOptions, CloudHome
+from cloud.store import open_database
 from edgefl.errors import ConfigError, HomeError
+from edgefl.home import create_home
 from edgefl.local_fleet import free_ports
 from edgefl.protocols import tls
 
@@ -68,3 +73,54 @@ def test_the_embedded_brokers_port_in_use_is_named(tmp_path):
         port = int(first.broker_url.rpartition(":")[2])
         with pytest.raises(ConfigError, match=str(port)), CloudHome(options(tmp_path / "two", mqtt_port=port)):
             pass
+
+
+@pytest.fixture
+def old_home(tmp_path, monkeypatch):
+    """A home of an earlier version: its certificates begin a day back, and its CA ends after ten years."""
+    now = datetime.datetime.now(datetime.UTC)
+    with monkeypatch.context() as before:
+        before.setattr(tls, "BEGIN", now - datetime.timedelta(days=1))
+        before.setattr(tls, "NO_END", now + datetime.timedelta(days=3650))
+        create_home(tmp_path, "cloud")
+        (tmp_path / "tls").mkdir()
+        tls.create_ca(tmp_path / "tls")
+        tls.issue_server(tmp_path / "tls", tls.Identity.in_folder(tmp_path / "tls"), ["127.0.0.1"])
+    return tmp_path
+
+
+def begins(path):
+    return tls.load_certificate(path.read_bytes()).not_valid_before_utc
+
+
+def test_a_home_of_an_earlier_version_gets_certificates_that_no_clock_behind_shuts_out(old_home):
+    key = (old_home / "tls/ca.key").read_bytes()
+    with CloudHome(options(old_home)):
+        assert begins(old_home / "tls/ca.pem") == begins(old_home / "tls/cert.pem") == tls.BEGIN
+        assert (old_home / "tls/ca.key").read_bytes() == key
+        assert json.loads((old_home / "operator.json").read_text())["ca"] == (old_home / "tls/ca.pem").read_text()
+
+
+def test_a_token_that_names_the_former_ca_stays_good(old_home):
+    engine = open_database(old_home / "cloud.db")
+    token = Enrolment(engine, old_home / "tls").new_token()
+    with CloudHome(options(old_home)) as home:
+        assert tls.parse_token(token)[1] == tls.fingerprint(home.identity.ca.read_bytes())
+        assert begins(home.identity.cert) == tls.BEGIN
+    engine.dispose()
+
+
+def test_the_clouds_certificate_is_renewed_while_it_runs_and_shown_at_every_door(tmp_path):
+    chosen = options(tmp_path)
+    with CloudHome(chosen) as home:
+        assert not home.look_after_certificates()
+        tls.issue_server(tmp_path / "tls", home.identity, ["127.0.0.1"], days=-1)
+        assert home.look_after_certificates()
+        context = tls.client_context(home.identity.ca, home.identity)
+        context.check_hostname = True
+        with (
+            socket.create_connection(("127.0.0.1", chosen.mqtt_port), 5) as raw,
+            context.wrap_socket(raw, server_hostname="127.0.0.1") as secure,
+        ):
+            shown = tls.serial_number(secure.getpeercert(binary_form=True))
+        assert shown == tls.serial_number(home.identity.cert.read_bytes())

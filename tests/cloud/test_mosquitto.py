@@ -105,3 +105,13 @@ def test_a_broker_that_is_away_is_tried_again(fleet_ca, broker, mosquitto, caplo
     caplog.set_level("INFO")
     one.refresh()
     assert "broker.dropped device=a" in caplog.text
+
+
+def test_a_configuration_of_an_earlier_version_is_told(fleet_ca, broker, mosquitto, caplog):
+    hold, _ = mosquitto
+    hold().check_config()
+    assert "broker.config_old" not in caplog.text
+    path = fleet_ca.folder / "mosquitto.conf"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "crlfile" not in line))
+    hold().check_config()
+    assert "broker.config_old" in caplog.text

@@ -1,6 +1,7 @@
 """Certificates of devices: those that were removed, that run out, and clocks that are wrong."""
 
 import shutil
+import time
 from pathlib import Path
 
 import grpc
@@ -122,19 +123,69 @@ def test_devices_renew_their_certificates_and_the_former_ones_are_worth_nothing(
     round_is_right(fleet)
 
 
-CLOCKS = {"30 hours behind": "-30h", "in 1970": "-20780d", "3 months behind": "-90d"}
+def test_a_fleet_outlives_the_certificates_that_it_began_with(fleet, three, round_is_right, tmp_path):
+    restart_cloud(fleet, "--certificate-days", "0.0014")  # two minutes
+    data = three(fleet)
+    first = [
+        copy_of(home, tmp_path / home.name) for home in (fleet.home / "tls", *(fleet.folder / one for one in "abc"))
+    ]
+    until_s = max(tls.expires(one.cert.read_bytes()).timestamp() for one in first)
+    for name in "abc":
+        fleet.agents[name].wait_for("certificate.renewed", 120)
+    while time.time() <= until_s:
+        round_is_right(fleet)
+    fleet.agents["a"].stop()
+    fleet.restart_agent("a", **data["a"])
+    round_is_right(fleet)
+
+
+CLOCKS = {"30 hours behind": "-30h", "in 1970": "1970"}
+
+
+def wrong_clock(clock):
+    """The environment of a process whose clock is wrong by so much."""
+    library = next(Path("/usr/lib").rglob("libfaketime.so.1"), None)
+    if library is None:
+        pytest.skip("faketime is not installed; deploy/system-packages.sh installs it")
+    shift = f"-{int(time.time() / 86400) - 2}d" if clock == "1970" else clock
+    return {"LD_PRELOAD": str(library), "FAKETIME": shift, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_a_device_whose_clock_is_behind_takes_part(fleet, three, round_is_right, clock):
-    faketime = shutil.which("faketime")
-    if faketime is None:
-        pytest.skip("faketime is not installed; deploy/system-packages.sh installs it")
+def test_a_device_whose_clock_is_behind_enrols_renews_and_takes_part(fleet, three, round_is_right, clock):
+    env = wrong_clock(CLOCKS[clock])
     data = three(fleet)
     fleet.agents["b"].stop()
+    remove(fleet, "b")
+    shutil.rmtree(fleet.folder / "b")
+    enrolling = fleet.spawn(
+        "enrol.log", "agent", "enroll", "--home", fleet.folder / "b", "--cloud", fleet.url, "--token", fleet.token(),
+        "--name", "b", env=env,
+    )  # fmt: skip
+    assert enrolling.popen.wait(60) == 0, enrolling.log.read_text()
+    enrolling.stop()
     options = [part for key, value in data["b"].items() for part in ("--data", f"{key}={value}")]
-    library = next(Path("/usr/lib").rglob("libfaketime.so.1"))
-    env = {"LD_PRELOAD": str(library), "FAKETIME": CLOCKS[clock], "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    agent = fleet.start_agent("b", *options, env=env)
-    agent.wait_for("mqtt.up", 30)
+    fleet.start_agent("b", *options, env=env).wait_for("mqtt.up", 30)
+    round_is_right(fleet)
+    before = serial_in(fleet.folder / "b")
+    restart_cloud(fleet, "--certificate-days", "3000")
+    fleet.agents["b"].wait_for("certificate.renewed", 60)
+    fleet.agents["b"].wait_for("mqtt.up", 60, after=fleet.agents["b"].wait_for("certificate.renewed"))
+    assert serial_in(fleet.folder / "b") != before
+    round_is_right(fleet)
+
+
+@pytest.mark.parametrize("clock", ["+800d", "-90d", "1970"])
+def test_a_cloud_whose_clock_was_wrong_serves_its_fleet_when_it_is_right_again(fleet, three, round_is_right, clock):
+    env = wrong_clock(clock)
+    three(fleet)
+    fleet.cloud.stop()
+    fleet.start_cloud(env=env)
+    if clock != "+800d":  # all certificates have ended by it
+        round_is_right(fleet)
+    seen = {name: agent.num_lines() for name, agent in fleet.agents.items()}
+    restart_cloud(fleet)
+    if fleet.broker is None:
+        for name, agent in fleet.agents.items():
+            agent.wait_for("mqtt.up", 30, after=seen[name])
     round_is_right(fleet)
