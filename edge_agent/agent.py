@@ -1,7 +1,7 @@
 """The agent: its parts, put together, and their life from start to stop.
 
     link -> participant -> trainer (child) -> outbox -> link
-         -> updater -> models <- serving
+         -> updater -> predictions (child, which has the port)
 
 Everything runs in one event loop; what blocks longer than a few milliseconds runs in a thread or in the
 trainer. Each task has a name and an owner; SIGTERM and SIGINT end them all, orderly.
@@ -25,10 +25,10 @@ from edge_agent.link import JobMessage, Link
 from edge_agent.notify import keep_alive, notify
 from edge_agent.outbox import Outbox
 from edge_agent.participant import Means, Participant
+from edge_agent.predictions import Model, News, Predictions, PredictionsConfig
 from edge_agent.profile import Profile, load_profile
-from edge_agent.resources import default_memory_limit_mb
-from edge_agent.serving import Serving, bind, url_of
-from edge_agent.sessions import Models
+from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
+from edge_agent.serving import bind, url_of
 from edge_agent.store import Store
 from edge_agent.trainer import IDLE_S, Trainer
 from edge_agent.updater import Updater, UpdaterParts
@@ -38,7 +38,8 @@ from edgefl.logs import event
 from edgefl.models.manifest import load_public_key
 from edgefl.protocols.messages import RolloutNote, Signed, WirePlan
 
-SERVING_FILE = "serving"  # holds the URL while the agent runs
+SERVING_FILE = "serving"  # holds the URL while the port is served
+MAX_LOAD_S = 3600.0
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class AgentConfig:
     data: Mapping[str, str] = field(default_factory=dict)  # options of the task's loaders
     serve_host: str = "127.0.0.1"
     serve_port: int = 8000  # 0 = any that is free
+    serve_memory_mb: int = 0  # 0 = a third of the machine's
+    model_load_s: float = 60.0  # for a release to load and run once
     trainer_memory_mb: int = 0  # 0 = three quarters of the machine's
     trainer_socket: Path | None = None  # systemd's; None = a child process of our own
     trainer_idle_s: float = IDLE_S
@@ -60,6 +63,10 @@ class AgentConfig:
             raise ConfigError(f"--serve-port {self.serve_port} must be in 0..65535")
         if self.trainer_memory_mb < 0:
             raise ConfigError(f"--trainer-memory-mb {self.trainer_memory_mb} must be 0 (three quarters) or more")
+        if self.serve_memory_mb < 0:
+            raise ConfigError(f"--serve-memory-mb {self.serve_memory_mb} must be 0 (a third) or more")
+        if not 0 < self.model_load_s <= MAX_LOAD_S:
+            raise ConfigError(f"--model-load-s {self.model_load_s} must be above 0 and at most {MAX_LOAD_S}")
 
 
 async def run_agent(config: AgentConfig) -> None:
@@ -84,8 +91,14 @@ class _Agent:
         self._url = url_of(listener)
         self._store = Store(home)
         self._channel = CloudChannel(profile, home)
-        self._models = Models()
-        self._serving = Serving(self._models, listener)
+        self._predictions = Predictions(
+            listener,
+            PredictionsConfig(
+                memory_mb=config.serve_memory_mb or default_serving_memory_mb(), load_s=config.model_load_s
+            ),
+            News(serving=self._on_serving, failing=self._on_failing),
+        )
+        self._started = False
         self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
         self._outbox = Outbox(self._store, self._channel)
         self._link = Link(home, profile, self._channel, self)
@@ -108,7 +121,7 @@ class _Agent:
                 home=home,
                 fleet_key=fleet_key,
                 channel=self._channel,
-                models=self._models,
+                host=self._predictions,
                 tell=self._tell,
                 changed=self._announce,
             )
@@ -124,16 +137,16 @@ class _Agent:
             children = [
                 tasks.create_task(work, name=name)
                 for name, work in {
-                    "serving": self._serve(),
+                    "predictions": self._predictions.run(),
+                    "restore": self._restore(),
                     "link": self._link.run(),
                     "outbox": self._outbox.run(),
                     "rounds": self._participant.run(),
                     "trainer": self._trainer.run(),
-                    "updater": self._update(),
+                    "updater": self._updater.run(),
                     "watchdog": keep_alive(),
                 }.items()
             ]
-            notify("READY=1")
             event(_log, logging.INFO, "agent.started", device=self._profile.device, pid=os.getpid(), serves=self._url,
                   cloud=self._profile.grpc)  # fmt: skip
             await stop.wait()
@@ -161,27 +174,31 @@ class _Agent:
 
         return self._store.jobs_with_state(), take
 
-    async def _serve(self) -> None:
+    def _on_serving(self, serving: bool) -> None:  # noqa: FBT001 - a callback has no names
         path = self._config.home / SERVING_FILE
         try:
-            replace_file(path, self._url.encode())
-        except OSError as error:  # a full disk: `agent status` lacks the address, the port serves all the same
-            event(_log, logging.ERROR, "serving.not_noted", url=self._url, reason=error)
-        try:
-            await self._serving.run()
-        finally:
-            path.unlink(missing_ok=True)
+            if serving:
+                replace_file(path, self._url.encode())
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:  # a full disk: `edgefl agent status` does not show the URL, no more
+            event(_log, logging.WARNING, "serving.not_noted", reason=error)
+        if serving and not self._started:
+            self._started = True
+            notify("READY=1")
 
-    async def _update(self) -> None:
+    def _on_failing(self, model: Model, reason: str) -> None:
+        self._updater.hear_failing(model, reason)
+
+    async def _restore(self) -> None:
         await self._updater.restore()
-        self._serving.ready = True
-        await self._updater.run()
+        self._predictions.set_ready()
 
     def _tell(self, note: RolloutNote) -> None:
         self._link.tell(note)
 
     def _announce(self) -> None:
-        self._link.serve(self._models.versions(), self._url)
+        self._link.serve(self._predictions.versions(), self._url)
 
 
 def _fleet_key(home: Path) -> Ed25519PublicKey:

@@ -75,6 +75,8 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
 )
 @click.option("--serve-host", default="127.0.0.1", show_default=True, help="Address that predictions are served on.")
 @click.option("--serve-port", default=8000, show_default=True, help="0 takes any that is free.")
+@click.option("--serve-memory-mb", default=0, help="Memory limit of predictions; 0 = a third of the machine's.")
+@click.option("--model-load-s", default=60.0, show_default=True, help="A release that loads slower than that fails.")
 @click.option("--trainer-memory-mb", default=0, help="Memory limit of training; 0 = three quarters of the machine's.")
 @click.option("--trainer-idle-s", default=60.0, show_default=True, help="An idle trainer is ended after so long.")
 @click.option(

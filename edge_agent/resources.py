@@ -39,3 +39,8 @@ def give_memory_back() -> None:
 def default_memory_limit_mb() -> int:
     """Return what a trainer may use where nothing was said: three quarters of the memory."""
     return int(psutil.virtual_memory().total * 0.75) >> 20
+
+
+def default_serving_memory_mb() -> int:
+    """Return what the serving process may use where nothing was said: a third of the memory."""
+    return int(psutil.virtual_memory().total / 3) >> 20

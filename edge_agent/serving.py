@@ -9,14 +9,17 @@ Invariant: every answer is the protocol's JSON or binary data; 4xx where the cli
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from edge_agent.board import Board
 from edge_agent.sessions import Models, Served, Stop
 from edgefl import __version__
 from edgefl.errors import ConfigError, ProtocolError
@@ -82,9 +85,14 @@ def url_of(listener: socket.socket, *, secure: bool = False) -> str:
 class Serving:
     """The HTTP server over the models that serve."""
 
-    def __init__(self, models: Models, listener: socket.socket) -> None:
+    def __init__(self, models: Models, listener: socket.socket, board: Board | None = None) -> None:
         self._models, self._listener = models, listener
-        self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="inference")
+        self._board = board or Board()
+        self._lanes = threading.local()  # of the board: the event loop's is 0
+        lanes = itertools.count(1)
+        self._workers = ThreadPoolExecutor(
+            NUM_WORKERS, "inference", initializer=lambda: setattr(self._lanes, "number", next(lanes))
+        )
         self._waiting = self._received = 0
         self.ready = False  # set once the releases that the device holds are loaded
         self.on_stuck: Callable[[str], None] = lambda model: None  # noqa: ARG005 - a computation cannot be stopped
@@ -153,11 +161,11 @@ class Serving:
         served = self._find(name, version)
         body, length = await self._body(scope, receive)
         if not is_small(body, length):
-            return _sent(await self._in_thread(partial(_all, served, body, length), served))
+            return _sent(await self._in_thread(partial(self._all, served, body, length), served))
         request = parse_request(served, body, length)
         if not served.is_quick(request.feeds):
-            return _sent(await self._in_thread(partial(_rest, served, request), served))
-        results = served.run(tuple(request.outputs), request.feeds)
+            return _sent(await self._in_thread(partial(self._rest, served, request), served))
+        results = self._run(served, request)
         if answers_at_once(request, results):
             return _sent(encode_response(served, request, results))
         return _sent(await self._in_thread(lambda _stop: encode_response(served, request, results), served))
@@ -178,6 +186,24 @@ class Serving:
             if not done.done():
                 stop.set()
                 asyncio.get_running_loop().call_later(STOP_S, self._check_stopped, done, served.name)
+
+    def _all(self, served: Served, body: bytes, length: str | None, stop: Stop) -> Response:
+        from edge_agent.inference import parse_request
+
+        return self._rest(served, parse_request(served, body, length), stop)
+
+    def _rest(self, served: Served, request: Request, stop: Stop) -> Response:
+        from edge_agent.inference import encode_response
+
+        return encode_response(served, request, self._run(served, request, stop))
+
+    def _run(self, served: Served, request: Request, stop: Stop | None = None) -> list[Any]:
+        lane = 0 if stop is None else self._lanes.number
+        self._board.enter(lane, served.label)
+        try:
+            return served.run(tuple(request.outputs), request.feeds, stop)
+        finally:
+            self._board.leave(lane)
 
     def _left(self, done: asyncio.Future[Response]) -> None:
         self._waiting -= 1
@@ -253,18 +279,6 @@ async def _reply(scope: _Scope, send: _Send, answer: _Answer) -> None:
     headers = [*answer.headers, (b"content-length", str(len(answer.body)).encode())]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else answer.body})
-
-
-def _all(served: Served, body: bytes, length: str | None, stop: Stop) -> Response:
-    from edge_agent.inference import parse_request
-
-    return _rest(served, parse_request(served, body, length), stop)
-
-
-def _rest(served: Served, request: Request, stop: Stop) -> Response:
-    from edge_agent.inference import encode_response
-
-    return encode_response(served, request, served.run(tuple(request.outputs), request.feeds, stop))
 
 
 def _sent(response: Response) -> _Answer:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edge_agent.board import label_of
 from edgefl.errors import MissingExtra, ProtocolError
 
 INLINE_S = 0.002  # a model that is slower than that runs outside the event loop
@@ -110,6 +111,11 @@ class Served:
         """The outputs' datatypes by name."""
         return {one.name: one.datatype for one in self.outputs}
 
+    @cached_property
+    def label(self) -> bytes:
+        """The name as it stands on the board of models at work."""
+        return label_of(self.name)
+
     def is_quick(self, feeds: Mapping[str, Any]) -> bool:
         """Whether the event loop can wait for a run on these."""
         return self.inline and sum(value.size for value in feeds.values()) <= self.pace.max_elements
@@ -138,6 +144,10 @@ class Models:
     def put(self, served: Served) -> None:
         """Begin to serve a version, in place of the one before it."""
         self._served[served.name] = served
+
+    def drop(self, name: str) -> None:
+        """Serve a model no longer."""
+        self._served.pop(name, None)
 
     def versions(self) -> dict[str, int]:
         return {name: served.version for name, served in self._served.items()}

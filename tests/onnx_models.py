@@ -98,6 +98,20 @@ def outer() -> bytes:
     )
 
 
+def hungry_start(gigabytes: int = 8) -> bytes:
+    """Asks for so much memory in its very first run, whatever it is given."""
+    return _model(
+        [
+            helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+            helper.make_node("ReduceSum", ["zeros"], ["total"], keepdims=0),
+            helper.make_node("Add", ["x", "total"], ["y"]),
+        ],
+        [_value("x", FLOAT, ["batch", 3])],
+        [_value("y", FLOAT, ["batch", 3])],
+        size=helper.make_tensor("size", INT64, [1], [gigabytes << 28]),
+    )
+
+
 def _model(
     nodes: Sequence[NodeProto],
     inputs: Sequence[ValueInfoProto],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from edge_agent.slots import Installed, ModelSlots, SlotState, installed_models
+from edge_agent.slots import Installed, ModelSlots, SlotState, held_models, installed_models, open_slots
 from edgefl.errors import HomeError, ManifestRejected
 from edgefl.protocols.messages import BlobRef, RolloutNote
 
@@ -42,4 +44,31 @@ def test_a_damaged_state_says_what_to_do(tmp_path, text):
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "state.json").write_text(text)
     with pytest.raises(HomeError, match="to have the release sent again"):
+        ModelSlots(tmp_path, "digits")
+
+
+def test_those_whose_state_cannot_be_read_are_left_out_and_said(tmp_path, caplog):
+    ModelSlots(tmp_path, "digits").save(SlotState(model="digits"))
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "state.json").write_text("{")
+    assert [slots.state.model for slots in installed_models(tmp_path)] == ["digits"]
+    assert "release.state_damaged model=faces" in caplog.text
+    assert held_models(tmp_path) == ["digits", "faces"]
+
+
+def test_a_damaged_state_is_set_aside(tmp_path):
+    (tmp_path / "digits" / "state.json").mkdir(parents=True)
+    assert open_slots(tmp_path, "digits").state == SlotState(model="digits")
+    open_slots(tmp_path, "digits").save(SlotState(model="digits", sequence=3))
+    assert open_slots(tmp_path, "digits").state.sequence == 3
+    assert len(list((tmp_path / "digits").glob("state.damaged-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "state", [{"active": "c"}, {"slots": {"x": {"version": 1, "blob": {"sha256": "a", "size": 1}}}}]
+)
+def test_slots_that_there_are_not_are_damage(tmp_path, state):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "state.json").write_text(json.dumps({"model": "digits", **state}))
+    with pytest.raises(HomeError, match="there are a and b"):
         ModelSlots(tmp_path, "digits")

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from edge_agent.channel import CloudChannel
+from edge_agent.predictions import Model
 from edge_agent.profile import load_profile
-from edge_agent.sessions import Models
+from edge_agent.sessions import Models, load
 from edge_agent.slots import ModelSlots
 from edge_agent.updater import Updater, UpdaterParts
 from edgefl.models.manifest import load_public_key, new_fleet_key
+
+
+class Here:
+    """Loads and serves in this process, where the agent has another one for it."""
+
+    def __init__(self) -> None:
+        self.models, self.trials, self.forgotten = Models(), [], []
+        self.before_load = None  # a coroutine function of the model: may wait, or raise
+
+    async def prepare(self, model, *, trial):
+        self.trials.append((model.version, trial))
+        if self.before_load is not None:
+            await self.before_load(model)
+        served = await asyncio.to_thread(load, model.name, model.version, model.path)
+        return SimpleNamespace(
+            switch=lambda: self.models.put(served), forget=lambda: self.forgotten.append(model.version)
+        )
+
+    def drop(self, name):
+        self.models.drop(name)
 
 
 class Device:
@@ -21,12 +43,13 @@ class Device:
 
     def __init__(self, home, until) -> None:
         self.until = until
-        self.models, self.notes, self.changes = Models(), [], []
+        self.host, self.notes, self.changes = Here(), [], []
+        self.models = self.host.models
         self.channel = CloudChannel(load_profile(home), home)
         self.updater = Updater(
             UpdaterParts(
                 device="cam-1", home=home, fleet_key=load_public_key((home / "fleet.pub").read_bytes()),
-                channel=self.channel, models=self.models, tell=self.notes.append,
+                channel=self.channel, host=self.host, tell=self.notes.append,
                 changed=lambda: self.changes.append(self.models.versions()),
             )
         )  # fmt: skip
@@ -256,5 +279,115 @@ def test_two_models_side_by_side(on_device, versions):
     async def run(device):
         await device.install(versions(1), versions(7, model="faces", sequence=1))
         assert device.models.versions() == {"digits": 1, "faces": 7}
+
+    on_device(run)
+
+
+def test_a_newer_wish_ends_the_work_on_an_older_one(on_device, versions):
+    async def run(device):
+        async def hang(model):
+            if model.version == 2:
+                await asyncio.Event().wait()
+
+        device.host.before_load = hang
+        await device.install(versions(1))
+        device.updater.hear(versions(2))
+        await device.until(lambda: (2, True) in device.host.trials)
+        await device.install(versions(1, sequence=3, rollback=True))
+        assert device.states()[-1] == (1, "active")
+        assert device.predict() == 2
+        assert (2, "failed") not in device.states()
+
+    on_device(run)
+
+
+def test_a_slow_model_holds_up_no_other(on_device, versions):
+    async def run(device):
+        async def hang(model):
+            if model.name == "slow":
+                await asyncio.Event().wait()
+
+        device.host.before_load = hang
+        device.updater.hear(versions(1, model="slow"))
+        device.updater.hear(versions(1))
+        await device.until(lambda: device.models.versions() == {"digits": 1})
+
+    on_device(run)
+
+
+def test_a_newer_wish_ends_a_restoring_that_hangs(home, on_device, versions):
+    on_device(lambda device: device.install(versions(1)))
+
+    async def hang(model):
+        if model.version == 1:
+            await asyncio.Event().wait()
+
+    async def inside(until):
+        device = Device(home, until)
+        device.host.before_load = hang
+        running = [asyncio.create_task(device.updater.restore()), asyncio.create_task(device.updater.run())]
+        await device.until(lambda: device.host.trials)
+        await device.install(versions(2))
+        assert device.models.versions() == {"digits": 2}
+        await running[0]
+        running[1].cancel()
+        await asyncio.gather(running[1], return_exceptions=True)
+        await device.channel.close()
+
+    on_device(lambda device: inside(device.until))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[" * 100_000, b'{"model": "faces"}', b"\xff", b"null", b"7"])
+def test_a_damaged_state_costs_that_model_only_and_it_is_sent_again(home, on_device, versions, damage, caplog):
+    async def both(device):
+        await device.install(versions(1), versions(5, model="faces", sequence=1))
+
+    on_device(both)
+    (home / "models/digits/state.json").write_bytes(damage)
+
+    async def run(device):
+        assert device.models.versions() == {"faces": 5}
+        assert "release.state_damaged model=digits" in caplog.text
+        await device.install(versions(1))
+        assert device.predict() == 2
+        assert device.states() == [(1, "downloading"), (1, "installed"), (1, "active")]
+
+    on_device(run)
+    on_device(lambda device: device.settled())
+
+
+def test_a_release_that_keeps_ending_the_serving_process_makes_way_for_the_one_before(home, on_device, versions):
+    async def run(device):
+        await device.install(versions(1), versions(2))
+        active = ModelSlots(home / "models", "digits").state.active
+        failing = Model(name="digits", version=2, path=home / f"models/digits/{active}/model.onnx")
+        device.updater.hear_failing(failing, "it died")
+        await device.until(lambda: device.predict() == 2)
+        assert device.states()[-1] == (2, "failed")
+        assert device.notes[-1].detail == "it died"
+        device.updater.hear_failing(failing, "it died")  # late: another serves by now
+        await device.install(versions(2))  # the wish that brought it is done with
+        assert device.predict() == 2
+
+    on_device(run)
+
+    async def again(device):
+        assert device.predict() == 2
+
+    on_device(again)
+
+
+@pytest.mark.parametrize(("starts", "version", "trial"), [(0, 2, False), (1, 2, True), (3, 1, False)])
+def test_starts_are_counted_and_end_at_the_spare(home, on_device, versions, starts, version, trial):
+    on_device(lambda device: device.install(versions(1), versions(2)))
+    slots = ModelSlots(home / "models", "digits")
+    slots.save(dataclasses.replace(slots.state, starts=starts))
+
+    async def run(device):
+        assert device.models.versions() == {"digits": version}
+        assert device.host.trials == [(version, trial)]
+        assert ModelSlots(home / "models", "digits").state.starts == 0
+        await device.install(versions(2))
+        assert device.models.versions() == {"digits": 2}
 
     on_device(run)
