@@ -22,6 +22,7 @@ from cloud.store import devices, revoked, tokens, updates
 from edgefl.errors import EnrolmentRefused, NotFound
 from edgefl.protocols.tls import LEAF_DAYS, serial_number, sign_request, token_for
 from edgefl.protocols.topics import valid_device_name
+from edgefl.text import is_safe
 
 TOKEN_BYTES = 32
 VALID_FOR_S = 24 * 3600.0
@@ -159,6 +160,8 @@ def _refuse_name(name: str) -> None:
 
 def _refuse_tags(tags: Mapping[str, str]) -> None:
     longest = max((len(text) for pair in tags.items() for text in pair), default=0)
+    if not all(is_safe(text) for pair in tags.items() for text in pair):
+        raise EnrolmentRefused("a tag holds control characters; leave them out. The token is still good.")
     if len(tags) > MAX_TAGS or longest > MAX_TAG_CHARS or not all(tags):
         raise EnrolmentRefused(
             f"{len(tags)} tags, the longest text of {longest} characters; a device has at most {MAX_TAGS} tags of "

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cloud import http_fleet, http_jobs, http_models, http_relays
 from cloud.http_server import serve_http
-from cloud.http_shared import MAX_STREAMS, UPLOAD_PATH
+from cloud.http_shared import MAX_STREAMS, UPLOAD_PATH, CleanJSON
 from cloud.services import Services
 from cloud.storage import waits_for
 from edgefl import __version__
@@ -52,7 +52,10 @@ _STATUS: Mapping[type[EdgeflError], int] = {
 def make_app(services: Services) -> FastAPI:
     """Return the application of one cloud."""
     # No documentation pages: they load scripts from elsewhere.
-    app = FastAPI(title="edgefl cloud", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="edgefl cloud", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
+        default_response_class=CleanJSON,
+    )  # fmt: skip
     app.state.services = services
     app.state.stream_threads = anyio.CapacityLimiter(MAX_STREAMS)
     operator = [Depends(_operator)]
@@ -140,4 +143,4 @@ async def _defect(_request: Request, _raised: Exception) -> JSONResponse:
 
 
 def _error(status: int, message: str, headers: Mapping[str, Any] | None = None) -> JSONResponse:
-    return JSONResponse({"error": message}, status, dict(headers) if headers else None)
+    return CleanJSON({"error": message}, status, dict(headers) if headers else None)

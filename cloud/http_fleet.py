@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from cloud.enrolment import VALID_FOR_S, Device
-from cloud.http_shared import Body, Here, known
+from cloud.http_shared import Body, CleanJSON, Here, known
 from cloud.services import Services
 from edgefl import __version__
 
@@ -35,13 +35,13 @@ class TokenRequest(Body):
 
 
 @public.get("/v1/health")
-def health(here: Here) -> JSONResponse:
+def health(here: Here) -> CleanJSON:
     """Say how the cloud's parts are, 503 where one is not well, and the time: a device's doctor compares clocks."""
     reasons = here.parts()
     well = not any(reasons.values())
     parts = {name: {"ok": not reason, "reason": reason} for name, reason in reasons.items()}
     facts = {"status": "ok" if well else "failing", "version": __version__, "time": time.time(), "parts": parts}
-    return JSONResponse(facts, 200 if well else 503)
+    return CleanJSON(facts, 200 if well else 503)
 
 
 @public.get("/v1/ca")
@@ -56,7 +56,7 @@ def crl(here: Here) -> Response:
     return Response(here.enrolment.crl(), media_type="application/x-pem-file")
 
 
-@public.post("/v1/enroll")
+@public.post("/v1/enroll", response_class=JSONResponse)  # PEM has several lines
 def enroll(body: EnrolRequest, here: Here) -> dict[str, Any]:
     """Turn a one-time token and a signing request into a certificate."""
     certificate = here.enrolment.enroll(body.secret, body.name, body.tags, body.csr.encode())

@@ -98,7 +98,9 @@ def cancel(job: str, here: Here) -> dict[str, Any]:
 
 
 @operator.get("/v1/jobs/{job}/events")
-def events(request: Request, job: str, here: Here, after: Annotated[int, Query(ge=0)] = 0) -> StreamingResponse:
+def events(
+    request: Request, job: str, here: Here, after: Annotated[int, Query(ge=0, lt=1 << 31)] = 0
+) -> StreamingResponse:
     """Stream a line a finished round above `after`, heartbeats between, and the job's end as the last line."""
     if _is_relay(job):
         raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")

@@ -9,14 +9,18 @@ from typing import Annotated, Any, TypeVar
 import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from cloud.services import Services
 from edgefl.errors import ConfigError, NotFound
+from edgefl.protocols.fields import Limits, json_fault
+from edgefl.text import for_json
 
 UPLOAD_PATH = "/v1/blobs"
 MAX_STREAMS = 64
+
+MAX_BODY_CHARS, MAX_BODY_ITEMS = 1 << 20, 100_000  # a request's body is bounded itself
 
 HEARTBEAT: Mapping[str, Any] = {"heartbeat": True}
 
@@ -24,9 +28,29 @@ _T = TypeVar("_T")
 
 
 class Body(BaseModel):
-    """A request's JSON. An unknown key is a typo, and refused."""
+    """A request's JSON. An unknown key is a typo, and refused; so is what no layer below could hold."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_held(cls, value: Any) -> Any:
+        limits = Limits(max_chars=MAX_BODY_CHARS, max_items=MAX_BODY_ITEMS, lines=True)
+        if fault := json_fault(value, limits):
+            raise ValueError(f"the body {fault}")
+        return value
+
+
+class CleanJSON(JSONResponse):
+    """An answer in strict JSON: text is on one line, a number that is not finite is null."""
+
+    def render(self, content: Any) -> bytes:
+        return as_json(content)
+
+
+def as_json(value: Any) -> bytes:
+    """Return the strict JSON of a value, cleaned (`edgefl.text.for_json`)."""
+    return json.dumps(for_json(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 async def services_of(request: Request) -> Services:
@@ -60,4 +84,4 @@ async def _encoded(lines: Iterator[Mapping[str, Any]], limiter: anyio.CapacityLi
         return next(lines, None)
 
     while (line := await anyio.to_thread.run_sync(following, abandon_on_cancel=True, limiter=limiter)) is not None:
-        yield json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        yield as_json(line) + b"\n"

@@ -12,6 +12,8 @@ import traceback
 from collections import deque
 from types import TracebackType
 
+from edgefl.text import lines, one_line
+
 VARIABLE = "EDGEFL_DEBUG"
 FLAG = "--debug"
 
@@ -47,7 +49,7 @@ def tell(error: BaseException) -> None:
     """Print what ended a command: one line, and the stack before it if stacks are wanted."""
     if not _was_shown(error.__cause__):
         show(error)
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {lines(str(error))}\n")
 
 
 def tell_unexpected(kind: type[BaseException], raised: BaseException, trace: TracebackType | None) -> None:
@@ -57,7 +59,7 @@ def tell_unexpected(kind: type[BaseException], raised: BaseException, trace: Tra
         return
     last = traceback.extract_tb(trace)[-1:]
     where = "".join(f" ({frame.filename}:{frame.lineno})" for frame in last)
-    said = f"{kind.__name__}: {raised}".rstrip(": ")
+    said = one_line(f"{kind.__name__}: {raised}".rstrip(": "))
     sys.stderr.write(
         f"error: a fault of edgefl itself, not of your task or settings: {said}{where}; {FLAG} shows the stack\n"
     )

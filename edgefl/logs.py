@@ -1,6 +1,7 @@
 """A log line is an event with fields: `update.refused device=cam-3 round=2 reason="..."`.
 
-Never a tensor, never a secret.
+Never a tensor, never a secret. Whatever a field or a library's message holds, it starts no line of its own and
+moves no cursor: a stack's lines are indented, other unsafe characters are escaped.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import os
 import sys
 
 from edgefl.log_limits import LimitedHandler
+from edgefl.text import is_safe, lines, one_line
+
+FORM = "%(asctime)s %(levelname)-7s %(name)s %(message)s"
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
@@ -18,8 +22,18 @@ def set_up_logging(level: int = logging.INFO) -> None:
     # gRPC's C core writes past Python's logging: a line for each handshake that a stranger breaks off.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = LimitedHandler(logging.StreamHandler(sys.stderr))
-    form = "%(asctime)s %(levelname)-7s %(name)s %(message)s"
-    logging.basicConfig(handlers=[handler], level=level, format=form, force=True)
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    handler.setFormatter(LineFormatter(FORM))
+
+
+class LineFormatter(logging.Formatter):
+    """A record as one line; the lines of its stack below it, indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return one_line(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return lines(super().format(record)).replace("\n", "\n    ")
 
 
 def event(logger: logging.Logger, level: int, name: str, **fields: object) -> None:
@@ -32,4 +46,6 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    return text if text and not any(c.isspace() or c == '"' for c in text) else json.dumps(text)
+    if text and is_safe(text) and not any(c.isspace() or c == '"' for c in text):
+        return text
+    return json.dumps(text).replace("\x7f", "\\u007f")

@@ -16,9 +16,11 @@ from urllib.parse import quote
 import httpx
 
 from edgefl.config import JobConfig
-from edgefl.errors import CloudRefused, CloudUnreachable, NotFound
+from edgefl.errors import CloudRefused, CloudUnreachable, NotFound, ProtocolError
 from edgefl.operator.credentials import Credentials, load_credentials, tls_context, write_operator_credentials
+from edgefl.protocols.fields import from_json, parse_json
 from edgefl.protocols.messages import BlobRef
+from edgefl.text import for_json, one_line
 
 __all__ = ["CloudClient", "Credentials", "load_credentials", "write_operator_credentials"]
 
@@ -26,6 +28,7 @@ CONNECT_S = 10.0
 ANSWER_S = 60.0  # for the next bytes of an answer; streams send heartbeats far more often
 
 _NOT_WELL = 503
+_STRANGE = "{url} did not answer with JSON; is it an edgefl cloud?"
 
 Json = dict[str, Any]
 
@@ -55,8 +58,8 @@ class CloudClient:
         """Ask how the cloud is; also one whose parts are not all well answers."""
         with self._deadline():
             answer = self._http.get("/v1/health")
-        value: Json = answer.json() if answer.status_code == _NOT_WELL and _is_health(answer) else _decoded(answer)
-        return value
+        not_well = answer.status_code == _NOT_WELL and _is_health(answer)
+        return _record(_parsed(answer, answer.content) if not_well else _decoded(answer))
 
     def devices(self) -> list[Json]:
         """Return the fleet, with each device's presence."""
@@ -75,7 +78,7 @@ class CloudClient:
         with self._deadline():
             content = data if isinstance(data, bytes) else iter(lambda: data.read(1 << 20), b"")
             answer = self._http.put("/v1/blobs", params={"sha256": sha256}, content=content)
-        return BlobRef(**_decoded(answer))
+        return from_json(BlobRef, _decoded(answer))
 
     def get_blob(self, sha256: str, file: BinaryIO) -> None:
         """Download a blob into a file that is open for writing."""
@@ -181,20 +184,21 @@ class CloudClient:
             if answer.is_error:
                 answer.read()
             for line in _checked(answer).iter_lines():
-                yield json.loads(line)
+                yield _record(_parsed(answer, line))
 
     def _json(self, method: str, path: str, body: Any = None) -> Json:
         with self._deadline():
             content = None if body is None else json.dumps(body, default=_plain)
             answer = self._http.request(method, path, content=content, headers={"Content-Type": "application/json"})
-        value: Json = _decoded(answer)
-        return value
+        return _record(_decoded(answer))
 
     def _list(self, path: str) -> list[Json]:
         with self._deadline():
             answer = self._http.get(path)
-        value: list[Json] = _decoded(answer)
-        return value
+        value = _decoded(answer)
+        if not isinstance(value, list):
+            raise CloudRefused(_STRANGE.format(url=answer.request.url), 502)
+        return [_record(one) for one in value]
 
     @contextmanager
     def _deadline(self) -> Iterator[None]:
@@ -217,8 +221,8 @@ def _checked(answer: httpx.Response) -> httpx.Response:
     if answer.is_success:
         return answer
     try:
-        message = str(answer.json()["error"])
-    except (ValueError, KeyError, TypeError):
+        message = one_line(str(answer.json()["error"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
         message = f"{answer.request.url} answered {answer.status_code} {answer.reason_phrase}; is it an edgefl cloud?"
     if answer.status_code == httpx.codes.NOT_FOUND:
         raise NotFound(message)
@@ -226,11 +230,21 @@ def _checked(answer: httpx.Response) -> httpx.Response:
 
 
 def _decoded(answer: httpx.Response) -> Any:
-    _checked(answer)
+    return _parsed(_checked(answer), answer.content)
+
+
+def _parsed(answer: httpx.Response, text: str | bytes) -> Any:
+    """Return JSON that the cloud sent, its text on one line: it ends up on the operator's terminal."""
     try:
-        return answer.json()
-    except ValueError as cause:
-        raise CloudRefused(f"{answer.request.url} did not answer with JSON; is it an edgefl cloud?", 502) from cause
+        return for_json(parse_json(text))
+    except (ProtocolError, RecursionError) as cause:
+        raise CloudRefused(_STRANGE.format(url=answer.request.url), 502) from cause
+
+
+def _record(value: Any) -> Json:
+    if not isinstance(value, dict):
+        raise CloudRefused(f"the cloud sent a JSON {type(value).__name__}, expected an object", 502)
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ import click
 
 from edgefl.errors import ConfigError
 from edgefl.home import replace_file
+from edgefl.text import lines, one_line
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -40,8 +41,8 @@ class Output:
             refuse_no_folder(Path(str(json_target)), "--json")
 
     def line(self, text: str) -> None:
-        """Print a line for people."""
-        click.echo(text, err=self._to_stderr)
+        """Print a line for people; what moves a terminal's cursor in it is escaped."""
+        click.echo(lines(text), err=self._to_stderr)
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str,
@@ -70,7 +71,7 @@ class Output:
         """Write the result where `--json` says, if it says anything."""
         if self._json is None:
             return
-        text = json.dumps(_without_nan(value), indent=1)
+        text = json.dumps(_without_nan(value), indent=1).replace("\x7f", "\\u007f")
         if self._json == "-":
             click.echo(text, self._results)
             return
@@ -136,13 +137,14 @@ def time_text(seconds: float | None) -> str:
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def metrics_text(metrics: Mapping[str, float]) -> str:
-    """Return metrics as `accuracy=0.97 loss=0.1`."""
-    return " ".join(f"{name}={value:.4g}" for name, value in sorted(metrics.items()))
+def metrics_text(metrics: Mapping[str, float | None]) -> str:
+    """Return metrics as `accuracy=0.97 loss=0.1`; a dash for one that JSON had no number for."""
+    shown = {name: "-" if value is None else f"{value:.4g}" for name, value in sorted(metrics.items())}
+    return " ".join(f"{one_line(name)}={value}" for name, value in shown.items())
 
 
 def _shown(cell: object) -> str:
-    return "-" if cell is None or cell == "" else str(cell)
+    return "-" if cell is None or cell == "" else one_line(str(cell))
 
 
 def _without_nan(value: Any) -> Any:

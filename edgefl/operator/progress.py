@@ -11,6 +11,7 @@ import click
 from edgefl.errors import CloudUnreachable
 from edgefl.operator.client import Json
 from edgefl.operator.output import Output, metrics_text
+from edgefl.text import one_line
 
 INTERRUPTED = 130  # as shells count a process that SIGINT ended
 
@@ -58,4 +59,4 @@ def round_text(outcome: Json, count: int | None) -> str:
     text = f"round {outcome['round']}{of}: {', '.join(counts)} in {outcome['seconds']:.2f} s "
     text += metrics_text(outcome["metrics"])
     reasons = "; ".join(f"{device}: {reason}" for device, reason in outcome["reasons"].items())
-    return f"{text.rstrip()} ({reasons})" if reasons else text.rstrip()
+    return one_line(f"{text.rstrip()} ({reasons})" if reasons else text.rstrip())

@@ -36,6 +36,7 @@ MAX_SHOWN_CHARS = 200  # of what a refusal repeats
 
 _T = TypeVar("_T")
 _KEY = "limits"
+_LINE_ENDS = str.maketrans("", "", "\n\r\t")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,7 @@ class Limits:
     max_items: int = MAX_ITEMS
     prose: bool = False  # for people: cleaned, not refused
     raw: bool = False  # any text: a path on this machine, or what is checked later
+    lines: bool = False  # text of several lines
 
 
 def limited(
@@ -100,6 +102,14 @@ def from_json(schema: type[_T], value: Any) -> _T:
     except (dacite.DaciteError, ConfigError, TypeError, ValueError, OverflowError, RecursionError) as cause:
         raise ProtocolError(f"{schema.__name__}: {one_line(str(cause), MAX_SHOWN_CHARS)}") from cause
     return message
+
+
+def json_fault(value: Any, limits: Limits) -> str:
+    """Say what no field could hold in parsed JSON of no schema; empty where all can be held."""
+    try:
+        return _fault(value, Any, limits)
+    except RecursionError:
+        return "is nested too deep"
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -168,7 +178,7 @@ def _float_fault(value: Any, limits: Limits) -> str:
     most = math.inf if limits.most is None else limits.most
     if not -math.inf < value < math.inf or not least <= value <= most:  # NaN fails this too
         bounds = "" if limits.least is limits.most is None else f" from {least:g} to {most:g}"
-        return f"is {_shown(value)}, expected a finite number{bounds}"
+        return f"is {_shown(value)}, not a finite number{bounds}"
     return ""
 
 
@@ -177,9 +187,10 @@ def _text_fault(value: Any, limits: Limits) -> str:
         return f"is {_shown(value)}, expected text"
     if len(value) > limits.max_chars:
         return f"has {len(value)} characters, expected {limits.max_chars} at most"
+    seen = value.translate(_LINE_ENDS) if limits.lines else value
     return (
         ""
-        if limits.raw or is_safe(value)
+        if limits.raw or is_safe(seen)
         else f"is {value!r:.{MAX_SHOWN_CHARS}}, expected text without control characters"
     )
 
@@ -192,7 +203,7 @@ def _mapping_fault(value: Any, of: tuple[Any, ...], limits: Limits) -> str:
     keys = Limits(max_chars=min(limits.max_chars, MAX_KEY_CHARS), raw=limits.raw)
     for key, one in value.items():
         if fault := _text_fault(key, keys) or _fault(one, of[1], limits):
-            return f"holds an entry that {fault}"
+            return f"holds {_shown(key)} that {fault}"
     return ""
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edgefl.operator.output import Output, metrics_text
 from edgefl.simulation.report import Json
+from edgefl.text import one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,11 +75,11 @@ class Progress:
 
         table = Table(
             "round", "clients", "clients/s", "moved", "left", "metrics", box=None, header_style="bold", pad_edge=False,
-            title=Text(self.engine_text()), title_justify="left",
-            caption=Text(self._lost) if self._lost else None, caption_justify="left",
+            title=Text(one_line(self.engine_text())), title_justify="left",
+            caption=Text(one_line(self._lost)) if self._lost else None, caption_justify="left",
         )  # fmt: skip
         for row in self._rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(one_line(cell)) for cell in row))
         return table
 
 
@@ -103,7 +104,7 @@ def live_rounds(output: Output, progress: Progress) -> Iterator[Screen]:
     from rich.console import Console
     from rich.live import Live
 
-    with Live(progress.table(), console=Console(stderr=True), auto_refresh=False) as live:
+    with Live(progress.table(), console=Console(stderr=True, markup=False), auto_refresh=False) as live:
 
         def draw_engine(engine: str, reason: str) -> None:
             begin(engine, reason)
@@ -126,7 +127,7 @@ def line_text(outcome: Json, cells: tuple[str, ...]) -> str:
 
 def reasons_text(outcome: Json) -> str:
     """Return why the first few of those who did not make it did not."""
-    reasons = [f"{device}: {reason}" for device, reason in list(outcome["reasons"].items())[:REASONS]]
+    reasons = [one_line(f"{device}: {reason}") for device, reason in list(outcome["reasons"].items())[:REASONS]]
     more = len(outcome["reasons"]) - len(reasons)
     return "; ".join([*reasons, *([f"and {more} more"] if more else [])])
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 
 import httpx
 import pytest
 
 from cloud.http_api import make_app
+from cloud.store import devices
 from edgefl import __version__
 from edgefl.protocols import tls
 from edgefl.protocols.messages import DeviceState
 from edgefl.protocols.tls import Identity
+from edgefl.text import is_safe
 
 
 @pytest.fixture
@@ -129,3 +132,73 @@ def test_a_removed_device_is_gone_everywhere(http, http_plane):
     assert http_plane.link.states == {}
     answer = http.delete("/v1/devices/a")
     assert (answer.status_code, "no device 'a'" in answer.json()["error"]) == (404, True)
+
+
+def test_no_devices_text_breaks_the_list_or_reaches_it_uncleaned(http, http_plane):
+    http_plane.enroll("cam-1", "cam-2")
+    hostile = {"a\x1b[2J": "b\nforged", "lone": "\ud800"}
+    with http_plane.engine.begin() as db:  # as a former version may have stored it
+        db.execute(devices.update().where(devices.c.name == "cam-1").values(tags=hostile))
+    answer = http.get("/v1/devices")
+    assert answer.status_code == 200
+    assert [one["name"] for one in answer.json()] == ["cam-1", "cam-2"]
+    assert answer.json()[0]["tags"] == {"a\\x1b[2J": "b forged", "lone": "\\ud800"}
+
+
+NASTY = [10**22, -(10**22), 10**3999, True, float("nan"), float("inf"), "\ud800", "\x1b[2J", "\0", None, [], {}, [[]],
+         {"a": {}}, "x" * 300_000, ["\x1b"], {"\x1b": "a"}, {"k" * 5000: 1}, [10**22] * 5]  # fmt: skip
+BODIES = {
+    "/v1/enroll": {"secret": "s", "name": "cam-9", "tags": {"a": "b"}, "csr": "c"},
+    "/v1/tokens": {"valid_for_s": 5.0},
+    "/v1/jobs": {
+        "task": "a:b", "bundle": {"sha256": "0" * 64, "size": 1}, "parameters": {"sha256": "0" * 64, "size": 1},
+        "buffers": ["b"], "config": {"rounds": {"count": 1}, "train": {"lr": 0.1}},
+    },
+    "/v1/models/m/releases": {"blob": {"sha256": "0" * 64, "size": 1}, "metrics": {"a": 1.0}},
+    "/v1/rollouts": {"model": "m", "version": 1, "to": ["all"], "rollback": False},
+    "/v1/relays": {"app": "a:b", "bundle": {"sha256": "0" * 64, "size": 1}},
+    "/v1/relays/relay-1/messages": {
+        "messages": [{"number": 1, "device": "d", "envelope": "e", "content": "0" * 64, "within_s": 1.0}]
+    },
+    "/v1/relays/relay-1/done": {"numbers": [1]},
+    "/v1/relays/relay-1/end": {"state": "done", "error": "e"},
+}  # fmt: skip
+
+
+def places(value):
+    if isinstance(value, list):
+        return [(value, at) for at in range(len(value))] + [one for part in value for one in places(part)]
+    if isinstance(value, dict):
+        return [(value, key) for key in value] + [one for part in value.values() for one in places(part)]
+    return []
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_body_is_a_defect_of_ours(http, path):
+    for place in range(len(places(BODIES[path]))):
+        for nasty in NASTY:
+            body = json.loads(json.dumps(BODIES[path]))
+            holder, key = places(body)[place]
+            holder[key] = nasty
+            answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+            assert answer.status_code in {200, 400, 401, 403, 404}, (path, key, str(nasty)[:50], answer.text[:300])
+            assert is_safe(answer.text), (path, key, str(nasty)[:50])
+
+
+@pytest.mark.parametrize("body", [b"[" * 50_000, b'{"a":' * 20_000, b"9" * 5000, b"\xff\xfe", b"", b"{", b"\0"])
+def test_no_bytes_are_a_defect_of_ours(http, body):
+    for path in BODIES:
+        answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/jobs/%00", "/v1/jobs/%1b%5b2J", "/v1/jobs/%ff", "/v1/jobs/job-1/events?after=10000000000000000000000",
+             "/v1/relays/relay-1/replies/10000000000000000000000", "/v1/rollouts/%1b/events?within_s=nan",
+             "/v1/rollouts/x/events?within_s=1e400", "/v1/models/%1b", "/v1/blobs/%1b"],
+)  # fmt: skip
+def test_no_address_is_a_defect_of_ours(http, path):
+    answer = http.get(path)
+    assert answer.status_code in {400, 404}
+    assert is_safe(answer.text)

@@ -71,3 +71,11 @@ def test_what_nobody_meant_is_told_as_ours(place: str) -> None:
         [line] = done.stderr.splitlines()
         assert line.startswith("error: a fault of edgefl itself, not of your task or settings: KeyError: 'nothing' (")
         assert line.endswith("--debug shows the stack")
+
+
+def test_an_error_moves_no_cursor(capsys):
+    debug.tell(TaskError("first\nsecond \x1b[2J"))
+    debug.tell_unexpected(ValueError, ValueError("a\nforged\x1b"), None)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert (first, second) == ("error: first", "second \\x1b[2J")
+    assert "ValueError: a forged\\x1b" in third

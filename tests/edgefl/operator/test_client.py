@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import socket
 import threading
 
+import httpx
 import numpy as np
 import pytest
 
 from edgefl.config import JobConfig
-from edgefl.errors import CloudRefused, CloudUnreachable, NotFound
+from edgefl.errors import CloudRefused, CloudUnreachable, NotFound, ProtocolError
 from edgefl.operator import client as client_module
 from edgefl.operator.client import CloudClient, Credentials, load_credentials
 from edgefl.protocols import tls
@@ -154,3 +156,39 @@ def test_a_server_that_is_no_cloud_is_named_so(answer):
         with CloudClient(None, nothing) as client, pytest.raises(CloudRefused, match="is it an edgefl cloud"):
             client.health()
         thread.join()
+
+
+ANSWERS = {
+    b'{"id": "\\u001b[2Jjob\\nforged"}': "\\x1b[2Jjob forged",
+    b'{"id": "lone \\ud800"}': "lone \\ud800",
+}
+
+
+@pytest.fixture
+def saying():
+    """`saying(body)`: a client of something that answers every request with these bytes."""
+    with contextlib.ExitStack() as left:
+
+        def make(body: bytes, status: int = 200) -> CloudClient:
+            client = left.enter_context(CloudClient("http://127.0.0.1:1", Credentials(url="", token=OTHERS, ca="")))
+            client._http = httpx.Client(
+                base_url="http://cloud", transport=httpx.MockTransport(lambda _: httpx.Response(status, content=body))
+            )
+            return client
+
+        yield make
+
+
+@pytest.mark.parametrize("body", ANSWERS)
+def test_text_from_the_cloud_is_cleaned_where_it_enters(saying, body):
+    assert saying(body).job("j") == {"id": ANSWERS[body]}
+    assert list(saying(body).job_events("j")) == [{"id": ANSWERS[body]}]
+
+
+@pytest.mark.parametrize("body", [b"[" * 50_000, b"9" * 5000, b"\xff", b"nonsense", b"", b"3", b"[3]", b'"x"'])
+def test_whatever_answers_is_told_in_one_line(saying, body):
+    for ask in (lambda c: c.job("j"), lambda c: c.devices(), lambda c: c.health(), lambda c: c.put_blob(b"", "0" * 64)):
+        with pytest.raises((CloudRefused, ProtocolError)):
+            ask(saying(body))
+    with pytest.raises(CloudRefused, match=r"^[^\n\x1b]+$"):
+        saying(b'{"error": "no\\n\\u001b[2J"}', 400).devices()

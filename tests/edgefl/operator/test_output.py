@@ -21,6 +21,7 @@ from edgefl.operator.output import (
     stdout_for_results,
     time_text,
 )  # fmt: skip
+from edgefl.text import is_safe
 
 
 @click.command(epilog=example("first --line", "second"))
@@ -120,3 +121,18 @@ def test_no_folder_is_named(tmp_path):
     refuse_no_folder(tmp_path / "x", "--out")
     with pytest.raises(ConfigError, match=r"--out .*there is no folder"):
         refuse_no_folder(tmp_path / "a" / "x", "--out")
+
+
+def test_nothing_that_is_printed_moves_a_cursor(capsys):
+    output = Output("-")
+    output.line("job \x1b[2J failed: [red]no\x9b\x07")
+    output.table(("name", "tags"), [("cam-1\nforged\trow", "\x1b]0;title\x07")], "none")
+    output.result({"reason": "\x1b[2J\x7f\n", "\x1b": 1})
+    shown = capsys.readouterr()
+    assert shown.err == "job \\x1b[2J failed: [red]no\\x9b\\x07\nname\ttags\ncam-1 forged row\t\\x1b]0;title\\x07\n"
+    assert is_safe(shown.out.replace("\n", ""))
+    assert json.loads(shown.out) == {"reason": "\x1b[2J\x7f\n", "\x1b": 1}
+
+
+def test_a_metric_that_json_had_no_number_for_is_a_dash():
+    assert metrics_text({"loss": None, "\x1b": 1.0}) == "\\x1b=1 loss=-"

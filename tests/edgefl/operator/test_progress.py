@@ -53,3 +53,11 @@ def test_a_lost_cloud_leaves_the_job_and_says_so(capsys):
     with pytest.raises(CloudUnreachable), left_running("job-1", Output()):
         raise CloudUnreachable("gone")
     assert "edgefl jobs watch job-1" in capsys.readouterr().out
+
+
+def test_a_reason_stays_on_its_line():
+    outcome = {"round": 1, "admitted": 1, "rejected": 0, "failed": 1, "missing": 0, "seconds": 1.0,
+               "metrics": {"a\x1b": None}, "reasons": {"cam\n": "\x1b[2J[red]boom\nround 2: 9 admitted"}}  # fmt: skip
+    shown = round_text(outcome, 3)
+    assert shown.endswith("a\\x1b=- (cam : \\x1b[2J[red]boom round 2: 9 admitted)")
+    assert "\n" not in shown
