@@ -28,8 +28,9 @@ _CONFIG = """\
 # mosquitto for an edgefl fleet, written by `edgefl cloud broker-config`.
 # The folder holds ca.pem, cert.pem, key.pem and crl.pem too; all must be readable by the user `mosquitto`.
 # crl.pem lists the certificates that were revoked, mosquitto reads it on SIGHUP. The cloud writes it at each
-# removal and sends the signal to the process in pid_file. A broker on another machine gets the list from
-# https://CLOUD:9480/v1/crl and is restarted when it changes: see edgefl-crl.service and edgefl-crl.timer.
+# removal and sends the signal to the process in pid_file. Where it may not, edgefl-reload.path does it. A broker
+# on another machine gets the list from https://CLOUD:9480/v1/crl and is restarted when it changes: see
+# edgefl-crl.timer. These units are in deploy/mosquitto.
 
 per_listener_settings false
 allow_anonymous false

@@ -54,6 +54,8 @@ class Mosquitto:
         self._parts = parts
         self._lock = threading.Lock()  # one writer of the folder at a time
         self._uncut: set[str] = set()
+        self._is_starting = False  # mosquitto, at the last change: it is told later
+        self._signalled = True  # whether the last change was told to mosquitto
 
     def refresh(self, *, even_unchanged: bool = False) -> None:
         """Write the list and the certificate where they are not as they should be, and have mosquitto read them.
@@ -61,8 +63,8 @@ class Mosquitto:
         `even_unchanged` writes the list in any case: the cloud's start does, for a CA that was renewed.
         """
         with self._lock:
-            if self._parts.folder.is_dir() and self._write(even_unchanged=even_unchanged):
-                self._reload()
+            if self._parts.folder.is_dir() and (self._write(even_unchanged=even_unchanged) or self._is_starting):
+                self._signalled = self._reload()
         for device in sorted(self._uncut):
             self._take_over(device)
 
@@ -74,9 +76,14 @@ class Mosquitto:
             event(_log, logging.WARNING, "broker.config_old", file=self._parts.folder / CONFIG_FILE, advice=advice)
 
     def drop(self, device: str) -> None:
-        """End the connection of a device that was removed; its certificate does not let it in again."""
+        """End the connection of a device that was removed; its certificate does not let it in again.
+
+        Where another than us has mosquitto read the list, it may come back before that: it is ended once more.
+        """
         self.refresh()
         self._take_over(device)
+        if not self._signalled:
+            self._uncut.add(device)
 
     def _write(self, *, even_unchanged: bool) -> bool:
         folder, ca = self._parts.folder, self._parts.ca_folder / "ca.pem"
@@ -104,18 +111,22 @@ class Mosquitto:
             event(_log, logging.INFO, "broker.certificate_renewed", file=identity.cert)
         return renewed
 
-    def _reload(self) -> None:
+    def _reload(self) -> bool:
         path = self._parts.pid_file or self._parts.folder / PID_FILE
         try:
             pid = int(path.read_text(encoding="ascii"))
             if psutil.Process(pid).name() != "mosquitto":
                 raise ProcessLookupError(f"process {pid} is no mosquitto")
+            self._is_starting = not catches_hangup(pid)
+            if self._is_starting:
+                return False
             os.kill(pid, signal.SIGHUP)
         except (OSError, ValueError, psutil.Error) as fault:
             advice = "send SIGHUP to a mosquitto on this machine; mosquitto.conf says what another one needs"
             event(_log, logging.WARNING, "broker.not_reloaded", pid_file=path, reason=fault, advice=advice)
-        else:
-            event(_log, logging.INFO, "broker.reloaded", pid=pid)
+            return False
+        event(_log, logging.INFO, "broker.reloaded", pid=pid)
+        return True
 
     def _take_over(self, device: str) -> None:
         """Connect as this device, so that the broker ends its other connection, and leave."""
@@ -139,6 +150,13 @@ class Mosquitto:
 
 def _note_failure(failure: BaseException) -> None:
     event(_log, logging.ERROR, "broker.take_over_failed", reason=repr(failure))  # `wait_connected` raises it too
+
+
+def catches_hangup(pid: int) -> bool:
+    """Whether SIGHUP would not end a process; mosquitto takes a moment at its start until it is so."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGHUP - 1) & 1)
 
 
 def _content(path: Path) -> bytes:

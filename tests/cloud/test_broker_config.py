@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,16 @@ DEPLOY = Path(__file__).parents[2] / "deploy" / "mosquitto"
 def test_the_documented_example_is_what_is_generated() -> None:
     assert (DEPLOY / CONFIG_FILE).read_text() == broker_config(Path("/etc/mosquitto/edgefl"), "0.0.0.0", 8883)  # noqa: S104
     assert (DEPLOY / ACL_FILE).read_text() == broker_acl()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
+def test_systemd_accepts_the_units_that_have_mosquitto_read_its_list_again() -> None:
+    units = [path for path in DEPLOY.iterdir() if path.name.startswith("edgefl-")]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *units], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert len(units) == 4
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_both_files_are_written(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 
 import httpx
 import pytest
+from cryptography import x509
 
 from cloud.http_api import make_app
 from cloud.store import devices
@@ -122,6 +123,15 @@ def test_the_list_joins_what_is_enrolled_and_what_is_heard(http, http_plane):
         "serving_url": "http://h:8000", "agent_version": "0.1.0",
     }.items()  # fmt: skip
     assert second.items() >= {"name": "b", "online": False, "models": {}, "tags": {"site": "north"}}.items()
+
+
+def test_the_list_of_revoked_certificates_is_for_everybody(http_plane, http):
+    http_plane.enroll("a")
+    (device,) = http_plane.enrolment.devices()
+    http.delete("/v1/devices/a")
+    answer = http.get("/v1/crl", headers={"Authorization": ""})
+    (entry,) = x509.load_pem_x509_crl(answer.content)
+    assert f"{entry.serial_number:x}" == device.serial
 
 
 def test_a_removed_device_is_gone_everywhere(http, http_plane):

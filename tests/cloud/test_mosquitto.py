@@ -1,11 +1,13 @@
 """A mosquitto learns who is revoked while it runs, shows a renewed certificate, and loses who was removed."""
 
+import os
+import signal
 import socket
 
 import pytest
 
 from cloud.crl import make_crl
-from cloud.mosquitto import Mosquitto, MosquittoParts
+from cloud.mosquitto import Mosquitto, MosquittoParts, catches_hangup
 from edgefl.protocols import tls
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
 
@@ -94,9 +96,37 @@ def test_a_mosquitto_that_is_not_here_is_told_about(fleet_ca, mosquitto, tmp_pat
     hold(folder=tmp_path / "elsewhere").refresh()  # configured by other means: nothing is written
 
 
+def test_a_mosquitto_that_is_just_starting_is_told_later(fleet_ca, broker, mosquitto, tmp_path, monkeypatch, caplog):
+    hold, revoked = mosquitto
+    one = hold()
+    caplog.set_level("INFO")
+    with monkeypatch.context() as starting:
+        starting.setattr("cloud.mosquitto.catches_hangup", lambda _pid: False)  # SIGHUP would end it
+        revoked.append("ff")
+        one.refresh()
+    assert "broker.reloaded" not in caplog.text
+    one.refresh()
+    assert caplog.text.count("broker.reloaded") == 1
+    one.refresh()
+    assert caplog.text.count("broker.reloaded") == 1
+
+
+def test_whether_a_process_catches_the_signal_is_seen():
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    try:
+        assert catches_hangup(os.getpid())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not catches_hangup(os.getpid())
+    with pytest.raises(FileNotFoundError):
+        catches_hangup(1 << 30)
+
+
 def test_a_broker_that_is_away_is_tried_again(fleet_ca, broker, mosquitto, caplog):
     hold, revoked = mosquitto
     one = hold()
+    with link_of(broker, fleet_ca, "b") as link:  # it serves: right after its start it forgets that it is to stop
+        assert link.wait_connected(5)
     broker.stop()
     revoked.append(serial_of(fleet_ca.device("a")))
     one.drop("a")
@@ -115,3 +145,16 @@ def test_a_configuration_of_an_earlier_version_is_told(fleet_ca, broker, mosquit
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "crlfile" not in line))
     hold().check_config()
     assert "broker.config_old" in caplog.text
+
+
+def test_a_device_that_came_back_before_the_list_was_read_is_ended_once_more(
+    broker, fleet_ca, mosquitto, tmp_path, caplog
+):
+    hold, revoked = mosquitto
+    one = hold(pid_file=tmp_path / "none")  # the operator's own unit sends the signal
+    revoked.append(serial_of(fleet_ca.device("a")))
+    one.drop("a")
+    caplog.set_level("INFO")
+    one.refresh()
+    one.refresh()
+    assert caplog.text.count("broker.dropped device=a") == 1
