@@ -1,7 +1,8 @@
 """A whole fleet on this machine, as real processes over TLS: for the demo, for tests, for benchmarks.
 
 Each process is a leader of its own group and is ended with the fleet, whatever happens: first asked
-(SIGTERM), then killed. Its output goes to a log file; `wait_for` hears of a line without polling.
+(SIGTERM), then killed; by `edgefl.guardian` where this process itself is killed. Its output goes to a log file;
+`wait_for` hears of a line without polling.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from edgefl.errors import CloudUnreachable, HomeError
+from edgefl.guardian import gated, guardian, open_gate
 
 STOP_S = 10.0
 START_S = 60.0
@@ -40,15 +42,16 @@ class LoggedProcess:
         self._changed = threading.Condition()
         self._ended = False
         self.popen = subprocess.Popen(
-            [str(part) for part in command],
+            gated(command),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             env={**os.environ, **QUIET, **(env or {})},
             text=True,
             errors="replace",
             start_new_session=True,
         )
+        open_gate(self.popen, group=True)
         self._reader = threading.Thread(target=self._read, name=f"log {log.name}", daemon=True)
         self._reader.start()
 
@@ -101,6 +104,7 @@ class LoggedProcess:
     def _wait(self) -> None:
         self.popen.wait(STOP_S)
         self.signal(signal.SIGKILL)  # children that outlived their leader
+        guardian.release(self.pid)
         self._reader.join(STOP_S)
         if self.popen.stdout is not None:
             self.popen.stdout.close()
@@ -211,17 +215,24 @@ class LocalFleet:
 
     def command(self, *command: str | Path | int, timeout_s: float = START_S) -> str:
         """Run an edgefl command as this fleet's operator; return its output. Raises CloudUnreachable if it fails."""
-        done = subprocess.run(
-            [*_EDGEFL, *(str(part) for part in command)],
-            capture_output=True,
+        with subprocess.Popen(
+            gated([*_EDGEFL, *(str(part) for part in command)]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout_s,
-            check=False,
             env={**os.environ, **QUIET, "EDGEFL_CREDENTIALS": str(self.credentials)},
-        )
-        if done.returncode:
-            raise CloudUnreachable(f"edgefl {command[0]} {command[1]} failed: {done.stderr.strip()}")
-        return done.stdout
+        ) as process:
+            open_gate(process)
+            try:
+                said, complaint = process.communicate(timeout=timeout_s)
+            finally:
+                process.kill()  # where it is late, or we are interrupted
+                process.wait()
+                guardian.release(process.pid)
+        if process.returncode:
+            raise CloudUnreachable(f"edgefl {command[0]} {command[1]} failed: {complaint.strip()}")
+        return said
 
 
 _EDGEFL = (sys.executable, "-P", "-m", "edgefl")  # -P: no folder named `cloud` where we are called is taken for ours

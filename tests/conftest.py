@@ -34,6 +34,7 @@ from cloud.rollout import Rollouts
 from cloud.services import Services
 from cloud.spool import Spool
 from cloud.store import open_database
+from edgefl.guardian import gated, guardian, open_gate
 from edgefl.models.manifest import new_fleet_key, public_pem, sign
 from edgefl.operator.client import write_operator_credentials
 from edgefl.protocols import tls
@@ -84,7 +85,10 @@ class Mosquitto:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        self._process = subprocess.Popen([MOSQUITTO, "-c", self._config], stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            gated([MOSQUITTO, "-c", self._config]), stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        open_gate(self._process)
         running = threading.Event()
         self._reader = threading.Thread(target=self._read, args=(self._process.stderr, running), name="mosquitto-log")
         self._reader.start()
@@ -96,6 +100,7 @@ class Mosquitto:
             self._process.wait(10)
             self._reader.join(10)
             self._process.stderr.close()
+            guardian.release(self._process.pid)
             self._process = None
 
     def _read(self, log: IO[str], running: threading.Event) -> None:

@@ -36,6 +36,7 @@ from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Answer, Delivery, execute
+from edgefl.guardian import guardian
 from edgefl.operator.run import peak_rss_mb
 from edgefl.simulation.machine import how_ended, seldom_collected
 
@@ -316,6 +317,7 @@ class _Worker:
             if self._process is not None:
                 self._process.kill()
                 self._process.join(STOP_S)
+                guardian.release(self._process.pid or 0)
             if self.connection is not None:
                 self.connection.close()
             self._process = self.connection = self._holds = None
@@ -331,6 +333,7 @@ class _Worker:
             if self._process is not None:
                 self._process.kill()
                 self._process.join(STOP_S)
+                guardian.release(self._process.pid or 0)
 
     @property
     def ready(self) -> bool:
@@ -349,6 +352,7 @@ class _Worker:
             arguments = (theirs, str(self._folder))
             self._process = context.Process(target=_serve, args=arguments, name="flower-worker", daemon=True)
             self._process.start()
+            guardian.watch(self._process.pid or 0)  # until it is told something, it ends with its pipe
             theirs.close()  # so that its end closes with the process
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgefl.errors import ConfigError
+from edgefl.guardian import guardian
 from edgefl.simulation.fleets import Setup
 from edgefl.simulation.machine import how_ended
 from edgefl.simulation.pool_round import START_S
@@ -147,6 +148,7 @@ class WorkerProcess:
                 pass_fds=(theirs.fileno(), *self._descriptors),
                 env=os.environ | ONE_THREAD,
             )
+        guardian.watch(self._process.pid)  # before it knows its task: until then, it ends with its pipe
         self.ready = self._owes = False
         with contextlib.suppress(*_GONE):
             self.pipe.send_bytes(self._start)  # what `recv` unpickles
@@ -164,3 +166,4 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(END_S)
+        guardian.release(self._process.pid)
