@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from edge_agent.access import Access
 from edge_agent.bundles import Bundles
 from edge_agent.channel import CloudChannel
 from edge_agent.link import JobMessage, Link
@@ -52,6 +53,8 @@ class AgentConfig:
     data: Mapping[str, str] = field(default_factory=dict)  # options of the task's loaders
     serve_host: str = "127.0.0.1"
     serve_port: int = 8000  # 0 = any that is free
+    serve_tls: bool = False  # mutual, by the device's certificate
+    serve_token_file: Path | None = None
     serve_memory_mb: int = 0  # 0 = a third of the machine's
     model_load_s: float = 60.0  # for a release to load and run once
     trainer_memory_mb: int = 0  # 0 = three quarters of the machine's
@@ -61,12 +64,17 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.serve_port <= 65535:
             raise ConfigError(f"--serve-port {self.serve_port} must be in 0..65535")
+        self.access()
         if self.trainer_memory_mb < 0:
             raise ConfigError(f"--trainer-memory-mb {self.trainer_memory_mb} must be 0 (three quarters) or more")
         if self.serve_memory_mb < 0:
             raise ConfigError(f"--serve-memory-mb {self.serve_memory_mb} must be 0 (a third) or more")
         if not 0 < self.model_load_s <= MAX_LOAD_S:
             raise ConfigError(f"--model-load-s {self.model_load_s} must be above 0 and at most {MAX_LOAD_S}")
+
+    def access(self) -> Access:
+        """Return who may ask for predictions; raises ConfigError where that would be anybody."""
+        return Access(host=self.serve_host, token_file=self.serve_token_file, mutual_tls=self.serve_tls)
 
 
 async def run_agent(config: AgentConfig) -> None:
@@ -88,13 +96,18 @@ class _Agent:
         self._config, self._profile = config, profile
         fleet_key = _fleet_key(home)
         listener = bind(config.serve_host, config.serve_port)
-        self._url = url_of(listener)
+        if config.serve_tls and profile.insecure:
+            raise ConfigError("--serve-tls needs the certificate of a fleet with TLS, and this one has none")
+        self._url = url_of(listener, secure=config.serve_tls)
         self._store = Store(home)
         self._channel = CloudChannel(profile, home)
         self._predictions = Predictions(
             listener,
             PredictionsConfig(
-                memory_mb=config.serve_memory_mb or default_serving_memory_mb(), load_s=config.model_load_s
+                memory_mb=config.serve_memory_mb or default_serving_memory_mb(),
+                load_s=config.model_load_s,
+                token=config.access().token(),
+                tls_home=str(home) if config.serve_tls else "",
             ),
             News(serving=self._on_serving, failing=self._on_failing),
         )

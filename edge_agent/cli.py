@@ -73,8 +73,15 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
     metavar="K=V",
     help="An option for the task's loaders. Repeatable. A path such as ./pictures is looked for here.",
 )
-@click.option("--serve-host", default="127.0.0.1", show_default=True, help="Address that predictions are served on.")
+@click.option(
+    "--serve-host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address that predictions are served on; beyond this machine needs TLS or a token.",
+)
 @click.option("--serve-port", default=8000, show_default=True, help="0 takes any that is free.")
+@click.option("--serve-tls", is_flag=True, help="Serve by mutual TLS: clients need a certificate of this fleet.")
+@click.option("--serve-token-file", type=click.Path(path_type=Path), help="Clients send what it holds as bearer token.")
 @click.option("--serve-memory-mb", default=0, help="Memory limit of predictions; 0 = a third of the machine's.")
 @click.option("--model-load-s", default=60.0, show_default=True, help="A release that loads slower than that fails.")
 @click.option("--trainer-memory-mb", default=0, help="Memory limit of training; 0 = three quarters of the machine's.")

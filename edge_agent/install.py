@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from edge_agent.access import Access
 from edge_agent.profile import load_profile
 from edge_agent.units import AGENT, SOCKET, SYSUSERS, UNIT_FOLDER, UNITS, Installation, render
 from edgefl.errors import ConfigError, HomeError, InstallError
@@ -48,6 +49,8 @@ _ROOT_OPTION = click.option(
 @click.option("--data", multiple=True, callback=_data_options, metavar="K=V", help="Passed to the task's loaders.")
 @click.option("--serve-host", default="127.0.0.1", show_default=True, help="Address that predictions are served on.")
 @click.option("--serve-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--serve-tls", is_flag=True, help="Serve by mutual TLS: clients need a certificate of this fleet.")
+@click.option("--serve-token-file", type=click.Path(path_type=Path), help="Clients send what it holds as bearer token.")
 @click.option("--memory-max", default="80%", show_default=True, help="Most memory training may use: 2G, 60%.")
 @click.option("--agent-memory-max", default="40%", show_default=True, help="Most memory the agent may use.")
 @click.option("--cpu-quota", default="", help="Most processor time training may use: 150% is one and a half.")
@@ -59,6 +62,8 @@ def install(*, dry_run: bool, root: Path, **options: object) -> None:
     It runs from now on and at every start of this machine.
     """
     installation = Installation(**options)  # type: ignore[arg-type]  # click made them by these names and types
+    guarded = installation.serve_tls or installation.serve_token_file is not None
+    Access(host=installation.serve_host, mutual_tls=guarded)  # the file itself is the agent's to read
     if dry_run:
         for path, text in render(installation).items():
             click.echo(f"# ---- {path}\n{text}")

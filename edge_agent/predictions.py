@@ -53,6 +53,8 @@ class PredictionsConfig:
 
     memory_mb: int  # of its data, and of a trial's; 0 = no limit
     load_s: float  # for a model to load and run once
+    token: str = ""  # that clients have to send; empty = none
+    tls_home: str = ""  # the folder whose certificate is shown; empty = no TLS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +210,8 @@ class Predictions:
         self._child = child
         self._life += 1
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
-        self._send(wire.Start(log_level=logging.getLogger().getEffectiveLevel()))
+        level = logging.getLogger().getEffectiveLevel()
+        self._send(wire.Start(log_level=level, token=self._config.token, tls_home=self._config.tls_home))
         hearing = asyncio.create_task(self._hear(reader), name="serving-process")
         overdue = asyncio.get_running_loop().call_later(START_S, self._check_up, child)
         try:

@@ -9,9 +9,11 @@ Invariant: every answer is the protocol's JSON or binary data; 4xx where the cli
 from __future__ import annotations
 
 import asyncio
+import hmac
 import itertools
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +96,8 @@ class Serving:
             NUM_WORKERS, "inference", initializer=lambda: setattr(self._lanes, "number", next(lanes))
         )
         self._waiting = self._received = 0
+        self.token = ""  # that clients have to send; empty = none
+        self.context: ssl.SSLContext | None = None  # None = plain
         self.ready = False  # set once the releases that the device holds are loaded
         self.on_stuck: Callable[[str], None] = lambda model: None  # noqa: ARG005 - a computation cannot be stopped
 
@@ -102,7 +106,7 @@ class Serving:
         from edge_agent.http_server import serve
 
         try:
-            await serve(self.app(), self._listener)
+            await serve(self.app(), self._listener, self.context)
         finally:
             self._workers.shutdown(wait=False, cancel_futures=True)
             self._listener.close()
@@ -133,6 +137,8 @@ class Serving:
         await _reply(scope, send, answer)
 
     async def _answer(self, scope: _Scope, receive: _Receive) -> _Answer:
+        if self.token and not scope["path"].startswith("/v2/health/"):  # those who only watch have no token
+            self._check_token(scope)
         match [part for part in scope["path"].split("/") if part]:
             case ["v2", "models", name, "infer"]:
                 return await self._infer(scope, receive, name, None)
@@ -141,6 +147,11 @@ class Serving:
             case rest:
                 _allow(scope, b"GET, HEAD", "GET", "HEAD", known=_is_known(rest))
                 return self._look(rest)
+
+    def _check_token(self, scope: _Scope) -> None:
+        sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if not hmac.compare_digest(sent, b"Bearer " + self.token.encode()):
+            raise _Refused(401, "send the token of this device: `Authorization: Bearer …`", _CHALLENGE)
 
     def _look(self, path: list[str]) -> _Answer:
         """Answer what needs no computation."""
@@ -273,6 +284,7 @@ class Serving:
 
 
 _CLOSE = (b"connection", b"close")
+_CHALLENGE = (b"www-authenticate", b"Bearer")
 
 
 async def _reply(scope: _Scope, send: _Send, answer: _Answer) -> None:

@@ -21,6 +21,7 @@ import threading
 from pathlib import Path
 
 from edge_agent import serving_wire as wire
+from edge_agent.access import server_context
 from edge_agent.board import Board
 from edge_agent.children import die_with_parent, take_the_blame_for_memory
 from edge_agent.serving import Serving
@@ -34,8 +35,7 @@ class ServingProcess:
 
     def __init__(self, control: socket.socket, listener: socket.socket, board: Board) -> None:
         self._control, self._listener = control, listener
-        self._models = Models()
-        self._serving = Serving(self._models, listener, board)
+        self._models, self._board = Models(), board
         self._loaded: dict[int, Served] = {}
         self._loading: set[int] = set()
 
@@ -54,6 +54,9 @@ class ServingProcess:
         if not isinstance(first, wire.Start):
             raise ProtocolError(f"the agent began with {type(first).__name__}; expected Start")
         set_up_logging(first.log_level)
+        self._serving = Serving(self._models, self._listener, self._board)
+        self._serving.token = first.token
+        self._serving.context = server_context(Path(first.tls_home)) if first.tls_home else None
         self._serving.on_stuck = lambda model: self._say(wire.Stuck(model=model))
         obeying = asyncio.create_task(self._obey(reader), name="agent")
         self._say(wire.Up(pid=os.getpid()))

@@ -1,7 +1,7 @@
 """What the agent and its serving process say to each other, over a socket pair: a line of JSON each.
 
     process: up {pid}
-    agent:   start {log_level, …}                          once, before all else
+    agent:   start {log_level, token, tls_home}                         once, before all else
              load {id, name, version, path}                load and warm up, beside what serves
              switch {id} | forget {id}                      what was loaded serves, or is dropped
              drop {name} | ready {ready}
@@ -38,6 +38,8 @@ class Start:
     """How to serve."""
 
     log_level: int
+    token: str = ""  # that clients have to send; empty = none
+    tls_home: str = ""  # the folder whose certificate is shown, and one of its CA is expected; empty = no TLS
     kind: str = "start"
 
 

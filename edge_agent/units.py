@@ -38,6 +38,8 @@ class Installation:
     data: Mapping[str, str] = field(default_factory=dict)  # options of the task's loaders
     serve_host: str = "127.0.0.1"
     serve_port: int = 8000
+    serve_tls: bool = False
+    serve_token_file: Path | None = None
     memory_max: str = "80%"  # of training, as systemd says it; above the trainer's own limit, which fails more gently
     agent_memory_max: str = "40%"
     cpu_quota: str = ""  # of training: 150% is one and a half processors; empty = no limit
@@ -78,7 +80,7 @@ def _values(installation: Installation) -> dict[str, str]:
         "HOME": str(installation.home),
         "USER": installation.user,
         "SERVE_HOST": quote(installation.serve_host),
-        "SERVE_PORT": str(installation.serve_port),
+        "SERVE_PORT": f"{installation.serve_port}{_guards(installation)}",
         "DATA": "".join(data),
         "MEMORY_MAX": installation.memory_max,
         "AGENT_MEMORY_MAX": installation.agent_memory_max,
@@ -86,6 +88,13 @@ def _values(installation: Installation) -> dict[str, str]:
         # Hidden, unless the agent itself lives there.
         "PROTECT_HOME": "read-only" if any(path.startswith(_HOMES) for path in seen) else "yes",
     }
+
+
+def _guards(installation: Installation) -> str:
+    token = installation.serve_token_file
+    return (" --serve-tls" if installation.serve_tls else "") + (
+        f" --serve-token-file {quote(str(token))}" if token else ""
+    )
 
 
 def _fill(name: str, values: Mapping[str, str]) -> str:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 BEGIN = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 NO_END = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
 LEAF_DAYS = 397.0
+# A device is a server by a name in here alone: its own may be that of another host.
+DEVICE_DOMAIN = ".device.edgefl.internal"
 _WRITTEN = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)  # a clock that shows an earlier day is wrong
 
 CLOUD_NAME = "cloud"
@@ -132,7 +134,7 @@ def sign_request(ca_folder: Path, request_pem: bytes, device: str, days: float |
         raise ProtocolError(f"the signing request is not PKCS #10: {cause}") from cause
     if not proven or not isinstance(key, ec.EllipticCurvePublicKey):
         raise ProtocolError("the signing request must hold an EC key and be signed by it")
-    return _sign_leaf(ca_folder, device, key, (), days)
+    return _sign_leaf(ca_folder, device, key, (device + DEVICE_DOMAIN,), days)
 
 
 def fingerprint(cert_pem: bytes) -> str:

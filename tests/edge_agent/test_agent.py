@@ -15,7 +15,9 @@ import pytest
 from edge_agent.agent import AgentConfig
 from edge_agent.status import read_status
 from edgefl.errors import ConfigError
+from edgefl.protocols import tls
 
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - what a guard is for
 SLOW = """
     import time
     import numpy as np
@@ -135,7 +137,41 @@ def test_a_home_in_use_is_refused(fleet, home, start_agent, eventually):
     assert f"is in use by process {first.pid}" in home.with_suffix(".log").read_text()
 
 
-@pytest.mark.parametrize("wrong", [{"serve_port": 70000}, {"trainer_memory_mb": -1}])
+def test_mutual_tls_lets_in_whom_the_fleet_knows(fleet, home, start_agent, eventually):
+    start_agent(home, "--serve-host", EVERYWHERE, "--serve-tls")
+    eventually((home / "serving").exists, "the port that serves")
+    url = (home / "serving").read_text().replace(EVERYWHERE, "127.0.0.1")
+    assert url.startswith("https://")
+    name = {"sni_hostname": "cam-1.device.edgefl.internal"}
+    known, stranger = (tls.client_context(home / "ca.pem", one) for one in (tls.Identity.in_folder(home), None))
+    with httpx.Client(verify=known, trust_env=False, timeout=30) as client:
+        assert client.get(f"{url}/v2", extensions=name).json()["name"] == "edgefl"
+    with httpx.Client(verify=known, trust_env=False, timeout=30) as client:
+        with pytest.raises(httpx.ConnectError, match="Hostname mismatch"):
+            client.get(f"{url}/v2", extensions={"sni_hostname": "cam-2.device.edgefl.internal"})
+    with httpx.Client(verify=stranger, trust_env=False, timeout=30) as client, pytest.raises(httpx.TransportError):
+        client.get(f"{url}/v2", extensions=name)
+
+
+def test_a_token_lets_in_who_has_it(fleet, home, start_agent, eventually, tmp_path):
+    (tmp_path / "token").write_text("a-token-of-this-device\n")
+    start_agent(home, "--serve-host", EVERYWHERE, "--serve-token-file", str(tmp_path / "token"))
+    eventually((home / "serving").exists, "the port that serves")
+    url = (home / "serving").read_text().replace(EVERYWHERE, "127.0.0.1")
+    with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+        assert client.get("/v2/health/live").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer another-token-altogether"}):
+            answer = client.get("/v2", headers=headers)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert "token" in answer.json()["error"]
+        assert client.get("/v2", headers={"Authorization": "Bearer a-token-of-this-device"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"serve_port": 70000}, {"trainer_memory_mb": -1}, {"serve_memory_mb": -1}, {"model_load_s": 0},
+     {"model_load_s": float("nan")}, {"serve_host": EVERYWHERE}, {"serve_token_file": Path("/none")}],
+)  # fmt: skip
 def test_a_wrong_option_is_refused(wrong, tmp_path):
     with pytest.raises(ConfigError):
         AgentConfig(home=tmp_path, **wrong)

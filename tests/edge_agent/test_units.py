@@ -54,6 +54,13 @@ def test_the_agent_understands_how_it_is_started() -> None:
     assert (given["serve_host"], given["serve_port"], given["data"]) == ("0.0.0.0", 9000, ("part=3",))  # noqa: S104
 
 
+def test_what_guards_the_serving_port_is_passed_on() -> None:
+    words = command_line(AGENT, serve_host="::", serve_tls=True, serve_token_file=Path("/etc/a token"))
+    assert words[words.index("--serve-host") :] == [
+        "--serve-host", "::", "--serve-port", "8000", "--serve-tls", "--serve-token-file", "/etc/a token",
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="systemd is not installed here")
 def test_systemd_can_hand_the_trainer_its_socket(tmp_path: Path) -> None:
     """The trainer unit's own command, behind a listening socket of systemd's: it answers who connects."""

@@ -112,8 +112,11 @@ def test_a_device_certificate_by_hand(fleet: Path) -> None:
     assert tls.common_name(pem) == "pi-4"
     assert tls.common_name(cert.public_bytes(serialization.Encoding.DER)) == "pi-4"
     assert list(cert.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
-        ExtendedKeyUsageOID.CLIENT_AUTH
+        ExtendedKeyUsageOID.CLIENT_AUTH,
+        ExtendedKeyUsageOID.SERVER_AUTH,
     ]
+    names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert list(names) == [x509.DNSName("pi-4.device.edgefl.internal")]  # never a name that another host may have
     assert not cert.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert now + datetime.timedelta(days=396) < tls.expires(pem) < now + datetime.timedelta(days=398)
     assert cert.not_valid_before_utc.timestamp() == 0  # a device's clock may be behind, by however much
