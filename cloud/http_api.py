@@ -7,7 +7,6 @@ run in worker threads; event streams wait in threads of their own, so that they 
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cloud import http_fleet, http_jobs, http_models, http_relays
 from cloud.http_server import serve_http
 from cloud.http_shared import MAX_STREAMS, UPLOAD_PATH, CleanJSON
+from cloud.http_strangers import NEEDS_TOKEN, EnrolmentLimit, OperatorFirst, is_operator
 from cloud.services import Services
 from cloud.storage import waits_for
 from edgefl import __version__
@@ -69,6 +69,8 @@ def make_app(services: Services) -> FastAPI:
         app.add_exception_handler(kind, _not_stored)
     app.add_exception_handler(Exception, _defect)
     app.add_middleware(BodyLimit)
+    app.add_middleware(EnrolmentLimit)
+    app.add_middleware(OperatorFirst, token=services.operator_token)  # the last one added comes first
     return app
 
 
@@ -100,13 +102,10 @@ def _is_upload(path: str) -> bool:
 
 
 async def _operator(request: Request) -> None:
-    """Let only the holder of the operator's token pass; compared in constant time."""
+    """Let only the holder of the operator's token pass."""
     services: Services = request.app.state.services
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    right = hmac.compare_digest(token.strip().encode(), services.operator_token.encode())
-    if scheme.lower() != "bearer" or not right:
-        message = "this needs the operator's token: give --credentials, the operator.json of the cloud's home"
-        raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
+    if not is_operator(request.headers.get("authorization", ""), services.operator_token):
+        raise HTTPException(401, NEEDS_TOKEN, {"WWW-Authenticate": "Bearer"})
 
 
 async def _refused(_request: Request, error: Exception) -> JSONResponse:

@@ -209,7 +209,7 @@ class RequestLimit:
             place.settle()
         request = _Request(self._active, self._max_known if known else self._max_others, receive)
         try:
-            if not _has_body(scope):
+            if not has_body(scope):
                 request.begin()
             with contextlib.suppress(ClientDisconnect):  # nobody is there to be told
                 await self._app(scope, request.receive, send)
@@ -251,7 +251,8 @@ class _Request:
         return message
 
 
-def _has_body(scope: Scope) -> bool:
+def has_body(scope: Scope) -> bool:
+    """Whether a request announces a body."""
     return any(
         name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
         for name, value in scope["headers"]

@@ -1,0 +1,143 @@
+"""Strangers at the HTTPS plane: no body is read for them, wrong tokens are slowed down, operators have places."""
+
+import asyncio
+
+import pytest
+
+from cloud import http_strangers
+from cloud.http_strangers import (
+    FOR_OPERATORS,
+    MAX_ACTIVE,
+    REFUSALS_BURST,
+    EnrolmentLimit,
+    OperatorFirst,
+    is_operator,
+)
+
+TOKEN = "secret"  # noqa: S105 - of a test
+RIGHT = (b"authorization", b"Bearer secret")
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def scope(path="/v1/jobs", *headers, client="192.0.2.1"):
+    return {"type": "http", "method": "POST", "path": path, "headers": list(headers), "client": (client, 5)}
+
+
+async def ask(app, one):
+    """Return (status, whether the body was asked for, headers)."""
+    sent, received = [], []
+
+    async def receive():
+        received.append(1)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(one, receive, send)
+    return sent[0]["status"], bool(received), dict(sent[0]["headers"])
+
+
+def answering(status):
+    async def app(_scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
+def test_a_strangers_body_is_not_read_except_for_enrolment():
+    app, body = OperatorFirst(answering(200), token=TOKEN), (b"content-length", b"5")
+
+    async def main():
+        return [
+            await ask(app, scope("/v1/jobs", body)),
+            await ask(app, scope("/v1/jobs", (b"transfer-encoding", b"chunked"))),
+            await ask(app, scope("/v1/enroll", body)),
+            await ask(app, scope("/v1/jobs", body, RIGHT)),
+            await ask(app, scope("/v1/health")),
+        ]
+
+    answers = asyncio.run(main())
+    assert [answer[:2] for answer in answers] == [(401, False), (401, False), (200, True), (200, True), (200, True)]
+    assert answers[0][2][b"www-authenticate"] == b"Bearer"
+
+
+def test_operators_have_places_that_strangers_do_not_take():
+    async def main():
+        go, begun = asyncio.Event(), asyncio.Semaphore(0)
+
+        async def slow(_scope, _receive, send):
+            begun.release()
+            await go.wait()
+            await answering(200)(_scope, _receive, send)
+
+        app = OperatorFirst(slow, token=TOKEN)
+        strangers = [asyncio.create_task(ask(app, scope("/v1/health"))) for _ in range(MAX_ACTIVE)]
+        operators = [asyncio.create_task(ask(app, scope("/v1/devices", RIGHT))) for _ in range(FOR_OPERATORS)]
+        for _ in range(MAX_ACTIVE):
+            await begun.acquire()
+        go.set()
+        answers = [await asyncio.gather(*group) for group in (strangers, operators)]
+        return [[status for status, *_ in group] for group in answers]
+
+    strangers, operators = asyncio.run(main())
+    assert strangers.count(200) == MAX_ACTIVE - FOR_OPERATORS
+    assert strangers.count(503) == FOR_OPERATORS
+    assert operators == [200] * FOR_OPERATORS
+
+
+def test_an_address_whose_enrolments_are_refused_is_slowed_down_and_no_other():
+    clock = Clock()
+    app = EnrolmentLimit(answering(403), clock=clock)
+
+    async def statuses(count, client="192.0.2.1"):
+        return [(await ask(app, scope("/v1/enroll", client=client)))[0] for _ in range(count)]
+
+    async def main():
+        assert await statuses(REFUSALS_BURST + 3) == [403] * (REFUSALS_BURST + 1) + [429] * 2
+        status, _, headers = await ask(app, scope("/v1/enroll"))
+        assert (status, headers[b"retry-after"]) == (429, b"2")
+        assert await statuses(1, "192.0.2.2") == [403]
+        clock.now_s += 2.0
+        assert await statuses(2) == [403, 429]
+        assert (await ask(app, scope("/v1/health")))[0] == 403
+
+    asyncio.run(main())
+
+
+def test_enrolments_that_succeed_are_not_counted():
+    app = EnrolmentLimit(answering(200), clock=Clock())
+
+    async def main():
+        return {(await ask(app, scope("/v1/enroll")))[0] for _ in range(10 * REFUSALS_BURST)}
+
+    assert asyncio.run(main()) == {200}
+
+
+def test_addresses_beyond_memory_share_one_measure(monkeypatch):
+    monkeypatch.setattr(http_strangers, "MAX_SOURCES", 5)
+    app = EnrolmentLimit(answering(403), clock=Clock())
+
+    async def main():
+        for number in range(100):
+            await ask(app, scope("/v1/enroll", client=f"192.0.2.{number}"))
+        return (await ask(app, scope("/v1/enroll", client="198.51.100.1")))[0]
+
+    assert asyncio.run(main()) == 429
+    assert len(app._refusals) <= 6
+
+
+@pytest.mark.parametrize(
+    ("header", "right"),
+    [("Bearer secret", True), ("bearer  secret ", True), ("Basic secret", False), ("Bearer", False), ("", False)],
+)
+def test_who_is_an_operator(header, right):
+    assert is_operator(header, "secret") is right
