@@ -23,6 +23,8 @@ from edgefl.protocols.topics import ROOT, UP_KINDS
 
 CONFIG_FILE, ACL_FILE, CRL_FILE, PID_FILE = "mosquitto.conf", "acl", "crl.pem", "mosquitto.pid"
 MAX_QUEUED = 100_000  # to one client: as many retained states as a large fleet has devices
+MAX_QUEUED_BYTES = 256 << 20  # to one client: these states, twice
+MAX_CONNECTIONS = 60_000
 
 _CONFIG = """\
 # mosquitto for an edgefl fleet, written by `edgefl cloud broker-config`.
@@ -31,6 +33,9 @@ _CONFIG = """\
 # removal and sends the signal to the process in pid_file. Where it may not, edgefl-reload.path does it. A broker
 # on another machine gets the list from https://CLOUD:9480/v1/crl and is restarted when it changes: see
 # edgefl-crl.timer. These units are in deploy/mosquitto.
+#
+# Each device is one open file: for more than a thousand, `ulimit -n 65536` before it is started by hand, or
+# LimitNOFILE=65536 in a drop-in of its unit (systemctl edit mosquitto). max_connections is to stay below that.
 
 per_listener_settings false
 allow_anonymous false
@@ -47,8 +52,10 @@ require_certificate true
 use_identity_as_username true
 use_username_as_clientid true
 
+max_connections {max_connections}
 max_packet_size {max_packet_size}
 max_queued_messages {max_queued}
+max_queued_bytes {max_queued_bytes}
 max_inflight_messages 200
 set_tcp_nodelay true
 persistence false
@@ -73,7 +80,9 @@ def broker_config(folder: Path, host: str, port: int) -> str:
         host=host,
         identity=Identity.in_folder(folder),
         max_packet_size=MAX_PACKET_BYTES,
+        max_connections=MAX_CONNECTIONS,
         max_queued=MAX_QUEUED,
+        max_queued_bytes=MAX_QUEUED_BYTES,
     )
 
 

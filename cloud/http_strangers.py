@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,7 @@ ENROLMENT = "/v1/enroll"
 NEEDS_TOKEN = "this needs the operator's token: give --credentials, the operator.json of the cloud's home"  # noqa: S105
 MAX_ACTIVE, FOR_OPERATORS = 256, 192  # requests at work
 REFUSALS_PER_S, REFUSALS_BURST = 0.5, 20  # of one address's enrolments
+LONGEST_S = 4.0  # that an address has to wait
 MAX_SOURCES = 10_000
 
 
@@ -64,7 +66,8 @@ class EnrolmentLimit:
             return
 
         async def noted(message: Message) -> None:
-            if message["type"] == "http.response.start" and 400 <= message["status"] < 500:
+            refused = message["type"] == "http.response.start" and message["status"] == HTTPStatus.FORBIDDEN
+            if refused and refusals.take(0) < LONGEST_S:  # others may share the address
                 refusals.take()
             await send(message)
 

@@ -93,7 +93,9 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
 def start(log_level: str, data: Sequence[str], **options: object) -> None:
     """Run the agent until SIGTERM or Ctrl-C."""
     from edge_agent.agent import AgentConfig, run_agent
+    from edgefl.descriptors import raise_limit
 
+    raise_limit()
     set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
     config = AgentConfig(data=_located(_pairs("--data", data)), **options)  # type: ignore[arg-type]  # click has typed them
     asyncio.run(run_agent(config))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from edgefl.protocols.fields import from_json, limited, raw
 from edgefl.protocols.topics import valid_device_name
 
 TIMEOUT_S = 20.0
+BUSY_ATTEMPTS, MAX_RETRY_AFTER_S = 6, 10.0  # where the cloud has no place at the moment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,10 +105,17 @@ def _fetch_ca(cloud: str, ca_fingerprint: str, path: Path) -> None:
     path.write_bytes(answer.content)
 
 
-def _call(method: str, url: str, *, verify: Any, json: Any = None) -> httpx.Response:
+def _call(
+    method: str, url: str, *, verify: Any, json: Any = None, wait: Callable[[float], None] = time.sleep
+) -> httpx.Response:
     try:
         with httpx.Client(verify=verify, timeout=TIMEOUT_S, trust_env=False) as client:
             answer = client.request(method, url, json=json)
+            for _ in range(BUSY_ATTEMPTS - 1):
+                if answer.status_code not in {httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE}:
+                    break
+                wait(_retry_after_s(answer))
+                answer = client.request(method, url, json=json)
     except httpx.HTTPError as cause:
         raise CloudUnreachable(
             f"{url} did not answer: {str(cause).rstrip('.') or type(cause).__name__}. Check --cloud, the network and "
@@ -115,6 +124,12 @@ def _call(method: str, url: str, *, verify: Any, json: Any = None) -> httpx.Resp
     if answer.status_code >= 400:
         raise EnrolmentRefused(_error_text(answer))
     return answer
+
+
+def _retry_after_s(answer: httpx.Response) -> float:
+    """Return how long a busy cloud asks to wait, within reason."""
+    text = answer.headers.get("retry-after", "")
+    return min(MAX_RETRY_AFTER_S, float(text) if text.isdecimal() else 1.0)
 
 
 def _error_text(answer: httpx.Response) -> str:

@@ -27,12 +27,13 @@ from edgefl.errors import CloudUnreachable, ConfigError, ProtocolError
 from edgefl.home import replace_file
 from edgefl.logs import event
 from edgefl.protocols import messages, topics
+from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.messages import DeviceState, RolloutNote, RoundClosed, Signed, UpdateRefused, WirePlan
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
 from edgefl.protocols.tls import Identity
 
 ASK_EVERY_S = 30.0  # the safety net under lost messages
-ASK_AGAIN_S = 2.0  # after `Next` failed
+ASK_AGAIN_S = 2.0  # after `Next` failed; more where the cloud has no place
 TELEMETRY_EVERY_S = 30.0
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Link:
     def __init__(self, home: Path, profile: Profile, channel: CloudChannel, ears: Ears) -> None:
         self._home, self._profile, self._channel, self._ears = home, profile, channel, ears
         self._ask = asyncio.Event()
+        self._backoff = Backoff(profile.device, ASK_AGAIN_S, ASK_AGAIN_S)
+        self._no_place = False  # the cloud said so
         self._loop = asyncio.get_running_loop()
         self._broken: asyncio.Future[None] = self._loop.create_future()
         self._session = _Session(home / "session")
@@ -98,10 +101,15 @@ class Link:
                 async with asyncio.timeout(wait_s):
                     await self._ask.wait()
             self._ask.clear()
-            wait_s = ASK_EVERY_S if await self._next() else ASK_AGAIN_S
+            if await self._next():
+                self._backoff.reset()
+                wait_s = ASK_EVERY_S
+            else:
+                wait_s = self._backoff.next_s(full=self._no_place)
 
     async def _next(self) -> bool:
         holding, take = self._ears.before_next()
+        self._no_place = False
         try:
             reply = await self._channel.next(__version__, holding)
             take([messages.decode(WirePlan, plan) for plan in reply.plans], list(reply.ended))
@@ -111,6 +119,7 @@ class Link:
             if reply.renew and await self._renewal.renew():
                 self._ask.set()  # the first use of the new certificate
         except grpc.aio.AioRpcError as error:
+            self._no_place = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             told, self._refusal = self._refusal, error.details() or ""
             is_news = error.code() is not grpc.StatusCode.UNAVAILABLE and self._refusal != told
             level = logging.WARNING if is_news else logging.DEBUG

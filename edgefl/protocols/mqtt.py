@@ -18,13 +18,13 @@ import socket
 import ssl
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
 from edgefl.errors import CloudUnreachable, MissingExtra, ProtocolError
 from edgefl.logs import event
+from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.link_config import LinkConfig, Will, parse_url
 from edgefl.protocols.messages import MAX_MESSAGE_BYTES
 from edgefl.protocols.tls import client_context
@@ -44,6 +44,7 @@ MAX_FAULTS, FAULTS_S = 5, 60.0  # errors of our own that a link survives: fewer 
 DIAL_TIMEOUT_S = 3.0
 TICK_S = 1.0  # how often keep-alive is looked at
 GOODBYE_S = 1.0  # to write the DISCONNECT
+SERVER_UNAVAILABLE = 0x88  # paho's number for a CONNACK's 3: there is no place
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ class MqttLink:
         self._fault = ""  # what paho said last about this connection
         self._reason = ""  # why the link is down
         self._closing = threading.Event()
-        self._delay_s = 0.0
+        self._backoff = Backoff(config.client_id, FIRST_DELAY_S, LAST_DELAY_S)
+        self._no_place = False  # the broker said so
         self._faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
         self._sent: deque[paho.MQTTMessageInfo] = deque()
         self._sent_lock = threading.Lock()
@@ -175,8 +177,7 @@ class MqttLink:
         try:
             while not self._closing.is_set():
                 self._connect_once()
-                self._delay_s = min(LAST_DELAY_S, self._delay_s * 2) if self._delay_s else self._first_delay_s()
-                self._closing.wait(self._delay_s)
+                self._closing.wait(self._backoff.next_s(full=self._no_place))
         except BaseException as failure:
             with self._changed:
                 self._failure, self._up = failure, False
@@ -203,12 +204,9 @@ class MqttLink:
             if was_up:
                 self._on_disconnect()
 
-    def _first_delay_s(self) -> float:
-        """Spread a fleet that lost the same broker, without a random number."""
-        return FIRST_DELAY_S * (1 + zlib.crc32(self._config.client_id.encode()) % 1000 / 1000)
-
     def _dial(self) -> bool:
         self._fault = self._leave_for = ""
+        self._no_place = False
         if self._config.will:
             self._client.will_set(*self._config.will(), qos=1, retain=True)
         try:
@@ -285,6 +283,7 @@ class MqttLink:
     def _connected(self, _client: object, _data: object, _flags: object, code: Any, _properties: object) -> None:
         if code.is_failure:
             self._fault = f"the broker refused {self._config.client_id!r}: {code}"
+            self._no_place = code.value == SERVER_UNAVAILABLE
         elif self._config.subscriptions:
             self._client.subscribe(list(self._config.subscriptions))
         else:
@@ -301,7 +300,7 @@ class MqttLink:
             self._come_up()
 
     def _come_up(self) -> None:
-        self._delay_s = 0.0
+        self._backoff.reset()
         self._reason = ""
         event(_log, logging.INFO, "mqtt.up", client=self._config.client_id, broker=self._config.url)
         self._on_connect()

@@ -113,13 +113,32 @@ def test_an_address_whose_enrolments_are_refused_is_slowed_down_and_no_other():
     asyncio.run(main())
 
 
-def test_enrolments_that_succeed_are_not_counted():
-    app = EnrolmentLimit(answering(200), clock=Clock())
+def test_refusals_that_come_all_at_once_do_not_shut_an_address_out_for_long():
+    async def main():
+        go = asyncio.Event()
+
+        async def slow(*call):
+            await go.wait()
+            await answering(403)(*call)
+
+        app = EnrolmentLimit(slow, clock=Clock())
+        many = [asyncio.create_task(ask(app, scope("/v1/enroll"))) for _ in range(1000)]
+        await asyncio.sleep(0)
+        go.set()
+        await asyncio.gather(*many)
+        return (await ask(app, scope("/v1/enroll")))[2][b"retry-after"]
+
+    assert int(asyncio.run(main())) <= 6
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_enrolments_that_are_not_refused_are_not_counted(status):
+    app = EnrolmentLimit(answering(status), clock=Clock())
 
     async def main():
         return {(await ask(app, scope("/v1/enroll")))[0] for _ in range(10 * REFUSALS_BURST)}
 
-    assert asyncio.run(main()) == {200}
+    assert asyncio.run(main()) == {status}
 
 
 def test_addresses_beyond_memory_share_one_measure(monkeypatch):

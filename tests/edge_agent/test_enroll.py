@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import stat
+import threading
 
 import pytest
 
-from edge_agent.enroll import Application, enroll
+from edge_agent.enroll import Application, _call, enroll
 from edge_agent.profile import load_profile
 from edgefl.errors import CloudUnreachable, ConfigError, EnrolmentRefused, HomeError, ProtocolError
 from edgefl.models.manifest import load_public_key
@@ -111,3 +114,33 @@ def test_a_folder_with_other_things_is_refused(application, tmp_path):
     with pytest.raises(HomeError, match="not empty"):
         enroll(tmp_path / "full", application())
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["letter.txt"]
+
+
+class Busy(http.server.BaseHTTPRequestHandler):
+    """Refuses as often as its server says, then answers."""
+
+    def do_GET(self):
+        status = self.server.refusals.pop(0) if self.server.refusals else 200
+        self.send_response(status)
+        self.send_header("Retry-After", "7")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(("refusals", "error"), [([], None), ([503, 429], None), ([503] * 6, EnrolmentRefused)])
+def test_a_cloud_that_has_no_place_now_is_asked_again(refusals, error):
+    waits = []
+    with http.server.HTTPServer(("127.0.0.1", 0), Busy) as server:
+        server.refusals, expected = list(refusals), [7.0] * min(len(refusals), 5)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(error) if error else contextlib.nullcontext():
+                _call("GET", f"http://127.0.0.1:{server.server_port}/", verify=True, wait=waits.append)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert waits == expected

@@ -132,3 +132,39 @@ def test_a_device_that_floods_the_broker(fleet, three, round_is_right, packet):
     attacker.join(60)
     log_is_short(fleet)
     round_is_right(fleet)
+
+
+HALVES = {
+    "headers": b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nX-Half: ",
+    "an enrolment": b"POST /v1/enroll HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{",
+    "an upload": b"PUT /v1/blobs HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n0123",
+}
+
+
+class TlsCrowd(Crowd):
+    """A crowd that has finished its TLS handshake."""
+
+    def __init__(self, fleet, first_bytes, count):
+        self._context = client_context(fleet.home / "tls" / "ca.pem")
+        super().__init__(fleet.http_port, first_bytes, count)
+
+    def _dial(self):
+        with contextlib.suppress(OSError):
+            plain = socket.create_connection(("127.0.0.1", self._port), timeout=5)
+            connection = self._context.wrap_socket(plain, server_hostname="127.0.0.1")
+            connection.sendall(self._first_bytes)
+            connection.setblocking(False)
+            return connection
+        return None
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_requests_that_are_half_sent(embedded_fleet, three, round_is_right, half):
+    fleet = embedded_fleet
+    data = three(fleet)
+    with TlsCrowd(fleet, HALVES[half], 1000):
+        round_is_right(fleet)
+        assert operator_lists_devices(fleet) == set(data)
+        fleet.enroll("newcomer")
+    log_is_short(fleet)
+    round_is_right(fleet)
