@@ -169,6 +169,56 @@ def test_ctrl_c_ends_the_run_and_frees_the_devices(embedded_fleet, counts, tmp_p
     assert (job["kind"], job["state"]) == ("relay", "cancelled")
 
 
+PUSHES_SERVER = """
+    import time
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.common import log
+    from flwr.serverapp import ServerApp
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        nodes = list(grid.get_node_ids())
+        for turn in (1, 2):
+            content = RecordDict({"ask": ConfigRecord({"turn": turn, "none": [], "empty": ""})})
+            grid.push_messages([Message(content, node, "train.step") for node in nodes])
+        asked = [Message(RecordDict(), node, "query") for node in nodes]
+        log(20, "seen %s", sorted(one.content["a"]["n"] for one in grid.send_and_receive(asked)))
+        content = RecordDict({"ask": ConfigRecord({"turn": 7})})
+        grid.push_messages([Message(content, node, "train.step") for node in nodes])
+        print("from the app")
+"""
+PUSHES_CLIENT = """
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+    @app.train("step")
+    def step(message, context):
+        before = context.state.get("a", ConfigRecord({"n": 0}))["n"]
+        context.state["a"] = ConfigRecord({"n": 10 * before + message.content["ask"]["turn"]})
+        return Message(RecordDict(), reply_to=message)
+
+    @app.query()
+    def query(message, context):
+        return Message(RecordDict({"a": context.state["a"]}), reply_to=message)
+"""
+
+
+def test_what_is_pushed_and_never_pulled_runs_in_order_and_before_the_end(agents, counts):
+    (counts / "counts" / "server_app.py").write_text(textwrap.dedent(PUSHES_SERVER))
+    (counts / "counts" / "client_app.py").write_text(textwrap.dedent(PUSHES_CLIENT))
+    runner = agents.spawn("pushes.log", "run", counts, "--cloud", agents.url, "--json", "-")
+    runner.popen.wait(90)
+    log = runner.log.read_text()
+    assert runner.stop() == 0, log
+    assert "seen [12, 12, 12]" in log
+    result = json.loads(log[log.index("\n{\n") :])
+    assert [(one["admitted"], one["failed"], one["missing"]) for one in result["rounds"]] == [(PARTS, 0, 0)] * 3
+
+
 RAISES = """
     from flwr.clientapp import ClientApp
     app = ClientApp()

@@ -82,17 +82,25 @@ NUMPY_CLIENT = """
 """
 
 
+SECURE = DEFAULT_WORKFLOW.replace(
+    "DefaultWorkflow()", "DefaultWorkflow(SecAggPlusWorkflow(3, 2, clipping_range=20.0, max_weight=10))"
+).replace("import DefaultWorkflow", "import DefaultWorkflow, SecAggPlusWorkflow")
+SECURE_CLIENT = NUMPY_CLIENT.replace("to_client())", "to_client(), mods=[secaggplus_mod])").replace(
+    "from flwr.client import", "from flwr.client.mod import secaggplus_mod\n    from flwr.client import"
+)
+
+
 @pytest.fixture(params=["loop", "pool", "fleet"])
 def anywhere(request, make_app):
-    """Run an app's parts with two nodes, in each place that we run apps in."""
+    """Run an app's parts with so many nodes, in each place that we run apps in."""
     on_fleet = request.getfixturevalue("on_fleet") if request.param == "fleet" else None
 
-    def run(server, client, rounds, **options):
+    def run(server, client, rounds, nodes=2, **options):
         folder = make_app(server, client)
         if on_fleet is not None:
-            return on_fleet(folder, config={"rounds": rounds}, **options)
+            return on_fleet(folder, *(f"cam-{part}" for part in range(nodes)), config={"rounds": rounds}, **options)
         workers = {"loop": 0, "pool": 2}[request.param]
-        return run_flower_app(load_flower_app(folder), 2, {"rounds": rounds}, workers=workers, **options)
+        return run_flower_app(load_flower_app(folder), nodes, {"rounds": rounds}, workers=workers, **options)
 
     return run
 
@@ -113,6 +121,14 @@ def test_a_legacy_workflows_history_and_model_are_its_result(anywhere, tmp_path)
     assert [one["metrics"] for one in result.rounds] == [{"loss": 1.5, "value": 1.5}, {"loss": 3.0, "value": 3.0}]
     assert result.final == {"loss": 3.0, "value": 3.0}
     assert SpooledTree(tmp_path / "m.safetensors")["0"].tolist() == [3, 3]
+
+
+def test_secure_aggregation_gives_the_mean_that_it_hides(anywhere, tmp_path):
+    result = anywhere(SECURE, SECURE_CLIENT, 2, nodes=3, out=tmp_path / "m.safetensors")
+    assert [one["admitted"] for one in result.rounds] == [3, 3]
+    # Three clients add 1, 2 and 3 in each of two rounds; 40 / 2**22 is a step of the quantisation.
+    np.testing.assert_allclose(SpooledTree(tmp_path / "m.safetensors")["0"], [4, 4], atol=1e-4)
+    assert result.final["loss"] == pytest.approx(4, abs=1e-4)
 
 
 def test_who_answers_too_late_leaves_no_success(make_app, adder_client):

@@ -1,6 +1,7 @@
 """`edgefl simulate` of a folder with [tool.flwr.app]."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from edgefl.errors import ConfigError
 from edgefl.simulation.cli import simulate
+from edgefl.trees import SpooledTree
 
 APP = Path(__file__).parents[3] / "examples" / "flower_app"
 
@@ -130,3 +132,25 @@ def test_a_clients_stack_is_shown_where_it_is_asked_for(make_app):
         assert ("Traceback" in done.stderr) == stack
         assert "error: Flower app 'adder': every client failed, in every round." in done.stderr
         assert "KeyError: 'from a client'" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["loop", "pool"])
+def test_ctrl_c_keeps_the_model_and_the_json(make_app, tmp_path, engine):
+    folder = make_app()
+    command = [sys.executable, "-m", "edgefl", "simulate", str(folder), "--set", "rounds=1000000", "--engine", engine]
+    out, said = tmp_path / "model.safetensors", tmp_path / "r.json"
+    with subprocess.Popen(
+        [*command, "--out", str(out), "--json", str(said)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("round 3:"):
+                process.send_signal(signal.SIGINT)
+                break
+        last = process.stdout.read().splitlines()[-1]
+    result = json.loads(said.read_text())
+    assert process.returncode == 130
+    assert last == f"interrupted after {len(result['rounds'])} rounds"
+    assert result["model"]["path"] == str(out)
+    # Partitions 0 and 1 add 1 and 2 with weights 1 and 2. The last round may be without either.
+    whole = len(result["rounds"]) - 1
+    assert SpooledTree(out)["0"][0] == pytest.approx(whole * 5 / 3, abs=2.1)
