@@ -76,6 +76,14 @@ class ModelSlots:
         replace_file(self._folder / "state.json", json.dumps(dataclasses.asdict(state)).encode())
         self.state = state
 
+    def note(self, state: SlotState) -> None:
+        """Replace what may be forgotten: where the disk is full, this process alone knows it."""
+        try:
+            self.save(state)
+        except OSError as error:
+            event(_log, logging.ERROR, "release.not_noted", model=state.model, reason=error)
+            self.state = state
+
     def _load(self, model: str) -> SlotState:
         path = self._folder / "state.json"
         try:

@@ -190,10 +190,10 @@ class Updater:
             event(_log, logging.ERROR, "release.damaged", model=state.model, slot=slot, reason=error)
             left = {name: one for name, one in state.slots.items() if name != slot}
             # One back: the `Desired` that brought it is to bring it again.
-            slots.save(dataclasses.replace(state, active=None, slots=left, sequence=state.sequence - 1, starts=0))
+            slots.note(dataclasses.replace(state, active=None, slots=left, sequence=state.sequence - 1, starts=0))
             return False
         if slot != state.active:
-            slots.save(dataclasses.replace(slots.state, active=slot))
+            slots.note(dataclasses.replace(slots.state, active=slot))
         ready.switch()
         self._note_start(slots, 0)
         event(_log, logging.INFO, "release.serves", model=state.model, version=installed.version, slot=slot)
@@ -201,10 +201,7 @@ class Updater:
         return True
 
     def _note_start(self, slots: ModelSlots, starts: int) -> None:
-        try:
-            slots.save(dataclasses.replace(slots.state, starts=starts))
-        except OSError as error:  # a full disk: it starts all the same
-            event(_log, logging.WARNING, "release.not_noted", model=slots.state.model, reason=error)
+        slots.note(dataclasses.replace(slots.state, starts=starts))
 
     async def _fall_back(self, slots: ModelSlots, failed: Model, reason: str) -> None:
         """Serve the release before one that ends the serving process again and again."""
@@ -214,11 +211,15 @@ class Updater:
             return  # another release serves by now
         event(_log, logging.ERROR, "release.failing", model=failed.name, version=failed.version, reason=reason)
         note = RolloutNote(model=failed.name, version=failed.version, state="failed", detail=reason[:MAX_DETAIL_CHARS])
-        slots.save(dataclasses.replace(state, outcome=note))
+        slots.note(dataclasses.replace(state, outcome=note))
         self._report(slots.state)
         if state.spare in state.slots:
-            ready = await self._parts.host.prepare(self._model(slots, state.spare), trial=True)
-            slots.save(dataclasses.replace(slots.state, active=state.spare))
+            try:
+                ready = await self._parts.host.prepare(self._model(slots, state.spare), trial=True)
+            except (EdgeflError, OSError) as error:
+                event(_log, logging.ERROR, "release.damaged", model=failed.name, slot=state.spare, reason=error)
+                return
+            slots.note(dataclasses.replace(slots.state, active=state.spare))
             ready.switch()
         self._parts.changed()
 
@@ -257,21 +258,25 @@ class Updater:
             slot = await self._fetch(slots, desired)
             model = Model(name=release.model, version=release.version, path=slots.path(slot))
             ready = await self._parts.host.prepare(model, trial=True)
+            self._tell(desired, "installed")
+            filled = {**slots.state.slots, slot: Installed(version=release.version, blob=release.blob)}
+            slots.save(dataclasses.replace(slots.state, active=slot, slots=filled, starts=0))
         except (CloudUnreachable, asyncio.CancelledError):
-            slots.save(dataclasses.replace(slots.state, trying=-1, tries=0))
+            slots.note(dataclasses.replace(slots.state, trying=-1, tries=0))
             raise
         except (EdgeflError, OSError) as error:
             self._settle(slots, desired, "failed", str(error))
             return
-        self._tell(desired, "installed")
-        self._switch(slots, desired, slot, ready)
+        ready.switch()
+        self._settle(slots, desired, "active")
+        self._parts.changed()
 
     def _count_try(self, slots: ModelSlots, desired: Desired) -> None:
         state = slots.state
         tries = state.tries + 1 if state.trying == desired.sequence else 1
         if tries > MAX_TRIES:
             raise ProtocolError(f"the agent died {MAX_TRIES} times while it loaded this release")
-        slots.save(dataclasses.replace(state, trying=desired.sequence, tries=tries))
+        slots.note(dataclasses.replace(state, trying=desired.sequence, tries=tries))
 
     async def _fetch(self, slots: ModelSlots, desired: Desired) -> str:
         """Return the slot that holds the release's bytes, checked; one that has them already is not sent again."""
@@ -286,23 +291,15 @@ class Updater:
         left = {slot: installed for slot, installed in state.slots.items() if slot != state.spare}
         slots.save(dataclasses.replace(state, slots=left))
         path = slots.path(state.spare)
-        await download(self._parts.channel, release.blob, path)
+        await download(self._parts.channel, release.blob, path, reuse=path)  # the old one makes room
         check_blob(name, release.blob, path)
         _sync(path)
         return state.spare
 
-    def _switch(self, slots: ModelSlots, desired: Desired, slot: str, ready: Ready) -> None:
-        release = desired.release
-        filled = {**slots.state.slots, slot: Installed(version=release.version, blob=release.blob)}
-        slots.save(dataclasses.replace(slots.state, active=slot, slots=filled, starts=0))
-        ready.switch()
-        self._settle(slots, desired, "active")
-        self._parts.changed()
-
     def _settle(self, slots: ModelSlots, desired: Desired, state: str, detail: str = "") -> None:
         release = desired.release
         note = RolloutNote(model=release.model, version=release.version, state=state, detail=detail[:MAX_DETAIL_CHARS])
-        slots.save(dataclasses.replace(slots.state, sequence=desired.sequence, outcome=note, trying=-1, tries=0))
+        slots.note(dataclasses.replace(slots.state, sequence=desired.sequence, outcome=note, trying=-1, tries=0))
         self._report(slots.state)
 
     def _report(self, state: SlotState) -> None:

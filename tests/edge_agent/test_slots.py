@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 
 import pytest
@@ -72,3 +74,19 @@ def test_slots_that_there_are_not_are_damage(tmp_path, state):
     (tmp_path / "digits" / "state.json").write_text(json.dumps({"model": "digits", **state}))
     with pytest.raises(HomeError, match="there are a and b"):
         ModelSlots(tmp_path, "digits")
+
+
+def test_what_a_full_disk_does_not_take_is_known_to_this_process(tmp_path, monkeypatch):
+    slots = ModelSlots(tmp_path, "digits")
+
+    def full(_path, _data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("edge_agent.slots.replace_file", full)
+    noted = dataclasses.replace(slots.state, sequence=7)
+    slots.note(noted)
+    assert slots.state == noted
+    with pytest.raises(OSError, match="No space left"):  # what must be durable before it counts
+        slots.save(dataclasses.replace(noted, active="a"))
+    assert slots.state == noted
+    assert ModelSlots(tmp_path, "digits").state.sequence == -1

@@ -1,11 +1,14 @@
 """A device whose disk is full: it says so at once, starts, links and serves, and is back when there is space."""
 
+import json
 import os
 import subprocess
 
+import onnx
 import pytest
 
 from edgefl.local_fleet import LocalFleet
+from tests import onnx_models
 
 
 @pytest.fixture
@@ -37,6 +40,32 @@ def fill(home):
                 file.write(b"x" * 4096)
         except OSError:
             return filler
+
+
+def test_a_release_larger_than_the_disk_is_refused_and_the_agent_lives(
+    embedded_fleet: LocalFleet, three, round_is_right, small_disk, tmp_path
+) -> None:
+    data = three(embedded_fleet)
+    embedded_fleet.agents["c"].stop()
+    small_disk(embedded_fleet.folder / "c")
+    model = tmp_path / "large.onnx"
+    proto = onnx.load_from_string(onnx_models.affine())
+    proto.doc_string = "x" * 30_000_000
+    onnx.save(proto, model)
+    try:
+        agent = embedded_fleet.restart_agent("c", **data["c"])
+        embedded_fleet.command("models", "publish", "large", "--onnx", model, "--cloud", embedded_fleet.url)
+        embedded_fleet.command("rollout", "start", "large", "--to", "name:c", "--cloud", embedded_fleet.url)
+        agent.wait_for("release.failed")
+        status = ("rollout", "status", "--cloud", embedded_fleet.url, "--json", "-")
+        rollout = json.loads(embedded_fleet.command(*status))[0]["id"]
+        assert "of disk space" in embedded_fleet.command(*status, rollout)
+        agent.kill()
+        embedded_fleet.restart_agent("c", **data["c"])
+        assert not list((embedded_fleet.folder / "c" / "models").rglob("*.part"))
+        round_is_right(embedded_fleet)
+    finally:
+        embedded_fleet.agents["c"].stop()
 
 
 def test_a_full_disk_is_told_and_keeps_nobody_out(
