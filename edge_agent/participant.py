@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,14 @@ from edge_agent.resources import give_memory_back
 from edge_agent.store import FailureNote, Outgoing, Store
 from edge_agent.trainer import Trainer
 from edge_agent.transfer import download
-from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError
+from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
 
 MAX_WAITING = 64  # plans; `Next` lists the others again
 LEAD_S, LEAD_SHARE = 2.0, 0.05  # a fit ends so long before the deadline, so that its failure is still heard
+MAX_TRIES = 4  # of a fit whose trainer the machine kills
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
@@ -191,14 +194,15 @@ class Participant:
             model = await self._fetch_model(plan.model, plan.model_blake3)
             if not plan.envelope:  # an update has the model's tensors; better now than after the training
                 means.store.require_space(plan.model.size)
-            await starting
+            with suppress(TrainerLost):  # the fit tries it again
+                await starting
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)  # its error was raised above, or is not the first
         draft, state = means.store.draft(plan.job, plan.round), means.store.state_draft(plan.job, plan.round)
         make = self._as_errand if plan.envelope else self._as_fit
         try:
-            done = await means.trainer.fit(make(plan, model, bundle, task, draft))
+            done = await self._insist(plan, make(plan, model, bundle, task, draft))
             _refuse_too_large(done.size, plan)
         except BaseException:
             means.store.discard(draft)
@@ -214,6 +218,16 @@ class Participant:
             metrics=done.metrics,
         )
         return update, state if done.changed else None
+
+    async def _insist(self, plan: WirePlan, fit: wire.Fit | wire.Errand) -> wire.Done:
+        """Have it done, again where the machine killed the trainer: some times, as the deadline allows."""
+        for tries in range(1, MAX_TRIES):
+            try:
+                return await self._means.trainer.fit(fit)
+            except TrainerLost as error:
+                event(_log, logging.WARNING, "trainer.lost", job=plan.job, round=plan.round, tries=tries, reason=error)
+            await asyncio.sleep(min(FIRST_PAUSE_S * 2**tries, LONGEST_PAUSE_S))  # for the machine to have room again
+        return await self._means.trainer.fit(fit)
 
     def _as_errand(self, plan: WirePlan, order: Path, bundle: Path, app: str, draft: Path) -> wire.Errand:
         store = self._means.store

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_agent import trainer_wire as wire
-from edgefl.errors import ProtocolError, TaskError
+from edgefl.errors import ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
 
 HELLO_S = 60.0  # for a child to start; a slow device takes seconds for the imports
@@ -27,6 +27,7 @@ CANCEL_GRACE_S = 1.0  # for a task to let go, before its process is killed
 DEATH_S = 5.0  # for a killed process to be gone
 IDLE_S = 60.0
 _STDERR = 2
+_BY_OTHERS = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP})  # the system short of memory, or a person
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,10 @@ class Trainer:
             event(_log, logging.INFO, "trainer.started", pid=self._child.pid)
 
     async def fit(self, fit: wire.Fit | wire.Errand) -> wire.Done:
-        """Train; raises TaskError. Where this is cancelled, so is the child's work."""
+        """Train; raises TaskError, and TrainerLost where it is not the task's fault.
+
+        Where this is cancelled, so is the child's work.
+        """
         await self.prepare()
         child = self._child
         if child is None:
@@ -86,8 +90,9 @@ class Trainer:
             await asyncio.shield(self._abandoning)
             raise
         except (EOFError, OSError, ProtocolError) as cause:
+            error = await child.obituary("while it trained")
             await self._drop()
-            raise TaskError(f"{child.epitaph()} while it trained") from cause
+            raise error from cause
         finally:
             child.busy = False
             self._used.set()
@@ -176,6 +181,16 @@ class _Child:
                 await self._dead.wait()
         self._unwatch()
 
+    async def obituary(self, when: str) -> TaskError:
+        """Say how it died, once it has: TrainerLost where something else than its task ended it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CANCEL_GRACE_S):
+                await self._dead.wait()
+        code = self._process.returncode if self._process else None
+        of_the_machine = code is None or -code in _BY_OTHERS  # of a service, nobody tells us
+        dead = self._dead.is_set()
+        return (TrainerLost if dead and of_the_machine else TaskError)(f"{self.epitaph()} {when}")
+
     def epitaph(self) -> str:
         """Say how it died."""
         code = self._process.returncode if self._process else None
@@ -216,14 +231,16 @@ class _Child:
 
 
 async def _start(socket_path: Path | None) -> _Child:
-    child = await (_spawn() if socket_path is None else _connect(socket_path))
+    try:
+        child = await (_spawn() if socket_path is None else _connect(socket_path))
+    except OSError as cause:
+        raise TrainerLost(f"the trainer could not be started: {cause}") from cause
     try:
         await child.greet()
     except (EOFError, OSError, ProtocolError) as cause:  # TimeoutError is an OSError
+        error = await child.obituary(f"before it could begin ({cause or 'it did not say hello in time'})")
         await child.kill()
-        raise TaskError(
-            f"{child.epitaph()} before it could begin ({cause or 'it did not say hello in time'})"
-        ) from cause
+        raise error from cause
     except asyncio.CancelledError:
         await child.kill()
         raise
@@ -233,7 +250,11 @@ async def _start(socket_path: Path | None) -> _Child:
 async def _spawn() -> _Child:
     ours, theirs = socket.socketpair()
     with theirs:
-        process = _popen(theirs.fileno())
+        try:
+            process = _popen(theirs.fileno())
+        except OSError:  # no memory, or too many processes
+            ours.close()
+            raise
     return _Child(process, *await asyncio.open_connection(sock=ours))
 
 

@@ -4,6 +4,7 @@
     |-- ConfigError          a configuration, option or task reference that cannot be used
     |-- MissingExtra         an optional dependency that this installation lacks
     |-- TaskError            the user's task raised, hung, or returned what cannot be an update
+    |   `-- TrainerLost      the trainer was killed or could not be started: not by the task, so it is tried again
     |-- UpdateRejected       an update refused by a guard, before it changed anything
     |-- QuorumNotMet         a round that ended with too few admitted updates
     |-- StepFailed           parameters that a round's step left not finite, or beyond their dtype
@@ -48,6 +49,10 @@ class MissingExtra(EdgeflError, ImportError):
 
 class TaskError(EdgeflError):
     """The user's task raised, hung, or returned what cannot be an update."""
+
+
+class TrainerLost(TaskError):
+    """The machine killed the trainer or could not start it. What it did can be done again."""
 
 
 class UpdateRejected(EdgeflError):

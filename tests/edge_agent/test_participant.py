@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
+import os
+import signal
 
 import numpy as np
 import pytest
 from blake3 import blake3
 
+import edge_agent.trainer
+from edge_agent.participant import MAX_TRIES
 from edgefl.errors import HomeError
 from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused
 
 TASK = """
+    import os
     import time
+    from pathlib import Path
     import numpy as np
     from edgefl import FitResult, Task
 
@@ -22,6 +29,9 @@ TASK = """
         mean = float(np.mean(parameters["w"]))
         with open(options["log"], "a") as log:
             log.write(f"{mean:g} ")
+        if options.get("signal") and Path(options["log"]).read_text().count(" ") <= int(options["times"]):
+            os.kill(os.getpid(), int(options["signal"]))
+            time.sleep(60)
         if options.get("what") == "late":
             time.sleep(0.5)
         if options.get("what") in ("raise", "late"):
@@ -116,6 +126,57 @@ def test_a_closed_round_that_was_not_heard_of_is_noticed_by_next(fleet, on_devic
         await device.until(lambda: device.participant.current is None)
 
     on_device(run, what="hang")
+
+
+def test_a_fit_whose_trainer_the_machine_kills_is_done_again_and_its_update_arrives(fleet, on_device):
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: ("j1", 1) in fleet.updates)
+        assert device.fits() == "1 1 1"
+
+    on_device(run, signal=str(int(signal.SIGKILL)), times="2")
+    assert fleet.failures == {}
+
+
+def test_a_trainer_that_is_killed_whenever_it_trains_is_given_up_with_the_reason(fleet, on_device):
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+        assert device.fits().split() == ["1"] * MAX_TRIES
+
+    on_device(run, signal=str(int(signal.SIGKILL)), times="100")
+    assert "the trainer was killed by SIGKILL (the system may have run out of memory)" in fleet.failures["j1", 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT])
+def test_a_crash_of_the_tasks_own_is_not_tried_again(fleet, on_device, number):
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: ("j1", 1) in fleet.failures)
+        assert device.fits() == "1"
+
+    on_device(run, signal=str(int(number)), times="100")
+    assert f"killed by {number.name}" in fleet.failures["j1", 1]
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_a_trainer_that_cannot_be_started_now_is_started_later(fleet, on_device, monkeypatch, number):
+    refused = [OSError(number, os.strerror(number))] * 2
+    start = edge_agent.trainer._popen
+
+    def popen(descriptor):
+        if refused:
+            raise refused.pop()
+        return start(descriptor)
+
+    monkeypatch.setattr(edge_agent.trainer, "_popen", popen)
+
+    async def run(device):
+        device.participant.hear(fleet.plan(1, code=TASK))
+        await device.until(lambda: ("j1", 1) in fleet.updates)
+
+    on_device(run)
+    assert not refused
 
 
 def test_a_task_that_raises_is_reported_with_its_words(fleet, on_device):

@@ -1,7 +1,9 @@
 """Jobs that cannot go well: told with their reason, by a command that fails; the next round is right."""
 
 import json
+import os
 import shutil
+import signal
 import sqlite3
 
 import httpx
@@ -142,5 +144,24 @@ def test_a_model_that_changes_under_an_open_round_fails_it(fleet, three, tmp_pat
     assert run.stop() != 0
     assert "are not what its name says" in run.log.read_text()
     fleet.agents.pop("x").stop()
+    three(fleet)
+    round_is_right(fleet)
+
+
+def test_a_trainer_that_is_killed_costs_no_update_where_the_quorum_is_all(fleet, three, tmp_path, round_is_right):
+    fleet.add_agent("x", delta=3, weight=1, seconds=2, calls=tmp_path / "x.calls")
+    fleet.add_agent("y", delta=5, weight=1, calls=tmp_path / "y.calls")
+    run = fleet.start_run("numbers", "rounds.clients=2", "rounds.quorum=2", "rounds.deadline_s=60")
+    while not (tmp_path / "x.calls").exists():
+        assert run.popen.poll() is None
+    started = next(line for line in fleet.agents["x"].log.read_text().splitlines() if "trainer.started" in line)
+    os.kill(int(started.rpartition("pid=")[2]), signal.SIGKILL)
+    result, model = fleet.finish_run(run)
+    fleet.agents["x"].wait_for("trainer.lost")
+    assert [one["admitted"] for one in result["rounds"]] == [2]
+    np.testing.assert_allclose(model["w"], np.full(3, 4.0), rtol=1e-6)
+    assert (tmp_path / "x.calls").read_text().count("fit") == 2
+    for name in ("x", "y"):
+        fleet.agents.pop(name).stop()
     three(fleet)
     round_is_right(fleet)
