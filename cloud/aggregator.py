@@ -189,7 +189,8 @@ class Aggregator:
         _refuse_port_in_use(options.host, options.grpc_port, "--grpc-port")
         sizes = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
         shares = home.shares
-        port = GrpcPort(shares.devices, options.grpc_port, shares.full(), asyncio.get_running_loop().time)
+        loop = asyncio.get_running_loop()
+        port = GrpcPort(shares.devices, options.grpc_port, shares.full(), loop.time)
         server = grpc.aio.server(options=[*sizes, *_CHANNEL, *port.options])
         workers = ThreadPoolExecutor(8, "data-plane")
         parts = ServiceParts(
@@ -210,7 +211,7 @@ class Aggregator:
             max_transfers=shares.transfers,
         )
         service = FleetService(parts, workers)
-        home.cut.append(service.forget)
+        home.cut += [service.forget, lambda device: loop.call_soon_threadsafe(port.drop, device)]
         server.add_generic_rpc_handlers((handler(service),))
         address = f"{options.host}:{options.grpc_port}"
         if options.insecure:

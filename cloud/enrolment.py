@@ -125,6 +125,13 @@ class Enrolment:
         with self._engine.connect() as db:
             return list(db.scalars(sa.select(revoked.c.serial).order_by(revoked.c.number)))
 
+    def removed_lately(self) -> list[str]:
+        """Return the devices that were removed within a day: their connections may have outlived the cloud."""
+        lately = revoked.c.revoked_s > self._clock() - 24 * 3600
+        with self._engine.connect() as db:
+            names = set(db.scalars(sa.select(revoked.c.device).where(lately)))
+            return sorted(names - set(db.scalars(sa.select(devices.c.name))))
+
     def crl(self) -> bytes:
         """Return the list of revoked certificates (PEM), for a broker that cannot ask here."""
         return make_crl(self._ca_folder, self.revoked())

@@ -102,6 +102,12 @@ class GrpcPort:
             self._not_found[key] = 0
         return ""
 
+    def drop(self, device: str) -> None:
+        """Shut the connections of a device that was removed, when its calls have heard why."""
+        if device in self._devices:
+            for peer in list(self._devices[device].peers):
+                self._unseat(peer)
+
     def pace(self, device: str) -> float:
         """Count a call of a device; return for how many seconds it has to wait."""
         return self._of(device).calls.take()

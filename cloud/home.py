@@ -111,7 +111,7 @@ class CloudHome:
         self.rounds = OpenRounds()
         self._renewed: list[Callable[[], None]] = []
         self._mosquitto: Mosquitto | None = None
-        self.cut: list[Callable[[str], None]] = []  # what ends the connections of a device that was removed
+        self.cut: list[Callable[[str], object]] = []  # what ends the connections of a device that was removed
         self.jobs = Jobs(engine, self.blobs, self._sign)
         self.jobs.waiting = self.storage.waiting
         self._make_link()
@@ -150,10 +150,10 @@ class CloudHome:
                         crl=self.enrolment.crl,
                         certificate_days=self._options.certificate_days,
                         pid_file=self._options.broker_pid_file,
+                        removed=self.enrolment.removed_lately(),
                     )
                 )
-                self._mosquitto.check_config()
-                self._mosquitto.refresh(even_unchanged=True)
+                self._mosquitto.begin()
                 self.cut.append(self._mosquitto.drop)
             self._exit = undo.pop_all()
         return self
@@ -255,15 +255,16 @@ class _Presence:
     """The link as the operator's plane sees it: who is removed is also cut off from every door."""
 
     _link: CloudLink
-    _cut: Sequence[Callable[[str], None]]
+    _cut: Sequence[Callable[[str], object]]
 
     def state(self, device: str) -> DeviceState | None:
         return self._link.state(device)
 
     def forget(self, device: str) -> None:
-        for cut in self._cut:
-            cut(device)
-        self._link.forget(device)  # last: the broker has sent the device's will
+        with contextlib.ExitStack() as every:  # each of them, whatever becomes of another
+            every.callback(self._link.forget, device)  # last: the broker has sent the device's will
+            for cut in reversed(self._cut):
+                every.callback(cut, device)
 
 
 def _dialled(host: str) -> str:

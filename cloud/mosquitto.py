@@ -14,7 +14,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class MosquittoParts:
     crl: Callable[[], bytes]  # the list as it is now, PEM
     certificate_days: float
     pid_file: Path | None = None  # None = in the folder
+    removed: Sequence[str] = ()  # devices whose connections may be open still
 
 
 class Mosquitto:
@@ -53,23 +54,23 @@ class Mosquitto:
     def __init__(self, parts: MosquittoParts) -> None:
         self._parts = parts
         self._lock = threading.Lock()  # one writer of the folder at a time
-        self._uncut: set[str] = set()
+        self._uncut = set(parts.removed)
         self._is_starting = False  # mosquitto, at the last change: it is told later
         self._signalled = True  # whether the last change was told to mosquitto
 
-    def refresh(self, *, even_unchanged: bool = False) -> None:
-        """Write the list and the certificate where they are not as they should be, and have mosquitto read them.
-
-        `even_unchanged` writes the list in any case: the cloud's start does, for a CA that was renewed.
-        """
-        with self._lock:
-            if self._parts.folder.is_dir() and (self._write(even_unchanged=even_unchanged) or self._is_starting):
-                self._signalled = self._reload()
+    def refresh(self) -> None:
+        """Write the list and the certificate where they are not as they should be, and have mosquitto read them."""
+        self._update(even_unchanged=False)
         for device in sorted(self._uncut):
-            self._take_over(device)
+            if not self._take_over(device):
+                break  # the broker is away
 
-    def check_config(self) -> None:
-        """Say where mosquitto was configured by an edgefl that knew of no list."""
+    def begin(self) -> None:
+        """Do what the cloud's start does: write the list in any case, for it ends with the CA; nobody is cut yet.
+
+        Says where mosquitto was configured by an edgefl that knew of no list.
+        """
+        self._update(even_unchanged=True)
         config = _content(self._parts.folder / CONFIG_FILE)
         if config and b"\ncrlfile " not in config:
             advice = "run `edgefl cloud broker-config` again, and restart mosquitto: it lets revoked certificates in"
@@ -80,10 +81,15 @@ class Mosquitto:
 
         Where another than us has mosquitto read the list, it may come back before that: it is ended once more.
         """
-        self.refresh()
+        self._update(even_unchanged=False)
         self._take_over(device)
         if not self._signalled:
             self._uncut.add(device)
+
+    def _update(self, *, even_unchanged: bool) -> None:
+        with self._lock:
+            if self._parts.folder.is_dir() and (self._write(even_unchanged=even_unchanged) or self._is_starting):
+                self._signalled = self._reload()
 
     def _write(self, *, even_unchanged: bool) -> bool:
         folder, ca = self._parts.folder, self._parts.ca_folder / "ca.pem"
@@ -128,7 +134,7 @@ class Mosquitto:
         event(_log, logging.INFO, "broker.reloaded", pid=pid)
         return True
 
-    def _take_over(self, device: str) -> None:
+    def _take_over(self, device: str) -> bool:
         """Connect as this device, so that the broker ends its other connection, and leave."""
         ca = self._parts.ca_folder
         try:
@@ -146,6 +152,7 @@ class Mosquitto:
         else:
             self._uncut.add(device)  # `refresh` tries again
             event(_log, logging.WARNING, "broker.not_dropped", device=device, reason=reason)
+        return done
 
 
 def _note_failure(failure: BaseException) -> None:

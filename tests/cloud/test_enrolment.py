@@ -166,6 +166,17 @@ def test_what_is_revoked_is_listed_in_order_and_stays_so(enrolment, csr):
     assert enrolment.revoked() == serials
 
 
+def test_who_was_removed_lately_is_known_for_a_day_unless_the_name_is_enrolled_again(enrolment, csr, clock):
+    for name in ("a", "b"):
+        enrolment.enroll(secret_of(enrolment.new_token()), name, {}, csr)
+        enrolment.remove(name)
+    assert enrolment.removed_lately() == ["a", "b"]
+    enrolment.enroll(secret_of(enrolment.new_token()), "a", {}, csr)
+    assert enrolment.removed_lately() == ["b"]
+    clock.advance(24 * 3600)
+    assert enrolment.removed_lately() == []
+
+
 def test_an_update_of_a_removed_device_that_is_not_folded_is_refused_after_a_restart_too(enrolment, csr):
     enrolment.enroll(secret_of(enrolment.new_token()), "a", {}, csr)
     row = {"job": "j", "round": 1, "file": "f", "weight": 2.0, "metrics": {}, "reason": None}

@@ -185,3 +185,14 @@ def test_a_real_server_rids_itself_of_strangers_and_serves_devices(fleet_ca):
 
     port = None
     asyncio.run(main())
+
+
+def test_a_removed_devices_connections_are_shut_at_the_next_look(shuts):
+    port = make()
+    for number, device in ((1, "cam-1"), (2, "cam-2"), (3, "cam-1")):
+        assert port.admit(device, peer(number)) == ""
+    port.update([found(n) for n in (1, 2, 3)], [])
+    port.drop("cam-1")
+    port.drop("ghost")
+    port.update([], [])
+    assert sorted(shuts) == [1, 3]

@@ -75,6 +75,19 @@ def test_the_embedded_brokers_port_in_use_is_named(tmp_path):
             pass
 
 
+def test_a_removed_device_is_cut_everywhere_though_one_of_them_fails(tmp_path):
+    cut = []
+
+    def fail(_device):
+        raise OSError("disk full")
+
+    with CloudHome(options(tmp_path)) as home:
+        home.cut = [cut.append, fail, cut.append]
+        with pytest.raises(OSError, match="disk full"):
+            home.services().link.forget("cam-1")
+    assert cut == ["cam-1", "cam-1"]
+
+
 @pytest.fixture
 def old_home(tmp_path, monkeypatch):
     """A home of an earlier version: its certificates begin a day back, and its CA ends after ten years."""

@@ -139,11 +139,11 @@ def test_a_broker_that_is_away_is_tried_again(fleet_ca, broker, mosquitto, caplo
 
 def test_a_configuration_of_an_earlier_version_is_told(fleet_ca, broker, mosquitto, caplog):
     hold, _ = mosquitto
-    hold().check_config()
+    hold().begin()
     assert "broker.config_old" not in caplog.text
     path = fleet_ca.folder / "mosquitto.conf"
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "crlfile" not in line))
-    hold().check_config()
+    hold().begin()
     assert "broker.config_old" in caplog.text
 
 
@@ -158,3 +158,15 @@ def test_a_device_that_came_back_before_the_list_was_read_is_ended_once_more(
     one.refresh()
     one.refresh()
     assert caplog.text.count("broker.dropped device=a") == 1
+
+
+def test_a_device_that_was_removed_as_the_cloud_ended_is_cut_by_the_next_one(broker, fleet_ca, mosquitto):
+    hold, revoked = mosquitto
+    revoked.append(serial_of(fleet_ca.device("a")))
+    with link_of(broker, fleet_ca, "a") as removed:
+        assert removed.wait_connected(5)
+        one = hold(removed=["a"])
+        one.begin()
+        assert removed.wait_connected(0)
+        one.refresh()
+        assert not removed.wait_connected(1.5)
