@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +35,12 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk, upload_data
 from edgefl.protocols.messages import Signed, encode
 from edgefl.protocols.tls import common_name, serial_number
+from edgefl.text import is_safe, one_line
 from edgefl.trees import SpooledTree
 
 RESUME_S = 10.0
 MAX_REASON_CHARS = 2000
+MAX_HOLDING = 10_000  # jobs of which a device keeps a state
 MAX_METRICS, MAX_METRIC_CHARS = 100, 200  # of one update: they are kept with the round
 MAX_PLANS = 24  # in one answer to `Next`: below 1 MB
 MAX_DOWNLOADS = 4  # of one device at a time: a model, a bundle, releases
@@ -114,7 +117,7 @@ class FleetService:
             plans=[encode(one.plan) for one in waiting[:MAX_PLANS]],
             desired=[encode(signed) for signed in desired],
             broker=self._parts.broker_url,
-            ended=await self._run(self._parts.ended, request.holding),
+            ended=await self._run(self._parts.ended, request.holding[:MAX_HOLDING]),
             renew=self._is_renewal_due(context),
         )
 
@@ -194,7 +197,7 @@ class FleetService:
         opened, _ = self._find(request.key, device)
         if opened is not None:
             try:
-                await self._run(self._refuse, opened, device, request.reason[:MAX_REASON_CHARS])
+                await self._run(self._refuse, opened, device, request.reason)
             except (OSError, SQLAlchemyError) as error:
                 await self._not_stored(error, device, context)
         return pb.FailureReply()
@@ -264,6 +267,7 @@ class FleetService:
 
     def _refuse(self, opened: OpenRound, device: str, reason: str) -> pb.UploadState:
         """Count the device as one without an update in this round."""
+        reason = one_line(reason, MAX_REASON_CHARS)  # it may quote what the device sent
         event(_log, logging.WARNING, "update.failed", job=opened.plan.job, round=opened.plan.round, device=device,
               reason=reason)  # fmt: skip
         opened.accept(Answer(device=device, reason=reason), lambda one: self._record(opened, one))
@@ -279,7 +283,7 @@ class FleetService:
         """Return the open round that waits for this device, or what to tell it at once."""
         opened = self._parts.rounds.get(key.job, key.round)
         if opened is None:
-            return None, _state("STALE", reason=f"round {key.round} of job {key.job} is not open")
+            return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
         if device not in opened.cohort:
             return None, _state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
         if device not in opened.waiting():
@@ -347,6 +351,11 @@ def _bad_header(header: pb.UploadHeader, opened: OpenRound) -> str | None:
             f"it has {len(header.metrics)} metrics, the longest name of {longest} characters; at most {MAX_METRICS} "
             f"of {MAX_METRIC_CHARS} are taken"
         )
+    if not math.isfinite(header.weight):
+        return f"its weight is {header.weight}, not a finite number"
+    for name, value in header.metrics.items():
+        if not math.isfinite(value) or not is_safe(name):
+            return f"its metric {name!r} is {value}; names without control characters and finite numbers are taken"
     return None
 
 

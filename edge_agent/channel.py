@@ -17,9 +17,11 @@ import grpc
 from edge_agent.profile import Profile
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
+from edgefl.text import one_line
 
 CALL_TIMEOUT_S = 20.0
 TRANSFER_S = 120.0  # for transfers over a connection that is to end; those that take longer go on over the new one
+MAX_REASON_CHARS = 2000
 DEVICE_METADATA = "edgefl-device"  # who we are where no certificate says it
 
 _SERVICE = "/edgefl.v1.Fleet"
@@ -131,7 +133,7 @@ class CloudChannel:
 
     async def fail(self, job: str, number: int, reason: str) -> None:
         """Tell the cloud that no update will come for a round."""
-        report = pb.FailureReport(key=pb.UpdateKey(job=job, round=number), reason=reason)
+        report = pb.FailureReport(key=pb.UpdateKey(job=job, round=number), reason=one_line(reason, MAX_REASON_CHARS))
         await self._fail(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True)
 
     def download(self, sha256: str, offset: int) -> Any:

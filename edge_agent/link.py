@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Protocol
 
 import grpc
+import psutil
 
 from edge_agent.channel import CloudChannel
 from edge_agent.profile import Profile, save_profile, with_broker
 from edge_agent.renewal import Renewal
 from edge_agent.resources import measure
 from edgefl import __version__
-from edgefl.errors import CloudUnreachable, ConfigError, ProtocolError
+from edgefl.errors import CloudUnreachable, ConfigError, HomeError, ProtocolError
 from edgefl.home import replace_file
 from edgefl.logs import event
 from edgefl.protocols import messages, topics
@@ -35,6 +36,7 @@ from edgefl.protocols.tls import Identity
 ASK_EVERY_S = 30.0  # the safety net under lost messages
 ASK_AGAIN_S = 2.0  # after `Next` failed; more where the cloud has no place
 TELEMETRY_EVERY_S = 30.0
+MAX_SESSION = 2**62  # a damaged file must not bring it near to what a message can hold
 
 _log = logging.getLogger(__name__)
 
@@ -108,9 +110,9 @@ class Link:
                 wait_s = self._backoff.next_s(full=self._no_place)
 
     async def _next(self) -> bool:
-        holding, take = self._ears.before_next()
         self._no_place = False
         try:
+            holding, take = self._ears.before_next()
             reply = await self._channel.next(__version__, holding)
             take([messages.decode(WirePlan, plan) for plan in reply.plans], list(reply.ended))
             for signed in reply.desired:
@@ -128,6 +130,9 @@ class Link:
         except (ProtocolError, ConfigError) as error:
             event(_log, logging.WARNING, "next.unreadable", reason=error)
             return True
+        except (HomeError, OSError) as error:  # a full disk, a locked database: they pass
+            event(_log, logging.ERROR, "next.put_off", reason=error)
+            return False
         self._refusal = ""
         with suppress(OSError):  # a full disk: `edgefl agent status` shows an older contact, no more
             (self._home / "contact").touch()
@@ -151,7 +156,10 @@ class Link:
 
     async def _send_telemetry(self) -> None:
         while True:
-            self._publish("telemetry", measure(self._home), qos=0)
+            try:
+                self._publish("telemetry", measure(self._home), qos=0)
+            except (ProtocolError, OSError, psutil.Error) as error:  # what the system told made no sense, or it did not
+                event(_log, logging.WARNING, "telemetry.not_measured", reason=error)
             await asyncio.sleep(TELEMETRY_EVERY_S)
 
     def _publish(self, kind: str, message: object, *, retain: bool = False, qos: int = 1) -> None:
@@ -194,7 +202,11 @@ class Link:
         self._loop.call_soon_threadsafe(self._ask.set)
 
     def _on_failure(self, failure: BaseException) -> None:
-        self._loop.call_soon_threadsafe(self._broken.set_exception, failure)
+        self._loop.call_soon_threadsafe(self._break, failure)
+
+    def _break(self, failure: BaseException) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(failure)
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         if topic.endswith("/job"):
@@ -211,6 +223,8 @@ class _Session:
         try:
             self.number = int(path.read_text(encoding="ascii"))
         except (FileNotFoundError, ValueError):
+            self.number = 0
+        if not 0 <= self.number < MAX_SESSION:
             self.number = 0
 
     def advance(self) -> None:

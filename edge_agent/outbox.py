@@ -20,6 +20,8 @@ from edgefl.errors import CloudUnreachable, HomeError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 
+AGAIN_S = 5.0  # after an error of this device's disk or database
+
 _log = logging.getLogger(__name__)
 
 Key = tuple[str, int]  # job, round
@@ -64,6 +66,9 @@ class Outbox:
             except (CloudUnreachable, grpc.aio.AioRpcError) as error:
                 reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
                 event(_log, logging.WARNING, "outbox.waits", reason=reason)
+            except HomeError as error:  # a locked database, a disk that cannot be read: they pass
+                event(_log, logging.ERROR, "outbox.waits", reason=error)
+                asyncio.get_running_loop().call_later(AGAIN_S, self.wake)
 
     async def _send_all(self) -> None:
         for note in self._store.failures():
@@ -79,12 +84,14 @@ class Outbox:
         start_s = time.monotonic()
         try:
             state = await upload(self._channel, update, resume=key in self._begun)
-        except CloudUnreachable as error:
-            self._begun.add(key)
-            event(_log, logging.WARNING, "outbox.waits", job=key[0], round=key[1], reason=error)
-            return
         except FileNotFoundError:
             return  # dropped meanwhile
+        except (CloudUnreachable, OSError) as error:
+            self._begun.add(key)
+            event(_log, logging.WARNING, "outbox.waits", job=key[0], round=key[1], reason=error)
+            if isinstance(error, OSError):  # of this device: no news of the cloud will wake us
+                asyncio.get_running_loop().call_later(AGAIN_S, self.wake)
+            return
         level = logging.WARNING if state.status == pb.UploadState.REFUSED else logging.INFO
         event(_log, level, f"update.{pb.UploadState.Status.Name(state.status).lower()}", job=key[0], round=key[1],
               bytes=update.size, seconds=time.monotonic() - start_s, reason=state.reason or "-")  # fmt: skip

@@ -159,9 +159,12 @@ class Participant:
 
     async def _be_small(self) -> None:
         self._model = None
-        for file in self._models.iterdir():
-            file.unlink()
-        self._means.store.drop_spare()
+        try:
+            for file in self._models.iterdir():
+                file.unlink()
+            self._means.store.drop_spare()
+        except OSError as error:  # of the disk; what is left is overwritten or removed by the next rounds
+            event(_log, logging.ERROR, "work.not_removed", reason=error)
         await self._means.trainer.end()
         give_memory_back()
 

@@ -16,6 +16,7 @@ from edgefl.errors import ConfigError, HomeError, ProtocolError
 from edgefl.home import check_home, replace_file
 from edgefl.protocols.addresses import bracketed, is_loopback
 from edgefl.protocols.messages import from_json
+from edgefl.text import is_safe
 
 FILE = "agent.json"
 
@@ -68,12 +69,16 @@ def cloud_host(cloud_url: str) -> str:
 
 def with_host(url: str, host: str) -> str:
     """Return a broker URL whose empty host is filled in: mqtts://:8883 -> mqtts://host:8883."""
-    parts = urlsplit(url)
-    if parts.scheme not in {"mqtt", "mqtts"} or parts.port is None:
-        raise ProtocolError(f"broker {url!r} is not of the form mqtts://host:port")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as cause:
+        raise ProtocolError(f"broker {url!r:.200} is not of the form mqtts://host:port: {cause}") from cause
+    if parts.scheme not in {"mqtt", "mqtts"} or port is None or not is_safe(url):
+        raise ProtocolError(f"broker {url!r:.200} is not of the form mqtts://host:port")
     if parts.hostname:
         return url
-    return f"{parts.scheme}://{bracketed(host)}:{parts.port}"
+    return f"{parts.scheme}://{bracketed(host)}:{port}"
 
 
 def with_broker(profile: Profile, url: str) -> Profile:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,12 +123,12 @@ class Store:
 
     def state(self, job: str) -> Path | None:
         """Return a job's state, if it has one."""
-        found = self._db.execute("SELECT file FROM states WHERE job = ?", (job,)).fetchone()
-        return None if found is None else self._states / found["file"]
+        found = self._select("SELECT file FROM states WHERE job = ?", (job,))
+        return self._states / found[0]["file"] if found else None
 
     def jobs_with_state(self) -> list[str]:
         """Return the jobs that have a state here."""
-        return [row["job"] for row in self._db.execute("SELECT job FROM states ORDER BY rowid")]
+        return [row["job"] for row in self._select("SELECT job FROM states ORDER BY rowid")]
 
     def forget_state(self, job: str) -> None:
         """The job is over."""
@@ -150,7 +150,7 @@ class Store:
 
     def outbox(self) -> list[Outgoing]:
         """Return the updates not yet acknowledged, oldest first."""
-        return [_outgoing(self.folder, row) for row in self._db.execute("SELECT * FROM outbox ORDER BY rowid")]
+        return [_outgoing(self.folder, row) for row in self._select("SELECT * FROM outbox ORDER BY rowid")]
 
     def note_failure(self, note: FailureNote) -> None:
         """Remember to tell the cloud that a round cannot be done here.
@@ -167,7 +167,7 @@ class Store:
 
     def failures(self) -> list[FailureNote]:
         """Return the failures that the cloud has not been told of."""
-        rows = self._db.execute("SELECT job, round, reason FROM failures ORDER BY rowid")
+        rows = self._select("SELECT job, round, reason FROM failures ORDER BY rowid")
         kept = [FailureNote(job=job, round=number, reason=reason) for job, number, reason in rows]
         return [*kept, *self._untold.values()]
 
@@ -189,17 +189,17 @@ class Store:
         """Whether this round needs no training: settled, or its answer is on its way."""
         if (job, number) in self._untold:
             return True
-        found = self._db.execute(
+        found = self._select(
             "SELECT 1 FROM answered WHERE job = :job AND round = :round UNION ALL "
             "SELECT 1 FROM outbox WHERE job = :job AND round = :round UNION ALL "
             "SELECT 1 FROM failures WHERE job = :job AND round = :round",
             {"job": job, "round": number},
-        ).fetchone()
-        return found is not None
+        )
+        return bool(found)
 
     def last_settled(self) -> int:
         """Return a number that rises with each `settle`."""
-        return int(self._db.execute("SELECT ifnull(max(id), 0) FROM answered").fetchone()[0])
+        return int(self._select("SELECT ifnull(max(id), 0) FROM answered")[0][0])
 
     def ask_again(self, job: str, number: int, settled_until: int) -> None:
         """The cloud waits for a round: forget that it was settled, if that was not after `settled_until`."""
@@ -211,6 +211,13 @@ class Store:
     def drop_spare(self) -> None:
         """Give the spare file's disk space back."""
         (self.folder / "spare").unlink(missing_ok=True)
+
+    def _select(self, query: str, values: Sequence[object] | Mapping[str, object] = ()) -> list[sqlite3.Row]:
+        """Return rows; raises HomeError where they cannot be read now."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.OperationalError as cause:
+            raise HomeError(f"{self.folder.parent / 'agent.db'} cannot be read: {cause}. Look at its disk") from cause
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
@@ -235,7 +242,7 @@ class Store:
                 continue
             with contextlib.suppress(HomeError), self._change():  # on a full disk it stays, and is never sent
                 self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (update.job, update.round))
-        kept |= {row["file"] for row in self._db.execute("SELECT file FROM states")}
+        kept |= {row["file"] for row in self._select("SELECT file FROM states")}
         for folder in (self.folder, self._states):
             for file in folder.iterdir():
                 if file.name not in kept:

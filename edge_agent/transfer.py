@@ -125,11 +125,13 @@ class _Sending(_Progress):
         """
         if self._ask:
             self.state = await self._channel.resume(self._update.job, self._update.round)
+        _refuse_unknown(self.state)
         if self.state.status == pb.UploadState.PARTIAL:
             self._ask = True  # whatever happens now, ask before the next attempt
             self.offset = min(self.state.offset, self._update.size)
             self.state = await self._send(self.offset)
             self._ask = False  # it has just said where to go on
+            _refuse_unknown(self.state)
         self.offset = self.state.offset
         return bool(self.state.status != pb.UploadState.PARTIAL)
 
@@ -206,6 +208,11 @@ async def _until_done(what: str, attempt: Callable[[], Awaitable[bool]], progres
                 f"{what} was given up at byte {progress.offset} after {idle} attempts; last: {reason}"
             )
         await asyncio.sleep(min(0.05 * 2**idle, 2.0))  # spares a cloud that is up, but failing
+
+
+def _refuse_unknown(state: pb.UploadState) -> None:
+    if state.status not in pb.UploadState.Status.values():
+        raise CloudUnreachable(f"the cloud answered an upload with status {state.status}, unknown to this agent")
 
 
 async def _write_in_time(call: grpc.aio.StreamUnaryCall[bytes, pb.UploadState], message: bytes) -> None:

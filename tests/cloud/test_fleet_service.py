@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import math
 import threading
 
 import grpc
@@ -15,6 +16,7 @@ from edgefl.errors import CloudStopping
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
 from edgefl.protocols.messages import BlobRef, decode_job
+from edgefl.text import is_safe
 from edgefl.trees import write_tree
 
 Status = pb.UploadState
@@ -275,3 +277,28 @@ def test_bytes_that_are_no_message_are_their_senders_error(plane, part):
         with pytest.raises(grpc.RpcError) as error:
             upload(iter(parts), timeout=10)
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("reason", ["\x1b[2J[red]boom\nupdate.stored device=b", "x\0y", "\u202e", "long " * 100_000])
+def test_a_reason_is_clean_where_it_enters(plane, reason):
+    key = pb.UpdateKey(job=plane.job, round=1)
+    plane.stub("b").Fail(pb.FailureReport(key=key, reason=reason), timeout=10)
+    kept = plane.round.events.get_nowait().reason
+    assert is_safe(kept)
+    assert len(kept) <= 2000
+    [answer] = plane.jobs.open_round(plane.job, 1, ("a", "b"))
+    assert answer.reason == kept
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"weight": math.nan}, {"weight": math.inf}, {"metrics": {"loss": math.nan}}, {"metrics": {"loss": -math.inf}},
+     {"metrics": {"\x1b[2J": 1.0}}, {"metrics": {"a\nb": 1.0}}, {"size": 2**64 - 1}, {"offset": 2**64 - 1},
+     {"blake3": "\x1b" * 5000}, {"key": pb.UpdateKey(job="\x1b[2J\n" * 1000, round=2**32 - 1)}],
+)  # fmt: skip
+def test_no_header_costs_more_than_its_upload(plane, header):
+    state = plane.upload(plane.stub("a"), update_bytes(), **header)
+    assert state.status != Status.STORED
+    assert is_safe(state.reason)
+    assert plane.upload(plane.stub("b"), update_bytes()).status == Status.STORED
+    assert plane.stub("b").Next(pb.NextRequest(agent_version="\x1b" * 9999, holding=["\x1b\n"] * 20_000), timeout=10)

@@ -11,6 +11,7 @@ from edge_agent import link as link_module
 from edge_agent.channel import CloudChannel
 from edge_agent.link import Link, _Session
 from edge_agent.profile import load_profile
+from edgefl.errors import HomeError
 from edgefl.protocols import messages, tls, topics
 from edgefl.protocols.messages import DeviceState, RolloutNote, RoundClosed, Telemetry
 
@@ -209,3 +210,41 @@ def test_a_certificate_is_renewed_when_the_cloud_says_so_and_nothing_is_lost(
 
     home = with_link(run, broker_port=broker.port)
     assert tls.serial_number((home / "cert.pem").read_bytes()) == fleet.serials[-1]
+
+
+@pytest.mark.parametrize("broker", ["mqtts://[::1", "mqtts://b:99999", "mqtts://b:port", "mqtts://\x1b[2J:1", "\0"])
+def test_no_broker_that_the_cloud_names_ends_the_link(fleet, with_link, monkeypatch, until, broker):
+    monkeypatch.setattr(link_module, "ASK_EVERY_S", 0.05)
+    fleet.broker = broker
+
+    async def run(_link, ears):
+        await until(lambda: len(ears.nexts) > 2)
+
+    with_link(run)
+
+
+def test_a_database_that_is_locked_for_a_while_puts_next_off(fleet, with_link, monkeypatch, until):
+    monkeypatch.setattr(link_module, "ASK_AGAIN_S", 0.01)
+    faults = [HomeError("locked"), OSError(28, "full")]
+
+    async def run(_link, ears):
+        before = ears.before_next
+
+        def before_next():
+            if faults:
+                raise faults.pop()
+            return before()
+
+        monkeypatch.setattr(ears, "before_next", before_next)
+        await until(lambda: ears.nexts and not faults)
+
+    with_link(run)
+
+
+@pytest.mark.parametrize("saved", ["9" * 5000, str(10**22), "-5", "", "\xff", "x"])
+def test_a_damaged_session_number_is_begun_anew(tmp_path, saved):
+    path = tmp_path / "session"
+    path.write_bytes(saved.encode("latin-1"))
+    session = _Session(path)
+    session.advance()
+    assert 0 < session.number < 2**62

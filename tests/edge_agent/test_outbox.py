@@ -7,10 +7,13 @@ import asyncio
 import pytest
 from blake3 import blake3
 
+from edge_agent import outbox as outbox_module
 from edge_agent.channel import CloudChannel
 from edge_agent.outbox import Outbox
 from edge_agent.profile import load_profile
 from edge_agent.store import FailureNote, Outgoing, Store
+from edge_agent.transfer import upload
+from edgefl.errors import HomeError
 from edgefl.protocols import fleet_pb2 as pb
 
 
@@ -113,5 +116,49 @@ def test_a_round_that_was_never_answered_can_be_dropped(with_sender):
     async def run(sender):
         sender.outbox.drop("j", 1)
         assert sender.store.is_answered("j", 1)
+
+    with_sender(run)
+
+
+def test_a_database_that_cannot_be_read_for_a_while_is_asked_again(fleet, with_sender, monkeypatch):
+    monkeypatch.setattr(outbox_module, "AGAIN_S", 0.01)
+
+    async def run(sender):
+        read, faults = sender.store.failures, [HomeError("locked")] * 3
+
+        def failures():
+            if faults:
+                raise faults.pop()
+            return read()
+
+        monkeypatch.setattr(sender.store, "failures", failures)
+        sender.put()
+        await sender.until(lambda: not sender.store.outbox())
+        assert faults == []
+
+    with_sender(run)
+
+
+def test_an_update_that_cannot_be_read_for_a_while_is_sent_later(fleet, with_sender, monkeypatch):
+    monkeypatch.setattr(outbox_module, "AGAIN_S", 0.01)
+    faults = [OSError(24, "Too many open files")] * 3
+
+    async def send(*arguments, **named):
+        if faults:
+            raise faults.pop()
+        return await upload(*arguments, **named)
+
+    monkeypatch.setattr(outbox_module, "upload", send)
+
+    async def run(sender):
+        sender.put()
+        await sender.until(lambda: not sender.store.outbox())
+
+    with_sender(run)
+
+
+def test_a_reason_with_a_lone_surrogate_reaches_the_cloud(fleet, with_sender):
+    async def run(sender):
+        await sender.channel.fail("j", 1, "no such file: \udcff\x1b[2J")
 
     with_sender(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 
 import pytest
@@ -186,3 +187,12 @@ def test_a_state_that_cannot_be_noted_is_the_one_before(store, tmp_path):
         put(store, 2, state=b"two")
     assert store.state("j").read_bytes() == b"one"
     assert len(list((tmp_path / "states").iterdir())) == 1
+
+
+def test_a_database_that_cannot_be_read_now_is_named(tmp_path):
+    store = Store(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "agent.db")) as other:
+        other.execute("DROP TABLE failures")
+        with pytest.raises(HomeError, match=r"agent\.db cannot be read: no such table"):
+            store.failures()
+    store.close()

@@ -202,3 +202,10 @@ def test_a_restart_of_the_cloud_in_mid_download(fleet, over_channel, tmp_path):
 
     over_channel(run)
     assert (tmp_path / "blob").read_bytes() == data
+
+
+def test_a_status_of_a_newer_cloud_is_no_end_of_the_agent(fleet, over_channel, tmp_path):
+    fleet.answer = pb.UploadState(status=77)
+    update = update_of(tmp_path, 1000)
+    with pytest.raises(CloudUnreachable, match="status 77, unknown to this agent"):
+        over_channel(lambda channel: upload(channel, update, resume=False))
