@@ -15,10 +15,11 @@ class Plan:
 
     job: str
     round: int  # from 1
-    parameters: Tree
+    parameters: Tree  # what moves: all that is trained, and the buffers
     clients: tuple[str, ...]  # the cohort
     train: TrainConfig
     deadline_s: float  # a duration from the announcement, never a time of day
+    frozen: Tree | None = None  # a client's other tensors, which do not move; None = not known which do not
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

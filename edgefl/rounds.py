@@ -58,6 +58,7 @@ class Job:
     clock: Clock = field(default=time.monotonic)
     on_refusal: OnRefusal = field(default=lambda _plan, _update, _reason: None)
     keep: Callable[[Tree], Tree] = field(default=lambda parameters: parameters)  # e.g. on disk, mapped
+    frozen: Tree | None = None  # see `Plan`
 
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
@@ -71,6 +72,7 @@ def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcom
             clients=cohort or select_clients(fleet.clients(), job.config, number),
             train=job.config.train,
             deadline_s=job.config.rounds.deadline_s,
+            frozen=job.frozen,
         )
         outcome = run_round(job, fleet, plan)
         yield outcome

@@ -17,7 +17,7 @@ import sysconfig
 import threading
 import tomllib
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module, invalidate_caches
 from importlib.util import find_spec
@@ -50,7 +50,7 @@ _IMPORTING = threading.RLock()  # sys.path and sys.modules belong to the whole p
 class FitResult:
     """What a `Task.fit` of the user's returns."""
 
-    tree: Tree  # delta or gradient, same names, shapes and dtypes as the parameters
+    tree: Tree  # delta or gradient, same names, shapes and dtypes as the parameters (as those that are trained)
     weight: float  # number of samples
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,11 +73,17 @@ class Task:
     optimizer: Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Optimizer] | None = None  # (.., lr)
     initial: Callable[[], Tree] | None = None
     fit: Callable[[Tree, TrainConfig, Mapping[str, str]], FitResult] | None = None
+    trained: Collection[str] | None = None  # of what `initial` returns, what `fit` trains and returns; None = all
 
     def __post_init__(self) -> None:
         torch_task = self.model is not None and self.loss is not None and self.train_data is not None
         if torch_task == (self.initial is not None and self.fit is not None):
             raise ConfigError(f"task {self.name!r} must have either model, loss and train_data, or initial and fit")
+        if self.trained is not None and (torch_task or isinstance(self.trained, str)):
+            raise ConfigError(
+                f"task {self.name!r}: trained={self.trained!r:.200} is for a task with fit, and names tensors; of a "
+                "model, what requires a gradient is trained"
+            )
 
     def flower_app(self, config: JobConfig | None = None) -> tuple[ServerApp, ClientApp]:
         """Return this task as Flower's ServerApp and ClientApp: for a SuperLink's federation, or Flower's own engine.

@@ -11,14 +11,16 @@ global random states (Python's, numpy's, torch's) seeded by these, and they are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
-from edgefl.guards import wrong_spec, wrong_weight
+from edgefl.frozen import refuse_moved, refuse_other_parts, whole
+from edgefl.guards import wrong_spec
+from edgefl.own_fit import fit_of, refuse_tree
 from edgefl.randomness import seeded
 from edgefl.samples import Samples, computing_device, require_torch, test_samples, train_samples
 from edgefl.task import FitResult, Task, UserCode
@@ -35,7 +37,7 @@ def initial_parameters(task: Task, seed: int = 0) -> Tree:
     if task.initial is not None:
         with seeded(seed), UserCode(task.name, "initial"):
             tree = task.initial()
-        _refuse_tree(task, "initial", tree)
+        refuse_tree(task, "initial", tree)
         return tree
     return tree_of(task, make_model(task, seed=seed))
 
@@ -57,14 +59,22 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def train_locally(
+def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     task: Task, parameters: Tree, config: TrainConfig, *,
     options: Mapping[str, str], round: int, client: str,  # noqa: A002 - the word of Plan and Update
+    frozen: Tree | None = None,
 ) -> FitResult:  # fmt: skip
-    """Train on this device's samples; raises TaskError for whatever the user's code does wrong."""
+    """Train on this device's samples; raises TaskError for whatever the user's code does wrong.
+
+    `parameters` are what moves, and what the result has; `frozen` are the model's other tensors, where it is known
+    which those are.
+    """
     if task.fit is not None:
-        return _fit(task, parameters, config, options, derive_seed(config.seed, round, client))
-    model = make_model(task, parameters)
+        with seeded(derive_seed(config.seed, round, client)):
+            return fit_of(task, parameters, config, options, frozen)
+    model = make_model(task, whole(parameters, frozen))
+    if frozen is not None:
+        refuse_other_parts(task.name, model, frozen)
     if has_channels_last(model):
         lay_out(model)
     samples = train_samples(task, options, seed=data_seed(config.seed, client))
@@ -76,6 +86,8 @@ def train_locally(
         model.train()
         loss = train_epochs(task, model, samples, config, seed, Descent(task, Autograd(task, model)))
         tree = delta_of(task, model, parameters)
+    if frozen:
+        refuse_moved(task.name, views_of(task, model, frozen), frozen)
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
 
 
@@ -133,24 +145,31 @@ def set_parameters(task: Task, model: torch.nn.Module, parameters: Tree) -> None
     """Copy a tree into a model; raises TaskError where it is not the model's."""
     import torch
 
-    if fault := wrong_spec(spec_of(parameters), spec_of(tree_of(task, model))):
+    if fault := wrong_spec(spec_of(parameters), spec_of(views_of(task, model))):
         raise TaskError(f"task {task.name!r}: these are not the parameters of its model: {fault}")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(torch.from_numpy(np.array(parameters[name])))
 
 
-def tree_of(task: Task, model: torch.nn.Module) -> dict[str, Array]:
-    """Return a copy of the model's state dict; raises TaskError for a dtype that numpy lacks."""
+def tree_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, Array]:
+    """Return a copy of the model's state dict, or of a part; raises TaskError for a dtype that numpy lacks."""
+    return {name: np.array(view, order="C") for name, view in views_of(task, model, names).items()}
+
+
+def views_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, Array]:
+    """Return `tree_of` without copying what is in this machine's memory."""
+    state = model.state_dict()
+    chosen = state if names is None else {name: state[name] for name in names}
     try:
-        return {name: np.array(tensor.detach().cpu().numpy(), order="C") for name, tensor in model.state_dict().items()}
+        return {name: tensor.detach().cpu().numpy() for name, tensor in chosen.items()}
     except (TypeError, AttributeError) as cause:
         raise TaskError(f"task {task.name!r}: its model's state dict cannot be sent: {cause}") from cause
 
 
 def delta_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
     """Return the model's state dict minus the parameters it started from, in their order."""
-    new = tree_of(task, model)
+    new = tree_of(task, model, parameters)
     return {name: np.asarray(subtract(new[name], np.asarray(old))) for name, old in parameters.items()}
 
 
@@ -343,28 +362,3 @@ def loss_of(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.T
         seen = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise TaskError(f"task {task.name!r}: loss returned {seen}; wanted is one number, the mean over the batch")
     return loss.reshape(())
-
-
-def _fit(task: Task, parameters: Tree, config: TrainConfig, options: Mapping[str, str], seed: int) -> FitResult:
-    if task.fit is None:
-        raise TaskError(f"task {task.name!r} has no fit")
-    with seeded(seed), UserCode(task.name, "fit"):
-        result = task.fit(parameters, config, options)
-    if not isinstance(result, FitResult):
-        raise TaskError(f"task {task.name!r}: fit returned a {type(result).__name__}, not an edgefl.FitResult")
-    _refuse_tree(task, "fit", result.tree)
-    try:
-        weight, metrics = float(result.weight), {str(name): float(value) for name, value in result.metrics.items()}
-    except (TypeError, ValueError, AttributeError) as cause:
-        raise TaskError(f"task {task.name!r}: fit's weight and metrics must be numbers: {cause}") from cause
-    if fault := wrong_spec(spec_of(result.tree), spec_of(parameters)) or wrong_weight(weight):
-        raise TaskError(f"task {task.name!r}: fit returned what cannot be an update: {fault}")
-    return FitResult(tree=result.tree, weight=weight, metrics=metrics)
-
-
-def _refuse_tree(task: Task, what: str, tree: object) -> None:
-    if not isinstance(tree, Mapping) or not tree:
-        raise TaskError(f"task {task.name!r}: {what} returned a {type(tree).__name__}, not a tree of named arrays")
-    for name, array in tree.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise TaskError(f"task {task.name!r}: {what}'s {name!r} is a {type(array).__name__}, not a numpy array")

@@ -3,6 +3,7 @@
 FedOpt (Reddi et al. 2021, Algorithm 2): the mean delta is taken as a negative gradient, so that
 SGD with lr 1 is FedAvg, SGD with momentum is FedAvgM, Adam is FedAdam. For FedSGD the aggregate is
 the gradient itself: w <- w - lr * g.  Buffers and integers have no gradient; they move by their mean.
+What is frozen stays: no weight decay, no momentum.
 Plain SGD runs in numpy; everything else needs torch, which is imported only then.
 """
 
@@ -25,10 +26,12 @@ class ServerOptimizer:
     Raises ConfigError for an unknown optimizer or option, MissingExtra where torch is absent.
     """
 
-    def __init__(self, config: ServerConfig, *, gradient: bool, buffers: Collection[str] = ()) -> None:
+    def __init__(
+        self, config: ServerConfig, *, gradient: bool, buffers: Collection[str] = (), frozen: Collection[str] = ()
+    ) -> None:
         self._config = config
         self._sign = -1.0 if gradient else 1.0
-        self._buffers = frozenset(buffers)
+        self._buffers, self._frozen = frozenset(buffers), frozenset(frozen)
         self._optimizer: _TorchOptimizer | None = None
         if config.optimizer != "SGD" or config.options:
             self._optimizer = _TorchOptimizer(config)
@@ -36,7 +39,7 @@ class ServerOptimizer:
     def step(self, parameters: Tree, mean: Tree) -> dict[str, Array]:
         """Return the parameters of the next round. Uses up `mean`: its arrays may become the result's."""
         trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
-        new = {name: apply(array, mean[name]) for name, array in parameters.items() if name not in trained}
+        new = {name: self._untrained(name, array, mean) for name, array in parameters.items() if name not in trained}
         if self._optimizer is not None:
             gradients = {name: -self._sign * mean[name] for name in trained}
             new |= self._optimizer.step(trained, gradients)
@@ -58,7 +61,10 @@ class ServerOptimizer:
             self._optimizer.pending = dict(state)
 
     def _is_trained(self, name: str, array: Array) -> bool:
-        return array.dtype.kind == "f" and name not in self._buffers
+        return array.dtype.kind == "f" and name not in self._buffers and name not in self._frozen
+
+    def _untrained(self, name: str, array: Array, mean: Tree) -> Array:
+        return array if name in self._frozen else apply(array, mean[name])
 
     def _plain(self, old: Array, mean: Array) -> Array:
         flat_new, flat_old = mean.reshape(-1), old.reshape(-1)

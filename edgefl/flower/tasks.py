@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, TrainConfig, from_dict
 from edgefl.errors import MissingExtra
+from edgefl.parts import parts_of
 from edgefl.records import Failure, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.task import Task
-from edgefl.training import buffer_names, evaluate, initial_parameters, train_locally
+from edgefl.training import evaluate, initial_parameters, train_locally
 
 try:
     from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -92,8 +93,10 @@ def _server_app(task: Task, config: JobConfig, on_round: OnRound | None) -> Serv
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         chosen = _overridden(config, context.run_config)
-        parameters = initial_parameters(task, chosen.train.seed)
-        step = ServerOptimizer(chosen.server, gradient=chosen.train.algorithm == "fedsgd", buffers=buffer_names(task))
+        parts = parts_of(task, chosen.train.seed)
+        parameters = initial_parameters(task, chosen.train.seed)  # all of them travel: a node keeps nothing
+        gradient = chosen.train.algorithm == "fedsgd"
+        step = ServerOptimizer(chosen.server, gradient=gradient, buffers=parts.buffers, frozen=parts.frozen)
         job = Job(id=f"{task.name}-{context.run_id}", config=chosen, step=step)
         for outcome in run_rounds(job, GridFleet(grid), parameters):
             metrics = {**outcome.metrics, **evaluate(task, outcome.parameters)}

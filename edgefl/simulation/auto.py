@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from edgefl.errors import ConfigError
+from edgefl.parts import parts_of
 from edgefl.records import Partial, Plan
 from edgefl.rounds import select_clients
 from edgefl.simulation.fallback import Attempt
@@ -22,7 +23,6 @@ from edgefl.simulation.pool import PoolFleet
 from edgefl.simulation.ray_fleet import RayFleet
 from edgefl.simulation.stackable import why_not_stacked
 from edgefl.simulation.stacked import StackedFleet
-from edgefl.training import initial_parameters
 
 AUTO, LOOP = "auto", "loop"
 ENGINES: Mapping[str, Callable[[Setup], Engine]] = {
@@ -64,13 +64,15 @@ def make_engine(name: str, setup: Setup) -> Chosen:
 class _Choice:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
+        parts = parts_of(setup.task, setup.config.train.seed)
         self._plan = Plan(
             job="measure",
             round=1,
-            parameters=initial_parameters(setup.task, setup.config.train.seed),
+            parameters=parts.moving,
             clients=select_clients(setup.population.names(), setup.config, 1),
             train=setup.config.train,
             deadline_s=setup.config.rounds.deadline_s,
+            frozen=parts.frozen,
         )
         self._rates: dict[str, float] = {}  # clients/s
         self._ruled_out: dict[str, str] = {}

@@ -45,13 +45,14 @@ class VirtualClock:
 class VirtualFleet:
     """The inner fleet's clients on their own machines and links, in virtual time."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as it was in a checkpoint, with defaults
         self, inner: Fleet, devices: Devices, clock: VirtualClock, *,
-        rounds: RoundsConfig, num_samples: NumSamples, first_round: int = 1,
+        rounds: RoundsConfig, num_samples: NumSamples, first_round: int = 1, served: set[tuple[str, str]] | None = None,
     ) -> None:  # fmt: skip
         self._inner, self._devices, self._clock = inner, devices, clock
         self._rounds, self._num_samples = rounds, num_samples
         self._next_round = first_round
+        self._served = served if served is not None else set()  # see `Setup`
         self._traffic = Traffic()
 
     def clients(self) -> Sequence[str]:
@@ -69,8 +70,13 @@ class VirtualFleet:
         """Yield answers in virtual order, each at its time; late and lost clients never answer."""
         self._next_round = plan.round + 1
         start_s = self._clock()
-        schedule = make_schedule(self._devices, plan, self._num_samples, start_s)
-        self._count(down_bytes=(len(plan.clients) - len(schedule.refused)) * encoded_bytes(plan.parameters))
+        have = {client for job, client in self._served if job == plan.job} if plan.frozen else set()
+        schedule = make_schedule(self._devices, plan, self._num_samples, start_s, have)
+        fetching = [client for client in plan.clients if client not in schedule.refused]
+        self._count(down_bytes=len(fetching) * encoded_bytes(plan.parameters))
+        if plan.frozen:
+            self._count(down_bytes=len(set(fetching) - have) * encoded_bytes(plan.frozen))
+            self._served.update((plan.job, client) for client in fetching)
         answered, num_updates, model_bytes = set[str](), 0, encoded_bytes(plan.parameters)
         for answer in self._answers(plan, schedule):
             clients = _clients_of(answer)

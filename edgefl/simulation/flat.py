@@ -1,11 +1,12 @@
 """A model whose tensors lie side by side in one buffer a dtype: it is set back, and subtracted, at one stroke.
 
-Invariant: the model's tensors are views of the buffers, under the names of its state dict; tensors that
-it shares between layers are one.
+Invariant: the model's tensors, but for those that are to be left `still`, are views of the buffers, under the
+names of its state dict; tensors that it shares between layers are one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +22,10 @@ ALIGNMENT = 64  # elements: no tensor shares a cache line with another
 class FlatModel:
     """The buffers under one model; raises what torch raises for a tensor that is no plain array."""
 
-    def __init__(self, model: torch.nn.Module, *, channels_last: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, *, channels_last: bool = False, still: Collection[str] = ()) -> None:
         import torch
 
-        state = model.state_dict(keep_vars=True)
+        state = {name: one for name, one in model.state_dict(keep_vars=True).items() if name not in still}
         ends: dict[torch.dtype, int] = {}
         places: dict[int, tuple[torch.dtype, int]] = {}
         for tensor in state.values():

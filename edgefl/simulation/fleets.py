@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from edgefl.config import JobConfig
-from edgefl.records import Plan, Traffic
+from edgefl.records import Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import Fleet
 from edgefl.samples import Samples, require_torch
 from edgefl.task import Task
@@ -61,6 +61,7 @@ class Setup:
     config: JobConfig
     method: Method = field(default_factory=Method)
     stop: threading.Event = field(default_factory=threading.Event)  # set: hand out no more clients
+    served: set[tuple[str, str]] = field(default_factory=set)  # (job, client) that has the frozen tensors
 
     def takes_sums(self, plan: Plan) -> bool:
         """Whether partial sums may stand for clients: where more are asked than wanted, single updates must."""
@@ -68,22 +69,34 @@ class Setup:
 
 
 class Meter:
-    """Counts what would have moved."""
+    """Counts what would have moved: what is frozen once to a client."""
 
-    def __init__(self) -> None:
+    def __init__(self, served: set[tuple[str, str]] | None = None) -> None:
         self._traffic = Traffic()
-        self._bytes = 0
+        self._served = set() if served is None else served
+        self._job, self._bytes, self._frozen_bytes = "", 0, 0
 
     def begin(self, plan: Plan) -> None:
         """Note the size of this round's trees."""
-        self._bytes = encoded_bytes(plan.parameters)
+        self._job, self._bytes = plan.job, encoded_bytes(plan.parameters)
+        self._frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
 
-    def count(self, *, down: int, up: int) -> None:
-        """Count so many models sent down and updates sent up."""
+    def count(self, answer: Update | Failure | Partial) -> None:
+        """Count the models that were sent down for an answer, and the updates in it."""
+        clients = answer.contributors if isinstance(answer, Partial) else (answer.device,)
+        up = 0 if isinstance(answer, Failure) else len(clients)
         self._traffic = Traffic(
             up_bytes=self._traffic.up_bytes + up * self._bytes,
-            down_bytes=self._traffic.down_bytes + down * self._bytes,
+            down_bytes=self._traffic.down_bytes + len(clients) * self._bytes + self._once(clients),
         )
+
+    def _once(self, clients: Sequence[str]) -> int:
+        """Return the bytes of what is frozen for those of the clients that did not have it."""
+        if not self._frozen_bytes:
+            return 0
+        before = len(self._served)
+        self._served.update((self._job, client) for client in clients)
+        return (len(self._served) - before) * self._frozen_bytes
 
     def traffic(self) -> Traffic:
         return self._traffic

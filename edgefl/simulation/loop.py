@@ -15,7 +15,7 @@ class LoopFleet:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._trainer = LocalTrainer(setup.task, setup.population, compiled=setup.method.compiled)
-        self._meter = Meter()
+        self._meter = Meter(setup.served)
 
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()
@@ -28,7 +28,7 @@ class LoopFleet:
                 if self._setup.stop.is_set():
                     return
                 answer = self._trainer.train(client)
-                self._meter.count(down=1, up=isinstance(answer, Update))
+                self._meter.count(answer)
                 yield answer
 
     def traffic(self) -> Traffic:

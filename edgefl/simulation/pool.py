@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
 from edgefl.errors import ConfigError
+from edgefl.parts import parts_of
 from edgefl.records import Plan, Traffic
 from edgefl.simulation.fleets import Meter, Method, Setup
 from edgefl.simulation.machine import num_cores
 from edgefl.simulation.pool_process import WorkerProcess
 from edgefl.simulation.pool_round import Answer, train
 from edgefl.simulation.shared import SharedTree
-from edgefl.training import initial_parameters
-from edgefl.trees import spec_of
+from edgefl.trees import Tree, spec_of
 
 
 class PoolFleet:
@@ -26,13 +26,15 @@ class PoolFleet:
 
     def __init__(self, setup: Setup, num_workers: int | None = None) -> None:
         self._setup = setup
-        self._meter = Meter()
+        self._meter = Meter(setup.served)
         self._deadly: dict[str, str] = {}  # clients that end their workers, and how
-        self._parameters = SharedTree(spec_of(initial_parameters(setup.task, setup.config.train.seed)))
+        parts = parts_of(setup.task, setup.config.train.seed)
+        self._parameters, self._frozen = SharedTree(spec_of(parts.moving)), SharedTree(spec_of(parts.frozen))
+        self._written: Tree | None = None  # what is frozen there
         self.workers: list[WorkerProcess] = []
         try:
             for _ in range(num_workers or num_cores()):
-                self.workers.append(WorkerProcess(setup, self._parameters))
+                self.workers.append(WorkerProcess(setup, self._parameters, self._frozen))
             for worker in self.workers:
                 worker.wait_until_ready()
         except ConfigError:
@@ -62,6 +64,9 @@ class PoolFleet:
 
     def collect(self, plan: Plan) -> Iterator[Answer]:
         self._parameters.write(plan.parameters)
+        if plan.frozen and plan.frozen is not self._written:
+            self._frozen.write(plan.frozen)
+            self._written = plan.frozen
         return train(self._setup, self._meter, plan, self.workers, _wait, self._deadly)
 
     def traffic(self) -> Traffic:
@@ -72,6 +77,7 @@ class PoolFleet:
         for worker in self.workers:
             worker.close()
         self._parameters.close()
+        self._frozen.close()
 
 
 def _wait(workers: Sequence[WorkerProcess], within_s: float) -> Sequence[WorkerProcess]:

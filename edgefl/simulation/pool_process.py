@@ -48,17 +48,20 @@ _GONE = (EOFError, ConnectionResetError, BrokenPipeError)
 class WorkerProcess:
     """A worker and the pipe to it. Raises ConfigError where it cannot be started."""
 
-    def __init__(self, setup: Setup, parameters: SharedTree) -> None:
+    def __init__(self, setup: Setup, parameters: SharedTree, frozen: SharedTree | None = None) -> None:
         spec = spec_of(parameters.tree)
         self.sums = SharedTree({name: TensorSpec(one.shape, np.dtype(np.float64)) for name, one in spec.items()})
-        self._descriptors = (parameters.descriptor, self.sums.descriptor)
+        frozen_at = parameters.descriptor if frozen is None else frozen.descriptor  # of nothing, any file will do
+        self._descriptors = (*{parameters.descriptor, frozen_at}, self.sums.descriptor)
         start = Start(
             reference=setup.reference,
             task=pickled_task(setup),
             make_population=setup.make_population,
             config=setup.config,
             spec=spec,
+            frozen_spec={} if frozen is None else spec_of(frozen.tree),
             parameters=parameters.descriptor,
+            frozen=frozen_at,
             sums=self.sums.descriptor,
             import_path=import_path(),
         )

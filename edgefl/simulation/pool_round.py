@@ -24,6 +24,7 @@ from edgefl.errors import ConfigError
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.simulation.fleets import Meter, Method, Setup
 from edgefl.simulation.pool_wire import Begin, Chunk, Done, Flush, Gone, Ready, Summed
+from edgefl.trees import Tree
 
 LEFT_PER_CHUNK = 4  # a chunk is so small a part of a worker's share of what is left that workers end together
 MAX_CHUNK = 32
@@ -70,8 +71,7 @@ def train(
     sums = rule.merges and isinstance(rule, Merging) and setup.takes_sums(plan)
     meter.begin(plan)
     for answer in Round(plan, workers, wait, setup.stop, sums=sums, method=setup.method, deadly=deadly).run():
-        up = len(answer.contributors) if isinstance(answer, Partial) else int(isinstance(answer, Update))
-        meter.count(down=up or 1, up=up)
+        meter.count(answer)
         yield answer
 
 
@@ -143,7 +143,9 @@ class Round(Generic[_W]):
                     self._give_up(hand, f"it was not ready within {within_s:g} s")
 
     def _begin(self, hand: _Hand[_W]) -> None:
-        hand.worker.begin(Begin(dataclasses.replace(self._plan, parameters={}), self._sums, self._method))
+        frozen: Tree | None = None if self._plan.frozen is None else {}
+        plan = dataclasses.replace(self._plan, parameters={}, frozen=frozen)
+        hand.worker.begin(Begin(plan, self._sums, self._method))
 
     def _hand_out(self) -> list[_Hand[_W]]:
         """Give every free worker something to do; return those who will answer, and are wanted to."""

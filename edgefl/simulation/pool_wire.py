@@ -23,7 +23,9 @@ class Start:
     make_population: PopulationMaker
     config: JobConfig
     spec: dict[str, TensorSpec]
+    frozen_spec: dict[str, TensorSpec]
     parameters: int  # descriptors
+    frozen: int
     sums: int
     import_path: tuple[str, ...]
 
@@ -48,7 +50,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A round begins: take the parameters from where they lie (the plan has none), and forget what is summed."""
+    """A round begins: take the tensors from where they lie (the plan has none), and forget what is summed."""
 
     plan: Plan
     sums: bool  # whether updates are summed in the worker, or sent one by one

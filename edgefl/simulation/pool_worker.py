@@ -29,6 +29,7 @@ class Worker:
 
     def __init__(self, start: Start) -> None:
         self._parameters = SharedTree(start.spec, start.parameters)
+        self._frozen = SharedTree(start.frozen_spec, start.frozen)
         float64 = {name: TensorSpec(one.shape, np.dtype(np.float64)) for name, one in start.spec.items()}
         self._sums = SharedTree(float64, start.sums)
         task = start.load_task()
@@ -38,7 +39,8 @@ class Worker:
 
     def answer(self, message: Begin | Chunk | Flush | Try) -> Done | Summed | Tried | None:
         if isinstance(message, Begin):
-            plan = dataclasses.replace(message.plan, parameters=self._parameters.tree)
+            frozen = None if message.plan.frozen is None else self._frozen.tree
+            plan = dataclasses.replace(message.plan, parameters=self._parameters.tree, frozen=frozen)
             self._trainer.begin(plan, sums=message.sums, method=message.method)
             return None
         if isinstance(message, Try):

@@ -83,11 +83,10 @@ class Actor:
             return Ready(str(error))
         return Ready()
 
-    def begin(self, begin: Begin, parameters: Tree) -> None:
-        """Take up a round, with the parameters as they lie in the object store."""
-        self._trainer.begin(
-            dataclasses.replace(begin.plan, parameters=parameters), sums=begin.sums, method=begin.method
-        )
+    def begin(self, begin: Begin, parameters: Tree, frozen: Tree | None = None) -> None:
+        """Take up a round, with the tensors as they lie in the object store."""
+        plan = dataclasses.replace(begin.plan, parameters=parameters, frozen=frozen)
+        self._trainer.begin(plan, sums=begin.sums, method=begin.method)
 
     def answer(self, message: Chunk | Flush) -> Done | Summed:
         return self._trainer.answer(message)

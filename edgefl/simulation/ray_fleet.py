@@ -19,6 +19,7 @@ from edgefl.simulation.pool_wire import Gone
 from edgefl.simulation.ray_actor import Actor, start_of
 from edgefl.simulation.ray_cluster import Cluster, undisturbed
 from edgefl.simulation.ray_worker import RayWorker, wait_for_any
+from edgefl.trees import Tree
 
 END_S = 2.0
 
@@ -28,9 +29,11 @@ class RayFleet:
 
     def __init__(self, setup: Setup, address: str | None = None) -> None:
         self._setup = setup
-        self._meter = Meter()
+        self._meter = Meter(setup.served)
         self._deadly: dict[str, str] = {}  # clients that end their workers, and how
-        self._parameters: Any = None  # a reference into the object store
+        self._parameters: Any = None  # references into the object store: of what moves, and of what is frozen
+        self._frozen: Any = None
+        self._stored: Tree | None = None  # what is frozen there
         self.workers: list[RayWorker] = []
         self.cluster = Cluster(address)
         try:
@@ -50,6 +53,9 @@ class RayFleet:
 
     def collect(self, plan: Plan) -> Iterator[Answer]:
         self._parameters = self.cluster.ray.put(dict(plan.parameters))
+        if self._frozen is None or plan.frozen is not self._stored:
+            self._frozen = self.cluster.ray.put(None if plan.frozen is None else dict(plan.frozen))
+            self._stored = plan.frozen
         return train(self._setup, self._meter, plan, self.workers, wait_for_any, self._deadly)
 
     def traffic(self) -> Traffic:
@@ -70,7 +76,7 @@ class RayFleet:
         start = ray.put(start_of(self._setup, here=self.cluster.ours))
         remote = ray.remote(num_cpus=1, max_restarts=0)(Actor)
         for _ in range(max(1, min(self.cluster.num_cpus(), len(self.clients())))):
-            self.workers.append(RayWorker(lambda: remote.remote(start), lambda: self._parameters))
+            self.workers.append(RayWorker(lambda: remote.remote(start), lambda: (self._parameters, self._frozen)))
 
     def _wait_for_one(self) -> None:
         """Wait until somebody can begin; the others come when they come. Raises ConfigError."""

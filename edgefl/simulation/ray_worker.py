@@ -26,7 +26,7 @@ class RayWorker:
 
     def begin(self, begin: Begin) -> None:
         """Tell it of a round. What it owes of one that was ended early, it does first, for nobody."""
-        self._begun = [self._actor.begin.remote(begin, self._parameters())]
+        self._begun = [self._actor.begin.remote(begin, *self._parameters())]
 
     def ask(self, message: Chunk | Flush) -> None:
         self.owed = self._actor.answer.remote(message)

@@ -8,7 +8,7 @@ Invariant: a schedule depends on the devices, the plan and its start; never on h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from edgefl.records import Plan
@@ -32,17 +32,24 @@ class Schedule:
     refused: Mapping[str, str]  # client -> why it cannot train; its arrival tells
 
 
-def make_schedule(devices: Devices, plan: Plan, num_samples: NumSamples, start_s: float) -> Schedule:
-    """Work out a round; the devices' batteries are charged for it."""
+def make_schedule(
+    devices: Devices, plan: Plan, num_samples: NumSamples, start_s: float, have_frozen: Collection[str] = ()
+) -> Schedule:
+    """Work out a round; the devices' batteries are charged for it.
+
+    Of `have_frozen` are the clients that need not fetch the frozen tensors.
+    """
     model_bytes, end_s = encoded_bytes(plan.parameters), start_s + plan.deadline_s
+    frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
     arrivals, lost = dict[str, float](), dict[str, float]()
     refused, late = dict[str, str](), list[str]()
     for client in plan.clients:
         device, training_s = devices.device(client), 0.0
-        if reason := _too_small(device, model_bytes):
+        if reason := _too_small(device, model_bytes, frozen_bytes):
             refused[client], answer_s = reason, start_s + device.rtt_s
         else:
-            ready_s = start_s + devices.delay_s(client, plan.round) + device.download_s(model_bytes)
+            fetched_bytes = model_bytes + (0 if client in have_frozen else frozen_bytes)
+            ready_s = start_s + devices.delay_s(client, plan.round) + device.download_s(fetched_bytes)
             training_s = device.compute_s(num_samples(client), plan.train.epochs)
             answer_s = ready_s + training_s + device.upload_s(model_bytes if training_s else 0)  # without data: no
         silent_s = _silent_s(devices, client, plan.round, start_s, answer_s)
@@ -66,10 +73,9 @@ def _silent_s(devices: Devices, client: str, round_number: int, start_s: float, 
     return leaves_s if leaves_s < answer_s else None
 
 
-def _too_small(device: Device, model_bytes: int) -> str | None:
-    needed_mb = MODEL_COPIES * model_bytes / MIB
+def _too_small(device: Device, model_bytes: int, frozen_bytes: int) -> str | None:
+    what = "what is trained, and what is frozen once" if frozen_bytes else "the model"
+    needed_mb = (MODEL_COPIES * model_bytes + frozen_bytes) / MIB
     if needed_mb <= device.memory_mb:
         return None
-    return (
-        f"training needs {needed_mb:.1f} MB, {MODEL_COPIES} times the model; the device has {device.memory_mb:.1f} MB"
-    )
+    return f"training needs {needed_mb:.1f} MB, {MODEL_COPIES} times {what}; the device has {device.memory_mb:.1f} MB"

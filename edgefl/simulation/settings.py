@@ -95,6 +95,6 @@ def virtual_time(
     sizes = sizes_of(setup.task, setup.population, config.train.seed)
     fleet = VirtualFleet(
         engine, devices, clock, rounds=config.rounds, num_samples=sizes,
-        first_round=saved.round + 1 if saved is not None else 1,
+        first_round=saved.round + 1 if saved is not None else 1, served=setup.served.copy(),
     )  # fmt: skip
     return VirtualTime(fleet, clock, devices)

@@ -21,7 +21,9 @@ import numpy as np
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
+from edgefl.frozen import whole
 from edgefl.home import replace_file
+from edgefl.parts import parts_of
 from edgefl.randomness import kept, seeded
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
@@ -46,7 +48,7 @@ from edgefl.simulation.ray_fleet import RayFleet
 from edgefl.simulation.report import CutShort, Json, SimulationResult
 from edgefl.simulation.settings import SimulationConfig, VirtualTime, settled, virtual_time
 from edgefl.task import Task, load_task
-from edgefl.training import buffer_names, evaluate_model, initial_parameters, make_model, set_parameters
+from edgefl.training import evaluate_model, initial_parameters, make_model, set_parameters
 from edgefl.trees import Tree, write_tree
 
 OnEngine = Callable[[str, str], None]  # its name, and why it was chosen
@@ -119,8 +121,11 @@ def _set_up(
         refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))
     reference = None if isinstance(task, Task) else str(task)
     method = Method(compiled=config.engine.compile)
+    names, there = population.names(), () if saved is None else np.flatnonzero(saved.took_part)
+    served = {(loaded.name, names[int(index)]) for index in there}
     return Setup(
-        task=loaded, reference=reference, make_population=maker, population=population, config=config, method=method
+        task=loaded, reference=reference, make_population=maker, population=population, config=config, method=method,
+        served=served,
     )  # fmt: skip
 
 
@@ -157,12 +162,13 @@ class _Run:
         self._setup, self._chosen, self._virtual, self._watching = setup, chosen, virtual, watching
         self._evaluate_every = evaluate_every
         self._judge = _Judge(setup.task)
-        self._parameters = initial_parameters(setup.task, setup.config.train.seed)
+        self._parts = parts_of(setup.task, setup.config.train.seed)
+        self._parameters = self._parts.moving
         self._rounds: list[Json] = []
         self._names = setup.population.names()
         self._took_part = no_counts(len(self._names))
-        config, buffers = setup.config, buffer_names(setup.task)
-        self._step = ServerOptimizer(config.server, gradient=config.train.algorithm == "fedsgd", buffers=buffers)
+        config, gradient = setup.config, setup.config.train.algorithm == "fedsgd"
+        self._step = ServerOptimizer(config.server, gradient=gradient, buffers=self._parts.buffers)
         self._start_s = time.perf_counter()
         self._checkpoints: Checkpoints | None = None
 
@@ -174,7 +180,8 @@ class _Run:
         if saved is None:
             return
         self._start_s = start_s - saved.seconds
-        self._parameters, self._rounds = saved.parameters, list(saved.rounds)
+        self._parts = self._parts.split(saved.parameters)
+        self._parameters, self._rounds = self._parts.moving, list(saved.rounds)
         self._took_part = saved.took_part
         self._step.load(saved.optimizer)
 
@@ -183,7 +190,10 @@ class _Run:
         config, virtual = self._setup.config, self._virtual
         clock, fleet = (virtual.clock, virtual.fleet) if virtual is not None else (time.monotonic, self._chosen.engine)
         first = len(self._rounds) + 1
-        job = Job(id=self._setup.task.name, config=config, step=self._step, clock=clock, first_round=first)
+        job = Job(
+            id=self._setup.task.name, config=config, step=self._step, clock=clock, first_round=first,
+            frozen=self._parts.frozen,
+        )  # fmt: skip
         start_s = time.perf_counter()
         try:
             for outcome in run_rounds(job, fleet, self._parameters):
@@ -197,7 +207,8 @@ class _Run:
 
     def result(self, out: Path | None) -> SimulationResult:
         """Return what there is, and write the model where it is wanted and was trained."""
-        data = _encoded(self._parameters)
+        parameters = whole(self._parameters, self._parts.frozen)
+        data = _encoded(parameters)
         written = out if self._rounds else None
         if written is not None:
             replace_file(written, data)
@@ -212,7 +223,7 @@ class _Run:
             virtual_seconds=self._virtual.clock() if self._virtual is not None else None,
             round_seconds=sum(float(one["seconds"]) for one in self._rounds),
             peak_rss_mb=peak_mb,
-            parameters=self._parameters,
+            parameters=parameters,
             model={"sha256": hashlib.sha256(data).hexdigest(), "path": str(written) if written is not None else None},
             interrupted=len(self._rounds) < self._setup.config.rounds.count,
             took_part=self._took_part,
@@ -223,7 +234,7 @@ class _Run:
         count(self._took_part, (self._names.index(client) for client in outcome.admitted))
         last = outcome.round == self._setup.config.rounds.count or self._setup.stop.is_set()
         due = last or outcome.round % self._evaluate_every == 0
-        judged = self._judge(outcome.parameters) if due else {}
+        judged = self._judge(whole(outcome.parameters, self._parts.frozen)) if due else {}
         said = outcome.as_json() | {"seconds": seconds, "metrics": dict(outcome.metrics) | judged}
         if self._virtual is not None:
             said |= {"virtual_seconds": outcome.seconds, "virtual_end_s": self._virtual.clock()}
@@ -250,7 +261,7 @@ class _Run:
                 rounds=self._rounds,
                 seconds=time.perf_counter() - self._start_s,
                 virtual_s=virtual.clock() if virtual is not None else None,
-                parameters=outcome.parameters,
+                parameters=whole(outcome.parameters, self._parts.frozen),
                 optimizer=self._step.state(),
                 took_part=self._took_part,
                 spent=virtual.devices.spent() if virtual is not None else np.zeros((0, 3)),

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.errors import TaskError
+from edgefl.parts import parts_of
 from edgefl.randomness import Drawn, seeded
 from edgefl.records import Failure, Partial, Plan
 from edgefl.rounds import select_clients
@@ -21,7 +22,7 @@ from edgefl.simulation.population import samples_of
 from edgefl.simulation.stacked import StackTrainer, kind_of
 from edgefl.simulation.trainer import LocalTrainer
 from edgefl.task import Task, UserCode
-from edgefl.training import initial_parameters, make_model
+from edgefl.training import make_model
 from edgefl.trees import Tree
 
 if TYPE_CHECKING:
@@ -68,13 +69,15 @@ def _of_the_model(model: torch.nn.Module) -> str | None:
 
 def _of_a_trial(setup: Setup, model: torch.nn.Module) -> str | None:
     """Train a few clients both ways, and compare."""
+    parts = parts_of(setup.task, setup.config.train.seed)
     plan = Plan(
         job="trial",
         round=1,
-        parameters=initial_parameters(setup.task, setup.config.train.seed),
+        parameters=parts.moving,
         clients=select_clients(setup.population.names(), setup.config, 1),
         train=setup.config.train,
         deadline_s=setup.config.rounds.deadline_s,
+        frozen=parts.frozen,
     )
     held = _some_samples(setup, plan)
     if not held:

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgefl.config import TrainConfig
 from edgefl.errors import ConfigError, TaskError
+from edgefl.frozen import whole
 from edgefl.guards import MAX_METRIC
 from edgefl.records import Failure, Partial, Plan, Traffic, Update
 from edgefl.samples import Samples
@@ -50,7 +51,7 @@ class StackedFleet:
             raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
         self._setup = setup
         self._trainer = StackTrainer(setup.task, setup.population, compiled=setup.method.compiled)
-        self._meter = Meter()
+        self._meter = Meter(setup.served)
 
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()
@@ -64,8 +65,7 @@ class StackedFleet:
                 if self._setup.stop.is_set():
                     return
                 for answer in self._trainer.answers(clients, sums=sums):
-                    updates = len(answer.contributors) if isinstance(answer, Partial) else isinstance(answer, Update)
-                    self._meter.count(down=updates or 1, up=int(updates))
+                    self._meter.count(answer)
                     yield answer
 
     def traffic(self) -> Traffic:
@@ -178,7 +178,7 @@ class StackTrainer:
 
     def begin(self, plan: Plan) -> None:
         """Take up a plan; raises TaskError where its parameters are not the model's."""
-        set_parameters(self._task, self._model, plan.parameters)
+        set_parameters(self._task, self._model, whole(plan.parameters, plan.frozen))
         self._model.train()
         state = self._model.state_dict()
         self._start = {name: state[name].clone() for name in plan.parameters}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from edgefl.errors import ConfigError, TaskError
+from edgefl.frozen import refuse_moved, refuse_other_parts, whole
 from edgefl.records import Failure, Plan, Update
 from edgefl.samples import Samples
 from edgefl.simulation.flat import FlatModel
@@ -25,10 +26,12 @@ from edgefl.training import (
     derive_seed,
     gradient_of,
     has_channels_last,
+    lay_out,
     make_model,
     set_parameters,
     train_epochs,
     train_locally,
+    views_of,
 )
 from edgefl.trees import Tree
 
@@ -59,8 +62,8 @@ class LocalTrainer:
         self._plan = plan
         if self._task.fit is not None:
             return
-        self._model = self._model or _Model(self._task, compiled=self._compiled)
-        set_parameters(self._task, self._model.module, plan.parameters)
+        self._model = self._model or _Model(self._task, plan.frozen, compiled=self._compiled)
+        set_parameters(self._task, self._model.module, whole(plan.parameters, plan.frozen))
         self._model.module.train()
         self._model.flat.start_from(plan.parameters)
 
@@ -82,8 +85,9 @@ class LocalTrainer:
         if self._model is None:
             options = self._population.options(client) if isinstance(self._population, WithOptions) else {}
             result = train_locally(
-                self._task, plan.parameters, plan.train, options=options, round=plan.round, client=client
-            )
+                self._task, plan.parameters, plan.train, options=options, round=plan.round, client=client,
+                frozen=plan.frozen,
+            )  # fmt: skip
             return result.tree, result.weight, result.metrics
         samples = samples_of(self._population, client, plan.train.seed)
         seed = derive_seed(plan.train.seed, plan.round, client)
@@ -94,9 +98,14 @@ class LocalTrainer:
 class _Model:
     """The one model, and how its steps are taken."""
 
-    def __init__(self, task: Task, *, compiled: bool) -> None:
+    def __init__(self, task: Task, frozen: Tree | None, *, compiled: bool) -> None:
         self._task, self.module = task, make_model(task)
-        self.flat = FlatModel(self.module, channels_last=has_channels_last(self.module))
+        if frozen is not None:
+            refuse_other_parts(task.name, self.module, frozen)
+        channels_last = has_channels_last(self.module)
+        if channels_last:
+            lay_out(self.module)
+        self.flat = FlatModel(self.module, channels_last=channels_last, still=frozen or {})
         self._descent = RecordedDescent(task, GradientOf(task, self.module, compiled=compiled))
 
     def trained(self, samples: Samples, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
@@ -107,4 +116,6 @@ class _Model:
             loss = accumulate_gradient(self._task, self.module, samples, batch_size=batch_size, seed=seed)
             return gradient_of(self._task, self.module, plan.parameters), loss
         loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._descent)
+        if plan.frozen:
+            refuse_moved(self._task.name, views_of(self._task, self.module, plan.frozen), plan.frozen)
         return self.flat.moved() if borrow else self.flat.delta(), loss

@@ -186,3 +186,14 @@ def test_a_steps_cost_grows_with_the_tensors_not_with_their_square(settings: dic
         optimizer.step(parameters, mean)
         lookups.append(Name.hashed)
     assert lookups[1] <= 5 * lookups[0]  # 4 is linear, 16 is square
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.5}, OPTIMIZERS[1], OPTIMIZERS[3]], ids=str)
+def test_what_is_frozen_stays_whatever_the_optimizer_does_to_weights(settings: dict[str, Any]) -> None:
+    start = {"f": np.ones(2, np.float32), "w": np.ones(2, np.float32)}
+    optimizer = ServerOptimizer(ServerConfig(**settings), gradient=False, frozen=("f",))
+    new: Tree = start
+    for _ in range(3):
+        new = optimizer.step(new, {name: np.full(2, 0.1, np.float32) for name in start})
+    assert new["f"].tolist() == [1.0, 1.0]
+    assert new["w"].tolist() != [1.0, 1.0]

@@ -12,12 +12,12 @@ import pytest
 
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, from_dict
+from edgefl.parts import parts_of
 from edgefl.records import Plan, RoundOutcome
 from edgefl.rounds import Fleet, Job, run_rounds
 from edgefl.simulation.fleets import Setup
 from edgefl.simulation.task_population import TaskPopulation
 from edgefl.task import load_task
-from edgefl.training import buffer_names, initial_parameters
 
 MODULE = """
 import dataclasses
@@ -132,8 +132,9 @@ def run() -> Callable[[Setup, Fleet], list[RoundOutcome]]:
     def outcomes(setup: Setup, fleet: Fleet) -> list[RoundOutcome]:
         config, task = setup.config, setup.task
         gradient = config.train.algorithm == "fedsgd"
-        step = ServerOptimizer(config.server, gradient=gradient, buffers=buffer_names(task))
-        return list(run_rounds(Job(id="job", config=config, step=step), fleet, initial_parameters(task)))
+        parts = parts_of(task)
+        step = ServerOptimizer(config.server, gradient=gradient, buffers=parts.buffers)
+        return list(run_rounds(Job(id="job", config=config, step=step, frozen=parts.frozen), fleet, parts.moving))
 
     return outcomes
 
@@ -143,9 +144,10 @@ def plan_of() -> Callable[[Setup], Plan]:
     """Make round 1 for all clients."""
 
     def make(setup: Setup) -> Plan:
+        parts = parts_of(setup.task)
         return Plan(
-            job="job", round=1, parameters=initial_parameters(setup.task), clients=tuple(setup.population.names()),
-            train=setup.config.train, deadline_s=60,
+            job="job", round=1, parameters=parts.moving, clients=tuple(setup.population.names()),
+            train=setup.config.train, deadline_s=60, frozen=parts.frozen,
         )  # fmt: skip
 
     return make

@@ -9,6 +9,7 @@ from torch import nn
 
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.config import JobConfig, from_dict
+from edgefl.parts import parts_of
 from edgefl.records import Partial, Plan, Update
 from edgefl.simulation.fleets import Method, Setup
 from edgefl.simulation.loop import LoopFleet
@@ -153,14 +154,16 @@ def test_an_engine_gives_what_devices_give(kind, engine):
     if "stack" in engine and (reason := why_not_stacked(setup)):
         assert "buffer" in reason or "shared between" in reason  # that these are not stacked is known before
         return
-    start = initial_parameters(setup.task)
+    parts = parts_of(setup.task)
+    start = parts.moving
     plan = Plan(job="j", round=1, parameters=start, clients=tuple(setup.population.names()), train=setup.config.train,
-                deadline_s=60)  # fmt: skip
+                deadline_s=60, frozen=parts.frozen)  # fmt: skip
     wanted, seen = WeightedMean(start), WeightedMean(start)
     for client in plan.clients:
         own = train_locally(
-            setup.task, start, plan.train, options=setup.population.options(client), round=1, client=client
-        )
+            setup.task, start, plan.train, options=setup.population.options(client), round=1, client=client,
+            frozen=plan.frozen,
+        )  # fmt: skip
         wanted.add(Update(job="j", round=1, device=client, tree=own.tree, weight=own.weight))
     for answer in answers_of(engine, setup, plan):
         assert isinstance(answer, Update | Partial), answer

@@ -19,12 +19,14 @@ def worker_of(plan_of):
         plan = plan_of(setup)
         parameters = SharedTree(spec_of(plan.parameters))
         sums = SharedTree({n: TensorSpec(a.shape, np.dtype(np.float64)) for n, a in plan.parameters.items()})
-        opened.extend([parameters, sums])
+        frozen = SharedTree(spec_of(plan.frozen))
+        opened.extend([parameters, sums, frozen])
         parameters.write(plan.parameters)
+        frozen.write(plan.frozen)
         start = Start(
             reference=setup.reference, task=None, make_population=setup.make_population, config=setup.config,
             spec=spec_of(plan.parameters), parameters=parameters.descriptor, sums=sums.descriptor,
-            import_path=import_path(),
+            import_path=import_path(), frozen_spec=spec_of(plan.frozen), frozen=frozen.descriptor,
         )  # fmt: skip
         return Worker(start), plan, sums
 

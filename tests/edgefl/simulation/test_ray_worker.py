@@ -34,7 +34,7 @@ def test_an_actor_answers_is_lost_and_is_replaced(set_up, plan_of):
     with closing(Cluster()) as cluster:
         remote = cluster.ray.remote(num_cpus=1, max_restarts=0)(Mortal)
         start, parameters = start_of(setup, here=True), cluster.ray.put(dict(plan.parameters))
-        worker = RayWorker(lambda: remote.remote(start), lambda: parameters)
+        worker = RayWorker(lambda: remote.remote(start), lambda: (parameters, dict(plan.frozen)))
         assert not worker.ready
         assert heard(worker) == Ready()
         worker.begin(begin)

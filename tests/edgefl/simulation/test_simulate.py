@@ -12,7 +12,8 @@ from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.simulation.settings import SimulationConfig
 from edgefl.simulation.simulate import Watching, simulate
 from edgefl.task import load_task
-from edgefl.trees import SpooledTree
+from edgefl.training import initial_parameters
+from edgefl.trees import SpooledTree, encoded_bytes
 
 
 def config(**sections):
@@ -103,3 +104,16 @@ def test_devices_of_the_configuration_live_in_virtual_time(tasks, engine):
         == pytest.approx(sum(o["virtual_seconds"] for o in result.rounds))
     )
     assert result.round_seconds < 10 < ends[-1]
+
+
+@pytest.mark.parametrize("engine", ["loop", "stacked", "pool"])
+def test_only_what_is_trained_moves_and_travels(tasks, engine):
+    decaying = config(rounds={"count": 3}, server={"optimizer": "AdamW", "lr": 0.1, "options": {"weight_decay": 0.5}})
+    start = initial_parameters(load_task(str(tasks("half"))))
+    result = simulate(str(tasks("half")), clients=4, engine=engine, config=decaying, data={"empty": "no"})
+    assert np.array_equal(result.parameters["0.weight"], start["0.weight"])
+    assert not np.array_equal(result.parameters["0.bias"], start["0.bias"])
+    moving = encoded_bytes({name: array for name, array in start.items() if name != "0.weight"})
+    frozen = encoded_bytes({"0.weight": start["0.weight"]})
+    assert [one["up_bytes"] for one in result.rounds] == [4 * moving] * 3
+    assert [one["down_bytes"] for one in result.rounds] == [4 * (moving + frozen), 4 * moving, 4 * moving]

@@ -29,7 +29,9 @@ def test_one_model_for_all_gives_what_each_device_gives(set_up, plan_of, name, t
     trainer.begin(plan)
     for client in (*plan.clients[1:], *plan.clients[1:2]):  # the second time on a model that has been used
         options = setup.population.options(client)
-        wanted = train_locally(setup.task, plan.parameters, plan.train, options=options, round=1, client=client)
+        wanted = train_locally(
+            setup.task, plan.parameters, plan.train, options=options, round=1, client=client, frozen=plan.frozen
+        )
         same(trainer.train(client), wanted, ulps=8 if fused else 0)
 
 
