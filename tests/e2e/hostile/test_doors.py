@@ -6,10 +6,14 @@ import socket
 import threading
 import time
 
+import grpc
+import httpx
 import pytest
 
+from benchmarks.light_devices import LightDevices, enrol
+from edgefl import local_fleet
 from edgefl.descriptors import raise_limit
-from edgefl.protocols.tls import Identity, client_context
+from edgefl.protocols.tls import Identity, client_context, grpc_channel_credentials
 
 STRANGERS = 1500
 MAX_LOG_BYTES = 200_000
@@ -166,5 +170,94 @@ def test_requests_that_are_half_sent(embedded_fleet, three, round_is_right, half
         round_is_right(fleet)
         assert operator_lists_devices(fleet) == set(data)
         fleet.enroll("newcomer")
+    log_is_short(fleet)
+    round_is_right(fleet)
+
+
+LIMIT = 512  # descriptors: seats for 96 devices at each port
+TOO_MANY = 130
+
+
+def test_more_devices_than_fit_are_told_and_the_operator_is_served(embedded_fleet, three, round_is_right, monkeypatch):
+    fleet = embedded_fleet
+    fleet.cloud.stop()
+    limited = ("prlimit", f"--nofile={LIMIT}:{LIMIT}", *local_fleet._EDGEFL)
+    with monkeypatch.context() as patch:
+        patch.setattr(local_fleet, "_EDGEFL", limited)
+        fleet.start_cloud()
+    data = three(fleet)
+    fleet.enroll("late")
+    homes = enrol(fleet, [f"light-{number}" for number in range(TOO_MANY)])
+    with LightDevices(fleet, homes, workers=2, announce=False) as devices:
+        told = devices.told(120)
+        refused = {door: [one.refusal for one in told if one.door == door and one.refusal] for door in ("grpc", "mqtt")}
+        assert len(refused["grpc"]) >= TOO_MANY - 96
+        assert len(refused["mqtt"]) >= TOO_MANY - 96
+        assert all("RESOURCE_EXHAUSTED the cloud holds the connections of 96 devices" in one for one in refused["grpc"])
+        assert set(refused["mqtt"]) == {"CONNACK 3"}
+        late = fleet.start_agent("late", "--data", "delta=1")
+        late.wait_for("the cloud holds the connections of 96 devices")
+        late.wait_for("erver unavailable")
+        assert set(data) < operator_lists_devices(fleet)
+        round_is_right(fleet)
+        with Crowd(fleet.grpc_port):
+            round_is_right(fleet)
+            assert set(data) < operator_lists_devices(fleet)
+    late.wait_for("mqtt.up", 180)  # there are seats again
+    log_is_short(fleet)
+    late.stop()  # it would be chosen, too
+    round_is_right(fleet)
+
+
+@pytest.mark.timeout(1200)
+def test_two_thousand_light_devices(embedded_fleet, three, round_is_right):
+    fleet = embedded_fleet
+    three(fleet)
+    homes = enrol(fleet, [f"light-{number}" for number in range(2000)])
+    with LightDevices(fleet, homes, announce=False) as devices:
+        assert [one for one in devices.told(600) if one.refusal] == []
+        round_is_right(fleet)
+        assert len(operator_lists_devices(fleet)) == 2003
+    log_is_short(fleet)
+
+
+def flood_calls(fleet, name, seconds):
+    """Call `Next` as fast as one connection lets a device; returns how many were answered."""
+    identity, until_s = Identity.in_folder(fleet.folder / name), time.monotonic() + seconds
+    channel = grpc.secure_channel(f"127.0.0.1:{fleet.grpc_port}", grpc_channel_credentials(identity))
+    ask = channel.unary_unary("/edgefl.v1.Fleet/Next")
+    num_answered = 0
+    with channel:
+        while time.monotonic() < until_s:
+            calls = [ask.future(b"", timeout=30) for _ in range(500)]
+            num_answered += sum(call.exception() is None for call in calls)
+    return num_answered
+
+
+def test_a_device_that_floods_with_calls(embedded_fleet, three, round_is_right):
+    fleet = embedded_fleet
+    three(fleet)
+    fleet.enroll("flood")
+    answered = []
+    attacker = threading.Thread(target=lambda: answered.append(flood_calls(fleet, "flood", 15)))
+    attacker.start()
+    round_is_right(fleet)
+    round_is_right(fleet)
+    attacker.join(90)
+    assert 0 < answered[0] < 1000 + 300 * 60  # burst and share of the time that it can have lasted
+    log_is_short(fleet)
+    round_is_right(fleet)
+
+
+def test_wrong_tokens_slow_down_who_sends_them(embedded_fleet, three, round_is_right):
+    fleet = embedded_fleet
+    three(fleet)
+    body = {"secret": "wrong", "name": "x", "csr": "x"}
+    context = client_context(fleet.home / "tls" / "ca.pem")
+    with httpx.Client(verify=context, trust_env=False, timeout=30) as client:
+        seen = [client.post(f"{fleet.url}/v1/enroll", json=body).status_code for _ in range(300)]
+    assert seen[0] == 403
+    assert seen.count(429) > 200
+    fleet.enroll("newcomer")  # with a good token, from the same address
     log_is_short(fleet)
     round_is_right(fleet)
