@@ -147,7 +147,7 @@ class CloudHome:
                         url=self._options.broker,
                         folder=self._options.home / "mosquitto",
                         ca_folder=self._tls,
-                        crl=self.enrolment.crl,
+                        revoked=self.enrolment.revoked,
                         certificate_days=self._options.certificate_days,
                         pid_file=self._options.broker_pid_file,
                         removed=self.enrolment.removed_lately(),

@@ -22,6 +22,7 @@ import psutil
 from cryptography import x509
 
 from cloud.broker_config import CONFIG_FILE, CRL_FILE, PID_FILE
+from cloud.crl import make_crl
 from cloud.own_certificates import hosts_of, renew_server
 from edgefl.errors import CloudUnreachable, ConfigError
 from edgefl.home import replace_file
@@ -42,7 +43,7 @@ class MosquittoParts:
     url: str  # mqtts://host:port
     folder: Path  # that broker-config made; it may not be there
     ca_folder: Path
-    crl: Callable[[], bytes]  # the list as it is now, PEM
+    revoked: Callable[[], Sequence[str]]  # serial numbers in hex, in order; one that is in it stays
     certificate_days: float
     pid_file: Path | None = None  # None = in the folder
     removed: Sequence[str] = ()  # devices whose connections may be open still
@@ -55,6 +56,7 @@ class Mosquitto:
         self._parts = parts
         self._lock = threading.Lock()  # one writer of the folder at a time
         self._uncut = set(parts.removed)
+        self._num_listed = -1  # in the list as we wrote it
         self._is_starting = False  # mosquitto, at the last change: it is told later
         self._signalled = True  # whether the last change was told to mosquitto
 
@@ -97,9 +99,10 @@ class Mosquitto:
         if _content(folder / "ca.pem") != ca.read_bytes():
             replace_file(folder / "ca.pem", ca.read_bytes())
             changed = even_unchanged = True
-        crl = self._parts.crl()
-        if even_unchanged or _revoked(_content(folder / CRL_FILE)) != _revoked(crl):
-            replace_file(folder / CRL_FILE, crl)
+        serials = self._parts.revoked()
+        if even_unchanged or len(serials) != self._num_listed:
+            replace_file(folder / CRL_FILE, make_crl(self._parts.ca_folder, serials))
+            self._num_listed = len(serials)
             changed = True
         return self._renew() or changed
 
@@ -171,10 +174,3 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         return b""
-
-
-def _revoked(crl: bytes) -> set[int]:
-    try:
-        return {entry.serial_number for entry in x509.load_pem_x509_crl(crl)}
-    except ValueError:
-        return set()

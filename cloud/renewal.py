@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from cloud.own_certificates import begins_late, ends_soon
 from cloud.store import devices, renewals, revoked
@@ -88,7 +89,7 @@ def forget_next(db: sa.Connection, device: str) -> str | None:
 
 def _same_key(certificate: str, csr: bytes) -> bool:
     try:
-        request = x509.load_pem_x509_csr(csr)
-    except ValueError as cause:
+        key = x509.load_pem_x509_csr(csr).public_key()
+    except (ValueError, UnsupportedAlgorithm) as cause:
         raise ProtocolError(f"the signing request is not PKCS #10: {cause}") from cause
-    return request.public_key() == load_certificate(certificate.encode()).public_key()
+    return key == load_certificate(certificate.encode()).public_key()
