@@ -45,6 +45,7 @@ SMALL_BYTES = 32 << 10  # lie in a pipe that nobody reads, so that sending them 
 SOCKET_BYTES = 1 << 20  # of answers, that a worker may be ahead of us
 MAX_CRASHES = 2  # workers that one message may take with it
 MAX_WAIT_S = 1e6  # for one answer; the operating system cannot count far beyond
+LOAD_S = 60.0  # for a process to import the app, at least
 STOP_S = 5.0  # for a killed process to be gone
 ONE_THREAD = "OMP_NUM_THREADS"  # torch and numpy's BLAS read it when they are imported
 
@@ -119,7 +120,7 @@ class Workers:
                 awaited = {hand.connection: hand for hand in hands if hand.connection is not None}
                 if not awaited:
                     return
-                next_s = min(hand.began_s for hand in awaited.values()) + within_s
+                next_s = min(hand.late_s(within_s) for hand in awaited.values())
                 answered = wait_for(list(awaited), max(0.0, min(next_s - self._clock(), MAX_WAIT_S)))
                 for hand in [hand for one, hand in awaited.items() if one in answered]:
                     try:
@@ -140,7 +141,7 @@ class Workers:
     def _give_up_late(self, hands: Iterable[_Worker], todo: _Todo, within_s: float) -> None:
         """Kill who is at work for too long, drop what it is at, and have done again what waits behind that."""
         for hand in hands:
-            if self._clock() < hand.began_s + within_s or hand.has_said:
+            if self._clock() < hand.late_s(within_s) or hand.has_said:
                 continue
             lost = hand.kill()
             if not lost and todo.more():  # it has not even loaded the app, which this one waits for
@@ -256,6 +257,10 @@ class _Worker:
         """Whether somebody waits for an answer of it."""
         return any(self._asked)
 
+    def late_s(self, within_s: float) -> float:
+        """Return when it has been too long at what it is at; loading the app is no client's own time."""
+        return self.began_s + (within_s if self._greeted else max(within_s, LOAD_S))
+
     @property
     def has_said(self) -> bool:
         """Whether there is something to hear; of a dead one, too."""
@@ -305,11 +310,10 @@ class _Worker:
 
     def how_ended(self) -> str:
         """Say how a process that is gone has ended."""
-        if self._process is not None:
-            self._process.join(STOP_S)  # its end of the pipe closes a little before
-            if self._process.exitcode is not None:
-                return how_ended(self._process.exitcode)
-        return "closed its pipe"
+        if self._process is None:
+            return "closed its pipe"
+        self._process.join(STOP_S)  # its end of the pipe closes a little before
+        return "closed its pipe" if self._process.exitcode is None else how_ended(self._process.exitcode)
 
     def kill(self) -> list[_Request | None]:
         """Kill the process, if there is one; returns what it was asked."""

@@ -11,6 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from edgefl.flower import load_flower_app, run_flower_app
+from edgefl.flower import workers as workers_module
 from edgefl.flower.inside import ErrorCode, give_id, task_identity
 from edgefl.flower.nodes import Delivery
 from edgefl.flower.runners import Runners
@@ -116,11 +117,19 @@ def test_a_client_that_hangs_is_killed_and_takes_no_other_with_it(app):
         assert len(answered(workers, deliveries(2))) == 2
 
 
-def test_an_app_that_hangs_where_it_is_loaded_holds_nobody_up_for_ever(app):
+def test_an_app_that_hangs_where_it_is_loaded_holds_nobody_up_for_ever(app, monkeypatch):
+    monkeypatch.setattr(workers_module, "LOAD_S", 1.0)
     file = app.folder / app.name / "client_app.py"
     file.write_text(f"import threading\nthreading.Event().wait()\n{file.read_text()}")
     with Workers(app, 1) as workers:
         assert answered(workers, deliveries(2), seconds=1) == []
+
+
+def test_the_time_that_the_app_takes_to_load_is_no_clients(app):
+    file = app.folder / app.name / "client_app.py"
+    file.write_text(f"import time\ntime.sleep(3)\n{file.read_text()}")
+    with Workers(app, 1) as workers:
+        assert len(answered(workers, deliveries(2), seconds=2)) == 2
 
 
 def test_an_answer_that_is_there_counts_however_late_it_is_looked_for(app):
