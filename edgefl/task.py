@@ -23,7 +23,7 @@ from importlib import import_module, invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgefl import debug
 from edgefl.errors import ConfigError, TaskError
@@ -153,15 +153,28 @@ def import_task(task: str, folder: Path | None = None) -> Task:
 
 
 class UserCode:
-    """A border: what the user's code raises inside leaves as TaskError, with the place it came from."""
+    """A border: what the user's code raises inside leaves as TaskError, with the place it came from.
+
+    `on_change` hears what this process asks of the user's code, empty where it is left: for a process that
+    watches this one, and has to say what ended it.
+    """
+
+    on_change: ClassVar[Callable[[str], None] | None] = None
+    _now: ClassVar[str] = ""
 
     def __init__(self, task: str, doing: str, kind: str = "task") -> None:
         self._task, self._doing, self._kind = task, doing, kind
+        self._before = ""
 
     def __enter__(self) -> None:
-        return None
+        if UserCode.on_change is not None:
+            self._before, UserCode._now = UserCode._now, self._doing
+            UserCode.on_change(self._doing)
 
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> None:
+        if UserCode.on_change is not None:
+            UserCode._now = self._before
+            UserCode.on_change(self._before)
         if isinstance(raised, TaskError) or not isinstance(raised, (Exception, SystemExit)):
             return
         debug.show(raised)  # it may go on as text alone

@@ -40,6 +40,11 @@ class Output:
         if json_target not in {None, "-"}:
             refuse_no_folder(Path(str(json_target)), "--json")
 
+    @property
+    def json_alone(self) -> bool:
+        """Whether stdout is for JSON and nothing else."""
+        return self._to_stderr
+
     def line(self, text: str) -> None:
         """Print a line for people; what moves a terminal's cursor in it is escaped."""
         click.echo(lines(text), err=self._to_stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +73,15 @@ def simulate(*, output: Output, **flags: Any) -> None:
 
 
 def _simulate_task(request: Request, output: Output) -> None:
-    from edgefl.simulation.report import CutShort
-    from edgefl.simulation.settings import SimulationConfig
-    from edgefl.simulation.simulate import Watching
-    from edgefl.simulation.simulate import simulate as run_simulation
+    from edgefl.simulation.own_process import OwnProcess
 
-    job = load_config(SimulationConfig, request.config, request.over())
-    with ExitStack() as stack:
+    with OwnProcess(to_stderr=output.json_alone) as process, ExitStack() as stack:
+        from edgefl.simulation.own_process_wire import Order
+        from edgefl.simulation.report import CutShort, ProcessLost
+        from edgefl.simulation.settings import SimulationConfig
+        from edgefl.simulation.simulate import Watching
+
+        job = load_config(SimulationConfig, request.config, request.over())
         screen = stack.enter_context(live_rounds(output, Progress(job.rounds.count)))
         heard = [screen.on_round]
         if request.tensorboard is not None:
@@ -92,17 +93,16 @@ def _simulate_task(request: Request, output: Output) -> None:
             for hear in heard:
                 hear(outcome)
 
-        simulation = partial(
-            run_simulation, request.task, engine=request.engine, config=job, data=request.options(),
-            evaluate_every=request.evaluate_every, out=request.out, checkpoint=request.checkpoint,
+        order = Order(
+            task=request.task, engine=request.engine, config=job, data=request.options(),
+            evaluate_every=request.evaluate_every, checkpoint=request.checkpoint,
             checkpoint_every=request.checkpoint_every, resume=request.resume, address=request.address,
-            watching=Watching(on_engine=screen.on_engine, on_round=on_round),
         )  # fmt: skip
         try:
-            result = simulation()
-        except CutShort as error:
+            result = process.simulate(order, Watching(on_engine=screen.on_engine, on_round=on_round), request.out)
+        except (CutShort, ProcessLost) as error:
             stack.close()
-            if error.so_far.rounds:
+            if error.so_far is not None and error.so_far.rounds:
                 _tell(error.so_far, request, output)
             raise
     _tell(result, request, output)

@@ -13,9 +13,12 @@ from edgefl.config import load_config
 from edgefl.operator.output import Output, counted
 from edgefl.operator.progress import INTERRUPTED
 from edgefl.simulation.live_sweep import SweepProgress, compare, live_sweep
-from edgefl.simulation.report import Json
+from edgefl.simulation.own_process import OwnProcess
+from edgefl.simulation.own_process_wire import Order
+from edgefl.simulation.report import Json, SimulationResult
 from edgefl.simulation.request import Request
 from edgefl.simulation.settings import SimulationConfig, with_settings
+from edgefl.simulation.simulate import Watching
 from edgefl.simulation.sweep import SweepResult, SweepWatching, sweep
 from edgefl.simulation.variants import Variant, parse_sweep, variants_of
 
@@ -28,11 +31,20 @@ def sweep_task(request: Request, output: Output) -> None:
     over, options = parse_sweep(request.sweep), request.options()
     variants = variants_of(over)
     counts = [with_settings(base, variant.settings).rounds.count for variant in variants]
-    with watched(request, output, SweepProgress(variants, counts)) as watching:
-        result = sweep(
-            request.task, over, engine=request.engine, config=base, data=options,
-            evaluate_every=request.evaluate_every, address=request.address, watching=watching,
-        )  # fmt: skip
+    with (
+        OwnProcess(to_stderr=output.json_alone) as process,
+        watched(request, output, SweepProgress(variants, counts)) as watching,
+    ):
+
+        def simulation(config: SimulationConfig, watching: Watching) -> SimulationResult:
+            order = Order(
+                task=request.task, engine=request.engine, config=config, evaluate_every=request.evaluate_every,
+                address=request.address,
+            )  # fmt: skip
+            return process.simulate(order, watching)
+
+        result = sweep(request.task, over, engine=request.engine, config=base, data=options, watching=watching,
+                       simulation=simulation)  # fmt: skip
     tell(result, len(variants), request, output)
 
 

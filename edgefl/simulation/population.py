@@ -19,6 +19,7 @@ from edgefl.config import MAX_COUNT, MAX_SEED, require_within
 from edgefl.errors import ConfigError, TaskError
 from edgefl.randomness import seeded
 from edgefl.samples import Samples, train_samples
+from edgefl.simulation.at_work import turn_of
 from edgefl.simulation.devices import DevicesConfig
 from edgefl.simulation.draws import Indices
 from edgefl.simulation.fleets import Population
@@ -101,7 +102,11 @@ def make_population(task: Task, config: PopulationConfig, seed: int = 0) -> Popu
 
 
 def samples_of(population: Population, client: str, seed: int) -> Samples:
-    """Return a client's samples. A population of the user's own may draw: by the job's seed and the client alone."""
+    """Return a client's samples; raises TaskError where it has none, or is not to be tried again.
+
+    A population of the user's own may draw: by the job's seed and the client alone.
+    """
+    turn_of(client)
     if isinstance(population, TaskPopulation | PartedPopulation):
         return population.samples(client)  # whose loader is seeded where it is called
     with seeded(data_seed(seed, client)):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgefl.errors import MissingExtra, QuorumNotMet
+from edgefl.errors import MissingExtra, QuorumNotMet, TaskError
+from edgefl.home import replace_file
 from edgefl.simulation.participation import Counts, clients_by_rounds, no_counts
 from edgefl.simulation.plot import draw_rounds
-from edgefl.trees import Tree
+from edgefl.trees import Tree, write_tree
 
 if TYPE_CHECKING:
     import pandas
@@ -80,6 +84,24 @@ class CutShort(QuorumNotMet):
     def __init__(self, reason: str, so_far: SimulationResult) -> None:
         super().__init__(reason)
         self.so_far = so_far
+
+
+class ProcessLost(TaskError):
+    """A simulation whose own process ended, and again; `so_far` is what its rounds came to, if there were any."""
+
+    def __init__(self, reason: str, so_far: SimulationResult | None) -> None:
+        super().__init__(reason)
+        self.so_far = so_far
+
+
+def model_of(parameters: Tree, out: Path | None) -> Json:
+    """Return a model's `sha256` and `path`; write it, where there is one."""
+    file = io.BytesIO()
+    write_tree(parameters, file)
+    data = file.getvalue()
+    if out is not None:
+        replace_file(out, data)
+    return {"sha256": hashlib.sha256(data).hexdigest(), "path": str(out) if out is not None else None}
 
 
 def frame_rows(rounds: Sequence[Json]) -> list[Json]:

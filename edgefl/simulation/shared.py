@@ -28,7 +28,7 @@ class SharedTree:
         for name, tensor in spec.items():
             ends[name] = end
             end += -(-tensor.num_bytes // ALIGNMENT) * ALIGNMENT
-        self.descriptor = _new_file(max(end, 1)) if descriptor is None else descriptor
+        self.descriptor = new_file(max(end, 1)) if descriptor is None else descriptor
         self._memory = mmap.mmap(self.descriptor, max(end, 1))
         self.tree: dict[str, Array] = {
             name: np.ndarray(tensor.shape, tensor.dtype, self._memory, ends[name]) for name, tensor in spec.items()
@@ -44,7 +44,8 @@ class SharedTree:
         os.close(self.descriptor)
 
 
-def _new_file(num_bytes: int) -> int:
+def new_file(num_bytes: int) -> int:
+    """Return the descriptor of a file without a name, in memory where there is a place for that."""
     with tempfile.TemporaryFile(dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as file:
         file.truncate(num_bytes)
         return os.dup(file.fileno())

@@ -6,8 +6,6 @@ What differs from production is the fleet alone: an engine on this machine in pl
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -22,7 +20,6 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.frozen import whole
-from edgefl.home import replace_file
 from edgefl.parts import parts_of
 from edgefl.randomness import kept, seeded
 from edgefl.records import RoundOutcome
@@ -45,14 +42,15 @@ from edgefl.simulation.machine import num_cores, own_peak_mb
 from edgefl.simulation.participation import count, no_counts
 from edgefl.simulation.population import make_population
 from edgefl.simulation.ray_fleet import RayFleet
-from edgefl.simulation.report import CutShort, Json, SimulationResult
+from edgefl.simulation.report import CutShort, Json, SimulationResult, model_of
 from edgefl.simulation.settings import SimulationConfig, VirtualTime, settled, virtual_time
 from edgefl.task import Task, load_task
 from edgefl.training import evaluate_model, initial_parameters, make_model, set_parameters
-from edgefl.trees import Tree, write_tree
+from edgefl.trees import Tree
 
 OnEngine = Callable[[str, str], None]  # its name, and why it was chosen
 OnRound = Callable[[Json], None]
+OnState = Callable[[Checkpoint], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +59,7 @@ class Watching:
 
     on_engine: OnEngine = field(default=lambda _name, _reason: None)
     on_round: OnRound = field(default=lambda _outcome: None)
+    on_state: OnState | None = None  # before `on_round`: all that is needed to go on from there
 
 
 def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
@@ -68,7 +67,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     config: JobConfig | None = None, data: Mapping[str, str] | None = None, population: PopulationMaker | None = None,
     evaluate_every: int = 1, out: Path | None = None, watching: Watching | None = None,
     checkpoint: Path | str | None = None, checkpoint_every: int = 1, resume: Path | str | None = None,
-    address: str | None = None,
+    address: str | None = None, going_on: Checkpoint | None = None,
 ) -> SimulationResult:  # fmt: skip
     """Train a task over simulated clients and return what it came to.
 
@@ -76,7 +75,8 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     configuration's `[population]` (a `SimulationConfig`), over which `clients` and the loader's `data`
     options go. Ctrl-C ends the round and returns what there is. `checkpoint` is a folder to keep the state in after
     each `checkpoint_every`-th round; `resume` goes on from such a folder, and keeps the state there.
-    `address` is of the Ray cluster for the engine `ray`, which starts its own without it.
+    `address` is of the Ray cluster for the engine `ray`, which starts its own without it. `going_on` is a state
+    that `Watching.on_state` heard, to go on from. User code runs in this process; the command has one for it.
     Raises ConfigError, TaskError, and CutShort, a QuorumNotMet, where a round ends with too few updates, or
     with parameters that are not finite.
     """
@@ -88,7 +88,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     settings = settled(config or JobConfig(), clients=clients, rounds=rounds, data=data)
     folder, before = (None if one is None else Path(one) for one in (checkpoint, resume))
     with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
-        saved = None if before is None else read_checkpoint(before)
+        saved = going_on or (None if before is None else read_checkpoint(before))
         setup = _set_up(task, settings, population, saved)
         with set_by_interrupt(setup.stop):
             chosen = _make_engine(engine, setup, saved, address)
@@ -171,6 +171,7 @@ class _Run:
         self._step = ServerOptimizer(config.server, gradient=gradient, buffers=self._parts.buffers)
         self._start_s = time.perf_counter()
         self._checkpoints: Checkpoints | None = None
+        self._settings = flat_settings(config)
 
     def begin(self, start_s: float, checkpoints: Checkpoints | None, saved: Checkpoint | None) -> None:
         """Say since when it runs, where its state is kept, and where it stands already."""
@@ -208,10 +209,6 @@ class _Run:
     def result(self, out: Path | None) -> SimulationResult:
         """Return what there is, and write the model where it is wanted and was trained."""
         parameters = whole(self._parameters, self._parts.frozen)
-        data = _encoded(parameters)
-        written = out if self._rounds else None
-        if written is not None:
-            replace_file(written, data)
         peak_mb = own_peak_mb() + float(getattr(self._chosen.engine, "peak_rss_mb", 0.0))
         return SimulationResult(
             task=self._setup.task.name,
@@ -224,7 +221,7 @@ class _Run:
             round_seconds=sum(float(one["seconds"]) for one in self._rounds),
             peak_rss_mb=peak_mb,
             parameters=parameters,
-            model={"sha256": hashlib.sha256(data).hexdigest(), "path": str(written) if written is not None else None},
+            model=model_of(parameters, out if self._rounds else None),
             interrupted=len(self._rounds) < self._setup.config.rounds.count,
             took_part=self._took_part,
         )
@@ -248,24 +245,30 @@ class _Run:
         self._watching.on_engine(self._chosen.name, self._chosen.reason)
 
     def _keep(self, outcome: RoundOutcome, *, last: bool) -> None:
-        """Write a checkpoint where one is due; never of a round that Ctrl-C may have cut short."""
-        checkpoints, cut = self._checkpoints, self._setup.stop.is_set() and bool(outcome.missing)
-        if checkpoints is None or cut or not (last or checkpoints.due(outcome.round)):
+        """Hand on, and write, where it stands; never after a round that Ctrl-C may have cut short."""
+        checkpoints, on_state = self._checkpoints, self._watching.on_state
+        due = checkpoints is not None and (last or checkpoints.due(outcome.round))
+        if (self._setup.stop.is_set() and outcome.missing) or not (due or on_state is not None):
             return
+        state = self._state(outcome)
+        if on_state is not None:
+            on_state(state)
+        if checkpoints is not None and due:
+            checkpoints.write(state)
+
+    def _state(self, outcome: RoundOutcome) -> Checkpoint:
         virtual = self._virtual
-        checkpoints.write(
-            Checkpoint(
-                task=self._setup.task.name,
-                engine=self._chosen.name,
-                settings=flat_settings(self._setup.config),
-                rounds=self._rounds,
-                seconds=time.perf_counter() - self._start_s,
-                virtual_s=virtual.clock() if virtual is not None else None,
-                parameters=whole(outcome.parameters, self._parts.frozen),
-                optimizer=self._step.state(),
-                took_part=self._took_part,
-                spent=virtual.devices.spent() if virtual is not None else np.zeros((0, 3)),
-            )
+        return Checkpoint(
+            task=self._setup.task.name,
+            engine=self._chosen.name,
+            settings=self._settings,
+            rounds=self._rounds,
+            seconds=time.perf_counter() - self._start_s,
+            virtual_s=virtual.clock() if virtual is not None else None,
+            parameters=whole(outcome.parameters, self._parts.frozen),
+            optimizer=self._step.state(),
+            took_part=self._took_part,
+            spent=virtual.devices.spent() if virtual is not None else np.zeros((0, 3)),
         )
 
 
@@ -285,9 +288,3 @@ class _Judge:
         with torch_threads(num_cores()):
             set_parameters(self._task, model, parameters)
             return evaluate_model(self._task, model, samples)
-
-
-def _encoded(parameters: Tree) -> bytes:
-    file = io.BytesIO()
-    write_tree(parameters, file)
-    return file.getvalue()

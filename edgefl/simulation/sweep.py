@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OnRound = Callable[[Json], None]
+Simulation = Callable[[SimulationConfig, Watching], "Finished"]  # of one variant
 
 
 class Finished(Protocol):
@@ -112,11 +113,12 @@ def sweep(  # noqa: PLR0913 - as `simulate`
     task: Task | str | Path, over: Mapping[str, Sequence[Any]], *, clients: int | None = None,
     rounds: int | None = None, engine: str = AUTO, config: JobConfig | None = None,
     data: Mapping[str, str] | None = None, evaluate_every: int = 1, watching: SweepWatching | None = None,
-    address: str | None = None,
+    address: str | None = None, simulation: Simulation | None = None,
 ) -> SweepResult:  # fmt: skip
     """Simulate a task once for every combination: `edgefl.sweep(task, {"train.lr": [0.1, 0.3]}, clients=100)`.
 
-    The other arguments are those of `edgefl.simulate`; `over` goes over all of them.
+    The other arguments are those of `edgefl.simulate`; `over` goes over all of them. `simulation` runs a variant
+    elsewhere than in this process.
     Raises ConfigError, TaskError. A variant that fails is in the result, with its error.
     """
     require_torch("simulation", "sim")
@@ -133,9 +135,12 @@ def sweep(  # noqa: PLR0913 - as `simulate`
         def on_engine(name: str, reason: str) -> None:
             watching.on_engine(variant, name, reason)
 
+        watching_one = Watching(on_engine=on_engine, on_round=on_round)
+        if simulation is not None:
+            return simulation(config_of[variant.name], watching_one)
         return simulate(
             task, engine=engine, config=config_of[variant.name], evaluate_every=evaluate_every, address=address,
-            watching=Watching(on_engine=on_engine, on_round=on_round),
+            watching=watching_one,
         )  # fmt: skip
 
     return run_variants(variants, run, watching)

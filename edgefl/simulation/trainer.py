@@ -16,6 +16,7 @@ from edgefl.errors import ConfigError, TaskError
 from edgefl.frozen import refuse_moved, refuse_other_parts, whole
 from edgefl.records import Failure, Plan, Update
 from edgefl.samples import Samples
+from edgefl.simulation.at_work import turn_of
 from edgefl.simulation.flat import FlatModel
 from edgefl.simulation.fleets import Population
 from edgefl.simulation.population import samples_of
@@ -76,6 +77,7 @@ class LocalTrainer:
         if plan is None:
             raise RuntimeError("begin comes before train")
         try:
+            turn_of(client)
             tree, weight, metrics = self._fit(plan, client, borrow=borrow)
         except TaskError as error:
             return Failure(job=plan.job, round=plan.round, device=client, reason=str(error))

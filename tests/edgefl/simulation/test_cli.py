@@ -9,6 +9,7 @@ from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.simulation import auto
 from edgefl.simulation import simulate as module
 from edgefl.simulation.cli import ENGINES, simulate
+from edgefl.simulation.own_process import OwnProcess
 
 
 def invoke(*arguments):
@@ -46,7 +47,11 @@ def test_an_interrupted_one_writes_its_result_and_exits_130(tasks, tmp_path, mon
         run._setup.stop.set()
         original(run)
 
+    def in_this_process(_process, order, watching, _out):
+        return module.simulate(order.task, engine=order.engine, config=order.config, watching=watching)
+
     monkeypatch.setattr(module._Run, "rounds_until_stopped", stopped)
+    monkeypatch.setattr(OwnProcess, "simulate", in_this_process)
     done = invoke(tasks("task"), "--clients", 2, "--engine", "loop", "--json", tmp_path / "a.json")
     assert done.exit_code == 130
     assert json.loads((tmp_path / "a.json").read_text())["interrupted"] is True
