@@ -29,8 +29,9 @@ def mosquitto(broker, fleet_ca):
     return hold, revoked
 
 
-def link_of(broker, fleet_ca, name):
-    return MqttLink(LinkConfig(url=broker.url, client_id=name, identity=fleet_ca.device(name)), on_failure=pytest.fail)
+def link_of(broker, fleet_ca, name, on_disconnect=lambda: None):
+    config = LinkConfig(url=broker.url, client_id=name, identity=fleet_ca.device(name))
+    return MqttLink(config, on_disconnect=on_disconnect, on_failure=pytest.fail)
 
 
 def serial_of(identity):
