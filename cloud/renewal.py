@@ -71,10 +71,14 @@ class Renewals:
     def first_use(self, device: str, serial: str) -> bool:
         """Whether this is a device's next certificate; if so it is the valid one now, and the former is revoked."""
         its_next = (renewals.c.device == device) & (renewals.c.serial == serial)
+        valid = sa.select(devices.c.serial).where(devices.c.name == device)
+        with self._engine.connect() as db:  # most that come here are strangers: they take no lock
+            if db.scalar(sa.select(renewals.c.serial).where(its_next)) is None:
+                return bool(db.scalar(valid) == serial)  # another call of this device was the first
         with self._engine.begin() as db:
             if db.execute(renewals.delete().where(its_next)).rowcount != 1:
-                return False
-            former = db.scalar(sa.select(devices.c.serial).where(devices.c.name == device))
+                return bool(db.scalar(valid) == serial)
+            former = db.scalar(valid)
             db.execute(revoked.insert().values(serial=former, device=device, revoked_s=self._clock()))
             db.execute(devices.update().where(devices.c.name == device).values(serial=serial))
         return True

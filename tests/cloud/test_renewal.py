@@ -1,6 +1,7 @@
 """Renewal: when it is due by the cloud's clock, and which certificate counts from when."""
 
 import datetime
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -135,3 +136,11 @@ def test_the_data_plane_says_when_and_gives_the_certificate(plane, csr):
     assert tls.common_name(reply.certificate) == "a"
     assert reply.ca == (plane.folder / "ca.pem").read_bytes()
     assert plane.renewals.first_use("a", tls.serial_number(reply.certificate))
+
+
+def test_of_many_first_uses_at_once_each_counts_and_one_revokes(enrolment, csr, enrolled):
+    second = serial_of_next(enrolment, csr)
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(lambda _: enrolment.is_known("a", second), range(32)))
+        assert not any(threads.map(lambda _: enrolment.is_known("a", enrolled), range(8)))
+    assert enrolment.revoked() == [enrolled]

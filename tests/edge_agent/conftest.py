@@ -76,6 +76,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         self.is_due = False  # whether devices are told to renew their certificates
         self.renew: Callable[[bytes], pb.RenewReply] | None = None  # None = as a cloud does
         self.refusal: tuple[grpc.StatusCode, str] | None = None  # of every renewal
+        self.turned_away = ""  # why `Next` is refused
         self.serials: list[str] = []  # of the certificates that asked `Next`
         self._changed = threading.Condition()
         self._server: grpc.Server | None = None
@@ -170,6 +171,8 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
     def Next(self, request, context):  # noqa: N802 - gRPC's name
         self.serials.append(tls.serial_number(context.auth_context()["x509_pem_cert"][0]))
         self.note(f"next {_device(context)}")
+        if self.turned_away:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, self.turned_away)
         waiting = [plan for plan in self.plans if not {(plan.job, plan.round)} & (self.updates.keys() | self.failures)]
         return pb.NextReply(
             plans=[messages.encode(plan) for plan in waiting],

@@ -248,3 +248,15 @@ def test_a_damaged_session_number_is_begun_anew(tmp_path, saved):
     session = _Session(path)
     session.advance()
     assert 0 < session.number < 2**62
+
+
+def test_a_cloud_that_turns_this_device_away_is_a_line_once(with_link, fleet, monkeypatch, until, caplog):
+    monkeypatch.setattr(link_module, "ASK_AGAIN_S", 0.02)
+    fleet.turned_away = "removed"
+
+    async def run(_link, _ears):
+        await until(lambda: len(fleet.calls) > 5)
+
+    with_link(run)
+    lines = [record for record in caplog.records if "next.failed" in record.message and record.levelname == "WARNING"]
+    assert len(lines) == 1
