@@ -294,7 +294,7 @@ async def _reply(scope: _Scope, send: _Send, answer: _Answer) -> None:
 
 
 def _sent(response: Response) -> _Answer:
-    headers = tuple((name.lower().encode(), value.encode()) for name, value in response.headers.items())
+    headers = tuple([(name.lower().encode(), value.encode()) for name, value in response.headers.items()])
     return _Answer(200, response.body, headers)
 
 

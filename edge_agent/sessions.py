@@ -20,6 +20,8 @@ from edgefl.errors import MissingExtra, ProtocolError
 
 INLINE_S = 0.002  # a model that is slower than that runs outside the event loop
 SLOW_S = 0.02  # one that once takes so long there was misjudged
+WATCHED_RUNS = 20  # after a slow one
+MAX_WARM_UPS, WARM_UP_S = 10, 0.05  # the quickest counts: others may have our core meanwhile
 MAX_GROWTH = 64  # times the warm-up's elements are taken for as many times its time; not more, a model may be quadratic
 # Operators whose time depends on values, not on shapes, as they stand in a model's bytes (op_type is field 4).
 _BY_VALUE = (b"\x22\x04Loop", b"\x22\x04Scan", b"\x22\x05Range")
@@ -66,15 +68,28 @@ class TensorInfo:
 
 
 class Pace:
-    """How much work of a model the event loop can do without anybody noticing. Only ever gets stricter."""
+    """How much work of a model the event loop can do without anybody noticing. Only ever gets stricter.
+
+    A run that took long may only have waited for a core. Reading a thread's own time is dear, so it is read for
+    some runs after such a one: a model that computes for so long itself has had its last run there.
+    """
 
     def __init__(self, max_elements: int = 0) -> None:
         self.max_elements = max_elements  # of all inputs of a request
+        self._watched = 0  # runs whose own time is to be read
 
-    def took(self, seconds: float) -> None:
-        """A run in the event loop is over; one that was slow was the last there."""
-        if seconds > SLOW_S:
-            self.max_elements = 0
+    def begin(self) -> tuple[float, float]:
+        """A run in the event loop begins."""
+        return time.perf_counter(), time.thread_time() if self._watched else 0.0
+
+    def end(self, start: tuple[float, float]) -> None:
+        """It is over."""
+        if self._watched:
+            self._watched -= 1
+            if start[1] and time.thread_time() - start[1] > SLOW_S:
+                self.max_elements = 0
+        elif time.perf_counter() - start[0] > SLOW_S:
+            self._watched = WATCHED_RUNS
 
 
 class Stop:
@@ -112,6 +127,11 @@ class Served:
         return {one.name: one.datatype for one in self.outputs}
 
     @cached_property
+    def known_heads(self) -> dict[bytes, Any]:
+        """What `edge_agent.inference` keeps of requests that it has checked."""
+        return {}
+
+    @cached_property
     def label(self) -> bytes:
         """The name as it stands on the board of models at work."""
         return label_of(self.name)
@@ -122,13 +142,13 @@ class Served:
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Any], stop: Stop | None = None) -> list[Any]:
         """Compute outputs; raises ProtocolError where the model cannot take these values."""
-        start_s = time.perf_counter()
+        start = self.pace.begin() if stop is None else None
         try:
             result: list[Any] = self.session.run(list(outputs), dict(feeds), stop.options if stop else None)
         except _ort_errors() as cause:
             raise ProtocolError(f"model {self.name} version {self.version} cannot take this: {cause}") from cause
-        if stop is None:
-            self.pace.took(time.perf_counter() - start_s)
+        if start is not None:
+            self.pace.end(start)
         return result
 
 
@@ -159,15 +179,8 @@ def load(name: str, version: int, path: Path) -> Served:
         import onnxruntime as ort
     except ImportError as cause:
         raise MissingExtra("serving a release", "agent") from cause
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads cost a device's battery
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    # An arena keeps the memory of the largest request for ever, and patterns are kept for every shape ever seen.
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
         inputs = tuple(_info(name, version, one) for one in session.get_inputs())
         outputs = tuple(_info(name, version, one) for one in session.get_outputs())
         seconds = _warm_up(session, inputs)
@@ -176,6 +189,20 @@ def load(name: str, version: int, path: Path) -> Served:
     inline = seconds < INLINE_S and not _depends_on_values(path)
     elements = sum(math.prod(max(size, 1) for size in one.shape) for one in inputs)
     return Served(name, version, inputs, outputs, inline, session, Pace(_affordable(elements, seconds)))
+
+
+def session_options() -> Any:
+    """Return how ONNX Runtime runs models on a device."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads cost a device's battery
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    # An arena keeps the memory of the largest request for ever, and patterns are kept for every shape ever seen.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    return options
 
 
 def _affordable(elements: int, seconds: float) -> int:
@@ -198,26 +225,27 @@ def _info(name: str, version: int, one: Any) -> TensorInfo:
 
 
 def _warm_up(session: Any, inputs: Sequence[TensorInfo]) -> float:
-    """Run twice, on zeros or on ones; returns the seconds of the second run, which no longer pays for the first."""
+    """Run on zeros or on ones; returns the seconds of the quickest run after the first, which pays for all."""
     try:
-        return _run_twice(session, inputs, 0)
+        return _quickest(session, inputs, 0)
     except _ort_errors():  # a divisor, say
-        return _run_twice(session, inputs, 1)
+        return _quickest(session, inputs, 1)
 
 
-def _run_twice(session: Any, inputs: Sequence[TensorInfo], value: int) -> float:
+def _quickest(session: Any, inputs: Sequence[TensorInfo], value: int) -> float:
     import numpy as np
 
     feeds = {
         one.name: np.full([size if size > 0 else 1 for size in one.shape], value, NUMPY_TYPES[one.datatype])
         for one in inputs
     }
-    seconds = 0.0
-    for _ in range(2):
+    session.run(None, feeds)
+    runs_s: list[float] = []
+    while not runs_s or (len(runs_s) < MAX_WARM_UPS and sum(runs_s) < WARM_UP_S):
         start_s = time.perf_counter()
         session.run(None, feeds)
-        seconds = time.perf_counter() - start_s
-    return seconds
+        runs_s.append(time.perf_counter() - start_s)
+    return min(runs_s)
 
 
 def _ort_errors() -> tuple[type[Exception], ...]:

@@ -6,7 +6,7 @@ import asyncio
 
 import httpx
 
-from edge_agent.http_server import serve
+from edge_agent.http_server import Cork, serve
 from edge_agent.serving import bind, url_of
 
 
@@ -34,3 +34,35 @@ def test_a_request_that_has_begun_is_answered():
         listener.close()
 
     asyncio.run(inside())
+
+
+class Written:
+    """A transport that keeps what is written to it."""
+
+    def __init__(self):
+        self.parts, self.closed = [], False
+
+    def write(self, data):
+        self.parts.append(data)
+
+    def close(self):
+        self.closed = True
+
+
+def test_head_and_body_leave_together():
+    transport = Written()
+    cork = Cork(transport)
+    cork.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    cork.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    cork.write(b"body")
+    cork.write(b"more")
+    cork.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+    cork.flush()
+    cork.flush()
+    cork.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    cork.close()
+    assert transport.parts == [
+        b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nbody", b"more", b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+    ]  # fmt: skip
+    assert transport.closed

@@ -230,3 +230,39 @@ def test_outputs_are_chosen_and_their_form_too():
     asked = [{"name": "b"}, {"name": "a", "parameters": {"binary_data": True}}]
     some = parse_request(model, body(tensor([1, 2]), outputs=asked), None)
     assert list(some.outputs.items()) == [("b", False), ("a", True)]
+
+
+def test_a_head_that_was_seen_before_is_read_and_answered_alike():
+    model = served()
+    head = body(tensor(shape=(1, 2), binary_data_size=8), parameters={"binary_data_output": True})
+    answers = []
+    for values in ([1, 2], [3, 4], [5, 6]):
+        data = np.array([values], np.float32)
+        request = parse_request(model, head + data.tobytes(), str(len(head)))
+        assert request.feeds["x"].tolist() == [values]
+        answers.append(encode_response(model, request, [request.feeds["x"] * 2]))
+    assert len(model.known_heads) == 1
+    first, *others = [int(answer.headers[HEADER_LENGTH]) for answer in answers]
+    assert others == [first, first]
+    assert len({answer.body[:first] for answer in answers}) == 1
+    assert [np.frombuffer(answer.body[first:], np.float32).tolist() for answer in answers] == [[2, 4], [6, 8], [10, 12]]
+    for wrong in (data.tobytes()[:-1], data.tobytes() + b"x"):
+        with pytest.raises(ProtocolError):
+            parse_request(model, head + wrong, str(len(head)))
+    wider = encode_response(model, request, [np.zeros((3, 2), np.float32)])
+    assert b'"shape":[3,2]' in wider.body
+
+
+def test_only_heads_that_say_all_are_kept_and_not_too_many():
+    model = served()
+    data = np.zeros((1, 2), np.float32).tobytes()
+    for number in range(200):
+        head = body(tensor(shape=(1, 2), binary_data_size=8), note=number)
+        parse_request(model, head + data, str(len(head)))
+    assert 0 < len(model.known_heads) <= 64
+    model.known_heads.clear()
+    head = body(tensor(shape=(1, 2), binary_data_size=8), id="7")
+    assert parse_request(model, head + data, str(len(head))).id == "7"
+    plain = body(tensor([1, 2]))
+    parse_request(model, plain, str(len(plain)))
+    assert model.known_heads == {}
