@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from edgefl.errors import ConfigError
 
+MAX_KEYS = 10_000
+
 
 class TokenBucket:
     """Gives `per_s` a second, and what was not used up to `burst`. Belongs to one thread."""
@@ -35,3 +37,25 @@ class TokenBucket:
     def idle(self) -> bool:
         """Whether all that was taken has been given again, so that a new bucket would be the same."""
         return self._paid_until_s <= self._clock()
+
+
+class Buckets:
+    """A bucket for each of many keys, such as addresses, which a stranger can make up; so they are bounded."""
+
+    def __init__(self, per_s: float, burst: float, clock: Callable[[], float], most: int = MAX_KEYS) -> None:
+        self._per_s, self._burst, self._clock = per_s, burst, clock
+        self._most = most
+        self._buckets: dict[str, TokenBucket] = {}
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def of(self, key: str) -> TokenBucket:
+        """Return a key's bucket; beyond so many keys at once, further ones share one."""
+        if key not in self._buckets and len(self._buckets) >= self._most:
+            self._buckets = {name: one for name, one in self._buckets.items() if not one.idle()}
+            if len(self._buckets) >= self._most:
+                key = ""
+        if key not in self._buckets:
+            self._buckets[key] = TokenBucket(self._per_s, self._burst, self._clock)
+        return self._buckets[key]

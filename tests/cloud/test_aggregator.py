@@ -1,5 +1,6 @@
 """The cloud in this very process, with a real agent: how far it is from a command to the averaging line."""
 
+import asyncio
 import contextlib
 import inspect
 import json
@@ -7,8 +8,10 @@ import logging
 import os
 import signal
 import sqlite3
+import ssl
 import threading
 import traceback
+from asyncio import sslproto
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 
 import cloud.cli
-from cloud.aggregator import Aggregator
+from cloud.aggregator import TLS_BUFFER_BYTES, Aggregator, shrink_tls_buffers
 from cloud.home import AggregatorOptions, CloudHome
 from edgefl import aggregation
 from edgefl.aggregation import WeightedMean
@@ -150,3 +153,16 @@ def test_a_second_cloud_on_the_same_home_or_port_is_refused(tmp_path):
 
     with LocalFleet(tmp_path) as fleet:
         serve_while(fleet, work)
+
+
+def test_tls_connections_read_into_small_buffers(monkeypatch):
+    monkeypatch.setattr(sslproto.SSLProtocol, "max_size", sslproto.SSLProtocol.max_size)  # is put back, and is there
+    shrink_tls_buffers()
+
+    async def main():
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made = sslproto.SSLProtocol(asyncio.get_running_loop(), asyncio.Protocol(), context, None, server_side=True)
+        made._app_transport._closed = True  # it was never open
+        return len(made._ssl_buffer)
+
+    assert asyncio.run(main()) == TLS_BUFFER_BYTES

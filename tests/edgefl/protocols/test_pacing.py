@@ -3,7 +3,7 @@
 import pytest
 
 from edgefl.errors import ConfigError
-from edgefl.protocols.pacing import TokenBucket
+from edgefl.protocols.pacing import Buckets, TokenBucket
 
 
 class Clock:
@@ -39,3 +39,15 @@ def test_by_law_no_more_than_rate_and_burst_passes_in_any_time():
 def test_a_bucket_that_gives_nothing_is_refused(per_s, burst):
     with pytest.raises(ConfigError, match="expected per_s above 0"):
         TokenBucket(per_s, burst, Clock())
+
+
+def test_keys_beyond_memory_share_one_bucket_and_idle_ones_make_room():
+    clock = Clock()
+    buckets = Buckets(1, 0, clock, most=3)
+    for number in range(100):
+        buckets.of(f"made-up-{number}").take(10)
+    assert len(buckets) <= 4
+    assert buckets.of("another").take(0) > 100  # of all that share it
+    clock.now_s += 10_000
+    assert buckets.of("another").take(0) == 0.0
+    assert len(buckets) <= 3
