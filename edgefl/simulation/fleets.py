@@ -48,6 +48,7 @@ class Method:
 
     stacks: bool = False  # whether workers train theirs as one computation, or one after another
     compiled: bool = False  # whether a C++ compiler makes their steps
+    recorded: bool = True  # whether steps are recorded, or each is taken as on a device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

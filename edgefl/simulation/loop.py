@@ -14,7 +14,7 @@ class LoopFleet:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._trainer = LocalTrainer(setup.task, setup.population, compiled=setup.method.compiled)
+        self._trainer = LocalTrainer(setup.task, setup.population, setup.method)
         self._meter = Meter(setup.served)
 
     def clients(self) -> Sequence[str]:

@@ -53,7 +53,7 @@ class PoolFleet:
 
     def why_not_stacked(self) -> str | None:
         """Return why the task's clients cannot be trained in stacks, or None, as a worker has tried it."""
-        return self.workers[0].why_not_stacked()
+        return self.workers[0].why_not_stacked(self._setup.method)
 
     def use(self, method: Method) -> None:
         """Have the workers train in another way from the next round on."""

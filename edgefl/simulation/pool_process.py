@@ -19,7 +19,7 @@ import numpy as np
 
 from edgefl.errors import ConfigError
 from edgefl.guardian import guardian
-from edgefl.simulation.fleets import Setup
+from edgefl.simulation.fleets import Method, Setup
 from edgefl.simulation.machine import how_ended
 from edgefl.simulation.pool_round import START_S
 from edgefl.simulation.pool_wire import (
@@ -79,9 +79,9 @@ class WorkerProcess:
         if isinstance(gone := self.hear(), Gone):
             raise ConfigError(f"a worker process {gone.how} before it was ready")
 
-    def why_not_stacked(self) -> str | None:
+    def why_not_stacked(self, method: Method) -> str | None:
         """Have it try whether clients can be trained in stacks; return why not, or None."""
-        self._send(Try())
+        self._send(Try(method))
         how = f"did not answer within {START_S:g} s"
         if self.pipe.poll(START_S):
             try:

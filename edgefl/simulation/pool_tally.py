@@ -47,9 +47,9 @@ class ChunkTrainer:
         self._tally = _Tally(plan, self._rule_name) if sums else None
         self._begin()
 
-    def try_stacks(self) -> Tried:
+    def try_stacks(self, method: Method) -> Tried:
         """Say why clients cannot be trained in stacks, if they cannot."""
-        return Tried(why_not_stacked(self._setup))
+        return Tried(why_not_stacked(dataclasses.replace(self._setup, method=method)))
 
     def answer(self, message: Chunk | Flush) -> Done | Summed:
         if isinstance(message, Chunk):
@@ -95,7 +95,7 @@ class ChunkTrainer:
             raise RuntimeError("a plan comes before a trainer")
         wanted = StackTrainer if method.stacks else LocalTrainer
         if method not in self._trainers:
-            self._trainers[method] = wanted(self._task, self._population, compiled=method.compiled)
+            self._trainers[method] = wanted(self._task, self._population, method)
         self._trainers[method].begin(self._plan)
         return self._trainers[method]
 

@@ -73,6 +73,8 @@ class Flush:
 class Try:
     """Try whether clients can be trained in stacks. The user's code runs in it, so it is a worker's to do."""
 
+    method: Method
+
 
 @dataclass(frozen=True, slots=True)
 class Tried:

@@ -44,7 +44,7 @@ class Worker:
             self._trainer.begin(plan, sums=message.sums, method=message.method)
             return None
         if isinstance(message, Try):
-            return self._trainer.try_stacks()
+            return self._trainer.try_stacks(message.method)
         answer = self._trainer.answer(message)
         if isinstance(answer, Summed) and answer.partial is not None:
             self._sums.write(answer.partial.total)

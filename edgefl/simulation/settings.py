@@ -27,8 +27,13 @@ class EngineConfig:
     """How the clients are trained, whatever the engine."""
 
     compile: bool = False  # steps by a C++ compiler: seconds to a minute at the start, a fifth or more less a step
+    record: bool = True  # steps as lists of tensor operations; without, each is taken as on a device, more slowly
 
     def __post_init__(self) -> None:
+        if self.compile and not self.record:
+            raise ConfigError(
+                "engine.compile=true makes code of recorded steps, which engine.record=false switches off; set one"
+            )
         if self.compile and not has_compiler():
             raise ConfigError(
                 "engine.compile=true needs a C++ compiler, and neither $CXX (or g++) nor clang++ is there. "

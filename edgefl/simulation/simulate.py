@@ -120,7 +120,7 @@ def _set_up(
     if saved is not None:
         refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))
     reference = None if isinstance(task, Task) else str(task)
-    method = Method(compiled=config.engine.compile)
+    method = Method(compiled=config.engine.compile, recorded=config.engine.record)
     names, there = population.names(), () if saved is None else np.flatnonzero(saved.took_part)
     served = {(loaded.name, names[int(index)]) for index in there}
     return Setup(

@@ -153,7 +153,10 @@ def _differs(setup: Setup, plan: Plan, held: dict[str, Samples]) -> str | None:
     plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1))
     few = plan.train.batch_size + max(1, plan.train.batch_size // 2)
     held = {client: Samples(one.inputs[:few], one.targets[:few]) for client, one in held.items()}
-    stacks, loop = StackTrainer(setup.task, _Tried(held)), LocalTrainer(setup.task, _Tried(held))
+    stacks, loop = (
+        StackTrainer(setup.task, _Tried(held), setup.method),
+        LocalTrainer(setup.task, _Tried(held), setup.method),
+    )
     stacks.begin(plan)
     loop.begin(plan)
     stack, sums, noise = stacks.train(held), WeightedMean(plan.parameters), _noise_of(stacks.start)

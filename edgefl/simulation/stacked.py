@@ -23,7 +23,7 @@ from edgefl.guards import MAX_METRIC
 from edgefl.records import Failure, Partial, Plan, Traffic, Update
 from edgefl.samples import Samples
 from edgefl.simulation.batches import StackedBatches, Step
-from edgefl.simulation.fleets import Meter, Population, Setup, torch_threads
+from edgefl.simulation.fleets import Meter, Method, Population, Setup, torch_threads
 from edgefl.simulation.machine import num_cores
 from edgefl.simulation.population import samples_of
 from edgefl.simulation.products import Gradients
@@ -50,7 +50,7 @@ class StackedFleet:
         if reason := why_not_stacked(setup):
             raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
         self._setup = setup
-        self._trainer = StackTrainer(setup.task, setup.population, compiled=setup.method.compiled)
+        self._trainer = StackTrainer(setup.task, setup.population, setup.method)
         self._meter = Meter(setup.served)
 
     def clients(self) -> Sequence[str]:
@@ -164,10 +164,10 @@ def _rows(stacked: torch.Tensor) -> torch.Tensor:
 class StackTrainer:
     """Trains stacks of clients of one population; call `begin` for each plan."""
 
-    def __init__(self, task: Task, population: Population, *, compiled: bool = False) -> None:
+    def __init__(self, task: Task, population: Population, method: Method | None = None) -> None:
         self._task, self._population = task, population
         self._model = make_model(task)
-        self._step = _StepOf(task, self._model, compiled=compiled)
+        self._step = _StepOf(task, self._model, method or Method())
         self._start: _Tensors = {}
         self._plan: Plan | None = None
 
@@ -255,7 +255,7 @@ class StackTrainer:
 class _StepOf:
     """The gradient and loss of one batch of each client in a stack."""
 
-    def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool) -> None:
+    def __init__(self, task: Task, model: torch.nn.Module, method: Method) -> None:
         from torch.func import grad_and_value, vmap
 
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -266,7 +266,8 @@ class _StepOf:
                 task.name,
                 self._flat(vmap(grad_and_value(mean), randomness="error")),
                 len(self.trained),
-                compiled=compiled,
+                compiled=method.compiled,
+                recorded=method.recorded,
             )
             for mean in (self._mean, self._masked_mean)
         )

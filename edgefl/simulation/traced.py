@@ -62,7 +62,7 @@ class GradientOf:
     The model's tensors stay where they are: who changes them does so in place.
     """
 
-    def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False) -> None:
+    def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False, recorded: bool = True) -> None:
         self._task, self._model, self._compiled = task, model, compiled
         self._by_autograd, self._channels_last = Autograd(task, model), has_channels_last(model)
         named = dict(model.named_parameters())
@@ -71,7 +71,7 @@ class GradientOf:
         self._others = {n: one for n, one in named.items() if not one.requires_grad} | dict(model.named_buffers())
         self._state = [*(one.data for one in self.trained), *self._others.values()]  # moved in place, so these stay
         self._recordings: dict[tuple[object, ...], _Recording | None] = {}
-        self.why_not = ""  # why autograd does it, where it does
+        self.why_not = "" if recorded else "engine.record=false"  # why autograd does it, where it does
         if len(self.trained) > MAX_PARAMETERS:
             self.why_not = f"task {task.name!r}: its model has {len(self.trained)} parameters, too many to record"
 
@@ -186,8 +186,11 @@ class Recorded:
     It changes nothing, and is recorded for the shapes that come often.
     """
 
-    def __init__(self, task: str, function: _Function, parameters: int, *, compiled: bool = False) -> None:
+    def __init__(
+        self, task: str, function: _Function, parameters: int, *, compiled: bool = False, recorded: bool = True
+    ) -> None:
         self._task, self._function, self._number, self._compiled = task, function, parameters, compiled
+        self._recorded = recorded
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
@@ -199,7 +202,7 @@ class Recorded:
         result = Gradients(self._function(*tensors), in_order(self._number))
         self._seen[key] += 1
         few = len(self._recordings) < MAX_RECORDINGS and self._number <= MAX_PARAMETERS
-        if self._seen[key] == OFTEN and few:
+        if self._recorded and self._seen[key] == OFTEN and few:
             self._record(key, tensors, result)
         return result
 

@@ -18,7 +18,7 @@ from edgefl.records import Failure, Plan, Update
 from edgefl.samples import Samples
 from edgefl.simulation.at_work import turn_of
 from edgefl.simulation.flat import FlatModel
-from edgefl.simulation.fleets import Population
+from edgefl.simulation.fleets import Method, Population
 from edgefl.simulation.population import samples_of
 from edgefl.simulation.traced import GradientOf, RecordedDescent
 from edgefl.task import Task
@@ -48,13 +48,13 @@ class WithOptions(Protocol):
 class LocalTrainer:
     """Trains clients of one population; call `begin` for each plan."""
 
-    def __init__(self, task: Task, population: Population, *, compiled: bool = False) -> None:
+    def __init__(self, task: Task, population: Population, method: Method | None = None) -> None:
         if task.fit is not None and not isinstance(population, WithOptions):
             raise ConfigError(
                 f"task {task.name!r} brings its own fit, which reads data options; this population has none"
             )
         self._task, self._population = task, population
-        self._compiled = compiled
+        self._method = method or Method()
         self._model: _Model | None = None
         self._plan: Plan | None = None
 
@@ -63,7 +63,7 @@ class LocalTrainer:
         self._plan = plan
         if self._task.fit is not None:
             return
-        self._model = self._model or _Model(self._task, plan.frozen, compiled=self._compiled)
+        self._model = self._model or _Model(self._task, plan.frozen, self._method)
         set_parameters(self._task, self._model.module, whole(plan.parameters, plan.frozen))
         self._model.module.train()
         self._model.flat.start_from(plan.parameters)
@@ -100,7 +100,7 @@ class LocalTrainer:
 class _Model:
     """The one model, and how its steps are taken."""
 
-    def __init__(self, task: Task, frozen: Tree | None, *, compiled: bool) -> None:
+    def __init__(self, task: Task, frozen: Tree | None, method: Method) -> None:
         self._task, self.module = task, make_model(task)
         if frozen is not None:
             refuse_other_parts(task.name, self.module, frozen)
@@ -108,7 +108,9 @@ class _Model:
         if channels_last:
             lay_out(self.module)
         self.flat = FlatModel(self.module, channels_last=channels_last, still=frozen or {})
-        self._descent = RecordedDescent(task, GradientOf(task, self.module, compiled=compiled))
+        self._descent = RecordedDescent(
+            task, GradientOf(task, self.module, compiled=method.compiled, recorded=method.recorded)
+        )
 
     def trained(self, samples: Samples, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
         """Return what a client sends, and its loss."""

@@ -40,3 +40,8 @@ def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"engine.compile=true needs a C\+\+ compiler"):
         EngineConfig(compile=True)
+
+
+def test_what_is_not_recorded_cannot_be_compiled():
+    with pytest.raises(ConfigError, match=r"engine.record=false switches off"):
+        EngineConfig(compile=True, record=False)

@@ -1,13 +1,20 @@
 """A recorded step gives what autograd gives, or is not used."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from edgefl import Task
 from edgefl.config import TrainConfig
+from edgefl.simulation import traced
+from edgefl.simulation.fleets import Method
+from edgefl.simulation.loop import LoopFleet
+from edgefl.simulation.stacked import StackedFleet
 from edgefl.simulation.traced import GradientOf, Recorded, RecordedDescent, has_compiler
-from edgefl.training import Autograd, Descent
+from edgefl.training import Autograd, Descent, train_locally
 
 
 class Counting(nn.Linear):
@@ -146,3 +153,29 @@ def test_a_model_of_very_many_parameters_is_left_to_autograd(monkeypatch):
     for _ in range(5):
         recorded(*torch.ones(4, 2).unbind())
     assert len(calls) == 5  # never from a recording
+
+
+@pytest.mark.parametrize("engine", [LoopFleet, StackedFleet])
+def test_nothing_is_recorded_where_that_is_switched_off(set_up, plan_of, monkeypatch, engine):
+    recordings = []
+    whole = traced.record
+
+    def noting(*arguments):
+        recordings.append(arguments)
+        return whole(*arguments)
+
+    monkeypatch.setattr(traced, "record", noting)
+    monkeypatch.setattr(traced, "OFTEN", 1)
+    setup = set_up()
+    plan = plan_of(setup)
+    off = dataclasses.replace(setup, method=Method(recorded=False))
+    answers = list(engine(off).collect(plan))
+    assert not recordings
+    if engine is LoopFleet:  # and each client is trained as on a device, bit for bit
+        for answer in answers:
+            options = setup.population.options(answer.device)
+            own = train_locally(setup.task, plan.parameters, plan.train, options=options, round=1, client=answer.device)
+            for name, array in own.tree.items():
+                np.testing.assert_array_equal(answer.tree[name], array)
+    list(engine(setup).collect(plan))
+    assert recordings
