@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import ssl
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cloud.shares import PortShare
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, PartFailed
 from edgefl.protocols.addresses import bracketed, is_loopback
 from edgefl.protocols.connections import Connection, Connections
 from edgefl.protocols.listener import Listener, Port, listen
@@ -29,7 +32,11 @@ if TYPE_CHECKING:
 
 START_S = 10.0
 STOP_S = 5.0
+MAX_FAULTS, FAULTS_S = 5, 60.0  # of its parts, that a broker survives: fewer than so many within such a time
+AGAIN_S = 0.5
 ROOMY = PortShare(seats=10_000, waiting=256)
+
+_log = logging.getLogger(__name__)
 
 
 def _everyone(_name: str, _serial: str | None) -> bool:
@@ -42,8 +49,8 @@ class EmbeddedBroker:
     `identity` None is the insecure mode, for the loopback only: a client is who its user name says.
     `is_known` says whether a device is still enrolled with a certificate of this serial number (None in
     the insecure mode); it is asked in the broker's thread at each connect and must answer soon. Port 0
-    takes a free one; `port` and `url` tell which. `on_failure` hears, in the broker's thread, that it
-    ended unasked; without it threading's hook does.
+    takes a free one; `port` and `url` tell which. A broker whose part ends starts again, on the same port;
+    at the MAX_FAULTS-th time within FAULTS_S `on_failure` hears of it, or without it threading's hook.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class EmbeddedBroker:
         self._is_known = is_known
         self._share = share
         self._on_failure = on_failure
+        self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -85,6 +93,7 @@ class EmbeddedBroker:
     def start(self) -> None:
         """Return when it listens; raises ConfigError for a port that is in use, MissingExtra without amqtt."""
         started: Future[int] = Future()
+        self._ending.clear()
         self._thread = threading.Thread(target=self._run, args=(started,), name="broker", daemon=True)
         self._thread.start()
         self.port = started.result(START_S)
@@ -93,8 +102,10 @@ class EmbeddedBroker:
         """End all connections and the thread; does nothing if it does not run."""
         if self._thread is None or self._loop is None or self._stopping is None:
             return
+        self._ending.set()
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stopping.set)
+            with contextlib.suppress(RuntimeError):  # between two loops: it looks at `_ending`
+                self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(3 * STOP_S)
         self._thread = None
 
@@ -112,15 +123,22 @@ class EmbeddedBroker:
             self._loop.call_soon_threadsafe(self._context.load_cert_chain, identity.cert, identity.key)
 
     def _run(self, started: Future[int]) -> None:
-        try:
-            asyncio.run(self._serve(started))
-        except BaseException as fault:
-            if not started.done():
-                started.set_exception(fault)
-            elif self._on_failure is not None:
-                self._on_failure(fault)
-            else:
-                raise
+        faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
+        while not self._ending.is_set():
+            try:
+                asyncio.run(self._serve(started))
+            except BaseException as fault:
+                if not started.done():
+                    started.set_exception(fault)
+                    return
+                faults_s.append(time.monotonic())
+                if len(faults_s) == MAX_FAULTS and faults_s[-1] - faults_s[0] < FAULTS_S:
+                    if self._on_failure is None:
+                        raise
+                    self._on_failure(fault)
+                    return
+                _log.exception("broker.fault port=%d: it starts again", self.port)
+                self._ending.wait(AGAIN_S)
 
     async def _serve(self, started: Future[int]) -> None:
         from cloud.broker_gate import Gate  # and with it amqtt, only where a broker is wanted
@@ -135,11 +153,28 @@ class EmbeddedBroker:
         except ConfigError:
             await gate.close(STOP_S)
             raise
-        started.set_result(listener.port_number)
-        await self._stopping.wait()
-        listener.close()
-        await gate.close(STOP_S)
-        await listener.wait_closed()
+        if not started.done():
+            started.set_result(listener.port_number)
+        try:
+            await self._until_stopped({gate.broadcasting, *listener.tasks})
+        finally:
+            listener.close()
+            await gate.close(STOP_S)
+            await listener.wait_closed()
+
+    async def _until_stopped(self, parts: set[asyncio.Future[Any]]) -> None:
+        """Wait for `stop`; raises PartFailed where one of the parts ends before."""
+        if self._stopping is None:
+            return
+        stopping = asyncio.create_task(self._stopping.wait(), name="broker-stop")
+        try:
+            done, _ = await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if stopping not in done:
+            [ended, *_] = done
+            fault = None if ended.cancelled() else ended.exception()
+            raise PartFailed(f"a part of the embedded broker has ended: {fault!r}") from fault
 
     def _listen(self, gate: Gate) -> Listener:
         if self._identity is not None:

@@ -87,6 +87,12 @@ class Gate:
     async def start(self) -> None:
         await self._broker.start()
 
+    @property
+    def broadcasting(self) -> asyncio.Future[Any]:
+        """What passes messages on, in amqtt; were it to end, nobody would hear anything, or of it."""
+        task: asyncio.Future[Any] = self._broker._broadcast_task  # noqa: SLF001 - amqtt tells nobody
+        return task
+
     async def accept(self, place: Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
         task, peer, name = _this_task(), peer_of(writer)[0], ""

@@ -33,14 +33,17 @@ from edge_agent.serving import bind, url_of
 from edge_agent.store import Store
 from edge_agent.trainer import IDLE_S, Trainer
 from edge_agent.updater import Updater, UpdaterParts
-from edgefl.errors import ConfigError, HomeError, ManifestRejected
+from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
 from edgefl.home import lock_home, replace_file
 from edgefl.logs import event
 from edgefl.models.manifest import load_public_key
 from edgefl.protocols.messages import RolloutNote, Signed, WirePlan
+from edgefl.text import one_line
 
 SERVING_FILE = "serving"  # holds the URL while the port is served
 MAX_LOAD_S = 3600.0
+
+MAX_REASON_CHARS = 300
 
 _log = logging.getLogger(__name__)
 
@@ -78,14 +81,26 @@ class AgentConfig:
 
 
 async def run_agent(config: AgentConfig) -> None:
-    """Run until SIGTERM or SIGINT; raises HomeError or ConfigError where it cannot begin."""
+    """Run until SIGTERM or SIGINT.
+
+    Raises HomeError or ConfigError where it cannot begin, PartFailed where a part ends.
+    """
     profile = load_profile(config.home)
     with lock_home(config.home):
         agent = _Agent(config, profile)
         try:
             await agent.run()
+        except ExceptionGroup as group:
+            _log.critical("agent.part_ended", exc_info=group)
+            why = "; ".join(one_line(repr(error), MAX_REASON_CHARS) for error in _leaves(group))
+            raise PartFailed(f"the agent ends, since a part of it did: {why}. Its log says more") from group
         finally:
             agent.close()
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    nested = [_leaves(one) if isinstance(one, BaseExceptionGroup) else [one] for one in group.exceptions]
+    return [one for several in nested for one in several]
 
 
 class _Agent:

@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.task import Located, Task, import_task, locate_task, see_working_folder
+from edgefl.text import is_safe
 
 MAX_BUNDLE_BYTES = 64 << 20  # unpacked
 MAX_BUNDLE_FILES = 10_000
@@ -81,7 +83,7 @@ def unpack_bundle(path: Path, folder: Path) -> None:
                 _extract(archive, entry, half / entry.filename)
         half.chmod(0o755)
         half.rename(folder)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as cause:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeError, struct.error) as cause:
         raise ProtocolError(f"bundle {path.name} is not a whole zip file: {cause}") from cause
     finally:
         shutil.rmtree(half, ignore_errors=True)  # nothing is there once it was renamed
@@ -147,7 +149,7 @@ def _refuse_unsafe(entries: list[zipfile.ZipInfo]) -> None:
         )
     names = {entry.filename.casefold() for entry in entries}
     for entry in entries:
-        if fault := _unsafe(entry, names):
+        if fault := _unsafe(entry, names) or ("" if is_safe(entry.filename) else "a name with control characters"):
             raise ProtocolError(f"bundle holds {entry.filename!r}, {fault}")
     if len(names) != len(entries):
         raise ProtocolError("bundle holds a name twice")

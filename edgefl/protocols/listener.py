@@ -52,6 +52,11 @@ class Listener:
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """Its tasks, which end when it is closed."""
+        return list(self._tasks)
+
+    @property
     def port_number(self) -> int:
         """The TCP port."""
         number: int = self._port.socket.getsockname()[1]

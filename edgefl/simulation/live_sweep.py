@@ -13,6 +13,7 @@ from edgefl.simulation.live import Progress, line_text, size_text
 from edgefl.simulation.report import Json
 from edgefl.simulation.sweep import SweepResult, SweepWatching, VariantResult
 from edgefl.simulation.variants import Variant
+from edgefl.text import one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,8 +54,8 @@ class SweepProgress:
         for name, state in self._states.items():
             number, _, rate, _, left, metrics = self._cells[name]
             left = left if state == "running" else ""
-            row = (Text(name), Text(state, _STYLES.get(state, "dim")), number, rate, left, Text(metrics))
-            table.add_row(*row)
+            style = _STYLES.get(state, "dim")
+            table.add_row(Text(one_line(name)), Text(state, style), number, rate, left, Text(one_line(metrics)))
         return table
 
 

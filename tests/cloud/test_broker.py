@@ -350,3 +350,38 @@ def test_strangers_that_say_nothing_make_room(fleet_ca) -> None:
         config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
         with MqttLink(config, on_failure=pytest.fail) as link:
             assert link.wait_connected(30)
+
+
+def test_a_broker_whose_part_ends_starts_again_on_its_port(fleet_ca, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("cloud.broker.AGAIN_S", 0.01)
+    ups, downs = queue.Queue(), queue.Queue()
+    with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, on_failure=pytest.fail) as broker:
+        config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
+        link = MqttLink(
+            config, on_failure=pytest.fail, on_connect=lambda: ups.put(None), on_disconnect=lambda: downs.put(None)
+        )
+        with link:
+            ups.get(timeout=10)
+            port = broker.port
+            broker._loop.call_soon_threadsafe(broker._gate.broadcasting.cancel)
+            downs.get(timeout=10)
+            ups.get(timeout=10)
+            assert (broker.port, broker.alive) == (port, True)
+    assert "broker.fault" in caplog.text
+    assert not broker.alive
+
+
+def test_a_broker_that_cannot_be_kept_says_so(fleet_ca, monkeypatch) -> None:
+    monkeypatch.setattr("cloud.broker.AGAIN_S", 0.01)
+    failures: queue.Queue[BaseException] = queue.Queue()
+    broker = EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, on_failure=failures.put)
+    broker.start()
+
+    async def fail(_parts) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(broker, "_until_stopped", fail)
+    broker._loop.call_soon_threadsafe(broker._gate.broadcasting.cancel)
+    assert isinstance(failures.get(timeout=10), ZeroDivisionError)
+    broker.stop()
+    assert not broker.alive

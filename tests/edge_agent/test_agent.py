@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -12,9 +13,10 @@ import httpx
 import psutil
 import pytest
 
+from edge_agent import agent as agent_module
 from edge_agent.agent import AgentConfig
 from edge_agent.status import read_status
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, PartFailed
 from edgefl.protocols import tls
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - what a guard is for
@@ -178,3 +180,20 @@ def test_a_token_lets_in_who_has_it(fleet, home, start_agent, eventually, tmp_pa
 def test_a_wrong_option_is_refused(wrong, tmp_path):
     with pytest.raises(ConfigError):
         AgentConfig(home=tmp_path, **wrong)
+
+
+def test_the_end_of_a_part_is_told_with_its_reason(home, monkeypatch, caplog):
+    class Ending:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        async def run(self) -> None:
+            raise ExceptionGroup("parts", [ExceptionGroup("link", [ZeroDivisionError("by\nzero")])])
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(agent_module, "_Agent", Ending)
+    with pytest.raises(PartFailed, match=r"a part of it did: ZeroDivisionError\('by.nzero'\)\. Its log says more"):
+        asyncio.run(agent_module.run_agent(AgentConfig(home=home, serve_port=0)))
+    assert "agent.part_ended" in caplog.text

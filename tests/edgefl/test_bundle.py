@@ -183,3 +183,14 @@ def test_a_folder_that_is_there_is_left_as_it_is(tmp_path):
     (tmp_path / "there" / "kept").write_text("kept")
     unpack_bundle(tmp_path / "not even read", tmp_path / "there")
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["kept"]
+
+
+def test_names_that_move_a_cursor_or_cannot_be_read_are_refused(tmp_path):
+    odd = zip_of(tmp_path / "odd.zip", ("a\x1b[2J.py", b"x"))
+    with pytest.raises(ProtocolError, match="control characters"):
+        unpack_bundle(odd, tmp_path / "odd")
+    data = zip_of(tmp_path / "utf.zip", ("süß.py", b"x")).read_bytes()
+    (tmp_path / "utf.zip").write_bytes(data.replace("ü".encode(), b"\xff\xff"))
+    with pytest.raises(ProtocolError, match="not a whole zip file"):
+        unpack_bundle(tmp_path / "utf.zip", tmp_path / "utf")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["odd.zip", "utf.zip"]
