@@ -35,7 +35,7 @@ from edgefl.logs import event
 from edgefl.models.manifest import Bundle
 from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
 from edgefl.protocols.http_limits import HttpLimits
-from edgefl.protocols.messages import from_json
+from edgefl.protocols.messages import BlobRef, from_json
 from edgefl.protocols.tls import grpc_server_credentials, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
@@ -93,9 +93,11 @@ class Aggregator:
             parts = FleetParts(home.rounds, home.jobs, home.blobs, home.spool, home.link, home.storage)
             fleet = GrpcFleet(row, parts)
             job = self._prepare(row, fleet)
-            for outcome in run_rounds(job, fleet, SpooledTree(home.blobs.path(row.model.sha256))):
+            parameters: Tree = SpooledTree(home.blobs.path(row.model.sha256))
+            for outcome in run_rounds(job, fleet, parameters):
                 self._commit(outcome, fleet, job.step.state())
-            self._end(job_id, "done")
+                parameters = outcome.parameters
+            self._end(job_id, "done", model=fleet.assembled(parameters))
         except CloudStopping:
             event(_log, logging.INFO, "job.paused", job=job_id)
             return
@@ -112,7 +114,7 @@ class Aggregator:
             fleet.end()
         home.spool.drop_job(job_id)
 
-    def _end(self, job_id: str, state: str, error: str | None = None) -> None:
+    def _end(self, job_id: str, state: str, error: str | None = None, model: BlobRef | None = None) -> None:
         """Write a job's end down, as soon as the disk takes it; where the cloud stops first, the job is taken up again.
 
         Raises what the database will never take: the process ends with it (`_report_crash`).
@@ -120,7 +122,7 @@ class Aggregator:
         level = logging.ERROR if state == "failed" else logging.INFO
         event(_log, level, f"job.{state}", job=job_id, error=error or "-")
         try:
-            self._insist(lambda: self._home.jobs.end(job_id, state, error))
+            self._insist(lambda: self._home.jobs.end(job_id, state, error, model))
         except CloudStopping:
             event(_log, logging.WARNING, "job.end_not_written", job=job_id, state=state)
 
@@ -132,7 +134,8 @@ class Aggregator:
         """Return the job with the optimizer's state, and the cohort of the round that was open, if one was."""
         step = ServerOptimizer(row.config.server, gradient=row.config.train.algorithm == "fedsgd", buffers=row.buffers)
         bundle = from_json(Bundle, json.loads(row.bundle.text))
-        for sha256 in (row.model.sha256, bundle.blob.sha256, row.optimizer_sha256):
+        frozen_sha256 = row.frozen.sha256 if row.frozen is not None else None
+        for sha256 in (row.model.sha256, frozen_sha256, bundle.blob.sha256, row.optimizer_sha256):
             if sha256 is not None:
                 self._home.blobs.check(sha256)  # raises BlobDamaged
         if row.optimizer_sha256 is not None:
@@ -258,8 +261,10 @@ class Aggregator:
         self._wake()
 
     def _ended(self, held: Sequence[str]) -> list[str]:
-        """Of the jobs whose state a device keeps, return those that are over."""
-        return sorted(set(held) - set(self._home.relays.running())) if held else []
+        """Of the jobs of which a device keeps something, return those that are over."""
+        if not held:
+            return []
+        return sorted(set(held) - set(self._home.relays.running()) - set(self._home.jobs.running()))
 
     def _stop_jobs(self) -> None:
         self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs go on at the next start"))

@@ -136,7 +136,7 @@ class FleetService:
         self, request: pb.DownloadRequest, context: Context
     ) -> None:
         device = await self._device(context)
-        opened = [one for one in self._parts.rounds.waiting_for(device) if one.plan.model.sha256 == request.sha256]
+        opened = [one for one in self._parts.rounds.waiting_for(device) if one.asks_for(request.sha256)]
         sources = [one.source for one in opened if one.source is not None]
         try:
             path = sources[0] if sources else self._parts.blobs.path(request.sha256)

@@ -20,6 +20,7 @@ from cloud.open_rounds import OpenRound, OpenRounds
 from cloud.spool import Spool
 from cloud.storage import LOOK_S, Storage
 from edgefl.errors import EdgeflError
+from edgefl.frozen import whole
 from edgefl.logs import event
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
 from edgefl.records import Failure, Plan, Traffic, Update
@@ -82,6 +83,14 @@ class GrpcFleet:
         ref = self.insist(lambda: self._parts.blobs.put_tree(parameters), encoded_bytes(parameters))
         return SpooledTree(self._parts.blobs.path(ref.sha256))
 
+    def assembled(self, parameters: Tree) -> BlobRef | None:
+        """Return the blob of a job's last model, whole; None where its parameters are that."""
+        if self._job.frozen is None:
+            return None
+        frozen = SpooledTree(self._parts.blobs.path(self._job.frozen.sha256))
+        tensors = whole(parameters, frozen)
+        return self.insist(lambda: self._parts.blobs.put_tree(tensors), encoded_bytes(tensors))
+
     def insist(self, call: Callable[[], _T], num_bytes: int = 0) -> _T:
         """Write something durable: waits while the disk is full; raises what the job was interrupted with."""
         return self._parts.storage.insist(call, lambda: self._parts.rounds.refuse_stopped(self._job.id), num_bytes)
@@ -130,6 +139,8 @@ class GrpcFleet:
             train=plan.train,
             deadline_s=plan.deadline_s,
             max_update_bytes=encoded_bytes(plan.parameters) + HEADER_SLACK_BYTES,
+            frozen=self._job.frozen,
+            parted=self._job.parted,
         )
         opened = OpenRound(wire, frozenset(plan.clients))
         for answer in self.insist(lambda: self._parts.jobs.open_round(plan.job, plan.round, plan.clients)):

@@ -34,6 +34,8 @@ class JobRequest(Body):
     bundle: BlobRef
     parameters: BlobRef
     buffers: list[str] = Field(default_factory=list)
+    parted: bool = False  # the parameters are what is trained and the buffers, and `frozen` all other tensors
+    frozen: BlobRef | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     key: str | None = Field(
         default=None, pattern="^[0-9a-f]{32}$"
@@ -70,7 +72,10 @@ def download(sha256: str, here: Here) -> FileResponse:
 def submit(body: JobRequest, here: Here) -> dict[str, str]:
     """Start a job."""
     config = from_dict(JobConfig, body.config)
-    return {"id": here.jobs.submit(body.task, body.bundle, body.parameters, body.buffers, config, body.key)}
+    job = here.jobs.submit(
+        body.task, body.bundle, body.parameters, body.buffers, config, body.key, parted=body.parted, frozen=body.frozen
+    )
+    return {"id": job}
 
 
 @operator.get("/v1/jobs")

@@ -46,6 +46,8 @@ class JobRow:
     model: BlobRef
     optimizer_sha256: str | None
     cohort: tuple[str, ...]  # of the round that was open, if one was
+    parted: bool = False  # whether `model` is just what is trained, and the buffers
+    frozen: BlobRef | None = None  # its other tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,24 +73,29 @@ class Jobs:
         self.cancelled: Callable[[str], None] = lambda _job: None
         self.waiting: Callable[[], str] = lambda: ""  # what running jobs wait for, e.g. disk space
 
-    def submit(
+    def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
-        key: str | None = None,
+        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None,
     ) -> str:  # fmt: skip
         """Start a job; raises ConfigError for what could only fail in a round, ProtocolError for a bad tree.
 
-        `key` names the request: where its answer was lost and it is sent again, the job is the same.
+        `key` names the request: where its answer was lost and it is sent again, the job is the same. Where the
+        tensors are `parted`, `parameters` are what is trained and the buffers, and `frozen` all others.
         """
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
             return job
-        for name, ref in (("bundle", bundle), ("parameters", parameters)):
+        for name, ref in (("bundle", bundle), ("parameters", parameters), ("frozen part", frozen)):
+            if ref is None:
+                continue
             if not self._blobs.has(ref.sha256):
                 raise ConfigError(f"the job's {name} {ref.sha256[:16]}... is not in the cloud; upload it first")
             self._blobs.check(ref.sha256)
         tree = SpooledTree(self._blobs.path(parameters.sha256))
         if unknown := sorted(set(buffers) - set(tree)):
             raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
+        if frozen is not None and (twice := sorted(set(SpooledTree(self._blobs.path(frozen.sha256))) & set(tree))):
+            raise ConfigError(f"tensors {', '.join(twice):.500} are both among the job's parameters and frozen")
         make_rule(config.aggregation.rule, {})
         ServerOptimizer(config.server, gradient=False)
         values = {
@@ -102,6 +109,9 @@ class Jobs:
             "model_sha256": parameters.sha256,
             "model_size": parameters.size,
             "created_s": time.time(),
+            "parted": parted or frozen is not None,
+            "frozen_sha256": frozen.sha256 if frozen is not None else None,
+            "frozen_size": frozen.size if frozen is not None else None,
         }
         with self._engine.begin() as db:
             db.execute(jobs.insert().values(values))
@@ -129,6 +139,8 @@ class Jobs:
             model=BlobRef(sha256=row["model_sha256"], size=row["model_size"]),
             optimizer_sha256=row["optimizer_sha256"],
             cohort=tuple(cohort or ()),
+            parted=bool(row["parted"]),
+            frozen=_frozen_of(row),
         )
 
     def has_open_round(self, job: str) -> bool:
@@ -167,6 +179,8 @@ class Jobs:
         shown = outcome.as_json() | {"model": model.sha256}
         in_job = outcome.job
         with self._engine.begin() as db:
+            if frozen := db.scalar(sa.select(jobs.c.frozen_sha256).where(jobs.c.id == in_job)):
+                shown |= {"frozen": frozen}  # the other tensors of this model
             at = (rounds.c.job == in_job) & (rounds.c.round == outcome.round)
             db.execute(rounds.update().where(at).values(outcome=shown))
             db.execute(updates.delete().where(updates.c.job == in_job))
@@ -186,11 +200,14 @@ class Jobs:
             self._blobs.delete(former)
         self._notify()
 
-    def end(self, job: str, state: str, error: str | None = None) -> None:
-        """Mark a job as done, failed or cancelled."""
+    def end(self, job: str, state: str, error: str | None = None, model: BlobRef | None = None) -> None:
+        """Mark a job as done, failed or cancelled; `model` is its last one, whole, where that was in parts."""
+        values: dict[str, Any] = {"state": state, "error": error, "ended_s": time.time()}
+        if model is not None:
+            values |= {"model_sha256": model.sha256, "model_size": model.size, "frozen_sha256": None}
         with self._engine.begin() as db:
             running = (jobs.c.id == job) & (jobs.c.state == "running")
-            db.execute(jobs.update().where(running).values(state=state, error=error, ended_s=time.time()))
+            db.execute(jobs.update().where(running).values(values))
         self._notify()
 
     def list(self) -> Rows:
@@ -255,9 +272,17 @@ class Jobs:
             | {
                 "waiting": (self.waiting() or None) if row["state"] == "running" else None,
                 "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
+                "frozen": None if (frozen := _frozen_of(row)) is None else dataclasses.asdict(frozen),
             }
         )
 
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+def _frozen_of(row: Any) -> BlobRef | None:
+    """Return what a job's model lacks, if it lacks something."""
+    if row["frozen_sha256"] is None:
+        return None
+    return BlobRef(sha256=row["frozen_sha256"], size=row["frozen_size"])

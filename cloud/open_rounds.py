@@ -68,6 +68,10 @@ class OpenRound:
         with self.lock:
             return Answer(device=answer.device, reason=REMOVED) if answer.device in self.removed else answer
 
+    def asks_for(self, sha256: str) -> bool:
+        """Whether a device needs this blob to take part."""
+        return sha256 == self.plan.model.sha256 or (self.plan.frozen is not None and sha256 == self.plan.frozen.sha256)
+
     def waiting(self) -> frozenset[str]:
         """Return the devices that have not answered."""
         with self.lock:

@@ -56,7 +56,7 @@ jobs = sa.Table(
     sa.Column("task", sa.String, nullable=False),
     sa.Column("bundle", sa.JSON, nullable=False),  # messages.Signed
     sa.Column("config", sa.JSON, nullable=False),  # config.JobConfig
-    sa.Column("buffers", sa.JSON, nullable=False),  # names of tensors that are not trained
+    sa.Column("buffers", sa.JSON, nullable=False),  # names of tensors that move, but are not trained
     sa.Column("state", sa.String, nullable=False),  # running | done | failed | cancelled
     sa.Column("rounds_done", sa.Integer, nullable=False),
     sa.Column("model_sha256", sa.String, nullable=False),  # parameters after `rounds_done`
@@ -65,6 +65,9 @@ jobs = sa.Table(
     sa.Column("error", sa.String),
     sa.Column("created_s", sa.Float, nullable=False),
     sa.Column("ended_s", sa.Float),
+    sa.Column("parted", sa.Boolean),  # whether parameters are what is trained and the buffers alone; NULL = not known
+    sa.Column("frozen_sha256", sa.String),  # all other tensors of the model, until the job is done
+    sa.Column("frozen_size", sa.Integer),
 )
 
 rounds = sa.Table(
@@ -155,7 +158,20 @@ def open_database(path: Path) -> sa.Engine:
     engine = sa.create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False, "timeout": 10})
     sa.event.listen(engine, "connect", _set_pragmas)
     TABLES.create_all(engine)
+    _add_new_columns(engine)
     return engine
+
+
+def _add_new_columns(engine: sa.Engine) -> None:
+    """Give the tables of an older home the columns that came since; they hold NULL there."""
+    there = sa.inspect(engine)
+    with engine.begin() as db:
+        for table in TABLES.sorted_tables:
+            known = {column["name"] for column in there.get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in known:
+                    kind = column.type.compile(engine.dialect)
+                    db.execute(sa.text(f'ALTER TABLE "{table.name}" ADD COLUMN "{column.name}" {kind}'))
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:

@@ -200,7 +200,7 @@ class _Agent:
             self._participant.reconcile(plans, at_work, settled_until)
             self._outbox.wake()
 
-        return self._store.jobs_with_state(), take
+        return self._participant.holding(), take
 
     def _on_serving(self, serving: bool) -> None:  # noqa: FBT001 - a callback has no names
         path = self._config.home / SERVING_FILE

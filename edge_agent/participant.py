@@ -9,6 +9,7 @@ or could not be reached, as nothing; in the last case `Next` brings it back.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import re
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from edge_agent import trainer_wire as wire
 from edge_agent.bundles import Bundles, work_folder
 from edge_agent.channel import CloudChannel
+from edge_agent.frozen_parts import FrozenParts
 from edge_agent.outbox import Outbox
 from edge_agent.resources import give_memory_back
 from edge_agent.store import FailureNote, Outgoing, Store
@@ -67,6 +69,7 @@ class Participant:
         self._models = means.home / "work"
         self._models.mkdir(mode=0o700, exist_ok=True)
         self._model: Path | None = None  # whose bytes this process has checked
+        self._frozen = FrozenParts(means.home, means.channel)
 
     @property
     def current(self) -> WirePlan | None:
@@ -134,12 +137,17 @@ class Participant:
                 continue
             self.offer(plan)
 
+    def holding(self) -> list[str]:
+        """Return the jobs of which something is kept here."""
+        return sorted({*self._means.store.jobs_with_state(), *self._frozen.jobs()})
+
     def forget(self, jobs: Sequence[str]) -> None:
-        """These jobs are over: what their ClientApps kept here is of no use."""
+        """These jobs are over: what their ClientApps kept here, and what was frozen in them, is of no use."""
         for job in jobs:
             try:
                 self._means.store.forget_state(job)
-            except HomeError as error:  # the disk is full: `Next` says it again
+                self._frozen.forget(job)
+            except (HomeError, OSError) as error:  # the disk is full: `Next` says it again
                 event(_log, logging.ERROR, "state.not_forgotten", job=job, reason=error)
 
     async def run(self) -> None:
@@ -194,6 +202,7 @@ class Participant:
         starting = asyncio.create_task(means.trainer.prepare(), name="trainer-start")
         try:
             bundle, task = await means.bundles.get(plan.bundle)
+            frozen = await self._frozen.get(plan.job, plan.frozen) if plan.frozen is not None else None
             model = await self._fetch_model(plan.model, plan.model_blake3)
             if not plan.envelope:  # an update has the model's tensors; better now than after the training
                 means.store.require_space(plan.model.size)
@@ -204,8 +213,11 @@ class Participant:
             await asyncio.gather(starting, return_exceptions=True)  # its error was raised above, or is not the first
         draft, state = means.store.draft(plan.job, plan.round), means.store.state_draft(plan.job, plan.round)
         make = self._as_errand if plan.envelope else self._as_fit
+        asked = make(plan, model, bundle, task, draft)
+        if isinstance(asked, wire.Fit):
+            asked = dataclasses.replace(asked, frozen=str(frozen or ""), parted=plan.parted)
         try:
-            done = await self._insist(plan, make(plan, model, bundle, task, draft))
+            done = await self._insist(plan, asked)
             _refuse_too_large(done.size, plan)
         except BaseException:
             means.store.discard(draft)

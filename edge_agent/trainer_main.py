@@ -103,7 +103,10 @@ def perform(fit: wire.Fit) -> wire.Done:
     limit_memory(fit.memory_limit_mb)
     parameters = SpooledTree(Path(fit.model))
     task = load_bundle(_unpacked(fit.bundle), fit.task)
-    result = train_locally(task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client)
+    frozen: Tree | None = SpooledTree(Path(fit.frozen)) if fit.frozen else {} if fit.parted else None
+    result = train_locally(
+        task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen
+    )
     check(task.name, result, parameters, fit)
     return write(result, Path(fit.out))
 

@@ -1,7 +1,7 @@
 """What the agent and its trainer child say to each other, over a socket: length-prefixed JSON.
 
     child:  hello {pid}
-    parent: fit {job, round, client, train, model, bundle, task, options, out, memory_limit_mb,
+    parent: fit {job, round, client, train, model, frozen, bundle, task, options, out, memory_limit_mb,
             folder} | errand {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb, folder}
     child:  done {size, blake3, weight, metrics, changed} | failed {reason, spent}
 
@@ -51,6 +51,8 @@ class Fit(Checked):
     out: str = field(metadata=raw())  # path to write the update to; old bytes there are overwritten
     memory_limit_mb: int  # of the child's data; 0 = none
     folder: str = ""  # where the task works, an existing folder of its own; empty = where the child is
+    frozen: str = ""  # path of the model's other tensors, which are not trained; empty = there are none
+    parted: bool = False  # whether `model` is just what is trained, and the buffers
     kind: str = "fit"
 
 

@@ -87,13 +87,17 @@ class CloudClient:
                 answer.read()
             file.writelines(_checked(answer).iter_bytes(1 << 20))
 
-    def submit_job(
+    def submit_job(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
-        key: str | None = None,
+        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None,
     ) -> str:  # fmt: skip
-        """Start a job from uploaded parts, and return its id; with a `key`, once, however often it is asked."""
+        """Start a job from uploaded parts, and return its id; with a `key`, once, however often it is asked.
+
+        Where the tensors are `parted`, `parameters` are what is trained and the buffers, and `frozen` all others.
+        """
         body = {"task": task, "bundle": bundle, "parameters": parameters, "buffers": buffers, "config": config}
         body |= {} if key is None else {"key": key}
+        body |= {"parted": True, "frozen": frozen} if parted else {}
         return str(self._json("POST", "/v1/jobs", body)["id"])
 
     def jobs(self) -> list[Json]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.operator.client import CloudClient, Json
-from edgefl.operator.run import download, upload_file
+from edgefl.operator.run import download_parameters, upload_file
 from edgefl.task import Task
 
 COMPRESSIONS = ("int8", "none")
@@ -33,7 +33,7 @@ class Exported:
 def parameters_of(client: CloudClient, job: str, folder: Path) -> Path:
     """Download the parameters that a job has reached."""
     path = folder / "parameters.safetensors"
-    download(client, client.job(job)["model"]["sha256"], path)
+    download_parameters(client, client.job(job), path)
     return path
 
 

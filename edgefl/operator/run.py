@@ -20,11 +20,13 @@ from typing import Any
 from edgefl.bundle import pack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
+from edgefl.frozen import whole
 from edgefl.operator.client import CloudClient, Json, load_credentials
 from edgefl.operator.follow import Patience, follow_job, insist
+from edgefl.parts import parts_of
 from edgefl.protocols.messages import BlobRef
 from edgefl.task import Task, load_task
-from edgefl.training import buffer_names, evaluate_model, initial_parameters, make_model, set_parameters
+from edgefl.training import evaluate_model, make_model, set_parameters
 from edgefl.trees import SpooledTree, Tree, write_tree
 
 OnRound = Callable[[Json], None]
@@ -73,11 +75,15 @@ def run(
 def submit(client: CloudClient, reference: str, task: Task, config: JobConfig, patience: Patience | None = None) -> str:
     """Upload a task and its first parameters, start the job and return its id; over restarts of the cloud."""
     packed = pack_bundle(reference)
-    parameters = initial_parameters(task, config.train.seed)
+    parts = parts_of(task, config.train.seed)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
     bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)
-    tree = upload_tree(client, parameters, patience)
-    return insist(lambda: client.submit_job(packed.task, bundle, tree, buffer_names(task), config, key), patience)
+    tree = upload_tree(client, parts.moving, patience)
+    frozen = upload_tree(client, parts.frozen, patience) if parts.frozen else None
+    return insist(
+        lambda: client.submit_job(packed.task, bundle, tree, parts.buffers, config, key, parted=True, frozen=frozen),
+        patience,
+    )
 
 
 def watch(
@@ -92,7 +98,7 @@ def watch(
         if "state" in event:
             end = event
             continue
-        judged = judge(event["model"]) if judge is not None else {}
+        judged = judge(event["model"], event.get("frozen")) if judge is not None else {}
         rounds.append(event | {"metrics": event["metrics"] | judged})
         if on_round is not None:
             on_round(rounds[-1])
@@ -119,25 +125,41 @@ class Judge:
     def __init__(self, client: CloudClient, task: Task, patience: Patience | None = None) -> None:
         self._client, self._patience = client, patience
         self._task = task
+        self._frozen: tuple[str, Tree] | None = None  # the last, by its digest
         self._tools: tuple[Any, Any] | None = None
         if task.model is not None and task.test_data is not None:
             from edgefl.samples import test_samples
 
             self._tools = (make_model(task), test_samples(task, {}))
 
-    def __call__(self, sha256: str) -> dict[str, float]:
-        """Return `loss` and the task's metrics; empty for a model that the cloud no longer keeps."""
+    def __call__(self, sha256: str, frozen: str | None = None) -> dict[str, float]:
+        """Return `loss` and the task's metrics; empty for a model that the cloud no longer keeps.
+
+        `frozen` is the digest of the tensors that the model lacks, where it lacks some.
+        """
         if self._tools is None:
             return {}
         with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
             path = Path(folder) / "model"
             try:
                 insist(lambda: download(self._client, sha256, path), self._patience)
+                others = self._of(frozen)
             except NotFound:
                 return {}
             model, samples = self._tools
-            set_parameters(self._task, model, SpooledTree(path))
+            set_parameters(self._task, model, whole(SpooledTree(path), others))
             return evaluate_model(self._task, model, samples)
+
+    def _of(self, frozen: str | None) -> Tree | None:
+        """Return the tensors that all models of a job share, fetched once."""
+        if frozen is None:
+            return None
+        if self._frozen is None or self._frozen[0] != frozen:
+            with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
+                path = Path(folder) / "frozen"
+                insist(lambda: download(self._client, frozen, path), self._patience)
+                self._frozen = frozen, dict(SpooledTree(path))  # mapped: the file may go
+        return self._frozen[1]
 
 
 def download(client: CloudClient, sha256: str, path: Path) -> None:
@@ -153,6 +175,19 @@ def download(client: CloudClient, sha256: str, path: Path) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def download_parameters(client: CloudClient, job: Json, path: Path) -> None:
+    """Fetch what a job has reached into a file, whole: from two blobs while it is not done, if something is frozen."""
+    download(client, job["model"]["sha256"], path)
+    if job.get("frozen") is None:
+        return
+    with tempfile.TemporaryDirectory(prefix=".edgefl-", dir=path.parent) as folder:
+        frozen, joined = Path(folder) / "frozen", Path(folder) / "whole"
+        download(client, job["frozen"]["sha256"], frozen)
+        with joined.open("wb") as file:
+            write_tree(whole(SpooledTree(path), SpooledTree(frozen)), file)
+        joined.replace(path)
 
 
 def upload_tree(client: CloudClient, tree: Tree, patience: Patience | None = None) -> BlobRef:

@@ -61,6 +61,8 @@ class WirePlan(Checked):
     train: TrainConfig
     deadline_s: float = field(metadata=limited(least=0, most=MAX_SECONDS))
     max_update_bytes: int = field(metadata=limited(least=0))
+    frozen: BlobRef | None = None  # safetensors: the model's other tensors, the same in every round of the job
+    parted: bool = False  # whether what a device trains, and its buffers, are just those of `model`
     envelope: str = ""  # of a message of a relayed Flower app: its metadata; empty = a round of training
     kind: str = "plan"
 

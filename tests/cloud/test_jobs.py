@@ -166,3 +166,35 @@ def test_a_running_job_says_what_it_waits_for(home):
     assert jobs.list()[0]["waiting"] == "waiting for disk space: full"
     jobs.end(job, "done")
     assert jobs.get(job)["waiting"] is None
+
+
+def test_a_model_in_parts_is_whole_once_the_job_is_done(home):
+    jobs, blobs, _ = home
+    moving, frozen = blobs.put_tree({"w": np.zeros(2, np.float32)}), blobs.put_tree({"f": np.ones(3, np.float32)})
+    job = jobs.submit("t:t", blobs.put(b"zip"), moving, (), JobConfig(), parted=True, frozen=frozen)
+    row = jobs.load(job)
+    assert (row.parted, row.frozen, row.model) == (True, frozen, moving)
+    assert jobs.get(job)["frozen"] == {"sha256": frozen.sha256, "size": frozen.size}
+    jobs.open_round(job, 1, ["a"])
+    jobs.finish_round(outcome(job, 1), moving, None)
+    assert jobs.rounds_after(job, 0)[0]["frozen"] == frozen.sha256
+    whole = blobs.put_tree({"f": np.ones(3, np.float32), "w": np.zeros(2, np.float32)})
+    jobs.end(job, "done", model=whole)
+    assert jobs.get(job)["model"] == {"sha256": whole.sha256, "size": whole.size}
+    assert jobs.get(job)["frozen"] is None
+    assert jobs.rounds_after(job, 0)[0]["frozen"] == frozen.sha256  # of that round's model, which is still in parts
+
+
+def test_a_job_that_is_not_in_parts_has_all_tensors_move(home):
+    jobs, blobs, _ = home
+    row = jobs.load(submit(jobs, blobs))
+    assert (row.parted, row.frozen) == (False, None)
+
+
+def test_a_tensor_in_both_parts_is_refused(home):
+    jobs, blobs, _ = home
+    tree = blobs.put_tree({"w": np.zeros(2, np.float32)})
+    with pytest.raises(ConfigError, match="tensors w are both"):
+        jobs.submit("t:t", blobs.put(b"zip"), tree, (), JobConfig(), parted=True, frozen=tree)
+    with pytest.raises(ConfigError, match=r"frozen part 0000.* not in the cloud"):
+        jobs.submit("t:t", blobs.put(b"zip"), tree, (), JobConfig(), frozen=BlobRef(sha256="0" * 64, size=1))

@@ -25,6 +25,19 @@ def test_opening_again_keeps_what_is_there(tmp_path):
     again.dispose()
 
 
+def test_an_older_home_gets_the_columns_that_came_since(tmp_path):
+    with sqlite3.connect(tmp_path / "cloud.db") as db:
+        db.execute("CREATE TABLE jobs (id VARCHAR PRIMARY KEY, task VARCHAR NOT NULL)")
+        db.execute("INSERT INTO jobs VALUES ('job-1', 't:t')")
+    db.close()
+    engine = open_database(tmp_path / "cloud.db")
+    jobs = TABLES.tables["jobs"]
+    with engine.begin() as db:
+        row = db.execute(sa.select(jobs.c.id, jobs.c.parted, jobs.c.frozen_sha256)).one()
+    engine.dispose()
+    assert row == ("job-1", None, None)
+
+
 def test_every_table_is_there(tmp_path):
     open_database(tmp_path / "cloud.db").dispose()
     with sqlite3.connect(tmp_path / "cloud.db") as db:
