@@ -72,7 +72,7 @@ class ServiceParts:
     ca_pem: bytes = b""  # told with a renewed certificate
     insecure: bool = False
     admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why there is no seat for a device's connection
-    pace: Callable[[str], float] = lambda _device: 0.0  # for how many seconds a device's call has to wait
+    pace: Callable[[str], float] = lambda _who: 0.0  # for how many seconds a call with this certificate has to wait
     max_transfers: int = MAX_INSIDE  # uploads, and downloads, under way at a time
     storage: Storage = field(default_factory=Storage)
 
@@ -296,7 +296,8 @@ class FleetService:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud has just started and opens its rounds again")
         name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
         self.calls.note(name)
-        if (wait_s := self._parts.pace(name)) > 0:  # it has no more calls open than its connections have streams
+        who = name if serial is None else f"{name} {serial}"  # a former certificate of its name costs a device nothing
+        if (wait_s := self._parts.pace(who)) > 0:  # it has no more calls open than its connections have streams
             await asyncio.sleep(wait_s)
         if not await self._run(self._parts.is_known, name, serial):
             await context.abort(

@@ -37,6 +37,7 @@ class Plane:
         key = new_fleet_key()
         self.jobs, self.rounds = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key)), OpenRounds()
         self.known = {"a", "b", "c"}
+        self.paced = []  # who called
         self.renewals = Renewals(self.engine, folder)
         self.model = self.blobs.put_tree({"w": np.arange(3_000_000, dtype=np.float32)})
         self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), self.model, (), JobConfig())
@@ -59,6 +60,7 @@ class Plane:
             rounds=self.rounds, jobs=self.jobs, blobs=self.blobs, spool=self.spool, desired_for=lambda _device: [],
             ended=lambda held: [job for job in held if job != self.job],
             is_known=lambda name, _serial: name in self.known, broker_url="mqtts://:8883", renewals=self.renewals,
+            pace=lambda who: self.paced.append(who) or 0.0,
             ca_pem=(self.folder / "ca.pem").read_bytes(),
         )  # fmt: skip
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", 8 << 20)])

@@ -31,3 +31,12 @@ def test_a_device_that_is_removed_loses_its_calls_and_its_update(plane):
     assert plane.round.events.get(timeout=5) == Answer(device="a", reason=REMOVED)
     assert plane.round.waiting() == {"b"}
     plane.stub("b").Next(pb.NextRequest(), timeout=10)
+
+
+def test_a_former_certificate_does_not_use_up_its_successors_calls(plane):
+    former = plane.stub("a")
+    former.Next(pb.NextRequest(), timeout=10)
+    again = plane.stub("a")
+    again.Next(pb.NextRequest(), timeout=10)
+    assert len(plane.paced) == 2
+    assert len(set(plane.paced)) == 2
