@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import flwr
+from flwr.common.logger import ConsoleHandler
 
 LOGGER = "flwr"
 _FLOWER = Path(flwr.__file__).parent
@@ -50,17 +51,16 @@ def _is_shown(record: logging.LogRecord) -> bool:
 def app_log() -> Iterator[None]:
     """Show what the app says while the context lasts."""
     logger = logging.getLogger(LOGGER)
-    consoles = [one for one in logger.handlers if type(one).__name__ == "ConsoleHandler"]
-    streams = {one: one.stream for one in consoles if isinstance(one, logging.StreamHandler)}
-    levels = {one: one.level for one in consoles}
+    consoles = [one for one in logger.handlers if isinstance(one, ConsoleHandler)]
+    before = [(one.level, one.stream, one.colored) for one in consoles]
     logger.addFilter(_is_shown)
-    for one in streams:
+    for one in consoles:
         one.stream = _StderrNow()
+        one.colored = one.colored and sys.stderr.isatty()
     try:
         yield
     finally:
         logger.removeFilter(_is_shown)
-        for one, stream in streams.items():
-            one.stream = stream
-        for handler, level in levels.items():  # an app may ask for DEBUG
-            handler.setLevel(level)
+        for one, (level, stream, colored) in zip(consoles, before, strict=True):
+            one.setLevel(level)  # an app may have asked for more
+            one.stream, one.colored = stream, colored

@@ -119,6 +119,7 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
             grid.border.raise_fault(app.name)
             if not stop.is_set():
                 keep_model(heard, out)
+                refuse_silence(app, watch, after=error)
                 raise
             _log.warning("after the interrupt: %s", error)  # of an app that a strategy's early end has left with less
         grid.border.raise_fault(app.name)
@@ -159,7 +160,8 @@ def result_of(
     from edgefl.flower.outcome import arrays_of, metrics_of
     from edgefl.flower.own_fault import Bystander
 
-    _refuse_silence(app, watch, interrupted=interrupted)
+    if not interrupted or watch.failures():
+        refuse_silence(app, watch)
     told: dict[int, dict[str, float]] = {}
     with Bystander("what the app's strategies said of its rounds"):
         told = metrics_of(heard)
@@ -198,17 +200,17 @@ def keep_model(heard: Sequence[Returned], out: Path | None) -> Json | None:
     return None if out is None or arrays is None else write_arrays(arrays, out)
 
 
-def _refuse_silence(app: FlowerApp, watch: Watch, *, interrupted: bool) -> None:
-    """Raise where nobody did what was asked: Flower would call that finished."""
-    reasons, silent = list(watch.failures()), watch.unanswered()
-    if silent is None or (interrupted and not reasons):
+def refuse_silence(app: FlowerApp, watch: Watch, *, after: TaskError | None = None) -> None:
+    """Raise where nobody did what was asked, which Flower would call finished; why stands before what came of it."""
+    reasons, silent = watch.failures(), watch.unanswered()
+    if silent is None:
         return
+    then = "" if after is None else f" After that: {after}"
     if not reasons:
         raise QuorumNotMet(
-            f"{KIND} {app.name!r}: none of its {watch.num_asked(silent)} {silent} messages was answered in "
-            "time; expected one answer at least. Look at the app's timeout, and at what its clients do"
-        )
+            f"{KIND} {app.name!r}: none of its {watch.num_asked(silent)} {silent} messages was answered in time; "
+            f"expected one answer at least. Look at the app's timeout, and at what its clients do.{then}"
+        ) from after
     more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
-    raise QuorumNotMet(
-        f"{KIND} {app.name!r}: every client failed, in every round. {'; '.join(reasons[:MAX_REASONS])}{more}"
-    )
+    said = f"{'; '.join(reasons[:MAX_REASONS])}{more}"
+    raise QuorumNotMet(f"{KIND} {app.name!r}: every client failed, in every round. {said}.{then}") from after

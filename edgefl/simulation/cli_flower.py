@@ -86,6 +86,7 @@ def _tell(result: FlowerRunResult, request: Request, output: Output) -> None:
     )
     if request.out is not None:
         output.line(model_text(result, request.out))
+    output.result(said)  # before what only draws it
     if request.plot is not None:
         from edgefl.simulation.plot import write_plot
 
@@ -93,7 +94,6 @@ def _tell(result: FlowerRunResult, request: Request, output: Output) -> None:
         output.line(f"plot: {request.plot}")
     if request.tensorboard is not None:
         _write_event_file(result, request.tensorboard)
-    output.result(said)
     if result.interrupted:
         output.line(f"interrupted after {len(result.rounds)} rounds")
         raise click.exceptions.Exit(INTERRUPTED)

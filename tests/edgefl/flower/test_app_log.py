@@ -5,7 +5,7 @@ from logging import DEBUG, INFO
 
 from flwr.app import ArrayRecord
 from flwr.common import log
-from flwr.common.logger import update_console_handler
+from flwr.common.logger import ConsoleHandler, update_console_handler
 from flwr.serverapp.strategy import FedAvg, strategy_utils
 
 from edgefl.flower.app_log import app_log
@@ -32,6 +32,7 @@ def test_an_apps_words_are_shown_and_reports_of_rounds_are_not(capsys, monkeypat
     assert "Waiting for nodes to connect: 1 connected (minimum required: 2)" in said
     assert "fraction_evaluate is set to 0.0" in said  # a warning
     assert "Sampling" not in said
+    assert "\x1b" not in said  # no colours where there is no terminal
     assert "quiet" not in said
 
 
@@ -47,7 +48,8 @@ def test_a_subclass_of_the_apps_says_what_it_says(capsys):
 
 def test_a_level_that_the_app_chose_holds_and_ends_with_the_run(capsys):
     logger = logging.getLogger("flwr")
-    before = list(logger.filters), [(one.level, one.stream) for one in logger.handlers]
+    consoles = [one for one in logger.handlers if isinstance(one, ConsoleHandler)]
+    before = list(logger.filters), [(one.level, one.stream, one.colored) for one in consoles]
     with app_log():
         update_console_handler(DEBUG, False, False)
         log(DEBUG, "stage 0")
@@ -55,5 +57,5 @@ def test_a_level_that_the_app_chose_holds_and_ends_with_the_run(capsys):
     said = capsys.readouterr().err
     assert "stage 0" in said
     assert "afterwards" not in said
-    update_console_handler(None, False, True)
-    assert (list(logger.filters), [(one.level, one.stream) for one in logger.handlers]) == before
+    update_console_handler(timestamps=False)
+    assert (list(logger.filters), [(one.level, one.stream, one.colored) for one in consoles]) == before

@@ -116,6 +116,17 @@ def test_training_that_nobody_answers_is_no_success(anywhere):
         anywhere(PUSHES, STEPS.replace('"g"]["turn"]', '"g"]["gone"]'), 1)
 
 
+def test_an_app_that_trips_over_its_clients_failure_is_told_with_the_reason_first(anywhere):
+    server = PUSHES.replace("grid.push_messages(", "_ = list(grid.send_and_receive(").replace(
+        'node, "train.step") for node in grid.get_node_ids()])',
+        'node, "train.step") for node in grid.get_node_ids()]))[0].content["a"]',
+    )
+    with pytest.raises(
+        QuorumNotMet, match=r"every client failed.*KeyError: 'gone'.*After that: .*its ServerApp raised"
+    ):
+        anywhere(server, STEPS.replace('"g"]["turn"]', '"g"]["gone"]'), 1)
+
+
 def test_a_legacy_workflows_history_and_model_are_its_result(anywhere, tmp_path):
     result = anywhere(DEFAULT_WORKFLOW, NUMPY_CLIENT, 2, out=tmp_path / "m.safetensors")
     assert [one["metrics"] for one in result.rounds] == [{"loss": 1.5, "value": 1.5}, {"loss": 3.0, "value": 3.0}]
