@@ -154,7 +154,8 @@ class Aggregator:
         """Make a round's end durable; the model first, since the commit points to it."""
         model = fleet.published(outcome.parameters)
         state = fleet.insist(lambda: self._home.blobs.put_tree(optimizer).sha256) if optimizer else None
-        fleet.insist(lambda: self._home.jobs.finish_round(outcome, model, state))
+        kept = max(self._options.kept_rounds, self._options.kept_models + 1)
+        fleet.insist(lambda: self._home.jobs.finish_round(outcome, model, state, kept))
         fleet.insist(lambda: self._home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models))
         self._home.spool.drop_round(outcome.job, outcome.round)
         event(_log, logging.INFO, "round.done", job=outcome.job, round=outcome.round,

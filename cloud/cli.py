@@ -36,10 +36,13 @@ def cloud() -> None:
 @click.option("--name", "names", multiple=True, help="A further name or address that devices reach this cloud by.")
 @click.option("--certificate-days", default=397.0, show_default=True, type=click.FloatRange(0.001, 3650),
               help="Lifetime of certificates; each is renewed by itself when a third of it is left.")  # fmt: skip
+@click.option("--kept-rounds", default=1000, show_default=True, type=click.IntRange(10, 10_000_000),
+              help="How many latest rounds of a job `edgefl jobs show` can tell of.")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="No TLS. For loopback only.")
 def start(  # noqa: PLR0913 - one a flag
     *, home: Path, host: str, grpc_port: int, http_port: int, mqtt_port: int, broker: str,
-    broker_pid_file: Path | None, names: tuple[str, ...], certificate_days: float, insecure: bool,
+    broker_pid_file: Path | None, names: tuple[str, ...], certificate_days: float, kept_rounds: int,
+    insecure: bool,
 ) -> None:  # fmt: skip
     """Serve until Ctrl-C or SIGTERM. The first start makes the CA, the fleet's key and HOME/operator.json."""
     from cloud.aggregator import Aggregator
@@ -55,6 +58,7 @@ def start(  # noqa: PLR0913 - one a flag
         broker=broker,
         broker_pid_file=broker_pid_file,
         certificate_days=certificate_days,
+        kept_rounds=kept_rounds,
         insecure=insecure,
         names=names,
     )

@@ -70,6 +70,7 @@ class AggregatorOptions:
     broker_pid_file: Path | None = None  # of a mosquitto on this machine; None = where broker-config put it
     certificate_days: float = LEAF_DAYS  # lifetime of certificates made from now on
     kept_models: int = 3  # parameters of so many latest rounds stay, for evaluation
+    kept_rounds: int = 1000  # what so many latest rounds of a job came to stays; more while somebody still reads them
 
     def __post_init__(self) -> None:
         if self.insecure and not is_loopback(self.host):

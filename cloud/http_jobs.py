@@ -24,6 +24,8 @@ from edgefl.errors import ConfigError, ProtocolError
 from edgefl.hashing import HashingFile
 from edgefl.protocols.messages import BlobRef
 
+ROUNDS_AT_ONCE = 200  # in memory, for a reader that is behind
+
 operator = APIRouter()
 
 
@@ -99,7 +101,7 @@ def cancel(job: str, here: Here) -> dict[str, Any]:
         here.relays.end(job, "cancelled", "cancelled by its operator")
         return {"id": job, "state": here.relays.get(job)["state"]}
     known(here.jobs.cancel, job)
-    return {"id": job, "state": here.jobs.get(job)["state"]}
+    return {"id": job, "state": here.jobs.row(job)["state"]}
 
 
 @operator.get("/v1/jobs/{job}/events")
@@ -109,22 +111,25 @@ def events(
     """Stream a line a finished round above `after`, heartbeats between, and the job's end as the last line."""
     if _is_relay(job):
         raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
-    known(here.jobs.get, job)
+    known(here.jobs.row, job)
     return stream_lines(request, job_lines(here, job, after))
 
 
 def job_lines(here: Services, job: str, seen: int) -> Iterator[Mapping[str, Any]]:
     """Yield a job's rounds as they finish, then its end."""
-    while True:
-        row = here.jobs.get(job)  # before the rounds: where it has ended, they are all there
-        for outcome in here.jobs.rounds_after(job, seen):
-            seen = max(seen, int(outcome["round"]))
-            yield outcome
-        if row["state"] != "running":
-            yield {"state": row["state"], "error": row["error"], "model": row["model"]}
-            return
-        if not here.jobs.wait(job, seen, here.heartbeat_s):
-            yield HEARTBEAT
+    with here.jobs.follow(job, seen) as has_come:
+        while True:
+            row = here.jobs.row(job)  # before the rounds: where it has ended, they are all there
+            while outcomes := here.jobs.rounds_after(job, seen, ROUNDS_AT_ONCE):
+                for outcome in outcomes:
+                    seen = max(seen, int(outcome["round"]))
+                    yield outcome
+                has_come(seen)
+            if row["state"] != "running":
+                yield {"state": row["state"], "error": row["error"], "model": row["model"]}
+                return
+            if not here.jobs.wait(job, seen, here.heartbeat_s):
+                yield HEARTBEAT
 
 
 def _is_relay(job: str) -> bool:

@@ -12,12 +12,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from cloud.blobs import BlobStore
+from cloud.followers import Followers
 from cloud.store import jobs, rounds, updates
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
@@ -71,6 +73,7 @@ class Jobs:
         self._changed = threading.Condition()
         self.started: Callable[[str], None] = lambda _job: None
         self.cancelled: Callable[[str], None] = lambda _job: None
+        self.followers = Followers()
         self.waiting: Callable[[], str] = lambda: ""  # what running jobs wait for, e.g. disk space
 
     def submit(  # noqa: PLR0913 - the fields of the request
@@ -174,8 +177,14 @@ class Jobs:
         with self._engine.begin() as db:
             db.execute(updates.insert().values({"job": job, "round": number} | dataclasses.asdict(answer)))
 
-    def finish_round(self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None) -> None:
-        """Close a round: its outcome, the model after it, and no answers any more, in one commit."""
+    def finish_round(
+        self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None, kept_rounds: int = 0
+    ) -> None:
+        """Close a round: its outcome, the model after it, and no answers any more, in one commit.
+
+        Of the rounds before, `kept_rounds` stay, and those that a reader has not had yet; 0 keeps all.
+        """
+        pruned = self.followers.prunable(outcome.job, outcome.round, kept_rounds) if kept_rounds else 0
         shown = outcome.as_json() | {"model": model.sha256}
         in_job = outcome.job
         with self._engine.begin() as db:
@@ -184,6 +193,8 @@ class Jobs:
             at = (rounds.c.job == in_job) & (rounds.c.round == outcome.round)
             db.execute(rounds.update().where(at).values(outcome=shown))
             db.execute(updates.delete().where(updates.c.job == in_job))
+            if pruned:
+                db.execute(rounds.delete().where((rounds.c.job == in_job) & (rounds.c.round <= pruned)))
             former = db.scalar(sa.select(jobs.c.optimizer_sha256).where(jobs.c.id == in_job))
             db.execute(
                 jobs.update()
@@ -208,6 +219,7 @@ class Jobs:
         with self._engine.begin() as db:
             running = (jobs.c.id == job) & (jobs.c.state == "running")
             db.execute(jobs.update().where(running).values(values))
+        self.followers.forget(job)
         self._notify()
 
     def list(self) -> Rows:
@@ -217,18 +229,26 @@ class Jobs:
             return [self._shown(row) for row in found]
 
     def get(self, job: str) -> dict[str, Any]:
-        """Return one job with its rounds; raises NotFound for an unknown id."""
+        """Return one job with the rounds that are kept; raises NotFound for an unknown id."""
+        return self.row(job) | {"rounds": self.rounds_after(job, 0)}
+
+    def row(self, job: str) -> dict[str, Any]:
+        """Return one job without its rounds; raises NotFound for an unknown id."""
         with self._engine.begin() as db:
             row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one_or_none()
         if row is None:
             raise NotFound(f"there is no job {job!r}; `edgefl jobs list` shows those there are")
-        return self._shown(row) | {"rounds": self.rounds_after(job, 0)}
+        return self._shown(row)
 
-    def rounds_after(self, job: str, number: int) -> Rows:
-        """Return the outcomes of the finished rounds above `number`."""
+    def follow(self, job: str, after: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Read a job's rounds above `after`: they are kept until the reader says that it has them."""
+        return self.followers.reading(job, after)
+
+    def rounds_after(self, job: str, number: int, limit: int | None = None) -> Rows:
+        """Return the outcomes of the finished rounds above `number`, at most `limit`."""
         later = (rounds.c.job == job) & (rounds.c.round > number) & rounds.c.outcome.is_not(sa.null())
         with self._engine.begin() as db:
-            return Rows(db.scalars(sa.select(rounds.c.outcome).where(later).order_by(rounds.c.round)))
+            return Rows(db.scalars(sa.select(rounds.c.outcome).where(later).order_by(rounds.c.round).limit(limit)))
 
     def wait(self, job: str, rounds_seen: int, timeout_s: float) -> bool:
         """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""
@@ -240,7 +260,7 @@ class Jobs:
 
         The job hears of it first: where the disk is full, it ends without another round, and its row follows.
         """
-        if self.get(job)["state"] == "running":
+        if self.row(job)["state"] == "running":
             self.cancelled(job)
             self.end(job, "cancelled", "cancelled by its operator")
 

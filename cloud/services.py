@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,8 +38,14 @@ class JobService(Protocol):
     def get(self, job: str) -> dict[str, Any]:
         """Return one job."""
 
-    def rounds_after(self, job: str, number: int) -> Rows:
-        """Return the outcomes of the finished rounds above `number`, in order."""
+    def row(self, job: str) -> dict[str, Any]:
+        """Return one job without its rounds."""
+
+    def follow(self, job: str, after: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Read a job's rounds above `after`: they are kept until the reader says that it has them."""
+
+    def rounds_after(self, job: str, number: int, limit: int | None = None) -> Rows:
+        """Return the outcomes of the finished rounds above `number`, in order, at most `limit`."""
 
     def wait(self, job: str, rounds_seen: int, timeout_s: float) -> bool:
         """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cloud.blobs import BlobStore
+from cloud.followers import GRACE_S, Followers
 from cloud.jobs import Answer, Jobs
 from cloud.store import open_database
 from edgefl.config import JobConfig, ServerConfig, TrainConfig
@@ -11,6 +12,7 @@ from edgefl.errors import ConfigError, MissingExtra, NotFound, ProtocolError
 from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef
 from edgefl.records import RoundOutcome
+from edgefl.testing import ManualClock
 
 
 @pytest.fixture
@@ -198,3 +200,29 @@ def test_a_tensor_in_both_parts_is_refused(home):
         jobs.submit("t:t", blobs.put(b"zip"), tree, (), JobConfig(), parted=True, frozen=tree)
     with pytest.raises(ConfigError, match=r"frozen part 0000.* not in the cloud"):
         jobs.submit("t:t", blobs.put(b"zip"), tree, (), JobConfig(), frozen=BlobRef(sha256="0" * 64, size=1))
+
+
+def test_the_latest_rounds_are_kept_and_those_that_are_still_read(home):
+    jobs, blobs, _ = home
+    clock = ManualClock()
+    jobs.followers = Followers(clock)
+    clock.advance(GRACE_S)
+    job, other = submit(jobs, blobs), submit(jobs, blobs)
+    model = blobs.put(b"m")
+
+    def finish(numbers, kept=5):
+        for number in numbers:
+            jobs.open_round(job, number, ("a",))
+            jobs.finish_round(outcome(job, number), model, None, kept)
+        return [one["round"] for one in jobs.get(job)["rounds"]]
+
+    jobs.open_round(other, 1, ("a",))
+    jobs.finish_round(outcome(other, 1), model, None, 5)
+    assert finish(range(1, 21)) == [16, 17, 18, 19, 20]
+    with jobs.follow(job, 20) as has_come:
+        assert finish(range(21, 31)) == list(range(16, 31))
+        assert [one["round"] for one in jobs.rounds_after(job, 20, 3)] == [21, 22, 23]
+        has_come(30)
+        assert finish([31]) == list(range(26, 32))
+    assert len(jobs.get(other)["rounds"]) == 1
+    assert "rounds" not in jobs.row(job)

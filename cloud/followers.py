@@ -1,0 +1,61 @@
+"""Who reads a job's rounds as they finish, and how far each is: what is not read yet is not pruned.
+
+A reader whose connection broke is back within an operator's patience; until then its place is kept, and after
+a start of the cloud nobody's is known. So rows that somebody still wants cost a little while, never a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+GRACE_S = 150.0  # longer than an operator waits for a silent cloud
+
+
+class Followers:
+    """The readers of all jobs. Used from any thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._seen: dict[str, dict[int, int]] = {}  # job -> reader -> the last round that it has
+        self._left: dict[int, float] = {}  # reader that went -> when its place is given up
+        self._began_s = clock()
+
+    @contextlib.contextmanager
+    def reading(self, job: str, after: int) -> Iterator[Callable[[int], None]]:
+        """Follow a job from above a round on; gives what is told how far it has come."""
+        with self._lock:
+            number = next(self._numbers)
+            self._seen.setdefault(job, {})[number] = after
+
+        def has_come(to: int) -> None:
+            with self._lock:
+                self._seen[job][number] = to
+
+        try:
+            yield has_come
+        finally:
+            with self._lock:
+                self._left[number] = self._clock() + GRACE_S
+
+    def prunable(self, job: str, done: int, kept: int) -> int:
+        """Return the last round that nobody may still want: `kept` before the slowest reader's; 0 for none."""
+        now_s = self._clock()
+        with self._lock:
+            if now_s < self._began_s + GRACE_S:
+                return 0
+            readers = self._seen.get(job, {})
+            for number in [one for one in readers if self._left.get(one, now_s) < now_s]:
+                del readers[number], self._left[number]
+            return max(0, min([done, *readers.values()]) - kept)
+
+    def forget(self, job: str) -> None:
+        """The job has ended: its rows stay as they are."""
+        with self._lock:
+            for number in self._seen.pop(job, {}):
+                self._left.pop(number, None)
