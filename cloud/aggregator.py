@@ -28,7 +28,7 @@ from cloud.grpc_port import GrpcPort
 from cloud.home import AggregatorOptions, CloudHome
 from cloud.http_api import make_app, serve_http
 from cloud.jobs import JobRow
-from cloud.upkeep import interval_s, looked_after
+from cloud.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.errors import CloudStopping, EdgeflError, HomeError, JobCancelled
 from edgefl.logs import event
@@ -36,7 +36,7 @@ from edgefl.models.manifest import Bundle
 from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
 from edgefl.protocols.http_limits import HttpLimits
 from edgefl.protocols.messages import BlobRef, from_json
-from edgefl.protocols.tls import grpc_server_credentials, server_context
+from edgefl.protocols.tls import grpc_server_credentials, reloading, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
 from edgefl.trees import SpooledTree, Tree
@@ -240,14 +240,16 @@ class Aggregator:
         options, home = self._options, self._home
         context = None if options.insecure else server_context(home.identity, client_certificates=False)
         limits = HttpLimits(max_connections=home.shares.http)
-
-        def reload() -> None:
-            if context is not None:
-                context.load_cert_chain(home.identity.cert, home.identity.key)
-
+        upkeep = Upkeep(
+            home.look_after_certificates,
+            reloading(context, home.identity) if context is not None else lambda: None,
+            interval_s(options.certificate_days),
+            functools.partial(home.parts.ended, "certificates"),
+        )
+        home.parts.check("certificates", lambda: upkeep.reason)
         async with (
             serve_http(make_app(home.services()), options.host, options.http_port, context, limits),
-            looked_after(home.look_after_certificates, reload, interval_s(options.certificate_days)),
+            upkeep.running(),
         ):
             yield
 

@@ -25,7 +25,7 @@ from edgefl.errors import ConfigError, PartFailed
 from edgefl.protocols.addresses import bracketed, is_loopback
 from edgefl.protocols.connections import Connection, Connections
 from edgefl.protocols.listener import Listener, Port, listen
-from edgefl.protocols.tls import Identity, server_context
+from edgefl.protocols.tls import Identity, reloading, server_context
 
 if TYPE_CHECKING:
     from cloud.broker_gate import Gate
@@ -72,6 +72,7 @@ class EmbeddedBroker:
         self._stopping: asyncio.Event | None = None
         self._gate: Gate | None = None
         self._context: ssl.SSLContext | None = None
+        self._reload: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
         self.start()
@@ -118,9 +119,8 @@ class EmbeddedBroker:
 
     def reload(self) -> None:
         """Show the certificate that is in its file now, from the next handshake on."""
-        if self._loop is not None and self._context is not None and self._identity is not None:
-            identity = self._identity
-            self._loop.call_soon_threadsafe(self._context.load_cert_chain, identity.cert, identity.key)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._reload)
 
     def _run(self, started: Future[int]) -> None:
         faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
@@ -179,6 +179,7 @@ class EmbeddedBroker:
     def _listen(self, gate: Gate) -> Listener:
         if self._identity is not None:
             self._context = server_context(self._identity, client_certificates=True)
+            self._reload = reloading(self._context, self._identity)
         try:
             listening = listen(self._host, self.port, "--mqtt-port")
         except ConfigError as cause:

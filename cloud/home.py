@@ -167,9 +167,8 @@ class CloudHome:
     def look_after_certificates(self) -> bool:
         """Renew what runs out or does not fit; returns whether the cloud's own certificate is a new one."""
         renewed = self._renew_certificate()
-        if renewed:
-            for reload in self._renewed:
-                reload()
+        for reload in self._renewed:
+            reload()
         if self._mosquitto is not None:
             self._mosquitto.refresh()
         return renewed

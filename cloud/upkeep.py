@@ -22,26 +22,44 @@ def interval_s(certificate_days: float) -> float:
     return min(LONGEST_S, certificate_days * 86400 / 20)
 
 
-@contextlib.asynccontextmanager
-async def looked_after(look: Callable[[], bool], reload: Callable[[], None], every_s: float) -> AsyncIterator[None]:
-    """Call `look` now and then in a thread, while the block runs, and `reload` in this loop where it says so.
+class Upkeep:
+    """Calls `look` now and then in a thread, and after it `reload` in the event loop.
 
-    A look that fails, for a full disk or a database that is held, is logged and comes again.
+    A look that fails, for a full disk or a database that is held, is logged and comes again; `reason` says why
+    meanwhile. Any other error is a fault of ours, and `ended` hears of it.
     """
-    task = asyncio.create_task(_repeat(look, reload, every_s), name="certificates")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
+    def __init__(
+        self, look: Callable[[], object], reload: Callable[[], None], every_s: float,
+        ended: Callable[[BaseException], object],
+    ) -> None:  # fmt: skip
+        self._look, self._reload, self._every_s, self._ended = look, reload, every_s, ended
+        self.reason = ""  # why certificates are not looked after; empty while they are
 
-async def _repeat(look: Callable[[], bool], reload: Callable[[], None], every_s: float) -> None:
-    while True:
-        await asyncio.sleep(every_s)
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Look while the block runs."""
+        task = asyncio.create_task(self._repeat(), name="certificates")
+        task.add_done_callback(self._note_end)
         try:
-            if await asyncio.to_thread(look):
-                reload()
-        except (EdgeflError, OSError, ValueError, SQLAlchemyError) as error:
-            event(_log, logging.ERROR, "certificates.not_looked_after", reason=error)
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _repeat(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_s)
+            try:
+                try:
+                    await asyncio.to_thread(self._look)
+                finally:
+                    self._reload()  # also what a look made before it failed
+                self.reason = ""
+            except (EdgeflError, OSError, ValueError, SQLAlchemyError) as error:
+                self.reason = str(error)
+                event(_log, logging.ERROR, "certificates.not_looked_after", reason=error)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._ended(error)

@@ -207,6 +207,19 @@ def grpc_server_credentials(identity: Identity) -> grpc.ServerCredentials:
     return grpc.dynamic_ssl_server_credentials(configuration(), fetcher, require_client_authentication=True)
 
 
+def reloading(context: ssl.SSLContext, identity: Identity) -> Callable[[], None]:
+    """Return a function that has a context show the certificate in its file, where that is another than before."""
+    seen = [_stamp(identity)]
+
+    def reload() -> None:
+        stamp = _stamp(identity)
+        if stamp != seen[0]:
+            context.load_cert_chain(identity.cert, identity.key)
+            seen[0] = stamp
+
+    return reload
+
+
 def _stamp(identity: Identity) -> tuple[int, int]:
     """Return what changes whenever a certificate's file is replaced."""
     facts = identity.cert.stat()
