@@ -16,7 +16,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from edgefl.protocols.http_limits import HttpLimits, LimitedServer
 
 SHUTDOWN_S = 5
-LIMITS = HttpLimits(max_connections=1000, max_waiting=256)
+LIMITS = HttpLimits(max_connections=2000, max_waiting=1000)
 _HEAD, _CONTINUE = b"HTTP/1.1 ", b"HTTP/1.1 100"
 
 

@@ -76,6 +76,11 @@ class Connections:
     def num_waiting(self) -> int:
         return self._num_waiting
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many are leaving that a new one might find no place, which it would a moment later."""
+        return len(self._leaving) >= MAX_LEAVING // 2
+
     def add(self, source: str, close: Callable[[str], None]) -> Connection | None:
         """Take a new connection, which waits; close the one that has to go for it.
 

@@ -22,6 +22,7 @@ from edgefl.logs import event
 from edgefl.protocols.connections import Connection, Connections, source_of
 
 SWEEP_S = 0.5  # how often the overdue are looked for
+CROWDED_S, CROWDED_TURNS = 0.01, 20  # for connections that were told to close to be gone
 NO_DESCRIPTOR_S = 0.1  # before the next try to accept
 TLS_GOODBYE_S = 1.0
 BACKLOG = 1024
@@ -97,6 +98,10 @@ class Listener:
                 continue
             self._take(connection, str(address[0]))
             await asyncio.sleep(0)  # `sock_accept` does not wait while others stand in line
+            for _ in range(CROWDED_TURNS):  # the next waits in the kernel's queue, rather than being refused
+                if not self._connections.is_crowded:
+                    break
+                await asyncio.sleep(CROWDED_S)
 
     def _take(self, connection: socket.socket, address: str) -> None:
         place = self._connections.add(source_of(address), _shutting_down(connection))

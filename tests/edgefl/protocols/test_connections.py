@@ -127,3 +127,11 @@ def test_a_source_is_an_address_or_its_network(address, source):
 def test_limits_that_let_nobody_in_are_refused(wrong):
     with pytest.raises(ConfigError, match="expected 0 < max_waiting"):
         table(**wrong)
+
+
+def test_many_that_are_leaving_are_a_crowd_until_they_have_left():
+    held, closed = table(max_open=200, max_waiting=3), []
+    places = fill(held, closed, *(f"a/{number}" for number in range(3 + MAX_LEAVING // 2)))
+    assert held.is_crowded
+    places["a/0"].leave()
+    assert not held.is_crowded
