@@ -19,7 +19,7 @@ from types import FrameType
 from edgefl.bundle import pack_located
 from edgefl.errors import JobCancelled, TaskError
 from edgefl.flower.app import KIND, FlowerApp, RunConfigValue, client_reference, fuse_run_config, require_flower
-from edgefl.flower.run import FlowerRunResult, Json, keep_model, refuse_silence, result_of, serving, took_part
+from edgefl.flower.run import FlowerRunResult, Json, keep_model, raise_with_reasons, result_of, serving, took_part
 from edgefl.operator.client import CloudClient
 from edgefl.operator.relay import Relay
 from edgefl.task import Located, UserCode
@@ -73,8 +73,7 @@ def run_on_fleet(
             grid.border.raise_fault(app.name)
             keep_model(heard, out)
             if relay.fault is None:
-                refuse_silence(app, watch, after=error)
-                raise
+                raise_with_reasons(app, watch, error)
             if interrupted.is_set():  # an app that a strategy's early end has left with less
                 _log.warning("after the interrupt: %s", error)
         if relay.fault is not None and not interrupted.is_set():  # what the ServerApp could do nothing about;

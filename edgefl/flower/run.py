@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgefl.errors import ConfigError, QuorumNotMet, TaskError
 from edgefl.flower.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
@@ -119,8 +119,7 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
             grid.border.raise_fault(app.name)
             if not stop.is_set():
                 keep_model(heard, out)
-                refuse_silence(app, watch, after=error)
-                raise
+                raise_with_reasons(app, watch, error)
             _log.warning("after the interrupt: %s", error)  # of an app that a strategy's early end has left with less
         grid.border.raise_fault(app.name)
         watch.finish()
@@ -200,17 +199,30 @@ def keep_model(heard: Sequence[Returned], out: Path | None) -> Json | None:
     return None if out is None or arrays is None else write_arrays(arrays, out)
 
 
-def refuse_silence(app: FlowerApp, watch: Watch, *, after: TaskError | None = None) -> None:
-    """Raise where nobody did what was asked, which Flower would call finished; why stands before what came of it."""
-    reasons, silent = watch.failures(), watch.unanswered()
+def refuse_silence(app: FlowerApp, watch: Watch) -> None:
+    """Raise QuorumNotMet where nobody did what was asked: Flower would call that finished."""
+    silent = watch.unanswered()
     if silent is None:
         return
-    then = "" if after is None else f" After that: {after}"
-    if not reasons:
-        raise QuorumNotMet(
-            f"{KIND} {app.name!r}: none of its {watch.num_asked(silent)} {silent} messages was answered in time; "
-            f"expected one answer at least. Look at the app's timeout, and at what its clients do.{then}"
-        ) from after
+    if watch.failures():
+        raise QuorumNotMet(f"{KIND} {app.name!r}: every client failed, in every round. {_quoted(watch.failures())}")
+    raise QuorumNotMet(
+        f"{KIND} {app.name!r}: none of its {watch.num_asked(silent)} {silent} messages was answered in time; "
+        "expected one answer at least. Look at the app's timeout, and at what its clients do"
+    )
+
+
+def raise_with_reasons(app: FlowerApp, watch: Watch, error: TaskError) -> NoReturn:
+    """Raise what the ServerApp raised, with what its clients had answered before: it often comes of that."""
+    try:
+        refuse_silence(app, watch)
+    except QuorumNotMet as first:
+        raise QuorumNotMet(f"{first}. After that: {error}") from error
+    if reasons := watch.all_failures():
+        raise TaskError(f"{error}. Clients had failed before: {_quoted(reasons)}") from error
+    raise error
+
+
+def _quoted(reasons: Sequence[str]) -> str:
     more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
-    said = f"{'; '.join(reasons[:MAX_REASONS])}{more}"
-    raise QuorumNotMet(f"{KIND} {app.name!r}: every client failed, in every round. {said}.{then}") from after
+    return f"{'; '.join(reasons[:MAX_REASONS])}{more}"

@@ -101,7 +101,8 @@ class Watch:
         self._round_of: dict[str, int] = {}  # by message id, of those not answered yet
         self._asked: Counter[str] = Counter()  # messages of the whole run, by category
         self._answered: Counter[str] = Counter()  # those whose reply has content
-        self._reasons: list[str] = []  # why others have none
+        self._reasons: list[str] = []  # why others have none, in rounds
+        self._early: list[str] = []  # and in none
         self._lock = threading.Lock()
         self._looking, self._showing = Bystander("what is said of the rounds"), Bystander("what is shown of them")
 
@@ -120,8 +121,12 @@ class Watch:
         return self._asked[category]
 
     def failures(self) -> Sequence[str]:
-        """Return every reason seen, with the node's name."""
+        """Return every reason seen in a round, with the node's name."""
         return list(self._reasons)
+
+    def all_failures(self) -> Sequence[str]:
+        """Return every reason seen, of what belongs to no round first."""
+        return [*self._early, *self._reasons]
 
     def opens_round(self, message: Message) -> bool:
         """Say whether a message belongs to another round than the one that is open."""
@@ -149,6 +154,7 @@ class Watch:
             self._answered[category] += reason is None
             number = self._round_of.pop(request.metadata.message_id, self._open)
             if (seen := self._rounds.get(number)) is None:
+                self._early += [] if reason is None else [f"{node}: {reason}"]
                 return
             seen.end_s = self.clock() if number == self._open else seen.end_s
             if reason is not None:

@@ -5,7 +5,7 @@ import operator
 import numpy as np
 import pytest
 
-from edgefl.errors import EdgeflError, QuorumNotMet
+from edgefl.errors import EdgeflError, QuorumNotMet, TaskError
 from edgefl.flower import load_flower_app, run_flower_app
 from edgefl.trees import SpooledTree
 
@@ -125,6 +125,13 @@ def test_an_app_that_trips_over_its_clients_failure_is_told_with_the_reason_firs
         QuorumNotMet, match=r"every client failed.*KeyError: 'gone'.*After that: .*its ServerApp raised"
     ):
         anywhere(server, STEPS.replace('"g"]["turn"]', '"g"]["gone"]'), 1)
+
+
+def test_an_app_that_trips_over_failed_queries_is_told_with_their_reasons(anywhere):
+    with pytest.raises(TaskError, match=r"its ServerApp raised.*Clients had failed before: .*ValueError: no data here"):
+        anywhere(
+            PUSHES, STEPS.replace("return Message", "raise ValueError('no data here')\n        return Message", 1), 1
+        )
 
 
 def test_a_legacy_workflows_history_and_model_are_its_result(anywhere, tmp_path):
