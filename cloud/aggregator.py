@@ -78,7 +78,12 @@ class Aggregator:
         keep_freed_memory()
         shrink_tls_buffers()
         with self._home:
-            asyncio.run(self._serve(on_ready))
+            try:
+                asyncio.run(self._serve(on_ready))
+            except Exception as error:
+                if self._home.parts.failure is None:
+                    raise
+                raise self._home.parts.failure from error
         if self._home.parts.failure is not None:
             raise self._home.parts.failure
 
@@ -248,7 +253,14 @@ class Aggregator:
         )
         home.parts.check("certificates", lambda: upkeep.reason)
         async with (
-            serve_http(make_app(home.services()), options.host, options.http_port, context, limits),
+            serve_http(
+                make_app(home.services()),
+                options.host,
+                options.http_port,
+                context,
+                limits,
+                functools.partial(home.parts.ended, "https"),
+            ),
             upkeep.running(),
         ):
             yield

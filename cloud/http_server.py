@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -18,11 +18,16 @@ STOP_GRACE_S = 1
 STOP_S = 10.0
 
 
+def _ignore(_ended: BaseException) -> None:
+    pass
+
+
 @contextlib.asynccontextmanager
 async def serve_http(
-    app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None, limits: HttpLimits | None = None
-) -> AsyncIterator[int]:
-    """Serve while the block runs, and give its port; port 0 takes a free one.
+    app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None, limits: HttpLimits | None = None,
+    on_end: Callable[[BaseException], None] = _ignore,
+) -> AsyncIterator[int]:  # fmt: skip
+    """Serve while the block runs, and give its port; port 0 takes a free one. `on_end`: it has ended before that.
 
     Raises HomeError for an address that cannot be had.
     """
@@ -44,12 +49,20 @@ async def serve_http(
     server = LimitedServer(config, limits or HttpLimits(), "https")
     number: int = listener.getsockname()[1]
     serving = asyncio.create_task(server.serve([listener]), name="https")
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not server.should_exit and not task.cancelled():
+            on_end(task.exception() or RuntimeError("it stopped unasked"))
+
+    serving.add_done_callback(ended)
     try:
         yield number
     finally:
         server.should_exit = True
-        async with asyncio.timeout(STOP_S):
-            await serving
-        server.abort_all()  # streams that were cut off
-        await asyncio.sleep(0)  # lets them close before the loop may end
-        listener.close()
+        try:
+            async with asyncio.timeout(STOP_S):
+                await serving
+        finally:
+            server.abort_all()  # streams that were cut off
+            await asyncio.sleep(0)  # lets them close before the loop may end
+            listener.close()

@@ -14,7 +14,7 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from edgefl.errors import ConfigError
@@ -68,8 +68,8 @@ class Listener:
         self._port.socket.setblocking(False)  # noqa: FBT003 - the socket's own way
         loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(self._accept(), name=f"accept-{self._port.name}"),
-            loop.create_task(self._sweep(), name=f"sweep-{self._port.name}"),
+            loop.create_task(self._kept(self._accept), name=f"accept-{self._port.name}"),
+            loop.create_task(self._kept(self._sweep), name=f"sweep-{self._port.name}"),
         ]
 
     def close(self) -> None:
@@ -83,6 +83,15 @@ class Listener:
     async def wait_closed(self) -> None:
         """Wait until its tasks have ended."""
         await asyncio.gather(*self._tasks, *self._handshakes, return_exceptions=True)
+
+    async def _kept(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Go on with a part after a defect of ours that one connection has found."""
+        while True:
+            try:
+                await work()
+            except Exception:  # noqa: BLE001 - it costs that connection only
+                _log.critical("port.fault port=%s", self._port.name, exc_info=True)
+                await asyncio.sleep(NO_DESCRIPTOR_S)
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()

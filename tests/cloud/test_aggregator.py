@@ -24,8 +24,8 @@ from cloud.home import AggregatorOptions, CloudHome
 from edgefl import aggregation
 from edgefl.aggregation import WeightedMean
 from edgefl.config import JobConfig, load_config
-from edgefl.errors import CloudUnreachable, HomeError, JobFailed
-from edgefl.local_fleet import LocalFleet
+from edgefl.errors import CloudUnreachable, HomeError, JobFailed, PartFailed
+from edgefl.local_fleet import LocalFleet, free_ports
 from edgefl.operator.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -166,3 +166,20 @@ def test_tls_connections_read_into_small_buffers(monkeypatch):
         return len(made._ssl_buffer)
 
     assert asyncio.run(main()) == TLS_BUFFER_BYTES
+
+
+def test_a_part_that_ends_takes_the_process_with_it_and_is_named(tmp_path):
+    grpc_port, http_port, mqtt_port = free_ports(3)
+    options = AggregatorOptions(
+        home=tmp_path / "cloud", grpc_port=grpc_port, http_port=http_port, mqtt_port=mqtt_port
+    )  # fmt: skip
+    aggregator = Aggregator(options)
+    parts = aggregator._home.parts
+
+    def ready(_url):
+        assert set(parts.reasons()) >= {"link", "broker", "database", "disk", "grpc", "jobs"}
+        threading.Thread(target=parts.ended, args=("link", ZeroDivisionError("by zero"))).start()
+
+    with pytest.raises(PartFailed, match=r"a part of it did: link, ZeroDivisionError\('by zero'\)"):
+        aggregator.serve(ready)
+    assert not [one for one in threading.enumerate() if one.name in {"broker", "mqtt-cloud", "mqtt-inbox"}]

@@ -11,6 +11,7 @@ import pytest
 
 from cloud.http_server import serve_http
 from edgefl.errors import HomeError
+from edgefl.protocols.http_limits import LimitedServer
 from edgefl.protocols.listener import listen
 
 
@@ -86,3 +87,17 @@ def test_signals_stay_with_the_process_that_serves():
             return signal.getsignal(signal.SIGTERM)
 
     assert asyncio.run(main()) is before
+
+
+def test_a_server_that_ends_unasked_is_heard_of(monkeypatch) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async def serve() -> None:
+        monkeypatch.setattr(LimitedServer, "serve", fail)
+        ends: asyncio.Queue[BaseException] = asyncio.Queue()
+        with pytest.raises(ZeroDivisionError):
+            async with serve_http(hello, "127.0.0.1", 0, None, on_end=ends.put_nowait):
+                assert isinstance(await asyncio.wait_for(ends.get(), 5), ZeroDivisionError)
+
+    asyncio.run(serve())

@@ -174,3 +174,27 @@ def test_closing_frees_the_port_and_ends_what_has_not_begun(contexts):
         socket.create_server(("127.0.0.1", port)).close()
 
     asyncio.run(main())
+
+
+def test_a_defect_that_a_connection_finds_costs_that_connection_only(monkeypatch, caplog):
+    monkeypatch.setattr("edgefl.protocols.listener.NO_DESCRIPTOR_S", 0.01)
+    faults, take = [ZeroDivisionError()], Listener._take
+
+    def stumble(self, connection, address):
+        if faults:
+            connection.close()
+            raise faults.pop()
+        take(self, connection, address)
+
+    monkeypatch.setattr(Listener, "_take", stumble)
+
+    async def main():
+        async with listening() as (port, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.suppress(OSError):
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+            return await asyncio.wait_for(echoed(port), 5)
+
+    asyncio.run(main())
+    assert "port.fault port=test" in caplog.text
