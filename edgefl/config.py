@@ -19,6 +19,7 @@ import dacite
 from edgefl.errors import ConfigError
 
 ALGORITHMS = ("fedavg", "fedsgd")
+SCHEDULES = ("constant", "cosine", "step")
 MAX_COUNT = 2**31 - 1  # of rounds, clients, epochs, samples: what every layer counts with
 MAX_SECONDS = 366 * 86_400.0  # of a wait: locks, sockets and event loops take it, on 32 bits too
 MAX_SEED = 2**63 - 1
@@ -114,6 +115,12 @@ class TrainConfig:
     lr: float = 0.1  # of the local optimizer
     proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 = off
     seed: int = 0
+    schedule: str = "constant"  # of lr over the rounds: constant | cosine | step, see `edgefl.schedules`
+    warmup_rounds: int = 0  # lr rises to its whole by this round
+    end_factor: float = 0.0  # cosine: the share of lr that it falls to
+    step_rounds: int = 10  # step: after so many rounds lr is multiplied by step_factor
+    step_factor: float = 0.1
+    round: int = 0  # which one it is, from 1: each round's plan says it; no setting
 
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
@@ -123,6 +130,13 @@ class TrainConfig:
         _above_zero("train.lr", self.lr, MAX_RATE)
         require_within("train.proximal_mu", self.proximal_mu, 0, MAX_RATE)
         require_within("train.seed", self.seed, 0, MAX_SEED)
+        schedules = ", ".join(SCHEDULES)
+        _require(self.schedule in SCHEDULES, f"train.schedule={self.schedule!r} is not one of: {schedules}")
+        require_within("train.warmup_rounds", self.warmup_rounds, 0, MAX_COUNT)
+        require_within("train.end_factor", self.end_factor, 0, 1)
+        require_within("train.step_rounds", self.step_rounds, 1, MAX_COUNT)
+        require_within("train.step_factor", self.step_factor, 0, 1)
+        require_within("train.round", self.round, 0, MAX_COUNT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

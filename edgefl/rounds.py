@@ -22,6 +22,7 @@ from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Failure, Partial, Plan, RoundOutcome, Traffic, Update
+from edgefl.schedules import of_round, server_factor
 from edgefl.step_check import integer_moves, refuse_unsound
 from edgefl.trees import Tree
 
@@ -70,7 +71,7 @@ def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcom
             round=number,
             parameters=parameters,
             clients=cohort or select_clients(fleet.clients(), job.config, number),
-            train=job.config.train,
+            train=of_round(job.config, number),
             deadline_s=job.config.rounds.deadline_s,
             frozen=job.frozen,
         )
@@ -129,7 +130,7 @@ def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
     with np.errstate(over="ignore", invalid="ignore"):  # told by name below
         mean = rule.result()
         moves = integer_moves(mean)
-        new = job.step.step(plan.parameters, mean)
+        new = job.step.step(plan.parameters, mean, lr_factor=server_factor(job.config, plan.train))
     refuse_unsound(plan, moves, new, job.step.fault())
     return new
 

@@ -11,6 +11,7 @@ Invariant: what the user's code raises leaves as TaskError that names the user's
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import sysconfig
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from importlib import import_module, invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import MappingProxyType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgefl import debug
@@ -70,7 +71,7 @@ class Task:
     train_data: Callable[..., tuple[Any, Any]] | None = None
     test_data: Callable[..., tuple[Any, Any]] | None = None  # held out, evaluated where the job is run
     metrics: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = field(default_factory=dict)
-    optimizer: Callable[[Iterable[torch.nn.Parameter], float], torch.optim.Optimizer] | None = None  # (.., lr)
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None  # (parameters, lr), and `config` or `round` if it has
     initial: Callable[[], Tree] | None = None
     fit: Callable[[Tree, TrainConfig, Mapping[str, str]], FitResult] | None = None
     trained: Collection[str] | None = None  # of what `initial` returns, what `fit` trains and returns; None = all
@@ -84,6 +85,21 @@ class Task:
                 f"task {self.name!r}: trained={self.trained!r:.200} is for a task with fit, and names tensors; of a "
                 "model, what requires a gradient is trained"
             )
+
+    def optimizer_of(self, parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+        """Make this task's optimizer for a round; it is told of the round where it has a parameter for that.
+
+        def optimizer(parameters, lr, round): ...
+        def optimizer(parameters, lr, *, config): ...  # an `edgefl.config.TrainConfig`
+        """
+        if self.optimizer is None:
+            raise ConfigError(f"task {self.name!r} has no optimizer of its own")
+        try:
+            known = inspect.signature(self.optimizer).parameters
+        except ValueError:  # some builtins have none
+            known = MappingProxyType({})
+        told = {"config": config, "round": config.round}
+        return self.optimizer(parameters, config.lr, **{name: told[name] for name in told if name in known})
 
     def flower_app(self, config: JobConfig | None = None) -> tuple[ServerApp, ClientApp]:
         """Return this task as Flower's ServerApp and ClientApp: for a SuperLink's federation, or Flower's own engine.

@@ -224,7 +224,7 @@ class Descent:
         trained = self._gradient.trained
         self._mu = config.proximal_mu
         self._anchors = [parameter.detach().clone() for parameter in trained] if self._mu else []
-        self._step = _optimizer_step(self._task, trained, config.lr)
+        self._step = _optimizer_step(self._task, trained, config)
 
     def take(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Take a step in place; returns the batch's loss before it, 0-d."""
@@ -275,7 +275,7 @@ def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *,
 
 
 def _optimizer_step(
-    task: Task, trained: Sequence[torch.nn.Parameter], lr: float
+    task: Task, trained: Sequence[torch.nn.Parameter], config: TrainConfig
 ) -> Callable[[Sequence[torch.Tensor | None]], None]:
     """Return what takes one step by the gradients of `trained`: the task's optimizer, else w <- w - lr * g.
 
@@ -284,7 +284,7 @@ def _optimizer_step(
     import torch
 
     if task.optimizer is None:
-        tensors = [parameter.data for parameter in trained]
+        tensors, lr = [parameter.data for parameter in trained], config.lr
 
         def plain(gradients: Sequence[torch.Tensor | None]) -> None:
             moved = [(one, grad) for one, grad in zip(tensors, gradients, strict=True) if grad is not None]
@@ -292,7 +292,7 @@ def _optimizer_step(
                 torch._foreach_add_(*map(list, zip(*moved, strict=True)), alpha=-lr)
 
         return plain
-    optimizer = task.optimizer(trained, lr)
+    optimizer = task.optimizer_of(trained, config)
 
     def chosen(gradients: Sequence[torch.Tensor | None]) -> None:
         for parameter, grad in zip(trained, gradients, strict=True):

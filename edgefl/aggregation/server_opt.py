@@ -36,15 +36,19 @@ class ServerOptimizer:
         if config.optimizer != "SGD" or config.options:
             self._optimizer = _TorchOptimizer(config)
 
-    def step(self, parameters: Tree, mean: Tree) -> dict[str, Array]:
-        """Return the parameters of the next round. Uses up `mean`: its arrays may become the result's."""
+    def step(self, parameters: Tree, mean: Tree, *, lr_factor: float = 1.0) -> dict[str, Array]:
+        """Return the parameters of the next round. Uses up `mean`: its arrays may become the result's.
+
+        `lr_factor` is of this round: what the rate is multiplied by.
+        """
+        lr = self._config.lr * lr_factor
         trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
         new = {name: self._untrained(name, array, mean) for name, array in parameters.items() if name not in trained}
         if self._optimizer is not None:
             gradients = {name: -self._sign * mean[name] for name in trained}
-            new |= self._optimizer.step(trained, gradients)
+            new |= self._optimizer.step(trained, gradients, lr)
         else:
-            new |= {name: self._plain(array, mean[name]) for name, array in trained.items()}
+            new |= {name: self._plain(array, mean[name], lr) for name, array in trained.items()}
         return {name: new[name] for name in parameters}
 
     def state(self) -> dict[str, Array]:
@@ -66,9 +70,9 @@ class ServerOptimizer:
     def _untrained(self, name: str, array: Array, mean: Tree) -> Array:
         return array if name in self._frozen else apply(array, mean[name])
 
-    def _plain(self, old: Array, mean: Array) -> Array:
+    def _plain(self, old: Array, mean: Array, lr: float) -> Array:
         flat_new, flat_old = mean.reshape(-1), old.reshape(-1)
-        rate = old.dtype.type(self._sign * self._config.lr)
+        rate = old.dtype.type(self._sign * lr)
         for block in blocks(flat_new.size):
             flat_new[block] *= rate
             flat_new[block] += flat_old[block]
@@ -91,7 +95,7 @@ class _TorchOptimizer:
         self._optimizer: Any = None
         self.pending: dict[str, Array] = {}
 
-    def step(self, parameters: Tree, gradients: Tree) -> dict[str, Array]:
+    def step(self, parameters: Tree, gradients: Tree, lr: float) -> dict[str, Array]:
         import torch
 
         if self._optimizer is None:
@@ -101,6 +105,8 @@ class _TorchOptimizer:
         for name, parameter in self._parameters.items():
             parameter.data.copy_(torch.from_numpy(np.array(parameters[name])))
             parameter.grad = torch.from_numpy(np.asarray(gradients[name], dtype=parameters[name].dtype))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
         self._optimizer.step()
         return {name: parameter.detach().numpy().copy() for name, parameter in self._parameters.items()}
 

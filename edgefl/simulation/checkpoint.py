@@ -130,9 +130,14 @@ def refuse_another(saved: Checkpoint, task: str, config: JobConfig) -> None:
     """Raise ConfigError where a checkpoint is of another task or of other settings, naming what differs."""
     if saved.task != task:
         raise ConfigError(f"the checkpoint is of task {saved.task!r}, not of {task!r}")
-    now = flat_settings(config)
+    now, defaults = flat_settings(config), flat_settings(type(config)())
+    if config.train.schedule == "cosine" and saved.settings.get(GROWS) != now[GROWS]:
+        raise ConfigError(
+            f"the checkpoint was made with {GROWS}={saved.settings.get(GROWS)}, now it is {now[GROWS]}: the cosine "
+            "schedule of train.lr spans all rounds, so their number stays"
+        )
     for key in sorted({*saved.settings, *now} - {GROWS}):
-        before, after = saved.settings.get(key), now.get(key)
+        before, after = saved.settings.get(key, defaults.get(key)), now.get(key)  # an older one lacks newer settings
         if before != after:
             raise ConfigError(
                 f"the checkpoint was made with {key}={_said(before)}, now it is {_said(after)}. A simulation goes on "

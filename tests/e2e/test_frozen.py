@@ -43,6 +43,7 @@ CONFIG = from_dict(
     JobConfig,
     {
         "rounds": {"count": ROUNDS, "clients": 2, "quorum": 2},
+        "train": {"schedule": "cosine", "warmup_rounds": 2},
         "server": {"optimizer": "AdamW", "lr": 0.01, "options": {"weight_decay": 0.1}},
     },
 )

@@ -218,3 +218,17 @@ def test_a_folder_is_one_simulations_alone(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot keep checkpoints"), open_checkpoints(tmp_path / "file", None):
         pass
+
+
+def test_a_checkpoint_from_before_a_setting_came_is_gone_on_with():
+    older = {key: value for key, value in flat_settings(config(2)).items() if key != "train.schedule"}
+    refuse_another(make(settings=older), "t", config(2))
+    with pytest.raises(ConfigError, match=r'train\.schedule="constant", now it is "step"'):
+        refuse_another(make(settings=older), "t", config(2, train={"schedule": "step"}))
+
+
+def test_a_cosine_spans_all_rounds_so_their_number_stays():
+    cosine = config(2, train={"schedule": "cosine"})
+    refuse_another(make(settings=flat_settings(cosine)), "t", cosine)
+    with pytest.raises(ConfigError, match="spans all rounds"):
+        refuse_another(make(settings=flat_settings(cosine)), "t", config(3, train={"schedule": "cosine"}))
