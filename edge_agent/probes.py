@@ -134,13 +134,23 @@ def look_at_port(port: int, *, agent_runs: bool) -> Check:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
         try:
             connection.request("GET", "/v2")
-            name = str(json.loads(connection.getresponse().read(1 << 16)).get("name", ""))
+            answer = connection.getresponse()
+            name = str(json.loads(answer.read(1 << 16)).get("name", ""))
         finally:
             connection.close()
     except ConnectionRefusedError:
         return Check(check=check, state="ok", seen=f"{port} is free")
+    except TimeoutError:
+        if agent_runs:
+            seen = f"{port} takes connections and does not answer within {DEADLINE_S:g} s"
+            advice = "`journalctl -u edgefl-agent -n 50` says how the serving process ended."
+            return Check(check=check, state="fail", seen=seen, advice=advice)
+        name = ""
     except (OSError, ValueError, AttributeError, http.client.HTTPException):
         name = ""
+    else:
+        if agent_runs and answer.status == http.HTTPStatus.UNAUTHORIZED and answer.getheader("WWW-Authenticate"):
+            return Check(check=check, state="ok", seen=f"{port} serves this agent's predictions to who has its token")
     if agent_runs and "edgefl" in name:
         return Check(check=check, state="ok", seen=f"{port} serves this agent's predictions")
     return Check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import http.server
@@ -19,6 +20,8 @@ import pytest
 
 from edge_agent import probes
 from edge_agent.probes import Check, Health, Peer, ask_health, greet, look_at_port, peer
+from edge_agent.serving import Serving, bind
+from edge_agent.sessions import Models
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
 
@@ -301,6 +304,31 @@ def test_another_program_may_not(body: bytes) -> None:
 def test_a_program_that_speaks_something_else_may_not() -> None:
     with tls_server(None, speaks=b"220 mail ready\r\n\r\n") as port:
         assert f"{port} is taken by another program" in failure(look_at_port(port, agent_runs=True))
+
+
+def test_a_port_that_asks_for_a_token_is_our_agents() -> None:
+    async def look() -> Check:
+        listener = bind("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        serving = Serving(Models(), listener)
+        serving.token = "a-token-of-this-device"  # noqa: S105 - of a test
+        running = asyncio.create_task(serving.run())
+        seen = await asyncio.to_thread(look_at_port, port, agent_runs=True)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return seen
+
+    seen = asyncio.run(look())
+    assert seen.state == "ok"
+    assert seen.seen.endswith("predictions to who has its token")
+
+
+def test_a_port_that_takes_connections_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "DEADLINE_S", 0.2)
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        assert "does not answer within 0.2 s" in failure(look_at_port(port, agent_runs=True))
+        assert f"{port} is taken by another program" in failure(look_at_port(port, agent_runs=False))
 
 
 def test_a_cloud_that_is_not_well_is_said_on_one_line() -> None:
