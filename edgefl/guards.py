@@ -13,7 +13,7 @@ import numpy as np
 
 from edgefl.errors import UpdateRejected
 from edgefl.records import Partial, Plan, Update
-from edgefl.trees import TensorSpec, Tree, blocks, spec_of
+from edgefl.trees import TensorSpec, Tree, blocks, is_float, spec_of
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
 MAX_METRIC = 1e200  # of either sign: its products with weights cannot overflow either
@@ -112,7 +112,7 @@ def not_finite(update: Update) -> str | None:
 def not_finite_tree(tree: Tree) -> str | None:
     """Say which tensor holds NaN or infinity, if one does."""
     for name, array in tree.items():
-        if array.dtype.kind == "f":
+        if is_float(array.dtype):
             flat = array.reshape(-1)
             if not all(np.isfinite(flat[block]).all() for block in blocks(flat.size)):
                 return f"tensor {name!r} holds NaN or infinity"

@@ -14,7 +14,7 @@ from edgefl.errors import TaskError
 from edgefl.frozen import whole
 from edgefl.guards import wrong_spec, wrong_weight
 from edgefl.task import FitResult, Task, UserCode
-from edgefl.trees import Tree, spec_of
+from edgefl.trees import Array, Tree, spec_of, why_not_sent
 
 
 def fit_of(
@@ -27,20 +27,28 @@ def fit_of(
         result = task.fit(whole(parameters, frozen), config, options)
     if not isinstance(result, FitResult):
         raise TaskError(f"task {task.name!r}: fit returned a {type(result).__name__}, not an edgefl.FitResult")
-    refuse_tree(task, "fit", result.tree)
+    tree = arrays_of(task, "fit", result.tree)
     try:
         weight, metrics = float(result.weight), {str(name): float(value) for name, value in result.metrics.items()}
     except (TypeError, ValueError, AttributeError) as cause:
         raise TaskError(f"task {task.name!r}: fit's weight and metrics must be numbers: {cause}") from cause
-    if fault := wrong_spec(spec_of(result.tree), spec_of(parameters)) or wrong_weight(weight):
+    if fault := wrong_spec(spec_of(tree), spec_of(parameters)) or wrong_weight(weight):
         raise TaskError(f"task {task.name!r}: fit returned what cannot be an update: {fault}")
-    return FitResult(tree=result.tree, weight=weight, metrics=metrics)
+    return FitResult(tree=tree, weight=weight, metrics=metrics)
 
 
-def refuse_tree(task: Task, what: str, tree: object) -> None:
-    """Raise TaskError for what is no tree."""
+def arrays_of(task: Task, what: str, tree: object) -> dict[str, Array]:
+    """Return a tree as it can be sent: arrays in this machine's byte order; raises TaskError for what is none.
+
+    What numpy makes of arithmetic with arrays without dimensions is a scalar; it is taken for the array.
+    """
     if not isinstance(tree, Mapping) or not tree:
         raise TaskError(f"task {task.name!r}: {what} returned a {type(tree).__name__}, not a tree of named arrays")
+    arrays: dict[str, Array] = {}
     for name, array in tree.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray):
+        if not isinstance(name, str) or not isinstance(array, np.ndarray | np.generic):
             raise TaskError(f"task {task.name!r}: {what}'s {name!r} is a {type(array).__name__}, not a numpy array")
+        if why := why_not_sent(array.dtype):
+            raise TaskError(f"task {task.name!r}: {what}'s {name!r} is {array.dtype}{list(array.shape)}: {why}")
+        arrays[name] = np.asarray(array, array.dtype.newbyteorder("="))
+    return arrays

@@ -16,6 +16,8 @@ import numpy as np
 from edgefl.errors import MissingExtra, TaskError
 from edgefl.randomness import seeded
 from edgefl.task import Task, UserCode
+from edgefl.tensors import tensor_of
+from edgefl.trees import is_float
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +97,21 @@ def _load(task: Task, loader: Callable[..., Any], what: str, options: Mapping[st
 _PARTS = ("inputs", "targets")
 
 
+def _is_in_float64(task: Task) -> bool:
+    """Say whether the task's model has parameters in float64: then so are its samples, as they came."""
+    if task.model is None:
+        return False
+    with seeded(0), UserCode(task.name, "model"):
+        return _makes_float64(task.model)
+
+
+@lru_cache(maxsize=16)  # a model is made once for all the clients of a simulation
+def _makes_float64(make: Callable[[], torch.nn.Module]) -> bool:
+    import torch
+
+    return any(one.dtype == torch.float64 for one in make().parameters())
+
+
 @lru_cache(maxsize=16)  # a simulation loads a thousand clients' data by one loader
 def _signature(loader: Callable[..., Any]) -> inspect.Signature | None:
     try:
@@ -125,11 +142,14 @@ def _tensor(task: Task, what: str, value: Any) -> torch.Tensor:
     else:
         with UserCode(task.name, f"reading {what}"):
             array = np.asarray(value)
-        if array.dtype.kind not in _NUMBERS:
-            raise TaskError(f"task {task.name!r}: {what} are {array.dtype} and not numbers")
-        if array.dtype == np.float64:  # numpy's default, and no model's
+        if array.dtype.kind not in _NUMBERS and not is_float(array.dtype):
+            raise TaskError(
+                f"task {task.name!r}: {what} are {array.dtype} and not numbers (real ones, integers or booleans)"
+            )
+        if array.dtype == np.float64 and not _is_in_float64(task):  # numpy's default, and few models'
             array = array.astype(np.float32)
-        tensor = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+        with UserCode(task.name, f"reading {what}"):
+            tensor = tensor_of(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
     if tensor.dim() == 0:
         raise TaskError(f"task {task.name!r}: {what} are a single number; their first dimension counts the samples")
     return tensor.to(computing_device())

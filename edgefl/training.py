@@ -20,11 +20,12 @@ from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.frozen import refuse_moved, refuse_other_parts, whole
 from edgefl.guards import wrong_spec
-from edgefl.own_fit import fit_of, refuse_tree
+from edgefl.own_fit import arrays_of, fit_of
 from edgefl.randomness import seeded
 from edgefl.samples import Samples, computing_device, require_torch, test_samples, train_samples
 from edgefl.task import FitResult, Task, UserCode
-from edgefl.trees import Array, Tree, spec_of, subtract
+from edgefl.tensors import array_of, tensor_of
+from edgefl.trees import Array, Tree, spec_of, subtract, why_not_sent
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,7 @@ def initial_parameters(task: Task, seed: int = 0) -> Tree:
     if task.initial is not None:
         with seeded(seed), UserCode(task.name, "initial"):
             tree = task.initial()
-        refuse_tree(task, "initial", tree)
-        return tree
+        return arrays_of(task, "initial", tree)
     return tree_of(task, make_model(task, seed=seed))
 
 
@@ -149,7 +149,7 @@ def set_parameters(task: Task, model: torch.nn.Module, parameters: Tree) -> None
         raise TaskError(f"task {task.name!r}: these are not the parameters of its model: {fault}")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            tensor.copy_(torch.from_numpy(np.array(parameters[name])))
+            tensor.copy_(tensor_of(np.array(parameters[name])))
 
 
 def tree_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, Array]:
@@ -161,10 +161,22 @@ def views_of(task: Task, model: torch.nn.Module, names: Collection[str] | None =
     """Return `tree_of` without copying what is in this machine's memory."""
     state = model.state_dict()
     chosen = state if names is None else {name: state[name] for name in names}
+    return {name: _sendable(task, name, tensor) for name, tensor in chosen.items()}
+
+
+def _sendable(task: Task, name: str, tensor: torch.Tensor) -> Array:
+    """Return a tensor of the model as an array; raises TaskError for what no round can move."""
     try:
-        return {name: tensor.detach().cpu().numpy() for name, tensor in chosen.items()}
-    except (TypeError, AttributeError) as cause:
-        raise TaskError(f"task {task.name!r}: its model's state dict cannot be sent: {cause}") from cause
+        array = array_of(tensor)
+    except (TypeError, AttributeError, RuntimeError) as cause:
+        seen = f"is a {type(tensor).__name__}" if not hasattr(tensor, "dtype") else f"is {tensor.dtype}"
+        raise TaskError(
+            f"task {task.name!r}: its model's {name!r} {seen} and cannot be sent: {cause}. Keep it as a dense tensor "
+            "of a dtype that numpy has, or out of the state dict (register_buffer(.., persistent=False))"
+        ) from cause
+    if why := why_not_sent(array.dtype):
+        raise TaskError(f"task {task.name!r}: its model's {name!r} is {array.dtype}{list(array.shape)}: {why}")
+    return array
 
 
 def delta_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
@@ -179,7 +191,7 @@ def gradient_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in tree:
             grad = parameter.grad
-            tree[name] = np.zeros_like(tree[name]) if grad is None else np.array(grad.cpu().numpy(), order="C")
+            tree[name] = np.zeros_like(tree[name]) if grad is None else np.array(array_of(grad), order="C")
     return tree
 
 

@@ -46,6 +46,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+BFLOAT16, _BF16 = "bfloat16", "BF16"  # by ml_dtypes, which is imported for who has some
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,29 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.dtype.name}{list(self.shape)}"
+
+
+def bfloat16() -> np.dtype[Any]:
+    """Return numpy's bfloat16."""
+    import ml_dtypes
+
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Say whether numbers of a dtype are floating; bfloat16, which came to numpy later, is of no kind of its own."""
+    return dtype.kind == "f" or dtype.name == BFLOAT16
+
+
+def why_not_sent(dtype: np.dtype[Any]) -> str | None:
+    """Say why the wire does not carry a dtype and what to do instead; None where it does."""
+    if _code_of(dtype) is not None:
+        return None
+    known = ", ".join(sorted([*(one.name for one in _CODES), BFLOAT16]))
+    if dtype.kind == "c":
+        return f"the wire carries no complex numbers; keep their real and imaginary parts apart. It carries {known}"
+    return f"the wire carries {known}; convert it to one of them"
 
 
 def spec_of(tree: Tree) -> dict[str, TensorSpec]:
@@ -157,15 +181,20 @@ def _header(spec: Mapping[str, TensorSpec]) -> bytes:
     entries: dict[str, Any] = {}
     end = 0
     for name, tensor in spec.items():
-        code = _CODES.get(tensor.dtype.newbyteorder("<") if tensor.dtype.itemsize > 1 else tensor.dtype)
+        code = _code_of(tensor.dtype)
         if code is None:
-            known = ", ".join(sorted(d.name for d in _CODES))
-            raise ProtocolError(f"tensor {name!r} has dtype {tensor.dtype}; the wire carries {known}")
+            raise ProtocolError(f"tensor {name!r} has dtype {tensor.dtype}; {why_not_sent(tensor.dtype)}")
         start, end = end, end + tensor.num_bytes
         entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for aligned data
     return struct.pack("<Q", len(text)) + text
+
+
+def _code_of(dtype: np.dtype[Any]) -> str | None:
+    if dtype.name == BFLOAT16:
+        return _BF16
+    return _CODES.get(dtype.newbyteorder("<") if dtype.itemsize > 1 else dtype)
 
 
 def _header_length(head: bytes | memoryview) -> int:
@@ -195,10 +224,14 @@ def _parse_header(head: bytes | memoryview, total_bytes: int) -> tuple[dict[str,
     return {name: tensor for name, (tensor, _) in ordered.items()}, 8 + length
 
 
+def _dtype_of(code: str) -> np.dtype[Any]:
+    return bfloat16() if code == _BF16 else _DTYPES[code]
+
+
 def _parse_entry(name: str, entry: Mapping[str, Any]) -> tuple[TensorSpec, tuple[int, int]]:
     """Return a tensor's spec and offsets; raises ValueError for what numpy could not hold."""
     name.encode()  # a lone surrogate could be neither logged nor sent back
-    shape, (start, end), dtype = tuple(entry["shape"]), entry["data_offsets"], _DTYPES[entry["dtype"]]
+    shape, (start, end), dtype = tuple(entry["shape"]), entry["data_offsets"], _dtype_of(entry["dtype"])
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise ValueError(f"shape {shape!r:.100} and offsets must be at most {MAX_DIMENSIONS} integers of 0 or more")
     if math.prod(n for n in shape if n) * dtype.itemsize >= 1 << 63:

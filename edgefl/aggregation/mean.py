@@ -15,7 +15,7 @@ import numpy as np
 from edgefl.errors import StepFailed, UpdateRejected
 from edgefl.guards import not_finite_tree, wrong_spec, wrong_weight
 from edgefl.records import Partial, Update
-from edgefl.trees import Array, TensorSpec, Tree, blocks, spec_of
+from edgefl.trees import Array, TensorSpec, Tree, blocks, is_float, spec_of
 
 
 class WeightedMean:
@@ -73,7 +73,7 @@ class WeightedMean:
         mean = np.empty(total.size, spec.dtype)
         for block in blocks(total.size):
             value = total[block] / self._weight
-            mean[block] = value if spec.dtype.kind == "f" else _whole(name, value).astype(spec.dtype)
+            mean[block] = value if is_float(spec.dtype) else _whole(name, value).astype(spec.dtype)
         return mean.reshape(spec.shape)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.guards import not_finite_tree
-from edgefl.trees import Array, Tree, apply, blocks
+from edgefl.tensors import array_of, tensor_of
+from edgefl.trees import Array, Tree, apply, blocks, is_float
 
 
 class ServerOptimizer:
@@ -65,7 +66,7 @@ class ServerOptimizer:
             self._optimizer.pending = dict(state)
 
     def _is_trained(self, name: str, array: Array) -> bool:
-        return array.dtype.kind == "f" and name not in self._buffers and name not in self._frozen
+        return is_float(array.dtype) and name not in self._buffers and name not in self._frozen
 
     def _untrained(self, name: str, array: Array, mean: Tree) -> Array:
         return array if name in self._frozen else apply(array, mean[name])
@@ -99,16 +100,16 @@ class _TorchOptimizer:
         import torch
 
         if self._optimizer is None:
-            self._parameters = {n: torch.nn.Parameter(torch.from_numpy(np.array(a))) for n, a in parameters.items()}
+            self._parameters = {n: torch.nn.Parameter(tensor_of(np.array(a))) for n, a in parameters.items()}
             self._optimizer = self._make(list(self._parameters.values()))
             self._restore()
         for name, parameter in self._parameters.items():
-            parameter.data.copy_(torch.from_numpy(np.array(parameters[name])))
-            parameter.grad = torch.from_numpy(np.asarray(gradients[name], dtype=parameters[name].dtype))
+            parameter.data.copy_(tensor_of(np.array(parameters[name])))
+            parameter.grad = tensor_of(np.asarray(gradients[name], dtype=parameters[name].dtype))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        return {name: parameter.detach().numpy().copy() for name, parameter in self._parameters.items()}
+        return {name: array_of(parameter).copy() for name, parameter in self._parameters.items()}
 
     def state(self) -> dict[str, Array]:
         if self._optimizer is None:
@@ -121,21 +122,20 @@ class _TorchOptimizer:
             return {}
         slots = self._optimizer.state_dict()["state"]
         return {
-            f"{index}.{slot}": np.asarray(value.detach().numpy() if hasattr(value, "detach") else value)
+            f"{index}.{slot}": array_of(value) if hasattr(value, "detach") else np.asarray(value)
             for index, values in slots.items()
             for slot, value in values.items()
             if value is not None
         }
 
     def _restore(self) -> None:
-        import torch
 
         if not self.pending:
             return
         slots: dict[int, dict[str, Any]] = {}
         for key, array in self.pending.items():
             index, _, slot = key.partition(".")
-            slots.setdefault(int(index), {})[slot] = torch.from_numpy(np.array(array))
+            slots.setdefault(int(index), {})[slot] = tensor_of(np.array(array))
         whole = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": slots, "param_groups": whole["param_groups"]})
         self.pending = {}

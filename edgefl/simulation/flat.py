@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgefl.tensors import array_of, tensor_of
 from edgefl.trees import Array, Tree, subtract
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ class FlatModel:
 
     def start_from(self, parameters: Tree) -> None:
         """Take up what the model is set back to; the tree is the model's, as a check has said."""
-        import torch
-
         for name, (dtype, view) in self._views.items():
-            view(self._starts[dtype]).copy_(torch.from_numpy(np.array(parameters[name])))
+            view(self._starts[dtype]).copy_(tensor_of(np.array(parameters[name])))
 
     def reset(self) -> None:
         """Set the model back."""
@@ -61,7 +60,7 @@ class FlatModel:
     def delta(self) -> dict[str, Array]:
         """Return what has changed since, in arrays of its own."""
         moved = {dtype: _difference(flat, self._starts[dtype]) for dtype, flat in self._flats.items()}
-        return {name: view(moved[dtype]).numpy() for name, (dtype, view) in self._views.items()}
+        return {name: array_of(view(moved[dtype])) for name, (dtype, view) in self._views.items()}
 
     def moved(self) -> Tree:
         """Return what has changed since, in the model's own memory, which it takes: reset before the next step."""
@@ -71,7 +70,7 @@ class FlatModel:
             else:
                 flat.copy_(_difference(flat, self._starts[dtype]))
         if self._own is None or next(iter(self._flats.values())).is_cuda:
-            self._own = {name: view(self._flats[dtype]).cpu().numpy() for name, (dtype, view) in self._views.items()}
+            self._own = {name: array_of(view(self._flats[dtype])) for name, (dtype, view) in self._views.items()}
         return self._own
 
 

@@ -29,6 +29,7 @@ from edgefl.simulation.population import samples_of
 from edgefl.simulation.products import Gradients
 from edgefl.simulation.traced import Recorded
 from edgefl.task import Task, UserCode
+from edgefl.tensors import array_of
 from edgefl.training import derive_seed, make_model, set_parameters
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class Stack:
         import torch
 
         tree = {
-            name: (self.trained[name][k] - start if name in self.trained else torch.zeros_like(start)).cpu().numpy()
+            name: array_of(self.trained[name][k] - start if name in self.trained else torch.zeros_like(start))
             for name, start in self.start.items()
         }
         metrics = {"train_loss": float(self.losses[k])}

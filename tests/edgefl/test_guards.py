@@ -11,10 +11,11 @@ import pytest
 from edgefl.aggregation import WeightedMean
 from edgefl.config import TrainConfig
 from edgefl.errors import UpdateRejected
-from edgefl.guards import MAX_WEIGHT, RoundGuard
+from edgefl.guards import MAX_WEIGHT, RoundGuard, not_finite_tree
 from edgefl.protocols.messages import UpdateRefused, encode
 from edgefl.records import Plan, Update
 from edgefl.testing import make_update
+from edgefl.trees import bfloat16
 
 PARAMETERS = {
     "w": np.zeros((2, 3), np.float32),
@@ -137,3 +138,10 @@ def test_a_reason_is_short_enough_to_be_told_whatever_the_model_and_the_update()
     with pytest.raises(UpdateRejected) as refusal:
         RoundGuard(plan).admit(make_update("a", job="j"))
     assert len(encode(UpdateRefused(job="j", round=1, reason=refusal.value.reason))) < 2000
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bfloat16_that_is_not_finite_is_refused(value: float) -> None:
+    tree = {"w": np.array([1.0, value], bfloat16())}
+    assert not_finite_tree(tree) == "tensor 'w' holds NaN or infinity"
+    assert not_finite_tree({"w": np.array([1.0, 3e38], bfloat16())}) is None

@@ -10,6 +10,7 @@ from edgefl.errors import MissingExtra, TaskError
 from edgefl.samples import computing_device, require_torch, train_samples
 from edgefl.samples import test_samples as held_out_samples
 from edgefl.task import Task
+from edgefl.trees import bfloat16
 
 
 def task_of(loader, test_loader=None):
@@ -117,3 +118,34 @@ def test_torch_missing_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtra, match=r"local training needs the \[train\] extra"):
         require_torch("local training")
+
+
+def makes_float64():
+    return torch.nn.Linear(2, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", [makes_float64, lambda: torch.nn.Sequential(torch.nn.Linear(1, 1), makes_float64())])
+def test_float64_stays_as_it_is_where_the_model_is_in_float64(make):
+    value = 1.0 + 2.0**-40
+    task = Task(
+        name="t", model=make, loss=torch.nn.functional.mse_loss,
+        train_data=lambda: (np.array([[value, 0.0]]), np.array([[value]])),
+    )  # fmt: skip
+    samples = train_samples(task, {})
+    assert (samples.inputs.dtype, samples.targets.dtype) == (torch.float64, torch.float64)
+    assert (samples.inputs[0, 0].item(), samples.targets[0, 0].item()) == (value, value)
+
+
+def test_numpys_bfloat16_is_torchs():
+    samples = loaded(np.array([[1.5], [-2.0]], bfloat16()), np.array([True, False]))
+    assert samples.inputs.dtype == torch.bfloat16
+    assert samples.inputs.float().tolist() == [[1.5], [-2.0]]
+    assert samples.targets.dtype == torch.bool
+
+
+@pytest.mark.parametrize("dtype", ["c8", "O", "M8[s]", "U3"])
+def test_what_is_no_real_number_is_refused_by_name(dtype):
+    with pytest.raises(
+        TaskError, match=r"train_data's inputs are .* and not numbers \(real ones, integers or booleans\)"
+    ):
+        loaded(np.zeros((2, 1), dtype), np.zeros(2))

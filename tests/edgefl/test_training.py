@@ -382,11 +382,6 @@ def test_parameters_of_another_model():
         train(line_task(), {"w": np.ones(1, np.float32)})
 
 
-def test_a_dtype_that_numpy_lacks():
-    with pytest.raises(TaskError, match="cannot be sent"):
-        initial_parameters(line_task(model=lambda: nn.Linear(1, 1).bfloat16()))
-
-
 def test_a_metric_that_raises():
     task = line_task(test_data=lambda: (X, Y), metrics={"m": lambda *_: 1 / 0})
     with pytest.raises(TaskError, match="evaluation raised ZeroDivisionError"):

@@ -12,7 +12,7 @@ from edgefl.aggregation import WeightedMean, make_rule
 from edgefl.errors import ConfigError, UpdateRejected
 from edgefl.records import Partial, Update
 from edgefl.testing import make_update
-from edgefl.trees import BLOCK_ELEMENTS, Tree
+from edgefl.trees import BLOCK_ELEMENTS, Tree, apply, bfloat16
 
 
 def mean_of(like: Tree, *updates: Update) -> Tree:
@@ -176,3 +176,24 @@ def test_the_same_partial_sum_merges_once() -> None:
 def test_an_unknown_rule_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"aggregation\.rule='x' is not one of: mean"):
         make_rule("x", LIKE)
+
+
+def test_bfloat16_is_summed_in_float64_and_rounded_once() -> None:
+    like = {"w": np.zeros(2, bfloat16()), "s": np.zeros((), bfloat16())}
+    updates = [
+        make_update(name, weight=1.0, w=np.array([value, -value], bfloat16()), s=np.array(value, bfloat16()))
+        for name, value in (("a", 256.0), ("b", 1.0), ("c", 1.0))  # 256 + 1 is 256 in bfloat16
+    ]
+    mean = mean_of(like, *updates)
+    assert (mean["w"].dtype, mean["s"].shape) == (bfloat16(), ())
+    assert mean["w"].astype(float).tolist() == [86.0, -86.0]
+    assert float(mean["s"]) == 86.0
+
+
+def test_a_mask_that_nobody_changes_and_a_counter_far_beyond_2_to_the_53_stay_exact() -> None:
+    like = {"mask": np.array([True, False]), "count": np.array(2**62 + 1)}
+    updates = [make_update(name, weight=w, mask=np.zeros(2, bool), count=np.array(n)) for name, w, n in
+               (("a", 3.0, 7), ("b", 0.1, 7))]  # fmt: skip
+    mean = mean_of(like, *updates)
+    assert apply(like["mask"], mean["mask"]).tolist() == [True, False]
+    assert int(apply(like["count"], mean["count"])) == 2**62 + 8

@@ -11,7 +11,7 @@ import torch
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError
-from edgefl.trees import Tree
+from edgefl.trees import Tree, bfloat16
 
 START = {"w": np.array([1.0, 2.0], np.float32), "s": np.array(3.0, np.float32)}
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -197,3 +197,22 @@ def test_what_is_frozen_stays_whatever_the_optimizer_does_to_weights(settings: d
         new = optimizer.step(new, {name: np.full(2, 0.1, np.float32) for name in start})
     assert new["f"].tolist() == [1.0, 1.0]
     assert new["w"].tolist() != [1.0, 1.0]
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "SGD", "lr": 0.5}, *OPTIMIZERS])
+def test_bfloat16_steps_as_torch_does_and_its_state_comes_back(settings: dict[str, Any]) -> None:
+    start = {"w": np.array([1.0, 2.0], bfloat16()), "s": np.array(3.0, bfloat16())}
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    optimizer = getattr(torch.optim, settings["optimizer"])(
+        [parameter], lr=settings["lr"], **settings.get("options", {})
+    )
+    step, tree = make(settings), dict(start)
+    for _ in range(2):
+        parameter.grad = torch.tensor([-0.5, 0.25], dtype=torch.bfloat16)
+        optimizer.step()
+        resumed = make(settings)
+        resumed.load({name: array.copy() for name, array in step.state().items()})
+        step = resumed
+        tree = step.step(tree, {"w": np.array([0.5, -0.25], bfloat16()), "s": np.array(0.5, bfloat16())})
+    assert (tree["w"].dtype, tree["s"].dtype, tree["s"].shape) == (bfloat16(), bfloat16(), ())
+    np.testing.assert_allclose(tree["w"].astype(float), parameter.detach().double().numpy(), rtol=0.02)

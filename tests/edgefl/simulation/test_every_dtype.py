@@ -20,6 +20,7 @@ from edgefl.simulation.stacked import StackedFleet
 from edgefl.simulation.task_population import TaskPopulation
 from edgefl.task import Task
 from edgefl.training import initial_parameters, train_locally
+from edgefl.trees import is_float
 
 CLIENTS = 5
 
@@ -104,6 +105,9 @@ MODELS = {
     "tied": Net(tie, lambda net, outputs: net.other(outputs)),
     "float64": Net(dtype=torch.float64),
     "float16": Net(dtype=torch.float16),
+    "bfloat16": Net(dtype=torch.bfloat16),
+    "bfloat16 buffer": Net(buffer(torch.tensor([0.5, -3.0], dtype=torch.bfloat16)), counted),
+    "0-d bfloat16 parameter": Net(parameter(torch.tensor(1.5, dtype=torch.bfloat16)), scaled),
     "embedding": Net(table),
 }
 ENGINES = ("loop", "stacked", "worker", "worker with stacks")
@@ -114,7 +118,7 @@ def load(kind, part="0", parts="1"):
     count = 3 + 2 * int(part)
     if kind == "embedding":
         return rng.integers(0, 7, (count, 2)), rng.integers(0, 3, count)
-    dtype = {"float64": torch.float64, "float16": torch.float16}.get(kind, torch.float32)
+    dtype = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(kind, torch.float32)
     inputs = torch.from_numpy(rng.normal(size=(count, 4))).to(dtype)
     return inputs, torch.from_numpy(rng.integers(0, 3, count))
 
@@ -172,7 +176,7 @@ def test_an_engine_gives_what_devices_give(kind, engine):
     assert list(one) == list(start)
     for name, array in one.items():
         assert (array.dtype, array.shape) == (start[name].dtype, start[name].shape)
-        close = 2e-3 if array.dtype == np.float16 else 1e-6 if array.dtype.kind == "f" else 0
+        close = {"bfloat16": 2e-2, "float16": 2e-3}.get(array.dtype.name, 1e-6 if is_float(array.dtype) else 0)
         np.testing.assert_allclose(array.astype(float), other[name].astype(float), rtol=0, atol=close, err_msg=name)
 
 
