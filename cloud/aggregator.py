@@ -178,6 +178,7 @@ class Aggregator:
         running = jobs.running()
         self._home.relays.resume()
         self._home.spool.keep_only([*running, *self._home.relays.running()])
+        jobs.followers.expect_back(running)
         self._home.rounds.expect(job for job in running if jobs.has_open_round(job))
         async with self._grpc_server(), self._http_server():
             parts.check("grpc", lambda: "")  # it ends with this block

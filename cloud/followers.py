@@ -1,7 +1,8 @@
 """Who reads a job's rounds as they finish, and how far each is: what is not read yet is not pruned.
 
-A reader whose connection broke is back within an operator's patience; until then its place is kept, and after
-a start of the cloud nobody's is known. So rows that somebody still wants cost a little while, never a round.
+A reader whose connection broke is back within an operator's patience; until then its place is kept, and where the
+cloud itself was restarted, all rows of the jobs that it goes on with. So rows that somebody still wants cost a
+little while, never a round.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 GRACE_S = 150.0  # longer than an operator waits for a silent cloud
 
@@ -24,7 +25,12 @@ class Followers:
         self._numbers = itertools.count()
         self._seen: dict[str, dict[int, int]] = {}  # job -> reader -> the last round that it has
         self._left: dict[int, float] = {}  # reader that went -> when its place is given up
-        self._began_s = clock()
+        self._resumed: dict[str, float] = {}  # job -> until when its readers, of before a restart, may come back
+
+    def expect_back(self, jobs: Iterable[str]) -> None:
+        """These jobs go on after a restart: whoever read them is to find its place again."""
+        with self._lock:
+            self._resumed = dict.fromkeys(jobs, self._clock() + GRACE_S)
 
     @contextlib.contextmanager
     def reading(self, job: str, after: int) -> Iterator[Callable[[int], None]]:
@@ -47,7 +53,7 @@ class Followers:
         """Return the last round that nobody may still want: `kept` before the slowest reader's; 0 for none."""
         now_s = self._clock()
         with self._lock:
-            if now_s < self._began_s + GRACE_S:
+            if now_s < self._resumed.get(job, now_s):
                 return 0
             readers = self._seen.get(job, {})
             for number in [one for one in readers if self._left.get(one, now_s) < now_s]:
@@ -57,5 +63,6 @@ class Followers:
     def forget(self, job: str) -> None:
         """The job has ended: its rows stay as they are."""
         with self._lock:
+            self._resumed.pop(job, None)
             for number in self._seen.pop(job, {}):
                 self._left.pop(number, None)

@@ -6,9 +6,7 @@ from edgefl.testing import ManualClock
 
 def make():
     clock = ManualClock()
-    followers = Followers(clock)
-    clock.advance(GRACE_S)
-    return clock, followers
+    return clock, Followers(clock)
 
 
 def test_without_readers_the_latest_are_kept():
@@ -18,10 +16,11 @@ def test_without_readers_the_latest_are_kept():
 
 
 def test_nothing_is_pruned_until_those_who_read_before_a_restart_had_time_to_be_back():
-    clock = ManualClock()
-    followers = Followers(clock)
+    clock, followers = make()
+    followers.expect_back(["j"])
     clock.advance(GRACE_S - 1)
     assert followers.prunable("j", 1000, 10) == 0
+    assert followers.prunable("new", 1000, 10) == 990
     clock.advance(1)
     assert followers.prunable("j", 1000, 10) == 990
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from cloud.blobs import BlobStore
-from cloud.followers import GRACE_S, Followers
 from cloud.jobs import Answer, Jobs
 from cloud.store import open_database
 from edgefl.config import JobConfig, ServerConfig, TrainConfig
@@ -12,7 +11,6 @@ from edgefl.errors import ConfigError, MissingExtra, NotFound, ProtocolError
 from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef
 from edgefl.records import RoundOutcome
-from edgefl.testing import ManualClock
 
 
 @pytest.fixture
@@ -204,9 +202,6 @@ def test_a_tensor_in_both_parts_is_refused(home):
 
 def test_the_latest_rounds_are_kept_and_those_that_are_still_read(home):
     jobs, blobs, _ = home
-    clock = ManualClock()
-    jobs.followers = Followers(clock)
-    clock.advance(GRACE_S)
     job, other = submit(jobs, blobs), submit(jobs, blobs)
     model = blobs.put(b"m")
 
