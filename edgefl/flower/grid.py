@@ -26,6 +26,8 @@ from edgefl.flower.own_fault import Border
 from edgefl.flower.records import copy_records
 from edgefl.flower.watch import Watch
 
+PATIENT_LOOKS, PATIENT_S = 10, 8.0  # an app that looks for nodes so often, for so long, waits for others
+
 
 class Replies(Sequence[Message]):
     """Replies that arrive while they are iterated. Safe to iterate from several threads."""
@@ -123,11 +125,24 @@ class LocalGrid(RunGrid):
         self._replies: dict[str, Message] = {}  # to what was pushed, not yet pulled
         self._unread: list[Replies] = []
         self._settling = threading.RLock()
+        self._looks: list[float] = []  # for nodes, since something was sent: when
 
     def get_node_ids(self) -> Iterable[int]:
         if self._closed:  # a thread of the legacy server that Ctrl-C left behind looks for this, and ends
             raise RunNotRunningException
+        self._refuse_endless_wait()
         return list(self._nodes.ids())
+
+    def _refuse_endless_wait(self) -> None:
+        """Raise where the app looks for nodes again and again, and sends nothing: there will be no others."""
+        if threading.current_thread() is not threading.main_thread():  # the legacy server's looks all the time
+            return
+        self._looks.append(self._watch.clock())
+        if len(self._looks) >= PATIENT_LOOKS and self._looks[-1] - self._looks[0] >= PATIENT_S:
+            raise ConfigError(
+                f"the app waits for more nodes than the {len(self._nodes.ids())} of this simulation, and no more will "
+                "come: give --clients N or --federation-config num-supernodes=N, or have the app wait for fewer"
+            )
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Take messages; they are executed when their replies are pulled, or when what comes later needs it."""
@@ -196,6 +211,7 @@ class LocalGrid(RunGrid):
     def _snapshots(self, messages: Iterable[Message]) -> dict[str, Message]:
         """Give each message its id, and keep it as it is now; one copy of a content that many share."""
         messages = checked_messages(messages)
+        self._looks.clear()
         self._refuse_next_round(messages)
         snapshots: dict[str, Message] = {}
         copies: dict[int, tuple[RecordDict, RecordDict]] = {}  # with the original, so that its id stays its own

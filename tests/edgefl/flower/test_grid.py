@@ -142,6 +142,22 @@ def test_messages_to_one_node_in_one_batch_meet_each_others_state(grid, seen):
     assert [name for name in seen if name != "c"] == ["a", "b", "d"]
 
 
+def test_an_app_that_waits_for_nodes_that_will_not_come_is_told(grid, clock):
+    for _ in range(20):
+        assert len(grid.get_node_ids()) == 4  # at once: it only looks
+    for _ in range(3):
+        clock.advance(1)
+        grid.get_node_ids()
+    grid.push_messages([to(1000, "a")])  # it goes on
+    for _ in range(9):
+        grid.get_node_ids()
+        clock.advance(1)
+    with pytest.raises(
+        ConfigError, match="more nodes than the 4 of this simulation, and no more will come: give --clie"
+    ):
+        grid.get_node_ids()
+
+
 @pytest.mark.parametrize("wrong", [3, "text", None])
 def test_what_is_no_message_is_refused_by_name(grid, wrong):
     with pytest.raises(ConfigError, match=f"sent a {type(wrong).__name__}; expected Messages"):
