@@ -43,6 +43,7 @@ async def serve_http(
         access_log=False,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,  # an address is whom we hear, not what it says
         ssl_context_factory=(lambda _config, _default: context) if context else None,
         timeout_graceful_shutdown=STOP_GRACE_S,
     )

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edgefl.errors import PartFailed
 from edgefl.protocols.connections import Connection, ConnectionLimits, Connections
 from edgefl.protocols.listener import Listener, Port
 from edgefl.protocols.transports import abort
@@ -83,6 +84,14 @@ class LimitedServer(uvicorn.Server):
         listener.start()
         self.servers = [listener]
         self.started = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look whether connections are accepted still; raises PartFailed where they are not."""
+        for task in self.servers[0].tasks:
+            if task.done() and not self.should_exit:
+                fault = None if task.cancelled() else task.exception()
+                raise PartFailed(f"{self._name}: connections are not accepted any more: {fault!r}") from fault
+        return await super().on_tick(counter)
 
     def abort_all(self) -> None:
         """Cut off the connections that are left after a stop."""

@@ -26,6 +26,7 @@ CROWDED_S, CROWDED_TURNS = 0.01, 20  # for connections that were told to close t
 NO_DESCRIPTOR_S = 0.1  # before the next try to accept
 TLS_GOODBYE_S = 1.0
 BACKLOG = 1024
+_BROKEN = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})  # of the listening socket itself
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _log = logging.getLogger(__name__)
@@ -89,7 +90,9 @@ class Listener:
         while True:
             try:
                 await work()
-            except Exception:  # noqa: BLE001 - it costs that connection only
+            except Exception as fault:
+                if isinstance(fault, OSError) and fault.errno in _BROKEN:
+                    raise  # nobody can connect any more
                 _log.critical("port.fault port=%s", self._port.name, exc_info=True)
                 await asyncio.sleep(NO_DESCRIPTOR_S)
 
@@ -99,7 +102,10 @@ class Listener:
             try:
                 connection, address = await loop.sock_accept(self._port.socket)
             except OSError as fault:
+                if fault.errno in _BROKEN:
+                    raise
                 if fault.errno not in _SCARCE:
+                    await asyncio.sleep(0)
                     continue  # this connection was gone before it was accepted
                 event(_log, logging.ERROR, "port.no_descriptors", port=self._port.name, reason=fault)
                 self._connections.evict()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 import uvicorn
 
+from edgefl.errors import PartFailed
 from edgefl.protocols.connections import MAX_LEAVING
 from edgefl.protocols.http_limits import HttpLimits, LimitedServer, RequestLimit
 
@@ -245,3 +247,18 @@ def test_only_requests_at_work_are_limited_and_places_are_kept_for_the_known(htt
         assert taken.status_code == 200
 
     run(main)
+
+
+def test_a_server_that_does_not_accept_any_more_ends(monkeypatch):
+    async def main():
+        async def broken(_listener):
+            raise OSError(errno.EBADF, "injected")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "sock_accept", broken)
+        config = uvicorn.Config(echo, lifespan="off", ws="none", log_config=None)
+        server = LimitedServer(config, HttpLimits(), "test")
+        async with asyncio.timeout(30):
+            await server.serve(sockets=[socket.create_server(("127.0.0.1", 0))])
+
+    with pytest.raises(PartFailed, match=r"test: connections are not accepted any more: OSError"):
+        asyncio.run(main())

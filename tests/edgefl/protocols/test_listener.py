@@ -198,3 +198,22 @@ def test_a_defect_that_a_connection_finds_costs_that_connection_only(monkeypatch
 
     asyncio.run(main())
     assert "port.fault port=test" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOTSOCK])
+def test_a_listening_socket_that_is_none_any_more_ends_the_part(monkeypatch, number):
+    async def main():
+        async def broken(_listener):
+            raise OSError(number, "injected")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "sock_accept", broken)
+        held = Connections(LIMITS, asyncio.get_running_loop().time)
+        listener = Listener(Port(name="test", socket=socket.create_server(("127.0.0.1", 0))), held, Echo)
+        listener.start()
+        accepting = listener.tasks[0]
+        await asyncio.wait({accepting}, timeout=30)
+        listener.close()
+        await listener.wait_closed()
+        return accepting.exception()
+
+    assert asyncio.run(main()).errno == number
