@@ -76,9 +76,9 @@ def test_what_a_removed_device_sends_or_has_sent_is_not_folded(fleet, three, rou
     data = three(fleet)
     for name in ("b", "c"):
         fleet.agents[name].stop()
-    fleet.restart_agent("b", **data["b"] | {"seconds": 3})
+    fleet.restart_agent("b", **data["b"] | {"seconds": 300})
     fleet.restart_agent("c", **data["c"])
-    run = fleet.start_run("numbers", "rounds.clients=3", "rounds.quorum=1", "rounds.deadline_s=60")
+    run = fleet.start_run("numbers", "rounds.clients=3", "rounds.quorum=1", "rounds.deadline_s=600")
     fleet.agents["c"].wait_for("update.stored", 30)  # b still trains
     remove(fleet, "b")
     result, model = fleet.finish_run(run)
