@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import inspect
 import json
 import logging
 import os
@@ -10,7 +9,6 @@ import signal
 import sqlite3
 import ssl
 import threading
-import traceback
 from asyncio import sslproto
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cloud.cli
 from cloud.aggregator import TLS_BUFFER_BYTES, Aggregator, shrink_tls_buffers
 from cloud.home import AggregatorOptions, CloudHome
 from edgefl import aggregation
@@ -30,7 +27,6 @@ from edgefl.operator.run import run
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = ROOT / "tests" / "e2e" / "tasks" / "numbers"
-MAX_STOPS = 5
 
 
 class Ready(logging.Handler):
@@ -67,35 +63,6 @@ def serve_while(fleet, work):
     finally:
         logger.removeHandler(ready)
     operated.result(0)
-
-
-def test_from_the_command_to_the_averaging_line_are_five_stops(tmp_path, monkeypatch):
-    stacks = []
-
-    class Watched(WeightedMean):
-        def add(self, update):
-            stacks.append(traceback.extract_stack())
-            super().add(update)
-
-    monkeypatch.setitem(aggregation.RULES, "mean", Watched)
-    result = []
-
-    def work():
-        fleet.enroll("a")
-        data = ("--data", "delta=2", "--data", "weight=1", "--data", f"calls={tmp_path / 'a.calls'}")
-        fleet.start_agent("a", *data).wait_for("mqtt.up")
-        config = load_config(JobConfig, None, ["rounds.count=1"])
-        result.append(run(str(NUMBERS), cloud=fleet.url, config=config, credentials=fleet.credentials))
-
-    with LocalFleet(tmp_path) as fleet:
-        serve_while(fleet, work)
-    assert result[0].rounds[0]["admitted"] == 1
-
-    ours = [frame for frame in stacks[0] if Path(frame.filename).is_relative_to(ROOT) and "tests" not in frame.filename]
-    stops = [f"{Path(frame.filename).stem}.{frame.name}" for frame in ours]
-    assert stops == ["aggregator.run_job", "rounds.run_rounds", "rounds.run_round"]
-    assert "Aggregator(options).serve(" in inspect.getsource(cloud.cli.start.callback)
-    assert len(["cli.start", *stops, "mean.add"]) <= MAX_STOPS
 
 
 def test_a_defect_of_ours_ends_its_job_with_a_reason_and_the_cloud_goes_on(tmp_path, monkeypatch):

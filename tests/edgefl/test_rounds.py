@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgefl import aggregation, rounds
+from edgefl.aggregation import WeightedMean
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, ServerConfig, from_dict
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
@@ -17,6 +21,7 @@ from edgefl.records import Failure, Partial, Plan, RoundOutcome, Update
 from edgefl.rounds import Job, run_rounds, select_clients
 from edgefl.testing import Answer, ManualClock, ScriptedFleet, make_update
 
+OURS = Path(rounds.__file__).parent
 START = {"w": np.zeros(2, np.float32)}
 
 
@@ -233,6 +238,28 @@ def a_sum(total: float, *contributors: str, weight: float = 3.0, loss: float = 0
     return Partial(total={"w": np.full(2, total)}, weight=weight, contributors=contributors, metrics=metrics)
 
 
+class Trusting(WeightedMean):
+    """A mean that merges whatever it is given."""
+
+    def merge(self, partial: Partial) -> None:
+        self._totals["w"] += np.asarray(partial.total["w"])
+        self._weight += partial.weight
+
+
+def test_between_a_jobs_rounds_and_the_averaging_line_are_two_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    stops: list[str] = []
+
+    class Watched(WeightedMean):
+        def add(self, update: Update) -> None:
+            ours = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(OURS)]
+            stops.extend(ours)
+            super().add(update)
+
+    monkeypatch.setitem(aggregation.RULES, "mean", Watched)
+    one_round(ScriptedFleet({"a": sends("a", 1.0)}), config())
+    assert stops == ["run_rounds", "run_round"]  # and then `add`, whose last line is the algorithm
+
+
 def test_a_partial_sum_stands_for_all_that_are_in_it() -> None:
     script = {"a": silent, "b": silent, "c": sends("c", 9.0, weight=1, loss=4.0)}
     fleet = part_of_a_fleet(ScriptedFleet(script), a_sum(15.0, "a", "b", loss=2.0))
@@ -253,7 +280,10 @@ def test_a_partial_sum_stands_for_all_that_are_in_it() -> None:
         (a_sum(1.0), "names no contributors"),
     ],
 )
-def test_a_partial_sum_that_is_refused_changes_nothing(second: Partial, reason: str) -> None:
+def test_a_partial_sum_that_is_refused_changes_nothing(
+    second: Partial, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(aggregation.RULES, "mean", Trusting)  # so that it is the guard who refuses
     fleet = part_of_a_fleet(ScriptedFleet(dict.fromkeys("abc", silent)), a_sum(15.0, "a", "b"), second)
     outcome = one_round(fleet, config())
     assert outcome.parameters["w"].tolist() == [5.0, 5.0]
