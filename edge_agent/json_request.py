@@ -35,13 +35,8 @@ def parse_object(body: memoryview) -> dict[str, Any]:
         raise ProtocolError(
             f"the request has {len(text)} bytes of JSON beside its tensors' data; at most {MAX_HEAD_BYTES} are allowed"
         )
-    waiting = iter(cuts)
-
-    def constant(name: str) -> Cut:
-        return _constant(name, waiting)
-
     try:
-        head = json.loads(text.decode(), parse_constant=constant, object_pairs_hook=_object)
+        head = (_decoder(iter(cuts)) if cuts else _STRICT).decode(text.decode())
     except RecursionError as cause:
         raise ProtocolError("the request's JSON is nested too deeply") from cause
     except ProtocolError:
@@ -56,7 +51,7 @@ def parse_object(body: memoryview) -> dict[str, Any]:
 def parse_array(text: bytes) -> list[Any]:
     """Return the array that a text is; raises ProtocolError."""
     try:
-        value = json.loads(text.decode(), parse_constant=lambda name: _constant(name, iter(())))
+        value = _STRICT.decode(text.decode())
     except RecursionError as cause:
         raise ProtocolError("the data is nested too deeply") from cause
     except ProtocolError:
@@ -108,3 +103,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ProtocolError(f"the request names the member {twice[:80]!r} twice")
     return members
+
+
+def _decoder(waiting: Iterator[Cut]) -> json.JSONDecoder:
+    return json.JSONDecoder(parse_constant=lambda name: _constant(name, waiting), object_pairs_hook=_object)
+
+
+_STRICT = _decoder(iter(()))  # making one takes longer than reading a small request
