@@ -9,9 +9,10 @@ import pytest
 import edgefl
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, QuorumNotMet
+from edgefl.simulation.report import CutShort
 from edgefl.simulation.settings import SimulationConfig
 from edgefl.simulation.simulate import Watching, simulate
-from edgefl.task import load_task
+from edgefl.task import FitResult, Task, load_task
 from edgefl.training import initial_parameters
 from edgefl.trees import SpooledTree, encoded_bytes
 
@@ -117,3 +118,14 @@ def test_only_what_is_trained_moves_and_travels(tasks, engine):
     frozen = encoded_bytes({"0.weight": start["0.weight"]})
     assert [one["up_bytes"] for one in result.rounds] == [4 * moving] * 3
     assert [one["down_bytes"] for one in result.rounds] == [4 * (moving + frozen), 4 * moving, 4 * moving]
+
+
+def test_a_step_beyond_float32_ends_it_by_name_and_keeps_the_last_good_model(tmp_path):
+    def fit(parameters, config, options):
+        return FitResult(tree={"w": np.full(2, 3e38, np.float32)}, weight=1.0, metrics={})
+
+    task = Task(name="large", initial=lambda: {"w": np.zeros(2, np.float32)}, fit=fit)
+    with pytest.raises(CutShort, match=r"round 2 .*'w' holds NaN or infinity") as short:
+        simulate(task, clients=2, rounds=5, engine="loop", out=tmp_path / "model")
+    assert [one["round"] for one in short.value.so_far.rounds] == [1]
+    assert SpooledTree(tmp_path / "model")["w"][0] == np.float32(3e38)
