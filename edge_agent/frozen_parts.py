@@ -31,6 +31,9 @@ class FrozenParts:
     def __init__(self, home: Path, channel: CloudChannel) -> None:
         self._root, self._channel = home / "frozen", channel
         self._checked: set[Path] = set()  # by this process
+        for folder in self._root.glob("*"):
+            if not (folder / _JOB).is_file() or not (folder / _JOB).stat().st_size:  # a process was killed in between
+                shutil.rmtree(folder, ignore_errors=True)
 
     def jobs(self) -> list[str]:
         """Return the jobs that keep something here."""

@@ -76,3 +76,16 @@ def test_a_name_that_is_no_digest_reaches_no_file(with_parts):
             await parts.get("job-1", BlobRef(sha256="../../x", size=1))
 
     with_parts(run)
+
+
+def test_what_a_killed_process_left_without_a_jobs_name_is_removed(home, with_parts):
+    for name, content in (("half", None), ("empty", "")):
+        (home / "frozen" / name).mkdir(parents=True)
+        if content is not None:
+            (home / "frozen" / name / "job").write_text(content)
+
+    async def run(parts):
+        assert parts.jobs() == []
+
+    with_parts(run)
+    assert not list((home / "frozen").iterdir())

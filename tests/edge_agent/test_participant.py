@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import io
 import os
 import signal
 
@@ -17,6 +18,7 @@ from edge_agent.participant import MAX_TRIES
 from edgefl.errors import HomeError
 from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused
+from edgefl.trees import write_tree
 
 TASK = """
     import os
@@ -323,3 +325,36 @@ def test_a_task_works_in_a_folder_of_its_own(fleet, home, on_device):
         assert [one.name for one in (home / "tasks").glob("*/*")] == ["left.txt"]
 
     on_device(run)
+
+
+FROZEN = """
+    import numpy as np
+    from edgefl import FitResult, Task
+
+    def fit(parameters, config, options):
+        with open(options["log"], "a") as log:
+            log.write(f"{config.round} ")
+        return FitResult(tree={"w": np.full_like(parameters["w"], parameters["f"][0])}, weight=1.0)
+
+    task = Task(name="t", initial=dict, fit=fit, trained=["w"])
+"""
+
+
+def test_what_is_frozen_is_fetched_once_and_kept_while_the_job_lasts(fleet, home, on_device):
+    file = io.BytesIO()
+    write_tree({"f": np.full(2, 5.0, np.float32)}, file)
+    frozen = fleet.blob(file.getvalue())
+
+    async def run(device):
+        for number in (1, 2):
+            plan = dataclasses.replace(fleet.plan(number, code=FROZEN), frozen=frozen, parted=True)
+            device.participant.hear(plan)
+            await device.until(lambda number=number: ("j1", number) in fleet.updates and not device.store.outbox())
+            assert {name: array.tolist() for name, array in fleet.tree("j1", number).items()} == {"w": [5.0] * 4}
+        assert len([call for call in fleet.calls if call.startswith("download")]) == 4  # bundle, two models, frozen
+        assert device.participant.holding() == ["j1"]
+        device.participant.forget(["j1"])  # as `Next` says where the job has ended unheard
+        assert device.participant.holding() == []
+
+    on_device(run)
+    assert not list((home / "frozen").iterdir())

@@ -62,3 +62,27 @@ def test_a_device_without_the_memory_says_so_at_once() -> None:
     seen = schedule({"memory_mb": {"mean": 3.5}})
     assert set(seen.arrivals.values()) == {0.5}
     assert seen.refused["client-1"] == "training needs 3.8 MB, 4 times the model; the device has 3.5 MB"
+
+
+def test_what_is_frozen_is_fetched_once_and_held_once() -> None:
+    train = TrainConfig(epochs=2)
+    plan = Plan(
+        job="job",
+        round=1,
+        parameters=TREE,
+        clients=tuple(NAMES),
+        train=train,
+        deadline_s=600.0,
+        frozen={"f": TREE["w"]},
+    )
+
+    def times(memory_mb: float) -> Schedule:
+        devices = Devices(from_dict(DevicesConfig, {**EXACT, "memory_mb": {"mean": memory_mb}}), NAMES)
+        return make_schedule(devices, plan, lambda client: SIZES[NAMES.index(client)], 0.0, {"client-0"})
+
+    without = schedule({}).arrivals
+    fetch_s = 8 * encoded_bytes({"f": TREE["w"]}) / 1e6 / 8
+    seen = times(64.0).arrivals
+    later = {client: seen[client] - without[client] for client in NAMES}
+    assert later == pytest.approx({"client-0": 0.0, "client-1": fetch_s, "client-2": fetch_s, "client-3": fetch_s})
+    assert "needs 4.8 MB, 4 times what is trained, and what is frozen once" in times(4.0).refused["client-1"]
