@@ -72,7 +72,8 @@ class FleetGrid(RunGrid):
         self._relay, self._devices, self._run_config, self._watch = relay, devices, dict(run_config), watch
         self._numbers = itertools.count(1)
         self._sending = threading.Lock()  # numbers reach the cloud in rising order
-        self._pushed: dict[str, _Sent] = {}  # and not yet pulled, by message id
+        self._pushed: dict[str, _Sent] = {}  # and not yet answered, by message id
+        self._come: dict[str, Message] = {}  # replies to these that nobody has pulled yet
         self._closed = False
 
     def get_node_ids(self) -> Iterable[int]:
@@ -90,11 +91,16 @@ class FleetGrid(RunGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come to these; each is returned once."""
         with self.border:
-            asked = {key: self._pushed[key] for key in dict.fromkeys(message_ids) if key in self._pushed}
-            replies = list(self._arriving(asked.values(), 0.0, keep=True))
-            for reply in replies:
-                self._pushed.pop(reply.metadata.reply_to_message_id)
-            return replies
+            wanted = list(dict.fromkeys(message_ids))
+            self._take_in([self._pushed[key] for key in wanted if key in self._pushed])
+            return [self._come.pop(key) for key in wanted if key in self._come]
+
+    def _take_in(self, sent: Collection[_Sent]) -> None:
+        """Keep the replies that have come to these for who pulls them."""
+        for reply in self._arriving(sent, 0.0, keep=True):
+            key = reply.metadata.reply_to_message_id
+            self._pushed.pop(key)
+            self._come[key] = reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """Send messages; the replies arrive as they are iterated, until the timeout (seconds)."""
@@ -125,6 +131,7 @@ class FleetGrid(RunGrid):
         messages = checked_messages(messages)
         held: dict[int, tuple[str, object]] = {}  # by content's id, with it, so that its id stays its own
         with self._sending:
+            self._take_in(list(self._pushed.values()))  # before a round may end with these messages
             sent = [self._pack(message, timeout, held) for message in messages]
             self._watch.sent(messages)
             self._relay.send([one.order for one in sent])
