@@ -114,6 +114,9 @@ def _strange(types: set[type]) -> ProtocolError:
 def _blocks(text: memoryview) -> Iterator[bytes]:
     """Yield an array's elements in arrays of about BLOCK_BYTES, cut between its outermost elements."""
     whole = bytes(text)
+    if len(whole) <= BLOCK_BYTES:
+        yield whole
+        return
     depth = 0
     head = whole[: MAX_NESTING * 16]
     while (head := head.lstrip(_SPACE))[:1] == b"[":

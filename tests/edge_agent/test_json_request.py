@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
@@ -81,3 +82,10 @@ def test_bytes_that_are_no_text():
 def test_an_array_is_strict_too(text):
     with pytest.raises(ProtocolError):
         parse_array(text)
+
+
+def test_numbers_are_read_to_the_same_bit_by_either_parser(monkeypatch):
+    text = json.dumps([random.Random(1).uniform(-1, 1) * 10.0**power for power in range(-300, 300)]).encode()
+    quick = parse_array(text)
+    monkeypatch.setattr("edge_agent.json_request._quickly", lambda _text: None)
+    assert quick == parse_array(text) == json.loads(text)
