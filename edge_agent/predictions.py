@@ -238,7 +238,7 @@ class Predictions:
 
     async def _hear(self, reader: asyncio.StreamReader) -> None:
         with suppress(OSError):  # the process died; `_live` sees to it
-            while text := await reader.readline():
+            while (text := await reader.readline()).endswith(b"\n"):  # the last one may be half: it died
                 self._take(wire.parse(text))
 
     def _take(self, message: wire.Message) -> None:
