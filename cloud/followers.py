@@ -41,13 +41,15 @@ class Followers:
 
         def has_come(to: int) -> None:
             with self._lock:
-                self._seen[job][number] = to
+                if number in self._seen.get(job, {}):  # else the job has ended, and its rows stay
+                    self._seen[job][number] = to
 
         try:
             yield has_come
         finally:
             with self._lock:
-                self._left[number] = self._clock() + GRACE_S
+                if number in self._seen.get(job, {}):
+                    self._left[number] = self._clock() + GRACE_S
 
     def prunable(self, job: str, done: int, kept: int) -> int:
         """Return the last round that nobody may still want: `kept` before the slowest reader's; 0 for none."""
