@@ -106,7 +106,7 @@ def _in_edgefl(folder: Path, nodes: int, settings: Mapping[str, Any]) -> tuple[A
 
     result = run_flower_app(load_flower_app(folder), nodes, dict(settings))
     seconds = [float(one["seconds"]) for one in result.rounds]
-    detail = {"edgefl": version("edgefl"), "workers": result.num_workers}
+    detail = {"edgefl": version("edgefl-fleet"), "workers": result.num_workers}
     return result.arrays, {"round_s": seconds, "accuracy": result.final.get("accuracy"), "detail": detail}
 
 
