@@ -28,6 +28,7 @@ from edgefl.protocols.fields import from_json, limited, raw
 from edgefl.protocols.topics import valid_device_name
 
 TIMEOUT_S = 20.0
+CUT_OFF_WAIT_S = 0.5
 BUSY_ATTEMPTS, MAX_RETRY_AFTER_S = 6, 10.0  # where the cloud has no place at the moment
 
 
@@ -110,12 +111,7 @@ def _call(
 ) -> httpx.Response:
     try:
         with httpx.Client(verify=verify, timeout=TIMEOUT_S, trust_env=False) as client:
-            answer = client.request(method, url, json=json)
-            for _ in range(BUSY_ATTEMPTS - 1):
-                if answer.status_code not in {httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE}:
-                    break
-                wait(_retry_after_s(answer))
-                answer = client.request(method, url, json=json)
+            answer = _ask(lambda: client.request(method, url, json=json), wait)
     except httpx.HTTPError as cause:
         raise CloudUnreachable(
             f"{url} did not answer: {str(cause).rstrip('.') or type(cause).__name__}. Check --cloud, the network and "
@@ -124,6 +120,20 @@ def _call(
     if answer.status_code >= 400:
         raise EnrolmentRefused(_error_text(answer))
     return answer
+
+
+def _ask(send: Callable[[], httpx.Response], wait: Callable[[float], None]) -> httpx.Response:
+    """Send a request, a few times where the cloud is busy or closes the connection to make room for others."""
+    for _ in range(BUSY_ATTEMPTS - 1):
+        try:
+            answer = send()
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            wait(CUT_OFF_WAIT_S)
+            continue
+        if answer.status_code not in {httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE}:
+            return answer
+        wait(_retry_after_s(answer))
+    return send()
 
 
 def _retry_after_s(answer: httpx.Response) -> float:

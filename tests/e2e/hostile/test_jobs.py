@@ -152,7 +152,8 @@ def test_a_trainer_that_is_killed_costs_no_update_where_the_quorum_is_all(fleet,
     fleet.add_agent("x", delta=3, weight=1, seconds=2, calls=tmp_path / "x.calls")
     fleet.add_agent("y", delta=5, weight=1, calls=tmp_path / "y.calls")
     run = fleet.start_run("numbers", "rounds.clients=2", "rounds.quorum=2", "rounds.deadline_s=60")
-    while not (tmp_path / "x.calls").exists():
+    calls = tmp_path / "x.calls"
+    while not calls.exists() or "fit" not in calls.read_text():
         assert run.popen.poll() is None
     started = next(line for line in fleet.agents["x"].log.read_text().splitlines() if "trainer.started" in line)
     os.kill(int(started.rpartition("pid=")[2]), signal.SIGKILL)
