@@ -158,6 +158,7 @@ def test_a_device_that_came_back_before_the_list_was_read_is_ended_once_more(
     revoked.append(serial_of(fleet_ca.device("a")))
     one.drop("a")
     caplog.set_level("INFO")
+    caplog.clear()
     one.refresh()
     one.refresh()
     assert caplog.text.count("broker.dropped device=a") == 1

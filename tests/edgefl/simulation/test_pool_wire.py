@@ -12,7 +12,7 @@ from edgefl.simulation.pool_wire import Start, import_path, pickled_task
 def start(setup, task):
     return Start(
         reference=None, task=task, make_population=setup.make_population, config=setup.config, spec={},
-        parameters=0, sums=0, import_path=import_path(),
+        parameters=0, sums=0, frozen_spec={}, frozen=0, import_path=import_path(),
     )  # fmt: skip
 
 

@@ -20,8 +20,10 @@ def close(one, other):
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_rounds_of_ragged_clients_agree_with_the_loop(set_up, run, name, rounds, mu):
     train = {"batch_size": 4, "epochs": 2, "lr": 0.3, "proximal_mu": mu}
-    setup = set_up(name, rounds={"count": 2} | rounds, train=train)
-    for one, other in zip(run(setup, StackedFleet(setup)), run(setup, LoopFleet(setup)), strict=True):
+    setup, again = (
+        set_up(name, rounds={"count": 2} | rounds, train=train) for _ in range(2)
+    )  # each fetches for itself
+    for one, other in zip(run(setup, StackedFleet(setup)), run(again, LoopFleet(again)), strict=True):
         close(one.parameters, other.parameters)
         assert sorted(one.admitted) == sorted(other.admitted)
         assert one.metrics == pytest.approx(other.metrics, abs=1e-12)
