@@ -15,7 +15,7 @@ import logging
 import signal
 import socket
 from asyncio import sslproto
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -102,24 +102,27 @@ class Aggregator:
             for outcome in run_rounds(job, fleet, parameters):
                 self._commit(outcome, fleet, job.step.state())
                 parameters = outcome.parameters
-            self._end(job_id, "done", model=fleet.assembled(parameters))
+            is_written = self._end(job_id, "done", model=fleet.assembled(parameters))
         except CloudStopping:
             event(_log, logging.INFO, "job.paused", job=job_id)
             return
         except JobCancelled as stopped:
-            self._end(job_id, "cancelled", str(stopped))
+            is_written = self._end(job_id, "cancelled", str(stopped))
         except (EdgeflError, OSError, SQLAlchemyError) as error:
-            self._end(job_id, "failed", str(error))
+            is_written = self._end(job_id, "failed", str(error))
         except BaseException as defect:  # noqa: BLE001 - the thread's last line: nobody else would tell of the end
             _log.critical("job.crashed job=%s", job_id, exc_info=defect)
-            self._end(job_id, "failed", f"a defect of edgefl ended it, {defect!r:.500}; the cloud's log says more")
+            reason = f"a defect of edgefl ended it, {defect!r:.500}; the cloud's log says more"
+            is_written = self._end(job_id, "failed", reason)
         finally:
             home.rounds.forget(job_id)
+        if not is_written:  # it goes on at the next start, with the updates that are here
+            return
         if fleet is not None:
             fleet.end()
         home.spool.drop_job(job_id)
 
-    def _end(self, job_id: str, state: str, error: str | None = None, model: BlobRef | None = None) -> None:
+    def _end(self, job_id: str, state: str, error: str | None = None, model: BlobRef | None = None) -> bool:
         """Write a job's end down, as soon as the disk takes it; where the cloud stops first, the job is taken up again.
 
         Raises what the database will never take: the process ends with it (`_report_crash`).
@@ -130,6 +133,8 @@ class Aggregator:
             self._insist(lambda: self._home.jobs.end(job_id, state, error, model))
         except CloudStopping:
             event(_log, logging.WARNING, "job.end_not_written", job=job_id, state=state)
+            return False
+        return True
 
     def _insist(self, call: Callable[[], _T]) -> _T:
         """Call until the disk and the database take it; raises CloudStopping."""
@@ -232,14 +237,15 @@ class Aggregator:
         else:
             server.add_secure_port(address, grpc_server_credentials(home.identity))
         await server.start()
-        async with asyncio.TaskGroup() as tasks:  # if nobody watches the port any more, the cloud ends
-            watch = tasks.create_task(port.watch(), name="grpc-connections")
-            try:
-                yield
-            finally:
-                watch.cancel()
-                await server.stop(STOP_GRACE_S)
-                workers.shutdown(wait=True)
+        with _alone():
+            async with asyncio.TaskGroup() as tasks:  # if nobody watches the port any more, the cloud ends
+                watch = tasks.create_task(port.watch(), name="grpc-connections")
+                try:
+                    yield
+                finally:
+                    watch.cancel()
+                    await server.stop(STOP_GRACE_S)
+                    workers.shutdown(wait=True)
 
     @contextlib.asynccontextmanager
     async def _http_server(self) -> AsyncIterator[None]:
@@ -298,6 +304,17 @@ class Aggregator:
         """End the process with a job that could not say that it ended."""
         if not future.cancelled() and (error := future.exception()) is not None:
             self._home.parts.ended("jobs", error)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Raise what a task group wraps by itself, where it is one: a port that is taken is told as that."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from group.exceptions[0].__cause__
+        raise
 
 
 def keep_freed_memory() -> None:

@@ -50,6 +50,12 @@ class Followers:
             with self._lock:
                 if number in self._seen.get(job, {}):
                     self._left[number] = self._clock() + GRACE_S
+                now_s = self._clock()
+                for of_job, readers in list(self._seen.items()):  # also of a job that had ended when it was read
+                    for gone in [one for one in readers if self._left.get(one, now_s) < now_s]:
+                        del readers[gone], self._left[gone]
+                    if not readers:
+                        del self._seen[of_job]
 
     def prunable(self, job: str, done: int, kept: int) -> int:
         """Return the last round that nobody may still want: `kept` before the slowest reader's; 0 for none."""

@@ -10,6 +10,7 @@ trainer. Each task has a name and an owner; SIGTERM and SIGINT end them all, ord
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -40,6 +41,7 @@ from edgefl.models.manifest import load_public_key
 from edgefl.protocols.messages import RolloutNote, Signed, WirePlan
 from edgefl.text import one_line
 
+MAX_IDLE_S = 86_400.0
 SERVING_FILE = "serving"  # holds the URL while the port is served
 MAX_LOAD_S = 3600.0
 
@@ -70,6 +72,8 @@ class AgentConfig:
         self.access()
         if self.trainer_memory_mb < 0:
             raise ConfigError(f"--trainer-memory-mb {self.trainer_memory_mb} must be 0 (three quarters) or more")
+        if not 0 <= self.trainer_idle_s <= MAX_IDLE_S:
+            raise ConfigError(f"--trainer-idle-s {self.trainer_idle_s} must be in 0..{MAX_IDLE_S:g}")
         if self.serve_memory_mb < 0:
             raise ConfigError(f"--serve-memory-mb {self.serve_memory_mb} must be 0 (a third) or more")
         if not 0 < self.model_load_s <= MAX_LOAD_S:
@@ -85,6 +89,7 @@ async def run_agent(config: AgentConfig) -> None:
 
     Raises HomeError or ConfigError where it cannot begin, PartFailed where a part ends.
     """
+    config = dataclasses.replace(config, home=config.home.absolute())  # tasks work in a folder of their own
     profile = load_profile(config.home)
     with lock_home(config.home):
         agent = _Agent(config, profile)

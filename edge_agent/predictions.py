@@ -176,14 +176,14 @@ class Predictions:
             while True:
                 await self._wait_for_need()
                 started_s = loop.time()
-                descriptor = new_descriptor()
-                board = Board(descriptor)
+                at_work: set[str] = set()
                 try:
-                    await self._live(descriptor)
-                finally:
-                    os.close(descriptor)
+                    at_work = await self._watched_life()
+                except OSError as error:  # no memory, or too many processes: there may be room at the next try
+                    event(_log, logging.ERROR, "serving.not_started", reason=error)
+                    self._needed.set()
                 early = loop.time() - started_s < SOON_S
-                self._blame(board.at_work(), early=early)
+                self._blame(at_work, early=early)
                 soon = soon + 1 if early else 0
                 await asyncio.sleep(_BACK_OFF_S[min(soon, len(_BACK_OFF_S) - 1)])
         finally:
@@ -202,11 +202,25 @@ class Predictions:
             loop.remove_reader(self._listener)
             self._needed.clear()
 
+    async def _watched_life(self) -> set[str]:
+        """Run the child to its end; return the models that were at work then. Raises OSError where none starts."""
+        descriptor = new_descriptor()
+        try:
+            board = Board(descriptor)
+            await self._live(descriptor)
+        finally:
+            os.close(descriptor)
+        return board.at_work()
+
     async def _live(self, board: int) -> None:
         """One life of the child, from its start to its end."""
         ours, theirs = socket.socketpair()
         with theirs:
-            child = self._start(theirs.fileno(), board)
+            try:
+                child = self._start(theirs.fileno(), board)
+            except OSError:
+                ours.close()
+                raise
         self._child = child
         self._life += 1
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
@@ -218,7 +232,8 @@ class Predictions:
             await child.ended.wait()
         except asyncio.CancelledError:
             # In a task of its own: up to Python 3.11.2, time limits do not hold in one that is being cancelled.
-            await asyncio.shield(asyncio.create_task(child.stop(STOP_S)))
+            with suppress(TimeoutError):  # it was killed then: a computation in a kernel hears no signal
+                await asyncio.shield(asyncio.create_task(child.stop(STOP_S)))
             raise
         finally:
             overdue.cancel()

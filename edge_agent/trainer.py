@@ -66,6 +66,8 @@ class Trainer:
         """Start the child, if there is none: while the model is on its way, its imports can run."""
         self._used.set()
         async with self._starting:
+            if self._abandoning is not None:  # whoever began it may have been cancelled once more, and went
+                await asyncio.wait([self._abandoning])
             if self._child is not None and not self._child.gone:
                 return
             await self._drop()

@@ -86,6 +86,7 @@ class Updater:
         self._failing: dict[str, tuple[Model, str]] = {}  # by model: what ends the serving process, and how
         self._held = held_models(self._folder)  # by a process before us, not loaded yet
         self._jobs: dict[str, _Job] = {}  # at work, one a model
+        self._cut: set[str] = set()  # models whose restoring has not come to its end: a newer wish may cut it off
         self._told: set[tuple[str, int]] = set()  # outcomes that this process has reported
         self._wake = asyncio.Event()
 
@@ -127,6 +128,7 @@ class Updater:
     async def restore(self) -> None:
         """Serve the releases that the device holds, each by itself; returns when each serves or was given up."""
         names, self._held = self._held, []
+        self._cut.update(names)
         opened = [slots for slots in map(self._slots_of, names) if slots is not None]
         await asyncio.gather(*(self._alone(slots.state.model, slots.state.sequence, self._start(slots))
                                for slots in opened))  # fmt: skip
@@ -148,8 +150,14 @@ class Updater:
                 await self._alone(model, desired.sequence, self._consider(desired))
                 if self._wanted.get(model) is desired:
                     del self._wanted[model]
+                    await self._make_up(model)
             else:
                 return
+
+    async def _make_up(self, model: str) -> None:
+        """Serve what the device holds, where the wish that ended its restoring brought nothing in its place."""
+        if model in self._cut and (slots := self._slots_of(model)) is not None:
+            await self._alone(model, slots.state.sequence, self._start(slots))
 
     async def _alone(self, model: str, sequence: int, work: Coroutine[None, None, None]) -> None:
         """Do one thing about a model; a newer wish may end it."""
@@ -170,6 +178,7 @@ class Updater:
         for slot in filter(None, (before.active, before.spare)):
             if slot in slots.state.slots and await self._start_slot(slots, slot):
                 break
+        self._cut.discard(before.model)
 
     async def _start_slot(self, slots: ModelSlots, slot: str) -> bool:
         state = slots.state
@@ -268,6 +277,7 @@ class Updater:
             self._settle(slots, desired, "failed", str(error))
             return
         ready.switch()
+        self._cut.discard(release.model)
         self._settle(slots, desired, "active")
         self._parts.changed()
 

@@ -37,7 +37,7 @@ MAX_DEATHS_A_ROUND = 64
 END_S = 10.0
 _FAULT = 1  # the status of a Python process that an exception has ended
 _TOLD_BY = signal.SIGUSR1
-_GONE = (EOFError, ConnectionResetError, BrokenPipeError)
+_GONE = (EOFError, OSError)  # OSError: also of one that ended in the middle of a message
 _MAIN = "import sys; sys.path[:] = {path!r}; from edgefl.simulation.own_process_main import main; main({numbers})"
 
 

@@ -40,7 +40,10 @@ def main(pipe: int, life: int, cell: int) -> None:
     """Simulate what is ordered, one after another, until the command goes away."""
     sys.excepthook = debug.tell_unexpected
     told_by(TOLD_BY)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, TOLD_BY})
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, TOLD_BY})
+    except KeyboardInterrupt:  # it came before there was anything to keep
+        os._exit(128 + signal.SIGINT)
     threading.Thread(target=_end_with, args=(life,), name="parent", daemon=True).start()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # lines in their place between the command's
     served, note = Connection(pipe), Cell(cell)

@@ -42,7 +42,7 @@ from edgefl.trees import TensorSpec, spec_of
 END_S = 5.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-_GONE = (EOFError, ConnectionResetError, BrokenPipeError)
+_GONE = (EOFError, OSError)  # OSError: also of one that ended in the middle of a message
 
 
 class WorkerProcess:
@@ -81,6 +81,8 @@ class WorkerProcess:
 
     def why_not_stacked(self, method: Method) -> str | None:
         """Have it try whether clients can be trained in stacks; return why not, or None."""
+        if not self.ready:  # it was started anew; its first word is that it is there
+            self.wait_until_ready()
         self._send(Try(method))
         how = f"did not answer within {START_S:g} s"
         if self.pipe.poll(START_S):

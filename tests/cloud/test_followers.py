@@ -57,3 +57,13 @@ def test_a_reader_goes_on_after_its_job_has_ended():
         has_come(3)  # the last rounds are still told
     assert followers.prunable("j", done=5, kept=1) == 4  # nobody's place is kept
     assert followers._left == followers._seen == {}
+
+
+def test_the_readers_of_an_ended_job_leave_nothing():
+    clock = ManualClock()
+    followers = Followers(clock)
+    followers.forget("j")
+    for _ in range(100):
+        with followers.reading("j", 0):
+            clock.advance(GRACE_S / 10)
+    assert len(followers._seen["j"]) == len(followers._left) <= 12

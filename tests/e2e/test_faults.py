@@ -73,9 +73,23 @@ def test_a_quorum_that_is_not_met_fails_the_run_with_every_reason(embedded_fleet
         embedded_fleet.run_task("numbers")
 
 
-def test_a_port_in_use_is_named(embedded_fleet, tmp_path):
+@pytest.mark.parametrize("plane", ["grpc", "http", "mqtt"])
+def test_a_port_in_use_is_named(embedded_fleet, tmp_path, plane):
     second = LocalFleet(tmp_path / "second")
     (tmp_path / "second").mkdir()
-    second.grpc_port = embedded_fleet.grpc_port
-    with second, pytest.raises(Exception, match=rf"cannot listen on 127.0.0.1:{second.grpc_port}.*--grpc-port"):
+    port = getattr(embedded_fleet, f"{plane}_port")
+    setattr(second, f"{plane}_port", port)
+    with second, pytest.raises(Exception, match=rf"error: .*cannot listen on 127.0.0.1:{port}.*--{plane}-port"):
         second.start()
+
+
+def test_an_agent_may_be_started_by_a_relative_home(embedded_fleet, tmp_path, monkeypatch):
+    embedded_fleet.enroll("a")
+    monkeypatch.chdir(embedded_fleet.folder)
+    options = [part for key, value in {"delta": 2, "weight": 1, "calls": tmp_path / "a.calls"}.items()
+               for part in ("--data", f"{key}={value}")]  # fmt: skip
+    agent = embedded_fleet.spawn("a.log", "agent", "start", "--home", "a", "--serve-port", "0", *options)
+    embedded_fleet.agents["a"] = agent
+    agent.wait_for("mqtt.up")
+    result, _ = embedded_fleet.run_task("numbers", "rounds.clients=1")
+    assert result["rounds"][0]["admitted"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 
@@ -225,5 +226,24 @@ def test_staged_in_a_process_that_died_it_is_loaded_into_the_next(on_device):
         while (await agent.ask()).json().get("model_version") != "2":
             pass
         await agent.answers(5.0)
+
+    on_device(run)
+
+
+def test_where_it_cannot_be_started_it_is_tried_again(on_device, monkeypatch):
+    real, refused = module.Predictions._start, []
+
+    def start(self, descriptor, board):
+        if not refused:
+            refused.append(1)
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return real(self, descriptor, board)
+
+    monkeypatch.setattr(module.Predictions, "_start", start)
+
+    async def run(agent):
+        await agent.serve(onnx_models.affine())
+        await agent.answers(3.0)
+        assert refused
 
     on_device(run)

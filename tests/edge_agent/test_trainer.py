@@ -261,3 +261,19 @@ def test_a_trainer_of_systemds(bench, tmp_path, eventually, alive):
             bench.run(run, socket_path=path)
         finally:
             service.kill()
+
+
+def test_a_fit_that_is_cancelled_twice_leaves_a_trainer_that_works(bench, until):
+    """A round is closed and the next plan comes at once, while the child does not let go."""
+
+    async def run(trainer):
+        task = asyncio.create_task(trainer.fit(bench.fit("stubborn")))
+        await until((bench.folder / "log").exists)
+        task.cancel()
+        await until(lambda: trainer._abandoning is not None)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+        assert (await trainer.fit(bench.fit("pid"))).weight > 0
+
+    bench.run(run)
