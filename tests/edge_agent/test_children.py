@@ -53,7 +53,8 @@ def test_how_it_ended_is_said(module, code, end):
 
 
 def test_one_that_will_not_stop_is_killed(module, tmp_path, until):
-    code = WAITS.replace("time.sleep", "__import__('signal').signal(15, lambda *_: None); time.sleep")
+    deaf = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)"  # before it says that it is there
+    code = WAITS.replace("die_with_parent()\n", f"die_with_parent()\n    {deaf}\n", 1)
 
     async def run():
         child = Child(module(code), str(tmp_path / "there"))

@@ -154,7 +154,8 @@ class TlsCrowd(Crowd):
 
     def _dial(self):
         with contextlib.suppress(OSError):
-            plain = socket.create_connection(("127.0.0.1", self._port), timeout=5)
+            # From an address of its own: what one address may ask is shared by all who come from it.
+            plain = socket.create_connection(("127.0.0.1", self._port), timeout=5, source_address=("127.0.0.2", 0))
             connection = self._context.wrap_socket(plain, server_hostname="127.0.0.1")
             connection.sendall(self._first_bytes)
             connection.setblocking(False)
