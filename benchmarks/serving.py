@@ -23,9 +23,9 @@ from benchmarks import serving_model
 from benchmarks.family import Family
 from benchmarks.report import Row, Target, command, installed, median
 from benchmarks.workload import RunFailedError
-from edge_agent.predictions import Model, News, Predictions, PredictionsConfig
-from edge_agent.serving import bind
-from edgefl.local_fleet import free_ports
+from edge_agent.serving.api import bind
+from edge_agent.serving.predictions import Model, News, Predictions, PredictionsConfig
+from edgefl.app.local_fleet import free_ports
 
 ROOT = Path(__file__).parents[1]
 START_S = 60.0

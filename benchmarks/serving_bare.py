@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import uvicorn
 
-from edge_agent.sessions import session_options
+from edge_agent.serving.sessions import session_options
 
 _Call = Callable[..., Awaitable[Any]]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from edgefl import Task
 from edgefl.operator.publish import export
-from edgefl.training import initial_parameters
+from edgefl.training.local import initial_parameters
 from edgefl.trees import write_tree
 
 SHAPE = (1, 1, 28, 28)

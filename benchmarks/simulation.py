@@ -234,7 +234,7 @@ def _mnist_command(workload: Workload) -> Contestant:
             f"train.lr={workload.lr}",
         )
         sets = [part for setting in settings for part in ("--set", setting)]
-        start = [sys.executable, "-c", "from edgefl.cli import main; main()", "simulate", workload.reference]
+        start = [sys.executable, "-c", "from edgefl.app.cli import main; main()", "simulate", workload.reference]
         options = ["--clients", workload.clients, "--rounds", rounds, "--evaluate-every", rounds]
         return [*start, *map(str, options), *sets, "--json", folder / REPORT]
 

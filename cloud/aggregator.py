@@ -22,20 +22,20 @@ from typing import TypeVar
 import grpc
 from sqlalchemy.exc import SQLAlchemyError
 
-from cloud.fleet_service import FleetService, ServiceParts, handler
-from cloud.grpc_fleet import FleetParts, GrpcFleet
-from cloud.grpc_port import GrpcPort
-from cloud.home import AggregatorOptions, CloudHome
-from cloud.http_api import make_app, serve_http
-from cloud.jobs import JobRow
-from cloud.upkeep import Upkeep, interval_s
+from cloud.dataplane.fleet_service import FleetService, ServiceParts, handler
+from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet
+from cloud.dataplane.grpc_port import GrpcPort
+from cloud.http.api import make_app, serve_http
+from cloud.state.home import AggregatorOptions, CloudHome
+from cloud.state.jobs import JobRow
+from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.errors import CloudStopping, EdgeflError, HomeError, JobCancelled
 from edgefl.logs import event
 from edgefl.models.manifest import Bundle
 from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
-from edgefl.protocols.http_limits import HttpLimits
 from edgefl.protocols.messages import BlobRef, from_json
+from edgefl.protocols.ports.http_limits import HttpLimits
 from edgefl.protocols.tls import grpc_server_credentials, reloading, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds

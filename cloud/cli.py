@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from edgefl.operator.output import Output, example, json_option
+from edgefl.terminal.output import Output, example, json_option
 
 HOME = click.option(
     "--home", type=click.Path(path_type=Path), required=True, help="The cloud's folder: keys, database, models."
@@ -46,7 +46,7 @@ def start(  # noqa: PLR0913 - one a flag
 ) -> None:  # fmt: skip
     """Serve until Ctrl-C or SIGTERM. The first start makes the CA, the fleet's key and HOME/operator.json."""
     from cloud.aggregator import Aggregator
-    from cloud.home import AggregatorOptions
+    from cloud.state.home import AggregatorOptions
     from edgefl.logs import set_up_logging
 
     options = AggregatorOptions(
@@ -80,9 +80,9 @@ def _next_steps(home: Path, url: str) -> str:
 @json_option
 def token(home: Path, valid_for_s: float, output: Output) -> None:
     """Print a token that enrols one device, once. Works whether or not the cloud runs."""
-    from cloud.enrolment import Enrolment
-    from cloud.store import open_database
-    from edgefl.home import check_home
+    from cloud.state.enrolment import Enrolment
+    from cloud.state.store import open_database
+    from edgefl.process.home import check_home
 
     check_home(home, "cloud")
     engine = open_database(home / "cloud.db")
@@ -112,10 +112,10 @@ def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], outp
 
     HOME/mosquitto then has its configuration, topic rights, key and certificate.
     """
-    from cloud.broker_config import CRL_FILE, PID_FILE, write_broker_config
-    from cloud.enrolment import Enrolment
-    from cloud.store import open_database
-    from edgefl.home import create_home, replace_file
+    from cloud.broker.mosquitto_config import CRL_FILE, PID_FILE, write_broker_config
+    from cloud.state.enrolment import Enrolment
+    from cloud.state.store import open_database
+    from edgefl.process.home import create_home, replace_file
     from edgefl.protocols.tls import BROKER_NAME, Identity, create_ca, issue_server
 
     create_home(home, "cloud")

@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 from edgefl.errors import PartFailed
-from edgefl.text import one_line
+from edgefl.terminal.text import one_line
 
 MAX_FAULTS, FAULTS_S = 5, 60.0  # a part that raises so often within such a time is not started again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0

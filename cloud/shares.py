@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from edgefl.errors import HomeError
-from edgefl.protocols.connections import MAX_LEAVING, ConnectionLimits
+from edgefl.protocols.ports.connections import MAX_LEAVING, ConnectionLimits
 
 LEAST = 256  # descriptors: below, there is no cloud to speak of
 MAX_FILES, MAX_HTTP, MAX_WAITING = 512, 1000, 256

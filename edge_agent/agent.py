@@ -20,26 +20,26 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_agent.access import Access
-from edge_agent.bundles import Bundles
-from edge_agent.channel import CloudChannel
-from edge_agent.link import JobMessage, Link
-from edge_agent.notify import keep_alive, notify
-from edge_agent.outbox import Outbox
-from edge_agent.participant import Means, Participant
-from edge_agent.predictions import Model, News, Predictions, PredictionsConfig
-from edge_agent.profile import Profile, load_profile
+from edge_agent.install.notify import keep_alive, notify
+from edge_agent.link.channel import CloudChannel
+from edge_agent.link.link import JobMessage, Link
+from edge_agent.link.outbox import Outbox
+from edge_agent.link.profile import Profile, load_profile
+from edge_agent.releases.updater import Updater, UpdaterParts
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
-from edge_agent.serving import bind, url_of
+from edge_agent.serving.access import Access
+from edge_agent.serving.api import bind, url_of
+from edge_agent.serving.predictions import Model, News, Predictions, PredictionsConfig
 from edge_agent.store import Store
-from edge_agent.trainer import IDLE_S, Trainer
-from edge_agent.updater import Updater, UpdaterParts
+from edge_agent.training.bundles import Bundles
+from edge_agent.training.participant import Means, Participant
+from edge_agent.training.trainer import IDLE_S, Trainer
 from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
-from edgefl.home import lock_home, replace_file
 from edgefl.logs import event
 from edgefl.models.manifest import load_public_key
+from edgefl.process.home import lock_home, replace_file
 from edgefl.protocols.messages import RolloutNote, Signed, WirePlan
-from edgefl.text import one_line
+from edgefl.terminal.text import one_line
 
 MAX_IDLE_S = 86_400.0
 SERVING_FILE = "serving"  # holds the URL while the port is served

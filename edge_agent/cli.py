@@ -13,7 +13,7 @@ import click
 
 from edgefl.errors import ConfigError
 from edgefl.logs import set_up_logging
-from edgefl.operator.output import Output, example, json_option
+from edgefl.terminal.output import Output, example, json_option
 
 _ELSEWHERE = {"install": "install", "uninstall": "install", "doctor": "doctor"}  # command -> module that has it
 
@@ -57,8 +57,8 @@ _HOME = click.option(
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A label, such as site=oslo. Repeatable.")
 def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -> None:
     """Make this device a member of a fleet."""
-    from edge_agent.enroll import Application
-    from edge_agent.enroll import enroll as apply
+    from edge_agent.link.enroll import Application
+    from edge_agent.link.enroll import enroll as apply
 
     application = Application(cloud=cloud, token=token, name=name, tags=_pairs("--tag", tags))
     profile = apply(home, application)
@@ -93,7 +93,7 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
 def start(log_level: str, data: Sequence[str], **options: object) -> None:
     """Run the agent until SIGTERM or Ctrl-C."""
     from edge_agent.agent import AgentConfig, run_agent
-    from edgefl.descriptors import raise_limit
+    from edgefl.process.descriptors import raise_limit
 
     raise_limit()
     set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
@@ -109,7 +109,7 @@ def status(home: Path, output: Output) -> None:
 
     Also when it last reached the cloud; whether it runs or not.
     """
-    from edge_agent.status import read_status
+    from edge_agent.install.status import read_status
 
     facts = dataclasses.asdict(read_status(home))
     for name, value in facts.items():

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from edgefl.errors import EdgeflError
     from edgefl.operator.run import run
     from edgefl.simulation.simulate import simulate
-    from edgefl.simulation.sweep import sweep
+    from edgefl.simulation.study.sweep import sweep
     from edgefl.task import FitResult, Task
 
 __all__ = ["EdgeflError", "FitResult", "JobConfig", "Task", "run", "simulate", "sweep"]
@@ -23,7 +23,7 @@ _HOMES = {
     "Task": "edgefl.task",
     "run": "edgefl.operator.run",
     "simulate": "edgefl.simulation.simulate",
-    "sweep": "edgefl.simulation.sweep",
+    "sweep": "edgefl.simulation.study.sweep",
 }
 
 

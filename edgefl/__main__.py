@@ -1,4 +1,4 @@
-from edgefl.cli import main
+from edgefl.app.cli import main
 
 if __name__ == "__main__":
     main()

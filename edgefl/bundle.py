@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.task import Located, Task, import_task, locate_task, see_working_folder
-from edgefl.text import is_safe
+from edgefl.terminal.text import is_safe
 
 MAX_BUNDLE_BYTES = 64 << 20  # unpacked
 MAX_BUNDLE_FILES = 10_000

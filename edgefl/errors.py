@@ -29,7 +29,7 @@
 A message says who, what was seen, what was wanted and what to do.
 """
 
-from edgefl.extras import install_command
+from edgefl.terminal.extras import install_command
 
 
 class EdgeflError(Exception):

@@ -11,14 +11,14 @@ import logging
 import os
 import sys
 
-from edgefl.log_limits import LimitedHandler
-from edgefl.text import is_safe, lines, one_line
+from edgefl.process.log_limits import LimitedHandler
+from edgefl.terminal.text import is_safe, lines, one_line
 
 FORM = "%(asctime)s %(levelname)-7s %(name)s %(message)s"
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Log to stderr, a line an event; what repeats is counted (`edgefl.log_limits`)."""
+    """Log to stderr, a line an event; what repeats is counted (`edgefl.process.log_limits`)."""
     # gRPC's C core writes past Python's logging: a line for each handshake that a stranger breaks off.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = LimitedHandler(logging.StreamHandler(sys.stderr))

@@ -26,10 +26,10 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from edgefl import debug
 from edgefl.errors import ConfigError, TaskError
-from edgefl.extras import extra_of, install_command
-from edgefl.randomness import seeded
+from edgefl.terminal import debug
+from edgefl.terminal.extras import extra_of, install_command
+from edgefl.training.randomness import seeded
 from edgefl.trees import Tree
 
 if TYPE_CHECKING:

@@ -19,24 +19,24 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from cloud.blobs import BlobStore
-from cloud.broker import EmbeddedBroker
-from cloud.broker_config import CRL_FILE, write_broker_config
-from cloud.crl import make_crl
-from cloud.enrolment import Enrolment
-from cloud.http_api import make_app, serve_http
-from cloud.jobs import Answer, Jobs
-from cloud.open_rounds import OpenRounds
-from cloud.registry import Registry
-from cloud.relay_rows import RelayRows
-from cloud.relays import RelayParts, Relays
-from cloud.rollout import Rollouts
-from cloud.services import Services
-from cloud.spool import Spool
-from cloud.store import open_database
-from edgefl.guardian import gated, guardian, open_gate
+from cloud.broker.embedded import EmbeddedBroker
+from cloud.broker.mosquitto_config import CRL_FILE, write_broker_config
+from cloud.dataplane.open_rounds import OpenRounds
+from cloud.dataplane.relays import RelayParts, Relays
+from cloud.http.api import make_app, serve_http
+from cloud.http.services import Services
+from cloud.state.blobs import BlobStore
+from cloud.state.enrolment import Enrolment
+from cloud.state.jobs import Answer, Jobs
+from cloud.state.registry import Registry
+from cloud.state.relay_rows import RelayRows
+from cloud.state.rollout import Rollouts
+from cloud.state.spool import Spool
+from cloud.state.store import open_database
+from cloud.trust.crl import make_crl
 from edgefl.models.manifest import new_fleet_key, public_pem, sign
 from edgefl.operator.client import write_operator_credentials
+from edgefl.process.guardian import gated, guardian, open_gate
 from edgefl.protocols import tls
 from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, WirePlan
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, Will

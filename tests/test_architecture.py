@@ -45,7 +45,7 @@ def test_import_contracts_hold() -> None:
     ("module", "allowed"),
     [
         ("edgefl", set()),
-        ("edgefl.cli", set()),
+        ("edgefl.app.cli", set()),
         ("edgefl.rounds", set()),
         ("edgefl.aggregation.server_opt", set()),
         ("edgefl.models.manifest", set()),
@@ -53,8 +53,8 @@ def test_import_contracts_hold() -> None:
         ("edgefl.protocols.tls", set()),
         ("edgefl.task", set()),
         ("edge_agent.cli", set()),
-        ("edge_agent.install", set()),
-        ("edge_agent.doctor", set()),
+        ("edge_agent.install.service", set()),
+        ("edge_agent.install.doctor", set()),
         ("edge_agent.agent", {"grpc", "paho"}),  # an idle agent is small: no torch, and no model until there is one
     ],
 )

@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 import pytest
 
-from edgefl import extras
-from edgefl.cli import cli
+from edgefl.app.cli import cli
 from edgefl.operator.credentials import write_operator_credentials
 from edgefl.protocols import tls
+from edgefl.terminal import extras
 from tests.environments import LOCK, ROOT, Environment
 
 pytestmark = [pytest.mark.soak]

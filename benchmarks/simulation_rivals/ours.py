@@ -8,8 +8,8 @@ import dataclasses
 from benchmarks.simulation_rivals.common import Finished, Work, run
 from edgefl import simulate
 from edgefl.config import load_config
-from edgefl.simulation.population import PopulationConfig
-from edgefl.simulation.settings import SimulationConfig
+from edgefl.simulation.world.population import PopulationConfig
+from edgefl.simulation.world.settings import SimulationConfig
 
 
 def contest(work: Work, given: argparse.Namespace) -> Finished:

@@ -17,8 +17,8 @@ import numpy as np
 from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.guards import not_finite_tree
-from edgefl.tensors import array_of, tensor_of
 from edgefl.trees import Array, Tree, apply, blocks, is_float
+from edgefl.trees.tensors import array_of, tensor_of
 
 
 class ServerOptimizer:

@@ -20,8 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgefl.flower.app import FlowerApp, is_flower_app, load_flower_app, parse_run_config
-    from edgefl.flower.fleet_run import run_on_fleet
+    from edgefl.flower.apps.app import FlowerApp, is_flower_app, load_flower_app, parse_run_config
+    from edgefl.flower.fleet.fleet_run import run_on_fleet
     from edgefl.flower.run import FlowerRunResult, run_flower_app
     from edgefl.flower.tasks import make_apps
 
@@ -41,14 +41,14 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 _HOMES = {
-    "FlowerApp": "edgefl.flower.app",
+    "FlowerApp": "edgefl.flower.apps.app",
     "FlowerRunResult": "edgefl.flower.run",
-    "is_flower_app": "edgefl.flower.app",
-    "load_flower_app": "edgefl.flower.app",
+    "is_flower_app": "edgefl.flower.apps.app",
+    "load_flower_app": "edgefl.flower.apps.app",
     "make_apps": "edgefl.flower.tasks",
-    "parse_run_config": "edgefl.flower.app",
+    "parse_run_config": "edgefl.flower.apps.app",
     "run_flower_app": "edgefl.flower.run",
-    "run_on_fleet": "edgefl.flower.fleet_run",
+    "run_on_fleet": "edgefl.flower.fleet.fleet_run",
 }
 
 

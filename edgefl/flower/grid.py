@@ -20,9 +20,9 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from edgefl.errors import ConfigError
+from edgefl.flower.apps.own_fault import Border
 from edgefl.flower.inside import Interrupted, Run, RunNotRunningException, give_id, with_own_metadata
 from edgefl.flower.nodes import Delivery, Nodes, Runner
-from edgefl.flower.own_fault import Border
 from edgefl.flower.records import copy_records
 from edgefl.flower.watch import Watch
 

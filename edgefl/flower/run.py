@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgefl.errors import ConfigError, QuorumNotMet, TaskError
-from edgefl.flower.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
+from edgefl.flower.apps.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
 from edgefl.operator.run import peak_rss_mb
-from edgefl.simulation.interrupt import set_by_interrupt
-from edgefl.simulation.participation import Counts, clients_by_rounds, count, no_counts
+from edgefl.simulation.study.participation import Counts, clients_by_rounds, count, no_counts
 from edgefl.task import UserCode
+from edgefl.terminal.interrupt import set_by_interrupt
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
@@ -140,7 +140,7 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
 @contextmanager
 def serving(run_id: int) -> Iterator[list[Returned]]:
     """Let a ServerApp run in this process, one at a time; collects what its strategies return."""
-    from edgefl.flower.app_log import app_log
+    from edgefl.flower.apps.app_log import app_log
     from edgefl.flower.inside import listening, task_identity
 
     if not _RUNNING.acquire(blocking=False):
@@ -156,8 +156,8 @@ def result_of(
     app: FlowerApp, watch: Watch, heard: Sequence[Returned], counts: Counts, *, interrupted: bool
 ) -> FlowerRunResult:
     """Return what a run came to as its messages and strategies tell; raises QuorumNotMet where none was answered."""
+    from edgefl.flower.apps.own_fault import Bystander
     from edgefl.flower.outcome import arrays_of, metrics_of
-    from edgefl.flower.own_fault import Bystander
 
     if not interrupted or watch.failures():
         refuse_silence(app, watch)

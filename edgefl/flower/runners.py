@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Self
 
 from edgefl.errors import ConfigError
-from edgefl.flower.app import FlowerApp
+from edgefl.flower.apps.app import FlowerApp
 from edgefl.flower.nodes import Answer, Delivery, InProcess
 from edgefl.flower.workers import Workers
-from edgefl.simulation.machine import num_cores
+from edgefl.measure import num_cores
 
 START_S = 0.5  # of work in this process, before workers that import torch for seconds are worth their start
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, TrainConfig, from_dict
 from edgefl.errors import MissingExtra
-from edgefl.parts import parts_of
 from edgefl.records import Failure, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.task import Task
-from edgefl.training import evaluate, initial_parameters, train_locally
+from edgefl.training.local import evaluate, initial_parameters, train_locally
+from edgefl.training.parts import parts_of
 
 try:
     from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict

@@ -16,8 +16,8 @@ from typing import Any
 
 from flwr.app import Message, MetricRecord
 
+from edgefl.flower.apps.own_fault import Bystander
 from edgefl.flower.nodes import node_name
-from edgefl.flower.own_fault import Bystander
 from edgefl.flower.records import message_bytes
 
 Json = dict[str, Any]

@@ -33,12 +33,12 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError, TaskError
-from edgefl.flower.app import FlowerApp, load_client_app
+from edgefl.flower.apps.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Answer, Delivery, execute
-from edgefl.guardian import guardian
+from edgefl.measure import how_ended, seldom_collected
 from edgefl.operator.run import peak_rss_mb
-from edgefl.simulation.machine import how_ended, seldom_collected
+from edgefl.process.guardian import guardian
 
 IN_FLIGHT = 2  # messages under way for each worker
 SMALL_BYTES = 32 << 10  # lie in a pipe that nobody reads, so that sending them never waits

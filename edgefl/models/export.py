@@ -21,9 +21,9 @@ import numpy as np
 
 from edgefl.errors import MissingExtra, ParityError, TaskError
 from edgefl.models.session import INPUT, OUTPUT, open_session, ort_errors
-from edgefl.samples import require_torch, test_samples, train_samples
 from edgefl.task import Task, UserCode
-from edgefl.training import make_model
+from edgefl.training.local import make_model
+from edgefl.training.samples import require_torch, test_samples, train_samples
 from edgefl.trees import Array, Tree
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from edgefl.errors import ConfigError
 from edgefl.models import compress
 from edgefl.models.compress import Measure
 from edgefl.models.session import input_name, is_classified, open_session
-from edgefl.samples import Samples, test_samples
 from edgefl.task import Task
-from edgefl.training import EVALUATION_BATCH, evaluate_model
+from edgefl.training.local import EVALUATION_BATCH, evaluate_model
+from edgefl.training.samples import Samples, test_samples
 from edgefl.trees import Array
 
 if TYPE_CHECKING:

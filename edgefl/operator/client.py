@@ -20,7 +20,7 @@ from edgefl.errors import CloudRefused, CloudUnreachable, NotFound, ProtocolErro
 from edgefl.operator.credentials import Credentials, load_credentials, tls_context, write_operator_credentials
 from edgefl.protocols.fields import from_json, parse_json
 from edgefl.protocols.messages import BlobRef
-from edgefl.text import for_json, one_line
+from edgefl.terminal.text import for_json, one_line
 
 __all__ = ["CloudClient", "Credentials", "load_credentials", "write_operator_credentials"]
 

@@ -40,7 +40,7 @@ def parameters_of(client: CloudClient, job: str, folder: Path) -> Path:
 def export(task: Task, parameters: Path, folder: Path, *, compression: str, max_drop: float) -> Exported:
     """Make the ONNX file to publish; raises ConfigError, ParityError and AccuracyGateFailed."""
     from edgefl.models.export import export_task
-    from edgefl.training import evaluate
+    from edgefl.training.local import evaluate
     from edgefl.trees import SpooledTree
 
     if compression not in COMPRESSIONS:
@@ -76,7 +76,7 @@ def publish_onnx(client: CloudClient, model: str, path: Path) -> Json:
 def _compressed(task: Task, source: Exported, max_drop: float) -> Exported:
     from edgefl.models.compress import compress
     from edgefl.models.gate import gate_of
-    from edgefl.samples import test_samples
+    from edgefl.training.samples import test_samples
 
     gate = gate_of(task, source.path)
     calibration = test_samples(task, {}).inputs[:MAX_CALIBRATION].cpu().numpy()  # their ranges; no label is looked at

@@ -20,14 +20,14 @@ from typing import Any
 from edgefl.bundle import pack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
-from edgefl.frozen import whole
 from edgefl.operator.client import CloudClient, Json, load_credentials
 from edgefl.operator.follow import Patience, follow_job, insist
-from edgefl.parts import parts_of
 from edgefl.protocols.messages import BlobRef
 from edgefl.task import Task, load_task
-from edgefl.training import evaluate_model, make_model, set_parameters
+from edgefl.training.local import evaluate_model, make_model, set_parameters
+from edgefl.training.parts import parts_of
 from edgefl.trees import SpooledTree, Tree, write_tree
+from edgefl.trees.frozen import whole
 
 OnRound = Callable[[Json], None]
 
@@ -128,7 +128,7 @@ class Judge:
         self._frozen: tuple[str, Tree] | None = None  # the last, by its digest
         self._tools: tuple[Any, Any] | None = None
         if task.model is not None and task.test_data is not None:
-            from edgefl.samples import test_samples
+            from edgefl.training.samples import test_samples
 
             self._tools = (make_model(task), test_samples(task, {}))
 

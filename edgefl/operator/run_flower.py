@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from edgefl.errors import ConfigError
+from edgefl.operator.commands.progress import INTERRUPTED, round_progress
 from edgefl.operator.connection import Connection
-from edgefl.operator.output import Output, counted, metrics_text
-from edgefl.operator.progress import INTERRUPTED, round_progress
+from edgefl.terminal.output import Output, counted, metrics_text
 
 if TYPE_CHECKING:
     from edgefl.flower import FlowerRunResult
@@ -46,8 +46,8 @@ def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None
             "config goes by edgefl agent start --data key=value, and edgefl simulate has as many nodes as you like"
         )
     from edgefl.flower import load_flower_app, parse_run_config, run_on_fleet
-    from edgefl.flower.app import fuse_run_config
-    from edgefl.flower.habits import read_run_config
+    from edgefl.flower.apps.app import fuse_run_config
+    from edgefl.flower.apps.habits import read_run_config
 
     overrides = read_run_config(asked.run_config) | parse_run_config(asked.settings)
     if asked.rounds is not None:

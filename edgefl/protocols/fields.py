@@ -3,7 +3,7 @@
     bool, str, int, float   of that very type (a bool is no int; a whole number is a float)
     int                     64 bits with a sign: what SQLite and protobuf hold
     float                   finite
-    str                     safe for a line (see `edgefl.text`), of a bounded length
+    str                     safe for a line (see `edgefl.terminal.text`), of a bounded length
     mappings, sequences     of a bounded number of items; keys and items as above
 
 A message derives from `Checked`; `limited` narrows a field, or says that its text is for people (`prose`), which
@@ -25,7 +25,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import dacite
 
 from edgefl.errors import ConfigError, ProtocolError
-from edgefl.text import is_safe, one_line
+from edgefl.terminal.text import is_safe, one_line
 
 INT64 = 2**63
 MAX_TEXT_CHARS = 64 << 10

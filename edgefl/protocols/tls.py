@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from edgefl.errors import HomeError, ProtocolError
-from edgefl.home import replace_file
+from edgefl.process.home import replace_file
 
 if TYPE_CHECKING:
     import grpc

@@ -19,14 +19,14 @@ import numpy as np
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
-from edgefl.frozen import whole
-from edgefl.parts import parts_of
-from edgefl.randomness import kept, seeded
+from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
-from edgefl.samples import require_torch, test_samples
-from edgefl.simulation.auto import AUTO, LOOP, Chosen, make_engine
-from edgefl.simulation.checkpoint import (
+from edgefl.simulation.engines.auto import AUTO, LOOP, Chosen, make_engine
+from edgefl.simulation.engines.fallback import Sheltered
+from edgefl.simulation.engines.fleets import Method, PopulationMaker, Setup, torch_threads
+from edgefl.simulation.engines.ray.ray_fleet import RayFleet
+from edgefl.simulation.study.checkpoint import (
     Checkpoint,
     Checkpoints,
     flat_settings,
@@ -35,18 +35,18 @@ from edgefl.simulation.checkpoint import (
     refuse_another,
     refuse_other_shapes,
 )
-from edgefl.simulation.fallback import Sheltered
-from edgefl.simulation.fleets import Method, PopulationMaker, Setup, torch_threads
-from edgefl.simulation.interrupt import set_by_interrupt
-from edgefl.simulation.machine import num_cores, own_peak_mb
-from edgefl.simulation.participation import count, no_counts
-from edgefl.simulation.population import make_population
-from edgefl.simulation.ray_fleet import RayFleet
-from edgefl.simulation.report import CutShort, Json, SimulationResult, model_of
-from edgefl.simulation.settings import SimulationConfig, VirtualTime, settled, virtual_time
+from edgefl.simulation.study.participation import count, no_counts
+from edgefl.simulation.study.report import CutShort, Json, SimulationResult, model_of
+from edgefl.simulation.world.population import make_population
+from edgefl.simulation.world.settings import SimulationConfig, VirtualTime, settled, virtual_time
 from edgefl.task import Task, load_task
-from edgefl.training import evaluate_model, initial_parameters, make_model, set_parameters
+from edgefl.terminal.interrupt import set_by_interrupt
+from edgefl.training.local import evaluate_model, initial_parameters, make_model, set_parameters
+from edgefl.training.parts import parts_of
+from edgefl.training.randomness import kept, seeded
+from edgefl.training.samples import require_torch, test_samples
 from edgefl.trees import Tree
+from edgefl.trees.frozen import whole
 
 OnEngine = Callable[[str, str], None]  # its name, and why it was chosen
 OnRound = Callable[[Json], None]

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from cloud.blobs import BlobStore
-from cloud.fleet_service import FleetService, ServiceParts, handler
-from cloud.jobs import Jobs
-from cloud.open_rounds import OpenRound, OpenRounds
-from cloud.renewal import Renewals
-from cloud.spool import Spool
-from cloud.store import open_database
+from cloud.dataplane.fleet_service import FleetService, ServiceParts, handler
+from cloud.dataplane.open_rounds import OpenRound, OpenRounds
+from cloud.state.blobs import BlobStore
+from cloud.state.jobs import Jobs
+from cloud.state.spool import Spool
+from cloud.state.store import open_database
+from cloud.trust.renewal import Renewals
 from edgefl.config import JobConfig
 from edgefl.models.manifest import new_fleet_key, sign
 from edgefl.protocols import fleet_pb2 as pb

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from cloud.aggregator import TLS_BUFFER_BYTES, Aggregator, shrink_tls_buffers
-from cloud.home import AggregatorOptions, CloudHome
+from cloud.state.home import AggregatorOptions, CloudHome
 from edgefl import aggregation
 from edgefl.aggregation import WeightedMean
+from edgefl.app.local_fleet import LocalFleet, free_ports
 from edgefl.config import JobConfig, load_config
 from edgefl.errors import CloudUnreachable, HomeError, JobFailed, PartFailed
-from edgefl.local_fleet import LocalFleet, free_ports
 from edgefl.operator.run import run
 
 ROOT = Path(__file__).parents[2]

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from cloud.cli import cloud
-from cloud.enrolment import Enrolment
-from cloud.store import open_database
+from cloud.state.enrolment import Enrolment
+from cloud.state.store import open_database
+from edgefl.app.local_fleet import LocalFleet
 from edgefl.errors import ConfigError, EnrolmentRefused, HomeError
-from edgefl.home import create_home
-from edgefl.local_fleet import LocalFleet
+from edgefl.process.home import create_home
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
 

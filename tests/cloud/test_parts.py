@@ -11,7 +11,7 @@ import pytest
 
 from cloud import parts as parts_module
 from cloud.parts import LOW_DISK_BYTES, MAX_FAULTS, Parts, database_fault, disk_fault
-from cloud.store import open_database
+from cloud.state.store import open_database
 from edgefl.errors import PartFailed
 from edgefl.testing import ManualClock
 

@@ -4,7 +4,7 @@ import pytest
 
 from cloud.shares import LEAST, Shares
 from edgefl.errors import HomeError
-from edgefl.protocols.connections import MAX_LEAVING
+from edgefl.protocols.ports.connections import MAX_LEAVING
 
 
 @pytest.mark.parametrize("embedded", [True, False])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edgefl.local_fleet import LocalFleet
+from edgefl.app.local_fleet import LocalFleet
 from edgefl.trees import SpooledTree
 
 TASKS = Path(__file__).parent / "tasks"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edgefl.config import from_dict
-from edgefl.simulation.settings import SimulationConfig
 from edgefl.simulation.simulate import simulate
+from edgefl.simulation.world.settings import SimulationConfig
 from edgefl.trees import is_float
 
 pytestmark = pytest.mark.soak

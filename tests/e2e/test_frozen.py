@@ -8,9 +8,9 @@ from edgefl.models.session import open_session
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.publish import export, parameters_of
 from edgefl.operator.run import submit, watch
-from edgefl.simulation.names import Names
+from edgefl.simulation.world.names import Names
 from edgefl.task import load_task
-from edgefl.training import initial_parameters
+from edgefl.training.local import initial_parameters
 from edgefl.trees import SpooledTree, encoded_bytes
 
 TASK = """

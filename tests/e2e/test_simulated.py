@@ -13,8 +13,8 @@ import pytest
 
 import edgefl
 from edgefl.config import load_config
-from edgefl.simulation.names import Names
-from edgefl.simulation.settings import SimulationConfig
+from edgefl.simulation.world.names import Names
+from edgefl.simulation.world.settings import SimulationConfig
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 CONFIG = DIGITS / "config.toml"  # two local epochs, shuffled

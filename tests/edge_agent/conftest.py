@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from edge_agent.bundles import Bundles
-from edge_agent.channel import CloudChannel
-from edge_agent.outbox import Outbox
-from edge_agent.participant import Means, Participant
-from edge_agent.profile import Profile, load_profile, save_profile
+from edge_agent.link.channel import CloudChannel
+from edge_agent.link.outbox import Outbox
+from edge_agent.link.profile import Profile, load_profile, save_profile
 from edge_agent.store import Store
-from edge_agent.trainer import Trainer
+from edge_agent.training.bundles import Bundles
+from edge_agent.training.participant import Means, Participant
+from edge_agent.training.trainer import Trainer
 from edgefl.config import TrainConfig
-from edgefl.home import create_home
 from edgefl.models import manifest
+from edgefl.process.home import create_home
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc, messages, tls
 from edgefl.protocols.messages import BlobRef, Signed, WirePlan

@@ -15,7 +15,7 @@ import pytest
 
 from edge_agent import agent as agent_module
 from edge_agent.agent import AgentConfig
-from edge_agent.status import read_status
+from edge_agent.install.status import read_status
 from edgefl.errors import ConfigError, PartFailed
 from edgefl.protocols import tls
 

@@ -8,7 +8,7 @@ import pytest
 
 from edgefl import errors
 from edgefl.errors import EdgeflError, MissingExtra, UpdateRejected
-from edgefl.extras import install_command
+from edgefl.terminal.extras import install_command
 
 ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
 

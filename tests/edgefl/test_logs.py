@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from edgefl.logs import FORM, LineFormatter, event
-from edgefl.text import is_safe
+from edgefl.terminal.text import is_safe
 
 
 def test_an_event_is_one_line_of_fields(caplog):

@@ -218,9 +218,9 @@ def test_a_task_is_a_flower_app():
 def test_a_task_runs_in_flowers_own_engine_and_gives_what_ours_gives(tmp_path):
     """In a process of its own, as who uses it would: Flower's engine is Ray."""
     import edgefl
+    from edgefl.app.local_fleet import QUIET
     from edgefl.config import load_config
-    from edgefl.local_fleet import QUIET
-    from edgefl.simulation.settings import SimulationConfig
+    from edgefl.simulation.world.settings import SimulationConfig
 
     (tmp_path / "app.py").write_text(FLOWER)
     command = [sys.executable, tmp_path / "app.py", DIGITS, tmp_path / "rounds.json"]

@@ -17,7 +17,7 @@ from edgefl.records import Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.task import load_task
 from edgefl.testing import ScriptedFleet
-from edgefl.training import buffer_names, evaluate, initial_parameters, set_threads, train_locally
+from edgefl.training.local import buffer_names, evaluate, initial_parameters, set_threads, train_locally
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 PARTS = 3

@@ -20,7 +20,7 @@ def test_cohorts_are_those_of_edgefl() -> None:
 
             def samples(self, client):
                 seen.append(work.names.index(client))
-                from edgefl.samples import Samples
+                from edgefl.training.samples import Samples
 
                 return Samples(*work.samples(work.names.index(client)))
 

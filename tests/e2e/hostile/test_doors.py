@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from benchmarks.light_devices import LightDevices, enrol
-from edgefl import local_fleet
-from edgefl.descriptors import raise_limit
+from edgefl.app import local_fleet
+from edgefl.process.descriptors import raise_limit
 from edgefl.protocols.tls import Identity, client_context, grpc_channel_credentials
 
 STRANGERS = 1500

@@ -18,7 +18,7 @@ from edgefl.protocols import tls, topics
 from edgefl.protocols.messages import WirePlan, decode_job
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
 from edgefl.protocols.tls import Identity
-from edgefl.text import is_safe
+from edgefl.terminal.text import is_safe
 
 STATE = {"session": 1, "online": True, "agent_version": "1", "models": {"m": 1}, "tags": {"a": "b"}, "serving_url": ""}
 NOTE = {"model": "m", "version": 1, "state": "active", "detail": "d"}

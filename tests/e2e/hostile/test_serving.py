@@ -22,6 +22,10 @@ WAIT_S = 60.0
 LIVE_S = 1.0  # on a busy machine; alone it takes a millisecond
 
 
+def trials(agent):
+    return [one for one in agent.children() if "edge_agent.releases.trial" in one.cmdline()]
+
+
 class Devices:
     """Three devices of a fleet; attacks are on `a`."""
 
@@ -57,7 +61,7 @@ class Devices:
         return psutil.Process(self.fleet.agents["a"].pid)
 
     def serving_pid(self):
-        found = [one.pid for one in self.agent.children() if "edge_agent.serving_main" in one.cmdline()]
+        found = [one.pid for one in self.agent.children() if "edge_agent.serving.serving_main" in one.cmdline()]
         return found[0] if found else None
 
     def ask(self, name, **inputs):
@@ -128,14 +132,14 @@ def test_releases_that_crash_or_never_end_while_they_load(devices, round_is_righ
     assert rollout
     devices.predicts(3.0)
     hanging = devices.release("slow", onnx_models.endless_start(), wait=None)
-    devices.until(lambda: any("edge_agent.trial" in one.cmdline() for one in devices.agent.children()), "the trial")
+    devices.until(lambda: trials(devices.agent), "the trial")
     devices.release("quick", onnx_models.affine(4.0))  # nobody waits for the slow one
     devices.predicts(5.0, "quick")
     good = devices.release("slow", onnx_models.affine(6.0))  # a newer wish ends the work on the older
     devices.predicts(7.0, "slow")
     assert good == hanging + 1
     devices.roll_out("slow", hanging, wait=None, rollback=True)
-    devices.until(lambda: any("edge_agent.trial" in one.cmdline() for one in devices.agent.children()), "the trial")
+    devices.until(lambda: trials(devices.agent), "the trial")
     devices.roll_out("slow", good)  # out of a hanging rollback
     devices.predicts(7.0, "slow")
     round_is_right(devices.fleet)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgefl.flower import FlowerRunResult, load_flower_app, run_on_fleet
-from edgefl.flower.errand import Errand, run_errand
+from edgefl.flower.fleet.deliver import Errand, run_errand
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.protocols.messages import WirePlan
 

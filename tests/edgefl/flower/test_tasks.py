@@ -16,7 +16,7 @@ from edgefl.records import Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.task import FitResult, Task
 from edgefl.testing import ScriptedFleet
-from edgefl.training import initial_parameters, train_locally
+from edgefl.training.local import initial_parameters, train_locally
 
 torch = pytest.importorskip("torch")
 PARTS = 3

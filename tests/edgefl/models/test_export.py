@@ -10,7 +10,7 @@ from edgefl.errors import ParityError, TaskError
 from edgefl.models.export import check_parity, export_onnx, export_task
 from edgefl.models.session import open_session
 from edgefl.task import Task
-from edgefl.training import initial_parameters
+from edgefl.training.local import initial_parameters
 
 
 def make_net():

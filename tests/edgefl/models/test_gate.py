@@ -11,7 +11,7 @@ from edgefl import Task
 from edgefl.errors import AccuracyGateFailed, ConfigError
 from edgefl.models.gate import gate_of
 from edgefl.operator.publish import export
-from edgefl.training import initial_parameters
+from edgefl.training.local import initial_parameters
 from edgefl.trees import write_tree
 
 RNG = np.random.default_rng(0)

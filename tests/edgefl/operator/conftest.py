@@ -15,7 +15,7 @@ from edgefl.records import Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.task import import_task
 from edgefl.testing import ScriptedFleet
-from edgefl.training import train_locally
+from edgefl.training.local import train_locally
 from edgefl.trees import SpooledTree
 
 TORCH_TASK = """

@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from edgefl.operator.cli import run
+from edgefl.operator.commands.run import run
 
 PYPROJECT = """
 [tool.flwr.app.components]
@@ -51,7 +51,7 @@ def command(http_plane, app):
 def respond(_device, plan, content):
     from flwr.app import Message, MetricRecord, RecordDict
 
-    from edgefl.flower import wire
+    from edgefl.flower.fleet import wire
 
     message, _ = wire.open_order(content, plan.envelope)
     return wire.pack_reply(Message(RecordDict({"m": MetricRecord({"score": 0.5})}), reply_to=message))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent import trainer_wire
+from edge_agent.training import trainer_wire
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
 from edgefl.models import manifest

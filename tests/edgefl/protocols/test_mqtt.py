@@ -90,7 +90,7 @@ def test_a_certificate_of_another_ca_is_refused_by_both_sides(broker, fleet_ca, 
 
 
 def test_the_brokers_certificate_must_be_for_the_host_we_asked(free_port, fleet_ca) -> None:
-    from cloud.broker import EmbeddedBroker
+    from cloud.broker.embedded import EmbeddedBroker
     from edgefl.protocols import tls
 
     folder = fleet_ca.folder / "other-host"

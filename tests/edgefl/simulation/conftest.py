@@ -12,12 +12,12 @@ import pytest
 
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, from_dict
-from edgefl.parts import parts_of
 from edgefl.records import Plan, RoundOutcome
 from edgefl.rounds import Fleet, Job, run_rounds
-from edgefl.simulation.fleets import Setup
-from edgefl.simulation.task_population import TaskPopulation
+from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import load_task
+from edgefl.training.parts import parts_of
 
 MODULE = """
 import dataclasses

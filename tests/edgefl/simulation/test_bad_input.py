@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from edgefl import cli
+from edgefl.app import cli
 
 ODD_LOSSES = """
 import dataclasses

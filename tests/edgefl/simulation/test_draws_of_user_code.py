@@ -11,19 +11,19 @@ from torch import nn
 
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.config import JobConfig, from_dict
-from edgefl.randomness import Drawn
 from edgefl.records import Plan, Update
-from edgefl.samples import Samples
-from edgefl.simulation.fleets import Setup
-from edgefl.simulation.loop import LoopFleet
-from edgefl.simulation.pool_tally import ChunkTrainer
-from edgefl.simulation.pool_wire import Chunk, Flush
+from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.engines.loop import LoopFleet
+from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
+from edgefl.simulation.engines.pool.pool_wire import Chunk, Flush
+from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.simulate import simulate
-from edgefl.simulation.stackable import why_not_stacked
-from edgefl.simulation.task_population import TaskPopulation
-from edgefl.simulation.traced import GradientOf
+from edgefl.simulation.steps.recording import GradientOf
+from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import FitResult, Task
-from edgefl.training import initial_parameters, train_locally
+from edgefl.training.local import initial_parameters, train_locally
+from edgefl.training.randomness import Drawn
+from edgefl.training.samples import Samples
 
 
 class Noisy(nn.Module):

@@ -9,17 +9,17 @@ from torch import nn
 
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.config import JobConfig, from_dict
-from edgefl.parts import parts_of
 from edgefl.records import Partial, Plan, Update
-from edgefl.simulation.fleets import Method, Setup
-from edgefl.simulation.loop import LoopFleet
-from edgefl.simulation.pool_tally import ChunkTrainer
-from edgefl.simulation.pool_wire import Chunk, Flush
-from edgefl.simulation.stackable import why_not_stacked
-from edgefl.simulation.stacked import StackedFleet
-from edgefl.simulation.task_population import TaskPopulation
+from edgefl.simulation.engines.fleets import Method, Setup
+from edgefl.simulation.engines.loop import LoopFleet
+from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
+from edgefl.simulation.engines.pool.pool_wire import Chunk, Flush
+from edgefl.simulation.engines.stackable import why_not_stacked
+from edgefl.simulation.engines.stacked import StackedFleet
+from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import Task
-from edgefl.training import initial_parameters, train_locally
+from edgefl.training.local import initial_parameters, train_locally
+from edgefl.training.parts import parts_of
 from edgefl.trees import is_float
 
 CLIENTS = 5

@@ -9,11 +9,11 @@ import pytest
 import edgefl
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, QuorumNotMet
-from edgefl.simulation.report import CutShort
-from edgefl.simulation.settings import SimulationConfig
 from edgefl.simulation.simulate import Watching, simulate
+from edgefl.simulation.study.report import CutShort
+from edgefl.simulation.world.settings import SimulationConfig
 from edgefl.task import FitResult, Task, load_task
-from edgefl.training import initial_parameters
+from edgefl.training.local import initial_parameters
 from edgefl.trees import SpooledTree, encoded_bytes
 
 

@@ -1,0 +1,112 @@
+"""A queue with a thread that works it off in its order, and again where the database or the disk says no.
+
+Why not at once, in the thread that reads the network: SQLite may wait 10 seconds for a lock, and a full disk takes
+as long as it takes; nothing that a peer sent may be lost for it, and no keep-alive may wait.
+Invariant: an item is worked off, or refused by the work itself (ProtocolError, or a defect of ours: both are logged),
+or gave way to MAX_WAITING newer ones under its key; nothing that an item does ends the thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from cloud.state.storage import waits_for
+from edgefl.errors import ProtocolError
+from edgefl.logs import event
+
+MAX_WAITING = 64  # items under one key
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+CLOSE_S = 15.0  # above SQLite's own patience with a lock
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error is the machine's and may be over soon: a locked database, a full disk, no descriptors."""
+    return isinstance(error, PoolTimeoutError) or bool(waits_for(error))
+
+
+class Inbox(Generic[_T]):
+    """Takes items from any thread; one of its own works them off."""
+
+    def __init__(self, name: str, work: Callable[[_T], None]) -> None:
+        self._name, self._work = name, work
+        self._order: deque[str] = deque()
+        self._items: dict[str, deque[_T]] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._reason = ""
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, key: str, item: _T) -> None:
+        """Queue an item; where MAX_WAITING wait under its key, the oldest of those is dropped."""
+        with self._changed:
+            items = self._items.setdefault(key, deque(maxlen=MAX_WAITING))
+            full = len(items) == MAX_WAITING
+            items.append(item)
+            if not full:
+                self._order.append(key)
+                self._changed.notify()
+        if full:
+            event(_log, logging.WARNING, "inbox.dropped", inbox=self._name, key=key, waiting=MAX_WAITING)
+
+    @property
+    def reason(self) -> str:
+        """Why the item at the head waits; empty where it does not."""
+        return self._reason
+
+    def close(self) -> None:
+        """End the thread after the item at work; what waits is dropped."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        while (item := self._next()) is not None:
+            pause_s = FIRST_PAUSE_S
+            while not self._is_done(*item):
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closed, pause_s):
+                        return
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _next(self) -> tuple[str, _T] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._order or self._closed)
+            if self._closed:
+                return None
+            key = self._order.popleft()
+            items = self._items[key]
+            item = items.popleft()
+            if not items:
+                del self._items[key]
+            return key, item
+
+    def _is_done(self, key: str, item: _T) -> bool:
+        """Work on an item; False where it is to be tried again."""
+        try:
+            self._work(item)
+        except ProtocolError as fault:
+            event(_log, logging.WARNING, "inbox.refused", inbox=self._name, key=key, reason=fault)
+        except Exception as error:  # noqa: BLE001 - a defect that a message finds costs that message only
+            if is_passing(error):
+                if not self._reason:
+                    event(_log, logging.ERROR, "inbox.waits", inbox=self._name, key=key, reason=error)
+                self._reason = str(error)
+                return False
+            _log.critical("inbox.item_lost inbox=%s key=%r", self._name, key, exc_info=True)
+        self._reason = ""
+        return True

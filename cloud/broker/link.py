@@ -1,0 +1,203 @@
+"""The cloud's side of the control plane: who is online, what devices tell, and small messages to them.
+
+Invariants: of two states of a device the one with the higher session counts, within a session offline
+comes last (a will may overtake a rebirth); a malformed message changes nothing and is logged with its
+device and reason; a device's message counts only while it is enrolled. While the broker is away nobody
+is online: retained states and rebirths tell again who is there.
+
+The link's thread only takes messages in; a thread of its own (`cloud.broker.inbox`) works them off in their order, each
+again where the database or the disk says no for a while. So a locked database holds up no keep-alive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cloud.broker.inbox import Inbox
+from edgefl.errors import CloudUnreachable, ProtocolError
+from edgefl.logs import event
+from edgefl.protocols import topics
+from edgefl.protocols.messages import (
+    DeviceState,
+    RolloutNote,
+    RoundClosed,
+    Signed,
+    Telemetry,
+    UpdateRefused,
+    WirePlan,
+    decode,
+    encode,
+)
+from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.tls import CLOUD_NAME, Identity
+
+_KINDS: Mapping[str, type[Any]] = {"state": DeviceState, "rollout": RolloutNote, "telemetry": Telemetry}
+
+_log = logging.getLogger(__name__)
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+def _everyone(_device: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hearers:
+    """Who hears of what. All but `on_failure` are called in the inbox's thread, and must return soon."""
+
+    on_failure: Callable[[BaseException], None]  # the link has ended, and will not come back
+    on_state: Callable[[str, DeviceState], None] = _ignore  # also for devices lost with the broker
+    on_note: Callable[[str, RolloutNote], None] = _ignore
+    on_telemetry: Callable[[str, Telemetry], None] = _ignore
+    is_known: Callable[[str], bool] = _everyone  # whether a device is enrolled
+
+
+class CloudLink:
+    """Presence and messages by any broker. Its methods may be called from any thread."""
+
+    def __init__(self, url: str, identity: Identity | None, hearers: Hearers) -> None:
+        self._hearers = hearers
+        self._changed = threading.Condition()
+        self._states: dict[str, DeviceState] = {}
+        config = LinkConfig(
+            url=url, client_id=CLOUD_NAME, identity=identity, subscriptions=[(topics.EVERY_UP, 1)], keepalive_s=10
+        )
+        self._inbox: Inbox[tuple[str, bytes] | None] = Inbox("mqtt-inbox", self._take)
+        self._link = MqttLink(
+            config,
+            on_message=lambda topic, payload: self._inbox.put(topic, (topic, payload)),
+            on_disconnect=lambda: self._inbox.put("", None),
+            on_failure=hearers.on_failure,
+        )
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        self._inbox.start()
+        self._link.start()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Whether the broker is there, now or within the time."""
+        return self._link.wait_connected(timeout_s)
+
+    @property
+    def reason(self) -> str:
+        """Why the broker is not there; empty while it is."""
+        return self._link.reason
+
+    @property
+    def held_up(self) -> str:
+        """Why messages wait to be worked off; empty where none does."""
+        return self._inbox.reason
+
+    def close(self) -> None:
+        """Send what is queued, and leave the broker."""
+        self._link.close()
+        self._inbox.close()
+
+    def online(self) -> frozenset[str]:
+        """Return the devices that are online."""
+        with self._changed:
+            return frozenset(name for name, state in self._states.items() if state.online)
+
+    def offline(self) -> frozenset[str]:
+        """Return the devices that have been heard of and are not online."""
+        with self._changed:
+            return frozenset(name for name, state in self._states.items() if not state.online)
+
+    def state(self, device: str) -> DeviceState | None:
+        """Return what a device said last, if it said anything since the cloud's start."""
+        with self._changed:
+            return self._states.get(device)
+
+    def wait_until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        """Whether the predicate, asked at each change of presence, became true within the time."""
+        with self._changed:
+            return self._changed.wait_for(predicate, max(0.0, timeout_s))
+
+    def wake(self) -> None:
+        """Have those in `wait_until` look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def send_job(self, device: str, message: WirePlan | RoundClosed | UpdateRefused) -> None:
+        """Announce, close or refuse; a device that misses it asks `Next` when it is back."""
+        self._send(topics.down(device, "job"), encode(message))
+
+    def send_desired(self, device: str, signed: Signed) -> None:
+        """Say which release a device is to have; kept by the broker."""
+        self._send(topics.down(device, "desired"), encode(signed), retain=True)
+
+    def forget(self, device: str) -> None:
+        """Clear what the broker keeps of a device, and its presence."""
+        for topic in (topics.up(device, "state"), topics.down(device, "desired")):
+            self._send(topic, b"", retain=True)
+        with self._changed:
+            self._states.pop(device, None)
+            self._changed.notify_all()
+
+    def _send(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        try:
+            self._link.publish(topic, payload, retain=retain)
+        except CloudUnreachable as fault:  # costs latency only: the device will ask
+            event(_log, logging.WARNING, "mqtt.not_sent", topic=topic, reason=fault)
+
+    # Below: the inbox's thread.
+
+    def _take(self, item: tuple[str, bytes] | None) -> None:
+        """Take a message; None stands for the broker that was lost."""
+        if item is None:
+            self._lost_broker()
+        else:
+            self._received(*item)
+
+    def _received(self, topic: str, payload: bytes) -> None:
+        device, kind = topics.parse_up(topic)
+        if not payload and kind == "state":
+            return  # our own `forget`
+        try:
+            self._hear(device, kind, payload)
+        except ProtocolError as fault:
+            event(_log, logging.WARNING, "device.bad_message", device=device, kind=kind, reason=fault)
+
+    def _hear(self, device: str, kind: str, payload: bytes) -> None:
+        if not self._hearers.is_known(device):
+            raise ProtocolError("the device is not enrolled")
+        message = decode(_KINDS[kind], payload)
+        if isinstance(message, DeviceState):
+            self._note_state(device, message)
+        elif isinstance(message, RolloutNote):
+            self._hearers.on_note(device, message)
+        else:
+            self._hearers.on_telemetry(device, message)
+
+    def _note_state(self, device: str, state: DeviceState) -> None:
+        with self._changed:
+            held = self._states.get(device)
+            if held is not None and _order(state) < _order(held):
+                event(_log, logging.DEBUG, "device.old_state", device=device, session=state.session, held=held.session)
+                return
+            self._states[device] = state
+            self._changed.notify_all()
+        if held is None or held.online != state.online:
+            event(_log, logging.INFO, "device.online" if state.online else "device.offline", device=device)
+        self._hearers.on_state(device, state)
+
+    def _lost_broker(self) -> None:
+        with self._changed:
+            lost = {name: dataclasses.replace(one, online=False, session=0) for name, one in self._states.items()}
+            self._states.update(lost)
+            self._changed.notify_all()
+        for device, state in lost.items():
+            self._hearers.on_state(device, state)
+
+
+def _order(state: DeviceState) -> tuple[int, bool]:
+    return state.session, not state.online

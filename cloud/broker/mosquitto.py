@@ -1,0 +1,176 @@
+"""The cloud's hold on the mosquitto that it configured: who is revoked, which certificate it shows, who is cut.
+
+mosquitto asks nobody whether a device is still of the fleet. It has a list of revoked certificates (CRL) in
+the folder that `edgefl cloud broker-config` made, and reads list and certificate again on SIGHUP (tried with
+2.0.11). Connections that are open stay open then: so a device that is removed has its connection taken over,
+with a certificate of its name that is made for that moment and thrown away.
+A mosquitto on another machine gets the list over HTTPS (/v1/crl) and is restarted by a timer of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from cryptography import x509
+
+from cloud.broker.mosquitto_config import CONFIG_FILE, CRL_FILE, PID_FILE
+from cloud.trust.crl import make_crl
+from cloud.trust.own_certificates import hosts_of, renew_server
+from edgefl.errors import CloudUnreachable, ConfigError
+from edgefl.logs import event
+from edgefl.process.home import replace_file
+from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.tls import BROKER_NAME, Identity, new_request, sign_request
+
+CONNECT_S = 5.0
+HOLD_DAYS = 1.0  # of the certificate that takes a connection over
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MosquittoParts:
+    """Where this mosquitto is, and what it is to know."""
+
+    url: str  # mqtts://host:port
+    folder: Path  # that broker-config made; it may not be there
+    ca_folder: Path
+    revoked: Callable[[], Sequence[str]]  # serial numbers in hex, in order; one that is in it stays
+    certificate_days: float
+    pid_file: Path | None = None  # None = in the folder
+    removed: Sequence[str] = ()  # devices whose connections may be open still
+
+
+class Mosquitto:
+    """Methods may be called from any thread; they wait for seconds at most."""
+
+    def __init__(self, parts: MosquittoParts) -> None:
+        self._parts = parts
+        self._lock = threading.Lock()  # one writer of the folder at a time
+        self._uncut = set(parts.removed)
+        self._num_listed = -1  # in the list as we wrote it
+        self._is_starting = False  # mosquitto, at the last change: it is told later
+        self._signalled = True  # whether the last change was told to mosquitto
+
+    def refresh(self) -> None:
+        """Write the list and the certificate where they are not as they should be, and have mosquitto read them."""
+        self._update(even_unchanged=False)
+        for device in sorted(self._uncut):
+            if not self._take_over(device):
+                break  # the broker is away
+
+    def begin(self) -> None:
+        """Do what the cloud's start does: write the list in any case, for it ends with the CA; nobody is cut yet.
+
+        Says where mosquitto was configured by an edgefl that knew of no list.
+        """
+        self._update(even_unchanged=True)
+        config = _content(self._parts.folder / CONFIG_FILE)
+        if config and b"\ncrlfile " not in config:
+            advice = "run `edgefl cloud broker-config` again, and restart mosquitto: it lets revoked certificates in"
+            event(_log, logging.WARNING, "broker.config_old", file=self._parts.folder / CONFIG_FILE, advice=advice)
+
+    def drop(self, device: str) -> None:
+        """End the connection of a device that was removed; its certificate does not let it in again.
+
+        Where another than us has mosquitto read the list, it may come back before that: it is ended once more.
+        """
+        self._update(even_unchanged=False)
+        self._take_over(device)
+        if not self._signalled:
+            self._uncut.add(device)
+
+    def _update(self, *, even_unchanged: bool) -> None:
+        with self._lock:
+            if self._parts.folder.is_dir() and (self._write(even_unchanged=even_unchanged) or self._is_starting):
+                self._signalled = self._reload()
+
+    def _write(self, *, even_unchanged: bool) -> bool:
+        folder, ca = self._parts.folder, self._parts.ca_folder / "ca.pem"
+        changed = False
+        if _content(folder / "ca.pem") != ca.read_bytes():
+            replace_file(folder / "ca.pem", ca.read_bytes())
+            changed = even_unchanged = True
+        serials = self._parts.revoked()
+        if even_unchanged or len(serials) != self._num_listed:
+            replace_file(folder / CRL_FILE, make_crl(self._parts.ca_folder, serials))
+            self._num_listed = len(serials)
+            changed = True
+        return self._renew() or changed
+
+    def _renew(self) -> bool:
+        """Renew the broker's certificate, for the hosts that it has; returns whether it did."""
+        identity = Identity.in_folder(self._parts.folder)
+        try:
+            hosts = hosts_of(x509.load_pem_x509_certificate(identity.cert.read_bytes()))
+        except (OSError, ValueError) as fault:
+            event(_log, logging.ERROR, "broker.no_certificate", file=identity.cert, reason=fault,
+                  advice="run `edgefl cloud broker-config` again, and restart mosquitto")  # fmt: skip
+            return False
+        renewed = renew_server(self._parts.ca_folder, identity, hosts, BROKER_NAME, self._parts.certificate_days)
+        if renewed:
+            event(_log, logging.INFO, "broker.certificate_renewed", file=identity.cert)
+        return renewed
+
+    def _reload(self) -> bool:
+        path = self._parts.pid_file or self._parts.folder / PID_FILE
+        try:
+            pid = int(path.read_text(encoding="ascii"))
+            if psutil.Process(pid).name() != "mosquitto":
+                raise ProcessLookupError(f"process {pid} is no mosquitto")
+            self._is_starting = not catches_hangup(pid)
+            if self._is_starting:
+                return False
+            os.kill(pid, signal.SIGHUP)
+        except (OSError, ValueError, psutil.Error) as fault:
+            advice = "send SIGHUP to a mosquitto on this machine; mosquitto.conf says what another one needs"
+            event(_log, logging.WARNING, "broker.not_reloaded", pid_file=path, reason=fault, advice=advice)
+            return False
+        event(_log, logging.INFO, "broker.reloaded", pid=pid)
+        return True
+
+    def _take_over(self, device: str) -> bool:
+        """Connect as this device, so that the broker ends its other connection, and leave."""
+        ca = self._parts.ca_folder
+        try:
+            with tempfile.TemporaryDirectory(prefix=".take-over-", dir=ca) as folder:
+                identity = Identity(Path(folder, "key.pem"), Path(folder, "cert.pem"), ca / "ca.pem")
+                identity.cert.write_bytes(sign_request(ca, new_request(identity, device), device, HOLD_DAYS))
+                config = LinkConfig(url=self._parts.url, client_id=device, identity=identity)
+                with MqttLink(config, on_failure=_note_failure) as link:
+                    done, reason = link.wait_connected(CONNECT_S), link.reason
+        except (OSError, ConfigError, CloudUnreachable) as fault:
+            done, reason = False, str(fault)
+        if done:
+            self._uncut.discard(device)
+            event(_log, logging.INFO, "broker.dropped", device=device)
+        else:
+            self._uncut.add(device)  # `refresh` tries again
+            event(_log, logging.WARNING, "broker.not_dropped", device=device, reason=reason)
+        return done
+
+
+def _note_failure(failure: BaseException) -> None:
+    event(_log, logging.ERROR, "broker.take_over_failed", reason=repr(failure))  # `wait_connected` raises it too
+
+
+def catches_hangup(pid: int) -> bool:
+    """Whether SIGHUP would not end a process; mosquitto takes a moment at its start until it is so."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGHUP - 1) & 1)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""

@@ -1,0 +1,1 @@
+"""The gRPC data plane: plans and models down, updates up."""

@@ -1,0 +1,370 @@
+"""The gRPC data plane's server side: plans and models down, updates up (edgefl/protocols/fleet.proto).
+
+A device is who its certificate says. An upload is acknowledged after it is checked, on disk and in the
+database. Files are read and written in worker threads, and transfers take turns (`cloud.dataplane.transfer_limiter`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from sqlalchemy.exc import SQLAlchemyError
+
+from cloud.dataplane.open_rounds import OpenRound, OpenRounds
+from cloud.dataplane.running_calls import RunningCalls
+from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, Turnstile
+from cloud.state.blobs import BlobStore
+from cloud.state.enrolment import REMOVED
+from cloud.state.jobs import Answer, Jobs
+from cloud.state.spool import Incoming, Spool
+from cloud.state.storage import Storage
+from cloud.trust.renewal import Renewals
+from edgefl.errors import EnrolmentRefused, ProtocolError, UploadCutOff
+from edgefl.logs import event
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk, upload_data
+from edgefl.protocols.messages import Signed, encode
+from edgefl.protocols.tls import common_name, serial_number
+from edgefl.terminal.text import is_safe, one_line
+from edgefl.trees import SpooledTree
+
+RESUME_S = 10.0
+MAX_REASON_CHARS = 2000
+MAX_HOLDING = 10_000  # jobs of which a device keeps a state
+MAX_METRICS, MAX_METRIC_CHARS = 100, 200  # of one update: they are kept with the round
+MAX_PLANS = 24  # in one answer to `Next`: below 1 MB
+MAX_DOWNLOADS = 4  # of one device at a time: a model, a bundle, releases
+DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
+
+_STALLED = "nothing moved for too long, or newer transfers of this device took its place"
+
+_log = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceParts:
+    """What the service works on."""
+
+    rounds: OpenRounds
+    jobs: Jobs
+    blobs: BlobStore
+    spool: Spool
+    desired_for: Callable[[str], list[Signed]]
+    ended: Callable[[Sequence[str]], list[str]]  # of these jobs, those that are over
+    is_known: Callable[[str, str | None], bool]  # name and certificate's serial number
+    broker_url: str
+    renewals: Renewals | None = None  # None = certificates are not renewed here
+    ca_pem: bytes = b""  # told with a renewed certificate
+    insecure: bool = False
+    admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why there is no seat for a device's connection
+    pace: Callable[[str], float] = lambda _who: 0.0  # for how many seconds a call with this certificate has to wait
+    max_transfers: int = MAX_INSIDE  # uploads, and downloads, under way at a time
+    storage: Storage = field(default_factory=Storage)
+
+
+def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
+    """Return the service for a gRPC server; chunks pass as bytes, see `edgefl.protocols.chunks`."""
+    to_state = pb.UploadState.SerializeToString
+    registered = service.calls.registered
+    methods = {
+        "Next": grpc.unary_unary_rpc_method_handler(
+            registered(service.Next), pb.NextRequest.FromString, pb.NextReply.SerializeToString
+        ),
+        "Download": grpc.unary_stream_rpc_method_handler(registered(service.Download), pb.DownloadRequest.FromString),
+        "Resume": grpc.unary_unary_rpc_method_handler(registered(service.Resume), pb.UpdateKey.FromString, to_state),
+        "Upload": grpc.stream_unary_rpc_method_handler(registered(service.Upload), None, to_state),
+        "Renew": grpc.unary_unary_rpc_method_handler(
+            registered(service.Renew), pb.RenewRequest.FromString, pb.RenewReply.SerializeToString
+        ),
+        "Fail": grpc.unary_unary_rpc_method_handler(
+            registered(service.Fail), pb.FailureReport.FromString, pb.FailureReply.SerializeToString
+        ),
+    }
+    return grpc.method_handlers_generic_handler("edgefl.v1.Fleet", methods)
+
+
+class FleetService:
+    """Implements `service Fleet`. Lives in the event loop; everything that blocks runs in `workers`."""
+
+    def __init__(self, parts: ServiceParts, workers: ThreadPoolExecutor) -> None:
+        self._parts = parts
+        self._workers = workers
+        self._loop = asyncio.get_running_loop()
+        self.calls = RunningCalls()
+        self._uploads = Turnstile(max_inside=parts.max_transfers)
+        self._downloads = Turnstile(max_inside=parts.max_transfers, max_each=MAX_DOWNLOADS)
+
+    async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
+        device = await self._device(context)
+        desired = await self._run(self._parts.desired_for, device)
+        waiting = sorted(self._parts.rounds.waiting_for(device), key=_training_first)
+        return pb.NextReply(
+            plans=[encode(one.plan) for one in waiting[:MAX_PLANS]],
+            desired=[encode(signed) for signed in desired],
+            broker=self._parts.broker_url,
+            ended=await self._run(self._parts.ended, request.holding[:MAX_HOLDING]),
+            renew=self._is_renewal_due(context),
+        )
+
+    async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
+        device = await self._device(context)
+        if self._parts.renewals is None or not self._is_renewal_due(context):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this certificate is good for a long time yet")
+        try:
+            certificate = await self._run(self._parts.renewals.renew, device, request.csr)
+        except (ProtocolError, EnrolmentRefused) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        event(_log, logging.INFO, "device.renewed", device=device)
+        return pb.RenewReply(certificate=certificate, ca=self._parts.ca_pem)
+
+    async def Download(  # noqa: N802
+        self, request: pb.DownloadRequest, context: Context
+    ) -> None:
+        device = await self._device(context)
+        opened = [one for one in self._parts.rounds.waiting_for(device) if one.asks_for(request.sha256)]
+        sources = [one.source for one in opened if one.source is not None]
+        try:
+            path = sources[0] if sources else self._parts.blobs.path(request.sha256)
+            async with self._downloads.turn(device) as transfer:
+                descriptor = os.open(path, os.O_RDONLY)  # in its turn: those that wait for theirs hold none
+                try:
+                    offset = min(request.offset, os.fstat(descriptor).st_size)
+                    while data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset):
+                        offset += len(data)
+                        for one in opened:
+                            one.down_bytes += len(data)
+                        await context.write(encode_chunk(data))
+                        transfer.moved()
+                finally:
+                    os.close(descriptor)
+        except ProtocolError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except FileNotFoundError:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"the cloud has no blob {request.sha256}")
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.ABORTED, _STALLED)
+
+    async def Resume(self, request: pb.UpdateKey, context: Context) -> pb.UploadState:  # noqa: N802
+        device = await self._device(context)
+        opened, settled = self._find(request, device)
+        if settled is not None or opened is None:
+            return await self._unless_stopping(settled or _state("STALE"), context)
+        offset = await self._run(self._parts.spool.received_bytes, request.job, request.round, device)
+        return _state("PARTIAL", offset=offset)
+
+    async def Upload(  # noqa: N802
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> pb.UploadState:
+        device, num_bytes = await self._device(context), 0
+        try:
+            async with self._uploads.turn(device) as transfer:
+                first = pb.UploadChunk.FromString(await anext(requests, b""))
+                if first.WhichOneof("part") != "header":
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its header")
+                opened, settled = self._find(first.header.key, device)
+                if settled is not None or opened is None:
+                    return await self._unless_stopping(settled or _state("STALE"), context)
+                if fault := _bad_header(first.header, opened):
+                    return await self._run(self._refuse, opened, device, fault)
+                num_bytes = first.header.size - first.header.offset
+                state = await self._receive(_moving(requests, transfer), first.header, opened, device)
+                await self._run(self._parts.storage.worked, num_bytes)
+                return await self._unless_stopping(state, context)
+        except DecodeError:
+            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message of the upload is no UploadChunk")
+        except (UploadCutOff, TimeoutError) as error:
+            return await context.abort(grpc.StatusCode.ABORTED, str(error) or _STALLED)
+        except (OSError, SQLAlchemyError) as error:
+            return await self._not_stored(error, device, context, num_bytes)
+
+    async def Fail(self, request: pb.FailureReport, context: Context) -> pb.FailureReply:  # noqa: N802
+        device = await self._device(context)
+        opened, _ = self._find(request.key, device)
+        if opened is not None:
+            try:
+                await self._run(self._refuse, opened, device, request.reason)
+            except (OSError, SQLAlchemyError) as error:
+                await self._not_stored(error, device, context)
+        return pb.FailureReply()
+
+    async def _not_stored(self, error: Exception, device: str, context: Context, num_bytes: int = 0) -> NoReturn:
+        """End a call with a status that the device tries again after; the round's deadline waits for it."""
+        if not self._parts.storage.refused(error, num_bytes):
+            event(_log, logging.ERROR, "upload.not_stored", device=device, error=error)
+        cause = getattr(error, "orig", None) or error
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it now: {cause}")
+        raise error  # not reached: an aborted call raises
+
+    async def _receive(
+        self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, device: str
+    ) -> pb.UploadState:
+        spool, key = self._parts.spool, header.key
+        here = await self._run(spool.received_bytes, key.job, key.round, device)
+        if header.offset > here:
+            return _state("PARTIAL", offset=here)
+        incoming = await self._run(spool.incoming, key.job, key.round, device, header.offset)
+        try:
+            async for message in requests:
+                data = upload_data(message)
+                if incoming.size + len(data) > header.size:
+                    return await self._run(self._refuse, opened, device, _overlong(header.size))
+                opened.up_bytes += len(data)
+                await self._run(incoming.write, data)
+            if incoming.size < header.size:
+                return _state("PARTIAL", offset=incoming.size)
+            return await self._run(self._settle, opened, device, header, incoming)
+        finally:
+            # In a worker: whoever writes is waited for. A file closed under its writer would be another's file.
+            await asyncio.shield(self._run(spool.done_with, incoming))
+
+    async def _unless_stopping(self, state: pb.UploadState, context: Context) -> pb.UploadState:
+        """Return the answer; but a cloud that stops does not say that a round is over which it will open again."""
+        if state.status == pb.UploadState.STALE and self._parts.rounds.stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds go on when it is back")
+        return state
+
+    def _settle(self, opened: OpenRound, device: str, header: pb.UploadHeader, incoming: Incoming) -> pb.UploadState:
+        """Check, make durable, hand to the round; only then is it acknowledged."""
+        try:
+            incoming.finish(header.blake3)
+            if not opened.plan.envelope:  # else it is for the operator to read
+                SpooledTree(incoming.path)
+        except ProtocolError as error:
+            if header.offset:  # perhaps the part that was here is damaged: once more, from its beginning
+                return _state("PARTIAL")
+            return self._refuse(opened, device, str(error))
+        answer = Answer(device=device, file=incoming.name, weight=header.weight, metrics=dict(header.metrics))
+
+        def keep(one: Answer) -> None:
+            incoming.place()
+            self._record(opened, one)
+
+        return _state("STORED", offset=header.size) if opened.accept(answer, keep) else _state("STALE")
+
+    def forget(self, device: str) -> None:
+        """Refuse what a device that was removed has under way, or waits to be folded. Called from any thread but ours.
+
+        Its calls end soon after; they change nothing any more.
+        """
+        for opened in self._parts.rounds.having(device):
+            opened.forget(device, functools.partial(self._record, opened))
+        self._loop.call_soon_threadsafe(self.calls.cut, device, REMOVED)
+
+    def _refuse(self, opened: OpenRound, device: str, reason: str) -> pb.UploadState:
+        """Count the device as one without an update in this round."""
+        reason = one_line(reason, MAX_REASON_CHARS)  # it may quote what the device sent
+        event(_log, logging.WARNING, "update.failed", job=opened.plan.job, round=opened.plan.round, device=device,
+              reason=reason)  # fmt: skip
+        opened.accept(Answer(device=device, reason=reason), lambda one: self._record(opened, one))
+        return _state("REFUSED", reason=reason)
+
+    def _record(self, opened: OpenRound, answer: Answer) -> None:
+        if opened.record is not None:
+            opened.record(answer)
+            return
+        self._parts.jobs.record(opened.plan.job, opened.plan.round, answer)
+
+    def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
+        """Return the open round that waits for this device, or what to tell it at once."""
+        opened = self._parts.rounds.get(key.job, key.round)
+        if opened is None:
+            return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
+        if device not in opened.cohort:
+            return None, _state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
+        if device not in opened.waiting():
+            return None, _state("STORED")
+        return opened, None
+
+    async def _device(self, context: Context) -> str:
+        """Return the caller's name; ends the call for one that is not, or no longer, of the fleet."""
+        if not await self._run(self._parts.rounds.wait_resumed, RESUME_S):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud has just started and opens its rounds again")
+        name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
+        self.calls.note(name)
+        who = name if serial is None else f"{name} {serial}"  # a former certificate of its name costs a device nothing
+        if (wait_s := self._parts.pace(who)) > 0:  # it has no more calls open than its connections have streams
+            await asyncio.sleep(wait_s)
+        if not await self._run(self._parts.is_known, name, serial):
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"device {name!r} is not of this fleet, or not with this certificate; enrol it with a new token",
+            )
+        if no_seat := self._parts.admit(name, context.peer()):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, no_seat)
+        return name
+
+    def _is_renewal_due(self, context: Context) -> bool:
+        if self._parts.renewals is None or self._parts.insecure:
+            return False
+        return self._parts.renewals.is_due(_certificate(context))
+
+    @staticmethod
+    def _insecure_peer(context: Context) -> tuple[str, None]:
+        name = dict(context.invocation_metadata() or ()).get(DEVICE_METADATA, "")
+        return str(name), None
+
+    async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+def _training_first(opened: OpenRound) -> tuple[bool, int]:
+    return bool(opened.plan.envelope), opened.plan.round
+
+
+def _certified_peer(context: Context) -> tuple[str, str]:
+    """Return the name and the serial number of the caller's certificate, which the TLS handshake has verified."""
+    certificate = _certificate(context)
+    return common_name(certificate), serial_number(certificate)
+
+
+def _certificate(context: Context) -> bytes:
+    """Return the caller's certificate (PEM)."""
+    certificate: bytes = next(iter(context.auth_context()["x509_pem_cert"]))
+    return certificate
+
+
+def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:
+    return pb.UploadState(status=status, offset=offset, reason=reason)
+
+
+def _bad_header(header: pb.UploadHeader, opened: OpenRound) -> str | None:
+    most = opened.plan.max_update_bytes
+    if header.size > most:
+        return f"the update has {header.size} bytes; at most {most} are taken in this round"
+    longest = max(map(len, header.metrics), default=0)
+    if len(header.metrics) > MAX_METRICS or longest > MAX_METRIC_CHARS:
+        return (
+            f"it has {len(header.metrics)} metrics, the longest name of {longest} characters; at most {MAX_METRICS} "
+            f"of {MAX_METRIC_CHARS} are taken"
+        )
+    if not math.isfinite(header.weight):
+        return f"its weight is {header.weight}, not a finite number"
+    for name, value in header.metrics.items():
+        if not math.isfinite(value) or not is_safe(name):
+            return f"its metric {name!r} is {value}; names without control characters and finite numbers are taken"
+    return None
+
+
+async def _moving(requests: AsyncIterator[bytes], transfer: Transfer) -> AsyncIterator[bytes]:
+    async for message in requests:
+        transfer.moved()
+        yield message
+
+
+def _overlong(size: int) -> str:
+    return f"more bytes came than the {size} that the update's header says"

@@ -1,0 +1,230 @@
+"""Who holds connections to the gRPC port: few strangers for a short time, each device a few, and no more than fit.
+
+gRPC's C core accepts by itself and tells nobody of a connection before its first call. What it does itself is
+set in `options`: a hard limit on connections, a deadline for TLS, pings for the dead. The rest is done from
+outside: every second our own sockets of that port are looked up in /dev/fd. One that belongs to no
+admitted call waits, and is shut down (shutdown(2), through a duplicate of its descriptor, which cannot
+become another's meanwhile) when its time is over or others need the place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import stat
+import urllib.parse
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cloud.shares import PortShare
+from edgefl.logs import event
+from edgefl.protocols.ports.connections import Connection, Connections, source_of
+from edgefl.protocols.ports.pacing import TokenBucket
+
+SWEEP_S, CROWDED_SWEEP_S = 1.0, 0.1  # the latter while many wait
+CONNECTIONS_OF_A_DEVICE = 4
+CALLS_PER_S, CALLS_BURST = 300, 1000  # of one device: a round takes three
+STREAMS_OF_A_CONNECTION = 32
+HANDSHAKE_S = 10
+_DESCRIPTORS = "/dev/fd"
+
+Peer = tuple[str, int]  # address and port
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One of this process's sockets: an accepted connection of the port."""
+
+    descriptor: int
+    inode: int  # the number alone may be another socket's by now
+    peer: Peer
+
+
+@dataclass(slots=True)
+class _Device:
+    """What one device has: its share of calls, and its connections, the oldest first."""
+
+    calls: TokenBucket
+    peers: dict[Peer, None] = field(default_factory=dict)
+
+
+class GrpcPort:
+    """The connections of the gRPC port. Lives in the event loop."""
+
+    def __init__(self, share: PortShare, port: int, full: str, clock: Callable[[], float]) -> None:
+        self._share, self._full, self._clock = share, full, clock
+        self._scanner = Scanner(port)
+        self._connections = Connections(share.limits(), clock)
+        self._places: dict[Peer, Connection] = {}  # of connections that were found
+        self._seats: dict[Peer, str] = {}  # whose they are
+        self._not_found: dict[Peer, int] = {}  # of these, the looks that did not find their connection
+        self._devices: dict[str, _Device] = {}
+
+    @property
+    def options(self) -> list[tuple[str, int]]:
+        """What the C core is to do itself."""
+        return [
+            ("grpc.max_allowed_incoming_connections", self._share.limits().max_open),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+            ("grpc.max_concurrent_streams", STREAMS_OF_A_CONNECTION),
+            ("grpc.keepalive_time_ms", 60_000),  # a device asks twice a minute: one that does not is pinged
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+
+    def admit(self, device: str, peer: str) -> str:
+        """Give the connection of an enrolled device's call a seat; return why there is none, empty where there is.
+
+        A device that opens more connections than it needs loses its oldest.
+        """
+        key = parse_peer(peer)
+        if self._seats.get(key) == device:
+            return ""
+        held = self._of(device).peers
+        full = len(self._seats) >= self._share.seats
+        if full and not held:
+            event(_log, logging.WARNING, "device.no_seat", device=device, seats=self._share.seats)
+            return self._full
+        if full or len(held) >= CONNECTIONS_OF_A_DEVICE:
+            self._unseat(next(iter(held)))
+        self._forget(key)  # it was another device's
+        self._seats[key] = device
+        held[key] = None
+        if key in self._places:
+            self._places[key].settle()
+        else:
+            self._not_found[key] = 0
+        return ""
+
+    def drop(self, device: str) -> None:
+        """Shut the connections of a device that was removed, when its calls have heard why."""
+        if device in self._devices:
+            for peer in list(self._devices[device].peers):
+                self._unseat(peer)
+
+    def pace(self, device: str) -> float:
+        """Count a call of a device; return for how many seconds it has to wait."""
+        return self._of(device).calls.take()
+
+    async def watch(self) -> None:
+        """Look after the connections until cancelled."""
+        while True:
+            crowded = 2 * self._connections.num_waiting > self._share.waiting
+            await asyncio.sleep(CROWDED_SWEEP_S if crowded else SWEEP_S)
+            self.update(*await asyncio.to_thread(self._scanner.look))
+
+    def update(self, new: Sequence[Found], gone: Sequence[Found]) -> None:
+        """Take note of new and closed connections, and shut those that have to go."""
+        for found in gone:
+            if found.peer in self._places:
+                self._places.pop(found.peer).leave()
+            self._forget(found.peer)
+        for found in new:
+            self._take(found)
+        for peer, looks in list(self._not_found.items()):
+            self._not_found[peer] = looks + 1
+            if looks >= 2:  # it came and went between two looks
+                self._forget(peer)
+        self._connections.close_overdue()
+        for name in [name for name, one in self._devices.items() if not one.peers and one.calls.idle()]:
+            del self._devices[name]
+
+    def _take(self, found: Found) -> None:
+        place = self._connections.add(source_of(found.peer[0]), lambda _reason: shut(found))
+        if place is None:
+            shut(found)
+            return
+        self._places[found.peer] = place
+        if self._not_found.pop(found.peer, None) is not None:
+            place.settle()
+
+    def _of(self, device: str) -> _Device:
+        if device not in self._devices:
+            self._devices[device] = _Device(TokenBucket(CALLS_PER_S, CALLS_BURST, self._clock))
+        return self._devices[device]
+
+    def _unseat(self, peer: Peer) -> None:
+        self._forget(peer)
+        if peer in self._places:
+            self._places[peer].wait(0.0)  # shut at the next look
+
+    def _forget(self, peer: Peer) -> None:
+        self._not_found.pop(peer, None)
+        device = self._seats.pop(peer, None)
+        if device is not None:
+            self._devices[device].peers.pop(peer, None)
+
+
+class Scanner:
+    """Finds this process's accepted connections of one port. One thread at a time."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._known: dict[tuple[int, int], Found | None] = {}  # by descriptor and inode; None: another socket
+
+    def look(self) -> tuple[list[Found], list[Found]]:
+        """Return the connections that are new since the last look, and those that are gone."""
+        before, self._known = self._known, {}
+        for key in _sockets():
+            self._known[key] = before[key] if key in before else _accepted(*key, self._port)
+        return _only_in(self._known, before), _only_in(before, self._known)
+
+
+def _only_in(some: Mapping[tuple[int, int], Found | None], others: Container[tuple[int, int]]) -> list[Found]:
+    return [found for key, found in some.items() if found is not None and key not in others]
+
+
+def shut(found: Found) -> None:
+    """Shut a connection down, for both ends; nothing happens where it is closed already."""
+    with contextlib.suppress(OSError), _duplicate(found.descriptor) as connection:
+        if os.fstat(connection.fileno()).st_ino == found.inode:
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def parse_peer(peer: str) -> Peer:
+    """Return address and port of gRPC's `ipv4:1.2.3.4:5` or `ipv6:[::1]:5`."""
+    address, _, number = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")
+    return _plain(address.strip("[]")), int(number) if number.isdecimal() else 0
+
+
+def _sockets() -> Iterator[tuple[int, int]]:
+    for name in os.listdir(_DESCRIPTORS):  # noqa: PTH208 - a Path for each number, every second
+        with contextlib.suppress(OSError):  # closed since the list was made
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                yield int(name), status.st_ino
+
+
+def _accepted(descriptor: int, inode: int, port: int) -> Found | None:
+    with contextlib.suppress(OSError), _duplicate(descriptor) as connection:
+        if connection.family in {socket.AF_INET, socket.AF_INET6} and connection.getsockname()[1] == port:
+            address, number = connection.getpeername()[:2]  # the listening socket has none: an OSError
+            return Found(descriptor, inode, (_plain(str(address)), int(number)))
+    return None
+
+
+@contextlib.contextmanager
+def _duplicate(descriptor: int) -> Iterator[socket.socket]:
+    copy = os.dup(descriptor)
+    try:
+        connection = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+    with connection:
+        yield connection
+
+
+def _plain(address: str) -> str:
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return str(mapped or parsed)

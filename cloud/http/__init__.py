@@ -1,0 +1,1 @@
+"""The HTTPS plane: enrolment for devices, REST for operators."""

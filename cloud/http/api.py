@@ -1,0 +1,148 @@
+"""The HTTPS plane: enrolment for devices, REST for operators, every answer JSON.
+
+Public are health, the CA and enrolment, which the one-time token guards; everything else asks for the
+operator's token. Every error is {"error": "..."} with a fitting status. Handlers are synchronous and
+run in worker threads; event streams wait in threads of their own, so that they starve nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cloud.http import fleet as http_fleet
+from cloud.http import jobs as http_jobs
+from cloud.http import models as http_models
+from cloud.http import relays as http_relays
+from cloud.http.server import serve_http
+from cloud.http.services import Services
+from cloud.http.shared import MAX_STREAMS, UPLOAD_PATH, CleanJSON
+from cloud.http.strangers import NEEDS_TOKEN, EnrolmentLimit, OperatorFirst, is_operator
+from cloud.state.storage import waits_for
+from edgefl import __version__
+from edgefl.errors import (
+    CloudStopping,
+    ConfigError,
+    EdgeflError,
+    EnrolmentRefused,
+    ManifestRejected,
+    NotFound,
+    ProtocolError,
+)
+
+__all__ = ["make_app", "serve_http"]
+
+MAX_BODY_BYTES = 1 << 20  # of everything but blobs
+_STATUS: Mapping[type[EdgeflError], int] = {
+    NotFound: 404,
+    ConfigError: 400,
+    ProtocolError: 400,
+    EnrolmentRefused: 403,
+    ManifestRejected: 409,
+    CloudStopping: 503,
+}
+
+
+def make_app(services: Services) -> FastAPI:
+    """Return the application of one cloud."""
+    # No documentation pages: they load scripts from elsewhere.
+    app = FastAPI(
+        title="edgefl cloud", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
+        default_response_class=CleanJSON,
+    )  # fmt: skip
+    app.state.services = services
+    app.state.stream_threads = anyio.CapacityLimiter(MAX_STREAMS)
+    operator = [Depends(_operator)]
+    app.include_router(http_fleet.public)
+    for router in (http_fleet.operator, http_jobs.operator, http_models.operator, http_relays.operator):
+        app.include_router(router, dependencies=operator)
+    app.add_exception_handler(EdgeflError, _refused)
+    app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    for kind in (OSError, DBAPIError):
+        app.add_exception_handler(kind, _not_stored)
+    app.add_exception_handler(Exception, _defect)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(EnrolmentLimit)
+    app.add_middleware(OperatorFirst, token=services.operator_token)  # the last one added comes first
+    return app
+
+
+class BodyLimit:
+    """Refuses a body above MAX_BODY_BYTES before it is in memory; uploads have a cap of their own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_upload(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        seen_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal seen_bytes
+            message = await receive()
+            seen_bytes += len(message.get("body", b""))
+            if seen_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the request's body is above {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _is_upload(path: str) -> bool:
+    return path == UPLOAD_PATH or (path.startswith("/v1/relays/") and "/contents/" in path)
+
+
+async def _operator(request: Request) -> None:
+    """Let only the holder of the operator's token pass."""
+    services: Services = request.app.state.services
+    if not is_operator(request.headers.get("authorization", ""), services.operator_token):
+        raise HTTPException(401, NEEDS_TOKEN, {"WWW-Authenticate": "Bearer"})
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+    return _error(status, str(error))
+
+
+async def _http_error(_request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, StarletteHTTPException):
+        raise error
+    return _error(error.status_code, str(error.detail), error.headers)
+
+
+async def _invalid(_request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    faults = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
+    return _error(400, "; ".join(faults[:5]))
+
+
+async def _not_stored(request: Request, error: Exception) -> JSONResponse:
+    """Say that a full disk or a busy database is worth another try; anything else of theirs is a defect."""
+    awaited = waits_for(error)
+    if not awaited:
+        raise error
+    services: Services = request.app.state.services
+    await anyio.to_thread.run_sync(services.storage.refused, error)
+    cause = getattr(error, "orig", None) or error
+    return _error(503, f"the cloud waits for {awaited} ({cause}); try again when there is some", {"Retry-After": "5"})
+
+
+async def _defect(_request: Request, _raised: Exception) -> JSONResponse:
+    return _error(500, "the cloud has a defect; its log says more")  # the server logs the traceback
+
+
+def _error(status: int, message: str, headers: Mapping[str, Any] | None = None) -> JSONResponse:
+    return CleanJSON({"error": message}, status, dict(headers) if headers else None)

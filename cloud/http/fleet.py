@@ -1,0 +1,97 @@
+"""Routes about devices: health, the CA, enrolment, tokens, and the fleet's list."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from cloud.http.services import Services
+from cloud.http.shared import Body, CleanJSON, Here, known
+from cloud.state.enrolment import VALID_FOR_S, Device
+from edgefl import __version__
+
+public = APIRouter()
+operator = APIRouter()
+
+
+class EnrolRequest(Body):
+    """What a device asks with; `csr` is a PEM text."""
+
+    secret: str = Field(max_length=200)
+    name: str = Field(max_length=200)
+    tags: dict[str, str] = Field(default_factory=dict)
+    csr: str = Field(max_length=16 << 10)
+
+
+class TokenRequest(Body):
+    """How long the token is to be good."""
+
+    valid_for_s: float = VALID_FOR_S
+
+
+@public.get("/v1/health")
+def health(here: Here) -> CleanJSON:
+    """Say how the cloud's parts are, 503 where one is not well, and the time: a device's doctor compares clocks."""
+    reasons = here.parts()
+    well = not any(reasons.values())
+    parts = {name: {"ok": not reason, "reason": reason} for name, reason in reasons.items()}
+    facts = {"status": "ok" if well else "failing", "version": __version__, "time": time.time(), "parts": parts}
+    return CleanJSON(facts, 200 if well else 503)
+
+
+@public.get("/v1/ca")
+async def ca(here: Here) -> Response:
+    """Return the CA's certificate; whoever asks compares it with the fingerprint in the token."""
+    return Response(here.ca_pem, media_type="application/x-pem-file")
+
+
+@public.get("/v1/crl")
+def crl(here: Here) -> Response:
+    """Return the list of revoked certificates, for a broker on another machine."""
+    return Response(here.enrolment.crl(), media_type="application/x-pem-file")
+
+
+@public.post("/v1/enroll", response_class=JSONResponse)  # PEM has several lines
+def enroll(body: EnrolRequest, here: Here) -> dict[str, Any]:
+    """Turn a one-time token and a signing request into a certificate."""
+    certificate = here.enrolment.enroll(body.secret, body.name, body.tags, body.csr.encode())
+    return {
+        "certificate": certificate.decode(),
+        "ca": here.ca_pem.decode(),
+        "fleet_key": here.fleet_key_pem.decode(),
+        "grpc_port": here.grpc_port,
+        "broker": here.broker_url,
+    }
+
+
+@operator.get("/v1/devices")
+def devices(here: Here) -> list[dict[str, Any]]:
+    """Return every device with what it said last of itself."""
+    return [_shown(here, device) for device in here.enrolment.devices()]
+
+
+@operator.delete("/v1/devices/{name}")
+def remove(name: str, here: Here) -> dict[str, Any]:
+    """Put a device out of the fleet."""
+    known(here.enrolment.remove, name)
+    here.rollouts.forget(name)
+    here.link.forget(name)
+    return {"removed": name}
+
+
+@operator.post("/v1/tokens")
+def new_token(body: TokenRequest, here: Here) -> dict[str, Any]:
+    """Make a one-time enrolment token."""
+    return {"token": here.enrolment.new_token(body.valid_for_s), "valid_for_s": body.valid_for_s}
+
+
+def _shown(here: Services, device: Device) -> dict[str, Any]:
+    state = here.link.state(device.name)
+    said: dict[str, Any] = dataclasses.asdict(state) if state else {"online": False, "models": {}, "serving_url": ""}
+    said.pop("session", None)
+    return dataclasses.asdict(device) | said | {"tags": {**device.tags, **said.get("tags", {})}}

@@ -1,0 +1,168 @@
+"""Routes about bytes and jobs: upload and download blobs, submit, watch and cancel.
+
+A relay is listed, shown and cancelled as a job; what else it does is in `cloud.http.relays`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Annotated, Any
+
+import anyio.from_thread
+import anyio.to_thread
+from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import Field
+from starlette.requests import ClientDisconnect
+
+from cloud.http.services import Services
+from cloud.http.shared import HEARTBEAT, UPLOAD_PATH, Body, Here, known, stream_lines
+from cloud.state.blobs import BlobStore
+from edgefl.config import JobConfig, from_dict
+from edgefl.errors import ConfigError, ProtocolError
+from edgefl.hashing import HashingFile
+from edgefl.protocols.messages import BlobRef
+
+ROUNDS_AT_ONCE = 200  # in memory, for a reader that is behind
+
+operator = APIRouter()
+
+
+class JobRequest(Body):
+    """A job: a bundle and first parameters that are uploaded already, and its configuration."""
+
+    task: str
+    bundle: BlobRef
+    parameters: BlobRef
+    buffers: list[str] = Field(default_factory=list)
+    parted: bool = False  # the parameters are what is trained and the buffers, and `frozen` all other tensors
+    frozen: BlobRef | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    key: str | None = Field(
+        default=None, pattern="^[0-9a-f]{32}$"
+    )  # of this request: sent again, it starts nothing new
+
+
+@operator.put(UPLOAD_PATH)
+async def upload(request: Request, here: Here, sha256: str | None = None) -> BlobRef:
+    """Store the body as a blob; with `sha256`, only where that is its digest."""
+    return await store_body(request, here.blobs, here, sha256=sha256, max_bytes=here.max_blob_bytes)
+
+
+async def store_body(
+    request: Request, store: BlobStore, here: Services, *, sha256: str | None, max_bytes: int
+) -> BlobRef:
+    """Write a request's body into a store, a chunk at a time."""
+    incoming = _Upload(request.stream(), sha256, max_bytes, here.chunk_deadline_s)
+    announced = request.headers.get("content-length", "0")
+    incoming.refuse_size(int(announced) if announced.isdecimal() else 0)
+    try:
+        return await anyio.to_thread.run_sync(store.write, incoming.fill)
+    except ClientDisconnect as cause:
+        raise HTTPException(400, "the upload was cut off; nothing was stored") from cause
+
+
+@operator.get(UPLOAD_PATH + "/{sha256}")
+def download(sha256: str, here: Here) -> FileResponse:
+    """Return a blob whose bytes are what its name says; ranges are understood."""
+    here.blobs.check(sha256)
+    return FileResponse(here.blobs.path(sha256), media_type="application/octet-stream")
+
+
+@operator.post("/v1/jobs")
+def submit(body: JobRequest, here: Here) -> dict[str, str]:
+    """Start a job."""
+    config = from_dict(JobConfig, body.config)
+    job = here.jobs.submit(
+        body.task, body.bundle, body.parameters, body.buffers, config, body.key, parted=body.parted, frozen=body.frozen
+    )
+    return {"id": job}
+
+
+@operator.get("/v1/jobs")
+def jobs(here: Here) -> list[dict[str, Any]]:
+    """Return every job and relay, the newest first."""
+    found = [*here.jobs.list(), *here.relays.rows()]
+    return sorted(found, key=lambda row: row["created_s"], reverse=True)
+
+
+@operator.get("/v1/jobs/{job}")
+def job(job: str, here: Here) -> dict[str, Any]:
+    """Return a job with its rounds, or a relay."""
+    return known(here.relays.get if _is_relay(job) else here.jobs.get, job)
+
+
+@operator.post("/v1/jobs/{job}/cancel")
+def cancel(job: str, here: Here) -> dict[str, Any]:
+    """Stop a job."""
+    if _is_relay(job):
+        known(here.relays.get, job)
+        here.relays.end(job, "cancelled", "cancelled by its operator")
+        return {"id": job, "state": here.relays.get(job)["state"]}
+    known(here.jobs.cancel, job)
+    return {"id": job, "state": here.jobs.row(job)["state"]}
+
+
+@operator.get("/v1/jobs/{job}/events")
+def events(
+    request: Request, job: str, here: Here, after: Annotated[int, Query(ge=0, lt=1 << 31)] = 0
+) -> StreamingResponse:
+    """Stream a line a finished round above `after`, heartbeats between, and the job's end as the last line."""
+    if _is_relay(job):
+        raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
+    known(here.jobs.row, job)
+    return stream_lines(request, job_lines(here, job, after))
+
+
+def job_lines(here: Services, job: str, seen: int) -> Iterator[Mapping[str, Any]]:
+    """Yield a job's rounds as they finish, then its end."""
+    with here.jobs.follow(job, seen) as has_come:
+        while True:
+            row = here.jobs.row(job)  # before the rounds: where it has ended, they are all there
+            while outcomes := here.jobs.rounds_after(job, seen, ROUNDS_AT_ONCE):
+                for outcome in outcomes:
+                    seen = max(seen, int(outcome["round"]))
+                    yield outcome
+                has_come(seen)
+            if row["state"] != "running":
+                yield {"state": row["state"], "error": row["error"], "model": row["model"]}
+                return
+            if not here.jobs.wait(job, seen, here.heartbeat_s):
+                yield HEARTBEAT
+
+
+def _is_relay(job: str) -> bool:
+    return job.startswith("relay-")
+
+
+class _Upload:
+    """A body on its way into a blob: read in the event loop, written in a worker thread, a chunk at a time."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], sha256: str | None, max_bytes: int, deadline_s: float) -> None:
+        self._chunks, self._sha256 = chunks, sha256
+        self._max_bytes, self._deadline_s = max_bytes, deadline_s
+
+    def fill(self, file: HashingFile) -> None:
+        """Write everything that comes; raises before the blob exists."""
+        while (chunk := anyio.from_thread.run(self._next)) is not None:
+            self.refuse_size(file.size + len(chunk))
+            file.write(chunk)
+        if self._sha256 not in {None, file.hexdigest()}:
+            raise ProtocolError(
+                f"the bytes that came have SHA-256 {file.hexdigest()[:16]}..., announced was "
+                f"{str(self._sha256)[:16]}...; nothing was stored, send them again"
+            )
+
+    def refuse_size(self, size: int) -> None:
+        """Raise for more bytes than a blob may have."""
+        if size > self._max_bytes:
+            raise HTTPException(413, f"a blob may have {self._max_bytes} bytes at most; nothing was stored")
+
+    async def _next(self) -> bytes | None:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await anext(self._chunks, None)
+        except TimeoutError as cause:
+            message = f"no bytes came for {self._deadline_s:g} s; nothing was stored"
+            raise HTTPException(408, message) from cause

@@ -1,0 +1,108 @@
+"""Routes about models: publish and list releases, roll them out, watch."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import Field
+
+from cloud.http.services import Services
+from cloud.http.shared import HEARTBEAT, Body, Here, known, stream_lines
+from edgefl.errors import NotFound
+from edgefl.protocols.messages import BlobRef
+
+operator = APIRouter()
+
+
+class ReleaseRequest(Body):
+    """An uploaded ONNX file, and what is known of it."""
+
+    blob: BlobRef
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class RolloutRequest(Body):
+    """Which version goes where. `to` holds all, TAG=VALUE and name:DEVICE."""
+
+    model: str
+    version: int | None = None
+    to: list[str] = Field(default_factory=lambda: ["all"])
+    rollback: bool = False
+
+
+@operator.post("/v1/models/{name}/releases")
+def publish(name: str, body: ReleaseRequest, here: Here) -> dict[str, Any]:
+    """Sign an uploaded model as the next version."""
+    signed = here.registry.publish(name, body.blob, body.metrics)
+    facts: dict[str, Any] = json.loads(signed.text)
+    return facts
+
+
+@operator.get("/v1/models")
+def models(here: Here) -> list[dict[str, Any]]:
+    """Return every release of every model."""
+    return here.registry.list()
+
+
+@operator.get("/v1/models/{name}")
+def model(name: str, here: Here) -> list[dict[str, Any]]:
+    """Return the releases of one model, the newest first."""
+    releases = here.registry.list(name)
+    if not releases:
+        raise NotFound(f"there is no model {name!r}; `edgefl models list` shows those there are")
+    return releases
+
+
+@operator.post("/v1/rollouts")
+def start(body: RolloutRequest, here: Here) -> dict[str, Any]:
+    """Tell devices which version to serve."""
+    rollout = here.rollouts.start(body.model, body.version, body.to, rollback=body.rollback)
+    return here.rollouts.status(rollout)
+
+
+@operator.get("/v1/rollouts")
+def rollouts(here: Here) -> list[dict[str, Any]]:
+    """Return every rollout, the newest first."""
+    return here.rollouts.list()
+
+
+@operator.get("/v1/rollouts/{rollout}")
+def rollout(rollout: str, here: Here) -> dict[str, Any]:
+    """Return a rollout with its devices."""
+    return known(here.rollouts.status, rollout)
+
+
+@operator.get("/v1/rollouts/{rollout}/events")
+def events(
+    request: Request, rollout: str, here: Here, within_s: Annotated[float, Query(ge=0)] = math.inf
+) -> StreamingResponse:
+    """Stream the rollout's status at each change, heartbeats between.
+
+    The last line is not `running`, unless the stream ended because the time was up.
+    """
+    known(here.rollouts.status, rollout)
+    return stream_lines(request, rollout_lines(here, rollout, time.monotonic() + within_s))
+
+
+def rollout_lines(here: Services, rollout: str, until_s: float) -> Iterator[Mapping[str, Any]]:
+    """Yield a rollout's status whenever it has changed, until it is over or the time is up."""
+    revision, shown = here.rollouts.wait(-1, 0), None
+    while True:
+        status = here.rollouts.status(rollout)
+        if status != shown:
+            shown = status
+            yield status
+        if status["state"] != "running":
+            return
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            return
+        before, revision = revision, here.rollouts.wait(revision, min(here.heartbeat_s, left_s))
+        if revision == before:
+            yield HEARTBEAT

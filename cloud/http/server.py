@@ -1,0 +1,69 @@
+"""uvicorn in the cloud's own event loop, over TLS 1.3, within the limits of `edgefl.protocols.ports.http_limits`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Callable
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from edgefl.errors import ConfigError, HomeError
+from edgefl.protocols.ports.http_limits import HttpLimits, LimitedServer
+from edgefl.protocols.ports.listener import listen
+
+STOP_GRACE_S = 1
+STOP_S = 10.0
+
+
+def _ignore(_ended: BaseException) -> None:
+    pass
+
+
+@contextlib.asynccontextmanager
+async def serve_http(
+    app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None, limits: HttpLimits | None = None,
+    on_end: Callable[[BaseException], None] = _ignore,
+) -> AsyncIterator[int]:  # fmt: skip
+    """Serve while the block runs, and give its port; port 0 takes a free one. `on_end`: it has ended before that.
+
+    Raises HomeError for an address that cannot be had.
+    """
+    try:
+        listener = listen(host, port, "--http-port")
+    except ConfigError as cause:
+        raise HomeError(str(cause)) from cause
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,  # an address is whom we hear, not what it says
+        ssl_context_factory=(lambda _config, _default: context) if context else None,
+        timeout_graceful_shutdown=STOP_GRACE_S,
+    )
+    server = LimitedServer(config, limits or HttpLimits(), "https")
+    number: int = listener.getsockname()[1]
+    serving = asyncio.create_task(server.serve([listener]), name="https")
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not server.should_exit and not task.cancelled():
+            on_end(task.exception() or RuntimeError("it stopped unasked"))
+
+    serving.add_done_callback(ended)
+    try:
+        yield number
+    finally:
+        server.should_exit = True
+        try:
+            async with asyncio.timeout(STOP_S):
+                await serving
+        finally:
+            server.abort_all()  # streams that were cut off
+            await asyncio.sleep(0)  # lets them close before the loop may end
+            listener.close()

@@ -1,0 +1,87 @@
+"""What the HTTPS plane works on: the parts of a cloud, and the two that it only knows by protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cloud.dataplane.relays import Relays
+from cloud.state.blobs import BlobStore
+from cloud.state.enrolment import Enrolment
+from cloud.state.registry import Registry
+from cloud.state.rollout import Rollouts
+from cloud.state.storage import Storage
+from edgefl.config import JobConfig
+from edgefl.protocols.messages import BlobRef, DeviceState
+
+Rows = list[dict[str, Any]]
+
+
+class JobService(Protocol):
+    """Jobs as an operator sees them. Methods block and may be called from any thread.
+
+    An unknown id raises ConfigError. A job has the keys id, state (running | done | failed | cancelled),
+    error, model and rounds.
+    """
+
+    def submit(  # noqa: PLR0913 - the fields of the request
+        self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
+        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None,
+    ) -> str:  # fmt: skip
+        """Start a job and return its id; raises ConfigError or ProtocolError for what cannot be run."""
+
+    def list(self) -> Rows:
+        """Return every job, the newest first."""
+
+    def get(self, job: str) -> dict[str, Any]:
+        """Return one job."""
+
+    def row(self, job: str) -> dict[str, Any]:
+        """Return one job without its rounds."""
+
+    def follow(self, job: str, after: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Read a job's rounds above `after`: they are kept until the reader says that it has them."""
+
+    def rounds_after(self, job: str, number: int, limit: int | None = None) -> Rows:
+        """Return the outcomes of the finished rounds above `number`, in order, at most `limit`."""
+
+    def wait(self, job: str, rounds_seen: int, timeout_s: float) -> bool:
+        """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""
+
+    def cancel(self, job: str) -> None:
+        """Stop a running job; one that has ended stays as it is."""
+
+
+class Link(Protocol):
+    """Presence, as the operator's plane needs it."""
+
+    def state(self, device: str) -> DeviceState | None:
+        """Return what a device said last."""
+
+    def forget(self, device: str) -> None:
+        """Drop what is kept of a device."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Services:
+    """The parts of one cloud, and the facts that it tells devices and operators."""
+
+    enrolment: Enrolment
+    registry: Registry
+    rollouts: Rollouts
+    jobs: JobService
+    relays: Relays
+    blobs: BlobStore
+    link: Link
+    ca_pem: bytes
+    fleet_key_pem: bytes  # the public half
+    grpc_port: int
+    broker_url: str
+    operator_token: str
+    storage: Storage = field(default_factory=Storage)
+    max_blob_bytes: int = 4 << 30
+    heartbeat_s: float = 5.0  # of event streams in which nothing happens
+    chunk_deadline_s: float = 60.0  # for the next bytes of an upload
+    parts: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is not well; empty = it is

@@ -1,0 +1,176 @@
+"""Enrolment: who is of the fleet, and how a device becomes so.
+
+A token is 32 random bytes that work once and for a time; the database keeps only their SHA-256, so
+that looking one up tells nothing by its timing and a stolen database holds no token.
+Invariant: a token is used, a device added and its certificate made in one transaction, or nothing is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from cloud.state.store import devices, revoked, tokens, updates
+from cloud.trust.crl import make_crl
+from cloud.trust.renewal import Renewals, forget_next
+from edgefl.errors import EnrolmentRefused, NotFound
+from edgefl.protocols.tls import LEAF_DAYS, serial_number, sign_request, token_for
+from edgefl.protocols.topics import valid_device_name
+from edgefl.terminal.text import is_safe
+
+TOKEN_BYTES = 32
+VALID_FOR_S = 24 * 3600.0
+MAX_TAGS = 32
+MAX_TAG_CHARS = 64
+
+REMOVED = "the device was removed from the fleet"
+
+_REMEDY = "make a new one with `edgefl cloud token`"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """A device of the fleet."""
+
+    name: str
+    serial: str  # of its certificate
+    tags: Mapping[str, str]
+    enrolled_s: float  # seconds since 1970
+
+
+class Enrolment:
+    """Tokens and devices of one fleet. Methods may be called from any thread."""
+
+    def __init__(
+        self, engine: sa.Engine, ca_folder: Path, clock: Callable[[], float] = time.time,
+        certificate_days: float = LEAF_DAYS,
+    ) -> None:  # fmt: skip
+        self._engine = engine
+        self._ca_folder = ca_folder
+        self._clock = clock
+        self._certificate_days = certificate_days
+        self.renewals = Renewals(engine, ca_folder, clock, certificate_days)
+
+    def new_token(self, valid_for_s: float = VALID_FOR_S) -> str:
+        """Make a one-time token. It carries the CA's fingerprint too: a device trusts nobody before that."""
+        if not 0 < valid_for_s <= 366 * 24 * 3600:
+            raise EnrolmentRefused(f"a token valid for {valid_for_s:g} s: wanted is above 0 s and at most a year")
+        secret = secrets.token_urlsafe(TOKEN_BYTES)
+        row = {"secret_sha256": _hashed(secret), "expires_s": self._clock() + valid_for_s}
+        with self._engine.begin() as db:
+            db.execute(tokens.insert().values(row))
+        return token_for(secret, (self._ca_folder / "ca.pem").read_bytes())
+
+    def enroll(self, secret: str, name: str, tags: Mapping[str, str], csr: bytes) -> bytes:
+        """Admit a device and return its certificate (PEM).
+
+        Raises EnrolmentRefused for a token or name, ProtocolError for a request; the token stays good then.
+        """
+        _refuse_name(name)
+        _refuse_tags(tags)
+        hashed, now_s = _hashed(secret), self._clock()
+        good = (tokens.c.secret_sha256 == hashed) & tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > now_s)
+        with self._engine.begin() as db:
+            # The write comes first, and takes the lock: of two devices with one token, one waits and is refused.
+            if db.execute(tokens.update().where(good).values(used_by=name)).rowcount != 1:
+                raise EnrolmentRefused(_why_refused(db, hashed))
+            if db.scalar(sa.select(devices.c.name).where(devices.c.name == name)) is not None:
+                raise EnrolmentRefused(
+                    f"a device named {name!r} is enrolled already. Take another --name, or `edgefl devices remove "
+                    f"{name}` first; this token is still good."
+                )
+            certificate = sign_request(self._ca_folder, csr, name, self._certificate_days)
+            row = {"name": name, "serial": serial_number(certificate), "tags": dict(tags), "enrolled_s": now_s}
+            db.execute(devices.insert().values(row))
+        return certificate
+
+    def is_known(self, name: str, serial: str | None = None) -> bool:
+        """Whether a device is of the fleet; with a serial number, by that very certificate or its next one."""
+        found = sa.select(devices.c.serial).where(devices.c.name == name)
+        with self._engine.connect() as db:
+            valid = db.scalar(found)
+        if valid is None or serial in {None, valid}:
+            return valid is not None
+        return self.renewals.first_use(name, serial)
+
+    def devices(self) -> list[Device]:
+        """Return the fleet by name."""
+        with self._engine.connect() as db:
+            return [Device(**row) for row in db.execute(devices.select().order_by(devices.c.name)).mappings()]
+
+    def remove(self, name: str) -> None:
+        """Put a device out of the fleet: its certificate is worth nothing from now on.
+
+        Updates of it that wait to be folded are refused in the same transaction.
+        """
+        with self._engine.begin() as db:
+            serial = db.scalar(sa.select(devices.c.serial).where(devices.c.name == name))
+            if serial is None:
+                raise NotFound(f"there is no device {name!r}; `edgefl devices list` shows those there are")
+            db.execute(devices.delete().where(devices.c.name == name))
+            for one in (serial, forget_next(db, name)):
+                if one is not None:
+                    db.execute(revoked.insert().values(serial=one, device=name, revoked_s=self._clock()))
+            waiting = (updates.c.device == name) & updates.c.file.is_not(sa.null())
+            db.execute(updates.update().where(waiting).values(file=sa.null(), weight=sa.null(), reason=REMOVED))
+
+    def revoked(self) -> list[str]:
+        """Return the serial numbers that are worth nothing any more, in the order in which they came to be so."""
+        with self._engine.connect() as db:
+            return list(db.scalars(sa.select(revoked.c.serial).order_by(revoked.c.number)))
+
+    def removed_lately(self) -> list[str]:
+        """Return the devices that were removed within a day: their connections may have outlived the cloud."""
+        lately = revoked.c.revoked_s > self._clock() - 24 * 3600
+        with self._engine.connect() as db:
+            names = set(db.scalars(sa.select(revoked.c.device).where(lately)))
+            return sorted(names - set(db.scalars(sa.select(devices.c.name))))
+
+    def crl(self) -> bytes:
+        """Return the list of revoked certificates (PEM), for a broker that cannot ask here."""
+        return make_crl(self._ca_folder, self.revoked())
+
+    def has_open_tokens(self) -> bool:
+        """Whether a token is about that somebody may still use."""
+        is_open = tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > self._clock())
+        with self._engine.connect() as db:
+            return db.scalar(sa.select(tokens.c.secret_sha256).where(is_open).limit(1)) is not None
+
+
+def _hashed(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _why_refused(db: sa.Connection, hashed: str) -> str:
+    found = sa.select(tokens.c.used_by).where(tokens.c.secret_sha256 == hashed)
+    row = db.execute(found).one_or_none()
+    if row is None:
+        return f"the token is unknown to this cloud; copy it whole, or {_REMEDY}"
+    if row.used_by is not None:
+        return f"the token was used already, by device {row.used_by!r}; {_REMEDY}"
+    return f"the token has expired; {_REMEDY}, with a longer --valid-for if need be"
+
+
+def _refuse_name(name: str) -> None:
+    if not valid_device_name(name):
+        raise EnrolmentRefused(
+            f"{name[:80]!r} cannot be a device's name: wanted are 1 to 64 of a-z 0-9 . _ - that begin and end with a "
+            "letter or digit, and none of cloud, all, operator. The token is still good."
+        )
+
+
+def _refuse_tags(tags: Mapping[str, str]) -> None:
+    longest = max((len(text) for pair in tags.items() for text in pair), default=0)
+    if not all(is_safe(text) for pair in tags.items() for text in pair):
+        raise EnrolmentRefused("a tag holds control characters; leave them out. The token is still good.")
+    if len(tags) > MAX_TAGS or longest > MAX_TAG_CHARS or not all(tags):
+        raise EnrolmentRefused(
+            f"{len(tags)} tags, the longest text of {longest} characters; a device has at most {MAX_TAGS} tags of "
+            f"{MAX_TAG_CHARS} characters, with no empty key. The token is still good."
+        )

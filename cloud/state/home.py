@@ -1,0 +1,288 @@
+"""The cloud's home folder, opened: keys, database, blobs, and the parts that work on them.
+
+The first start makes the CA, the fleet's signing key and the operator's credentials; every key has
+mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, blobs/, spool/, relays/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import logging
+import secrets
+import socket
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from cloud.broker.embedded import EmbeddedBroker
+from cloud.broker.inbox import Inbox
+from cloud.broker.link import CloudLink, Hearers
+from cloud.broker.mosquitto import Mosquitto, MosquittoParts
+from cloud.dataplane.open_rounds import OpenRounds
+from cloud.dataplane.relays import RelayParts, Relays
+from cloud.http.services import Services
+from cloud.parts import Parts, database_fault, disk_fault
+from cloud.shares import Shares
+from cloud.state.blobs import BlobStore
+from cloud.state.enrolment import Enrolment
+from cloud.state.jobs import Jobs
+from cloud.state.registry import Registry
+from cloud.state.relay_rows import RelayRows
+from cloud.state.rollout import Rollouts
+from cloud.state.spool import Spool
+from cloud.state.storage import Storage
+from cloud.state.store import open_database
+from cloud.trust.own_certificates import renew_ca, renew_server
+from edgefl.errors import ConfigError
+from edgefl.logs import event
+from edgefl.models.manifest import Bundle, load_private_key, new_fleet_key, public_pem, save_private_key, sign
+from edgefl.operator.credentials import write_operator_credentials
+from edgefl.process.descriptors import raise_limit
+from edgefl.process.home import create_home, lock_home
+from edgefl.protocols.addresses import is_loopback
+from edgefl.protocols.messages import DeviceState, RolloutNote, Signed
+from edgefl.protocols.tls import CLOUD_NAME, LEAF_DAYS, Identity, create_ca
+
+EMBEDDED = "embedded"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AggregatorOptions:
+    """What `edgefl cloud start` was told."""
+
+    home: Path
+    host: str = "127.0.0.1"
+    grpc_port: int = 9440
+    http_port: int = 9480
+    mqtt_port: int = 8883  # of the embedded broker
+    broker: str = EMBEDDED  # or mqtts://host:port, mqtt://host:port
+    insecure: bool = False
+    names: tuple[str, ...] = ()  # further names and addresses that devices reach this cloud by
+    broker_pid_file: Path | None = None  # of a mosquitto on this machine; None = where broker-config put it
+    certificate_days: float = LEAF_DAYS  # lifetime of certificates made from now on
+    kept_models: int = 3  # parameters of so many latest rounds stay, for evaluation
+    kept_rounds: int = 1000  # what so many latest rounds of a job came to stays; more while somebody still reads them
+
+    def __post_init__(self) -> None:
+        if self.insecure and not is_loopback(self.host):
+            raise ConfigError(f"--insecure is for loopback only, --host is {self.host}; leave one of them out")
+        url = urllib.parse.urlsplit(self.broker)
+        if self.broker != EMBEDDED and (url.scheme not in {"mqtt", "mqtts"} or not url.hostname or not url.port):
+            raise ConfigError(f"--broker={self.broker!r} is neither 'embedded' nor mqtts://host:port")
+        if url.scheme == "mqtt" and not self.insecure:
+            raise ConfigError(f"--broker={self.broker} is not encrypted; use mqtts://, or --insecure on loopback")
+
+
+class CloudHome:
+    """Everything under one home. A context manager: holds the lock, runs the embedded broker."""
+
+    def __init__(self, options: AggregatorOptions) -> None:
+        self._options = options
+        self._exit = contextlib.ExitStack()
+        home = options.home
+        self.shares = Shares.of(raise_limit(), embedded_broker=options.broker == EMBEDDED)
+        create_home(home, "cloud")
+        self._exit.callback(lock_home(home).close)
+        self._tls = home / "tls"
+        self.identity = Identity.in_folder(self._tls)
+        scheme = "http" if options.insecure else "https"
+        self.url = f"{scheme}://{_dialled(options.host)}:{options.http_port}"
+        self._make_keys()
+        self._fleet_key = load_private_key(home / "fleet.key")
+        engine = open_database(home / "cloud.db")
+        self._exit.callback(engine.dispose)
+        self.enrolment = Enrolment(engine, self._tls, certificate_days=options.certificate_days)
+        if not self.enrolment.has_open_tokens() and renew_ca(self._tls):
+            event(_log, logging.INFO, "cloud.ca_renewed", file=self.identity.ca)
+        self._renew_certificate()
+        self._operator_token = self._make_operator()
+        self.storage = Storage(home)
+        self.blobs = BlobStore(home / "blobs")
+        self.parts = Parts()
+        self.spool = Spool(home / "spool")
+        self.rounds = OpenRounds()
+        self._renewed: list[Callable[[], None]] = []
+        self._mosquitto: Mosquitto | None = None
+        self.cut: list[Callable[[str], object]] = []  # what ends the connections of a device that was removed
+        self.jobs = Jobs(engine, self.blobs, self._sign)
+        self.jobs.waiting = self.storage.waiting
+        self._make_link()
+        self.relays = Relays(
+            RelayParts(RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays", self.storage)
+        )
+        self.registry = Registry(engine, self.blobs, self._fleet_key)
+        self.rollouts = Rollouts(
+            engine, self.registry, self._fleet_key, devices=self.enrolment.devices, send_desired=self.link.send_desired
+        )
+        self._notes: Inbox[tuple[str, RolloutNote]] = Inbox("rollout-notes", lambda one: self.rollouts.note(*one))
+        self._exit.callback(self._notes.close)
+        self._say_how_to_look(home)
+
+    def __enter__(self) -> Self:
+        with self._exit as undo:  # all of it, where the broker cannot start
+            self._notes.start()
+            if self._options.broker == EMBEDDED:
+                host, port = self._options.host, self._options.mqtt_port
+                identity = None if self._options.insecure else self.identity
+                broker = EmbeddedBroker(
+                    identity, host, port, is_known=self.enrolment.is_known, share=self.shares.devices,
+                    on_failure=lambda error: self.parts.ended("broker", error),
+                )  # fmt: skip
+                broker.start()
+                undo.callback(broker.stop)
+                self.cut.append(broker.drop)
+                self._renewed.append(broker.reload)
+                self.parts.check("broker", lambda: "" if broker.alive else "its thread has ended")
+            elif not self._options.insecure:
+                self._mosquitto = Mosquitto(
+                    MosquittoParts(
+                        url=self._options.broker,
+                        folder=self._options.home / "mosquitto",
+                        ca_folder=self._tls,
+                        revoked=self.enrolment.revoked,
+                        certificate_days=self._options.certificate_days,
+                        pid_file=self._options.broker_pid_file,
+                        removed=self.enrolment.removed_lately(),
+                    )
+                )
+                self._mosquitto.begin()
+                self.cut.append(self._mosquitto.drop)
+            self._exit = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def look_after_certificates(self) -> bool:
+        """Renew what runs out or does not fit; returns whether the cloud's own certificate is a new one."""
+        renewed = self._renew_certificate()
+        for reload in self._renewed:
+            reload()
+        if self._mosquitto is not None:
+            self._mosquitto.refresh()
+        return renewed
+
+    def services(self) -> Services:
+        """Return what the HTTPS plane works on."""
+        return Services(
+            enrolment=self.enrolment,
+            registry=self.registry,
+            rollouts=self.rollouts,
+            jobs=self.jobs,
+            relays=self.relays,
+            blobs=self.blobs,
+            storage=self.storage,
+            link=_Presence(self.link, self.cut),
+            ca_pem=self.identity.ca.read_bytes(),
+            fleet_key_pem=public_pem(self._fleet_key),
+            grpc_port=self._options.grpc_port,
+            broker_url=self.broker_url,
+            operator_token=self._operator_token,
+            parts=self.parts.reasons,
+        )
+
+    def _make_link(self) -> None:
+        options = self._options
+        scheme = "mqtt" if options.insecure else "mqtts"
+        embedded = options.broker == EMBEDDED
+        own_url = f"{scheme}://{_dialled(options.host)}:{options.mqtt_port}" if embedded else options.broker
+        # An embedded broker is where the cloud is: a device puts in the host that it knows the cloud by.
+        self.broker_url = f"{scheme}://:{options.mqtt_port}" if embedded else options.broker
+        hearers = Hearers(
+            on_failure=lambda error: self.parts.ended("link", error),
+            on_state=self._note_presence,
+            on_note=self._note_rollout,
+            is_known=self.enrolment.is_known,
+        )
+        self.link = CloudLink(own_url, None if options.insecure else self.identity, hearers)
+        self._exit.callback(self.link.close)
+
+    def _sign(self, bundle: Bundle) -> Signed:
+        return sign(bundle, self._fleet_key)
+
+    def _note_presence(self, _device: str, _state: DeviceState) -> None:
+        self.rounds.presence_changed()
+        self.relays.presence_changed()
+
+    def _note_rollout(self, device: str, note: RolloutNote) -> None:
+        self._notes.put(device, (device, note))  # it writes to the database: in a thread of its own
+
+    def _say_how_to_look(self, home: Path) -> None:
+        """Say how health looks at each part that is here."""
+        self.parts.check("link", lambda: self.link.reason)
+        if self._options.broker != EMBEDDED:
+            self.parts.check("broker", lambda: self.link.reason)
+        self.parts.check(
+            "database", lambda: self.link.held_up or self._notes.reason or database_fault(home / "cloud.db")
+        )
+        self.parts.check("disk", lambda: self.storage.waiting() or disk_fault(home))
+
+    def _make_keys(self) -> None:
+        self._tls.mkdir(mode=0o700, exist_ok=True)
+        if not (self._tls / "ca.pem").exists():
+            create_ca(self._tls)
+        if not (self._options.home / "fleet.key").exists():
+            save_private_key(new_fleet_key(), self._options.home / "fleet.key")
+
+    def _renew_certificate(self) -> bool:
+        options = self._options
+        renewed = renew_server(self._tls, self.identity, _hosts(options), CLOUD_NAME, options.certificate_days)
+        if renewed:
+            event(_log, logging.INFO, "cloud.certificate_renewed", file=self.identity.cert)
+        return renewed
+
+    def _make_operator(self) -> str:
+        path = self._options.home / "operator.json"
+        token = str(json.loads(path.read_text(encoding="utf-8"))["token"]) if path.exists() else ""
+        token = token or secrets.token_urlsafe(32)
+        write_operator_credentials(self._options.home, self.url, token, self.identity.ca.read_bytes())
+        return token
+
+
+@dataclass(frozen=True, slots=True)
+class _Presence:
+    """The link as the operator's plane sees it: who is removed is also cut off from every door."""
+
+    _link: CloudLink
+    _cut: Sequence[Callable[[str], object]]
+
+    def state(self, device: str) -> DeviceState | None:
+        return self._link.state(device)
+
+    def forget(self, device: str) -> None:
+        with contextlib.ExitStack() as every:  # each of them, whatever becomes of another
+            every.callback(self._link.forget, device)  # last: the broker has sent the device's will
+            for cut in reversed(self._cut):
+                every.callback(cut, device)
+
+
+def _dialled(host: str) -> str:
+    """Return the address by which this machine reaches its own server."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - named, not bound
+
+
+def _hosts(options: AggregatorOptions) -> list[str]:
+    """Return every name and address the server's certificate is to be good for."""
+    local = [address.address for nic in psutil.net_if_addrs().values() for address in nic]
+    addresses = [text.partition("%")[0] for text in local if _is_address(text.partition("%")[0])]
+    named = [options.host, "localhost", socket.gethostname(), *options.names]
+    return sorted({*named, "127.0.0.1", "::1", *addresses} - {"0.0.0.0", "::"})  # noqa: S104
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,308 @@
+"""Jobs as they stand in the database: what was submitted, which round is open, who has answered.
+
+Exactly once rests on three commits: a round's cohort before it is announced, an update before it is
+acknowledged, and a round's outcome together with the model after it. Whatever is killed between
+them, the rows say what to do again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from cloud.state.blobs import BlobStore
+from cloud.state.followers import Followers
+from cloud.state.store import jobs, rounds, updates
+from edgefl.aggregation import make_rule
+from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.config import JobConfig, from_dict
+from edgefl.errors import ConfigError, NotFound
+from edgefl.models.manifest import Bundle
+from edgefl.protocols.messages import BlobRef, Signed, from_json
+from edgefl.records import RoundOutcome
+from edgefl.trees import SpooledTree
+
+Rows = list[dict[str, Any]]
+
+ENDED = frozenset({"done", "failed", "cancelled"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRow:
+    """One job as the aggregator runs it."""
+
+    id: str
+    state: str
+    bundle: Signed
+    config: JobConfig
+    buffers: tuple[str, ...]
+    rounds_done: int
+    model: BlobRef
+    optimizer_sha256: str | None
+    cohort: tuple[str, ...]  # of the round that was open, if one was
+    parted: bool = False  # whether `model` is just what is trained, and the buffers
+    frozen: BlobRef | None = None  # its other tensors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What one device answered in a round: a file with its update, or a reason for none."""
+
+    device: str
+    file: str | None = None  # under the spool
+    weight: float = 0.0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    reason: str | None = None
+
+
+class Jobs:
+    """All jobs of a home. `started` is called with the id of each job that is submitted."""
+
+    def __init__(self, engine: sa.Engine, blobs: BlobStore, sign: Callable[[Bundle], Signed]) -> None:
+        self._engine = engine
+        self._blobs = blobs
+        self._sign = sign
+        self._changed = threading.Condition()
+        self.started: Callable[[str], None] = lambda _job: None
+        self.cancelled: Callable[[str], None] = lambda _job: None
+        self.followers = Followers()
+        self.waiting: Callable[[], str] = lambda: ""  # what running jobs wait for, e.g. disk space
+
+    def submit(  # noqa: PLR0913 - the fields of the request
+        self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
+        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None,
+    ) -> str:  # fmt: skip
+        """Start a job; raises ConfigError for what could only fail in a round, ProtocolError for a bad tree.
+
+        `key` names the request: where its answer was lost and it is sent again, the job is the same. Where the
+        tensors are `parted`, `parameters` are what is trained and the buffers, and `frozen` all others.
+        """
+        job = f"job-{key[:16] if key else secrets.token_hex(4)}"
+        if key and self._is_known(job):
+            return job
+        for name, ref in (("bundle", bundle), ("parameters", parameters), ("frozen part", frozen)):
+            if ref is None:
+                continue
+            if not self._blobs.has(ref.sha256):
+                raise ConfigError(f"the job's {name} {ref.sha256[:16]}... is not in the cloud; upload it first")
+            self._blobs.check(ref.sha256)
+        tree = SpooledTree(self._blobs.path(parameters.sha256))
+        if unknown := sorted(set(buffers) - set(tree)):
+            raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
+        if frozen is not None and (twice := sorted(set(SpooledTree(self._blobs.path(frozen.sha256))) & set(tree))):
+            raise ConfigError(f"tensors {', '.join(twice):.500} are both among the job's parameters and frozen")
+        make_rule(config.aggregation.rule, {})
+        ServerOptimizer(config.server, gradient=False)
+        values = {
+            "id": job,
+            "task": task,
+            "bundle": dataclasses.asdict(self._sign(Bundle(blob=bundle, task=task))),
+            "config": dataclasses.asdict(config),
+            "buffers": list(buffers),
+            "state": "running",
+            "rounds_done": 0,
+            "model_sha256": parameters.sha256,
+            "model_size": parameters.size,
+            "created_s": time.time(),
+            "parted": parted or frozen is not None,
+            "frozen_sha256": frozen.sha256 if frozen is not None else None,
+            "frozen_size": frozen.size if frozen is not None else None,
+        }
+        with self._engine.begin() as db:
+            db.execute(jobs.insert().values(values))
+        self.started(job)
+        return job
+
+    def running(self) -> list[str]:
+        """Return the jobs to go on with."""
+        with self._engine.begin() as db:
+            return list(db.scalars(sa.select(jobs.c.id).where(jobs.c.state == "running").order_by(jobs.c.created_s)))
+
+    def load(self, job: str) -> JobRow:
+        """Return a job as it stands."""
+        with self._engine.begin() as db:
+            row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one()
+            open_round = (rounds.c.job == job) & rounds.c.outcome.is_(sa.null())
+            cohort = db.scalar(sa.select(rounds.c.cohort).where(open_round))
+        return JobRow(
+            id=job,
+            state=row["state"],
+            bundle=from_json(Signed, row["bundle"]),
+            config=from_dict(JobConfig, row["config"]),
+            buffers=tuple(row["buffers"]),
+            rounds_done=row["rounds_done"],
+            model=BlobRef(sha256=row["model_sha256"], size=row["model_size"]),
+            optimizer_sha256=row["optimizer_sha256"],
+            cohort=tuple(cohort or ()),
+            parted=bool(row["parted"]),
+            frozen=_frozen_of(row),
+        )
+
+    def has_open_round(self, job: str) -> bool:
+        """Whether a round of the job was announced and is not finished."""
+        open_round = (rounds.c.job == job) & rounds.c.outcome.is_(sa.null())
+        with self._engine.begin() as db:
+            return db.scalar(sa.select(rounds.c.round).where(open_round)) is not None
+
+    def open_round(self, job: str, number: int, cohort: Sequence[str]) -> list[Answer]:
+        """Make the round's row unless it is there, and return the answers that came before a restart."""
+        key = {"job": job, "round": number}
+        with self._engine.begin() as db:
+            here = (rounds.c.job == job) & (rounds.c.round == number)
+            if db.scalar(sa.select(rounds.c.job).where(here)) is None:
+                db.execute(rounds.insert().values(key | {"cohort": list(cohort), "outcome": sa.null()}))
+            of_round = (updates.c.job == job) & (updates.c.round == number)
+            found = db.execute(updates.select().where(of_round).order_by(sa.text("rowid"))).mappings()
+            return [
+                Answer(
+                    device=row["device"],
+                    file=row["file"],
+                    weight=row["weight"] or 0.0,
+                    metrics=row["metrics"],
+                    reason=row["reason"],
+                )
+                for row in found
+            ]
+
+    def record(self, job: str, number: int, answer: Answer) -> None:
+        """Make an answer durable: what is done before it is acknowledged."""
+        with self._engine.begin() as db:
+            db.execute(updates.insert().values({"job": job, "round": number} | dataclasses.asdict(answer)))
+
+    def finish_round(
+        self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None, kept_rounds: int = 0
+    ) -> None:
+        """Close a round: its outcome, the model after it, and no answers any more, in one commit.
+
+        Of the rounds before, `kept_rounds` stay, and those that a reader has not had yet; 0 keeps all.
+        """
+        pruned = self.followers.prunable(outcome.job, outcome.round, kept_rounds) if kept_rounds else 0
+        shown = outcome.as_json() | {"model": model.sha256}
+        in_job = outcome.job
+        with self._engine.begin() as db:
+            if frozen := db.scalar(sa.select(jobs.c.frozen_sha256).where(jobs.c.id == in_job)):
+                shown |= {"frozen": frozen}  # the other tensors of this model
+            at = (rounds.c.job == in_job) & (rounds.c.round == outcome.round)
+            db.execute(rounds.update().where(at).values(outcome=shown))
+            db.execute(updates.delete().where(updates.c.job == in_job))
+            if pruned:
+                db.execute(rounds.delete().where((rounds.c.job == in_job) & (rounds.c.round <= pruned)))
+            former = db.scalar(sa.select(jobs.c.optimizer_sha256).where(jobs.c.id == in_job))
+            db.execute(
+                jobs.update()
+                .where(jobs.c.id == in_job)
+                .values(
+                    rounds_done=outcome.round,
+                    model_sha256=model.sha256,
+                    model_size=model.size,
+                    optimizer_sha256=optimizer_sha256,
+                )
+            )
+            in_use = db.scalar(sa.select(sa.func.count()).where(jobs.c.optimizer_sha256 == former))
+        if former and not in_use:
+            self._blobs.delete(former)
+        self._notify()
+
+    def end(self, job: str, state: str, error: str | None = None, model: BlobRef | None = None) -> None:
+        """Mark a job as done, failed or cancelled; `model` is its last one, whole, where that was in parts."""
+        values: dict[str, Any] = {"state": state, "error": error, "ended_s": time.time()}
+        if model is not None:
+            values |= {"model_sha256": model.sha256, "model_size": model.size, "frozen_sha256": None}
+        with self._engine.begin() as db:
+            running = (jobs.c.id == job) & (jobs.c.state == "running")
+            db.execute(jobs.update().where(running).values(values))
+        self.followers.forget(job)
+        self._notify()
+
+    def list(self) -> Rows:
+        """Return every job as the REST plane shows it, the newest first."""
+        with self._engine.begin() as db:
+            found = db.execute(jobs.select().order_by(jobs.c.created_s.desc())).mappings()
+            return [self._shown(row) for row in found]
+
+    def get(self, job: str) -> dict[str, Any]:
+        """Return one job with the rounds that are kept; raises NotFound for an unknown id."""
+        return self.row(job) | {"rounds": self.rounds_after(job, 0)}
+
+    def row(self, job: str) -> dict[str, Any]:
+        """Return one job without its rounds; raises NotFound for an unknown id."""
+        with self._engine.begin() as db:
+            row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one_or_none()
+        if row is None:
+            raise NotFound(f"there is no job {job!r}; `edgefl jobs list` shows those there are")
+        return self._shown(row)
+
+    def follow(self, job: str, after: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Read a job's rounds above `after`: they are kept until the reader says that it has them."""
+        return self.followers.reading(job, after)
+
+    def rounds_after(self, job: str, number: int, limit: int | None = None) -> Rows:
+        """Return the outcomes of the finished rounds above `number`, at most `limit`."""
+        later = (rounds.c.job == job) & (rounds.c.round > number) & rounds.c.outcome.is_not(sa.null())
+        with self._engine.begin() as db:
+            return Rows(db.scalars(sa.select(rounds.c.outcome).where(later).order_by(rounds.c.round).limit(limit)))
+
+    def wait(self, job: str, rounds_seen: int, timeout_s: float) -> bool:
+        """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._has_news(job, rounds_seen), timeout_s)
+
+    def cancel(self, job: str) -> None:
+        """Stop a running job; one that has ended stays as it is. Raises NotFound for an unknown id.
+
+        The job hears of it first: where the disk is full, it ends without another round, and its row follows.
+        """
+        if self.row(job)["state"] == "running":
+            self.cancelled(job)
+            self.end(job, "cancelled", "cancelled by its operator")
+
+    def forget_model_of(self, job: str, number: int) -> None:
+        """Delete the parameters after an old round, unless a job still stands on them."""
+        at = (rounds.c.job == job) & (rounds.c.round == number)
+        with self._engine.begin() as db:
+            outcome = db.scalar(sa.select(rounds.c.outcome).where(at))
+            sha256 = outcome["model"] if outcome else ""
+            in_use = db.scalar(sa.select(sa.func.count()).where(jobs.c.model_sha256 == sha256))
+        if sha256 and not in_use:
+            self._blobs.delete(sha256)
+
+    def _is_known(self, job: str) -> bool:
+        with self._engine.begin() as db:
+            return db.scalar(sa.select(jobs.c.id).where(jobs.c.id == job)) is not None
+
+    def _has_news(self, job: str, rounds_seen: int) -> bool:
+        row = sa.select(jobs.c.state, jobs.c.rounds_done).where(jobs.c.id == job)
+        with self._engine.begin() as db:
+            state, rounds_done = db.execute(row).one()
+        return state in ENDED or rounds_done > rounds_seen
+
+    def _shown(self, row: Any) -> dict[str, Any]:
+        names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s")
+        return (
+            {"kind": "train"}
+            | {name: row[name] for name in names}
+            | {
+                "waiting": (self.waiting() or None) if row["state"] == "running" else None,
+                "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
+                "frozen": None if (frozen := _frozen_of(row)) is None else dataclasses.asdict(frozen),
+            }
+        )
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _frozen_of(row: Any) -> BlobRef | None:
+    """Return what a job's model lacks, if it lacks something."""
+    if row["frozen_sha256"] is None:
+        return None
+    return BlobRef(sha256=row["frozen_sha256"], size=row["frozen_size"])

@@ -1,0 +1,181 @@
+"""The cloud's database: SQLAlchemy Core over SQLite (WAL, synchronous FULL) under the home.
+
+What is committed here survives kill -9 and power loss. Rows of jobs, rounds and updates together say
+exactly where a federation stands; `cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `renewal.py`,
+`registry.py` and `rollout.py` are the only modules that query them. Methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+TABLES = sa.MetaData()
+
+tokens = sa.Table(
+    "tokens",
+    TABLES,
+    sa.Column("secret_sha256", sa.String, primary_key=True),  # the secret itself is never kept
+    sa.Column("expires_s", sa.Float, nullable=False),  # seconds since 1970
+    sa.Column("used_by", sa.String),  # device; NULL = not used yet
+)
+
+devices = sa.Table(
+    "devices",
+    TABLES,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("serial", sa.String, nullable=False),  # of the certificate that is valid for it
+    sa.Column("tags", sa.JSON, nullable=False),
+    sa.Column("enrolled_s", sa.Float, nullable=False),
+)
+
+renewals = sa.Table(  # certificates that devices have and have not used yet
+    "renewals",
+    TABLES,
+    sa.Column("device", sa.String, primary_key=True),
+    sa.Column("serial", sa.String, nullable=False),
+    sa.Column("certificate", sa.String, nullable=False),  # PEM
+    sa.Column("issued_s", sa.Float, nullable=False),
+)
+
+revoked = sa.Table(  # certificates that are not accepted any more
+    "revoked",
+    TABLES,
+    sa.Column("number", sa.Integer, primary_key=True),  # rises: also of the list of those that are revoked
+    sa.Column("serial", sa.String, nullable=False),
+    sa.Column("device", sa.String, nullable=False),
+    sa.Column("revoked_s", sa.Float, nullable=False),
+)
+
+jobs = sa.Table(
+    "jobs",
+    TABLES,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("task", sa.String, nullable=False),
+    sa.Column("bundle", sa.JSON, nullable=False),  # messages.Signed
+    sa.Column("config", sa.JSON, nullable=False),  # config.JobConfig
+    sa.Column("buffers", sa.JSON, nullable=False),  # names of tensors that move, but are not trained
+    sa.Column("state", sa.String, nullable=False),  # running | done | failed | cancelled
+    sa.Column("rounds_done", sa.Integer, nullable=False),
+    sa.Column("model_sha256", sa.String, nullable=False),  # parameters after `rounds_done`
+    sa.Column("model_size", sa.Integer, nullable=False),
+    sa.Column("optimizer_sha256", sa.String),  # server optimizer's state after `rounds_done`
+    sa.Column("error", sa.String),
+    sa.Column("created_s", sa.Float, nullable=False),
+    sa.Column("ended_s", sa.Float),
+    sa.Column("parted", sa.Boolean),  # whether parameters are what is trained and the buffers alone; NULL = not known
+    sa.Column("frozen_sha256", sa.String),  # all other tensors of the model, until the job is done
+    sa.Column("frozen_size", sa.Integer),
+)
+
+rounds = sa.Table(
+    "rounds",
+    TABLES,
+    sa.Column("job", sa.String, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("cohort", sa.JSON, nullable=False),
+    sa.Column("outcome", sa.JSON),  # RoundOutcome.as_json() and the model after it; NULL = open
+)
+
+updates = sa.Table(
+    "updates",
+    TABLES,
+    sa.Column("job", sa.String, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("device", sa.String, primary_key=True),
+    sa.Column("file", sa.String),  # under spool/; NULL where the device failed
+    sa.Column("weight", sa.Float),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("reason", sa.String),  # why there is no update
+)
+
+relays = sa.Table(
+    "relays",
+    TABLES,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("app", sa.String, nullable=False),
+    sa.Column("bundle", sa.JSON, nullable=False),  # messages.Signed
+    sa.Column("state", sa.String, nullable=False),  # running | done | failed | cancelled
+    sa.Column("sent", sa.Integer, nullable=False),  # messages taken so far: the number of the last
+    sa.Column("answered", sa.Integer, nullable=False),
+    sa.Column("error", sa.String),
+    sa.Column("created_s", sa.Float, nullable=False),
+    sa.Column("ended_s", sa.Float),
+)
+
+errands = sa.Table(  # of running relays: messages that the operator has not done with
+    "errands",
+    TABLES,
+    sa.Column("relay", sa.String, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("device", sa.String, nullable=False),
+    sa.Column("envelope", sa.String, nullable=False),
+    sa.Column("content_sha256", sa.String, nullable=False),
+    sa.Column("expires_s", sa.Float, nullable=False),  # seconds since 1970
+    sa.Column("answered", sa.Boolean, nullable=False),
+    sa.Column("file", sa.String),  # of the reply, under spool/; NULL where there is none, or not yet
+    sa.Column("reason", sa.String),  # why there is no reply
+    sa.Column("lost", sa.Boolean, nullable=False),  # the cloud gave the device up
+)
+
+releases = sa.Table(
+    "releases",
+    TABLES,
+    sa.Column("model", sa.String, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("signed", sa.JSON, nullable=False),  # messages.Signed of a manifest.Release
+    sa.Column("created_s", sa.Float, nullable=False),
+)
+
+rollouts = sa.Table(
+    "rollouts",
+    TABLES,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("rollback", sa.Boolean, nullable=False),
+    sa.Column("created_s", sa.Float, nullable=False),
+)
+
+desired = sa.Table(
+    "desired",
+    TABLES,
+    sa.Column("device", sa.String, primary_key=True),
+    sa.Column("model", sa.String, primary_key=True),
+    sa.Column("rollout", sa.String, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("sequence", sa.Integer, nullable=False),
+    sa.Column("signed", sa.JSON, nullable=False),  # messages.Signed of a manifest.Desired
+    sa.Column("state", sa.String, nullable=False),  # pending | downloading | installed | active | failed
+    sa.Column("detail", sa.String, nullable=False),
+)
+
+
+def open_database(path: Path) -> sa.Engine:
+    """Open, or make, the SQLite database at a path."""
+    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False, "timeout": 10})
+    sa.event.listen(engine, "connect", _set_pragmas)
+    TABLES.create_all(engine)
+    _add_new_columns(engine)
+    return engine
+
+
+def _add_new_columns(engine: sa.Engine) -> None:
+    """Give the tables of an older home the columns that came since; they hold NULL there."""
+    there = sa.inspect(engine)
+    with engine.begin() as db:
+        for table in TABLES.sorted_tables:
+            known = {column["name"] for column in there.get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in known:
+                    kind = column.type.compile(engine.dialect)
+                    db.execute(sa.text(f'ALTER TABLE "{table.name}" ADD COLUMN "{column.name}" {kind}'))
+
+
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()

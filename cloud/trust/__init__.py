@@ -1,0 +1,1 @@
+"""The cloud's certificates: its own, those of devices, and who is revoked."""

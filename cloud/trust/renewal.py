@@ -1,0 +1,99 @@
+"""Certificates of devices, renewed over the connection that the present one opened.
+
+The cloud's clock decides when: a device's own may show any year. The present certificate is good until the
+new one is first used, so that an answer which is lost locks nobody out; from then on it is revoked.
+Invariant: whatever was signed for a device is its valid certificate, its next one, or revoked.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import sqlalchemy as sa
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+
+from cloud.state.store import devices, renewals, revoked
+from cloud.trust.own_certificates import begins_late, ends_soon
+from edgefl.errors import EnrolmentRefused, ProtocolError
+from edgefl.protocols.tls import LEAF_DAYS, load_certificate, serial_number, sign_request
+
+AGAIN_S = 3600.0  # before a device may ask for one for yet another key: each is an entry in the list of revoked ones
+
+
+class Renewals:
+    """Methods may be called from any thread."""
+
+    def __init__(
+        self, engine: sa.Engine, ca_folder: Path, clock: Callable[[], float] = time.time,
+        certificate_days: float = LEAF_DAYS,
+    ) -> None:  # fmt: skip
+        self._engine = engine
+        self._ca_folder = ca_folder
+        self._clock = clock
+        self._days = certificate_days
+
+    def is_due(self, certificate: bytes) -> bool:
+        """Whether a device should renew this certificate (PEM or DER)."""
+        cert, now = load_certificate(certificate), datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
+        return begins_late(cert) or ends_soon(cert, self._days, now)
+
+    def renew(self, device: str, csr: bytes) -> bytes:
+        """Return a new certificate (PEM); the same again where the request is for the same key.
+
+        Raises ProtocolError for a bad request, EnrolmentRefused for a stranger or one who asks too often.
+        """
+        now_s = self._clock()
+        here = renewals.c.device == device
+        with self._engine.begin() as db:
+            # The write comes first, and takes the lock: two requests of a device come one after the other.
+            if db.execute(devices.update().where(devices.c.name == device).values(name=device)).rowcount != 1:
+                raise EnrolmentRefused(f"there is no device {device!r}; enrol it with a new token")
+            before = db.execute(renewals.select().where(here)).mappings().one_or_none()
+            if before is not None and _same_key(before["certificate"], csr):
+                return str(before["certificate"]).encode()
+            if before is not None and abs(now_s - before["issued_s"]) < AGAIN_S:
+                raise EnrolmentRefused(
+                    f"device {device!r} has a new certificate, which it has not used, and asks for one for another "
+                    f"key; that is possible {AGAIN_S:g} s after the first"
+                )
+            certificate = sign_request(self._ca_folder, csr, device, self._days)
+            if before is not None:
+                db.execute(renewals.delete().where(here))
+                db.execute(revoked.insert().values(serial=before["serial"], device=device, revoked_s=now_s))
+            row = {"serial": serial_number(certificate), "certificate": certificate.decode(), "issued_s": now_s}
+            db.execute(renewals.insert().values(row | {"device": device}))
+        return certificate
+
+    def first_use(self, device: str, serial: str) -> bool:
+        """Whether this is a device's next certificate; if so it is the valid one now, and the former is revoked."""
+        its_next = (renewals.c.device == device) & (renewals.c.serial == serial)
+        valid = sa.select(devices.c.serial).where(devices.c.name == device)
+        with self._engine.connect() as db:  # most that come here are strangers: they take no lock
+            if db.scalar(sa.select(renewals.c.serial).where(its_next)) is None:
+                return bool(db.scalar(valid) == serial)  # another call of this device was the first
+        with self._engine.begin() as db:
+            if db.execute(renewals.delete().where(its_next)).rowcount != 1:
+                return bool(db.scalar(valid) == serial)
+            former = db.scalar(valid)
+            db.execute(revoked.insert().values(serial=former, device=device, revoked_s=self._clock()))
+            db.execute(devices.update().where(devices.c.name == device).values(serial=serial))
+        return True
+
+
+def forget_next(db: sa.Connection, device: str) -> str | None:
+    """Drop the next certificate of a device that is removed; return its serial number, if it had one."""
+    serial = db.scalar(sa.select(renewals.c.serial).where(renewals.c.device == device))
+    db.execute(renewals.delete().where(renewals.c.device == device))
+    return serial
+
+
+def _same_key(certificate: str, csr: bytes) -> bool:
+    try:
+        key = x509.load_pem_x509_csr(csr).public_key()
+    except (ValueError, UnsupportedAlgorithm) as cause:
+        raise ProtocolError(f"the signing request is not PKCS #10: {cause}") from cause
+    return key == load_certificate(certificate.encode()).public_key()

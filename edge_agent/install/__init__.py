@@ -1,0 +1,1 @@
+"""The agent as a service, and looking at it: install, doctor, status."""

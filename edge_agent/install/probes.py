@@ -1,0 +1,232 @@
+"""What `edgefl agent doctor` tries over the network: each probe takes one connection and explains one failure.
+
+A probe looks at the certificate's dates last: a device whose clock is wrong is to hear that its clock is
+wrong, not that the cloud's certificate is. Nothing here joins the fleet: the broker is greeted by TLS
+alone, since a second MQTT session of this name would end the agent's own.
+Invariant: every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import datetime
+import http.client
+import json
+import math
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+from edgefl.protocols import tls
+from edgefl.terminal.text import one_line
+
+DEADLINE_S = 5.0
+MAX_SHOWN_CHARS = 500  # of what a cloud says
+PATIENCE_S = 0.3  # beyond three round trips, for a server to object to our certificate
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)  # X509_V_FLAG_NO_CHECK_TIME, which Python's ssl has no name for
+_EXPIRED, _NOT_YET = 10, 9  # X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_CERT_NOT_YET_VALID
+_REFUSALS = {  # what a server says of a client's certificate, in OpenSSL's words
+    "UNKNOWN_CA": "of another fleet",
+    "CERTIFICATE_EXPIRED": "expired",
+    "CERTIFICATE_REVOKED": "revoked",
+    "CERTIFICATE_REQUIRED": "missing",
+    "BAD_CERTIFICATE": "damaged",
+    "DECRYPT_ERROR": "of another fleet",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One thing that was looked at: what was seen, and what to do where it is not well."""
+
+    check: str
+    state: str  # ok | warn | fail
+    seen: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """What the cloud says of itself, and how far this clock is from its own."""
+
+    version: str
+    ahead_s: float  # of this clock; NaN where the cloud named no time
+    ailing: str = ""  # the parts of the cloud that are not well, and why
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Who is to answer where, and what we show to be let in (None: a loopback trial without TLS)."""
+
+    check: str
+    host: str
+    port: int
+    identity: tls.Identity | None
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def peer(check: str, address: str, identity: tls.Identity | None) -> Peer:
+    """Return the peer at host:port or scheme://host:port."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    return Peer(check=check, host=parts.hostname or "", port=parts.port or 443, identity=identity)
+
+
+def ask_health(cloud: Peer, clock: Callable[[], float] = time.time) -> Health | Check:
+    """Return the cloud's health, or why it is not to be had."""
+    try:
+        connection = _http(cloud)
+        try:
+            started_s = clock()
+            connection.request("GET", "/v1/health")
+            answer = connection.getresponse()
+            body = answer.read(1 << 16)
+            here_s = (started_s + clock()) / 2
+        finally:
+            connection.close()
+    except OSError as error:
+        return explain(cloud, error)
+    except http.client.HTTPException:
+        return Check(check=cloud.check, state="fail", seen=f"{cloud} speaks no HTTP", advice="Check --cloud's port.")
+    try:
+        facts = json.loads(body)
+        version = one_line(str(facts["version"]), MAX_SHOWN_CHARS)
+        parts = {str(name): part for name, part in facts.get("parts", {}).items() if not part["ok"]}
+        ailing = "; ".join(f"{name}: {part['reason']}" for name, part in parts.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        seen = f"{cloud} answers {answer.status}, but not as an edgefl cloud does"
+        return Check(check=cloud.check, state="fail", seen=seen, advice="Check the address of --cloud.")
+    ahead_s = here_s - _seconds(facts.get("time"), answer.getheader("Date"))
+    return Health(version=version, ahead_s=ahead_s, ailing=one_line(ailing, MAX_SHOWN_CHARS))
+
+
+def greet(service: Peer) -> Check:
+    """Connect, shake hands with our certificate, and wait for the objection that TLS 1.3 sends late."""
+    started_s = time.monotonic()
+    try:
+        with socket.create_connection((service.host, service.port), DEADLINE_S) as raw:
+            if service.identity is None:
+                return Check(check=service.check, state="ok", seen=f"{service} answers, without TLS")
+            with _context(service.identity).wrap_socket(raw, server_hostname=service.host) as connection:
+                took_s = time.monotonic() - started_s
+                connection.settimeout(min(DEADLINE_S, PATIENCE_S + 3 * took_s))
+                _hear_objection(connection)
+                version = connection.version()
+    except OSError as error:
+        return explain(service, error)
+    return Check(check=service.check, state="ok", seen=f"{service} knows us, {version}, {1000 * took_s:.0f} ms")
+
+
+def explain(at: Peer, error: OSError) -> Check:
+    """Say what a failed connection means and what to do."""
+    seen, advice = _meaning(at, error)
+    return Check(check=at.check, state="fail", seen=seen, advice=advice)
+
+
+def look_at_port(port: int, *, agent_runs: bool) -> Check:
+    """Say whether the serving port is free, ours, or another program's."""
+    check = "serving port"
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+        try:
+            connection.request("GET", "/v2")
+            answer = connection.getresponse()
+            name = str(json.loads(answer.read(1 << 16)).get("name", ""))
+        finally:
+            connection.close()
+    except ConnectionRefusedError:
+        return Check(check=check, state="ok", seen=f"{port} is free")
+    except TimeoutError:
+        if agent_runs:
+            seen = f"{port} takes connections and does not answer within {DEADLINE_S:g} s"
+            advice = "`journalctl -u edgefl-agent -n 50` says how the serving process ended."
+            return Check(check=check, state="fail", seen=seen, advice=advice)
+        name = ""
+    except (OSError, ValueError, AttributeError, http.client.HTTPException):
+        name = ""
+    else:
+        if agent_runs and answer.status == http.HTTPStatus.UNAUTHORIZED and answer.getheader("WWW-Authenticate"):
+            return Check(check=check, state="ok", seen=f"{port} serves this agent's predictions to who has its token")
+    if agent_runs and "edgefl" in name:
+        return Check(check=check, state="ok", seen=f"{port} serves this agent's predictions")
+    return Check(
+        check=check,
+        state="fail",
+        seen=f"{port} is taken by {name or 'another program'}",
+        advice=f"Stop it (`ss -ltnp 'sport = :{port}'` names it), or give the agent another --serve-port.",
+    )
+
+
+def _http(cloud: Peer) -> http.client.HTTPConnection:
+    if cloud.identity is None:
+        return http.client.HTTPConnection(cloud.host, cloud.port, timeout=DEADLINE_S)
+    context = tls.client_context(cloud.identity.ca)
+    context.verify_flags |= _NO_CHECK_TIME
+    return http.client.HTTPSConnection(cloud.host, cloud.port, timeout=DEADLINE_S, context=context)
+
+
+def _context(identity: tls.Identity) -> ssl.SSLContext:
+    context = tls.client_context(identity.ca, identity)
+    context.set_alpn_protocols(["h2"])  # a gRPC server insists; a broker does not look
+    return context
+
+
+def _hear_objection(connection: ssl.SSLSocket) -> None:
+    try:
+        connection.recv(1)
+    except TimeoutError:
+        return  # silence is consent: an MQTT broker waits for our first word
+
+
+def _meaning(at: Peer, error: OSError) -> tuple[str, str]:
+    if isinstance(error, socket.gaierror):
+        return f"the name {at.host!r} is not known", "Check this device's DNS, or enrol with the cloud's address."
+    if isinstance(error, ConnectionRefusedError):
+        return f"nothing listens at {at}", "Start the cloud, or check its ports."
+    if isinstance(error, TimeoutError):
+        return f"{at} did not answer within {DEADLINE_S:g} s", "Check the network and the firewalls on the way."
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _their_certificate(at, error)
+    if isinstance(error, ssl.SSLError):
+        return _our_certificate(at, error)
+    return f"{at}: {error.strerror or error}", "Check the network, and whether another program has that port."
+
+
+def _their_certificate(at: Peer, error: ssl.SSLCertVerificationError) -> tuple[str, str]:
+    if error.verify_code in {_EXPIRED, _NOT_YET}:
+        when = "expired" if error.verify_code == _EXPIRED else "not yet valid"
+        return f"the certificate of {at} is {when} by this device's clock", (
+            "Set this device's clock; if it is right, restart the cloud, which renews its certificate."
+        )
+    if "mismatch" in error.verify_message or "not valid for" in error.verify_message:
+        return f"the cloud's certificate does not name {at.host!r}", (
+            f"Start the cloud with --host {at.host}, or enrol with a name that it has."
+        )
+    return f"{at} shows a certificate that this fleet's CA did not make", (
+        "Another fleet, or somebody in between, answers there. Check the address; else enrol with a new token."
+    )
+
+
+def _our_certificate(at: Peer, error: ssl.SSLError) -> tuple[str, str]:
+    reason = error.reason or ""
+    for word, meaning in _REFUSALS.items():
+        if word in reason:
+            return f"{at} refuses this device's certificate as {meaning}", "Enrol again, with a new token."
+    return f"{at} speaks no TLS that we accept ({reason or error})", "Check the port: is it an edgefl cloud's?"
+
+
+def _seconds(stated: object, date_header: str | None) -> float:
+    """Return a time in seconds since 1970: a number, ISO 8601 or an HTTP date; NaN for none."""
+    try:
+        if isinstance(stated, int | float):
+            return float(stated)
+        if isinstance(stated, str):
+            moment = datetime.datetime.fromisoformat(stated)
+            return moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp()
+        return parsedate_to_datetime(date_header).timestamp() if date_header else math.nan
+    except (ValueError, OverflowError):
+        return math.nan

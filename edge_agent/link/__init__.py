@@ -1,0 +1,1 @@
+"""The link to the fleet: enrolment, certificates, MQTT, gRPC, transfers."""

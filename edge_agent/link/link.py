@@ -1,0 +1,235 @@
+"""The one link to the fleet: MQTT for small facts, gRPC for the rest, each coming back by itself.
+
+A lost MQTT message costs latency, never correctness: the agent asks `Next` over gRPC whenever either
+side is back, and now and then in between. So it works with the broker gone, and without a cloud it waits.
+Presence: every connect to the broker has a session number of its own, above all before it, in its
+birth and its will, so that a will that comes late is known to be old.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+import psutil
+
+from edge_agent.link.channel import CloudChannel
+from edge_agent.link.profile import Profile, save_profile, with_broker
+from edge_agent.link.renewal import Renewal
+from edge_agent.resources import measure
+from edgefl import __version__
+from edgefl.errors import CloudUnreachable, ConfigError, HomeError, ProtocolError
+from edgefl.logs import event
+from edgefl.process.home import replace_file
+from edgefl.protocols import messages, topics
+from edgefl.protocols.backoff import Backoff
+from edgefl.protocols.messages import DeviceState, RolloutNote, RoundClosed, Signed, UpdateRefused, WirePlan
+from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
+from edgefl.protocols.tls import Identity
+
+ASK_EVERY_S = 30.0  # the safety net under lost messages
+ASK_AGAIN_S = 2.0  # after `Next` failed; more where the cloud has no place
+TELEMETRY_EVERY_S = 30.0
+MAX_SESSION = 2**62  # a damaged file must not bring it near to what a message can hold
+
+_log = logging.getLogger(__name__)
+
+JobMessage = WirePlan | RoundClosed | UpdateRefused
+
+
+class Ears(Protocol):
+    """What the link's news are for. Called in the event loop."""
+
+    def hear_job(self, message: JobMessage) -> None:
+        """Hear what came on down/<device>/job."""
+
+    def hear_desired(self, signed: Signed) -> None:
+        """Hear what this device should serve; not verified yet."""
+
+    def before_next(self) -> tuple[list[str], Callable[[list[WirePlan], list[str]], None]]:
+        """`Next` is about to be asked: return the jobs with a state here, and what takes plans and jobs that ended."""
+
+
+class Link:
+    """The agent's connections, owned by `run`."""
+
+    def __init__(self, home: Path, profile: Profile, channel: CloudChannel, ears: Ears) -> None:
+        self._home, self._profile, self._channel, self._ears = home, profile, channel, ears
+        self._ask = asyncio.Event()
+        self._backoff = Backoff(profile.device, ASK_AGAIN_S, ASK_AGAIN_S)
+        self._no_place = False  # the cloud said so
+        self._loop = asyncio.get_running_loop()
+        self._broken: asyncio.Future[None] = self._loop.create_future()
+        self._session = _Session(home / "session")
+        self._serving: tuple[Mapping[str, int], str] = ({}, "")
+        self._refusal = ""  # why the cloud did not answer `Next`: each reason is a line once
+        self._mqtt = self._new_mqtt()
+        self._renewal = Renewal(home, profile.device, channel, lambda: self._mqtt.reconnect("the certificate is new"))
+
+    async def run(self) -> None:
+        """Keep the link until cancelled; then say that the device is going."""
+        self._mqtt.start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._channel.watch(self._ask.set), name="cloud-watch")
+                tasks.create_task(self._ask_next(), name="next")
+                tasks.create_task(self._send_telemetry(), name="telemetry")
+                await self._broken  # a fault of ours in the MQTT link's thread ends the agent
+        finally:
+            self._publish("state", self._state(online=False), retain=True)
+            await asyncio.to_thread(self._mqtt.close)
+            await self._channel.close()
+
+    def serve(self, models: Mapping[str, int], url: str) -> None:
+        """Tell the fleet which model versions this device serves, and where."""
+        self._serving = (dict(models), url)
+        if self._mqtt.wait_connected(0):
+            self._publish("state", self._state(online=True), retain=True)
+
+    def tell(self, note: RolloutNote) -> None:
+        """Report how far a release is."""
+        self._publish("rollout", note)
+
+    async def _ask_next(self) -> None:
+        wait_s = ASK_EVERY_S
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._ask.wait()
+            self._ask.clear()
+            if await self._next():
+                self._backoff.reset()
+                wait_s = ASK_EVERY_S
+            else:
+                wait_s = self._backoff.next_s(full=self._no_place)
+
+    async def _next(self) -> bool:
+        self._no_place = False
+        try:
+            holding, take = self._ears.before_next()
+            reply = await self._channel.next(__version__, holding)
+            take([messages.decode(WirePlan, plan) for plan in reply.plans], list(reply.ended))
+            for signed in reply.desired:
+                self._ears.hear_desired(messages.decode(Signed, signed))
+            await self._follow_broker(reply.broker)
+            if reply.renew and await self._renewal.renew():
+                self._ask.set()  # the first use of the new certificate
+        except grpc.aio.AioRpcError as error:
+            self._no_place = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            told, self._refusal = self._refusal, error.details() or ""
+            is_news = error.code() is not grpc.StatusCode.UNAVAILABLE and self._refusal != told
+            level = logging.WARNING if is_news else logging.DEBUG
+            event(_log, level, "next.failed", code=error.code().name, reason=error.details())
+            return False
+        except (ProtocolError, ConfigError) as error:
+            event(_log, logging.WARNING, "next.unreadable", reason=error)
+            return True
+        except (HomeError, OSError) as error:  # a full disk, a locked database: they pass
+            event(_log, logging.ERROR, "next.put_off", reason=error)
+            return False
+        self._refusal = ""
+        with suppress(OSError):  # a full disk: `edgefl agent status` shows an older contact, no more
+            (self._home / "contact").touch()
+        return True
+
+    async def _follow_broker(self, url: str) -> None:
+        """Move to the broker that the cloud names, where that has changed."""
+        profile = with_broker(self._profile, url)
+        if profile == self._profile:
+            return
+        parse_url(profile.broker)  # raises before anything changes
+        event(_log, logging.INFO, "broker.moved", broker=profile.broker)
+        try:
+            save_profile(self._home, profile)
+        except OSError as error:  # a full disk: each `Next` says it again
+            event(_log, logging.ERROR, "broker.not_saved", reason=error)
+        self._profile = profile
+        await asyncio.to_thread(self._mqtt.close)
+        self._mqtt = self._new_mqtt()
+        self._mqtt.start()
+
+    async def _send_telemetry(self) -> None:
+        while True:
+            try:
+                self._publish("telemetry", measure(self._home), qos=0)
+            except (ProtocolError, OSError, psutil.Error) as error:  # what the system told made no sense, or it did not
+                event(_log, logging.WARNING, "telemetry.not_measured", reason=error)
+            await asyncio.sleep(TELEMETRY_EVERY_S)
+
+    def _publish(self, kind: str, message: object, *, retain: bool = False, qos: int = 1) -> None:
+        try:
+            self._mqtt.publish(topics.up(self._profile.device, kind), messages.encode(message), retain=retain, qos=qos)
+        except (CloudUnreachable, ProtocolError) as error:
+            event(_log, logging.WARNING, "mqtt.not_sent", kind=kind, reason=error)
+
+    def _state(self, *, online: bool) -> DeviceState:
+        models, url = self._serving
+        return DeviceState(
+            session=self._session.number,
+            online=online,
+            agent_version=__version__,
+            models=models,
+            tags=self._profile.tags,
+            serving_url=url,
+        )
+
+    def _new_mqtt(self) -> MqttLink:
+        device, profile = self._profile.device, self._profile
+        secure = profile.broker.startswith("mqtts://")
+        config = LinkConfig(
+            url=profile.broker,
+            client_id=device,
+            identity=Identity.in_folder(self._home) if secure else None,
+            subscriptions=((topics.down(device, "job"), 1), (topics.down(device, "desired"), 1)),
+            will=self._will,
+        )
+        return MqttLink(config, on_message=self._on_message, on_connect=self._on_connect, on_failure=self._on_failure)
+
+    # Below: called in the MQTT link's thread.
+
+    def _will(self) -> tuple[str, bytes]:
+        self._session.advance()
+        return topics.up(self._profile.device, "state"), messages.encode(self._state(online=False))
+
+    def _on_connect(self) -> None:
+        self._publish("state", self._state(online=True), retain=True)
+        self._loop.call_soon_threadsafe(self._ask.set)
+
+    def _on_failure(self, failure: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._break, failure)
+
+    def _break(self, failure: BaseException) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(failure)
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        if topic.endswith("/job"):
+            self._loop.call_soon_threadsafe(self._ears.hear_job, messages.decode_job(payload))
+        elif payload:  # an empty one clears what the broker retained
+            self._loop.call_soon_threadsafe(self._ears.hear_desired, messages.decode(Signed, payload))
+
+
+class _Session:
+    """A number that only rises, through restarts and whatever the clock does."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self.number = int(path.read_text(encoding="ascii"))
+        except (FileNotFoundError, ValueError):
+            self.number = 0
+        if not 0 <= self.number < MAX_SESSION:
+            self.number = 0
+
+    def advance(self) -> None:
+        self.number = max(time.time_ns() // 1_000_000, self.number + 1)
+        try:
+            replace_file(self._path, str(self.number).encode())
+        except OSError as error:  # a full disk: the clock rises too
+            event(_log, logging.ERROR, "session.not_saved", reason=error)

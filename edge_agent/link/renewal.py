@@ -1,0 +1,88 @@
+"""The agent's certificate, renewed when the cloud says so, by whatever this device's clock may show.
+
+The new key is made here and kept in `next.key` until there is a certificate for it: an attempt that is cut off
+asks for the same key again, and the cloud answers the same. Both are replaced in one step; then the channel
+and the MQTT link are opened anew, and what was under way goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from edge_agent.link.channel import CloudChannel
+from edge_agent.link.pair import replace_pair
+from edgefl.errors import ProtocolError
+from edgefl.logs import event
+from edgefl.process.home import replace_file
+from edgefl.protocols.tls import Identity, common_name, expires, load_certificate, request_for, saved_key
+
+NEXT_KEY = "next.key"
+
+_log = logging.getLogger(__name__)
+
+
+class Renewal:
+    """Renews one home's certificate."""
+
+    def __init__(self, home: Path, device: str, channel: CloudChannel, reconnect: Callable[[], None]) -> None:
+        self._home, self._device, self._channel, self._reconnect = home, device, channel, reconnect
+
+    async def renew(self) -> bool:
+        """Return whether there is a new certificate; where not, the log says why and the old one stays in use."""
+        try:
+            request = await asyncio.to_thread(self._request)
+            reply = await self._channel.renew(request)
+            await asyncio.to_thread(self._install, bytes(reply.certificate), bytes(reply.ca))
+        except grpc.aio.AioRpcError as error:
+            event(_log, logging.WARNING, "certificate.not_renewed", code=error.code().name, reason=error.details())
+            return False
+        except (ProtocolError, OSError, ValueError) as error:
+            event(_log, logging.ERROR, "certificate.not_renewed", reason=error)
+            return False
+        await self._channel.reopen()
+        self._reconnect()
+        return True
+
+    def _request(self) -> bytes:
+        return request_for(saved_key(self._home / NEXT_KEY), self._device)
+
+    def _install(self, certificate: bytes, ca: bytes) -> None:
+        """Check what the cloud sent, then replace key, certificate and, where it is renewed too, the CA's."""
+        key, home = saved_key(self._home / NEXT_KEY), Identity.in_folder(self._home)
+        held = load_certificate(home.ca.read_bytes())
+        _check_certificate(certificate, self._device, held)
+        if load_certificate(certificate).public_key() != key.public_key():
+            raise ProtocolError("the cloud's certificate is for another key than ours")
+        replace_pair(self._home, (self._home / NEXT_KEY).read_bytes(), certificate)
+        (self._home / NEXT_KEY).unlink()
+        event(_log, logging.INFO, "certificate.renewed", ends=f"{expires(certificate):%Y-%m-%d}")
+        if ca and ca != home.ca.read_bytes():
+            _check_ca(ca, held)
+            replace_file(home.ca, ca)
+
+
+def _check_certificate(certificate: bytes, device: str, ca: x509.Certificate) -> None:
+    if common_name(certificate) != device:
+        raise ProtocolError(f"the cloud's certificate names {common_name(certificate)!r}, not {device!r}")
+    try:
+        load_certificate(certificate).verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature) as cause:
+        raise ProtocolError("the cloud's certificate is not of this fleet's CA") from cause
+
+
+def _check_ca(ca_pem: bytes, held: x509.Certificate) -> None:
+    """Take the CA's new certificate for the very key that we trust already, and no other."""
+    ca = load_certificate(ca_pem)
+    try:
+        ca.verify_directly_issued_by(held)
+    except (ValueError, TypeError, InvalidSignature) as cause:
+        raise ProtocolError("the CA's new certificate is not signed by the CA") from cause
+    if ca.public_key() != held.public_key():
+        raise ProtocolError("the CA's new certificate is for another key; this device keeps the one that it has")

@@ -1,0 +1,65 @@
+"""A release is tried in a process of its own before it may touch the one that serves.
+
+    python -P -m edge_agent.releases.trial --name N --version V --path FILE --memory-mb N --say N
+
+It loads the model and runs it once, under a deadline and a memory limit. A crash in a native kernel, a
+load that never ends, a model that eats memory: each ends the trial, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+
+from edge_agent.children import Child, die_with_parent, take_the_blame_for_memory
+from edge_agent.serving.sessions import load
+from edgefl.errors import EdgeflError, ProtocolError
+
+MAX_REASON_BYTES = 4000
+_NICENESS = 5  # what serves comes first
+
+
+async def try_model(name: str, version: int, path: Path, *, memory_mb: int, within_s: float) -> None:
+    """Load a model elsewhere and run it once; raises ProtocolError with what was wrong. Cancelling kills the trial."""
+    ours, theirs = os.pipe()
+    try:
+        arguments = ("--name", name, "--version", str(version), "--path", str(path), "--memory-mb", str(memory_mb))
+        child = Child("edge_agent.releases.trial", *arguments, "--say", str(theirs), descriptors=[theirs])
+    finally:
+        os.close(theirs)
+    try:
+        async with asyncio.timeout(within_s):
+            await child.ended.wait()
+        reason = os.read(ours, MAX_REASON_BYTES).decode(errors="replace")
+    except TimeoutError as cause:
+        raise ProtocolError(f"model {name} version {version} was not loaded and run within {within_s:g} s") from cause
+    finally:
+        os.close(ours)
+        await asyncio.shield(asyncio.create_task(child.kill()))
+    if child.end != "ended with exit status 0":
+        raise ProtocolError(reason or f"the process that tried model {name} version {version} {child.end}")
+
+
+def main() -> None:
+    """Load, run once, say what is wrong, end."""
+    parser = argparse.ArgumentParser(prog="edgefl-trial", description="Loads a model and runs it once.")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--path", type=Path, required=True)
+    for option in ("--version", "--memory-mb", "--say"):
+        parser.add_argument(option, type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent()
+    take_the_blame_for_memory(arguments.memory_mb)
+    os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+    try:
+        load(arguments.name, arguments.version, arguments.path)
+    except (EdgeflError, OSError) as error:
+        os.write(arguments.say, str(error).encode()[:MAX_REASON_BYTES])
+        os._exit(1)
+    os._exit(0)  # without the time that taking a session down takes
+
+
+if __name__ == "__main__":
+    main()

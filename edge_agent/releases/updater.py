@@ -1,0 +1,336 @@
+"""Brings the release that the fleet wants onto the device, and keeps one that works while it does.
+
+verify the signature -> is it newer -> download into the spare slot -> check hash and size -> load it and
+run it once, elsewhere -> switch. Whatever fails before the switch leaves the old release serving, and is reported.
+Each model is seen to by itself: a slow one holds up no other, and a newer wish ends the work on an older one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_agent.link.channel import CloudChannel
+from edge_agent.link.transfer import download
+from edge_agent.releases.slots import Installed, ModelSlots, SlotState, held_models, open_slots
+from edge_agent.serving.predictions import Model
+from edgefl.errors import CloudUnreachable, EdgeflError, ManifestRejected, ProtocolError
+from edgefl.logs import event
+from edgefl.models.manifest import Desired, check_blob, check_version, verify
+from edgefl.protocols.messages import RolloutNote, Signed
+
+MAX_DETAIL_CHARS = 1000
+MAX_TRIES = 2  # of a release during whose loading the agent died
+MAX_STARTS = 3  # of one that served before
+
+_log = logging.getLogger(__name__)
+
+
+class _Job(NamedTuple):
+    """Work on one model."""
+
+    sequence: int  # of the wish it is for
+    work: asyncio.Task[None]
+
+
+class Ready(Protocol):
+    """A model that was loaded and can take over at once."""
+
+    def switch(self) -> None:
+        """Serve it, in place of the version before it."""
+
+    def forget(self) -> None:
+        """It is not wanted any more."""
+
+
+class Host(Protocol):
+    """Where models are loaded and serve: `edge_agent.serving.predictions`."""
+
+    async def prepare(self, model: Model, *, trial: bool) -> Ready:
+        """Load a model beside what serves, in a process of its own first where `trial`; raises ProtocolError."""
+
+    def drop(self, name: str) -> None:
+        """Serve a model no longer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdaterParts:
+    """What an updater works with."""
+
+    device: str
+    home: Path
+    fleet_key: Ed25519PublicKey
+    channel: CloudChannel
+    host: Host
+    tell: Callable[[RolloutNote], None]
+    changed: Callable[[], None]  # the versions that serve are others now
+
+
+class Updater:
+    """The releases of one agent. Used from its event loop."""
+
+    def __init__(self, parts: UpdaterParts) -> None:
+        self._parts = parts
+        self._folder = parts.home / "models"
+        self._slots: dict[str, ModelSlots] = {}
+        self._wanted: dict[str, Desired] = {}  # by model
+        self._failing: dict[str, tuple[Model, str]] = {}  # by model: what ends the serving process, and how
+        self._held = held_models(self._folder)  # by a process before us, not loaded yet
+        self._jobs: dict[str, _Job] = {}  # at work, one a model
+        self._cut: set[str] = set()  # models whose restoring has not come to its end: a newer wish may cut it off
+        self._told: set[tuple[str, int]] = set()  # outcomes that this process has reported
+        self._wake = asyncio.Event()
+
+    def hear(self, signed: Signed) -> None:
+        """Note what the device should serve, if the fleet's key says so. A newer wish ends the work on an older."""
+        try:
+            desired = verify(signed, Desired, self._parts.fleet_key)
+        except ManifestRejected as error:
+            event(_log, logging.WARNING, "release.rejected", reason=error)
+            return
+        if desired.device != self._parts.device:
+            event(_log, logging.WARNING, "release.rejected", reason=f"it is for device {desired.device}")
+            return
+        model = desired.release.model
+        if model not in self._wanted or self._wanted[model].sequence < desired.sequence:
+            self._wanted[model] = desired
+            self._wake.set()
+            job = self._jobs.get(model)
+            if job is not None and job.sequence < desired.sequence:
+                event(_log, logging.INFO, "release.superseded", model=model, sequence=job.sequence)
+                job.work.cancel()
+
+    def hear_failing(self, model: Model, reason: str) -> None:
+        """Note that a release ends the serving process again and again."""
+        self._failing[model.name] = (model, reason)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Install what the device should hold, each model by itself, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            at_work: dict[str, asyncio.Task[None]] = {}
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                for model in {*self._wanted, *self._failing}:
+                    if model not in at_work or at_work[model].done():
+                        at_work[model] = tasks.create_task(self._see_to(model), name=f"release {model}")
+
+    async def restore(self) -> None:
+        """Serve the releases that the device holds, each by itself; returns when each serves or was given up."""
+        names, self._held = self._held, []
+        self._cut.update(names)
+        opened = [slots for slots in map(self._slots_of, names) if slots is not None]
+        await asyncio.gather(*(self._alone(slots.state.model, slots.state.sequence, self._start(slots))
+                               for slots in opened))  # fmt: skip
+        self._parts.changed()
+
+    async def _see_to(self, model: str) -> None:
+        """Do what is to be done about one model, until there is nothing."""
+        while True:
+            if (job := self._jobs.get(model)) is not None:  # its releases are being restored
+                await asyncio.wait([job.work])
+                await asyncio.sleep(0)  # its owner takes it off the list
+            elif model in self._failing:
+                failed, reason = self._failing.pop(model)
+                slots = self._slots_of(model)
+                if slots is not None:
+                    await self._alone(model, slots.state.sequence, self._fall_back(slots, failed, reason))
+            elif model in self._wanted:
+                desired = self._wanted[model]
+                await self._alone(model, desired.sequence, self._consider(desired))
+                if self._wanted.get(model) is desired:
+                    del self._wanted[model]
+                    await self._make_up(model)
+            else:
+                return
+
+    async def _make_up(self, model: str) -> None:
+        """Serve what the device holds, where the wish that ended its restoring brought nothing in its place."""
+        if model in self._cut and (slots := self._slots_of(model)) is not None:
+            await self._alone(model, slots.state.sequence, self._start(slots))
+
+    async def _alone(self, model: str, sequence: int, work: Coroutine[None, None, None]) -> None:
+        """Do one thing about a model; a newer wish may end it."""
+        job = self._jobs[model] = _Job(sequence, asyncio.create_task(work, name=f"release {model}"))
+        try:
+            await asyncio.wait([job.work])
+            if not job.work.cancelled():
+                job.work.result()
+        except CloudUnreachable as error:
+            event(_log, logging.WARNING, "release.put_off", model=model, reason=error)
+        finally:
+            job.work.cancel()  # where we are cancelled; else it has ended
+            del self._jobs[model]
+
+    async def _start(self, slots: ModelSlots) -> None:
+        """Serve the active release, or if that cannot be the one before it."""
+        before = slots.state
+        for slot in filter(None, (before.active, before.spare)):
+            if slot in slots.state.slots and await self._start_slot(slots, slot):
+                break
+        self._cut.discard(before.model)
+
+    async def _start_slot(self, slots: ModelSlots, slot: str) -> bool:
+        state = slots.state
+        installed = state.slots[slot]
+        tries = state.starts + 1
+        try:
+            if tries > MAX_STARTS:
+                raise ProtocolError(f"the agent died {MAX_STARTS} times while it began to serve it")
+            self._note_start(slots, tries)
+            await asyncio.to_thread(
+                check_blob, f"{state.model} version {installed.version}", installed.blob, slots.path(slot)
+            )
+            ready = await self._parts.host.prepare(self._model(slots, slot), trial=tries > 1)
+        except asyncio.CancelledError:
+            self._note_start(slots, tries - 1)
+            raise
+        except (EdgeflError, OSError) as error:
+            event(_log, logging.ERROR, "release.damaged", model=state.model, slot=slot, reason=error)
+            left = {name: one for name, one in state.slots.items() if name != slot}
+            # One back: the `Desired` that brought it is to bring it again.
+            slots.note(dataclasses.replace(state, active=None, slots=left, sequence=state.sequence - 1, starts=0))
+            return False
+        if slot != state.active:
+            slots.note(dataclasses.replace(slots.state, active=slot))
+        ready.switch()
+        self._note_start(slots, 0)
+        event(_log, logging.INFO, "release.serves", model=state.model, version=installed.version, slot=slot)
+        self._parts.changed()
+        return True
+
+    def _note_start(self, slots: ModelSlots, starts: int) -> None:
+        slots.note(dataclasses.replace(slots.state, starts=starts))
+
+    async def _fall_back(self, slots: ModelSlots, failed: Model, reason: str) -> None:
+        """Serve the release before one that ends the serving process again and again."""
+        state = slots.state
+        serving = state.serving
+        if serving is None or slots.path(state.active or "") != failed.path or serving.version != failed.version:
+            return  # another release serves by now
+        event(_log, logging.ERROR, "release.failing", model=failed.name, version=failed.version, reason=reason)
+        note = RolloutNote(model=failed.name, version=failed.version, state="failed", detail=reason[:MAX_DETAIL_CHARS])
+        slots.note(dataclasses.replace(state, outcome=note))
+        self._report(slots.state)
+        if state.spare in state.slots:
+            try:
+                ready = await self._parts.host.prepare(self._model(slots, state.spare), trial=True)
+            except (EdgeflError, OSError) as error:
+                event(_log, logging.ERROR, "release.damaged", model=failed.name, slot=state.spare, reason=error)
+                return
+            slots.note(dataclasses.replace(slots.state, active=state.spare))
+            ready.switch()
+        self._parts.changed()
+
+    def _model(self, slots: ModelSlots, slot: str) -> Model:
+        state = slots.state
+        return Model(name=state.model, version=state.slots[slot].version, path=slots.path(slot))
+
+    async def _consider(self, desired: Desired) -> None:
+        slots = self._slots_of(desired.release.model)
+        if slots is None:
+            return
+        state = slots.state
+        if desired.sequence < state.sequence:
+            event(_log, logging.WARNING, "release.replayed", model=state.model, sequence=desired.sequence,
+                  known=state.sequence)  # fmt: skip
+        elif desired.sequence == state.sequence:
+            if state.outcome and (state.model, state.sequence) not in self._told:
+                self._report(state)  # the process before us may not have been heard
+        else:
+            await self._install(slots, desired)
+
+    def _slots_of(self, model: str) -> ModelSlots | None:
+        try:
+            if model not in self._slots:
+                self._slots[model] = open_slots(self._folder, model)
+        except (EdgeflError, OSError) as error:
+            event(_log, logging.WARNING, "release.rejected", reason=error)
+            return None
+        return self._slots[model]
+
+    async def _install(self, slots: ModelSlots, desired: Desired) -> None:
+        release, before = desired.release, slots.state.serving
+        try:
+            check_version(desired, before.version if before else None)
+            self._count_try(slots, desired)
+            slot = await self._fetch(slots, desired)
+            model = Model(name=release.model, version=release.version, path=slots.path(slot))
+            ready = await self._parts.host.prepare(model, trial=True)
+            self._tell(desired, "installed")
+            filled = {**slots.state.slots, slot: Installed(version=release.version, blob=release.blob)}
+            slots.save(dataclasses.replace(slots.state, active=slot, slots=filled, starts=0))
+        except (CloudUnreachable, asyncio.CancelledError):
+            slots.note(dataclasses.replace(slots.state, trying=-1, tries=0))
+            raise
+        except (EdgeflError, OSError) as error:
+            self._settle(slots, desired, "failed", str(error))
+            return
+        ready.switch()
+        self._cut.discard(release.model)
+        self._settle(slots, desired, "active")
+        self._parts.changed()
+
+    def _count_try(self, slots: ModelSlots, desired: Desired) -> None:
+        state = slots.state
+        tries = state.tries + 1 if state.trying == desired.sequence else 1
+        if tries > MAX_TRIES:
+            raise ProtocolError(f"the agent died {MAX_TRIES} times while it loaded this release")
+        slots.note(dataclasses.replace(state, trying=desired.sequence, tries=tries))
+
+    async def _fetch(self, slots: ModelSlots, desired: Desired) -> str:
+        """Return the slot that holds the release's bytes, checked; one that has them already is not sent again."""
+        release, state = desired.release, slots.state
+        name = f"{release.model} version {release.version}"
+        for slot, installed in state.slots.items():
+            if installed.blob == release.blob:
+                with suppress(ManifestRejected, OSError):  # damaged: it is sent again
+                    check_blob(name, release.blob, slots.path(slot))
+                    return slot
+        self._tell(desired, "downloading")
+        left = {slot: installed for slot, installed in state.slots.items() if slot != state.spare}
+        slots.save(dataclasses.replace(state, slots=left))
+        path = slots.path(state.spare)
+        await download(self._parts.channel, release.blob, path, reuse=path)  # the old one makes room
+        check_blob(name, release.blob, path)
+        _sync(path)
+        return state.spare
+
+    def _settle(self, slots: ModelSlots, desired: Desired, state: str, detail: str = "") -> None:
+        release = desired.release
+        note = RolloutNote(model=release.model, version=release.version, state=state, detail=detail[:MAX_DETAIL_CHARS])
+        slots.note(dataclasses.replace(slots.state, sequence=desired.sequence, outcome=note, trying=-1, tries=0))
+        self._report(slots.state)
+
+    def _report(self, state: SlotState) -> None:
+        if state.outcome is not None:
+            self._told.add((state.model, state.sequence))
+            level = logging.WARNING if state.outcome.state == "failed" else logging.INFO
+            event(_log, level, f"release.{state.outcome.state}", model=state.model, version=state.outcome.version,
+                  detail=state.outcome.detail or "-")  # fmt: skip
+            self._parts.tell(state.outcome)
+
+    def _tell(self, desired: Desired, state: str) -> None:
+        release = desired.release
+        event(_log, logging.INFO, f"release.{state}", model=release.model, version=release.version)
+        self._parts.tell(RolloutNote(model=release.model, version=release.version, state=state))
+
+
+def _sync(path: Path) -> None:
+    """Bring a file and its name to the disk."""
+    for target in (path, path.parent):
+        descriptor = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

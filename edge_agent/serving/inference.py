@@ -1,0 +1,327 @@
+"""The Open Inference Protocol's tensors, as JSON and as binary data, from and to numpy.
+
+https://github.com/kserve/open-inference-protocol (REST) and Triton's binary tensor data extension:
+a body is JSON, or JSON of `Inference-Header-Content-Length` bytes and then the tensors' raw bytes in
+the order in which the JSON names them. Everything that does not fit the model raises ProtocolError,
+which says what was seen and what is expected. A member that is null counts as absent, as clients that
+write every optional member expect. In JSON a result that is not finite is null; binary data carries it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edge_agent.serving.json_numbers import read_numbers, write_numbers
+from edge_agent.serving.json_request import SMALL_BYTES, Cut, parse_object
+from edge_agent.serving.sessions import NUMPY_TYPES, Served, TensorInfo
+from edgefl.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from edgefl.trees import Array
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+MAX_ELEMENTS = 16 << 20  # of one tensor, in or out
+MAX_OUTPUT_BYTES = 64 << 20  # of one answer's tensors
+MAX_JSON_ELEMENTS = 4 << 20  # of one answer in JSON: twenty bytes each, and more
+SMALL_ELEMENTS = 8192  # written as JSON in a millisecond or two
+MAX_ID_CHARS = 1024
+MAX_KEPT_BYTES, MAX_KEPT = 4096, 64  # of a head that is remembered, and how many are
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it, no encoding can carry it
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that fits its model."""
+
+    id: str
+    feeds: Mapping[str, Array]
+    outputs: Mapping[str, bool]  # name -> whether it is wanted as binary data
+    head: KnownHead | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A body, and the headers that say how to read it."""
+
+    body: bytes
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownHead:
+    """What the JSON before binary tensors said, checked once: a client sends the same before each of its requests."""
+
+    outputs: Mapping[str, bool]
+    inputs: tuple[tuple[str, Any, int, int, tuple[int, ...]], ...]  # name, dtype, elements, offset, shape
+    num_bytes: int  # of JSON and tensors
+    answers: dict[tuple[tuple[int, ...], ...], tuple[bytes, Mapping[str, str]]]  # by shapes: the JSON of an answer
+
+    def read(self, body: bytes) -> Request:
+        """Return the request of a body that begins with this head."""
+        import numpy as np
+
+        feeds = {
+            name: np.frombuffer(body, dtype, elements, offset).reshape(shape)
+            for name, dtype, elements, offset, shape in self.inputs
+        }
+        return Request("", feeds, self.outputs, self)
+
+
+def is_small(body: bytes, header_length: str | None) -> bool:
+    """Whether a request is read so fast that nobody else needs a turn meanwhile."""
+    return len(body) <= SMALL_BYTES or (
+        header_length is not None and len(header_length) <= len(str(SMALL_BYTES)) and len(body) <= MAX_ELEMENTS
+    )
+
+
+def parse_request(served: Served, body: bytes, header_length: str | None) -> Request:
+    """Read a request for this model; raises ProtocolError."""
+    size = _header_size(body, header_length)
+    known: KnownHead | None = served.known_heads.get(body[:size]) if header_length and size <= MAX_KEPT_BYTES else None
+    if known is not None and len(body) == known.num_bytes:
+        return known.read(body)
+    view = memoryview(body)
+    head = parse_object(view[:size])
+    feeds = _feeds(served, _objects(head, "inputs"), view[size:])
+    request = Request(_id(head), feeds, _wanted_outputs(served, head))
+    if header_length and size <= MAX_KEPT_BYTES and not request.id:
+        _keep(served, body[:size], head["inputs"], request, len(body))
+    return request
+
+
+def _keep(served: Served, text: bytes, tensors: Sequence[Mapping[str, Any]], request: Request, num_bytes: int) -> None:
+    """Remember a head all of whose tensors are binary, and of types in which every value is right."""
+    inputs, offset = [], len(text)
+    for tensor in tensors:
+        value = request.feeds[tensor["name"]]
+        if tensor.get("data") is not None or value.dtype.kind == "b":
+            return
+        inputs.append((tensor["name"], value.dtype, value.size, offset, value.shape))
+        offset += value.nbytes
+    if len(served.known_heads) >= MAX_KEPT:
+        served.known_heads.clear()
+    served.known_heads[text] = KnownHead(request.outputs, tuple(inputs), num_bytes, {})
+
+
+def answers_at_once(request: Request, results: Sequence[Array]) -> bool:
+    """Whether an answer is written so fast that nobody else needs a turn meanwhile."""
+    return sum(result.size for result in results) <= SMALL_ELEMENTS or all(request.outputs.values())
+
+
+def encode_response(served: Served, request: Request, results: Sequence[Array]) -> Response:
+    """Write the results of `request.outputs`, in its order; raises ProtocolError where they are too large."""
+    _check_size(request, results)
+    if request.head is not None and all(request.outputs.values()):
+        return _encode_binary(served, request, results, request.head)
+    return _encode(served, request, results)
+
+
+def _encode_binary(served: Served, request: Request, results: Sequence[Array], head: KnownHead) -> Response:
+    """Write an answer whose JSON depends on shapes alone."""
+    shapes = tuple(result.shape for result in results)
+    known = head.answers.get(shapes)
+    if known is None:
+        whole = _encode(served, request, results)
+        if len(head.answers) < MAX_KEPT:
+            head.answers[shapes] = (whole.body[: int(whole.headers[HEADER_LENGTH])], whole.headers)
+        return whole
+    text, headers = known
+    types = served.output_types
+    binary = [
+        result.astype(NUMPY_TYPES[types[name]], copy=False).tobytes()
+        for name, result in zip(request.outputs, results, strict=True)
+    ]
+    return Response(b"".join((text, *binary)), headers)
+
+
+def _encode(served: Served, request: Request, results: Sequence[Array]) -> Response:
+    outputs: list[str] = []
+    binary: list[bytes] = []
+    for (name, as_binary), result in zip(request.outputs.items(), results, strict=True):
+        datatype = served.output_types[name]
+        if as_binary:
+            binary.append(result.astype(NUMPY_TYPES[datatype], copy=False).tobytes())
+            last: Iterator[str] = iter((f'"parameters":{{"binary_data_size":{len(binary[-1])}}}',))
+        else:
+            last = iter(('"data":[', *write_numbers(result.reshape(-1)), "]"))
+        shape = ",".join(map(str, result.shape))
+        outputs.append(f'{{"name":{json.dumps(name)},"datatype":"{datatype}","shape":[{shape}],{"".join(last)}}}')
+    own_id = f'"id":{json.dumps(request.id)},' if request.id else ""
+    names = f'"model_name":{json.dumps(served.name)},"model_version":"{served.version}"'
+    text = f'{{{names},{own_id}"outputs":[{",".join(outputs)}]}}'.encode()
+    if not binary:
+        return Response(text, {"content-type": "application/json"})
+    return Response(
+        b"".join((text, *binary)), {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
+    )
+
+
+def _check_size(request: Request, results: Sequence[Array]) -> None:
+    num_bytes = in_json = 0
+    for binary, result in zip(request.outputs.values(), results, strict=True):
+        num_bytes += result.nbytes
+        in_json += 0 if binary else result.size
+    if num_bytes > MAX_OUTPUT_BYTES:
+        raise ProtocolError(
+            f"the answer has {num_bytes} bytes; at most {MAX_OUTPUT_BYTES} are sent. Ask for fewer rows or outputs"
+        )
+    if in_json > MAX_JSON_ELEMENTS:
+        raise ProtocolError(
+            f"the answer has {in_json} numbers; at most {MAX_JSON_ELEMENTS} are sent as JSON. "
+            "Ask for binary data (binary_data_output), or for fewer rows"
+        )
+
+
+def _header_size(body: bytes, header_length: str | None) -> int:
+    if header_length is None:
+        return len(body)
+    plain = header_length.isascii() and header_length.isdecimal() and len(header_length) <= 18
+    if not plain or int(header_length) > len(body):
+        raise ProtocolError(f"{HEADER_LENGTH} is {header_length[:40]!r}; the body has {len(body)} bytes")
+    return int(header_length)
+
+
+def _id(head: Mapping[str, Any]) -> str:
+    value = head.get("id")
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > MAX_ID_CHARS or _SURROGATE.search(value):
+        raise ProtocolError(f"'id' is {_shown(value)}; expected a text of at most {MAX_ID_CHARS} characters")
+    return value
+
+
+def _objects(head: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    value = head.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise ProtocolError(f"{key!r} must be a list of objects")
+    return value
+
+
+def _parameters(one: Mapping[str, Any]) -> dict[str, Any]:
+    value = one.get("parameters")
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ProtocolError("'parameters' must be an object")
+    return value
+
+
+def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = parameters.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ProtocolError(f"parameter {name!r} is {_shown(value)}; expected true or false")
+    return value
+
+
+def _feeds(served: Served, tensors: Sequence[Mapping[str, Any]], binary: memoryview) -> dict[str, Array]:
+    wanted = served.input_infos
+    feeds: dict[str, Array] = {}
+    for tensor in tensors:
+        name = tensor.get("name")
+        if not isinstance(name, str) or name not in wanted:
+            raise ProtocolError(f"input {_shown(name)} is unknown; model {served.name} takes: {', '.join(wanted)}")
+        if name in feeds:
+            raise ProtocolError(f"input {name!r} is given twice")
+        shape = _checked_shape(wanted[name], tensor)
+        size = _parameters(tensor).get("binary_data_size")
+        if size is None:
+            feeds[name] = _from_json(wanted[name], shape, tensor)
+        else:
+            if type(size) is not int or not 0 <= size <= len(binary):
+                raise ProtocolError(f"input {name!r} says {_shown(size)} bytes of binary data; {len(binary)} are left")
+            if tensor.get("data") is not None:
+                raise ProtocolError(f"input {name!r} has data in JSON and {size} bytes of binary data; send one")
+            feeds[name] = _from_bytes(wanted[name], shape, binary[:size])
+            binary = binary[size:]
+    if len(feeds) != len(wanted):
+        raise ProtocolError(f"inputs missing: {', '.join(name for name in wanted if name not in feeds)}")
+    if len(binary):
+        raise ProtocolError(f"the body has {len(binary)} bytes more than its inputs say")
+    return feeds
+
+
+def _checked_shape(wanted: TensorInfo, tensor: Mapping[str, Any]) -> tuple[int, ...]:
+    datatype, shape = tensor.get("datatype"), tensor.get("shape")
+    if datatype != wanted.datatype:
+        hint = " (BYTES tensors are not served)" if datatype == "BYTES" else ""
+        seen = _shown(datatype, plain=True)
+        raise ProtocolError(f"input {wanted.name!r} has datatype {seen}, the model takes {wanted.datatype}{hint}")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ProtocolError(f"input {wanted.name!r} has shape {_shown(shape)}, which is no list of sizes")
+    fits = len(shape) == len(wanted.shape) and all(
+        there in {-1, size} for size, there in zip(shape, wanted.shape, strict=True)
+    )
+    if not fits:
+        raise ProtocolError(
+            f"input {wanted.name!r} has shape {_shown(shape)}, the model takes {list(wanted.shape)} (-1 = any)"
+        )
+    if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        raise ProtocolError(
+            f"input {wanted.name!r} has shape {_shown(shape)}: more than {MAX_ELEMENTS} elements. Send fewer rows"
+        )
+    return tuple(shape)
+
+
+def _from_bytes(wanted: TensorInfo, shape: tuple[int, ...], data: memoryview) -> Array:
+    import numpy as np
+
+    dtype = np.dtype(NUMPY_TYPES[wanted.datatype])
+    need = math.prod(shape) * dtype.itemsize
+    if len(data) != need:
+        raise ProtocolError(
+            f"input {wanted.name!r} has {len(data)} bytes of data; shape {list(shape)} of {wanted.datatype} has {need}"
+        )
+    values = np.frombuffer(data, dtype)
+    if dtype.kind == "b" and data.nbytes and values.view("u1").max() > 1:
+        raise ProtocolError(f"input {wanted.name!r} holds bytes other than 0 and 1; its datatype is BOOL")
+    return values.reshape(shape)
+
+
+def _from_json(wanted: TensorInfo, shape: tuple[int, ...], tensor: Mapping[str, Any]) -> Array:
+    """Read nested or flat numbers; nothing is cast that would lose something."""
+    data = tensor.get("data")
+    try:
+        values = read_numbers(data, NUMPY_TYPES[wanted.datatype])
+    except ProtocolError as cause:
+        raise ProtocolError(f"input {wanted.name!r} cannot be read as {wanted.datatype}: {cause}") from cause
+    if values.size != math.prod(shape):
+        raise ProtocolError(
+            f"input {wanted.name!r} has {values.size} values of data; shape {list(shape)} has {math.prod(shape)}"
+        )
+    return values.reshape(shape)
+
+
+def _wanted_outputs(served: Served, head: Mapping[str, Any]) -> dict[str, bool]:
+    default = _flag(_parameters(head), "binary_data_output", default=False)
+    known = served.output_types
+    asked = _objects(head, "outputs")
+    if not asked:
+        return dict.fromkeys(known, default)
+    wanted: dict[str, bool] = {}
+    for output in asked:
+        name = output.get("name")
+        if not isinstance(name, str) or name not in known:
+            raise ProtocolError(f"output {_shown(name)} is unknown; model {served.name} has: {', '.join(known)}")
+        if name in wanted:
+            raise ProtocolError(f"output {name!r} is asked for twice")
+        wanted[name] = _flag(_parameters(output), "binary_data", default=default)
+    return wanted
+
+
+def _shown(value: object, *, plain: bool = False) -> str:
+    """Return what a client sent, short, whatever it is."""
+    if isinstance(value, Cut):
+        return "a long array"
+    if plain and isinstance(value, str):
+        return value[:40]
+    return reprlib.repr(value)

@@ -1,0 +1,146 @@
+"""The serving process: it holds the port and the models, so that no prediction can harm the agent.
+
+    python -P -m edge_agent.serving.serving_main --control N --listen N --board N --memory-mb N
+
+A child of the agent, which it tells what is loaded (`edge_agent.serving.wire`); it ends when the agent does.
+Its data is bounded, and the kernel takes it first where the machine's memory runs out. Each model loads in
+a thread of its own, beside what serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from edge_agent.children import die_with_parent, take_the_blame_for_memory
+from edge_agent.serving import wire
+from edge_agent.serving.access import server_context
+from edge_agent.serving.api import Serving
+from edge_agent.serving.board import Board
+from edge_agent.serving.sessions import Models, Served, load
+from edgefl.errors import EdgeflError, ProtocolError
+from edgefl.logs import set_up_logging
+
+
+class ServingProcess:
+    """Obeys the agent, and serves meanwhile."""
+
+    def __init__(self, control: socket.socket, listener: socket.socket, board: Board) -> None:
+        self._control, self._listener = control, listener
+        self._models, self._board = Models(), board
+        self._loaded: dict[int, Served] = {}
+        self._loading: set[int] = set()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM; requests that have begun are answered then."""
+        reader, self._writer = await asyncio.open_connection(sock=self._control, limit=wire.MAX_LINE_BYTES)
+        self._loop = asyncio.get_running_loop()
+        serving = asyncio.create_task(self._serve(reader), name="serving")
+        self._loop.add_signal_handler(signal.SIGTERM, serving.cancel)
+        await asyncio.wait([serving])
+        if not serving.cancelled():
+            serving.result()
+
+    async def _serve(self, reader: asyncio.StreamReader) -> None:
+        first = wire.parse(await reader.readline())
+        if not isinstance(first, wire.Start):
+            raise ProtocolError(f"the agent began with {type(first).__name__}; expected Start")
+        set_up_logging(first.log_level)
+        self._serving = Serving(self._models, self._listener, self._board)
+        self._serving.token = first.token
+        self._serving.context = server_context(Path(first.tls_home)) if first.tls_home else None
+        self._serving.on_stuck = lambda model: self._say(wire.Stuck(model=model))
+        obeying = asyncio.create_task(self._obey(reader), name="agent")
+        self._say(wire.Up(pid=os.getpid()))
+        try:
+            await self._serving.run()
+        finally:
+            obeying.cancel()
+
+    async def _obey(self, reader: asyncio.StreamReader) -> None:
+        while text := await reader.readline():
+            self._take(wire.parse(text))
+        os._exit(0)  # the agent is gone, and a computation may never return
+
+    def _take(self, message: wire.Message) -> None:
+        match message:
+            case wire.Load():
+                self._loading.add(message.id)
+                thread = threading.Thread(target=self._load, args=(message,), name=f"load-{message.id}", daemon=True)
+                thread.start()
+            case wire.Switch() if message.id in self._loaded:
+                self._models.put(self._loaded.pop(message.id))
+            case wire.Forget():
+                self._loaded.pop(message.id, None)
+                self._loading.discard(message.id)
+            case wire.Drop():
+                self._models.drop(message.name)
+            case wire.Ready():
+                self._serving.ready = message.ready
+            case _:
+                raise ProtocolError(f"the agent said {message}")
+
+    def _load(self, asked: wire.Load) -> None:
+        """Runs in a thread: ONNX Runtime works outside the interpreter's lock."""
+        try:
+            served = load(asked.name, asked.version, Path(asked.path))
+        except (EdgeflError, OSError) as error:
+            self._loop.call_soon_threadsafe(self._keep, asked.id, None, str(error) or type(error).__name__)
+        else:
+            self._loop.call_soon_threadsafe(self._keep, asked.id, served, "")
+
+    def _keep(self, number: int, served: Served | None, error: str) -> None:
+        if number in self._loading:
+            self._loading.discard(number)
+            if served is not None:
+                self._loaded[number] = served
+            self._say(wire.Loaded(id=number, error=error[: wire.MAX_ERROR_CHARS]))
+
+    def _say(self, message: wire.Message) -> None:
+        self._writer.write(wire.line(message))
+
+
+def main() -> None:
+    """Run as the agent's child."""
+    parser = argparse.ArgumentParser(prog="edgefl-serving", description="The agent's serving process.")
+    for name in ("control", "listen", "board"):
+        parser.add_argument(f"--{name}", type=int, required=True, help="a descriptor that the agent passes")
+    parser.add_argument("--memory-mb", type=int, default=0, help="limit of its data; 0 = none")
+    arguments = parser.parse_args()
+    die_with_parent()
+    take_the_blame_for_memory(arguments.memory_mb)
+    _raise_descriptors()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_up_logging(logging.INFO)
+    board = Board(arguments.board)
+    os.close(arguments.board)
+    control, listener = socket.socket(fileno=arguments.control), socket.socket(fileno=arguments.listen)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(ServingProcess(control, listener, board).run())
+
+
+def _raise_descriptors() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this machine: asyncio's own loop is slower, and right
+        return None
+    return uvloop.Loop
+
+
+if __name__ == "__main__":
+    main()

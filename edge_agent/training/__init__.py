@@ -1,0 +1,1 @@
+"""Taking part in rounds: plans, bundles, the trainer process."""

@@ -1,0 +1,72 @@
+"""Task bundles on the device: nothing is unpacked, let alone run, before its signature and hash are right.
+
+Each is verified once in the life of the agent's process: what lay on the disk before is not trusted.
+The trainer unpacks them, beside the archive: a process that is limited, and has the imports for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_agent.link.channel import CloudChannel
+from edge_agent.link.transfer import download
+from edgefl.errors import ManifestRejected
+from edgefl.models.manifest import Bundle, check_blob, verify
+from edgefl.protocols.messages import Signed
+
+MAX_KEPT = 8  # archives, and folders that tasks work in
+MAX_ARCHIVE_BYTES = 64 << 20
+
+
+class Bundles:
+    """The bundles of this process's plans: `HOME/bundles/<sha256>.zip`."""
+
+    def __init__(self, home: Path, fleet_key: Ed25519PublicKey, channel: CloudChannel) -> None:
+        self._folder = home / "bundles"
+        self._fleet_key, self._channel = fleet_key, channel
+        self._archives: dict[str, Path] = {}  # by digest, oldest use first
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(mode=0o700)
+
+    async def get(self, signed: Signed) -> tuple[Path, str]:
+        """Return a bundle's archive and the task in it; raises ManifestRejected, ProtocolError, CloudUnreachable."""
+        bundle = verify(signed, Bundle, self._fleet_key)
+        digest = bundle.blob.sha256
+        if digest not in self._archives:
+            self._archives[digest] = await self._fetch(bundle)
+        archive = self._archives[digest] = self._archives.pop(digest)
+        self._forget_oldest()
+        return archive, bundle.task
+
+    async def _fetch(self, bundle: Bundle) -> Path:
+        if bundle.blob.size > MAX_ARCHIVE_BYTES:
+            raise ManifestRejected(f"the bundle has {bundle.blob.size} bytes; at most {MAX_ARCHIVE_BYTES} are allowed")
+        archive = self._folder / f"{bundle.blob.sha256}.zip"
+        await download(self._channel, bundle.blob, archive)
+        check_blob("the bundle", bundle.blob, archive)
+        return archive
+
+    def _forget_oldest(self) -> None:
+        while len(self._archives) > MAX_KEPT:
+            archive = self._archives.pop(next(iter(self._archives)))
+            archive.unlink(missing_ok=True)
+            shutil.rmtree(archive.with_suffix(""), ignore_errors=True)
+
+
+def work_folder(home: Path, archive: Path) -> Path:
+    """Return the folder that a bundle's task works in: what it writes by relative names stays there.
+
+    It lasts from round to round and over restarts of the agent; those unused for longest are removed.
+    """
+    folders = home / "tasks"
+    folder = folders / archive.stem[:32]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.utime(folder)
+    by_age = sorted(folders.iterdir(), key=lambda one: one.stat().st_mtime)
+    for oldest in by_age[:-MAX_KEPT]:
+        shutil.rmtree(oldest)
+    return folder

@@ -1,0 +1,1 @@
+"""The `edgefl` command, the demo, and a whole fleet on one machine."""

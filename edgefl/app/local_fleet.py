@@ -1,0 +1,245 @@
+"""A whole fleet on this machine, as real processes over TLS: for the demo, for tests, for benchmarks.
+
+Each process is a leader of its own group and is ended with the fleet, whatever happens: first asked
+(SIGTERM), then killed; by `edgefl.process.guardian` where this process itself is killed. Its output goes to a log file;
+`wait_for` hears of a line without polling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from edgefl.errors import CloudUnreachable, HomeError
+from edgefl.process.guardian import gated, guardian, open_gate
+
+STOP_S = 10.0
+START_S = 60.0
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+class LoggedProcess:
+    """A child process whose output is kept in a file and can be waited on, line by line."""
+
+    def __init__(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> None:
+        self.log = log
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self.popen = subprocess.Popen(
+            gated(command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE,
+            env={**os.environ, **QUIET, **(env or {})},
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        open_gate(self.popen, group=True)
+        self._reader = threading.Thread(target=self._read, name=f"log {log.name}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def wait_for(self, text: str, timeout_s: float = START_S, *, after: int = 0) -> int:
+        """Wait for a line with `text` from line `after` on; return the number of the next line.
+
+        Raises CloudUnreachable where the process ends or the time is over before, with its last lines.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._find(text, after) is not None or self._ended, timeout_s)
+            found = self._find(text, after)
+            if found is not None:
+                return found + 1
+            seen = "it ended" if self._ended else f"not within {timeout_s:g} s"
+            last = "\n  ".join(self._lines[-15:])
+        raise CloudUnreachable(
+            f"{self.log.stem} did not say {text!r} ({seen}); its log {self.log} ends with:\n  {last}"
+        )
+
+    def num_lines(self) -> int:
+        with self._changed:
+            return len(self._lines)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process and its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        """End the process and its children at once (SIGKILL)."""
+        self.signal(signal.SIGKILL)
+        self._wait()
+
+    def stop(self) -> int:
+        """Ask it to end, kill it if it does not; return its exit status."""
+        if self.popen.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.popen.send_signal(signal.SIGTERM)
+        try:
+            self.popen.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGKILL)
+        self._wait()
+        return self.popen.returncode
+
+    def _wait(self) -> None:
+        self.popen.wait(STOP_S)
+        self.signal(signal.SIGKILL)  # children that outlived their leader
+        guardian.release(self.pid)
+        self._reader.join(STOP_S)
+        if self.popen.stdout is not None:
+            self.popen.stdout.close()
+
+    def _find(self, text: str, after: int) -> int | None:
+        return next((i for i in range(after, len(self._lines)) if text in self._lines[i]), None)
+
+    def _read(self) -> None:
+        stream = self.popen.stdout
+        with self.log.open("a", encoding="utf-8") as log:
+            for line in stream or ():
+                log.write(line)
+                log.flush()
+                with self._changed:
+                    self._lines.append(line.rstrip("\n"))
+                    self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+class LocalFleet:
+    """A cloud, a broker and agents under one folder. A context manager that leaves no process behind."""
+
+    def __init__(self, folder: Path, *, broker: str = "embedded", insecure: bool = False) -> None:
+        self.folder = folder
+        self.home = folder / "cloud"
+        self.credentials = self.home / "operator.json"
+        self._broker_kind = broker
+        self._insecure = ("--insecure",) if insecure else ()
+        self.grpc_port, self.http_port, self.mqtt_port = free_ports(3)
+        self.url = f"{'http' if insecure else 'https'}://127.0.0.1:{self.http_port}"
+        self.cloud: LoggedProcess | None = None
+        self.broker: LoggedProcess | None = None
+        self.agents: dict[str, LoggedProcess] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        everything = [
+            *self.agents.values(),
+            *([self.cloud] if self.cloud else []),
+            *([self.broker] if self.broker else []),
+        ]
+        for process in everything:
+            if process.popen.poll() is None:
+                process.popen.terminate()  # all at once, so that they end side by side
+        for process in everything:
+            process.stop()
+
+    def start(self) -> None:
+        """Start the broker, where it is not the embedded one, and the cloud."""
+        if self._broker_kind == "mosquitto":
+            self.command("cloud", "broker-config", "--home", self.home, "--port", self.mqtt_port)
+            if os.geteuid() == 0:  # it would become the user mosquitto, who cannot read our folder
+                with (self.home / "mosquitto" / "mosquitto.conf").open("a", encoding="utf-8") as config:
+                    config.write("user root\n")
+            self.start_broker()
+        self.start_cloud()
+
+    def start_broker(self) -> None:
+        """Start mosquitto on the configuration that the cloud wrote; raises HomeError where it is not installed."""
+        program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+        if program is None:
+            raise HomeError("mosquitto is not installed; on Debian: apt-get install mosquitto")
+        command = [program, "-c", str(self.home / "mosquitto" / "mosquitto.conf")]
+        self.broker = LoggedProcess(command, self.folder / "broker.log")
+        self.broker.wait_for("running")
+
+    def start_cloud(self, *options: str, env: Mapping[str, str] | None = None) -> None:
+        """Start the cloud, on the same home and ports if it ran before, and wait until it serves."""
+        mosquitto = ("--broker", f"mqtts://127.0.0.1:{self.mqtt_port}")
+        embedded = ("--broker", "embedded", "--mqtt-port", str(self.mqtt_port))
+        self.cloud = self.spawn(
+            "cloud.log", "cloud", "start", "--home", self.home, "--grpc-port", self.grpc_port,
+            "--http-port", self.http_port, *(mosquitto if self._broker_kind == "mosquitto" else embedded),
+            *self._insecure, *options, env=env,
+        )  # fmt: skip
+        self.cloud.wait_for("cloud.ready")
+
+    def token(self) -> str:
+        """Return a new one-time enrolment token."""
+        return self.command("cloud", "token", "--home", self.home).strip()
+
+    def enroll(self, name: str, *options: str) -> Path:
+        """Enrol a device; return its home."""
+        home = self.folder / name
+        self.command(
+            "agent", "enroll", "--home", home, "--cloud", self.url, "--token", self.token(), "--name", name, *options
+        )
+        return home
+
+    def start_agent(self, name: str, *options: str, env: Mapping[str, str] | None = None) -> LoggedProcess:
+        """Start an enrolled agent with a serving port of its own choice; does not wait for it."""
+        home = self.folder / name
+        self.agents[name] = self.spawn(
+            f"{name}.log", "agent", "start", "--home", home, "--serve-port", "0", *options, env=env
+        )
+        return self.agents[name]
+
+    def spawn(self, log: str, *command: str | Path | int, env: Mapping[str, str] | None = None) -> LoggedProcess:
+        """Start an edgefl command as this fleet's operator."""
+        env = {"EDGEFL_CREDENTIALS": str(self.credentials), **(env or {})}
+        return LoggedProcess([*_EDGEFL, *(str(part) for part in command)], self.folder / log, env)
+
+    def command(self, *command: str | Path | int, timeout_s: float = START_S) -> str:
+        """Run an edgefl command as this fleet's operator; return its output. Raises CloudUnreachable if it fails."""
+        with subprocess.Popen(
+            gated([*_EDGEFL, *(str(part) for part in command)]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **QUIET, "EDGEFL_CREDENTIALS": str(self.credentials)},
+        ) as process:
+            open_gate(process)
+            try:
+                said, complaint = process.communicate(timeout=timeout_s)
+            finally:
+                process.kill()  # where it is late, or we are interrupted
+                process.wait()
+                guardian.release(process.pid)
+        if process.returncode:
+            raise CloudUnreachable(f"edgefl {command[0]} {command[1]} failed: {complaint.strip()}")
+        return said
+
+
+_EDGEFL = (sys.executable, "-P", "-m", "edgefl")  # -P: no folder named `cloud` where we are called is taken for ours
+
+
+def free_ports(count: int) -> list[int]:
+    """Return TCP ports of the loopback that nobody listens on now."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]

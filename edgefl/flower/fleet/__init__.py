@@ -1,0 +1,1 @@
+"""Flower apps on a fleet of real devices."""

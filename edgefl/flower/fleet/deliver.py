@@ -1,0 +1,67 @@
+"""A device's part in a relayed Flower app: hand one message to the bundle's ClientApp, keep its state.
+
+Runs in the agent's trainer. What the ClientApp raises becomes an error reply, as in Flower; what keeps the
+device from asking it (no flwr here, not enough memory) is raised.
+Invariant: a message that fails leaves the node's state as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgefl.errors import ConfigError, TaskError, out_of_memory
+from edgefl.flower.apps.app import load_client_app, parse_value, require_flower
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Errand:
+    """One message, and what the node has for it."""
+
+    app: str  # its name, in errors
+    folder: Path  # it is unpacked to
+    order: Path
+    envelope: str
+    options: Mapping[str, str]  # the agent's data options
+    state: Path | None  # after the message before
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A reply, and the node's state after it; None where it stays as it was."""
+
+    reply: bytes
+    state: bytes | None
+
+
+def run_errand(errand: Errand) -> Outcome:
+    """Return the ClientApp's answer; raises MissingExtra, ProtocolError, and TaskError for too little memory."""
+    require_flower("a Flower app")
+    from flwr.app import Context
+
+    from edgefl.flower.fleet import wire
+    from edgefl.flower.inside import ErrorCode, with_own_metadata
+    from edgefl.flower.nodes import Delivery, attempt, failed
+
+    message, run_config = wire.open_order(errand.order.read_bytes(), errand.envelope)
+    request = with_own_metadata(message)  # the ClientApp may change what it is given
+    metadata = request.metadata
+    context = Context(
+        run_id=metadata.run_id,
+        node_id=metadata.dst_node_id,
+        node_config=wire.node_config(errand.options, parse_value),
+        state=wire.open_state(errand.state.read_bytes() if errand.state else b""),
+        run_config=run_config,
+    )
+    code = ErrorCode.LOAD_CLIENT_APP_EXCEPTION
+    try:
+        client_app = load_client_app(errand.folder, errand.app)
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        answer = attempt(errand.app, client_app, Delivery(message, context))
+    except (ConfigError, TaskError) as error:
+        if out_of_memory(error):
+            raise
+        answer = failed(request, str(error), code)
+    state = None if answer.state is None else wire.pack_state(answer.state)
+    return Outcome(wire.pack_reply(answer.reply), state)

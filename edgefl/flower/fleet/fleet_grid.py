@@ -1,0 +1,186 @@
+"""A Grid whose nodes are the devices of a fleet: messages go out by a relay of the cloud, replies come as they come.
+
+`push_messages` sends at once and `pull_messages` returns what is there, so that asynchronous apps are; what
+`send_and_receive` returns arrives while it is iterated. A device that is lost is answered for by an Error, one
+that is late is not answered for, both as in Flower.
+Invariants: what a message held is dropped in the cloud once nobody waits for its reply; what is pushed runs before
+any later message to the same device, which takes them in the order of their numbers, and before the run ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message
+
+from edgefl.errors import ConfigError, ProtocolError
+from edgefl.flower.apps.app import RunConfigValue
+from edgefl.flower.fleet import wire
+from edgefl.flower.grid import Replies, RunGrid, checked_messages
+from edgefl.flower.inside import ErrorCode, RunNotRunningException, error_reply, give_id, without_content
+from edgefl.flower.watch import Watch
+from edgefl.operator.relay import Relay
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A message under way: what the relay was given, and what its reply is made from."""
+
+    order: Json  # number, device, envelope, content, within_s
+    request: Message  # without its content
+
+
+class Devices:
+    """The devices of a fleet as nodes."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._names: dict[int, str] = {}
+
+    def online(self) -> list[int]:
+        """Return the node ids of the devices that are online."""
+        names = {wire.node_id(name): name for name in self._relay.devices()}
+        self._names.update(names)
+        return list(names)
+
+    def name(self, node_id: int) -> str:
+        """Return a device's name; raises ConfigError where there is no such node."""
+        if node_id not in self._names:
+            self.online()
+        if node_id not in self._names:
+            raise ConfigError(f"there is no node {node_id} among the devices that are online")
+        return self._names[node_id]
+
+    def positions(self) -> Mapping[str, int]:
+        """Number the devices that were seen."""
+        return {name: position for position, name in enumerate(sorted(self._names.values()))}
+
+
+class FleetGrid(RunGrid):
+    """Carries messages between a ServerApp and the devices of one relay."""
+
+    def __init__(
+        self, run_id: int, relay: Relay, devices: Devices, run_config: Mapping[str, RunConfigValue], watch: Watch
+    ) -> None:
+        super().__init__(run_id)
+        self._relay, self._devices, self._run_config, self._watch = relay, devices, dict(run_config), watch
+        self._numbers = itertools.count(1)
+        self._sending = threading.Lock()  # numbers reach the cloud in rising order
+        self._pushed: dict[str, _Sent] = {}  # and not yet answered, by message id
+        self._come: dict[str, Message] = {}  # replies to these that nobody has pulled yet
+        self._closed = False
+
+    def get_node_ids(self) -> Iterable[int]:
+        if self._closed or self._relay.fault is not None:  # a thread of the legacy server looks for this, and ends
+            raise RunNotRunningException
+        return self._devices.online()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages, and return at once."""
+        with self.border:
+            sent = self._send(messages, None)
+            self._pushed |= {one.request.metadata.message_id: one for one in sent}
+            return [one.request.metadata.message_id for one in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come to these; each is returned once."""
+        with self.border:
+            wanted = list(dict.fromkeys(message_ids))
+            self._take_in([self._pushed[key] for key in wanted if key in self._pushed])
+            return [self._come.pop(key) for key in wanted if key in self._come]
+
+    def _take_in(self, sent: Collection[_Sent]) -> None:
+        """Keep the replies that have come to these for who pulls them."""
+        for reply in self._arriving(sent, 0.0, keep=True):
+            key = reply.metadata.reply_to_message_id
+            self._pushed.pop(key)
+            self._come[key] = reply
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
+        """Send messages; the replies arrive as they are iterated, until the timeout (seconds)."""
+        if timeout is not None and timeout <= 0:  # nobody waits for replies
+            self.push_messages(messages)
+            return Replies(iter(()))
+        with self.border:
+            sent = self._send(messages, timeout)
+        end_s = self._watch.clock() + max((one.order["within_s"] for one in sent), default=0.0)
+        replies = Replies(self._arriving(sent, end_s), self.border)
+        if len(sent) <= 1:
+            len(replies)  # the legacy server sends one message at a time, from many threads
+        return replies
+
+    def finish(self) -> None:
+        """Wait for the answers to what was pushed and never pulled, as long as these messages last."""
+        with self.border:
+            left, self._pushed = list(self._pushed.values()), {}
+            end_s = self._watch.clock() + max((one.order["within_s"] for one in left), default=0.0)
+            for _ in self._arriving(left, end_s):
+                pass
+
+    def close(self) -> None:
+        """The run is over: the legacy server's threads may end."""
+        self._closed = True
+
+    def _send(self, messages: Iterable[Message], timeout: float | None) -> list[_Sent]:
+        messages = checked_messages(messages)
+        held: dict[int, tuple[str, object]] = {}  # by content's id, with it, so that its id stays its own
+        with self._sending:
+            self._take_in(list(self._pushed.values()))  # before a round may end with these messages
+            sent = [self._pack(message, timeout, held) for message in messages]
+            self._watch.sent(messages)
+            self._relay.send([one.order for one in sent])
+        return sent
+
+    def _pack(self, message: Message, timeout: float | None, held: dict[int, tuple[str, object]]) -> _Sent:
+        number, device = next(self._numbers), self._devices.name(message.metadata.dst_node_id)
+        give_id(message, f"{self._run.run_id}-{number}")
+        content = message.content
+        if id(content) in held:
+            sha256 = self._relay.hold_again(held[id(content)][0])
+        else:
+            sha256 = self._relay.hold(wire.pack_order(self._run_config, content))
+            held[id(content)] = sha256, content
+        ttl_s = message.metadata.ttl
+        order = {
+            "number": number,
+            "device": device,
+            "envelope": wire.pack_envelope(message),
+            "content": sha256,
+            "within_s": max(1e-3, ttl_s if timeout is None else min(timeout, ttl_s)),
+        }
+        return _Sent(order, without_content(message))
+
+    def _arriving(self, sent: Collection[_Sent], end_s: float, *, keep: bool = False) -> Iterator[Message]:
+        """Yield replies as they come, until the end; the rest is no longer wanted then, unless it is to be kept."""
+        waiting = {one.order["number"]: one for one in sent}
+        try:
+            while waiting:
+                line = self._relay.next_reply(waiting.keys(), max(0.0, end_s - self._watch.clock()))
+                if line is None:
+                    return
+                one = waiting.pop(line["number"])
+                reply = self._opened(one, line)
+                self._relay.done([one.order])
+                self._watch.answered(one.request, reply)
+                yield reply
+        finally:
+            if not keep:
+                self._relay.done([one.order for one in waiting.values()])
+
+    def _opened(self, sent: _Sent, line: Json) -> Message:
+        if not line["size"]:
+            code = ErrorCode.NODE_UNAVAILABLE if line["lost"] else ErrorCode.CLIENT_APP_CRASHED
+            reply = error_reply(sent.request, line["reason"] or "no reason given", code)
+        else:
+            try:
+                reply = wire.open_reply(self._relay.fetch(line["number"]), sent.request)
+            except ProtocolError as error:
+                reply = error_reply(sent.request, f"device {line['device']}: {error}", ErrorCode.UNKNOWN)
+        give_id(reply, f"{self._run.run_id}-reply-{line['number']}")
+        return reply

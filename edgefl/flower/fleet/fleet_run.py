@@ -1,0 +1,112 @@
+"""Run a Flower app on a fleet: its ServerApp in this thread, its ClientApps in the trainers of real devices.
+
+Invariant: however the ServerApp ends, by itself, by what it raises or by Ctrl-C, the relay ends with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from edgefl.bundle import pack_located
+from edgefl.errors import JobCancelled, TaskError
+from edgefl.flower.apps.app import KIND, FlowerApp, RunConfigValue, client_reference, fuse_run_config, require_flower
+from edgefl.flower.run import FlowerRunResult, Json, keep_model, raise_with_reasons, result_of, serving, took_part
+from edgefl.operator.client import CloudClient
+from edgefl.operator.relay import Relay
+from edgefl.task import Located, UserCode
+
+_log = logging.getLogger(__name__)
+
+
+def run_on_fleet(
+    app: FlowerApp, client: Callable[[], CloudClient], run_config: Mapping[str, RunConfigValue] | None = None, *,
+    on_start: Callable[[str, int], None] | None = None, on_round: Callable[[Json], None] | None = None,
+    out: Path | None = None,
+) -> FlowerRunResult:  # fmt: skip
+    """Run an app's ServerApp to its end, with the devices that are online as its nodes.
+
+    `client` opens a connection to the cloud; `run_config` overrides the app's; `on_start` hears the relay's id and
+    how many devices are online, `on_round` of each round; `out` is where the last strategy's arrays go
+    (safetensors). Ctrl-C ends the run with the rounds that there are. Raises ConfigError, TaskError where the
+    ServerApp raises, QuorumNotMet where all training failed, JobCancelled and JobFailed where the relay ended.
+    """
+    require_flower("a Flower app")
+    from flwr.app import Context, RecordDict
+
+    from edgefl.flower.fleet.fleet_grid import Devices, FleetGrid
+    from edgefl.flower.watch import Watch
+
+    config = fuse_run_config(app, run_config or {})
+    reference = client_reference(app.folder)
+    packed = pack_located(Located(reference, app.folder), str(app.folder))
+    with client() as uploading:
+        bundle = uploading.put_blob(packed.data, hashlib.sha256(packed.data).hexdigest())
+    interrupted = threading.Event()
+    with ExitStack() as stack:
+        relay = stack.enter_context(Relay(client, reference, bundle))
+        devices = Devices(relay)
+        watch = Watch(time.monotonic, on_round, devices.name)
+        run_id = int(relay.id.rpartition("-")[2], 16)
+        grid = FleetGrid(run_id, relay, devices, config, watch)
+        stack.callback(grid.close)
+        if on_start is not None:
+            on_start(relay.id, len(devices.online()))
+        context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
+        heard = stack.enter_context(serving(run_id))
+        start_s = time.monotonic()
+        try:
+            with _stopped_by_interrupt(relay, interrupted), UserCode(app.name, "its ServerApp", KIND):
+                app.server_app(grid, context)
+                grid.finish()
+        except KeyboardInterrupt:
+            interrupted.set()
+        except TaskError as error:
+            grid.border.raise_fault(app.name)
+            keep_model(heard, out)
+            if relay.fault is None:
+                raise_with_reasons(app, watch, error)
+            if interrupted.is_set():  # an app that a strategy's early end has left with less
+                _log.warning("after the interrupt: %s", error)
+        if relay.fault is not None and not interrupted.is_set():  # what the ServerApp could do nothing about;
+            raise relay.fault from None  # the legacy server counts what it raises as failures
+        grid.border.raise_fault(app.name)
+        watch.finish()
+        seconds = time.monotonic() - start_s
+        positions = devices.positions()
+        counts = took_part(watch, len(positions), positions.__getitem__)
+        result = result_of(app, watch, heard, counts, interrupted=interrupted.is_set())
+    model = keep_model(heard, out)
+    return replace(
+        result, engine="fleet", job=relay.id, seconds=seconds, state=context.state, model=model,
+        interrupted=interrupted.is_set(),
+    )  # fmt: skip
+
+
+@contextmanager
+def _stopped_by_interrupt(relay: Relay, interrupted: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C free whoever waits for a reply, in any thread, and end the strategy; a second one ends the app."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    from edgefl.flower.inside import Interrupted
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        relay.stop(JobCancelled("interrupted where it was run"))
+        interrupted.set()
+        raise Interrupted
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

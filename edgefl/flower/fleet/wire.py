@@ -1,0 +1,105 @@
+"""Messages of a Flower app as bytes between its ServerApp and devices: Flower's own protobuf forms, nothing pickled.
+
+    order      what the messages of an exchange share: the run config, then the records
+    envelope   a message's metadata: small, as text
+    reply      a whole message; a device's word on who answers what is not taken, see `open_reply`
+    state      a node's `context.state`
+
+What comes over a wire is not trusted: bytes of any other form raise ProtocolError.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from flwr.app import Message, RecordDict
+from google.protobuf.message import DecodeError
+
+from edgefl.errors import ConfigError, ProtocolError
+from edgefl.flower import inside
+from edgefl.flower.apps.app import RunConfigValue
+from edgefl.flower.records import records_bytes
+
+MAX_MESSAGE_BYTES = 1 << 30  # protobuf ends at twice that
+MAX_ENVELOPE_CHARS = 8 << 10  # it travels in a small message of the control plane
+_HEAD = struct.Struct(">I")
+
+
+def pack_order(run_config: Mapping[str, RunConfigValue], content: RecordDict) -> bytes:
+    """Return what messages with this content share; raises ConfigError for more than a message may have."""
+    size = records_bytes(content)
+    if size > MAX_MESSAGE_BYTES:  # before it is copied
+        raise ConfigError(f"a message of {size} bytes; at most {MAX_MESSAGE_BYTES} are carried. Send less at a time")
+    config = inside.config_bytes(run_config)
+    return b"".join((_HEAD.pack(len(config)), config, inside.records_bytes(content)))
+
+
+def open_order(data: bytes, envelope: str) -> tuple[Message, dict[str, RunConfigValue]]:
+    """Return a message and the run config; raises ProtocolError."""
+    with _foreign_bytes("a Flower message"):
+        (length,) = _HEAD.unpack_from(data)
+        start = _HEAD.size + length
+        if start > len(data):
+            raise ProtocolError(f"a Flower message of {len(data)} bytes whose run config alone has {length}")
+        run_config = inside.config_from(data[_HEAD.size : start])
+        content = inside.records_from(data[start:])
+        return inside.message_of(base64.b64decode(envelope, validate=True), content), run_config
+
+
+def pack_envelope(message: Message) -> str:
+    """Return a message's metadata as text; raises ConfigError where it is too long to travel."""
+    envelope = base64.b64encode(inside.metadata_bytes(message)).decode()
+    if len(envelope) > MAX_ENVELOPE_CHARS:
+        raise ConfigError(
+            f"the metadata of a message take {len(envelope)} characters; at most {MAX_ENVELOPE_CHARS} are carried. "
+            "Shorten its group_id or message_type, and put the rest into a ConfigRecord"
+        )
+    return envelope
+
+
+def pack_reply(reply: Message) -> bytes:
+    """Return a reply's bytes."""
+    return inside.message_bytes(reply)
+
+
+def open_reply(data: bytes, request: Message) -> Message:
+    """Return a device's reply to this request, whatever its metadata say; raises ProtocolError."""
+    with _foreign_bytes("a reply"):
+        return inside.reply_from(data, request)
+
+
+def pack_state(state: RecordDict) -> bytes:
+    """Return a node's state; empty for an empty one."""
+    return inside.records_bytes(state)
+
+
+def open_state(data: bytes) -> RecordDict:
+    """Return what `pack_state` packed; raises ProtocolError."""
+    with _foreign_bytes("a node's state"):
+        return inside.records_from(data)
+
+
+def node_id(device: str) -> int:
+    """Return the number by which Flower knows a device: the same in every run. 0 and 1 mean something to Flower."""
+    digest = hashlib.sha256(f"edgefl node {device}".encode()).digest()
+    return (int.from_bytes(digest[:8]) >> 1) | 2
+
+
+def node_config(options: Mapping[str, str], parse: Callable[[str], RunConfigValue]) -> dict[str, RunConfigValue]:
+    """Return the data options of a device as Flower's node config: `part` and `parts` by Flower's names for them."""
+    names = {"part": inside.PARTITION_ID_KEY, "parts": inside.NUM_PARTITIONS_KEY}
+    return {names.get(key, key): parse(value) for key, value in options.items()}
+
+
+@contextmanager
+def _foreign_bytes(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (DecodeError, ValueError, TypeError, KeyError, struct.error) as cause:
+        if isinstance(cause, ProtocolError):
+            raise
+        raise ProtocolError(f"{what} is not in Flower's form: {cause!r:.200}") from cause

@@ -1,0 +1,127 @@
+"""`edgefl devices` and `edgefl jobs`: what is there, and how to act on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgefl.errors import ConfigError
+from edgefl.operator.client import Json
+from edgefl.operator.commands.progress import left_running, round_progress, round_text
+from edgefl.operator.connection import Connection, connected
+from edgefl.terminal.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
+
+
+@click.group()
+def devices() -> None:
+    """The devices of the fleet."""
+
+
+@devices.command("list", epilog=example("edgefl devices list --json -"))
+@connected
+@json_option
+def list_devices(connection: Connection, output: Output) -> None:
+    """List every enrolled device and what it serves."""
+    with connection.open() as client:
+        found = client.devices()
+    rows = [
+        (one["name"], "online" if one["online"] else "offline", _pairs(one["models"], ":"), _pairs(one["tags"], "="),
+         one["serving_url"], time_text(one["enrolled_s"]))
+        for one in found
+    ]  # fmt: skip
+    columns = ("name", "state", "models", "tags", "serving", "enrolled")
+    output.table(columns, rows, "no device is enrolled; `edgefl cloud token` makes a token for one")
+    output.result(found)
+
+
+@devices.command(epilog=example("edgefl devices remove cam-1"))
+@click.argument("name")
+@connected
+def remove(name: str, connection: Connection) -> None:
+    """Put a device out of the fleet. Its certificate is worth nothing from then on."""
+    with connection.open() as client:
+        client.remove_device(name)
+    click.echo(f"device {name} is no longer of the fleet")
+
+
+@click.group()
+def jobs() -> None:
+    """Federated trainings, running and ended."""
+
+
+@jobs.command("list", epilog=example("edgefl jobs list"))
+@connected
+@json_option
+def list_jobs(connection: Connection, output: Output) -> None:
+    """List every job, the newest first."""
+    with connection.open() as client:
+        found = client.jobs()
+    rows = [
+        (one["id"], one["task"], one["state"], _progress(one), time_text(one["created_s"]), one["error"])
+        for one in found
+    ]
+    output.table(("id", "task", "state", "rounds", "started", "error"), rows, "no job yet; `edgefl run` starts one")
+    output.result(found)
+
+
+@jobs.command(epilog=example("edgefl jobs show job-1a2b3c4d --json -"))
+@click.argument("job")
+@connected
+@json_option
+def show(job: str, connection: Connection, output: Output) -> None:
+    """Show one job and its rounds."""
+    with connection.open() as client:
+        found = client.job(job)
+    output.line(f"{found['id']} {found['task']}: {found['state']}, {_progress(found, ' rounds')}")
+    if found.get("waiting"):
+        output.line(found["waiting"])
+    for outcome in found.get("rounds", ()):
+        output.line(round_text(outcome, found["config"]["rounds"]["count"]))
+    if found["error"]:
+        output.line(f"error: {found['error']}")
+    output.result(found)
+
+
+@jobs.command(epilog=example("edgefl jobs cancel job-1a2b3c4d"))
+@click.argument("job")
+@connected
+def cancel(job: str, connection: Connection) -> None:
+    """Stop a job. Its model so far stays."""
+    with connection.open() as client:
+        state = client.cancel_job(job)["state"]
+    click.echo(f"job {job} is {state}")
+
+
+@jobs.command(epilog=example("edgefl jobs watch job-1a2b3c4d --task examples/digits"))
+@click.argument("job")
+@click.option("--task", help="Evaluate each model on this task's test data, as `edgefl run` does.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where the model goes (safetensors).")
+@connected
+@json_option
+def watch(job: str, task: str | None, out: Path | None, connection: Connection, output: Output) -> None:
+    """Follow a job to its end. Ctrl-C stops watching, not the job."""
+    from edgefl.operator.run import watch as watch_job
+    from edgefl.task import load_task
+
+    refuse_no_folder(out, "--out")
+    loaded = load_task(task) if task is not None else None
+    with connection.open() as client:
+        found = client.job(job)
+        if found["kind"] == "relay":
+            raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
+        count = int(found["config"]["rounds"]["count"])
+        with left_running(job, output), round_progress(output, count) as on_round:
+            result = watch_job(client, job, loaded, on_round=on_round, out=out)
+    output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    output.result(result.as_json())
+
+
+def _progress(job: Json, noun: str = "") -> str:
+    if job["kind"] == "relay":
+        return f"{job['answered']}/{job['sent']} messages"
+    return f"{job['rounds_done']}/{job['config']['rounds']['count']}{noun}"
+
+
+def _pairs(values: Json, between: str) -> str:
+    return " ".join(f"{key}{between}{value}" for key, value in sorted(values.items()))

@@ -1,0 +1,184 @@
+"""`edgefl models` and `edgefl rollout`: from trained parameters to what devices serve."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from edgefl.errors import ConfigError
+from edgefl.operator.client import CloudClient, Json
+from edgefl.operator.connection import Connection, connected
+from edgefl.operator.follow import follow_rollout
+from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, time_text
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.group()
+def models() -> None:
+    """Releases: signed versions of models."""
+
+
+@models.command(
+    epilog=example(
+        "edgefl models publish digits --task examples/digits --job job-1a2b3c4d",
+        "edgefl models publish digits --onnx digits.onnx",
+    )
+)
+@click.argument("name")
+@click.option("--task", help="The task whose model it is.")
+@click.option("--parameters", type=FILE, help="Its parameters: the --out of `edgefl run`.")
+@click.option("--job", help="Or the job that trained them.")
+@click.option("--onnx", type=FILE, help="Or a finished ONNX file.")
+@click.option("--compress", "compression", type=click.Choice(["int8", "none"]), default="int8", show_default=True)
+@click.option("--max-drop", default=0.02, show_default=True,
+              help="What it may cost: 0.02 = 2 points of accuracy, or 2% of what the model has learned.")  # fmt: skip
+@connected
+@json_option
+def publish(  # noqa: PLR0913 - one a flag
+    *, name: str, task: str | None, parameters: Path | None, job: str | None, onnx: Path | None, compression: str,
+    max_drop: float, connection: Connection, output: Output,
+) -> None:  # fmt: skip
+    """Make a model the next version of NAME.
+
+    A task's parameters are exported to ONNX, compared with what they came from, and compressed; the cloud signs them.
+    """
+    from edgefl.operator.publish import export, parameters_of, publish_onnx
+    from edgefl.operator.publish import publish as publish_exported
+    from edgefl.task import load_task
+
+    if sum(source is not None for source in (parameters, job, onnx)) != 1 or (task is None) == (onnx is None):
+        raise ConfigError("name one source: --task with --parameters or --job, or --onnx alone")
+    with connection.open() as client, tempfile.TemporaryDirectory(prefix="edgefl-publish-") as made:
+        if onnx is not None:
+            release = publish_onnx(client, name, onnx)
+        else:
+            folder, loaded = Path(made), load_task(str(task))
+            source = parameters or parameters_of(client, str(job), folder)
+            exported = export(loaded, source, folder, compression=compression, max_drop=max_drop)
+            release = publish_exported(client, name, exported)
+    _say_published(release, output)
+    output.result(release)
+
+
+@models.command("list", epilog=example("edgefl models list"))
+@connected
+@json_option
+def list_models(connection: Connection, output: Output) -> None:
+    """List every release of every model."""
+    with connection.open() as client:
+        found = client.models()
+    _table(found, output)
+
+
+@models.command(epilog=example("edgefl models show digits"))
+@click.argument("name")
+@connected
+@json_option
+def show(name: str, connection: Connection, output: Output) -> None:
+    """List the versions of one model, the newest first."""
+    with connection.open() as client:
+        found = client.model(name)
+    _table(found, output)
+
+
+@click.group()
+def rollout() -> None:
+    """Which version the devices serve."""
+
+
+@rollout.command(
+    epilog=example(
+        "edgefl rollout start digits --to site=north --wait 60", "edgefl rollout start digits --version 3 --rollback"
+    )
+)
+@click.argument("model")
+@click.option("--version", type=click.IntRange(min=1), help="By default the newest.")
+@click.option("--to", multiple=True, default=("all",), show_default=True, help="all, TAG=VALUE or name:DEVICE.")
+@click.option("--rollback", is_flag=True, help="Allow a version below the one that is served.")
+@click.option("--wait", "wait_s", type=click.FloatRange(min=0), help="Wait so many seconds for the devices.")
+@connected
+@json_option
+def start(  # noqa: PLR0913 - one a flag
+    *, model: str, version: int | None, to: tuple[str, ...], rollback: bool, wait_s: float | None,
+    connection: Connection, output: Output,
+) -> None:  # fmt: skip
+    """Tell devices to serve a version. With --wait, fails unless every one of them does in time."""
+    with connection.open() as client:
+        status = client.start_rollout(model, version, to, rollback=rollback)
+        output.line(
+            f"{status['id']}: {model} version {status['version']} to {counted(len(status['devices']), 'device')}"
+        )
+        if wait_s is not None:
+            status = _waited(client, status, wait_s, output)
+            _devices(status, output)
+        else:
+            output.line(f"see how far it is: edgefl rollout status {status['id']}")
+    output.result(status)
+    if wait_s is not None and status["state"] != "done":
+        raise click.exceptions.Exit(1)
+
+
+@rollout.command("status", epilog=example("edgefl rollout status rollout-1a2b3c4d"))
+@click.argument("rollout_id", metavar="[ROLLOUT]", required=False)
+@connected
+@json_option
+def show_status(rollout_id: str | None, connection: Connection, output: Output) -> None:
+    """Show how far each device is; without a ROLLOUT, list all rollouts."""
+    with connection.open() as client:
+        found = client.rollout(rollout_id) if rollout_id else client.rollouts()
+    if isinstance(found, dict):
+        output.line(f"{found['id']}: {found['model']} version {found['version']}, {found['state']}")
+        _devices(found, output)
+    else:
+        rows = [
+            (one["id"], one["model"], one["version"], one["state"], len(one["devices"]), time_text(one["created_s"]))
+            for one in found
+        ]
+        output.table(
+            ("id", "model", "version", "state", "devices", "started"),
+            rows,
+            "no rollout yet; `edgefl rollout start` makes one",
+        )
+    output.result(found)
+
+
+def _waited(client: CloudClient, status: Json, wait_s: float, output: Output) -> Json:
+    """Follow a rollout until it is over or the time is; return its last status."""
+    said = ""
+    for now in follow_rollout(client, status["id"], wait_s):
+        status = now
+        active = sum(one["state"] == "active" for one in status["devices"])
+        text = f"{status['state']}: {active} of {counted(len(status['devices']), 'device')} active"
+        if text != said:  # a device also tells that it downloads
+            output.line(text)
+        said = text
+    return status
+
+
+def _say_published(release: Json, output: Output) -> None:
+    output.line(f"{release['model']} version {release['version']}: {metrics_text(release['metrics'])}".rstrip(": "))
+    if report := release["compression"]:
+        output.line(
+            f"int8: {report['source_bytes'] / 1024:.0f} -> {report['target_bytes'] / 1024:.0f} KiB, "
+            f"{report['measure']} {report['before']:.4f} -> {report['after']:.4f} (drop {report['drop']:.4f})"
+        )
+    output.line(f"bring it to the devices: edgefl rollout start {release['model']} --version {release['version']}")
+
+
+def _table(releases: list[Json], output: Output) -> None:
+    rows = [
+        (one["model"], one["version"], f"{one['blob']['size'] / 1024:.0f} KiB", metrics_text(one["metrics"]),
+         time_text(one["created_s"]))
+        for one in releases
+    ]  # fmt: skip
+    columns = ("model", "version", "size", "metrics", "published")
+    output.table(columns, rows, "no model yet; `edgefl models publish` makes one")
+    output.result(releases)
+
+
+def _devices(status: Json, output: Output) -> None:
+    rows = [(one["device"], one["state"], one["detail"]) for one in status["devices"]]
+    output.table(("device", "state", "detail"), rows, "no device is in it any more: a later rollout took over")

@@ -1,0 +1,72 @@
+"""The operator's commands: `edgefl run` here; devices, jobs, models and rollout beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgefl.config import JobConfig, load_config
+from edgefl.errors import ConfigError
+from edgefl.flower import is_flower_app
+from edgefl.operator.commands.fleet import devices, jobs
+from edgefl.operator.commands.models import models, rollout
+from edgefl.operator.commands.progress import left_running, round_progress
+from edgefl.operator.connection import Connection, connected
+from edgefl.operator.run_flower import FlowerRun, run_flower
+from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, refuse_no_folder
+
+__all__ = ["devices", "jobs", "models", "rollout", "run"]
+
+
+@click.command(
+    epilog=example(
+        "edgefl run examples/digits --config examples/digits/config.toml --set rounds.count=5 --out digits.safetensors"
+    )
+)
+@click.argument("task")
+@connected
+@click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting, over the file.")
+@click.option("--run-config", multiple=True, metavar="'K=V K=V'|FILE", help="As --set, in Flower's words.")
+@click.option("--federation-config", multiple=True, hidden=True)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where the model goes (safetensors).")
+@json_option
+def run(  # noqa: PLR0913 - one a flag
+    *, task: str, connection: Connection, rounds: int | None, config: Path | None, settings: tuple[str, ...],
+    run_config: tuple[str, ...], federation_config: tuple[str, ...], out: Path | None, output: Output,
+) -> None:  # fmt: skip
+    """Train a task on the fleet.
+
+    TASK is package.module:attribute, or a folder whose pyproject.toml names its task. Ctrl-C stops watching, not the
+    job. A folder with [tool.flwr.app] is a Flower app and runs as it is: its ServerApp here, so that Ctrl-C ends the
+    run, its ClientApp on the devices; --set key=value is for its run-config.
+    """
+    from edgefl.operator.run import submit, watch
+    from edgefl.task import load_task
+
+    refuse_no_folder(out, "--out")
+    if is_flower_app(task):
+        asked = FlowerRun(
+            folder=Path(task), rounds=rounds, settings=settings, run_config=run_config, out=out,
+            federation_config=federation_config, task_flags={"--config": config},
+        )  # fmt: skip
+        run_flower(asked, connection, output)
+        return
+    if run_config or federation_config:
+        raise ConfigError("--run-config is of Flower apps; a task is configured by --set a.b=c or --config FILE")
+    over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
+    job_config = load_config(JobConfig, config, over)
+    loaded = load_task(task)
+    with connection.open() as client:
+        job = submit(client, task, loaded, job_config)
+        output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
+        with left_running(job, output), round_progress(output, job_config.rounds.count) as on_round:
+            result = watch(client, job, loaded, on_round=on_round, out=out)
+    output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    if out is not None:
+        output.line(f"model: {out}")
+    if loaded.model is not None:  # what `models publish` can export
+        output.line(f"publish it: edgefl models publish NAME --task {task} --job {job}")
+    output.result(result.as_json())

@@ -1,0 +1,1 @@
+"""Listening ports with limits: who may connect, how many, and for how long."""

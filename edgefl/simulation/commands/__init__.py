@@ -1,0 +1,1 @@
+"""`edgefl simulate` and what it was asked for."""

@@ -1,0 +1,78 @@
+"""What `edgefl simulate` was asked for, read from the command line once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgefl.errors import ConfigError
+from edgefl.terminal.output import refuse_no_folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """The command's argument and flags."""
+
+    task: str
+    clients: int | None
+    rounds: int | None
+    engine: str
+    address: str | None  # of a Ray cluster
+    config: Path | None
+    settings: tuple[str, ...]  # a.b=c
+    run_config: tuple[str, ...] = ()  # a Flower app's, in Flower's words
+    federation_config: tuple[str, ...] = ()
+    sweep: tuple[str, ...]  # a.b=c,d
+    data: tuple[str, ...]  # key=value
+    evaluate_every: int
+    out: Path | None
+    plot: Path | None
+    tensorboard: Path | None
+    checkpoint: Path | None
+    checkpoint_every: int
+    resume: Path | None
+
+    def __post_init__(self) -> None:
+        refuse_no_folder(self.out, "--out")
+        refuse_no_folder(self.plot, "--plot")
+        if self.plot is not None:
+            from edgefl.simulation.screen.plot import require_matplotlib
+
+            require_matplotlib()
+        if self.tensorboard is not None:
+            from edgefl.simulation.screen.tensorboard import require_tensorboard
+
+            require_tensorboard()
+        ones = {"--out": self.out, "--checkpoint": self.checkpoint, "--resume": self.resume}
+        if self.sweep and (given := [flag for flag, value in ones.items() if value is not None]):
+            raise ConfigError(f"{given[0]} is of one simulation, a sweep is of many; leave it away, or --sweep")
+
+    def only_for_tasks(self) -> list[str]:
+        """Return the flags that were given and mean nothing to a Flower app."""
+        flags = {
+            "--config": self.config, "--checkpoint": self.checkpoint, "--resume": self.resume,
+            "--evaluate-every": self.evaluate_every > 1, "--address": self.address,
+        }  # fmt: skip
+        return [flag for flag, value in flags.items() if value]
+
+    def refuse_flowers(self) -> None:
+        """Raise ConfigError for flags that mean nothing to a task."""
+        flags = {"--run-config": self.run_config, "--federation-config": self.federation_config}
+        if given := [flag for flag, value in flags.items() if value]:
+            raise ConfigError(f"{given[0]} is of Flower apps; a task is configured by --set a.b=c or --config FILE")
+
+    def over(self) -> tuple[str, ...]:
+        """Return the settings, the flags that are short for some among them."""
+        short = {"rounds.count": self.rounds, "population.clients": self.clients}
+        return (*self.settings, *(f"{key}={value}" for key, value in short.items() if value is not None))
+
+    def options(self) -> Mapping[str, str]:
+        """Return the data options; raises ConfigError for what is none."""
+        options = {}
+        for pair in self.data:
+            key, equals, value = pair.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"--data {pair!r} is not of the form key=value")
+            options[key] = value
+        return options

@@ -1,0 +1,124 @@
+"""`edgefl simulate`: many clients on this machine, with the rounds, rules and guards of a deployed fleet."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgefl.config import load_config
+from edgefl.flower import is_flower_app
+from edgefl.measure import seldom_collected
+from edgefl.operator.commands.progress import INTERRUPTED
+from edgefl.simulation.commands.request import Request
+from edgefl.simulation.screen.live import Progress, live_rounds
+from edgefl.terminal.output import Output, example, json_option, metrics_text
+
+if TYPE_CHECKING:
+    from edgefl.simulation.study.report import SimulationResult
+
+ENGINES = ("auto", "loop", "stacked", "pool", "ray")
+_FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_type=Path, file_okay=False)
+
+
+@click.command(
+    epilog=example(
+        "edgefl simulate examples/digits --clients 1000 --rounds 20 --plot out.png --json out.json",
+        "edgefl simulate examples/digits --config examples/digits/config.toml --set rounds.clients=100 --engine pool",
+        "edgefl simulate examples/digits --clients 100 --sweep train.lr=0.03,0.1,0.3 --plot out.png",
+    )
+)
+@click.argument("task")
+@click.option("--clients", type=click.IntRange(min=1), help="Short for --set population.clients=N.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="auto measures.")
+@click.option("--address", metavar="HOST:PORT|auto", help="Of a Ray cluster, for --engine ray; without, it starts one.")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting, over the file.")
+@click.option("--run-config", multiple=True, metavar="'K=V K=V'|FILE", help="As --set, in Flower's words.")
+@click.option("--federation-config", multiple=True, metavar="'K=V K=V'", help="Of a Flower app: num-supernodes=N, ..")
+@click.option("--sweep", multiple=True, metavar="A.B=C,D,..", help="Run once for each value (of several: combination).")
+@click.option("--data", multiple=True, metavar="K=V", help="A data option for every client's loader, or node config.")
+@click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS")
+@click.option("--out", type=_FILE, help="Where the model goes (safetensors).")
+@click.option("--plot", type=_FILE, help="Draw the rounds into a .png or .svg.")
+@click.option("--tensorboard", type=_FOLDER, metavar="DIR", help="Write event files for TensorBoard.")
+@click.option("--checkpoint", type=_FOLDER, metavar="DIR", help="Keep the state here, to go on from it.")
+@click.option("--checkpoint-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS")
+@click.option("--resume", type=_FOLDER, metavar="DIR", help="Go on from a --checkpoint, and keep the state there.")
+@json_option
+def simulate(*, output: Output, **flags: Any) -> None:
+    """Simulate TASK: package.module:attribute, or a folder whose pyproject.toml names its task.
+
+    A folder with [tool.flwr.app] is a Flower app and runs as it is; --set and --sweep are for its run-config. It has
+    as many nodes as --clients, --federation-config, its pyproject.toml or Flower's config.toml say, else 2.
+    Ctrl-C ends the round and keeps what there is.
+    """
+    request = Request(**flags)
+    with seldom_collected():
+        if is_flower_app(request.task):
+            from edgefl.simulation.commands.flower import simulate_flower
+
+            simulate_flower(request, output)
+            return
+        request.refuse_flowers()
+        if request.sweep:
+            from edgefl.simulation.commands.sweep import sweep_task
+
+            sweep_task(request, output)
+        else:
+            _simulate_task(request, output)
+
+
+def _simulate_task(request: Request, output: Output) -> None:
+    from edgefl.simulation.isolation.own_process import OwnProcess
+
+    with OwnProcess(to_stderr=output.json_alone) as process, ExitStack() as stack:
+        from edgefl.simulation.isolation.own_process_wire import Order
+        from edgefl.simulation.simulate import Watching
+        from edgefl.simulation.study.report import CutShort, ProcessLost
+        from edgefl.simulation.world.settings import SimulationConfig
+
+        job = load_config(SimulationConfig, request.config, request.over())
+        screen = stack.enter_context(live_rounds(output, Progress(job.rounds.count)))
+        heard = [screen.on_round]
+        if request.tensorboard is not None:
+            from edgefl.simulation.screen.tensorboard import event_file
+
+            heard.append(stack.enter_context(event_file(request.tensorboard)))
+
+        def on_round(outcome: dict[str, Any]) -> None:
+            for hear in heard:
+                hear(outcome)
+
+        order = Order(
+            task=request.task, engine=request.engine, config=job, data=request.options(),
+            evaluate_every=request.evaluate_every, checkpoint=request.checkpoint,
+            checkpoint_every=request.checkpoint_every, resume=request.resume, address=request.address,
+        )  # fmt: skip
+        try:
+            result = process.simulate(order, Watching(on_engine=screen.on_engine, on_round=on_round), request.out)
+        except (CutShort, ProcessLost) as error:
+            stack.close()
+            if error.so_far is not None and error.so_far.rounds:
+                _tell(error.so_far, request, output)
+            raise
+    _tell(result, request, output)
+    if result.interrupted:
+        output.line(f"interrupted after {len(result.rounds)} of {job.rounds.count} rounds")
+        raise click.exceptions.Exit(INTERRUPTED)
+
+
+def _tell(result: SimulationResult, request: Request, output: Output) -> None:
+    output.line(
+        f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {result.clients_per_second:.0f} clients/s, "
+        f"at most {result.peak_rss_mb:.0f} MB: {metrics_text(result.final) or 'no metrics'}"
+    )
+    if request.plot is not None:
+        from edgefl.simulation.screen.plot import write_plot
+
+        write_plot({result.task: result.rounds}, request.plot, {result.task: result.took_part})
+        output.line(f"plot: {request.plot}")
+    output.result(result.as_json())

@@ -1,0 +1,93 @@
+"""`edgefl simulate --sweep`: variants one after another; a live table, one plot, one JSON, a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import click
+
+from edgefl.config import load_config
+from edgefl.operator.commands.progress import INTERRUPTED
+from edgefl.simulation.commands.request import Request
+from edgefl.simulation.isolation.own_process import OwnProcess
+from edgefl.simulation.isolation.own_process_wire import Order
+from edgefl.simulation.screen.live_sweep import SweepProgress, compare, live_sweep
+from edgefl.simulation.simulate import Watching
+from edgefl.simulation.study.report import Json, SimulationResult
+from edgefl.simulation.study.sweep import SweepResult, SweepWatching, sweep
+from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
+from edgefl.simulation.world.settings import SimulationConfig, with_settings
+from edgefl.terminal.output import Output, counted
+
+FAILED = 1
+
+
+def sweep_task(request: Request, output: Output) -> None:
+    """Run a task's variants; exits with 1 where one failed, 130 after Ctrl-C."""
+    base = load_config(SimulationConfig, request.config, request.over())
+    over, options = parse_sweep(request.sweep), request.options()
+    variants = variants_of(over)
+    counts = [with_settings(base, variant.settings).rounds.count for variant in variants]
+    with (
+        OwnProcess(to_stderr=output.json_alone) as process,
+        watched(request, output, SweepProgress(variants, counts)) as watching,
+    ):
+
+        def simulation(config: SimulationConfig, watching: Watching) -> SimulationResult:
+            order = Order(
+                task=request.task, engine=request.engine, config=config, evaluate_every=request.evaluate_every,
+                address=request.address,
+            )  # fmt: skip
+            return process.simulate(order, watching)
+
+        result = sweep(request.task, over, engine=request.engine, config=base, data=options, watching=watching,
+                       simulation=simulation)  # fmt: skip
+    tell(result, len(variants), request, output)
+
+
+def tell(result: SweepResult, wanted: int, request: Request, output: Output) -> None:
+    """Print the comparison, write plot and JSON, and exit as the variants ended."""
+    compare(result, output)
+    if request.plot is not None:
+        from edgefl.simulation.screen.plot import write_plot
+
+        write_plot(result.runs(), request.plot, result.took_part())
+        output.line(f"plot: {request.plot}")
+    output.result(result.as_json())
+    if result.interrupted:
+        output.line(f"interrupted in variant {len(result.variants)} of {wanted}")
+        raise click.exceptions.Exit(INTERRUPTED)
+    if result.failed:
+        output.line(f"{counted(len(result.failed), 'variant')} of {wanted} failed")
+        raise click.exceptions.Exit(FAILED)
+
+
+@contextmanager
+def watched(request: Request, output: Output, progress: SweepProgress) -> Iterator[SweepWatching]:
+    """Give what is to hear of a sweep: the screen, and TensorBoard where it was asked for."""
+    with live_sweep(output, progress) as live, ExitStack() as open_file:
+        if request.tensorboard is None:
+            yield live
+            return
+        yield _with_event_files(live, request.tensorboard, open_file)
+
+
+def _with_event_files(live: SweepWatching, folder: Path, open_file: ExitStack) -> SweepWatching:
+    """Have each variant's rounds written into a folder of its own."""
+    from edgefl.simulation.screen.tensorboard import event_file, run_folder
+
+    writing: list[Callable[[Json], None]] = []
+
+    def begin(variant: Variant) -> None:
+        open_file.close()
+        writing[:] = [open_file.enter_context(event_file(run_folder(folder, variant.name)))]
+        live.on_begin(variant)
+
+    def on_round(variant: Variant, outcome: Json) -> None:
+        writing[0](outcome)
+        live.on_round(variant, outcome)
+
+    return dataclasses.replace(live, on_begin=begin, on_round=on_round)

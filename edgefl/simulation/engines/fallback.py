@@ -1,0 +1,88 @@
+"""What is done where an engine itself fails: the loop, the plainest engine, goes on in its place.
+
+Who chose `auto` asked for a result, not for an engine. Clients that the engine has answered for are not
+trained again; the others are, and every later round is.
+Invariant: each client of a cohort is counted once, and nobody falls back in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from edgefl.logs import event
+from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.simulation.engines.fleets import Engine, Setup
+from edgefl.simulation.engines.loop import LoopFleet
+from edgefl.task import MAX_QUOTED
+
+_log = logging.getLogger(__name__)
+
+OnFallback = Callable[[str], None]  # why
+
+
+class Attempt:
+    """A border around an engine: what it raises is told and kept as `fault`, and goes no further."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self.fault = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> bool:
+        if not isinstance(raised, Exception):  # Ctrl-C, and the end of a generator, are no fault of an engine
+            return False
+        self.fault = f"it failed: {type(raised).__name__}: {raised}".rstrip(": ")[:MAX_QUOTED]
+        event(_log, logging.WARNING, "engine.failed", engine=self._engine, fault=self.fault)
+        return True
+
+
+class Sheltered:
+    """An engine, and behind it the loop, which goes on where the engine fails."""
+
+    def __init__(self, setup: Setup, engine: Engine, name: str) -> None:
+        self._setup, self._name = setup, name
+        self.on_fallback: OnFallback = lambda _why: None
+        self._engine, self._spent = engine, Traffic()  # by an engine that has failed
+
+    @property
+    def peak_rss_mb(self) -> float:
+        """Return what the engine's own processes have held at most."""
+        return float(getattr(self._engine, "peak_rss_mb", 0.0))
+
+    def clients(self) -> Sequence[str]:
+        return self._setup.population.names()
+
+    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
+        if isinstance(self._engine, LoopFleet):
+            yield from self._engine.collect(plan)
+            return
+        answered: set[str] = set()
+        with Attempt(self._name) as attempt:
+            for answer in self._engine.collect(plan):
+                answered.update(answer.contributors if isinstance(answer, Partial) else (answer.device,))
+                yield answer
+        if not attempt.fault:
+            return
+        self._fall_back(f"{self._name} until round {plan.round}: {attempt.fault}")
+        left = tuple(client for client in plan.clients if client not in answered)
+        yield from self._engine.collect(dataclasses.replace(plan, clients=left))
+
+    def traffic(self) -> Traffic:
+        now = self._engine.traffic()
+        return Traffic(up_bytes=self._spent.up_bytes + now.up_bytes, down_bytes=self._spent.down_bytes + now.down_bytes)
+
+    def close(self) -> None:
+        """End what is there."""
+        self._engine.close()
+
+    def _fall_back(self, why: str) -> None:
+        self._spent = self._engine.traffic()
+        self._engine.close()
+        self._engine = LoopFleet(self._setup)
+        self.on_fallback(why)

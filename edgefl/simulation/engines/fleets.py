@@ -1,0 +1,117 @@
+"""What every engine of a simulation stands on: whose data, what is to be done, what has moved.
+
+An engine is a `Fleet` (see `edgefl.rounds`) whose clients are trained in this machine; it is closed
+when the simulation ends. Bytes are those that the deployed fleet would move: encoded trees.
+Invariant: an engine's answer for a client depends on (parameters, samples, config, round, client)
+alone, as a device's does; so all engines agree.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from edgefl.config import JobConfig
+from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.rounds import Fleet
+from edgefl.task import Task
+from edgefl.training.samples import Samples, require_torch
+from edgefl.trees import encoded_bytes
+
+
+class Population(Protocol):
+    """The clients that there are, and their data. Lazy: only who is sampled costs anything."""
+
+    def names(self) -> Sequence[str]:
+        """Return every client's name, sorted; need not hold them."""
+
+    def samples(self, client: str) -> Samples:
+        """Return a client's own samples; raises TaskError where it has none."""
+
+
+PopulationMaker = Callable[[Task], Population]  # picklable, so that a worker process can make its own
+
+
+class Engine(Fleet, Protocol):
+    """A fleet of simulated clients."""
+
+    def close(self) -> None:
+        """End what the engine started."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """How clients are trained: the result is the same, to rounding."""
+
+    stacks: bool = False  # whether workers train theirs as one computation, or one after another
+    compiled: bool = False  # whether a C++ compiler makes their steps
+    recorded: bool = True  # whether steps are recorded, or each is taken as on a device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """One simulation, as its engines see it."""
+
+    task: Task
+    reference: str | None  # where the task can be loaded again, if it was loaded from somewhere
+    make_population: PopulationMaker
+    population: Population
+    config: JobConfig
+    method: Method = field(default_factory=Method)
+    stop: threading.Event = field(default_factory=threading.Event)  # set: hand out no more clients
+    served: set[tuple[str, str]] = field(default_factory=set)  # (job, client) that has the frozen tensors
+
+    def takes_sums(self, plan: Plan) -> bool:
+        """Whether partial sums may stand for clients: where more are asked than wanted, single updates must."""
+        return self.config.rounds.clients in {0, len(plan.clients)} or len(plan.clients) < self.config.rounds.clients
+
+
+class Meter:
+    """Counts what would have moved: what is frozen once to a client."""
+
+    def __init__(self, served: set[tuple[str, str]] | None = None) -> None:
+        self._traffic = Traffic()
+        self._served = set() if served is None else served
+        self._job, self._bytes, self._frozen_bytes = "", 0, 0
+
+    def begin(self, plan: Plan) -> None:
+        """Note the size of this round's trees."""
+        self._job, self._bytes = plan.job, encoded_bytes(plan.parameters)
+        self._frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
+
+    def count(self, answer: Update | Failure | Partial) -> None:
+        """Count the models that were sent down for an answer, and the updates in it."""
+        clients = answer.contributors if isinstance(answer, Partial) else (answer.device,)
+        up = 0 if isinstance(answer, Failure) else len(clients)
+        self._traffic = Traffic(
+            up_bytes=self._traffic.up_bytes + up * self._bytes,
+            down_bytes=self._traffic.down_bytes + len(clients) * self._bytes + self._once(clients),
+        )
+
+    def _once(self, clients: Sequence[str]) -> int:
+        """Return the bytes of what is frozen for those of the clients that did not have it."""
+        if not self._frozen_bytes:
+            return 0
+        before = len(self._served)
+        self._served.update((self._job, client) for client in clients)
+        return (len(self._served) - before) * self._frozen_bytes
+
+    def traffic(self) -> Traffic:
+        return self._traffic
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads inside; small models are fastest with one."""
+    require_torch("simulation", "sim")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

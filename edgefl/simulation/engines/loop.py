@@ -1,0 +1,38 @@
+"""The loop: one process, one thread, one model, one client after another. The plainest engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from edgefl.records import Failure, Plan, Traffic, Update
+from edgefl.simulation.engines.fleets import Meter, Setup, torch_threads
+from edgefl.simulation.engines.trainer import LocalTrainer
+
+
+class LoopFleet:
+    """Trains a cohort in its order."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._trainer = LocalTrainer(setup.task, setup.population, setup.method)
+        self._meter = Meter(setup.served)
+
+    def clients(self) -> Sequence[str]:
+        return self._setup.population.names()
+
+    def collect(self, plan: Plan) -> Iterator[Update | Failure]:
+        self._meter.begin(plan)
+        with torch_threads(1):
+            self._trainer.begin(plan)
+            for client in plan.clients:
+                if self._setup.stop.is_set():
+                    return
+                answer = self._trainer.train(client)
+                self._meter.count(answer)
+                yield answer
+
+    def traffic(self) -> Traffic:
+        return self._meter.traffic()
+
+    def close(self) -> None:
+        """Nothing was started."""

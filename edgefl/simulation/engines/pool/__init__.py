@@ -1,0 +1,1 @@
+"""An engine of worker processes, one thread each."""

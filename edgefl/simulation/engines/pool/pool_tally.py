@@ -1,0 +1,150 @@
+"""What a worker does with its chunks, however they come: trains, and keeps a sum where the rule merges.
+
+Updates are admitted by the same guard and folded by the same rule as at the centre.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from edgefl.aggregation import Rule, make_rule
+from edgefl.aggregation.rule import Merging
+from edgefl.config import JobConfig
+from edgefl.errors import UpdateRejected
+from edgefl.guards import RoundGuard
+from edgefl.measure import own_peak_mb
+from edgefl.records import Failure, Partial, Plan, Update
+from edgefl.rounds import MetricSums
+from edgefl.simulation.engines.fallback import Attempt
+from edgefl.simulation.engines.fleets import Method, Population, Setup
+from edgefl.simulation.engines.pool.pool_wire import Chunk, Done, Flush, Summed, Tried
+from edgefl.simulation.engines.stackable import why_not_stacked
+from edgefl.simulation.engines.stacked import StackTrainer
+from edgefl.simulation.engines.trainer import LocalTrainer
+from edgefl.task import Task
+
+
+class ChunkTrainer:
+    """Answers for its chunks, a round after another."""
+
+    def __init__(self, task: Task, population: Population, config: JobConfig) -> None:
+        self._task, self._population = task, population
+        self._setup = Setup(
+            task=task, reference=None, make_population=lambda _task: population, population=population, config=config
+        )  # fmt: skip
+        self._trainers: dict[Method, LocalTrainer | StackTrainer] = {}
+        self._trainer: LocalTrainer | StackTrainer | None = None
+        self._plan: Plan | None = None
+        self._method = Method()
+        self._fault = ""  # of stacks
+        self._rule_name = config.aggregation.rule
+        self._tally: _Tally | None = None
+
+    def begin(self, plan: Plan, *, sums: bool, method: Method | None = None) -> None:
+        """Take up a round, forgetting the one before."""
+        self._plan, self._method = plan, method or Method()
+        self._tally = _Tally(plan, self._rule_name) if sums else None
+        self._begin()
+
+    def try_stacks(self, method: Method) -> Tried:
+        """Say why clients cannot be trained in stacks, if they cannot."""
+        return Tried(why_not_stacked(dataclasses.replace(self._setup, method=method)))
+
+    def answer(self, message: Chunk | Flush) -> Done | Summed:
+        if isinstance(message, Chunk):
+            return self._chunk(message)
+        if isinstance(message, Flush) and self._tally is not None:
+            return dataclasses.replace(self._tally.flush(), fault=self._fault)
+        raise TypeError(f"a worker cannot answer a {type(message).__name__}")
+
+    def _chunk(self, chunk: Chunk) -> Done:
+        if isinstance(self._trainer, StackTrainer):  # only where sums are wanted
+            return self._in_stacks(self._trainer, chunk.clients)
+        if self._trainer is None:
+            raise RuntimeError("begin comes before a chunk")
+        if self._tally is None:
+            return Done(tuple(map(self._trainer.train, chunk.clients)))
+        return self._take(self._trainer.train(client, borrow=True) for client in chunk.clients)
+
+    def _in_stacks(self, trainer: StackTrainer, clients: Sequence[str]) -> Done:
+        """Train them in stacks; where one fails, train those that are left one by one, now and from then on."""
+        num_done = 0
+        for stack in trainer.stacks(clients):
+            with Attempt("stacks") as attempt:
+                answers = list(trainer.answers(stack, sums=True))
+            if attempt.fault:
+                self._fault = attempt.fault
+                self._begin()
+                return self._chunk(Chunk(tuple(clients[num_done:])))
+            self._take(answers)
+            num_done += len(stack)
+        return Done()
+
+    def _begin(self) -> None:
+        """Make ready what trains by the method; where stacks fail, what trains one by one."""
+        if self._method.stacks and not self._fault:
+            with Attempt("stacks") as attempt:
+                self._trainer = self._taken_up(self._method)
+                return
+            self._fault = attempt.fault
+        self._trainer = self._taken_up(dataclasses.replace(self._method, stacks=False))
+
+    def _taken_up(self, method: Method) -> LocalTrainer | StackTrainer:
+        if self._plan is None:
+            raise RuntimeError("a plan comes before a trainer")
+        wanted = StackTrainer if method.stacks else LocalTrainer
+        if method not in self._trainers:
+            self._trainers[method] = wanted(self._task, self._population, method)
+        self._trainers[method].begin(self._plan)
+        return self._trainers[method]
+
+    def _take(self, answers: Iterable[Update | Failure | Partial]) -> Done:
+        for answer in answers:
+            if self._tally is not None:
+                self._tally.take(answer)
+        return Done()
+
+
+class _Tally:
+    """The sum of a round so far."""
+
+    def __init__(self, plan: Plan, rule: str) -> None:
+        self._plan, self._rule_name = plan, rule
+        self._reset()
+
+    def take(self, answer: Update | Failure | Partial) -> None:
+        """Fold what the guard admits; put aside what the centre has to see singly."""
+        if isinstance(answer, Failure):
+            self._aside.append(answer)
+            return
+        if isinstance(answer, Partial):  # the stack's own, of finite updates
+            self._guard.admit_partial(answer)
+            self._rule.merge(answer)
+            self._metrics.merge(answer.metrics)
+            self._any = True
+            return
+        try:
+            self._guard.admit(answer)
+        except UpdateRejected:
+            own = {name: array.copy() for name, array in answer.tree.items()}  # it was borrowed
+            self._aside.append(dataclasses.replace(answer, tree=own))
+            return
+        self._rule.add(answer)
+        self._metrics.add(answer.weight, answer.metrics)
+        self._any = True
+
+    def flush(self) -> Summed:
+        partial = self._rule.partial() if self._any and isinstance(self._rule, Merging) else None
+        if partial is not None:
+            partial = dataclasses.replace(partial, metrics=self._metrics.sums)
+        summed = Summed(partial, tuple(self._aside), own_peak_mb())
+        self._reset()
+        return summed
+
+    def _reset(self) -> None:
+        self._guard = RoundGuard(self._plan)
+        self._rule: Rule = make_rule(self._rule_name, self._plan.parameters)
+        self._metrics = MetricSums()
+        self._aside: list[Update | Failure] = []
+        self._any = False

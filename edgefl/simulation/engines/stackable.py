@@ -1,0 +1,194 @@
+"""Which tasks can be stacked exactly, and if not, why: first what can be seen, then what a trial shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgefl.aggregation.mean import WeightedMean
+from edgefl.errors import TaskError
+from edgefl.records import Failure, Partial, Plan
+from edgefl.rounds import select_clients
+from edgefl.simulation.engines.fallback import Attempt
+from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.engines.stacked import StackTrainer, kind_of
+from edgefl.simulation.engines.trainer import LocalTrainer
+from edgefl.simulation.world.population import samples_of
+from edgefl.task import Task, UserCode
+from edgefl.training.local import make_model
+from edgefl.training.parts import parts_of
+from edgefl.training.randomness import Drawn, seeded
+from edgefl.training.samples import Samples
+from edgefl.trees import Tree
+
+if TYPE_CHECKING:
+    import torch
+
+NUM_TRIED = 3  # clients
+TOLERANCE = 1e-3  # of the largest change; rounding stays far below, a wrong computation far above
+ULPS = 4  # units in the last place of a parameter that both ways may be apart
+
+
+def why_not_stacked(setup: Setup) -> str | None:
+    """Return why the task cannot be stacked, or None where it can."""
+    if reason := _of_the_task(setup):
+        return reason
+    model = make_model(setup.task)
+    return _of_the_model(model) or _of_a_trial(setup, model)
+
+
+def _of_the_task(setup: Setup) -> str | None:
+    if setup.task.fit is not None:
+        return "it brings its own fit"
+    if setup.task.optimizer is not None:
+        return "it brings its own optimizer; stacked steps are plain SGD"
+    if setup.config.train.algorithm != "fedavg":
+        return f"train.algorithm={setup.config.train.algorithm} is one gradient a client; stacked are local steps"
+    return None
+
+
+def _of_the_model(model: torch.nn.Module) -> str | None:
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the base of all of them
+            return f"its layer {name!r} is batch norm, which mixes the samples of a batch"
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:  # noqa: SLF001 - as above
+            return f"its layer {name!r} is dropout, and a stack has no random state of its own for each client"
+    parameters = dict(model.named_parameters())
+    if odd := [name for name in model.state_dict() if name not in parameters]:
+        return f"its state {odd[0]!r} is a buffer, or shared between layers"
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        return "none of its parameters is trained"
+    return None
+
+
+def _of_a_trial(setup: Setup, model: torch.nn.Module) -> str | None:
+    """Train a few clients both ways, and compare."""
+    parts = parts_of(setup.task, setup.config.train.seed)
+    plan = Plan(
+        job="trial",
+        round=1,
+        parameters=parts.moving,
+        clients=select_clients(setup.population.names(), setup.config, 1),
+        train=setup.config.train,
+        deadline_s=setup.config.rounds.deadline_s,
+        frozen=parts.frozen,
+    )
+    held = _some_samples(setup, plan)
+    if not held:
+        return "no client of the first cohort has data to try it with"
+    with Attempt("stacked") as attempt:
+        try:
+            return _not_a_mean(setup.task, model, list(held.values())) or _differs(setup, plan, held)
+        except TaskError as error:
+            return f"torch.func cannot map it over clients: {error}"
+    return f"in a trial {attempt.fault}"
+
+
+def _some_samples(setup: Setup, plan: Plan) -> dict[str, Samples]:
+    """Return the samples of the first few clients that have some, of one kind."""
+    import torch
+
+    held: dict[str, Samples] = {}
+    for client in plan.clients[: 4 * NUM_TRIED]:
+        try:
+            samples = samples_of(setup.population, client, plan.train.seed)
+        except TaskError:
+            continue  # its own round will say so
+        if not torch.isfinite(samples.inputs).all():
+            continue  # a guard will refuse it; nothing can be compared by it
+        if not held or kind_of(samples) == kind_of(next(iter(held.values()))):
+            held[client] = samples
+        if len(held) == NUM_TRIED:
+            break
+    return held
+
+
+def _not_a_mean(task: Task, model: torch.nn.Module, samples: list[Samples]) -> str | None:
+    """Compare the loss of a batch with the mean of its samples' losses: masking stands on this."""
+    import torch
+
+    inputs = torch.cat([one.inputs[:NUM_TRIED] for one in samples])
+    targets = torch.cat([one.targets[:NUM_TRIED] for one in samples])
+    model.train()
+    with seeded(0), torch.no_grad(), UserCode(task.name, "loss"):
+        drawn = Drawn()
+        together = _loss(task, model, inputs, targets)
+        singles = [_loss(task, model, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
+        if drawn.since():
+            return "its model or loss draws from Python's or numpy's random state, and a stack has none for each client"
+    mean = float(sum(singles) / len(singles))
+    within = max(TOLERANCE, ULPS * torch.finfo(together.dtype).eps)
+    if math.isclose(together, mean, rel_tol=within, abs_tol=within):
+        return None
+    return f"the loss of {len(inputs)} samples is {together:.6g}, the mean of their losses {mean:.6g}; wanted is a mean"
+
+
+def _loss(task: Task, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if task.loss is None:
+        raise TaskError(f"task {task.name!r} has no loss")
+    return task.loss(model(inputs), targets)
+
+
+class _Tried:
+    """A population of the clients of a trial."""
+
+    def __init__(self, held: dict[str, Samples]) -> None:
+        self._held = held
+
+    def names(self) -> Sequence[str]:
+        return list(self._held)
+
+    def samples(self, client: str) -> Samples:
+        return self._held[client]
+
+
+def _differs(setup: Setup, plan: Plan, held: dict[str, Samples]) -> str | None:
+    """Compare after a full and a ragged step: over many, rounding alone drives some models apart."""
+    plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1))
+    few = plan.train.batch_size + max(1, plan.train.batch_size // 2)
+    held = {client: Samples(one.inputs[:few], one.targets[:few]) for client, one in held.items()}
+    stacks, loop = (
+        StackTrainer(setup.task, _Tried(held), setup.method),
+        LocalTrainer(setup.task, _Tried(held), setup.method),
+    )
+    stacks.begin(plan)
+    loop.begin(plan)
+    stack, sums, noise = stacks.train(held), WeightedMean(plan.parameters), _noise_of(stacks.start)
+    for client, stacked in stack.updates(plan):
+        single = loop.train(client)
+        if isinstance(single, Failure):
+            return f"the trial failed: {single.reason}"
+        if reason := _difference(stacked.tree, single.tree, noise):
+            return reason
+        sums.add(single)
+    of_all = sums.partial()
+    noise = {name: of_all.weight * one for name, one in noise.items()}
+    seen = (_difference(one.total, of_all.total, noise) for one in stack.summed(plan) if isinstance(one, Partial))
+    return next((reason for reason in seen if reason), None)
+
+
+def _noise_of(start: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return, for each tensor, what rounding alone makes of a delta: of a 16-bit parameter, it is much."""
+    import torch
+
+    return {
+        name: max(1e-7, ULPS * torch.finfo(one.dtype).eps * float(one.abs().max())) if one.numel() else 0.0
+        for name, one in start.items()
+        if one.is_floating_point()
+    }
+
+
+def _difference(stacked: Tree, single: Tree, noise: Mapping[str, float]) -> str | None:
+    for name, wanted in single.items():
+        largest, apart = np.abs(wanted).max(initial=0.0), np.abs(stacked[name] - wanted).max(initial=0.0)
+        if not apart <= TOLERANCE * largest + noise.get(name, 0.0):  # NaN too
+            return (
+                f"in a trial its tensor {name!r} came out {apart:.3g} from the loop's, whose largest is {largest:.3g}"
+            )
+    return None

@@ -1,0 +1,310 @@
+"""Many clients as one computation: `torch.func` maps one step over a stack of models and batches.
+
+It pays for small models, whose steps are mostly overhead. Ragged data is padded and masked exactly.
+Invariant: each client's update is that of `train_epochs`, to rounding; `edgefl.simulation.engines.stackable`
+says for which tasks this can be so.
+"""
+
+# Shapes: K = clients in the stack, B = batch size.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgefl.config import TrainConfig
+from edgefl.errors import ConfigError, TaskError
+from edgefl.guards import MAX_METRIC
+from edgefl.measure import num_cores
+from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.simulation.engines.batches import StackedBatches, Step
+from edgefl.simulation.engines.fleets import Meter, Method, Population, Setup, torch_threads
+from edgefl.simulation.steps.factored import Gradients
+from edgefl.simulation.steps.recording import Recorded
+from edgefl.simulation.world.population import samples_of
+from edgefl.task import Task, UserCode
+from edgefl.training.local import derive_seed, make_model, set_parameters
+from edgefl.training.samples import Samples
+from edgefl.trees.frozen import whole
+from edgefl.trees.tensors import array_of
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_STACK = 256  # clients
+SMALL_BYTES = 32 << 10  # of one client's tensor
+STACK_BYTES = 24 << 20  # of parameters: beyond what caches hold, a larger stack is slower
+
+_Tensors = dict[str, Any]  # a tensor by name; of a stack, (K, ...)
+
+
+class StackedFleet:
+    """Trains a cohort stack by stack; raises ConfigError for a task that cannot be stacked."""
+
+    def __init__(self, setup: Setup) -> None:
+        from edgefl.simulation.engines.stackable import why_not_stacked
+
+        if reason := why_not_stacked(setup):
+            raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
+        self._setup = setup
+        self._trainer = StackTrainer(setup.task, setup.population, setup.method)
+        self._meter = Meter(setup.served)
+
+    def clients(self) -> Sequence[str]:
+        return self._setup.population.names()
+
+    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
+        self._meter.begin(plan)
+        sums = self._setup.config.aggregation.rule == "mean" and self._setup.takes_sums(plan)
+        with torch_threads(num_cores()):
+            self._trainer.begin(plan)
+            for clients in self._trainer.stacks(plan.clients):
+                if self._setup.stop.is_set():
+                    return
+                for answer in self._trainer.answers(clients, sums=sums):
+                    self._meter.count(answer)
+                    yield answer
+
+    def traffic(self) -> Traffic:
+        return self._meter.traffic()
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def kind_of(samples: Samples) -> tuple[object, ...]:
+    """Return what must be equal for samples to lie in one tensor."""
+    inputs, targets = samples.inputs, samples.targets
+    return inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Clients trained together."""
+
+    clients: tuple[str, ...]
+    start: Mapping[str, torch.Tensor]  # in the plan's order of names
+    trained: Mapping[str, torch.Tensor]  # (K, ...), of those that were
+    weights: torch.Tensor  # (K,), float64
+    losses: torch.Tensor  # (K,), float64
+
+    def updates(self, plan: Plan) -> Iterator[tuple[str, Update]]:
+        """Yield each client's update."""
+        yield from ((self.clients[k], self._update(plan, k)) for k in range(len(self.clients)))
+
+    def summed(self, plan: Plan) -> Iterator[Update | Partial]:
+        """Yield one sum of all that a guard admits, and singly what it will refuse."""
+        import torch
+
+        finite = self.losses.abs() <= MAX_METRIC  # NaN is not
+        if finite.all():
+            everything = self._sum(finite)
+            if all(np.isfinite(total).all() for total in everything.total.values()):  # then all that it is of are
+                yield everything
+                return
+        for new in self.trained.values():
+            finite &= torch.isfinite(_rows(new)).all(1)
+        for k in torch.nonzero(~finite).flatten().tolist():
+            yield self._update(plan, k)
+        if finite.any():
+            yield self._sum(finite)
+
+    def _sum(self, chosen: torch.Tensor) -> Partial:
+        """Return the weighted sum of the clients that are chosen, (K,) of booleans."""
+        import torch
+
+        weights = torch.where(chosen, self.weights, 0.0)
+        picked = torch.nonzero(chosen).flatten().tolist()
+        losses = torch.where(chosen, self.losses, 0.0)
+        return Partial(
+            total={name: self._total(name, weights, picked).cpu().numpy() for name in self.start},
+            weight=float(weights.sum()),
+            contributors=tuple(self.clients[k] for k in picked),
+            metrics={"train_loss": (float(weights @ losses), float(weights.sum()))},
+        )
+
+    def _total(self, name: str, weights: torch.Tensor, picked: Sequence[int]) -> torch.Tensor:
+        """Return sum_k weight_k * (new_k - start), as sum_k weight_k * new_k - sum_k weight_k * start, in float64."""
+        import torch
+
+        start = self.start[name]
+        if name not in self.trained:
+            return torch.zeros_like(start, dtype=torch.float64)
+        new = self.trained[name]
+        if start.nbytes <= SMALL_BYTES and len(picked) == len(weights):
+            total = (weights @ _rows(new).double()).reshape(start.shape)
+        else:
+            total = torch.zeros_like(start, dtype=torch.float64)
+            for k in picked:  # of large ones, a copy of all in float64 would cost as much as the training
+                total.add_(new[k], alpha=float(weights[k]))
+        return total.sub_(start, alpha=float(weights.sum()))
+
+    def _update(self, plan: Plan, k: int) -> Update:
+        import torch
+
+        tree = {
+            name: array_of(self.trained[name][k] - start if name in self.trained else torch.zeros_like(start))
+            for name, start in self.start.items()
+        }
+        metrics = {"train_loss": float(self.losses[k])}
+        return Update(
+            job=plan.job, round=plan.round, device=self.clients[k], tree=tree, weight=float(self.weights[k]),
+            metrics=metrics,
+        )  # fmt: skip
+
+
+def _rows(stacked: torch.Tensor) -> torch.Tensor:
+    """Return a stack as one row a client, (K, D): of tensors without dimensions, or without numbers, too."""
+    return stacked.reshape(len(stacked), math.prod(stacked.shape[1:]))
+
+
+class StackTrainer:
+    """Trains stacks of clients of one population; call `begin` for each plan."""
+
+    def __init__(self, task: Task, population: Population, method: Method | None = None) -> None:
+        self._task, self._population = task, population
+        self._model = make_model(task)
+        self._step = _StepOf(task, self._model, method or Method())
+        self._start: _Tensors = {}
+        self._plan: Plan | None = None
+
+    @property
+    def start(self) -> Mapping[str, torch.Tensor]:
+        """Return the parameters of the plan that was taken up, in its order."""
+        return self._start
+
+    def begin(self, plan: Plan) -> None:
+        """Take up a plan; raises TaskError where its parameters are not the model's."""
+        set_parameters(self._task, self._model, whole(plan.parameters, plan.frozen))
+        self._model.train()
+        state = self._model.state_dict()
+        self._start = {name: state[name].clone() for name in plan.parameters}
+        self._plan = plan
+
+    def stacks(self, clients: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Yield clients in stacks that are as large as pays."""
+        a_client = sum(start.nbytes for start in self._start.values())
+        size = max(1, min(MAX_STACK, STACK_BYTES // max(1, a_client)))
+        num_stacks = math.ceil(len(clients) / size)
+        for k in range(num_stacks):  # of equal size, but for one
+            yield clients[k * len(clients) // num_stacks : (k + 1) * len(clients) // num_stacks]
+
+    def answers(self, clients: Sequence[str], *, sums: bool) -> Iterator[Update | Failure | Partial]:
+        """Train one stack; yields partial sums and failures, or each client's answer in order."""
+        plan = self._begun()
+        held: dict[tuple[object, ...], dict[str, Samples]] = {}
+        failed: dict[str, str] = {}
+        for client in clients:
+            try:
+                samples = samples_of(self._population, client, plan.train.seed)
+            except TaskError as error:
+                failed[client] = str(error)
+            else:
+                held.setdefault(kind_of(samples), {})[client] = samples
+        stacks = [self.train(one) for one in held.values()]
+        if sums:
+            yield from (answer for stack in stacks for answer in stack.summed(plan))
+            stacks = []
+        updates = {client: update for stack in stacks for client, update in stack.updates(plan)}
+        for client in clients:  # in the plan's order, as the loop yields them
+            if client in updates:
+                yield updates[client]
+            elif client in failed:
+                yield Failure(job=plan.job, round=plan.round, device=client, reason=failed[client])
+
+    def train(self, held: Mapping[str, Samples]) -> Stack:
+        """Train clients whose samples are of one kind; raises TaskError for what the user's code does wrong."""
+        import torch
+
+        clients = sorted(held, key=lambda client: -len(held[client]))
+        samples = [held[client] for client in clients]
+        plan = self._begun()
+        seeds = [derive_seed(plan.train.seed, plan.round, client) for client in clients]
+        with UserCode(self._task.name, "stacked training"):
+            trained, totals = self._steps(StackedBatches(samples, seeds, plan.train), plan.train, len(clients))
+        weights = torch.tensor([len(one) for one in samples], dtype=torch.float64, device=totals.device)
+        return Stack(tuple(clients), self._start, trained, weights, totals / (plan.train.epochs * weights))
+
+    def _begun(self) -> Plan:
+        if self._plan is None:
+            raise RuntimeError("begin comes before train")
+        return self._plan
+
+    def _steps(self, batches: StackedBatches, train: TrainConfig, num_clients: int) -> tuple[_Tensors, torch.Tensor]:
+        """Return the trained parameters, (K, ...) each, and each client's sum of losses, (K,)."""
+        import torch
+
+        anchors = [self._start[name] for name in self._step.trained]
+        stacked = [anchor.expand(num_clients, *anchor.shape).clone() for anchor in anchors]
+        totals = torch.zeros(num_clients, dtype=torch.float64, device=stacked[0].device)
+        for step in batches:
+            active = [tensor[: len(step)] for tensor in stacked]
+            gradients = self._step(active, step)
+            if train.proximal_mu:
+                pulls = [tensor - anchor for tensor, anchor in zip(active, anchors, strict=True)]
+            gradients.descend(active, train.lr)
+            if train.proximal_mu:
+                torch._foreach_add_(active, pulls, alpha=-train.lr * train.proximal_mu)
+            totals[: len(step)] += gradients.loss.detach() * step.counts
+        return dict(zip(self._step.trained, stacked, strict=True)), totals
+
+
+class _StepOf:
+    """The gradient and loss of one batch of each client in a stack."""
+
+    def __init__(self, task: Task, model: torch.nn.Module, method: Method) -> None:
+        from torch.func import grad_and_value, vmap
+
+        self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._fixed = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
+        self._task, self._model = task, model
+        self._full, self._masked = (
+            Recorded(
+                task.name,
+                self._flat(vmap(grad_and_value(mean), randomness="error")),
+                len(self.trained),
+                compiled=method.compiled,
+                recorded=method.recorded,
+            )
+            for mean in (self._mean, self._masked_mean)
+        )
+
+    def __call__(self, parameters: Sequence[torch.Tensor], step: Step) -> Gradients:
+        """Return the gradients of `trained`, (K, ...) each, and the losses, (K,)."""
+        if step.mask is None:
+            return self._full(*parameters, step.inputs, step.targets)
+        return self._masked(*parameters, step.inputs, step.targets, step.mask, step.counts)
+
+    def _flat(self, mapped: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+        """Turn (parameters by name, batch) -> (gradients by name, losses) into a function from tensors to tensors."""
+
+        def step(*tensors: Any) -> tuple[Any, ...]:
+            named, batch = tensors[: len(self.trained)], tensors[len(self.trained) :]
+            gradients, losses = mapped(dict(zip(self.trained, named, strict=True)), *batch)
+            return (*(gradients[name] for name in self.trained), losses)
+
+        return step
+
+    def _mean(self, parameters: _Tensors, inputs: Any, targets: Any) -> Any:
+        return self._loss(self._outputs(parameters, inputs), targets)
+
+    def _masked_mean(self, parameters: _Tensors, inputs: Any, targets: Any, mask: Any, count: Any) -> Any:
+        import torch
+
+        each = torch.func.vmap(lambda output, target: self._loss(output[None], target[None]))
+        losses = each(self._outputs(parameters, inputs), targets)  # (B,)
+        return torch.where(mask, losses, 0.0).sum() / count
+
+    def _outputs(self, parameters: _Tensors, inputs: Any) -> Any:
+        import torch
+
+        return torch.func.functional_call(self._model, (parameters, self._fixed), (inputs,))
+
+    def _loss(self, outputs: Any, targets: Any) -> Any:
+        if self._task.loss is None:
+            raise TaskError(f"task {self._task.name!r} has no loss")
+        return self._task.loss(outputs, targets).reshape(())

@@ -1,0 +1,125 @@
+"""One client after another, on one model that is made once: what `train_locally` does, at less cost.
+
+A device makes a model for each round, copies parameters in and a state dict out, checked each time.
+Here the check is made once a round, the model lies in one buffer (`flat`), and its steps are recorded
+(`traced`).
+Invariant: the update is that of `train_locally` for the same data: bit for bit where each step has its
+gradient whole (an optimizer, a proximal term), and else to rounding, a few units in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from edgefl.errors import ConfigError, TaskError
+from edgefl.records import Failure, Plan, Update
+from edgefl.simulation.engines.fleets import Method, Population
+from edgefl.simulation.isolation.at_work import turn_of
+from edgefl.simulation.steps.flat_buffer import FlatModel
+from edgefl.simulation.steps.recording import GradientOf, RecordedDescent
+from edgefl.simulation.world.population import samples_of
+from edgefl.task import Task
+from edgefl.training.local import (
+    accumulate_gradient,
+    derive_seed,
+    gradient_of,
+    has_channels_last,
+    lay_out,
+    make_model,
+    set_parameters,
+    train_epochs,
+    train_locally,
+    views_of,
+)
+from edgefl.training.samples import Samples
+from edgefl.trees import Tree
+from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
+
+
+@runtime_checkable
+class WithOptions(Protocol):
+    """A population whose clients have data options: what a task with its own `fit` reads."""
+
+    def options(self, client: str) -> Mapping[str, str]:
+        """Return one client's data options."""
+
+
+class LocalTrainer:
+    """Trains clients of one population; call `begin` for each plan."""
+
+    def __init__(self, task: Task, population: Population, method: Method | None = None) -> None:
+        if task.fit is not None and not isinstance(population, WithOptions):
+            raise ConfigError(
+                f"task {task.name!r} brings its own fit, which reads data options; this population has none"
+            )
+        self._task, self._population = task, population
+        self._method = method or Method()
+        self._model: _Model | None = None
+        self._plan: Plan | None = None
+
+    def begin(self, plan: Plan) -> None:
+        """Take up a plan; raises TaskError where its parameters are not the model's."""
+        self._plan = plan
+        if self._task.fit is not None:
+            return
+        self._model = self._model or _Model(self._task, plan.frozen, self._method)
+        set_parameters(self._task, self._model.module, whole(plan.parameters, plan.frozen))
+        self._model.module.train()
+        self._model.flat.start_from(plan.parameters)
+
+    def train(self, client: str, *, borrow: bool = False) -> Update | Failure:
+        """Return a client's answer; what its data or the user's code does wrong is its Failure.
+
+        A borrowed update lies in the trainer's own memory: it is only good until the next client trains.
+        """
+        plan = self._plan
+        if plan is None:
+            raise RuntimeError("begin comes before train")
+        try:
+            turn_of(client)
+            tree, weight, metrics = self._fit(plan, client, borrow=borrow)
+        except TaskError as error:
+            return Failure(job=plan.job, round=plan.round, device=client, reason=str(error))
+        return Update(job=plan.job, round=plan.round, device=client, tree=tree, weight=weight, metrics=metrics)
+
+    def _fit(self, plan: Plan, client: str, *, borrow: bool) -> tuple[Tree, float, Mapping[str, float]]:
+        if self._model is None:
+            options = self._population.options(client) if isinstance(self._population, WithOptions) else {}
+            result = train_locally(
+                self._task, plan.parameters, plan.train, options=options, round=plan.round, client=client,
+                frozen=plan.frozen,
+            )  # fmt: skip
+            return result.tree, result.weight, result.metrics
+        samples = samples_of(self._population, client, plan.train.seed)
+        seed = derive_seed(plan.train.seed, plan.round, client)
+        tree, loss = self._model.trained(samples, plan, seed, borrow=borrow)
+        return tree, float(len(samples)), {"train_loss": loss}
+
+
+class _Model:
+    """The one model, and how its steps are taken."""
+
+    def __init__(self, task: Task, frozen: Tree | None, method: Method) -> None:
+        self._task, self.module = task, make_model(task)
+        if frozen is not None:
+            refuse_other_parts(task.name, self.module, frozen)
+        channels_last = has_channels_last(self.module)
+        if channels_last:
+            lay_out(self.module)
+        self.flat = FlatModel(self.module, channels_last=channels_last, still=frozen or {})
+        self._descent = RecordedDescent(
+            task, GradientOf(task, self.module, compiled=method.compiled, recorded=method.recorded)
+        )
+
+    def trained(self, samples: Samples, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
+        """Return what a client sends, and its loss."""
+        self.flat.reset()
+        if plan.train.algorithm == "fedsgd":
+            batch_size = plan.train.batch_size
+            loss = accumulate_gradient(self._task, self.module, samples, batch_size=batch_size, seed=seed)
+            return gradient_of(self._task, self.module, plan.parameters), loss
+        loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._descent)
+        if plan.frozen:
+            refuse_moved(self._task.name, views_of(self._task, self.module, plan.frozen), plan.frozen)
+        return self.flat.moved() if borrow else self.flat.delta(), loss

@@ -1,0 +1,1 @@
+"""Simulations on the screen, as plots, and as TensorBoard event files."""

@@ -1,0 +1,83 @@
+"""Rounds as TensorBoard event files: one folder a run, one scalar a round and figure.
+
+Tags: each metric by its name, clients/admitted .., bytes/up, bytes/down, seconds, virtual_seconds; the step is the
+round, so that `tensorboard --logdir DIR` lays runs over each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgefl.errors import ConfigError, MissingExtra
+from edgefl.simulation.study.report import Json
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_CLIENTS = ("admitted", "rejected", "failed", "missing")
+_NOT_IN_NAMES = re.compile(r"[^\w.,=+-]+")
+
+
+def require_tensorboard() -> None:
+    """Raise MissingExtra where tensorboard is not installed: better before the rounds than after them."""
+    try:
+        import tensorboard  # noqa: F401 - to see that it is there
+    except ImportError as cause:
+        raise MissingExtra("--tensorboard", "tensorboard") from cause
+
+
+@contextmanager
+def event_file(folder: Path) -> Iterator[Callable[[Json], None]]:
+    """Give what writes rounds into a new event file of the folder; what an older file says of them is dropped.
+
+    Raises ConfigError where there can be no such folder.
+    """
+    require_tensorboard()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ConfigError(f"cannot write --tensorboard {folder}: {cause.strerror}") from cause
+    with ExitStack() as stack:
+        writers: list[SummaryWriter] = []
+
+        def write(outcome: Json) -> None:
+            if not writers:
+                writers.append(stack.enter_context(_writer(folder, outcome["round"])))
+            _write(writers[0], outcome)
+
+        yield write
+
+
+@contextmanager
+def _writer(folder: Path, first_round: int) -> Iterator[SummaryWriter]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=first_round if first_round > 1 else None)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def run_folder(folder: Path, variant: str) -> Path:
+    """Return where one variant of a sweep goes: TensorBoard calls a run by its folder's name."""
+    return folder / _NOT_IN_NAMES.sub("_", variant)
+
+
+def scalars(outcome: Json) -> Mapping[str, float]:
+    """Return a round's figures by their tags."""
+    figures = {f"clients/{name}": outcome[name] for name in _CLIENTS}
+    figures |= {"bytes/up": outcome["up_bytes"], "bytes/down": outcome["down_bytes"], "seconds": outcome["seconds"]}
+    if "virtual_end_s" in outcome:
+        figures["virtual_seconds"] = outcome["virtual_end_s"]
+    return {**outcome["metrics"], **figures}
+
+
+def _write(writer: SummaryWriter, outcome: Json) -> None:
+    for tag, value in scalars(outcome).items():
+        writer.add_scalar(tag, value, outcome["round"])
+    writer.flush()

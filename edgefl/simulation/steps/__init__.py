@@ -1,0 +1,1 @@
+"""Training steps made cheap: recorded, simplified, over flat buffers and cached samples."""

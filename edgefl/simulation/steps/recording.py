@@ -1,0 +1,309 @@
+"""A training step as the list of tensor operations that it comes to, recorded once and run many times.
+
+Small models spend much of a step in autograd's bookkeeping and in Python; neither is in the recording
+(`torch.fx`), which runs the same kernels in the same order, random ones included. With a C++ compiler
+the recording can be compiled whole (`torch.compile`'s Inductor), which also fuses what lies between
+matrix products.
+Invariant: a recording is used only after it gave, on the very first batch of its shape, what autograd
+gives; a model that cannot be recorded, or that differs, is trained by autograd as on a device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from edgefl.config import TrainConfig
+from edgefl.errors import TaskError
+from edgefl.logs import event
+from edgefl.simulation.steps.factored import Gradients, Places, factor, in_order
+from edgefl.simulation.steps.simplify import lean, tidy
+from edgefl.task import MAX_QUOTED, Task, UserCode
+from edgefl.training.local import Autograd, Descent, has_channels_last, laid_out, loss_of
+from edgefl.training.randomness import Drawn
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_RECORDINGS = 64  # shapes; a batch of one more is left to autograd
+MAX_PARAMETERS = 1000  # tensors; recording takes milliseconds for each, which a model of very many never gets back
+OFTEN = 3  # times that a stack's shapes come before they are recorded, which costs as much as tens of steps
+TOLERANCE = 1e-3  # of the largest gradient: rounding stays far below, a wrong computation far above
+
+_log = logging.getLogger(__name__)
+
+_Tensors = Sequence["torch.Tensor | None"]
+_Function = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """A recorded function from tensors to gradients and a loss."""
+
+    run: _Function
+    places: Places
+
+    def __call__(self, *tensors: torch.Tensor) -> Gradients:
+        import torch
+
+        with torch.no_grad():
+            return Gradients(self.run(*tensors), self.places)
+
+
+class GradientOf:
+    """The gradients of a batch's loss, in the order of `trained`, and the loss. Buffers move as in a forward pass.
+
+    The model's tensors stay where they are: who changes them does so in place.
+    """
+
+    def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False, recorded: bool = True) -> None:
+        self._task, self._model, self._compiled = task, model, compiled
+        self._by_autograd, self._channels_last = Autograd(task, model), has_channels_last(model)
+        named = dict(model.named_parameters())
+        self.trained = [one for one in named.values() if one.requires_grad]
+        self._names = [name for name, one in named.items() if one.requires_grad]
+        self._others = {n: one for n, one in named.items() if not one.requires_grad} | dict(model.named_buffers())
+        self._state = [*(one.data for one in self.trained), *self._others.values()]  # moved in place, so these stay
+        self._recordings: dict[tuple[object, ...], _Recording | None] = {}
+        self.why_not = "" if recorded else "engine.record=false"  # why autograd does it, where it does
+        if len(self.trained) > MAX_PARAMETERS:
+            self.why_not = f"task {task.name!r}: its model has {len(self.trained)} parameters, too many to record"
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[_Tensors, torch.Tensor]:
+        """Return the gradients, None for a parameter that the loss does not depend on, and the loss, 0-d."""
+        gradients = self.of(inputs, targets)
+        return gradients.multiplied(), gradients.loss
+
+    def of(self, inputs: torch.Tensor, targets: torch.Tensor) -> Gradients:
+        """Return the gradients as they are for who only descends by them."""
+        if self._channels_last:
+            inputs = laid_out(inputs)
+        key = (inputs.shape, inputs.stride(), inputs.dtype, targets.shape, targets.dtype)
+        if key in self._recordings:
+            recording = self._recordings[key]
+        elif self.why_not or len(self._recordings) >= MAX_RECORDINGS:
+            recording = None
+        else:
+            recording = self._recordings[key] = self._record(inputs, targets)
+        if recording is not None:
+            return recording(inputs, targets)
+        gradients, loss = self._by_autograd(inputs, targets)
+        return Gradients((*gradients, loss), in_order(len(gradients)))
+
+    def _step(self, *arguments: Any) -> tuple[Any, ...]:
+        """Do what `_by_autograd` does, as a function of all that it works on."""
+        import torch
+
+        *state, inputs, targets = arguments
+        leaves = [one.detach().requires_grad_() for one in state[: len(self._names)]]
+        tensors = dict(zip((*self._names, *self._others), (*leaves, *state[len(leaves) :]), strict=True))
+        loss = loss_of(self._task, torch.func.functional_call(self._model, tensors, (inputs,)), targets)
+        return (*torch.autograd.grad(loss, leaves, allow_unused=True), loss.detach())
+
+    def _record(self, inputs: torch.Tensor, targets: torch.Tensor) -> _Recording | None:
+        """Record the step for batches of this shape; None, and `why_not`, where that cannot be done."""
+        before, drawn = _own_state(self._model), Drawn()
+        arguments = [*self._state, inputs, targets]
+        try:
+            with UserCode(self._task.name, "recording a step"):
+                module, places = record(self._step, arguments, len(self.trained))
+        except TaskError as error:
+            self.why_not = str(error)
+            drawn.put_back()
+            return None
+        if drawn.since():
+            drawn.put_back()  # as if nobody had tried
+            self.why_not = f"task {self._task.name!r}: its model or loss draws from Python's or numpy's random state"
+            return None
+        if _own_state(self._model) != before:
+            self.why_not = f"task {self._task.name!r}: its model keeps state of its own besides parameters and buffers"
+            return None
+        for run in _ways(self._task.name, module, arguments, self._state, compiled=self._compiled):
+            recording = _Recording(run, places)
+            self.why_not = self._fault_of(recording, inputs, targets)
+            if not self.why_not:
+                return recording
+        return None
+
+    def _fault_of(self, recording: _Recording, inputs: torch.Tensor, targets: torch.Tensor) -> str:
+        """Take one step both ways from the same state, and leave that as it was; empty where they agree."""
+        import torch
+
+        buffers, random = [one.clone() for one in self._others.values()], torch.get_rng_state()
+        wanted, loss = self._by_autograd(inputs, targets)
+        after = [one.clone() for one in self._others.values()]
+        self._restore(buffers, random)
+        try:
+            seen = recording(inputs, targets)
+            gradients = seen.multiplied()
+        except (TypeError, RuntimeError) as error:
+            return f"task {self._task.name!r}: a recorded step failed: {error}"
+        moved = [one.clone() for one in self._others.values()]
+        self._restore(buffers, random)
+        agree = _agree(gradients, wanted) and _agree([seen.loss, *moved], [loss, *after])
+        return "" if agree else f"task {self._task.name!r}: a recorded step differs from autograd's"
+
+    def _restore(self, buffers: Sequence[torch.Tensor], random: torch.Tensor) -> None:
+        import torch
+
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for one, value in zip(self._others.values(), buffers, strict=True):
+                one.copy_(value)
+
+
+class RecordedDescent(Descent):
+    """Steps by what is recorded; plain ones without gradients that are written down to be read once."""
+
+    def __init__(self, task: Task, gradient: GradientOf) -> None:
+        super().__init__(task, gradient)
+        self._own_optimizer, self._recorded = task.optimizer is not None, gradient
+        self._tensors = [one.data for one in gradient.trained]
+        self._plain_lr: float | None = None
+
+    def begin(self, config: TrainConfig) -> None:
+        self._plain_lr = None if self._own_optimizer or config.proximal_mu else config.lr
+        if self._plain_lr is None:
+            super().begin(config)
+
+    def take(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self._plain_lr is None:
+            return super().take(inputs, targets)
+        gradients = self._recorded.of(inputs, targets)
+        gradients.descend(self._tensors, self._plain_lr)
+        return gradients.loss
+
+
+class Recorded:
+    """A function from so many parameters, and a batch, to their gradients and losses.
+
+    It changes nothing, and is recorded for the shapes that come often.
+    """
+
+    def __init__(
+        self, task: str, function: _Function, parameters: int, *, compiled: bool = False, recorded: bool = True
+    ) -> None:
+        self._task, self._function, self._number, self._compiled = task, function, parameters, compiled
+        self._recorded = recorded
+        self._seen: Counter[tuple[object, ...]] = Counter()
+        self._recordings: dict[tuple[object, ...], _Recording] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> Gradients:
+        key = tuple((one.shape, one.dtype) for one in tensors)
+        recording = self._recordings.get(key)
+        if recording is not None:
+            return recording(*tensors)
+        result = Gradients(self._function(*tensors), in_order(self._number))
+        self._seen[key] += 1
+        few = len(self._recordings) < MAX_RECORDINGS and self._number <= MAX_PARAMETERS
+        if self._recorded and self._seen[key] == OFTEN and few:
+            self._record(key, tensors, result)
+        return result
+
+    def _record(self, key: tuple[object, ...], tensors: Sequence[torch.Tensor], wanted: Gradients) -> None:
+        try:
+            with UserCode(self._task, "recording a step"):
+                module, places = record(self._function, tensors, self._number)
+        except TaskError:
+            return  # it goes on as it is
+        for run in _ways(self._task, module, tensors, (), compiled=self._compiled):
+            recording = _Recording(run, places)
+            with UserCode(self._task, "a recorded step"):
+                seen = recording(*tensors)
+                agrees = _agree([*seen.multiplied(), seen.loss], wanted.outputs)
+            if agrees:
+                self._recordings[key] = recording
+                return
+
+
+def _ways(
+    task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor], constants: Sequence[torch.Tensor],
+    *, compiled: bool,
+) -> Iterator[_Function]:  # fmt: skip
+    """Yield ways to run a recording on the arguments that are not constants, what is fastest first."""
+    if compiled and (made := _compiled(task, module, arguments)) is not None:
+        yield partial(made, *constants)
+    yield lean(module, constants)
+    yield partial(module.forward, *constants)
+
+
+def record(step: _Function, arguments: Sequence[torch.Tensor], parameters: int) -> tuple[torch.fx.GraphModule, Places]:
+    """Return a step as the operations that it makes of tensors of these shapes; lets torch's errors through.
+
+    So many of its arguments are parameters, whose gradients it returns first; where they lie is returned too.
+    It is followed with tensors that have no values, so that a step which asks for one cannot be recorded.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.graph import CodeGen
+
+    module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    tidy(module.graph)
+    module.graph.set_codegen(CodeGen())  # plain arguments, not trees of them
+    places = factor(module.graph, parameters)
+    module.recompile()
+    return module, places
+
+
+def has_compiler() -> bool:
+    """Say whether there is a C++ compiler for Inductor to use."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+
+
+def _compiled(task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor]) -> _Function | None:
+    """Compile a recording; None, and a line in the log, where the compiler will not.
+
+    Random operations stay eager ones, so that their numbers are those of a device.
+    """
+    import torch
+    import torch._inductor
+
+    try:
+        with torch._inductor.config.patch(fallback_random=True, size_asserts=False):  # noqa: SLF001 - as above
+            return cast("_Function", torch._inductor.compile(module, list(arguments)))  # noqa: SLF001 - as above
+    except (RuntimeError, OSError) as error:
+        event(_log, logging.WARNING, "step.not_compiled", task=task, reason=str(error)[:MAX_QUOTED])
+        return None
+
+
+def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:
+    """Return the plain values that modules hold, such as counters."""
+    plain = (bool, int, float, str)
+    return [
+        (name, key, value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, plain)
+    ]
+
+
+def _agree(some: _Tensors, others: _Tensors) -> bool:
+    """Say whether tensors are the same but for rounding, as measured by the largest number in them.
+
+    Integers and booleans have no rounding: counters and masks must be equal.
+    """
+    scale = max((_largest(one) for one in others if one is not None and one.is_floating_point()), default=0.0)
+    return all(_close(one, other, TOLERANCE * scale) for one, other in zip(some, others, strict=True))
+
+
+def _largest(one: torch.Tensor) -> float:
+    return float(one.abs().nan_to_num(0.0, 0.0).max()) if one.numel() else 0.0
+
+
+def _close(one: torch.Tensor | None, other: torch.Tensor | None, within: float) -> bool:
+    import torch
+
+    if one is None or other is None:
+        return one is other
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    if one.numel() and float((one - other).abs().max()) <= within:  # not where NaN is
+        return True
+    return bool(torch.allclose(one.double(), other.double(), rtol=0, atol=within, equal_nan=True))

@@ -1,0 +1,1 @@
+"""Studies: sweeps over settings, checkpoints, and what a simulation came to."""

@@ -1,0 +1,109 @@
+"""What a simulation came to: the contract's JSON, a pandas frame, a figure."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgefl.errors import MissingExtra, QuorumNotMet, TaskError
+from edgefl.process.home import replace_file
+from edgefl.simulation.screen.plot import draw_rounds
+from edgefl.simulation.study.participation import Counts, clients_by_rounds, no_counts
+from edgefl.trees import Tree, write_tree
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulationResult:
+    """The rounds that were finished, the last model, and how long it took."""
+
+    task: str
+    engine: str
+    engine_reason: str
+    rounds: Sequence[Json]
+    final: Mapping[str, float]  # metrics of the last round
+    seconds: float  # of all: choosing an engine, rounds, evaluation
+    round_seconds: float  # of the rounds alone
+    peak_rss_mb: float  # worker processes included
+    parameters: Tree
+    model: Json  # sha256, and path where it was written
+    virtual_seconds: float | None = None  # on the devices' clock, where the configuration describes devices
+    interrupted: bool = False  # ended before its last round
+    took_part: Counts = field(default_factory=lambda: no_counts(0))  # rounds of each client, in the order of the names
+
+    @property
+    def clients_per_second(self) -> float:
+        """Return the clients admitted for each second of the rounds."""
+        admitted = sum(int(one["admitted"]) for one in self.rounds)
+        return admitted / self.round_seconds if self.round_seconds > 0 else 0.0
+
+    def as_json(self) -> Json:
+        """The result with the keys that every engine's result has."""
+        return {
+            "task": self.task,
+            "engine": self.engine,
+            "engine_reason": self.engine_reason,
+            "rounds": list(self.rounds),
+            "final": dict(self.final),
+            "seconds": self.seconds,
+            "round_seconds": self.round_seconds,
+            "virtual_seconds": self.virtual_seconds,
+            "clients_per_second": self.clients_per_second,
+            "peak_rss_mb": self.peak_rss_mb,
+            "model": self.model,
+            "interrupted": self.interrupted,
+            "clients_by_rounds": clients_by_rounds(self.took_part),
+        }
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a frame of one row a round, the metrics as columns; needs pandas."""
+        try:
+            import pandas as pd
+        except ImportError as cause:
+            raise MissingExtra("a frame of the rounds", "sim") from cause
+        rows = frame_rows(self.rounds)
+        return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
+
+    def figure(self) -> Figure:
+        """Draw accuracy, loss and bytes over rounds and over time, and participation; needs matplotlib."""
+        return draw_rounds({self.task: self.rounds}, {self.task: self.took_part})
+
+
+class CutShort(QuorumNotMet):
+    """A simulation ended by a round without its quorum; `so_far` is what the rounds before it came to."""
+
+    def __init__(self, reason: str, so_far: SimulationResult) -> None:
+        super().__init__(reason)
+        self.so_far = so_far
+
+
+class ProcessLost(TaskError):
+    """A simulation whose own process ended, and again; `so_far` is what its rounds came to, if there were any."""
+
+    def __init__(self, reason: str, so_far: SimulationResult | None) -> None:
+        super().__init__(reason)
+        self.so_far = so_far
+
+
+def model_of(parameters: Tree, out: Path | None) -> Json:
+    """Return a model's `sha256` and `path`; write it, where there is one."""
+    file = io.BytesIO()
+    write_tree(parameters, file)
+    data = file.getvalue()
+    if out is not None:
+        replace_file(out, data)
+    return {"sha256": hashlib.sha256(data).hexdigest(), "path": str(out) if out is not None else None}
+
+
+def frame_rows(rounds: Sequence[Json]) -> list[Json]:
+    """Return a flat row a round: the metrics beside the counts, without the reasons."""
+    return [{k: v for k, v in one.items() if k not in {"metrics", "reasons"}} | one["metrics"] for one in rounds]

@@ -1,0 +1,193 @@
+"""`edgefl.sweep`: the same simulation with other settings, one variant after another, compared in the end.
+
+Invariants: a value that no variant could run with is refused before the first one starts; a variant
+that fails keeps the rounds that it finished, and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgefl.aggregation import make_rule
+from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.config import JobConfig
+from edgefl.errors import ConfigError, EdgeflError, MissingExtra
+from edgefl.simulation.engines.auto import AUTO, ENGINES
+from edgefl.simulation.screen.plot import draw_rounds
+from edgefl.simulation.simulate import Watching, refuse_more_than_there_are, simulate
+from edgefl.simulation.study.participation import Counts
+from edgefl.simulation.study.report import Json, frame_rows
+from edgefl.simulation.study.variants import Variant, variants_of
+from edgefl.simulation.world.settings import SimulationConfig, settled, with_settings
+from edgefl.task import Task, load_task
+from edgefl.training.samples import require_torch
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+OnRound = Callable[[Json], None]
+Simulation = Callable[[SimulationConfig, Watching], "Finished"]  # of one variant
+
+
+class Finished(Protocol):
+    """What a simulation, or a Flower app's run, returns."""
+
+    @property
+    def rounds(self) -> Sequence[Json]: ...
+    @property
+    def took_part(self) -> Counts: ...
+    @property
+    def interrupted(self) -> bool: ...
+    def as_json(self) -> Json:
+        """Return the result with the keys that every engine's result has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VariantResult:
+    """What one variant came to."""
+
+    variant: Variant
+    rounds: Sequence[Json]
+    result: Any = None  # a SimulationResult, or a FlowerRunResult; None where it failed
+    error: str | None = None
+
+    def as_json(self) -> Json:
+        """The settings beside what every result has; of a failed variant its error and its rounds."""
+        said = {"error": self.error, "rounds": list(self.rounds)} if self.result is None else self.result.as_json()
+        return {"name": self.variant.name, "settings": dict(self.variant.settings), **said}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepResult:
+    """The variants that were run, in their order."""
+
+    variants: Sequence[VariantResult]
+    interrupted: bool = False  # Ctrl-C: the last one ended early, others were not begun
+
+    @property
+    def failed(self) -> Sequence[VariantResult]:
+        """Return the variants that raised."""
+        return [one for one in self.variants if one.error is not None]
+
+    def as_json(self) -> Json:
+        """All variants, with the keys that every engine's result has."""
+        return {"variants": [one.as_json() for one in self.variants], "interrupted": self.interrupted}
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a frame of one row a variant and round, the settings as columns; needs pandas."""
+        try:
+            import pandas as pd
+        except ImportError as cause:
+            raise MissingExtra("a frame of the rounds", "sim") from cause
+        rows = [{**one.variant.settings, **row} for one in self.variants for row in frame_rows(one.rounds)]
+        return pd.DataFrame(rows)
+
+    def figure(self) -> Figure:
+        """Draw the variants over each other; needs matplotlib."""
+        return draw_rounds(self.runs(), self.took_part())
+
+    def runs(self) -> dict[str, Sequence[Json]]:
+        """Return each variant's rounds by its name."""
+        return {one.variant.name: one.rounds for one in self.variants}
+
+    def took_part(self) -> dict[str, Counts]:
+        """Return how often each client took part, by the variant's name."""
+        return {one.variant.name: one.result.took_part for one in self.variants if one.result is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepWatching:
+    """What hears of a sweep while it runs."""
+
+    on_begin: Callable[[Variant], None] = field(default=lambda _variant: None)
+    on_engine: Callable[[Variant, str, str], None] = field(default=lambda _variant, _name, _reason: None)
+    on_round: Callable[[Variant, Json], None] = field(default=lambda _variant, _outcome: None)
+    on_end: Callable[[VariantResult], None] = field(default=lambda _result: None)
+
+
+def sweep(  # noqa: PLR0913 - as `simulate`
+    task: Task | str | Path, over: Mapping[str, Sequence[Any]], *, clients: int | None = None,
+    rounds: int | None = None, engine: str = AUTO, config: JobConfig | None = None,
+    data: Mapping[str, str] | None = None, evaluate_every: int = 1, watching: SweepWatching | None = None,
+    address: str | None = None, simulation: Simulation | None = None,
+) -> SweepResult:  # fmt: skip
+    """Simulate a task once for every combination: `edgefl.sweep(task, {"train.lr": [0.1, 0.3]}, clients=100)`.
+
+    The other arguments are those of `edgefl.simulate`; `over` goes over all of them. `simulation` runs a variant
+    elsewhere than in this process.
+    Raises ConfigError, TaskError. A variant that fails is in the result, with its error.
+    """
+    require_torch("simulation", "sim")
+    watching = watching or SweepWatching()
+    base = settled(config or JobConfig(), clients=clients, rounds=rounds, data=data)
+    variants = variants_of(over)
+    configs = [with_settings(base, variant.settings) for variant in variants]
+    if engine not in {AUTO, *ENGINES}:
+        raise ConfigError(f"engine {engine!r} is not one of: {', '.join([AUTO, *ENGINES])}")
+    _refuse_unfit(task if isinstance(task, Task) else load_task(str(task)), configs)
+    config_of = dict(zip((variant.name for variant in variants), configs, strict=True))
+
+    def run(variant: Variant, on_round: OnRound) -> Finished:
+        def on_engine(name: str, reason: str) -> None:
+            watching.on_engine(variant, name, reason)
+
+        watching_one = Watching(on_engine=on_engine, on_round=on_round)
+        if simulation is not None:
+            return simulation(config_of[variant.name], watching_one)
+        return simulate(
+            task, engine=engine, config=config_of[variant.name], evaluate_every=evaluate_every, address=address,
+            watching=watching_one,
+        )  # fmt: skip
+
+    return run_variants(variants, run, watching)
+
+
+def run_variants(
+    variants: Sequence[Variant], run: Callable[[Variant, OnRound], Finished], watching: SweepWatching
+) -> SweepResult:
+    """Run one variant after another; Ctrl-C ends the one that runs, and begins no other."""
+    done: list[VariantResult] = []
+    for variant in variants:
+        ended, interrupted = _run_one(variant, run, watching)
+        done.append(ended)
+        watching.on_end(ended)
+        if interrupted:
+            return SweepResult(variants=done, interrupted=True)
+    return SweepResult(variants=done)
+
+
+def _run_one(
+    variant: Variant, run: Callable[[Variant, OnRound], Finished], watching: SweepWatching
+) -> tuple[VariantResult, bool]:
+    heard: list[Json] = []
+
+    def on_round(outcome: Json) -> None:
+        heard.append(outcome)
+        watching.on_round(variant, outcome)
+
+    watching.on_begin(variant)
+    try:
+        result = run(variant, on_round)
+    except EdgeflError as error:
+        return VariantResult(variant=variant, rounds=heard, error=str(error)), False
+    except KeyboardInterrupt:  # the second: it ends this variant at once
+        return VariantResult(variant=variant, rounds=heard, error="interrupted"), True
+    return VariantResult(variant=variant, rounds=result.rounds, result=result), result.interrupted
+
+
+def _refuse_unfit(task: Task, configs: Sequence[SimulationConfig]) -> None:
+    """Raise ConfigError where a rule, an optimizer or a cohort cannot be; a population is made once to be counted."""
+    from edgefl.simulation.world.population import make_population
+
+    there: dict[str, int] = {}
+    for config in configs:
+        make_rule(config.aggregation.rule, {})
+        ServerOptimizer(config.server, gradient=False)
+        key = repr(config.population)
+        if key not in there:
+            there[key] = len(make_population(task, config.population).names())
+        refuse_more_than_there_are(config, there[key])

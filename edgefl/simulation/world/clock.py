@@ -1,0 +1,166 @@
+"""Time that jumps: a fleet around a fleet, whose clients answer when their machines would have.
+
+The inner fleet trains as fast as this machine can; `VirtualFleet` delivers its answers in the order and
+at the times of the schedule, and moves the clock to each. It asks the inner fleet for those alone that
+the round will take: the first `rounds.clients` to arrive, and others where one of them fails.
+A round ends as a deployed one does (see `GrpcFleet`): when all have answered, at its deadline, or, once
+the quorum has answered, when all that are missing have been silent for `rounds.offline_grace_s`.
+Invariant: what is delivered, in which order and at which virtual time, does not depend on real speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from edgefl.config import RoundsConfig
+from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.rounds import Fleet
+from edgefl.simulation.world.devices import Devices
+from edgefl.simulation.world.schedule import NumSamples, Schedule, make_schedule
+from edgefl.trees import encoded_bytes
+
+REAL_DEADLINE_S = 86_400.0  # for the inner fleet, in real seconds: only an engine that hangs meets it
+WAIT_STEPS = 100  # looks at the fleet in one wait for clients
+
+Answer = Update | Failure | Partial
+
+
+class VirtualClock:
+    """Seconds since the simulation began. Call it to read it: it is a `Job.clock`."""
+
+    def __init__(self, now_s: float = 0.0) -> None:
+        self._now_s = now_s
+
+    def __call__(self) -> float:
+        return self._now_s
+
+    def move_to(self, now_s: float) -> None:
+        """Jump forward; time never runs back."""
+        self._now_s = max(self._now_s, now_s)
+
+
+class VirtualFleet:
+    """The inner fleet's clients on their own machines and links, in virtual time."""
+
+    def __init__(  # noqa: PLR0913 - as it was in a checkpoint, with defaults
+        self, inner: Fleet, devices: Devices, clock: VirtualClock, *,
+        rounds: RoundsConfig, num_samples: NumSamples, first_round: int = 1, served: set[tuple[str, str]] | None = None,
+    ) -> None:  # fmt: skip
+        self._inner, self._devices, self._clock = inner, devices, clock
+        self._rounds, self._num_samples = rounds, num_samples
+        self._next_round = first_round
+        self._served = served if served is not None else set()  # see `Setup`
+        self._traffic = Traffic()
+
+    def clients(self) -> Sequence[str]:
+        """Return the clients that are there, after waiting for them as the deployed fleet does.
+
+        Of a very large population only as many as the cohort needs, by lot: see `Devices.available`.
+        """
+        rounds = self._rounds
+        wanted = max(rounds.clients, rounds.quorum)
+        first_wait_s = rounds.wait_s if self._next_round == 1 else min(rounds.offline_grace_s, rounds.wait_s)
+        there = self._wait_for(wanted, first_wait_s)
+        return there if len(there) >= rounds.quorum else self._wait_for(rounds.quorum, rounds.wait_s - first_wait_s)
+
+    def collect(self, plan: Plan) -> Iterator[Answer]:
+        """Yield answers in virtual order, each at its time; late and lost clients never answer."""
+        self._next_round = plan.round + 1
+        start_s = self._clock()
+        have = {client for job, client in self._served if job == plan.job} if plan.frozen else set()
+        schedule = make_schedule(self._devices, plan, self._num_samples, start_s, have)
+        fetching = [client for client in plan.clients if client not in schedule.refused]
+        self._count(down_bytes=len(fetching) * encoded_bytes(plan.parameters))
+        if plan.frozen:
+            self._count(down_bytes=len(set(fetching) - have) * encoded_bytes(plan.frozen))
+            self._served.update((plan.job, client) for client in fetching)
+        answered, num_updates, model_bytes = set[str](), 0, encoded_bytes(plan.parameters)
+        for answer in self._answers(plan, schedule):
+            clients = _clients_of(answer)
+            self._clock.move_to(max(schedule.arrivals.get(client, start_s) for client in clients))
+            if not isinstance(answer, Failure):
+                num_updates += len(clients)
+                self._count(up_bytes=len(clients) * model_bytes)
+            answered.update(clients)
+            yield answer
+        self._clock.move_to(self._given_up_s(schedule, answered, num_updates))
+
+    def traffic(self) -> Traffic:
+        return self._traffic
+
+    def _wait_for(self, wanted: int, limit_s: float) -> list[str]:
+        """Move the clock until so many clients are there, or the limit has passed; returns who is there."""
+        rounds, start_s = self._rounds, self._clock()
+        cohort = math.ceil(round(rounds.clients * (1 + rounds.over_selection), 6))
+        for step in range(WAIT_STEPS + 1):
+            self._clock.move_to(start_s + limit_s * step / WAIT_STEPS)
+            there = self._devices.available(
+                self._clock(), wanted=max(cohort, wanted) if cohort else 0, round_number=self._next_round
+            )
+            if len(there) >= wanted or limit_s <= 0 or wanted > len(self._devices.names):
+                break
+        return there
+
+    def _answers(self, plan: Plan, schedule: Schedule) -> Iterator[Answer]:
+        """Ask for those who come first, as many as are wanted; then, for each that failed, for another."""
+        coming = iter(schedule.arrivals)
+        num_wanted = self._rounds.clients or len(plan.clients)
+        while wave := tuple(islice(coming, num_wanted)):
+            num_answers = num_failed = 0
+            for answer in self._in_order(plan, wave, schedule):
+                num_answers += 1
+                num_failed += isinstance(answer, Failure)
+                yield answer
+            if not num_answers:  # the inner fleet was stopped
+                return
+            num_wanted = max(1, num_failed)
+
+    def _in_order(self, plan: Plan, wave: tuple[str, ...], schedule: Schedule) -> Iterator[Answer]:
+        """Yield the wave's answers in its order; one that came before its turn waits for it.
+
+        A partial sum's turn is that of the last client in it.
+        """
+        turn_of, turn = {client: turn for turn, client in enumerate(wave)}, 0
+        held: dict[int, Answer] = {
+            turn_of[client]: Failure(job=plan.job, round=plan.round, device=client, reason=schedule.refused[client])
+            for client in wave
+            if client in schedule.refused
+        }
+        there = {wave[turn] for turn in held}
+        for answer in self._asked(plan, tuple(client for client in wave if client not in there)):
+            clients = _clients_of(answer)
+            if not there.isdisjoint(clients) or not turn_of.keys() >= set(clients):
+                yield answer  # twice, or from elsewhere: for the guard to refuse
+                continue
+            held[max(turn_of[client] for client in clients)] = answer
+            there.update(clients)
+            while turn < len(wave) and wave[turn] in there:
+                if turn in held:
+                    yield held.pop(turn)
+                turn += 1
+        yield from (held[turn] for turn in sorted(held))
+
+    def _asked(self, plan: Plan, clients: tuple[str, ...]) -> Iterator[Answer]:
+        if clients:
+            yield from self._inner.collect(dataclasses.replace(plan, clients=clients, deadline_s=REAL_DEADLINE_S))
+
+    def _given_up_s(self, schedule: Schedule, answered: set[str], num_updates: int) -> float:
+        """Return when a round that nobody closed has ended."""
+        silent = schedule.arrivals.keys() - answered
+        if not schedule.late and not schedule.lost and not silent:
+            return self._clock()
+        if schedule.late or silent or num_updates < self._rounds.quorum:
+            return schedule.end_s
+        return min(schedule.end_s, max(schedule.lost.values()) + self._rounds.offline_grace_s)
+
+    def _count(self, *, up_bytes: int = 0, down_bytes: int = 0) -> None:
+        self._traffic = Traffic(
+            up_bytes=self._traffic.up_bytes + up_bytes, down_bytes=self._traffic.down_bytes + down_bytes
+        )
+
+
+def _clients_of(answer: Answer) -> tuple[str, ...]:
+    return answer.contributors if isinstance(answer, Partial) else (answer.device,)

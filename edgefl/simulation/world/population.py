@@ -1,0 +1,199 @@
+"""Populations: the clients of a simulation and what each of them holds, made when it is asked for.
+
+`[population]` of the configuration says how many clients there are, how the task's samples fall on
+them, and what machines they are (`[population.devices]`).
+Invariant: making a population makes no object a client; a client's samples depend on (seed, client) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from edgefl.config import MAX_COUNT, MAX_SEED, require_within
+from edgefl.errors import ConfigError, TaskError
+from edgefl.simulation.engines.fleets import Population
+from edgefl.simulation.isolation.at_work import turn_of
+from edgefl.simulation.world.devices import DevicesConfig
+from edgefl.simulation.world.draws import Indices
+from edgefl.simulation.world.names import KnownNames, Names
+from edgefl.simulation.world.partition import Cut, Disjoint, Partition, filled, owners, shared
+from edgefl.simulation.world.schedule import NumSamples
+from edgefl.simulation.world.task_population import TaskPopulation
+from edgefl.task import Task
+from edgefl.training.local import data_seed
+from edgefl.training.randomness import seeded
+from edgefl.training.samples import Samples, train_samples
+
+PARTITIONERS = ("task", "iid", "dirichlet", "shards", "size_skew", "natural")
+BY_LABEL = ("dirichlet", "shards")
+DEFAULT_CLIENTS = 100
+KNOWN_SIZES = 100_000  # clients whose number of samples is remembered
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PopulationConfig:
+    """Who takes part in a simulation, and what each holds.
+
+    `partitioner`: task (the task's own `train_data`, asked with the options part and parts), or all the
+    samples of `train_data` parted: iid, dirichlet (skewed labels), shards (few labels), size_skew,
+    natural (by the id of each sample, from the file `ids`: .npy, or text of a line a sample).
+    """
+
+    clients: int = 0  # 0: as many as there are ids (natural), or DEFAULT_CLIENTS
+    partitioner: str = "task"
+    alpha: float = 0.5  # of the Dirichlet; smaller is more skewed
+    shards_per_client: int = 2
+    samples_per_client: int = 0  # 0: each sample has one owner; above: clients share samples, any number of clients
+    min_samples: int = 0  # those with most give to those below
+    seed: int = 0
+    ids: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)  # further options of `train_data`
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
+
+    def __post_init__(self) -> None:
+        if self.partitioner not in PARTITIONERS:
+            raise ConfigError(f"population.partitioner={self.partitioner!r} is not one of: {', '.join(PARTITIONERS)}")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"population.alpha={self.alpha} must be above 0 and finite")
+        require_within("population.shards_per_client", self.shards_per_client, 1, MAX_COUNT)
+        for name in ("clients", "samples_per_client", "min_samples"):
+            require_within(f"population.{name}", getattr(self, name), 0, MAX_COUNT)
+        require_within("population.seed", self.seed, 0, MAX_SEED)
+        if (self.partitioner == "natural") != bool(self.ids):
+            raise ConfigError("population.ids is the file of partitioner='natural': give both or neither")
+        if self.min_samples and (self.samples_per_client or self.partitioner in {"task", "natural"}):
+            raise ConfigError(
+                "population.min_samples moves samples between the clients of a partition: it needs partitioner "
+                "iid, dirichlet, shards or size_skew, and samples_per_client=0"
+            )
+
+
+def make_population(task: Task, config: PopulationConfig, seed: int = 0) -> Population:
+    """Return the population that the configuration describes; raises ConfigError or TaskError.
+
+    `seed` is the job's: the task's loader draws by it.
+    """
+    if config.partitioner == "task":
+        return TaskPopulation(task, config.clients or DEFAULT_CLIENTS, config.data, seed=seed)
+    everything = train_samples(task, config.data, seed=seed)
+    if config.partitioner == "natural":
+        return _natural(everything, config)
+    names = Names(config.clients or DEFAULT_CLIENTS)
+    cut = Cut(
+        clients=len(names),
+        seed=config.seed,
+        alpha=config.alpha,
+        shards_per_client=config.shards_per_client,
+        samples_per_client=config.samples_per_client,
+    )
+    labels = _labels(everything, config.partitioner)
+    if config.samples_per_client:
+        return PartedPopulation(everything, names, shared(config.partitioner, labels, cut))
+    owner = owners(config.partitioner, labels, cut)
+    if config.min_samples:
+        owner = filled(owner, cut.clients, config.min_samples)
+    return PartedPopulation(everything, names, Disjoint(owner, cut.clients, config.seed))
+
+
+def samples_of(population: Population, client: str, seed: int) -> Samples:
+    """Return a client's samples; raises TaskError where it has none, or is not to be tried again.
+
+    A population of the user's own may draw: by the job's seed and the client alone.
+    """
+    turn_of(client)
+    if isinstance(population, TaskPopulation | PartedPopulation):
+        return population.samples(client)  # whose loader is seeded where it is called
+    with seeded(data_seed(seed, client)):
+        return population.samples(client)
+
+
+class PartedPopulation:
+    """All samples in memory once, and a partition over them."""
+
+    def __init__(self, everything: Samples, names: Sequence[str], partition: Partition) -> None:
+        self.everything = everything
+        self._names = names
+        self._partition = partition
+
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    def indices(self, client: str) -> Indices:
+        """Return the positions of a client's samples in `everything`; empty for a client without any."""
+        return self._partition.indices(self._names.index(client))
+
+    def samples(self, client: str) -> Samples:
+        import torch
+
+        indices = self.indices(client)
+        if len(indices) == 0:
+            raise TaskError(
+                f"client {client!r} has no data: the partition gave it none of {len(self.everything)} samples"
+            )
+        chosen = torch.from_numpy(indices).to(self.everything.inputs.device)
+        return Samples(self.everything.inputs[chosen], self.everything.targets[chosen])
+
+    def num_samples(self, client: str) -> int:
+        return self._partition.size(self._names.index(client))
+
+
+def sizes_of(task: Task, population: Population, seed: int = 0) -> NumSamples:
+    """Return how many samples a client trains on, counted without making them where that can be.
+
+    0 for a client without data: its `samples` says why. 1 for each where the task's own `fit` loads them.
+    """
+    if isinstance(population, PartedPopulation):
+        return population.num_samples
+    if task.train_data is None:
+        return lambda _client: 1
+
+    @lru_cache(maxsize=KNOWN_SIZES)
+    def count(client: str) -> int:
+        try:
+            return len(samples_of(population, client, seed))
+        except TaskError:  # it comes again, and is told, where the client is to train
+            return 0
+
+    return count
+
+
+def _labels(everything: Samples, partitioner: str) -> Indices:
+    """Return one label a sample, (N,); zeros where the partitioner does not look at them."""
+    if partitioner not in BY_LABEL:
+        return np.zeros(len(everything), np.int64)
+    targets = everything.targets.cpu().numpy()
+    if targets.ndim != 1 or targets.dtype.kind not in "iub":
+        raise ConfigError(
+            f"population.partitioner={partitioner!r} needs one integer label a sample; the task's targets are "
+            f"{targets.dtype} of shape {list(targets.shape)}. Use iid, size_skew, natural or task."
+        )
+    return targets.astype(np.int64)
+
+
+def _natural(everything: Samples, config: PopulationConfig) -> PartedPopulation:
+    ids = _read_ids(Path(config.ids))
+    if len(ids) != len(everything):
+        raise ConfigError(
+            f"population.ids: {config.ids} has {len(ids)} ids for {len(everything)} samples; it must have one a sample"
+        )
+    names = KnownNames(ids)
+    if config.clients > len(names):
+        raise ConfigError(f"population.clients={config.clients}, but {config.ids} names {len(names)} clients")
+    owner = np.array([names.index(name) for name in ids], np.int64)
+    kept = names[: config.clients or len(names)]
+    return PartedPopulation(everything, KnownNames(kept), Disjoint(owner, len(names), config.seed))
+
+
+def _read_ids(file: Path) -> list[str]:
+    try:
+        if file.suffix == ".npy":
+            return [str(one) for one in np.load(file, allow_pickle=False).reshape(-1).tolist()]
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError, EOFError) as cause:
+        raise ConfigError(f"population.ids: cannot read {file}: {cause}") from cause

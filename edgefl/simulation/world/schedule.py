@@ -1,0 +1,81 @@
+"""When each client of a round would answer, known before anyone trains.
+
+    arrival = start + delay + download (bytes / link + rtt) + samples * epochs / speed + upload (+ rtt)
+
+Since the times follow from sizes alone, whoever is late, or lost, need not be trained at all.
+Invariant: a schedule depends on the devices, the plan and its start; never on how fast this machine is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from edgefl.records import Plan
+from edgefl.simulation.world.devices import Device, Devices
+from edgefl.trees import encoded_bytes
+
+MODEL_COPIES = 4  # in a device's memory: weights, gradients, the optimizer's state, the update
+MIB = 2**20
+
+NumSamples = Callable[[str], int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """A round's answers to come, in seconds of the virtual clock."""
+
+    end_s: float  # the deadline
+    arrivals: Mapping[str, float]  # client -> when; soonest first
+    late: tuple[str, ...]  # would answer after the deadline
+    lost: Mapping[str, float]  # client -> when it goes silent
+    refused: Mapping[str, str]  # client -> why it cannot train; its arrival tells
+
+
+def make_schedule(
+    devices: Devices, plan: Plan, num_samples: NumSamples, start_s: float, have_frozen: Collection[str] = ()
+) -> Schedule:
+    """Work out a round; the devices' batteries are charged for it.
+
+    Of `have_frozen` are the clients that need not fetch the frozen tensors.
+    """
+    model_bytes, end_s = encoded_bytes(plan.parameters), start_s + plan.deadline_s
+    frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
+    arrivals, lost = dict[str, float](), dict[str, float]()
+    refused, late = dict[str, str](), list[str]()
+    for client in plan.clients:
+        device, training_s = devices.device(client), 0.0
+        if reason := _too_small(device, model_bytes, frozen_bytes):
+            refused[client], answer_s = reason, start_s + device.rtt_s
+        else:
+            fetched_bytes = model_bytes + (0 if client in have_frozen else frozen_bytes)
+            ready_s = start_s + devices.delay_s(client, plan.round) + device.download_s(fetched_bytes)
+            training_s = device.compute_s(num_samples(client), plan.train.epochs)
+            answer_s = ready_s + training_s + device.upload_s(model_bytes if training_s else 0)  # without data: no
+        silent_s = _silent_s(devices, client, plan.round, start_s, answer_s)
+        devices.spend(client, start_s, training_s)  # last: what it takes is missed in the next round
+        if silent_s is not None and silent_s < end_s:
+            lost[client] = silent_s
+        elif silent_s is not None or answer_s > end_s:
+            late.append(client)
+        else:
+            arrivals[client] = answer_s
+    soonest = sorted(arrivals.items(), key=lambda arrival: (arrival[1], arrival[0]))
+    return Schedule(end_s=end_s, arrivals=dict(soonest), late=tuple(late), lost=lost, refused=refused)
+
+
+def _silent_s(devices: Devices, client: str, round_number: int, start_s: float, answer_s: float) -> float | None:
+    """Return when a client goes silent, where it does so before it has answered."""
+    leaves_s = devices.until_s(client, start_s)
+    share = devices.drops_out(client, round_number)
+    if share is not None:
+        leaves_s = min(leaves_s, start_s + share * (answer_s - start_s))
+    return leaves_s if leaves_s < answer_s else None
+
+
+def _too_small(device: Device, model_bytes: int, frozen_bytes: int) -> str | None:
+    what = "what is trained, and what is frozen once" if frozen_bytes else "the model"
+    needed_mb = (MODEL_COPIES * model_bytes + frozen_bytes) / MIB
+    if needed_mb <= device.memory_mb:
+        return None
+    return f"training needs {needed_mb:.1f} MB, {MODEL_COPIES} times {what}; the device has {device.memory_mb:.1f} MB"

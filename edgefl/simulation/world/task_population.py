@@ -1,0 +1,62 @@
+"""Clients whose data come from the task's own loader: client i of N is `part=i, parts=N`, as on devices.
+
+Samples are kept while they fit into `CACHE_BYTES`; beyond that the oldest are loaded again when they
+are asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+from edgefl.errors import ConfigError
+from edgefl.simulation.steps.sample_cache import Shelf
+from edgefl.simulation.world.names import Names
+from edgefl.task import Task
+from edgefl.training.local import data_seed
+from edgefl.training.samples import Samples, train_samples
+
+CACHE_BYTES = 1 << 30
+
+
+class TaskPopulation:
+    """As many clients as asked for; raises ConfigError for a loader that cannot part its data."""
+
+    def __init__(self, task: Task, num_clients: int, options: Mapping[str, str], *, seed: int = 0) -> None:
+        if num_clients < 1:
+            raise ConfigError(f"{num_clients} clients were asked for; wanted is 1 or more")
+        _refuse_partless(task)
+        self._task, self._seed = task, seed
+        self._names = Names(num_clients)
+        self._options = dict(options)
+        self._shelf = Shelf(CACHE_BYTES)
+
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    def options(self, client: str) -> dict[str, str]:
+        """Return the data options of one client, as a device would have been started with."""
+        return {**self._options, "part": str(self._names.index(client)), "parts": str(len(self._names))}
+
+    def samples(self, client: str) -> Samples:
+        kept = self._shelf.get(client)
+        if kept is not None:
+            return kept
+        seed = data_seed(self._seed, client)
+        return self._shelf.put(client, train_samples(self._task, self.options(client), seed=seed))
+
+
+def _refuse_partless(task: Task) -> None:
+    """A task with `fit` reads its options itself; a loader must take `part` and `parts`."""
+    if task.train_data is None:
+        return
+    try:
+        signature = inspect.signature(task.train_data)
+    except ValueError:  # some builtins have none
+        return
+    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.parameters.values())
+    if not anything and not {"part", "parts"} <= signature.parameters.keys():
+        raise ConfigError(
+            f"task {task.name!r}: train_data{signature} takes no `part` and `parts`, so its data cannot be dealt to "
+            "simulated clients. Give it both (strings: this client's number from 0, and how many there are)."
+        )

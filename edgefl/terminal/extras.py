@@ -1,0 +1,92 @@
+"""Which extra brings a module, and the command that installs an extra where this edgefl came from.
+
+PyPI's `edgefl` is another project with the same import name, so a hint never names it. pip notes the origin
+of what it installs from a folder, a file or a repository in direct_url.json (PEP 610); what has none came
+from an index.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+DISTRIBUTION = "edgefl-fleet"
+
+# What a command needs as a whole; a command that is not here starts with what edgefl itself requires.
+OF_COMMANDS: Mapping[str, str] = {
+    "agent": "agent",
+    "cloud": "cloud",
+    "demo": "agent,train,cloud,broker,examples",
+}
+# Import name -> the extras that bring it, the smallest first.
+OF_MODULES: Mapping[str, tuple[str, ...]] = {
+    "PIL": ("examples",),
+    "amqtt": ("broker",),
+    "blake3": ("agent", "cloud"),
+    "fastapi": ("cloud",),
+    "flwr": ("flower",),
+    "google": ("agent", "cloud"),
+    "grpc": ("agent", "cloud"),
+    "matplotlib": ("sim",),
+    "onnx": ("train",),
+    "onnxruntime": ("agent", "train"),
+    "onnxscript": ("train",),
+    "paho": ("agent", "cloud"),
+    "pandas": ("sim",),
+    "psutil": ("agent", "cloud"),
+    "pyarrow": ("examples",),
+    "ray": ("ray",),
+    "sklearn": ("examples",),
+    "sqlalchemy": ("cloud",),
+    "starlette": ("agent", "cloud"),
+    "tensorboard": ("tensorboard",),
+    "torch": ("train", "sim"),
+    "uvicorn": ("agent", "cloud"),
+}
+
+
+def install_command(extras: str) -> str:
+    """Return the shell command that adds extras (such as "agent,train") to this installation."""
+    return f"{sys.executable} -m pip install {_requirement(_origin(), extras)}"
+
+
+def extra_of(module: str | None, command: str = "") -> str | None:
+    """Return the extra that brings a module; of several, the one that a command belongs to."""
+    extras = OF_MODULES.get((module or "").partition(".")[0], ())
+    asked = OF_COMMANDS.get(command, "")
+    return asked if asked and set(extras) & set(asked.split(",")) else next(iter(extras), None)
+
+
+def missing_modules(extras: str) -> list[str]:
+    """Return the modules of these extras that cannot be found here; nothing is imported."""
+    asked = set(extras.split(","))
+    return [module for module, brought_by in OF_MODULES.items() if asked & set(brought_by) and not find_spec(module)]
+
+
+def _requirement(origin: Mapping[str, Any], extras: str) -> str:
+    url = str(origin.get("url", ""))
+    parts = urlsplit(url)
+    if "dir_info" in origin:
+        folder = Path(unquote(parts.path))
+        if not (folder / "pyproject.toml").exists():
+            return f"'.[{extras}]' (in a clone of edgefl; the one at {folder} is gone)"
+        return f"{'-e ' if origin['dir_info'].get('editable') else ''}'{folder}[{extras}]'"
+    if "vcs_info" in origin:
+        info = origin["vcs_info"]
+        return f"'{DISTRIBUTION}[{extras}] @ {info['vcs']}+{url}@{info['commit_id']}'"
+    return f"'{DISTRIBUTION}[{extras}]{f' @ {url}' if url else ''}'"
+
+
+def _origin() -> Mapping[str, Any]:
+    try:
+        text = distribution(DISTRIBUTION).read_text("direct_url.json")
+    except PackageNotFoundError:  # run from a clone that was never installed
+        return {"url": Path(__file__).parents[2].as_uri(), "dir_info": {}}
+    found: Mapping[str, Any] = json.loads(text) if text else {}
+    return found

@@ -1,0 +1,161 @@
+"""What commands print: lines and tables for people, JSON for programs.
+
+A table is drawn on a terminal and plain lines elsewhere. Where JSON goes to stdout (`--json -`), all else goes to
+stderr, so that stdout is JSON and nothing else: what is for people, and what the user's code prints, in this process
+or in one that it starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ParamSpec, TextIO, TypeVar
+
+import click
+
+from edgefl.errors import ConfigError
+from edgefl.process.home import replace_file
+from edgefl.terminal.text import lines, one_line
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+NO_STYLES: Mapping[str, str] = MappingProxyType({})
+
+
+class Output:
+    """Where one command's words and result go; `results` is where JSON goes for `-`."""
+
+    def __init__(self, json_target: str | None = None, results: TextIO | None = None) -> None:
+        self._json, self._results = json_target, results
+        self._to_stderr = json_target == "-"
+        if json_target not in {None, "-"}:
+            refuse_no_folder(Path(str(json_target)), "--json")
+
+    @property
+    def json_alone(self) -> bool:
+        """Whether stdout is for JSON and nothing else."""
+        return self._to_stderr
+
+    def line(self, text: str) -> None:
+        """Print a line for people; what moves a terminal's cursor in it is escaped."""
+        click.echo(lines(text), err=self._to_stderr)
+
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str,
+        styles: Mapping[str, str] = NO_STYLES,
+    ) -> None:  # fmt: skip
+        """Print a table: drawn on a terminal, with `styles` for words in it; a line a row with tabs elsewhere."""
+        if not rows:
+            self.line(empty)
+            return
+        texts = [[_shown(cell) for cell in row] for row in rows]
+        stream = sys.stderr if self._to_stderr else sys.stdout
+        if not stream.isatty():
+            for row in [list(columns), *texts]:
+                self.line("\t".join(row))
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        for row in texts:
+            table.add_row(*(Text(text, styles.get(text, "")) for text in row))
+        Console(file=stream, markup=False, highlight=False).print(table)
+
+    def result(self, value: Any) -> None:
+        """Write the result where `--json` says, if it says anything."""
+        if self._json is None:
+            return
+        text = json.dumps(_without_nan(value), indent=1).replace("\x7f", "\\u007f")
+        if self._json == "-":
+            click.echo(text, self._results)
+            return
+        path = Path(self._json)
+        try:
+            replace_file(path, text.encode() + b"\n")
+        except OSError as cause:
+            raise ConfigError(f"cannot write --json {path}: {cause.strerror}") from cause
+
+
+def example(*lines: str) -> str:
+    """Return a command's epilog: an example that click prints as it stands."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+def json_option(command: Callable[_P, _T]) -> Callable[..., _T]:
+    """Give a command `--json FILE` and the parameter `output`."""
+
+    @click.option("--json", "json_target", metavar="FILE", help="Write the result as JSON; - for stdout.")
+    @functools.wraps(command)
+    def with_output(*arguments: Any, json_target: str | None, **options: Any) -> _T:
+        with stdout_for_results() if json_target == "-" else nullcontext(None) as results:
+            output = Output(json_target, results)
+            return command(*arguments, output=output, **options)  # type: ignore[arg-type]  # what click gives is checked by click
+
+    return with_output
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[TextIO]:
+    """Give stdout to results alone: what else is written to it, by children and by C code too, goes to stderr."""
+    results = sys.stdout
+    try:
+        stdout, stderr = results.fileno(), sys.stderr.fileno()
+    except (OSError, ValueError):  # no files of the system's, as in a test
+        with redirect_stdout(sys.stderr):
+            yield results
+        return
+    results.flush()
+    with os.fdopen(os.dup(stdout), "w", encoding=results.encoding) as kept, redirect_stdout(sys.stderr):
+        os.dup2(stderr, stdout)
+        try:
+            yield kept
+        finally:
+            kept.flush()
+            results.flush()
+            os.dup2(kept.fileno(), stdout)
+
+
+def refuse_no_folder(path: Path | None, flag: str) -> None:
+    """Raise ConfigError where a file could not be written: better before the work than after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it, or name another")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 device`, `2 devices`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def time_text(seconds: float | None) -> str:
+    """Return a time of day on this machine's clock; a dash for none."""
+    return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def metrics_text(metrics: Mapping[str, float | None]) -> str:
+    """Return metrics as `accuracy=0.97 loss=0.1`; a dash for one that JSON had no number for."""
+    shown = {name: "-" if value is None else f"{value:.4g}" for name, value in sorted(metrics.items())}
+    return " ".join(f"{one_line(name)}={value}" for name, value in shown.items())
+
+
+def _shown(cell: object) -> str:
+    return "-" if cell is None or cell == "" else one_line(str(cell))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: such a number becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,376 @@
+"""What a client does in a round: local training on its own samples, and what it sends back.
+
+FedAvg (McMahan et al. 2017, Algorithm 1, ClientUpdate): local epochs of minibatch SGD; sends new - old.
+FedProx (Li et al. 2020): the same with mu/2 * ||w - w0||^2 added to the loss.
+FedSGD (McMahan et al. 2017, section 2): one gradient of the mean loss over all local samples, exact,
+accumulated in chunks. Buffers have no gradient: they send their delta.
+Invariant: a result depends on (parameters, samples, config, round, client) alone: the user's code finds the
+global random states (Python's, numpy's, torch's) seeded by these, and they are left as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edgefl.config import TrainConfig
+from edgefl.errors import TaskError
+from edgefl.guards import wrong_spec
+from edgefl.task import FitResult, Task, UserCode
+from edgefl.training.own_fit import arrays_of, fit_of
+from edgefl.training.randomness import seeded
+from edgefl.training.samples import Samples, computing_device, require_torch, test_samples, train_samples
+from edgefl.trees import Array, Tree, spec_of, subtract, why_not_sent
+from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
+from edgefl.trees.tensors import array_of, tensor_of
+
+if TYPE_CHECKING:
+    import torch
+
+EVALUATION_BATCH = 128
+
+
+def initial_parameters(task: Task, seed: int = 0) -> Tree:
+    """Return the parameters of round 1: the model's state dict, or what the task's `initial` returns."""
+    if task.initial is not None:
+        with seeded(seed), UserCode(task.name, "initial"):
+            tree = task.initial()
+        return arrays_of(task, "initial", tree)
+    return tree_of(task, make_model(task, seed=seed))
+
+
+def buffer_names(task: Task) -> tuple[str, ...]:
+    """Return the names in the state dict that are not parameters; none for a task with `fit`."""
+    if task.model is None:
+        return ()
+    model = make_model(task)
+    trained = dict(model.named_parameters(remove_duplicate=False))
+    return tuple(name for name in model.state_dict() if name not in trained)
+
+
+def set_threads(threads: int) -> None:
+    """Let torch use so many threads in this process; small models are fastest with one."""
+    require_torch("local training")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
+    task: Task, parameters: Tree, config: TrainConfig, *,
+    options: Mapping[str, str], round: int, client: str,  # noqa: A002 - the word of Plan and Update
+    frozen: Tree | None = None,
+) -> FitResult:  # fmt: skip
+    """Train on this device's samples; raises TaskError for whatever the user's code does wrong.
+
+    `parameters` are what moves, and what the result has; `frozen` are the model's other tensors, where it is known
+    which those are.
+    """
+    if task.fit is not None:
+        with seeded(derive_seed(config.seed, round, client)):
+            return fit_of(task, parameters, config, options, frozen)
+    model = make_model(task, whole(parameters, frozen))
+    if frozen is not None:
+        refuse_other_parts(task.name, model, frozen)
+    if has_channels_last(model):
+        lay_out(model)
+    samples = train_samples(task, options, seed=data_seed(config.seed, client))
+    seed = derive_seed(config.seed, round, client)
+    if config.algorithm == "fedsgd":
+        loss = accumulate_gradient(task, model, samples, batch_size=config.batch_size, seed=seed)
+        tree = gradient_of(task, model, parameters)
+    else:
+        model.train()
+        loss = train_epochs(task, model, samples, config, seed, Descent(task, Autograd(task, model)))
+        tree = delta_of(task, model, parameters)
+    if frozen:
+        refuse_moved(task.name, views_of(task, model, frozen), frozen)
+    return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
+
+
+def evaluate(task: Task, parameters: Tree, options: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Return `loss` and each metric over the task's test data; empty where it has no model or test data."""
+    if task.model is None or task.test_data is None:
+        return {}
+    model, samples = make_model(task, parameters), test_samples(task, options or {})
+    return evaluate_model(task, model, samples)
+
+
+def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict[str, float]:
+    """Return `loss` and each metric as means over the samples."""
+    import torch
+
+    totals: dict[str, float] = {}
+    model.eval()
+    with torch.no_grad(), seeded(0), UserCode(task.name, "evaluation"):
+        for chunk in samples.chunks(EVALUATION_BATCH):
+            outputs = model(chunk.inputs)
+            values = {"loss": float(loss_of(task, outputs, chunk.targets))}
+            values |= {name: float(metric(outputs, chunk.targets)) for name, metric in task.metrics.items()}
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value * len(chunk)
+    return {name: total / len(samples) for name, total in totals.items()}
+
+
+def derive_seed(seed: int, round_number: int, client: str) -> int:
+    """Return the seed of one local training: the same in every process, unlike Python's hash()."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{round_number}/{client}".encode()).digest()[:7])
+
+
+def data_seed(seed: int, client: str) -> int:
+    """Return the seed of a client's loader: its samples are the same in every round."""
+    return derive_seed(seed, 0, client)
+
+
+def make_model(task: Task, parameters: Tree | None = None, *, seed: int = 0) -> torch.nn.Module:
+    """Make the task's model with these parameters, where given, on the computing device."""
+    require_torch(f"task {task.name!r}")
+    import torch
+
+    if task.model is None:
+        raise TaskError(f"task {task.name!r} has no model: it brings its own fit")
+    with seeded(seed), UserCode(task.name, "model"):
+        model = task.model()
+    if not isinstance(model, torch.nn.Module):
+        raise TaskError(f"task {task.name!r}: model returned a {type(model).__name__}, not a torch.nn.Module")
+    if parameters is not None:
+        set_parameters(task, model, parameters)
+    return model.to(computing_device())
+
+
+def set_parameters(task: Task, model: torch.nn.Module, parameters: Tree) -> None:
+    """Copy a tree into a model; raises TaskError where it is not the model's."""
+    import torch
+
+    if fault := wrong_spec(spec_of(parameters), spec_of(views_of(task, model))):
+        raise TaskError(f"task {task.name!r}: these are not the parameters of its model: {fault}")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(tensor_of(np.array(parameters[name])))
+
+
+def tree_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, Array]:
+    """Return a copy of the model's state dict, or of a part; raises TaskError for a dtype that numpy lacks."""
+    return {name: np.array(view, order="C") for name, view in views_of(task, model, names).items()}
+
+
+def views_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, Array]:
+    """Return `tree_of` without copying what is in this machine's memory."""
+    state = model.state_dict()
+    chosen = state if names is None else {name: state[name] for name in names}
+    return {name: _sendable(task, name, tensor) for name, tensor in chosen.items()}
+
+
+def _sendable(task: Task, name: str, tensor: torch.Tensor) -> Array:
+    """Return a tensor of the model as an array; raises TaskError for what no round can move."""
+    try:
+        array = array_of(tensor)
+    except (TypeError, AttributeError, RuntimeError) as cause:
+        seen = f"is a {type(tensor).__name__}" if not hasattr(tensor, "dtype") else f"is {tensor.dtype}"
+        raise TaskError(
+            f"task {task.name!r}: its model's {name!r} {seen} and cannot be sent: {cause}. Keep it as a dense tensor "
+            "of a dtype that numpy has, or out of the state dict (register_buffer(.., persistent=False))"
+        ) from cause
+    if why := why_not_sent(array.dtype):
+        raise TaskError(f"task {task.name!r}: its model's {name!r} is {array.dtype}{list(array.shape)}: {why}")
+    return array
+
+
+def delta_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
+    """Return the model's state dict minus the parameters it started from, in their order."""
+    new = tree_of(task, model, parameters)
+    return {name: np.asarray(subtract(new[name], np.asarray(old))) for name, old in parameters.items()}
+
+
+def gradient_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
+    """Return the gradients that the model holds, zeros where it holds none; buffers as deltas."""
+    tree = dict(delta_of(task, model, parameters))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in tree:
+            grad = parameter.grad
+            tree[name] = np.zeros_like(tree[name]) if grad is None else np.array(array_of(grad), order="C")
+    return tree
+
+
+class BatchGradient(Protocol):
+    """How a batch's gradients are computed."""
+
+    @property
+    def trained(self) -> Sequence[torch.nn.Parameter]:
+        """The parameters that are trained."""
+
+    def __call__(
+        self, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
+        """Return the gradients of `trained`, None for one that the loss does not depend on, and the loss, 0-d."""
+
+
+class Autograd:
+    """Gradients as torch computes them."""
+
+    def __init__(self, task: Task, model: torch.nn.Module) -> None:
+        self._task, self._model, self._channels_last = task, model, has_channels_last(model)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def __call__(
+        self, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
+        import torch
+
+        outputs = self._model(laid_out(inputs) if self._channels_last else inputs)
+        loss = loss_of(self._task, outputs, targets)
+        return torch.autograd.grad(loss, self.trained, allow_unused=True), loss.detach()
+
+
+class Descent:
+    """Steps by a batch's gradients: the task's optimizer, else w <- w - lr * g."""
+
+    def __init__(self, task: Task, gradient: BatchGradient) -> None:
+        self._task, self._gradient = task, gradient
+
+    def begin(self, config: TrainConfig) -> None:
+        """Take up a client: from where the model is now, by an optimizer of its own."""
+        trained = self._gradient.trained
+        self._mu = config.proximal_mu
+        self._anchors = [parameter.detach().clone() for parameter in trained] if self._mu else []
+        self._step = _optimizer_step(self._task, trained, config)
+
+    def take(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Take a step in place; returns the batch's loss before it, 0-d."""
+        gradients, loss = self._gradient(inputs, targets)
+        self._step(_pulled(gradients, self._gradient.trained, self._anchors, self._mu) if self._mu else gradients)
+        return loss
+
+
+def train_epochs(
+    task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int, descent: Descent
+) -> float:
+    """Train in place for `config.epochs`; returns the mean loss over all the samples it went through.
+
+    The model is in its training mode, and `descent` is of it.
+    """
+    import torch
+
+    losses, counts = [], []
+    with seeded(seed), UserCode(task.name, "local training"):
+        descent.begin(config)
+        shuffle = torch.Generator().manual_seed(seed)
+        for _ in range(config.epochs):
+            order = torch.randperm(len(samples), generator=shuffle).to(samples.inputs.device)
+            for chosen in _batches(order, config.batch_size, model):
+                losses.append(descent.take(samples.inputs[chosen], samples.targets[chosen]))
+                counts.append(len(chosen))
+    return float(np.dot(torch.stack(losses).double().cpu().numpy(), counts)) / (config.epochs * len(samples))
+
+
+def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *, batch_size: int, seed: int) -> float:
+    """Leave the gradient of the mean loss over all samples in the model; returns that loss.
+
+    Exact whatever the chunk, but for a model with batch norm, whose statistics are each chunk's own.
+    """
+    import torch
+
+    total, order, last = 0.0, torch.arange(len(samples), device=samples.inputs.device), has_channels_last(model)
+    model.train()
+    model.zero_grad()
+    with seeded(seed), UserCode(task.name, "local training"):
+        for chosen in _batches(order, batch_size, model):
+            share = len(chosen) / len(samples)  # the loss is a mean over its chunk
+            inputs = laid_out(samples.inputs[chosen]) if last else samples.inputs[chosen]
+            loss = loss_of(task, model(inputs), samples.targets[chosen]) * share
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
+            total += float(loss.detach())
+    return total
+
+
+def _optimizer_step(
+    task: Task, trained: Sequence[torch.nn.Parameter], config: TrainConfig
+) -> Callable[[Sequence[torch.Tensor | None]], None]:
+    """Return what takes one step by the gradients of `trained`: the task's optimizer, else w <- w - lr * g.
+
+    torch.optim.SGD does the latter too, after a second of imports and with more overhead.
+    """
+    import torch
+
+    if task.optimizer is None:
+        tensors, lr = [parameter.data for parameter in trained], config.lr
+
+        def plain(gradients: Sequence[torch.Tensor | None]) -> None:
+            moved = [(one, grad) for one, grad in zip(tensors, gradients, strict=True) if grad is not None]
+            if moved:
+                torch._foreach_add_(*map(list, zip(*moved, strict=True)), alpha=-lr)
+
+        return plain
+    optimizer = task.optimizer_of(trained, config)
+
+    def chosen(gradients: Sequence[torch.Tensor | None]) -> None:
+        for parameter, grad in zip(trained, gradients, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+
+    return chosen
+
+
+def has_channels_last(model: torch.nn.Module) -> bool:
+    """Say whether a model trains with its channels last: on a CPU convolutions, and pooling most, are faster so."""
+    import torch
+
+    return not torch.cuda.is_available() and any(isinstance(one, torch.nn.Conv2d) for one in model.modules())
+
+
+def lay_out(model: torch.nn.Module) -> None:
+    """Put the kernels of a model's convolutions in memory with their channels last."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def laid_out(inputs: torch.Tensor) -> torch.Tensor:
+    """Return images (N, C, H, W) with their channels last; of one channel, that is the same memory."""
+    import torch
+
+    if inputs.dim() != 4:
+        return inputs
+    _, channels, height, width = inputs.shape
+    if channels > 1:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs.contiguous().as_strided(inputs.shape, (height * width, 1, width, 1))
+
+
+def _pulled(
+    gradients: Sequence[torch.Tensor | None], trained: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor],
+    mu: float,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """Return the gradients with that of mu/2 * ||w - w0||^2 added."""
+    terms = [mu * (parameter.detach() - anchor) for parameter, anchor in zip(trained, anchors, strict=True)]
+    return [term if grad is None else grad + term for grad, term in zip(gradients, terms, strict=True)]
+
+
+def _batches(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the order in batches. One last sample joins the batch before it where there is batch norm."""
+    import torch
+
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+    lonely = len(batches) > 1 and len(batches[-1]) == 1
+    if lonely and any(isinstance(module, norms) for module in model.modules()):
+        batches[-2:] = [torch.cat(batches[-2:])]
+    yield from batches
+
+
+def loss_of(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a batch, 0-d; raises TaskError for a loss that is not one number."""
+    import torch
+
+    if task.loss is None:
+        raise TaskError(f"task {task.name!r} has no loss")
+    loss = task.loss(outputs, targets)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        seen = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TaskError(f"task {task.name!r}: loss returned {seen}; wanted is one number, the mean over the batch")
+    return loss.reshape(())

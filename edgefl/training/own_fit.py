@@ -1,0 +1,54 @@
+"""A task's own `fit`: what it is given, and what may come back.
+
+Invariant: what leaves here is an update that a guard admits, or a TaskError that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgefl.config import TrainConfig
+from edgefl.errors import TaskError
+from edgefl.guards import wrong_spec, wrong_weight
+from edgefl.task import FitResult, Task, UserCode
+from edgefl.trees import Array, Tree, spec_of, why_not_sent
+from edgefl.trees.frozen import whole
+
+
+def fit_of(
+    task: Task, parameters: Tree, config: TrainConfig, options: Mapping[str, str], frozen: Tree | None
+) -> FitResult:
+    """Return what the task's `fit` makes of all tensors: an update of what moves; raises TaskError."""
+    if task.fit is None:
+        raise TaskError(f"task {task.name!r} has no fit")
+    with UserCode(task.name, "fit"):
+        result = task.fit(whole(parameters, frozen), config, options)
+    if not isinstance(result, FitResult):
+        raise TaskError(f"task {task.name!r}: fit returned a {type(result).__name__}, not an edgefl.FitResult")
+    tree = arrays_of(task, "fit", result.tree)
+    try:
+        weight, metrics = float(result.weight), {str(name): float(value) for name, value in result.metrics.items()}
+    except (TypeError, ValueError, AttributeError) as cause:
+        raise TaskError(f"task {task.name!r}: fit's weight and metrics must be numbers: {cause}") from cause
+    if fault := wrong_spec(spec_of(tree), spec_of(parameters)) or wrong_weight(weight):
+        raise TaskError(f"task {task.name!r}: fit returned what cannot be an update: {fault}")
+    return FitResult(tree=tree, weight=weight, metrics=metrics)
+
+
+def arrays_of(task: Task, what: str, tree: object) -> dict[str, Array]:
+    """Return a tree as it can be sent: arrays in this machine's byte order; raises TaskError for what is none.
+
+    What numpy makes of arithmetic with arrays without dimensions is a scalar; it is taken for the array.
+    """
+    if not isinstance(tree, Mapping) or not tree:
+        raise TaskError(f"task {task.name!r}: {what} returned a {type(tree).__name__}, not a tree of named arrays")
+    arrays: dict[str, Array] = {}
+    for name, array in tree.items():
+        if not isinstance(name, str) or not isinstance(array, np.ndarray | np.generic):
+            raise TaskError(f"task {task.name!r}: {what}'s {name!r} is a {type(array).__name__}, not a numpy array")
+        if why := why_not_sent(array.dtype):
+            raise TaskError(f"task {task.name!r}: {what}'s {name!r} is {array.dtype}{list(array.shape)}: {why}")
+        arrays[name] = np.asarray(array, array.dtype.newbyteorder("="))
+    return arrays

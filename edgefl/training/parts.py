@@ -1,0 +1,56 @@
+"""The two parts of a job's tensors: what moves in its rounds, and what is frozen.
+
+What is trained, and the buffers, travel in every round and are moved by the step at the centre. All else
+is fetched once. Trained is what requires a gradient, under each of its names; of a task with its own `fit`,
+what `Task.trained` names, or everything.
+Invariant: the parts share no name, and together they are the initial parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgefl.errors import TaskError
+from edgefl.task import Task
+from edgefl.training.local import buffer_names, initial_parameters, make_model
+from edgefl.trees import Tree
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """A job's tensors."""
+
+    moving: Tree
+    frozen: Tree
+    buffers: tuple[str, ...]  # of what moves: by their mean, not by the optimizer
+
+    def split(self, tensors: Tree) -> Parts:
+        """Return the same parts of other values."""
+        moving, frozen = ({name: tensors[name] for name in part} for part in (self.moving, self.frozen))
+        return Parts(moving=moving, frozen=frozen, buffers=self.buffers)
+
+
+def parts_of(task: Task, seed: int = 0) -> Parts:
+    """Return the parts of a task's initial parameters; raises TaskError where nothing is trained."""
+    tensors = initial_parameters(task, seed)
+    buffers = buffer_names(task)
+    trained = _trained_names(task, tensors)
+    if not trained:
+        raise TaskError(f"task {task.name!r} trains nothing: no parameter of its model requires a gradient")
+    moves = trained | set(buffers)
+    return Parts(
+        moving={name: array for name, array in tensors.items() if name in moves},
+        frozen={name: array for name, array in tensors.items() if name not in moves},
+        buffers=buffers,
+    )
+
+
+def _trained_names(task: Task, tensors: Tree) -> frozenset[str]:
+    if task.model is not None:
+        named = make_model(task).named_parameters(remove_duplicate=False)
+        return frozenset(name for name, parameter in named if parameter.requires_grad and name in tensors)
+    if task.trained is None:
+        return frozenset(tensors)
+    if unknown := sorted(set(task.trained) - tensors.keys()):
+        raise TaskError(f"task {task.name!r}: trained names {', '.join(unknown):.500}, which `initial` does not return")
+    return frozenset(task.trained)

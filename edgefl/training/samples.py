@@ -1,0 +1,155 @@
+"""A device's samples: the user's loader called, what it returned checked and made tensors.
+
+Invariant: a `Samples` has at least one sample, and as many targets as inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgefl.errors import MissingExtra, TaskError
+from edgefl.task import Task, UserCode
+from edgefl.training.randomness import seeded
+from edgefl.trees import is_float
+from edgefl.trees.tensors import tensor_of
+
+if TYPE_CHECKING:
+    import torch
+
+_NUMBERS = "fiub"  # numpy kinds: floats, integers, booleans
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Inputs and targets of equal first dimension, on the device that computes."""
+
+    inputs: torch.Tensor  # (N, ...)
+    targets: torch.Tensor  # (N, ...)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def chunks(self, size: int) -> Iterator[Samples]:
+        """Yield them in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield Samples(self.inputs[start : start + size], self.targets[start : start + size])
+
+
+def require_torch(feature: str, extra: str = "train") -> None:
+    """Raise MissingExtra where torch is not installed."""
+    try:
+        import torch  # noqa: F401 - to see that it is there
+    except ImportError as cause:
+        raise MissingExtra(feature, extra) from cause
+
+
+def computing_device() -> torch.device:
+    """Return where tensors are computed: the GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_samples(task: Task, options: Mapping[str, str], *, seed: int = 0) -> Samples:
+    """Return this device's own samples; a loader that draws finds the global random states seeded.
+
+    Raises TaskError where there are none or they cannot be used.
+    """
+    if task.train_data is None:
+        raise TaskError(f"task {task.name!r} has no train_data")
+    with seeded(seed):
+        return _load(task, task.train_data, "train_data", options)
+
+
+def test_samples(task: Task, options: Mapping[str, str]) -> Samples:
+    """Return the held-out samples; raises TaskError where there are none or they cannot be used."""
+    if task.test_data is None:
+        raise TaskError(f"task {task.name!r} has no test_data")
+    with seeded(0):
+        return _load(task, task.test_data, "test_data", options)
+
+
+def _load(task: Task, loader: Callable[..., Any], what: str, options: Mapping[str, str]) -> Samples:
+    _refuse_options(task, loader, what, options)
+    with UserCode(task.name, what):
+        loaded = loader(**options)
+    if not isinstance(loaded, (tuple, list)) or len(loaded) != 2:
+        seen = f"{len(loaded)} values" if isinstance(loaded, (tuple, list)) else type(loaded).__name__
+        raise TaskError(f"task {task.name!r}: {what} returned {seen}, not (inputs, targets)")
+    inputs, targets = (_tensor(task, f"{what}'s {name}", value) for name, value in zip(_PARTS, loaded, strict=True))
+    if len(inputs) != len(targets):
+        raise TaskError(f"task {task.name!r}: {what} returned {len(inputs)} inputs but {len(targets)} targets")
+    if len(inputs) == 0:
+        told = ", ".join(f"{key}={value}" for key, value in options.items()) or "none"
+        raise TaskError(
+            f"task {task.name!r}: the device has no data: {what} returned 0 samples (options: {told}). "
+            "Check `edgefl agent start --data`."
+        )
+    return Samples(inputs, targets)
+
+
+_PARTS = ("inputs", "targets")
+
+
+def _is_in_float64(task: Task) -> bool:
+    """Say whether the task's model has parameters in float64: then so are its samples, as they came."""
+    if task.model is None:
+        return False
+    with seeded(0), UserCode(task.name, "model"):
+        return _makes_float64(task.model)
+
+
+@lru_cache(maxsize=16)  # a model is made once for all the clients of a simulation
+def _makes_float64(make: Callable[[], torch.nn.Module]) -> bool:
+    import torch
+
+    return any(one.dtype == torch.float64 for one in make().parameters())
+
+
+@lru_cache(maxsize=16)  # a simulation loads a thousand clients' data by one loader
+def _signature(loader: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(loader)
+    except ValueError:  # some builtins have none
+        return None
+
+
+def _refuse_options(task: Task, loader: Callable[..., Any], what: str, options: Mapping[str, str]) -> None:
+    signature = _signature(loader)
+    if signature is None:
+        return
+    try:
+        signature.bind(**options)
+    except TypeError as cause:
+        raise TaskError(
+            f"task {task.name!r}: {what}{signature} cannot take the data options {dict(options)}: {cause}. "
+            "Check `edgefl agent start --data`."
+        ) from cause
+
+
+def _tensor(task: Task, what: str, value: Any) -> torch.Tensor:
+    import torch
+
+    tensor: torch.Tensor
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach()
+    else:
+        with UserCode(task.name, f"reading {what}"):
+            array = np.asarray(value)
+        if array.dtype.kind not in _NUMBERS and not is_float(array.dtype):
+            raise TaskError(
+                f"task {task.name!r}: {what} are {array.dtype} and not numbers (real ones, integers or booleans)"
+            )
+        if array.dtype == np.float64 and not _is_in_float64(task):  # numpy's default, and few models'
+            array = array.astype(np.float32)
+        with UserCode(task.name, f"reading {what}"):
+            tensor = tensor_of(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    if tensor.dim() == 0:
+        raise TaskError(f"task {task.name!r}: {what} are a single number; their first dimension counts the samples")
+    return tensor.to(computing_device())

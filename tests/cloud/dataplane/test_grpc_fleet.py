@@ -1,0 +1,291 @@
+"""A job's fleet over a real broker: who is waited for, for how long, and what a restart finds."""
+
+import errno
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from cloud.broker.embedded import EmbeddedBroker
+from cloud.broker.link import CloudLink, Hearers
+from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet, _Deadline
+from cloud.dataplane.open_rounds import OpenRounds
+from cloud.state.blobs import BlobStore
+from cloud.state.enrolment import REMOVED
+from cloud.state.jobs import Answer, Jobs
+from cloud.state.spool import Spool
+from cloud.state.storage import LOOK_S, Storage
+from cloud.state.store import open_database
+from edgefl.config import JobConfig, RoundsConfig
+from edgefl.errors import CloudStopping, JobCancelled
+from edgefl.models.manifest import new_fleet_key, sign
+from edgefl.protocols import topics
+from edgefl.protocols.messages import DeviceState, RoundClosed, UpdateRefused, WirePlan, decode_job, encode
+from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.records import Failure, Plan
+from edgefl.testing import ManualClock, make_update
+from edgefl.trees import SpooledTree, write_tree
+
+PARAMETERS = {"w": np.zeros(2, np.float32)}
+
+
+class Device:
+    """A device's MQTT side: it says that it is there, and hears."""
+
+    def __init__(self, broker, identity, name):
+        self.name, self.heard = name, queue.Queue()
+        config = LinkConfig(
+            url=broker.url, client_id=name, identity=identity, subscriptions=[(topics.down(name, "job"), 1)]
+        )
+        self.link = MqttLink(
+            config, on_failure=pytest.fail, on_message=lambda _topic, payload: self.heard.put(decode_job(payload))
+        )
+        self.link.start()
+        assert self.link.wait_connected(5)
+        self.say(online=True)
+
+    def say(self, *, online, session=1):
+        state = DeviceState(session=session, online=online, agent_version="0")
+        self.link.publish(topics.up(self.name, "state"), encode(state), retain=True)
+
+    def next(self):
+        return self.heard.get(timeout=5)
+
+
+class Centre:
+    def __init__(self, folder, ca, port):
+        self.broker = EmbeddedBroker(ca.cloud, "127.0.0.1", port)
+        self.broker.start()
+        self.engine = open_database(folder / "cloud.db")
+        self.blobs, self.spool, self.rounds = BlobStore(folder / "blobs"), Spool(folder / "spool"), OpenRounds()
+        key = new_fleet_key()
+        self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key))
+        hearers = Hearers(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.presence_changed())
+        self.link = CloudLink(self.broker.url, ca.cloud, hearers)
+        self.link.start()
+        assert self.link.wait_connected(5)
+        self.devices = {name: Device(self.broker, ca.device(name), name) for name in ("a", "b")}
+        assert self.link.wait_until(lambda: self.link.online() == {"a", "b"}, 5)
+
+    def fleet(self, clock=time.monotonic, **rounds):
+        parameters = self.blobs.put_tree(PARAMETERS)
+        config = JobConfig(rounds=RoundsConfig(**rounds))
+        self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), parameters, (), config)
+        parts = FleetParts(self.rounds, self.jobs, self.blobs, self.spool, self.link, clock=clock)
+        return GrpcFleet(self.jobs.load(self.job), parts)
+
+    def plan(self, **changes):
+        facts = {
+            "job": self.job, "round": 1, "parameters": PARAMETERS, "clients": ("a", "b"), "train": JobConfig().train,
+            "deadline_s": 20.0,
+        }  # fmt: skip
+        return Plan(**facts | changes)
+
+    def answer(self, device, value=1.0):
+        """What the gRPC service does when an update has come."""
+        path = self.spool.file(self.job, 1, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            write_tree({"w": np.full(2, value, np.float32)}, file)
+        answer = Answer(device=device, file=f"{self.job}/1/{device}", weight=1.0)
+        opened = self.rounds.get(self.job, 1)
+        return opened.accept(answer, lambda one: self.jobs.record(self.job, 1, one))
+
+    def close(self):
+        for device in self.devices.values():
+            device.link.close(0.2)
+        self.link.close()
+        self.broker.stop()
+        self.engine.dispose()
+
+
+@pytest.fixture
+def centre(tmp_path, fleet_ca, free_port):
+    centre = Centre(tmp_path, fleet_ca, free_port)
+    yield centre
+    centre.close()
+
+
+def in_thread(function):
+    """Run a fleet's iterator where it runs in production: in a thread of its own."""
+    results = queue.Queue()
+    thread = threading.Thread(target=lambda: results.put(list(function())), name="job")
+    thread.start()
+    return lambda: (thread.join(20), results.get(timeout=5))[1]
+
+
+def test_a_round_announces_collects_and_closes(centre):
+    fleet = centre.fleet(quorum=2)
+    assert fleet.clients() == ["a", "b"]
+    collected = in_thread(lambda: fleet.collect(centre.plan()))
+    plan = centre.devices["a"].next()
+    assert isinstance(plan, WirePlan)
+    assert SpooledTree(centre.blobs.path(plan.model.sha256))["w"].tolist() == [0, 0]
+    assert plan == centre.devices["b"].next()
+    assert centre.answer("a", 2.0)
+    opened = centre.rounds.get(centre.job, 1)
+    opened.accept(Answer(device="b", reason="task raised"), lambda _answer: None)
+    first, second = collected()
+    assert first.tree["w"].tolist() == [2, 2]
+    assert second == Failure(job=centre.job, round=1, device="b", reason="task raised")
+    assert centre.rounds.get(centre.job, 1) is None
+
+
+def test_an_update_of_a_removed_device_that_waits_to_be_folded_is_refused(centre):
+    fleet = centre.fleet(quorum=1)
+    arriving = fleet.collect(centre.plan(clients=("a", "b", "c")))
+    opening = in_thread(lambda: [next(arriving)])
+    centre.devices["a"].next()
+    centre.answer("a")
+    opening()  # a is folded; b and c are not
+    centre.answer("b")
+    opened = centre.rounds.get(centre.job, 1)
+    for device in "abc":
+        opened.forget(device, lambda one: centre.jobs.record(centre.job, 1, one))
+    assert list(arriving) == [Failure(job=centre.job, round=1, device=name, reason=REMOVED) for name in "bc"]
+
+
+def test_once_the_quorum_answered_an_offline_device_is_not_waited_for(centre):
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=1, offline_grace_s=0.02)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=1000)))
+    centre.devices["a"].next()
+    centre.answer("a")
+    centre.devices["b"].say(online=False)
+    clock.wait_for_looks()
+    assert centre.rounds.get(centre.job, 1) is not None
+    clock.advance(0.02)
+    assert [answer.device for answer in collected()] == ["a"]
+    assert isinstance(centre.devices["b"].next(), WirePlan)
+    closed = centre.devices["b"].next()
+    assert closed == RoundClosed(job=centre.job, round=1, job_ended=False)
+
+
+def test_under_the_quorum_an_offline_device_is_waited_for_and_may_come_back(centre):
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=2, offline_grace_s=0.02)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=0.02)))
+    centre.devices["a"].next()
+    centre.answer("a")
+    centre.devices["b"].say(online=False)
+    assert centre.link.wait_until(lambda: "b" not in centre.link.online(), 5)
+    clock.wait_for_looks()
+    assert centre.answer("b")
+    assert [answer.device for answer in collected()] == ["a", "b"]
+
+
+def test_a_round_ends_at_its_deadline(centre):
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=2)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=0.02)))
+    clock.wait_for_looks()
+    assert centre.rounds.get(centre.job, 1) is not None
+    clock.advance(0.02)
+    assert collected() == []
+
+
+def test_a_restart_yields_what_had_come_and_asks_only_the_others(centre):
+    fleet = centre.fleet(quorum=2)
+    centre.jobs.open_round(centre.job, 1, ("a", "b"))
+    path = centre.spool.file(centre.job, 1, "a")
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        write_tree({"w": np.full(2, 5.0, np.float32)}, file)
+    centre.jobs.record(centre.job, 1, Answer(device="a", file=f"{centre.job}/1/a", weight=3.0))
+    collected = in_thread(lambda: fleet.collect(centre.plan()))
+    assert isinstance(centre.devices["b"].next(), WirePlan)
+    centre.answer("b")
+    first, second = collected()
+    assert (first.device, first.weight, first.tree["w"].tolist()) == ("a", 3.0, [5, 5])
+    assert second.device == "b"
+    assert centre.devices["a"].heard.empty()
+
+
+def test_a_cancelled_job_stops_in_mid_round(centre):
+    fleet = centre.fleet(quorum=2)
+    plan = centre.plan()
+    threading.Timer(0.2, lambda: centre.rounds.interrupt(JobCancelled("stop"), centre.job)).start()
+    with pytest.raises(JobCancelled, match="stop"):
+        list(fleet.collect(plan))
+    assert centre.rounds.get(centre.job, 1) is None
+
+
+def test_a_refused_device_and_an_ended_job_are_told(centre):
+    fleet = centre.fleet(quorum=1)
+    fleet.refuse(centre.plan(), make_update("a", w=[1.0]), "tensor 'w' holds NaN")
+    assert centre.devices["a"].next() == UpdateRefused(job=centre.job, round=1, reason="tensor 'w' holds NaN")
+    list(fleet.collect(centre.plan(deadline_s=0.05)))
+    fleet.end()
+    heard = [centre.devices["b"].next() for _ in range(3)]
+    assert heard[-1].job_ended
+
+
+def test_too_few_devices_are_waited_for_only_so_long(centre):
+    fleet = centre.fleet(quorum=3, wait_s=0.2)
+    assert fleet.clients() == ["a", "b"]
+
+
+def test_a_job_that_waits_for_devices_is_cancelled_at_once(centre):
+    fleet = centre.fleet(quorum=3, wait_s=3600)
+
+    def cancel():
+        centre.rounds.interrupt(JobCancelled("stop"), centre.job)
+        centre.link.wake()
+
+    threading.Timer(0.1, cancel).start()
+    with pytest.raises(JobCancelled, match="stop"):
+        fleet.clients()
+
+
+def test_a_stopping_cloud_tells_no_device_that_its_round_is_closed(centre):
+    fleet = centre.fleet(quorum=2)
+    threading.Timer(0.2, lambda: centre.rounds.interrupt(CloudStopping("end"))).start()
+    with pytest.raises(CloudStopping):
+        list(fleet.collect(centre.plan()))
+    assert isinstance(centre.devices["a"].next(), WirePlan)
+    fleet.refuse(centre.plan(), make_update("a", w=[1.0]), "said after what was not to be said")
+    assert isinstance(centre.devices["a"].next(), UpdateRefused)
+
+
+def test_a_device_that_went_before_the_round_began_is_not_waited_for(centre):
+    fleet = centre.fleet(quorum=1, offline_grace_s=0.1)
+    centre.devices["b"].say(online=False)
+    assert centre.link.wait_until(lambda: "b" in centre.link.offline(), 5)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=1000)))
+    centre.devices["a"].next()
+    centre.answer("a")
+    assert [answer.device for answer in collected()] == ["a"]
+
+
+def test_a_device_not_heard_of_since_the_clouds_start_is_waited_for_a_little_longer(centre, monkeypatch):
+    monkeypatch.setattr("cloud.dataplane.grpc_fleet.RETURN_S", 0.02)
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=1, offline_grace_s=0.01)
+    collected = in_thread(lambda: fleet.collect(centre.plan(clients=("a", "gone"), deadline_s=1000)))
+    centre.devices["a"].next()
+    centre.answer("a")
+    clock.advance(0.02)
+    clock.wait_for_looks()
+    assert centre.rounds.get(centre.job, 1) is not None
+    clock.advance(0.01)
+    assert [answer.device for answer in collected()] == ["a"]
+
+
+def test_no_deadline_runs_while_nothing_can_be_stored_and_the_plan_is_told_again(tmp_path):
+    clock = ManualClock()
+    storage = Storage(tmp_path, clock)
+    deadline = _Deadline(0.0, storage)
+    assert deadline.is_over(float("inf"))
+    storage.refused(OSError(errno.ENOSPC, "full"))
+    deadline = _Deadline(0.0, storage)
+    assert deadline.wait_s(float("inf")) == LOOK_S
+    assert not deadline.is_over(float("inf"))
+    assert not deadline.resumed()
+    clock.advance(1000.0)  # the disk has room: the next look ends the pause
+    assert deadline.resumed()
+    assert not deadline.resumed()
+    assert deadline.wait_s(float("inf")) == pytest.approx(1000.0, abs=10)
+    assert not deadline.is_over(float("inf"))
+    assert deadline.is_over(0.0)

@@ -1,0 +1,183 @@
+import pytest
+from blake3 import blake3
+
+from cloud.state.spool import Spool
+from edgefl.errors import ProtocolError, UploadCutOff
+
+DATA = bytes(range(256)) * 100
+
+
+def sha(data: bytes) -> str:
+    return blake3(data).hexdigest()
+
+
+def keep(incoming, data=DATA):
+    """Finish an upload as the service does; return its name."""
+    incoming.finish(sha(data))
+    incoming.place()
+    return incoming.name
+
+
+def test_an_update_appears_only_when_it_is_whole(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    incoming = spool.incoming("job", 1, "cam", 0)
+    incoming.write(DATA)
+    assert not spool.file("job", 1, "cam").exists()
+    incoming.finish(sha(DATA))
+    assert not spool.file("job", 1, "cam").exists()
+    incoming.place()
+    assert spool.path(incoming.name).read_bytes() == DATA
+    assert spool.received_bytes("job", 1, "cam") == 0
+
+
+def test_a_cut_upload_goes_on_where_it_stopped(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA[:1000])
+    first.stop()
+    assert spool.received_bytes("job", 1, "cam") == 1000
+    second = spool.incoming("job", 1, "cam", 1000)
+    second.write(DATA[1000:])
+    assert spool.path(keep(second)).read_bytes() == DATA
+
+
+def test_an_upload_may_go_back_to_an_earlier_offset(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(b"x" * 500)
+    first.stop()
+    second = spool.incoming("job", 1, "cam", 0)
+    second.write(DATA)
+    assert spool.path(keep(second)).read_bytes() == DATA
+
+
+def test_a_wrong_hash_leaves_nothing(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    incoming = spool.incoming("job", 1, "cam", 0)
+    incoming.write(DATA)
+    with pytest.raises(ProtocolError, match="BLAKE3"):
+        incoming.finish(sha(b"other"))
+    assert spool.received_bytes("job", 1, "cam") == 0
+    assert not spool.file("job", 1, "cam").exists()
+
+
+def test_a_dropped_round_leaves_the_others(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    for number in (1, 2):
+        incoming = spool.incoming("job", number, "cam", 0)
+        incoming.write(DATA)
+        keep(incoming)
+    spool.drop_round("job", 1)
+    assert not spool.file("job", 1, "cam").exists()
+    assert spool.file("job", 2, "cam").exists()
+    spool.drop_job("job")
+    assert not spool.file("job", 2, "cam").exists()
+
+
+def test_a_finished_rounds_file_is_overwritten_by_a_shorter_update(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA)
+    inode = spool.path(keep(first)).stat().st_ino
+    spool.drop_round("job", 1)
+    second = spool.incoming("job", 2, "cam", 0)
+    second.write(DATA[:100])
+    path = spool.path(keep(second, DATA[:100]))
+    assert path.read_bytes() == DATA[:100]
+    assert path.stat().st_ino == inode
+
+
+def test_a_cut_upload_into_a_reused_file_says_its_own_length(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA)
+    keep(first)
+    spool.drop_round("job", 1)
+    second = spool.incoming("job", 2, "cam", 0)
+    second.write(b"y" * 300)
+    assert spool.received_bytes("job", 2, "cam") == 0
+    second.stop()
+    assert spool.received_bytes("job", 2, "cam") == 300
+
+
+def test_after_a_kill_a_reused_file_is_not_taken_for_an_update(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA)
+    keep(first)
+    spool.drop_round("job", 1)
+    second = spool.incoming("job", 2, "cam", 0)
+    second.write(b"y")  # and no more: the process is killed here
+    again = Spool(tmp_path / "spool")
+    assert again.received_bytes("job", 2, "cam") == 0
+    assert list((tmp_path / "spool").rglob("*~reused")) == []
+
+
+def test_a_newer_upload_cuts_the_older_off_and_what_was_placed_stays(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    old = spool.incoming("job", 1, "cam", 0)
+    old.write(b"x" * 500)
+    new = spool.incoming("job", 1, "cam", 0)
+    with pytest.raises(UploadCutOff, match="newer upload"):
+        old.write(b"x")
+    spool.done_with(old)
+    new.write(DATA)
+    path = spool.path(keep(new))
+    for late in (lambda: old.write(b"x"), lambda: old.finish(sha(b"x")), old.place):
+        with pytest.raises(UploadCutOff):
+            late()
+    third = spool.incoming("job", 1, "cam", 0)  # the device goes on sending what is here
+    third.write(b"poison")
+    spool.done_with(third)
+    assert path.read_bytes() == DATA
+
+
+def test_a_finished_upload_is_not_written_to_before_it_is_placed(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    old = spool.incoming("job", 1, "cam", 0)
+    old.write(DATA)
+    old.finish(sha(DATA))
+    new = spool.incoming("job", 1, "cam", 0)
+    with pytest.raises(UploadCutOff):
+        old.place()
+    new.write(DATA)
+    assert spool.path(keep(new)).read_bytes() == DATA
+
+
+def test_an_offset_beyond_what_is_here_ends_at_once(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    with pytest.raises(UploadCutOff, match="0 bytes of job/1/cam are here, not 5"):
+        spool.incoming("job", 1, "cam", 5)
+
+
+def test_a_round_that_is_dropped_cuts_its_uploads_off(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    incoming = spool.incoming("job", 1, "cam", 0)
+    incoming.write(DATA)
+    spool.drop_round("job", 1)
+    with pytest.raises(UploadCutOff, match="its round is over"):
+        incoming.finish(sha(DATA))
+    spool.done_with(incoming)
+    assert not (tmp_path / "spool" / "job" / "1").exists()
+
+
+def test_a_device_whose_name_ends_like_a_part_has_a_file_of_its_own(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    first = spool.incoming("job", 1, "cam", 0)
+    first.write(DATA)
+    for name in ("cam.part", "cam.reused"):
+        other = spool.incoming("job", 1, name, 0)
+        other.write(b"y")
+        keep(other, b"y")
+    assert spool.path(keep(first)).read_bytes() == DATA
+
+
+def test_updates_of_jobs_that_are_gone_are_forgotten(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    for job in ("gone", "kept"):
+        incoming = spool.incoming(job, 1, "cam", 0)
+        incoming.write(DATA)
+        keep(incoming)
+    spool.keep_only(["kept"])
+    assert not spool.file("gone", 1, "cam").exists()
+    assert spool.file("kept", 1, "cam").exists()

@@ -1,0 +1,162 @@
+"""Enrolment against the real cloud's HTTPS plane."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import stat
+import threading
+
+import pytest
+
+from edge_agent.link.enroll import CUT_OFF_WAIT_S, Application, _call, enroll
+from edge_agent.link.profile import load_profile
+from edgefl.errors import CloudUnreachable, ConfigError, EnrolmentRefused, HomeError, ProtocolError
+from edgefl.models.manifest import load_public_key
+from edgefl.protocols import tls
+
+
+@pytest.fixture
+def application(http_plane):
+    def make(**changes) -> Application:
+        facts = {
+            "cloud": http_plane.url,
+            "token": http_plane.enrolment.new_token(),
+            "name": "cam-1",
+            "tags": {"a": "b"},
+        }
+        return Application(**{**facts, **changes})
+
+    return make
+
+
+def test_a_device_becomes_a_member(http_plane, application, tmp_path):
+    home = tmp_path / "agent"
+    profile = enroll(home, application())
+    assert load_profile(home) == profile
+    assert (profile.device, profile.grpc, profile.broker) == ("cam-1", "127.0.0.1:9440", "mqtts://127.0.0.1:8883")
+    assert profile.tags == {"a": "b"}
+    assert stat.S_IMODE((home / "key.pem").stat().st_mode) == 0o600
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert tls.common_name((home / "cert.pem").read_bytes()) == "cam-1"
+    load_public_key((home / "fleet.pub").read_bytes())
+    tls.client_context(home / "ca.pem", tls.Identity.in_folder(home))  # key and certificate belong together
+    assert {file.name for file in home.iterdir()} == {
+        "home.json", "agent.json", "key.pem", "cert.pem", "ca.pem", "fleet.pub",
+    }  # fmt: skip
+    assert [device.name for device in http_plane.enrolment.devices()] == ["cam-1"]
+
+
+def test_an_enrolled_home_refuses_and_keeps_the_token(application, tmp_path):
+    home = tmp_path / "agent"
+    enroll(home, application())
+    second = application(name="cam-2")
+    with pytest.raises(HomeError, match="is enrolled already"):
+        enroll(home, second)
+    enroll(tmp_path / "other", second)
+
+
+def test_a_token_works_once(application, tmp_path):
+    first = application()
+    enroll(tmp_path / "one", first)
+    with pytest.raises(EnrolmentRefused, match="used"):
+        enroll(tmp_path / "two", application(token=first.token, name="cam-2"))
+    assert not (tmp_path / "two").exists()
+
+
+def test_an_expired_token(http_plane, application, tmp_path):
+    late = application()
+    http_plane.clock.advance(25 * 3600)
+    with pytest.raises(EnrolmentRefused, match="expired"):
+        enroll(tmp_path / "agent", late)
+    assert not (tmp_path / "agent").exists()
+
+
+def test_a_token_of_another_fleet_meets_someone_else(application, strange_ca, tmp_path):
+    token = tls.token_for("secret", strange_ca.cloud.ca.read_bytes())
+    with pytest.raises(EnrolmentRefused, match="someone else answers"):
+        enroll(tmp_path / "agent", application(token=token))
+    assert not (tmp_path / "agent").exists()
+
+
+@pytest.mark.parametrize("name", ["", "Cam", "a b", "cloud", "../x", "x" * 65])
+def test_a_name_that_cannot_be(application, tmp_path, name):
+    with pytest.raises(EnrolmentRefused, match="--name"):
+        enroll(tmp_path / "agent", application(name=name))
+
+
+@pytest.mark.parametrize("token", ["", "efl1.only-half", "x.y.z"])
+def test_a_token_that_is_none(application, tmp_path, token):
+    with pytest.raises(ProtocolError, match="copy it whole"):
+        enroll(tmp_path / "agent", application(token=token))
+
+
+@pytest.mark.parametrize("cloud", ["cloud.example:9480", "ftp://cloud", "http://cloud.example:9480"])
+def test_a_cloud_that_cannot_be(application, tmp_path, cloud):
+    with pytest.raises(ConfigError, match="--cloud"):
+        enroll(tmp_path / "agent", application(cloud=cloud))
+
+
+def test_a_cloud_that_does_not_answer_leaves_nothing(application, tmp_path):
+    existing = tmp_path / "made-before"
+    existing.mkdir()
+    for home in (tmp_path / "new", existing):
+        with pytest.raises(CloudUnreachable, match="did not answer"):
+            enroll(home, application(cloud="https://127.0.0.1:1"))
+    assert not (tmp_path / "new").exists()
+    assert [file.name for file in existing.iterdir()] in ([], ["home.json"])
+    enroll(existing, application())
+
+
+def test_a_folder_with_other_things_is_refused(application, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(HomeError, match="not empty"):
+        enroll(tmp_path / "full", application())
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["letter.txt"]
+
+
+CUT_OFF = 0  # the connection ends without an answer
+
+
+class Busy(http.server.BaseHTTPRequestHandler):
+    """Refuses as often as its server says, then answers."""
+
+    def do_GET(self):
+        status = self.server.refusals.pop(0) if self.server.refusals else 200
+        if status == CUT_OFF:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("Retry-After", "7")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("refusals", "error"),
+    [
+        ([], None),
+        ([503, 429], None),
+        ([503] * 6, EnrolmentRefused),
+        ([CUT_OFF, 503], None),
+        ([CUT_OFF] * 6, CloudUnreachable),
+    ],
+)
+def test_a_cloud_that_has_no_place_now_is_asked_again(refusals, error):
+    waits = []
+    with http.server.HTTPServer(("127.0.0.1", 0), Busy) as server:
+        server.refusals = list(refusals)
+        expected = [CUT_OFF_WAIT_S if one == CUT_OFF else 7.0 for one in refusals[:5]]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(error) if error else contextlib.nullcontext():
+                _call("GET", f"http://127.0.0.1:{server.server_port}/", verify=True, wait=waits.append)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert waits == expected

@@ -1,0 +1,154 @@
+"""The trainer child's own work, in this process; as a process it is in test_trainer."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from flwr.app import Message, RecordDict
+
+from edge_agent.training import trainer_main as child
+from edge_agent.training import trainer_wire as wire
+from edgefl.config import TrainConfig
+from edgefl.errors import TaskError
+from edgefl.flower.fleet import wire as wire_of_flower
+from edgefl.flower.inside import give_id, task_identity
+from edgefl.task import FitResult
+from edgefl.trees import read_tree
+
+PARAMETERS = {"w": np.zeros((2, 3), np.float32)}
+
+
+def result(weight=1.0, metrics=None, **tree) -> FitResult:
+    return FitResult(tree=tree or {"w": np.ones((2, 3), np.float32)}, weight=weight, metrics=metrics or {})
+
+
+def fit_of(**changes) -> wire.Fit:
+    facts = {
+        "job": "j", "round": 1, "client": "c", "train": TrainConfig(), "model": "", "bundle": "", "task": "t:task",
+        "options": {}, "out": "", "memory_limit_mb": 0,
+    }  # fmt: skip
+    return wire.Fit(**{**facts, **changes})
+
+
+def test_an_update_is_written_over_old_bytes_and_hashed(tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"old" * 1000)
+    tree = {"w": np.arange(500_000, dtype=np.float32), "scalar": np.float32(3).reshape(())}
+    done = child.write(result(weight=2.0, metrics={"a": 0.5}, **tree), path)
+    data = path.read_bytes()
+    assert (done.size, done.blake3) == (len(data), blake3(data).hexdigest())
+    assert (done.weight, done.metrics) == (2.0, {"a": 0.5})
+    assert all(np.array_equal(read_tree(data)[name], tree[name]) for name in tree)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (result(weight=0), "weight 0 must be finite"),
+        (result(weight=float("nan")), "weight nan"),
+        (result(metrics={"a": float("inf")}), "metric 'a' is inf"),
+        (result(w=np.ones((1, 3), np.float32)), r"tensor 'w' is float32\[1, 3\], not float32\[2, 3\]"),
+        (result(w=np.ones((2, 3))), "float64"),
+        (result(v=np.ones((2, 3), np.float32)), "tensors missing: w"),
+        (result(w=np.full((2, 3), np.nan, np.float32)), "tensor 'w' holds NaN or infinity"),
+    ],
+)
+def test_what_the_cloud_would_refuse_does_not_travel(bad, said):
+    with pytest.raises(TaskError, match=said):
+        child.check("t", bad, PARAMETERS, fit_of())
+
+
+def test_out_of_memory_is_told_apart_however_deep():
+    deep = TaskError("task 't': fit raised RuntimeError")
+    deep.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    assert child.failure(deep, 512) == wire.Failed(reason="the task ran out of its memory limit of 512 MB", spent=True)
+    assert child.failure(MemoryError(), 0).spent
+    assert child.failure(TaskError("why"), 512) == wire.Failed(reason="why")
+    assert child.failure(OSError(28, "No space left on device"), 512).reason.endswith("No space left on device")
+
+
+def test_the_memory_limit_is_of_data():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        child.limit_memory(1 << 20)
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == 1 << 40
+        child.limit_memory(0)
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_it_needs_a_socket():
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_agent.training.trainer_main"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    done = subprocess.run(
+        [sys.executable, "-m", child.__name__, "--listen-fds"], capture_output=True, text=True, check=False,
+        env={**os.environ, "LISTEN_PID": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "socket activation" in done.stderr
+
+
+CLIENT = """
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.query()
+def count(message, context):
+    context.state["seen"] = ConfigRecord({"n": 1})
+    return Message(RecordDict(), reply_to=message)
+
+@app.train()
+def greedy(message, context):
+    raise MemoryError
+"""
+
+
+@pytest.fixture
+def errand(tmp_path):
+    """Return a function that makes an errand of a small Flower app."""
+    bundle = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(bundle, "w") as archive:
+        archive.writestr("errand_app.py", CLIENT)
+        archive.writestr("pyproject.toml", '[tool.flwr.app.components]\nclientapp = "errand_app:app"\n')
+
+    def make(kind):
+        with task_identity(1):
+            message = Message(RecordDict(), 5, kind)
+        give_id(message, "1-1")
+        (tmp_path / "order").write_bytes(wire_of_flower.pack_order({}, message.content))
+        return wire.Errand(
+            app="errand_app:app", order=str(tmp_path / "order"), envelope=wire_of_flower.pack_envelope(message),
+            bundle=str(bundle), options={}, state="", state_out=str(tmp_path / "state"), out=str(tmp_path / "out"),
+            memory_limit_mb=0,
+        ), message  # fmt: skip
+
+    return make
+
+
+def test_an_errand_ends_in_a_reply_and_a_state(errand, tmp_path):
+    (tmp_path / "out").write_bytes(b"old" * 1000)
+    asked, message = errand("query")
+    done = child.perform_errand(asked)
+    data = (tmp_path / "out").read_bytes()
+    assert (done.size, done.blake3, done.changed) == (len(data), blake3(data).hexdigest(), True)
+    assert not wire_of_flower.open_reply(data, message).has_error()
+    assert wire_of_flower.open_state((tmp_path / "state").read_bytes())["seen"]["n"] == 1
+
+
+def test_an_errand_that_runs_out_of_memory_spends_the_trainer(errand, tmp_path):
+    with pytest.raises(TaskError) as raised:
+        child.perform_errand(errand("train")[0])
+    assert child.failure(raised.value, 50).spent
+    assert not (tmp_path / "state").exists()

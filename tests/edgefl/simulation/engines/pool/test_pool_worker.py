@@ -1,0 +1,63 @@
+"""A worker's answers, asked in this process: sums by the centre's own guard and rule."""
+
+import numpy as np
+import pytest
+
+from edgefl.records import Failure, Update
+from edgefl.simulation.engines.loop import LoopFleet
+from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Done, Flush, Start, Summed, import_path
+from edgefl.simulation.engines.pool.pool_worker import Worker
+from edgefl.simulation.engines.shared import SharedTree
+from edgefl.trees import TensorSpec, spec_of
+
+
+@pytest.fixture
+def worker_of(plan_of):
+    opened = []
+
+    def make(setup):
+        plan = plan_of(setup)
+        parameters = SharedTree(spec_of(plan.parameters))
+        sums = SharedTree({n: TensorSpec(a.shape, np.dtype(np.float64)) for n, a in plan.parameters.items()})
+        frozen = SharedTree(spec_of(plan.frozen))
+        opened.extend([parameters, sums, frozen])
+        parameters.write(plan.parameters)
+        frozen.write(plan.frozen)
+        start = Start(
+            reference=setup.reference, task=None, make_population=setup.make_population, config=setup.config,
+            spec=spec_of(plan.parameters), parameters=parameters.descriptor, sums=sums.descriptor,
+            import_path=import_path(), frozen_spec=spec_of(plan.frozen), frozen=frozen.descriptor,
+        )  # fmt: skip
+        return Worker(start), plan, sums
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def test_the_sum_is_the_weighted_sum_and_what_is_refused_stands_aside(set_up, worker_of):
+    setup = set_up(data={"empty": "2", "infinite": "3"})
+    worker, plan, sums = worker_of(setup)
+    assert worker.answer(Begin(plan, sums=True)) is None
+    for start in range(0, 8, 3):
+        assert worker.answer(Chunk(plan.clients[start : start + 3])) == Done()
+    summed = worker.answer(Flush())
+    assert isinstance(summed, Summed)
+    assert summed.partial is not None
+    assert [type(one) for one in summed.aside] == [Failure, Update]
+    answers = [one for one in LoopFleet(setup).collect(plan) if isinstance(one, Update) and one.device != "client-3"]
+    assert summed.partial.contributors == tuple(one.device for one in answers)
+    assert summed.partial.weight == sum(one.weight for one in answers)
+    for name in plan.parameters:
+        np.testing.assert_allclose(sums.tree[name], sum(one.weight * one.tree[name] for one in answers), atol=1e-12)
+    empty = worker.answer(Flush())
+    assert (empty.partial, empty.aside) == (None, ())
+
+
+def test_single_updates_come_with_their_chunk(set_up, worker_of):
+    worker, plan, _ = worker_of(set_up())
+    worker.answer(Begin(plan, sums=False))
+    done = worker.answer(Chunk(plan.clients[:2]))
+    assert [one.device for one in done.answers] == ["client-0", "client-1"]
+    with pytest.raises(TypeError, match="cannot answer a Flush"):
+        worker.answer(Flush())

@@ -1,0 +1,57 @@
+"""The stack gives what the loop gives."""
+
+import numpy as np
+import pytest
+
+from edgefl.errors import ConfigError
+from edgefl.records import Partial
+from edgefl.simulation.engines import stacked
+from edgefl.simulation.engines.loop import LoopFleet
+from edgefl.simulation.engines.stacked import StackedFleet
+
+
+def close(one, other):
+    for name, array in one.items():
+        np.testing.assert_allclose(array, other[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["task", "half"])
+@pytest.mark.parametrize("rounds", [{}, {"clients": 4, "over_selection": 0.5}])
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_rounds_of_ragged_clients_agree_with_the_loop(set_up, run, name, rounds, mu):
+    train = {"batch_size": 4, "epochs": 2, "lr": 0.3, "proximal_mu": mu}
+    setup, again = (
+        set_up(name, rounds={"count": 2} | rounds, train=train) for _ in range(2)
+    )  # each fetches for itself
+    for one, other in zip(run(setup, StackedFleet(setup)), run(again, LoopFleet(again)), strict=True):
+        close(one.parameters, other.parameters)
+        assert sorted(one.admitted) == sorted(other.admitted)
+        assert one.metrics == pytest.approx(other.metrics, abs=1e-12)
+        assert (one.weight, one.up_bytes, one.down_bytes) == (other.weight, other.up_bytes, other.down_bytes)
+
+
+def test_the_lost_and_the_refused_are_those_of_the_loop(set_up, run, monkeypatch):
+    monkeypatch.setattr(stacked, "MAX_STACK", 3)
+    setup = set_up(data={"empty": "2", "infinite": "3"}, rounds={"count": 1})
+    (one,), (other,) = run(setup, StackedFleet(setup)), run(setup, LoopFleet(setup))
+    assert (one.failed, one.rejected) == (other.failed, other.rejected)
+    assert (one.up_bytes, one.down_bytes) == (other.up_bytes, other.down_bytes)
+    close(one.parameters, other.parameters)
+
+
+def test_one_sum_stands_for_a_stack(set_up, plan_of):
+    setup = set_up()
+    (answer,) = StackedFleet(setup).collect(plan_of(setup))
+    assert isinstance(answer, Partial)
+    assert sorted(answer.contributors) == list(setup.population.names())
+
+
+def test_no_stack_is_begun_after_a_stop(set_up, plan_of):
+    setup = set_up()
+    setup.stop.set()
+    assert list(StackedFleet(setup).collect(plan_of(setup))) == []
+
+
+def test_what_cannot_be_stacked_is_refused(set_up):
+    with pytest.raises(ConfigError, match="'stacked' cannot run task 'small': its layer '1' is dropout"):
+        StackedFleet(set_up("dropout"))
