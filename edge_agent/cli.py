@@ -15,7 +15,11 @@ from edgefl.errors import ConfigError
 from edgefl.logs import set_up_logging
 from edgefl.terminal.output import Output, example, json_option
 
-_ELSEWHERE = {"install": "install", "uninstall": "install", "doctor": "doctor"}  # command -> module that has it
+_ELSEWHERE = {  # command -> module that has it
+    "install": "edge_agent.install.service",
+    "uninstall": "edge_agent.install.service",
+    "doctor": "edge_agent.install.doctor",
+}
 
 
 class _Commands(click.Group):
@@ -26,7 +30,7 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _ELSEWHERE:
-            module = import_module(f"edge_agent.{_ELSEWHERE[cmd_name]}")
+            module = import_module(_ELSEWHERE[cmd_name])
             command: click.Command = getattr(module, cmd_name)
             return command
         return super().get_command(ctx, cmd_name)
