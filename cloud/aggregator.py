@@ -32,8 +32,8 @@ from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.errors import CloudStopping, EdgeflError, HomeError, JobCancelled
 from edgefl.logs import event
-from edgefl.models.manifest import Bundle
 from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
+from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, from_json
 from edgefl.protocols.ports.http_limits import HttpLimits
 from edgefl.protocols.tls import grpc_server_credentials, reloading, server_context

@@ -36,8 +36,8 @@ from edge_agent.training.participant import Means, Participant
 from edge_agent.training.trainer import IDLE_S, Trainer
 from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
 from edgefl.logs import event
-from edgefl.models.manifest import load_public_key
 from edgefl.process.home import lock_home, replace_file
+from edgefl.protocols.manifest import load_public_key
 from edgefl.protocols.messages import RolloutNote, Signed, WirePlan
 from edgefl.terminal.text import one_line
 

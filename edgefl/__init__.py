@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edgefl.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from edgefl.config import JobConfig
     from edgefl.errors import EdgeflError
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from edgefl.task import FitResult, Task
 
 __all__ = ["EdgeflError", "FitResult", "JobConfig", "Task", "run", "simulate", "sweep"]
-__version__ = "0.1.0"
 
 _HOMES = {
     "EdgeflError": "edgefl.errors",

@@ -115,7 +115,7 @@ class TrainConfig:
     lr: float = 0.1  # of the local optimizer
     proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 = off
     seed: int = 0
-    schedule: str = "constant"  # of lr over the rounds: constant | cosine | step, see `edgefl.schedules`
+    schedule: str = "constant"  # of lr over the rounds: constant | cosine | step, see `edgefl.aggregation.schedules`
     warmup_rounds: int = 0  # lr rises to its whole by this round
     end_factor: float = 0.0  # cosine: the share of lr that it falls to
     step_rounds: int = 10  # step: after so many rounds lr is multiplied by step_factor

@@ -2,6 +2,10 @@
 
 Never a tensor, never a secret. Whatever a field or a library's message holds, it starts no line of its own and
 moves no cursor: a stack's lines are indented, other unsafe characters are escaped.
+
+Lines that repeat are counted, not written: the first ones stand, then `... 4213 more of this in 60 s`. Who can make
+a process write a line can make it write a million, and fill a disk. So a line that others cause is limited by what it
+says (its event or its place in a library's code) and whom it is of.
 """
 
 from __future__ import annotations
@@ -10,15 +14,25 @@ import json
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from edgefl.process.log_limits import LimitedHandler
 from edgefl.terminal.text import is_safe, lines, one_line
 
 FORM = "%(asctime)s %(levelname)-7s %(name)s %(message)s"
+WINDOW_S = 60.0
+LINES_OF_ONE = 10  # in a window, of one event of one device or address
+LINES_OF_ALL = 200  # in a window, of one event whoever it is of
+MAX_KEYS = 10_000  # that are remembered
+OURS = ("edgefl", "cloud", "edge_agent")
+CAUSED_BY = ("device", "peer", "source")  # fields that name whom a line is of
+
+Key = tuple[str, ...]
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Log to stderr, a line an event; what repeats is counted (`edgefl.process.log_limits`)."""
+    """Log to stderr, a line an event; what repeats is counted (`LimitedHandler`)."""
     # gRPC's C core writes past Python's logging: a line for each handshake that a stranger breaks off.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = LimitedHandler(logging.StreamHandler(sys.stderr))
@@ -49,3 +63,86 @@ def _shown(value: object) -> str:
     if text and is_safe(text) and not any(c.isspace() or c == '"' for c in text):
         return text
     return json.dumps(text).replace("\x7f", "\\u007f")
+
+
+@dataclass(slots=True)
+class _Count:
+    """How often a line came in its window."""
+
+    ends_s: float
+    written: int
+    sample: logging.LogRecord  # the last that was held back
+    held_back: int = 0
+
+
+class LimitedHandler(logging.Handler):
+    """Passes records on to another handler, each of a kind a few times a minute.
+
+    What was held back is told with the first record after its window, and when the handler is closed.
+    """
+
+    def __init__(self, target: logging.Handler, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._target, self._clock = target, clock
+        self._counts: dict[Key, _Count] = {}
+        self._next_end_s = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it."""
+        now_s = self._clock()
+        if now_s >= self._next_end_s:
+            self._settle(now_s)
+        if all(self._passes(key, most, record, now_s) for key, most in _limits_of(record)):
+            self._target.handle(record)
+
+    def close(self) -> None:
+        """Say what was held back, and close."""
+        self._settle(float("inf"))
+        self._target.close()
+        super().close()
+
+    def flush(self) -> None:
+        self._target.flush()
+
+    def setFormatter(self, fmt: logging.Formatter | None) -> None:  # noqa: N802 - logging's name
+        self._target.setFormatter(fmt)
+
+    def _passes(self, key: Key, most: int, record: logging.LogRecord, now_s: float) -> bool:
+        count = self._counts.get(key)
+        if count is None:
+            if len(self._counts) >= MAX_KEYS and len(key) > 1:
+                return True  # a stranger makes names up: the event as a whole is limited, too
+            self._counts[key] = count = _Count(now_s + WINDOW_S, 0, record)
+        if count.written < most:
+            count.written += 1
+            return True
+        count.held_back += 1
+        count.sample = record
+        return False
+
+    def _settle(self, now_s: float) -> None:
+        for key, count in list(self._counts.items()):
+            if count.ends_s <= now_s:
+                del self._counts[key]
+                if count.held_back:
+                    self._target.handle(_summary(count))
+        self._next_end_s = min((one.ends_s for one in self._counts.values()), default=0.0)
+
+
+def _limits_of(record: logging.LogRecord) -> list[tuple[Key, int]]:
+    """Return under which keys a record counts, and how many of each are written; none for what only we cause."""
+    name = getattr(record, "event", None)
+    if name is None:
+        place = (record.name, f"{record.pathname}:{record.lineno}")
+        ours = record.name.partition(".")[0] in OURS
+        return [] if ours and record.levelno < logging.WARNING else [(place, LINES_OF_ONE)]
+    caused_by = tuple(str(value) for key, value in getattr(record, "fields", {}).items() if key in CAUSED_BY)
+    if not caused_by and record.levelno < logging.WARNING:
+        return []
+    return [((name, *caused_by, ""), LINES_OF_ONE), ((name,), LINES_OF_ALL)]
+
+
+def _summary(count: _Count) -> logging.LogRecord:
+    last = count.sample
+    text = f"... {count.held_back} more of this in {WINDOW_S:.0f} s, the last: {last.getMessage()}"
+    return logging.LogRecord(last.name, last.levelno, last.pathname, last.lineno, text, None, None)

@@ -6,12 +6,12 @@ import atexit
 import ctypes
 import gc
 import os
+import resource
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from edgefl.operator.run import peak_rss_mb
 
 _SELDOM = (20_000, 50, 1000)  # gc.set_threshold
 _STATUS = Path("/proc/self/status")
@@ -20,6 +20,12 @@ _STATUS = Path("/proc/self/status")
 def num_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_mb() -> float:
+    """Return the most memory that this process has held, or its parent had when it was made."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def own_peak_mb() -> float:

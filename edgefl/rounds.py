@@ -17,13 +17,12 @@ import numpy as np
 
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.rule import Rule
+from edgefl.aggregation.schedules import of_round, server_factor
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.aggregation.step_check import integer_moves, refuse_unsound
 from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
-from edgefl.guards import RoundGuard
+from edgefl.guards import RoundGuard, integer_moves, refuse_unsound
 from edgefl.records import Failure, Partial, Plan, RoundOutcome, Traffic, Update
-from edgefl.schedules import of_round, server_factor
 from edgefl.trees import Tree
 
 Clock = Callable[[], float]  # seconds, monotonic

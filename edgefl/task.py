@@ -34,10 +34,8 @@ from edgefl.trees import Tree
 
 if TYPE_CHECKING:
     import torch
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import ServerApp
 
-    from edgefl.config import JobConfig, TrainConfig
+    from edgefl.config import TrainConfig
 
 MAX_QUOTED = 1000  # characters of the user's own message that we repeat
 
@@ -100,18 +98,6 @@ class Task:
             known = MappingProxyType({})
         told = {"config": config, "round": config.round}
         return self.optimizer(parameters, config.lr, **{name: told[name] for name in told if name in known})
-
-    def flower_app(self, config: JobConfig | None = None) -> tuple[ServerApp, ClientApp]:
-        """Return this task as Flower's ServerApp and ClientApp: for a SuperLink's federation, or Flower's own engine.
-
-            app = task.flower_app(config)[0]  # in server_app.py; [1] in client_app.py
-
-        Rounds, rule, guards and quorum are ours, and a node's data are its `part` of `parts`: see
-        `edgefl.flower.tasks`. Raises MissingExtra without flwr.
-        """
-        from edgefl.flower import make_apps
-
-        return make_apps(self, config)
 
 
 @dataclass(frozen=True, slots=True)

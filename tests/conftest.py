@@ -34,10 +34,10 @@ from cloud.state.rollout import Rollouts
 from cloud.state.spool import Spool
 from cloud.state.store import open_database
 from cloud.trust.crl import make_crl
-from edgefl.models.manifest import new_fleet_key, public_pem, sign
 from edgefl.operator.client import write_operator_credentials
 from edgefl.process.guardian import gated, guardian, open_gate
 from edgefl.protocols import tls
+from edgefl.protocols.manifest import new_fleet_key, public_pem, sign
 from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, WirePlan
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, Will
 from edgefl.protocols.tls import Identity

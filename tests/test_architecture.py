@@ -9,7 +9,7 @@ import pkgutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import edgefl
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("edgefl", "cloud", "edge_agent")
-MAX_LINES = 400
+MAX_LINES, MAX_FILES = 400, 14
 HEAVY = {"torch", "flwr", "grpc", "onnx", "onnxruntime", "onnxscript", "fastapi", "sqlalchemy", "amqtt", "paho", "ray"}
 
 
@@ -48,7 +48,7 @@ def test_import_contracts_hold() -> None:
         ("edgefl.app.cli", set()),
         ("edgefl.rounds", set()),
         ("edgefl.aggregation.server_opt", set()),
-        ("edgefl.models.manifest", set()),
+        ("edgefl.protocols.manifest", set()),
         ("edgefl.protocols.messages", set()),
         ("edgefl.protocols.tls", set()),
         ("edgefl.task", set()),
@@ -63,6 +63,15 @@ def test_what_an_import_loads(module: str, allowed: set[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert {name.partition(".")[0] for name in done.stdout.split()} & HEAVY <= allowed
+
+
+def test_a_pool_worker_loads_no_tool_of_a_command_or_the_network() -> None:
+    """It is started by the dozen, to train: who reads its own peak memory needs no client of the cloud."""
+    script = "import sys, edgefl.simulation.engines.pool.pool_worker; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "numpy" in loaded
+    assert loaded & (HEAVY | {"httpx", "click", "rich", "cryptography"}) == set()
 
 
 def test_no_source_file_is_too_long() -> None:
@@ -85,6 +94,39 @@ def test_every_file_says_what_it_is() -> None:
         if path.name != "__main__.py" and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None
     ]
     assert silent == []
+
+
+def imports() -> dict[str, set[str]]:
+    """Return whom each of our modules imports, anywhere in its file: in a function, or for types alone, too."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sources(*PACKAGES)}
+    paths = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    found: dict[str, set[str]] = {name: set() for name in paths}
+    for name, path in paths.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                wanted = {one.name for one in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: imports name the whole module"
+                module = node.module or ""
+                inside = {f"{module}.{one.name}" for one in node.names} & paths.keys()
+                wanted = inside | ({module} if len(inside) < len(node.names) else set())
+            else:
+                continue
+            found[name] |= wanted & paths.keys() - {name}
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Whoever has nobody left below is taken away, until none is: what stays is in a circle, or imports one."""
+    left = imports()
+    while free := {name for name, wanted in left.items() if not wanted & left.keys()}:
+        left = {name: wanted for name, wanted in left.items() if name not in free}
+    assert {name: sorted(wanted & left.keys()) for name, wanted in left.items()} == {}
+
+
+def test_no_folder_holds_too_many_files() -> None:
+    counts = Counter(relative(path.parent) for path in sources(*PACKAGES))
+    assert {folder: count for folder, count in counts.items() if count > MAX_FILES} == {}
 
 
 def packages_with_a_door() -> list[str]:
@@ -110,12 +152,6 @@ def test_the_public_door_opens(name: str) -> None:
 def test_a_door_that_is_not_there_says_so() -> None:
     with pytest.raises(AttributeError, match="module 'edgefl' has no attribute 'magic'"):
         _ = edgefl.magic
-
-
-def test_the_version_is_one() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["version"] == edgefl.__version__ == version("edgefl-fleet")
-    assert f"\n## {edgefl.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_every_command_of_the_project_can_be_loaded() -> None:

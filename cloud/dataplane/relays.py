@@ -32,7 +32,7 @@ from cloud.state.storage import Storage
 from edgefl.config import TrainConfig
 from edgefl.errors import CloudStopping, ConfigError, NotFound
 from edgefl.logs import event
-from edgefl.models.manifest import Bundle
+from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, RoundClosed, Signed, WirePlan, encode
 
 MAX_MESSAGE_BYTES = (1 << 30) + (16 << 20)  # of what a message or a reply holds, and what surrounds it

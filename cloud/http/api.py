@@ -28,7 +28,6 @@ from cloud.http.services import Services
 from cloud.http.shared import MAX_STREAMS, UPLOAD_PATH, CleanJSON
 from cloud.http.strangers import NEEDS_TOKEN, EnrolmentLimit, OperatorFirst, is_operator
 from cloud.state.storage import waits_for
-from edgefl import __version__
 from edgefl.errors import (
     CloudStopping,
     ConfigError,
@@ -38,6 +37,7 @@ from edgefl.errors import (
     NotFound,
     ProtocolError,
 )
+from edgefl.version import __version__
 
 __all__ = ["make_app", "serve_http"]
 

@@ -42,11 +42,11 @@ from cloud.state.store import open_database
 from cloud.trust.own_certificates import renew_ca, renew_server
 from edgefl.errors import ConfigError
 from edgefl.logs import event
-from edgefl.models.manifest import Bundle, load_private_key, new_fleet_key, public_pem, save_private_key, sign
 from edgefl.operator.credentials import write_operator_credentials
 from edgefl.process.descriptors import raise_limit
 from edgefl.process.home import create_home, lock_home
 from edgefl.protocols.addresses import is_loopback
+from edgefl.protocols.manifest import Bundle, load_private_key, new_fleet_key, public_pem, save_private_key, sign
 from edgefl.protocols.messages import DeviceState, RolloutNote, Signed
 from edgefl.protocols.tls import CLOUD_NAME, LEAF_DAYS, Identity, create_ca
 

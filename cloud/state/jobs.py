@@ -25,7 +25,7 @@ from edgefl.aggregation import make_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, NotFound
-from edgefl.models.manifest import Bundle
+from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 from edgefl.records import RoundOutcome
 from edgefl.trees import SpooledTree

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloud.state.blobs import BlobStore
 from cloud.state.store import releases
 from edgefl.errors import ConfigError, NotFound
-from edgefl.models.manifest import Release, sign, verify
+from edgefl.protocols.manifest import Release, sign, verify
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 
 Rows = list[dict[str, Any]]

@@ -22,7 +22,7 @@ from cloud.state.enrolment import REMOVED, Device
 from cloud.state.registry import Registry
 from cloud.state.store import desired, rollouts
 from edgefl.errors import ConfigError, ManifestRejected, NotFound, ProtocolError
-from edgefl.models.manifest import Desired, Release, sign
+from edgefl.protocols.manifest import Desired, Release, sign
 from edgefl.protocols.messages import RolloutNote, Signed, from_json
 
 PROGRESS = ("pending", "downloading", "installed", "active")

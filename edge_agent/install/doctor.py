@@ -23,11 +23,11 @@ from cryptography.hazmat.primitives import serialization
 from edge_agent.install.probes import Check, Health, ask_health, greet, look_at_port, peer
 from edge_agent.install.units import AGENT
 from edge_agent.link.profile import Profile, load_profile
-from edgefl import __version__
 from edgefl.errors import HomeError
 from edgefl.process.home import home_in_use
 from edgefl.protocols import tls
 from edgefl.terminal.output import Output, example, json_option
+from edgefl.version import __version__
 
 SERVE_PORT = 8000
 LOW_DISK_MB, NO_DISK_MB = 1000, 100

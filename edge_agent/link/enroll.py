@@ -20,11 +20,11 @@ import httpx
 
 from edge_agent.link.profile import FILE, Profile, cloud_host, save_profile, with_host
 from edgefl.errors import CloudUnreachable, EnrolmentRefused, HomeError, ManifestRejected, ProtocolError
-from edgefl.models.manifest import load_public_key
 from edgefl.process.home import create_home
 from edgefl.protocols import tls
 from edgefl.protocols.addresses import bracketed
 from edgefl.protocols.fields import from_json, limited, raw
+from edgefl.protocols.manifest import load_public_key
 from edgefl.protocols.topics import valid_device_name
 
 TIMEOUT_S = 20.0

@@ -23,7 +23,6 @@ from edge_agent.link.channel import CloudChannel
 from edge_agent.link.profile import Profile, save_profile, with_broker
 from edge_agent.link.renewal import Renewal
 from edge_agent.resources import measure
-from edgefl import __version__
 from edgefl.errors import CloudUnreachable, ConfigError, HomeError, ProtocolError
 from edgefl.logs import event
 from edgefl.process.home import replace_file
@@ -32,6 +31,7 @@ from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.messages import DeviceState, RolloutNote, RoundClosed, Signed, UpdateRefused, WirePlan
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
 from edgefl.protocols.tls import Identity
+from edgefl.version import __version__
 
 ASK_EVERY_S = 30.0  # the safety net under lost messages
 ASK_AGAIN_S = 2.0  # after `Next` failed; more where the cloud has no place

@@ -25,7 +25,7 @@ from edge_agent.releases.slots import Installed, ModelSlots, SlotState, held_mod
 from edge_agent.serving.predictions import Model
 from edgefl.errors import CloudUnreachable, EdgeflError, ManifestRejected, ProtocolError
 from edgefl.logs import event
-from edgefl.models.manifest import Desired, check_blob, check_version, verify
+from edgefl.protocols.manifest import Desired, check_blob, check_version, verify
 from edgefl.protocols.messages import RolloutNote, Signed
 
 MAX_DETAIL_CHARS = 1000

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_agent.serving.board import Board
 from edge_agent.serving.sessions import Models, Served, Stop
-from edgefl import __version__
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.protocols.addresses import bracketed
+from edgefl.version import __version__
 
 if TYPE_CHECKING:
     from edge_agent.serving.inference import Request, Response

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.transfer import download
 from edgefl.errors import ManifestRejected
-from edgefl.models.manifest import Bundle, check_blob, verify
+from edgefl.protocols.manifest import Bundle, check_blob, verify
 from edgefl.protocols.messages import Signed
 
 MAX_KEPT = 8  # archives, and folders that tasks work in

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 import click
 
-from edgefl import __version__
 from edgefl.errors import EdgeflError, MissingExtra
 from edgefl.terminal import debug
 from edgefl.terminal.extras import OF_COMMANDS, extra_of, install_command, missing_modules
+from edgefl.version import __version__
 
 _GROUP = "edgefl.commands"
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgefl.errors import ConfigError, QuorumNotMet, TaskError
 from edgefl.flower.apps.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
-from edgefl.operator.run import peak_rss_mb
-from edgefl.simulation.study.participation import Counts, clients_by_rounds, count, no_counts
+from edgefl.measure import peak_rss_mb
+from edgefl.records import Counts, clients_by_rounds, count_clients, no_counts
 from edgefl.task import UserCode
 from edgefl.terminal.interrupt import set_by_interrupt
 
@@ -183,7 +183,7 @@ def took_part(watch: Watch, num_nodes: int, position: Callable[[str], int]) -> C
     """Count the rounds of each node, by its position among them."""
     counts = no_counts(num_nodes)
     for seen in watch.rounds:
-        count(counts, (position(node) for node in seen.participants))
+        count_clients(counts, (position(node) for node in seen.participants))
     return counts
 
 

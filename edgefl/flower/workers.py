@@ -36,8 +36,7 @@ from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.apps.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Answer, Delivery, execute
-from edgefl.measure import how_ended, seldom_collected
-from edgefl.operator.run import peak_rss_mb
+from edgefl.measure import how_ended, peak_rss_mb, seldom_collected
 from edgefl.process.guardian import guardian
 
 IN_FLIGHT = 2  # messages under way for each worker

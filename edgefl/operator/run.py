@@ -7,9 +7,7 @@ machine, to each round's model as it is finished. Who stops watching does not st
 from __future__ import annotations
 
 import hashlib
-import resource
 import secrets
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 from edgefl.bundle import pack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
+from edgefl.measure import peak_rss_mb
 from edgefl.operator.client import CloudClient, Json, load_credentials
 from edgefl.operator.follow import Patience, follow_job, insist
 from edgefl.protocols.messages import BlobRef
@@ -212,9 +211,3 @@ def _upload(client: CloudClient, file: BufferedReader | BufferedRandom, patience
         return client.put_blob(file, sha256)
 
     return insist(from_its_beginning, patience)
-
-
-def peak_rss_mb() -> float:
-    """Return the most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from edgefl import __version__
 from edgefl.errors import HomeError
+from edgefl.version import __version__
 
 FORMAT = 1
 

@@ -41,7 +41,7 @@ class BlobRef(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signed(Checked):
-    """Canonical JSON text and its Ed25519 signature; made and checked by `edgefl.models.manifest`."""
+    """Canonical JSON text and its Ed25519 signature; made and checked by `edgefl.protocols.manifest`."""
 
     text: str = field(metadata=raw())  # checked with its signature
     key_id: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))

@@ -20,7 +20,7 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
-from edgefl.records import RoundOutcome
+from edgefl.records import RoundOutcome, count_clients, no_counts
 from edgefl.rounds import Job, run_rounds
 from edgefl.simulation.engines.auto import AUTO, LOOP, Chosen, make_engine
 from edgefl.simulation.engines.fallback import Sheltered
@@ -35,7 +35,6 @@ from edgefl.simulation.study.checkpoint import (
     refuse_another,
     refuse_other_shapes,
 )
-from edgefl.simulation.study.participation import count, no_counts
 from edgefl.simulation.study.report import CutShort, Json, SimulationResult, model_of
 from edgefl.simulation.world.population import make_population
 from edgefl.simulation.world.settings import SimulationConfig, VirtualTime, settled, virtual_time
@@ -228,7 +227,7 @@ class _Run:
 
     def _note(self, outcome: RoundOutcome, seconds: float) -> None:
         self._parameters = outcome.parameters
-        count(self._took_part, (self._names.index(client) for client in outcome.admitted))
+        count_clients(self._took_part, (self._names.index(client) for client in outcome.admitted))
         last = outcome.round == self._setup.config.rounds.count or self._setup.stop.is_set()
         due = last or outcome.round % self._evaluate_every == 0
         judged = self._judge(whole(outcome.parameters, self._parts.frozen)) if due else {}

@@ -17,10 +17,10 @@ from cloud.state.spool import Spool
 from cloud.state.store import open_database
 from cloud.trust.renewal import Renewals
 from edgefl.config import JobConfig
-from edgefl.models.manifest import new_fleet_key, sign
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls
+from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import WirePlan
 
 

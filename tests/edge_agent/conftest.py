@@ -30,10 +30,9 @@ from edge_agent.training.bundles import Bundles
 from edge_agent.training.participant import Means, Participant
 from edge_agent.training.trainer import Trainer
 from edgefl.config import TrainConfig
-from edgefl.models import manifest
 from edgefl.process.home import create_home
 from edgefl.protocols import fleet_pb2 as pb
-from edgefl.protocols import fleet_pb2_grpc, messages, tls
+from edgefl.protocols import fleet_pb2_grpc, manifest, messages, tls
 from edgefl.protocols.messages import BlobRef, Signed, WirePlan
 from edgefl.trees import encoded_bytes, read_tree, write_tree
 from tests import onnx_models

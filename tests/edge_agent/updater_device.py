@@ -11,7 +11,7 @@ from edge_agent.link.channel import CloudChannel
 from edge_agent.link.profile import load_profile
 from edge_agent.releases.updater import Updater, UpdaterParts
 from edge_agent.serving.sessions import Models, load
-from edgefl.models.manifest import load_public_key
+from edgefl.protocols.manifest import load_public_key
 
 
 class Here:

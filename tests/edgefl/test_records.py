@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgefl import records
-from edgefl.records import RoundOutcome
+from edgefl.records import RoundOutcome, clients_by_rounds, count_clients, no_counts
 from edgefl.testing import make_update
 
 OUTCOME = RoundOutcome(
@@ -53,3 +53,19 @@ def test_an_update_cannot_be_changed() -> None:
 def test_every_record_is_frozen_and_named(kind: type) -> None:
     assert kind.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(kind))
+
+
+def test_participation_by_hand():
+    counts = no_counts(5)
+    count_clients(counts, iter([0, 3]))
+    count_clients(counts, [3])
+    count_clients(counts, [])
+    assert counts.tolist() == [1, 0, 0, 2, 0]
+    assert clients_by_rounds(counts) == {"0": 3, "1": 1, "2": 1}
+
+
+def test_a_million_clients_are_four_megabytes_and_few_lines():
+    counts = no_counts(10**6)
+    count_clients(counts, range(100))
+    assert counts.nbytes == 4_000_000
+    assert clients_by_rounds(counts) == {"0": 999_900, "1": 100}

@@ -185,12 +185,13 @@ import sys
 from pathlib import Path
 
 from edgefl.config import load_config, JobConfig
+from edgefl.flower import make_apps
 from edgefl.task import load_task
 
 assert "flwr" not in sys.modules
 task = load_task(sys.argv[1])
 config = load_config(JobConfig, Path(sys.argv[1]) / "config.toml", ["rounds.count=2"])
-server_app, client_app = task.flower_app(config)
+server_app, client_app = make_apps(task, config)
 
 from flwr.serverapp import ServerApp
 from flwr.simulation import run_simulation
@@ -205,13 +206,6 @@ def main(grid, context):
 resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 2}}
 run_simulation(ending, client_app, num_supernodes=2, backend_config=resources)
 """
-
-
-def test_a_task_is_a_flower_app():
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import ServerApp
-
-    assert [type(one) for one in load_task(str(DIGITS)).flower_app()] == [ServerApp, ClientApp]
 
 
 @pytest.mark.soak

@@ -21,7 +21,7 @@ from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.pool.pool import PoolFleet
 from edgefl.simulation.engines.ray.ray_fleet import RayFleet
 from edgefl.simulation.engines.stackable import why_not_stacked
-from edgefl.simulation.engines.stacked import StackedFleet
+from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.training.parts import parts_of
 
 AUTO, LOOP = "auto", "loop"

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgefl.config import TrainConfig
-from edgefl.errors import ConfigError, TaskError
+from edgefl.errors import TaskError
 from edgefl.guards import MAX_METRIC
-from edgefl.measure import num_cores
-from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.simulation.engines.batches import StackedBatches, Step
-from edgefl.simulation.engines.fleets import Meter, Method, Population, Setup, torch_threads
+from edgefl.simulation.engines.fleets import Method, Population
 from edgefl.simulation.steps.factored import Gradients
 from edgefl.simulation.steps.recording import Recorded
 from edgefl.simulation.world.population import samples_of
@@ -40,40 +39,6 @@ SMALL_BYTES = 32 << 10  # of one client's tensor
 STACK_BYTES = 24 << 20  # of parameters: beyond what caches hold, a larger stack is slower
 
 _Tensors = dict[str, Any]  # a tensor by name; of a stack, (K, ...)
-
-
-class StackedFleet:
-    """Trains a cohort stack by stack; raises ConfigError for a task that cannot be stacked."""
-
-    def __init__(self, setup: Setup) -> None:
-        from edgefl.simulation.engines.stackable import why_not_stacked
-
-        if reason := why_not_stacked(setup):
-            raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
-        self._setup = setup
-        self._trainer = StackTrainer(setup.task, setup.population, setup.method)
-        self._meter = Meter(setup.served)
-
-    def clients(self) -> Sequence[str]:
-        return self._setup.population.names()
-
-    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
-        self._meter.begin(plan)
-        sums = self._setup.config.aggregation.rule == "mean" and self._setup.takes_sums(plan)
-        with torch_threads(num_cores()):
-            self._trainer.begin(plan)
-            for clients in self._trainer.stacks(plan.clients):
-                if self._setup.stop.is_set():
-                    return
-                for answer in self._trainer.answers(clients, sums=sums):
-                    self._meter.count(answer)
-                    yield answer
-
-    def traffic(self) -> Traffic:
-        return self._meter.traffic()
-
-    def close(self) -> None:
-        """Nothing was started."""
 
 
 def kind_of(samples: Samples) -> tuple[object, ...]:

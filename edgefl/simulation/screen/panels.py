@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgefl.simulation.study.participation import Counts, no_counts
+from edgefl.records import Counts, no_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

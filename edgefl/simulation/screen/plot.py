@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from edgefl.errors import ConfigError, MissingExtra
+from edgefl.records import Counts, no_counts
 from edgefl.simulation.screen.panels import (
     Along,
     Rounds,
@@ -23,7 +24,6 @@ from edgefl.simulation.screen.panels import (
     draw_outcomes,
     draw_participation,
 )
-from edgefl.simulation.study.participation import Counts, no_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ import numpy as np
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, HomeError, ProtocolError
 from edgefl.process.home import lock_home
-from edgefl.simulation.study.participation import Counts
+from edgefl.records import Counts
 from edgefl.simulation.study.report import Json
 from edgefl.trees import Array, SpooledTree, Tree, spec_of, write_tree
 

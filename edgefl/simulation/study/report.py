@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import MissingExtra, QuorumNotMet, TaskError
 from edgefl.process.home import replace_file
+from edgefl.records import Counts, clients_by_rounds, no_counts
 from edgefl.simulation.screen.plot import draw_rounds
-from edgefl.simulation.study.participation import Counts, clients_by_rounds, no_counts
 from edgefl.trees import Tree, write_tree
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from edgefl.aggregation import make_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, EdgeflError, MissingExtra
+from edgefl.records import Counts
 from edgefl.simulation.engines.auto import AUTO, ENGINES
 from edgefl.simulation.screen.plot import draw_rounds
 from edgefl.simulation.simulate import Watching, refuse_more_than_there_are, simulate
-from edgefl.simulation.study.participation import Counts
 from edgefl.simulation.study.report import Json, frame_rows
 from edgefl.simulation.study.variants import Variant, variants_of
 from edgefl.simulation.world.settings import SimulationConfig, settled, with_settings

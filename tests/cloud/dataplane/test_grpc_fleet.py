@@ -20,8 +20,8 @@ from cloud.state.storage import LOOK_S, Storage
 from cloud.state.store import open_database
 from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import CloudStopping, JobCancelled
-from edgefl.models.manifest import new_fleet_key, sign
 from edgefl.protocols import topics
+from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import DeviceState, RoundClosed, UpdateRefused, WirePlan, decode_job, encode
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
 from edgefl.records import Failure, Plan

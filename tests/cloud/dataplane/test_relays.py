@@ -15,7 +15,7 @@ from cloud.state.relay_rows import Message, RelayRows
 from cloud.state.spool import Spool
 from cloud.state.store import open_database
 from edgefl.errors import ConfigError, NotFound, ProtocolError
-from edgefl.models.manifest import new_fleet_key, sign
+from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import BlobRef, RoundClosed, WirePlan
 from edgefl.testing import ManualClock
 

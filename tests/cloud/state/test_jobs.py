@@ -8,7 +8,7 @@ from cloud.state.jobs import Answer, Jobs
 from cloud.state.store import open_database
 from edgefl.config import JobConfig, ServerConfig, TrainConfig
 from edgefl.errors import ConfigError, MissingExtra, NotFound, ProtocolError
-from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
+from edgefl.protocols.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef
 from edgefl.records import RoundOutcome
 

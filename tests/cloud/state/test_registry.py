@@ -11,7 +11,7 @@ from cloud.state.blobs import BlobStore
 from cloud.state.registry import Registry
 from cloud.state.store import open_database, releases
 from edgefl.errors import ConfigError, ManifestRejected, NotFound
-from edgefl.models.manifest import Release, new_fleet_key, verify
+from edgefl.protocols.manifest import Release, new_fleet_key, verify
 from edgefl.protocols.messages import BlobRef
 from edgefl.testing import ManualClock
 

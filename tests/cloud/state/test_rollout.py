@@ -12,7 +12,7 @@ from cloud.state.registry import Registry
 from cloud.state.rollout import Rollouts, overall, select_devices
 from cloud.state.store import open_database
 from edgefl.errors import ConfigError, ManifestRejected, NotFound, ProtocolError
-from edgefl.models.manifest import Desired, new_fleet_key, verify
+from edgefl.protocols.manifest import Desired, new_fleet_key, verify
 from edgefl.protocols.messages import RolloutNote
 from edgefl.testing import ManualClock
 

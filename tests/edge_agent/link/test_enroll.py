@@ -12,8 +12,8 @@ import pytest
 from edge_agent.link.enroll import CUT_OFF_WAIT_S, Application, _call, enroll
 from edge_agent.link.profile import load_profile
 from edgefl.errors import CloudUnreachable, ConfigError, EnrolmentRefused, HomeError, ProtocolError
-from edgefl.models.manifest import load_public_key
 from edgefl.protocols import tls
+from edgefl.protocols.manifest import load_public_key
 
 
 @pytest.fixture

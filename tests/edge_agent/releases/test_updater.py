@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent.releases.slots import ModelSlots
 from edge_agent.serving.predictions import Model
-from edgefl.models.manifest import new_fleet_key
+from edgefl.protocols.manifest import new_fleet_key
 from tests.edge_agent.updater_device import Device
 
 

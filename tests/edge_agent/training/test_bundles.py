@@ -13,7 +13,7 @@ from edge_agent.link.profile import load_profile
 from edge_agent.training import bundles as bundles_module
 from edge_agent.training.bundles import MAX_KEPT, Bundles, work_folder
 from edgefl.errors import ManifestRejected
-from edgefl.models.manifest import Bundle, load_public_key, new_fleet_key, sign, verify
+from edgefl.protocols.manifest import Bundle, load_public_key, new_fleet_key, sign, verify
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from blake3 import blake3
 import edge_agent.training.trainer
 from edge_agent.training.participant import MAX_TRIES
 from edgefl.errors import HomeError
-from edgefl.models.manifest import Bundle, new_fleet_key, sign, verify
+from edgefl.protocols.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused
 from edgefl.trees import write_tree
 

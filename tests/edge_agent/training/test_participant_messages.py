@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from edgefl.flower.fleet import wire
 from edgefl.flower.inside import give_id, task_identity
-from edgefl.models.manifest import Bundle, sign
+from edgefl.protocols.manifest import Bundle, sign
 from edgefl.protocols.messages import RoundClosed, WirePlan
 
 CLIENT = """

@@ -10,7 +10,7 @@ import pytest
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.bundle import unpack_bundle
 from edgefl.errors import EdgeflError
-from edgefl.models.manifest import Bundle, verify
+from edgefl.protocols.manifest import Bundle, verify
 from edgefl.records import Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.task import import_task

@@ -16,8 +16,7 @@ import pytest
 from edge_agent.training import trainer_wire
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
-from edgefl.models import manifest
-from edgefl.protocols import messages
+from edgefl.protocols import manifest, messages
 from edgefl.protocols.fields import Checked, check, from_json, limited, parse_json, prose, raw
 
 

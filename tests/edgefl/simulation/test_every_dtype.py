@@ -15,7 +15,7 @@ from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
 from edgefl.simulation.engines.pool.pool_wire import Chunk, Flush
 from edgefl.simulation.engines.stackable import why_not_stacked
-from edgefl.simulation.engines.stacked import StackedFleet
+from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import Task
 from edgefl.training.local import initial_parameters, train_locally

@@ -9,7 +9,8 @@ from edgefl.records import Partial, Update
 from edgefl.simulation.engines import auto
 from edgefl.simulation.engines.fallback import Attempt, Sheltered
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.stacked import Stack, StackedFleet
+from edgefl.simulation.engines.stacked import Stack
+from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.simulation.engines.trainer import LocalTrainer
 from edgefl.simulation.simulate import Watching, simulate
 

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from edgefl.errors import ConfigError
 from edgefl.records import Partial
 from edgefl.simulation.engines import stacked
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.stacked import StackedFleet
+from edgefl.simulation.engines.stacked_fleet import StackedFleet
 
 
 def close(one, other):
@@ -44,14 +43,3 @@ def test_one_sum_stands_for_a_stack(set_up, plan_of):
     (answer,) = StackedFleet(setup).collect(plan_of(setup))
     assert isinstance(answer, Partial)
     assert sorted(answer.contributors) == list(setup.population.names())
-
-
-def test_no_stack_is_begun_after_a_stop(set_up, plan_of):
-    setup = set_up()
-    setup.stop.set()
-    assert list(StackedFleet(setup).collect(plan_of(setup))) == []
-
-
-def test_what_cannot_be_stacked_is_refused(set_up):
-    with pytest.raises(ConfigError, match="'stacked' cannot run task 'small': its layer '1' is dropout"):
-        StackedFleet(set_up("dropout"))

@@ -11,7 +11,7 @@ from edgefl import Task
 from edgefl.config import TrainConfig
 from edgefl.simulation.engines.fleets import Method
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.stacked import StackedFleet
+from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.simulation.steps import recording as traced
 from edgefl.simulation.steps.recording import GradientOf, Recorded, RecordedDescent, has_compiler
 from edgefl.training.local import Autograd, Descent, train_locally

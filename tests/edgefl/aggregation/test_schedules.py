@@ -7,9 +7,9 @@ from torch import nn
 
 import edgefl
 from edgefl import FitResult, Task
+from edgefl.aggregation.schedules import lr_factor, of_round
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError
-from edgefl.schedules import lr_factor, of_round
 
 
 def job(count=4, **train):

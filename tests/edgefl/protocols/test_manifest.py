@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edgefl.errors import ManifestRejected
-from edgefl.models import manifest
-from edgefl.models.manifest import Bundle, Desired, Release, check_blob, check_version, sign, verify
+from edgefl.protocols import manifest
+from edgefl.protocols.manifest import Bundle, Desired, Release, check_blob, check_version, sign, verify
 from edgefl.protocols.messages import BlobRef, Signed, decode, encode
 
 KEY = manifest.new_fleet_key()

@@ -1,0 +1,44 @@
+"""The engine `stacked`: a cohort trained stack by stack, in this process, of a task that can be stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from edgefl.errors import ConfigError
+from edgefl.measure import num_cores
+from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.simulation.engines.fleets import Meter, Setup, torch_threads
+from edgefl.simulation.engines.stackable import why_not_stacked
+from edgefl.simulation.engines.stacked import StackTrainer
+
+
+class StackedFleet:
+    """Trains a cohort stack by stack; raises ConfigError for a task that cannot be stacked."""
+
+    def __init__(self, setup: Setup) -> None:
+        if reason := why_not_stacked(setup):
+            raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
+        self._setup = setup
+        self._trainer = StackTrainer(setup.task, setup.population, setup.method)
+        self._meter = Meter(setup.served)
+
+    def clients(self) -> Sequence[str]:
+        return self._setup.population.names()
+
+    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
+        self._meter.begin(plan)
+        sums = self._setup.config.aggregation.rule == "mean" and self._setup.takes_sums(plan)
+        with torch_threads(num_cores()):
+            self._trainer.begin(plan)
+            for clients in self._trainer.stacks(plan.clients):
+                if self._setup.stop.is_set():
+                    return
+                for answer in self._trainer.answers(clients, sums=sums):
+                    self._meter.count(answer)
+                    yield answer
+
+    def traffic(self) -> Traffic:
+        return self._meter.traffic()
+
+    def close(self) -> None:
+        """Nothing was started."""
