@@ -24,8 +24,8 @@ from edgefl.records import RoundOutcome, count_clients, no_counts
 from edgefl.rounds import Job, run_rounds
 from edgefl.simulation.engines.auto import AUTO, LOOP, Chosen, make_engine
 from edgefl.simulation.engines.fallback import Sheltered
-from edgefl.simulation.engines.fleets import Method, PopulationMaker, Setup, torch_threads
-from edgefl.simulation.engines.ray.ray_fleet import RayFleet
+from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod, torch_threads
+from edgefl.simulation.engines.ray.fleet import RayFleet
 from edgefl.simulation.study.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -108,7 +108,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
 def _set_up(
     task: Task | str | Path, config: SimulationConfig, population_maker: PopulationMaker | None,
     saved: Checkpoint | None,
-) -> Setup:  # fmt: skip
+) -> SimulationSetup:  # fmt: skip
     loaded = task if isinstance(task, Task) else load_task(str(task))
     if saved is not None:
         refuse_another(saved, loaded.name, config)
@@ -119,16 +119,16 @@ def _set_up(
     if saved is not None:
         refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))
     reference = None if isinstance(task, Task) else str(task)
-    method = Method(compiled=config.engine.compile, recorded=config.engine.record)
+    method = TrainingMethod(compiled=config.engine.compile, recorded=config.engine.record)
     names, there = population.names(), () if saved is None else np.flatnonzero(saved.took_part)
     served = {(loaded.name, names[int(index)]) for index in there}
-    return Setup(
+    return SimulationSetup(
         task=loaded, reference=reference, make_population=maker, population=population, config=config, method=method,
         served=served,
     )  # fmt: skip
 
 
-def _make_engine(name: str, setup: Setup, saved: Checkpoint | None, address: str | None) -> Chosen:
+def _make_engine(name: str, setup: SimulationSetup, saved: Checkpoint | None, address: str | None) -> Chosen:
     """Make the engine; `auto` goes on with the checkpoint's, since another would round differently."""
     name = saved.engine if saved is not None and name == AUTO else name
     if address is None:
@@ -156,7 +156,12 @@ class _Run:
     """The rounds as they are finished."""
 
     def __init__(
-        self, setup: Setup, chosen: Chosen, virtual: VirtualTime | None, watching: Watching, evaluate_every: int
+        self,
+        setup: SimulationSetup,
+        chosen: Chosen,
+        virtual: VirtualTime | None,
+        watching: Watching,
+        evaluate_every: int,
     ) -> None:
         self._setup, self._chosen, self._virtual, self._watching = setup, chosen, virtual, watching
         self._evaluate_every = evaluate_every

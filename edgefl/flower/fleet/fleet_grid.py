@@ -36,7 +36,7 @@ class _Sent:
     request: Message  # without its content
 
 
-class Devices:
+class FleetDevices:
     """The devices of a fleet as nodes."""
 
     def __init__(self, relay: Relay) -> None:
@@ -66,7 +66,7 @@ class FleetGrid(RunGrid):
     """Carries messages between a ServerApp and the devices of one relay."""
 
     def __init__(
-        self, run_id: int, relay: Relay, devices: Devices, run_config: Mapping[str, RunConfigValue], watch: Watch
+        self, run_id: int, relay: Relay, devices: FleetDevices, run_config: Mapping[str, RunConfigValue], watch: Watch
     ) -> None:
         super().__init__(run_id)
         self._relay, self._devices, self._run_config, self._watch = relay, devices, dict(run_config), watch

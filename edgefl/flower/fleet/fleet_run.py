@@ -42,7 +42,7 @@ def run_on_fleet(
     require_flower("a Flower app")
     from flwr.app import Context, RecordDict
 
-    from edgefl.flower.fleet.fleet_grid import Devices, FleetGrid
+    from edgefl.flower.fleet.fleet_grid import FleetDevices, FleetGrid
     from edgefl.flower.watch import Watch
 
     config = fuse_run_config(app, run_config or {})
@@ -53,7 +53,7 @@ def run_on_fleet(
     interrupted = threading.Event()
     with ExitStack() as stack:
         relay = stack.enter_context(Relay(client, reference, bundle))
-        devices = Devices(relay)
+        devices = FleetDevices(relay)
         watch = Watch(time.monotonic, on_round, devices.name)
         run_id = int(relay.id.rpartition("-")[2], 16)
         grid = FleetGrid(run_id, relay, devices, config, watch)

@@ -16,7 +16,7 @@ from edgefl.flower.apps.habits import Federation, federation_at_home, read_feder
 from edgefl.measure import num_cores
 from edgefl.operator.commands.progress import INTERRUPTED
 from edgefl.operator.run_flower import model_text
-from edgefl.simulation.commands.request import Request
+from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.screen.live import Progress, live_rounds
 from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
 from edgefl.terminal.output import Output, counted, metrics_text
@@ -42,7 +42,7 @@ class _Way:
         )
 
 
-def simulate_flower(request: Request, output: Output) -> None:
+def simulate_flower(request: SimulateRequest, output: Output) -> None:
     """Run the app, show its rounds, and write what was asked for; raises ConfigError for what it cannot take."""
     if given := request.only_for_tasks():
         raise ConfigError(
@@ -64,7 +64,7 @@ def simulate_flower(request: Request, output: Output) -> None:
     _tell(result, request, output)
 
 
-def _way(request: Request, output: Output) -> _Way:
+def _way(request: SimulateRequest, output: Output) -> _Way:
     """Choose by the command line first, then by the app, then by what Flower's users have at home."""
     said, home = read_federation(request.federation_config), federation_at_home()
     if home.left:
@@ -78,7 +78,7 @@ def _way(request: Request, output: Output) -> _Way:
     )
 
 
-def _tell(result: FlowerRunResult, request: Request, output: Output) -> None:
+def _tell(result: FlowerRunResult, request: SimulateRequest, output: Output) -> None:
     said = result.as_json()
     output.line(
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {said['clients_per_second']:.0f} clients/s, "
@@ -99,7 +99,7 @@ def _tell(result: FlowerRunResult, request: Request, output: Output) -> None:
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _sweep(request: Request, way: _Way, overrides: RunConfig, output: Output) -> None:
+def _sweep(request: SimulateRequest, way: _Way, overrides: RunConfig, output: Output) -> None:
     """Run the app once for each combination of run-config values, loaded afresh: it knows nothing of the others."""
     from edgefl.simulation.commands.sweep import tell
     from edgefl.simulation.screen.live_sweep import SweepProgress, live_sweep

@@ -11,7 +11,7 @@ from edgefl.terminal.output import refuse_no_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class SimulateRequest:
     """The command's argument and flags."""
 
     task: str

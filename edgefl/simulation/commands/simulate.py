@@ -12,7 +12,7 @@ from edgefl.config import load_config
 from edgefl.flower import is_flower_app
 from edgefl.measure import seldom_collected
 from edgefl.operator.commands.progress import INTERRUPTED
-from edgefl.simulation.commands.request import Request
+from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.screen.live import Progress, live_rounds
 from edgefl.terminal.output import Output, example, json_option, metrics_text
 
@@ -56,7 +56,7 @@ def simulate(*, output: Output, **flags: Any) -> None:
     as many nodes as --clients, --federation-config, its pyproject.toml or Flower's config.toml say, else 2.
     Ctrl-C ends the round and keeps what there is.
     """
-    request = Request(**flags)
+    request = SimulateRequest(**flags)
     with seldom_collected():
         if is_flower_app(request.task):
             from edgefl.simulation.commands.flower import simulate_flower
@@ -72,11 +72,11 @@ def simulate(*, output: Output, **flags: Any) -> None:
             _simulate_task(request, output)
 
 
-def _simulate_task(request: Request, output: Output) -> None:
-    from edgefl.simulation.isolation.own_process import OwnProcess
+def _simulate_task(request: SimulateRequest, output: Output) -> None:
+    from edgefl.simulation.isolation.process import OwnProcess
 
     with OwnProcess(to_stderr=output.json_alone) as process, ExitStack() as stack:
-        from edgefl.simulation.isolation.own_process_wire import Order
+        from edgefl.simulation.isolation.messages import Order
         from edgefl.simulation.simulate import Watching
         from edgefl.simulation.study.report import CutShort, ProcessLost
         from edgefl.simulation.world.settings import SimulationConfig
@@ -111,7 +111,7 @@ def _simulate_task(request: Request, output: Output) -> None:
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _tell(result: SimulationResult, request: Request, output: Output) -> None:
+def _tell(result: SimulationResult, request: SimulateRequest, output: Output) -> None:
     output.line(
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {result.clients_per_second:.0f} clients/s, "
         f"at most {result.peak_rss_mb:.0f} MB: {metrics_text(result.final) or 'no metrics'}"

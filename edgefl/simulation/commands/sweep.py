@@ -11,9 +11,9 @@ import click
 
 from edgefl.config import load_config
 from edgefl.operator.commands.progress import INTERRUPTED
-from edgefl.simulation.commands.request import Request
-from edgefl.simulation.isolation.own_process import OwnProcess
-from edgefl.simulation.isolation.own_process_wire import Order
+from edgefl.simulation.commands.request import SimulateRequest
+from edgefl.simulation.isolation.messages import Order
+from edgefl.simulation.isolation.process import OwnProcess
 from edgefl.simulation.screen.live_sweep import SweepProgress, compare, live_sweep
 from edgefl.simulation.simulate import Watching
 from edgefl.simulation.study.report import Json, SimulationResult
@@ -25,7 +25,7 @@ from edgefl.terminal.output import Output, counted
 FAILED = 1
 
 
-def sweep_task(request: Request, output: Output) -> None:
+def sweep_task(request: SimulateRequest, output: Output) -> None:
     """Run a task's variants; exits with 1 where one failed, 130 after Ctrl-C."""
     base = load_config(SimulationConfig, request.config, request.over())
     over, options = parse_sweep(request.sweep), request.options()
@@ -48,7 +48,7 @@ def sweep_task(request: Request, output: Output) -> None:
     tell(result, len(variants), request, output)
 
 
-def tell(result: SweepResult, wanted: int, request: Request, output: Output) -> None:
+def tell(result: SweepResult, wanted: int, request: SimulateRequest, output: Output) -> None:
     """Print the comparison, write plot and JSON, and exit as the variants ended."""
     compare(result, output)
     if request.plot is not None:
@@ -66,7 +66,7 @@ def tell(result: SweepResult, wanted: int, request: Request, output: Output) -> 
 
 
 @contextmanager
-def watched(request: Request, output: Output, progress: SweepProgress) -> Iterator[SweepWatching]:
+def watched(request: SimulateRequest, output: Output, progress: SweepProgress) -> Iterator[SweepWatching]:
     """Give what is to hear of a sweep: the screen, and TensorBoard where it was asked for."""
     with live_sweep(output, progress) as live, ExitStack() as open_file:
         if request.tensorboard is None:

@@ -16,16 +16,16 @@ from edgefl.measure import give_back_memory, num_cores
 from edgefl.records import Partial, Plan
 from edgefl.rounds import select_clients
 from edgefl.simulation.engines.fallback import Attempt
-from edgefl.simulation.engines.fleets import Engine, Setup
+from edgefl.simulation.engines.fleets import Engine, SimulationSetup
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.pool import PoolFleet
-from edgefl.simulation.engines.ray.ray_fleet import RayFleet
+from edgefl.simulation.engines.pool.fleet import PoolFleet
+from edgefl.simulation.engines.ray.fleet import RayFleet
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.training.parts import parts_of
 
 AUTO, LOOP = "auto", "loop"
-ENGINES: Mapping[str, Callable[[Setup], Engine]] = {
+ENGINES: Mapping[str, Callable[[SimulationSetup], Engine]] = {
     LOOP: LoopFleet,
     "stacked": StackedFleet,
     "pool": PoolFleet,
@@ -47,7 +47,7 @@ class Chosen:
     reason: str
 
 
-def make_engine(name: str, setup: Setup) -> Chosen:
+def make_engine(name: str, setup: SimulationSetup) -> Chosen:
     """Make an engine by its short name; raises ConfigError for one that is unknown, or cannot run the task.
 
     The workers of a pool train their clients in stacks where those are measured to be faster.
@@ -62,7 +62,7 @@ def make_engine(name: str, setup: Setup) -> Chosen:
 
 
 class _Choice:
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: SimulationSetup) -> None:
         self._setup = setup
         parts = parts_of(setup.task, setup.config.train.seed)
         self._plan = Plan(

@@ -15,7 +15,7 @@ from typing import Self
 
 from edgefl.logs import event
 from edgefl.records import Failure, Partial, Plan, Traffic, Update
-from edgefl.simulation.engines.fleets import Engine, Setup
+from edgefl.simulation.engines.fleets import Engine, SimulationSetup
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.task import MAX_QUOTED
 
@@ -45,7 +45,7 @@ class Attempt:
 class Sheltered:
     """An engine, and behind it the loop, which goes on where the engine fails."""
 
-    def __init__(self, setup: Setup, engine: Engine, name: str) -> None:
+    def __init__(self, setup: SimulationSetup, engine: Engine, name: str) -> None:
         self._setup, self._name = setup, name
         self.on_fallback: OnFallback = lambda _why: None
         self._engine, self._spent = engine, Traffic()  # by an engine that has failed

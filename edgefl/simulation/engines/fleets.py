@@ -43,7 +43,7 @@ class Engine(Fleet, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
+class TrainingMethod:
     """How clients are trained: the result is the same, to rounding."""
 
     stacks: bool = False  # whether workers train theirs as one computation, or one after another
@@ -52,7 +52,7 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setup:
+class SimulationSetup:
     """One simulation, as its engines see it."""
 
     task: Task
@@ -60,7 +60,7 @@ class Setup:
     make_population: PopulationMaker
     population: Population
     config: JobConfig
-    method: Method = field(default_factory=Method)
+    method: TrainingMethod = field(default_factory=TrainingMethod)
     stop: threading.Event = field(default_factory=threading.Event)  # set: hand out no more clients
     served: set[tuple[str, str]] = field(default_factory=set)  # (job, client) that has the frozen tensors
 

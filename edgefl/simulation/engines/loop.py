@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from edgefl.records import Failure, Plan, Traffic, Update
-from edgefl.simulation.engines.fleets import Meter, Setup, torch_threads
+from edgefl.simulation.engines.fleets import Meter, SimulationSetup, torch_threads
 from edgefl.simulation.engines.trainer import LocalTrainer
 
 
 class LoopFleet:
     """Trains a cohort in its order."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: SimulationSetup) -> None:
         self._setup = setup
         self._trainer = LocalTrainer(setup.task, setup.population, setup.method)
         self._meter = Meter(setup.served)

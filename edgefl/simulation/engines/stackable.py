@@ -14,7 +14,7 @@ from edgefl.errors import TaskError
 from edgefl.records import Failure, Partial, Plan
 from edgefl.rounds import select_clients
 from edgefl.simulation.engines.fallback import Attempt
-from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.engines.stacked import StackTrainer, kind_of
 from edgefl.simulation.engines.trainer import LocalTrainer
 from edgefl.simulation.world.population import samples_of
@@ -33,7 +33,7 @@ TOLERANCE = 1e-3  # of the largest change; rounding stays far below, a wrong com
 ULPS = 4  # units in the last place of a parameter that both ways may be apart
 
 
-def why_not_stacked(setup: Setup) -> str | None:
+def why_not_stacked(setup: SimulationSetup) -> str | None:
     """Return why the task cannot be stacked, or None where it can."""
     if reason := _of_the_task(setup):
         return reason
@@ -41,7 +41,7 @@ def why_not_stacked(setup: Setup) -> str | None:
     return _of_the_model(model) or _of_a_trial(setup, model)
 
 
-def _of_the_task(setup: Setup) -> str | None:
+def _of_the_task(setup: SimulationSetup) -> str | None:
     if setup.task.fit is not None:
         return "it brings its own fit"
     if setup.task.optimizer is not None:
@@ -67,7 +67,7 @@ def _of_the_model(model: torch.nn.Module) -> str | None:
     return None
 
 
-def _of_a_trial(setup: Setup, model: torch.nn.Module) -> str | None:
+def _of_a_trial(setup: SimulationSetup, model: torch.nn.Module) -> str | None:
     """Train a few clients both ways, and compare."""
     parts = parts_of(setup.task, setup.config.train.seed)
     plan = Plan(
@@ -90,7 +90,7 @@ def _of_a_trial(setup: Setup, model: torch.nn.Module) -> str | None:
     return f"in a trial {attempt.fault}"
 
 
-def _some_samples(setup: Setup, plan: Plan) -> dict[str, Samples]:
+def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples]:
     """Return the samples of the first few clients that have some, of one kind."""
     import torch
 
@@ -148,7 +148,7 @@ class _Tried:
         return self._held[client]
 
 
-def _differs(setup: Setup, plan: Plan, held: dict[str, Samples]) -> str | None:
+def _differs(setup: SimulationSetup, plan: Plan, held: dict[str, Samples]) -> str | None:
     """Compare after a full and a ragged step: over many, rounding alone drives some models apart."""
     plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1))
     few = plan.train.batch_size + max(1, plan.train.batch_size // 2)

@@ -21,7 +21,7 @@ from edgefl.errors import TaskError
 from edgefl.guards import MAX_METRIC
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.simulation.engines.batches import StackedBatches, Step
-from edgefl.simulation.engines.fleets import Method, Population
+from edgefl.simulation.engines.fleets import Population, TrainingMethod
 from edgefl.simulation.steps.factored import Gradients
 from edgefl.simulation.steps.recording import Recorded
 from edgefl.simulation.world.population import samples_of
@@ -130,10 +130,10 @@ def _rows(stacked: torch.Tensor) -> torch.Tensor:
 class StackTrainer:
     """Trains stacks of clients of one population; call `begin` for each plan."""
 
-    def __init__(self, task: Task, population: Population, method: Method | None = None) -> None:
+    def __init__(self, task: Task, population: Population, method: TrainingMethod | None = None) -> None:
         self._task, self._population = task, population
         self._model = make_model(task)
-        self._step = _StepOf(task, self._model, method or Method())
+        self._step = _StepOf(task, self._model, method or TrainingMethod())
         self._start: _Tensors = {}
         self._plan: Plan | None = None
 
@@ -221,7 +221,7 @@ class StackTrainer:
 class _StepOf:
     """The gradient and loss of one batch of each client in a stack."""
 
-    def __init__(self, task: Task, model: torch.nn.Module, method: Method) -> None:
+    def __init__(self, task: Task, model: torch.nn.Module, method: TrainingMethod) -> None:
         from torch.func import grad_and_value, vmap
 
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

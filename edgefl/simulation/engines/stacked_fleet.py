@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from edgefl.errors import ConfigError
 from edgefl.measure import num_cores
 from edgefl.records import Failure, Partial, Plan, Traffic, Update
-from edgefl.simulation.engines.fleets import Meter, Setup, torch_threads
+from edgefl.simulation.engines.fleets import Meter, SimulationSetup, torch_threads
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.engines.stacked import StackTrainer
 
@@ -15,7 +15,7 @@ from edgefl.simulation.engines.stacked import StackTrainer
 class StackedFleet:
     """Trains a cohort stack by stack; raises ConfigError for a task that cannot be stacked."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: SimulationSetup) -> None:
         if reason := why_not_stacked(setup):
             raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
         self._setup = setup

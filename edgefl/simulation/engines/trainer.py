@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from edgefl.errors import ConfigError, TaskError
 from edgefl.records import Failure, Plan, Update
-from edgefl.simulation.engines.fleets import Method, Population
+from edgefl.simulation.engines.fleets import Population, TrainingMethod
 from edgefl.simulation.isolation.at_work import turn_of
 from edgefl.simulation.steps.flat_buffer import FlatModel
 from edgefl.simulation.steps.recording import GradientOf, RecordedDescent
@@ -48,13 +48,13 @@ class WithOptions(Protocol):
 class LocalTrainer:
     """Trains clients of one population; call `begin` for each plan."""
 
-    def __init__(self, task: Task, population: Population, method: Method | None = None) -> None:
+    def __init__(self, task: Task, population: Population, method: TrainingMethod | None = None) -> None:
         if task.fit is not None and not isinstance(population, WithOptions):
             raise ConfigError(
                 f"task {task.name!r} brings its own fit, which reads data options; this population has none"
             )
         self._task, self._population = task, population
-        self._method = method or Method()
+        self._method = method or TrainingMethod()
         self._model: _Model | None = None
         self._plan: Plan | None = None
 
@@ -100,7 +100,7 @@ class LocalTrainer:
 class _Model:
     """The one model, and how its steps are taken."""
 
-    def __init__(self, task: Task, frozen: Tree | None, method: Method) -> None:
+    def __init__(self, task: Task, frozen: Tree | None, method: TrainingMethod) -> None:
         self._task, self.module = task, make_model(task)
         if frozen is not None:
             refuse_other_parts(task.name, self.module, frozen)

@@ -52,7 +52,7 @@ class VirtualFleet:
         self._inner, self._devices, self._clock = inner, devices, clock
         self._rounds, self._num_samples = rounds, num_samples
         self._next_round = first_round
-        self._served = served if served is not None else set()  # see `Setup`
+        self._served = served if served is not None else set()  # see `SimulationSetup`
         self._traffic = Traffic()
 
     def clients(self) -> Sequence[str]:

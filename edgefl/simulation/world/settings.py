@@ -14,7 +14,7 @@ from typing import Any
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError
 from edgefl.rounds import Fleet
-from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.steps.recording import has_compiler
 from edgefl.simulation.study.checkpoint import Checkpoint
 from edgefl.simulation.world.clock import VirtualClock, VirtualFleet
@@ -88,7 +88,7 @@ class VirtualTime:
 
 
 def virtual_time(
-    setup: Setup, config: SimulationConfig, engine: Fleet, saved: Checkpoint | None = None
+    setup: SimulationSetup, config: SimulationConfig, engine: Fleet, saved: Checkpoint | None = None
 ) -> VirtualTime | None:
     """Put an engine into virtual time, where the configuration describes devices; as it was in a checkpoint."""
     if config.population.devices == DevicesConfig():

@@ -14,7 +14,7 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, from_dict
 from edgefl.records import Plan, RoundOutcome
 from edgefl.rounds import Fleet, Job, run_rounds
-from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import load_task
 from edgefl.training.parts import parts_of
@@ -110,15 +110,17 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def set_up(tasks: Callable[[str], Path]) -> Callable[..., Setup]:
+def set_up(tasks: Callable[[str], Path]) -> Callable[..., SimulationSetup]:
     """Make a setup of so many clients; sections of the configuration by name."""
 
-    def make(name: str = "task", clients: int = 8, data: dict[str, str] | None = None, **sections: Any) -> Setup:
+    def make(
+        name: str = "task", clients: int = 8, data: dict[str, str] | None = None, **sections: Any
+    ) -> SimulationSetup:
         reference = str(tasks(name))
         task = load_task(reference)
         maker = partial(TaskPopulation, num_clients=clients, options=data or {})
         config = from_dict(JobConfig, {"train": {"batch_size": 4, "epochs": 2, "lr": 0.3}} | sections)
-        return Setup(
+        return SimulationSetup(
             task=task, reference=reference, make_population=maker, population=maker(task), config=config
         )  # fmt: skip
 
@@ -126,10 +128,10 @@ def set_up(tasks: Callable[[str], Path]) -> Callable[..., Setup]:
 
 
 @pytest.fixture(scope="session")
-def run() -> Callable[[Setup, Fleet], list[RoundOutcome]]:
+def run() -> Callable[[SimulationSetup, Fleet], list[RoundOutcome]]:
     """Run a setup's rounds on a fleet."""
 
-    def outcomes(setup: Setup, fleet: Fleet) -> list[RoundOutcome]:
+    def outcomes(setup: SimulationSetup, fleet: Fleet) -> list[RoundOutcome]:
         config, task = setup.config, setup.task
         gradient = config.train.algorithm == "fedsgd"
         parts = parts_of(task)
@@ -140,10 +142,10 @@ def run() -> Callable[[Setup, Fleet], list[RoundOutcome]]:
 
 
 @pytest.fixture(scope="session")
-def plan_of() -> Callable[[Setup], Plan]:
+def plan_of() -> Callable[[SimulationSetup], Plan]:
     """Make round 1 for all clients."""
 
-    def make(setup: Setup) -> Plan:
+    def make(setup: SimulationSetup) -> Plan:
         parts = parts_of(setup.task)
         return Plan(
             job="job", round=1, parameters=parts.moving, clients=tuple(setup.population.names()),

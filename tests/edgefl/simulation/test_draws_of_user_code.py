@@ -12,10 +12,10 @@ from torch import nn
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.config import JobConfig, from_dict
 from edgefl.records import Plan, Update
-from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
-from edgefl.simulation.engines.pool.pool_wire import Chunk, Flush
+from edgefl.simulation.engines.pool.chunks import ChunkTrainer
+from edgefl.simulation.engines.pool.messages import Chunk, Flush
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.simulate import simulate
 from edgefl.simulation.steps.recording import GradientOf
@@ -64,7 +64,7 @@ TASKS = {
 def setup_of(task, seed=3):
     population = TaskPopulation(task, 5, {}, seed=seed)
     config = from_dict(JobConfig, {"train": {"batch_size": 4, "lr": 0.1, "seed": seed}})
-    return Setup(
+    return SimulationSetup(
         task=task, reference=None, make_population=lambda _task: population, population=population, config=config
     )  # fmt: skip
 

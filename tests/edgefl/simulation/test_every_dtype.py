@@ -10,10 +10,10 @@ from torch import nn
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.config import JobConfig, from_dict
 from edgefl.records import Partial, Plan, Update
-from edgefl.simulation.engines.fleets import Method, Setup
+from edgefl.simulation.engines.fleets import SimulationSetup, TrainingMethod
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
-from edgefl.simulation.engines.pool.pool_wire import Chunk, Flush
+from edgefl.simulation.engines.pool.chunks import ChunkTrainer
+from edgefl.simulation.engines.pool.messages import Chunk, Flush
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.simulation.world.task_population import TaskPopulation
@@ -133,7 +133,7 @@ def setup_of(kind):
     )  # fmt: skip
     population = TaskPopulation(task, CLIENTS, {})
     config = from_dict(JobConfig, {"train": {"batch_size": 4, "epochs": 2, "lr": 0.1}})
-    return Setup(
+    return SimulationSetup(
         task=task, reference=None, make_population=lambda _task: population, population=population, config=config
     )
 
@@ -144,7 +144,7 @@ def answers_of(engine, setup, plan):
     if engine == "stacked":
         return list(StackedFleet(setup).collect(plan))
     trainer = ChunkTrainer(setup.task, setup.population, setup.config)
-    trainer.begin(plan, sums=True, method=Method(stacks=engine.endswith("stacks")))
+    trainer.begin(plan, sums=True, method=TrainingMethod(stacks=engine.endswith("stacks")))
     trainer.answer(Chunk(plan.clients))
     summed = trainer.answer(Flush())
     assert not summed.fault

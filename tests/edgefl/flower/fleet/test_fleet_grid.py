@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from edgefl.errors import ConfigError
 from edgefl.flower.fleet import wire
-from edgefl.flower.fleet.fleet_grid import Devices, FleetGrid
+from edgefl.flower.fleet.fleet_grid import FleetDevices, FleetGrid
 from edgefl.flower.inside import ErrorCode, RunNotRunningException, give_id, task_identity
 from edgefl.flower.watch import Watch
 from edgefl.operator.client import CloudClient, load_credentials
@@ -49,7 +49,7 @@ def grid(http_plane, play_devices, nodes):
         return CloudClient(None, load_credentials(http_plane.credentials))
 
     with Relay(client, "app:app", http_plane.blobs.put(b"zip")) as relay, task_identity(7):
-        devices = Devices(relay)
+        devices = FleetDevices(relay)
         yield FleetGrid(7, relay, devices, {"rate": 0.5}, Watch(time.monotonic, name=devices.name))
 
 

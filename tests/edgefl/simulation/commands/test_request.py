@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from edgefl.errors import ConfigError, MissingExtra
-from edgefl.simulation.commands.request import Request
+from edgefl.simulation.commands.request import SimulateRequest
 
-PLAIN = Request(
+PLAIN = SimulateRequest(
     task="t", clients=None, rounds=None, engine="auto", address=None, config=None, settings=(), sweep=(), data=(),
     evaluate_every=1, out=None, plot=None, tensorboard=None, checkpoint=None, checkpoint_every=1, resume=None,
 )  # fmt: skip

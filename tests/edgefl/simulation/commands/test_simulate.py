@@ -9,7 +9,7 @@ from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.simulation import simulate as module
 from edgefl.simulation.commands.simulate import ENGINES, simulate
 from edgefl.simulation.engines import auto
-from edgefl.simulation.isolation.own_process import OwnProcess
+from edgefl.simulation.isolation.process import OwnProcess
 
 
 def invoke(*arguments):

@@ -8,7 +8,7 @@ from edgefl.errors import ConfigError
 from edgefl.simulation.engines import auto
 from edgefl.simulation.engines.auto import make_engine
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.pool import PoolFleet
+from edgefl.simulation.engines.pool.fleet import PoolFleet
 from edgefl.simulation.engines.stacked_fleet import StackedFleet
 
 

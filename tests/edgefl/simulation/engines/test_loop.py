@@ -9,7 +9,7 @@ import torch
 
 from edgefl.config import JobConfig, load_config
 from edgefl.records import Update
-from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import load_task
@@ -24,7 +24,7 @@ def test_a_simulated_round_of_digits_is_the_deployed_one(run):
     task = load_task(str(DIGITS))
     config = load_config(JobConfig, DIGITS / "config.toml", ["rounds.count=1"])
     maker = partial(TaskPopulation, num_clients=3, options={"skew": "0.5"})
-    setup = Setup(task=task, reference=None, make_population=maker, population=maker(task), config=config)
+    setup = SimulationSetup(task=task, reference=None, make_population=maker, population=maker(task), config=config)
     (simulated,) = run(setup, LoopFleet(setup))
 
     def device(name):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgefl.config import JobConfig, load_config
-from edgefl.simulation.engines.fleets import Setup
+from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import load_task
@@ -79,5 +79,5 @@ def test_rounding_that_many_steps_make_larger_is_no_reason():
     task = load_task(str(DIGITS))
     config = load_config(JobConfig, DIGITS / "config.toml", ["train.epochs=30", "train.lr=1.0", "rounds.count=1"])
     maker = partial(TaskPopulation, num_clients=5, options={})
-    setup = Setup(task=task, reference=None, make_population=maker, population=maker(task), config=config)
+    setup = SimulationSetup(task=task, reference=None, make_population=maker, population=maker(task), config=config)
     assert why_not_stacked(setup) is None

@@ -9,7 +9,7 @@ from torch import nn
 
 from edgefl import Task
 from edgefl.config import TrainConfig
-from edgefl.simulation.engines.fleets import Method
+from edgefl.simulation.engines.fleets import TrainingMethod
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.simulation.steps import recording as traced
@@ -168,7 +168,7 @@ def test_nothing_is_recorded_where_that_is_switched_off(set_up, plan_of, monkeyp
     monkeypatch.setattr(traced, "OFTEN", 1)
     setup = set_up()
     plan = plan_of(setup)
-    off = dataclasses.replace(setup, method=Method(recorded=False))
+    off = dataclasses.replace(setup, method=TrainingMethod(recorded=False))
     answers = list(engine(off).collect(plan))
     assert not recordings
     if engine is LoopFleet:  # and each client is trained as on a device, bit for bit

@@ -10,8 +10,8 @@ import pytest
 from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.records import Partial
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool import pool as module
-from edgefl.simulation.engines.pool.pool import PoolFleet
+from edgefl.simulation.engines.pool import fleet as module
+from edgefl.simulation.engines.pool.fleet import PoolFleet
 
 
 def same(one, other):

@@ -17,8 +17,8 @@ from edgefl.measure import own_peak_mb
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import MetricSums
 from edgefl.simulation.engines.fallback import Attempt
-from edgefl.simulation.engines.fleets import Method, Population, Setup
-from edgefl.simulation.engines.pool.pool_wire import Chunk, Done, Flush, Summed, Tried
+from edgefl.simulation.engines.fleets import Population, SimulationSetup, TrainingMethod
+from edgefl.simulation.engines.pool.messages import Chunk, Done, Flush, Summed, Tried
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.engines.stacked import StackTrainer
 from edgefl.simulation.engines.trainer import LocalTrainer
@@ -30,24 +30,24 @@ class ChunkTrainer:
 
     def __init__(self, task: Task, population: Population, config: JobConfig) -> None:
         self._task, self._population = task, population
-        self._setup = Setup(
+        self._setup = SimulationSetup(
             task=task, reference=None, make_population=lambda _task: population, population=population, config=config
         )  # fmt: skip
-        self._trainers: dict[Method, LocalTrainer | StackTrainer] = {}
+        self._trainers: dict[TrainingMethod, LocalTrainer | StackTrainer] = {}
         self._trainer: LocalTrainer | StackTrainer | None = None
         self._plan: Plan | None = None
-        self._method = Method()
+        self._method = TrainingMethod()
         self._fault = ""  # of stacks
         self._rule_name = config.aggregation.rule
         self._tally: _Tally | None = None
 
-    def begin(self, plan: Plan, *, sums: bool, method: Method | None = None) -> None:
+    def begin(self, plan: Plan, *, sums: bool, method: TrainingMethod | None = None) -> None:
         """Take up a round, forgetting the one before."""
-        self._plan, self._method = plan, method or Method()
+        self._plan, self._method = plan, method or TrainingMethod()
         self._tally = _Tally(plan, self._rule_name) if sums else None
         self._begin()
 
-    def try_stacks(self, method: Method) -> Tried:
+    def try_stacks(self, method: TrainingMethod) -> Tried:
         """Say why clients cannot be trained in stacks, if they cannot."""
         return Tried(why_not_stacked(dataclasses.replace(self._setup, method=method)))
 
@@ -90,7 +90,7 @@ class ChunkTrainer:
             self._fault = attempt.fault
         self._trainer = self._taken_up(dataclasses.replace(self._method, stacks=False))
 
-    def _taken_up(self, method: Method) -> LocalTrainer | StackTrainer:
+    def _taken_up(self, method: TrainingMethod) -> LocalTrainer | StackTrainer:
         if self._plan is None:
             raise RuntimeError("a plan comes before a trainer")
         wanted = StackTrainer if method.stacks else LocalTrainer

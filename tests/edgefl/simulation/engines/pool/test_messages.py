@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.engines.pool.pool_wire import Start, import_path, pickled_task
+from edgefl.simulation.engines.pool.messages import Start, import_path, pickled_task
 
 
 def start(setup, task):

@@ -5,10 +5,10 @@ import pytest
 
 from edgefl.records import Failure, Update
 from edgefl.simulation.engines import stacked
-from edgefl.simulation.engines.fleets import Method
+from edgefl.simulation.engines.fleets import TrainingMethod
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
-from edgefl.simulation.engines.pool.pool_wire import Chunk, Done, Flush
+from edgefl.simulation.engines.pool.chunks import ChunkTrainer
+from edgefl.simulation.engines.pool.messages import Chunk, Done, Flush
 from edgefl.simulation.engines.stacked import StackTrainer
 
 
@@ -59,12 +59,12 @@ def test_where_stacks_fail_a_worker_trains_one_by_one_and_says_so(set_up, traine
         return whole(*arguments, **options)
 
     monkeypatch.setattr(StackTrainer, when, failing)
-    trainer.begin(plan, sums=True, method=Method(stacks=True))
+    trainer.begin(plan, sums=True, method=TrainingMethod(stacks=True))
     trainer.answer(Chunk(plan.clients))
     summed = trainer.answer(Flush())
     assert summed.fault == "it failed: IndexError: a fault of ours"
     assert sorted(summed.partial.contributors) == list(plan.clients)
-    trainer.begin(plan, sums=True, method=Method(stacks=True))
+    trainer.begin(plan, sums=True, method=TrainingMethod(stacks=True))
     trainer.answer(Chunk(plan.clients))
     assert sorted(trainer.answer(Flush()).partial.contributors) == list(plan.clients)
     assert len(calls) == (1 if when == "begin" else 2)

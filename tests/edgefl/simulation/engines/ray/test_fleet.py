@@ -16,7 +16,7 @@ from edgefl.app.local_fleet import LoggedProcess, free_ports
 from edgefl.errors import ConfigError
 from edgefl.records import Update
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.ray.ray_fleet import RayFleet
+from edgefl.simulation.engines.ray.fleet import RayFleet
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats")
 STARTED = "--block"  # it is said when all runs

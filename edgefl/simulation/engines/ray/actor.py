@@ -19,9 +19,9 @@ from pathlib import Path
 from edgefl.bundle import load_bundle, pack_bundle, unpack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, EdgeflError
-from edgefl.simulation.engines.fleets import PopulationMaker, Setup
-from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
-from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Done, Flush, Ready, Summed, import_path, pickled_task
+from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup
+from edgefl.simulation.engines.pool.chunks import ChunkTrainer
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Ready, Summed, import_path, pickled_task
 from edgefl.task import Task, load_task
 from edgefl.training.local import set_threads
 from edgefl.training.randomness import seeded
@@ -42,7 +42,7 @@ class ActorStart:
     run: str  # a name that no other simulation has
 
 
-def start_of(setup: Setup, *, here: bool) -> ActorStart:
+def start_of(setup: SimulationSetup, *, here: bool) -> ActorStart:
     """Describe a simulation to actors on this machine, or anywhere; raises ConfigError where that cannot be."""
     bundle, reference = None, setup.reference or ""
     if setup.reference is not None and not here:

@@ -9,9 +9,9 @@ import pytest
 from edgefl.errors import ConfigError
 from edgefl.records import Failure, Partial
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.pool_round import MAX_STARTS, Round
-from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
-from edgefl.simulation.engines.pool.pool_wire import Chunk, Gone, Ready
+from edgefl.simulation.engines.pool.chunks import ChunkTrainer
+from edgefl.simulation.engines.pool.messages import Chunk, Gone, Ready
+from edgefl.simulation.engines.pool.round import MAX_STARTS, Round
 
 
 class Scripted:

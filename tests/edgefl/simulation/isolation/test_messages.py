@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from edgefl.simulation.isolation.own_process_wire import OnlyNew
+from edgefl.simulation.isolation.messages import OnlyNew
 
 
 def test_an_array_travels_once_while_it_is_the_same():

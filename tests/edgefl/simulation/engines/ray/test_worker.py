@@ -7,10 +7,10 @@ from contextlib import closing
 import pytest
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Done, Gone, Ready
-from edgefl.simulation.engines.ray.ray_actor import Actor, start_of
-from edgefl.simulation.engines.ray.ray_cluster import Cluster
-from edgefl.simulation.engines.ray.ray_worker import RayWorker, wait_for_any
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Gone, Ready
+from edgefl.simulation.engines.ray.actor import Actor, start_of
+from edgefl.simulation.engines.ray.cluster import Cluster
+from edgefl.simulation.engines.ray.worker import RayWorker, wait_for_any
 
 
 class Mortal(Actor):

@@ -20,9 +20,8 @@ import numpy as np
 from edgefl.errors import ConfigError
 from edgefl.measure import how_ended
 from edgefl.process.guardian import guardian
-from edgefl.simulation.engines.fleets import Method, Setup
-from edgefl.simulation.engines.pool.pool_round import START_S
-from edgefl.simulation.engines.pool.pool_wire import (
+from edgefl.simulation.engines.fleets import SimulationSetup, TrainingMethod
+from edgefl.simulation.engines.pool.messages import (
     Begin,
     Chunk,
     Done,
@@ -36,6 +35,7 @@ from edgefl.simulation.engines.pool.pool_wire import (
     import_path,
     pickled_task,
 )
+from edgefl.simulation.engines.pool.round import START_S
 from edgefl.simulation.engines.shared import SharedTree
 from edgefl.trees import TensorSpec, spec_of
 
@@ -48,7 +48,7 @@ _GONE = (EOFError, OSError)  # OSError: also of one that ended in the middle of 
 class WorkerProcess:
     """A worker and the pipe to it. Raises ConfigError where it cannot be started."""
 
-    def __init__(self, setup: Setup, parameters: SharedTree, frozen: SharedTree | None = None) -> None:
+    def __init__(self, setup: SimulationSetup, parameters: SharedTree, frozen: SharedTree | None = None) -> None:
         spec = spec_of(parameters.tree)
         self.sums = SharedTree({name: TensorSpec(one.shape, np.dtype(np.float64)) for name, one in spec.items()})
         frozen_at = parameters.descriptor if frozen is None else frozen.descriptor  # of nothing, any file will do
@@ -79,7 +79,7 @@ class WorkerProcess:
         if isinstance(gone := self.hear(), Gone):
             raise ConfigError(f"a worker process {gone.how} before it was ready")
 
-    def why_not_stacked(self, method: Method) -> str | None:
+    def why_not_stacked(self, method: TrainingMethod) -> str | None:
         """Have it try whether clients can be trained in stacks; return why not, or None."""
         if not self.ready:  # it was started anew; its first word is that it is there
             self.wait_until_ready()
@@ -149,7 +149,7 @@ class WorkerProcess:
         self.pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", f"{__package__}.pool_worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", f"{__package__}.worker", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), *self._descriptors),
                 env=os.environ | ONE_THREAD,
             )

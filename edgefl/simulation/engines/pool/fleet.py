@@ -1,7 +1,7 @@
 """Worker processes on this machine, one thread each: for models whose steps are real work, on all cores.
 
 Parameters and sums lie in memory that the processes share; how a round is dealt out, and what happens
-when a worker dies, stands in `pool_round`.
+when a worker dies, stands in `round`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from multiprocessing.connection import Connection, wait
 from edgefl.errors import ConfigError
 from edgefl.measure import num_cores
 from edgefl.records import Plan, Traffic
-from edgefl.simulation.engines.fleets import Meter, Method, Setup
-from edgefl.simulation.engines.pool.pool_process import WorkerProcess
-from edgefl.simulation.engines.pool.pool_round import Answer, train
+from edgefl.simulation.engines.fleets import Meter, SimulationSetup, TrainingMethod
+from edgefl.simulation.engines.pool.process import WorkerProcess
+from edgefl.simulation.engines.pool.round import Answer, train
 from edgefl.simulation.engines.shared import SharedTree
 from edgefl.training.parts import parts_of
 from edgefl.trees import Tree, spec_of
@@ -24,7 +24,7 @@ from edgefl.trees import Tree, spec_of
 class PoolFleet:
     """Trains a cohort on worker processes."""
 
-    def __init__(self, setup: Setup, num_workers: int | None = None) -> None:
+    def __init__(self, setup: SimulationSetup, num_workers: int | None = None) -> None:
         self._setup = setup
         self._meter = Meter(setup.served)
         self._deadly: dict[str, str] = {}  # clients that end their workers, and how
@@ -55,7 +55,7 @@ class PoolFleet:
         """Return why the task's clients cannot be trained in stacks, or None, as a worker has tried it."""
         return self.workers[0].why_not_stacked(self._setup.method)
 
-    def use(self, method: Method) -> None:
+    def use(self, method: TrainingMethod) -> None:
         """Have the workers train in another way from the next round on."""
         self._setup = dataclasses.replace(self._setup, method=method)
 

@@ -46,7 +46,7 @@ class RoundDone:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class SimulationFinished:
     """What it came to; where a round ended under its quorum, why."""
 
     result: SimulationResult
@@ -62,11 +62,11 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Interrupted:
+class SimulationInterrupted:
     """Ctrl-C, for the second time."""
 
 
-End = Finished | Refused | Interrupted
+End = SimulationFinished | Refused | SimulationInterrupted
 Message = Chose | RoundDone | End
 
 

@@ -11,7 +11,7 @@ import pytest
 
 CODE = """
 import os, sys
-from edgefl.simulation.isolation.own_process import OwnProcess
+from edgefl.simulation.isolation.process import OwnProcess
 process = OwnProcess()
 print(process._child._process.pid, flush=True)
 sys.stdin.read()

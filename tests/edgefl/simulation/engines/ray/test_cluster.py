@@ -12,8 +12,8 @@ import pytest
 
 from edgefl.errors import ConfigError
 from edgefl.measure import num_cores
-from edgefl.simulation.engines.ray import ray_cluster
-from edgefl.simulation.engines.ray.ray_cluster import Cluster
+from edgefl.simulation.engines.ray import cluster
+from edgefl.simulation.engines.ray.cluster import Cluster
 
 
 def programs(folder):
@@ -57,7 +57,7 @@ def test_where_nobody_listens_there_is_no_cluster(free_port):
 
 
 def test_who_listens_and_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(ray_cluster, "HEALTH_S", 2.0)
+    monkeypatch.setattr(cluster, "HEALTH_S", 2.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(ConfigError, match=r"within 2 s\. Start one with `ray start --head`"),
@@ -66,7 +66,7 @@ def test_who_listens_and_says_nothing_is_not_waited_for(monkeypatch):
 
 
 def test_auto_is_not_waited_for_either(monkeypatch, free_port):
-    monkeypatch.setattr(ray_cluster, "HEALTH_S", 2.0)
+    monkeypatch.setattr(cluster, "HEALTH_S", 2.0)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port}")  # of one that has ended
     with pytest.raises(ConfigError, match="no Ray cluster answers at auto within 2 s"):
         Cluster("auto")

@@ -5,8 +5,8 @@ import pytest
 
 from edgefl.records import Failure, Update
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Done, Flush, Start, Summed, import_path
-from edgefl.simulation.engines.pool.pool_worker import Worker
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Start, Summed, import_path
+from edgefl.simulation.engines.pool.worker import PoolWorker
 from edgefl.simulation.engines.shared import SharedTree
 from edgefl.trees import TensorSpec, spec_of
 
@@ -28,7 +28,7 @@ def worker_of(plan_of):
             spec=spec_of(plan.parameters), parameters=parameters.descriptor, sums=sums.descriptor,
             import_path=import_path(), frozen_spec=spec_of(plan.frozen), frozen=frozen.descriptor,
         )  # fmt: skip
-        return Worker(start), plan, sums
+        return PoolWorker(start), plan, sums
 
     yield make
     for one in opened:

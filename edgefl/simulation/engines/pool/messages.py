@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.records import Failure, Partial, Plan, Update
-from edgefl.simulation.engines.fleets import Method, PopulationMaker, Setup
+from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod
 from edgefl.task import Task
 from edgefl.trees import TensorSpec
 
@@ -54,7 +54,7 @@ class Begin:
 
     plan: Plan
     sums: bool  # whether updates are summed in the worker, or sent one by one
-    method: Method = field(default_factory=Method)
+    method: TrainingMethod = field(default_factory=TrainingMethod)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Flush:
 class Try:
     """Try whether clients can be trained in stacks. The user's code runs in it, so it is a worker's to do."""
 
-    method: Method
+    method: TrainingMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Gone:
     how: str  # e.g. was ended by SIGKILL
 
 
-def pickled_task(setup: Setup) -> bytes | None:
+def pickled_task(setup: SimulationSetup) -> bytes | None:
     """Return the task for workers, or None where they can load it; raises ConfigError where they can do neither."""
     if setup.reference is not None:
         return None

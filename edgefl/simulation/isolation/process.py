@@ -27,7 +27,7 @@ from typing import Any, Self
 from edgefl import errors
 from edgefl.measure import how_ended, own_peak_mb
 from edgefl.simulation.isolation.at_work import AtWork, Cell
-from edgefl.simulation.isolation.own_process_wire import Chose, End, Interrupted, Message, Order, Refused, RoundDone
+from edgefl.simulation.isolation.messages import Chose, End, Message, Order, Refused, RoundDone, SimulationInterrupted
 from edgefl.simulation.simulate import Watching
 from edgefl.simulation.study.checkpoint import FILE, Checkpoint
 from edgefl.simulation.study.report import CutShort, Json, ProcessLost, SimulationResult, model_of
@@ -38,9 +38,7 @@ END_S = 10.0
 _FAULT = 1  # the status of a Python process that an exception has ended
 _TOLD_BY = signal.SIGUSR1
 _GONE = (EOFError, OSError)  # OSError: also of one that ended in the middle of a message
-_MAIN = (
-    "import sys; sys.path[:] = {path!r}; from edgefl.simulation.isolation.own_process_main import main; main({numbers})"
-)
+_MAIN = "import sys; sys.path[:] = {path!r}; from edgefl.simulation.isolation.main import main; main({numbers})"
 
 
 class OwnProcess:
@@ -181,7 +179,7 @@ class _Story:
         """Return the result, with the model where it is wanted; raises what the simulation raised."""
         if isinstance(end, Refused):
             raise _error(end)
-        if isinstance(end, Interrupted):
+        if isinstance(end, SimulationInterrupted):
             raise KeyboardInterrupt
         result = dataclasses.replace(
             end.result,

@@ -1,6 +1,6 @@
-"""A worker of the pool: `python -m edgefl.simulation.engines.pool.pool_worker DESCRIPTOR`.
+"""A worker of the pool: `python -m edgefl.simulation.engines.pool.worker DESCRIPTOR`.
 
-One process with one torch thread, which trains what it is handed (see `pool_tally`).
+One process with one torch thread, which trains what it is handed (see `chunks`).
 It ends when its pipe does. Ctrl-C is for its parent.
 """
 
@@ -16,15 +16,15 @@ import numpy as np
 
 from edgefl.errors import EdgeflError
 from edgefl.measure import seldom_collected
-from edgefl.simulation.engines.pool.pool_tally import ChunkTrainer
-from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Done, Flush, Ready, Start, Summed, Tried, Try
+from edgefl.simulation.engines.pool.chunks import ChunkTrainer
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Ready, Start, Summed, Tried, Try
 from edgefl.simulation.engines.shared import SharedTree
 from edgefl.training.local import set_threads
 from edgefl.training.randomness import kept, seeded
 from edgefl.trees import TensorSpec
 
 
-class Worker:
+class PoolWorker:
     """Answers the pool's messages: parameters come, and sums go, through shared memory."""
 
     def __init__(self, start: Start) -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         sys.path[:] = start.import_path
         try:
             set_threads(1)
-            worker = Worker(start)
+            worker = PoolWorker(start)
         except EdgeflError as error:
             pipe.send(Ready(str(error)))
             return

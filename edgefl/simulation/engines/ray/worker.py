@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Done, Flush, Gone, Ready, Summed
-from edgefl.simulation.engines.ray.ray_cluster import import_ray
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Gone, Ready, Summed
+from edgefl.simulation.engines.ray.cluster import import_ray
 
 FETCH_S = 60.0  # to bring here what is there
 

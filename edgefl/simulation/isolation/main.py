@@ -17,15 +17,15 @@ from multiprocessing.connection import Connection
 from edgefl.errors import EdgeflError
 from edgefl.measure import seldom_collected
 from edgefl.simulation.isolation.at_work import Cell, watch
-from edgefl.simulation.isolation.own_process_wire import (
+from edgefl.simulation.isolation.messages import (
     Chose,
     End,
-    Finished,
-    Interrupted,
     OnlyNew,
     Order,
     Refused,
     RoundDone,
+    SimulationFinished,
+    SimulationInterrupted,
 )
 from edgefl.simulation.simulate import Watching, simulate
 from edgefl.simulation.study.checkpoint import Checkpoint
@@ -81,12 +81,12 @@ def _served(order: Order, pipe: Connection) -> End:
             address=order.address, watching=watching, going_on=order.going_on,
         )  # fmt: skip
     except CutShort as error:
-        return Finished(error.so_far, str(error))
+        return SimulationFinished(error.so_far, str(error))
     except EdgeflError as error:
         return Refused(type(error).__name__, str(error))
     except KeyboardInterrupt:
-        return Interrupted()
-    return Finished(result)
+        return SimulationInterrupted()
+    return SimulationFinished(result)
 
 
 def _end_with(life: int) -> None:

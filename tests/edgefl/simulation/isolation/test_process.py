@@ -8,10 +8,10 @@ import pytest
 
 from edgefl.config import from_dict
 from edgefl.errors import ConfigError, MissingExtra, TaskError
-from edgefl.simulation.isolation import own_process
+from edgefl.simulation.isolation import process
 from edgefl.simulation.isolation.at_work import AtWork
-from edgefl.simulation.isolation.own_process import OwnProcess, _error, _Story
-from edgefl.simulation.isolation.own_process_wire import Chose, Finished, Order, Refused, RoundDone
+from edgefl.simulation.isolation.messages import Chose, Order, Refused, RoundDone, SimulationFinished
+from edgefl.simulation.isolation.process import OwnProcess, _error, _Story
 from edgefl.simulation.simulate import Watching, simulate
 from edgefl.simulation.study.report import ProcessLost
 from edgefl.simulation.world.settings import SimulationConfig
@@ -160,9 +160,9 @@ def test_a_fault_of_ours_is_not_tried_again_and_one_of_the_machine_is():
 
 def test_a_task_whose_every_client_ends_its_process_ends():
     told = story()
-    for number in range(own_process.MAX_DEATHS_A_ROUND - 1):
+    for number in range(process.MAX_DEATHS_A_ROUND - 1):
         told.lost(AtWork("train_data", f"client-{number // 2}"), 3, None)
-    assert len(told.order.failed) == (own_process.MAX_DEATHS_A_ROUND - 1) // 2
+    assert len(told.order.failed) == (process.MAX_DEATHS_A_ROUND - 1) // 2
     with pytest.raises(ProcessLost, match="64 processes in a row ended with status 3, the last in train_data"):
         told.lost(AtWork("train_data", "client-99"), 3, None)
     told._in_a_row = 63
@@ -172,4 +172,4 @@ def test_a_task_whose_every_client_ends_its_process_ends():
 
 def test_peaks_are_of_both_processes(folder):
     result = simulate(str(folder), engine="loop", config=order(folder).config)
-    assert story().ended(Finished(result), None).peak_rss_mb > result.peak_rss_mb
+    assert story().ended(SimulationFinished(result), None).peak_rss_mb > result.peak_rss_mb

@@ -22,8 +22,8 @@ from edgefl.aggregation import make_rule
 from edgefl.aggregation.rule import Merging
 from edgefl.errors import ConfigError
 from edgefl.records import Failure, Partial, Plan, Update
-from edgefl.simulation.engines.fleets import Meter, Method, Setup
-from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Done, Flush, Gone, Ready, Summed
+from edgefl.simulation.engines.fleets import Meter, SimulationSetup, TrainingMethod
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Gone, Ready, Summed
 from edgefl.trees import Tree
 
 LEFT_PER_CHUNK = 4  # a chunk is so small a part of a worker's share of what is left that workers end together
@@ -61,7 +61,7 @@ Wait = Callable[[Sequence[_W], float], Sequence[_W]]  # for any of them, so many
 
 
 def train(
-    setup: Setup, meter: Meter, plan: Plan, workers: Sequence[_W], wait: Wait[_W], deadly: dict[str, str]
+    setup: SimulationSetup, meter: Meter, plan: Plan, workers: Sequence[_W], wait: Wait[_W], deadly: dict[str, str]
 ) -> Iterator[Answer]:  # fmt: skip
     """Train a plan's clients on workers that have its parameters; counts what a fleet would have moved.
 
@@ -103,10 +103,10 @@ class Round(Generic[_W]):
 
     def __init__(  # noqa: PLR0913 - what a fleet has for a round, each once
         self, plan: Plan, workers: Sequence[_W], wait: Wait[_W], stop: threading.Event, *, sums: bool,
-        method: Method | None = None, deadly: dict[str, str] | None = None,
+        method: TrainingMethod | None = None, deadly: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._plan, self._wait, self._stop, self._sums = plan, wait, stop, sums
-        method = method or Method()
+        method = method or TrainingMethod()
         self._method = dataclasses.replace(method, stacks=sums and method.stacks)
         self._hands = [_Hand(worker) for worker in workers]
         self._deadly = deadly if deadly is not None else {}

@@ -11,8 +11,8 @@ import pytest
 
 from edgefl.errors import ConfigError
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Flush, Ready
-from edgefl.simulation.engines.ray.ray_actor import Actor, start_of
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Flush, Ready
+from edgefl.simulation.engines.ray.actor import Actor, start_of
 
 
 @pytest.fixture(autouse=True)

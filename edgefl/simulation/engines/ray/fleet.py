@@ -1,7 +1,7 @@
 """The pool's workers as actors on a Ray cluster: many machines, or this one.
 
 A round's parameters go into Ray's object store once, and reach each machine once; sums come back. How
-a round is dealt out, and what happens when an actor or a node is lost, stands in `pool_round`.
+a round is dealt out, and what happens when an actor or a node is lost, stands in `pool.round`.
 Not in `peak_rss_mb`: Ray's own processes.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 from edgefl.errors import ConfigError
 from edgefl.records import Plan, Traffic
-from edgefl.simulation.engines.fleets import Meter, Setup
-from edgefl.simulation.engines.pool.pool_round import START_S, Answer, train
-from edgefl.simulation.engines.pool.pool_wire import Gone
-from edgefl.simulation.engines.ray.ray_actor import Actor, start_of
-from edgefl.simulation.engines.ray.ray_cluster import Cluster, undisturbed
-from edgefl.simulation.engines.ray.ray_worker import RayWorker, wait_for_any
+from edgefl.simulation.engines.fleets import Meter, SimulationSetup
+from edgefl.simulation.engines.pool.messages import Gone
+from edgefl.simulation.engines.pool.round import START_S, Answer, train
+from edgefl.simulation.engines.ray.actor import Actor, start_of
+from edgefl.simulation.engines.ray.cluster import Cluster, undisturbed
+from edgefl.simulation.engines.ray.worker import RayWorker, wait_for_any
 from edgefl.trees import Tree
 
 END_S = 2.0
@@ -27,7 +27,7 @@ END_S = 2.0
 class RayFleet:
     """Trains a cohort on a cluster, one actor a CPU; without an address, on a cluster of its own on this machine."""
 
-    def __init__(self, setup: Setup, address: str | None = None) -> None:
+    def __init__(self, setup: SimulationSetup, address: str | None = None) -> None:
         self._setup = setup
         self._meter = Meter(setup.served)
         self._deadly: dict[str, str] = {}  # clients that end their workers, and how

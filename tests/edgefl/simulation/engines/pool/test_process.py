@@ -7,9 +7,9 @@ import signal
 import pytest
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.engines.fleets import Method
-from edgefl.simulation.engines.pool.pool_process import WorkerProcess
-from edgefl.simulation.engines.pool.pool_wire import Begin, Chunk, Gone
+from edgefl.simulation.engines.fleets import TrainingMethod
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Gone
+from edgefl.simulation.engines.pool.process import WorkerProcess
 from edgefl.simulation.engines.shared import SharedTree
 from edgefl.trees import spec_of
 
@@ -61,13 +61,13 @@ def test_a_population_that_cannot_be_sent_is_refused(set_up, parameters):
 def test_the_trial_of_stacks_is_a_workers_and_one_that_it_ends_is_replaced(set_up, parameters, tmp_path):
     worker = WorkerProcess(set_up(), parameters)
     worker.wait_until_ready()
-    assert worker.why_not_stacked(Method()) is None
+    assert worker.why_not_stacked(TrainingMethod()) is None
     worker.close()
     worker = WorkerProcess(set_up(data={"deadly": f"1@{tmp_path}", "deaths": "1"}), parameters)
     worker.wait_until_ready()
     before = worker.pid
-    assert worker.why_not_stacked(Method()) == "the worker that tried it was ended by SIGKILL"
+    assert worker.why_not_stacked(TrainingMethod()) == "the worker that tried it was ended by SIGKILL"
     worker.wait_until_ready()
     assert worker.pid != before
-    assert worker.why_not_stacked(Method()) is None
+    assert worker.why_not_stacked(TrainingMethod()) is None
     worker.close()
