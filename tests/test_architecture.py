@@ -67,7 +67,7 @@ def test_what_an_import_loads(module: str, allowed: set[str]) -> None:
 
 def test_a_pool_worker_loads_no_tool_of_a_command_or_the_network() -> None:
     """It is started by the dozen, to train: who reads its own peak memory needs no client of the cloud."""
-    script = "import sys, edgefl.simulation.engines.pool.pool_worker; print(*sys.modules)"
+    script = "import sys, edgefl.simulation.engines.pool.worker; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "numpy" in loaded

@@ -22,8 +22,7 @@ from edgefl.guards import MAX_METRIC
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.simulation.engines.batches import StackedBatches, Step
 from edgefl.simulation.engines.fleets import Population, TrainingMethod
-from edgefl.simulation.steps.factored import Gradients
-from edgefl.simulation.steps.recording import Recorded
+from edgefl.simulation.steps import FactoredGradients, make_stacked_step
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
 from edgefl.training.local import derive_seed, make_model, set_parameters
@@ -211,7 +210,7 @@ class StackTrainer:
             gradients = self._step(active, step)
             if train.proximal_mu:
                 pulls = [tensor - anchor for tensor, anchor in zip(active, anchors, strict=True)]
-            gradients.descend(active, train.lr)
+            gradients.apply(active, train.lr)
             if train.proximal_mu:
                 torch._foreach_add_(active, pulls, alpha=-train.lr * train.proximal_mu)
             totals[: len(step)] += gradients.loss.detach() * step.counts
@@ -228,8 +227,8 @@ class _StepOf:
         self._fixed = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
         self._task, self._model = task, model
         self._full, self._masked = (
-            Recorded(
-                task.name,
+            make_stacked_step(
+                task,
                 self._flat(vmap(grad_and_value(mean), randomness="error")),
                 len(self.trained),
                 compiled=method.compiled,
@@ -238,7 +237,7 @@ class _StepOf:
             for mean in (self._mean, self._masked_mean)
         )
 
-    def __call__(self, parameters: Sequence[torch.Tensor], step: Step) -> Gradients:
+    def __call__(self, parameters: Sequence[torch.Tensor], step: Step) -> FactoredGradients:
         """Return the gradients of `trained`, (K, ...) each, and the losses, (K,)."""
         if step.mask is None:
             return self._full(*parameters, step.inputs, step.targets)

@@ -1,8 +1,7 @@
 """One client after another, on one model that is made once: what `train_locally` does, at less cost.
 
 A device makes a model for each round, copies parameters in and a state dict out, checked each time.
-Here the check is made once a round, the model lies in one buffer (`flat`), and its steps are recorded
-(`traced`).
+Here the check is made once a round, the model lies in one flat buffer, and its steps are recorded.
 Invariant: the update is that of `train_locally` for the same data: bit for bit where each step has its
 gradient whole (an optimizer, a proximal term), and else to rounding, a few units in the last place.
 """
@@ -16,8 +15,7 @@ from edgefl.errors import ConfigError, TaskError
 from edgefl.records import Failure, Plan, Update
 from edgefl.simulation.engines.fleets import Population, TrainingMethod
 from edgefl.simulation.isolation.at_work import turn_of
-from edgefl.simulation.steps.flat_buffer import FlatModel
-from edgefl.simulation.steps.recording import GradientOf, RecordedDescent
+from edgefl.simulation.steps import FlatModel, make_step
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task
 from edgefl.training.local import (
@@ -108,9 +106,7 @@ class _Model:
         if channels_last:
             lay_out(self.module)
         self.flat = FlatModel(self.module, channels_last=channels_last, still=frozen or {})
-        self._descent = RecordedDescent(
-            task, GradientOf(task, self.module, compiled=method.compiled, recorded=method.recorded)
-        )
+        self._step = make_step(task, self.module, recorded=method.recorded, compiled=method.compiled)
 
     def trained(self, samples: Samples, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
         """Return what a client sends, and its loss."""
@@ -119,7 +115,7 @@ class _Model:
             batch_size = plan.train.batch_size
             loss = accumulate_gradient(self._task, self.module, samples, batch_size=batch_size, seed=seed)
             return gradient_of(self._task, self.module, plan.parameters), loss
-        loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._descent)
+        loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._step)
         if plan.frozen:
             refuse_moved(self._task.name, views_of(self._task, self.module, plan.frozen), plan.frozen)
         return self.flat.moved() if borrow else self.flat.delta(), loss

@@ -1,1 +1,11 @@
-"""Training steps made cheap: recorded, simplified, over flat buffers and cached samples."""
+"""Training steps made cheap. Only what is named here is for others: how steps are made cheap is nobody else's."""
+
+from edgefl.simulation.steps.factored import FactoredGradients
+from edgefl.simulation.steps.flat_buffer import FlatModel
+from edgefl.simulation.steps.recording import has_compiler
+from edgefl.simulation.steps.sample_cache import SampleCache
+from edgefl.simulation.steps.step import StackedStep, make_stacked_step, make_step
+
+__all__ = [
+    "FactoredGradients", "FlatModel", "SampleCache", "StackedStep", "has_compiler", "make_stacked_step", "make_step",
+]  # fmt: skip

@@ -1,9 +1,9 @@
-"""Gradients that are products of two matrices, left as such: a step adds them to the weights as they multiply.
+"""Factored gradients: the gradient of a dense layer kept as its two factors, and multiplied into the weights.
 
     w <- w - lr * (a @ b)        by one BLAS call, which accumulates into w
 
-The gradient of a dense layer is never written and read again, which is most of what a small step moves
-through memory. It rounds once less than `w - lr * g` does.
+The gradient itself is never written to memory and read again, which is most of the memory traffic of a small
+step. The result is rounded once less than `w - lr * g`.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
     import torch
 
 _Node = Any  # torch.fx.Node, whose arguments have no narrower type
-Places = Sequence[tuple[int, ...]]  # among a recording's outputs: of each gradient, or of its two factors
+OutputIndices = Sequence[tuple[int, ...]]  # per gradient: its index among the outputs, or those of its two factors
 
 
 @dataclass(frozen=True, slots=True)
-class Gradients:
-    """What a step's outputs are: gradients, or factors of them, and the loss, 0-d or (K,), at the end."""
+class FactoredGradients:
+    """The outputs of a step: each gradient whole or as two factors, then the loss, 0-d or (K,)."""
 
     outputs: Sequence[Any]
-    places: Places
+    indices: OutputIndices
 
     @property
     def loss(self) -> torch.Tensor:
         loss: torch.Tensor = self.outputs[-1]
         return loss
 
-    def multiplied(self) -> list[torch.Tensor | None]:
-        """Return the gradients themselves, None for a parameter that the loss does not depend on."""
-        return [self.outputs[p[0]] if len(p) == 1 else self.outputs[p[0]] @ self.outputs[p[1]] for p in self.places]
+    def materialized(self) -> list[torch.Tensor | None]:
+        """Return the whole gradients, None for a parameter that the loss does not depend on."""
+        return [self.outputs[i[0]] if len(i) == 1 else self.outputs[i[0]] @ self.outputs[i[1]] for i in self.indices]
 
-    def descend(self, tensors: Sequence[torch.Tensor], lr: float) -> None:
-        """Move each gradient's tensor against it, in place."""
+    def apply(self, tensors: Sequence[torch.Tensor], lr: float) -> None:
+        """Do `tensor -= lr * gradient` for each gradient's tensor, in place."""
         import torch
 
         others: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
-        for tensor, place in zip(tensors, self.places, strict=True):
-            first = self.outputs[place[0]]
-            if len(place) == 2:
+        for tensor, index in zip(tensors, self.indices, strict=True):
+            first = self.outputs[index[0]]
+            if len(index) == 2:
                 add = tensor.addmm_ if first.dim() == 2 else tensor.baddbmm_
-                add(first, self.outputs[place[1]], alpha=-lr)
+                add(first, self.outputs[index[1]], alpha=-lr)
             elif first is not None:
                 others.append(tensor)
                 gradients.append(first)
@@ -55,39 +55,40 @@ class Gradients:
             torch._foreach_add_(others, gradients, alpha=-lr)
 
 
-def in_order(number: int) -> Places:
-    """Return the places of gradients that are all multiplied out."""
+def unfactored(number: int) -> OutputIndices:
+    """Return the indices of so many gradients that are all whole."""
     return [(i,) for i in range(number)]
 
 
-def factor(graph: torch.fx.Graph, number: int) -> Places:
-    """Let a graph, whose first placeholders are so many parameters, return factors where it returned their product.
+def factor_gradients(graph: torch.fx.Graph, number: int) -> OutputIndices:
+    """Make a graph return the two factors of a gradient in place of their product; return where each gradient is.
 
-    Not where a factor is memory of a parameter, which another step may have moved before it is multiplied.
+    `number` parameters are its first placeholders. A gradient stays whole where a factor shares memory with a
+    parameter, since applying another gradient may change that parameter first.
     """
     import torch
 
     aten = torch.ops.aten
     (output,) = (node for node in graph.nodes if node.op == "output")
     parameters = {node for node, _ in zip(graph.nodes, range(number), strict=False)}
-    places: list[tuple[int, ...]] = []
+    indices: list[tuple[int, ...]] = []
     outputs: list[_Node] = []
     for gradient in output.args[0][:number]:
-        product = getattr(gradient, "target", None) in (aten.mm.default, aten.bmm.default)
-        apart = product and len(gradient.users) == 1 and output.args[0].count(gradient) == 1
-        if apart and not any(_memory_of(one) in parameters for one in gradient.args):
-            places.append((len(outputs), len(outputs) + 1))
+        is_product = getattr(gradient, "target", None) in (aten.mm.default, aten.bmm.default)
+        factorable = is_product and len(gradient.users) == 1 and output.args[0].count(gradient) == 1
+        if factorable and not any(_memory_of(one) in parameters for one in gradient.args):
+            indices.append((len(outputs), len(outputs) + 1))
             outputs += gradient.args
         else:
-            places.append((len(outputs),))
+            indices.append((len(outputs),))
             outputs.append(gradient)
     output.args = ((*outputs, *output.args[0][number:]),)
     graph.eliminate_dead_code()
-    return places
+    return indices
 
 
 def _memory_of(node: _Node) -> _Node:
-    """Return the node whose memory this one is."""
+    """Return the node whose memory this one shows."""
     import torch
 
     unsafe = torch.ops.aten._unsafe_view.default  # noqa: SLF001 - torch's own name

@@ -1,4 +1,4 @@
-"""A model whose tensors lie side by side in one buffer a dtype: it is set back, and subtracted, at one stroke.
+"""A flat buffer: a model's tensors side by side in one buffer per dtype, reset and subtracted in one operation each.
 
 Invariant: the model's tensors, but for those that are to be left `still`, are views of the buffers, under the
 names of its state dict; tensors that it shares between layers are one.

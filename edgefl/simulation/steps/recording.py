@@ -1,11 +1,11 @@
-"""A training step as the list of tensor operations that it comes to, recorded once and run many times.
+"""A training step as a list of tensor operations, recorded once and run many times.
 
 Small models spend much of a step in autograd's bookkeeping and in Python; neither is in the recording
 (`torch.fx`), which runs the same kernels in the same order, random ones included. With a C++ compiler
 the recording can be compiled whole (`torch.compile`'s Inductor), which also fuses what lies between
 matrix products.
-Invariant: a recording is used only after it gave, on the very first batch of its shape, what autograd
-gives; a model that cannot be recorded, or that differs, is trained by autograd as on a device.
+Invariant: a recording is used only after it gave the same result as autograd on the first batch of its shape;
+a model that cannot be recorded, or whose recording differs, is trained by autograd as on a device.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.logs import event
-from edgefl.simulation.steps.factored import Gradients, Places, factor, in_order
-from edgefl.simulation.steps.simplify import lean, tidy
+from edgefl.simulation.steps.factored import FactoredGradients, OutputIndices, factor_gradients, unfactored
+from edgefl.simulation.steps.simplify import simplify, specialize
 from edgefl.task import MAX_QUOTED, Task, UserCode
 from edgefl.training.local import Autograd, Descent, has_channels_last, laid_out, loss_of
 from edgefl.training.randomness import Drawn
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_RECORDINGS = 64  # shapes; a batch of one more is left to autograd
 MAX_PARAMETERS = 1000  # tensors; recording takes milliseconds for each, which a model of very many never gets back
-OFTEN = 3  # times that a stack's shapes come before they are recorded, which costs as much as tens of steps
+RECORD_AT = 3  # steps of the same shapes in a stack, before they are recorded: that costs as much as tens of steps
 TOLERANCE = 1e-3  # of the largest gradient: rounding stays far below, a wrong computation far above
 
 _log = logging.getLogger(__name__)
@@ -43,26 +43,26 @@ _Function = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Recording:
+class Recording:
     """A recorded function from tensors to gradients and a loss."""
 
     run: _Function
-    places: Places
+    indices: OutputIndices
 
-    def __call__(self, *tensors: torch.Tensor) -> Gradients:
+    def __call__(self, *tensors: torch.Tensor) -> FactoredGradients:
         import torch
 
         with torch.no_grad():
-            return Gradients(self.run(*tensors), self.places)
+            return FactoredGradients(self.run(*tensors), self.indices)
 
 
-class GradientOf:
-    """The gradients of a batch's loss, in the order of `trained`, and the loss. Buffers move as in a forward pass.
+class RecordedGradient:
+    """Gradients of a batch's loss by a recorded step, or by autograd. Buffers change as in a forward pass.
 
-    The model's tensors stay where they are: who changes them does so in place.
+    The model's tensors keep their memory: change them in place only.
     """
 
-    def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False, recorded: bool = True) -> None:
+    def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False) -> None:
         self._task, self._model, self._compiled = task, model, compiled
         self._by_autograd, self._channels_last = Autograd(task, model), has_channels_last(model)
         named = dict(model.named_parameters())
@@ -70,18 +70,18 @@ class GradientOf:
         self._names = [name for name, one in named.items() if one.requires_grad]
         self._others = {n: one for n, one in named.items() if not one.requires_grad} | dict(model.named_buffers())
         self._state = [*(one.data for one in self.trained), *self._others.values()]  # moved in place, so these stay
-        self._recordings: dict[tuple[object, ...], _Recording | None] = {}
-        self.why_not = "" if recorded else "engine.record=false"  # why autograd does it, where it does
+        self._recordings: dict[tuple[object, ...], Recording | None] = {}
+        self.why_not = ""  # why autograd does it, where it does
         if len(self.trained) > MAX_PARAMETERS:
             self.why_not = f"task {task.name!r}: its model has {len(self.trained)} parameters, too many to record"
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[_Tensors, torch.Tensor]:
         """Return the gradients, None for a parameter that the loss does not depend on, and the loss, 0-d."""
-        gradients = self.of(inputs, targets)
-        return gradients.multiplied(), gradients.loss
+        gradients = self.factored(inputs, targets)
+        return gradients.materialized(), gradients.loss
 
-    def of(self, inputs: torch.Tensor, targets: torch.Tensor) -> Gradients:
-        """Return the gradients as they are for who only descends by them."""
+    def factored(self, inputs: torch.Tensor, targets: torch.Tensor) -> FactoredGradients:
+        """Return factored gradients, for callers that only apply them."""
         if self._channels_last:
             inputs = laid_out(inputs)
         key = (inputs.shape, inputs.stride(), inputs.dtype, targets.shape, targets.dtype)
@@ -94,10 +94,10 @@ class GradientOf:
         if recording is not None:
             return recording(inputs, targets)
         gradients, loss = self._by_autograd(inputs, targets)
-        return Gradients((*gradients, loss), in_order(len(gradients)))
+        return FactoredGradients((*gradients, loss), unfactored(len(gradients)))
 
     def _step(self, *arguments: Any) -> tuple[Any, ...]:
-        """Do what `_by_autograd` does, as a function of all that it works on."""
+        """Do what `_by_autograd` does, as a function of all the tensors that it uses."""
         import torch
 
         *state, inputs, targets = arguments
@@ -106,47 +106,47 @@ class GradientOf:
         loss = loss_of(self._task, torch.func.functional_call(self._model, tensors, (inputs,)), targets)
         return (*torch.autograd.grad(loss, leaves, allow_unused=True), loss.detach())
 
-    def _record(self, inputs: torch.Tensor, targets: torch.Tensor) -> _Recording | None:
+    def _record(self, inputs: torch.Tensor, targets: torch.Tensor) -> Recording | None:
         """Record the step for batches of this shape; None, and `why_not`, where that cannot be done."""
         before, drawn = _own_state(self._model), Drawn()
         arguments = [*self._state, inputs, targets]
         try:
             with UserCode(self._task.name, "recording a step"):
-                module, places = record(self._step, arguments, len(self.trained))
+                module, indices = record(self._step, arguments, len(self.trained))
         except TaskError as error:
             self.why_not = str(error)
             drawn.put_back()
             return None
         if drawn.since():
-            drawn.put_back()  # as if nobody had tried
+            drawn.put_back()  # as if it had not been tried
             self.why_not = f"task {self._task.name!r}: its model or loss draws from Python's or numpy's random state"
             return None
         if _own_state(self._model) != before:
             self.why_not = f"task {self._task.name!r}: its model keeps state of its own besides parameters and buffers"
             return None
-        for run in _ways(self._task.name, module, arguments, self._state, compiled=self._compiled):
-            recording = _Recording(run, places)
+        for run in _runnable(self._task.name, module, arguments, self._state, compiled=self._compiled):
+            recording = Recording(run, indices)
             self.why_not = self._fault_of(recording, inputs, targets)
             if not self.why_not:
                 return recording
         return None
 
-    def _fault_of(self, recording: _Recording, inputs: torch.Tensor, targets: torch.Tensor) -> str:
-        """Take one step both ways from the same state, and leave that as it was; empty where they agree."""
+    def _fault_of(self, recording: Recording, inputs: torch.Tensor, targets: torch.Tensor) -> str:
+        """Take one step by each from the same state, which is restored; return how they differ, empty if they agree."""
         import torch
 
         buffers, random = [one.clone() for one in self._others.values()], torch.get_rng_state()
-        wanted, loss = self._by_autograd(inputs, targets)
+        expected, loss = self._by_autograd(inputs, targets)
         after = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
         try:
             seen = recording(inputs, targets)
-            gradients = seen.multiplied()
+            gradients = seen.materialized()
         except (TypeError, RuntimeError) as error:
             return f"task {self._task.name!r}: a recorded step failed: {error}"
         moved = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
-        agree = _agree(gradients, wanted) and _agree([seen.loss, *moved], [loss, *after])
+        agree = _agree(gradients, expected) and _agree([seen.loss, *moved], [loss, *after])
         return "" if agree else f"task {self._task.name!r}: a recorded step differs from autograd's"
 
     def _restore(self, buffers: Sequence[torch.Tensor], random: torch.Tensor) -> None:
@@ -159,9 +159,9 @@ class GradientOf:
 
 
 class RecordedDescent(Descent):
-    """Steps by what is recorded; plain ones without gradients that are written down to be read once."""
+    """Steps by recorded gradients; plain SGD applies factored ones, without writing them to memory."""
 
-    def __init__(self, task: Task, gradient: GradientOf) -> None:
+    def __init__(self, task: Task, gradient: RecordedGradient) -> None:
         super().__init__(task, gradient)
         self._own_optimizer, self._recorded = task.optimizer is not None, gradient
         self._tensors = [one.data for one in gradient.trained]
@@ -175,79 +175,75 @@ class RecordedDescent(Descent):
     def take(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self._plain_lr is None:
             return super().take(inputs, targets)
-        gradients = self._recorded.of(inputs, targets)
-        gradients.descend(self._tensors, self._plain_lr)
+        gradients = self._recorded.factored(inputs, targets)
+        gradients.apply(self._tensors, self._plain_lr)
         return gradients.loss
 
 
-class Recorded:
-    """A function from so many parameters, and a batch, to their gradients and losses.
+class RecordedFunction:
+    """A pure function from parameters and a batch to their gradients and losses, recorded for frequent shapes."""
 
-    It changes nothing, and is recorded for the shapes that come often.
-    """
-
-    def __init__(
-        self, task: str, function: _Function, parameters: int, *, compiled: bool = False, recorded: bool = True
-    ) -> None:
-        self._task, self._function, self._number, self._compiled = task, function, parameters, compiled
-        self._recorded = recorded
+    def __init__(self, task: str, function: _Function, num_parameters: int, *, compiled: bool = False) -> None:
+        self._task, self._function, self._number, self._compiled = task, function, num_parameters, compiled
         self._seen: Counter[tuple[object, ...]] = Counter()
-        self._recordings: dict[tuple[object, ...], _Recording] = {}
+        self._recordings: dict[tuple[object, ...], Recording] = {}
 
-    def __call__(self, *tensors: torch.Tensor) -> Gradients:
+    def __call__(self, *tensors: torch.Tensor) -> FactoredGradients:
         key = tuple((one.shape, one.dtype) for one in tensors)
         recording = self._recordings.get(key)
         if recording is not None:
             return recording(*tensors)
-        result = Gradients(self._function(*tensors), in_order(self._number))
+        result = FactoredGradients(self._function(*tensors), unfactored(self._number))
         self._seen[key] += 1
         few = len(self._recordings) < MAX_RECORDINGS and self._number <= MAX_PARAMETERS
-        if self._recorded and self._seen[key] == OFTEN and few:
+        if self._seen[key] == RECORD_AT and few:
             self._record(key, tensors, result)
         return result
 
-    def _record(self, key: tuple[object, ...], tensors: Sequence[torch.Tensor], wanted: Gradients) -> None:
+    def _record(self, key: tuple[object, ...], tensors: Sequence[torch.Tensor], expected: FactoredGradients) -> None:
         try:
             with UserCode(self._task, "recording a step"):
-                module, places = record(self._function, tensors, self._number)
+                module, indices = record(self._function, tensors, self._number)
         except TaskError:
             return  # it goes on as it is
-        for run in _ways(self._task, module, tensors, (), compiled=self._compiled):
-            recording = _Recording(run, places)
+        for run in _runnable(self._task, module, tensors, (), compiled=self._compiled):
+            recording = Recording(run, indices)
             with UserCode(self._task, "a recorded step"):
                 seen = recording(*tensors)
-                agrees = _agree([*seen.multiplied(), seen.loss], wanted.outputs)
+                agrees = _agree([*seen.materialized(), seen.loss], expected.outputs)
             if agrees:
                 self._recordings[key] = recording
                 return
 
 
-def _ways(
+def _runnable(
     task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor], constants: Sequence[torch.Tensor],
     *, compiled: bool,
 ) -> Iterator[_Function]:  # fmt: skip
-    """Yield ways to run a recording on the arguments that are not constants, what is fastest first."""
+    """Yield functions that run a recording on the arguments that are not constants, the fastest first."""
     if compiled and (made := _compiled(task, module, arguments)) is not None:
         yield partial(made, *constants)
-    yield lean(module, constants)
+    yield specialize(module, constants)
     yield partial(module.forward, *constants)
 
 
-def record(step: _Function, arguments: Sequence[torch.Tensor], parameters: int) -> tuple[torch.fx.GraphModule, Places]:
-    """Return a step as the operations that it makes of tensors of these shapes; lets torch's errors through.
+def record(
+    step: _Function, arguments: Sequence[torch.Tensor], parameters: int
+) -> tuple[torch.fx.GraphModule, OutputIndices]:
+    """Return a step's graph of operations for tensors of these shapes, and where its gradients are in its outputs.
 
-    So many of its arguments are parameters, whose gradients it returns first; where they lie is returned too.
-    It is followed with tensors that have no values, so that a step which asks for one cannot be recorded.
+    The first `parameters` arguments are parameters, whose gradients the step returns first. It is traced with
+    tensors that have no values, so a step that branches on a value cannot be recorded: torch raises.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.graph import CodeGen
 
     module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
-    tidy(module.graph)
+    simplify(module.graph)
     module.graph.set_codegen(CodeGen())  # plain arguments, not trees of them
-    places = factor(module.graph, parameters)
+    indices = factor_gradients(module.graph, parameters)
     module.recompile()
-    return module, places
+    return module, indices
 
 
 def has_compiler() -> bool:

@@ -1,7 +1,7 @@
-"""Clients' samples, kept side by side in large slabs.
+"""A cache of clients' samples, side by side in large blocks of memory.
 
-Each in memory of its own would lie between what training allocates and frees, and leave holes there that
-nothing fits into: a process grew by several times the bytes of the samples.
+With an allocation per client, samples lie between what training allocates and frees, and the heap fragments:
+a process grew by several times the bytes of the samples.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from edgefl.training.samples import Samples
 if TYPE_CHECKING:
     import torch
 
-SLAB_BYTES = 64 << 20  # beyond what malloc takes from its heap; pages that nothing is written to cost nothing
+BLOCK_BYTES = 64 << 20  # beyond what malloc takes from its heap; pages that nothing is written to cost nothing
 ALIGNMENT = 64  # bytes
 
 
-class Shelf:
-    """Samples by client, of at most so many bytes: beyond that, those of the oldest slab are forgotten."""
+class SampleCache:
+    """Samples by client, at most `max_bytes` of them: beyond that, those of the oldest block are evicted."""
 
-    def __init__(self, max_bytes: int, slab_bytes: int = SLAB_BYTES) -> None:
-        self._max_bytes, self._slab_bytes = max_bytes, slab_bytes
-        self._slabs: deque[_Slab] = deque()
+    def __init__(self, max_bytes: int, block_bytes: int = BLOCK_BYTES) -> None:
+        self._max_bytes, self._block_bytes = max_bytes, block_bytes
+        self._blocks: deque[_Block] = deque()
         self._kept: dict[str, Samples] = {}
 
     def get(self, client: str) -> Samples | None:
@@ -33,24 +33,24 @@ class Shelf:
     def put(self, client: str, samples: Samples) -> Samples:
         """Keep a copy, and return it."""
         size = _aligned(samples.inputs.nbytes) + _aligned(samples.targets.nbytes)
-        if not self._slabs or self._slabs[-1].left < size:
-            self._add_slab(max(size, self._slab_bytes), samples.inputs.device)
-        slab = self._slabs[-1]
-        slab.clients.append(client)
-        self._kept[client] = kept = Samples(slab.put(samples.inputs), slab.put(samples.targets))
+        if not self._blocks or self._blocks[-1].left < size:
+            self._add_block(max(size, self._block_bytes), samples.inputs.device)
+        block = self._blocks[-1]
+        block.clients.append(client)
+        self._kept[client] = kept = Samples(block.put(samples.inputs), block.put(samples.targets))
         return kept
 
-    def _add_slab(self, size: int, device: torch.device) -> None:
+    def _add_block(self, size: int, device: torch.device) -> None:
         import torch
 
-        self._slabs.append(_Slab(torch.empty(size, dtype=torch.uint8, device=device)))
-        while len(self._slabs) > 1 and sum(slab.memory.numel() for slab in self._slabs) > self._max_bytes:
-            for client in self._slabs.popleft().clients:
+        self._blocks.append(_Block(torch.empty(size, dtype=torch.uint8, device=device)))
+        while len(self._blocks) > 1 and sum(block.memory.numel() for block in self._blocks) > self._max_bytes:
+            for client in self._blocks.popleft().clients:
                 del self._kept[client]
 
 
 @dataclass(slots=True)
-class _Slab:
+class _Block:
     memory: torch.Tensor  # bytes
     used: int = 0
     clients: list[str] = field(default_factory=list)

@@ -1,8 +1,8 @@
-"""A recorded graph made lean: the same operations on the same numbers, with less around them.
+"""A recorded graph, simplified: the same operations on the same numbers, with less overhead around them.
 
-Small models spend much of a step on the way to each operation. Left out is what only autograd needs,
-and what is the same for every batch; the rest is called by torch's own Python functions, whose arguments
-are parsed three times faster than those of `torch.ops`.
+Small models spend much of a step on dispatching each operation. Left out is what only autograd needs, and what
+is the same for every batch; the other operations are called through torch's own Python functions, which parse
+their arguments three times faster than those of `torch.ops`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _Node = Any  # torch.fx.Node, whose arguments have no narrower type
 
 
-def tidy(graph: torch.fx.Graph) -> None:
-    """Take out other names of a tensor, what is turned there and back or keeps its shape; lay out what is pooled."""
+def simplify(graph: torch.fx.Graph) -> None:
+    """Remove detaches, double transposes and reshapes to the same shape; align the layouts of pooling, in place."""
     import torch
 
     aten = torch.ops.aten
@@ -32,26 +32,26 @@ def tidy(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(inner.args[0])
         elif node.target in reshapes and inner.meta["val"].shape == node.meta["val"].shape:
             node.replace_all_uses_with(inner)
-        elif node.target is aten.max_pool2d_with_indices_backward.default and _mixed(inner, node.args[1]):
+        elif node.target is aten.max_pool2d_with_indices_backward.default and _layouts_differ(inner, node.args[1]):
             with graph.inserting_before(node):  # the operation does it too, in ten times the time
                 moved = graph.call_function(aten.clone.default, (inner,), {"memory_format": torch.channels_last})
             node.replace_input_with(inner, moved)
     graph.eliminate_dead_code()
 
 
-def _mixed(gradient: _Node, inputs: _Node) -> bool:
-    """Say whether inputs have their channels last and the gradient not."""
+def _layouts_differ(gradient: _Node, inputs: _Node) -> bool:
+    """Say whether the inputs have their channels last and the gradient has not."""
     import torch
 
     last = torch.channels_last
-    seen, wanted = gradient.meta["val"], inputs.meta["val"]
-    return wanted.is_contiguous(memory_format=last) and not seen.is_contiguous(memory_format=last)
+    gradient, inputs = gradient.meta["val"], inputs.meta["val"]
+    return inputs.is_contiguous(memory_format=last) and not gradient.is_contiguous(memory_format=last)
 
 
-def lean(module: torch.fx.GraphModule, constants: Sequence[torch.Tensor] = ()) -> Callable[..., Any]:
-    """Return a module's function of all its arguments but the first, which are these constants: same in every call.
+def specialize(module: torch.fx.GraphModule, constants: Sequence[torch.Tensor] = ()) -> Callable[..., Any]:
+    """Return the module's function with its first arguments fixed to these constants.
 
-    A constant may change its values, in place.
+    The values of a constant may change, in place; its memory stays.
     """
     import torch
 
@@ -63,10 +63,7 @@ def lean(module: torch.fx.GraphModule, constants: Sequence[torch.Tensor] = ()) -
 
 
 def _hoist(graph: torch.fx.Graph, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Take out the views of the first placeholders, which are given these constants; returns them.
-
-    Each becomes a placeholder of its own, after those of the constants.
-    """
+    """Replace views of the constants, the first placeholders, by placeholders that follow them; return those views."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     values: dict[_Node, torch.Tensor] = dict(zip(placeholders, constants, strict=False))
     hoisted: list[torch.Tensor] = []
@@ -84,14 +81,14 @@ def _hoist(graph: torch.fx.Graph, constants: Sequence[torch.Tensor]) -> list[tor
 
 
 def is_view(target: object) -> bool:
-    """Say whether an operation gives another name to the memory of its first argument."""
+    """Say whether an operation returns a view of its first argument."""
     import torch
 
     return isinstance(target, torch._ops.OpOverload) and target.is_view  # noqa: SLF001 - has no public name
 
 
 def _bind(graph: torch.fx.Graph) -> None:
-    """Call operations by torch's functions and methods of the same name, where there are some."""
+    """Call operations through torch's functions and methods of the same name, where they exist."""
     import torch
 
     for node in graph.nodes:

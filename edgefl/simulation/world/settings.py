@@ -15,7 +15,7 @@ from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError
 from edgefl.rounds import Fleet
 from edgefl.simulation.engines.fleets import SimulationSetup
-from edgefl.simulation.steps.recording import has_compiler
+from edgefl.simulation.steps import has_compiler
 from edgefl.simulation.study.checkpoint import Checkpoint
 from edgefl.simulation.world.clock import VirtualClock, VirtualFleet
 from edgefl.simulation.world.devices import Devices, DevicesConfig

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.steps.sample_cache import Shelf
+from edgefl.simulation.steps import SampleCache
 from edgefl.simulation.world.names import Names
 from edgefl.task import Task
 from edgefl.training.local import data_seed
@@ -29,7 +29,7 @@ class TaskPopulation:
         self._task, self._seed = task, seed
         self._names = Names(num_clients)
         self._options = dict(options)
-        self._shelf = Shelf(CACHE_BYTES)
+        self._cache = SampleCache(CACHE_BYTES)
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -39,11 +39,11 @@ class TaskPopulation:
         return {**self._options, "part": str(self._names.index(client)), "parts": str(len(self._names))}
 
     def samples(self, client: str) -> Samples:
-        kept = self._shelf.get(client)
+        kept = self._cache.get(client)
         if kept is not None:
             return kept
         seed = data_seed(self._seed, client)
-        return self._shelf.put(client, train_samples(self._task, self.options(client), seed=seed))
+        return self._cache.put(client, train_samples(self._task, self.options(client), seed=seed))
 
 
 def _refuse_partless(task: Task) -> None:

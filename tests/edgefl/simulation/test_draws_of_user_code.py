@@ -18,7 +18,7 @@ from edgefl.simulation.engines.pool.chunks import ChunkTrainer
 from edgefl.simulation.engines.pool.messages import Chunk, Flush
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.simulate import simulate
-from edgefl.simulation.steps.recording import GradientOf
+from edgefl.simulation.steps.recording import RecordedGradient
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import FitResult, Task
 from edgefl.training.local import initial_parameters, train_locally
@@ -114,7 +114,7 @@ def test_a_step_that_draws_is_neither_recorded_nor_stacked(name):
     setup = setup_of(TASKS[name])
     assert "draws from Python's or numpy's" in (why_not_stacked(setup) or "")
     samples = setup.population.samples("client-0")
-    gradient = GradientOf(setup.task, setup.task.model())
+    gradient = RecordedGradient(setup.task, setup.task.model())
     before = Drawn()
     gradient.of(samples.inputs, samples.targets)
     assert "draws from Python's or numpy's" in gradient.why_not

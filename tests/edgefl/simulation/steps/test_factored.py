@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgefl.simulation.steps.factored import Gradients, in_order
+from edgefl.simulation.steps.factored import FactoredGradients, unfactored
 from edgefl.simulation.steps.recording import record
 
 
@@ -43,13 +43,13 @@ def test_a_step_is_that_of_the_gradients(function, shapes, lengths):
     torch.manual_seed(3)
     tensors = [torch.randn(shape) for shape in shapes]
     *wanted, loss = function(*tensors)
-    module, places = record(function, tensors, 2)
-    assert [len(place) for place in places] == lengths
-    seen = Gradients(module(*tensors), places)
-    torch.testing.assert_close(seen.multiplied(), list(wanted))
+    module, indices = record(function, tensors, 2)
+    assert [len(index) for index in indices] == lengths
+    seen = FactoredGradients(module(*tensors), indices)
+    torch.testing.assert_close(seen.materialized(), list(wanted))
     torch.testing.assert_close(seen.loss, loss)
     moved = [one.clone() for one in tensors[:2]]
-    seen.descend(moved, 0.5)
+    seen.apply(moved, 0.5)
     torch.testing.assert_close(moved, [one - 0.5 * grad for one, grad in zip(tensors, wanted, strict=False)])
 
 
@@ -59,12 +59,12 @@ def test_a_gradient_that_is_used_twice_stays_whole():
         return gradients[0], gradients[0], loss
 
     tensors = [torch.randn(3, 5), torch.randn(3), torch.randn(4, 5)]
-    module, places = record(tied, tensors, 2)
-    assert places == in_order(2)
+    module, indices = record(tied, tensors, 2)
+    assert indices == unfactored(2)
     torch.testing.assert_close(list(module(*tensors)), list(tied(*tensors)))
 
 
 def test_a_parameter_without_a_gradient_stays():
     one, other = torch.ones(2), torch.ones(2)
-    Gradients((None, torch.ones(2), torch.tensor(0.0)), in_order(2)).descend([one, other], 0.5)
+    FactoredGradients((None, torch.ones(2), torch.tensor(0.0)), unfactored(2)).apply([one, other], 0.5)
     assert (one.tolist(), other.tolist()) == ([1, 1], [0.5, 0.5])

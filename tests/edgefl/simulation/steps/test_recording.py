@@ -12,8 +12,8 @@ from edgefl.config import TrainConfig
 from edgefl.simulation.engines.fleets import TrainingMethod
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.stacked_fleet import StackedFleet
-from edgefl.simulation.steps import recording as traced
-from edgefl.simulation.steps.recording import GradientOf, Recorded, RecordedDescent, has_compiler
+from edgefl.simulation.steps import recording
+from edgefl.simulation.steps.recording import RecordedDescent, RecordedFunction, RecordedGradient, has_compiler
 from edgefl.training.local import Autograd, Descent, train_locally
 
 
@@ -51,7 +51,7 @@ def gradients(make, *, compiled=False, rows=6):
     model = make()
     task = Task(name="t", model=make, loss=nn.functional.cross_entropy, train_data=lambda: None)
     inputs, targets = torch.randn(rows, 4), torch.randint(0, 2, (rows,))
-    return model, GradientOf(task, model, compiled=compiled), task, inputs, targets
+    return model, RecordedGradient(task, model, compiled=compiled), task, inputs, targets
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own use of it
@@ -135,10 +135,10 @@ def test_a_function_is_recorded_when_its_shapes_have_come_often():
         calls.append(len(tensor))
         return (tensor * 2, tensor.sum())
 
-    recorded = Recorded("t", double, 1)
+    recorded = RecordedFunction("t", double, 1)
     for k in range(6):
         result = recorded(torch.full((2,), float(k)))
-        assert [one.tolist() for one in result.multiplied()] == [[2.0 * k] * 2]
+        assert [one.tolist() for one in result.materialized()] == [[2.0 * k] * 2]
         assert float(result.loss) == 2 * k
     assert calls == [2, 2, 2, 2]  # three times by itself, once to record
 
@@ -149,7 +149,7 @@ def test_a_model_of_very_many_parameters_is_left_to_autograd(monkeypatch):
     gradient(inputs, targets)
     assert "4 parameters, too many to record" in gradient.why_not
     calls = []
-    recorded = Recorded("t", lambda *tensors: (calls.append(1), *tensors, tensors[0].sum())[1:], 4)
+    recorded = RecordedFunction("t", lambda *tensors: (calls.append(1), *tensors, tensors[0].sum())[1:], 4)
     for _ in range(5):
         recorded(*torch.ones(4, 2).unbind())
     assert len(calls) == 5  # never from a recording
@@ -158,14 +158,14 @@ def test_a_model_of_very_many_parameters_is_left_to_autograd(monkeypatch):
 @pytest.mark.parametrize("engine", [LoopFleet, StackedFleet])
 def test_nothing_is_recorded_where_that_is_switched_off(set_up, plan_of, monkeypatch, engine):
     recordings = []
-    whole = traced.record
+    whole = recording.record
 
     def noting(*arguments):
         recordings.append(arguments)
         return whole(*arguments)
 
-    monkeypatch.setattr(traced, "record", noting)
-    monkeypatch.setattr(traced, "OFTEN", 1)
+    monkeypatch.setattr(recording, "record", noting)
+    monkeypatch.setattr(recording, "RECORD_AT", 1)
     setup = set_up()
     plan = plan_of(setup)
     off = dataclasses.replace(setup, method=TrainingMethod(recorded=False))

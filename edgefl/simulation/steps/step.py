@@ -1,0 +1,48 @@
+"""The door to training steps: `make_step` for one client at a time, `make_stacked_step` for many as one computation.
+
+The caller says whether steps are recorded, and gets a step of the task either way. How a recorded one is made
+cheap (simplified graphs, factored gradients) stays inside this folder. Switched off, each step is taken by
+autograd, as on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from edgefl.simulation.steps.factored import FactoredGradients, unfactored
+from edgefl.simulation.steps.recording import RecordedDescent, RecordedFunction, RecordedGradient
+from edgefl.task import Task
+from edgefl.training.local import Autograd, Descent
+
+if TYPE_CHECKING:
+    import torch
+
+StackedStep = Callable[..., FactoredGradients]  # of the parameters and a batch, each with a dimension K at the front
+
+
+def make_step(task: Task, model: torch.nn.Module, *, recorded: bool = True, compiled: bool = False) -> Descent:
+    """Return the training step of a task on this model, whose tensors keep their memory while it is used.
+
+    A recorded plain SGD step is that of a device to rounding; with an optimizer or a proximal term, bit for bit.
+    """
+    if not recorded:
+        return Descent(task, Autograd(task, model))
+    return RecordedDescent(task, RecordedGradient(task, model, compiled=compiled))
+
+
+def make_stacked_step(
+    task: Task, function: Callable[..., tuple[Any, ...]], num_parameters: int, *, recorded: bool = True,
+    compiled: bool = False,
+) -> StackedStep:  # fmt: skip
+    """Return the step of a stack of clients: a function that gives gradients, (K, ...) each, and losses, (K,).
+
+    `function` is pure. It takes `num_parameters` tensors and a batch, and returns as many gradients and the losses.
+    """
+    if recorded:
+        return RecordedFunction(task.name, function, num_parameters, compiled=compiled)
+
+    def step(*tensors: Any) -> FactoredGradients:
+        return FactoredGradients(function(*tensors), unfactored(num_parameters))
+
+    return step
