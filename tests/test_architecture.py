@@ -46,6 +46,7 @@ def test_import_contracts_hold() -> None:
     [
         ("edgefl", set()),
         ("edgefl.app.cli", set()),
+        ("edgefl.exchange", set()),
         ("edgefl.rounds", set()),
         ("edgefl.aggregation.server_opt", set()),
         ("edgefl.protocols.manifest", set()),

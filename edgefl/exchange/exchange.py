@@ -1,0 +1,158 @@
+"""One exchange: devices are asked for something, and answer, fail or are given up. A state machine without I/O.
+
+Events go in, each with its time; instructions come out, which a driver carries out: the cloud's rounds
+(`cloud/dataplane/grpc_fleet.py`), its relays (`relays.py`) and the virtual clock (`simulation/world/clock.py`).
+An exchange is over when every device has answered, at its deadline, or, once the quorum has sent updates, when
+all that are missing have been offline for the grace time.
+The manner is that of dask/distributed's `worker_state_machine.py`: so a test is a table of events.
+
+Invariants: it reads no clock, and the same events give the same instructions. An answer is yielded once, in the
+order of arrival, and never after `Close`. What happens at the very moment when a deadline ends still counts.
+While it is paused no time passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+
+from edgefl.exchange.events import (
+    Answered,
+    Back,
+    Begin,
+    Close,
+    Event,
+    Failed,
+    GiveUp,
+    Instruction,
+    Offline,
+    Paused,
+    Resumed,
+    Stop,
+    Tell,
+    Tick,
+    Why,
+    Withdrawn,
+    Yield,
+)
+from edgefl.exchange.terms import Terms
+
+
+class Exchange:
+    """The state of one exchange. Not thread-safe: a driver owns it, or has a lock."""
+
+    def __init__(self, asked: Iterable[str], terms: Terms) -> None:
+        self._terms = terms
+        self._waiting = dict.fromkeys(asked)  # in the order in which they are told
+        self._updates: set[str] = set()  # whose answers count towards the quorum
+        self._now_s = -math.inf  # of the latest event
+        # Below: on the exchange's own time, which stands still in a pause.
+        self._end_s = math.inf
+        self._offline_since_s: dict[str, float] = {}  # of those who are waited for
+        self._paused_since_s: float | None = None
+        self._paused_s = 0.0  # in pauses that are over
+        self.closed_s: float | None = None  # when it ended, on the driver's clock
+
+    @property
+    def waiting(self) -> Collection[str]:
+        """The devices that are waited for."""
+        return self._waiting.keys()
+
+    @property
+    def is_paused(self) -> bool:
+        return self._paused_since_s is not None
+
+    @property
+    def due_s(self) -> float:
+        """When time alone will end it, on the driver's clock: a `Tick` is wanted then. Infinite in a pause."""
+        if self.closed_s is not None or self.is_paused:
+            return math.inf
+        return min(self._end_s, self._given_up_s()) + self._paused_s
+
+    def waits_for(self, device: str, at_s: float) -> bool:
+        """Whether an answer of this device would count at this time."""
+        return device in self._waiting and at_s <= self.due_s
+
+    def handle(self, *events: Event) -> list[Instruction]:
+        """Take events in, in their order, and return what is to be done."""
+        instructions: list[Instruction] = []
+        for event in events:
+            if self.due_s < event.at_s:
+                instructions += self._end_in_time()
+            self._now_s = max(self._now_s, event.at_s)
+            if self.closed_s is None:
+                instructions += self._take(event)
+        return instructions
+
+    def _take(self, event: Event) -> list[Instruction]:
+        match event:
+            case Begin():
+                return self._begin(event)
+            case Answered() | Failed():
+                return self._answer(event)
+            case Withdrawn():
+                self._updates.discard(event.device)
+            case Offline():
+                self._note_offline(event)
+            case Back():
+                self._offline_since_s.pop(event.device, None)
+            case Paused():
+                self._paused_since_s = self._now_s if self._paused_since_s is None else self._paused_since_s
+            case Resumed():
+                return self._resume()
+            case Tick():
+                return self._end_in_time() if self.due_s <= self._now_s else []
+            case Stop():
+                return self._close(Why.UNWANTED)
+        return []
+
+    def _begin(self, event: Begin) -> list[Instruction]:
+        self._end_s = self._own_s() + self._terms.deadline_s
+        if not self._waiting:
+            return self._close(Why.UNWANTED)
+        return [] if event.is_told else self._tell()
+
+    def _answer(self, event: Answered | Failed) -> list[Instruction]:
+        if event.device not in self._waiting:
+            return []
+        del self._waiting[event.device]
+        self._offline_since_s.pop(event.device, None)
+        if isinstance(event, Answered):
+            self._updates.add(event.device)
+        return [Yield(event.device), *(() if self._waiting else self._close(Why.UNWANTED))]
+
+    def _note_offline(self, event: Offline) -> None:
+        if event.device in self._waiting:
+            since_s = self._own_s() + (0.0 if event.heard_of else self._terms.return_s)
+            self._offline_since_s[event.device] = min(since_s, self._offline_since_s.get(event.device, since_s))
+
+    def _resume(self) -> list[Instruction]:
+        """Tell again: those that gave up sending do not know that there is room."""
+        if self._paused_since_s is None:
+            return []
+        self._paused_s += self._now_s - self._paused_since_s
+        self._paused_since_s = None
+        return self._tell()
+
+    def _tell(self) -> list[Instruction]:
+        return [Tell(device) for device in self._waiting]
+
+    def _own_s(self) -> float:
+        now_s = self._now_s if self._paused_since_s is None else self._paused_since_s
+        return now_s - self._paused_s
+
+    def _given_up_s(self) -> float:
+        """Return when the last missing device will have been offline for the grace time, on the exchange's own time."""
+        gone = self._offline_since_s
+        if not gone or len(gone) < len(self._waiting) or len(self._updates) < self._terms.quorum:
+            return math.inf
+        return max(gone.values()) + self._terms.offline_grace_s
+
+    def _end_in_time(self) -> list[Instruction]:
+        self._now_s = max(self._now_s, self.due_s)
+        return self._close(Why.OFFLINE if self._given_up_s() <= self._end_s else Why.LATE)
+
+    def _close(self, why: Why) -> list[Instruction]:
+        self.closed_s = self._now_s
+        left, self._waiting = self._waiting, {}
+        return [*(GiveUp(device, why) for device in left), Close()]

@@ -1,0 +1,93 @@
+"""Traces of events that could happen to an exchange, for hypothesis. Times are whole seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from edgefl.exchange import (
+    Answered,
+    Back,
+    Begin,
+    Event,
+    Exchange,
+    Failed,
+    GiveUp,
+    Offline,
+    Paused,
+    Resumed,
+    Terms,
+    Tick,
+    Why,
+    Yield,
+)
+
+LONGEST_S = 60
+law = settings(deadline=None, derandomize=True, database=None, max_examples=100)  # no clock, no dice, no files
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happens to an exchange of these devices."""
+
+    devices: tuple[str, ...]
+    terms: Terms
+    events: tuple[Event, ...]  # after `Begin` at 0
+
+    def events_of(self, *kinds: type[Event]) -> list[Event]:
+        return [event for event in self.events if isinstance(event, kinds)]
+
+
+@dataclass(frozen=True)
+class End:
+    """How an exchange ended."""
+
+    yielded: tuple[str, ...]
+    given_up: tuple[tuple[str, Why], ...]
+    closed_s: float | None
+
+
+def run(exchange: Exchange, events: Iterator[Event]) -> End:
+    """Feed an exchange with events, then let time pass until it is over."""
+    instructions = exchange.handle(*events)
+    while exchange.closed_s is None:
+        instructions += exchange.handle(Tick(at_s=exchange.due_s))
+    yielded = tuple(one.device for one in instructions if isinstance(one, Yield))
+    given_up = tuple((one.device, one.why) for one in instructions if isinstance(one, GiveUp))
+    return End(yielded, given_up, exchange.closed_s)
+
+
+def end_of(trace: Trace) -> End:
+    """Return how a trace ends by the exchange alone."""
+    return run(Exchange(trace.devices, trace.terms), iter((Begin(at_s=0.0), *trace.events)))
+
+
+_KINDS: tuple[Callable[[str, float], Event], ...] = (
+    lambda device, at_s: Answered(device, at_s=at_s),
+    lambda device, at_s: Failed(device, at_s=at_s),
+    lambda device, at_s: Offline(device, at_s=at_s),
+    lambda device, at_s: Offline(device, heard_of=False, at_s=at_s),
+    lambda device, at_s: Back(device, at_s=at_s),
+)
+_times = st.integers(0, LONGEST_S)
+_facts = st.lists(st.tuples(st.sampled_from(range(4)), st.sampled_from(_KINDS), _times), max_size=12)
+_pauses = st.lists(_times, max_size=4, unique=True).map(sorted)
+
+
+@st.composite
+def traces(draw: st.DrawFn, *, max_devices: int = 4, quorums: tuple[int, int] = (0, 4)) -> Trace:
+    """Draw a trace."""
+    devices = tuple(f"client-{number}" for number in range(draw(st.integers(1, max_devices))))
+    terms = Terms(
+        deadline_s=float(draw(st.integers(1, LONGEST_S))),
+        offline_grace_s=float(draw(st.integers(0, 20))),
+        quorum=draw(st.integers(*quorums)),
+    )
+    events = [kind(f"client-{number % len(devices)}", float(at_s)) for number, kind, at_s in draw(_facts)]
+    for begin_s, end_s in list(pairwise(draw(_pauses)))[::2]:
+        events += [Paused(at_s=float(begin_s)), Resumed(at_s=float(end_s))]
+    return Trace(devices, terms, tuple(sorted(events, key=lambda event: event.at_s)))
