@@ -3,12 +3,16 @@
 `watch` says each time that the cloud becomes reachable. Calls wait for the channel to be ready, so
 that a restart of the cloud shows as latency. The methods are named here rather than by the generated
 stub, because chunks travel as raw bytes, without protobuf objects: see `edge_agent.link.transfer`.
+Invariant: every gRPC channel that is opened here is closed before `CloudChannel.close` returns. The end of an
+event loop waits for gRPC's own thread, and that one for whatever is watched on a channel that is not closed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +53,7 @@ class CloudChannel:
         if profile.insecure:
             self._metadata = ((DEVICE_METADATA, profile.device),)
         self._reopened = asyncio.Event()
-        self._former: set[asyncio.Task[None]] = set()  # channels that end when their calls have
+        self._former: dict[grpc.aio.Channel, asyncio.Task[None]] = {}  # each ends when its calls have
         self.reachable = False
         self._open()
 
@@ -60,6 +64,7 @@ class CloudChannel:
         else:
             credentials = tls.grpc_channel_credentials(tls.Identity.in_folder(self._home))
             self._channel = grpc.aio.secure_channel(self._profile.grpc, credentials, options=_OPTIONS)
+        self._calls: weakref.WeakSet[Any] = weakref.WeakSet()  # under way over this channel; one let go of is cancelled
         self._next: Any = self._channel.unary_unary(
             f"{_SERVICE}/Next", pb.NextRequest.SerializeToString, pb.NextReply.FromString
         )
@@ -79,12 +84,12 @@ class CloudChannel:
 
     async def reopen(self) -> None:
         """Go on over a new connection, with the certificate that is in the home now; calls under way end first."""
-        former = self._channel
+        former, calls = self._channel, self._calls
         self._open()
         self._reopened.set()
-        task = asyncio.create_task(former.close(TRANSFER_S), name="former-channel")
-        self._former.add(task)
-        task.add_done_callback(self._former.discard)
+        task = asyncio.create_task(_close_after(former, calls), name="former-channel")
+        self._former[former] = task
+        task.add_done_callback(lambda _: self._former.pop(former, None))
 
     async def watch(self, on_reachable: Callable[[], None]) -> None:
         """Call back whenever the cloud becomes reachable; runs until cancelled."""
@@ -114,41 +119,63 @@ class CloudChannel:
     async def next(self, agent_version: str, holding: Sequence[str] = ()) -> pb.NextReply:
         """Ask what this device should do now; `holding` are the jobs of which it keeps a state."""
         request = pb.NextRequest(agent_version=agent_version, holding=holding)
-        reply: pb.NextReply = await self._next(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+        reply: pb.NextReply = await self._begin(self._next(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata))
         return reply
 
     async def renew(self, request: bytes) -> pb.RenewReply:
         """Ask for a certificate for a new key."""
         message = pb.RenewRequest(csr=request)
-        reply: pb.RenewReply = await self._renew(message, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+        reply: pb.RenewReply = await self._begin(self._renew(message, timeout=CALL_TIMEOUT_S, metadata=self._metadata))
         return reply
 
     async def resume(self, job: str, number: int) -> pb.UploadState:
         """Ask how much of an update the cloud holds."""
         key = pb.UpdateKey(job=job, round=number)
-        state: pb.UploadState = await self._resume(
-            key, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True
+        state: pb.UploadState = await self._begin(
+            self._resume(key, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True)
         )
         return state
 
     async def fail(self, job: str, number: int, reason: str) -> None:
         """Tell the cloud that no update will come for a round."""
         report = pb.FailureReport(key=pb.UpdateKey(job=job, round=number), reason=one_line(reason, MAX_REASON_CHARS))
-        await self._fail(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True)
+        await self._begin(self._fail(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True))
 
     def download(self, sha256: str, offset: int) -> Any:
         """Begin to read a blob: a call whose `read()` returns the bytes of a `Chunk`."""
         request = pb.DownloadRequest(sha256=sha256, offset=offset)
-        return self._download(request, metadata=self._metadata, wait_for_ready=True)
+        return self._begin(self._download(request, metadata=self._metadata, wait_for_ready=True))
 
     def upload(self) -> Any:
         """Begin to send an update: a call whose `write()` takes the bytes of an `UploadChunk`."""
-        return self._upload(metadata=self._metadata, wait_for_ready=True)
+        return self._begin(self._upload(metadata=self._metadata, wait_for_ready=True))
+
+    def _begin(self, call: Any) -> Any:
+        """Count a call among those of its channel until it ends, and return it."""
+        calls = self._calls
+        calls.add(call)
+        call.add_done_callback(calls.discard)
+        return call
 
     async def close(self) -> None:
-        """Close the channel and end its calls."""
-        for former in list(self._former):
-            former.cancel()
-        await asyncio.gather(*self._former, return_exceptions=True)
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            await self._channel.close(None)
+        """Close the channel, those before it too, and end their calls."""
+        former = dict(self._former)
+        for task in former.values():
+            task.cancel()
+        await asyncio.gather(*former.values(), return_exceptions=True)
+        for channel in (*former, self._channel):  # a task that was cancelled before it began has closed nothing
+            await channel.close(None)
+
+
+async def _close_after(channel: grpc.aio.Channel, calls: Iterable[Any]) -> None:
+    """Close a channel once its calls have ended or their time is over; at once where this is cancelled.
+
+    `channel.close(grace)` does not do: a cancelled one leaves the channel open, and no later `close` ends it.
+    """
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TRANSFER_S):
+                for call in list(calls):
+                    await call.code()
+    finally:
+        await channel.close(None)

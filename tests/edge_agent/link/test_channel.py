@@ -10,6 +10,7 @@ import threading
 import grpc
 import pytest
 
+from edge_agent.link import channel as channels
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.profile import load_profile
 from edgefl.protocols import tls
@@ -101,8 +102,6 @@ def test_insecure_names_the_device_in_its_metadata(tmp_path):
     server.stop(None).wait(5)
 
 
-# After many other tests in one process, the end of gRPC's asyncio side can wait for ever for its own thread.
-@pytest.mark.soak
 def test_a_channel_that_is_reopened_shows_the_new_certificate_and_ends_what_was_under_way(fleet, home, until):
     ref = fleet.blob(bytes(3 << 20))
     gate = threading.Event()
@@ -127,3 +126,52 @@ def test_a_channel_that_is_reopened_shows_the_new_certificate_and_ends_what_was_
 
     assert over(home, run) >= 3 << 20
     assert len(set(fleet.serials)) == 2
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["its end has begun", "its end is not at work yet"])
+def test_closing_closes_a_former_channel_too_whatever_is_under_way(fleet, home, begun):
+    ref = fleet.blob(bytes(3 << 20))
+    gate = threading.Event()
+    fleet.before_chunk = lambda _way, offset: gate.wait(20) if offset else None
+
+    async def run(channel):
+        watching = asyncio.create_task(channel.watch(lambda: None))
+        under_way = channel.download(ref.sha256, 0)
+        await under_way.read()
+        former = channel._channel
+        await channel.reopen()
+        if begun:
+            await channel.next("0.1")
+        watching.cancel()
+        await channel.close()
+        state = former.get_state()
+        await former.close()  # does nothing but where the test fails, which is to end, too
+        return state, await under_way.code()
+
+    try:
+        state, code = over(home, run)
+    finally:
+        gate.set()
+    assert state is grpc.ChannelConnectivity.SHUTDOWN
+    assert code is grpc.StatusCode.CANCELLED
+
+
+def test_a_former_channel_whose_calls_do_not_end_is_closed_in_time(fleet, home, until, monkeypatch):
+    monkeypatch.setattr(channels, "TRANSFER_S", 0.05)
+    ref = fleet.blob(bytes(3 << 20))
+    gate = threading.Event()
+    fleet.before_chunk = lambda _way, offset: gate.wait(20) if offset else None
+
+    async def run(channel):
+        under_way = channel.download(ref.sha256, 0)
+        await under_way.read()
+        former = channel._channel
+        await channel.reopen()
+        await until(lambda: former.get_state() is grpc.ChannelConnectivity.SHUTDOWN)
+        await channel.next("0.1")
+        return await under_way.code()
+
+    try:
+        assert over(home, run) is grpc.StatusCode.CANCELLED
+    finally:
+        gate.set()
