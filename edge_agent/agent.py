@@ -17,6 +17,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -24,7 +25,7 @@ from edge_agent.install.notify import keep_alive, notify
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.link import JobMessage, Link
 from edge_agent.link.outbox import Outbox
-from edge_agent.link.profile import Profile, load_profile
+from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edge_agent.releases.updater import Updater, UpdaterParts
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
 from edge_agent.serving.access import Access
@@ -41,8 +42,10 @@ from edgefl.protocols.manifest import load_public_key
 from edgefl.protocols.messages import RolloutNote, Signed, WirePlan
 from edgefl.terminal.text import one_line
 
+if TYPE_CHECKING:
+    from edge_agent.serving.revoked import RevokedList
+
 MAX_IDLE_S = 86_400.0
-SERVING_FILE = "serving"  # holds the URL while the port is served
 MAX_LOAD_S = 3600.0
 
 MAX_REASON_CHARS = 300
@@ -134,7 +137,9 @@ class _Agent:
         self._started = False
         self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
         self._outbox = Outbox(self._store, self._channel)
-        self._link = Link(home, profile, self._channel, self)
+        self._revoked = self._revoked_list() if config.serve_tls else None
+        on_reachable = self._revoked.refresh if self._revoked else _nothing
+        self._link = Link(home, profile, self._channel, self, on_reachable)
         self._participant = Participant(
             Means(
                 device=profile.device,
@@ -178,6 +183,7 @@ class _Agent:
                     "trainer": self._trainer.run(),
                     "updater": self._updater.run(),
                     "watchdog": keep_alive(),
+                    **({"revoked": self._revoked.run()} if self._revoked else {}),
                 }.items()
             ]
             event(_log, logging.INFO, "agent.started", device=self._profile.device, pid=os.getpid(), serves=self._url,
@@ -227,11 +233,20 @@ class _Agent:
         await self._updater.restore()
         self._predictions.set_ready()
 
+    def _revoked_list(self) -> RevokedList:
+        from edge_agent.serving.revoked import RevokedList  # and with it httpx, for those who serve by TLS only
+
+        return RevokedList(self._config.home, self._profile, self._predictions.admit_anew)
+
     def _tell(self, note: RolloutNote) -> None:
         self._link.tell(note)
 
     def _announce(self) -> None:
         self._link.serve(self._predictions.versions(), self._url)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _fleet_key(home: Path) -> Ed25519PublicKey:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import ssl
 import threading
 import time
 from collections import deque
@@ -71,7 +70,6 @@ class EmbeddedBroker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._gate: Gate | None = None
-        self._context: ssl.SSLContext | None = None
         self._reload: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
@@ -177,14 +175,15 @@ class EmbeddedBroker:
             raise PartFailed(f"a part of the embedded broker has ended: {fault!r}") from fault
 
     def _listen(self, gate: Gate) -> Listener:
+        context = None
         if self._identity is not None:
-            self._context = server_context(self._identity, client_certificates=True)
-            self._reload = reloading(self._context, self._identity)
+            context = server_context(self._identity, client_certificates=True)
+            self._reload = reloading(context, self._identity)
         try:
             listening = listen(self._host, self.port, "--mqtt-port")
         except ConfigError as cause:
             raise ConfigError(f"the broker's port {self.port} is not to be had: {cause}") from cause
-        port = Port(name="mqtt", socket=listening, context=self._context)
+        port = Port(name="mqtt", socket=listening, context=(lambda: context) if context else None)
         connections = Connections(self._share.limits(), asyncio.get_running_loop().time)
         listener = Listener(port, connections, lambda place: _Conversation(gate, place))
         listener.start()

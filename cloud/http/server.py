@@ -44,10 +44,9 @@ async def serve_http(
         log_level="warning",
         server_header=False,
         proxy_headers=False,  # an address is whom we hear, not what it says
-        ssl_context_factory=(lambda _config, _default: context) if context else None,
         timeout_graceful_shutdown=STOP_GRACE_S,
     )
-    server = LimitedServer(config, limits or HttpLimits(), "https")
+    server = LimitedServer(config, limits or HttpLimits(), "https", (lambda: context) if context else None)
     number: int = listener.getsockname()[1]
     serving = asyncio.create_task(server.serve([listener]), name="https")
 

@@ -8,8 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_agent.agent import SERVING_FILE
-from edge_agent.link.profile import load_profile
+from edge_agent.link.profile import SERVING_FILE, load_profile
 from edge_agent.releases.slots import installed_models
 from edgefl.process.home import home_in_use
 from edgefl.protocols import tls

@@ -59,8 +59,12 @@ class Ears(Protocol):
 class Link:
     """The agent's connections, owned by `run`."""
 
-    def __init__(self, home: Path, profile: Profile, channel: CloudChannel, ears: Ears) -> None:
+    def __init__(
+        self, home: Path, profile: Profile, channel: CloudChannel, ears: Ears,
+        on_reachable: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._home, self._profile, self._channel, self._ears = home, profile, channel, ears
+        self._on_reachable = on_reachable  # each time that the cloud is so again
         self._ask = asyncio.Event()
         self._backoff = Backoff(profile.device, ASK_AGAIN_S, ASK_AGAIN_S)
         self._no_place = False  # the cloud said so
@@ -77,7 +81,7 @@ class Link:
         self._mqtt.start()
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._channel.watch(self._ask.set), name="cloud-watch")
+                tasks.create_task(self._channel.watch(self._reached), name="cloud-watch")
                 tasks.create_task(self._ask_next(), name="next")
                 tasks.create_task(self._send_telemetry(), name="telemetry")
                 await self._broken  # a fault of ours in the MQTT link's thread ends the agent
@@ -95,6 +99,10 @@ class Link:
     def tell(self, note: RolloutNote) -> None:
         """Report how far a release is."""
         self._publish("rollout", note)
+
+    def _reached(self) -> None:
+        self._ask.set()
+        self._on_reachable()
 
     async def _ask_next(self) -> None:
         wait_s = ASK_EVERY_S

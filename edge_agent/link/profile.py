@@ -19,6 +19,7 @@ from edgefl.protocols.messages import from_json
 from edgefl.terminal.text import is_safe
 
 FILE = "agent.json"
+SERVING_FILE = "serving"  # beside it: the URL, while predictions are served
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

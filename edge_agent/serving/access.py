@@ -1,19 +1,26 @@
 """Who may ask for predictions: anybody on this machine; from elsewhere, who has a token or a certificate of the fleet.
 
 With mutual TLS the device shows its own certificate, which names it `NAME.device.edgefl.internal`, and
-clients show one of the same CA. A renewed certificate counts from the next connection on.
+clients show one of the same CA that is not on the fleet's list of revoked ones (`edge_agent.serving.revoked`). A renewed
+certificate and a new list count from the next connection on.
 """
 
 from __future__ import annotations
 
 import re
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgefl.errors import ConfigError
 from edgefl.protocols.addresses import is_loopback
 
+if TYPE_CHECKING:
+    from edgefl.protocols import tls
+
+REVOKED_FILE = "revoked.pem"  # in a home: the list of revoked certificates (CRL), once there is one
 MIN_TOKEN_CHARS = 16
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/=-]+")  # RFC 6750
 
@@ -51,26 +58,44 @@ class Access:
         return text.decode()
 
 
-def server_context(home: Path) -> ssl.SSLContext:
-    """Return mutual TLS by the certificate of a home, as it is at each connection."""
+def server_contexts(home: Path) -> Callable[[], ssl.SSLContext]:
+    """Return what gives mutual TLS for a connection, by a home's certificate and list of revoked ones as they are then.
+
+    It raises OSError while one of the files cannot be read: nobody is let in then.
+    """
     from edgefl.protocols import tls
 
-    identity = tls.Identity.in_folder(home)
-    first = tls.server_context(identity, client_certificates=True)
-    latest = (_stamp(identity.cert), first)
+    identity, revoked = tls.Identity.in_folder(home), home / REVOKED_FILE
 
-    def renew(connection: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+    def stamps() -> tuple[object, ...]:
+        return _stamp(identity.cert), _stamp(identity.ca), _stamp(revoked)
+
+    latest = (stamps(), _server_context(identity, revoked))
+
+    def current() -> ssl.SSLContext:
         nonlocal latest
-        stamp = _stamp(identity.cert)
-        if stamp != latest[0]:
-            latest = (stamp, tls.server_context(identity, client_certificates=True))
-        if latest[1] is not first:
-            connection.context = latest[1]
+        now = stamps()
+        if now != latest[0]:
+            latest = (now, _server_context(identity, revoked))
+        return latest[1]
 
-    first.sni_callback = renew
-    return first
+    return current
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    seen = path.stat()  # of the file that a link leads to
+def _server_context(identity: tls.Identity, revoked: Path) -> ssl.SSLContext:
+    from edgefl.protocols import tls
+
+    context = tls.server_context(identity, client_certificates=True)
+    context.num_tickets = 0  # a session that is taken up again shows no certificate, which may be revoked by then
+    if revoked.exists():
+        context.load_verify_locations(revoked)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    return context
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        seen = path.stat()  # of the file that a link leads to
+    except FileNotFoundError:
+        return None
     return seen.st_ino, seen.st_mtime_ns

@@ -97,19 +97,26 @@ class Serving:
         )
         self._waiting = self._received = 0
         self.token = ""  # that clients have to send; empty = none
-        self.context: ssl.SSLContext | None = None  # None = plain
+        self.context: Callable[[], ssl.SSLContext] | None = None  # gives that of a connection; None = plain
         self.ready = False  # set once the releases that the device holds are loaded
+        self._part_with_clients: Callable[[], None] = lambda: None  # before it serves there are none
         self.on_stuck: Callable[[str], None] = lambda model: None  # noqa: ARG005 - a computation cannot be stopped
 
     async def run(self) -> None:
         """Serve until cancelled; requests that have begun are answered."""
-        from edge_agent.serving.http_server import serve
+        from edge_agent.serving.http_server import make_server, serve
 
+        server = make_server(self.app(), self.context)
+        self._part_with_clients = server.part_with_clients
         try:
-            await serve(self.app(), self._listener, self.context)
+            await serve(server, self._listener)
         finally:
             self._workers.shutdown(wait=False, cancel_futures=True)
             self._listener.close()
+
+    def part_with_clients(self) -> None:
+        """Have every client connect anew, since who may ask has changed."""
+        self._part_with_clients()
 
     def app(self) -> App:
         """Return the ASGI application."""

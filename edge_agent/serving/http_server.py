@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -63,10 +64,10 @@ class CorkedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uvi
         super().on_response_complete()
 
 
-async def serve(
-    app: Any, listener: socket.socket, context: ssl.SSLContext | None = None, limits: HttpLimits = LIMITS
-) -> None:
-    """Serve until cancelled; requests that have begun are answered."""
+def make_server(
+    app: Any, context: Callable[[], ssl.SSLContext] | None = None, limits: HttpLimits = LIMITS
+) -> LimitedServer:
+    """Return a server that does not run yet; `context` is asked for the TLS of each connection, None = plain."""
     config = uvicorn.Config(
         app,
         http=CorkedProtocol,
@@ -78,10 +79,13 @@ async def serve(
         log_config=None,
         log_level="warning",
         access_log=False,
-        ssl_context_factory=(lambda _config, _default: context) if context else None,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    server = LimitedServer(config, limits, "predictions")
+    return LimitedServer(config, limits, "predictions", context)
+
+
+async def serve(server: LimitedServer, listener: socket.socket) -> None:
+    """Serve until cancelled; requests that have begun are answered."""
     task = asyncio.create_task(server.serve(sockets=[listener]), name="uvicorn")
     try:
         await asyncio.shield(task)

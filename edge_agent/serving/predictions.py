@@ -347,6 +347,11 @@ class Predictions:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def admit_anew(self) -> None:
+        """Have clients shake hands again: the list of revoked certificates has changed."""
+        if self._up.is_set():
+            self._send(wire.AdmitAnew())
+
     def _send_ready(self) -> None:
         if self._up.is_set():
             self._send(wire.Ready(ready=self._ready))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from edge_agent.children import die_with_parent, take_the_blame_for_memory
 from edge_agent.serving import wire
-from edge_agent.serving.access import server_context
+from edge_agent.serving.access import server_contexts
 from edge_agent.serving.api import Serving
 from edge_agent.serving.board import Board
 from edge_agent.serving.sessions import Models, Served, load
@@ -56,7 +56,7 @@ class ServingProcess:
         set_up_logging(first.log_level)
         self._serving = Serving(self._models, self._listener, self._board)
         self._serving.token = first.token
-        self._serving.context = server_context(Path(first.tls_home)) if first.tls_home else None
+        self._serving.context = server_contexts(Path(first.tls_home)) if first.tls_home else None
         self._serving.on_stuck = lambda model: self._say(wire.Stuck(model=model))
         obeying = asyncio.create_task(self._obey(reader), name="agent")
         self._say(wire.Up(pid=os.getpid()))
@@ -85,6 +85,8 @@ class ServingProcess:
                 self._models.drop(message.name)
             case wire.Ready():
                 self._serving.ready = message.ready
+            case wire.AdmitAnew():
+                self._serving.part_with_clients()
             case _:
                 raise ProtocolError(f"the agent said {message}")
 

@@ -5,6 +5,7 @@
              load {id, name, version, path}                load and warm up, beside what serves
              switch {id} | forget {id}                      what was loaded serves, or is dropped
              drop {name} | ready {ready}
+             admit_anew {}                                  clients shake hands again: who may ask has changed
     process: loaded {id, error}                             error is empty where it can serve
              stuck {model}                                  a computation cannot be stopped
 
@@ -96,6 +97,13 @@ class Ready:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdmitAnew:
+    """Part with all clients; those who come back are let in by the certificates and the list of now."""
+
+    kind: str = "admit_anew"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stuck:
     """A computation of this model does not end although its time is over."""
 
@@ -103,7 +111,7 @@ class Stuck:
     kind: str = "stuck"
 
 
-Message = Up | Start | Load | Loaded | Switch | Forget | Drop | Ready | Stuck
+Message = Up | Start | Load | Loaded | Switch | Forget | Drop | Ready | AdmitAnew | Stuck
 _KINDS: Mapping[str, type[Any]] = {
     "up": Up,
     "start": Start,
@@ -113,6 +121,7 @@ _KINDS: Mapping[str, type[Any]] = {
     "forget": Forget,
     "drop": Drop,
     "ready": Ready,
+    "admit_anew": AdmitAnew,
     "stuck": Stuck,
 }
 

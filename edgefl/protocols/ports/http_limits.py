@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -60,9 +61,12 @@ class HttpLimits:
 class LimitedServer(uvicorn.Server):
     """A uvicorn on one listening socket, within limits. It leaves signals to the process that it is part of."""
 
-    def __init__(self, config: uvicorn.Config, limits: HttpLimits, name: str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, limits: HttpLimits, name: str,
+        context: Callable[[], ssl.SSLContext] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(config)
-        self._limits, self._name = limits, name
+        self._limits, self._name, self._context = limits, name, context  # asked for each connection's TLS; None = plain
         self.servers: Any = []
         self._protocol_class: Any = None
         self.held: Connections | None = None  # once it serves
@@ -79,7 +83,7 @@ class LimitedServer(uvicorn.Server):
         base = self.config.http_protocol_class  # h11's or httptools'
         self._protocol_class = type(f"Limited{base.__name__}", (LimitedProtocol, base), {})
         self.held = Connections(self._limits.connections(), asyncio.get_running_loop().time)
-        port = Port(name=self._name, socket=sockets[0], context=self.config.ssl)
+        port = Port(name=self._name, socket=sockets[0], context=self._context)
         listener = Listener(port, self.held, self._make_protocol)
         listener.start()
         self.servers = [listener]
@@ -92,6 +96,11 @@ class LimitedServer(uvicorn.Server):
                 fault = None if task.cancelled() else task.exception()
                 raise PartFailed(f"{self._name}: connections are not accepted any more: {fault!r}") from fault
         return await super().on_tick(counter)
+
+    def part_with_clients(self) -> None:
+        """Have every client connect anew: idle connections end now, others with the answer that is under way."""
+        for one in list(self.server_state.connections):
+            one.shutdown()
 
     def abort_all(self) -> None:
         """Cut off the connections that are left after a stop."""

@@ -40,7 +40,7 @@ class Port:
 
     name: str  # for the log
     socket: socket.socket
-    context: ssl.SSLContext | None = None
+    context: Callable[[], ssl.SSLContext] | None = None  # asked at each connection; None = no TLS
 
 
 class Listener:
@@ -132,11 +132,11 @@ class Listener:
         task.add_done_callback(self._handshakes.discard)
 
     async def _greet(self, connection: socket.socket, place: Connection) -> None:
-        context = self._port.context
-        tls = {} if context is None else {
+        tls = {} if self._port.context is None else {
             "ssl_handshake_timeout": self._connections.limits.waiting_s, "ssl_shutdown_timeout": TLS_GOODBYE_S,
         }  # fmt: skip
         try:
+            context = None if self._port.context is None else self._port.context()
             transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: self._make_protocol(place), connection, ssl=context, **tls
             )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from edge_agent.serving.access import Access, server_context
+from cloud.trust.crl import make_crl
+from edge_agent.serving.access import REVOKED_FILE, Access, server_contexts
 from edgefl.errors import ConfigError
+from edgefl.process.home import replace_file
 from edgefl.protocols import tls
 
 
@@ -36,31 +39,100 @@ def test_what_is_no_token(text, tmp_path):
         Access(host="127.0.0.1", token_file=tmp_path / "none")
 
 
-def test_a_renewed_certificate_is_shown_from_the_next_connection_on(fleet_ca):
+@pytest.fixture
+def device(fleet_ca):
+    """The identity of the device that serves; its folder is a home's."""
     identity = fleet_ca.device("cam-1")
     (identity.cert.parent / "ca.pem").write_bytes(identity.ca.read_bytes())
-    context = server_context(identity.cert.parent)
-    before = shown(context, identity)
-    assert before == tls.serial_number(identity.cert.read_bytes())
-    renewed = tls.sign_request(fleet_ca.folder, tls.request_for(tls.saved_key(identity.key), "cam-1"), "cam-1")
-    (identity.cert.parent / "new").write_bytes(renewed)
-    (identity.cert.parent / "new").replace(identity.cert)
-    assert shown(context, identity) == tls.serial_number(renewed) != before
+    return tls.Identity.in_folder(identity.cert.parent)
 
 
-def shown(context, identity):
-    """Return the serial number of what a server shows."""
+def test_a_renewed_certificate_is_shown_from_the_next_connection_on(fleet_ca, device):
+    contexts = server_contexts(device.cert.parent)
+    before = shown(contexts, device)
+    assert before == tls.serial_number(device.cert.read_bytes())
+    renewed = tls.sign_request(fleet_ca.folder, tls.request_for(tls.saved_key(device.key), "cam-1"), "cam-1")
+    replace_file(device.cert, renewed)
+    assert shown(contexts, device) == tls.serial_number(renewed) != before
+
+
+def test_who_is_on_the_list_is_refused_from_the_next_connection_on(fleet_ca, device):
+    contexts = server_contexts(device.cert.parent)
+    removed, stays = fleet_ca.device("cam-2"), fleet_ca.device("cam-3")
+    serials = [tls.serial_number(fleet_ca.device(name).cert.read_bytes()) for name in ("cam-2", "cam-4")]
+    for one in (removed, stays):
+        shown(contexts, one)  # there is no list yet
+    replace_file(device.cert.parent / REVOKED_FILE, make_crl(fleet_ca.folder, []))
+    shown(contexts, removed)
+    replace_file(device.cert.parent / REVOKED_FILE, make_crl(fleet_ca.folder, serials))
+    shown(contexts, stays)
+    assert "certificate revoked" in refusal(contexts, removed)
+    replace_file(device.cert.parent / REVOKED_FILE, make_crl(fleet_ca.folder, serials[1:]))  # of a restored cloud
+    shown(contexts, removed)
+
+
+def test_the_list_counts_whatever_the_order_in_which_it_and_a_new_certificate_come(fleet_ca, device):
+    replace_file(device.cert.parent / REVOKED_FILE, make_crl(fleet_ca.folder, [serial_of(fleet_ca.device("cam-2"))]))
+    contexts = server_contexts(device.cert.parent)
+    replace_file(device.cert, device.cert.read_bytes())
+    assert "certificate revoked" in refusal(contexts, fleet_ca.device("cam-2"))
+
+
+def test_no_session_outlives_a_removal(fleet_ca, device):
+    """A session that is taken up again would show no certificate."""
+    contexts, removed = server_contexts(device.cert.parent), fleet_ca.device("cam-2")
+    client = tls.client_context(removed.ca, removed)
+    with connected(contexts, client) as connection:
+        connection.send(b"x")
+        connection.settimeout(30)
+        assert connection.recv(1) == b"x"  # by then any ticket would be here
+        session = connection.session
+    assert session is None or not session.has_ticket
+
+
+def test_a_list_that_cannot_be_read_lets_nobody_in(fleet_ca, device):
+    contexts = server_contexts(device.cert.parent)
+    (device.cert.parent / REVOKED_FILE).write_bytes(b"-----BEGIN X509 CRL-----")
+    with pytest.raises(OSError, match="PEM"):
+        contexts()
+
+
+def serial_of(identity):
+    return tls.serial_number(identity.cert.read_bytes())
+
+
+@contextlib.contextmanager
+def connected(contexts, client):
+    """A connection of a client to a server that echoes one byte."""
     ours, theirs = socket.socketpair()
 
     def serve():
-        with context.wrap_socket(theirs, server_side=True) as connection:
-            connection.recv(1)
+        with theirs, contexts().wrap_socket(theirs, server_side=True) as connection:
+            connection.send(connection.recv(1))
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    client = tls.client_context(identity.ca, identity)
-    with client.wrap_socket(ours, server_hostname="cam-1.device.edgefl.internal") as connection:
+    with ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(serve)
+        with ours, client.wrap_socket(ours, server_hostname="cam-1.device.edgefl.internal") as connection:
+            yield connection
+        serving.result(30)
+
+
+def refusal(contexts, identity):
+    """Return why a server refuses a client; the client hears of it when it next reads, or that the server has gone."""
+    ours, theirs = socket.socketpair()
+    with ThreadPoolExecutor(1) as threads, ours, theirs:
+        client = tls.client_context(identity.ca, identity)
+        shaking = threads.submit(client.wrap_socket, ours, server_hostname="cam-1.device.edgefl.internal")
+        with pytest.raises(ssl.SSLError) as refused:
+            contexts().wrap_socket(theirs, server_side=True)
+        shaking.result(30).close()
+    return str(refused.value)
+
+
+def shown(contexts, identity):
+    """Return the serial number of what a server shows to a client; raises SSLError where it refuses that one."""
+    with connected(contexts, tls.client_context(identity.ca, identity)) as connection:
         serial = tls.serial_number(ssl.DER_cert_to_PEM_cert(connection.getpeercert(binary_form=True)).encode())
         connection.send(b"x")
-    thread.join(30)
+        assert connection.recv(1) == b"x"
     return serial

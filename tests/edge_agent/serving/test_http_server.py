@@ -7,7 +7,7 @@ import asyncio
 import httpx
 
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.http_server import Cork, serve
+from edge_agent.serving.http_server import Cork, make_server, serve
 
 
 def test_a_request_that_has_begun_is_answered():
@@ -21,7 +21,7 @@ def test_a_request_that_has_begun_is_answered():
             await send({"type": "http.response.body", "body": b"ok"})
 
         listener = bind("127.0.0.1", 0)
-        serving = asyncio.create_task(serve(app, listener))
+        serving = asyncio.create_task(serve(make_server(app), listener))
         async with httpx.AsyncClient(base_url=url_of(listener), trust_env=False) as client:
             asked = asyncio.create_task(client.get("/"))
             await begun.wait()

@@ -19,6 +19,7 @@ from edgefl.errors import ProtocolError
         wire.Forget(id=1),
         wire.Drop(name="digits"),
         wire.Ready(ready=True),
+        wire.AdmitAnew(),
         wire.Stuck(model="digits"),
     ],
 )

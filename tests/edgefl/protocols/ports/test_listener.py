@@ -34,7 +34,10 @@ class Echo(asyncio.Protocol):
 @contextlib.asynccontextmanager
 async def listening(context=None, limits=LIMITS):
     held = Connections(limits, asyncio.get_running_loop().time)
-    listener = Listener(Port(name="test", socket=socket.create_server(("127.0.0.1", 0)), context=context), held, Echo)
+    port = Port(
+        name="test", socket=socket.create_server(("127.0.0.1", 0)), context=(lambda: context) if context else None
+    )
+    listener = Listener(port, held, Echo)
     listener.start()
     try:
         yield listener.port_number, held
