@@ -13,6 +13,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -20,19 +21,30 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from edge_agent.install.probes import Check, Health, ask_health, greet, look_at_port, peer
+from edge_agent.install.probes import (
+    MAX_SHOWN_CHARS,
+    Check,
+    Health,
+    ask_health,
+    greet,
+    look_at_port,
+    look_at_serving,
+    peer,
+)
 from edge_agent.install.units import AGENT
-from edge_agent.link.profile import Profile, load_profile
+from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edgefl.errors import HomeError
 from edgefl.process.home import home_in_use
 from edgefl.protocols import tls
 from edgefl.terminal.output import Output, example, json_option
+from edgefl.terminal.text import one_line
 from edgefl.version import __version__
 
 SERVE_PORT = 8000
 LOW_DISK_MB, NO_DISK_MB = 1000, 100
 SKEW_WARN_S, AHEAD_FAIL_S = 60.0, 23 * 3600.0  # by a clock that is ahead, certificates end too early
 EXPIRY_WARN = datetime.timedelta(days=30)
+_ENROL_AGAIN = "Enrol again in another --home, with a new token."
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -67,14 +79,12 @@ def examine(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
         return
     yield look_at_home(home, profile)
     yield look_at_disk(home)
-    yield look_at_port(serve_port, agent_runs=home_in_use(home))
+    identity = None if profile.insecure else tls.Identity.in_folder(home)
+    yield look_at_predictions(home, profile, identity, serve_port)
     yield from look_at_service()
-    if profile.insecure:
-        yield from look_at_cloud(profile, home, None)
-        return
-    identity = tls.Identity.in_folder(home)
-    yield look_at_certificate(identity, profile.device)
-    if _loads(identity):
+    if identity is not None:
+        yield look_at_certificate(identity, profile.device)
+    if identity is None or _loads(identity):
         yield from look_at_cloud(profile, home, identity)
 
 
@@ -100,9 +110,18 @@ def look_at_disk(home: Path) -> Check:
     return Check(check="disk", state=state, seen=f"{free_mb:,.0f} MB free", advice=advice)
 
 
+def look_at_predictions(home: Path, profile: Profile, identity: tls.Identity | None, serve_port: int) -> Check:
+    """The port of predictions: the agent's own while it serves, else the one that it is to have."""
+    agent_runs = home_in_use(home)
+    if agent_runs:
+        with suppress(FileNotFoundError):  # it does not serve at the moment
+            return look_at_serving((home / SERVING_FILE).read_text(encoding="ascii"), profile.device, identity)
+    return look_at_port(serve_port, agent_runs=agent_runs)
+
+
 def look_at_certificate(identity: tls.Identity, device: str) -> Check:
     """Our certificate is of our CA, for our name and key, and of today."""
-    again = "Enrol again in another --home, with a new token."
+    again = _ENROL_AGAIN
     try:
         cert = x509.load_pem_x509_certificate(identity.cert.read_bytes())
         key = serialization.load_pem_private_key(identity.key.read_bytes(), None)
@@ -151,15 +170,36 @@ def look_at_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -
         yield look_at_clock(health.ahead_s)
     else:
         yield health
+    data_plane, refusal = look_at_data_plane(profile, home, identity)
+    yield data_plane
+    broker = greet(peer("broker", profile.broker, identity))
+    if broker.state == "ok" and refusal:  # its own look into the fleet's list comes after TLS
+        seen = f"{profile.broker} answers, but not to this device: {refusal}"
+        broker = Check(check="broker", state="fail", seen=seen, advice=_ENROL_AGAIN)
+    yield broker
+
+
+def look_at_data_plane(profile: Profile, home: Path, identity: tls.Identity | None) -> tuple[Check, str]:
+    """Return how the gRPC port is, and why the cloud does not take this device; empty where it may."""
     reached = greet(peer("data plane", profile.grpc, identity))
-    refused = asyncio.run(_refusal(profile, home)) if reached.state == "ok" else ""
-    advice = "Enrol again in another --home, with a new token."
-    yield Check(check="data plane", state="fail", seen=refused, advice=advice) if refused else reached
-    yield greet(peer("broker", profile.broker, identity))
+    if reached.state != "ok":
+        return reached, ""
+    answer, reason = asyncio.run(_ask_next(profile, home))
+    match answer:
+        case "OK":
+            return dataclasses.replace(reached, seen=f"{reached.seen}; the cloud knows this device"), ""
+        case "PERMISSION_DENIED":
+            return Check(check="data plane", state="fail", seen=reason, advice=_ENROL_AGAIN), reason
+        case "RESOURCE_EXHAUSTED":
+            advice = "The agent tries again by itself; the cloud's operator can make room."
+            return Check(check="data plane", state="warn", seen=reason, advice=advice), ""
+    seen = f"{profile.grpc} takes connections, but does not answer as a data plane does: {answer}, {reason}"
+    advice = "Check that this is the cloud's --grpc-port; its operator looks at its log."
+    return Check(check="data plane", state="fail", seen=seen, advice=advice), ""
 
 
-async def _refusal(profile: Profile, home: Path) -> str:
-    """Return why the cloud does not take this device, for one that was removed; empty where it does."""
+async def _ask_next(profile: Profile, home: Path) -> tuple[str, str]:
+    """Ask as the agent does; return the name of gRPC's status code, and what the cloud says to it."""
     import grpc
 
     from edge_agent.link.channel import CloudChannel
@@ -168,10 +208,10 @@ async def _refusal(profile: Profile, home: Path) -> str:
     try:
         await channel.next(__version__)
     except grpc.aio.AioRpcError as error:
-        return error.details() or "" if error.code() is grpc.StatusCode.PERMISSION_DENIED else ""
+        return error.code().name, one_line(error.details() or "it gave no reason", MAX_SHOWN_CHARS)
     finally:
         await channel.close()
-    return ""
+    return "OK", ""
 
 
 def look_at_clock(ahead_s: float) -> Check:

@@ -2,12 +2,14 @@
 
 A probe looks at the certificate's dates last: a device whose clock is wrong is to hear that its clock is
 wrong, not that the cloud's certificate is. Nothing here joins the fleet: the broker is greeted by TLS
-alone, since a second MQTT session of this name would end the agent's own.
+alone, since a second MQTT session of this name would end the agent's own. So `greet` knows that a service takes
+our certificate, not that it takes this device: a service may look into the fleet's list only after TLS.
 Invariant: every wait has a deadline.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import http.client
 import json
@@ -36,6 +38,9 @@ _REFUSALS = {  # what a server says of a client's certificate, in OpenSSL's word
     "BAD_CERTIFICATE": "damaged",
     "DECRYPT_ERROR": "of another fleet",
 }
+_SERVING = "serving port"
+_WHY_IT_ENDED = "`journalctl -u edgefl-agent -n 50` says how the serving process ended."
+_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where one that listens everywhere is reached from here
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +110,7 @@ def ask_health(cloud: Peer, clock: Callable[[], float] = time.time) -> Health | 
 
 
 def greet(service: Peer) -> Check:
-    """Connect, shake hands with our certificate, and wait for the objection that TLS 1.3 sends late."""
+    """Say whether a service takes our certificate in TLS; TLS 1.3 sends an objection late, so wait for it."""
     started_s = time.monotonic()
     try:
         with socket.create_connection((service.host, service.port), DEADLINE_S) as raw:
@@ -114,11 +119,16 @@ def greet(service: Peer) -> Check:
             with _context(service.identity).wrap_socket(raw, server_hostname=service.host) as connection:
                 took_s = time.monotonic() - started_s
                 connection.settimeout(min(DEADLINE_S, PATIENCE_S + 3 * took_s))
-                _hear_objection(connection)
+                hung_up = _hears_the_end(connection)
                 version = connection.version()
     except OSError as error:
         return explain(service, error)
-    return Check(check=service.check, state="ok", seen=f"{service} knows us, {version}, {1000 * took_s:.0f} ms")
+    if hung_up:
+        seen = f"{service} closes the connection without a word after it has seen this device's certificate"
+        advice = "Look at its log: it may be stopping, or have no place for more connections."
+        return Check(check=service.check, state="fail", seen=seen, advice=advice)
+    seen = f"{service} takes this device's certificate, {version}, {1000 * took_s:.0f} ms"
+    return Check(check=service.check, state="ok", seen=seen)
 
 
 def explain(at: Peer, error: OSError) -> Check:
@@ -127,38 +137,62 @@ def explain(at: Peer, error: OSError) -> Check:
     return Check(check=at.check, state="fail", seen=seen, advice=advice)
 
 
+def look_at_serving(url: str, device: str, identity: tls.Identity | None) -> Check:
+    """Say whether the running agent answers where it has noted that it serves predictions."""
+    parts = urlsplit(url)
+    host = _HERE.get(parts.hostname or "", parts.hostname or "")
+    try:
+        with socket.create_connection((host, parts.port or 0), DEADLINE_S) as raw:
+            connection = http.client.HTTPConnection(host, parts.port, timeout=DEADLINE_S)
+            connection.sock = raw
+            if parts.scheme == "https" and identity is not None:
+                context = tls.client_context(identity.ca, identity)
+                connection.sock = context.wrap_socket(raw, server_hostname=device + tls.DEVICE_DOMAIN)
+            with contextlib.closing(connection):
+                name, wants_token = _who_serves(connection)
+    except (OSError, ValueError, AttributeError, http.client.HTTPException) as error:
+        seen = f"the agent serves at {url}, which gives no answer: {one_line(str(error), MAX_SHOWN_CHARS)}"
+        return Check(check=_SERVING, state="fail", seen=seen, advice=_WHY_IT_ENDED)
+    if wants_token:
+        return Check(check=_SERVING, state="ok", seen=f"{url} serves this agent's predictions to who has its token")
+    if "edgefl" in name:
+        return Check(check=_SERVING, state="ok", seen=f"{url} serves this agent's predictions")
+    seen = f"the agent serves at {url}, where {one_line(name, MAX_SHOWN_CHARS) or 'another program'} answers"
+    return Check(check=_SERVING, state="fail", seen=seen, advice=_free(parts.port or 0))
+
+
 def look_at_port(port: int, *, agent_runs: bool) -> Check:
-    """Say whether the serving port is free, ours, or another program's."""
-    check = "serving port"
+    """Say whether a port is free to serve on; for an agent that does not run, or has not noted where it serves."""
     try:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
-        try:
-            connection.request("GET", "/v2")
-            answer = connection.getresponse()
-            name = str(json.loads(answer.read(1 << 16)).get("name", ""))
-        finally:
-            connection.close()
+        with contextlib.closing(connection):
+            name, wants_token = _who_serves(connection)
     except ConnectionRefusedError:
-        return Check(check=check, state="ok", seen=f"{port} is free")
+        return Check(check=_SERVING, state="ok", seen=f"{port} is free")
     except TimeoutError:
         if agent_runs:
             seen = f"{port} takes connections and does not answer within {DEADLINE_S:g} s"
-            advice = "`journalctl -u edgefl-agent -n 50` says how the serving process ended."
-            return Check(check=check, state="fail", seen=seen, advice=advice)
+            return Check(check=_SERVING, state="fail", seen=seen, advice=_WHY_IT_ENDED)
         name = ""
     except (OSError, ValueError, AttributeError, http.client.HTTPException):
         name = ""
     else:
-        if agent_runs and answer.status == http.HTTPStatus.UNAUTHORIZED and answer.getheader("WWW-Authenticate"):
-            return Check(check=check, state="ok", seen=f"{port} serves this agent's predictions to who has its token")
-    if agent_runs and "edgefl" in name:
-        return Check(check=check, state="ok", seen=f"{port} serves this agent's predictions")
-    return Check(
-        check=check,
-        state="fail",
-        seen=f"{port} is taken by {name or 'another program'}",
-        advice=f"Stop it (`ss -ltnp 'sport = :{port}'` names it), or give the agent another --serve-port.",
-    )
+        if agent_runs and (wants_token or "edgefl" in name):
+            return Check(check=_SERVING, state="ok", seen=f"{port} serves predictions, as this agent may")
+    seen = f"{port} is taken by {one_line(name, MAX_SHOWN_CHARS) or 'another program'}"
+    return Check(check=_SERVING, state="fail", seen=seen, advice=_free(port))
+
+
+def _who_serves(connection: http.client.HTTPConnection) -> tuple[str, bool]:
+    """Return the name that a server of predictions gives itself, and whether it wants a token first."""
+    connection.request("GET", "/v2")
+    answer = connection.getresponse()
+    wants_token = answer.status == http.HTTPStatus.UNAUTHORIZED and bool(answer.getheader("WWW-Authenticate"))
+    return str(json.loads(answer.read(1 << 16)).get("name", "")), wants_token
+
+
+def _free(port: int) -> str:
+    return f"Stop it (`ss -ltnp 'sport = :{port}'` names it), or give the agent another --serve-port."
 
 
 def _http(cloud: Peer) -> http.client.HTTPConnection:
@@ -175,11 +209,12 @@ def _context(identity: tls.Identity) -> ssl.SSLContext:
     return context
 
 
-def _hear_objection(connection: ssl.SSLSocket) -> None:
+def _hears_the_end(connection: ssl.SSLSocket) -> bool:
+    """Whether a server ends a new connection by itself; raises OSError for an objection."""
     try:
-        connection.recv(1)
+        return not connection.recv(1)
     except TimeoutError:
-        return  # silence is consent: an MQTT broker waits for our first word
+        return False  # silence is consent: an MQTT broker waits for our first word
 
 
 def _meaning(at: Peer, error: OSError) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """Who may ask for predictions: anybody on this machine; from elsewhere, who has a token or a certificate of the fleet.
 
 With mutual TLS the device shows its own certificate, which names it `NAME.device.edgefl.internal`, and
-clients show one of the same CA that is not on the fleet's list of revoked ones (`edge_agent.serving.revoked`). A renewed
-certificate and a new list count from the next connection on.
+clients show one of the same CA that is not on the fleet's list of revoked ones (`edge_agent/serving/revoked.py`).
+A renewed certificate and a new list count from the next connection on.
 """
 
 from __future__ import annotations

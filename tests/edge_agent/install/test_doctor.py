@@ -24,7 +24,7 @@ from edge_agent.install import doctor as doctoring
 from edge_agent.install import probes
 from edge_agent.install.doctor import doctor, examine, look_at_clock, look_at_disk, read_service
 from edge_agent.install.probes import Check
-from edge_agent.link.profile import Profile, load_profile, save_profile
+from edge_agent.link.profile import SERVING_FILE, Profile, load_profile, save_profile
 from edgefl.process.home import create_home, lock_home
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
@@ -56,6 +56,26 @@ def cloud_of(identity: Identity) -> Iterator[int]:
             thread.join(10)
 
 
+@contextlib.contextmanager
+def data_plane(identity: Identity, code: grpc.StatusCode = grpc.StatusCode.OK, reason: str = "") -> Iterator[int]:
+    """A gRPC port that answers `Next` with a status code."""
+
+    def answer(_request: bytes, context: grpc.ServicerContext) -> bytes:
+        if code is not grpc.StatusCode.OK:
+            context.abort(code, reason)
+        return b""
+
+    methods = {"Next": grpc.unary_unary_rpc_method_handler(answer)}
+    with ThreadPoolExecutor(1) as workers:
+        server = grpc.server(workers, [grpc.method_handlers_generic_handler("edgefl.v1.Fleet", methods)])
+        port = server.add_secure_port("localhost:0", tls.grpc_server_credentials(identity))
+        server.start()
+        try:
+            yield port
+        finally:
+            server.stop(None).wait(5)
+
+
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "PATIENCE_S", 0.05)
@@ -80,11 +100,12 @@ def home(tmp_path: Path) -> Iterator[Path]:
     mine.cert.write_bytes(tls.sign_request(ca, tls.new_request(mine, "pi-4"), "pi-4"))
     mine.ca.write_bytes((ca / "ca.pem").read_bytes())
     (folder / "fleet.pub").touch()
-    with cloud_of(Identity.in_folder(ca)) as port:
+    with cloud_of(Identity.in_folder(ca)) as port, data_plane(Identity.in_folder(ca)) as grpc_port:
         address = f"localhost:{port}"
+        grpc_address = f"localhost:{grpc_port}"
         save_profile(
             folder,
-            Profile(device="pi-4", cloud_url=f"https://{address}", grpc=address, broker=f"mqtts://{address}"),
+            Profile(device="pi-4", cloud_url=f"https://{address}", grpc=grpc_address, broker=f"mqtts://{address}"),
         )
         yield folder
 
@@ -103,6 +124,7 @@ def test_a_healthy_device_passes(home: Path, serve_port: int) -> None:
     assert not bad
     assert {"home", "disk", "serving port", "certificate", "cloud", "clock", "data plane", "broker"} <= set(found)
     assert found["cloud"].seen.endswith("runs edgefl 9.9")
+    assert found["data plane"].seen.endswith("the cloud knows this device")
 
 
 def test_the_table_names_each_check(home: Path, serve_port: int) -> None:
@@ -233,27 +255,43 @@ def test_a_loopback_trial_needs_no_certificate(home: Path, serve_port: int) -> N
     assert found["data plane"].state == "fail"
 
 
-def test_a_device_that_was_removed_is_told(home: Path, tmp_path: Path) -> None:
-    def refuse(_request: bytes, context: grpc.ServicerContext) -> bytes:
-        context.abort(grpc.StatusCode.PERMISSION_DENIED, "device 'pi-4' is not of this fleet")
+def doors(home: Path, port: int) -> dict[str, Check]:
+    """What the doctor says of the cloud's doors, with its data plane at another port."""
+    profile = dataclasses.replace(load_profile(home), grpc=f"localhost:{port}")
+    return {check.check: check for check in doctoring.look_at_cloud(profile, home, Identity.in_folder(home))}
 
-    methods = {"Next": grpc.unary_unary_rpc_method_handler(refuse)}
-    credentials = tls.grpc_server_credentials(Identity.in_folder(tmp_path / "cloud"))
-    with ThreadPoolExecutor(1) as workers:
-        server = grpc.server(workers, [grpc.method_handlers_generic_handler("edgefl.v1.Fleet", methods)])
-        port = server.add_secure_port("localhost:0", credentials)
-        server.start()
-        profile = load_profile(home)
-        found = {
-            check.check: check
-            for check in doctoring.look_at_cloud(
-                dataclasses.replace(profile, grpc=f"localhost:{port}"), home, Identity.in_folder(home)
-            )
-        }
-        server.stop(None).wait(5)
-    assert (found["data plane"].state, found["cloud"].state) == ("fail", "ok")
-    assert "not of this fleet" in found["data plane"].seen
+
+def test_a_device_that_was_removed_is_told_at_both_doors_that_look_into_the_list(home: Path, tmp_path: Path) -> None:
+    cloud, reason = Identity.in_folder(tmp_path / "cloud"), "device 'pi-4' is not of this fleet"
+    with data_plane(cloud, grpc.StatusCode.PERMISSION_DENIED, reason) as port:
+        found = doors(home, port)
+    assert [found[name].state for name in ("cloud", "data plane", "broker")] == ["ok", "fail", "fail"]
+    assert found["data plane"].seen == reason
+    assert found["broker"].seen == f"{load_profile(home).broker} answers, but not to this device: {reason}"
     assert "new token" in found["data plane"].advice
+    assert "new token" in found["broker"].advice
+
+
+def test_a_cloud_without_a_place_is_told(home: Path, tmp_path: Path) -> None:
+    with data_plane(Identity.in_folder(tmp_path / "cloud"), grpc.StatusCode.RESOURCE_EXHAUSTED, "full") as port:
+        found = doors(home, port)
+    assert (found["data plane"].state, found["data plane"].seen) == ("warn", "full")
+    assert found["broker"].state == "ok"
+
+
+def test_a_port_that_is_no_data_plane_is_told(home: Path, tmp_path: Path) -> None:
+    with cloud_of(Identity.in_folder(tmp_path / "cloud")) as port:  # HTTPS, which takes our certificate too
+        found = doors(home, port)
+    assert found["data plane"].state == "fail"
+    assert "does not answer as a data plane does: UNAVAILABLE" in found["data plane"].seen
+    assert "--grpc-port" in found["data plane"].advice
+
+
+def test_an_agent_that_serves_is_looked_for_where_it_noted_it(home: Path, serve_port: int) -> None:
+    (home / SERVING_FILE).write_text(f"http://127.0.0.1:{serve_port}")
+    assert diagnose(home, serve_port)["serving port"].seen == f"{serve_port} is free"  # of an agent that has ended
+    with lock_home(home):
+        assert "which gives no answer" in diagnose(home, 1)["serving port"].seen
 
 
 def test_the_doctor_does_not_hold_the_home(home: Path, serve_port: int) -> None:

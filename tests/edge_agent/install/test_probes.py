@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from edge_agent.install import probes
-from edge_agent.install.probes import Check, Health, Peer, ask_health, greet, look_at_port, peer
-from edge_agent.serving.api import Serving, bind
+from edge_agent.install.probes import Check, Health, Peer, ask_health, greet, look_at_port, look_at_serving, peer
+from edge_agent.serving.api import Serving, bind, url_of
 from edge_agent.serving.sessions import Models
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
@@ -82,7 +82,7 @@ def health_server(context: ssl.SSLContext | None, **facts: Any) -> Iterator[int]
 
 
 @contextlib.contextmanager
-def tls_server(context: ssl.SSLContext | None, *, speaks: bytes = b"") -> Iterator[int]:
+def tls_server(context: ssl.SSLContext | None, *, speaks: bytes = b"", hangs_up: bool = False) -> Iterator[int]:
     """Accept connections one after another, say a word where there is one, and wait for the client to go."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -96,7 +96,8 @@ def tls_server(context: ssl.SSLContext | None, *, speaks: bytes = b"") -> Iterat
                     raw.settimeout(10)
                     with context.wrap_socket(raw, server_side=True) if context else raw as connection:
                         connection.sendall(speaks)
-                        connection.recv(100)
+                        if not hangs_up:
+                            connection.recv(100)
 
         thread = threading.Thread(target=serve, name="tls server of the test")
         thread.start()
@@ -240,12 +241,18 @@ def test_a_certificate_for_another_host_is_told(probe: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("speaks", [b"\0\0\0\4", b""], ids=["like gRPC", "like a broker"])
-def test_a_service_that_knows_us_is_well(fleet: Any, speaks: bytes) -> None:
+def test_a_service_that_takes_our_certificate_is_well(fleet: Any, speaks: bytes) -> None:
     cloud, device = fleet
     with tls_server(tls.server_context(cloud, client_certificates=True), speaks=speaks) as port:
         check = greet(at(port, device))
     assert check.state == "ok", check
-    assert check.seen.startswith(f"localhost:{port} knows us, TLSv1.3, ")
+    assert check.seen.startswith(f"localhost:{port} takes this device's certificate, TLSv1.3, ")
+
+
+def test_a_service_that_hangs_up_after_the_handshake_is_not_well(fleet: Any) -> None:
+    with tls_server(tls.server_context(fleet[0], client_certificates=True), hangs_up=True) as port:
+        seen = failure(greet(at(port, fleet[1])))
+    assert seen.startswith(f"localhost:{port} closes the connection without a word")
 
 
 def test_a_service_without_tls_is_well_on_loopback() -> None:
@@ -320,7 +327,34 @@ def test_a_port_that_asks_for_a_token_is_our_agents() -> None:
 
     seen = asyncio.run(look())
     assert seen.state == "ok"
-    assert seen.seen.endswith("predictions to who has its token")
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+@pytest.mark.parametrize("secure", [True, False])
+def test_an_agent_that_serves_is_found_where_it_noted_it(fleet: Any, secure: bool, with_token: bool) -> None:
+    async def look() -> Check:
+        listener = bind("0.0.0.0", 0)  # noqa: S104 - as a device does whose predictions others ask for
+        serving = Serving(Models(), listener)
+        serving.token = "a-token-of-this-device" if with_token else ""
+        if secure:
+            serving.context = lambda: tls.server_context(fleet[1], client_certificates=True)
+        running = asyncio.create_task(serving.run())
+        seen = await asyncio.to_thread(look_at_serving, url_of(listener, secure=secure), "pi-4", fleet[1])
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return seen
+
+    seen = asyncio.run(look())
+    assert seen.state == "ok", seen
+    assert f"serves this agent's predictions{' to who has its token' if with_token else ''}" in seen.seen
+
+
+def test_an_agent_that_serves_elsewhere_than_it_noted_is_told(fleet: Any) -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    assert failure(look_at_serving(url, "pi-4", None)).startswith(f"the agent serves at {url}, which gives no answer")
+    with health_server(None, body=b'{"name":"triton"}') as port:
+        url = f"http://127.0.0.1:{port}"
+        assert failure(look_at_serving(url, "pi-4", None)) == f"the agent serves at {url}, where triton answers"
 
 
 def test_a_port_that_takes_connections_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
