@@ -102,7 +102,7 @@ def _tell(result: FlowerRunResult, request: SimulateRequest, output: Output) -> 
 def _sweep(request: SimulateRequest, way: _Way, overrides: RunConfig, output: Output) -> None:
     """Run the app once for each combination of run-config values, loaded afresh: it knows nothing of the others."""
     from edgefl.simulation.commands.sweep import tell
-    from edgefl.simulation.screen.live_sweep import SweepProgress, live_sweep
+    from edgefl.simulation.screen.live import SweepProgress, live_sweep
     from edgefl.simulation.screen.tensorboard import run_folder
     from edgefl.simulation.study.sweep import run_variants
 

@@ -46,7 +46,7 @@ class SimulateRequest:
             require_tensorboard()
         ones = {"--out": self.out, "--checkpoint": self.checkpoint, "--resume": self.resume}
         if self.sweep and (given := [flag for flag, value in ones.items() if value is not None]):
-            raise ConfigError(f"{given[0]} is of one simulation, a sweep is of many; leave it away, or --sweep")
+            raise ConfigError(f"{given[0]} belongs to a single run; drop it or --sweep")
 
     def only_for_tasks(self) -> list[str]:
         """Return the flags that were given and mean nothing to a Flower app."""

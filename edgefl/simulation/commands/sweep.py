@@ -14,7 +14,7 @@ from edgefl.operator.commands.progress import INTERRUPTED
 from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.isolation.messages import Order
 from edgefl.simulation.isolation.process import OwnProcess
-from edgefl.simulation.screen.live_sweep import SweepProgress, compare, live_sweep
+from edgefl.simulation.screen.live import SweepProgress, compare, live_sweep
 from edgefl.simulation.simulate import Watching
 from edgefl.simulation.study.report import Json, SimulationResult
 from edgefl.simulation.study.sweep import SweepResult, SweepWatching, sweep

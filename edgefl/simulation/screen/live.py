@@ -1,4 +1,7 @@
-"""A simulation on the screen: a table that grows on a terminal, a line a round elsewhere."""
+"""Simulations and sweeps on the screen: a live table on a terminal, one line per round elsewhere.
+
+A simulation's table has one row per round, a sweep's one per variant; a sweep ends with a comparison.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgefl.simulation.study.report import Json
+from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult
+from edgefl.simulation.study.variants import Variant
 from edgefl.terminal.output import Output, metrics_text
 from edgefl.terminal.text import one_line
 
@@ -21,6 +26,9 @@ if TYPE_CHECKING:
 ROWS = 12  # of the table: the last rounds
 REASONS = 3  # on a line
 _UNITS = ("B", "kB", "MB", "GB", "TB")
+_STYLES = {"running": "bold", "done": "green", "failed": "red", "interrupted": "yellow"}
+_MAX_ERROR = 400  # letters of a reason on the screen; the JSON has all of them
+_NOTHING = ("-", "-", "-", "-", "-", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,38 +91,132 @@ class Progress:
         return table
 
 
+class SweepProgress:
+    """What is known of each variant. `counts`: how many rounds each will have, None where nobody knows."""
+
+    def __init__(self, variants: Sequence[Variant], counts: Sequence[int | None]) -> None:
+        self._progress = {one.name: Progress(count) for one, count in zip(variants, counts, strict=True)}
+        self._cells: dict[str, tuple[str, ...]] = dict.fromkeys(self._progress, _NOTHING)
+        self._states = dict.fromkeys(self._progress, "waiting")
+
+    def begin(self, variant: str, *, now_s: float) -> None:
+        """Note that a variant begins."""
+        self._states[variant] = "running"
+        self._progress[variant].begin("", now_s=now_s)
+
+    def note(self, variant: str, outcome: Json, *, now_s: float) -> tuple[str, ...]:
+        """Note a round; returns its cells."""
+        self._cells[variant] = self._progress[variant].note(outcome, now_s=now_s)
+        return self._cells[variant]
+
+    def end(self, ended: VariantResult) -> None:
+        """Note how a variant ended."""
+        self._states[ended.variant.name] = state_of(ended)
+
+    def table(self) -> Table:
+        """Return a row a variant."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("variant", "", "round", "clients/s", "left", "metrics", box=None, header_style="bold")
+        for name, state in self._states.items():
+            number, _, rate, _, left, metrics = self._cells[name]
+            left = left if state == "running" else ""
+            style = _STYLES.get(state, "dim")
+            table.add_row(Text(one_line(name)), Text(state, style), number, rate, left, Text(one_line(metrics)))
+        return table
+
+
 @contextmanager
 def live_rounds(output: Output, progress: Progress) -> Iterator[Screen]:
-    """Give what is to hear of the engine and of each round."""
+    """Give the callbacks that show the engine and each round."""
+    with _drawn(progress.table) as draw:
 
-    def begin(engine: str, reason: str) -> None:
-        progress.begin(engine, reason, now_s=time.perf_counter())
+        def on_engine(engine: str, reason: str) -> None:
+            progress.begin(engine, reason, now_s=time.perf_counter())
+            draw() if draw is not None else output.line(progress.engine_text())
 
-    def note(outcome: Json) -> tuple[str, ...]:
-        return progress.note(outcome, now_s=time.perf_counter())
+        def on_round(outcome: Json) -> None:
+            cells = progress.note(outcome, now_s=time.perf_counter())
+            draw() if draw is not None else output.line(line_text(outcome, cells))
 
+        yield Screen(on_engine, on_round)
+
+
+@contextmanager
+def live_sweep(output: Output, progress: SweepProgress) -> Iterator[SweepWatching]:
+    """Give the callbacks that show a sweep."""
+    with _drawn(progress.table, transient=True) as draw:
+
+        def on_begin(variant: Variant) -> None:
+            progress.begin(variant.name, now_s=time.perf_counter())
+            if draw is not None:
+                draw()
+
+        def on_engine(variant: Variant, name: str, reason: str) -> None:
+            if draw is None:
+                output.line(f"{variant.name}: engine {name}: {reason}")
+
+        def on_round(variant: Variant, outcome: Json) -> None:
+            cells = progress.note(variant.name, outcome, now_s=time.perf_counter())
+            draw() if draw is not None else output.line(f"{variant.name}: {line_text(outcome, cells)}")
+
+        def on_end(ended: VariantResult) -> None:
+            progress.end(ended)
+            if draw is not None:
+                draw()
+
+        yield SweepWatching(on_begin=on_begin, on_engine=on_engine, on_round=on_round, on_end=on_end)
+
+
+@contextmanager
+def _drawn(table: Callable[[], Table], *, transient: bool = False) -> Iterator[Callable[[], None] | None]:
+    """Give what draws the table anew, or None where there is no terminal for it."""
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
-
-        def say_engine(engine: str, reason: str) -> None:
-            begin(engine, reason)
-            output.line(progress.engine_text())
-
-        yield Screen(say_engine, lambda outcome: output.line(line_text(outcome, note(outcome))))
+        yield None
         return
     from rich.console import Console
     from rich.live import Live
 
-    with Live(progress.table(), console=Console(stderr=True, markup=False), auto_refresh=False) as live:
+    console = Console(stderr=True, markup=False, highlight=False)
+    with Live(table(), console=console, auto_refresh=False, transient=transient) as live:
+        yield lambda: live.update(table(), refresh=True)
 
-        def draw_engine(engine: str, reason: str) -> None:
-            begin(engine, reason)
-            live.update(progress.table(), refresh=True)
 
-        def draw_round(outcome: Json) -> None:
-            note(outcome)
-            live.update(progress.table(), refresh=True)
+def compare(result: SweepResult, output: Output) -> None:
+    """Print one row a variant, and why those failed that did."""
+    said = [one.as_json() for one in result.variants]
+    metrics = sorted({name for one in said for name in _last_metrics(one)})
+    virtual = any(one.get("virtual_seconds") is not None for one in said)
+    columns = ["variant", "", "rounds", *metrics, "clients/s", "moved", "seconds", *(["virtual seconds"] * virtual)]
+    rows = []
+    for one, ended in zip(said, result.variants, strict=True):
+        values = [f"{_last_metrics(one)[name]:.4g}" if name in _last_metrics(one) else None for name in metrics]
+        moved = size_text(sum(outcome["up_bytes"] + outcome["down_bytes"] for outcome in ended.rounds))
+        times = [_number(one, "seconds", ".1f"), *([_number(one, "virtual_seconds", ".0f")] * virtual)]
+        rate = _number(one, "clients_per_second", ".0f")
+        rows.append([one["name"], state_of(ended), len(ended.rounds), *values, rate, moved, *times])
+    output.table(columns, rows, "no variant was run", _STYLES)
+    for ended in result.failed:
+        error = str(ended.error)
+        output.line(f"{ended.variant.name}: {error if len(error) <= _MAX_ERROR else error[:_MAX_ERROR] + ' ...'}")
 
-        yield Screen(draw_engine, draw_round)
+
+def state_of(ended: VariantResult) -> str:
+    """Return `done`, `failed` or `interrupted`."""
+    if ended.result is None:
+        return "failed"
+    return "interrupted" if ended.result.interrupted else "done"
+
+
+def _last_metrics(said: Json) -> Json:
+    """Return the final metrics; of a variant that failed, those of the last round it finished."""
+    final: Json | None = said.get("final")
+    return final if final is not None else said["rounds"][-1]["metrics"] if said["rounds"] else {}
+
+
+def _number(said: Json, key: str, form: str) -> str | None:
+    return format(said[key], form) if said.get(key) is not None else None
 
 
 def line_text(outcome: Json, cells: tuple[str, ...]) -> str:

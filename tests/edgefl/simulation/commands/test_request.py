@@ -46,7 +46,7 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
     for flag in ("out", "plot"):
         with pytest.raises(ConfigError, match=f"--{flag} .* there is no folder"):
             asked(**{flag: tmp_path / "no" / "file.png"})
-    with pytest.raises(ConfigError, match="--out is of one simulation, a sweep is of many"):
+    with pytest.raises(ConfigError, match="--out belongs to a single run; drop it or --sweep"):
         asked(out=tmp_path / "m", sweep=("a=1",))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "tensorboard", None)

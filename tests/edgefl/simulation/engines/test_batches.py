@@ -3,7 +3,7 @@
 import torch
 
 from edgefl.config import TrainConfig
-from edgefl.simulation.engines.batches import StackedBatches
+from edgefl.simulation.engines.stacked import StackedBatches
 from edgefl.training.samples import Samples
 
 

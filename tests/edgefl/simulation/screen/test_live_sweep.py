@@ -5,8 +5,8 @@ import io
 import numpy as np
 from rich.console import Console
 
-from edgefl.simulation.screen import live_sweep as module
-from edgefl.simulation.screen.live_sweep import SweepProgress, compare, live_sweep
+from edgefl.simulation.screen import live as module
+from edgefl.simulation.screen.live import SweepProgress, compare, live_sweep
 from edgefl.simulation.study.report import SimulationResult
 from edgefl.simulation.study.sweep import SweepResult, VariantResult
 from edgefl.simulation.study.variants import Variant
