@@ -16,7 +16,7 @@ import numpy as np
 
 from edgefl.errors import StepFailed, UpdateRejected
 from edgefl.records import Partial, Plan, Update
-from edgefl.trees import Array, TensorSpec, Tree, blocks, is_float, spec_of
+from edgefl.trees import BLOCK_ELEMENTS, Array, TensorSpec, Tree, blocks, is_float, spec_of
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
 MAX_METRIC = 1e200  # of either sign: its products with weights cannot overflow either
@@ -117,7 +117,8 @@ def not_finite_tree(tree: Tree) -> str | None:
     for name, array in tree.items():
         if is_float(array.dtype):
             flat = array.reshape(-1)
-            if not all(np.isfinite(flat[block]).all() for block in blocks(flat.size)):
+            parts = [flat] if flat.size <= BLOCK_ELEMENTS else (flat[block] for block in blocks(flat.size))
+            if not all(np.isfinite(part).all() for part in parts):
                 return f"tensor {name!r} holds NaN or infinity"
     return None
 

@@ -85,6 +85,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
     wanted = job.config.rounds.clients or len(plan.clients)
     guard, rule = RoundGuard(plan), make_rule(job.config.aggregation.rule, plan.parameters)
     tally = _Tally()
+    answer: Update | Failure | Partial | None = None
     for answer in fleet.collect(plan):
         if isinstance(answer, Failure):
             tally.failed[answer.device] = answer.reason
@@ -104,6 +105,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
         tally.count(answer)
         if len(tally.admitted) >= wanted:
             break
+    answer = None  # its tensors are let go before the step needs memory of its own
     if len(tally.admitted) < job.config.rounds.quorum:
         raise QuorumNotMet(tally.under_quorum(plan, job.config.rounds.quorum))
     after = fleet.traffic()

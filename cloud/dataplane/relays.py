@@ -20,11 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from cloud.broker.link import CloudLink
 from cloud.dataplane.open_rounds import OpenRound, OpenRounds
-from cloud.state.blobs import BlobStore
+from cloud.state.blobs import BlobStore, blake3_of
 from cloud.state.jobs import Answer
 from cloud.state.relay_rows import Message, RelayRows, Rows
 from cloud.state.spool import Spool
@@ -326,8 +324,7 @@ class Relays:
             path = live.contents.path(sha256)
             if not path.exists():
                 raise ConfigError(f"what message {message.number} holds, {sha256[:16]}..., is not here; send it first")
-            fast = blake3().update_mmap(path).hexdigest()
-            live.hashes[sha256] = BlobRef(sha256=sha256, size=path.stat().st_size), fast
+            live.hashes[sha256] = BlobRef(sha256=sha256, size=path.stat().st_size), blake3_of(path)
         content, fast = live.hashes[sha256]
         return WirePlan(
             job=live.id,

@@ -4,12 +4,14 @@ FedOpt (Reddi et al. 2021, Algorithm 2): the mean delta is taken as a negative g
 SGD with lr 1 is FedAvg, SGD with momentum is FedAvgM, Adam is FedAdam. For FedSGD the aggregate is
 the gradient itself: w <- w - lr * g.  Buffers and integers have no gradient; they move by their mean.
 What is frozen stays: no weight decay, no momentum.
-Plain SGD runs in numpy; everything else needs torch, which is imported only then.
+Plain SGD runs in numpy; everything else needs torch, which is imported only then. Optimizers that move each element
+by itself step small tensors side by side, as one: thousands of them would be as many calls for each operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,13 @@ from edgefl.errors import ConfigError, MissingExtra
 from edgefl.guards import not_finite_tree
 from edgefl.trees import Array, Tree, apply, blocks, is_float
 from edgefl.trees.tensors import array_of, tensor_of
+
+# Of torch.optim, what moves each element by itself; the others look at a tensor's rows or columns.
+_ELEMENTWISE = frozenset(
+    {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+)
+_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})  # of their state: the same for all elements
+_BUCKET_ELEMENTS = 1 << 18  # that small tensors are collected to: a bucket's temporaries stay in cache
 
 
 class ServerOptimizer:
@@ -46,8 +55,7 @@ class ServerOptimizer:
         trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
         new = {name: self._untrained(name, array, mean) for name, array in parameters.items() if name not in trained}
         if self._optimizer is not None:
-            gradients = {name: -self._sign * mean[name] for name in trained}
-            new |= self._optimizer.step(trained, gradients, lr)
+            new |= self._optimizer.step(trained, mean, lr, is_delta=self._sign > 0)
         else:
             new |= {name: self._plain(array, mean[name], lr) for name, array in trained.items()}
         return {name: new[name] for name in parameters}
@@ -92,24 +100,24 @@ class _TorchOptimizer:
         self._kind: Callable[..., Any] = kind
         self._config = config
         self._probe()
-        self._parameters: dict[str, Any] = {}
+        self._buckets: list[_Bucket] = []
         self._optimizer: Any = None
         self.pending: dict[str, Array] = {}
 
-    def step(self, parameters: Tree, gradients: Tree, lr: float) -> dict[str, Array]:
-        import torch
-
+    def step(self, parameters: Tree, mean: Tree, lr: float, *, is_delta: bool) -> dict[str, Array]:
+        """Return the parameters moved by a mean, which is a gradient or, with its sign changed, a delta."""
+        if not self._buckets:
+            together = self._config.optimizer in _ELEMENTWISE
+            self._buckets = [_Bucket(names, parameters) for names in _bucketed(parameters, together=together)]
+        for bucket in self._buckets:
+            bucket.take(parameters, mean, is_delta=is_delta)
         if self._optimizer is None:
-            self._parameters = {n: torch.nn.Parameter(tensor_of(np.array(a))) for n, a in parameters.items()}
-            self._optimizer = self._make(list(self._parameters.values()))
+            self._optimizer = self._make([bucket.parameter for bucket in self._buckets])
             self._restore()
-        for name, parameter in self._parameters.items():
-            parameter.data.copy_(tensor_of(np.array(parameters[name])))
-            parameter.grad = tensor_of(np.asarray(gradients[name], dtype=parameters[name].dtype))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        return {name: array_of(parameter).copy() for name, parameter in self._parameters.items()}
+        return {name: array for bucket in self._buckets for name, array in bucket.give()}
 
     def state(self) -> dict[str, Array]:
         if self._optimizer is None:
@@ -129,16 +137,30 @@ class _TorchOptimizer:
         }
 
     def _restore(self) -> None:
-
         if not self.pending:
             return
-        slots: dict[int, dict[str, Any]] = {}
+        slots: dict[int, dict[str, Array]] = {}
         for key, array in self.pending.items():
             index, _, slot = key.partition(".")
-            slots.setdefault(int(index), {})[slot] = tensor_of(np.array(array))
+            slots.setdefault(int(index), {})[slot] = array
+        if len(slots) > len(self._buckets):  # of an edgefl that stepped each tensor by itself
+            slots = self._joined(slots)
+        state = {index: {slot: tensor_of(np.array(a)) for slot, a in of.items()} for index, of in slots.items()}
         whole = self._optimizer.state_dict()
-        self._optimizer.load_state_dict({"state": slots, "param_groups": whole["param_groups"]})
+        self._optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
         self.pending = {}
+
+    def _joined(self, slots: Mapping[int, Mapping[str, Array]]) -> dict[int, dict[str, Array]]:
+        """Return the state of buckets from that of their tensors."""
+        joined, start = {}, 0
+        for index, bucket in enumerate(self._buckets):
+            of_tensors = [slots[start + at] for at in range(len(bucket.names))]
+            start += len(bucket.names)
+            joined[index] = {
+                slot: first if slot in _SCALARS else bucket.joined([one[slot] for one in of_tensors])
+                for slot, first in of_tensors[0].items()
+            }
+        return joined
 
     def _probe(self) -> None:
         """Take one step of nothing: refuses a wrong option, or LBFGS that wants a closure, now and not in round 1."""
@@ -157,3 +179,52 @@ class _TorchOptimizer:
             return self._kind(parameters, lr=self._config.lr, **self._config.options)
         except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as cause:
             raise ConfigError(f"server.options={dict(self._config.options)}: {cause}") from cause
+
+
+class _Bucket:
+    """Tensors of one dtype side by side, and torch's parameter over them; a tensor alone keeps its shape."""
+
+    def __init__(self, names: Sequence[str], parameters: Tree) -> None:
+        import torch
+
+        self.names = names
+        self._shapes = [parameters[name].shape for name in names]
+        self._shape = self._shapes[0] if len(names) == 1 else (-1,)
+        self._nothing = tensor_of(np.empty(0, parameters[names[0]].dtype))
+        self.parameter = torch.nn.Parameter(self._nothing)
+
+    def joined(self, arrays: Sequence[Array]) -> Array:
+        """Return the tensors' values in an array of the bucket's own."""
+        return np.concatenate([array.reshape(-1) for array in arrays]).reshape(self._shape)
+
+    def take(self, parameters: Tree, mean: Tree, *, is_delta: bool) -> None:
+        """Set values and gradient."""
+        values = self.joined([parameters[name] for name in self.names])
+        gradient = self.joined([mean[name] for name in self.names]).astype(values.dtype, copy=False)
+        if is_delta:
+            np.negative(gradient, out=gradient)
+        self.parameter.data = tensor_of(values)
+        self.parameter.grad = tensor_of(gradient)
+
+    def give(self) -> Iterator[tuple[str, Array]]:
+        """Yield the tensors by name; neither values nor gradient are kept."""
+        start, flat = 0, array_of(self.parameter).reshape(-1)
+        self.parameter.data, self.parameter.grad = self._nothing, None
+        for name, shape in zip(self.names, self._shapes, strict=True):
+            size = math.prod(shape)
+            yield name, flat[start : start + size].reshape(shape)
+            start += size
+
+
+def _bucketed(parameters: Tree, *, together: bool) -> Iterator[list[str]]:
+    """Yield names of tensors that step as one: neighbours of one dtype, as many as a bucket holds."""
+    names: list[str] = []
+    elements, dtype = 0, None
+    for name, array in parameters.items():
+        if names and not (together and array.dtype == dtype and elements + array.size <= _BUCKET_ELEMENTS):
+            yield names
+            names, elements = [], 0
+        names.append(name)
+        elements, dtype = elements + array.size, array.dtype
+    if names:
+        yield names

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.records import Failure, Partial, Plan, RoundOutcome, Update
 from edgefl.rounds import Job, run_rounds, select_clients
 from edgefl.testing import Answer, ManualClock, ScriptedFleet, make_update
+from edgefl.trees import Tree
 
 OURS = Path(rounds.__file__).parent
 START = {"w": np.zeros(2, np.float32)}
@@ -238,6 +241,14 @@ def a_sum(total: float, *contributors: str, weight: float = 3.0, loss: float = 0
     return Partial(total={"w": np.full(2, total)}, weight=weight, contributors=contributors, metrics=metrics)
 
 
+class _Watched(Update):
+    """An update whose end can be seen: it has room for weak references."""
+
+
+def _fields(update: Update) -> dict[str, Any]:
+    return {one.name: getattr(update, one.name) for one in dataclasses.fields(update)}
+
+
 class Trusting(WeightedMean):
     """A mean that merges whatever it is given."""
 
@@ -258,6 +269,22 @@ def test_between_a_jobs_rounds_and_the_averaging_line_are_two_stops(monkeypatch:
     monkeypatch.setitem(aggregation.RULES, "mean", Watched)
     one_round(ScriptedFleet({"a": sends("a", 1.0)}), config())
     assert stops == ["run_rounds", "run_round"]  # and then `add`, whose last line is the algorithm
+
+
+def test_all_updates_are_let_go_before_the_step() -> None:
+    seen: list[weakref.ref[Update]] = []
+
+    def made(plan: Plan) -> Update:
+        update = _Watched(**_fields(make_update("a", round=plan.round, w=[1.0, 1.0])))
+        seen.append(weakref.ref(update))
+        return update
+
+    def keep(parameters: Tree) -> Tree:
+        assert [one() for one in seen] == [None]
+        return parameters
+
+    one_round(ScriptedFleet({"a": made}), config(), keep=keep)
+    assert len(seen) == 1
 
 
 def test_a_partial_sum_stands_for_all_that_are_in_it() -> None:

@@ -1,4 +1,7 @@
 import hashlib
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,3 +95,30 @@ def test_a_blob_that_is_damaged_before_it_is_first_looked_at_is_found_out(tmp_pa
         blobs.check(ref.sha256)
     with pytest.raises(NotFound, match="no blob"):
         blobs.check("0" * 64)
+
+
+SIZE = 64 << 20
+CHECKS = f"""
+import sys
+from pathlib import Path
+from cloud.blobs import BlobStore
+
+def peak_kb():
+    [line] = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM")]
+    return int(line.split()[1])
+
+blobs = BlobStore(Path(sys.argv[1]))
+before_kb = peak_kb()
+blobs.check(sys.argv[2])
+blobs.check(sys.argv[2])
+assert peak_kb() - before_kb < {SIZE >> 12}, (before_kb, peak_kb())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks of memory are read from /proc")
+def test_a_check_costs_no_memory_of_the_blobs_size(tmp_path):
+    ref = BlobStore(tmp_path / "blobs").put(bytes(SIZE))
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKS, tmp_path / "blobs", ref.sha256], capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stderr

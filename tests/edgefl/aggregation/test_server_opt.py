@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.aggregation.server_opt import _BUCKET_ELEMENTS, _ELEMENTWISE, ServerOptimizer
 from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError
 from edgefl.trees import Tree, bfloat16
@@ -216,3 +216,60 @@ def test_bfloat16_steps_as_torch_does_and_its_state_comes_back(settings: dict[st
         tree = step.step(tree, {"w": np.array([0.5, -0.25], bfloat16()), "s": np.array(0.5, bfloat16())})
     assert (tree["w"].dtype, tree["s"].dtype, tree["s"].shape) == (bfloat16(), bfloat16(), ())
     np.testing.assert_allclose(tree["w"].astype(float), parameter.detach().double().numpy(), rtol=0.02)
+
+
+MANY = {
+    "scalar": np.array(3.0, np.float32),
+    "wide": np.linspace(-1, 1, 12, dtype=np.float64).reshape(3, 4),
+    "empty": np.empty((0, 2), np.float32),
+    "large": np.linspace(-1, 1, _BUCKET_ELEMENTS + 1, dtype=np.float32),
+    **{f"small.{i}": np.linspace(-1, 1, 2 * i + 1, dtype=np.float32) for i in range(40)},
+}
+
+
+NOT_EMPTY = {name: array for name, array in MANY.items() if array.size}  # Adafactor divides by a tensor's size
+
+
+def many_means() -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(5)
+    return [{n: np.asarray(rng.normal(size=a.shape), a.dtype) for n, a in MANY.items()} for _ in range(3)]
+
+
+def of_torch(kind: str, rounds: list[dict[str, np.ndarray]], start: Tree = MANY) -> tuple[torch.optim.Optimizer, Tree]:
+    parameters = {n: torch.nn.Parameter(torch.from_numpy(np.array(a))) for n, a in start.items()}
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(list(parameters.values()), lr=0.1)
+    for mean in rounds:
+        for name, parameter in parameters.items():
+            parameter.grad = torch.from_numpy(mean[name])
+        optimizer.step()
+    return optimizer, {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("kind", sorted({*_ELEMENTWISE, "Adafactor"} - {"SGD"}))
+def test_tensors_side_by_side_step_as_each_by_itself(kind: str) -> None:
+    optimizer, rounds, start = make({"optimizer": kind, "lr": 0.1}, gradient=True), many_means(), NOT_EMPTY
+    seen = run(optimizer, rounds, start)
+    for name, array in of_torch(kind, rounds, start)[1].items():
+        assert (seen[name].dtype, seen[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_allclose(seen[name], array, rtol=1e-6, atol=1e-7)
+
+
+def test_small_tensors_of_one_dtype_are_one_of_torchs() -> None:
+    adam, adafactor = (make({"optimizer": kind, "lr": 0.1}) for kind in ("Adam", "Adafactor"))
+    adam.step(MANY, many_means()[0])
+    adafactor.step(NOT_EMPTY, many_means()[0])
+    whole = {"0": 1, "1": 12, "2": 0, "3": _BUCKET_ELEMENTS + 1, "4": 40 * 40}
+    assert {key[0]: array.size for key, array in adam.state().items() if key.endswith("exp_avg")} == whole
+    assert len({key.partition(".")[0] for key in adafactor.state()}) == len(NOT_EMPTY)  # looks at rows and columns
+
+
+@pytest.mark.parametrize("kind", ["ASGD", "Adagrad", "Adam", "NAdam"])
+def test_a_state_of_each_tensor_by_itself_is_gone_on_with(kind: str) -> None:
+    rounds = many_means()
+    whole, half = of_torch(kind, rounds)[1], of_torch(kind, rounds[:2])
+    optimizer = make({"optimizer": kind, "lr": 0.1}, gradient=True)
+    kept = half[0].state_dict()["state"]
+    optimizer.load({f"{i}.{slot}": np.asarray(value) for i, of in kept.items() for slot, value in of.items()})
+    seen = run(optimizer, rounds[2:], half[1])
+    for name, array in whole.items():
+        np.testing.assert_allclose(seen[name], array, rtol=1e-6, atol=1e-7)
