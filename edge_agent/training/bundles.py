@@ -28,13 +28,17 @@ class Bundles:
     def __init__(self, home: Path, fleet_key: Ed25519PublicKey, channel: CloudChannel) -> None:
         self._folder = home / "bundles"
         self._fleet_key, self._channel = fleet_key, channel
+        self._verified: dict[Signed, Bundle] = {}  # the plans of a job name the same one
         self._archives: dict[str, Path] = {}  # by digest, oldest use first
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
 
     async def get(self, signed: Signed) -> tuple[Path, str]:
         """Return a bundle's archive and the task in it; raises ManifestRejected, ProtocolError, CloudUnreachable."""
-        bundle = verify(signed, Bundle, self._fleet_key)
+        if signed not in self._verified:
+            bundle = verify(signed, Bundle, self._fleet_key)
+            self._verified = dict([*self._verified.items(), (signed, bundle)][-MAX_KEPT:])
+        bundle = self._verified[signed]
         digest = bundle.blob.sha256
         if digest not in self._archives:
             self._archives[digest] = await self._fetch(bundle)

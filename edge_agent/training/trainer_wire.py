@@ -11,7 +11,6 @@ that the child is no longer fit for use (it ran out of memory) and ends.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Any
 
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
-from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw
+from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw, to_json
 from edgefl.protocols.messages import MAX_ROUND
 
 MAX_FRAME_BYTES = 1 << 20
@@ -101,7 +100,7 @@ Message = Hello | Fit | Errand | Done | Failed
 
 def frame(message: Message) -> bytes:
     """Return a message's bytes, head included."""
-    body = json.dumps(dataclasses.asdict(message)).encode()
+    body = json.dumps(to_json(message)).encode()
     return _HEAD.pack(len(body)) + body
 
 

@@ -9,6 +9,9 @@
 A message derives from `Checked`; `limited` narrows a field, or says that its text is for people (`prose`), which
 is cleaned and cut instead of refused.
 Invariant: a message that exists can be encoded, stored, logged and shown.
+
+What a class's fields ask for is worked out once, and kept as functions: messages are most of what a small round
+costs beside its sockets and disks.
 """
 
 from __future__ import annotations
@@ -22,8 +25,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import dacite
-
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.terminal.text import is_safe, one_line
 
@@ -35,6 +36,7 @@ MAX_PROSE_CHARS = 2000
 MAX_SHOWN_CHARS = 200  # of what a refusal repeats
 
 _T = TypeVar("_T")
+_Fault = Callable[[Any], str]  # says what is wrong with a value, if anything is
 _KEY = "limits"
 _LINE_ENDS = str.maketrans("", "", "\n\r\t")
 
@@ -81,11 +83,11 @@ class Checked:
 
 def check(message: Any) -> None:
     """Raise ProtocolError for the first field that holds what it may not; clean its prose."""
-    for name, hint, limits in _fields(message.__class__):
+    for name, limits, fault_of in _checks(message.__class__):
         value = getattr(message, name)
         if limits.prose and isinstance(value, str):
             object.__setattr__(message, name, one_line(value, limits.max_chars))
-        elif fault := _fault(value, hint, limits):
+        elif fault := fault_of(value):
             raise ProtocolError(f"{type(message).__name__}: {name} {fault}")
 
 
@@ -94,20 +96,28 @@ def from_json(schema: type[_T], value: Any) -> _T:
     if not isinstance(value, Mapping):
         raise ProtocolError(f"{schema.__name__} is a JSON {type(value).__name__}, not an object")
     try:
-        message = dacite.from_dict(schema, dict(value), dacite.Config(type_hooks={float: _float}))
-        if not isinstance(message, Checked):
-            check(message)
+        return _build(schema, value)
     except ProtocolError:
         raise
-    except (dacite.DaciteError, ConfigError, TypeError, ValueError, OverflowError, RecursionError) as cause:
+    except (ConfigError, TypeError, ValueError, OverflowError, RecursionError) as cause:
         raise ProtocolError(f"{schema.__name__}: {one_line(str(cause), MAX_SHOWN_CHARS)}") from cause
-    return message
+
+
+def to_json(value: Any) -> Any:
+    """Return a message, or what a field of it holds, as json writes it."""
+    if isinstance(value, (str, int, float)):
+        return value
+    if dataclasses.is_dataclass(value):
+        return {name: to_json(getattr(value, name)) for name in _names(type(value))}
+    if isinstance(value, Mapping):
+        return {key: to_json(one) for key, one in value.items()}
+    return [to_json(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def json_fault(value: Any, limits: Limits) -> str:
     """Say what no field could hold in parsed JSON of no schema; empty where all can be held."""
     try:
-        return _fault(value, Any, limits)
+        return _checker(Any, limits)(value)
     except RecursionError:
         return "is nested too deep"
 
@@ -120,34 +130,90 @@ def parse_json(data: bytes | str) -> Any:
         raise ProtocolError(f"message is not JSON: {one_line(str(cause), MAX_SHOWN_CHARS)}") from cause
 
 
+def _build(schema: Any, value: Any) -> Any:
+    """Return a dataclass of a JSON object; what is no object is left for the check to refuse."""
+    if not isinstance(value, Mapping):
+        return value
+    given = {}
+    for name, is_required, built in _builders(schema):
+        if name in value:
+            given[name] = value[name] if built is None else built(value[name])
+        elif is_required:
+            raise ProtocolError(f"{schema.__name__}: {name} is missing")
+    if issubclass(schema, Checked):
+        return schema(**given)
+    for name, limits, fault_of in _checks(schema):  # before its own `__post_init__`, which trusts the types
+        if name in given and not limits.prose and (fault := fault_of(given[name])):
+            raise ProtocolError(f"{schema.__name__}: {name} {fault}")
+    record = schema(**given)
+    check(record)
+    return record
+
+
+@functools.cache
+def _names(schema: Any) -> list[str]:
+    return [one.name for one in dataclasses.fields(schema)]
+
+
+@functools.cache
+def _builders(schema: Any) -> list[tuple[str, bool, Callable[[Any], Any] | None]]:
+    """Return each field's name, whether it has no default, and what makes its value of JSON."""
+    hints, missing = get_type_hints(schema), dataclasses.MISSING
+    return [
+        (one.name, one.default is missing and one.default_factory is missing, _builder(hints[one.name]))
+        for one in dataclasses.fields(schema)
+    ]
+
+
+def _builder(hint: Any) -> Callable[[Any], Any] | None:
+    """Return what makes a value of JSON; None where that is the value already."""
+    origin, of = get_origin(hint), [_builder(one) for one in get_args(hint)]
+    if origin is None:
+        return functools.partial(_build, hint) if dataclasses.is_dataclass(hint) else _float if hint is float else None
+    if not any(of):
+        return None
+    if origin in (Union, types.UnionType):
+        return next(one for one in of if one)  # a record or a number, or null
+    build = of[-1]
+    return functools.partial(_build_values if issubclass(origin, Mapping) else _build_items, build)
+
+
+def _build_values(build: Callable[[Any], Any], value: Any) -> Any:
+    return {key: build(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+
+def _build_items(build: Callable[[Any], Any], value: Any) -> Any:
+    return [build(one) for one in value] if isinstance(value, list) else value
+
+
 def _float(number: Any) -> Any:
     return float(number) if type(number) is int else number
 
 
 @functools.cache
-def _fields(schema: Any) -> list[tuple[str, Any, Limits]]:
+def _checks(schema: Any) -> list[tuple[str, Limits, _Fault]]:
+    """Return each field's name, its limits, and what is wrong with a value of it."""
     hints = get_type_hints(schema)
-    return [(one.name, hints[one.name], one.metadata.get(_KEY, Limits())) for one in dataclasses.fields(schema)]
+    limits = {one.name: one.metadata.get(_KEY, Limits()) for one in dataclasses.fields(schema)}
+    return [(name, limit, _checker(hints[name], limit)) for name, limit in limits.items()]
 
 
-def _fault(value: Any, hint: Any, limits: Limits) -> str:
-    """Say what is wrong with a value, if anything is."""
+def _checker(hint: Any, limits: Limits) -> _Fault:
+    """Return what says of a value what is wrong with it."""
+    origin, of = get_origin(hint), get_args(hint)
     if hint is Any:
-        hint = _kind_of(value)
-    origin = get_origin(hint)
+        return lambda value: _checker_of(_kind_of(value), limits)(value)
     if origin in (Union, types.UnionType):
-        faults = [_fault(value, one, limits) for one in get_args(hint)]
-        return "" if "" in faults else faults[0]
+        return functools.partial(_union_fault, [_checker(one, limits) for one in of])
     if origin is not None:
-        checker = _mapping_fault if issubclass(origin, Mapping) else _sequence_fault
-        return checker(value, get_args(hint), limits)
-    if hint in _SCALARS:
-        return _SCALARS[hint](value, limits)
-    if isinstance(hint, type) and not isinstance(value, hint):
-        return f"is of type {type(value).__name__}, expected {hint.__name__}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, Checked):
-        check(value)
-    return ""
+        if not issubclass(origin, Mapping):
+            return functools.partial(_sequence_fault, _checker(of[0], limits), limits)
+        keys = Limits(max_chars=min(limits.max_chars, MAX_KEY_CHARS), raw=limits.raw)
+        return functools.partial(_mapping_fault, functools.partial(_text_fault, keys), _checker(of[1], limits), limits)
+    return functools.partial(_SCALARS[hint], limits) if hint in _SCALARS else functools.partial(_type_fault, hint)
+
+
+_checker_of = functools.cache(_checker)  # for values that no field says the type of
 
 
 def _kind_of(value: Any) -> Any:
@@ -159,11 +225,24 @@ def _kind_of(value: Any) -> Any:
     return type(value)
 
 
-def _bool_fault(value: Any, _limits: Limits) -> str:
+def _union_fault(of: list[_Fault], value: Any) -> str:
+    first = of[0](value)
+    return "" if not first or any(not fault(value) for fault in of[1:]) else first
+
+
+def _type_fault(hint: Any, value: Any) -> str:
+    if isinstance(hint, type) and not isinstance(value, hint):
+        return f"is of type {type(value).__name__}, expected {hint.__name__}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, Checked):
+        check(value)
+    return ""
+
+
+def _bool_fault(_limits: Limits, value: Any) -> str:
     return "" if type(value) is bool else f"is {_shown(value)}, expected true or false"
 
 
-def _int_fault(value: Any, limits: Limits) -> str:
+def _int_fault(limits: Limits, value: Any) -> str:
     if type(value) is not int:
         return f"is {_shown(value)}, expected a whole number"
     least = -INT64 if limits.least is None else limits.least
@@ -171,7 +250,7 @@ def _int_fault(value: Any, limits: Limits) -> str:
     return "" if least <= value <= most else f"is {_shown(value)}, expected {least} to {most}"
 
 
-def _float_fault(value: Any, limits: Limits) -> str:
+def _float_fault(limits: Limits, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"is {_shown(value)}, expected a number"
     least = -math.inf if limits.least is None else limits.least
@@ -182,37 +261,33 @@ def _float_fault(value: Any, limits: Limits) -> str:
     return ""
 
 
-def _text_fault(value: Any, limits: Limits) -> str:
+def _text_fault(limits: Limits, value: Any) -> str:
     if not isinstance(value, str):
         return f"is {_shown(value)}, expected text"
     if len(value) > limits.max_chars:
         return f"has {len(value)} characters, expected {limits.max_chars} at most"
-    seen = value.translate(_LINE_ENDS) if limits.lines else value
-    return (
-        ""
-        if limits.raw or is_safe(seen)
-        else f"is {value!r:.{MAX_SHOWN_CHARS}}, expected text without control characters"
-    )
+    if limits.raw or is_safe(value.translate(_LINE_ENDS) if limits.lines else value):
+        return ""
+    return f"is {value!r:.{MAX_SHOWN_CHARS}}, expected text without control characters"
 
 
-def _mapping_fault(value: Any, of: tuple[Any, ...], limits: Limits) -> str:
+def _mapping_fault(of_key: _Fault, of_value: _Fault, limits: Limits, value: Any) -> str:
     if not isinstance(value, Mapping):
         return f"is {_shown(value)}, expected an object"
     if len(value) > limits.max_items:
         return f"has {len(value)} entries, expected {limits.max_items} at most"
-    keys = Limits(max_chars=min(limits.max_chars, MAX_KEY_CHARS), raw=limits.raw)
     for key, one in value.items():
-        if fault := _text_fault(key, keys) or _fault(one, of[1], limits):
+        if fault := of_key(key) or of_value(one):
             return f"holds {_shown(key)} that {fault}"
     return ""
 
 
-def _sequence_fault(value: Any, of: tuple[Any, ...], limits: Limits) -> str:
+def _sequence_fault(of_item: _Fault, limits: Limits, value: Any) -> str:
     if not isinstance(value, list | tuple):
         return f"is {_shown(value)}, expected a list"
     if len(value) > limits.max_items:
         return f"has {len(value)} entries, expected {limits.max_items} at most"
-    return next((f"holds an entry that {fault}" for one in value if (fault := _fault(one, of[0], limits))), "")
+    return next((f"holds an entry that {fault}" for one in value if (fault := of_item(one))), "")
 
 
 def _shown(value: Any) -> str:
@@ -221,7 +296,7 @@ def _shown(value: Any) -> str:
     return one_line(repr(value) if not isinstance(value, Mapping | list) else f"a {type(value).__name__}", 80)
 
 
-_SCALARS: Mapping[Any, Callable[[Any, Limits], str]] = {
+_SCALARS: Mapping[Any, Callable[[Limits, Any], str]] = {
     bool: _bool_fault,
     int: _int_fault,
     float: _float_fault,

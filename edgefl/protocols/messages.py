@@ -7,7 +7,6 @@ and one that holds what it may not raise ProtocolError.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
-from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw
+from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw, to_json
 
 __all__ = [
     "MAX_MESSAGE_BYTES", "BlobRef", "DeviceState", "RolloutNote", "RoundClosed", "Signed", "Telemetry",
@@ -29,6 +28,7 @@ MAX_NAME_CHARS = 200
 MAX_TAGS, MAX_TAG_CHARS = 32, 64
 
 _T = TypeVar("_T")
+_WRITER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +131,7 @@ JOB_MESSAGES: Mapping[str, type[Any]] = {"plan": WirePlan, "closed": RoundClosed
 
 def encode(message: Any) -> bytes:
     """Return a message's JSON; raises ProtocolError above MAX_MESSAGE_BYTES."""
-    data = json.dumps(dataclasses.asdict(message), separators=(",", ":"), allow_nan=False).encode()
+    data = _WRITER.encode(to_json(message)).encode()
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"{type(message).__name__} has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
     return data

@@ -52,6 +52,26 @@ def test_a_bundle_is_fetched_once_in_a_process(fleet, home, with_bundles):
     assert downloads(fleet) == 2
 
 
+def test_a_signature_is_checked_once_and_another_text_again(fleet, with_bundles, monkeypatch):
+    signed, checks = fleet.bundle(), []
+
+    def watched(*arguments):
+        checks.append(arguments)
+        return verify(*arguments)
+
+    monkeypatch.setattr(bundles_module, "verify", watched)
+
+    async def run(bundles):
+        for _ in range(3):
+            await bundles.get(signed)
+        with pytest.raises(ManifestRejected):
+            await bundles.get(dataclasses.replace(signed, text=signed.text.replace("user_task", "other")))
+        await bundles.get(signed)
+
+    with_bundles(run)
+    assert len(checks) == 2
+
+
 @pytest.mark.parametrize("damage", ["key", "text", "size"])
 def test_a_bundle_that_is_not_the_fleets_is_not_kept(fleet, home, with_bundles, damage):
     signed = fleet.bundle()

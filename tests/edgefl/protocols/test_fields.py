@@ -17,7 +17,7 @@ from edge_agent.training import trainer_wire
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
 from edgefl.protocols import manifest, messages
-from edgefl.protocols.fields import Checked, check, from_json, limited, parse_json, prose, raw
+from edgefl.protocols.fields import Checked, check, from_json, limited, parse_json, prose, raw, to_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +106,37 @@ def test_what_is_nested_too_deep_is_refused_where_it_is_checked_too() -> None:
         from_json(Whole, {"options": {"a": deep}})
 
 
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(ProtocolError, match=r"^BlobRef: size is missing$"):
+        from_json(messages.BlobRef, {"sha256": "ab"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Careless:
+    """A record whose own check trusts the types of its fields."""
+
+    lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        assert self.lr > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nested(Checked):
+    parts: Mapping[str, Careless] = field(default_factory=dict)
+    maybe: Part | None = None
+    several: Sequence[Part] = ()
+
+
+def test_what_stands_in_collections_is_built_and_checked_too() -> None:
+    whole = from_json(Nested, {"parts": {"a": {"lr": 1}}, "maybe": {"size": 3}, "several": [{"size": 4}]})
+    assert whole == Nested(parts={"a": Careless(lr=1.0)}, maybe=Part(size=3), several=[Part(size=4)])
+    assert from_json(Nested, {"maybe": None}) == Nested()
+    for bad in ({"parts": {"a": {"lr": "1"}}}, {"parts": [1]}, {"parts": {"a": 1}}, {"several": {}}, {"several": [3]}):
+        with pytest.raises(ProtocolError, match="expected"):
+            from_json(Nested, bad)
+
+
 @pytest.mark.parametrize("value", [[], 3, "x", None, True])
 def test_a_message_is_an_object(value: Any) -> None:
     with pytest.raises(ProtocolError, match="not an object"):
@@ -151,6 +182,12 @@ def holders(value: Any) -> list[tuple[Any, Any]]:
     if not isinstance(value, dict):
         return []
     return [(value, key) for key in value] + [place for one in value.values() for place in holders(one)]
+
+
+@pytest.mark.parametrize("schema", EVERY, ids=lambda one: one.__name__)
+def test_a_message_is_written_field_by_field(schema: type) -> None:
+    message = from_json(schema, EVERY[schema])
+    assert to_json(message) == dataclasses.asdict(message)
 
 
 @pytest.mark.parametrize("schema", EVERY, ids=lambda one: one.__name__)
