@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from edgefl.terminal.text import is_safe, lines, one_line
 
+_TO_QUOTE = re.compile(r'[\s"]')
 FORM = "%(asctime)s %(levelname)-7s %(name)s %(message)s"
 WINDOW_S = 60.0
 LINES_OF_ONE = 10  # in a window, of one event of one device or address
@@ -47,7 +49,8 @@ class LineFormatter(logging.Formatter):
         return one_line(super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
-        return lines(super().format(record)).replace("\n", "\n    ")
+        text = super().format(record)
+        return text if is_safe(text) else lines(text).replace("\n", "\n    ")
 
 
 def event(logger: logging.Logger, level: int, name: str, **fields: object) -> None:
@@ -60,7 +63,7 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    if text and is_safe(text) and not any(c.isspace() or c == '"' for c in text):
+    if text and is_safe(text) and _TO_QUOTE.search(text) is None:
         return text
     return json.dumps(text).replace("\x7f", "\\u007f")
 

@@ -2,6 +2,7 @@
 
 A device is who its certificate says. An upload is acknowledged after it is checked, on disk and in the
 database. Files are read and written in worker threads, and transfers take turns (`cloud.dataplane.transfer_limiter`).
+A way to a thread and back costs as much as what is done there: a small update takes two, a small model two.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, Turnstile
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import Answer, Jobs
-from cloud.state.spool import Incoming, Spool
+from cloud.state.spool import Arrival, Incoming, Spool
 from cloud.state.storage import Storage
 from cloud.trust.renewal import Renewals
 from edgefl.errors import EnrolmentRefused, ProtocolError, UploadCutOff
@@ -43,6 +44,7 @@ MAX_REASON_CHARS = 2000
 MAX_HOLDING = 10_000  # jobs of which a device keeps a state
 MAX_METRICS, MAX_METRIC_CHARS = 100, 200  # of one update: they are kept with the round
 MAX_PLANS = 24  # in one answer to `Next`: below 1 MB
+MAX_CERTIFICATES = 4096  # that are not read anew for each call
 MAX_DOWNLOADS = 4  # of one device at a time: a model, a bundle, releases
 DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
 
@@ -143,8 +145,9 @@ class FleetService:
             async with self._downloads.turn(device) as transfer:
                 descriptor = os.open(path, os.O_RDONLY)  # in its turn: those that wait for theirs hold none
                 try:
-                    offset = min(request.offset, os.fstat(descriptor).st_size)
-                    while data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset):
+                    size = os.fstat(descriptor).st_size
+                    offset = min(request.offset, size)
+                    while offset < size and (data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset)):
                         offset += len(data)
                         for one in opened:
                             one.down_bytes += len(data)
@@ -183,7 +186,6 @@ class FleetService:
                     return await self._run(self._refuse, opened, device, fault)
                 num_bytes = first.header.size - first.header.offset
                 state = await self._receive(_moving(requests, transfer), first.header, opened, device)
-                await self._run(self._parts.storage.worked, num_bytes)
                 return await self._unless_stopping(state, context)
         except DecodeError:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message of the upload is no UploadChunk")
@@ -213,24 +215,38 @@ class FleetService:
     async def _receive(
         self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, device: str
     ) -> pb.UploadState:
-        spool, key = self._parts.spool, header.key
-        here = await self._run(spool.received_bytes, key.job, key.round, device)
-        if header.offset > here:
+        """Write what comes; the last chunk together with all that follows from it."""
+        key, size = header.key, header.offset
+        if size and size > (here := await self._run(self._parts.spool.received_bytes, key.job, key.round, device)):
             return _state("PARTIAL", offset=here)
-        incoming = await self._run(spool.incoming, key.job, key.round, device, header.offset)
+        arrival = Arrival(self._parts.spool, key.job, key.round, device, header.offset)
         try:
             async for message in requests:
                 data = upload_data(message)
-                if incoming.size + len(data) > header.size:
+                size += len(data)
+                if size > header.size:
                     return await self._run(self._refuse, opened, device, _overlong(header.size))
                 opened.up_bytes += len(data)
-                await self._run(incoming.write, data)
-            if incoming.size < header.size:
-                return _state("PARTIAL", offset=incoming.size)
-            return await self._run(self._settle, opened, device, header, incoming)
+                if arrival.last:
+                    await self._run(arrival.write)
+                arrival.last = data
+            return await self._run(self._finish, arrival, header, opened, device)
         finally:
             # In a worker: whoever writes is waited for. A file closed under its writer would be another's file.
-            await asyncio.shield(self._run(spool.done_with, incoming))
+            if not arrival.ended:
+                await asyncio.shield(self._run(arrival.end))
+
+    def _finish(self, arrival: Arrival, header: pb.UploadHeader, opened: OpenRound, device: str) -> pb.UploadState:
+        try:
+            incoming = arrival.write()
+            if incoming.size < header.size:
+                state = _state("PARTIAL", offset=incoming.size)
+            else:
+                state = self._settle(opened, device, header, incoming)
+        finally:
+            arrival.end()
+        self._parts.storage.worked(header.size - header.offset)
+        return state
 
     async def _unless_stopping(self, state: pb.UploadState, context: Context) -> pb.UploadState:
         """Return the answer; but a cloud that stops does not say that a round is over which it will open again."""
@@ -292,7 +308,8 @@ class FleetService:
 
     async def _device(self, context: Context) -> str:
         """Return the caller's name; ends the call for one that is not, or no longer, of the fleet."""
-        if not await self._run(self._parts.rounds.wait_resumed, RESUME_S):
+        resumed = self._parts.rounds.wait_resumed(0) or await self._run(self._parts.rounds.wait_resumed, RESUME_S)
+        if not resumed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud has just started and opens its rounds again")
         name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
         self.calls.note(name)
@@ -328,7 +345,11 @@ def _training_first(opened: OpenRound) -> tuple[bool, int]:
 
 def _certified_peer(context: Context) -> tuple[str, str]:
     """Return the name and the serial number of the caller's certificate, which the TLS handshake has verified."""
-    certificate = _certificate(context)
+    return _names_in(_certificate(context))
+
+
+@functools.lru_cache(MAX_CERTIFICATES)
+def _names_in(certificate: bytes) -> tuple[str, str]:
     return common_name(certificate), serial_number(certificate)
 
 

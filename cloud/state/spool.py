@@ -11,6 +11,8 @@ cuts off the older, whose connection is dead as a rule: what was checked is what
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shutil
 import threading
@@ -189,6 +191,47 @@ class Incoming:
     def _close(self) -> None:
         self._open = False
         os.close(self._file)
+
+
+class Arrival:
+    """An upload's way into the spool: opened with its first write, one chunk behind what has come.
+
+    So a small update is written, checked and put in its place in one go. From the event loop and worker threads.
+    """
+
+    def __init__(self, spool: Spool, job: str, number: int, device: str, offset: int) -> None:
+        self.last = memoryview(b"")  # has come, and is not written yet
+        self.ended = False
+        self._open = functools.partial(spool.incoming, job, number, device, offset)
+        self._done_with = spool.done_with
+        self._incoming: Incoming | None = None
+        self._lock = threading.Lock()
+
+    def write(self) -> Incoming:
+        """Write what came last; raises UploadCutOff."""
+        with self._lock:
+            if self.ended:
+                raise UploadCutOff("this upload has ended")
+            return self._write()
+
+    def end(self) -> None:
+        """Let go of the file; what came is kept, as far as it can be: a resumed upload asks how far that is."""
+        with self._lock:
+            if self.ended:
+                return
+            self.ended = True
+            with contextlib.suppress(UploadCutOff, OSError):
+                if self.last:
+                    self._write()
+            if self._incoming is not None:
+                self._done_with(self._incoming)
+
+    def _write(self) -> Incoming:
+        if self._incoming is None:
+            self._incoming = self._open()
+        data, self.last = self.last, memoryview(b"")
+        self._incoming.write(data)
+        return self._incoming
 
 
 def _part(target: Path) -> Path:

@@ -1,7 +1,7 @@
 import pytest
 from blake3 import blake3
 
-from cloud.state.spool import Spool
+from cloud.state.spool import Arrival, Spool
 from edgefl.errors import ProtocolError, UploadCutOff
 
 DATA = bytes(range(256)) * 100
@@ -181,3 +181,51 @@ def test_updates_of_jobs_that_are_gone_are_forgotten(tmp_path):
     spool.keep_only(["kept"])
     assert not spool.file("gone", 1, "cam").exists()
     assert spool.file("kept", 1, "cam").exists()
+
+
+def arrival(spool: Spool, offset: int = 0) -> Arrival:
+    return Arrival(spool, "job", 1, "a", offset)
+
+
+def test_an_upload_is_written_one_chunk_behind_and_nothing_before_its_first(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    upload = arrival(spool)
+    assert not spool.file("job", 1, "a").parent.exists()
+    upload.last = memoryview(b"abc")
+    upload.write()
+    upload.last = memoryview(b"defg")
+    assert spool.received_bytes("job", 1, "a") == 3
+    incoming = upload.write()
+    incoming.finish(blake3(b"abcdefg").hexdigest())
+    incoming.place()
+    upload.end()
+    assert spool.path(incoming.name).read_bytes() == b"abcdefg"
+
+
+@pytest.mark.parametrize("written", [b"", b"abc"])
+def test_an_upload_that_ends_early_keeps_what_has_come(tmp_path, written):
+    spool = Spool(tmp_path / "spool")
+    upload = arrival(spool)
+    if written:
+        upload.last = memoryview(written)
+        upload.write()
+    upload.last = memoryview(b"de")
+    upload.end()
+    upload.end()
+    assert upload.ended
+    assert spool.received_bytes("job", 1, "a") == len(written) + 2
+    with pytest.raises(UploadCutOff):
+        upload.write()
+
+
+def test_an_upload_that_a_newer_one_has_cut_off_writes_no_more(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    older, newer = arrival(spool), arrival(spool)
+    older.last = memoryview(b"abc")
+    older.write()
+    newer.last = memoryview(b"xy")
+    newer.write()
+    older.last = memoryview(b"de")
+    older.end()
+    newer.end()
+    assert spool.received_bytes("job", 1, "a") == 2
