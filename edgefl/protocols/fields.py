@@ -96,11 +96,12 @@ def from_json(schema: type[_T], value: Any) -> _T:
     if not isinstance(value, Mapping):
         raise ProtocolError(f"{schema.__name__} is a JSON {type(value).__name__}, not an object")
     try:
-        return _build(schema, value)
+        message: _T = _build(schema, value)
     except ProtocolError:
         raise
     except (ConfigError, TypeError, ValueError, OverflowError, RecursionError) as cause:
         raise ProtocolError(f"{schema.__name__}: {one_line(str(cause), MAX_SHOWN_CHARS)}") from cause
+    return message
 
 
 def to_json(value: Any) -> Any:
@@ -108,7 +109,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (str, int, float)):
         return value
     if dataclasses.is_dataclass(value):
-        return {name: to_json(getattr(value, name)) for name in _names(type(value))}
+        return {name: to_json(getattr(value, name)) for name in _names(value.__class__)}
     if isinstance(value, Mapping):
         return {key: to_json(one) for key, one in value.items()}
     return [to_json(one) for one in value] if isinstance(value, list | tuple) else value
@@ -170,11 +171,9 @@ def _builder(hint: Any) -> Callable[[Any], Any] | None:
     origin, of = get_origin(hint), [_builder(one) for one in get_args(hint)]
     if origin is None:
         return functools.partial(_build, hint) if dataclasses.is_dataclass(hint) else _float if hint is float else None
-    if not any(of):
-        return None
-    if origin in (Union, types.UnionType):
-        return next(one for one in of if one)  # a record or a number, or null
-    build = of[-1]
+    build = next((one for one in of if one), None)
+    if build is None or origin in (Union, types.UnionType):  # a union is of a record or a number, and null
+        return build
     return functools.partial(_build_values if issubclass(origin, Mapping) else _build_items, build)
 
 
