@@ -6,6 +6,7 @@ import ssl
 import httpx
 import pytest
 
+from edge_agent.install.doctor import examine
 from edgefl.protocols import tls
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - what a guard is for
@@ -60,3 +61,15 @@ def test_a_removed_device_is_refused_from_the_next_contact_on_and_while_the_clou
         assert ask(stays, url) == "edgefl"
         with pytest.raises((*REFUSED, ssl.SSLError)):
             ask(removed, url)
+
+
+def test_the_doctor_of_a_removed_device_says_so_at_the_broker_too(embedded_fleet):
+    home = embedded_fleet.enroll("removed")
+    before = {check.check: check for check in examine(home, 1)}
+    assert [before[name].state for name in ("cloud", "data plane", "broker")] == ["ok", "ok", "ok"]
+    embedded_fleet.command("devices", "remove", "removed", "--cloud", embedded_fleet.url)
+    after = {check.check: check for check in examine(home, 1)}
+    assert [after[name].state for name in ("cloud", "data plane", "broker")] == ["ok", "fail", "fail"]
+    for name in ("data plane", "broker"):
+        assert "not of this fleet, or not with this certificate" in after[name].seen
+        assert "new token" in after[name].advice

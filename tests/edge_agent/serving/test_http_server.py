@@ -36,6 +36,38 @@ def test_a_request_that_has_begun_is_answered():
     asyncio.run(inside())
 
 
+def test_clients_that_are_parted_with_connect_anew_after_the_answer_under_way():
+    async def inside():
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def app(scope, _receive, send):
+            if scope["path"] == "/slow":
+                begun.set()
+                await go_on.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"ok"})
+
+        listener = bind("127.0.0.1", 0)
+        server = make_server(app)
+        serving = asyncio.create_task(serve(server, listener))
+        idle, busy = [await asyncio.open_connection(*listener.getsockname()) for _ in range(2)]
+        idle[1].write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await idle[0].readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        busy[1].write(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n")
+        await begun.wait()
+        server.part_with_clients()
+        assert await idle[0].read() == b""
+        go_on.set()
+        assert (await busy[0].read()).endswith(b"ok")  # and then its end
+        for _, writer in (idle, busy):
+            writer.close()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        listener.close()
+
+    asyncio.run(inside())
+
+
 class Written:
     """A transport that keeps what is written to it."""
 
