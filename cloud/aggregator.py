@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import signal
-import socket
 from asyncio import sslproto
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,12 +29,13 @@ from cloud.state.home import AggregatorOptions, CloudHome
 from cloud.state.jobs import JobRow
 from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.errors import CloudStopping, EdgeflError, HomeError, JobCancelled
+from edgefl.errors import CloudStopping, EdgeflError, JobCancelled
 from edgefl.logs import event
 from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, from_json
 from edgefl.protocols.ports.http_limits import HttpLimits
+from edgefl.protocols.ports.listener import listen
 from edgefl.protocols.tls import grpc_server_credentials, reloading, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
@@ -71,7 +71,7 @@ class Aggregator:
         self._relay_thread = ThreadPoolExecutor(1, "relays")
 
     def serve(self, on_ready: Callable[[str], None] = lambda _url: None) -> None:
-        """Serve until SIGTERM or SIGINT; raises HomeError for a home or port that cannot be had.
+        """Serve until SIGTERM or SIGINT; raises HomeError for a home, ConfigError for a port that cannot be had.
 
         Raises PartFailed where a part has ended that could not be started again.
         """
@@ -204,7 +204,7 @@ class Aggregator:
     @contextlib.asynccontextmanager
     async def _grpc_server(self) -> AsyncIterator[None]:
         options, home = self._options, self._home
-        _refuse_port_in_use(options.host, options.grpc_port, "--grpc-port")
+        listen(options.host, options.grpc_port, "--grpc-port").close()  # gRPC says less of what is wrong
         sizes = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
         shares = home.shares
         loop = asyncio.get_running_loop()
@@ -332,13 +332,3 @@ def keep_freed_memory() -> None:
 def shrink_tls_buffers() -> None:
     """Let each TLS connection of asyncio read 64 kB at a time, not 256: two thirds of what an idle device costs."""
     sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
-
-
-def _refuse_port_in_use(host: str, port: int, flag: str) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as cause:
-            raise HomeError(f"cannot listen on {host}:{port}: {cause.strerror}. Choose another {flag}") from cause

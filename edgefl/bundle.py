@@ -39,6 +39,7 @@ class PackedBundle:
 
     data: bytes
     task: str  # module:attribute
+    name: str  # what people know it by
 
 
 def pack_bundle(reference: str) -> PackedBundle:
@@ -64,7 +65,7 @@ def pack_located(located: Located, reference: str) -> PackedBundle:
             entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3
             entry.external_attr = (stat.S_IFREG | 0o644) << 16
             archive.writestr(entry, path.read_bytes())
-    return PackedBundle(buffer.getvalue(), located.task)
+    return PackedBundle(buffer.getvalue(), located.task, located.name)
 
 
 def unpack_bundle(path: Path, folder: Path) -> None:

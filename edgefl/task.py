@@ -111,6 +111,11 @@ class Located:
     def top_module(self) -> str:
         return self.task.partition(":")[0].partition(".")[0]
 
+    @property
+    def name(self) -> str:
+        """What people know the task by: its folder's name, or its module's, and the attribute."""
+        return self.task if self.folder is None else f"{self.folder.name}:{self.task.partition(':')[2]}"
+
 
 def load_task(reference: str) -> Task:
     """Return the task of `package.module:attribute` or of a folder.

@@ -179,10 +179,7 @@ class EmbeddedBroker:
         if self._identity is not None:
             context = server_context(self._identity, client_certificates=True)
             self._reload = reloading(context, self._identity)
-        try:
-            listening = listen(self._host, self.port, "--mqtt-port")
-        except ConfigError as cause:
-            raise ConfigError(f"the broker's port {self.port} is not to be had: {cause}") from cause
+        listening = listen(self._host, self.port, "--mqtt-port")
         port = Port(name="mqtt", socket=listening, context=(lambda: context) if context else None)
         connections = Connections(self._share.limits(), asyncio.get_running_loop().time)
         listener = Listener(port, connections, lambda place: _Conversation(gate, place))

@@ -26,7 +26,7 @@ from cloud.state.blobs import BlobStore, blake3_of
 from cloud.state.jobs import Answer
 from cloud.state.relay_rows import Message, RelayRows, Rows
 from cloud.state.spool import Spool
-from cloud.state.storage import Storage
+from cloud.state.storage import LOOK_S, Storage
 from edgefl.config import TrainConfig
 from edgefl.errors import CloudStopping, ConfigError, NotFound
 from edgefl.logs import event
@@ -57,7 +57,7 @@ class Patience:
 class _Errand:
     opened: OpenRound
     device: str
-    ends_s: float  # on the monotonic clock
+    ends_s: float  # on the monotonic clock, less the pauses of the storage
 
 
 @dataclass(slots=True)
@@ -68,6 +68,7 @@ class _Relay:
     bundle: Signed
     contents: BlobStore
     heard_s: float  # of its operator
+    paused_before_s: float  # of pauses of the storage before it began here
     errands: dict[int, _Errand] = field(default_factory=dict)  # those that wait for an answer
     replies: dict[int, Line] = field(default_factory=dict)  # those that wait for the operator
     hashes: dict[str, tuple[BlobRef, str]] = field(default_factory=dict)
@@ -106,10 +107,10 @@ class Relays:
 
     # For operators.
 
-    def start(self, app: str, bundle: BlobRef) -> str:
-        """Begin a relay for a Flower app whose bundle is here, and return its id."""
+    def start(self, app: str, bundle: BlobRef, name: str | None = None) -> str:
+        """Begin a relay for a Flower app whose bundle is here, and return its id; `name` is for people."""
         relay, signed = f"relay-{secrets.token_hex(4)}", self._parts.sign(Bundle(blob=bundle, task=app))
-        self._parts.rows.create(relay, app, signed)
+        self._parts.rows.create(relay, app, signed, name)
         self._enter(relay, signed)
         event(_log, logging.INFO, "relay.started", relay=relay, app=app)
         return relay
@@ -152,7 +153,7 @@ class Relays:
                 yield {"state": row["state"], "error": row["error"]}
                 return
             told |= {line["number"] for line in new}
-            yield from new or [{"heartbeat": True}]
+            yield from new or [{"heartbeat": True, **self._parts.storage.pauses(live.paused_before_s)}]
 
     def reply(self, relay: str, number: int) -> Path:
         """Return the file of a reply; raises NotFound where there is none."""
@@ -203,7 +204,8 @@ class Relays:
 
     def get(self, relay: str) -> dict[str, Any]:
         """Return one relay; raises NotFound for an unknown id."""
-        return self._parts.rows.get(relay)
+        row, live = self._parts.rows.get(relay), self._live.get(relay)
+        return row if live is None else row | self._parts.storage.pauses(live.paused_before_s)
 
     # For the cloud.
 
@@ -233,15 +235,19 @@ class Relays:
         self._stir()
 
     def watch(self) -> None:
-        """Give up what is late, lost or forsaken; runs until `close`."""
+        """Give up what is late, lost or forsaken; runs until `close`. While nothing can be stored, nothing is late."""
+        is_paused = False
         while True:
             online, heard_of, blind = self._parts.link.online(), self._parts.link.offline(), self._parts.link.reason
+            was_paused, is_paused = is_paused, not self._parts.storage.look()
+            if was_paused and not is_paused:
+                self._announce_again()
             with self._lock:
                 if self._closed:
                     return
                 self._stirred = False
                 self._note_offline(set() if blind else self._devices() - online, heard_of)
-                late, forsaken, next_s = self._overdue(self._patience.clock())
+                late, forsaken, next_s = self._overdue(self._patience.clock(), is_paused=is_paused)
             reason = f"its operator was not heard of for {self._patience.operator_s:g} s"
             ends = [functools.partial(self.end, relay, "failed", reason) for relay in forsaken]
             acts: list[Callable[[], None]] = [*late, *ends]
@@ -251,7 +257,8 @@ class Relays:
                 except CloudStopping:
                     return
             with self._times:
-                wait_s = 0.0 if late or forsaken else min(next_s - self._patience.clock(), LONGEST_WAIT_S)
+                longest_s = LOOK_S if is_paused else LONGEST_WAIT_S
+                wait_s = 0.0 if late or forsaken else min(next_s - self._patience.clock(), longest_s)
                 self._times.wait_for(lambda: self._stirred or self._closed, max(0.0, wait_s))
 
     def close(self) -> None:
@@ -277,17 +284,18 @@ class Relays:
         before = self._offline_since_s
         self._offline_since_s = {device: min(at, before.get(device, at)) for device, at in since_s.items()}
 
-    def _overdue(self, now_s: float) -> tuple[list[Callable[[], None]], list[str], float]:
+    def _overdue(self, now_s: float, *, is_paused: bool) -> tuple[list[Callable[[], None]], list[str], float]:
         """Return how to give up what is late, the relays without an operator, and when to look again."""
         late: list[Callable[[], None]] = []
         forsaken: list[str] = []
-        next_s = math.inf
+        next_s, paused_s = math.inf, self._parts.storage.paused_s()
         for live in self._live.values():
-            for errand in live.errands.values():
+            for errand in () if is_paused else live.errands.values():
                 gone_s = self._offline_since_s.get(errand.device, math.inf) + self._patience.device_s
-                if min(errand.ends_s, gone_s) <= now_s:
+                ends_s = errand.ends_s + paused_s
+                if min(ends_s, gone_s) <= now_s:
                     late.append(functools.partial(self._give_up, live.id, errand, offline=gone_s <= now_s))
-                next_s = min(next_s, errand.ends_s, gone_s)
+                next_s = min(next_s, ends_s, gone_s)
             if live.heard_s + self._patience.operator_s <= now_s:
                 forsaken.append(live.id)
             next_s = min(next_s, live.heard_s + self._patience.operator_s)
@@ -312,9 +320,10 @@ class Relays:
         raise NotFound(f"{relay} is over: {row['state']}{', ' + row['error'] if row['error'] else ''}")
 
     def _enter(self, relay: str, bundle: Signed) -> _Relay:
-        contents = BlobStore(self._parts.folder / relay)
+        contents, now_s = BlobStore(self._parts.folder / relay), self._patience.clock()
+        paused_s = self._parts.storage.paused_s()
         with self._lock:
-            live = self._live[relay] = _Relay(relay, bundle, contents, self._patience.clock())
+            live = self._live[relay] = _Relay(relay, bundle, contents, now_s, paused_s)
         self._stir()
         return live
 
@@ -341,8 +350,9 @@ class Relays:
     def _open(self, live: _Relay, message: Message, plan: WirePlan) -> None:
         opened = OpenRound(plan, frozenset({message.device}), source=live.contents.path(message.content_sha256))
         opened.record = functools.partial(self._keep, live.id, message.number, lost=False)
+        ends_s = self._patience.clock() - self._parts.storage.paused_s() + plan.deadline_s
         with self._lock:
-            live.errands[message.number] = _Errand(opened, message.device, self._patience.clock() + plan.deadline_s)
+            live.errands[message.number] = _Errand(opened, message.device, ends_s)
             live.devices.add(message.device)
             live.last = message.number
         self._parts.rounds.add(opened)
@@ -373,6 +383,13 @@ class Relays:
         path = self._parts.spool.file(relay, number, answer.device) if answer.file is not None else None
         size = path.stat().st_size if path is not None else 0
         return {"number": number, "device": answer.device, "size": size, "reason": answer.reason, "lost": lost}
+
+    def _announce_again(self) -> None:
+        """After a pause: devices that gave up sending do not know that it is over."""
+        with self._lock:
+            plans = [(one.device, one.opened.plan) for live in self._live.values() for one in live.errands.values()]
+        for device, plan in plans:
+            self._parts.link.send_job(device, plan)
 
     def _stir(self) -> None:
         with self._lock:

@@ -24,6 +24,7 @@ from edgefl.errors import ConfigError, ProtocolError
 from edgefl.hashing import HashingFile
 from edgefl.protocols.messages import BlobRef
 
+MAX_NAME_CHARS = 500
 ROUNDS_AT_ONCE = 200  # in memory, for a reader that is behind
 
 operator = APIRouter()
@@ -38,6 +39,7 @@ class JobRequest(Body):
     buffers: list[str] = Field(default_factory=list)
     parted: bool = False  # the parameters are what is trained and the buffers, and `frozen` all other tensors
     frozen: BlobRef | None = None
+    name: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the task, for people
     config: dict[str, Any] = Field(default_factory=dict)
     key: str | None = Field(
         default=None, pattern="^[0-9a-f]{32}$"
@@ -75,8 +77,9 @@ def submit(body: JobRequest, here: Here) -> dict[str, str]:
     """Start a job."""
     config = from_dict(JobConfig, body.config)
     job = here.jobs.submit(
-        body.task, body.bundle, body.parameters, body.buffers, config, body.key, parted=body.parted, frozen=body.frozen
-    )
+        body.task, body.bundle, body.parameters, body.buffers, config, body.key, parted=body.parted,
+        frozen=body.frozen, name=body.name,
+    )  # fmt: skip
     return {"id": job}
 
 
@@ -129,7 +132,7 @@ def job_lines(here: Services, job: str, seen: int) -> Iterator[Mapping[str, Any]
                 yield {"state": row["state"], "error": row["error"], "model": row["model"]}
                 return
             if not here.jobs.wait(job, seen, here.heartbeat_s):
-                yield HEARTBEAT
+                yield {**HEARTBEAT, "waiting": here.jobs.row(job)["waiting"]}
 
 
 def _is_relay(job: str) -> bool:

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import Field
 
 from cloud.dataplane.relays import MAX_MESSAGE_BYTES
-from cloud.http.jobs import store_body
+from cloud.http.jobs import MAX_NAME_CHARS, store_body
 from cloud.http.shared import Body, Here, stream_lines
 from cloud.state.relay_rows import Message
 from edgefl.errors import ConfigError
@@ -32,6 +32,7 @@ class RelayRequest(Body):
 
     app: str = Field(max_length=500)  # module:attribute of its ClientApp
     bundle: BlobRef
+    name: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the app, for people
 
 
 class OneMessage(Body):
@@ -68,7 +69,7 @@ def start(body: RelayRequest, here: Here) -> dict[str, str]:
     """Begin a relay."""
     if not here.blobs.has(body.bundle.sha256):
         raise ConfigError(f"the app's bundle {body.bundle.sha256[:16]}... is not in the cloud; upload it first")
-    return {"id": here.relays.start(body.app, body.bundle)}
+    return {"id": here.relays.start(body.app, body.bundle, body.name)}
 
 
 @operator.put("/{relay}/contents/{sha256}")

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 import uvicorn
 from starlette.types import ASGIApp
 
-from edgefl.errors import ConfigError, HomeError
 from edgefl.protocols.ports.http_limits import HttpLimits, LimitedServer
 from edgefl.protocols.ports.listener import listen
 
@@ -29,12 +28,9 @@ async def serve_http(
 ) -> AsyncIterator[int]:  # fmt: skip
     """Serve while the block runs, and give its port; port 0 takes a free one. `on_end`: it has ended before that.
 
-    Raises HomeError for an address that cannot be had.
+    Raises ConfigError for an address that cannot be had.
     """
-    try:
-        listener = listen(host, port, "--http-port")
-    except ConfigError as cause:
-        raise HomeError(str(cause)) from cause
+    listener = listen(host, port, "--http-port")
     config = uvicorn.Config(
         app,
         lifespan="off",

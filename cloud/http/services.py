@@ -28,7 +28,7 @@ class JobService(Protocol):
 
     def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
-        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None,
+        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
         """Start a job and return its id; raises ConfigError or ProtocolError for what cannot be run."""
 

@@ -78,21 +78,22 @@ class Jobs:
 
     def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
-        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None,
+        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
         """Start a job; raises ConfigError for what could only fail in a round, ProtocolError for a bad tree.
 
         `key` names the request: where its answer was lost and it is sent again, the job is the same. Where the
-        tensors are `parted`, `parameters` are what is trained and the buffers, and `frozen` all others.
+        tensors are `parted`, `parameters` are what is trained and the buffers, and `frozen` all others. `name` is what
+        people know the task by.
         """
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
             return job
-        for name, ref in (("bundle", bundle), ("parameters", parameters), ("frozen part", frozen)):
+        for part, ref in (("bundle", bundle), ("parameters", parameters), ("frozen part", frozen)):
             if ref is None:
                 continue
             if not self._blobs.has(ref.sha256):
-                raise ConfigError(f"the job's {name} {ref.sha256[:16]}... is not in the cloud; upload it first")
+                raise ConfigError(f"the job's {part} {ref.sha256[:16]}... is not in the cloud; upload it first")
             self._blobs.check(ref.sha256)
         tree = SpooledTree(self._blobs.path(parameters.sha256))
         if unknown := sorted(set(buffers) - set(tree)):
@@ -104,6 +105,7 @@ class Jobs:
         values = {
             "id": job,
             "task": task,
+            "name": name,
             "bundle": dataclasses.asdict(self._sign(Bundle(blob=bundle, task=task))),
             "config": dataclasses.asdict(config),
             "buffers": list(buffers),
@@ -290,6 +292,7 @@ class Jobs:
             {"kind": "train"}
             | {name: row[name] for name in names}
             | {
+                "name": row["name"] or row["task"],
                 "waiting": (self.waiting() or None) if row["state"] == "running" else None,
                 "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
                 "frozen": None if (frozen := _frozen_of(row)) is None else dataclasses.asdict(frozen),

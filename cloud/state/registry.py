@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,13 +19,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloud.state.blobs import BlobStore
 from cloud.state.store import releases
 from edgefl.errors import ConfigError, NotFound
-from edgefl.protocols.manifest import Release, sign, verify
+from edgefl.protocols.manifest import Release, check_model_name, sign, verify
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 
 Rows = list[dict[str, Any]]
 
 MAX_METRICS = 64
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # also a folder's name on devices, and part of a URL
 
 
 class Registry:
@@ -88,11 +86,7 @@ class Registry:
 
 
 def _refuse(model: str, metrics: Mapping[str, float]) -> None:
-    if not _NAME.fullmatch(model):
-        raise ConfigError(
-            f"{model[:80]!r} cannot be a model's name: wanted are 1 to 64 of a-z 0-9 . _ - that begin and end with "
-            "a letter or digit"
-        )
+    check_model_name(model)
     if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise ConfigError(f"metric {wrong[0]!r} is {metrics[wrong[0]]}, not a finite number")
     if len(metrics) > MAX_METRICS:

@@ -42,9 +42,9 @@ class RelayRows:
         self._engine = engine
         self._clock = clock
 
-    def create(self, relay: str, app: str, bundle: Signed) -> None:
+    def create(self, relay: str, app: str, bundle: Signed, name: str | None = None) -> None:
         """Make a running relay."""
-        values = {"id": relay, "app": app, "bundle": dataclasses.asdict(bundle), "state": "running",
+        values = {"id": relay, "app": app, "name": name, "bundle": dataclasses.asdict(bundle), "state": "running",
                   "sent": 0, "answered": 0, "created_s": self._clock()}  # fmt: skip
         with self._engine.begin() as db:
             db.execute(relays.insert().values(values))
@@ -128,4 +128,5 @@ def _message(row: Any) -> Message:
 
 def _shown(row: Any) -> dict[str, Any]:
     names = ("id", "state", "sent", "answered", "error", "created_s", "ended_s")
-    return {"kind": "relay", "task": row["app"]} | {name: row[name] for name in names}
+    shown = {"kind": "relay", "task": row["app"], "name": row["name"] or row["app"]}
+    return shown | {name: row[name] for name in names}

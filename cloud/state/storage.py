@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
@@ -76,12 +76,17 @@ class Storage:
         """Return what is waited for, as people read it; empty where nothing is."""
         self.look()
         with self._changed:
-            return f"waiting for {self._waits_for}: {self._why}" if self._waits_for else ""
+            where = f" in {self._folder.absolute()}" if self._folder and self._waits_for.startswith(DISK_SPACE) else ""
+            return f"waiting for {self._waits_for}{where}: {self._why}" if self._waits_for else ""
 
     def paused_s(self) -> float:
         """Return for how long there were pauses, with the one at hand."""
         with self._changed:
             return self._paused_s + (self._clock() - self._since_s if self._waits_for else 0.0)
+
+    def pauses(self, before_s: float) -> dict[str, Any]:
+        """Return what is waited for, and for how many seconds there were pauses beyond those before, as JSON."""
+        return {"waiting": self.waiting() or None, "paused_s": self.paused_s() - before_s}
 
     def refused(self, error: BaseException, num_bytes: int = 0) -> bool:
         """Begin or prolong a pause; False for an error that will not pass."""

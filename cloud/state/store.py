@@ -68,6 +68,7 @@ jobs = sa.Table(
     sa.Column("parted", sa.Boolean),  # whether parameters are what is trained and the buffers alone; NULL = not known
     sa.Column("frozen_sha256", sa.String),  # all other tensors of the model, until the job is done
     sa.Column("frozen_size", sa.Integer),
+    sa.Column("name", sa.String),  # what people know the task by; NULL = `task`
 )
 
 rounds = sa.Table(
@@ -103,6 +104,7 @@ relays = sa.Table(
     sa.Column("error", sa.String),
     sa.Column("created_s", sa.Float, nullable=False),
     sa.Column("ended_s", sa.Float),
+    sa.Column("name", sa.String),  # what people know the app by; NULL = `app`
 )
 
 errands = sa.Table(  # of running relays: messages that the operator has not done with

@@ -22,7 +22,7 @@ from edge_agent.link.profile import FILE, Profile, cloud_host, save_profile, wit
 from edgefl.errors import CloudUnreachable, EnrolmentRefused, HomeError, ManifestRejected, ProtocolError
 from edgefl.process.home import create_home
 from edgefl.protocols import tls
-from edgefl.protocols.addresses import bracketed
+from edgefl.protocols.addresses import bracketed, other_scheme
 from edgefl.protocols.fields import from_json, limited, raw
 from edgefl.protocols.manifest import load_public_key
 from edgefl.protocols.topics import valid_device_name
@@ -113,10 +113,9 @@ def _call(
         with httpx.Client(verify=verify, timeout=TIMEOUT_S, trust_env=False) as client:
             answer = _ask(lambda: client.request(method, url, json=json), wait)
     except httpx.HTTPError as cause:
-        raise CloudUnreachable(
-            f"{url} did not answer: {str(cause).rstrip('.') or type(cause).__name__}. Check --cloud, the network and "
-            "the firewall."
-        ) from cause
+        reason = str(cause).rstrip(".") or type(cause).__name__
+        advice = other_scheme(url) or "Check --cloud, the network and the firewall."
+        raise CloudUnreachable(f"{url} did not answer: {reason}. {advice}") from cause
     if answer.status_code >= 400:
         raise EnrolmentRefused(_error_text(answer))
     return answer

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_agent.serving.board import Board
 from edge_agent.serving.sessions import Models, Served, Stop
-from edgefl.errors import ConfigError, ProtocolError
+from edgefl.errors import ProtocolError
 from edgefl.protocols.addresses import bracketed
+from edgefl.protocols.ports.listener import listen
 from edgefl.version import __version__
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ NUM_WORKERS = 2
 BODY_S = 30.0  # for a body to arrive
 REQUEST_S = 60.0  # for a prediction; then the computation is stopped
 STOP_S = 5.0  # for a stopped computation to end; one that does not is stuck in a kernel
-BACKLOG = 1024
 RETRY_AFTER_S = 1
 
 _Scope = MutableMapping[str, Any]
@@ -62,20 +62,9 @@ class _Refused(Exception):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the port to serve on (0 = any that is free); raises ConfigError where it is in use."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # TCP by name: asyncio sets TCP_NODELAY on no other, and each answer would wait 40 ms for an acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)  # who connects before the first answer waits, instead of being refused
-    except OSError as cause:
-        listener.close()
-        raise ConfigError(
-            f"cannot serve on {host}:{port}: {cause.strerror}. Choose another --serve-port, or 0 for any that is free"
-        ) from cause
-    return listener
+    """Take the port to serve on (0 = any that is free); raises ConfigError where it cannot be had."""
+    # Who connects before the first answer waits, instead of being refused.
+    return listen(host, port, "--serve-port", "--serve-host")
 
 
 def url_of(listener: socket.socket, *, secure: bool = False) -> str:

@@ -12,6 +12,7 @@ import click
 from edgefl.errors import EdgeflError, MissingExtra
 from edgefl.terminal import debug
 from edgefl.terminal.extras import OF_COMMANDS, extra_of, install_command, missing_modules
+from edgefl.terminal.output import INTERRUPTED
 from edgefl.version import __version__
 
 _GROUP = "edgefl.commands"
@@ -25,6 +26,14 @@ class _Commands(click.Group):
 
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         return _load(cmd_name) if cmd_name in _entries() else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a Ctrl-C that it has no words of its own for ends it as in every other program."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

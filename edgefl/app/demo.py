@@ -84,9 +84,9 @@ def _loop(demo: _Demo, config: JobConfig) -> Json:
     _start(demo)
     demo.say(f"train: {config.rounds.count} rounds of {config.train.algorithm} over {len(demo.devices)} devices")
     parameters = fleet.folder / "model.safetensors"
-    with round_progress(demo.output, config.rounds.count) as on_round:
+    with round_progress(demo.output, config.rounds.count) as screen:
         trained = run(
-            str(demo.example), cloud=fleet.url, config=config, credentials=fleet.credentials, on_round=on_round,
+            str(demo.example), cloud=fleet.url, config=config, credentials=fleet.credentials, on_round=screen.on_round,
             out=parameters,
         )  # fmt: skip
     demo.say(f"accuracy on held-out digits: {trained.final['accuracy']:.4f}")

@@ -53,6 +53,12 @@ class CompressReport:
     accuracy_after: float | None = None
 
 
+def check_max_drop(max_drop: float) -> None:
+    """Raise ConfigError for what is not a share."""
+    if not 0 <= max_drop <= 1:  # NaN is not
+        raise ConfigError(f"--max-drop {max_drop:g} must be in 0..1: a share, 0.01 is one point of accuracy")
+
+
 def compress(
     source: Path, target: Path, *, calibration: Array, evaluate: Callable[[Path], float], max_drop: float,
     measure: Measure | None = None,
@@ -65,8 +71,7 @@ def compress(
     measure = measure or Measure()
     if len(calibration) == 0:
         raise ConfigError("compression needs at least one calibration input, 0 were given")
-    if not 0 <= max_drop <= 1:
-        raise ConfigError(f"max_drop={max_drop} must be in 0..1: a share, 0.01 is one point of accuracy")
+    check_max_drop(max_drop)
     start_s = time.monotonic()
     before = evaluate(source)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:

@@ -18,6 +18,7 @@ import httpx
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, CloudUnreachable, NotFound, ProtocolError
 from edgefl.operator.credentials import Credentials, load_credentials, tls_context, write_operator_credentials
+from edgefl.protocols.addresses import other_scheme
 from edgefl.protocols.fields import from_json, parse_json
 from edgefl.protocols.messages import BlobRef
 from edgefl.terminal.text import for_json, one_line
@@ -89,14 +90,17 @@ class CloudClient:
 
     def submit_job(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
-        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None,
+        key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
         """Start a job from uploaded parts, and return its id; with a `key`, once, however often it is asked.
+
+        `name` is what people know the task by.
 
         Where the tensors are `parted`, `parameters` are what is trained and the buffers, and `frozen` all others.
         """
         body = {"task": task, "bundle": bundle, "parameters": parameters, "buffers": buffers, "config": config}
         body |= {} if key is None else {"key": key}
+        body |= {} if name is None else {"name": name}
         body |= {"parted": True, "frozen": frozen} if parted else {}
         return str(self._json("POST", "/v1/jobs", body)["id"])
 
@@ -116,9 +120,10 @@ class CloudClient:
         """Yield the rounds above `after` as they finish, then the job's end; over one connection."""
         return self._lines(f"/v1/jobs/{quote(job, safe='')}/events", {"after": after})
 
-    def start_relay(self, app: str, bundle: BlobRef) -> str:
+    def start_relay(self, app: str, bundle: BlobRef, name: str | None = None) -> str:
         """Begin a relay for a Flower app from its uploaded bundle, and return its id."""
-        return str(self._json("POST", "/v1/relays", {"app": app, "bundle": bundle})["id"])
+        body = {"app": app, "bundle": bundle} | ({} if name is None else {"name": name})
+        return str(self._json("POST", "/v1/relays", body)["id"])
 
     def put_content(self, relay: str, data: bytes, sha256: str) -> None:
         """Upload what messages of a relay hold."""
@@ -210,10 +215,11 @@ class CloudClient:
             yield
         except httpx.TransportError as cause:
             reason = str(cause).rstrip(".") or type(cause).__name__
-            raise CloudUnreachable(
-                f"{self.url} did not answer: {reason}. Check that the cloud runs there, --cloud, and that the "
-                "credentials are this cloud's."
-            ) from cause
+            broken = isinstance(cause, httpx.RemoteProtocolError | httpx.ReadError) or "SSL" in reason
+            advice = (other_scheme(self.url) if broken else "") or (
+                "Check that the cloud runs there, --cloud, and that the credentials are this cloud's."
+            )
+            raise CloudUnreachable(f"{self.url} did not answer: {reason}. {advice}") from cause
 
 
 def _is_health(answer: httpx.Response) -> bool:

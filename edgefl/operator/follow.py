@@ -30,14 +30,34 @@ class Patience:
     pause: Callable[[float], None] = time.sleep
 
 
-def follow_job(client: CloudClient, job: str, after: int = 0, patience: Patience | None = None) -> Iterator[Json]:
-    """Yield each round above `after` once, then the job's end; raises CloudUnreachable when patience ends."""
+class Waits:
+    """Hears of every event of a stream, and tells what the cloud waits for once, and once that it is over."""
+
+    def __init__(self, tell: Callable[[str], None] | None) -> None:
+        self._tell, self._waits = tell or (lambda _waiting: None), False
+
+    def hear(self, event: Json) -> None:
+        """Take up an event: while a job waits, the stream's heartbeats say for what."""
+        waiting = str(event.get("waiting") or "")
+        if bool(waiting) != self._waits and "state" not in event:
+            self._waits = bool(waiting)
+            self._tell(waiting)
+
+
+def follow_job(
+    client: CloudClient, job: str, after: int = 0, patience: Patience | None = None, *,
+    on_waiting: Callable[[str], None] | None = None,
+) -> Iterator[Json]:  # fmt: skip
+    """Yield each round above `after` once, then the job's end; raises CloudUnreachable when patience ends.
+
+    `on_waiting` hears what the cloud waits for, such as disk space, and an empty text when it goes on.
+    """
     seen = after
 
     def connect() -> Iterator[Json]:
         return client.job_events(job, seen)
 
-    for event in _resumed(connect, lambda event: "state" in event, patience or Patience()):
+    for event in _resumed(connect, lambda event: "state" in event, patience or Patience(), hear=Waits(on_waiting).hear):
         seen = max(seen, int(event.get("round", 0)))
         yield event
 
@@ -55,9 +75,14 @@ def follow_rollout(
     return _resumed(connect, lambda status: status["state"] != "running", patience, until_s)
 
 
-def follow_relay(client: CloudClient, relay: str, patience: Patience | None = None) -> Iterator[Json]:
-    """Yield a relay's replies, one that is not done with perhaps again, then its end."""
-    return _resumed(lambda: client.relay_events(relay), lambda event: "state" in event, patience or Patience())
+def follow_relay(
+    client: CloudClient, relay: str, patience: Patience | None = None, *,
+    hear: Callable[[Json], None] = lambda _event: None,
+) -> Iterator[Json]:  # fmt: skip
+    """Yield a relay's replies, one that is not done with perhaps again, then its end; `hear` also has heartbeats."""
+    return _resumed(
+        lambda: client.relay_events(relay), lambda event: "state" in event, patience or Patience(), hear=hear
+    )
 
 
 def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
@@ -78,13 +103,14 @@ def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
 
 def _resumed(
     connect: Callable[[], Iterator[Json]], is_last: Callable[[Json], bool], patience: Patience,
-    until_s: float = math.inf,
+    until_s: float = math.inf, *, hear: Callable[[Json], None] = lambda _event: None,
 ) -> Iterator[Json]:  # fmt: skip
     heard_s, pause_s = patience.clock(), FIRST_PAUSE_S
     while True:
         try:
             for event in connect():
                 heard_s, pause_s = patience.clock(), FIRST_PAUSE_S
+                hear(event)
                 if "heartbeat" in event:
                     continue
                 yield event

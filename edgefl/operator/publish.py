@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgefl.errors import ConfigError, ProtocolError
+from edgefl.models.compress import check_max_drop
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.run import download_parameters, upload_file
+from edgefl.protocols.manifest import check_model_name
 from edgefl.task import Task
+from edgefl.terminal.output import counted
 
 COMPRESSIONS = ("int8", "none")
 MAX_CALIBRATION = 256
+ENDED_AS = {"done": "is done", "failed": "failed", "cancelled": "was cancelled", "running": "is still running,"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +34,53 @@ class Exported:
     report: Json | None = None
 
 
-def parameters_of(client: CloudClient, job: str, folder: Path) -> Path:
+def check_request(model: str, max_drop: float, *files: Path | None) -> None:
+    """Raise ConfigError for what would be refused when the work is done: a name, a share, a file that is not there."""
+    check_model_name(model)
+    check_max_drop(max_drop)
+    for file in files:
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{file}: there is no such file; give the path of a file that is here")
+
+
+def trained_job(client: CloudClient, job: str) -> Json:
+    """Return a job whose model was trained for a round at least; raises ConfigError for any other, NotFound."""
+    found = client.job(job)
+    if found["kind"] == "relay":
+        raise ConfigError(
+            f"{job} carries a Flower app's messages, and the cloud has no model of it; what `edgefl run --out` wrote "
+            "is where the app was run"
+        )
+    if found["rounds_done"]:
+        return found
+    if found["state"] == "running":
+        raise ConfigError(
+            f"job {job} has not finished a round yet, so its parameters are untrained. Wait for it: edgefl jobs watch "
+            f"{job}"
+        )
+    why = f" ({found['error']})" if found["error"] else ""
+    raise ConfigError(
+        f"job {job} {ENDED_AS[found['state']]} before its first round was finished{why}, so its parameters are "
+        "untrained and nothing is published. Train again with `edgefl run`, or name another job of `edgefl jobs list`"
+    )
+
+
+def what_is_missing(job: Json) -> str:
+    """Say which round's model a job that is not done has; empty for one that is."""
+    if job["state"] == "done":
+        return ""
+    how_far = f"{job['rounds_done']} of {counted(job['config']['rounds']['count'], 'round')}"
+    why = f" ({job['error']})" if job["state"] == "failed" else ""
+    return (
+        f"note: job {job['id']} {ENDED_AS[job['state']]} after {how_far}{why}; this is its model after round "
+        f"{job['rounds_done']}"
+    )
+
+
+def parameters_of(client: CloudClient, job: Json, folder: Path) -> Path:
     """Download the parameters that a job has reached."""
     path = folder / "parameters.safetensors"
-    download_parameters(client, client.job(job), path)
+    download_parameters(client, job, path)
     return path
 
 
@@ -67,8 +114,6 @@ def publish_onnx(client: CloudClient, model: str, path: Path) -> Json:
     """Publish a file that was made elsewhere; raises ConfigError for one that ONNX Runtime cannot open."""
     from edgefl.models.session import open_session
 
-    if not path.is_file():
-        raise ConfigError(f"--onnx {path}: there is no such file")
     open_session(path)
     return publish(client, model, Exported(path=path))
 

@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 
 from edgefl.errors import ConfigError, EdgeflError, JobCancelled, JobFailed, NotFound
 from edgefl.operator.client import CloudClient, Json
-from edgefl.operator.follow import Patience, follow_relay, insist
+from edgefl.operator.follow import Patience, Waits, follow_relay, insist
 from edgefl.protocols.messages import BlobRef
 
 BATCH = 250  # messages in one request, of a few hundred bytes each
@@ -32,9 +32,12 @@ class Relay:
     """One running relay, as a context: it ends with it as done, failed or cancelled. Safe to call from any thread."""
 
     def __init__(
-        self, client: Callable[[], CloudClient], app: str, bundle: BlobRef, patience: Patience | None = None
-    ) -> None:
-        self._open, self._app, self._bundle = client, app, bundle
+        self, client: Callable[[], CloudClient], app: str, bundle: BlobRef, patience: Patience | None = None, *,
+        name: str | None = None, on_waiting: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._open, self._app, self._bundle, self._name = client, app, bundle, name
+        self._waits = Waits(on_waiting)
+        self.told_paused_s = 0.0  # as the cloud said last: how long its time-outs have stood still
         self._patience = patience or Patience()
         self._turn = threading.RLock()  # of the one client; re-entered by a Ctrl-C
         self._changed = threading.Condition()
@@ -48,7 +51,7 @@ class Relay:
     def __enter__(self) -> Self:
         with ExitStack() as undo:
             self._client = undo.enter_context(self._open())
-            self.id = insist(lambda: self._client.start_relay(self._app, self._bundle), self._patience)
+            self.id = insist(lambda: self._client.start_relay(self._app, self._bundle, self._name), self._patience)
             undo.pop_all()
         self._listener = threading.Thread(target=self._listen, name=f"replies of {self.id}", daemon=True)
         self._listener.start()
@@ -113,6 +116,12 @@ class Relay:
             ready = min(self._arrived.keys() & set(numbers), default=None)
             return None if ready is None else self._arrived.pop(ready)
 
+    def paused_s(self) -> tuple[float, bool]:
+        """Return how long the cloud's time-outs have stood still, in seconds, and whether they do now."""
+        row = self._ask(lambda: self._client.job(self.id))
+        self.told_paused_s = float(row.get("paused_s") or 0.0)
+        return self.told_paused_s, bool(row.get("waiting"))
+
     def fetch(self, number: int) -> bytes:
         """Return a reply's bytes."""
         return self._ask(lambda: self._client.get_reply(self.id, number))
@@ -153,12 +162,16 @@ class Relay:
     def _listen(self) -> None:
         try:
             with self._open() as client:
-                for line in follow_relay(client, self.id, self._patience):
+                for line in follow_relay(client, self.id, self._patience, hear=self._hear_any):
                     if self._fault is not None:
                         return
                     self._hear(line)
         except EdgeflError as error:
             self.stop(error)
+
+    def _hear_any(self, line: Json) -> None:
+        self._waits.hear(line)
+        self.told_paused_s = float(line.get("paused_s") or self.told_paused_s)
 
     def _hear(self, line: Json) -> None:
         if "state" in line:

@@ -15,6 +15,7 @@ from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
+from edgefl.aggregation import make_rule
 from edgefl.bundle import pack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
@@ -29,6 +30,18 @@ from edgefl.trees import SpooledTree, Tree, write_tree
 from edgefl.trees.frozen import whole
 
 OnRound = Callable[[Json], None]
+
+
+def _unheard(_said: Any = None) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """What is called while a job is followed."""
+
+    on_round: OnRound = _unheard
+    on_waiting: Callable[[str], None] = _unheard  # with what the cloud waits for; empty when that is over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,39 +81,49 @@ def run(
     loaded = load_task(task)
     with CloudClient(cloud, load_credentials(credentials)) as client:
         job = submit(client, task, loaded, config or JobConfig())
-        return watch(client, job, loaded, on_round=on_round, out=out)
+        return watch(client, job, loaded, Heard(on_round=on_round or _unheard), out=out)
 
 
-def submit(client: CloudClient, reference: str, task: Task, config: JobConfig, patience: Patience | None = None) -> str:
-    """Upload a task and its first parameters, start the job and return its id; over restarts of the cloud."""
+def submit(
+    client: CloudClient, reference: str, task: Task, config: JobConfig, patience: Patience | None = None, *,
+    on_ask: Callable[[], None] = _unheard,
+) -> str:  # fmt: skip
+    """Upload a task and its first parameters, start the job and return its id; over restarts of the cloud.
+
+    `on_ask` is called when all is uploaded: from then on the job may run, whatever becomes of us. Raises ConfigError
+    for a rule that there is not before anything is uploaded.
+    """
+    make_rule(config.aggregation.rule, {})
     packed = pack_bundle(reference)
     parts = parts_of(task, config.train.seed)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
     bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)
     tree = upload_tree(client, parts.moving, patience)
     frozen = upload_tree(client, parts.frozen, patience) if parts.frozen else None
+    on_ask()
     return insist(
-        lambda: client.submit_job(packed.task, bundle, tree, parts.buffers, config, key, parted=True, frozen=frozen),
+        lambda: client.submit_job(packed.task, bundle, tree, parts.buffers, config, key, parted=True, frozen=frozen,
+                                  name=packed.name),
         patience,
-    )
+    )  # fmt: skip
 
 
 def watch(
-    client: CloudClient, job: str, task: Task | None = None, *,
-    on_round: OnRound | None = None, out: Path | None = None, patience: Patience | None = None,
+    client: CloudClient, job: str, task: Task | None = None, heard: Heard | None = None, *,
+    out: Path | None = None, patience: Patience | None = None,
 ) -> RunResult:  # fmt: skip
     """Follow a job to its end, over restarts of the cloud; raises JobFailed or JobCancelled where it has none."""
     judge = Judge(client, task, patience) if task is not None else None
+    heard = heard or Heard()
     rounds: list[Json] = []
     end: Json = {}
-    for event in follow_job(client, job, patience=patience):
+    for event in follow_job(client, job, patience=patience, on_waiting=heard.on_waiting):
         if "state" in event:
             end = event
             continue
         judged = judge(event["model"], event.get("frozen")) if judge is not None else {}
         rounds.append(event | {"metrics": event["metrics"] | judged})
-        if on_round is not None:
-            on_round(rounds[-1])
+        heard.on_round(rounds[-1])
     if end["state"] == "cancelled":
         raise JobCancelled(f"job {job} was cancelled after {len(rounds)} rounds")
     if end["state"] != "done":

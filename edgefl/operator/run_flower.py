@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from edgefl.errors import ConfigError
-from edgefl.operator.commands.progress import INTERRUPTED, round_progress
+from edgefl.operator.commands.progress import round_progress
 from edgefl.operator.connection import Connection
-from edgefl.terminal.output import Output, counted, metrics_text
+from edgefl.terminal.output import INTERRUPTED, Output, counted, metrics_text
 
 if TYPE_CHECKING:
     from edgefl.flower import FlowerRunResult
@@ -55,12 +55,25 @@ def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None
     app = load_flower_app(asked.folder)
     count = fuse_run_config(app, overrides).get(ROUNDS_KEY)
 
+    started = ""
+
     def on_start(job: str, num_online: int) -> None:
+        nonlocal started
+        started = job
         waits = "" if num_online else "; Flower's strategies wait for more, Ctrl-C ends that"
         output.line(f"{job} started: {app.name}, {counted(num_online, 'device')} online{waits}")
 
-    with round_progress(output, count if isinstance(count, int) else None) as on_round:
-        result = run_on_fleet(app, connection.open, overrides, on_start=on_start, on_round=on_round, out=asked.out)
+    try:
+        with round_progress(output, count if isinstance(count, int) else None) as screen:
+            result = run_on_fleet(
+                app, connection.open, overrides, on_start=on_start, on_round=screen.on_round,
+                on_waiting=lambda waiting: screen.tell_waiting(started or app.name, waiting), out=asked.out,
+            )  # fmt: skip
+    except KeyboardInterrupt:  # before its ServerApp began, or the second one
+        if not started:
+            raise
+        output.line(f"\ninterrupted; {started} has ended in the cloud with it")
+        raise click.exceptions.Exit(INTERRUPTED) from None
     ended = "interrupted" if result.interrupted else "done"
     output.line(f"{result.job} {ended} in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if asked.out is not None:

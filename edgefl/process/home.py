@@ -24,16 +24,23 @@ def create_home(folder: Path, kind: str) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         inside = [entry.name for entry in folder.iterdir()]
+        if not inside:
+            replace_file(marker, json.dumps({"kind": kind, "format": FORMAT, "made_by": __version__}).encode())
+            return
     except OSError as cause:
-        raise HomeError(
-            f"cannot use {folder} as a home: {cause.strerror}; choose another --home, or run as root"
-        ) from cause
-    if marker.name in inside:
-        check_home(folder, kind)
-        return
-    if inside:
+        raise HomeError(f"cannot use {folder} as a home: {_why_not(folder, cause)}") from cause
+    if marker.name not in inside:
         raise HomeError(f"{folder} is not empty and not an edgefl home; choose another --home")
-    replace_file(marker, json.dumps({"kind": kind, "format": FORMAT, "made_by": __version__}).encode())
+    check_home(folder, kind)
+
+
+def _why_not(folder: Path, cause: OSError) -> str:
+    """Say what keeps a folder from being a home, and what to do."""
+    if isinstance(cause, PermissionError):
+        return f"{cause.strerror}; choose another --home, or run this as a user who may write there"
+    if file := next((one for one in (folder, *folder.parents) if one.is_file()), None):
+        return f"{file} is a file, and a home is a folder; choose another --home"
+    return f"{cause.strerror}; choose another --home"
 
 
 def check_home(folder: Path, kind: str) -> None:
@@ -43,6 +50,8 @@ def check_home(folder: Path, kind: str) -> None:
         facts = json.loads(marker.read_text(encoding="utf-8"))
         seen_kind, seen_format = str(facts["kind"]), int(facts["format"])
     except (FileNotFoundError, NotADirectoryError) as cause:
+        if folder.is_file():
+            raise HomeError(f"{folder} is a file, not the home of an edgefl {kind}; name its folder") from cause
         hint = "`edgefl agent enroll` makes one" if kind == "agent" else "`edgefl cloud start` makes one"
         raise HomeError(f"{folder} is not the home of an edgefl {kind} (no home.json); {hint}") from cause
     except PermissionError as cause:

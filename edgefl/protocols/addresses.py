@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
+import ssl
+from urllib.parse import urlsplit
+
+PROBE_S = 2.0
 
 
 def is_loopback(host: str) -> bool:
@@ -11,6 +16,36 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def other_scheme(url: str) -> str:
+    """Say which scheme an HTTP server speaks that did not answer by the one in its URL; empty where it is that one.
+
+    Asks the server for a TLS handshake, which trusts nobody and sends no secret.
+    """
+    parts = urlsplit(url)
+    speaks_tls = _speaks_tls(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    if parts.scheme == "http" and speaks_tls:
+        return f"It speaks TLS there: use https://{parts.netloc}"
+    if parts.scheme == "https" and speaks_tls is False:
+        return f"It speaks no TLS there, as a cloud does that was started with --insecure: use http://{parts.netloc}"
+    return ""
+
+
+def _speaks_tls(host: str, port: int) -> bool | None:
+    """Whether a server answers a TLS handshake; None where nobody can tell."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((host, port), PROBE_S) as connection,
+            context.wrap_socket(connection, server_hostname=host),
+        ):
+            return True
+    except ssl.SSLError as error:
+        return False if error.reason == "WRONG_VERSION_NUMBER" else None
+    except OSError:
+        return None
 
 
 def bracketed(host: str) -> str:

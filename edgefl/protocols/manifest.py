@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,12 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from edgefl.errors import ManifestRejected, ProtocolError
+from edgefl.errors import ConfigError, ManifestRejected, ProtocolError
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json
 from edgefl.protocols.messages import MAX_NAME_CHARS, BlobRef, Signed
 
 MAX_TASK_CHARS = 500
+_MODEL_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
 _T = TypeVar("_T")
 
@@ -61,6 +63,15 @@ class Desired(Checked):
     )  # rises with every change that the cloud makes for this device and model
     rollback: bool = False  # allows a version below the one installed
     kind: str = "desired"
+
+
+def check_model_name(name: str) -> None:
+    """Raise ConfigError for what cannot be a model's name: it is a folder's name on devices, and part of a URL."""
+    if not _MODEL_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name[:80]!r} cannot be a model's name: expected 1 to 64 of a-z 0-9 . _ - that begin and end with a "
+            "letter or digit"
+        )
 
 
 def new_fleet_key() -> Ed25519PrivateKey:

@@ -28,6 +28,7 @@ from edgefl.terminal.text import lines, one_line
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+INTERRUPTED = 130  # exit status, as shells count a process that SIGINT ended
 NO_STYLES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -128,8 +129,13 @@ def stdout_for_results() -> Iterator[TextIO]:
 
 def refuse_no_folder(path: Path | None, flag: str) -> None:
     """Raise ConfigError where a file could not be written: better before the work than after it."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it, or name another")
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {folder}; make it, or name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: you may not write in {folder}; name another folder")
 
 
 def counted(number: int, noun: str) -> str:

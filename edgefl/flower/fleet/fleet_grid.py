@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from edgefl.operator.relay import Relay
 
 Json = dict[str, Any]
 
+LOOK_S = 1.0  # between looks whether a pause of the cloud is over
+
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
@@ -34,6 +36,23 @@ class _Sent:
 
     order: Json  # number, device, envelope, content, within_s
     request: Message  # without its content
+
+
+class _Timeout:
+    """When replies are no longer waited for: as in the cloud, it stands still while that cannot store what comes."""
+
+    def __init__(self, within_s: float, relay: Relay, clock: Callable[[], float]) -> None:
+        self._end_s, self._relay, self._clock = clock() + within_s, relay, clock
+        self._before_s = relay.told_paused_s
+        self.next_s = self._end_s  # when to ask the cloud whether it is over
+
+    def is_over(self) -> bool:
+        """Ask the cloud whether there was a pause meanwhile."""
+        paused_s, is_paused = self._relay.paused_s()
+        # A cloud that was started again begins to count anew.
+        end_s = self._end_s + (paused_s - self._before_s if paused_s >= self._before_s else paused_s)
+        self.next_s = max(end_s, self._clock() + LOOK_S) if is_paused else end_s
+        return self.next_s <= self._clock()
 
 
 class FleetDevices:
@@ -97,7 +116,7 @@ class FleetGrid(RunGrid):
 
     def _take_in(self, sent: Collection[_Sent]) -> None:
         """Keep the replies that have come to these for who pulls them."""
-        for reply in self._arriving(sent, 0.0, keep=True):
+        for reply in self._arriving(sent, None):
             key = reply.metadata.reply_to_message_id
             self._pushed.pop(key)
             self._come[key] = reply
@@ -109,8 +128,7 @@ class FleetGrid(RunGrid):
             return Replies(iter(()))
         with self.border:
             sent = self._send(messages, timeout)
-        end_s = self._watch.clock() + max((one.order["within_s"] for one in sent), default=0.0)
-        replies = Replies(self._arriving(sent, end_s), self.border)
+        replies = Replies(self._arriving(sent, self._timeout(sent)), self.border)
         if len(sent) <= 1:
             len(replies)  # the legacy server sends one message at a time, from many threads
         return replies
@@ -119,8 +137,7 @@ class FleetGrid(RunGrid):
         """Wait for the answers to what was pushed and never pulled, as long as these messages last."""
         with self.border:
             left, self._pushed = list(self._pushed.values()), {}
-            end_s = self._watch.clock() + max((one.order["within_s"] for one in left), default=0.0)
-            for _ in self._arriving(left, end_s):
+            for _ in self._arriving(left, self._timeout(left)):
                 pass
 
     def close(self) -> None:
@@ -156,21 +173,31 @@ class FleetGrid(RunGrid):
         }
         return _Sent(order, without_content(message))
 
-    def _arriving(self, sent: Collection[_Sent], end_s: float, *, keep: bool = False) -> Iterator[Message]:
-        """Yield replies as they come, until the end; the rest is no longer wanted then, unless it is to be kept."""
+    def _timeout(self, sent: Collection[_Sent]) -> _Timeout:
+        within_s = max((one.order["within_s"] for one in sent), default=0.0)
+        return _Timeout(within_s, self._relay, self._watch.clock)
+
+    def _arriving(self, sent: Collection[_Sent], until: _Timeout | None) -> Iterator[Message]:
+        """Yield replies as they come, until the timeout; the rest is no longer wanted then.
+
+        Without a timeout: those that have come, and the rest is wanted still.
+        """
         waiting = {one.order["number"]: one for one in sent}
         try:
             while waiting:
-                line = self._relay.next_reply(waiting.keys(), max(0.0, end_s - self._watch.clock()))
+                wait_s = max(0.0, until.next_s - self._watch.clock()) if until is not None else 0.0
+                line = self._relay.next_reply(waiting.keys(), wait_s)
                 if line is None:
-                    return
+                    if until is None or until.is_over():
+                        return
+                    continue
                 one = waiting.pop(line["number"])
                 reply = self._opened(one, line)
                 self._relay.done([one.order])
                 self._watch.answered(one.request, reply)
                 yield reply
         finally:
-            if not keep:
+            if until is not None:
                 self._relay.done([one.order for one in waiting.values()])
 
     def _opened(self, sent: _Sent, line: Json) -> Message:

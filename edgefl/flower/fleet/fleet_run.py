@@ -27,17 +27,18 @@ from edgefl.task import Located, UserCode
 _log = logging.getLogger(__name__)
 
 
-def run_on_fleet(
+def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
     app: FlowerApp, client: Callable[[], CloudClient], run_config: Mapping[str, RunConfigValue] | None = None, *,
     on_start: Callable[[str, int], None] | None = None, on_round: Callable[[Json], None] | None = None,
-    out: Path | None = None,
+    on_waiting: Callable[[str], None] | None = None, out: Path | None = None,
 ) -> FlowerRunResult:  # fmt: skip
     """Run an app's ServerApp to its end, with the devices that are online as its nodes.
 
     `client` opens a connection to the cloud; `run_config` overrides the app's; `on_start` hears the relay's id and
-    how many devices are online, `on_round` of each round; `out` is where the last strategy's arrays go
-    (safetensors). Ctrl-C ends the run with the rounds that there are. Raises ConfigError, TaskError where the
-    ServerApp raises, QuorumNotMet where all training failed, JobCancelled and JobFailed where the relay ended.
+    how many devices are online, `on_round` of each round, `on_waiting` what the cloud waits for, such as disk space,
+    and an empty text when that is over; `out` is where the last strategy's arrays go (safetensors). Ctrl-C ends the
+    run with the rounds that there are. Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where
+    all training failed, JobCancelled and JobFailed where the relay ended.
     """
     require_flower("a Flower app")
     from flwr.app import Context, RecordDict
@@ -52,7 +53,7 @@ def run_on_fleet(
         bundle = uploading.put_blob(packed.data, hashlib.sha256(packed.data).hexdigest())
     interrupted = threading.Event()
     with ExitStack() as stack:
-        relay = stack.enter_context(Relay(client, reference, bundle))
+        relay = stack.enter_context(Relay(client, reference, bundle, name=packed.name, on_waiting=on_waiting))
         devices = FleetDevices(relay)
         watch = Watch(time.monotonic, on_round, devices.name)
         run_id = int(relay.id.rpartition("-")[2], 16)

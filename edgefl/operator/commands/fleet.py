@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -58,7 +59,7 @@ def list_jobs(connection: Connection, output: Output) -> None:
     with connection.open() as client:
         found = client.jobs()
     rows = [
-        (one["id"], one["task"], one["state"], _progress(one), time_text(one["created_s"]), one["error"])
+        (one["id"], _name(one), one["state"], _progress(one), time_text(one["created_s"]), one["error"])
         for one in found
     ]
     output.table(("id", "task", "state", "rounds", "started", "error"), rows, "no job yet; `edgefl run` starts one")
@@ -73,7 +74,7 @@ def show(job: str, connection: Connection, output: Output) -> None:
     """Show one job and its rounds."""
     with connection.open() as client:
         found = client.job(job)
-    output.line(f"{found['id']} {found['task']}: {found['state']}, {_progress(found, ' rounds')}")
+    output.line(f"{found['id']} {_name(found)}: {found['state']}, {_progress(found, ' rounds')}")
     if found.get("waiting"):
         output.line(found["waiting"])
     for outcome in found.get("rounds", ()):
@@ -87,10 +88,17 @@ def show(job: str, connection: Connection, output: Output) -> None:
 @click.argument("job")
 @connected
 def cancel(job: str, connection: Connection) -> None:
-    """Stop a job. Its model so far stays."""
+    """Stop a job. Its model so far stays. Fails where the job had ended by itself before."""
     with connection.open() as client:
+        before = client.job(job)
         state = client.cancel_job(job)["state"]
-    click.echo(f"job {job} is {state}")
+        ended = client.job(job) if state != "cancelled" else before
+    if state != "cancelled":
+        raise ConfigError(f"job {job} had ended already, nothing is cancelled: {_ended(ended)}")
+    if before["state"] == "cancelled":
+        click.echo(f"job {job} had ended already: {_ended(before)}")
+    else:
+        click.echo(f"job {job} is cancelled")
 
 
 @jobs.command(epilog=example("edgefl jobs watch job-1a2b3c4d --task examples/digits"))
@@ -101,26 +109,39 @@ def cancel(job: str, connection: Connection) -> None:
 @json_option
 def watch(job: str, task: str | None, out: Path | None, connection: Connection, output: Output) -> None:
     """Follow a job to its end. Ctrl-C stops watching, not the job."""
-    from edgefl.operator.run import watch as watch_job
-    from edgefl.task import load_task
+    with left_running(output, job):
+        from edgefl.operator.run import Heard
+        from edgefl.operator.run import watch as watch_job
+        from edgefl.task import load_task
 
-    refuse_no_folder(out, "--out")
-    loaded = load_task(task) if task is not None else None
-    with connection.open() as client:
-        found = client.job(job)
-        if found["kind"] == "relay":
-            raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
-        count = int(found["config"]["rounds"]["count"])
-        with left_running(job, output), round_progress(output, count) as on_round:
-            result = watch_job(client, job, loaded, on_round=on_round, out=out)
+        refuse_no_folder(out, "--out")
+        loaded = load_task(task) if task is not None else None
+        with connection.open() as client:
+            found = client.job(job)
+            if found["kind"] == "relay":
+                raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
+            with round_progress(output, int(found["config"]["rounds"]["count"])) as screen:
+                heard = Heard(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
+                result = watch_job(client, job, loaded, heard, out=out)
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     output.result(result.as_json())
+
+
+def _name(job: Json) -> str:
+    return str(job.get("name") or job["task"])
 
 
 def _progress(job: Json, noun: str = "") -> str:
     if job["kind"] == "relay":
         return f"{job['answered']}/{job['sent']} messages"
     return f"{job['rounds_done']}/{job['config']['rounds']['count']}{noun}"
+
+
+def _ended(job: Json) -> str:
+    """Say how and when a job ended."""
+    how = {"done": "it was done", "failed": "it failed", "cancelled": "it was cancelled"}[job["state"]]
+    why = f" ({job['error']})" if job["state"] == "failed" else ""
+    return f"{how} at {time_text(job['ended_s'])}, after {_progress(job, ' rounds')}{why}"
 
 
 def _pairs(values: Json, between: str) -> str:

@@ -11,7 +11,7 @@ from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.connection import Connection, connected
 from edgefl.operator.follow import follow_rollout
-from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, time_text
+from edgefl.terminal.output import INTERRUPTED, Output, counted, example, json_option, metrics_text, time_text
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -45,20 +45,27 @@ def publish(  # noqa: PLR0913 - one a flag
 
     A task's parameters are exported to ONNX, compared with what they came from, and compressed; the cloud signs them.
     """
-    from edgefl.operator.publish import export, parameters_of, publish_onnx
-    from edgefl.operator.publish import publish as publish_exported
+    from edgefl.operator import publish as publishing
     from edgefl.task import load_task
 
     if sum(source is not None for source in (parameters, job, onnx)) != 1 or (task is None) == (onnx is None):
         raise ConfigError("name one source: --task with --parameters or --job, or --onnx alone")
+    publishing.check_request(name, max_drop, parameters, onnx)
     with connection.open() as client, tempfile.TemporaryDirectory(prefix="edgefl-publish-") as made:
         if onnx is not None:
-            release = publish_onnx(client, name, onnx)
+            release = publishing.publish_onnx(client, name, onnx)
         else:
-            folder, loaded = Path(made), load_task(str(task))
-            source = parameters or parameters_of(client, str(job), folder)
-            exported = export(loaded, source, folder, compression=compression, max_drop=max_drop)
-            release = publish_exported(client, name, exported)
+            folder = Path(made)
+            if parameters is None:
+                found = publishing.trained_job(client, str(job))
+                if note := publishing.what_is_missing(found):
+                    output.line(note)
+                parameters = publishing.parameters_of(client, found, folder)
+            else:
+                client.jobs()  # a cloud that is not there, or a wrong token, is told before the work
+            loaded = load_task(str(task))
+            exported = publishing.export(loaded, parameters, folder, compression=compression, max_drop=max_drop)
+            release = publishing.publish(client, name, exported)
     _say_published(release, output)
     output.result(release)
 
@@ -112,7 +119,11 @@ def start(  # noqa: PLR0913 - one a flag
             f"{status['id']}: {model} version {status['version']} to {counted(len(status['devices']), 'device')}"
         )
         if wait_s is not None:
-            status = _waited(client, status, wait_s, output)
+            try:
+                status = _waited(client, status, wait_s, output)
+            except KeyboardInterrupt:
+                output.line(f"\nno longer waiting; the rollout goes on. See: edgefl rollout status {status['id']}")
+                raise click.exceptions.Exit(INTERRUPTED) from None
             _devices(status, output)
         else:
             output.line(f"see how far it is: edgefl rollout status {status['id']}")

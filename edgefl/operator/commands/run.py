@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -40,30 +41,33 @@ def run(  # noqa: PLR0913 - one a flag
     """Train a task on the fleet.
 
     TASK is package.module:attribute, or a folder whose pyproject.toml names its task. Ctrl-C stops watching, not the
-    job. A folder with [tool.flwr.app] is a Flower app and runs as it is: its ServerApp here, so that Ctrl-C ends the
-    run, its ClientApp on the devices; --set key=value is for its run-config.
+    job: `edgefl jobs watch` follows it again, `edgefl jobs cancel` ends it. A folder with [tool.flwr.app] is a Flower
+    app and runs as it is: its ServerApp here, so that Ctrl-C ends the run, its ClientApp on the devices;
+    --set key=value is for its run-config.
     """
-    from edgefl.operator.run import submit, watch
-    from edgefl.task import load_task
+    with left_running(output) as standing:  # from here on: what is imported next takes seconds
+        from edgefl.operator.run import Heard, submit, watch
+        from edgefl.task import load_task
 
-    refuse_no_folder(out, "--out")
-    if is_flower_app(task):
-        asked = FlowerRun(
-            folder=Path(task), rounds=rounds, settings=settings, run_config=run_config, out=out,
-            federation_config=federation_config, task_flags={"--config": config},
-        )  # fmt: skip
-        run_flower(asked, connection, output)
-        return
-    if run_config or federation_config:
-        raise ConfigError("--run-config is of Flower apps; a task is configured by --set a.b=c or --config FILE")
-    over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
-    job_config = load_config(JobConfig, config, over)
-    loaded = load_task(task)
-    with connection.open() as client:
-        job = submit(client, task, loaded, job_config)
-        output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
-        with left_running(job, output), round_progress(output, job_config.rounds.count) as on_round:
-            result = watch(client, job, loaded, on_round=on_round, out=out)
+        refuse_no_folder(out, "--out")
+        if is_flower_app(task):
+            asked = FlowerRun(
+                folder=Path(task), rounds=rounds, settings=settings, run_config=run_config, out=out,
+                federation_config=federation_config, task_flags={"--config": config},
+            )  # fmt: skip
+            run_flower(asked, connection, output)
+            return
+        if run_config or federation_config:
+            raise ConfigError("--run-config is of Flower apps; a task is configured by --set a.b=c or --config FILE")
+        over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
+        job_config = load_config(JobConfig, config, over)
+        loaded = load_task(task)
+        with connection.open() as client:
+            job = standing.job = submit(client, task, loaded, job_config, on_ask=standing.ask)
+            output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
+            with round_progress(output, job_config.rounds.count) as screen:
+                heard = Heard(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
+                result = watch(client, job, loaded, heard, out=out)
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if out is not None:
         output.line(f"model: {out}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from edgefl.errors import ConfigError
 from edgefl.logs import event
+from edgefl.protocols.addresses import bracketed
 from edgefl.protocols.ports.connections import Connection, Connections, source_of
 
 SWEEP_S = 0.5  # how often the overdue are looked for
@@ -26,6 +27,8 @@ CROWDED_S, CROWDED_TURNS = 0.01, 20  # for connections that were told to close t
 NO_DESCRIPTOR_S = 0.1  # before the next try to accept
 TLS_GOODBYE_S = 1.0
 BACKLOG = 1024
+FIRST_FREE_PORT = 1024  # those below are for root, or for who was given CAP_NET_BIND_SERVICE
+_OWN_ADDRESS = "give {host_flag} an address of this machine: 127.0.0.1 for itself alone, 0.0.0.0 for all it has"
 _BROKEN = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})  # of the listening socket itself
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -156,19 +159,35 @@ class Listener:
             self._connections.close_overdue()
 
 
-def listen(host: str, port: int, flag: str) -> socket.socket:
-    """Take a TCP port (0 = any that is free); raises ConfigError, which names the flag to choose another by."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # TCP by name: asyncio sets TCP_NODELAY on no other, and each answer would wait 40 ms for an acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-    except OSError as cause:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {cause.strerror}. Choose another {flag}") from cause
+def listen(host: str, port: int, port_flag: str, host_flag: str = "--host") -> socket.socket:
+    """Take a TCP port (0 = any that is free); raises ConfigError, which says what to change, and by which flag."""
+    with contextlib.ExitStack() as undo:
+        try:
+            # TCP by name: asyncio sets TCP_NODELAY on no other, and each answer would wait for its acknowledgement.
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = undo.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(BACKLOG)
+        except (OSError, UnicodeError) as cause:  # the latter of a host that can be no name
+            seen, remedy = _what_is_wrong(cause, host, port)
+            remedy = remedy.format(port_flag=port_flag, host_flag=host_flag)
+            raise ConfigError(f"cannot listen on {bracketed(host)}:{port}: {seen}; {remedy}") from cause
+        undo.pop_all()
     return listener
+
+
+def _what_is_wrong(cause: OSError | UnicodeError, host: str, port: int) -> tuple[str, str]:
+    """Return what is wrong with an address, and what to do about it."""
+    if isinstance(cause, UnicodeError | socket.gaierror):
+        return f"no address is known by the name {host!r}", _OWN_ADDRESS
+    if cause.errno == errno.EADDRNOTAVAIL:
+        return f"this machine does not have the address {host}", _OWN_ADDRESS
+    if cause.errno == errno.EADDRINUSE:
+        return "another program listens there", "stop it, or choose another {port_flag}"
+    if cause.errno in {errno.EACCES, errno.EPERM} and port < FIRST_FREE_PORT:
+        return f"ports below {FIRST_FREE_PORT} are for root alone", "choose a {port_flag} above that, or run it as root"
+    return str(cause.strerror), "choose another {host_flag} or {port_flag}"
 
 
 def _shutting_down(connection: socket.socket) -> Callable[[str], None]:

@@ -14,12 +14,11 @@ from edgefl.flower import FlowerApp, FlowerRunResult, load_flower_app, parse_run
 from edgefl.flower.apps.app import RunConfigValue, flatten, fuse_run_config, own_supernodes, parse_value
 from edgefl.flower.apps.habits import Federation, federation_at_home, read_federation, read_run_config
 from edgefl.measure import num_cores
-from edgefl.operator.commands.progress import INTERRUPTED
 from edgefl.operator.run_flower import model_text
 from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.screen.live import Progress, live_rounds
 from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
-from edgefl.terminal.output import Output, counted, metrics_text
+from edgefl.terminal.output import INTERRUPTED, Output, counted, metrics_text
 
 ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have it
 ENGINE, REASON = "flower", "a Flower app, its clients by our runners"

@@ -37,9 +37,9 @@ class SimulateRequest:
         refuse_no_folder(self.out, "--out")
         refuse_no_folder(self.plot, "--plot")
         if self.plot is not None:
-            from edgefl.simulation.screen.plot import require_matplotlib
+            from edgefl.simulation.screen.plot import refuse_unknown_format
 
-            require_matplotlib()
+            refuse_unknown_format(self.plot)
         if self.tensorboard is not None:
             from edgefl.simulation.screen.tensorboard import require_tensorboard
 

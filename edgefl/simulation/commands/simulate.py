@@ -11,10 +11,9 @@ import click
 from edgefl.config import load_config
 from edgefl.flower import is_flower_app
 from edgefl.measure import seldom_collected
-from edgefl.operator.commands.progress import INTERRUPTED
 from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.screen.live import Progress, live_rounds
-from edgefl.terminal.output import Output, example, json_option, metrics_text
+from edgefl.terminal.output import INTERRUPTED, Output, example, json_option, metrics_text
 
 if TYPE_CHECKING:
     from edgefl.simulation.study.report import SimulationResult

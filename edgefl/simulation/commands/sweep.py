@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from edgefl.config import load_config
-from edgefl.operator.commands.progress import INTERRUPTED
 from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.isolation.messages import Order
 from edgefl.simulation.isolation.process import OwnProcess
@@ -20,7 +19,7 @@ from edgefl.simulation.study.report import Json, SimulationResult
 from edgefl.simulation.study.sweep import SweepResult, SweepWatching, sweep
 from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
 from edgefl.simulation.world.settings import SimulationConfig, with_settings
-from edgefl.terminal.output import Output, counted
+from edgefl.terminal.output import INTERRUPTED, Output, counted
 
 FAILED = 1
 

@@ -61,6 +61,16 @@ def require_matplotlib() -> None:
         raise MissingExtra("a plot", "sim") from cause
 
 
+def refuse_unknown_format(path: Path) -> None:
+    """Raise ConfigError for a file whose name ends with no kind of picture that can be drawn."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise ConfigError(f"--plot {path}: the name must end with the kind of picture: .{', .'.join(known)}")
+
+
 def draw_rounds(runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NOBODY) -> Figure:
     """Draw each run's rounds, and how often its clients took part; raises MissingExtra without matplotlib."""
     require_matplotlib()

@@ -1,6 +1,7 @@
 """Relays with a real database, spool and rounds; tests play devices and operator."""
 
 import dataclasses
+import errno
 import hashlib
 import threading
 import time
@@ -13,6 +14,7 @@ from cloud.dataplane.relays import Patience, RelayParts, Relays
 from cloud.state.jobs import Answer
 from cloud.state.relay_rows import Message, RelayRows
 from cloud.state.spool import Spool
+from cloud.state.storage import Storage
 from cloud.state.store import open_database
 from edgefl.errors import ConfigError, NotFound, ProtocolError
 from edgefl.protocols.manifest import new_fleet_key, sign
@@ -54,9 +56,11 @@ class Cloud:
         self.engine = open_database(self.folder / "cloud.db")
         self.rounds, self.spool = OpenRounds(), Spool(self.folder / "spool")
         rows = RelayRows(self.engine)
+        self.storage = Storage(self.folder, patience.get("clock", time.monotonic))
         parts = RelayParts(
-            rows, self.rounds, self.spool, self.link, lambda one: sign(one, self.key), self.folder / "relays"
-        )
+            rows, self.rounds, self.spool, self.link, lambda one: sign(one, self.key), self.folder / "relays",
+            self.storage,
+        )  # fmt: skip
         self.relays = Relays(parts, Patience(**patience))
         self.relays.resume()
         self.watcher = threading.Thread(target=self.relays.watch, name="relays")
@@ -198,6 +202,47 @@ def test_a_device_that_is_gone_is_given_up_and_one_that_is_back_is_not(cloud):
     assert cloud.rounds.waiting_for("b")
 
 
+NO_ROOM_BYTES = 1 << 50  # more than a disk has
+
+
+def looked(cloud, clock):
+    """Have the watch look, and wait until it has: its second look begins after the first has ended."""
+    for _ in range(2):
+        cloud.relays.presence_changed()
+        while cloud.relays._stirred:
+            clock.wait_for_looks(1)
+
+
+def test_while_nothing_can_be_stored_no_message_is_late(cloud):
+    clock = ManualClock()
+    cloud.restart(clock=clock, device_s=5.0)
+    relay = cloud.begin()
+    cloud.relays.send(relay, [message(1, "a", within_s=10.0), message(2, "b", within_s=10.0)])
+    cloud.storage.refused(OSError(errno.ENOSPC, "full"), NO_ROOM_BYTES)
+    cloud.link.here.discard("b")
+    cloud.link.gone.add("b")
+    looked(cloud, clock)
+    clock.advance(50.0)
+    looked(cloud, clock)
+    assert cloud.rounds.waiting_for("a")
+    assert cloud.rounds.waiting_for("b")  # nobody is given up while its answer could not be kept
+    shown = cloud.relays.get(relay)
+    assert shown["waiting"].startswith(f"waiting for disk space in {cloud.folder}")
+    assert shown["paused_s"] == 50.0
+
+    cloud.storage.worked(NO_ROOM_BYTES)
+    looked(cloud, clock)
+    assert cloud.rounds.waiting_for("a")  # of whose ten seconds none was counted
+    assert [plan.round for device, plan in cloud.link.told if device == "a"] == [1, 1]  # announced again
+    [line] = cloud.next_lines(relay)
+    assert (line["device"], line["reason"]) == ("b", "device b: offline for 5 s")
+    cloud.relays.done(relay, [2])
+    clock.advance(10.0)
+    cloud.relays.presence_changed()
+    [line] = cloud.next_lines(relay)
+    assert (line["device"], line["reason"]) == ("a", "device a: no reply in time")
+
+
 def test_without_a_broker_nobody_is_gone(cloud):
     clock = ManualClock()
     cloud.restart(device_s=0.02, clock=clock)
@@ -255,7 +300,9 @@ def test_a_relay_whose_operator_is_gone_ends(cloud):
 def test_a_stream_ends_by_itself_so_that_it_is_asked_for_again(cloud):
     cloud.restart(stream_s=0.15)
     relay = cloud.begin()
-    assert set(map(str, cloud.relays.lines(relay, 0.05))) == {"{'heartbeat': True}"}
+    lines = list(cloud.relays.lines(relay, 0.05))
+    assert lines
+    assert all(line == {"heartbeat": True, "waiting": None, "paused_s": 0.0} for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -131,21 +131,39 @@ def test_parameters_that_are_no_tree_are_refused(http, http_plane):
 def test_events_stream_rounds_heartbeats_and_the_end(http, http_plane):
     job = http.post("/v1/jobs", json=job_body(http_plane)).json()["id"]
     first = finish_round(http_plane, job, 1)
-    seen = []
+    seen, quiet = [], {"heartbeat": True, "waiting": None}
     with http.stream("GET", f"/v1/jobs/{job}/events") as answer:
         assert answer.headers["content-type"] == "application/x-ndjson"
         for line in answer.iter_lines():
             seen.append(json.loads(line))
-            if seen[-1] == {"heartbeat": True} and len(seen) == 2:
+            if seen[-1] == quiet and len(seen) == 2:
                 second = finish_round(http_plane, job, 2)
                 http_plane.jobs.end(job, "done")
     assert seen[0] == {
         "round": 1, "admitted": 1, "rejected": 0, "failed": 0, "missing": 0, "reasons": {}, "seconds": 0.1,
         "up_bytes": 1, "down_bytes": 2, "metrics": {"train_loss": 0.5}, "model": first.sha256,
     }  # fmt: skip
-    rest = [one for one in seen[1:] if one != {"heartbeat": True}]
+    rest = [one for one in seen[1:] if one != quiet]
     assert rest[0]["model"] == second.sha256
     assert rest[1] == {"state": "done", "error": None, "model": spelled(second)}
+
+
+def test_heartbeats_say_what_a_job_waits_for(http, http_plane):
+    job = http.post("/v1/jobs", json=job_body(http_plane)).json()["id"]
+    http_plane.jobs.waiting = lambda: "waiting for disk space in /srv: full"
+    with http.stream("GET", f"/v1/jobs/{job}/events") as answer:
+        assert json.loads(next(answer.iter_lines())) == {
+            "heartbeat": True, "waiting": "waiting for disk space in /srv: full",
+        }  # fmt: skip
+
+
+def test_a_job_has_the_name_that_people_know_it_by(http, http_plane):
+    named = http.post("/v1/jobs", json=job_body(http_plane, name="digits:task")).json()["id"]
+    unnamed = http.post("/v1/jobs", json=job_body(http_plane)).json()["id"]
+    shown = {one["id"]: one for one in http.get("/v1/jobs").json()}
+    assert shown[named]["name"] == "digits:task"
+    assert shown[unnamed]["name"] == shown[unnamed]["task"] == shown[named]["task"]
+    assert http.post("/v1/jobs", json=job_body(http_plane, name="x" * 501)).status_code == 400
 
 
 def test_events_are_taken_up_after_a_round(http, http_plane):

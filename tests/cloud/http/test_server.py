@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cloud.http.server import serve_http
-from edgefl.errors import HomeError
+from edgefl.errors import ConfigError
 from edgefl.protocols.ports.http_limits import LimitedServer
 from edgefl.protocols.ports.listener import listen
 
@@ -41,7 +41,7 @@ def test_a_port_in_use_is_an_error_that_says_what_to_do():
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(HomeError, match=rf"cannot listen on 127.0.0.1:{port}: .*Choose another --http-port"):
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port}: .*choose another --http-port"):
             asyncio.run(main(port))
 
 

@@ -68,7 +68,7 @@ def test_a_full_disk_pauses_until_a_trial_finds_the_room_that_was_wanted(small_d
     storage = Storage(small_disk, clock)
     assert storage.waiting() == ""
     assert storage.refused(fill(small_disk), 2 << 20)
-    assert storage.waiting().startswith("waiting for disk space: ")
+    assert storage.waiting().startswith(f"waiting for disk space in {small_disk}: ")
     clock.advance(LOOK_S)
     assert not storage.look()
     (small_disk / "fill").write_bytes(b"\0" * (3 << 20))  # a megabyte is free: not enough

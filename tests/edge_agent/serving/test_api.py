@@ -334,7 +334,7 @@ def test_any_asgi_server_or_client_can_hold_the_application(model):
 def test_a_port_in_use_is_named():
     with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"cannot serve on 127.0.0.1:{port}: Address already in use"):
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: another program .*--serve-port"):
             bind("127.0.0.1", port)
 
 

@@ -32,12 +32,16 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, EntryPoint]]:
     def raises() -> None:
         raise ConfigError("rounds.count=0 must be 1 or more")
 
-    module.works, module.raises, module.nothing = works, raises, 3
+    @click.command()
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    module.works, module.raises, module.stopped, module.nothing = works, raises, stopped, 3
     monkeypatch.setitem(sys.modules, module.__name__, module)
     found = {
         name: EntryPoint(name, f"{home}:{name}", "edgefl.commands")
         for name, home in {
-            "works": module.__name__, "raises": module.__name__, "nothing": module.__name__,
+            "works": module.__name__, "raises": module.__name__, "stopped": module.__name__, "nothing": module.__name__,
             "cloud": "a_module_that_no_extra_brings", "own": "edgefl.no_such_module",
         }.items()
     }  # fmt: skip
@@ -55,6 +59,11 @@ def test_help_lists_what_is_there(entries: dict[str, EntryPoint]) -> None:
 
 def test_a_command_runs(entries: dict[str, EntryPoint]) -> None:
     assert CliRunner().invoke(cli.cli, ["works"]).output == "yes\n"
+
+
+def test_a_ctrl_c_ends_every_command_as_shells_count_it(entries: dict[str, EntryPoint]) -> None:
+    result = CliRunner(mix_stderr=False).invoke(cli.cli, ["stopped"])
+    assert (result.exit_code, result.stderr) == (130, "\ninterrupted\n")
 
 
 def test_an_absent_extra_is_named_with_the_line_that_brings_it(entries: dict[str, EntryPoint]) -> None:

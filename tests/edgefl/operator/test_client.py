@@ -8,6 +8,7 @@ import hashlib
 import io
 import socket
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import numpy as np
@@ -128,6 +129,29 @@ def test_nobody_there_says_what_to_check(credentials, free_port):
         pytest.raises(CloudUnreachable, match=r"127\.0\.0\.1:\d+ did not answer.*Check that the cloud runs"),
     ):
         client.devices()
+
+
+def test_http_to_a_cloud_with_tls_is_told_to_use_https(credentials, http_plane):
+    url = http_plane.url.replace("https://", "http://")
+    with CloudClient(url, credentials) as client, pytest.raises(CloudUnreachable) as caught:
+        client.devices()
+    assert f"It speaks TLS there: use {http_plane.url}" in str(caught.value)
+
+
+def test_https_to_a_cloud_without_tls_is_told_to_use_http(credentials):
+    class Plain(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Plain) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{server.server_port}"
+        with CloudClient(f"https://{place}", credentials) as client, pytest.raises(CloudUnreachable) as caught:
+            client.devices()
+        server.shutdown()
+    assert f"It speaks no TLS there, as a cloud does that was started with --insecure: use http://{place}" in str(
+        caught.value
+    )
 
 
 def test_a_silent_server_is_not_waited_for_for_ever(credentials, monkeypatch):

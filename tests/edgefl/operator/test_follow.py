@@ -45,6 +45,14 @@ def test_a_stream_is_taken_up_after_the_last_round_seen():
     assert streams.asked == [0, 1, 1, 2]
 
 
+def test_a_wait_of_the_cloud_is_told_once_and_once_that_it_is_over():
+    waits, goes_on = {"heartbeat": True, "waiting": "waiting for disk space"}, {"heartbeat": True, "waiting": None}
+    told = []
+    streams = Streams([goes_on, waits, waits, GONE], [waits, goes_on, goes_on, {"round": 1}, waits, {"round": 2}, END])
+    assert len(list(follow_job(streams, "j", patience=patience()[0], on_waiting=told.append))) == 3
+    assert told == ["waiting for disk space", "", "waiting for disk space", ""]
+
+
 def test_patience_ends_and_says_why():
     one, clock = patience(10.0)
     with pytest.raises(CloudUnreachable, match="gone"):

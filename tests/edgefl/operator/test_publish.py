@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from edgefl.config import JobConfig, RoundsConfig, TrainConfig
 from edgefl.errors import AccuracyGateFailed, ConfigError, NotFound, TaskError
 from edgefl.operator.client import CloudClient, load_credentials
-from edgefl.operator.publish import export, parameters_of, publish, publish_onnx
+from edgefl.operator.publish import check_request, export, parameters_of, publish, publish_onnx, trained_job
 from edgefl.operator.run import submit, watch
 from edgefl.task import load_task
 
@@ -24,7 +27,7 @@ def client(http_plane):
 def trained(client, trainers, torch_task, tmp_path):
     job = submit(client, str(torch_task), load_task(str(torch_task)), CONFIG)
     watch(client, job)
-    return parameters_of(client, job, tmp_path)
+    return parameters_of(client, trained_job(client, job), tmp_path)
 
 
 def test_int8_is_published_with_its_accuracy_and_report(client, http_plane, torch_task, trained, tmp_path):
@@ -79,13 +82,36 @@ def test_what_is_no_onnx_file_is_refused(client, http_plane, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"not onnx")
     with pytest.raises(ConfigError, match="not a model that ONNX Runtime can open"):
         publish_onnx(client, "m", tmp_path / "x.onnx")
-    with pytest.raises(ConfigError, match="no such file"):
-        publish_onnx(client, "m", tmp_path / "y.onnx")
     assert http_plane.registry.list() == []
+
+
+@pytest.mark.parametrize(
+    ("model", "max_drop", "said"),
+    [
+        ("My Model", 0.1, "'My Model' cannot be a model's name: expected 1 to 64 of a-z"),
+        ("m", 2.0, "--max-drop 2 must be in 0..1"),
+        ("m", float("nan"), "--max-drop nan must be in 0..1"),
+    ],
+)
+def test_what_the_end_would_refuse_is_refused_at_the_beginning(model, max_drop, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_request(model, max_drop)
+
+
+def test_files_that_are_not_there_are_refused_at_the_beginning(tmp_path):
+    check_request("m", 0.1, None, Path(__file__))
+    with pytest.raises(ConfigError, match=r"y\.onnx: there is no such file"):
+        check_request("m", 0.1, None, tmp_path / "y.onnx")
+
+
+def test_a_relay_has_no_model_to_publish(client, http_plane):
+    relay = http_plane.relays.start("app:app", http_plane.blobs.put(b"zip"))
+    with pytest.raises(ConfigError, match="carries a Flower app's messages"):
+        trained_job(client, relay)
 
 
 def test_an_unknown_compression_or_job_is_refused(client, torch_task, tmp_path):
     with pytest.raises(ConfigError, match=r"int4.*int8, none"):
         export(load_task(str(torch_task)), tmp_path, tmp_path, compression="int4", max_drop=0)
     with pytest.raises(NotFound):
-        parameters_of(client, "job-0", tmp_path)
+        trained_job(client, "job-0")

@@ -47,11 +47,12 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_a_file_cannot_be_a_home(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(HomeError, match=r"cannot use .*file as a home"):
-        create_home(file, "agent")
-    with pytest.raises(HomeError, match=r"cannot use .*file/home as a home"):
-        create_home(file / "home", "agent")
-    with pytest.raises(HomeError, match="is not the home of an edgefl agent"):
+    for home in (file, file / "home", file / "deep" / "home"):
+        with pytest.raises(HomeError) as refused:
+            create_home(home, "agent")
+        assert f"cannot use {home} as a home: {file} is a file" in str(refused.value)
+        assert "run this as" not in str(refused.value)
+    with pytest.raises(HomeError, match="file is a file, not the home of an edgefl agent; name its folder"):
         check_home(file, "agent")
 
 

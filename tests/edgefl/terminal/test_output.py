@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -121,6 +122,18 @@ def test_no_folder_is_named(tmp_path):
     refuse_no_folder(tmp_path / "x", "--out")
     with pytest.raises(ConfigError, match=r"--out .*there is no folder"):
         refuse_no_folder(tmp_path / "a" / "x", "--out")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_is_anothers_is_refused_before_the_work(tmp_path):
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    os.setresuid(65534, 65534, 0)  # nobody; access(2) asks for the real one
+    try:
+        with pytest.raises(ConfigError, match=rf"--out .*: you may not write in {tmp_path}; name another folder"):
+            refuse_no_folder(tmp_path / "x", "--out")
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 def test_nothing_that_is_printed_moves_a_cursor(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 
@@ -72,6 +73,22 @@ def test_replies_arrive_while_others_are_awaited(grid, nodes, http_plane):
     nodes.held["a"].set()
     assert who(replies) == ["a"]
     assert list((http_plane.folder / "relays").glob("*/*")) == []  # what the messages held is gone
+
+
+def test_the_timeout_stands_still_while_the_cloud_can_store_nothing(grid, nodes, http_plane, tmp_path):
+    nodes.held["a"] = threading.Event()
+    relay, storage = grid._relay, http_plane.relays._parts.storage
+    storage._folder = tmp_path
+    ask = relay.paused_s
+
+    def asked_at_the_timeout():
+        seen = ask()
+        nodes.held["a"].set()
+        return seen
+
+    relay.paused_s = asked_at_the_timeout
+    storage.refused(OSError(errno.ENOSPC, "full"), 1 << 50)  # more than a disk has
+    assert who(grid.send_and_receive(to_all(grid), timeout=0.2)) == ["a", "b", "c"]
 
 
 def test_messages_of_one_content_share_it(grid, nodes, http_plane):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from edgefl.app.cli import cli
+from edgefl.config import JobConfig
 from edgefl.errors import NotFound
 from edgefl.protocols.messages import DeviceState
+from edgefl.terminal.output import time_text
 
 
 @pytest.fixture
@@ -63,8 +66,33 @@ def test_a_failed_job_shows_its_error(edgefl, trainers, plain_task, http_plane):
     assert "error: round 1: 2 clients are available" in edgefl("jobs", "show", failed["id"]).stdout
 
 
-def test_an_ended_job_is_not_cancelled_any_more(edgefl, job):
-    assert edgefl("jobs", "cancel", job).stdout == f"job {job} is done\n"
+def test_an_ended_job_is_not_cancelled_any_more(edgefl, job, http_plane):
+    done = edgefl("jobs", "cancel", job)
+    ended = time_text(http_plane.jobs.row(job)["ended_s"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert str(done.exception) == (
+        f"job {job} had ended already, nothing is cancelled: it was done at {ended}, after 2/2 rounds"
+    )
+
+
+def test_a_failed_job_is_not_cancelled_and_says_why_it_failed(edgefl, trainers, plain_task, http_plane):
+    edgefl("run", plain_task, "--set", "rounds.quorum=9")
+    (failed,) = http_plane.jobs.list()
+    done = edgefl("jobs", "cancel", failed["id"])
+    assert done.exit_code == 1
+    assert "nothing is cancelled: it failed at " in str(done.exception)
+    assert "after 0/10 rounds (round 1: 2 clients are available" in str(done.exception)
+
+
+def test_a_job_is_cancelled_once_and_a_second_time_is_no_error(edgefl, trainers, plain_task, http_plane):
+    http_plane.jobs.started = lambda _job: None
+    bundle, tree = http_plane.blobs.put(b"zip"), http_plane.blobs.put_tree({"w": np.zeros(2, np.float32)})
+    job = http_plane.jobs.submit("t:t", bundle, tree, (), JobConfig())
+    assert edgefl("jobs", "cancel", job).stdout == f"job {job} is cancelled\n"
+    again = edgefl("jobs", "cancel", job)
+    ended = time_text(http_plane.jobs.row(job)["ended_s"])
+    said = f"job {job} had ended already: it was cancelled at {ended}, after 0/10 rounds\n"
+    assert (again.exit_code, again.stdout) == (0, said)
 
 
 @pytest.mark.parametrize("command", ["show", "cancel", "watch"])

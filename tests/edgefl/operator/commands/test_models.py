@@ -8,8 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 from edgefl.app.cli import cli
+from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import CloudRefused, ConfigError, NotFound
+from edgefl.operator.client import CloudClient, load_credentials
+from edgefl.operator.run import submit
 from edgefl.protocols.messages import RolloutNote
+from edgefl.records import RoundOutcome
+from edgefl.task import load_task
 
 
 @pytest.fixture
@@ -76,6 +81,74 @@ def test_one_source_is_named(edgefl, arguments):
     done = edgefl("models", "publish", "m", *arguments)
     assert isinstance(done.exception, ConfigError)
     assert "name one source" in str(done.exception)
+
+
+def submitted(plane, task, rounds_done, **end):
+    """A job of so many finished rounds of 5, which ended so, if it did."""
+    plane.jobs.started = lambda _job: None
+    with CloudClient(None, load_credentials(plane.credentials)) as client:
+        job = submit(client, str(task), load_task(str(task)), JobConfig(rounds=RoundsConfig(count=5)))
+    row = plane.jobs.load(job)
+    for number in range(1, rounds_done + 1):
+        plane.jobs.open_round(job, number, ["a"])
+        outcome = RoundOutcome(
+            job=job, round=number, parameters={}, admitted=("a",), rejected={}, failed={}, missing=(), weight=1.0,
+            metrics={}, seconds=0.1, up_bytes=0, down_bytes=0,
+        )  # fmt: skip
+        plane.jobs.finish_round(outcome, row.model, None)
+    if end:
+        plane.jobs.end(job, **end)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ({"state": "failed", "error": "no quorum"},
+         "failed before its first round was finished (no quorum), so its parameters are untrained and nothing is"),
+        ({"state": "cancelled"}, "was cancelled before its first round was finished, so its parameters are untrained"),
+        ({}, "has not finished a round yet, so its parameters are untrained. Wait for it: edgefl jobs watch job-"),
+    ],
+)  # fmt: skip
+def test_parameters_that_no_round_trained_are_not_published(edgefl, http_plane, torch_task, end, said):
+    job = submitted(http_plane, torch_task, 0, **end)
+    done = edgefl("models", "publish", "signs", "--task", torch_task, "--job", job)
+    assert (done.exit_code, type(done.exception)) == (1, ConfigError)
+    assert said in str(done.exception)
+    assert http_plane.registry.list() == []
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ({"state": "failed", "error": "no quorum"}, "failed after 2 of 5 rounds (no quorum)"),
+        ({"state": "cancelled"}, "was cancelled after 2 of 5 rounds"),
+        ({}, "is still running, after 2 of 5 rounds"),
+    ],
+)
+def test_a_job_that_is_not_done_is_published_as_far_as_it_came_and_that_is_said(
+    edgefl, http_plane, torch_task, end, said
+):
+    job = submitted(http_plane, torch_task, 2, **end)
+    done = edgefl("models", "publish", "signs", "--task", torch_task, "--job", job, "--compress", "none")
+    assert done.exit_code == 0, done.exception
+    assert done.stdout.splitlines()[0] == f"note: job {job} {said}; this is its model after round 2"
+    assert [one["version"] for one in http_plane.registry.list()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["My Model"], "cannot be a model's name"),
+        (["m", "--max-drop", "2"], "--max-drop 2 must be in 0..1"),
+        (["m", "--parameters", "none.safetensors"], "none.safetensors: there is no such file"),
+    ],
+)
+def test_arguments_are_refused_before_the_task_is_even_loaded(edgefl, tmp_path, arguments, said):
+    source = [] if "--parameters" in arguments else ["--job", "job-0"]
+    done = edgefl("models", "publish", *arguments, "--task", tmp_path / "no task", *source)
+    assert (done.exit_code, type(done.exception)) == (1, ConfigError)
+    assert said in str(done.exception)
 
 
 def test_nothing_published_yet(edgefl):

@@ -23,8 +23,8 @@ def test_a_round_by_hand():
 
 
 def test_a_line_a_round_off_a_terminal(capsys):
-    with round_progress(Output(), 5) as on_round:
-        on_round(ROUND)
+    with round_progress(Output(), 5) as screen:
+        screen.on_round(ROUND)
     assert capsys.readouterr().out == TEXT + "\n"
 
 
@@ -32,8 +32,8 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
     for stream in ("sys.stdout", "sys.stderr"):
         monkeypatch.setattr(f"{stream}.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
-    with round_progress(Output(), 5) as on_round:
-        on_round(ROUND)
+    with round_progress(Output(), 5) as screen:
+        screen.on_round(ROUND)
     seen = capsys.readouterr()
     assert TEXT in seen.err
     assert "waiting for devices" in seen.err
@@ -41,18 +41,63 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
 
 
 def test_ctrl_c_leaves_the_job_and_says_so(capsys):
-    with pytest.raises(click.exceptions.Exit) as ended, left_running("job-1", Output()):
+    with pytest.raises(click.exceptions.Exit) as ended, left_running(Output(), "job-1"):
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
     said = capsys.readouterr().out
+    assert "no longer watching; job job-1 goes on in the cloud" in said
     assert "edgefl jobs watch job-1" in said
     assert "edgefl jobs cancel job-1" in said
 
 
-def test_a_lost_cloud_leaves_the_job_and_says_so(capsys):
-    with pytest.raises(CloudUnreachable), left_running("job-1", Output()):
-        raise CloudUnreachable("gone")
-    assert "edgefl jobs watch job-1" in capsys.readouterr().out
+def interrupted(*, is_asked_for, job="", fault=KeyboardInterrupt):
+    with left_running(Output(), job) as standing:
+        if is_asked_for:
+            standing.ask()
+        raise fault
+
+
+@pytest.mark.parametrize(
+    ("is_asked_for", "said"),
+    [
+        (False, "interrupted before the job was submitted; nothing runs in the cloud"),
+        (True, "interrupted while the cloud was asked to start the job, which may run there. Look: edgefl jobs list"),
+    ],
+)
+def test_an_earlier_ctrl_c_says_what_the_cloud_has_of_the_job(capsys, is_asked_for, said):
+    with pytest.raises(click.exceptions.Exit) as ended:
+        interrupted(is_asked_for=is_asked_for)
+    assert ended.value.exit_code == 130
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("job", "is_asked_for", "said"),
+    [
+        ("job-1", True, "job job-1 goes on in the cloud. Watch it again: edgefl jobs watch job-1"),
+        ("", True, "it may run there. Look: edgefl jobs list"),
+        ("", False, ""),
+    ],
+)
+def test_a_lost_cloud_leaves_the_job_and_says_so(capsys, job, is_asked_for, said):
+    with pytest.raises(CloudUnreachable):
+        interrupted(is_asked_for=is_asked_for, job=job, fault=CloudUnreachable("gone"))
+    shown = capsys.readouterr().out
+    assert said in shown if said else shown == ""
+
+
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_a_pause_is_told_beside_the_rounds(capsys, monkeypatch, on_a_terminal):
+    for stream in ("sys.stdout", "sys.stderr"):
+        monkeypatch.setattr(f"{stream}.isatty", lambda: on_a_terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    with round_progress(Output(), 5) as screen:
+        screen.tell_waiting("job-1", "waiting for disk space in /srv/cloud: full")
+        screen.tell_waiting("job-1", "")
+    seen = capsys.readouterr()
+    said = seen.err if on_a_terminal else seen.out
+    assert "job job-1 pauses: the cloud is waiting for disk space in /srv/cloud: full. It goes on by itself" in said
+    assert "job job-1 goes on: the cloud has what it waited for" in said
 
 
 def test_a_reason_stays_on_its_line():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 
 from edgefl.app.cli import cli
-from edgefl.errors import CloudRefused, ConfigError, JobFailed
+from edgefl.errors import ConfigError, JobFailed
+from edgefl.operator.client import CloudClient
+from tests.edgefl.operator.conftest import write_task
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def test_json_on_stdout_is_alone_there(edgefl, trainers, plain_task):
         (["--set", "rounds.cuont=2"], ConfigError, "unknown configuration key 'rounds.cuont'"),
         (["--config", "none.toml"], ConfigError, "cannot read the configuration none.toml"),
         (["--out", "/no/folder/x"], ConfigError, "--out"),
-        (["--set", "aggregation.rule=none"], CloudRefused, "none"),
+        (["--set", "aggregation.rule=none"], ConfigError, "none"),
         (["--set", "rounds.quorum=9"], JobFailed, "the quorum is 9"),
     ],
 )
@@ -70,6 +75,75 @@ def test_a_job_outlives_ctrl_c(edgefl, trainers, plain_task, http_plane, monkeyp
     (job,) = http_plane.jobs.list()
     assert f"edgefl jobs watch {job['id']}" in done.stdout
     assert job["state"] != "cancelled"
+
+
+def test_a_ctrl_c_while_the_job_is_submitted_says_that_it_may_run(
+    edgefl, trainers, plain_task, http_plane, monkeypatch
+):
+    submit_job = CloudClient.submit_job
+
+    def answered_too_late(*arguments, **options):
+        submit_job(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CloudClient, "submit_job", answered_too_late)
+    done = edgefl("run", plain_task, "--rounds", 1)
+    assert done.exit_code == 130
+    assert "which may run there. Look: edgefl jobs list" in done.stdout
+    assert len(http_plane.jobs.list()) == 1
+
+
+SPACE = "waiting for disk space in /srv/cloud: full"
+SLOW_TASK = """
+import threading
+print("loading", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "TASK"], "interrupted before the job was submitted; nothing runs in the cloud"),
+        (["jobs", "watch", "job-1", "--task", "TASK"], "no longer watching; job job-1 goes on in the cloud, unless"),
+    ],
+)
+def test_an_early_ctrl_c_ends_with_130_and_says_what_goes_on(tmp_path, arguments, said):
+    folder = write_task(tmp_path / "slow", SLOW_TASK, "slow_task")
+    command = [sys.executable, "-m", "edgefl", *(str(folder) if one == "TASK" else one for one in arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "loading\n"
+            process.send_signal(signal.SIGINT)
+            shown, complaint = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, complaint) == (130, "")
+    assert said in shown
+
+
+def test_a_run_says_once_that_its_job_waits_for_space_and_once_that_it_goes_on(
+    edgefl, trainers, plain_task, http_plane
+):
+    trainers.gate.clear()  # which holds the job after its first round
+    looks = []
+
+    def waiting():
+        looks.append(1)
+        if len(looks) < 10:
+            return SPACE
+        trainers.gate.set()
+        return ""
+
+    http_plane.jobs.waiting = waiting
+    done = edgefl("run", plain_task, "--rounds", 2)
+    assert done.exit_code == 0, done.exception
+    (job,) = (one["id"] for one in http_plane.jobs.list())
+    lines = [line for line in done.stdout.splitlines() if "pauses" in line or "goes on:" in line]
+    assert lines == [
+        f"job {job} pauses: the cloud is {SPACE}. It goes on by itself when the cloud can",
+        f"job {job} goes on: the cloud has what it waited for",
+    ]
 
 
 @pytest.mark.parametrize(

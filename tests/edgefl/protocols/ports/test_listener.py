@@ -6,12 +6,16 @@ import errno
 import logging
 import socket
 import ssl
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from edgefl.errors import ConfigError
 from edgefl.protocols import tls
 from edgefl.protocols.ports.connections import ConnectionLimits, Connections
-from edgefl.protocols.ports.listener import Listener, Port
+from edgefl.protocols.ports.listener import Listener, Port, listen
 
 LIMITS = ConnectionLimits(max_open=20, max_waiting=4, waiting_s=30.0)
 
@@ -220,3 +224,58 @@ def test_a_listening_socket_that_is_none_any_more_ends_the_part(monkeypatch, num
         return accepting.exception()
 
     assert asyncio.run(main()).errno == number
+
+
+@pytest.mark.parametrize(
+    ("host", "seen"),
+    [
+        ("192.0.2.1", "this machine does not have the address 192.0.2.1"),  # RFC 5737: of nobody
+        ("no.such.host.invalid", "no address is known by the name 'no.such.host.invalid'"),  # RFC 6761
+        ("x" * 64, "no address is known by the name 'xxx"),  # longer than a part of a name may be
+    ],
+)
+def test_a_host_that_is_not_this_machine_is_not_the_ports_fault(host, seen):
+    with pytest.raises(ConfigError) as refused:
+        listen(host, 0, "--http-port", "--serve-host")
+    assert f"cannot listen on {host}:0: {seen}" in str(refused.value)
+    assert "give --serve-host an address of this machine" in str(refused.value)
+    assert "--http-port" not in str(refused.value)
+
+
+def test_a_port_in_use_says_that_another_program_has_it():
+    with listen("127.0.0.1", 0, "--http-port") as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as refused:
+            listen("127.0.0.1", port, "--http-port")
+    assert str(refused.value) == (
+        f"cannot listen on 127.0.0.1:{port}: another program listens there; stop it, or choose another --http-port"
+    )
+
+
+LISTEN_AS_NOBODY = """
+import os
+from edgefl.errors import ConfigError
+from edgefl.protocols.ports.listener import listen
+if os.geteuid() == 0:
+    os.setuid(65534)
+try:
+    listen("127.0.0.1", 443, "--http-port").close()
+except ConfigError as refused:
+    print(refused)
+"""
+
+
+def lowest_free_port() -> int:
+    file = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+    return int(file.read_text()) if file.exists() else 1024
+
+
+@pytest.mark.skipif(lowest_free_port() <= 443, reason="here every user may listen on port 443")
+def test_a_port_below_1024_is_for_root():
+    seen = subprocess.run(
+        [sys.executable, "-c", LISTEN_AS_NOBODY], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert seen.stdout == (
+        "cannot listen on 127.0.0.1:443: ports below 1024 are for root alone; choose a --http-port above that, "
+        "or run it as root\n"
+    )

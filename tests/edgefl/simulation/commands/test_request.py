@@ -46,6 +46,10 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
     for flag in ("out", "plot"):
         with pytest.raises(ConfigError, match=f"--{flag} .* there is no folder"):
             asked(**{flag: tmp_path / "no" / "file.png"})
+    for name in ("file", "file.xyz"):
+        with pytest.raises(ConfigError, match=rf"--plot .*{name}: the name must end with the kind of picture: .*\.png"):
+            asked(plot=tmp_path / name)
+    assert asked(plot=tmp_path / "file.SVG").plot is not None
     with pytest.raises(ConfigError, match="--out belongs to a single run; drop it or --sweep"):
         asked(out=tmp_path / "m", sweep=("a=1",))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
