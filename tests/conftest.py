@@ -39,9 +39,10 @@ from edgefl.process.guardian import gated, guardian, open_gate
 from edgefl.protocols import tls
 from edgefl.protocols.manifest import new_fleet_key, public_pem, sign
 from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, WirePlan
-from edgefl.protocols.mqtt import LinkConfig, MqttLink, Will
+from edgefl.protocols.mqtt import LinkConfig, Will
 from edgefl.protocols.tls import Identity
 from edgefl.testing import ManualClock
+from tests.threaded import Link
 
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -150,7 +151,7 @@ class Peer:
     def __init__(self, config: LinkConfig, timeout_s: float = 5.0) -> None:
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.connects: queue.Queue[None] = queue.Queue()
-        self.link = MqttLink(
+        self.link = Link(
             config,
             on_failure=pytest.fail,
             on_message=lambda topic, payload: self.inbox.put((topic, payload)),

@@ -5,12 +5,13 @@ comes last (a will may overtake a rebirth); a malformed message changes nothing 
 device and reason; a device's message counts only while it is enrolled. While the broker is away nobody
 is online: retained states and rebirths tell again who is there.
 
-The link's thread only takes messages in; a thread of its own (`cloud.broker.inbox`) works them off in their order, each
+The event loop only takes messages in; a thread of its own (`cloud.broker.inbox`) works them off in their order, each
 again where the database or the disk says no for a while. So a locked database holds up no keep-alive.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import threading
@@ -61,7 +62,7 @@ class Hearers:
 
 
 class CloudLink:
-    """Presence and messages by any broker. Its methods may be called from any thread."""
+    """Presence and messages by any broker. Its methods may be called from any thread, but for `start`."""
 
     def __init__(self, url: str, identity: Identity | None, hearers: Hearers) -> None:
         self._hearers = hearers
@@ -71,6 +72,7 @@ class CloudLink:
             url=url, client_id=CLOUD_NAME, identity=identity, subscriptions=[(topics.EVERY_UP, 1)], keepalive_s=10
         )
         self._inbox: Inbox[tuple[str, bytes] | None] = Inbox("mqtt-inbox", self._take)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._link = MqttLink(
             config,
             on_message=lambda topic, payload: self._inbox.put(topic, (topic, payload)),
@@ -79,13 +81,10 @@ class CloudLink:
         )
 
     def start(self) -> None:
-        """Begin to connect; returns at once."""
+        """Begin to connect, in the running event loop; returns at once."""
+        self._loop = asyncio.get_running_loop()
         self._inbox.start()
         self._link.start()
-
-    def wait_connected(self, timeout_s: float) -> bool:
-        """Whether the broker is there, now or within the time."""
-        return self._link.wait_connected(timeout_s)
 
     @property
     def reason(self) -> str:
@@ -98,8 +97,9 @@ class CloudLink:
         return self._inbox.reason
 
     def close(self) -> None:
-        """Send what is queued, and leave the broker."""
-        self._link.close()
+        """Send what is queued, and leave the broker; not from the event loop."""
+        if self._loop is not None and self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._link.close(), self._loop).result()
         self._inbox.close()
 
     def online(self) -> frozenset[str]:

@@ -9,6 +9,7 @@ A mosquitto on another machine gets the list over HTTPS (/v1/crl) and is restart
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -24,13 +25,12 @@ from cryptography import x509
 from cloud.broker.mosquitto_config import CONFIG_FILE, CRL_FILE, PID_FILE
 from cloud.trust.crl import make_crl
 from cloud.trust.own_certificates import hosts_of, renew_server
-from edgefl.errors import CloudUnreachable, ConfigError
+from edgefl.errors import ConfigError
 from edgefl.logs import event
 from edgefl.process.home import replace_file
-from edgefl.protocols.mqtt import LinkConfig, MqttLink
-from edgefl.protocols.tls import BROKER_NAME, Identity, new_request, sign_request
+from edgefl.protocols.mqtt import LinkConfig, MqttError, new_client
+from edgefl.protocols.tls import BROKER_NAME, Identity, client_context, new_request, sign_request
 
-CONNECT_S = 5.0
 HOLD_DAYS = 1.0  # of the certificate that takes a connection over
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class MosquittoParts:
 
 
 class Mosquitto:
-    """Methods may be called from any thread; they wait for seconds at most."""
+    """Methods may be called from any thread but an event loop's; they wait for seconds at most."""
 
     def __init__(self, parts: MosquittoParts) -> None:
         self._parts = parts
@@ -144,22 +144,21 @@ class Mosquitto:
             with tempfile.TemporaryDirectory(prefix=".take-over-", dir=ca) as folder:
                 identity = Identity(Path(folder, "key.pem"), Path(folder, "cert.pem"), ca / "ca.pem")
                 identity.cert.write_bytes(sign_request(ca, new_request(identity, device), device, HOLD_DAYS))
-                config = LinkConfig(url=self._parts.url, client_id=device, identity=identity)
-                with MqttLink(config, on_failure=_note_failure) as link:
-                    done, reason = link.wait_connected(CONNECT_S), link.reason
-        except (OSError, ConfigError, CloudUnreachable) as fault:
-            done, reason = False, str(fault)
-        if done:
-            self._uncut.discard(device)
-            event(_log, logging.INFO, "broker.dropped", device=device)
-        else:
+                asyncio.run(_visit(LinkConfig(url=self._parts.url, client_id=device, identity=identity)))
+        except (OSError, ConfigError, MqttError) as fault:
             self._uncut.add(device)  # `refresh` tries again
-            event(_log, logging.WARNING, "broker.not_dropped", device=device, reason=reason)
-        return done
+            event(_log, logging.WARNING, "broker.not_dropped", device=device, reason=fault)
+            return False
+        self._uncut.discard(device)
+        event(_log, logging.INFO, "broker.dropped", device=device)
+        return True
 
 
-def _note_failure(failure: BaseException) -> None:
-    event(_log, logging.ERROR, "broker.take_over_failed", reason=repr(failure))  # `wait_connected` raises it too
+async def _visit(config: LinkConfig) -> None:
+    """Connect, and leave."""
+    tls = client_context(config.identity.ca, config.identity) if config.identity else None
+    async with new_client(config, tls):
+        pass
 
 
 def catches_hangup(pid: int) -> bool:

@@ -68,8 +68,7 @@ class Link:
         self._ask = asyncio.Event()
         self._backoff = Backoff(profile.device, ASK_AGAIN_S, ASK_AGAIN_S)
         self._no_place = False  # the cloud said so
-        self._loop = asyncio.get_running_loop()
-        self._broken: asyncio.Future[None] = self._loop.create_future()
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._session = _Session(home / "session")
         self._serving: tuple[Mapping[str, int], str] = ({}, "")
         self._refusal = ""  # why the cloud did not answer `Next`: each reason is a line once
@@ -84,16 +83,16 @@ class Link:
                 tasks.create_task(self._channel.watch(self._reached), name="cloud-watch")
                 tasks.create_task(self._ask_next(), name="next")
                 tasks.create_task(self._send_telemetry(), name="telemetry")
-                await self._broken  # a fault of ours in the MQTT link's thread ends the agent
+                await self._broken  # an MQTT link that has ended ends the agent
         finally:
             self._publish("state", self._state(online=False), retain=True)
-            await asyncio.to_thread(self._mqtt.close)
+            await self._mqtt.close()
             await self._channel.close()
 
     def serve(self, models: Mapping[str, int], url: str) -> None:
         """Tell the fleet which model versions this device serves, and where."""
         self._serving = (dict(models), url)
-        if self._mqtt.wait_connected(0):
+        if self._mqtt.is_up:
             self._publish("state", self._state(online=True), retain=True)
 
     def tell(self, note: RolloutNote) -> None:
@@ -158,7 +157,7 @@ class Link:
         except OSError as error:  # a full disk: each `Next` says it again
             event(_log, logging.ERROR, "broker.not_saved", reason=error)
         self._profile = profile
-        await asyncio.to_thread(self._mqtt.close)
+        await self._mqtt.close()
         self._mqtt = self._new_mqtt()
         self._mqtt.start()
 
@@ -199,28 +198,25 @@ class Link:
         )
         return MqttLink(config, on_message=self._on_message, on_connect=self._on_connect, on_failure=self._on_failure)
 
-    # Below: called in the MQTT link's thread.
+    # Below: called by the MQTT link.
 
-    def _will(self) -> tuple[str, bytes]:
+    def _will(self) -> tuple[str, bytes]:  # in a thread: it writes a file
         self._session.advance()
         return topics.up(self._profile.device, "state"), messages.encode(self._state(online=False))
 
     def _on_connect(self) -> None:
         self._publish("state", self._state(online=True), retain=True)
-        self._loop.call_soon_threadsafe(self._ask.set)
+        self._ask.set()
 
     def _on_failure(self, failure: BaseException) -> None:
-        self._loop.call_soon_threadsafe(self._break, failure)
-
-    def _break(self, failure: BaseException) -> None:
         if not self._broken.done():
             self._broken.set_exception(failure)
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         if topic.endswith("/job"):
-            self._loop.call_soon_threadsafe(self._ears.hear_job, messages.decode_job(payload))
+            self._ears.hear_job(messages.decode_job(payload))
         elif payload:  # an empty one clears what the broker retained
-            self._loop.call_soon_threadsafe(self._ears.hear_desired, messages.decode(Signed, payload))
+            self._ears.hear_desired(messages.decode(Signed, payload))
 
 
 class _Session:

@@ -27,6 +27,7 @@ OF_COMMANDS: Mapping[str, str] = {
 # Import name -> the extras that bring it, the smallest first.
 OF_MODULES: Mapping[str, tuple[str, ...]] = {
     "PIL": ("examples",),
+    "aiomqtt": ("agent", "cloud"),
     "amqtt": ("broker",),
     "blake3": ("agent", "cloud"),
     "fastapi": ("cloud",),
@@ -37,7 +38,6 @@ OF_MODULES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("train",),
     "onnxruntime": ("agent", "train"),
     "onnxscript": ("train",),
-    "paho": ("agent", "cloud"),
     "pandas": ("sim",),
     "psutil": ("agent", "cloud"),
     "pyarrow": ("examples",),

@@ -16,8 +16,9 @@ from cloud.broker.embedded import EmbeddedBroker
 from cloud.broker.wire import MAX_PACKET_BYTES
 from cloud.shares import PortShare
 from edgefl.errors import ConfigError, MissingExtra
-from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.mqtt import LinkConfig
 from edgefl.protocols.tls import Identity, client_context, new_request, serial_number, sign_request
+from tests.threaded import Link
 
 EVERY_UP = "edgefl/v1/up/+/+"
 
@@ -191,7 +192,7 @@ def test_a_state_is_kept_for_a_cloud_that_comes_later(peer) -> None:
 
 
 CLIENT = """
-import sys, time
+import asyncio, sys
 from pathlib import Path
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
 from edgefl.protocols.tls import Identity
@@ -199,10 +200,12 @@ url, name, key, cert, ca = sys.argv[1:]
 topic = f"edgefl/v1/up/{name}/state"
 link = MqttLink(LinkConfig(url=url, client_id=name, identity=Identity(Path(key), Path(cert), Path(ca)),
                            will=lambda: (topic, b"gone")), on_failure=print)
-link.start()
-assert link.wait_connected(10)
-link.publish(topic, b"here", retain=True)
-sys.stdin.read()
+async def run():
+    link.start()
+    assert await link.wait_connected(10)
+    link.publish(topic, b"here", retain=True)
+    await asyncio.to_thread(sys.stdin.read)
+asyncio.run(run())
 """
 
 
@@ -268,7 +271,7 @@ def test_a_device_that_was_removed_is_dropped_and_stays_out(fleet_ca) -> None:
     downs: queue.Queue[None] = queue.Queue()
     with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, is_known=lambda name, _: name in known) as broker:
         config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
-        with MqttLink(config, on_failure=pytest.fail, on_disconnect=lambda: downs.put(None)) as link:
+        with Link(config, on_failure=pytest.fail, on_disconnect=lambda: downs.put(None)) as link:
             assert link.wait_connected(5)
             known.clear()
             broker.drop("cam-1")
@@ -291,9 +294,9 @@ def test_insecure_is_for_the_loopback_and_keeps_the_same_rights(fleet_ca) -> Non
     heard: queue.Queue[tuple[str, bytes]] = queue.Queue()
     with EmbeddedBroker(None, "127.0.0.1", 0) as broker:
         listening = LinkConfig(url=broker.url, client_id="cloud", subscriptions=[(EVERY_UP, 1)])
-        with MqttLink(listening, on_failure=pytest.fail, on_message=lambda *message: heard.put(message)) as cloud:
+        with Link(listening, on_failure=pytest.fail, on_message=lambda *message: heard.put(message)) as cloud:
             assert cloud.wait_connected(5)
-            with MqttLink(LinkConfig(url=broker.url, client_id="cam-1"), on_failure=pytest.fail) as device:
+            with Link(LinkConfig(url=broker.url, client_id="cam-1"), on_failure=pytest.fail) as device:
                 device.publish(up("cam-2"), b"forged")
                 device.publish(up("cam-1"), b"mine")
                 assert heard.get(timeout=5) == (up("cam-1"), b"mine")
@@ -315,7 +318,7 @@ def test_a_certificate_of_another_serial_number_is_refused_and_disturbs_nobody(f
     broker = EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, is_known=lambda _, serial: serial == valid)
     with (
         broker,
-        MqttLink(LinkConfig(url=broker.url, client_id="cam-1", identity=again), on_failure=pytest.fail) as link,
+        Link(LinkConfig(url=broker.url, client_id="cam-1", identity=again), on_failure=pytest.fail) as link,
     ):
         assert link.wait_connected(5)
         with raw(broker, fleet_ca.cloud.ca, former) as connection:
@@ -330,8 +333,8 @@ def test_a_device_that_finds_no_place_is_told_and_the_cloud_always_has_one(fleet
     share = PortShare(seats=2, waiting=4)
     with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, share=share) as broker, contextlib.ExitStack() as links:
 
-        def connect(name: str, identity: Identity) -> MqttLink:
-            link = MqttLink(LinkConfig(url=broker.url, client_id=name, identity=identity), on_failure=pytest.fail)
+        def connect(name: str, identity: Identity) -> Link:
+            link = Link(LinkConfig(url=broker.url, client_id=name, identity=identity), on_failure=pytest.fail)
             return links.enter_context(link)
 
         assert all(connect(f"cam-{n}", fleet_ca.device(f"cam-{n}")).wait_connected(30) for n in (1, 2))
@@ -348,7 +351,7 @@ def test_strangers_that_say_nothing_make_room(fleet_ca) -> None:
         for _ in range(60):
             strangers.enter_context(socket.create_connection(("127.0.0.1", broker.port), timeout=5))
         config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
-        with MqttLink(config, on_failure=pytest.fail) as link:
+        with Link(config, on_failure=pytest.fail) as link:
             assert link.wait_connected(30)
 
 
@@ -357,7 +360,7 @@ def test_a_broker_whose_part_ends_starts_again_on_its_port(fleet_ca, monkeypatch
     ups, downs = queue.Queue(), queue.Queue()
     with EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", 0, on_failure=pytest.fail) as broker:
         config = LinkConfig(url=broker.url, client_id="cam-1", identity=fleet_ca.device("cam-1"))
-        link = MqttLink(
+        link = Link(
             config, on_failure=pytest.fail, on_connect=lambda: ups.put(None), on_disconnect=lambda: downs.put(None)
         )
         with link:

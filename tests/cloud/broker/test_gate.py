@@ -11,7 +11,8 @@ from amqtt.broker import Broker
 from cloud.broker.embedded import EmbeddedBroker
 from cloud.broker.gate import QuietBroker
 from edgefl.protocols import topics
-from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.mqtt import LinkConfig
+from tests.threaded import Link
 
 
 def test_the_methods_that_we_override_are_amqtts() -> None:
@@ -24,11 +25,11 @@ def test_no_birth_is_lost_while_others_connect_and_subscribe(fleet_ca) -> None:
     names = [f"cam-{number}" for number in range(30)]
     heard: queue.Queue[str] = queue.Queue()
 
-    def agent(name: str) -> MqttLink:
+    def agent(name: str) -> Link:
         config = LinkConfig(
             url=broker.url, client_id=name, identity=fleet_ca.device(name), subscriptions=[(topics.down(name, "+"), 1)]
         )
-        link = MqttLink(
+        link = Link(
             config,
             on_failure=pytest.fail,
             on_connect=lambda: link.publish(topics.up(name, "state"), b"born", retain=True),
@@ -39,7 +40,7 @@ def test_no_birth_is_lost_while_others_connect_and_subscribe(fleet_ca) -> None:
         config = LinkConfig(
             url=broker.url, client_id="cloud", identity=fleet_ca.cloud, subscriptions=[(topics.EVERY_UP, 1)]
         )
-        with MqttLink(
+        with Link(
             config, on_failure=pytest.fail, on_message=lambda topic, _: heard.put(topics.parse_up(topic)[0])
         ) as cloud:
             assert cloud.wait_connected(5)
@@ -58,6 +59,6 @@ def test_a_connection_that_never_said_who_it_is_does_not_hold_up_the_stop(fleet_
     broker.start()
     with socket.create_connection(("127.0.0.1", broker.port), timeout=5) as mute:
         mute.sendall(b"\x10")
-        with MqttLink(LinkConfig(url=broker.url, client_id="cam-1"), on_failure=pytest.fail) as later:
+        with Link(LinkConfig(url=broker.url, client_id="cam-1"), on_failure=pytest.fail) as later:
             assert later.wait_connected(5)  # so the mute one has been accepted
         broker.stop()

@@ -27,6 +27,7 @@ from edgefl.protocols.messages import (
     decode_job,
     encode,
 )
+from tests.threaded import ThreadedCloudLink
 
 NOTE = RolloutNote(model="digits", version=2, state="active")
 TELEMETRY = Telemetry(
@@ -58,7 +59,7 @@ def cloud(broker, fleet_ca):
         on_telemetry=lambda *one: telemetry.put(one),
         is_known=known.__contains__,
     )
-    link = CloudLink(broker.url, fleet_ca.cloud, hearers)
+    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, hearers)
     link.start()
     assert link.wait_connected(5)
     yield Heard(link, states, notes, telemetry, known)
@@ -208,7 +209,7 @@ def test_a_cloud_that_comes_later_learns_who_is_there(broker, fleet_ca, peer) ->
         device.link.publish(topics.up(name, "state"), state(1), retain=True)
     device.link.publish(topics.up("cam-2", "state"), state(1, online=False), retain=True)
     device.link.close()
-    link = CloudLink(broker.url, fleet_ca.cloud, Hearers(on_failure=pytest.fail))
+    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, Hearers(on_failure=pytest.fail))
     link.start()
     assert online_is(link, "cam-1")
     assert link.wait_until(lambda: link.offline() == {"cam-2"}, 5)
@@ -222,7 +223,7 @@ def test_a_closed_link_costs_latency_not_an_error(cloud, caplog) -> None:
 
 
 AGENT = """
-import sys
+import asyncio, sys
 from pathlib import Path
 from edgefl.protocols import topics
 from edgefl.protocols.messages import DeviceState, encode
@@ -235,8 +236,10 @@ link = MqttLink(
     on_failure=print,
     on_connect=lambda: link.publish(*say(True), retain=True),
 )
-link.start()
-sys.stdin.read()
+async def run():
+    link.start()
+    await asyncio.to_thread(sys.stdin.read)
+asyncio.run(run())
 """
 
 
@@ -293,7 +296,7 @@ def test_a_database_that_is_locked_for_a_while_loses_no_message(broker, fleet_ca
         return True
 
     hearers = Hearers(on_failure=pytest.fail, on_state=lambda *one: states.put(one), is_known=is_known)
-    link = CloudLink(broker.url, fleet_ca.cloud, hearers)
+    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, hearers)
     link.start()
     assert link.wait_connected(5)
     peer("cam-1").link.publish(topics.up("cam-1", "state"), state(1))

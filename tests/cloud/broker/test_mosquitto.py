@@ -9,7 +9,8 @@ import pytest
 
 from cloud.broker.mosquitto import Mosquitto, MosquittoParts, catches_hangup
 from edgefl.protocols import tls
-from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.mqtt import LinkConfig
+from tests.threaded import Link
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def mosquitto(broker, fleet_ca):
 
 def link_of(broker, fleet_ca, name, on_disconnect=lambda: None):
     config = LinkConfig(url=broker.url, client_id=name, identity=fleet_ca.device(name))
-    return MqttLink(config, on_disconnect=on_disconnect, on_failure=pytest.fail)
+    return Link(config, on_disconnect=on_disconnect, on_failure=pytest.fail)
 
 
 def serial_of(identity):

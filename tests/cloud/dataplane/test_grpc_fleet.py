@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cloud.broker.embedded import EmbeddedBroker
-from cloud.broker.link import CloudLink, Hearers
+from cloud.broker.link import Hearers
 from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet, _Deadline
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
@@ -23,10 +23,11 @@ from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.protocols import topics
 from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import DeviceState, RoundClosed, UpdateRefused, WirePlan, decode_job, encode
-from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.mqtt import LinkConfig
 from edgefl.records import Failure, Plan
 from edgefl.testing import ManualClock, make_update
 from edgefl.trees import SpooledTree, write_tree
+from tests.threaded import Link, ThreadedCloudLink
 
 PARAMETERS = {"w": np.zeros(2, np.float32)}
 
@@ -39,7 +40,7 @@ class Device:
         config = LinkConfig(
             url=broker.url, client_id=name, identity=identity, subscriptions=[(topics.down(name, "job"), 1)]
         )
-        self.link = MqttLink(
+        self.link = Link(
             config, on_failure=pytest.fail, on_message=lambda _topic, payload: self.heard.put(decode_job(payload))
         )
         self.link.start()
@@ -63,7 +64,7 @@ class Centre:
         key = new_fleet_key()
         self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key))
         hearers = Hearers(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.presence_changed())
-        self.link = CloudLink(self.broker.url, ca.cloud, hearers)
+        self.link = ThreadedCloudLink(self.broker.url, ca.cloud, hearers)
         self.link.start()
         assert self.link.wait_connected(5)
         self.devices = {name: Device(self.broker, ca.device(name), name) for name in ("a", "b")}

@@ -12,7 +12,8 @@ from edgefl.errors import CloudUnreachable
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls
-from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.mqtt import LinkConfig
+from tests.threaded import Link
 
 
 def code_of_next(fleet, identity):
@@ -27,7 +28,7 @@ def code_of_next(fleet, identity):
 
 def broker_lets_in(fleet, name, identity):
     config = LinkConfig(url=f"mqtts://127.0.0.1:{fleet.mqtt_port}", client_id=name, identity=identity)
-    with MqttLink(config, on_failure=pytest.fail) as link:
+    with Link(config, on_failure=pytest.fail) as link:
         return link.wait_connected(3)
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.protocols import tls, topics
-from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.mqtt import LinkConfig
 from edgefl.protocols.tls import Identity
+from tests.threaded import Link
 
 LONGEST_S = 60
 
@@ -59,7 +60,7 @@ def test_a_locked_database_is_named_and_no_note_is_lost(fleet, three, health, ro
     assert ailing(health) == set()
     with contextlib.closing(sqlite3.connect(fleet.home / "cloud.db")) as other:
         other.execute("BEGIN IMMEDIATE")
-        with MqttLink(config, on_failure=pytest.fail) as link:
+        with Link(config, on_failure=pytest.fail) as link:
             assert link.wait_connected(20)
             link.publish(topics.up("speaker", "rollout"), json.dumps(note).encode())
             fleet.cloud.wait_for("inbox.waits inbox=rollout-notes")

@@ -16,9 +16,10 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls, topics
 from edgefl.protocols.messages import WirePlan, decode_job
-from edgefl.protocols.mqtt import LinkConfig, MqttLink
+from edgefl.protocols.mqtt import LinkConfig
 from edgefl.protocols.tls import Identity
 from edgefl.terminal.text import is_safe
+from tests.threaded import Link
 
 STATE = {"session": 1, "online": True, "agent_version": "1", "models": {"m": 1}, "tags": {"a": "b"}, "serving_url": ""}
 NOTE = {"model": "m", "version": 1, "state": "active", "detail": "d"}
@@ -56,7 +57,7 @@ def evil(fleet):
         url=f"mqtts://127.0.0.1:{fleet.mqtt_port}", client_id="evil", identity=Identity.in_folder(home),
         subscriptions=[(topics.down("evil", "job"), 1)],
     )  # fmt: skip
-    link = MqttLink(config, on_failure=pytest.fail, on_message=lambda _topic, payload: inbox.put(payload))
+    link = Link(config, on_failure=pytest.fail, on_message=lambda _topic, payload: inbox.put(payload))
     with link, grpc.secure_channel(
         f"127.0.0.1:{fleet.grpc_port}", tls.grpc_channel_credentials(Identity.in_folder(home))
     ) as channel:  # fmt: skip

@@ -200,7 +200,7 @@ def test_a_certificate_is_renewed_when_the_cloud_says_so_and_nothing_is_lost(
     cloud = peer("cloud", topics.EVERY_UP)
 
     async def run(link, _ears):
-        await until(lambda: fleet.serials and link._mqtt.wait_connected(0))
+        await until(lambda: fleet.serials and link._mqtt.is_up)
         first, fleet.is_due = fleet.serials[0], True
         link._ask.set()
         await until(lambda: fleet.serials[-1] != first)  # the new certificate's first use
