@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import uvicorn
 
-from edge_agent.serving.sessions import session_options
+from edgefl.models.session import new_session
 
 _Call = Callable[..., Awaitable[Any]]
 
 
 def make_app(path: str) -> Callable[[dict[str, Any], _Call, _Call], Awaitable[None]]:
     """Return the application over one model."""
-    session = ort.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
+    session = new_session(Path(path), keeps_memory=False)
     (wanted,), (given,) = session.get_inputs(), session.get_outputs()
 
     async def app(scope: dict[str, Any], receive: _Call, send: _Call) -> None:

@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 from edgefl.errors import PartFailed
+from edgefl.protocols.backoff import Backoff
 from edgefl.terminal.text import one_line
 
 MAX_FAULTS, FAULTS_S = 5, 60.0  # a part that raises so often within such a time is not started again
@@ -69,7 +70,7 @@ class Parts:
     def keep(self, name: str, work: Callable[[], None]) -> None:
         """Run a part in this thread until it returns, again after each error, unless there were too many of late."""
         faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
-        pause_s = FIRST_PAUSE_S
+        pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         while True:
             try:
                 return work()
@@ -78,9 +79,8 @@ class Parts:
                 if len(faults_s) == MAX_FAULTS and faults_s[-1] - faults_s[0] < FAULTS_S:
                     return self.ended(name, error)
                 _log.exception("part.fault part=%s: it starts again", name)
-            if self._closing.wait(pause_s):
+            if self._closing.wait(pauses.next_s()):
                 return None
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def close(self) -> None:
         """The process ends: nothing is started again."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
-from edgefl.errors import ConfigError
 from edgefl.logs import set_up_logging
 from edgefl.terminal.output import Output, example, json_option
+from edgefl.terminal.pairs import pairs_of
 
 _ELSEWHERE = {  # command -> module that has it
     "install": "edge_agent.install.service",
@@ -64,7 +64,7 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
     from edge_agent.link.enroll import Application
     from edge_agent.link.enroll import enroll as apply
 
-    application = Application(cloud=cloud, token=token, name=name, tags=_pairs("--tag", tags))
+    application = Application(cloud=cloud, token=token, name=name, tags=pairs_of("--tag", tags))
     profile = apply(home, application)
     click.echo(f"{profile.device} is enrolled; start it with: edgefl agent start --home {home}")
 
@@ -101,7 +101,7 @@ def start(log_level: str, data: Sequence[str], **options: object) -> None:
 
     raise_limit()
     set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
-    config = AgentConfig(data=_located(_pairs("--data", data)), **options)  # type: ignore[arg-type]  # click has typed them
+    config = AgentConfig(data=_located(pairs_of("--data", data)), **options)  # type: ignore[arg-type]  # click has typed them
     asyncio.run(run_agent(config))
 
 
@@ -127,16 +127,6 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         value = " ".join(f"{model}:{version}" for model, version in sorted(value.items()))
     return "-" if value == "" else str(value)
-
-
-def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise ConfigError(f"{option} {text!r} is not of the form key=value")
-        pairs[key] = value
-    return pairs
 
 
 def _located(options: Mapping[str, str]) -> dict[str, str]:

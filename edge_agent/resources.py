@@ -27,15 +27,6 @@ def measure(home: Path) -> Telemetry:
     )
 
 
-def give_memory_back() -> None:
-    """Return freed memory to the system. glibc keeps the buffers of a transfer, tens of megabytes, for itself."""
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl
-    if trim is not None:
-        trim(0)
-
-
 def default_memory_limit_mb() -> int:
     """Return what a trainer may use where nothing was said: three quarters of the memory."""
     return int(psutil.virtual_memory().total * 0.75) >> 20

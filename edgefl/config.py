@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 import dacite
 
 from edgefl.errors import ConfigError
+from edgefl.terminal.pairs import pair_of
 
 ALGORITHMS = ("fedavg", "fedsgd")
 SCHEDULES = ("constant", "cosine", "step")
@@ -220,11 +221,9 @@ def parse_value(text: str) -> Any:
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:
-    key, equals, text = setting.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {setting!r} is not of the form section.key=value")
+    key, text = pair_of("--set", setting, "section.key=value")
     value = parse_value(text)
-    *sections, last = key.strip().split(".")
+    *sections, last = key.split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):

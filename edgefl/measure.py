@@ -42,7 +42,10 @@ def how_ended(status: int) -> str:
 
 
 def give_back_memory() -> None:
-    """Return what this process no longer uses to the system, where its C library can (glibc)."""
+    """Return what this process no longer uses to the system, where its C library can: not musl.
+
+    glibc keeps the buffers of a transfer, tens of megabytes, for itself.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

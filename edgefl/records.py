@@ -70,6 +70,12 @@ class Traffic:
     up_bytes: int = 0
     down_bytes: int = 0
 
+    def __add__(self, more: Traffic) -> Traffic:
+        return Traffic(up_bytes=self.up_bytes + more.up_bytes, down_bytes=self.down_bytes + more.down_bytes)
+
+    def __sub__(self, before: Traffic) -> Traffic:
+        return Traffic(up_bytes=self.up_bytes - before.up_bytes, down_bytes=self.down_bytes - before.down_bytes)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundOutcome:

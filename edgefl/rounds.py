@@ -108,7 +108,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
     answer = None  # its tensors are let go before the step needs memory of its own
     if len(tally.admitted) < job.config.rounds.quorum:
         raise QuorumNotMet(tally.under_quorum(plan, job.config.rounds.quorum))
-    after = fleet.traffic()
+    moved = fleet.traffic() - before
     parameters = _step(job, plan, rule)
     return RoundOutcome(
         job=plan.job,
@@ -121,8 +121,8 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
         weight=tally.weight,
         metrics=tally.metrics(),
         seconds=job.clock() - start_s,
-        up_bytes=after.up_bytes - before.up_bytes,
-        down_bytes=after.down_bytes - before.down_bytes,
+        up_bytes=moved.up_bytes,
+        down_bytes=moved.down_bytes,
     )
 
 

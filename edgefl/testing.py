@@ -68,10 +68,7 @@ class ScriptedFleet:
             for client in plan.clients:
                 answer = self.script[client](plan)
                 up_bytes = tree_bytes(answer.tree) if isinstance(answer, Update) else 0
-                self._traffic = Traffic(
-                    up_bytes=self._traffic.up_bytes + up_bytes,
-                    down_bytes=self._traffic.down_bytes + tree_bytes(plan.parameters),
-                )
+                self._traffic += Traffic(up_bytes=up_bytes, down_bytes=tree_bytes(plan.parameters))
                 if answer is not None:
                     yield answer
         except GeneratorExit:

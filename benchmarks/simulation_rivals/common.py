@@ -16,7 +16,8 @@ import torch
 from benchmarks.simulation_workloads import WORKLOADS, Workload
 from edgefl.rounds import select_clients
 from edgefl.simulation.world.names import Names
-from edgefl.training.local import derive_seed, evaluate, initial_parameters
+from edgefl.training.evaluation import evaluate
+from edgefl.training.local import derive_seed, initial_parameters
 
 Samples = tuple[torch.Tensor, torch.Tensor]
 State = dict[str, torch.Tensor]

@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from cloud.state.storage import waits_for
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
+from edgefl.protocols.backoff import Backoff
 
 MAX_WAITING = 64  # items under one key
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
@@ -76,12 +77,11 @@ class Inbox(Generic[_T]):
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
-            pause_s = FIRST_PAUSE_S
+            pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
             while not self._is_done(*item):
                 with self._changed:
-                    if self._changed.wait_for(lambda: self._closed, pause_s):
+                    if self._changed.wait_for(lambda: self._closed, pauses.next_s()):
                         return
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _next(self) -> tuple[str, _T] | None:
         with self._changed:

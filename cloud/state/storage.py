@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import DBAPIError
 
 from edgefl.logs import event
+from edgefl.protocols.backoff import Backoff
 
 FIRST_PAUSE_S, LOOK_S = 0.1, 1.0
 LEAST_BYTES = 1 << 20  # what must be free before a disk is not full any more
@@ -132,7 +133,7 @@ class Storage:
 
     def insist(self, call: Callable[[], _T], refuse_stopped: Callable[[], None], num_bytes: int = 0) -> _T:
         """Call until the disk and the database take it; raises what will not pass, and what `refuse_stopped` raises."""
-        pause_s = FIRST_PAUSE_S
+        pauses = Backoff(FIRST_PAUSE_S, LOOK_S)
         while True:
             try:
                 done = call()
@@ -144,9 +145,8 @@ class Storage:
                 return done
             refuse_stopped()
             with self._changed:
-                self._changed.wait(pause_s)  # or until `wake`
+                self._changed.wait(pauses.next_s())  # or until `wake`
             refuse_stopped()
-            pause_s = min(2 * pause_s, LOOK_S)
 
     def wake(self) -> None:
         """Let those who wait look whether they are still to."""

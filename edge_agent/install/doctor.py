@@ -31,7 +31,7 @@ from edge_agent.install.probes import (
     look_at_serving,
     peer,
 )
-from edge_agent.install.units import AGENT
+from edge_agent.install.units import AGENT, settings_of
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edgefl.errors import HomeError
 from edgefl.process.home import home_in_use
@@ -235,7 +235,7 @@ def look_at_service() -> Iterator[Check]:
         [systemctl, "show", AGENT, "--property=LoadState,ActiveState,NRestarts"],
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
-    yield read_service(dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line))
+    yield read_service(settings_of(shown.stdout))
 
 
 def read_service(facts: dict[str, str]) -> Check:

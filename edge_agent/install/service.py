@@ -17,22 +17,20 @@ from pathlib import Path
 
 import click
 
-from edge_agent.install.units import AGENT, SOCKET, SYSUSERS, UNIT_FOLDER, UNITS, Installation, render
+from edge_agent.install.units import AGENT, SOCKET, SYSUSERS, UNIT_FOLDER, UNITS, Installation, render, settings_of
 from edge_agent.link.profile import load_profile
 from edge_agent.serving.access import Access
 from edgefl.errors import ConfigError, HomeError, InstallError
 from edgefl.process.home import check_home, replace_file
 from edgefl.terminal.output import example
+from edgefl.terminal.pairs import pairs_of
 
 COMMAND_TIMEOUT_S = 120
 _ENABLED = (SOCKET, AGENT)
 
 
 def _data_options(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
-    pairs = [item.partition("=") for item in given]
-    if wrong := [key for key, equals, _ in pairs if not equals or not key]:
-        raise click.BadParameter(f"{wrong[0]!r} is not of the form key=value")
-    return {key: value for key, _, value in pairs}
+    return pairs_of("--data", given)
 
 
 _ROOT_OPTION = click.option(
@@ -118,7 +116,7 @@ def uninstall_files(root: Path, *, purge: bool) -> list[str]:
     unit = _inside(root, UNIT_FOLDER / AGENT)
     if not unit.exists():
         raise InstallError(f"{unit} does not exist: no agent is installed here")
-    installed = dict(line.split("=", 1) for line in unit.read_text(encoding="utf-8").splitlines() if "=" in line)
+    installed = settings_of(unit.read_text(encoding="utf-8"))
     home, user = Path(installed["WorkingDirectory"]), installed["User"]
     if _is_image(root):
         _run("systemctl", f"--root={root}", "disable", *_ENABLED)

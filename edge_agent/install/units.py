@@ -64,6 +64,11 @@ def render(installation: Installation) -> dict[Path, str]:
     return {**rendered, SYSUSERS: _fill(SYSUSERS.name, values)}
 
 
+def settings_of(text: str) -> dict[str, str]:
+    """Return the `Key=value` lines of a unit, or of what `systemctl show` prints."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
 def quote(word: str) -> str:
     """Return a word as systemd's command lines take it whole; raises ConfigError for control characters."""
     if not word.isprintable():

@@ -66,7 +66,7 @@ class Link:
         self._home, self._profile, self._channel, self._ears = home, profile, channel, ears
         self._on_reachable = on_reachable  # each time that the cloud is so again
         self._ask = asyncio.Event()
-        self._backoff = Backoff(profile.device, ASK_AGAIN_S, ASK_AGAIN_S)
+        self._backoff = Backoff(ASK_AGAIN_S, ASK_AGAIN_S, profile.device)
         self._no_place = False  # the cloud said so
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._session = _Session(home / "session")

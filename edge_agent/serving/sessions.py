@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.serving.board import label_of
-from edgefl.errors import MissingExtra, ProtocolError
+from edgefl.errors import ProtocolError
+from edgefl.models.session import new_session, ort_errors
 
 INLINE_S = 0.002  # a model that is slower than that runs outside the event loop
 SLOW_S = 0.02  # one that once takes so long there was misjudged
@@ -145,7 +146,7 @@ class Served:
         start = self.pace.begin() if stop is None else None
         try:
             result: list[Any] = self.session.run(list(outputs), dict(feeds), stop.options if stop else None)
-        except _ort_errors() as cause:
+        except _run_errors() as cause:
             raise ProtocolError(f"model {self.name} version {self.version} cannot take this: {cause}") from cause
         if start is not None:
             self.pace.end(start)
@@ -176,33 +177,15 @@ class Models:
 def load(name: str, version: int, path: Path) -> Served:
     """Load and warm up a model; raises ProtocolError for one that does not run, MissingExtra without ORT."""
     try:
-        import onnxruntime as ort
-    except ImportError as cause:
-        raise MissingExtra("serving a release", "agent") from cause
-    try:
-        session = ort.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+        session = new_session(path, keeps_memory=False)
         inputs = tuple(_info(name, version, one) for one in session.get_inputs())
         outputs = tuple(_info(name, version, one) for one in session.get_outputs())
         seconds = _warm_up(session, inputs)
-    except _ort_errors() as cause:
+    except _run_errors() as cause:
         raise ProtocolError(f"model {name} version {version} does not load: {cause}") from cause
     inline = seconds < INLINE_S and not _depends_on_values(path)
     elements = sum(math.prod(max(size, 1) for size in one.shape) for one in inputs)
     return Served(name, version, inputs, outputs, inline, session, Pace(_affordable(elements, seconds)))
-
-
-def session_options() -> Any:
-    """Return how ONNX Runtime runs models on a device."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads cost a device's battery
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    # An arena keeps the memory of the largest request for ever, and patterns are kept for every shape ever seen.
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    return options
 
 
 def _affordable(elements: int, seconds: float) -> int:
@@ -228,7 +211,7 @@ def _warm_up(session: Any, inputs: Sequence[TensorInfo]) -> float:
     """Run on zeros or on ones; returns the seconds of the quickest run after the first, which pays for all."""
     try:
         return _quickest(session, inputs, 0)
-    except _ort_errors():  # a divisor, say
+    except _run_errors():  # a divisor, say
         return _quickest(session, inputs, 1)
 
 
@@ -248,9 +231,6 @@ def _quickest(session: Any, inputs: Sequence[TensorInfo], value: int) -> float:
     return min(runs_s)
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
-    """Return what ONNX Runtime raises: a dozen classes without a common base of theirs."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    found = [one for one in vars(state).values() if isinstance(one, type) and issubclass(one, Exception)]
-    return (*found, RuntimeError, ValueError, MemoryError)
+def _run_errors() -> tuple[type[Exception], ...]:
+    """Return what a model may raise where it is loaded or run: ONNX Runtime's own, and what it lets through."""
+    return (*ort_errors(), RuntimeError, ValueError, MemoryError)

@@ -21,7 +21,6 @@ from pathlib import Path
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.transfer import download
-from edge_agent.resources import give_memory_back
 from edge_agent.store import FailureNote, Outgoing, Store
 from edge_agent.training import trainer_wire as wire
 from edge_agent.training.bundles import Bundles, work_folder
@@ -29,12 +28,14 @@ from edge_agent.training.frozen_parts import FrozenParts
 from edge_agent.training.trainer import Trainer
 from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
+from edgefl.measure import give_back_memory
+from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
 
 MAX_WAITING = 64  # plans; `Next` lists the others again
 LEAD_S, LEAD_SHARE = 2.0, 0.05  # a fit ends so long before the deadline, so that its failure is still heard
 MAX_TRIES = 4  # of a fit whose trainer the machine kills
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 2.0
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class Participant:
         except OSError as error:  # of the disk; what is left is overwritten or removed by the next rounds
             event(_log, logging.ERROR, "work.not_removed", reason=error)
         await self._means.trainer.end()
-        give_memory_back()
+        give_back_memory()
 
     async def _take_part(self, plan: WirePlan) -> None:
         start_s = time.monotonic()
@@ -236,12 +237,13 @@ class Participant:
 
     async def _insist(self, plan: WirePlan, fit: wire.Fit | wire.Errand) -> wire.Done:
         """Have it done, again where the machine killed the trainer: some times, as the deadline allows."""
+        pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         for tries in range(1, MAX_TRIES):
             try:
                 return await self._means.trainer.fit(fit)
             except TrainerLost as error:
                 event(_log, logging.WARNING, "trainer.lost", job=plan.job, round=plan.round, tries=tries, reason=error)
-            await asyncio.sleep(min(FIRST_PAUSE_S * 2**tries, LONGEST_PAUSE_S))  # for the machine to have room again
+            await asyncio.sleep(pauses.next_s())  # for the machine to have room again
         return await self._means.trainer.fit(fit)
 
     def _as_errand(self, plan: WirePlan, order: Path, bundle: Path, app: str, draft: Path) -> wire.Errand:

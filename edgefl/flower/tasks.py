@@ -22,7 +22,8 @@ from edgefl.errors import MissingExtra
 from edgefl.records import Failure, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.task import Task
-from edgefl.training.local import evaluate, initial_parameters, train_locally
+from edgefl.training.evaluation import evaluate
+from edgefl.training.local import initial_parameters, train_locally
 from edgefl.training.parts import parts_of
 
 try:
@@ -83,8 +84,7 @@ class GridFleet:
         return self._traffic
 
     def _count(self, *, up_bytes: int = 0, down_bytes: int = 0) -> None:
-        before = self._traffic
-        self._traffic = Traffic(up_bytes=before.up_bytes + up_bytes, down_bytes=before.down_bytes + down_bytes)
+        self._traffic += Traffic(up_bytes=up_bytes, down_bytes=down_bytes)
 
 
 def _server_app(task: Task, config: JobConfig, on_round: OnRound | None) -> ServerApp:

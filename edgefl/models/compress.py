@@ -20,10 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from edgefl.errors import AccuracyGateFailed, ConfigError, MissingExtra
-from edgefl.models.session import accuracy_of, input_name, open_session
+from edgefl.models.session import input_name, open_session
 from edgefl.trees import Array
-
-__all__ = ["CompressReport", "Measure", "accuracy_of", "compress"]
 
 CALIBRATION_BATCH = 32
 _ROUNDING = 1e-9  # 0.97 - 0.96 is above 0.01 in floats

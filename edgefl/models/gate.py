@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgefl.errors import ConfigError
-from edgefl.models import compress
 from edgefl.models.compress import Measure
-from edgefl.models.session import input_name, is_classified, open_session
+from edgefl.models.session import input_name, open_session
 from edgefl.task import Task
-from edgefl.training.local import EVALUATION_BATCH, evaluate_model
+from edgefl.training.evaluation import EVALUATION_BATCH, evaluate_model
 from edgefl.training.samples import Samples, test_samples
 from edgefl.trees import Array
 
@@ -55,7 +54,7 @@ def gate_of(task: Task, source: Path) -> Gate:
         inputs, targets = samples.inputs.cpu().numpy(), samples.targets.cpu().numpy()
         return Gate(
             measure=Measure(),
-            evaluate=lambda path: {ACCURACY: compress.accuracy_of(path, inputs, targets)},
+            evaluate=lambda path: {ACCURACY: accuracy_of(path, inputs, targets)},
         )
     share_lost = Measure(name=LOSS, drop=_share_lost(task, source, samples), unit=" of what the model has learned")
     return Gate(measure=share_lost, evaluate=lambda path: measured(task, path, samples))
@@ -64,6 +63,32 @@ def gate_of(task: Task, source: Path) -> Gate:
 def measured(task: Task, path: Path, samples: Samples) -> dict[str, float]:
     """Return the loss and the task's metrics of an ONNX file over samples."""
     return evaluate_model(task, _answering(_runner(path)), samples)
+
+
+def is_classified(outputs: Array, targets: Array) -> bool:
+    """Say whether targets are classes for outputs of shape (N, C, ...): integers in 0..C-1, one a place."""
+    return _has_scores(outputs, targets) and bool(((targets >= 0) & (targets < outputs.shape[1])).all())
+
+
+def accuracy_of(path: Path, inputs: Array, targets: Array) -> float:
+    """Return the share of targets that are the index of the largest output: of a picture, over its pixels.
+
+    Raises ConfigError where the targets are not classes.
+    """
+    if len(inputs) == 0 or len(inputs) != len(targets):
+        raise ConfigError(f"accuracy needs as many targets as inputs, and one at least: {len(inputs)}, {len(targets)}")
+    session = open_session(path)
+    name, right = input_name(session), 0
+    for start in range(0, len(inputs), EVALUATION_BATCH):
+        (outputs,) = session.run(None, {name: np.asarray(inputs[start : start + EVALUATION_BATCH])})
+        chunk = np.asarray(targets[start : start + EVALUATION_BATCH])
+        if not _has_scores(outputs, chunk):
+            raise ConfigError(
+                f"{path.name} gives {outputs.dtype}{list(outputs.shape)} for targets of {chunk.dtype}"
+                f"{list(chunk.shape)}: these are not classes, so there is no accuracy"
+            )
+        right += int((outputs.argmax(axis=1) == chunk).sum())
+    return right / np.asarray(targets).size
 
 
 def _share_lost(task: Task, source: Path, samples: Samples) -> Callable[[float, float], float]:
@@ -132,3 +157,10 @@ def _answering(run: Callable[[Array], Array]) -> torch.nn.Module:
             return torch.from_numpy(run(inputs.cpu().numpy())).to(inputs.device)
 
     return Answering()
+
+
+def _has_scores(outputs: Array, targets: Array) -> bool:
+    """Say whether outputs have scores, two at least, where targets have an integer."""
+    if targets.dtype.kind not in "iu" or outputs.ndim < 2 or outputs.shape[1] < 2:
+        return False
+    return targets.shape == (len(outputs), *outputs.shape[2:])

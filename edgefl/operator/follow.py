@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from edgefl.errors import CloudRefused, CloudUnreachable
 from edgefl.operator.client import CloudClient, Json
+from edgefl.protocols.backoff import Backoff
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
@@ -88,28 +89,29 @@ def follow_relay(
 def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
     """Call until the cloud answers; raises CloudUnreachable when patience ends. For what may be done twice."""
     patience = patience or Patience()
-    until_s, pause_s = patience.clock() + patience.seconds, FIRST_PAUSE_S
+    until_s, pauses = patience.clock() + patience.seconds, Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
     while True:
         try:
             return call()
         except (CloudUnreachable, CloudRefused) as error:
             if isinstance(error, CloudRefused) and error.status not in _PASSING:
                 raise
+            pause_s = pauses.next_s()
             if patience.clock() + pause_s > until_s:
                 raise
         patience.pause(pause_s)
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def _resumed(
     connect: Callable[[], Iterator[Json]], is_last: Callable[[Json], bool], patience: Patience,
     until_s: float = math.inf, *, hear: Callable[[Json], None] = lambda _event: None,
 ) -> Iterator[Json]:  # fmt: skip
-    heard_s, pause_s = patience.clock(), FIRST_PAUSE_S
+    heard_s, pauses = patience.clock(), Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
     while True:
         try:
             for event in connect():
-                heard_s, pause_s = patience.clock(), FIRST_PAUSE_S
+                heard_s = patience.clock()
+                pauses.reset()
                 hear(event)
                 if "heartbeat" in event:
                     continue
@@ -121,10 +123,9 @@ def _resumed(
             if isinstance(error, CloudRefused) and error.status not in _PASSING:
                 raise
             fault = error
-        now_s = patience.clock()
+        now_s, pause_s = patience.clock(), pauses.next_s()
         if now_s >= until_s:
             return
         if now_s + pause_s - heard_s > patience.seconds:
             raise fault
         patience.pause(min(pause_s, until_s - now_s))
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

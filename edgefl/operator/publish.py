@@ -87,7 +87,7 @@ def parameters_of(client: CloudClient, job: Json, folder: Path) -> Path:
 def export(task: Task, parameters: Path, folder: Path, *, compression: str, max_drop: float) -> Exported:
     """Make the ONNX file to publish; raises ConfigError, ParityError and AccuracyGateFailed."""
     from edgefl.models.export import export_task
-    from edgefl.training.local import evaluate
+    from edgefl.training.evaluation import evaluate
     from edgefl.trees import SpooledTree
 
     if compression not in COMPRESSIONS:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import Any
 
 from edgefl.aggregation import make_rule
 from edgefl.bundle import pack_bundle
@@ -24,7 +23,7 @@ from edgefl.operator.client import CloudClient, Json, load_credentials
 from edgefl.operator.follow import Patience, follow_job, insist
 from edgefl.protocols.messages import BlobRef
 from edgefl.task import Task, load_task
-from edgefl.training.local import evaluate_model, make_model, set_parameters
+from edgefl.training.evaluation import Judge
 from edgefl.training.parts import parts_of
 from edgefl.trees import SpooledTree, Tree, write_tree
 from edgefl.trees.frozen import whole
@@ -113,7 +112,7 @@ def watch(
     out: Path | None = None, patience: Patience | None = None,
 ) -> RunResult:  # fmt: skip
     """Follow a job to its end, over restarts of the cloud; raises JobFailed or JobCancelled where it has none."""
-    judge = Judge(client, task, patience) if task is not None else None
+    judge = JobJudge(client, task, patience) if task is not None else None
     heard = heard or Heard()
     rounds: list[Json] = []
     end: Json = {}
@@ -141,47 +140,34 @@ def watch(
     )
 
 
-class Judge:
-    """Evaluates models of a job on the task's test data; says nothing where there is none."""
+class JobJudge:
+    """Judges the models of a job, here, by the task's test data; says nothing where there is none."""
 
     def __init__(self, client: CloudClient, task: Task, patience: Patience | None = None) -> None:
         self._client, self._patience = client, patience
-        self._task = task
+        self._judge = Judge(task)
         self._frozen: tuple[str, Tree] | None = None  # the last, by its digest
-        self._tools: tuple[Any, Any] | None = None
-        if task.model is not None and task.test_data is not None:
-            from edgefl.training.samples import test_samples
-
-            self._tools = (make_model(task), test_samples(task, {}))
 
     def __call__(self, sha256: str, frozen: str | None = None) -> dict[str, float]:
         """Return `loss` and the task's metrics; empty for a model that the cloud no longer keeps.
 
         `frozen` is the digest of the tensors that the model lacks, where it lacks some.
         """
-        if self._tools is None:
+        if not self._judge.can:
             return {}
-        with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
-            path = Path(folder) / "model"
-            try:
-                insist(lambda: download(self._client, sha256, path), self._patience)
-                others = self._of(frozen)
-            except NotFound:
-                return {}
-            model, samples = self._tools
-            set_parameters(self._task, model, whole(SpooledTree(path), others))
-            return evaluate_model(self._task, model, samples)
+        try:
+            moving = self._tree(sha256)
+            if frozen is not None and (self._frozen is None or self._frozen[0] != frozen):  # one for all of a job
+                self._frozen = frozen, self._tree(frozen)
+        except NotFound:
+            return {}
+        return self._judge(whole(moving, None if frozen is None or self._frozen is None else self._frozen[1]))
 
-    def _of(self, frozen: str | None) -> Tree | None:
-        """Return the tensors that all models of a job share, fetched once."""
-        if frozen is None:
-            return None
-        if self._frozen is None or self._frozen[0] != frozen:
-            with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
-                path = Path(folder) / "frozen"
-                insist(lambda: download(self._client, frozen, path), self._patience)
-                self._frozen = frozen, dict(SpooledTree(path))  # mapped: the file may go
-        return self._frozen[1]
+    def _tree(self, sha256: str) -> Tree:
+        with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
+            path = Path(folder) / "tree"
+            insist(lambda: download(self._client, sha256, path), self._patience)
+            return dict(SpooledTree(path))  # mapped: the file may go
 
 
 def download(client: CloudClient, sha256: str, path: Path) -> None:

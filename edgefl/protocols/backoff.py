@@ -1,5 +1,7 @@
 """How long to wait before the next attempt: doubling up to a limit, spread over a fleet by each one's name.
 
+Everything that tries again waits by this, whatever it waits with: a clock, a condition, an event loop.
+
 One that is told that there is no place waits longer: its attempts cost the other end a handshake each.
 """
 
@@ -11,9 +13,9 @@ FULL_FIRST_S, FULL_LAST_S = 5.0, 60.0
 
 
 class Backoff:
-    """The delays of one client."""
+    """The delays of one client; without a name they are the plain ones."""
 
-    def __init__(self, name: str, first_s: float, last_s: float) -> None:
+    def __init__(self, first_s: float, last_s: float, name: str = "") -> None:
         self._spread = 1 + zlib.crc32(name.encode()) % 1000 / 1000  # no random number: tests can say what it is
         self._first_s, self._last_s = first_s, last_s
         self._delay_s = 0.0

@@ -79,7 +79,7 @@ class MqttLink:
         self._is_closed = False
         self._failure: BaseException | None = None
         self._reason = ""  # why the link is down, or is to be
-        self._backoff = Backoff(config.client_id, FIRST_DELAY_S, LAST_DELAY_S)
+        self._backoff = Backoff(FIRST_DELAY_S, LAST_DELAY_S, config.client_id)
         self._faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
 
     @property

@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -40,11 +39,11 @@ from edgefl.simulation.world.population import make_population
 from edgefl.simulation.world.settings import SimulationConfig, VirtualTime, settled, virtual_time
 from edgefl.task import Task, load_task
 from edgefl.terminal.interrupt import set_by_interrupt
-from edgefl.training.local import evaluate_model, initial_parameters, make_model, set_parameters
+from edgefl.training.evaluation import Judge
+from edgefl.training.local import initial_parameters
 from edgefl.training.parts import parts_of
 from edgefl.training.randomness import kept, seeded
-from edgefl.training.samples import require_torch, test_samples
-from edgefl.trees import Tree
+from edgefl.training.samples import require_torch
 from edgefl.trees.frozen import whole
 
 OnEngine = Callable[[str, str], None]  # its name, and why it was chosen
@@ -165,7 +164,7 @@ class _Run:
     ) -> None:
         self._setup, self._chosen, self._virtual, self._watching = setup, chosen, virtual, watching
         self._evaluate_every = evaluate_every
-        self._judge = _Judge(setup.task)
+        self._judge = Judge(setup.task, computing=lambda: torch_threads(num_cores()))
         self._parts = parts_of(setup.task, setup.config.train.seed)
         self._parameters = self._parts.moving
         self._rounds: list[Json] = []
@@ -274,21 +273,3 @@ class _Run:
             took_part=self._took_part,
             spent=virtual.devices.spent() if virtual is not None else np.zeros((0, 3)),
         )
-
-
-class _Judge:
-    """Evaluates parameters on the task's test data; says nothing where there is none."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._tools: tuple[Any, Any] | None = None
-        if task.model is not None and task.test_data is not None:
-            self._tools = (make_model(task), test_samples(task, {}))
-
-    def __call__(self, parameters: Tree) -> dict[str, float]:
-        if self._tools is None:
-            return {}
-        model, samples = self._tools
-        with torch_threads(num_cores()):
-            set_parameters(self._task, model, parameters)
-            return evaluate_model(self._task, model, samples)

@@ -22,15 +22,13 @@ from edgefl.guards import wrong_spec
 from edgefl.task import FitResult, Task, UserCode
 from edgefl.training.own_fit import arrays_of, fit_of
 from edgefl.training.randomness import seeded
-from edgefl.training.samples import Samples, computing_device, require_torch, test_samples, train_samples
+from edgefl.training.samples import Samples, computing_device, require_torch, train_samples
 from edgefl.trees import Array, Tree, spec_of, subtract, why_not_sent
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 from edgefl.trees.tensors import array_of, tensor_of
 
 if TYPE_CHECKING:
     import torch
-
-EVALUATION_BATCH = 128
 
 
 def initial_parameters(task: Task, seed: int = 0) -> Tree:
@@ -89,30 +87,6 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     if frozen:
         refuse_moved(task.name, views_of(task, model, frozen), frozen)
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
-
-
-def evaluate(task: Task, parameters: Tree, options: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Return `loss` and each metric over the task's test data; empty where it has no model or test data."""
-    if task.model is None or task.test_data is None:
-        return {}
-    model, samples = make_model(task, parameters), test_samples(task, options or {})
-    return evaluate_model(task, model, samples)
-
-
-def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict[str, float]:
-    """Return `loss` and each metric as means over the samples."""
-    import torch
-
-    totals: dict[str, float] = {}
-    model.eval()
-    with torch.no_grad(), seeded(0), UserCode(task.name, "evaluation"):
-        for chunk in samples.chunks(EVALUATION_BATCH):
-            outputs = model(chunk.inputs)
-            values = {"loss": float(loss_of(task, outputs, chunk.targets))}
-            values |= {name: float(metric(outputs, chunk.targets)) for name, metric in task.metrics.items()}
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value * len(chunk)
-    return {name: total / len(samples) for name, total in totals.items()}
 
 
 def derive_seed(seed: int, round_number: int, client: str) -> int:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from edge_agent.resources import default_memory_limit_mb, give_memory_back, measure
+from edge_agent.resources import default_memory_limit_mb, measure
 from edgefl.protocols.messages import Telemetry, decode, encode
 
 
@@ -31,14 +31,3 @@ def test_a_battery_where_there_is_one(tmp_path, monkeypatch, battery):
 def test_the_trainer_may_have_three_quarters():
     total_mb = psutil.virtual_memory().total / 2**20
     assert 0.7 * total_mb < default_memory_limit_mb() < 0.8 * total_mb
-
-
-def test_freed_memory_goes_back_to_the_system():
-    process = psutil.Process()
-    blocks = [bytes(2000) for _ in range(20_000)]
-    full = process.memory_info().rss
-    last = blocks[-1]
-    blocks.clear()
-    give_memory_back()
-    assert last
-    assert process.memory_info().rss < full - 20e6

@@ -10,7 +10,8 @@ import pytest
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.task import load_task
-from edgefl.training.local import evaluate, initial_parameters, train_locally
+from edgefl.training.evaluation import evaluate
+from edgefl.training.local import initial_parameters, train_locally
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("EDGEFL_TEST_DATA", ROOT.parent / "shared" / "data")) / "cifar10"

@@ -11,13 +11,15 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.bundle import load_bundle, pack_bundle, unpack_bundle
 from edgefl.config import JobConfig, load_config
 from edgefl.errors import TaskError
-from edgefl.models.compress import accuracy_of, compress
+from edgefl.models.compress import compress
 from edgefl.models.export import export_task
+from edgefl.models.gate import accuracy_of
 from edgefl.records import Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.task import load_task
 from edgefl.testing import ScriptedFleet
-from edgefl.training.local import buffer_names, evaluate, initial_parameters, set_threads, train_locally
+from edgefl.training.evaluation import evaluate
+from edgefl.training.local import buffer_names, initial_parameters, set_threads, train_locally
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 PARTS = 3

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.task import UserCode, forget_modules, import_from
+from edgefl.terminal.pairs import pair_of
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -109,10 +110,8 @@ def parse_run_config(settings: Iterable[str]) -> dict[str, RunConfigValue]:
     """Read `key=value` settings: values as in TOML, a bare word is a string."""
     config: dict[str, Any] = {}
     for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {setting!r} is not of the form key=value")
-        config[key.strip()] = _toml_value(text)
+        key, text = pair_of("--set", setting)
+        config[key] = _toml_value(text)
     return flatten(config, where="--set")
 
 

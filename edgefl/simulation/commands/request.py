@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgefl.errors import ConfigError
 from edgefl.terminal.output import refuse_no_folder
+from edgefl.terminal.pairs import pairs_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +70,4 @@ class SimulateRequest:
 
     def options(self) -> Mapping[str, str]:
         """Return the data options; raises ConfigError for what is none."""
-        options = {}
-        for pair in self.data:
-            key, equals, value = pair.partition("=")
-            if not equals or not key:
-                raise ConfigError(f"--data {pair!r} is not of the form key=value")
-            options[key] = value
-        return options
+        return pairs_of("--data", self.data)

@@ -74,8 +74,7 @@ class Sheltered:
         yield from self._engine.collect(dataclasses.replace(plan, clients=left))
 
     def traffic(self) -> Traffic:
-        now = self._engine.traffic()
-        return Traffic(up_bytes=self._spent.up_bytes + now.up_bytes, down_bytes=self._spent.down_bytes + now.down_bytes)
+        return self._spent + self._engine.traffic()
 
     def close(self) -> None:
         """End what is there."""

@@ -86,10 +86,8 @@ class Meter:
         """Count the models that were sent down for an answer, and the updates in it."""
         clients = answer.contributors if isinstance(answer, Partial) else (answer.device,)
         up = 0 if isinstance(answer, Failure) else len(clients)
-        self._traffic = Traffic(
-            up_bytes=self._traffic.up_bytes + up * self._bytes,
-            down_bytes=self._traffic.down_bytes + len(clients) * self._bytes + self._once(clients),
-        )
+        down_bytes = len(clients) * self._bytes + self._once(clients)
+        self._traffic += Traffic(up_bytes=up * self._bytes, down_bytes=down_bytes)
 
     def _once(self, clients: Sequence[str]) -> int:
         """Return the bytes of what is frozen for those of the clients that did not have it."""

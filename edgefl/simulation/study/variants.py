@@ -13,6 +13,9 @@ from typing import Any
 
 from edgefl.config import parse_value
 from edgefl.errors import ConfigError
+from edgefl.terminal.pairs import pair_of
+
+FORM = "section.key=value,value"
 
 _OPENING, _CLOSING, _QUOTES = "[{", "]}", "\"'"
 
@@ -33,10 +36,10 @@ def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Read `key=value,value` words; raises ConfigError for one that is not of this form."""
     over: dict[str, list[Any]] = {}
     for text in texts:
-        key, equals, values = text.partition("=")
-        key, parts = key.strip(), _split(values)
-        if not equals or not key or not all(part.strip() for part in parts):
-            raise ConfigError(f"--sweep {text!r} is not of the form section.key=value,value")
+        key, values = pair_of("--sweep", text, FORM)
+        parts = _split(values)
+        if not all(part.strip() for part in parts):
+            raise ConfigError(f"--sweep {text!r} is not of the form {FORM}")
         if key in over:
             raise ConfigError(f"--sweep {text!r}: {key!r} is swept already; write all its values into one --sweep")
         over[key] = [parse_value(part.strip()) for part in parts]

@@ -6,7 +6,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgefl.errors import AccuracyGateFailed, ConfigError
-from edgefl.models.compress import accuracy_of, compress
+from edgefl.models.compress import compress
+from edgefl.models.gate import accuracy_of
 
 CLASSES, FEATURES, WIDTH = 4, 16, 128
 

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 
 from edgefl import Task
 from edgefl.errors import AccuracyGateFailed, ConfigError
-from edgefl.models.gate import gate_of
+from edgefl.models.gate import accuracy_of, gate_of
 from edgefl.operator.publish import export
 from edgefl.training.local import initial_parameters
 from edgefl.trees import write_tree
@@ -123,3 +125,32 @@ def test_what_cannot_be_judged_is_refused_in_words(tmp_path):
     with pytest.raises(ConfigError, match="has no test_data"):
         exported(without, tmp_path, "int8")
     assert exported(without, tmp_path).metrics == {}
+
+
+@pytest.fixture
+def identity(tmp_path):
+    """A file that returns its input, with names that are not ours."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    path = tmp_path / "identity.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+def test_accuracy_by_hand(identity):
+    inputs = np.eye(3, dtype=np.float32)
+    assert accuracy_of(identity, inputs, np.array([0, 1, 0])) == pytest.approx(2 / 3)
+
+
+def test_accuracy_over_many_batches(identity):
+    targets = np.arange(1000) % 3
+    inputs = np.eye(3, dtype=np.float32)[targets]
+    targets[:250] = 5
+    assert accuracy_of(identity, inputs, targets) == 0.75
+
+
+def test_accuracy_needs_samples(identity):
+    with pytest.raises(ConfigError, match="as many targets as inputs"):
+        accuracy_of(identity, np.zeros((0, 3), np.float32), np.zeros(0))
+    with pytest.raises(ConfigError, match="as many targets as inputs"):
+        accuracy_of(identity, np.zeros((2, 3), np.float32), np.zeros(1))

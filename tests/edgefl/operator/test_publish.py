@@ -63,9 +63,9 @@ def test_parameters_that_are_none_are_named(torch_task, tmp_path, content):
 
 
 def test_a_drop_above_the_gate_publishes_nothing(torch_task, trained, tmp_path, monkeypatch):
-    from edgefl.models import compress
+    from edgefl.models import gate
 
-    monkeypatch.setattr(compress, "accuracy_of", lambda path, *_: 0.5 if "int8" in path.name else 0.9)
+    monkeypatch.setattr(gate, "accuracy_of", lambda path, *_: 0.5 if "int8" in path.name else 0.9)
     with pytest.raises(AccuracyGateFailed, match=r"from 0\.9000 to 0\.5000"):
         export(load_task(str(torch_task)), trained, tmp_path, compression="int8", max_drop=0.02)
 

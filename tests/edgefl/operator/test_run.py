@@ -15,7 +15,7 @@ from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.follow import Patience, follow_job
 from edgefl.operator.run import Heard, download, submit, watch
 from edgefl.task import load_task
-from edgefl.training.local import evaluate
+from edgefl.training.evaluation import evaluate
 from edgefl.trees import SpooledTree
 
 CONFIG = JobConfig(rounds=RoundsConfig(count=4), train=TrainConfig(lr=0.5))

@@ -20,7 +20,6 @@ from edgefl.task import FitResult, Task
 from edgefl.training.local import (
     buffer_names,
     derive_seed,
-    evaluate,
     initial_parameters,
     set_threads,
     train_locally,
@@ -156,22 +155,6 @@ def test_fedsgd_over_unequal_parts_is_one_centralised_step(optimizer):
     step.step()
     for name, tensor in central.state_dict().items():
         assert np.abs(tensor.numpy() - stepped[name]).max() < 1e-6
-
-
-def test_evaluation_by_hand():
-    task = line_task(
-        test_data=lambda: (np.arange(300.0)[:, None], np.zeros((300, 1))),
-        metrics={"largest": lambda outputs, _: outputs.mean()},
-    )
-    seen = evaluate(task, {"w": np.array(2.0, np.float32)})
-    assert seen == {
-        "loss": pytest.approx(4 * (np.arange(300.0) ** 2).mean(), rel=1e-5),
-        "largest": pytest.approx(299.0, rel=1e-5),
-    }
-
-
-def test_a_task_without_test_data_or_model_has_nothing_to_evaluate():
-    assert evaluate(line_task(), {"w": np.array(2.0, np.float32)}) == {}
 
 
 # Laws.
@@ -380,9 +363,3 @@ def test_parameters_of_another_model():
         TaskError, match=r"not the parameters of its model: tensor 'w' is float32\[1\], not float32\[\]"
     ):
         train(line_task(), {"w": np.ones(1, np.float32)})
-
-
-def test_a_metric_that_raises():
-    task = line_task(test_data=lambda: (X, Y), metrics={"m": lambda *_: 1 / 0})
-    with pytest.raises(TaskError, match="evaluation raised ZeroDivisionError"):
-        evaluate(task, initial_parameters(task))

@@ -9,7 +9,8 @@ from torch import nn
 
 from edgefl.config import TrainConfig
 from edgefl.task import FitResult, Task, load_task
-from edgefl.training.local import evaluate, initial_parameters, train_locally
+from edgefl.training.evaluation import evaluate
+from edgefl.training.local import initial_parameters, train_locally
 from edgefl.training.randomness import Drawn, kept, seeded
 
 
