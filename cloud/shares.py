@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from edgefl.errors import HomeError
+from edgefl.errors import HostError
 from edgefl.protocols.ports.connections import MAX_LEAVING, ConnectionLimits
 
 LEAST = 256  # descriptors: below, there is no cloud to speak of
@@ -44,9 +44,9 @@ class Shares:
 
     @classmethod
     def of(cls, limit: int, *, embedded_broker: bool) -> Self:
-        """Divide a limit; raises HomeError for one with which a cloud cannot work."""
+        """Divide a limit; raises HostError for one with which a cloud cannot work."""
         if limit < LEAST:
-            raise HomeError(
+            raise HostError(
                 f"this process may open {limit} files and connections; a cloud needs {LEAST}, and two more for each "
                 "device. Raise the limit: `ulimit -n`, or LimitNOFILE= in its unit"
             )

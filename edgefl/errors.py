@@ -1,30 +1,36 @@
-"""Every error edgefl raises, in one tree.
+"""Every error edgefl raises, in one tree. All of them can be imported from `edgefl`.
 
     EdgeflError
     |-- ConfigError          a configuration, option or task reference that cannot be used
+    |   `-- NotFound         a job, model, device, rollout or blob that the cloud does not have
     |-- MissingExtra         an optional dependency that this installation lacks
     |-- TaskError            the user's task raised, hung, or returned what cannot be an update
-    |   `-- TrainerLost      the trainer was killed or could not be started: not by the task, so it is tried again
+    |-- TrainerLost          the trainer was killed or could not be started: not by the task, so it is tried again
     |-- UpdateRejected       an update refused by a guard, before it changed anything
     |-- QuorumNotMet         a round that ended with too few admitted updates
     |-- StepFailed           parameters that a round's step left not finite, or beyond their dtype
-    |-- BlobDamaged          stored bytes that are no longer what their name says
     |-- JobFailed            a job that ended before its last round
+    |   |-- CutShort         a simulation, by a round under its quorum or a step that failed; has what there is
+    |   `-- ProcessLost      a simulation whose own process ended, and again; has what there is
     |-- JobCancelled         a job stopped by its operator
-    |-- CloudStopping        the cloud ends; its jobs go on when it is started again
+    |-- BlobDamaged          bytes that are not what their name says
     |-- ProtocolError        bytes that are not what the protocol says
     |-- UploadCutOff         an upload whose place a newer one took, or whose round is over
     |-- ManifestRejected     a bundle or release with a wrong signature, hash, size or version
-    |-- ParityError          an exported model that does not compute what its source computes
+    |-- ParityError          models that should compute the same and do not: an export, releases on several devices
     |-- AccuracyGateFailed   a compressed model that loses more accuracy than allowed
+    |-- RolloutFailed        a release that devices do not serve as they were told
     |-- EnrolmentRefused     a token or name the cloud does not accept
-    |-- CloudUnreachable     the cloud or its broker did not answer in time
+    |-- CloudUnreachable     the cloud or its broker did not answer in time, or a transfer with it was given up
     |-- CloudRefused         the cloud answered, and said no
-    |-- NotFound             a job, model, device, rollout or blob that the cloud does not have
+    |-- CloudStopping        the cloud ends; its jobs go on when it is started again
     |-- DiskFull             a disk without the space that something needs
     |-- PartFailed           a part of a running program that ended and could not be started again
+    |-- ProcessFailed        a process of a fleet on this machine that ended, or did not do in time what was awaited
     |-- HomeError            a home folder that is missing, damaged, taken or of a newer version
-    `-- InstallError         a host on which the agent cannot be installed as a service
+    |-- HostError            a host that lacks what a program needs: descriptors, another program
+    |   `-- InstallError     a host on which the agent cannot be installed as a service
+    `-- OwnFault             a fault of edgefl itself, not of the app that it ran
 
 A message says who, what was seen, what was wanted and what to do.
 """
@@ -51,7 +57,7 @@ class TaskError(EdgeflError):
     """The user's task raised, hung, or returned what cannot be an update."""
 
 
-class TrainerLost(TaskError):
+class TrainerLost(EdgeflError):
     """The machine killed the trainer or could not start it. What it did can be done again."""
 
 
@@ -73,11 +79,11 @@ class StepFailed(EdgeflError):
 
 
 class BlobDamaged(EdgeflError):
-    """Stored bytes are no longer what their name says."""
+    """Bytes are not, or no longer, what their name says."""
 
 
 class JobFailed(EdgeflError):
-    """A job ended before its last round; the message is the cloud's."""
+    """A job ended before its last round; of one on a fleet the message is the cloud's."""
 
 
 class JobCancelled(EdgeflError):
@@ -97,11 +103,15 @@ class ManifestRejected(EdgeflError):
 
 
 class ParityError(EdgeflError):
-    """An exported model does not compute what its source computes."""
+    """Models that should compute the same do not, or one cannot be exported so that it would."""
 
 
 class AccuracyGateFailed(EdgeflError):
     """A compressed model loses more accuracy than the gate allows."""
+
+
+class RolloutFailed(EdgeflError):
+    """Devices do not serve a release as they were told."""
 
 
 class EnrolmentRefused(EdgeflError):
@@ -109,7 +119,7 @@ class EnrolmentRefused(EdgeflError):
 
 
 class CloudUnreachable(EdgeflError):
-    """The cloud or its broker did not answer in time."""
+    """The cloud or its broker did not answer in time, or a transfer with it was given up."""
 
 
 class CloudRefused(EdgeflError):
@@ -140,7 +150,19 @@ class CloudStopping(EdgeflError):
     """The cloud ends; its jobs go on when it is started again."""
 
 
-class InstallError(EdgeflError):
+class ProcessFailed(EdgeflError):
+    """A process of a fleet on this machine ended, or did not do in time what was awaited; with its last lines."""
+
+
+class OwnFault(EdgeflError):
+    """Something in edgefl itself failed while it ran somebody else's app."""
+
+
+class HostError(EdgeflError):
+    """This host lacks what a program needs; the message says what, and how to get it."""
+
+
+class InstallError(HostError):
     """The agent cannot be installed as a service on this host."""
 
 

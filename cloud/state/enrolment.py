@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from cloud.state.store import devices, revoked, tokens, updates
 from cloud.trust.crl import make_crl
 from cloud.trust.renewal import Renewals, forget_next
-from edgefl.errors import EnrolmentRefused, NotFound
+from edgefl.errors import ConfigError, EnrolmentRefused, NotFound
 from edgefl.protocols.tls import LEAF_DAYS, serial_number, sign_request, token_for
 from edgefl.protocols.topics import valid_device_name
 from edgefl.terminal.text import is_safe
@@ -60,7 +60,7 @@ class Enrolment:
     def new_token(self, valid_for_s: float = VALID_FOR_S) -> str:
         """Make a one-time token. It carries the CA's fingerprint too: a device trusts nobody before that."""
         if not 0 < valid_for_s <= 366 * 24 * 3600:
-            raise EnrolmentRefused(f"a token valid for {valid_for_s:g} s: wanted is above 0 s and at most a year")
+            raise ConfigError(f"a token valid for {valid_for_s:g} s: wanted is above 0 s and at most a year")
         secret = secrets.token_urlsafe(TOKEN_BYTES)
         row = {"secret_sha256": _hashed(secret), "expires_s": self._clock() + valid_for_s}
         with self._engine.begin() as db:

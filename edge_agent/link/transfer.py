@@ -24,6 +24,7 @@ from edge_agent.link.channel import CloudChannel
 from edge_agent.store import Outgoing
 from edgefl.errors import CloudUnreachable, ManifestRejected
 from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
 from edgefl.protocols.messages import BlobRef
 
@@ -189,7 +190,7 @@ async def _receive(channel: CloudChannel, incoming: _Incoming) -> bool:
 
 async def _until_done(what: str, attempt: Callable[[], Awaitable[bool]], progress: _Progress) -> None:
     """Repeat a transfer that breaks off, until it is done or stands still."""
-    idle = 0
+    idle, pauses = 0, Backoff(0.05, 2.0)
     while True:
         before = progress.offset
         try:
@@ -207,7 +208,9 @@ async def _until_done(what: str, attempt: Callable[[], Awaitable[bool]], progres
             raise CloudUnreachable(
                 f"{what} was given up at byte {progress.offset} after {idle} attempts; last: {reason}"
             )
-        await asyncio.sleep(min(0.05 * 2**idle, 2.0))  # spares a cloud that is up, but failing
+        if idle == 0:
+            pauses.reset()
+        await asyncio.sleep(pauses.next_s())  # spares a cloud that is up, but failing
 
 
 def _refuse_unknown(state: pb.UploadState) -> None:

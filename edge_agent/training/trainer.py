@@ -82,7 +82,7 @@ class Trainer:
         await self.prepare()
         child = self._child
         if child is None:
-            raise TaskError("the trainer was ended before it could begin")
+            raise TrainerLost("the trainer was ended before it could begin")
         child.busy = True
         try:
             answer = await child.ask(fit)
@@ -183,7 +183,7 @@ class _Child:
                 await self._dead.wait()
         self._unwatch()
 
-    async def obituary(self, when: str) -> TaskError:
+    async def obituary(self, when: str) -> TaskError | TrainerLost:
         """Say how it died, once it has: TrainerLost where something else than its task ended it."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CANCEL_GRACE_S):
@@ -274,7 +274,7 @@ async def _connect(path: Path) -> _Child:
     try:
         reader, writer = await asyncio.open_unix_connection(str(path))
     except OSError as cause:
-        raise TaskError(
+        raise TrainerLost(
             f"the trainer's socket {path} does not answer ({cause}); is edgefl-trainer.socket on?"
         ) from cause
     return _Child(None, reader, writer)

@@ -21,7 +21,7 @@ import httpx
 
 from edgefl.app.local_fleet import LocalFleet
 from edgefl.config import JobConfig, load_config
-from edgefl.errors import CloudUnreachable, ConfigError
+from edgefl.errors import ConfigError, ParityError, RolloutFailed
 from edgefl.operator.client import CloudClient, Json, load_credentials
 from edgefl.operator.commands.progress import round_progress
 from edgefl.operator.publish import export, publish
@@ -132,7 +132,7 @@ def _release(demo: _Demo, client: CloudClient, parameters: Path) -> Json:
         if last["state"] in {"done", "failed"}:
             break
     if last.get("state") != "done":
-        raise CloudUnreachable(f"the rollout did not reach every device: {last.get('devices')}")
+        raise RolloutFailed(f"the rollout did not reach every device: {last.get('devices')}")
     return release
 
 
@@ -151,7 +151,7 @@ def _predict(demo: _Demo, client: CloudClient) -> list[Json]:
         demo.say(f"{name} at {urls[name]}: digits {digits}, {right} of {NUM_PREDICTIONS} right")
         predictions.append({"device": name, "url": urls[name], "predicted": digits, "labels": labels})
     if len({tuple(one["predicted"]) for one in predictions}) != 1:
-        raise CloudUnreachable(f"devices differ in their predictions: {predictions}")
+        raise ParityError(f"devices differ in their predictions: {predictions}")
     return predictions
 
 
@@ -165,7 +165,7 @@ def _infer(url: str, inputs: Any) -> list[int]:
     answer = httpx.post(f"{url}/v2/models/{MODEL}/infer", json={"inputs": [tensor]}, timeout=PREDICT_S)
     body: Mapping[str, Any] = answer.json()
     if answer.status_code != httpx.codes.OK:
-        raise CloudUnreachable(f"{url} answered {answer.status_code}: {body.get('error')}")
+        raise RolloutFailed(f"{url} answered {answer.status_code}: {body.get('error')}")
     (output,) = body["outputs"]
     rows, classes = output["shape"]
     scores: Sequence[float] = output["data"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from edgefl.errors import CloudUnreachable, HomeError
+from edgefl.errors import HostError, ProcessFailed
 from edgefl.process.guardian import gated, guardian, open_gate
 
 STOP_S = 10.0
@@ -62,7 +62,7 @@ class LoggedProcess:
     def wait_for(self, text: str, timeout_s: float = START_S, *, after: int = 0) -> int:
         """Wait for a line with `text` from line `after` on; return the number of the next line.
 
-        Raises CloudUnreachable where the process ends or the time is over before, with its last lines.
+        Raises ProcessFailed where the process ends or the time is over before, with its last lines.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._find(text, after) is not None or self._ended, timeout_s)
@@ -71,9 +71,7 @@ class LoggedProcess:
                 return found + 1
             seen = "it ended" if self._ended else f"not within {timeout_s:g} s"
             last = "\n  ".join(self._lines[-15:])
-        raise CloudUnreachable(
-            f"{self.log.stem} did not say {text!r} ({seen}); its log {self.log} ends with:\n  {last}"
-        )
+        raise ProcessFailed(f"{self.log.stem} did not say {text!r} ({seen}); its log {self.log} ends with:\n  {last}")
 
     def num_lines(self) -> int:
         with self._changed:
@@ -169,10 +167,10 @@ class LocalFleet:
         self.start_cloud()
 
     def start_broker(self) -> None:
-        """Start mosquitto on the configuration that the cloud wrote; raises HomeError where it is not installed."""
+        """Start mosquitto on the configuration that the cloud wrote; raises HostError where it is not installed."""
         program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
         if program is None:
-            raise HomeError("mosquitto is not installed; on Debian: apt-get install mosquitto")
+            raise HostError("mosquitto is not installed; on Debian: apt-get install mosquitto")
         command = [program, "-c", str(self.home / "mosquitto" / "mosquitto.conf")]
         self.broker = LoggedProcess(command, self.folder / "broker.log")
         self.broker.wait_for("running")
@@ -214,7 +212,7 @@ class LocalFleet:
         return LoggedProcess([*_EDGEFL, *(str(part) for part in command)], self.folder / log, env)
 
     def command(self, *command: str | Path | int, timeout_s: float = START_S) -> str:
-        """Run an edgefl command as this fleet's operator; return its output. Raises CloudUnreachable if it fails."""
+        """Run an edgefl command as this fleet's operator; return its output. Raises ProcessFailed if it fails."""
         with subprocess.Popen(
             gated([*_EDGEFL, *(str(part) for part in command)]),
             stdin=subprocess.PIPE,
@@ -231,7 +229,7 @@ class LocalFleet:
                 process.wait()
                 guardian.release(process.pid)
         if process.returncode:
-            raise CloudUnreachable(f"edgefl {command[0]} {command[1]} failed: {complaint.strip()}")
+            raise ProcessFailed(f"edgefl {command[0]} {command[1]} failed: {complaint.strip()}")
         return said
 
 

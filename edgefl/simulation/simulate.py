@@ -75,8 +75,8 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     each `checkpoint_every`-th round; `resume` goes on from such a folder, and keeps the state there.
     `address` is of the Ray cluster for the engine `ray`, which starts its own without it. `going_on` is a state
     that `Watching.on_state` heard, to go on from. User code runs in this process; the command has one for it.
-    Raises ConfigError, TaskError, and CutShort, a QuorumNotMet, where a round ends with too few updates, or
-    with parameters that are not finite.
+    Raises ConfigError, TaskError, and CutShort where a round ends with too few updates, or with parameters that are
+    not finite.
     """
     require_torch("simulation", "sim")
     start_s = time.perf_counter()

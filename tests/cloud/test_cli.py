@@ -13,7 +13,7 @@ from cloud.cli import cloud
 from cloud.state.enrolment import Enrolment
 from cloud.state.store import open_database
 from edgefl.app.local_fleet import LocalFleet
-from edgefl.errors import ConfigError, EnrolmentRefused, HomeError
+from edgefl.errors import ConfigError, HomeError
 from edgefl.process.home import create_home
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
@@ -52,7 +52,7 @@ def test_a_token_as_json(home):
 
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
-    [(["--valid-for", "0"], EnrolmentRefused, "at most a year"), ([], HomeError, "home.json")],
+    [(["--valid-for", "0"], ConfigError, "at most a year"), ([], HomeError, "home.json")],
 )
 def test_a_token_that_cannot_be(home, tmp_path, arguments, kind, said):
     folder = home if arguments else tmp_path / "none"

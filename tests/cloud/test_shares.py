@@ -3,7 +3,7 @@
 import pytest
 
 from cloud.shares import LEAST, Shares
-from edgefl.errors import HomeError
+from edgefl.errors import HostError
 from edgefl.protocols.ports.connections import MAX_LEAVING
 
 
@@ -28,5 +28,5 @@ def test_by_hand():
 
 
 def test_a_limit_that_is_too_low_is_refused_at_the_start():
-    with pytest.raises(HomeError, match=r"may open 100 files .* LimitNOFILE"):
+    with pytest.raises(HostError, match=r"may open 100 files .* LimitNOFILE"):
         Shares.of(100, embedded_broker=True)

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from edgefl.errors import EdgeflError
+from edgefl.errors import OwnFault
 from edgefl.terminal import debug
 
 MAX_QUOTED = 500  # characters of what an exception says
@@ -39,7 +39,7 @@ class Border:
     def raise_fault(self, app: str) -> None:
         """Raise what was noted, if anything was, as an error that says whose it is."""
         if self.fault is not None:
-            raise EdgeflError(f"a fault of edgefl itself, not of {app}: {said(self.fault)}") from self.fault
+            raise OwnFault(f"a fault of edgefl itself, not of {app}: {said(self.fault)}") from self.fault
 
 
 class Bystander:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgefl.errors import MissingExtra, QuorumNotMet, TaskError
+from edgefl.errors import JobFailed, MissingExtra
 from edgefl.process.home import replace_file
 from edgefl.records import Counts, clients_by_rounds, no_counts
 from edgefl.simulation.screen.plot import draw_rounds
@@ -78,15 +78,18 @@ class SimulationResult:
         return draw_rounds({self.task: self.rounds}, {self.task: self.took_part})
 
 
-class CutShort(QuorumNotMet):
-    """A simulation ended by a round without its quorum; `so_far` is what the rounds before it came to."""
+class CutShort(JobFailed):
+    """A simulation ended by a round under its quorum, or whose step failed; `so_far` is what those before it came to.
+
+    What ended it is its `__cause__`, a QuorumNotMet or a StepFailed.
+    """
 
     def __init__(self, reason: str, so_far: SimulationResult) -> None:
         super().__init__(reason)
         self.so_far = so_far
 
 
-class ProcessLost(TaskError):
+class ProcessLost(JobFailed):
     """A simulation whose own process ended, and again; `so_far` is what its rounds came to, if there were any."""
 
     def __init__(self, reason: str, so_far: SimulationResult | None) -> None:

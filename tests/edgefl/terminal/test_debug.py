@@ -57,7 +57,7 @@ def test_with_it_the_stack_is_shown_once_at_the_border_that_knows_it(capsys: pyt
 @pytest.mark.parametrize("place", ["before", "after", "never"])
 def test_what_nobody_meant_is_told_as_ours(place: str) -> None:
     program = (
-        "import click, sys; from edgefl import cli\n"
+        "import click, sys; from edgefl.app import cli\n"
         "@click.command()\n"
         "def broken(): {}['nothing']\n"
         "cli._load = lambda name: broken; cli._entries = lambda: {'broken': None}\n"
