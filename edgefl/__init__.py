@@ -1,4 +1,8 @@
-"""edgefl: edge-cloud federated learning. The public door; everything heavy is imported when first used."""
+"""edgefl: edge-cloud federated learning. The public door: whatever a caller must name can be imported from here.
+
+That is every error, every configuration, every result, and what works with them: `Task`, `run`, `simulate`, `sweep`.
+Everything is imported when it is first used, so that `import edgefl` stays light.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,154 @@ from typing import TYPE_CHECKING, Any
 from edgefl.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from edgefl.config import JobConfig
-    from edgefl.errors import EdgeflError
-    from edgefl.operator.run import run
-    from edgefl.simulation.simulate import simulate
-    from edgefl.simulation.study.sweep import sweep
+    from edgefl.config import AggregationConfig, JobConfig, RoundsConfig, ServerConfig, TrainConfig, load_config
+    from edgefl.errors import (
+        AccuracyGateFailed,
+        BlobDamaged,
+        CloudRefused,
+        CloudStopping,
+        CloudUnreachable,
+        ConfigError,
+        DiskFull,
+        EdgeflError,
+        EnrolmentRefused,
+        HomeError,
+        HostError,
+        InstallError,
+        JobCancelled,
+        JobFailed,
+        ManifestRejected,
+        MissingExtra,
+        NotFound,
+        OwnFault,
+        ParityError,
+        PartFailed,
+        ProcessFailed,
+        ProtocolError,
+        QuorumNotMet,
+        RolloutFailed,
+        StepFailed,
+        TaskError,
+        TrainerLost,
+        UpdateRejected,
+        UploadCutOff,
+    )
+    from edgefl.flower.run import FlowerRunResult
+    from edgefl.operator.run import RunResult, run
+    from edgefl.simulation.simulate import Watching, simulate
+    from edgefl.simulation.study.report import CutShort, ProcessLost, SimulationResult
+    from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult, sweep
+    from edgefl.simulation.study.variants import Variant
+    from edgefl.simulation.world.availability import AvailabilityConfig
+    from edgefl.simulation.world.devices import DevicesConfig
+    from edgefl.simulation.world.population import PopulationConfig
+    from edgefl.simulation.world.settings import EngineConfig, SimulationConfig
     from edgefl.task import FitResult, Task
 
-__all__ = ["EdgeflError", "FitResult", "JobConfig", "Task", "run", "simulate", "sweep"]
-
-_HOMES = {
-    "EdgeflError": "edgefl.errors",
-    "FitResult": "edgefl.task",
-    "JobConfig": "edgefl.config",
-    "Task": "edgefl.task",
-    "run": "edgefl.operator.run",
-    "simulate": "edgefl.simulation.simulate",
-    "sweep": "edgefl.simulation.study.sweep",
+_NAMES = {
+    "edgefl.config": ("AggregationConfig", "JobConfig", "RoundsConfig", "ServerConfig", "TrainConfig", "load_config"),
+    "edgefl.errors": (
+        "AccuracyGateFailed",
+        "BlobDamaged",
+        "CloudRefused",
+        "CloudStopping",
+        "CloudUnreachable",
+        "ConfigError",
+        "DiskFull",
+        "EdgeflError",
+        "EnrolmentRefused",
+        "HomeError",
+        "HostError",
+        "InstallError",
+        "JobCancelled",
+        "JobFailed",
+        "ManifestRejected",
+        "MissingExtra",
+        "NotFound",
+        "OwnFault",
+        "ParityError",
+        "PartFailed",
+        "ProcessFailed",
+        "ProtocolError",
+        "QuorumNotMet",
+        "RolloutFailed",
+        "StepFailed",
+        "TaskError",
+        "TrainerLost",
+        "UpdateRejected",
+        "UploadCutOff",
+    ),
+    "edgefl.flower.run": ("FlowerRunResult",),
+    "edgefl.operator.run": ("RunResult", "run"),
+    "edgefl.simulation.simulate": ("Watching", "simulate"),
+    "edgefl.simulation.study.report": ("CutShort", "ProcessLost", "SimulationResult"),
+    "edgefl.simulation.study.sweep": ("SweepResult", "SweepWatching", "VariantResult", "sweep"),
+    "edgefl.simulation.study.variants": ("Variant",),
+    "edgefl.simulation.world.availability": ("AvailabilityConfig",),
+    "edgefl.simulation.world.devices": ("DevicesConfig",),
+    "edgefl.simulation.world.population": ("PopulationConfig",),
+    "edgefl.simulation.world.settings": ("EngineConfig", "SimulationConfig"),
+    "edgefl.task": ("FitResult", "Task"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "AccuracyGateFailed",
+    "AggregationConfig",
+    "AvailabilityConfig",
+    "BlobDamaged",
+    "CloudRefused",
+    "CloudStopping",
+    "CloudUnreachable",
+    "ConfigError",
+    "CutShort",
+    "DevicesConfig",
+    "DiskFull",
+    "EdgeflError",
+    "EngineConfig",
+    "EnrolmentRefused",
+    "FitResult",
+    "FlowerRunResult",
+    "HomeError",
+    "HostError",
+    "InstallError",
+    "JobCancelled",
+    "JobConfig",
+    "JobFailed",
+    "ManifestRejected",
+    "MissingExtra",
+    "NotFound",
+    "OwnFault",
+    "ParityError",
+    "PartFailed",
+    "PopulationConfig",
+    "ProcessFailed",
+    "ProcessLost",
+    "ProtocolError",
+    "QuorumNotMet",
+    "RolloutFailed",
+    "RoundsConfig",
+    "RunResult",
+    "ServerConfig",
+    "SimulationConfig",
+    "SimulationResult",
+    "StepFailed",
+    "SweepResult",
+    "SweepWatching",
+    "Task",
+    "TaskError",
+    "TrainConfig",
+    "TrainerLost",
+    "UpdateRejected",
+    "UploadCutOff",
+    "Variant",
+    "VariantResult",
+    "Watching",
+    "load_config",
+    "run",
+    "simulate",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -159,7 +159,7 @@ class OwnFault(EdgeflError):
 
 
 class HostError(EdgeflError):
-    """This host lacks what a program needs; the message says what, and how to get it."""
+    """The host lacks what a program needs; the message says what, and how to get it."""
 
 
 class InstallError(HostError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import os
 import pkgutil
@@ -10,11 +11,14 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import edgefl
+from edgefl.flower import run_flower_app
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("edgefl", "cloud", "edge_agent")
@@ -148,6 +152,23 @@ def test_the_public_door_opens(name: str) -> None:
     for each in module.__all__:
         assert getattr(module, each) is not None
     assert set(module.__all__) <= set(dir(module))
+
+
+def sections(config: type) -> Iterator[type]:
+    """Yield a configuration and all that are inside it."""
+    yield config
+    for hint in get_type_hints(config).values():
+        for one in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(one) and isinstance(one, type):
+                yield from sections(one)
+
+
+def test_every_configuration_and_result_can_be_imported_from_the_door() -> None:
+    configs = {*sections(edgefl.JobConfig), *sections(edgefl.SimulationConfig)}
+    results = {
+        get_type_hints(function)["return"] for function in (edgefl.run, edgefl.simulate, edgefl.sweep, run_flower_app)
+    }
+    assert {kind.__name__ for kind in configs | results} <= set(edgefl.__all__)
 
 
 def test_a_door_that_is_not_there_says_so() -> None:

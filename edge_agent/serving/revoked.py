@@ -49,7 +49,7 @@ class RevokedList:
         self._url = f"{profile.cloud_url}/v1/crl"
         self._changed = changed
         self._wanted = asyncio.Event()
-        self._backoff = Backoff(profile.device, AGAIN_FIRST_S, AGAIN_LAST_S)
+        self._backoff = Backoff(AGAIN_FIRST_S, AGAIN_LAST_S, profile.device)
         self._told = ""  # why there is no new list: each reason is a line once
         self._held = self._load()  # without its signature, which has other bytes each time that it is made
 

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from edgefl.errors import OwnFault
+from edgefl.errors import EdgeflError, OwnFault
 from edgefl.terminal import debug
 
 MAX_QUOTED = 500  # characters of what an exception says

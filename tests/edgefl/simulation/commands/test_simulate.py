@@ -10,6 +10,7 @@ from edgefl.simulation import simulate as module
 from edgefl.simulation.commands.simulate import ENGINES, simulate
 from edgefl.simulation.engines import auto
 from edgefl.simulation.isolation.process import OwnProcess
+from edgefl.simulation.study.report import CutShort
 
 
 def invoke(*arguments):
