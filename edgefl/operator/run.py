@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
+from typing import Any
 
 from edgefl.aggregation import make_rule
 from edgefl.bundle import pack_bundle
