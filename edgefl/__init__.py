@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from edgefl.simulation.study.variants import Variant
     from edgefl.simulation.world.availability import AvailabilityConfig
     from edgefl.simulation.world.devices import DevicesConfig
+    from edgefl.simulation.world.draws import Spread
     from edgefl.simulation.world.population import PopulationConfig
     from edgefl.simulation.world.settings import EngineConfig, SimulationConfig
     from edgefl.task import FitResult, Task
@@ -97,6 +98,7 @@ _NAMES = {
     "edgefl.simulation.study.variants": ("Variant",),
     "edgefl.simulation.world.availability": ("AvailabilityConfig",),
     "edgefl.simulation.world.devices": ("DevicesConfig",),
+    "edgefl.simulation.world.draws": ("Spread",),
     "edgefl.simulation.world.population": ("PopulationConfig",),
     "edgefl.simulation.world.settings": ("EngineConfig", "SimulationConfig"),
     "edgefl.task": ("FitResult", "Task"),
@@ -143,6 +145,7 @@ __all__ = [
     "ServerConfig",
     "SimulationConfig",
     "SimulationResult",
+    "Spread",
     "StepFailed",
     "SweepResult",
     "SweepWatching",
