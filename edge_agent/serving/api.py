@@ -94,8 +94,10 @@ class Serving:
     async def run(self) -> None:
         """Serve until cancelled; requests that have begun are answered."""
         from edge_agent.serving.http_server import make_server, serve
+        from edge_agent.serving.known_requests import KnownRequests
 
         server = make_server(self.app(), self.context)
+        server.shortcut = KnownRequests(self._models.get, self._run, self._allows)
         self._part_with_clients = server.part_with_clients
         try:
             await serve(server, self._listener)
@@ -144,9 +146,13 @@ class Serving:
                 _allow(scope, b"GET, HEAD", "GET", "HEAD", known=_is_known(rest))
                 return self._look(rest)
 
-    def _check_token(self, scope: _Scope) -> None:
+    def _allows(self, scope: Mapping[str, Any]) -> bool:
+        """Whether a request comes with the token, where one is wanted."""
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(sent, b"Bearer " + self.token.encode()):
+        return not self.token or hmac.compare_digest(sent, b"Bearer " + self.token.encode())
+
+    def _check_token(self, scope: _Scope) -> None:
+        if not self._allows(scope):
             raise _Refused(401, "send the token of this device: `Authorization: Bearer …`", _CHALLENGE)
 
     def _look(self, path: list[str]) -> _Answer:

@@ -13,10 +13,10 @@ import contextlib
 import json
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 from starlette.exceptions import HTTPException
@@ -58,6 +58,19 @@ class HttpLimits:
         )
 
 
+Answered = tuple[Sequence[tuple[bytes, bytes]], bytes]  # headers but its length, and body, of a 200
+
+
+class Shortcut(Protocol):
+    """Answers requests whose bytes came at once, to a connection that waits for one, before HTTP is read."""
+
+    def answer(self, data: bytes) -> Answered | None:
+        """Return the answer to a whole request; None where it is to be read."""
+
+    def learn(self, data: bytes, scope: Scope) -> None:
+        """See a whole request that was read."""
+
+
 class LimitedServer(uvicorn.Server):
     """A uvicorn on one listening socket, within limits. It leaves signals to the process that it is part of."""
 
@@ -70,6 +83,7 @@ class LimitedServer(uvicorn.Server):
         self.servers: Any = []
         self._protocol_class: Any = None
         self.held: Connections | None = None  # once it serves
+        self.shortcut: Shortcut | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -113,6 +127,7 @@ class LimitedServer(uvicorn.Server):
             config=self.config, server_state=self.server_state, app_state=state
         )
         protocol.take_place(place, self._limits)
+        protocol.shortcut = self.shortcut
         return protocol
 
 
@@ -125,6 +140,7 @@ class LimitedProtocol(_HttpProtocol):
     _body_began_s = 0.0  # 0 = its headers are not complete
     _body_bytes = 0
     _stalled: asyncio.TimerHandle | None = None
+    shortcut: Shortcut | None = None
 
     def take_place(self, place: Connection, limits: HttpLimits) -> None:
         """Say which place this connection has. Called once, before anything else."""
@@ -141,6 +157,10 @@ class LimitedProtocol(_HttpProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        shortcut = self.shortcut if self._is_between_requests() else None
+        if shortcut is not None and (answered := shortcut.answer(data)) is not None:
+            self._write_answer(*answered)
+            return
         super().data_received(data)
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
@@ -151,6 +171,8 @@ class LimitedProtocol(_HttpProtocol):
             self._take_body(len(data))
         else:
             self._place.settle()
+            if shortcut is not None:
+                shortcut.learn(data, self.scope)
 
     def on_response_complete(self) -> None:
         self._asked, self._body_began_s, self._body_bytes = False, 0.0, 0
@@ -173,6 +195,28 @@ class LimitedProtocol(_HttpProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP in JSON, too."""
         self._say_and_close(400, msg)
+
+    def _is_between_requests(self) -> bool:
+        cycle = self.cycle
+        return not (
+            self._asked
+            or (cycle is not None and (cycle.more_body or not cycle.response_complete))
+            or self.flow.write_paused
+            or self.transport.is_closing()
+        )
+
+    def _write_answer(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        """Answer as uvicorn does, whose time for idle connections begins again."""
+        self._unset_keepalive_if_required()
+        lines = [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *headers)]
+        self.transport.write(b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\n\r\n" % (b"".join(lines), len(body)))
+        self.transport.write(body)
+        self._place.wait(self._limits.idle_s)
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _take_body(self, num_bytes: int) -> None:
         now_s = self.loop.time()
