@@ -13,7 +13,7 @@ import contextlib
 import json
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol
@@ -67,7 +67,7 @@ class Shortcut(Protocol):
     def answer(self, data: bytes) -> Answered | None:
         """Return the answer to a whole request; None where it is to be read."""
 
-    def learn(self, data: bytes, scope: Scope) -> None:
+    def learn(self, data: bytes, scope: Mapping[str, Any]) -> None:
         """See a whole request that was read."""
 
 
