@@ -11,6 +11,7 @@ import pytest
 from edge_agent.serving import sessions
 from edge_agent.serving.sessions import Models, Stop, TensorInfo, load
 from edgefl.errors import ProtocolError
+from edgefl.models.session import new_session
 from tests import onnx_models
 
 
@@ -109,3 +110,34 @@ def test_a_version_takes_the_place_of_the_one_before(path):
     models.put(load("affine", 2, path))
     assert models.versions() == {"affine": 2}
     assert models.get("other") is None
+
+
+def test_a_quick_model_runs_on_one_thread_in_the_event_loop_and_on_all_elsewhere(path, monkeypatch):
+    opened = {}
+
+    def watched(path, *, threads=0, **options):
+        opened[threads] = new_session(path, threads=threads, **options)
+        return opened[threads]
+
+    monkeypatch.setattr(sessions, "new_session", watched)
+    monkeypatch.setattr(sessions, "THREADS_COST", float("inf"))
+    served = load("affine", 1, path)
+    assert (served.quick, served.session) == (opened[1], opened[0])
+    feeds = {"x": np.ones((1, 3), np.float32)}
+    [here], [there] = served.run(["y"], feeds), served.run(["y"], feeds, Stop())
+    assert here.tolist() == there.tolist()
+    monkeypatch.setattr(sessions, "THREADS_COST", 0.0)
+    assert load("affine", 1, path).quick is opened[0]
+
+
+def test_a_slow_model_is_loaded_once(path, monkeypatch):
+    threads = []
+
+    def watched(path, **options):
+        threads.append(options.get("threads", 0))
+        return new_session(path, **options)
+
+    monkeypatch.setattr(sessions, "new_session", watched)
+    monkeypatch.setattr(sessions, "INLINE_S", 0.0)
+    load("affine", 1, path)
+    assert threads == [0]
