@@ -18,7 +18,7 @@ from benchmarks.memory import peak_rss_mb, tree_rss_mb
 from benchmarks.report import installed
 from benchmarks.workload import TENSORS, RunFailedError, RunResult, Workload, between
 from edgefl.app.local_fleet import LoggedProcess, free_ports
-from edgefl.errors import CloudUnreachable
+from edgefl.errors import ProcessFailed
 
 START_S = 120.0  # twenty Python processes on two cores take their time
 APP = Path(__file__).parent / "flower_app"
@@ -45,7 +45,7 @@ def run(workload: Workload, rounds: int, deadline_s: float) -> RunResult:
         with Family(folder, _environment(folder)) as family:
             try:
                 return _run(family, workload, rounds, deadline_s)
-            except (CloudUnreachable, subprocess.TimeoutExpired) as cause:
+            except (ProcessFailed, subprocess.TimeoutExpired) as cause:
                 raise RunFailedError(str(cause)) from cause
 
 

@@ -201,7 +201,7 @@ def forget_modules(folder: Path) -> None:
     folder = folder.resolve()
     with _IMPORTING:
         for name in _modules_in(folder) - _NEVER_REPLACED:
-            for module_name, module in list(sys.modules.items()):
+            for module_name, module in sys.modules.copy().items():
                 if module_name.partition(".")[0] == name and _comes_from(module, folder):
                     del sys.modules[module_name]
 
@@ -234,7 +234,7 @@ def _enter(folder: Path, module_name: str) -> None:
         raise ConfigError(f"{folder} has no module {top!r}, which its task names")
     before = [entry for entry in sys.path if isinstance(entry, _TaskFolder) and entry != str(folder)]
     names = names.union(*(_modules_in(Path(entry)) for entry in before)) - _NEVER_REPLACED
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if name.partition(".")[0] in names and not _comes_from(module, folder):
             del sys.modules[name]
     sys.path[:] = [_TaskFolder(folder), *(entry for entry in sys.path if not isinstance(entry, _TaskFolder))]

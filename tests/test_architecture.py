@@ -18,6 +18,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 import edgefl
+from edgefl.app.cli import OWN
 from edgefl.flower import run_flower_app
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +179,7 @@ def test_a_door_that_is_not_there_says_so() -> None:
 
 def test_every_command_of_the_project_can_be_loaded() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for reference in project["entry-points"]["edgefl.commands"].values():
+    for reference in (*project["entry-points"]["edgefl.commands"].values(), *OWN.values()):
         module, _, attribute = reference.partition(":")
         assert hasattr(importlib.import_module(module), attribute), reference
 

@@ -1,9 +1,12 @@
-"""The `edgefl` command. Subcommands come from entry points; one whose extra is absent says which it is."""
+"""The `edgefl` command. Its own subcommands stand in a table, those of the cloud and the agent in entry points.
+
+A subcommand is imported when it is first asked for; one whose extra is absent says which it is.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
@@ -16,6 +19,15 @@ from edgefl.terminal.output import INTERRUPTED
 from edgefl.version import __version__
 
 _GROUP = "edgefl.commands"
+OWN: Mapping[str, str] = {
+    "demo": "edgefl.app.demo:demo",
+    "devices": "edgefl.app.commands.fleet:devices",
+    "jobs": "edgefl.app.commands.fleet:jobs",
+    "models": "edgefl.app.commands.models:models",
+    "rollout": "edgefl.app.commands.models:rollout",
+    "run": "edgefl.app.commands.run:run",
+    "simulate": "edgefl.app.commands.simulate:simulate",
+}
 
 
 class _Commands(click.Group):
@@ -91,7 +103,8 @@ def main() -> None:
 
 
 def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=_GROUP)}
+    own = [EntryPoint(name, value, _GROUP) for name, value in OWN.items()]
+    return {entry.name: entry for entry in (*entry_points(group=_GROUP), *own)}
 
 
 def _load(name: str) -> click.Command:

@@ -1,5 +1,7 @@
 """A client of the cloud's HTTPS plane, for operators: TLS pinned to the fleet's own CA, a deadline on everything.
 
+A cloud that is restarted goes on with its jobs; `insist` waits for it, as long as its caller has patience.
+
 Every call raises CloudUnreachable where nobody answers, NotFound and CloudRefused where the cloud says no.
 """
 
@@ -7,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -19,19 +23,61 @@ from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, CloudUnreachable, NotFound, ProtocolError
 from edgefl.operator.credentials import Credentials, load_credentials, tls_context, write_operator_credentials
 from edgefl.protocols.addresses import other_scheme
+from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.fields import from_json, parse_json
 from edgefl.protocols.messages import BlobRef
 from edgefl.terminal.text import for_json, one_line
 
-__all__ = ["CloudClient", "Credentials", "load_credentials", "write_operator_credentials"]
+__all__ = [
+    "CloudClient", "Credentials", "Patience", "insist", "load_credentials", "may_pass", "write_operator_credentials",
+]  # fmt: skip
 
 CONNECT_S = 10.0
 ANSWER_S = 60.0  # for the next bytes of an answer; streams send heartbeats far more often
 
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+
 _NOT_WELL = 503
+_PASSING = range(502, 505)
 _STRANGE = "{url} did not answer with JSON; is it an edgefl cloud?"
 
 Json = dict[str, Any]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """How long a silent cloud is waited for."""
+
+    seconds: float = 120.0
+    clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], None] = time.sleep
+
+    def pauses(self) -> Backoff:
+        """Return how long to wait between attempts, in seconds."""
+        return Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+
+
+def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
+    """Call until the cloud answers; raises CloudUnreachable when patience ends. For what may be done twice."""
+    patience = patience or Patience()
+    until_s, pauses = patience.clock() + patience.seconds, patience.pauses()
+    while True:
+        try:
+            return call()
+        except (CloudUnreachable, CloudRefused) as error:
+            if not may_pass(error):
+                raise
+            pause_s = pauses.next_s()
+            if patience.clock() + pause_s > until_s:
+                raise
+        patience.pause(pause_s)
+
+
+def may_pass(error: CloudUnreachable | CloudRefused) -> bool:
+    """Whether the same call may go well a little later: of a server that is overloaded or stops."""
+    return not isinstance(error, CloudRefused) or error.status in _PASSING
 
 
 class CloudClient:

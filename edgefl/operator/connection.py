@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 
 from edgefl.operator.client import CloudClient, load_credentials
 
 _T = TypeVar("_T")
+_CLOUD = "edgefl.cloud"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,27 @@ class Connection:
 
 def connected(command: Callable[..., _T]) -> Callable[..., _T]:
     """Give a command the options and the parameter `connection`."""
-
-    @click.option("--cloud", metavar="URL", help="The cloud's address; by default the one in the credentials.")
-    @click.option(
+    cloud = click.option(
+        "--cloud",
+        metavar="URL",
+        is_eager=True,  # it is read first
+        expose_value=False,
+        callback=_keep,
+        help="The cloud's address; by default the one in the credentials.",
+    )
+    credentials = click.option(
         "--credentials",
+        "connection",
         type=click.Path(path_type=Path, dir_okay=False),
+        callback=_connection,
         help="The operator.json of the cloud's home; by default $EDGEFL_CREDENTIALS or ~/.config/edgefl/operator.json.",
     )
-    @functools.wraps(command)
-    def with_connection(*arguments: Any, cloud: str | None, credentials: Path | None, **options: Any) -> _T:
-        return command(*arguments, connection=Connection(cloud, credentials), **options)
+    return cloud(credentials(command))
 
-    return with_connection
+
+def _keep(context: click.Context, _option: click.Parameter, cloud: str | None) -> None:
+    context.meta[_CLOUD] = cloud
+
+
+def _connection(context: click.Context, _option: click.Parameter, credentials: Path | None) -> Connection:
+    return Connection(context.meta.get(_CLOUD), credentials)

@@ -6,29 +6,10 @@ A cloud that is restarted goes on with its jobs; whoever watches them goes on to
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
 
 from edgefl.errors import CloudRefused, CloudUnreachable
-from edgefl.operator.client import CloudClient, Json
-from edgefl.protocols.backoff import Backoff
-
-FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 5.0
-_PASSING = range(502, 505)  # an overloaded or stopping server
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
-    """How long a silent cloud is waited for."""
-
-    seconds: float = 120.0
-    clock: Callable[[], float] = time.monotonic
-    pause: Callable[[float], None] = time.sleep
+from edgefl.operator.client import CloudClient, Json, Patience, may_pass
 
 
 class Waits:
@@ -86,27 +67,11 @@ def follow_relay(
     )
 
 
-def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
-    """Call until the cloud answers; raises CloudUnreachable when patience ends. For what may be done twice."""
-    patience = patience or Patience()
-    until_s, pauses = patience.clock() + patience.seconds, Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
-    while True:
-        try:
-            return call()
-        except (CloudUnreachable, CloudRefused) as error:
-            if isinstance(error, CloudRefused) and error.status not in _PASSING:
-                raise
-            pause_s = pauses.next_s()
-            if patience.clock() + pause_s > until_s:
-                raise
-        patience.pause(pause_s)
-
-
 def _resumed(
     connect: Callable[[], Iterator[Json]], is_last: Callable[[Json], bool], patience: Patience,
     until_s: float = math.inf, *, hear: Callable[[Json], None] = lambda _event: None,
 ) -> Iterator[Json]:  # fmt: skip
-    heard_s, pauses = patience.clock(), Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+    heard_s, pauses = patience.clock(), patience.pauses()
     while True:
         try:
             for event in connect():
@@ -120,7 +85,7 @@ def _resumed(
                     return
             fault: Exception = CloudUnreachable("the cloud ended a stream of events before its end")
         except (CloudUnreachable, CloudRefused) as error:
-            if isinstance(error, CloudRefused) and error.status not in _PASSING:
+            if not may_pass(error):
                 raise
             fault = error
         now_s, pause_s = patience.clock(), pauses.next_s()

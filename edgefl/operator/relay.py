@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from edgefl.errors import ConfigError, EdgeflError, JobCancelled, JobFailed, NotFound
-from edgefl.operator.client import CloudClient, Json
-from edgefl.operator.follow import Patience, Waits, follow_relay, insist
+from edgefl.operator.client import CloudClient, Json, Patience, insist
+from edgefl.operator.follow import Waits, follow_relay
 from edgefl.protocols.messages import BlobRef
 
 BATCH = 250  # messages in one request, of a few hundred bytes each

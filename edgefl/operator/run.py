@@ -20,8 +20,8 @@ from edgefl.bundle import pack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
 from edgefl.measure import peak_rss_mb
-from edgefl.operator.client import CloudClient, Json, load_credentials
-from edgefl.operator.follow import Patience, follow_job, insist
+from edgefl.operator.client import CloudClient, Json, Patience, insist, load_credentials
+from edgefl.operator.follow import follow_job
 from edgefl.protocols.messages import BlobRef
 from edgefl.task import Task, load_task
 from edgefl.training.evaluation import Judge

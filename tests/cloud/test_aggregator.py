@@ -8,25 +8,30 @@ import os
 import signal
 import sqlite3
 import ssl
+import sys
 import threading
+import traceback
 from asyncio import sslproto
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from cloud.aggregator import TLS_BUFFER_BYTES, Aggregator, shrink_tls_buffers
 from cloud.state.home import AggregatorOptions, CloudHome
 from edgefl import aggregation
-from edgefl.aggregation import WeightedMean
+from edgefl.aggregation import WeightedMean, mean
+from edgefl.app import cli
 from edgefl.app.local_fleet import LocalFleet, free_ports
 from edgefl.config import JobConfig, load_config
-from edgefl.errors import CloudUnreachable, HomeError, JobFailed, PartFailed
+from edgefl.errors import HomeError, JobFailed, PartFailed, ProcessFailed
 from edgefl.operator.run import run
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = ROOT / "tests" / "e2e" / "tasks" / "numbers"
+MAX_FILES = 10
 
 
 class Ready(logging.Handler):
@@ -92,7 +97,7 @@ def test_a_defect_of_ours_ends_its_job_with_a_reason_and_the_cloud_goes_on(tmp_p
 
 def test_a_job_that_an_older_version_took_and_cannot_run_is_failed_at_the_start(tmp_path):
     def work():
-        with pytest.raises(CloudUnreachable, match=r"train\.seed=-1 must be 0 or more"):
+        with pytest.raises(ProcessFailed, match=r"train\.seed=-1 must be 0 or more"):
             fleet.command("jobs", "watch", job)
 
     with LocalFleet(tmp_path) as fleet:
@@ -150,3 +155,60 @@ def test_a_part_that_ends_takes_the_process_with_it_and_is_named(tmp_path):
     with pytest.raises(PartFailed, match=r"a part of it did: link, ZeroDivisionError\('by zero'\)"):
         aggregator.serve(ready)
     assert not [one for one in threading.enumerate() if one.name in {"broker", "mqtt-cloud", "mqtt-inbox"}]
+
+
+def our_files() -> list[str]:
+    """Return the files of ours on this thread's stack, outermost first, each once."""
+    frames = [Path(frame.filename) for frame in traceback.extract_stack()]
+    ours = [str(one.relative_to(ROOT)) for one in frames if one.is_relative_to(ROOT) and ".venv" not in one.parts]
+    return list(dict.fromkeys(one for one in ours if not one.startswith("tests/")))
+
+
+def test_from_the_command_to_the_averaging_line(tmp_path, monkeypatch):
+    """The command asks the cloud over HTTPS for a job; the request hands it to a thread; that runs the rounds.
+
+    These are all the stacks there are between the two lines: each is noted where the next one begins.
+    """
+    asked: list[list[str]] = []
+    handed: list[list[str]] = []
+    averaged: list[list[str]] = []
+    request, submit, blocks = httpx.Client.request, ThreadPoolExecutor.submit, mean.blocks
+
+    def noted_request(client, method, url, **more):
+        if (method, url) == ("POST", "/v1/jobs"):
+            asked.append(our_files())
+        return request(client, method, url, **more)
+
+    def noted_submit(pool, work, *arguments, **more):
+        if getattr(work, "__func__", None) is Aggregator.run_job:
+            handed.append(our_files())
+        return submit(pool, work, *arguments, **more)
+
+    def noted_blocks(size):
+        if sys._getframe(1).f_code.co_name == "add":  # which goes through the blocks with `total += weight * delta`
+            averaged.append(our_files())
+        return blocks(size)
+
+    monkeypatch.setattr(httpx.Client, "request", noted_request)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", noted_submit)
+    monkeypatch.setattr(mean, "blocks", noted_blocks)
+
+    def work():
+        fleet.enroll("a")
+        data = ("--data", "delta=2", "--data", "weight=1", "--data", f"calls={tmp_path / 'a.calls'}")
+        fleet.start_agent("a", *data).wait_for("mqtt.up")
+        words = ["run", str(NUMBERS), "--credentials", str(fleet.credentials), "--rounds", "1"]
+        monkeypatch.setattr(sys, "argv", ["edgefl", *words, "--out", str(tmp_path / "model.safetensors")])
+        with pytest.raises(SystemExit, match="0"):
+            cli.main()
+
+    with LocalFleet(tmp_path) as fleet:
+        serve_while(fleet, work)
+    assert (tmp_path / "model.safetensors").exists()
+    command, in_the_cloud, in_the_job = asked[0], handed[0], averaged[0]
+    path = list(dict.fromkeys([*command, *in_the_cloud, *in_the_job]))
+    assert path[0] == "edgefl/app/cli.py"
+    assert path[-1] == "edgefl/aggregation/mean.py"
+    assert len(path) <= MAX_FILES, path
+    told = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert [one for one in path if f"`{one}`" not in told.partition("## The seams")[0]] == []

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from edgefl.errors import CloudUnreachable
+from edgefl.errors import ProcessFailed
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls
@@ -43,7 +43,7 @@ def copy_of(home, folder):
 def said(agent, text, after):
     try:
         return bool(agent.wait_for(text, 0.1, after=after))
-    except CloudUnreachable:
+    except ProcessFailed:
         return False
 
 

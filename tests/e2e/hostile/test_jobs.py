@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from edgefl.errors import CloudUnreachable
+from edgefl.errors import ProcessFailed
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.protocols.tls import client_context
 from edgefl.trees import SpooledTree
@@ -39,11 +39,11 @@ def test_a_setting_that_later_layers_cannot_hold_is_refused_by_name(embedded_fle
         ("train.lr=1e39", r"train.lr=1e\+39"),
         ("rounds.clients=99999999999999999999", "rounds.clients="),
     ):
-        with pytest.raises(CloudUnreachable, match=said):
+        with pytest.raises(ProcessFailed, match=said):
             embedded_fleet.run_task("numbers", setting)
     config = tmp_path / "job.toml"
     config.write_text("[train]\nseed = -1\n")
-    with pytest.raises(CloudUnreachable, match=r"train\.seed=-1 must be 0 or more"):
+    with pytest.raises(ProcessFailed, match=r"train\.seed=-1 must be 0 or more"):
         embedded_fleet.run_task("numbers", config=config)
     assert jobs(embedded_fleet) == []
     round_is_right(embedded_fleet)
@@ -75,14 +75,14 @@ def test_the_https_plane_refuses_the_same_and_goes_on(fleet, three, round_is_rig
 def test_sums_beyond_float32_and_a_counter_that_wraps_fail_the_run_and_keep_what_was(fleet, three, tmp_path,
                                                                                      round_is_right):  # fmt: skip
     fleet.add_agent("x", delta=3e38, weight=1, calls=tmp_path / "x.calls")
-    with pytest.raises(CloudUnreachable, match=r"round 2 .*'w' holds NaN or infinity"):
+    with pytest.raises(ProcessFailed, match=r"round 2 .*'w' holds NaN or infinity"):
         fleet.run_task("numbers", rounds=5)
     assert kept(fleet)["w"][0] == np.float32(3e38)  # of round 1
     task = tmp_path / "counter"
     task.mkdir()
     (task / "counter_task.py").write_text(COUNTER)
     (task / "pyproject.toml").write_text('[tool.edgefl]\ntask = "counter_task:task"\n')
-    with pytest.raises(CloudUnreachable, match=r"round 3 .*'n' is beyond the range of int64"):
+    with pytest.raises(ProcessFailed, match=r"round 3 .*'n' is beyond the range of int64"):
         fleet.run_task(task, rounds=5)
     assert kept(fleet)["n"] == 2**63 - 1
     fleet.agents.pop("x").stop()

@@ -18,7 +18,7 @@ import pytest
 from edge_agent.training import trainer_wire as wire
 from edge_agent.training.trainer import Trainer
 from edgefl.config import TrainConfig
-from edgefl.errors import TaskError
+from edgefl.errors import TaskError, TrainerLost
 from edgefl.trees import read_tree, write_tree
 
 TASK = """
@@ -229,7 +229,7 @@ asyncio.run(Trainer().fit(fit))
 
 def test_a_socket_that_does_not_answer_is_named(bench, tmp_path):
     async def run(trainer):
-        with pytest.raises(TaskError, match=r"is edgefl-trainer\.socket on"):
+        with pytest.raises(TrainerLost, match=r"is edgefl-trainer\.socket on"):
             await trainer.fit(bench.fit())
 
     bench.run(run, socket_path=tmp_path / "none.sock")
@@ -254,7 +254,7 @@ def test_a_trainer_of_systemds(bench, tmp_path, eventually, alive):
         async def run(trainer):
             done = await trainer.fit(bench.fit("pid"))
             assert done.weight == trainer.pid
-            with pytest.raises(TaskError, match="the trainer died while it trained"):
+            with pytest.raises(TrainerLost, match="the trainer died while it trained"):
                 await trainer.fit(bench.fit("exit"))
 
         try:

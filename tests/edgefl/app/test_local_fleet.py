@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from edgefl.app.local_fleet import LocalFleet, LoggedProcess, free_ports
-from edgefl.errors import CloudUnreachable
+from edgefl.errors import ProcessFailed
 
 CHILD = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
 
@@ -26,10 +26,10 @@ def test_a_line_is_waited_for_and_all_are_kept(tmp_path):
 
 def test_a_process_that_ends_or_says_nothing_is_reported_with_its_last_lines(tmp_path):
     ended = start(tmp_path, "print('no such port')")
-    with pytest.raises(CloudUnreachable, match=r"(?s)did not say 'ready' \(it ended\).*no such port"):
+    with pytest.raises(ProcessFailed, match=r"(?s)did not say 'ready' \(it ended\).*no such port"):
         ended.wait_for("ready", 10)
     silent = start(tmp_path, "import time; time.sleep(60)")
-    with pytest.raises(CloudUnreachable, match=r"not within 0.05 s"):
+    with pytest.raises(ProcessFailed, match=r"not within 0.05 s"):
         silent.wait_for("ready", 0.05)
     assert silent.stop() == -signal.SIGTERM
     ended.stop()
@@ -58,5 +58,5 @@ def test_free_ports_differ():
 
 
 def test_a_failing_command_shows_what_it_said(tmp_path):
-    with LocalFleet(tmp_path) as fleet, pytest.raises(CloudUnreachable, match=r"cloud token failed: error: .*home"):
+    with LocalFleet(tmp_path) as fleet, pytest.raises(ProcessFailed, match=r"cloud token failed: error: .*home"):
         fleet.token()

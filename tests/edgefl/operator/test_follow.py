@@ -9,8 +9,8 @@ import pytest
 
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, CloudUnreachable, NotFound
-from edgefl.operator.client import CloudClient, load_credentials
-from edgefl.operator.follow import Patience, follow_job, follow_relay, follow_rollout, insist
+from edgefl.operator.client import CloudClient, Patience, insist, load_credentials
+from edgefl.operator.follow import follow_job, follow_relay, follow_rollout
 from edgefl.records import RoundOutcome
 from edgefl.testing import ManualClock
 

@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from edgefl.errors import CloudUnreachable, JobCancelled, JobFailed
-from edgefl.operator.client import CloudClient, load_credentials
-from edgefl.operator.follow import Patience
+from edgefl.operator.client import CloudClient, Patience, load_credentials
 from edgefl.operator.relay import Relay
 
 

@@ -11,8 +11,8 @@ import pytest
 import edgefl
 from edgefl.config import JobConfig, RoundsConfig, TrainConfig
 from edgefl.errors import CloudRefused, ConfigError, JobCancelled, JobFailed
-from edgefl.operator.client import CloudClient, load_credentials
-from edgefl.operator.follow import Patience, follow_job
+from edgefl.operator.client import CloudClient, Patience, load_credentials
+from edgefl.operator.follow import follow_job
 from edgefl.operator.run import Heard, download, submit, watch
 from edgefl.task import load_task
 from edgefl.training.evaluation import evaluate

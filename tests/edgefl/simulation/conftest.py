@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,6 @@ from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import load_task
 from edgefl.training.parts import parts_of
-
-
-@pytest.fixture(autouse=True)
-def unchanged_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 @pytest.fixture(scope="session")

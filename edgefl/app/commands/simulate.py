@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgefl.app.commands.request import SimulateRequest
 from edgefl.config import load_config
 from edgefl.flower import is_flower_app
 from edgefl.measure import seldom_collected
-from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.screen.live import Progress, live_rounds
 from edgefl.terminal.output import INTERRUPTED, Output, example, json_option, metrics_text
 
@@ -58,13 +58,13 @@ def simulate(*, output: Output, **flags: Any) -> None:
     request = SimulateRequest(**flags)
     with seldom_collected():
         if is_flower_app(request.task):
-            from edgefl.simulation.commands.flower import simulate_flower
+            from edgefl.app.commands.simulate_flower import simulate_flower
 
             simulate_flower(request, output)
             return
         request.refuse_flowers()
         if request.sweep:
-            from edgefl.simulation.commands.sweep import sweep_task
+            from edgefl.app.commands.sweep import sweep_task
 
             sweep_task(request, output)
         else:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from edgefl.app.commands.progress import left_running, round_progress, round_text
 from edgefl.errors import ConfigError
 from edgefl.operator.client import Json
-from edgefl.operator.commands.progress import left_running, round_progress, round_text
 from edgefl.operator.connection import Connection, connected
 from edgefl.terminal.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
 

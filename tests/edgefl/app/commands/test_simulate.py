@@ -5,9 +5,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from edgefl.app.commands.simulate import ENGINES, simulate
 from edgefl.errors import ConfigError
 from edgefl.simulation import simulate as module
-from edgefl.simulation.commands.simulate import ENGINES, simulate
 from edgefl.simulation.engines import auto
 from edgefl.simulation.isolation.process import OwnProcess
 from edgefl.simulation.study.report import CutShort

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from edgefl.app.commands.request import SimulateRequest
 from edgefl.errors import ConfigError, MissingExtra
-from edgefl.simulation.commands.request import SimulateRequest
 
 PLAIN = SimulateRequest(
     task="t", clients=None, rounds=None, engine="auto", address=None, config=None, settings=(), sweep=(), data=(),

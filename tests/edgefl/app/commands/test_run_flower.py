@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from edgefl.operator.commands.run import run
+from edgefl.app.commands.run import run
 
 PYPROJECT = """
 [tool.flwr.app.components]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgefl.app.commands.progress import round_progress
 from edgefl.errors import ConfigError
-from edgefl.operator.commands.progress import round_progress
 from edgefl.operator.connection import Connection
 from edgefl.terminal.output import INTERRUPTED, Output, counted, metrics_text
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
+from edgefl.app.commands.request import SimulateRequest
+from edgefl.app.commands.run_flower import model_text
 from edgefl.errors import ConfigError
 from edgefl.flower import FlowerApp, FlowerRunResult, load_flower_app, parse_run_config, run_flower_app
 from edgefl.flower.apps.app import RunConfigValue, flatten, fuse_run_config, own_supernodes, parse_value
 from edgefl.flower.apps.habits import Federation, federation_at_home, read_federation, read_run_config
 from edgefl.measure import num_cores
-from edgefl.operator.run_flower import model_text
-from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.screen.live import Progress, live_rounds
 from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
 from edgefl.terminal.output import INTERRUPTED, Output, counted, metrics_text
@@ -100,7 +100,7 @@ def _tell(result: FlowerRunResult, request: SimulateRequest, output: Output) -> 
 
 def _sweep(request: SimulateRequest, way: _Way, overrides: RunConfig, output: Output) -> None:
     """Run the app once for each combination of run-config values, loaded afresh: it knows nothing of the others."""
-    from edgefl.simulation.commands.sweep import tell
+    from edgefl.app.commands.sweep import tell
     from edgefl.simulation.screen.live import SweepProgress, live_sweep
     from edgefl.simulation.screen.tensorboard import run_folder
     from edgefl.simulation.study.sweep import run_variants

@@ -1,4 +1,4 @@
-"""The operator's commands: `edgefl run` here; devices, jobs, models and rollout beside it."""
+"""`edgefl run`: a task, or a Flower app, on the fleet."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from pathlib import Path
 
 import click
 
+from edgefl.app.commands.progress import left_running, round_progress
+from edgefl.app.commands.run_flower import FlowerRun, run_flower
 from edgefl.config import JobConfig, load_config
 from edgefl.errors import ConfigError
 from edgefl.flower import is_flower_app
-from edgefl.operator.commands.fleet import devices, jobs
-from edgefl.operator.commands.models import models, rollout
-from edgefl.operator.commands.progress import left_running, round_progress
 from edgefl.operator.connection import Connection, connected
-from edgefl.operator.run_flower import FlowerRun, run_flower
 from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, refuse_no_folder
-
-__all__ = ["devices", "jobs", "models", "rollout", "run"]
 
 
 @click.command(

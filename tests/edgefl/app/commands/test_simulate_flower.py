@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from edgefl.app.commands.simulate import simulate
 from edgefl.errors import ConfigError
-from edgefl.simulation.commands.simulate import simulate
 from edgefl.trees import SpooledTree
 
 APP = Path(__file__).parents[4] / "examples" / "flower_app"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from edgefl.app.cli import cli
 from edgefl.errors import ConfigError, JobFailed
 from edgefl.operator.client import CloudClient
-from tests.edgefl.operator.conftest import write_task
+from tests.edgefl.conftest import write_task
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from edgefl.app.commands.simulate import simulate
 from edgefl.errors import ConfigError
-from edgefl.simulation.commands.simulate import simulate
 
 APP = Path(__file__).parents[4] / "examples" / "flower_app"
 

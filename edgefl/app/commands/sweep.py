@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
+from edgefl.app.commands.request import SimulateRequest
 from edgefl.config import load_config
-from edgefl.simulation.commands.request import SimulateRequest
 from edgefl.simulation.isolation.messages import Order
 from edgefl.simulation.isolation.process import OwnProcess
 from edgefl.simulation.screen.live import SweepProgress, compare, live_sweep

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 import pytest
 
+from edgefl.app.commands.progress import left_running, round_progress, round_text
 from edgefl.errors import CloudUnreachable
-from edgefl.operator.commands.progress import left_running, round_progress, round_text
 from edgefl.terminal.output import Output
 
 ROUND = {

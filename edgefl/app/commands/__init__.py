@@ -1,0 +1,1 @@
+"""The commands: what `edgefl run`, `edgefl simulate` and the others read, show and write."""

@@ -1,1 +1,0 @@
-"""`edgefl simulate` and what it was asked for."""
