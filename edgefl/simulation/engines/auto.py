@@ -95,7 +95,7 @@ class _Choice:
     def choose_method(self) -> Chosen:
         """Return a pool whose workers do what is faster there."""
         pool = PoolFleet(self._setup)
-        self._shorten_plan(pool, FEWEST * len(pool.workers))
+        self._shorten_plan(pool, FEWEST * pool.num_workers)
         if reason := pool.why_not_stacked():
             self._ruled_out[STACKS] = reason
         self._measure_pool(pool)

@@ -15,7 +15,8 @@ from edgefl.flower import workers as workers_module
 from edgefl.flower.inside import ErrorCode, give_id, task_identity
 from edgefl.flower.nodes import Delivery
 from edgefl.flower.runners import Runners
-from edgefl.flower.workers import ONE_THREAD, Workers
+from edgefl.flower.workers import Workers
+from edgefl.process.workers.process import wait_for_processes
 
 CLIENT = """
     import os, signal, threading
@@ -39,7 +40,8 @@ CLIENT = """
         context.state["seen"] = ConfigRecord({"n": seen["n"] + 1})
         touched = len(given["touched"])
         echo = given.get("echo", b"")
-        answer = ConfigRecord({"pid": os.getpid(), "node": context.node_id, "n_touched": touched, "echo": echo})
+        answer = ConfigRecord({"pid": os.getpid(), "node": context.node_id, "n_touched": touched, "echo": echo,
+                               "threads": os.environ.get("OMP_NUM_THREADS", "")})
         return Message(RecordDict({"a": answer}), reply_to=message)
 """
 
@@ -70,12 +72,14 @@ def alive(pid):
     return True
 
 
-def test_answers_and_states_come_back_and_nothing_is_left_running(app, monkeypatch):
-    monkeypatch.delenv(ONE_THREAD, raising=False)
+@pytest.mark.parametrize(("chosen", "threads"), [(None, "1"), ("3", "3")])
+def test_answers_and_states_come_back_and_nothing_is_left_running(app, monkeypatch, chosen, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     with Workers(app, 2) as workers:
         answers = answered(workers, deliveries(6))
         pids = workers.pids()
-        assert os.environ[ONE_THREAD] == "1"
     assert [answer.reply.content["a"]["node"] for answer in answers] == list(range(1000, 1006))
     assert [answer.state["seen"]["n"] for answer in answers] == [1] * 6
     assert [answer.reply.content["a"]["n_touched"] for answer in answers] == [1] * 6
@@ -83,7 +87,8 @@ def test_answers_and_states_come_back_and_nothing_is_left_running(app, monkeypat
     assert os.getpid() not in pids
     assert workers.peak_rss_mb > 0
     assert not any(map(alive, pids))
-    assert ONE_THREAD not in os.environ
+    assert {answer.reply.content["a"]["threads"] for answer in answers} == {threads}
+    assert os.environ.get("OMP_NUM_THREADS") == chosen
 
 
 def test_a_killed_workers_message_is_done_again(app, tmp_path):
@@ -137,9 +142,8 @@ def test_an_answer_that_is_there_counts_however_late_it_is_looked_for(app):
     with Workers(app, 2, lambda: now_s) as workers:
         answers = workers.run(deliveries(4), 30)
         next(answers)
-        worker = next(one for one in workers._workers if one.at_work)
-        while not worker.has_said:
-            time.sleep(0.01)
+        slot = next(one for one in workers._pool._slots if one.asked)
+        assert wait_for_processes([slot.worker], 30.0)
         now_s = 1000.0  # the ServerApp was long at work on the first
         assert len(list(answers)) >= 1
 
@@ -159,6 +163,18 @@ def test_an_app_that_cannot_be_loaded_there_is_reported_as_flower_does(app):
         error = answered(workers, deliveries(1))[0].reply.error
     assert error.code == ErrorCode.LOAD_CLIENT_APP_EXCEPTION
     assert "client_app.py:1" in error.reason
+
+
+def test_an_app_that_kills_every_process_that_loads_it_is_answered_with_errors(app):
+    file = app.folder / app.name / "client_app.py"
+    file.write_text(f"import os\nos._exit(7)\n{file.read_text()}")
+    with Workers(app, 1) as workers:
+        errors = [answer.reply.error for answer in answered(workers, deliveries(3))]
+    assert len(errors) == 3
+    assert all(
+        "died 3 times before it had loaded the app; the last one ended with status 7" in e.reason for e in errors
+    )
+    assert {error.code for error in errors} == {ErrorCode.CLIENT_APP_CRASHED}
 
 
 def test_a_run_in_workers_equals_the_run_in_this_process(make_app):

@@ -116,13 +116,13 @@ def test_a_step_that_draws_is_neither_recorded_nor_stacked(name):
     samples = setup.population.samples("client-0")
     gradient = RecordedGradient(setup.task, setup.task.model())
     before = Drawn()
-    gradient.of(samples.inputs, samples.targets)
+    gradient.factored(samples.inputs, samples.targets)
     assert "draws from Python's or numpy's" in gradient.why_not
     before.put_back()
     gradient._by_autograd(samples.inputs, samples.targets)
     once = Drawn()  # the attempt to record drew nothing that training did not
     before.put_back()
-    gradient.of(samples.inputs, samples.targets)
+    gradient.factored(samples.inputs, samples.targets)
     assert not once.since()
     before.put_back()
 

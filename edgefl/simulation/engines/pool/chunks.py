@@ -13,7 +13,6 @@ from edgefl.aggregation.rule import Merging
 from edgefl.config import JobConfig
 from edgefl.errors import UpdateRejected
 from edgefl.guards import RoundGuard
-from edgefl.measure import own_peak_mb
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import MetricSums
 from edgefl.simulation.engines.fallback import Attempt
@@ -39,12 +38,12 @@ class ChunkTrainer:
         self._method = TrainingMethod()
         self._fault = ""  # of stacks
         self._rule_name = config.aggregation.rule
-        self._tally: _Tally | None = None
+        self._running: _RunningSum | None = None
 
     def begin(self, plan: Plan, *, sums: bool, method: TrainingMethod | None = None) -> None:
         """Take up a round, forgetting the one before."""
         self._plan, self._method = plan, method or TrainingMethod()
-        self._tally = _Tally(plan, self._rule_name) if sums else None
+        self._running = _RunningSum(plan, self._rule_name) if sums else None
         self._begin()
 
     def try_stacks(self, method: TrainingMethod) -> Tried:
@@ -54,8 +53,8 @@ class ChunkTrainer:
     def answer(self, message: Chunk | Flush) -> Done | Summed:
         if isinstance(message, Chunk):
             return self._chunk(message)
-        if isinstance(message, Flush) and self._tally is not None:
-            return dataclasses.replace(self._tally.flush(), fault=self._fault)
+        if isinstance(message, Flush) and self._running is not None:
+            return dataclasses.replace(self._running.flush(), fault=self._fault)
         raise TypeError(f"a worker cannot answer a {type(message).__name__}")
 
     def _chunk(self, chunk: Chunk) -> Done:
@@ -63,7 +62,7 @@ class ChunkTrainer:
             return self._in_stacks(self._trainer, chunk.clients)
         if self._trainer is None:
             raise RuntimeError("begin comes before a chunk")
-        if self._tally is None:
+        if self._running is None:
             return Done(tuple(map(self._trainer.train, chunk.clients)))
         return self._take(self._trainer.train(client, borrow=True) for client in chunk.clients)
 
@@ -101,12 +100,12 @@ class ChunkTrainer:
 
     def _take(self, answers: Iterable[Update | Failure | Partial]) -> Done:
         for answer in answers:
-            if self._tally is not None:
-                self._tally.take(answer)
+            if self._running is not None:
+                self._running.take(answer)
         return Done()
 
 
-class _Tally:
+class _RunningSum:
     """The sum of a round so far."""
 
     def __init__(self, plan: Plan, rule: str) -> None:
@@ -138,7 +137,7 @@ class _Tally:
         partial = self._rule.partial() if self._any and isinstance(self._rule, Merging) else None
         if partial is not None:
             partial = dataclasses.replace(partial, metrics=self._metrics.sums)
-        summed = Summed(partial, tuple(self._aside), own_peak_mb())
+        summed = Summed(partial, tuple(self._aside))
         self._reset()
         return summed
 

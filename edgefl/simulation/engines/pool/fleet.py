@@ -1,59 +1,70 @@
 """Worker processes on this machine, one thread each: for models whose steps are real work, on all cores.
 
-Parameters and sums lie in memory that the processes share; how a round is dealt out, and what happens
-when a worker dies, stands in `round`.
+Parameters and sums lie in memory that the processes share; how a round is dealt out stands in `round.py`, and what
+happens when a worker dies in `edgefl/process/workers/pool.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from contextlib import ExitStack, closing
 
-from edgefl.errors import ConfigError
 from edgefl.measure import num_cores
+from edgefl.process.workers.pool import START_S, Answered, Terms, WorkerPool
+from edgefl.process.workers.process import wait_for_processes
+from edgefl.process.workers.work_queue import WorkQueue
 from edgefl.records import Plan, Traffic
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup, TrainingMethod
-from edgefl.simulation.engines.pool.process import WorkerProcess
-from edgefl.simulation.engines.pool.round import Answer, train
-from edgefl.simulation.engines.shared import SharedTree
+from edgefl.simulation.engines.pool.messages import Chunk, Tried, Try
+from edgefl.simulation.engines.pool.process import TrainingProcess, launcher, memory_for
+from edgefl.simulation.engines.pool.round import Answer, PoolHistory, train
 from edgefl.training.parts import parts_of
-from edgefl.trees import Tree, spec_of
+from edgefl.trees import Tree
 
 
 class PoolFleet:
-    """Trains a cohort on worker processes."""
+    """Trains a cohort on worker processes; raises ConfigError where one cannot be started."""
 
     def __init__(self, setup: SimulationSetup, num_workers: int | None = None) -> None:
         self._setup = setup
         self._meter = Meter(setup.served)
-        self._deadly: dict[str, str] = {}  # clients that end their workers, and how
+        self._history = PoolHistory()
+        self._written: Tree | None = None  # what is frozen in the shared memory
         parts = parts_of(setup.task, setup.config.train.seed)
-        self._parameters, self._frozen = SharedTree(spec_of(parts.moving)), SharedTree(spec_of(parts.frozen))
-        self._written: Tree | None = None  # what is frozen there
-        self.workers: list[WorkerProcess] = []
-        try:
-            for _ in range(num_workers or num_cores()):
-                self.workers.append(WorkerProcess(setup, self._parameters, self._frozen))
-            for worker in self.workers:
-                worker.wait_until_ready()
-        except ConfigError:
-            self.close()
-            raise
+        with ExitStack() as opened:  # closed again where something fails, and for Ctrl-C
+            self._parameters, self._frozen, *sums = (
+                opened.enter_context(closing(memory))
+                for memory in memory_for(parts.moving, parts.frozen, num_workers or num_cores())
+            )
+            launchers = [launcher(setup, self._parameters, self._frozen, one) for one in sums]
+            pool: WorkerPool[TrainingProcess, Chunk | Try] = WorkerPool(launchers, wait_for_processes)
+            self.pool = opened.enter_context(closing(pool))
+            self.pool.wait_until_ready()
+            self._opened = opened.pop_all()
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.pool.workers)
 
     @property
     def peak_rss_mb(self) -> float:
         """Return the sum of the workers' peaks, as far as they have told."""
-        return sum(worker.peak_rss_mb for worker in self.workers)
+        return self.pool.peak_rss_mb
 
     @property
     def faults(self) -> Sequence[str]:
         """Return what went wrong with the workers' stacks, whose clients they then trained one by one."""
-        return [worker.fault for worker in self.workers if worker.fault]
+        return self._history.stack_faults
 
     def why_not_stacked(self) -> str | None:
         """Return why the task's clients cannot be trained in stacks, or None, as a worker has tried it."""
-        return self.workers[0].why_not_stacked(self._setup.method)
+        terms = Terms(answer_s=START_S, max_losses=1)
+        (event,) = self.pool.run(WorkQueue([Try(self._setup.method)]), terms)
+        if isinstance(event, Answered):
+            tried: Tried = event.answer
+            return tried.why_not
+        return f"the worker that tried it {event.how}"
 
     def use(self, method: TrainingMethod) -> None:
         """Have the workers train in another way from the next round on."""
@@ -67,20 +78,11 @@ class PoolFleet:
         if plan.frozen and plan.frozen is not self._written:
             self._frozen.write(plan.frozen)
             self._written = plan.frozen
-        return train(self._setup, self._meter, plan, self.workers, _wait, self._deadly)
+        return train(self._setup, self._meter, plan, self.pool, self._history)
 
     def traffic(self) -> Traffic:
         return self._meter.traffic()
 
     def close(self) -> None:
-        """End the workers."""
-        for worker in self.workers:
-            worker.close()
-        self._parameters.close()
-        self._frozen.close()
-
-
-def _wait(workers: Sequence[WorkerProcess], within_s: float) -> Sequence[WorkerProcess]:
-    pipes: list[Connection] = [worker.pipe for worker in workers]
-    answered = wait(pipes, within_s)
-    return [worker for worker in workers if worker.pipe in answered]
+        """End the workers, and give their memory back."""
+        self._opened.close()

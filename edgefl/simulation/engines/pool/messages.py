@@ -6,46 +6,10 @@ import pickle
 import sys
 from dataclasses import dataclass, field
 
-from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.records import Failure, Partial, Plan, Update
-from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod
+from edgefl.simulation.engines.fleets import SimulationSetup, TrainingMethod
 from edgefl.task import Task
-from edgefl.trees import TensorSpec
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
-    """What a worker is to work on."""
-
-    reference: str | None  # of the task, or else
-    task: bytes | None  # pickled
-    make_population: PopulationMaker
-    config: JobConfig
-    spec: dict[str, TensorSpec]
-    frozen_spec: dict[str, TensorSpec]
-    parameters: int  # descriptors
-    frozen: int
-    sums: int
-    import_path: tuple[str, ...]
-
-    def load_task(self) -> Task:
-        """Return the task, in the worker."""
-        from edgefl.task import load_task
-
-        if self.reference is not None:
-            return load_task(self.reference)
-        task = pickle.loads(self.task or b"")  # noqa: S301 - our own parent's
-        if not isinstance(task, Task):
-            raise ConfigError(f"the pool sent a {type(task).__name__} as its task")
-        return task
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The worker is there, or why it is not."""
-
-    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +60,7 @@ class Summed:
 
     partial: Partial | None
     aside: tuple[Update | Failure, ...] = ()
-    peak_rss_mb: float = 0.0
     fault: str = ""  # of stacks, whose clients were trained one by one instead
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """There will be no answer."""
-
-    how: str  # e.g. was ended by SIGKILL
 
 
 def pickled_task(setup: SimulationSetup) -> bytes | None:

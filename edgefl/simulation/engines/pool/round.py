@@ -1,224 +1,139 @@
-"""One round on workers, wherever they run: handed out in chunks, heard, and done again where one is lost.
+"""One round on workers, wherever they run: clients in chunks, whose answers come as sums or in the plan's order.
 
-Clients are handed out to whoever is free. Where the rule merges, a worker returns one sum for all that
-it trained in a round, instead of an update a client. A worker that is lost, or says nothing within the
-round's deadline, is started again while the others go on; its clients are handed out again, one by one
-where it was at work on them, and a client that ends its worker twice fails: in this round, and in every
-later one without being tried again.
-Invariant: each client of a cohort is counted once, whoever dies when.
+Clients go to whichever worker is free. Where the rule merges, a worker returns one sum for all that it trained in
+a round, instead of one update per client. What a lost worker had is trained again by others, one by one where it
+was at work on it (`edgefl/process/workers/pool.py`), and a client that ends its worker twice fails: in this round,
+and in every later one without being tried again.
+Invariant: each client of a cohort is counted once, whichever worker is lost when.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any
 
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.rule import Merging
 from edgefl.errors import ConfigError
+from edgefl.process.workers.pool import MAX_LOSSES, Answered, GaveUp, NoneLeft, Terms, WorkerPool
+from edgefl.process.workers.work_queue import WorkQueue
 from edgefl.records import Failure, Partial, Plan, Update
-from edgefl.simulation.engines.fleets import Meter, SimulationSetup, TrainingMethod
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Gone, Ready, Summed
+from edgefl.simulation.engines.fleets import Meter, SimulationSetup
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Summed
 from edgefl.trees import Tree
 
 LEFT_PER_CHUNK = 4  # a chunk is so small a part of a worker's share of what is left that workers end together
 MAX_CHUNK = 32
-AHEAD = 8  # clients a worker, whose single answers may wait for one before them
+AHEAD = 8  # clients per worker, whose single answers may wait for one before them
 STACKS_PER_WORKER = 2  # and of whom a worker trains as one, since larger stacks are faster
 MAX_STACKED = 1024
-MAX_DEATHS = 2  # a client that has ended so many workers is not tried again
-MAX_STARTS = 3  # of a worker in one round
-START_S = 120.0
 
 Answer = Update | Failure | Partial
 
 
-class Worker(Protocol):
-    """One worker, from the round's side. What it does takes its time: `wait` tells who has answered."""
+@dataclass(slots=True)
+class PoolHistory:
+    """What a fleet remembers of its workers from round to round."""
 
-    ready: bool  # whether it has said so since it was started
-
-    def begin(self, begin: Begin) -> None:
-        """Tell it of a round, and forget what it still owes of the one before."""
-
-    def ask(self, message: Chunk | Flush) -> None:
-        """Give it something to answer."""
-
-    def hear(self) -> Ready | Done | Summed | Gone:
-        """Return the answer that is there; raises ConfigError where it cannot work on this task at all."""
-
-    def restart(self) -> None:
-        """End it and start another in its place, which will say that it is ready."""
-
-
-_W = TypeVar("_W", bound=Worker)
-Wait = Callable[[Sequence[_W], float], Sequence[_W]]  # for any of them, so many seconds; returns who has answered
+    deadly: dict[str, str] = field(default_factory=dict)  # clients that end their workers, and how
+    stack_faults: list[str] = field(default_factory=list)  # why stacks failed, whose clients were trained one by one
 
 
 def train(
-    setup: SimulationSetup, meter: Meter, plan: Plan, workers: Sequence[_W], wait: Wait[_W], deadly: dict[str, str]
-) -> Iterator[Answer]:  # fmt: skip
-    """Train a plan's clients on workers that have its parameters; counts what a fleet would have moved.
-
-    Clients that end their workers are noted in `deadly`, and whoever stands there is not tried.
-    """
-    rule = make_rule(setup.config.aggregation.rule, plan.parameters)
-    sums = rule.merges and isinstance(rule, Merging) and setup.takes_sums(plan)
+    setup: SimulationSetup, meter: Meter, plan: Plan, pool: WorkerPool[Any, Any], history: PoolHistory
+) -> Iterator[Answer]:
+    """Train a plan's clients on workers that have its parameters; counts what a fleet would have moved."""
     meter.begin(plan)
-    for answer in Round(plan, workers, wait, setup.stop, sums=sums, method=setup.method, deadly=deadly).run():
+    for answer in Round(setup, plan, pool, history).run():
         meter.count(answer)
         yield answer
 
 
-@dataclass(slots=True)
-class _Work:
-    """Some clients to train."""
-
-    clients: tuple[str, ...]
-    deaths: int = 0  # of workers, while at work on it
-
-
-@dataclass(slots=True)
-class _Hand(Generic[_W]):
-    """One worker in one round."""
-
-    worker: _W
-    at_work: _Work | None = None
-    flushing: bool = False
-    summed: list[_Work] = field(default_factory=list)  # trained, in the worker's sum, not ours yet
-    starts: int = 0
-
-    @property
-    def busy(self) -> bool:
-        return self.at_work is not None or self.flushing
-
-
-class Round(Generic[_W]):
+class Round:
     """A plan, and the workers that there are for it."""
 
-    def __init__(  # noqa: PLR0913 - what a fleet has for a round, each once
-        self, plan: Plan, workers: Sequence[_W], wait: Wait[_W], stop: threading.Event, *, sums: bool,
-        method: TrainingMethod | None = None, deadly: dict[str, str] | None = None,
+    def __init__(
+        self, setup: SimulationSetup, plan: Plan, pool: WorkerPool[Any, Any], history: PoolHistory
     ) -> None:  # fmt: skip
-        self._plan, self._wait, self._stop, self._sums = plan, wait, stop, sums
-        method = method or TrainingMethod()
-        self._method = dataclasses.replace(method, stacks=sums and method.stacks)
-        self._hands = [_Hand(worker) for worker in workers]
-        self._deadly = deadly if deadly is not None else {}
-        clients = tuple(client for client in plan.clients if client not in self._deadly)
-        if self._method.stacks:
-            size = max(1, min(MAX_STACKED, math.ceil(len(clients) / (len(workers) * STACKS_PER_WORKER))))
-            parts = [clients[i : i + size] for i in range(0, len(clients), size)]
-        elif sums:
-            parts = _guided(clients, len(workers))
-        else:
-            parts = [(client,) for client in clients]
-        self._todo = deque(map(_Work, parts))
+        self._plan, self._pool, self._history = plan, pool, history
+        rule = make_rule(setup.config.aggregation.rule, plan.parameters)
+        self._sums = rule.merges and isinstance(rule, Merging) and setup.takes_sums(plan)
+        self._method = dataclasses.replace(setup.method, stacks=self._sums and setup.method.stacks)
         self._held: dict[str, Update | Failure] = {}  # single answers that wait for those before them
-        self._order = deque(() if sums else plan.clients)
+        self._order = deque(() if self._sums else plan.clients)
+        chunks = self._chunks(tuple(client for client in plan.clients if client not in history.deadly))
+        self._work = WorkQueue(
+            map(Chunk, chunks), split=_one_by_one, stopped=setup.stop.is_set, may_begin=self._may_begin
+        )  # fmt: skip
 
     def run(self) -> Iterator[Answer]:
         """Yield the round's answers: sums as they come, single ones in the plan's order."""
         for client in self._plan.clients:
-            if client in self._deadly:
-                yield from self._failed(_Work((client,)), self._deadly[client])
-        for hand in self._hands:
-            if hand.worker.ready:
-                self._begin(hand)
-        while waited := self._hand_out():
-            busy = any(hand.busy for hand in waited)
-            within_s = self._plan.deadline_s if busy else START_S  # a deadline is for work, not for a start
-            answered = self._wait([hand.worker for hand in waited], within_s)
-            for hand in waited:
-                if hand.worker in answered:
-                    yield from self._hear(hand)
-                elif not answered and hand.busy:
-                    yield from self._lost(hand, f"no answer within {within_s:g} s", died=False)
-                elif not answered and not busy:
-                    self._give_up(hand, f"it was not ready within {within_s:g} s")
+            if client in self._history.deadly:
+                yield from self._failed((client,), self._history.deadly[client])
+        terms = Terms(
+            answer_s=self._plan.deadline_s, opening=self._opening(), collect=Flush() if self._sums else None
+        )  # fmt: skip
+        for event in self._pool.run(self._work, terms):
+            if isinstance(event, NoneLeft):
+                raise ConfigError(f"round {self._plan.round}: no worker can be started: the last one {event.how}")
+            if isinstance(event, GaveUp):
+                yield from self._gave_up(event)
+            else:
+                yield from self._answered(event)
 
-    def _begin(self, hand: _Hand[_W]) -> None:
+    def _chunks(self, clients: Sequence[str]) -> Sequence[tuple[str, ...]]:
+        """Deal clients out: in stacks, in chunks that are summed, or one by one."""
+        if self._method.stacks:
+            size = math.ceil(len(clients) / (self._pool.size * STACKS_PER_WORKER))
+            size = max(1, min(MAX_STACKED, size))
+            return [tuple(clients[i : i + size]) for i in range(0, len(clients), size)]
+        return _guided(clients, self._pool.size) if self._sums else [(client,) for client in clients]
+
+    def _opening(self) -> Begin:
         frozen: Tree | None = None if self._plan.frozen is None else {}
         plan = dataclasses.replace(self._plan, parameters={}, frozen=frozen)
-        hand.worker.begin(Begin(plan, self._sums, self._method))
+        return Begin(plan, self._sums, self._method)
 
-    def _hand_out(self) -> list[_Hand[_W]]:
-        """Give every free worker something to do; return those who will answer, and are wanted to."""
-        if self._stop.is_set():
-            self._todo.clear()
-        for hand in self._hands:
-            if hand.busy or not hand.worker.ready:
-                continue
-            if self._todo and self._may_begin(self._todo[0]):
-                hand.at_work = self._todo.popleft()
-                hand.worker.ask(Chunk(hand.at_work.clients))
-            elif hand.summed:
-                hand.flushing = True
-                hand.worker.ask(Flush())
-        starting = [hand for hand in self._hands if not hand.worker.ready] if self._todo else []
-        return [*(hand for hand in self._hands if hand.busy), *starting]
+    def _may_begin(self, chunk: Chunk) -> bool:
+        """Single answers are not piled up: far ahead of the one that is waited for, none begins."""
+        few = len(self._held) < AHEAD * self._pool.size
+        return self._sums or few or self._order[0] in chunk.clients
 
-    def _may_begin(self, work: _Work) -> bool:
-        """Single answers are not piled up: far ahead of who is waited for, nobody begins."""
-        few = len(self._held) < AHEAD * len(self._hands)
-        return self._sums or few or self._order[0] in work.clients or not any(hand.busy for hand in self._hands)
-
-    def _hear(self, hand: _Hand[_W]) -> Iterator[Answer]:
-        answer = hand.worker.hear()
-        if isinstance(answer, Ready):
-            self._begin(hand)
-        elif isinstance(answer, Gone):
-            yield from self._lost(hand, f"its worker {answer.how}", died=True)
-        elif isinstance(answer, Summed):
-            hand.flushing, hand.summed = False, []
-            yield from answer.aside
-            if answer.partial is not None:
-                yield answer.partial
-        elif hand.at_work is not None:
-            if self._sums:
-                hand.summed.append(hand.at_work)
-            hand.at_work = None
+    def _answered(self, event: Answered[Chunk]) -> Iterator[Answer]:
+        answer: Done | Summed = event.answer
+        if isinstance(answer, Done):
             yield from self._in_order(answer.answers)
+            return
+        if answer.fault:
+            self._history.stack_faults.append(answer.fault)
+        yield from answer.aside
+        if answer.partial is not None:
+            yield answer.partial
+
+    def _gave_up(self, event: GaveUp[Chunk]) -> Iterator[Answer]:
+        why = f"its worker {event.how}"
+        if event.died:
+            self._history.deadly |= dict.fromkeys(event.message.clients, f"{why}, each of {MAX_LOSSES} times")
+        yield from self._failed(event.message.clients, why)
 
     def _in_order(self, answers: Sequence[Update | Failure]) -> Iterator[Update | Failure]:
         self._held |= {answer.device: answer for answer in answers}
         while self._order and self._order[0] in self._held:
             yield self._held.pop(self._order.popleft())
 
-    def _lost(self, hand: _Hand[_W], why: str, *, died: bool) -> Iterator[Answer]:
-        """Start a worker again, and hand out again what it had."""
-        again = [(work, work.deaths + hand.flushing) for work in hand.summed]
-        again += [(hand.at_work, hand.at_work.deaths + 1)] if hand.at_work is not None else []
-        if not hand.worker.ready and hand.starts >= MAX_STARTS:
-            self._give_up(hand, why)
-        else:
-            hand.starts = 0 if hand.worker.ready else hand.starts + 1
-            hand.at_work, hand.flushing, hand.summed = None, False, []
-            hand.worker.restart()
-        for work, deaths in again:
-            if deaths == work.deaths:
-                self._todo.appendleft(work)
-            elif deaths < MAX_DEATHS:
-                self._todo.extendleft(_Work((client,), deaths) for client in reversed(work.clients))
-            else:
-                self._deadly |= dict.fromkeys(work.clients, f"{why}, each of {deaths} times") if died else {}
-                yield from self._failed(work, why)
-
-    def _give_up(self, hand: _Hand[_W], why: str) -> None:
-        """Go on with the other workers; raises ConfigError where there are none."""
-        self._hands.remove(hand)
-        if not self._hands:
-            raise ConfigError(f"round {self._plan.round}: no worker can be started: {why}")
-
-    def _failed(self, work: _Work, why: str) -> Iterator[Answer]:
+    def _failed(self, clients: Sequence[str], why: str) -> Iterator[Answer]:
         plan = self._plan
-        failures = [Failure(job=plan.job, round=plan.round, device=client, reason=why) for client in work.clients]
+        failures = [Failure(job=plan.job, round=plan.round, device=client, reason=why) for client in clients]
         yield from failures if self._sums else self._in_order(failures)
+
+
+def _one_by_one(chunk: Chunk) -> Sequence[Chunk]:
+    return [Chunk((client,)) for client in chunk.clients]
 
 
 def _guided(clients: Sequence[str], workers: int) -> list[tuple[str, ...]]:

@@ -1,33 +1,67 @@
-"""A worker of the pool: `python -m edgefl.simulation.engines.pool.worker DESCRIPTOR`.
+"""A worker of the pool: one process with one torch thread, which trains the clients that it is asked for.
 
-One process with one torch thread, which trains what it is handed (see `chunks`).
-It ends when its pipe does. Ctrl-C is for its parent.
+Parameters come, and sums go, through memory that it shares with the pool.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
-import sys
-from multiprocessing.connection import Connection
+import pickle
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 
-from edgefl.errors import EdgeflError
-from edgefl.measure import seldom_collected
+from edgefl.config import JobConfig
+from edgefl.errors import ConfigError
+from edgefl.simulation.engines.fleets import PopulationMaker
 from edgefl.simulation.engines.pool.chunks import ChunkTrainer
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Ready, Start, Summed, Tried, Try
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Summed, Tried, Try
 from edgefl.simulation.engines.shared import SharedTree
+from edgefl.task import Task, load_task
 from edgefl.training.local import set_threads
 from edgefl.training.randomness import kept, seeded
 from edgefl.trees import TensorSpec
 
+Asked = Begin | Chunk | Flush | Try
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolStart:
+    """What a worker works on."""
+
+    reference: str | None  # of the task, or else
+    task: bytes | None  # pickled
+    make_population: PopulationMaker
+    config: JobConfig
+    spec: dict[str, TensorSpec]
+    frozen_spec: dict[str, TensorSpec]
+    parameters: int  # descriptors
+    frozen: int
+    sums: int
+
+    def begin(self) -> Callable[[Asked], Done | Summed | Tried | None]:
+        """Load the task, in the worker; raises ConfigError, TaskError."""
+        return PoolWorker(self).answer
+
+    def load_task(self) -> Task:
+        """Return the task."""
+        if self.reference is not None:
+            return load_task(self.reference)
+        task = pickle.loads(self.task or b"")  # noqa: S301 - our own parent's
+        if not isinstance(task, Task):
+            raise ConfigError(f"the pool sent a {type(task).__name__} as its task")
+        return task
+
 
 class PoolWorker:
-    """Answers the pool's messages: parameters come, and sums go, through shared memory."""
+    """Answers the pool's messages."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: PoolStart) -> None:
+        self._stack = ExitStack()  # as long as the process lives
+        self._stack.enter_context(kept())
+        set_threads(1)
         self._parameters = SharedTree(start.spec, start.parameters)
         self._frozen = SharedTree(start.frozen_spec, start.frozen)
         float64 = {name: TensorSpec(one.shape, np.dtype(np.float64)) for name, one in start.spec.items()}
@@ -37,7 +71,7 @@ class PoolWorker:
             population = start.make_population(task)
         self._trainer = ChunkTrainer(task, population, start.config)
 
-    def answer(self, message: Begin | Chunk | Flush | Try) -> Done | Summed | Tried | None:
+    def answer(self, message: Asked) -> Done | Summed | Tried | None:
         if isinstance(message, Begin):
             frozen = None if message.plan.frozen is None else self._frozen.tree
             plan = dataclasses.replace(message.plan, parameters=self._parameters.tree, frozen=frozen)
@@ -50,26 +84,3 @@ class PoolWorker:
             self._sums.write(answer.partial.total)
             answer = dataclasses.replace(answer, partial=dataclasses.replace(answer.partial, total={}))
         return answer
-
-
-def main() -> None:
-    """Serve the pool at the other end of the pipe until it goes away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe = Connection(int(sys.argv[1]))
-    with kept(), seldom_collected(), contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
-        start: Start = pipe.recv()
-        sys.path[:] = start.import_path
-        try:
-            set_threads(1)
-            worker = PoolWorker(start)
-        except EdgeflError as error:
-            pipe.send(Ready(str(error)))
-            return
-        pipe.send(Ready())
-        while True:
-            if (answer := worker.answer(pipe.recv())) is not None:
-                pipe.send(answer)
-
-
-if __name__ == "__main__":
-    main()

@@ -19,9 +19,11 @@ from pathlib import Path
 from edgefl.bundle import load_bundle, pack_bundle, unpack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, EdgeflError
+from edgefl.measure import own_peak_mb
+from edgefl.process.workers.messages import Ready, Reply
 from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup
 from edgefl.simulation.engines.pool.chunks import ChunkTrainer
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Ready, Summed, import_path, pickled_task
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Flush, import_path, pickled_task
 from edgefl.task import Task, load_task
 from edgefl.training.local import set_threads
 from edgefl.training.randomness import seeded
@@ -88,8 +90,8 @@ class Actor:
         plan = dataclasses.replace(begin.plan, parameters=parameters, frozen=frozen)
         self._trainer.begin(plan, sums=begin.sums, method=begin.method)
 
-    def answer(self, message: Chunk | Flush) -> Done | Summed:
-        return self._trainer.answer(message)
+    def answer(self, message: Chunk | Flush) -> Reply:
+        return Reply(self._trainer.answer(message), own_peak_mb())
 
     def leave(self) -> None:
         """Remove what was unpacked on this machine, by who was killed too: all leave together."""

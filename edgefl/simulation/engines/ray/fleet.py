@@ -1,24 +1,24 @@
 """The pool's workers as actors on a Ray cluster: many machines, or this one.
 
-A round's parameters go into Ray's object store once, and reach each machine once; sums come back. How
-a round is dealt out, and what happens when an actor or a node is lost, stands in `pool.round`.
+A round's parameters go into Ray's object store once, and reach each machine once; sums come back. How a round is
+dealt out stands in `engines/pool/round.py`, and what happens when an actor or a node is lost in
+`edgefl/process/workers/pool.py`.
 Not in `peak_rss_mb`: Ray's own processes.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from edgefl.errors import ConfigError
+from edgefl.process.workers.pool import WorkerPool
 from edgefl.records import Plan, Traffic
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup
-from edgefl.simulation.engines.pool.messages import Gone
-from edgefl.simulation.engines.pool.round import START_S, Answer, train
+from edgefl.simulation.engines.pool.messages import Chunk
+from edgefl.simulation.engines.pool.round import Answer, PoolHistory, train
 from edgefl.simulation.engines.ray.actor import Actor, start_of
 from edgefl.simulation.engines.ray.cluster import Cluster, undisturbed
-from edgefl.simulation.engines.ray.worker import RayWorker, wait_for_any
+from edgefl.simulation.engines.ray.worker import RayWorker, wait_for_actors
 from edgefl.trees import Tree
 
 END_S = 2.0
@@ -30,15 +30,14 @@ class RayFleet:
     def __init__(self, setup: SimulationSetup, address: str | None = None) -> None:
         self._setup = setup
         self._meter = Meter(setup.served)
-        self._deadly: dict[str, str] = {}  # clients that end their workers, and how
+        self._history = PoolHistory()
         self._parameters: Any = None  # references into the object store: of what moves, and of what is frozen
         self._frozen: Any = None
         self._stored: Tree | None = None  # what is frozen there
-        self.workers: list[RayWorker] = []
+        self.pool: WorkerPool[RayWorker, Chunk] = WorkerPool([], wait_for_actors)
         self.cluster = Cluster(address)
         try:
-            self._start_workers()
-            self._wait_for_one()
+            self._start()
         except BaseException:  # Ctrl-C too: nothing that was started may outlive it
             self.close()
             raise
@@ -46,7 +45,7 @@ class RayFleet:
     @property
     def peak_rss_mb(self) -> float:
         """Return the sum of the workers' peaks, as far as they have told."""
-        return sum(worker.peak_rss_mb for worker in self.workers)
+        return self.pool.peak_rss_mb
 
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()
@@ -56,7 +55,7 @@ class RayFleet:
         if self._frozen is None or plan.frozen is not self._stored:
             self._frozen = self.cluster.ray.put(None if plan.frozen is None else dict(plan.frozen))
             self._stored = plan.frozen
-        return train(self._setup, self._meter, plan, self.workers, wait_for_any, self._deadly)
+        return train(self._setup, self._meter, plan, self.pool, self._history)
 
     def traffic(self) -> Traffic:
         return self._meter.traffic()
@@ -64,31 +63,21 @@ class RayFleet:
     def close(self) -> None:
         """End the workers, and the cluster where it is ours."""
         with undisturbed():
-            leaving = [worker.leave() for worker in self.workers if worker.ready]
+            leaving = [worker.leave() for worker in self.pool.ready_workers]
             if leaving:
                 self.cluster.ray.wait(leaving, num_returns=len(leaving), timeout=END_S)
-            for worker in self.workers:
-                worker.end()
+            self.pool.close()
             self.cluster.close()
 
-    def _start_workers(self) -> None:
-        ray = self.cluster.ray
+    def _start(self) -> None:
+        """Start the workers, and wait until one can begin; the others come when they come. Raises ConfigError."""
+        ray, num_cpus = self.cluster.ray, self.cluster.num_cpus()
         start = ray.put(start_of(self._setup, here=self.cluster.ours))
         remote = ray.remote(num_cpus=1, max_restarts=0)(Actor)
-        for _ in range(max(1, min(self.cluster.num_cpus(), len(self.clients())))):
-            self.workers.append(RayWorker(lambda: remote.remote(start), lambda: (self._parameters, self._frozen)))
 
-    def _wait_for_one(self) -> None:
-        """Wait until somebody can begin; the others come when they come. Raises ConfigError."""
-        deadline_s = time.monotonic() + START_S
-        while not any(worker.ready for worker in self.workers):
-            answered = wait_for_any(self.workers, max(0.0, deadline_s - time.monotonic()))
-            if not answered:
-                raise ConfigError(
-                    f"no worker was ready within {START_S:g} s on the Ray cluster of {self.cluster.num_cpus()} CPUs; "
-                    "each wants one that is free"
-                )
-            if isinstance(gone := answered[0].hear(), Gone):
-                raise ConfigError(
-                    f"a worker on the Ray cluster {gone.how} before it was ready; is edgefl on each node?"
-                )
+        def launch() -> RayWorker:
+            return RayWorker(lambda: remote.remote(start), lambda: (self._parameters, self._frozen))
+
+        launchers = [launch] * max(1, min(num_cpus, len(self.clients())))
+        self.pool = WorkerPool(launchers, wait_for_actors, name="worker on the Ray cluster")
+        self.pool.wait_until_ready(1, f"; each needs one of the {num_cpus} CPUs, and edgefl on its node")

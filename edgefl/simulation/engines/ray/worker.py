@@ -1,73 +1,63 @@
-"""One actor of a cluster, from the simulation's side: started, spoken to, replaced."""
+"""One actor of a cluster, from the simulation's side."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Gone, Ready, Summed
+from edgefl.process.workers.messages import Ready, Reply, WorkerLost
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Flush
 from edgefl.simulation.engines.ray.cluster import import_ray
 
 FETCH_S = 60.0  # to bring here what is there
 
 
 class RayWorker:
-    """An actor, and what it owes. It takes its place when the cluster has one; nobody waits for it."""
+    """An actor that takes its place when the cluster has one; nobody waits for it."""
 
     def __init__(self, launch: Callable[[], Any], parameters: Callable[[], Any]) -> None:
         self._ray = import_ray()
-        self._launch, self._parameters = launch, parameters  # both give what only Ray knows: handles, references
-        self.peak_rss_mb = 0.0
-        self.ready = False
-        self._actor: Any = None
+        self._parameters = parameters  # gives references, as `launch` gives a handle: what only Ray knows
+        self.actor = launch()
         self._begun: list[Any] = []  # references: of the last `begin`, until it is known to have gone well
-        self._run()
+        self._owed = deque([self.actor.ready.remote()])  # references to its answers, in order
 
-    def begin(self, begin: Begin) -> None:
-        """Tell it of a round. What it owes of one that was ended early, it does first, for nobody."""
-        self._begun = [self._actor.begin.remote(begin, *self._parameters())]
+    @property
+    def owed(self) -> Any:
+        """Return the reference of its next answer."""
+        return self._owed[0]
 
-    def ask(self, message: Chunk | Flush) -> None:
-        self.owed = self._actor.answer.remote(message)
+    def ask(self, message: Begin | Chunk | Flush) -> None:
+        if isinstance(message, Begin):
+            self._begun = [self.actor.begin.remote(message, *self._parameters())]
+        else:
+            self._owed.append(self.actor.answer.remote(message))
 
-    def hear(self) -> Ready | Done | Summed | Gone:
-        """Return its answer; raises ConfigError where it cannot load its task."""
+    def hear(self) -> Ready | Reply:
+        """Return its next answer; raises WorkerLost, and ConfigError where it cannot load its task."""
         try:
-            *_, answer = self._ray.get([*self._begun, self.owed], timeout=FETCH_S)
+            *_, said = self._ray.get([*self._begun, self._owed.popleft()], timeout=FETCH_S)
         except self._ray.exceptions.RayTaskError as error:
-            return Gone(f"raised {type(error.cause).__name__}: {error.cause}")
+            raise WorkerLost(f"raised {type(error.cause).__name__}: {error.cause}") from error
         except self._ray.exceptions.RayError as error:
-            return Gone(f"was lost ({type(error).__name__})")
+            raise WorkerLost(f"was lost ({type(error).__name__})") from error
         self._begun = []
-        if isinstance(answer, Ready):
-            if answer.fault:
-                raise ConfigError(f"a worker on the Ray cluster cannot start: {answer.fault}")
-            self.ready = True
-        if isinstance(answer, Summed):
-            self.peak_rss_mb = max(self.peak_rss_mb, answer.peak_rss_mb)
-        heard: Ready | Done | Summed = answer
+        heard: Ready | Reply = said
+        if isinstance(heard, Ready) and heard.fault:
+            raise ConfigError(f"a worker on the Ray cluster cannot start: {heard.fault}")
         return heard
 
-    def restart(self) -> None:
-        """End it, and have another started wherever there is room."""
-        self.end()
-        self._run()
-
     def leave(self) -> Any:
-        """Ask it to tidy up; return the reference of its answer."""
-        return self._actor.leave.remote()
+        """Ask it to remove what it unpacked; return the reference of its answer."""
+        return self.actor.leave.remote()
 
-    def end(self) -> None:
-        self._ray.kill(self._actor)
-
-    def _run(self) -> None:
-        self.ready, self._begun = False, []
-        self._actor = self._launch()
-        self.owed = self._actor.ready.remote()
+    def end(self, *, kindly: bool = False) -> None:  # noqa: ARG002 - an actor is ended in one way
+        self._ray.kill(self.actor)
 
 
-def wait_for_any(workers: Sequence[RayWorker], within_s: float) -> Sequence[RayWorker]:
+def wait_for_actors(workers: Sequence[RayWorker], within_s: float) -> Sequence[RayWorker]:
     """Return a worker that has answered; none after so many seconds."""
     by_owed = {worker.owed: worker for worker in workers}
     answered, _ = import_ray().wait(list(by_owed), num_returns=1, timeout=within_s)

@@ -1,5 +1,6 @@
 """The pool gives what the loop gives, whoever dies."""
 
+import dataclasses
 import os
 import signal
 from contextlib import closing
@@ -10,8 +11,8 @@ import pytest
 from edgefl.errors import ConfigError, QuorumNotMet
 from edgefl.records import Partial
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool import fleet as module
 from edgefl.simulation.engines.pool.fleet import PoolFleet
+from edgefl.testing import ManualClock
 
 
 def same(one, other):
@@ -30,7 +31,7 @@ def test_rounds_agree_with_the_loop_and_a_killed_worker_changes_nothing(set_up, 
 
         def kill_in_round_two(plan):
             if plan.round == 2:
-                os.kill(pool.workers[0].pid, signal.SIGKILL)
+                os.kill(pool.pool.workers[0].pid, signal.SIGKILL)
             yield from collect(plan)
 
         pool.collect = kill_in_round_two
@@ -74,26 +75,44 @@ def test_a_round_that_all_fail_is_loud(set_up, run, tmp_path):
         run(setup, pool)
 
 
-def test_a_silent_worker_is_replaced_at_the_deadline(set_up, run, monkeypatch):
+def test_a_silent_worker_is_replaced_at_the_deadline(set_up, run):
     setup = set_up(clients=2, rounds={"count": 1, "deadline_s": 100.0})
-    wait, waited_s = module._wait, []
+    clock = ManualClock()
+    with closing(PoolFleet(setup, 1)) as fleet:
+        wait, waited_s = fleet.pool.wait, []
 
-    def passed(workers, within_s):
-        waited_s.append(within_s)
-        return [] if len(waited_s) == 1 else wait(workers, within_s)  # a deadline that has passed
+        def passed(workers, within_s):
+            waited_s.append(within_s)
+            if len(waited_s) > 1:
+                return wait(workers, within_s)
+            clock.advance(within_s)  # nobody answers meanwhile
+            return []
 
-    monkeypatch.setattr(module, "_wait", passed)
-    with closing(PoolFleet(setup, 1)) as pool:
-        before = pool.workers[0].pid
+        fleet.pool.wait, fleet.pool.clock = passed, clock
+        before = fleet.pool.workers[0].pid
         os.kill(before, signal.SIGSTOP)
-        (outcome,) = run(setup, pool)
-        assert pool.workers[0].pid != before
+        (outcome,) = run(setup, fleet)
+        assert fleet.pool.workers[0].pid != before
     assert waited_s[0] == 100.0
     assert len(outcome.admitted) == 2
 
 
-def test_a_task_without_a_name_is_refused(set_up):
-    import dataclasses
+def test_the_trial_of_stacks_is_a_workers_and_one_that_it_ends_is_replaced(set_up, plan_of, tmp_path):
+    with closing(PoolFleet(set_up(), 1)) as fleet:
+        assert fleet.why_not_stacked() is None
+    setup = set_up(data={"deadly": f"1@{tmp_path}", "deaths": "1"})
+    with closing(PoolFleet(setup, 1)) as fleet:
+        (before,) = (worker.pid for worker in fleet.pool.workers)
+        assert fleet.why_not_stacked() == "the worker that tried it was ended by SIGKILL"
+        assert fleet.why_not_stacked() is None
+        assert fleet.pool.workers[0].pid != before
 
+
+def test_one_that_cannot_load_its_task_says_why(set_up):
+    with pytest.raises(ConfigError, match=r"a worker process cannot start: .*no module 'no'"):
+        PoolFleet(dataclasses.replace(set_up(), reference="no.such:task"), 1)
+
+
+def test_a_task_without_a_name_is_refused(set_up):
     with pytest.raises(ConfigError, match="cannot be sent"):
         PoolFleet(dataclasses.replace(set_up("dropout"), reference=None), 1)

@@ -1,73 +1,46 @@
-"""One worker process: started, replaced, ended."""
+"""A worker process that leaves its sums in shared memory."""
 
 import dataclasses
-import os
-import signal
+from contextlib import ExitStack, closing
 
+import numpy as np
 import pytest
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.engines.fleets import TrainingMethod
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Gone
-from edgefl.simulation.engines.pool.process import WorkerProcess
-from edgefl.simulation.engines.shared import SharedTree
-from edgefl.trees import spec_of
+from edgefl.process.workers.messages import Ready
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush
+from edgefl.simulation.engines.pool.process import launcher, memory_for
 
 
 @pytest.fixture
-def parameters(set_up, plan_of):
-    shared = SharedTree(spec_of(plan_of(set_up()).parameters))
-    yield shared
-    shared.close()
+def memory(set_up, plan_of):
+    plan = plan_of(set_up())
+    with ExitStack() as opened:
+        yield [opened.enter_context(closing(one)) for one in memory_for(plan.parameters, plan.frozen, 1)]
 
 
-def test_a_worker_that_is_gone_says_so_and_is_replaced(set_up, plan_of, parameters):
+def test_a_sum_is_a_copy_that_later_ones_leave_alone(set_up, plan_of, memory):
     setup = set_up()
     plan = plan_of(setup)
-    parameters.write(plan.parameters)
-    worker = WorkerProcess(setup, parameters)
-    worker.wait_until_ready()
-    before = worker.pid
-    os.kill(before, signal.SIGKILL)
-    worker.ask(Chunk(plan.clients))
-    assert worker.hear() == Gone("was ended by SIGKILL")
-    begin = Begin(dataclasses.replace(plan, parameters={}), sums=False)
-    worker.begin(begin)  # what it owed will never come
-    assert (worker.pid != before, worker.ready) == (True, False)
-    worker.wait_until_ready()
-    worker.begin(begin)
-    worker.ask(Chunk(plan.clients[:1]))
-    worker.begin(begin)  # what that round owed is dropped
-    worker.ask(Chunk(plan.clients[1:2]))
-    answer = worker.hear()
-    assert [one.device for one in answer.answers] == ["client-1"]
-    worker.close()
+    memory[0].write(plan.parameters)
+    worker = launcher(setup, *memory)()
+    assert worker.hear() == Ready()
+    summed = []
+    for clients in (plan.clients[:2], plan.clients[2:4]):
+        worker.ask(Begin(dataclasses.replace(plan, parameters={}, frozen={}), sums=True))
+        worker.ask(Chunk(clients))
+        worker.ask(Flush())
+        assert worker.hear().answer == Done()
+        summed.append(worker.hear().answer.partial)
+    assert [one.contributors for one in summed] == [plan.clients[:2], plan.clients[2:4]]
+    assert all(array.dtype == np.float64 for array in summed[0].total.values())
+    assert any((array != summed[1].total[name]).any() for name, array in summed[0].total.items())
+    for name, array in summed[1].total.items():
+        np.testing.assert_array_equal(array, memory[2].tree[name])
+    worker.end(kindly=True)
 
 
-def test_one_that_cannot_load_its_task_says_why(set_up, parameters):
-    setup = dataclasses.replace(set_up(), reference="no.such:task")
-    worker = WorkerProcess(setup, parameters)
-    with pytest.raises(ConfigError, match=r"cannot start: .*no module 'no'"):
-        worker.wait_until_ready()
-    worker.close()
-
-
-def test_a_population_that_cannot_be_sent_is_refused(set_up, parameters):
+def test_a_population_that_cannot_be_sent_is_refused(set_up, memory):
     setup = dataclasses.replace(set_up(), make_population=lambda _task: None)
     with pytest.raises(ConfigError, match="population cannot be sent"):
-        WorkerProcess(setup, parameters)
-
-
-def test_the_trial_of_stacks_is_a_workers_and_one_that_it_ends_is_replaced(set_up, parameters, tmp_path):
-    worker = WorkerProcess(set_up(), parameters)
-    worker.wait_until_ready()
-    assert worker.why_not_stacked(TrainingMethod()) is None
-    worker.close()
-    worker = WorkerProcess(set_up(data={"deadly": f"1@{tmp_path}", "deaths": "1"}), parameters)
-    worker.wait_until_ready()
-    before = worker.pid
-    assert worker.why_not_stacked(TrainingMethod()) == "the worker that tried it was ended by SIGKILL"
-    worker.wait_until_ready()
-    assert worker.pid != before
-    assert worker.why_not_stacked(TrainingMethod()) is None
-    worker.close()
+        launcher(setup, *memory)

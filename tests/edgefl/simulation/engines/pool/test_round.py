@@ -1,68 +1,81 @@
 """A round on workers that live and die by a script: every client is counted once."""
 
 import dataclasses
-import threading
 
 import numpy as np
 import pytest
 
 from edgefl.errors import ConfigError
+from edgefl.process.workers.messages import Ready, Reply, WorkerLost
+from edgefl.process.workers.pool import WorkerPool
 from edgefl.records import Failure, Partial
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.pool.chunks import ChunkTrainer
-from edgefl.simulation.engines.pool.messages import Chunk, Gone, Ready
-from edgefl.simulation.engines.pool.round import MAX_STARTS, Round
+from edgefl.simulation.engines.pool.messages import Begin, Chunk
+from edgefl.simulation.engines.pool.round import PoolHistory, Round
+
+SINGLE = {"clients": 39, "over_selection": 0.02}  # one more is asked than wanted: then there are no sums
 
 
 class Scripted:
-    """A worker in this process. `fate`: for each thing it is asked, or started for, whether it dies of it."""
+    """A worker in this process. `fate`: for each thing it says, whether it dies instead; its start is the first."""
 
-    def __init__(self, setup, plan, fate=()):
-        self.setup, self.parameters, self.fate = setup, plan.parameters, iter(fate)
-        self.asked, self.ready, self.silent, self.starts = None, True, False, 0
-        self._start()
-
-    def _start(self):
-        self.trainer = ChunkTrainer(self.setup.task, self.setup.population, self.setup.config)
-
-    def begin(self, begin):
-        self.asked = None
-        self.trainer.begin(dataclasses.replace(begin.plan, parameters=self.parameters), sums=begin.sums)
+    def __init__(self, setup, plan, fate):
+        self.trainer = ChunkTrainer(setup.task, setup.population, setup.config)
+        self.parameters, self.fate, self.says, self.asked = plan.parameters, fate, [Ready()], []
 
     def ask(self, message):
-        self.asked = message
+        if isinstance(message, Begin):
+            self.trainer.begin(dataclasses.replace(message.plan, parameters=self.parameters), sums=message.sums)
+        else:
+            self.asked.append(message)
+            self.says.append(message)
 
     def hear(self):
-        message, self.asked = self.asked, None
+        said = self.says.pop(0)
         if next(self.fate, False):
-            return Gone("died by the script")
-        if isinstance(message, Ready):
-            self.ready = True
-            return message
-        return self.trainer.answer(message)
+            raise WorkerLost("died by the script")
+        return said if isinstance(said, Ready) else Reply(self.trainer.answer(said), 0.0)
 
-    def restart(self):
-        self.starts += 1
-        self.ready, self.silent, self.asked = False, False, Ready()
-        self._start()
+    def end(self, *, kindly=False):
+        self.says = []
 
 
-def wait(workers, _within_s):
-    return [worker for worker in workers if worker.asked is not None and not worker.silent]
+class Stage:
+    """A round of 40 clients on workers of such fates, on a clock that moves when nobody answers."""
+
+    def __init__(self, setup, plan, *fates, history=None, kind=Scripted):
+        self.now_s, self.workers = 0.0, []
+
+        def launcher(fate):
+            def launch():
+                self.workers.append(kind(setup, plan, fate))
+                return self.workers[-1]
+
+            return launch
+
+        launchers = [launcher(iter(fate)) for fate in fates]
+        self.pool = WorkerPool(launchers, self._wait, clock=lambda: self.now_s)
+        self.round = Round(setup, plan, self.pool, history or PoolHistory())
+
+    def _wait(self, workers, within_s):
+        answered = [worker for worker in workers if worker.says and not getattr(worker, "silent", False)]
+        self.now_s += 0.0 if answered else within_s
+        return answered
+
+    def answers(self):
+        return list(self.round.run())
 
 
 @pytest.fixture
 def trained(set_up, plan_of):
     """Run a round of 40 clients on workers of such fates; return its answers, the loop's, and the workers."""
 
-    def run(*fates, sums=True, silent=()):
-        setup = set_up(clients=40)
+    def run(*fates, **rounds):
+        setup = set_up(clients=40, rounds=rounds)
         plan = plan_of(setup)
-        workers = [Scripted(setup, plan, fate) for fate in fates]
-        for number in silent:
-            workers[number].silent = True
-        answers = list(Round(plan, workers, wait, threading.Event(), sums=sums).run())
-        return answers, list(LoopFleet(setup).collect(plan)), workers
+        stage = Stage(setup, plan, *fates)
+        return stage.answers(), list(LoopFleet(setup).collect(plan)), stage.workers
 
     return run
 
@@ -79,9 +92,9 @@ def same_sum(answers, singles):
     "fates",
     [
         ([], []),
-        ([True], []),  # at its first chunk
-        ([False] * 9 + [True], []),  # with a sum that nobody had yet
-        ([False, True, True], [False] * 8 + [True, True, True, False]),  # and while it starts
+        ([False, True], []),  # at its first chunk
+        ([False] * 10 + [True], []),  # with a sum that nobody had yet
+        ([False, False, True, True], [False] * 9 + [True, True, True]),  # and while it starts
     ],
 )
 def test_whoever_dies_when_the_sum_is_the_same(trained, fates):
@@ -89,74 +102,74 @@ def test_whoever_dies_when_the_sum_is_the_same(trained, fates):
     same_sum(answers, singles)
 
 
-def test_one_that_says_nothing_is_started_again(trained):
-    answers, singles, workers = trained([], [], silent=[0, 1])
-    same_sum(answers, singles)
-    assert [worker.starts for worker in workers] == [1, 1]
-
-
 def test_the_others_go_on_without_one_that_cannot_be_started(trained):
-    answers, singles, workers = trained([True] * 99, [])
+    answers, singles, _ = trained([True] * 99, [])
     same_sum(answers, singles)
-    assert workers[0].starts <= 1 + MAX_STARTS
 
 
 def test_nobody_left_is_loud(trained):
-    with pytest.raises(ConfigError, match="no worker can be started: its worker died by the script"):
+    with pytest.raises(ConfigError, match="round 1: no worker can be started: the last one died by the script"):
         trained([True] * 99)
 
 
 def test_single_answers_come_in_order_whoever_dies(trained):
-    answers, singles, _ = trained([False, True], [False] * 9 + [True], sums=False)
+    answers, singles, _ = trained([False, False, True], [False] * 10 + [True], **SINGLE)
     assert [one.device for one in answers] == [one.device for one in singles]
     for one, other in zip(answers, singles, strict=True):
         np.testing.assert_array_equal(one.tree["0.weight"], other.tree["0.weight"])
 
 
-def test_a_client_that_ends_two_workers_fails(set_up, plan_of):
-    setup = set_up(clients=4)
+class Deadly(Scripted):
+    def hear(self):
+        if self.says and isinstance(self.says[0], Chunk) and "client-2" in self.says[0].clients:
+            raise WorkerLost("died of client-2")
+        return super().hear()
+
+
+def test_a_client_that_ends_two_workers_fails_and_is_remembered(set_up, plan_of):
+    setup, history = set_up(clients=4), PoolHistory()
     plan = plan_of(setup)
-
-    class Deadly(Scripted):
-        def hear(self):
-            if isinstance(self.asked, Chunk) and "client-2" in self.asked.clients:
-                return Gone("died of client-2")
-            return super().hear()
-
-    answers = list(Round(plan, [Deadly(setup, plan), Deadly(setup, plan)], wait, threading.Event(), sums=True).run())
+    answers = Stage(setup, plan, [], [], history=history, kind=Deadly).answers()
     assert [one.device for one in answers if isinstance(one, Failure)] == ["client-2"]
     assert [one.reason for one in answers if isinstance(one, Failure)] == ["its worker died of client-2"]
     named = sorted(name for one in answers if isinstance(one, Partial) for name in one.contributors)
     assert named == ["client-0", "client-1", "client-3"]
+    assert history.deadly == {"client-2": "its worker died of client-2, each of 2 times"}
 
 
-@pytest.mark.parametrize("sums", [True, False])
-def test_and_is_failed_in_later_rounds_without_another_try(set_up, plan_of, sums):
-    setup, deadly = set_up(clients=4), {"client-1": "its worker died, each of 2 times"}
-    plan, asked = plan_of(setup), []
-
-    class Noting(Scripted):
-        def ask(self, message):
-            asked.extend(getattr(message, "clients", ()))
-            super().ask(message)
-
-    round_ = Round(plan, [Noting(setup, plan)], wait, threading.Event(), sums=sums, deadly=deadly)
-    answers = list(round_.run())
+@pytest.mark.parametrize("rounds", [{}, {"clients": 3, "over_selection": 0.34}])
+def test_and_is_failed_in_later_rounds_without_another_try(set_up, plan_of, rounds):
+    setup, history = set_up(clients=4, rounds=rounds), PoolHistory({"client-1": "its worker died, each of 2 times"})
+    plan = plan_of(setup)
+    stage = Stage(setup, plan, [], history=history)
+    answers = stage.answers()
+    asked = [client for message in stage.workers[0].asked for client in getattr(message, "clients", ())]
     assert sorted(asked) == ["client-0", "client-2", "client-3"]
     assert [one.reason for one in answers if isinstance(one, Failure)] == ["its worker died, each of 2 times"]
-    if not sums:
+    if rounds:
         assert [one.device for one in answers] == list(plan.clients)
 
 
 def test_one_that_was_only_silent_is_tried_in_the_next_round(set_up, plan_of):
-    setup, deadly = set_up(clients=1), {}
+    setup, history = set_up(clients=1), PoolHistory()
     plan = plan_of(setup)
 
     class Silent(Scripted):
-        def ask(self, message):
-            super().ask(message)
-            self.silent = True
+        @property
+        def silent(self):
+            return bool(self.asked)
 
-    (answer,) = Round(plan, [Silent(setup, plan)], wait, threading.Event(), sums=True, deadly=deadly).run()
-    assert "no answer within" in answer.reason
-    assert not deadly
+    stage = Stage(setup, plan, [], history=history, kind=Silent)
+    (answer,) = stage.answers()
+    assert answer.reason == "its worker did not answer within 60 s"
+    assert not history.deadly
+    assert len(stage.workers) == 2
+    assert stage.now_s == 120.0
+
+
+def test_nothing_is_begun_after_a_stop(set_up, plan_of):
+    setup = set_up(clients=4)
+    setup.stop.set()
+    stage = Stage(setup, plan_of(setup), [])
+    assert stage.answers() == []
+    assert stage.workers == []

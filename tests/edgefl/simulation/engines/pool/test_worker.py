@@ -1,14 +1,22 @@
 """A worker's answers, asked in this process: sums by the centre's own guard and rule."""
 
+import pickle
+
 import numpy as np
 import pytest
 
+from edgefl.errors import ConfigError
 from edgefl.records import Failure, Update
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Start, Summed, import_path
-from edgefl.simulation.engines.pool.worker import PoolWorker
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Summed
+from edgefl.simulation.engines.pool.worker import PoolStart
 from edgefl.simulation.engines.shared import SharedTree
 from edgefl.trees import TensorSpec, spec_of
+
+
+class Answering:
+    def __init__(self, answer):
+        self.answer = answer
 
 
 @pytest.fixture
@@ -23,12 +31,12 @@ def worker_of(plan_of):
         opened.extend([parameters, sums, frozen])
         parameters.write(plan.parameters)
         frozen.write(plan.frozen)
-        start = Start(
+        start = PoolStart(
             reference=setup.reference, task=None, make_population=setup.make_population, config=setup.config,
             spec=spec_of(plan.parameters), parameters=parameters.descriptor, sums=sums.descriptor,
-            import_path=import_path(), frozen_spec=spec_of(plan.frozen), frozen=frozen.descriptor,
+            frozen_spec=spec_of(plan.frozen), frozen=frozen.descriptor,
         )  # fmt: skip
-        return PoolWorker(start), plan, sums
+        return Answering(start.begin()), plan, sums
 
     yield make
     for one in opened:
@@ -61,3 +69,16 @@ def test_single_updates_come_with_their_chunk(set_up, worker_of):
     assert [one.device for one in done.answers] == ["client-0", "client-1"]
     with pytest.raises(TypeError, match="cannot answer a Flush"):
         worker.answer(Flush())
+
+
+def start_of(setup, **changes):
+    given = {"reference": None, "task": None, "parameters": 0, "frozen": 0, "sums": 0, "spec": {}, "frozen_spec": {}}
+    return PoolStart(make_population=setup.make_population, config=setup.config, **given | changes)
+
+
+def test_a_task_is_loaded_by_its_reference_or_comes_with_the_start(set_up):
+    setup = set_up()
+    assert start_of(setup, reference=setup.reference).load_task().name == "small"
+    assert start_of(setup, task=pickle.dumps(setup.task)).load_task().train_data is setup.task.train_data
+    with pytest.raises(ConfigError, match="sent a dict"):
+        start_of(setup, task=pickle.dumps({})).load_task()

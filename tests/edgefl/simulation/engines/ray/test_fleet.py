@@ -73,7 +73,7 @@ def same(one, other):
 
 
 def pid_of(fleet, worker):
-    return fleet.cluster.ray.get(worker._actor.__ray_call__.remote(lambda _actor: os.getpid()))
+    return fleet.cluster.ray.get(worker.actor.__ray_call__.remote(lambda _actor: os.getpid()))
 
 
 @pytest.mark.parametrize("killed", ["node", pytest.param("actor", marks=pytest.mark.soak)])
@@ -81,8 +81,8 @@ def test_rounds_agree_with_the_loop_whoever_is_killed(nodes, set_up, run, killed
     data = {"empty": "2", "infinite": "3"}
     setup = set_up("dropout", clients=40, data=data, rounds={"count": 2, "deadline_s": 60.0})
     with closing(RayFleet(setup, nodes.address)) as fleet:
-        assert len(fleet.workers) >= 2  # a node that was killed just now may still be counted
-        collect, pid = fleet.collect, pid_of(fleet, next(one for one in fleet.workers if one.ready))
+        assert fleet.pool.size >= 2  # a node that was killed just now may still be counted
+        collect, pid = fleet.collect, pid_of(fleet, fleet.pool.ready_workers[0])
 
         def kill(plan):
             if plan.round == 2 and killed == "node":

@@ -1,4 +1,4 @@
-"""One actor on a cluster of our own: started, replaced, ended."""
+"""One actor on a cluster of our own: started, asked, ended."""
 
 import dataclasses
 import os
@@ -7,10 +7,11 @@ from contextlib import closing
 import pytest
 
 from edgefl.errors import ConfigError
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Gone, Ready
+from edgefl.process.workers.messages import Ready, WorkerLost
+from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done
 from edgefl.simulation.engines.ray.actor import Actor, start_of
 from edgefl.simulation.engines.ray.cluster import Cluster
-from edgefl.simulation.engines.ray.worker import RayWorker, wait_for_any
+from edgefl.simulation.engines.ray.worker import RayWorker, wait_for_actors
 
 
 class Mortal(Actor):
@@ -23,11 +24,11 @@ class Mortal(Actor):
 
 
 def heard(worker):
-    assert wait_for_any([worker], 60.0) == [worker]
+    assert wait_for_actors([worker], 60.0) == [worker]
     return worker.hear()
 
 
-def test_an_actor_answers_is_lost_and_is_replaced(set_up, plan_of):
+def test_an_actor_answers_and_says_how_it_is_lost(set_up, plan_of):
     setup = set_up()
     plan = plan_of(setup)
     begin = Begin(dataclasses.replace(plan, parameters={}), sums=False)
@@ -35,22 +36,24 @@ def test_an_actor_answers_is_lost_and_is_replaced(set_up, plan_of):
         remote = cluster.ray.remote(num_cpus=1, max_restarts=0)(Mortal)
         start, parameters = start_of(setup, here=True), cluster.ray.put(dict(plan.parameters))
         worker = RayWorker(lambda: remote.remote(start), lambda: (parameters, dict(plan.frozen)))
-        assert not worker.ready
         assert heard(worker) == Ready()
-        worker.begin(begin)
-        worker.ask(Chunk(plan.clients[:1]))
-        worker.begin(begin)  # what that round owed is for nobody
-        worker.ask(Chunk(plan.clients[1:2]))
-        answer = heard(worker)
-        assert isinstance(answer, Done)
-        assert [one.device for one in answer.answers] == ["client-1"]
+        for clients in (plan.clients[:1], plan.clients[1:2]):
+            worker.ask(begin)
+            worker.ask(Chunk(clients))
+        for name in ("client-0", "client-1"):
+            reply = heard(worker)
+            assert isinstance(reply.answer, Done)
+            assert [one.device for one in reply.answer.answers] == [name]
+            assert reply.peak_rss_mb > 1
         worker.ask("nonsense")
-        assert heard(worker) == Gone("raised TypeError: a worker cannot answer a str")
+        with pytest.raises(WorkerLost, match="raised TypeError: a worker cannot answer a str"):
+            heard(worker)
         worker.ask("die")
-        assert heard(worker) == Gone("was lost (ActorDiedError)")
+        with pytest.raises(WorkerLost, match=r"was lost \(ActorDiedError\)"):
+            heard(worker)
+        worker.end()
         start = dataclasses.replace(start, reference="no.such:task")
-        worker.restart()
-        assert not worker.ready
+        worker = RayWorker(lambda: remote.remote(start), lambda: (parameters, dict(plan.frozen)))
         with pytest.raises(ConfigError, match=r"on the Ray cluster cannot start: .*no module 'no'"):
             heard(worker)
         worker.end()
