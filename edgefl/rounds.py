@@ -7,7 +7,6 @@ raises; nobody holds the cohort's updates in memory.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from edgefl.aggregation.schedules import of_round, server_factor
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
+from edgefl.exchange import cohort_size
 from edgefl.guards import RoundGuard, integer_moves, refuse_unsound
 from edgefl.records import Failure, Partial, Plan, RoundOutcome, Traffic, Update
 from edgefl.trees import Tree
@@ -148,7 +148,7 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
             "Start more agents, or lower rounds.quorum."
         )
     ordered = available if getattr(available, "in_order", False) else sorted(available)  # a million need not be read
-    wanted = math.ceil(round(rounds.clients * (1 + rounds.over_selection), 6))  # 100 * 1.1 is 110.00000000000001
+    wanted = cohort_size(rounds)
     if rounds.clients == 0 or wanted >= len(ordered):
         return tuple(ordered)
     rng = np.random.default_rng([config.train.seed, round_number])

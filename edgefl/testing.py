@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,17 +33,9 @@ class ManualClock:
     """A clock that stands still until it is told to move. Call it to read it, from any thread."""
 
     now_s: float = 0.0
-    _looks: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0), repr=False, compare=False)
 
     def __call__(self) -> float:
-        self._looks.release()
         return self.now_s
-
-    def wait_for_looks(self, count: int = 20, timeout_s: float = 20.0) -> None:
-        """Wait until the clock was read so often: whoever waits by it is still waiting. Raises TimeoutError."""
-        for _ in range(count):
-            if not self._looks.acquire(timeout=timeout_s):
-                raise TimeoutError(f"nobody looked at the clock for {timeout_s:g} s")
 
     def advance(self, seconds: float) -> None:
         self.now_s += seconds

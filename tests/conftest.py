@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from cloud.broker.embedded import EmbeddedBroker
 from cloud.broker.mosquitto_config import CRL_FILE, write_broker_config
+from cloud.dataplane.live_relay import Patience
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayParts, Relays
 from cloud.http.api import make_app, serve_http
@@ -271,7 +272,8 @@ class HttpPlane:
             RelayParts(
                 RelayRows(self.engine), self.rounds, self.spool, self.link, lambda bundle: sign(bundle, self.key),
                 folder / "relays",
-            )
+            ),
+            Patience(clock=self.clock),
         )  # fmt: skip
         self.services = Services(
             enrolment=self.enrolment, registry=self.registry, rollouts=self.rollouts, jobs=self.jobs, blobs=self.blobs,

@@ -21,7 +21,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
-from cloud.dataplane.open_rounds import OpenRound, OpenRounds
+from cloud.dataplane.open_round import OpenRound
+from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, Turnstile
 from cloud.state.blobs import BlobStore
@@ -300,9 +301,9 @@ class FleetService:
         opened = self._parts.rounds.get(key.job, key.round)
         if opened is None:
             return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
-        if device not in opened.cohort:
+        if device not in opened.asked:
             return None, _state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
-        if device not in opened.waiting():
+        if opened.has_answered(device):
             return None, _state("STORED")
         return opened, None
 

@@ -1,32 +1,31 @@
 """The deployed fleet: plans announced over MQTT, models and updates over gRPC (see `FleetService`).
 
-A round ends when everyone has answered, at its deadline, or, once the quorum has answered, when all
-that are missing have been offline for the grace time.
+Who is waited for is its exchange's to say (`edgefl.exchange`); a round's thread carries the instructions out.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cloud.broker.link import CloudLink
-from cloud.dataplane.open_rounds import OpenRound, OpenRounds
+from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
+from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import Answer, JobRow, Jobs
 from cloud.state.spool import Spool
-from cloud.state.storage import LOOK_S, Storage
-from edgefl.errors import EdgeflError
+from cloud.state.storage import Storage
+from edgefl.exchange import Close, GiveUp, Instruction, Tell, Terms, Yield, gathering
 from edgefl.logs import event
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
 from edgefl.records import Failure, Plan, Traffic, Update
 from edgefl.trees import SpooledTree, Tree, encoded_bytes
 from edgefl.trees.frozen import whole
 
-RETURN_S = 20.0  # for a device that has not been heard of since the cloud's start
 HEADER_SLACK_BYTES = 64 << 10  # another writer's header may be longer than ours
 
 _log = logging.getLogger(__name__)
@@ -61,15 +60,12 @@ class GrpcFleet:
         The first round waits up to `rounds.wait_s` for them; later ones only `rounds.offline_grace_s`
         where the quorum is there. Raises what the job was interrupted with.
         """
-        rounds, link = self._job.config.rounds, self._parts.link
+        link, stages = self._parts.link, gathering(self._job.config.rounds, is_first=not self._took_part)
 
         def are_there(num_devices: int) -> bool:
             return self._parts.rounds.is_stopped(self._job.id) or len(link.online()) >= num_devices
 
-        wanted = max(rounds.clients, rounds.quorum)
-        first_wait_s = rounds.offline_grace_s if self._took_part else rounds.wait_s
-        if not link.wait_until(lambda: are_there(wanted), first_wait_s):
-            link.wait_until(lambda: are_there(rounds.quorum), rounds.wait_s - first_wait_s)
+        any(link.wait_until(functools.partial(are_there, num_devices), wait_s) for num_devices, wait_s in stages)
         self._parts.rounds.refuse_stopped(self._job.id)
         return sorted(link.online())
 
@@ -104,13 +100,16 @@ class GrpcFleet:
         """Announce the plan and yield what comes, first what had come before a restart."""
         opened = self._open(plan)
         try:
-            yield from self._arrivals(opened, plan)
+            while not isinstance(instruction := opened.next(self._who_is_there), Close):
+                if isinstance(instruction, Yield):
+                    yield self._as_record(opened.take(instruction.device), plan)
+                else:
+                    self._say(instruction, opened)
         finally:
-            left = opened.close()
+            opened.close()
             self._parts.rounds.remove(opened)
-            # Of an interrupted job nobody is told here: it is ended in `end`, or goes on with this very round.
-            for device in left if not self._parts.rounds.is_stopped(plan.job) else ():
-                self._parts.link.send_job(device, RoundClosed(job=plan.job, round=plan.round, job_ended=False))
+            for left in opened.given_up():
+                self._say(left, opened)
 
     def traffic(self) -> Traffic:
         return self._parts.rounds.traffic(self._job.id)
@@ -142,65 +141,29 @@ class GrpcFleet:
             frozen=self._job.frozen,
             parted=self._job.parted,
         )
-        opened = OpenRound(wire, frozenset(plan.clients))
+        around = Surroundings(clock=self._parts.clock, storage=self._parts.storage)
+        opened = OpenRound(wire, sorted(plan.clients), Terms.of_round(self._job.config.rounds, plan.deadline_s), around)
         for answer in self.insist(lambda: self._parts.jobs.open_round(plan.job, plan.round, plan.clients)):
             opened.accept(answer, lambda _answer: None)  # it is durable already
         self._parts.rounds.add(opened)
-        waiting = opened.waiting()
         event(_log, logging.INFO, "round.open", job=plan.job, round=plan.round, cohort=len(plan.clients),
-              waiting=len(waiting))  # fmt: skip
-        self._announce(opened)
+              waiting=len(opened.waiting()))  # fmt: skip
+        opened.begin()
+        opened.note(self._who_is_there())  # who went before the round began, or with the last cloud
         self._took_part |= set(plan.clients)
         return opened
 
-    def _announce(self, opened: OpenRound) -> None:
-        for device in sorted(opened.waiting()):
-            self._parts.link.send_job(device, opened.plan)
+    def _who_is_there(self) -> Presence:
+        return Presence.of(self._parts.link)
 
-    def _arrivals(self, opened: OpenRound, plan: Plan) -> Iterator[Update | Failure]:
-        until = _Deadline(plan.deadline_s, self._parts.storage, self._parts.clock)
-        offline_since_s: dict[str, float] = {}
-        num_updates = num_taken = 0
-        self._note_presence(opened, offline_since_s)  # who went before the round began, or with the last cloud
-        while num_taken < len(opened.cohort):
-            if until.resumed():  # those that gave up sending do not know
-                self._announce(opened)
-            given_up_s = float("inf")
-            if num_updates >= self._job.config.rounds.quorum:
-                given_up_s = self._given_up_s(opened, offline_since_s)
-            try:
-                event_ = opened.events.get(timeout=until.wait_s(given_up_s))
-            except queue.Empty:
-                if until.is_over(given_up_s):
-                    return
-                continue
-            if isinstance(event_, EdgeflError):
-                raise event_
-            if isinstance(event_, Answer):
-                answer = opened.counted(event_)
-                num_taken += 1
-                num_updates += answer.file is not None
-                yield self._as_record(answer, plan)
-            else:
-                opened.presence_pending = False
-                self._note_presence(opened, offline_since_s)
-
-    def _note_presence(self, opened: OpenRound, offline_since_s: dict[str, float]) -> None:
-        link = self._parts.link
-        now_s, heard_of = self._parts.clock(), link.offline()
-        gone = frozenset() if link.reason else opened.waiting() - link.online()  # without a broker, nobody is known
-        for device in gone:
-            since_s = now_s if device in heard_of else now_s + RETURN_S
-            offline_since_s[device] = min(since_s, offline_since_s.get(device, since_s))
-        for device in offline_since_s.keys() - gone:
-            del offline_since_s[device]
-
-    def _given_up_s(self, opened: OpenRound, offline_since_s: dict[str, float]) -> float:
-        """Return when the last missing device will have been offline for the grace time."""
-        waiting = opened.waiting()
-        if not waiting or waiting - offline_since_s.keys():
-            return float("inf")
-        return max(offline_since_s[device] for device in waiting) + self._job.config.rounds.offline_grace_s
+    def _say(self, instruction: Instruction, opened: OpenRound) -> None:
+        """Tell a device what it is asked, or that it is not waited for any more."""
+        plan, link = opened.plan, self._parts.link
+        if isinstance(instruction, Tell):
+            link.send_job(instruction.device, plan)
+        # Of an interrupted job nobody is told here: it is ended in `end`, or goes on with this very round.
+        elif isinstance(instruction, GiveUp) and not self._parts.rounds.is_stopped(plan.job):
+            link.send_job(instruction.device, RoundClosed(job=plan.job, round=plan.round, job_ended=False))
 
     def _as_record(self, answer: Answer, plan: Plan) -> Update | Failure:
         job, number, device = plan.job, plan.round, answer.device
@@ -208,34 +171,3 @@ class GrpcFleet:
             return Failure(job=job, round=number, device=device, reason=answer.reason or "no reason given")
         tree = SpooledTree(self._parts.spool.path(answer.file))
         return Update(job=job, round=number, device=device, tree=tree, weight=answer.weight, metrics=answer.metrics)
-
-
-class _Deadline:
-    """A round's deadline, which does not run while updates cannot be stored."""
-
-    def __init__(self, seconds: float, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
-        self._storage, self._clock = storage, clock
-        self._end_s = clock() + seconds
-        self._before_s = storage.paused_s()
-        self._was_paused = False
-
-    def wait_s(self, given_up_s: float) -> float:
-        """Return how long to wait for the next event: during a pause, no longer than until the next look."""
-        left_s = max(0.0, min(self._until_s(), given_up_s) - self._clock())
-        if self._storage.look():
-            return left_s
-        self._was_paused = True
-        return LOOK_S
-
-    def is_over(self, given_up_s: float) -> bool:
-        return self._storage.look() and self._clock() >= min(self._until_s(), given_up_s)
-
-    def resumed(self) -> bool:
-        """Whether a pause is over; says it once."""
-        if not self._was_paused or not self._storage.look():
-            return False
-        self._was_paused = False
-        return True
-
-    def _until_s(self) -> float:
-        return self._end_s + self._storage.paused_s() - self._before_s

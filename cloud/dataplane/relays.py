@@ -10,71 +10,34 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import secrets
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cloud.broker.link import CloudLink
-from cloud.dataplane.open_rounds import OpenRound, OpenRounds
-from cloud.state.blobs import BlobStore, blake3_of
+from cloud.dataplane.live_relay import Line, LiveRelay, Patience, SentMessage
+from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
+from cloud.dataplane.open_rounds import OpenRounds
+from cloud.state.blobs import BlobStore
 from cloud.state.jobs import Answer
 from cloud.state.relay_rows import Message, RelayRows, Rows
 from cloud.state.spool import Spool
-from cloud.state.storage import LOOK_S, Storage
-from edgefl.config import TrainConfig
+from cloud.state.storage import Storage
 from edgefl.errors import CloudStopping, ConfigError, NotFound
+from edgefl.exchange import GiveUp, Instruction, Tell, Terms, Why, Yield
 from edgefl.logs import event
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, RoundClosed, Signed, WirePlan, encode
 
-MAX_MESSAGE_BYTES = (1 << 30) + (16 << 20)  # of what a message or a reply holds, and what surrounds it
 MAX_OPEN = 100_000  # messages of one relay
 LONGEST_WAIT_S = 60.0
 
 _log = logging.getLogger(__name__)
-
-Line = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
-    """How long whom is waited for, in seconds."""
-
-    operator_s: float = 60.0  # not heard of
-    device_s: float = 30.0  # offline
-    return_s: float = 20.0  # for a device that has not been heard of since the cloud's start
-    stream_s: float = 60.0  # an operator's stream ends and is asked for again: so a dead one is not taken for alive
-    clock: Callable[[], float] = time.monotonic
-
-
-@dataclass(frozen=True, slots=True)
-class _Errand:
-    opened: OpenRound
-    device: str
-    ends_s: float  # on the monotonic clock, less the pauses of the storage
-
-
-@dataclass(slots=True)
-class _Relay:
-    """One running relay."""
-
-    id: str
-    bundle: Signed
-    contents: BlobStore
-    heard_s: float  # of its operator
-    paused_before_s: float  # of pauses of the storage before it began here
-    errands: dict[int, _Errand] = field(default_factory=dict)  # those that wait for an answer
-    replies: dict[int, Line] = field(default_factory=dict)  # those that wait for the operator
-    hashes: dict[str, tuple[BlobRef, str]] = field(default_factory=dict)
-    devices: set[str] = field(default_factory=set)  # that were sent something
-    last: int = 0
-    resumed: bool = False  # after a restart: nobody knows who was sent something before
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +63,8 @@ class Relays:
         self._arrived = threading.Condition(self._lock)  # a reply, or an end
         self._times = threading.Condition(self._lock)  # what `watch` waits for may have changed
         self._sending = threading.Lock()
-        self._live: dict[str, _Relay] = {}
-        self._offline_since_s: dict[str, float] = {}  # `watch` alone reads it
-        self._stirred = self._closed = False
+        self._live: dict[str, LiveRelay] = {}
+        self._is_stirred = self._closed = False
         parts.folder.mkdir(mode=0o700, exist_ok=True)
 
     # For operators.
@@ -123,17 +85,15 @@ class Relays:
         """Take messages and announce them; those that are here already are left as they are."""
         live = self._running(relay)
         with self._sending:
-            if len(live.errands) + len(messages) > MAX_OPEN:
-                raise ConfigError(f"{relay} has {len(live.errands)} messages open; at most {MAX_OPEN} are carried")
-            plans = {message.number: self._plan(live, message) for message in messages}
+            if len(live.waiting) + len(messages) > MAX_OPEN:
+                raise ConfigError(f"{relay} has {len(live.waiting)} messages open; at most {MAX_OPEN} are carried")
+            plans = {message.number: live.plan(message, self._within_s(message)) for message in messages}
             for plan in plans.values():
                 encode(plan)  # raises where it is too large to be announced
             new = self._parts.rows.add(relay, messages)
             for message in new:
                 self._open(live, message, plans[message.number])
-        for message in new:
-            self._parts.link.send_job(message.device, plans[message.number])
-        self._stir()
+        self.stir()
 
     def lines(self, relay: str, heartbeat_s: float) -> Iterator[Line]:
         """Yield each reply that the operator has not done with, as it comes; the relay's end, if that comes first."""
@@ -168,15 +128,15 @@ class Relays:
         """The operator has these replies, or no longer wants them."""
         live = self._running(relay)
         with self._lock:
-            left = [live.errands.pop(number) for number in numbers if number in live.errands]
+            left = [live.waiting.pop(number) for number in numbers if number in live.waiting]
             for number in numbers:
                 live.replies.pop(number, None)
         self._parts.rows.drop(relay, numbers)
-        for errand in left:
-            for device in errand.opened.close():
-                closed = RoundClosed(job=relay, round=errand.opened.plan.round, job_ended=False)
-                self._parts.link.send_job(device, closed)
-            self._parts.rounds.remove(errand.opened)
+        for sent in left:
+            sent.opened.close()
+            self._parts.rounds.remove(sent.opened)
+            if not sent.opened.has_answered(sent.device):
+                self._tell_closed(sent)
         for number in numbers:
             self._parts.spool.drop_round(relay, number)
 
@@ -189,9 +149,9 @@ class Relays:
             self._arrived.notify_all()
         event(_log, logging.INFO, "relay.ended", relay=relay, state=state, error=error or "-")
         if live is not None:
-            for errand in live.errands.values():
-                errand.opened.close()
-                self._parts.rounds.remove(errand.opened)
+            for sent in live.waiting.values():
+                sent.opened.close()
+                self._parts.rounds.remove(sent.opened)
             for device in sorted(live.devices | (self._parts.link.online() if live.resumed else frozenset())):
                 self._parts.link.send_job(device, RoundClosed(job=relay, round=live.last, job_ended=True))
         self._parts.rounds.forget(relay)
@@ -222,7 +182,7 @@ class Relays:
             live.resumed = True
             for message in self._parts.rows.messages(relay):
                 if message.answer is None:
-                    self._open(live, message, self._plan(live, message))
+                    self._open(live, message, live.plan(message, self._within_s(message)), is_told=True)
                 else:
                     live.last = message.number
                     live.replies[message.number] = self._line(relay, message.number, message.answer, lost=message.lost)
@@ -230,36 +190,43 @@ class Relays:
             if folder.name not in running:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def presence_changed(self) -> None:
-        """A device came or went."""
-        self._stir()
+    def stir(self) -> None:
+        """Have `watch` look: a device came or went, or a pause of the storage began or ended."""
+        with self._lock:
+            self._is_stirred = True
+            self._times.notify_all()
 
     def watch(self) -> None:
-        """Give up what is late, lost or forsaken; runs until `close`. While nothing can be stored, nothing is late."""
-        is_paused = False
-        while True:
-            online, heard_of, blind = self._parts.link.online(), self._parts.link.offline(), self._parts.link.reason
-            was_paused, is_paused = is_paused, not self._parts.storage.look()
-            if was_paused and not is_paused:
-                self._announce_again()
-            with self._lock:
-                if self._closed:
-                    return
-                self._stirred = False
-                self._note_offline(set() if blind else self._devices() - online, heard_of)
-                late, forsaken, next_s = self._overdue(self._patience.clock(), is_paused=is_paused)
-            reason = f"its operator was not heard of for {self._patience.operator_s:g} s"
-            ends = [functools.partial(self.end, relay, "failed", reason) for relay in forsaken]
-            acts: list[Callable[[], None]] = [*late, *ends]
-            for act in acts:
-                try:
-                    self._parts.storage.insist(act, self._refuse_closed)  # a full disk is waited for
-                except CloudStopping:
-                    return
+        """Give up what is late, lost or forsaken; runs until `close`."""
+        while not self._closed:
+            wait_s = self.look()
             with self._times:
-                longest_s = LOOK_S if is_paused else LONGEST_WAIT_S
-                wait_s = 0.0 if late or forsaken else min(next_s - self._patience.clock(), longest_s)
-                self._times.wait_for(lambda: self._stirred or self._closed, max(0.0, wait_s))
+                self._times.wait_for(lambda: self._is_stirred or self._closed, wait_s)
+
+    def look(self) -> float:
+        """Give up what is late, lost or forsaken now; return for how many seconds there will be nothing."""
+        presence, now_s = Presence.of(self._parts.link), self._patience.clock()
+        is_paused = not self._parts.storage.look()
+        with self._lock:
+            self._is_stirred = False
+            waiting = [sent for live in self._live.values() for sent in live.waiting.values()]
+            ends_s = {live.id: live.heard_s + self._patience.operator_s for live in self._live.values()}
+        waits_s = [LONGEST_WAIT_S, *(end_s - now_s for end_s in ends_s.values())]
+        for sent in waiting:
+            if sent.standing != (standing := presence.standing(sent.device)):
+                sent.standing = standing
+                sent.opened.note(presence)
+            wait_s = sent.opened.wait_s()
+            if wait_s <= 0 or sent.opened.is_paused is not is_paused:
+                sent.opened.look()
+                wait_s = sent.opened.wait_s()
+            waits_s.append(wait_s)
+        acts = [functools.partial(self._answer_for, sent) for sent in waiting if sent.given_up is not None]
+        acts += [functools.partial(self._forsake, relay) for relay, end_s in ends_s.items() if end_s <= now_s]
+        for act in acts:
+            with suppress(CloudStopping):  # it goes on at the next start
+                self._parts.storage.insist(act, self._refuse_closed)  # a full disk is waited for
+        return 0.0 if acts else min(waits_s)
 
     def close(self) -> None:
         """End `watch`, and the waits of streams; the relays go on at the next start."""
@@ -275,32 +242,6 @@ class Relays:
 
     # With the lock.
 
-    def _devices(self) -> set[str]:
-        return {errand.device for live in self._live.values() for errand in live.errands.values()}
-
-    def _note_offline(self, gone: set[str], heard_of: frozenset[str]) -> None:
-        now_s = self._patience.clock()
-        since_s = {device: now_s if device in heard_of else now_s + self._patience.return_s for device in gone}
-        before = self._offline_since_s
-        self._offline_since_s = {device: min(at, before.get(device, at)) for device, at in since_s.items()}
-
-    def _overdue(self, now_s: float, *, is_paused: bool) -> tuple[list[Callable[[], None]], list[str], float]:
-        """Return how to give up what is late, the relays without an operator, and when to look again."""
-        late: list[Callable[[], None]] = []
-        forsaken: list[str] = []
-        next_s, paused_s = math.inf, self._parts.storage.paused_s()
-        for live in self._live.values():
-            for errand in () if is_paused else live.errands.values():
-                gone_s = self._offline_since_s.get(errand.device, math.inf) + self._patience.device_s
-                ends_s = errand.ends_s + paused_s
-                if min(ends_s, gone_s) <= now_s:
-                    late.append(functools.partial(self._give_up, live.id, errand, offline=gone_s <= now_s))
-                next_s = min(next_s, ends_s, gone_s)
-            if live.heard_s + self._patience.operator_s <= now_s:
-                forsaken.append(live.id)
-            next_s = min(next_s, live.heard_s + self._patience.operator_s)
-        return late, forsaken, next_s
-
     def _wait_for_news(self, relay: str, told: set[int], timeout_s: float) -> None:
         def is_there() -> bool:
             live = self._live.get(relay)
@@ -310,7 +251,7 @@ class Relays:
 
     # Without it.
 
-    def _running(self, relay: str) -> _Relay:
+    def _running(self, relay: str) -> LiveRelay:
         with self._lock:
             live = self._live.get(relay)
             if live is not None:
@@ -319,79 +260,77 @@ class Relays:
         row = self._parts.rows.get(relay)
         raise NotFound(f"{relay} is over: {row['state']}{', ' + row['error'] if row['error'] else ''}")
 
-    def _enter(self, relay: str, bundle: Signed) -> _Relay:
+    def _enter(self, relay: str, bundle: Signed) -> LiveRelay:
         contents, now_s = BlobStore(self._parts.folder / relay), self._patience.clock()
         paused_s = self._parts.storage.paused_s()
         with self._lock:
-            live = self._live[relay] = _Relay(relay, bundle, contents, now_s, paused_s)
-        self._stir()
+            live = self._live[relay] = LiveRelay(relay, bundle, contents, now_s, paused_s)
+        self.stir()
         return live
 
-    def _plan(self, live: _Relay, message: Message) -> WirePlan:
-        sha256 = message.content_sha256
-        if sha256 not in live.hashes:
-            path = live.contents.path(sha256)
-            if not path.exists():
-                raise ConfigError(f"what message {message.number} holds, {sha256[:16]}..., is not here; send it first")
-            live.hashes[sha256] = BlobRef(sha256=sha256, size=path.stat().st_size), blake3_of(path)
-        content, fast = live.hashes[sha256]
-        return WirePlan(
-            job=live.id,
-            round=message.number,
-            model=content,
-            model_blake3=fast,
-            bundle=live.bundle,
-            train=TrainConfig(),
-            deadline_s=max(1.0, message.expires_s - time.time()),
-            max_update_bytes=MAX_MESSAGE_BYTES,
-            envelope=message.envelope,
-        )
-
-    def _open(self, live: _Relay, message: Message, plan: WirePlan) -> None:
-        opened = OpenRound(plan, frozenset({message.device}), source=live.contents.path(message.content_sha256))
-        opened.record = functools.partial(self._keep, live.id, message.number, lost=False)
-        ends_s = self._patience.clock() - self._parts.storage.paused_s() + plan.deadline_s
+    def _open(self, live: LiveRelay, message: Message, plan: WirePlan, *, is_told: bool = False) -> None:
+        """Begin to wait for a message's answer; its device is told, unless it was before a restart."""
+        patience = self._patience
+        terms = Terms(deadline_s=plan.deadline_s, offline_grace_s=patience.device_s, return_s=patience.return_s)
+        around = Surroundings(clock=patience.clock, storage=self._parts.storage, act=lambda one: self._do(one, sent))
+        opened = OpenRound(plan, (message.device,), terms, around)
+        opened.source = live.contents.path(message.content_sha256)
+        opened.record = functools.partial(self._parts.rows.answer, live.id, message.number, lost=False)
+        sent = SentMessage(live.id, message.number, message.device, opened)
         with self._lock:
-            live.errands[message.number] = _Errand(opened, message.device, ends_s)
+            live.waiting[message.number] = sent
             live.devices.add(message.device)
             live.last = message.number
         self._parts.rounds.add(opened)
+        opened.begin(is_told=is_told)
 
-    def _keep(self, relay: str, number: int, answer: Answer, *, lost: bool) -> None:
-        """Make an answer durable and tell the operator; called under its round's lock."""
-        self._parts.rows.answer(relay, number, answer, lost=lost)
-        line = self._line(relay, number, answer, lost=lost)
+    def _do(self, instruction: Instruction, sent: SentMessage) -> None:
+        """Carry out what a message's exchange says; under its round's lock."""
+        match instruction:
+            case Tell():
+                self._parts.link.send_job(sent.device, sent.opened.plan)
+            case Yield():
+                self._hand_on(sent, sent.opened.take(sent.device), lost=False)
+            case GiveUp(why=why):
+                sent.given_up = why  # `look` answers for the device: what it writes may have to wait for the disk
+
+    def _hand_on(self, sent: SentMessage, answer: Answer, *, lost: bool) -> bool:
+        """Have the operator told of an answer that is durable; False where nobody waits for it any more."""
+        line = self._line(sent.relay, sent.number, answer, lost=lost)
         with self._arrived:
-            live = self._live.get(relay)
-            errand = live.errands.pop(number, None) if live else None
-            if live is None or errand is None:
-                return
-            live.replies[number] = line
+            live = self._live.get(sent.relay)
+            if live is None or live.waiting.pop(sent.number, None) is None:
+                return False
+            live.replies[sent.number] = line
             self._arrived.notify_all()
-        self._parts.rounds.remove(errand.opened)
+        self._parts.rounds.remove(sent.opened)
+        return True
 
-    def _give_up(self, relay: str, errand: _Errand, *, offline: bool) -> None:
-        plan, patience = errand.opened.plan, self._patience
-        reason = f"offline for {patience.device_s:g} s" if offline else "no reply in time"
-        answer = Answer(device=errand.device, reason=f"device {errand.device}: {reason}")
-        if errand.opened.accept(answer, functools.partial(self._keep, relay, plan.round, lost=True)):
-            event(_log, logging.WARNING, "errand.lost", relay=relay, number=plan.round, device=errand.device,
+    def _answer_for(self, sent: SentMessage) -> None:
+        """Answer for a device that was given up, and tell it."""
+        with self._lock:
+            live = self._live.get(sent.relay)
+            if live is None or sent.number not in live.waiting:
+                return
+        is_offline = sent.given_up is Why.OFFLINE
+        reason = f"offline for {self._patience.device_s:g} s" if is_offline else "no reply in time"
+        answer = Answer(device=sent.device, reason=f"device {sent.device}: {reason}")
+        self._parts.rows.answer(sent.relay, sent.number, answer, lost=True)
+        if self._hand_on(sent, answer, lost=True):
+            event(_log, logging.WARNING, "message.lost", relay=sent.relay, number=sent.number, device=sent.device,
                   reason=reason)  # fmt: skip
-            self._parts.link.send_job(errand.device, RoundClosed(job=relay, round=plan.round, job_ended=False))
+            self._tell_closed(sent)
+
+    def _forsake(self, relay: str) -> None:
+        self.end(relay, "failed", f"its operator was not heard of for {self._patience.operator_s:g} s")
+
+    def _within_s(self, message: Message) -> float:
+        return max(1.0, message.expires_s - self._patience.time_of_day())
+
+    def _tell_closed(self, sent: SentMessage) -> None:
+        self._parts.link.send_job(sent.device, RoundClosed(job=sent.relay, round=sent.number, job_ended=False))
 
     def _line(self, relay: str, number: int, answer: Answer, *, lost: bool) -> Line:
         path = self._parts.spool.file(relay, number, answer.device) if answer.file is not None else None
         size = path.stat().st_size if path is not None else 0
         return {"number": number, "device": answer.device, "size": size, "reason": answer.reason, "lost": lost}
-
-    def _announce_again(self) -> None:
-        """After a pause: devices that gave up sending do not know that it is over."""
-        with self._lock:
-            plans = [(one.device, one.opened.plan) for live in self._live.values() for one in live.errands.values()]
-        for device, plan in plans:
-            self._parts.link.send_job(device, plan)
-
-    def _stir(self) -> None:
-        with self._lock:
-            self._stirred = True
-            self._times.notify_all()

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import Field
 
-from cloud.dataplane.relays import MAX_MESSAGE_BYTES
+from cloud.dataplane.live_relay import MAX_MESSAGE_BYTES
 from cloud.http.jobs import MAX_NAME_CHARS, store_body
 from cloud.http.shared import Body, Here, stream_lines
 from cloud.state.relay_rows import Message

@@ -119,6 +119,7 @@ class CloudHome:
         self.relays = Relays(
             RelayParts(RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays", self.storage)
         )
+        self.storage.changed = self._stir
         self.registry = Registry(engine, self.blobs, self._fleet_key)
         self.rollouts = Rollouts(
             engine, self.registry, self._fleet_key, devices=self.enrolment.devices, send_desired=self.link.send_desired
@@ -212,8 +213,12 @@ class CloudHome:
         return sign(bundle, self._fleet_key)
 
     def _note_presence(self, _device: str, _state: DeviceState) -> None:
-        self.rounds.presence_changed()
-        self.relays.presence_changed()
+        self._stir()
+
+    def _stir(self) -> None:
+        """Have all who wait for devices look at who is there, and whether answers can be stored."""
+        self.rounds.stir()
+        self.relays.stir()
 
     def _note_rollout(self, device: str, note: RolloutNote) -> None:
         self._notes.put(device, (device, note))  # it writes to the database: in a thread of its own

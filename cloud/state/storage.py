@@ -72,6 +72,7 @@ class Storage:
         self._needed_bytes = 0
         self._since_s = self._looked_s = 0.0
         self._paused_s = 0.0  # in pauses that are over
+        self.changed: Callable[[], None] = lambda: None  # a pause has begun, or is over
 
     def waiting(self) -> str:
         """Return what is waited for, as people read it; empty where nothing is."""
@@ -89,6 +90,11 @@ class Storage:
         """Return what is waited for, and for how many seconds there were pauses beyond those before, as JSON."""
         return {"waiting": self.waiting() or None, "paused_s": self.paused_s() - before_s}
 
+    def pause_times(self) -> tuple[float, float | None]:
+        """Return for how long there were pauses that are over (s), and since when the one at hand runs."""
+        with self._changed:
+            return self._paused_s, self._since_s if self._waits_for else None
+
     def refused(self, error: BaseException, num_bytes: int = 0) -> bool:
         """Begin or prolong a pause; False for an error that will not pass."""
         awaited = waits_for(error)
@@ -104,6 +110,7 @@ class Storage:
             self._changed.notify_all()
         if begins:
             event(_log, logging.WARNING, "storage.refused", waiting_for=awaited, error=self._why)
+            self.changed()
         return True
 
     def worked(self, num_bytes: int = LEAST_BYTES) -> None:
@@ -116,6 +123,7 @@ class Storage:
             self._waits_for = self._why = ""
             self._changed.notify_all()
         event(_log, logging.INFO, "storage.back", waited_for=awaited, seconds=seconds)
+        self.changed()
 
     def look(self) -> bool:
         """Whether there is no pause, or no longer: tries, where the last trial is long enough ago."""

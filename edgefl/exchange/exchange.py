@@ -43,20 +43,30 @@ class Exchange:
 
     def __init__(self, asked: Iterable[str], terms: Terms) -> None:
         self._terms = terms
-        self._waiting = dict.fromkeys(asked)  # in the order in which they are told
+        self._missing = dict.fromkeys(asked)  # in the order in which they are told
         self._updates: set[str] = set()  # whose answers count towards the quorum
         self._now_s = -math.inf  # of the latest event
         # Below: on the exchange's own time, which stands still in a pause.
         self._end_s = math.inf
-        self._offline_since_s: dict[str, float] = {}  # of those who are waited for
+        self._offline_since_s: dict[str, float] = {}  # of the missing
         self._paused_since_s: float | None = None
         self._paused_s = 0.0  # in pauses that are over
         self.closed_s: float | None = None  # when it ended, on the driver's clock
 
     @property
+    def missing(self) -> Collection[str]:
+        """Who has not answered; of an exchange that is over, who never did."""
+        return self._missing.keys()
+
+    @property
     def waiting(self) -> Collection[str]:
-        """The devices that are waited for."""
-        return self._waiting.keys()
+        """Who is waited for."""
+        return self._missing.keys() if self.closed_s is None else ()
+
+    @property
+    def offline(self) -> Collection[str]:
+        """Who of the missing is not there."""
+        return self._offline_since_s.keys()
 
     @property
     def is_paused(self) -> bool:
@@ -71,7 +81,7 @@ class Exchange:
 
     def waits_for(self, device: str, at_s: float) -> bool:
         """Whether an answer of this device would count at this time."""
-        return device in self._waiting and at_s <= self.due_s
+        return device in self.waiting and at_s <= self.due_s
 
     def handle(self, *events: Event) -> list[Instruction]:
         """Take events in, in their order, and return what is to be done."""
@@ -108,21 +118,21 @@ class Exchange:
 
     def _begin(self, event: Begin) -> list[Instruction]:
         self._end_s = self._own_s() + self._terms.deadline_s
-        if not self._waiting:
+        if not self._missing:
             return self._close(Why.UNWANTED)
         return [] if event.is_told else self._tell()
 
     def _answer(self, event: Answered | Failed) -> list[Instruction]:
-        if event.device not in self._waiting:
+        if event.device not in self._missing:
             return []
-        del self._waiting[event.device]
+        del self._missing[event.device]
         self._offline_since_s.pop(event.device, None)
         if isinstance(event, Answered):
             self._updates.add(event.device)
-        return [Yield(event.device), *(() if self._waiting else self._close(Why.UNWANTED))]
+        return [Yield(event.device), *(() if self._missing else self._close(Why.UNWANTED))]
 
     def _note_offline(self, event: Offline) -> None:
-        if event.device in self._waiting:
+        if event.device in self._missing:
             since_s = self._own_s() + (0.0 if event.heard_of else self._terms.return_s)
             self._offline_since_s[event.device] = min(since_s, self._offline_since_s.get(event.device, since_s))
 
@@ -135,7 +145,7 @@ class Exchange:
         return self._tell()
 
     def _tell(self) -> list[Instruction]:
-        return [Tell(device) for device in self._waiting]
+        return [Tell(device) for device in self._missing]
 
     def _own_s(self) -> float:
         now_s = self._now_s if self._paused_since_s is None else self._paused_since_s
@@ -144,7 +154,7 @@ class Exchange:
     def _given_up_s(self) -> float:
         """Return when the last missing device will have been offline for the grace time, on the exchange's own time."""
         gone = self._offline_since_s
-        if not gone or len(gone) < len(self._waiting) or len(self._updates) < self._terms.quorum:
+        if not gone or len(gone) < len(self._missing) or len(self._updates) < self._terms.quorum:
             return math.inf
         return max(gone.values()) + self._terms.offline_grace_s
 
@@ -154,5 +164,4 @@ class Exchange:
 
     def _close(self, why: Why) -> list[Instruction]:
         self.closed_s = self._now_s
-        left, self._waiting = self._waiting, {}
-        return [*(GiveUp(device, why) for device in left), Close()]
+        return [*(GiveUp(device, why) for device in self._missing), Close()]

@@ -1,6 +1,7 @@
 """A served data plane that tests of the service and of removals stand on."""
 
 import asyncio
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,13 +11,15 @@ import pytest
 from blake3 import blake3
 
 from cloud.dataplane.fleet_service import FleetService, ServiceParts, handler
-from cloud.dataplane.open_rounds import OpenRound, OpenRounds
+from cloud.dataplane.open_round import OpenRound, Surroundings
+from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import Jobs
 from cloud.state.spool import Spool
 from cloud.state.store import open_database
 from cloud.trust.renewal import Renewals
 from edgefl.config import JobConfig
+from edgefl.exchange import Terms, Yield
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls
@@ -46,7 +49,9 @@ class Plane:
             job=self.job, round=1, model=self.model, model_blake3="00", bundle=row.bundle,
             train=row.config.train, deadline_s=60.0, max_update_bytes=self.model.size + 1000,
         )  # fmt: skip
-        self.round = OpenRound(plan, frozenset({"a", "b"}))
+        self.done = queue.SimpleQueue()
+        terms = Terms(deadline_s=600.0, offline_grace_s=5.0)
+        self.round = OpenRound(plan, ("a", "b"), terms, Surroundings(act=self.done.put))
         self.jobs.open_round(self.job, 1, ("a", "b"))
         self.rounds.add(self.round)
         self._started, self._channels = threading.Event(), []
@@ -73,6 +78,12 @@ class Plane:
         await self._stop.wait()
         await server.stop(1)
         workers.shutdown()
+
+    def next_answer(self):
+        """Return the next answer that the round yields."""
+        instruction = self.done.get(timeout=5)
+        assert isinstance(instruction, Yield)
+        return self.round.take(instruction.device)
 
     def identity(self, name):
         folder = self.folder / name

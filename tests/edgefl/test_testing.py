@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from edgefl.config import TrainConfig
 from edgefl.records import Failure, Plan, Traffic
@@ -50,12 +49,3 @@ def test_the_fleet_knows_when_it_was_closed_early() -> None:
     next(answers)
     answers.close()
     assert scripted.closed_early == 1
-
-
-def test_a_clock_tells_that_somebody_waits_by_it():
-    clock = ManualClock()
-    with pytest.raises(TimeoutError, match="nobody looked"):
-        clock.wait_for_looks(1, timeout_s=0.0)
-    clock()
-    clock()
-    clock.wait_for_looks(2, timeout_s=0.0)

@@ -3,19 +3,31 @@
 The inner fleet trains as fast as this machine can; `VirtualFleet` delivers its answers in the order and
 at the times of the schedule, and moves the clock to each. It asks the inner fleet for those alone that
 the round will take: the first `rounds.clients` to arrive, and others where one of them fails.
-A round ends as a deployed one does (see `GrpcFleet`): when all have answered, at its deadline, or, once
-the quorum has answered, when all that are missing have been silent for `rounds.offline_grace_s`.
+When a round ends is its exchange's to say (`edgefl.exchange`), as in a deployed fleet; here events have their times
+from the schedule.
 Invariant: what is delivered, in which order and at which virtual time, does not depend on real speed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from edgefl.config import RoundsConfig
+from edgefl.exchange import (
+    Answered,
+    Begin,
+    Event,
+    Exchange,
+    Failed,
+    Offline,
+    Terms,
+    Tick,
+    cohort_size,
+    gathering,
+)
 from edgefl.records import Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import Fleet
 from edgefl.simulation.world.devices import Devices
@@ -60,11 +72,10 @@ class VirtualFleet:
 
         Of a very large population only as many as the cohort needs, by lot: see `Devices.available`.
         """
-        rounds = self._rounds
-        wanted = max(rounds.clients, rounds.quorum)
-        first_wait_s = rounds.wait_s if self._next_round == 1 else min(rounds.offline_grace_s, rounds.wait_s)
-        there = self._wait_for(wanted, first_wait_s)
-        return there if len(there) >= rounds.quorum else self._wait_for(rounds.quorum, rounds.wait_s - first_wait_s)
+        there: Sequence[str] = ()
+        for num_clients, wait_s in gathering(self._rounds, is_first=self._next_round == 1):
+            there = there if len(there) >= num_clients else self._wait_for(num_clients, wait_s)
+        return there
 
     def collect(self, plan: Plan) -> Iterator[Answer]:
         """Yield answers in virtual order, each at its time; late and lost clients never answer."""
@@ -77,24 +88,30 @@ class VirtualFleet:
         if plan.frozen:
             self._count(down_bytes=len(set(fetching) - have) * encoded_bytes(plan.frozen))
             self._served.update((plan.job, client) for client in fetching)
-        answered, num_updates, model_bytes = set[str](), 0, encoded_bytes(plan.parameters)
+        exchange = Exchange(plan.clients, Terms.of_round(self._rounds, plan.deadline_s))
+        exchange.handle(Begin(at_s=start_s))
+        presence, model_bytes = deque(presence_in(schedule)), encoded_bytes(plan.parameters)
         for answer in self._answers(plan, schedule):
             clients = _clients_of(answer)
-            self._clock.move_to(max(schedule.arrivals.get(client, start_s) for client in clients))
+            at_s = max(self._clock(), *(schedule.arrivals.get(client, start_s) for client in clients))
+            while presence and presence[0].at_s <= at_s:
+                exchange.handle(presence.popleft())
+            event = Failed if isinstance(answer, Failure) else Answered
+            exchange.handle(*(event(client, at_s=at_s) for client in clients))
+            if exchange.closed_s is not None and exchange.closed_s < at_s:
+                break
+            self._clock.move_to(at_s)
             if not isinstance(answer, Failure):
-                num_updates += len(clients)
                 self._count(up_bytes=len(clients) * model_bytes)
-            answered.update(clients)
-            yield answer
-        self._clock.move_to(self._given_up_s(schedule, answered, num_updates))
+            yield answer  # of a stranger, or the second of a client, too: the guard refuses those by name
+        self._clock.move_to(_end_s(exchange, presence))
 
     def traffic(self) -> Traffic:
         return self._traffic
 
     def _wait_for(self, wanted: int, limit_s: float) -> list[str]:
         """Move the clock until so many clients are there, or the limit has passed; returns who is there."""
-        rounds, start_s = self._rounds, self._clock()
-        cohort = math.ceil(round(rounds.clients * (1 + rounds.over_selection), 6))
+        cohort, start_s = cohort_size(self._rounds), self._clock()
         for step in range(WAIT_STEPS + 1):
             self._clock.move_to(start_s + limit_s * step / WAIT_STEPS)
             there = self._devices.available(
@@ -147,15 +164,6 @@ class VirtualFleet:
         if clients:
             yield from self._inner.collect(dataclasses.replace(plan, clients=clients, deadline_s=REAL_DEADLINE_S))
 
-    def _given_up_s(self, schedule: Schedule, answered: set[str], num_updates: int) -> float:
-        """Return when a round that nobody closed has ended."""
-        silent = schedule.arrivals.keys() - answered
-        if not schedule.late and not schedule.lost and not silent:
-            return self._clock()
-        if schedule.late or silent or num_updates < self._rounds.quorum:
-            return schedule.end_s
-        return min(schedule.end_s, max(schedule.lost.values()) + self._rounds.offline_grace_s)
-
     def _count(self, *, up_bytes: int = 0, down_bytes: int = 0) -> None:
         self._traffic = Traffic(
             up_bytes=self._traffic.up_bytes + up_bytes, down_bytes=self._traffic.down_bytes + down_bytes
@@ -164,3 +172,16 @@ class VirtualFleet:
 
 def _clients_of(answer: Answer) -> tuple[str, ...]:
     return answer.contributors if isinstance(answer, Partial) else (answer.device,)
+
+
+def presence_in(schedule: Schedule) -> list[Event]:
+    """Return when who goes silent, in order; in a round nobody comes back."""
+    return sorted((Offline(client, at_s=at_s) for client, at_s in schedule.lost.items()), key=lambda one: one.at_s)
+
+
+def _end_s(exchange: Exchange, events: Iterable[Event]) -> float:
+    """Return when a round ends that gets no further answer."""
+    exchange.handle(*events)
+    while exchange.closed_s is None:
+        exchange.handle(Tick(at_s=exchange.due_s))
+    return exchange.closed_s

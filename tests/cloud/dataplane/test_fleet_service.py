@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from cloud.dataplane.open_rounds import OpenRound
+from cloud.dataplane.open_round import OpenRound
 from edgefl.errors import CloudStopping
+from edgefl.exchange import Terms
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
 from edgefl.protocols.messages import BlobRef, decode_job
@@ -43,7 +44,8 @@ def a_message(plane, number=7, content=b"a message", device="a"):
     plan = dataclasses.replace(
         plane.round.plan, job="relay-1", round=number, model=ref, envelope="e", max_update_bytes=1000
     )
-    opened = OpenRound(plan, frozenset({device}), source=source, record=answers.append)
+    opened = OpenRound(plan, (device,), Terms(deadline_s=600.0, offline_grace_s=5.0))
+    opened.source, opened.record = source, answers.append
     plane.rounds.add(opened)
     return opened, answers
 
@@ -86,13 +88,13 @@ def test_a_download_goes_on_at_an_offset_and_is_counted(plane):
 def test_an_upload_is_durable_in_the_queue_and_acknowledged_once(plane):
     stub, data = plane.stub("a"), update_bytes()
     assert plane.upload(stub, data).status == Status.STORED
-    answer = plane.round.events.get_nowait()
+    answer = plane.next_answer()
     assert (answer.device, answer.weight, answer.metrics) == ("a", 2.0, {"loss": 0.5})
     assert plane.spool.path(answer.file).read_bytes() == data
     assert plane.jobs.open_round(plane.job, 1, ()) == [answer]
     assert plane.round.up_bytes == len(data)
     assert plane.upload(stub, data).status == Status.STORED  # a replay is acknowledged, not folded
-    assert plane.round.events.empty()
+    assert plane.done.empty()
     assert not stub.Next(pb.NextRequest(), timeout=10).plans
 
 
@@ -105,7 +107,7 @@ def test_an_upload_that_was_cut_goes_on(plane):
     assert plane.round.waiting() == {"a", "b"}
     assert plane.upload(stub, data, offset=9_000_000).offset == 7_000_000  # a gap is not taken
     assert plane.upload(stub, data, offset=7_000_000).status == Status.STORED
-    assert plane.spool.path(plane.round.events.get_nowait().file).read_bytes() == data
+    assert plane.spool.path(plane.next_answer().file).read_bytes() == data
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_a_bad_upload_is_refused_and_counts_as_the_devices_failure(plane, change
     state = plane.upload(plane.stub("a"), update_bytes(), **changes)
     assert state.status == Status.REFUSED
     assert reason in state.reason
-    answer = plane.round.events.get_nowait()
+    answer = plane.next_answer()
     assert (answer.device, answer.file) == ("a", None)
     assert reason in answer.reason
 
@@ -138,13 +140,13 @@ def test_another_round_is_stale_and_another_cohort_is_refused(plane):
     assert plane.upload(plane.stub("c"), data).status == Status.REFUSED
     plane.round.close()
     assert plane.upload(plane.stub("b"), data).status == Status.STALE
-    assert plane.round.events.empty()
+    assert not plane.round.has_answered("b")
 
 
 def test_a_failure_is_an_answer_with_its_reason(plane):
     key = pb.UpdateKey(job=plane.job, round=1)
     plane.stub("b").Fail(pb.FailureReport(key=key, reason="task raised ValueError"), timeout=10)
-    answer = plane.round.events.get_nowait()
+    answer = plane.next_answer()
     assert (answer.device, answer.file, answer.reason) == ("b", None, "task raised ValueError")
 
 
@@ -202,8 +204,8 @@ def test_uploads_of_one_update_side_by_side_are_one_update(plane):
     assert plane.upload(stub, data).status == Status.STORED
     half.set()
     assert late.code() in {grpc.StatusCode.ABORTED, grpc.StatusCode.OK}
-    assert plane.spool.path(plane.round.events.get_nowait().file).read_bytes() == data
-    assert plane.round.events.empty()
+    assert plane.spool.path(plane.next_answer().file).read_bytes() == data
+    assert plane.done.empty()
 
 
 def test_stalled_uploads_of_one_device_hold_up_no_other(plane):
@@ -283,7 +285,7 @@ def test_bytes_that_are_no_message_are_their_senders_error(plane, part):
 def test_a_reason_is_clean_where_it_enters(plane, reason):
     key = pb.UpdateKey(job=plane.job, round=1)
     plane.stub("b").Fail(pb.FailureReport(key=key, reason=reason), timeout=10)
-    kept = plane.round.events.get_nowait().reason
+    kept = plane.next_answer().reason
     assert is_safe(kept)
     assert len(kept) <= 2000
     [answer] = plane.jobs.open_round(plane.job, 1, ("a", "b"))

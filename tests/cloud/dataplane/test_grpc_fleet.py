@@ -3,20 +3,20 @@
 import errno
 import queue
 import threading
-import time
 
 import numpy as np
 import pytest
 
 from cloud.broker.embedded import EmbeddedBroker
 from cloud.broker.link import Hearers
-from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet, _Deadline
+from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet
+from cloud.dataplane.open_round import Presence
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import Answer, Jobs
 from cloud.state.spool import Spool
-from cloud.state.storage import LOOK_S, Storage
+from cloud.state.storage import Storage
 from cloud.state.store import open_database
 from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import CloudStopping, JobCancelled
@@ -63,18 +63,20 @@ class Centre:
         self.blobs, self.spool, self.rounds = BlobStore(folder / "blobs"), Spool(folder / "spool"), OpenRounds()
         key = new_fleet_key()
         self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key))
-        hearers = Hearers(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.presence_changed())
+        hearers = Hearers(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.stir())
         self.link = ThreadedCloudLink(self.broker.url, ca.cloud, hearers)
         self.link.start()
         assert self.link.wait_connected(5)
         self.devices = {name: Device(self.broker, ca.device(name), name) for name in ("a", "b")}
         assert self.link.wait_until(lambda: self.link.online() == {"a", "b"}, 5)
 
-    def fleet(self, clock=time.monotonic, **rounds):
+    def fleet(self, clock=None, storage=None, **rounds):
         parameters = self.blobs.put_tree(PARAMETERS)
         config = JobConfig(rounds=RoundsConfig(**rounds))
         self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), parameters, (), config)
-        parts = FleetParts(self.rounds, self.jobs, self.blobs, self.spool, self.link, clock=clock)
+        clock = clock or ManualClock()
+        storage = storage or Storage(None, clock)
+        parts = FleetParts(self.rounds, self.jobs, self.blobs, self.spool, self.link, storage, clock)
         return GrpcFleet(self.jobs.load(self.job), parts)
 
     def plan(self, **changes):
@@ -150,41 +152,52 @@ def test_an_update_of_a_removed_device_that_waits_to_be_folded_is_refused(centre
 
 def test_once_the_quorum_answered_an_offline_device_is_not_waited_for(centre):
     clock = ManualClock()
-    fleet = centre.fleet(clock, quorum=1, offline_grace_s=0.02)
+    fleet = centre.fleet(clock, quorum=1, offline_grace_s=5.0)
+    arriving = fleet.collect(centre.plan(deadline_s=1000))
+    opening = in_thread(lambda: [next(arriving)])
+    centre.devices["a"].next()
+    centre.devices["b"].say(online=False)
+    opened = centre.rounds.get(centre.job, 1)
+    assert centre.link.wait_until(lambda: "b" in centre.link.offline(), 5)
+    centre.answer("a")
+    opening()
+    opened.note(Presence.of(centre.link))
+    clock.advance(5.0)
+    assert list(arriving) == []
+    assert isinstance(centre.devices["b"].next(), WirePlan)
+    assert centre.devices["b"].next() == RoundClosed(job=centre.job, round=1, job_ended=False)
+
+
+def test_a_device_that_comes_or_goes_is_heard_of_while_answers_are_waited_for(centre, monkeypatch):
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=1, offline_grace_s=5.0)
     collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=1000)))
     centre.devices["a"].next()
+    opened = centre.rounds.get(centre.job, 1)
+    note, notes = opened.note, queue.Queue()
+    monkeypatch.setattr(opened, "note", lambda presence: notes.put(note(presence)))
     centre.answer("a")
     centre.devices["b"].say(online=False)
-    clock.wait_for_looks()
-    assert centre.rounds.get(centre.job, 1) is not None
-    clock.advance(0.02)
+    while opened.wait_s() > 5.0:
+        notes.get(timeout=5)  # by the round's own thread
+    clock.advance(5.0)
+    opened.look()
     assert [answer.device for answer in collected()] == ["a"]
-    assert isinstance(centre.devices["b"].next(), WirePlan)
-    closed = centre.devices["b"].next()
-    assert closed == RoundClosed(job=centre.job, round=1, job_ended=False)
-
-
-def test_under_the_quorum_an_offline_device_is_waited_for_and_may_come_back(centre):
-    clock = ManualClock()
-    fleet = centre.fleet(clock, quorum=2, offline_grace_s=0.02)
-    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=0.02)))
-    centre.devices["a"].next()
-    centre.answer("a")
-    centre.devices["b"].say(online=False)
-    assert centre.link.wait_until(lambda: "b" not in centre.link.online(), 5)
-    clock.wait_for_looks()
-    assert centre.answer("b")
-    assert [answer.device for answer in collected()] == ["a", "b"]
 
 
 def test_a_round_ends_at_its_deadline(centre):
     clock = ManualClock()
     fleet = centre.fleet(clock, quorum=2)
-    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=0.02)))
-    clock.wait_for_looks()
-    assert centre.rounds.get(centre.job, 1) is not None
-    clock.advance(0.02)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=20.0)))
+    centre.devices["a"].next()
+    opened = centre.rounds.get(centre.job, 1)
+    clock.advance(19.9)
+    opened.look()
+    assert opened.waiting() == {"a", "b"}
+    clock.advance(0.1)
+    opened.look()
     assert collected() == []
+    assert centre.devices["a"].next() == RoundClosed(job=centre.job, round=1, job_ended=False)
 
 
 def test_a_restart_yields_what_had_come_and_asks_only_the_others(centre):
@@ -206,10 +219,14 @@ def test_a_restart_yields_what_had_come_and_asks_only_the_others(centre):
 
 def test_a_cancelled_job_stops_in_mid_round(centre):
     fleet = centre.fleet(quorum=2)
-    plan = centre.plan()
-    threading.Timer(0.2, lambda: centre.rounds.interrupt(JobCancelled("stop"), centre.job)).start()
+    arriving = fleet.collect(centre.plan())
+    opening = in_thread(lambda: [next(arriving)])
+    centre.devices["a"].next()
+    centre.answer("a")
+    opening()
+    centre.rounds.interrupt(JobCancelled("stop"), centre.job)
     with pytest.raises(JobCancelled, match="stop"):
-        list(fleet.collect(plan))
+        next(arriving)
     assert centre.rounds.get(centre.job, 1) is None
 
 
@@ -217,76 +234,86 @@ def test_a_refused_device_and_an_ended_job_are_told(centre):
     fleet = centre.fleet(quorum=1)
     fleet.refuse(centre.plan(), make_update("a", w=[1.0]), "tensor 'w' holds NaN")
     assert centre.devices["a"].next() == UpdateRefused(job=centre.job, round=1, reason="tensor 'w' holds NaN")
-    list(fleet.collect(centre.plan(deadline_s=0.05)))
+    arriving = fleet.collect(centre.plan())
+    opening = in_thread(lambda: [next(arriving)])
+    centre.devices["a"].next()
+    centre.answer("a")
+    opening()
+    arriving.close()  # enough have answered
     fleet.end()
     heard = [centre.devices["b"].next() for _ in range(3)]
-    assert heard[-1].job_ended
+    assert [getattr(one, "job_ended", None) for one in heard] == [None, False, True]
 
 
-def test_too_few_devices_are_waited_for_only_so_long(centre):
-    fleet = centre.fleet(quorum=3, wait_s=0.2)
+def test_too_few_devices_are_waited_for_only_so_long(centre, monkeypatch):
+    waits_s = []
+    monkeypatch.setattr(centre.link, "wait_until", lambda is_there, wait_s: waits_s.append(wait_s) or is_there())
+    fleet = centre.fleet(clients=3, quorum=3, wait_s=60.0)
     assert fleet.clients() == ["a", "b"]
+    assert waits_s == [60.0, 0.0]
 
 
-def test_a_job_that_waits_for_devices_is_cancelled_at_once(centre):
-    fleet = centre.fleet(quorum=3, wait_s=3600)
+def test_a_job_that_waits_for_devices_is_cancelled_at_once(centre, monkeypatch):
+    fleet, waits, wait_until = centre.fleet(quorum=3, wait_s=3600), threading.Event(), centre.link.wait_until
 
-    def cancel():
-        centre.rounds.interrupt(JobCancelled("stop"), centre.job)
-        centre.link.wake()
+    def wait(is_there, wait_s):
+        return wait_until(lambda: waits.set() or is_there(), wait_s)
 
-    threading.Timer(0.1, cancel).start()
-    with pytest.raises(JobCancelled, match="stop"):
-        fleet.clients()
+    monkeypatch.setattr(centre.link, "wait_until", wait)
+
+    def cancelled():
+        with pytest.raises(JobCancelled, match="stop"):
+            fleet.clients()
+        return ["cancelled"]
+
+    waiting = in_thread(cancelled)
+    assert waits.wait(10)
+    centre.rounds.interrupt(JobCancelled("stop"), centre.job)
+    centre.link.wake()
+    assert waiting() == ["cancelled"]
 
 
 def test_a_stopping_cloud_tells_no_device_that_its_round_is_closed(centre):
     fleet = centre.fleet(quorum=2)
-    threading.Timer(0.2, lambda: centre.rounds.interrupt(CloudStopping("end"))).start()
-    with pytest.raises(CloudStopping):
-        list(fleet.collect(centre.plan()))
+    arriving = fleet.collect(centre.plan())
+    opening = in_thread(lambda: [next(arriving)])
     assert isinstance(centre.devices["a"].next(), WirePlan)
+    centre.answer("b")
+    opening()
+    centre.rounds.interrupt(CloudStopping("end"))
+    with pytest.raises(CloudStopping):
+        next(arriving)
     fleet.refuse(centre.plan(), make_update("a", w=[1.0]), "said after what was not to be said")
     assert isinstance(centre.devices["a"].next(), UpdateRefused)
 
 
 def test_a_device_that_went_before_the_round_began_is_not_waited_for(centre):
-    fleet = centre.fleet(quorum=1, offline_grace_s=0.1)
+    clock = ManualClock()
+    fleet = centre.fleet(clock, quorum=1, offline_grace_s=5.0)
     centre.devices["b"].say(online=False)
     assert centre.link.wait_until(lambda: "b" in centre.link.offline(), 5)
-    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=1000)))
+    arriving = fleet.collect(centre.plan(clients=("a", "b", "unheard"), deadline_s=1000))
+    opening = in_thread(lambda: [next(arriving)])
     centre.devices["a"].next()
     centre.answer("a")
-    assert [answer.device for answer in collected()] == ["a"]
+    opening()
+    opened = centre.rounds.get(centre.job, 1)
+    assert opened.wait_s() == 25.0  # one was not heard of since the cloud's start, and may be on its way back
+    clock.advance(25.0)
+    assert list(arriving) == []
 
 
-def test_a_device_not_heard_of_since_the_clouds_start_is_waited_for_a_little_longer(centre, monkeypatch):
-    monkeypatch.setattr("cloud.dataplane.grpc_fleet.RETURN_S", 0.02)
+def test_after_a_pause_the_plan_is_told_again(centre, tmp_path):
     clock = ManualClock()
-    fleet = centre.fleet(clock, quorum=1, offline_grace_s=0.01)
-    collected = in_thread(lambda: fleet.collect(centre.plan(clients=("a", "gone"), deadline_s=1000)))
-    centre.devices["a"].next()
-    centre.answer("a")
-    clock.advance(0.02)
-    clock.wait_for_looks()
-    assert centre.rounds.get(centre.job, 1) is not None
-    clock.advance(0.01)
-    assert [answer.device for answer in collected()] == ["a"]
-
-
-def test_no_deadline_runs_while_nothing_can_be_stored_and_the_plan_is_told_again(tmp_path):
-    clock = ManualClock()
-    storage = Storage(tmp_path, clock)
-    deadline = _Deadline(0.0, storage)
-    assert deadline.is_over(float("inf"))
+    storage = Storage(None, clock)
+    fleet = centre.fleet(clock, storage, quorum=2)
+    collected = in_thread(lambda: fleet.collect(centre.plan(deadline_s=20.0)))
+    plan = centre.devices["a"].next()
+    centre.answer("b")
     storage.refused(OSError(errno.ENOSPC, "full"))
-    deadline = _Deadline(0.0, storage)
-    assert deadline.wait_s(float("inf")) == LOOK_S
-    assert not deadline.is_over(float("inf"))
-    assert not deadline.resumed()
-    clock.advance(1000.0)  # the disk has room: the next look ends the pause
-    assert deadline.resumed()
-    assert not deadline.resumed()
-    assert deadline.wait_s(float("inf")) == pytest.approx(1000.0, abs=10)
-    assert not deadline.is_over(float("inf"))
-    assert deadline.is_over(0.0)
+    clock.advance(500.0)
+    storage.worked()
+    centre.rounds.stir()
+    assert centre.devices["a"].next() == plan
+    assert centre.answer("a")
+    assert [answer.device for answer in collected()] == ["b", "a"]

@@ -2,75 +2,12 @@ import threading
 
 import pytest
 
-from cloud.dataplane.open_rounds import PRESENCE_CHANGED, OpenRound, OpenRounds
-from cloud.state.enrolment import REMOVED
+from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.jobs import Answer
-from edgefl.config import TrainConfig
 from edgefl.errors import CloudStopping, JobCancelled
-from edgefl.protocols.messages import BlobRef, Signed, WirePlan
+from edgefl.exchange import Tell
 from edgefl.records import Traffic
-
-
-def opened(job="job", number=1, cohort=("a", "b")):
-    blob = BlobRef(sha256="0" * 64, size=1)
-    plan = WirePlan(
-        job=job, round=number, model=blob, model_blake3="00", bundle=Signed(text="", key_id="", signature=""),
-        train=TrainConfig(), deadline_s=1.0, max_update_bytes=10,
-    )  # fmt: skip
-    return OpenRound(plan, frozenset(cohort))
-
-
-def ignore(_answer):
-    pass
-
-
-def test_an_answer_is_taken_once_and_durable_before_it_is_seen():
-    round_ = opened()
-    durable = []
-    answer = Answer(device="a", file="f")
-
-    def make_durable(one):
-        assert round_.events.empty()
-        durable.append(one)
-
-    assert round_.accept(answer, make_durable)
-    assert not round_.accept(answer, make_durable)
-    assert durable == [answer]
-    assert round_.events.get_nowait() == answer
-    assert round_.waiting() == {"b"}
-
-
-def test_an_answer_that_cannot_be_made_durable_is_not_taken():
-    round_ = opened()
-
-    def fail(_answer):
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        round_.accept(Answer(device="a", file="f"), fail)
-    assert round_.waiting() == {"a", "b"}
-    assert round_.accept(Answer(device="a", file="f"), ignore)
-
-
-def test_a_closed_round_takes_nothing():
-    round_ = opened()
-    round_.accept(Answer(device="a", file="f"), ignore)
-    assert round_.close() == {"b"}
-    assert not round_.accept(Answer(device="b", file="f"), ignore)
-
-
-def test_of_a_hundred_racing_duplicates_one_is_taken():
-    round_ = opened()
-    taken = []
-    threads = [
-        threading.Thread(target=lambda: taken.append(round_.accept(Answer(device="a", file="f"), ignore)))
-        for _ in range(100)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert taken.count(True) == 1
+from tests.cloud.dataplane.rounds import ignore, nobody_is_gone, opened
 
 
 def test_rounds_are_found_by_key_and_by_device():
@@ -96,17 +33,25 @@ def test_traffic_is_summed_over_the_closed_rounds_of_a_job():
     assert rounds.traffic("other") == Traffic()
 
 
-def test_presence_changes_are_merged_and_an_interrupt_reaches_its_job_only():
+def test_calls_to_look_are_merged_and_an_interrupt_reaches_its_job_only():
     rounds, mine, other = OpenRounds(), opened("mine"), opened("other")
     rounds.add(mine)
     rounds.add(other)
-    rounds.presence_changed()
-    rounds.presence_changed()
-    error = JobCancelled("stop")
-    rounds.interrupt(error, "mine")
-    assert [mine.events.get_nowait(), mine.events.get_nowait()] == [PRESENCE_CHANGED, error]
-    assert other.events.get_nowait() == PRESENCE_CHANGED
-    assert other.events.empty()
+    rounds.stir()
+    rounds.stir()
+    rounds.interrupt(JobCancelled("stop"), "mine")
+    looks = []
+
+    def who_is_there():
+        looks.append("look")
+        return nobody_is_gone()
+
+    with pytest.raises(JobCancelled, match="stop"):
+        mine.next(who_is_there)
+    assert looks == ["look"]
+    other.begin()
+    assert other.next(who_is_there) == Tell("a")
+    assert looks == ["look"] * 2
 
 
 def test_nobody_is_answered_until_the_rounds_of_before_are_open_again():
@@ -139,22 +84,6 @@ def test_a_job_that_is_interrupted_between_rounds_opens_no_other():
     assert rounds.stopping
     with pytest.raises(CloudStopping):
         rounds.refuse_stopped("another")
-
-
-def test_a_removed_device_is_refused_whether_it_has_answered_or_not():
-    round_, durable = opened(), []
-    answer = Answer(device="a", file="f", weight=2.0)
-    round_.accept(answer, ignore)
-    round_.forget("a", durable.append)
-    assert durable == []  # its answer is in the database, where the registry refuses it
-    assert round_.counted(round_.events.get_nowait()) == Answer(device="a", reason=REMOVED)
-    round_.forget("b", durable.append)
-    assert durable == [Answer(device="b", reason=REMOVED)]
-    assert round_.counted(round_.events.get_nowait()) == durable[0]
-    assert not round_.accept(Answer(device="b", file="f"), ignore)  # what was under way comes too late
-    round_.forget("c", durable.append)
-    assert len(durable) == 1
-    assert round_.counted(Answer(device="c", file="f")).file == "f"
 
 
 def test_the_rounds_that_have_a_device_are_those_of_its_cohorts():

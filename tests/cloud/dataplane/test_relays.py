@@ -1,80 +1,61 @@
-"""Relays with a real database, spool and rounds; tests play devices and operator."""
+"""Relays with a real database, spool and rounds; tests play devices and operator, and turn the clocks."""
 
 import dataclasses
 import errno
 import hashlib
+import queue
 import threading
-import time
 
 import pytest
 from blake3 import blake3
 
+from cloud.dataplane.live_relay import Patience
 from cloud.dataplane.open_rounds import OpenRounds
-from cloud.dataplane.relays import Patience, RelayParts, Relays
+from cloud.dataplane.relays import RelayParts, Relays
 from cloud.state.jobs import Answer
 from cloud.state.relay_rows import Message, RelayRows
 from cloud.state.spool import Spool
-from cloud.state.storage import Storage
+from cloud.state.storage import LOOK_S, Storage
 from cloud.state.store import open_database
 from edgefl.errors import ConfigError, NotFound, ProtocolError
 from edgefl.protocols.manifest import new_fleet_key, sign
-from edgefl.protocols.messages import BlobRef, RoundClosed, WirePlan
+from edgefl.protocols.messages import BlobRef, WirePlan
 from edgefl.testing import ManualClock
+from tests.cloud.dataplane.rounds import FakeLink
 
 CONTENT = b"what a message holds"
+BEGAN_S = 1_000_000.0
+HEARTBEAT = {"heartbeat": True, "waiting": None, "paused_s": 0.0}
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-class FakeLink:
-    """Presence that a test sets, and what was sent."""
-
-    def __init__(self):
-        self.here, self.gone, self.reason, self.told = {"a", "b"}, set(), "", []
-
-    def online(self):
-        return frozenset(self.here)
-
-    def offline(self):
-        return frozenset(self.gone)
-
-    def send_job(self, device, message):
-        self.told.append((device, message))
-
-    def closed(self):
-        return [(device, one.round, one.job_ended) for device, one in self.told if isinstance(one, RoundClosed)]
 
 
 class Cloud:
     """The parts of a cloud that relays need; `restart` makes them anew on the same folder."""
 
     def __init__(self, folder):
-        self.folder, self.engine, self.link = folder, None, FakeLink()
+        self.folder, self.engine, self.link, self.clock = folder, None, FakeLink(), ManualClock()
         self.key = new_fleet_key()
         self.start()
 
-    def start(self, **patience):
+    def start(self):
         self.engine = open_database(self.folder / "cloud.db")
         self.rounds, self.spool = OpenRounds(), Spool(self.folder / "spool")
         rows = RelayRows(self.engine)
-        self.storage = Storage(self.folder, patience.get("clock", time.monotonic))
+        self.storage = Storage(self.folder, self.clock)
         parts = RelayParts(
             rows, self.rounds, self.spool, self.link, lambda one: sign(one, self.key), self.folder / "relays",
             self.storage,
         )  # fmt: skip
-        self.relays = Relays(parts, Patience(**patience))
+        self.relays = Relays(parts, Patience(clock=self.clock, time_of_day=lambda: BEGAN_S + self.clock()))
         self.relays.resume()
-        self.watcher = threading.Thread(target=self.relays.watch, name="relays")
-        self.watcher.start()
 
     def stop(self):
         self.relays.close()
-        self.watcher.join(10)
-        assert not self.watcher.is_alive()
         self.engine.dispose()
 
-    def restart(self, **patience):
+    def restart(self):
         self.stop()
-        self.start(**patience)
+        self.start()
 
     def begin(self):
         relay = self.relays.start("app:app", BlobRef(sha256="0" * 64, size=1))
@@ -98,7 +79,7 @@ class Cloud:
 
     def next_lines(self, relay, count=1):
         """Return the next lines that are no heartbeats, of a new stream."""
-        lines = (line for line in self.relays.lines(relay, 0.05) if "heartbeat" not in line)
+        lines = self.relays.lines(relay, 0.0)
         return [next(lines) for _ in range(count)]
 
 
@@ -111,7 +92,7 @@ def cloud(tmp_path):
 
 def message(number=1, device="a", within_s=60.0):
     return Message(
-        number=number, device=device, envelope="envelope", content_sha256=SHA256, expires_s=time.time() + within_s
+        number=number, device=device, envelope="envelope", content_sha256=SHA256, expires_s=BEGAN_S + within_s
     )
 
 
@@ -174,86 +155,99 @@ def test_a_failure_is_a_reply_of_its_own(cloud):
 
 def test_a_message_that_is_late_is_given_up(cloud):
     relay = cloud.begin()
-    cloud.relays.send(relay, [dataclasses.replace(message(1), expires_s=time.time() - 1)])  # a second, at least
+    cloud.relays.send(relay, [message(1, within_s=30.0), message(2, within_s=-5.0)])  # a second, at least
+    assert cloud.relays.look() == 1.0
+    cloud.clock.advance(1.0)
+    assert cloud.relays.look() == 0.0  # something was done
+    assert cloud.relays.look() == 29.0
     [line] = cloud.next_lines(relay)
-    assert (line["reason"], line["lost"]) == ("device a: no reply in time", True)
-    assert cloud.link.closed() == [("a", 1, False)]
-    assert not cloud.rounds.waiting_for("a")
+    assert (line["number"], line["reason"], line["lost"]) == (2, "device a: no reply in time", True)
+    assert cloud.link.closed() == [("a", 2, False)]
+    assert [one.plan.round for one in cloud.rounds.waiting_for("a")] == [1]
 
 
 def test_a_device_that_is_gone_is_given_up_and_one_that_is_back_is_not(cloud):
-    clock = ManualClock()
-    cloud.restart(device_s=0.02, clock=clock)
     relay = cloud.begin()
     cloud.relays.send(relay, [message(1, "a"), message(2, "b")])
-    for device in "ab":
-        cloud.link.here.discard(device)
-        cloud.link.gone.add(device)
-    cloud.relays.presence_changed()
-    clock.wait_for_looks()  # both were seen to be gone
-    cloud.link.here.add("b")
-    cloud.link.gone.discard("b")
-    cloud.relays.presence_changed()
-    clock.wait_for_looks()
-    clock.advance(0.02)
-    cloud.relays.presence_changed()
+    cloud.link.here, cloud.link.gone = set(), {"a", "b"}
+    assert cloud.relays.look() == 30.0
+    cloud.clock.advance(29.0)
+    cloud.link.here, cloud.link.gone = {"b"}, {"a"}
+    assert cloud.relays.look() == 1.0
+    cloud.clock.advance(1.0)
+    cloud.relays.look()
     [line] = cloud.next_lines(relay)
-    assert (line["device"], line["lost"], line["reason"]) == ("a", True, "device a: offline for 0.02 s")
+    assert (line["device"], line["lost"], line["reason"]) == ("a", True, "device a: offline for 30 s")
     assert cloud.rounds.waiting_for("b")
 
 
-NO_ROOM_BYTES = 1 << 50  # more than a disk has
-
-
-def looked(cloud, clock):
-    """Have the watch look, and wait until it has: its second look begins after the first has ended."""
-    for _ in range(2):
-        cloud.relays.presence_changed()
-        while cloud.relays._stirred:
-            clock.wait_for_looks(1)
-
-
-def test_while_nothing_can_be_stored_no_message_is_late(cloud):
-    clock = ManualClock()
-    cloud.restart(clock=clock, device_s=5.0)
+def test_a_device_not_heard_of_since_the_clouds_start_is_waited_for_a_little_longer(cloud):
     relay = cloud.begin()
-    cloud.relays.send(relay, [message(1, "a", within_s=10.0), message(2, "b", within_s=10.0)])
-    cloud.storage.refused(OSError(errno.ENOSPC, "full"), NO_ROOM_BYTES)
-    cloud.link.here.discard("b")
-    cloud.link.gone.add("b")
-    looked(cloud, clock)
-    clock.advance(50.0)
-    looked(cloud, clock)
-    assert cloud.rounds.waiting_for("a")
-    assert cloud.rounds.waiting_for("b")  # nobody is given up while its answer could not be kept
-    shown = cloud.relays.get(relay)
-    assert shown["waiting"].startswith(f"waiting for disk space in {cloud.folder}")
-    assert shown["paused_s"] == 50.0
-
-    cloud.storage.worked(NO_ROOM_BYTES)
-    looked(cloud, clock)
-    assert cloud.rounds.waiting_for("a")  # of whose ten seconds none was counted
-    assert [plan.round for device, plan in cloud.link.told if device == "a"] == [1, 1]  # announced again
-    [line] = cloud.next_lines(relay)
-    assert (line["device"], line["reason"]) == ("b", "device b: offline for 5 s")
-    cloud.relays.done(relay, [2])
-    clock.advance(10.0)
-    cloud.relays.presence_changed()
-    [line] = cloud.next_lines(relay)
-    assert (line["device"], line["reason"]) == ("a", "device a: no reply in time")
+    cloud.relays.send(relay, [message(1)])
+    cloud.link.here = set()
+    assert cloud.relays.look() == 50.0
+    cloud.link.gone = {"a"}  # it said so
+    assert cloud.relays.look() == 30.0
 
 
 def test_without_a_broker_nobody_is_gone(cloud):
-    clock = ManualClock()
-    cloud.restart(device_s=0.02, clock=clock)
     relay = cloud.begin()
     cloud.link.here, cloud.link.gone, cloud.link.reason = set(), {"a"}, "no broker"
     cloud.relays.send(relay, [message(1)])
-    for _ in range(10):
-        cloud.relays.presence_changed()
-        clock.wait_for_looks(2)
-        clock.advance(0.02)
+    cloud.clock.advance(59.0)
+    assert cloud.relays.look() == 1.0
     assert cloud.rounds.waiting_for("a")
+
+
+def test_while_nothing_can_be_stored_nobody_is_late_and_afterwards_messages_are_told_again(cloud):
+    relay = cloud.begin()
+    cloud.relays.send(relay, [message(1, within_s=50.0)])
+    cloud.storage.refused(OSError(errno.ENOSPC, "full"), num_bytes=1 << 60)
+    assert cloud.relays.look() == LOOK_S
+    for _ in range(10):
+        cloud.clock.advance(100.0)
+        cloud.storage.refused(OSError(errno.ENOSPC, "full"))
+        cloud.relays.contents(relay)  # its operator is there
+        assert cloud.relays.look() == LOOK_S
+    shown = cloud.relays.get(relay)
+    assert shown["waiting"].startswith(f"waiting for disk space in {cloud.folder}")
+    assert shown["paused_s"] == 1000.0
+    cloud.storage.worked(1 << 60)
+    assert cloud.relays.look() == 50.0
+    assert [plan.round for _, plan in cloud.link.told] == [1, 1]
+    cloud.clock.advance(50.0)
+    cloud.relays.look()
+    [line] = cloud.next_lines(relay)
+    assert line["reason"] == "device a: no reply in time"
+
+
+def test_an_end_that_the_disk_does_not_take_is_written_when_it_does(cloud, monkeypatch):
+    relay = cloud.begin()
+    cloud.relays.send(relay, [message(1, within_s=5.0)])
+    rows, refusals = RelayRows.answer, [OSError(errno.ENOSPC, "full")] * 2
+
+    def answer(*args, **kwargs):
+        if refusals:
+            raise refusals.pop()
+        rows(*args, **kwargs)
+
+    monkeypatch.setattr(RelayRows, "answer", answer)
+    cloud.clock.advance(5.0)
+    cloud.relays.look()
+    [line] = cloud.next_lines(relay)
+    assert (line["lost"], refusals) == (True, [])
+
+
+def test_the_watch_looks_when_it_is_stirred_and_ends_when_it_is_closed(cloud, monkeypatch):
+    looks = queue.Queue()
+    monkeypatch.setattr(cloud.relays, "look", lambda: looks.put(None) or 3600.0)
+    watcher = threading.Thread(target=cloud.relays.watch, name="relays")
+    watcher.start()
+    looks.get(timeout=10)
+    cloud.relays.stir()
+    cloud.relays.close()
+    watcher.join(10)
+    assert not watcher.is_alive()
 
 
 def test_what_the_operator_no_longer_wants_is_closed_on_the_device(cloud):
@@ -285,24 +279,22 @@ def test_the_end_of_a_relay_leaves_nothing(cloud):
 
 
 def test_a_relay_whose_operator_is_gone_ends(cloud):
-    clock = ManualClock()
-    cloud.restart(operator_s=0.2, stream_s=0.05, clock=clock)
     relay = cloud.begin()
-    list(zip(range(8), cloud.relays.lines(relay, 0.05), strict=False))  # an operator that listens is there
-    assert cloud.relays.running() == [relay]
-    clock.advance(0.2)
-    cloud.relays.presence_changed()  # has the watch look again
-    while cloud.relays.running():
-        clock.wait_for_looks(1)
-    assert cloud.relays.get(relay)["error"] == "its operator was not heard of for 0.2 s"
+    cloud.clock.advance(59.0)
+    assert next(cloud.relays.lines(relay, 0.0)) == HEARTBEAT  # an operator that listens is there
+    cloud.clock.advance(59.0)
+    assert cloud.relays.look() == 1.0
+    cloud.clock.advance(1.0)
+    cloud.relays.look()
+    assert cloud.relays.running() == []
+    assert cloud.relays.get(relay)["error"] == "its operator was not heard of for 60 s"
 
 
 def test_a_stream_ends_by_itself_so_that_it_is_asked_for_again(cloud):
-    cloud.restart(stream_s=0.15)
-    relay = cloud.begin()
-    lines = list(cloud.relays.lines(relay, 0.05))
-    assert lines
-    assert all(line == {"heartbeat": True, "waiting": None, "paused_s": 0.0} for line in lines)
+    lines = cloud.relays.lines(cloud.begin(), 0.0)
+    assert [next(lines), next(lines)] == [HEARTBEAT] * 2
+    cloud.clock.advance(60.0)
+    assert list(lines) == []
 
 
 @pytest.mark.parametrize(

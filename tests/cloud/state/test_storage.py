@@ -66,6 +66,8 @@ def test_a_locked_database_passes_and_a_wrong_statement_does_not(tmp_path):
 def test_a_full_disk_pauses_until_a_trial_finds_the_room_that_was_wanted(small_disk):
     clock = ManualClock(10.0)
     storage = Storage(small_disk, clock)
+    changes = []
+    storage.changed = lambda: changes.append(storage.pause_times())
     assert storage.waiting() == ""
     assert storage.refused(fill(small_disk), 2 << 20)
     assert storage.waiting().startswith(f"waiting for disk space in {small_disk}: ")
@@ -82,6 +84,7 @@ def test_a_full_disk_pauses_until_a_trial_finds_the_room_that_was_wanted(small_d
     assert storage.look()
     assert storage.waiting() == ""
     assert storage.paused_s() == pytest.approx(3 * LOOK_S)
+    assert changes == [(0.0, 10.0), (pytest.approx(3 * LOOK_S), None)]
     clock.advance(100)
     assert storage.paused_s() == pytest.approx(3 * LOOK_S)
     assert list(small_disk.iterdir()) == []

@@ -16,6 +16,7 @@ from edgefl.flower.inside import ErrorCode, RunNotRunningException, give_id, tas
 from edgefl.flower.watch import Watch
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.relay import Relay
+from edgefl.protocols.messages import DeviceState
 
 
 class Nodes:
@@ -150,11 +151,12 @@ def test_a_device_that_is_lost_is_an_error_of_its_node(grid, nodes, http_plane):
     nodes.held["b"] = threading.Event()
     replies = iter(grid.send_and_receive(to_all(grid)))
     assert who([next(replies), next(replies)]) == ["a", "c"]
-    [(number, errand)] = http_plane.relays._live[grid._relay.id].errands.items()
-    http_plane.relays._give_up(grid._relay.id, errand, offline=True)
+    http_plane.link.states["b"] = DeviceState(session=2, online=False, agent_version="0")
+    assert http_plane.relays.look() == 30.0
+    http_plane.clock.advance(30.0)
+    http_plane.relays.look()
     lost = next(replies)
     assert (lost.error.code, lost.error.reason) == (ErrorCode.NODE_UNAVAILABLE, "device b: offline for 30 s")
-    assert number
     nodes.held["b"].set()
 
 

@@ -1,0 +1,44 @@
+"""An open round of two devices, and a link that a test is the other end of."""
+
+from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
+from edgefl.config import TrainConfig
+from edgefl.exchange import Terms
+from edgefl.protocols.messages import BlobRef, RoundClosed, Signed, WirePlan
+
+TERMS = Terms(deadline_s=100.0, offline_grace_s=5.0, quorum=1, return_s=20.0)
+
+
+def opened(job="job", number=1, cohort=("a", "b"), terms=TERMS, **around):
+    blob = BlobRef(sha256="0" * 64, size=1)
+    plan = WirePlan(
+        job=job, round=number, model=blob, model_blake3="00", bundle=Signed(text="", key_id="", signature=""),
+        train=TrainConfig(), deadline_s=1.0, max_update_bytes=10,
+    )  # fmt: skip
+    return OpenRound(plan, cohort, terms, Surroundings(**around))
+
+
+def ignore(_answer):
+    pass
+
+
+def nobody_is_gone():
+    return Presence(frozenset(), frozenset(), is_known=False)
+
+
+class FakeLink:
+    """Presence that a test sets, and what was sent."""
+
+    def __init__(self):
+        self.here, self.gone, self.reason, self.told = {"a", "b"}, set(), "", []
+
+    def online(self):
+        return frozenset(self.here)
+
+    def offline(self):
+        return frozenset(self.gone)
+
+    def send_job(self, device, message):
+        self.told.append((device, message))
+
+    def closed(self):
+        return [(device, one.round, one.job_ended) for device, one in self.told if isinstance(one, RoundClosed)]

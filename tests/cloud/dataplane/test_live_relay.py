@@ -1,0 +1,45 @@
+"""What a running relay makes of a message."""
+
+import hashlib
+
+import pytest
+from blake3 import blake3
+
+from cloud.dataplane.live_relay import MAX_MESSAGE_BYTES, LiveRelay
+from cloud.state.blobs import BlobStore
+from cloud.state.relay_rows import Message
+from edgefl.errors import ConfigError
+from edgefl.protocols.messages import Signed
+
+CONTENT = b"what a message holds"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def relay(tmp_path):
+    one = LiveRelay("relay-1", Signed(text="{}", key_id="k", signature="s"), BlobStore(tmp_path / "relay-1"), 0.0, 0.0)
+    one.contents.put(CONTENT)
+    return one
+
+
+def message(**changes):
+    facts = {"number": 7, "device": "a", "envelope": "e", "content_sha256": SHA256, "expires_s": 9.0}
+    return Message(**facts | changes)
+
+
+def test_a_plan_names_what_the_message_holds_and_how_long_it_is_wanted(relay):
+    plan = relay.plan(message(), 30.0)
+    assert (plan.job, plan.round, plan.envelope, plan.deadline_s) == ("relay-1", 7, "e", 30.0)
+    assert (plan.model.sha256, plan.model.size) == (SHA256, len(CONTENT))
+    assert (plan.model_blake3, plan.max_update_bytes) == (blake3(CONTENT).hexdigest(), MAX_MESSAGE_BYTES)
+
+
+def test_what_messages_share_is_hashed_once(relay):
+    first = relay.plan(message(), 30.0)
+    relay.contents.path(SHA256).unlink()
+    assert relay.plan(message(number=8), 30.0).model_blake3 == first.model_blake3
+
+
+def test_a_message_whose_content_was_not_sent_is_refused(relay):
+    with pytest.raises(ConfigError, match=r"what message 7 holds, 1{16}\.\.\., is not here; send it first"):
+        relay.plan(message(content_sha256="1" * 64), 30.0)
