@@ -1,7 +1,7 @@
-"""edgefl: edge-cloud federated learning. The public door: whatever a caller must name can be imported from here.
+"""edgefl: edge-cloud federated learning. The public API: every name that a caller needs can be imported from here.
 
-That is every error, every configuration, every result, and what works with them: `Task`, `run`, `simulate`, `sweep`.
-Everything is imported when it is first used, so that `import edgefl` stays light.
+That is every error, configuration and result, and the functions that use them: `Task`, `run`, `simulate`, `sweep`.
+Each name is imported when it is first used, so that `import edgefl` stays light.
 """
 
 from __future__ import annotations

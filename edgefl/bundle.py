@@ -1,9 +1,9 @@
 """A task's folder as one file: packed where a job is run, unpacked on devices.
 
-A bundle is a zip whose bytes depend on the files' names and contents alone, so that the same task has
-the same digest. What comes out of a zip is not trusted, signed or not: names that leave the folder,
-links, and more bytes than the cap are refused.
-Invariant: after `unpack_bundle` the folder is whole; before and after a failure it does not exist.
+A bundle is a zip whose bytes depend on the files' names and contents alone, so that the same task always has
+the same digest. The content of a zip is not trusted, signed or not: names that point outside the folder,
+links, and more bytes than the limit are refused.
+Invariant: after `unpack_bundle` the folder is complete; before it, and after a failure, the folder does not exist.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ MAX_BUNDLE_FILES = 10_000
 MAX_NAME_BYTES = 200
 MAX_DEPTH = 20
 _COPY_BYTES = 1 << 20
-_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
+_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBundle:
-    """A bundle's bytes, and where in it the task is."""
+    """A bundle's bytes, and where the task is inside it."""
 
     data: bytes
     task: str  # module:attribute
-    name: str  # what people know it by
+    name: str  # for people: the folder's or the module's name
 
 
 def pack_bundle(reference: str) -> PackedBundle:
     """Pack the folder of a task, or the package (or single module) of a `package.module:attribute`.
 
-    Hidden files, caches and virtual environments stay behind. Raises ConfigError for a reference that
-    leads nowhere and for more than the caps allow.
+    Hidden files, caches and virtual environments are left out. Raises ConfigError for a reference that
+    cannot be found, and for files beyond the limits.
     """
     return pack_located(locate_task(reference), reference)
 
 
 def pack_located(located: Located, reference: str) -> PackedBundle:
-    """Pack what is at a place already found, as `pack_bundle` does; `reference` is for its errors."""
+    """Pack a task that is already located, as `pack_bundle` does; error messages name `reference`."""
     files = dict(sorted(_files_of(located)))
     top = located.top_module
     if not any(name == f"{top}.py" or (name.startswith(f"{top}/") and name.endswith(".py")) for name in files):
@@ -69,9 +69,9 @@ def pack_located(located: Located, reference: str) -> PackedBundle:
 
 
 def unpack_bundle(path: Path, folder: Path) -> None:
-    """Unpack into a folder that does not exist yet; one that exists is whole, and is left as it is.
+    """Unpack into a folder that does not exist yet; an existing folder is complete and is not changed.
 
-    Raises ProtocolError for what is not a bundle, changing nothing.
+    Raises ProtocolError if the file is not a bundle; then nothing is changed.
     """
     if folder.is_dir() and any(folder.iterdir()):
         return
@@ -85,9 +85,9 @@ def unpack_bundle(path: Path, folder: Path) -> None:
         half.chmod(0o755)
         half.rename(folder)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeError, struct.error) as cause:
-        raise ProtocolError(f"bundle {path.name} is not a whole zip file: {cause}") from cause
+        raise ProtocolError(f"bundle {path.name} is not a complete zip file: {cause}") from cause
     finally:
-        shutil.rmtree(half, ignore_errors=True)  # nothing is there once it was renamed
+        shutil.rmtree(half, ignore_errors=True)  # after the rename there is nothing to remove
 
 
 def load_bundle(folder: Path, task: str) -> Task:
@@ -120,7 +120,7 @@ def _walk(root: Path, inside: PurePosixPath) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(name for name in folders if _travels(base / name))
         for name in folders:
             if (base / name).is_symlink():
-                raise ConfigError(f"{base / name} is a link to a folder; put the files themselves into the task")
+                raise ConfigError(f"{base / name} is a link to a folder; copy the files themselves into the task")
         for name in files:
             path = base / name
             if not name.startswith(".") and path.suffix != ".pyc" and path.is_file():
@@ -137,7 +137,7 @@ def _refuse_too_much(reference: str, files: dict[str, Path]) -> None:
     if sum(sizes.values()) > MAX_BUNDLE_BYTES or len(sizes) > MAX_BUNDLE_FILES:
         largest = ", ".join(sorted(sizes, key=lambda name: -sizes[name])[:3])
         raise ConfigError(
-            f"task {reference!r} has {sum(sizes.values()) / 2**20:.1f} MiB in {len(sizes)} files; a bundle may have "
+            f"task {reference!r} has {sum(sizes.values()) / 2**20:.1f} MiB in {len(sizes)} files; a bundle may hold "
             f"{MAX_BUNDLE_BYTES >> 20} MiB in {MAX_BUNDLE_FILES}. Keep data outside the folder; largest: {largest}"
         )
 
@@ -145,7 +145,7 @@ def _refuse_too_much(reference: str, files: dict[str, Path]) -> None:
 def _refuse_unsafe(entries: list[zipfile.ZipInfo]) -> None:
     if len(entries) > MAX_BUNDLE_FILES or sum(entry.file_size for entry in entries) > MAX_BUNDLE_BYTES:
         raise ProtocolError(
-            f"bundle of {len(entries)} files and {sum(entry.file_size for entry in entries)} bytes is above the caps "
+            f"bundle of {len(entries)} files and {sum(entry.file_size for entry in entries)} bytes is above the limits "
             f"of {MAX_BUNDLE_FILES} files and {MAX_BUNDLE_BYTES} bytes"
         )
     names = {entry.filename.casefold() for entry in entries}
@@ -153,28 +153,28 @@ def _refuse_unsafe(entries: list[zipfile.ZipInfo]) -> None:
         if fault := _unsafe(entry, names) or ("" if is_safe(entry.filename) else "a name with control characters"):
             raise ProtocolError(f"bundle holds {entry.filename!r}, {fault}")
     if len(names) != len(entries):
-        raise ProtocolError("bundle holds a name twice")
+        raise ProtocolError("bundle holds the same name twice")
 
 
 def _unsafe(entry: zipfile.ZipInfo, names: set[str]) -> str | None:
     path, kind = PurePosixPath(entry.filename), stat.S_IFMT(entry.external_attr >> 16)
     if not {"", ".", ".."}.isdisjoint(entry.filename.split("/")) or any(char in entry.filename for char in "\\:"):
-        return "a name that leaves its folder"
+        return "a name that points outside its folder"
     if max(len(part.encode()) for part in path.parts) > MAX_NAME_BYTES or len(path.parts) > MAX_DEPTH:
         return "a name that is too long"
     if kind not in (0, stat.S_IFREG):
         return "which is not a plain file"
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return "which is encrypted or compressed in another way than ours"
+        return "which is encrypted or compressed by an unknown method"
     if any(str(parent).casefold() in names for parent in path.parents):
-        return "which is below another file"
+        return "which is inside another file"
     return None
 
 
 def _extract(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # zipfile reads no more than the size that was checked, and compares the CRC.
+    # zipfile reads at most the size that was checked, and compares the CRC.
     with archive.open(entry) as source, path.open("xb") as target:
         shutil.copyfileobj(source, target, _COPY_BYTES)
         target.flush()
-        os.fsync(target.fileno())  # the rename must not survive a power cut that the files do not
+        os.fsync(target.fileno())  # or a power failure could keep the rename and lose the files

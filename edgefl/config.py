@@ -1,7 +1,7 @@
-"""One TOML file, and `--set a.b=c` over it, into frozen dataclasses validated at birth.
+"""Configuration: one TOML file, overridden by `--set a.b=c`, becomes frozen dataclasses that validate themselves.
 
-dacite does the building; an unknown key is an error that names the known ones. Every number has bounds: those of
-what later holds it (a lock's time-out, a database's integer, a float32), so that no round trips over it.
+dacite builds them; an unknown key is an error that names the known ones. Every number has bounds: those of the
+type that holds it later (a lock's timeout, a database's integer, a float32), so that no round fails because of it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from edgefl.terminal.pairs import pair_of
 
 ALGORITHMS = ("fedavg", "fedsgd")
 SCHEDULES = ("constant", "cosine", "step")
-MAX_COUNT = 2**31 - 1  # of rounds, clients, epochs, samples: what every layer counts with
-MAX_SECONDS = 366 * 86_400.0  # of a wait: locks, sockets and event loops take it, on 32 bits too
+MAX_COUNT = 2**31 - 1  # limit of rounds, clients, epochs and samples: every layer can count so far
+MAX_SECONDS = 366 * 86_400.0  # limit of a wait: locks, sockets and event loops accept it, on 32-bit machines too
 MAX_SEED = 2**63 - 1
-MAX_RATE = 3.4028234663852886e38  # of float32: above, it is infinity where it is used
+MAX_RATE = 3.4028234663852886e38  # the largest float32: a larger value would be infinity where it is used
 
 MAX_NAME_CHARS = 200
 _MAX_SHOWN_BITS = 256
@@ -38,7 +38,7 @@ def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as 
 
 
 def require_within(key: str, value: float, least: float, most: float) -> None:
-    """Raise ConfigError for a number beyond its bounds, or NaN."""
+    """Raise ConfigError for a number outside its bounds, or NaN."""
     if not least <= value <= most:
         raise ConfigError(f"{key}={_shown(value)} must be {least} or more, and at most {most}")
 
@@ -54,7 +54,7 @@ def _printable(key: str, value: str) -> None:
 
 
 def _plain_option(key: str, value: object) -> None:
-    """Refuse what JSON cannot hold and what no optimizer can take: dates, tables, NaN."""
+    """Refuse values that JSON cannot hold or no optimizer accepts: dates, tables, NaN."""
     if isinstance(value, list | tuple):
         for one in value:
             _plain_option(key, one)
@@ -85,12 +85,12 @@ class RoundsConfig:
     """How rounds are formed and when they end."""
 
     count: int = 10
-    clients: int = 0  # wanted updates a round; 0 = every client there is
-    quorum: int = 1  # fewer admitted updates than this fail the job
-    over_selection: float = 0.0  # asks this fraction of clients more than wanted
+    clients: int = 0  # updates to collect per round; 0 = from every client
+    quorum: int = 1  # with fewer admitted updates than this, the job fails
+    over_selection: float = 0.0  # the fraction of clients to ask in addition
     deadline_s: float = 600.0
-    offline_grace_s: float = 5.0  # a device offline for so long is not waited for
-    wait_s: float = 60.0  # for enough clients to be online
+    offline_grace_s: float = 5.0  # after so long offline, a device is no longer waited for
+    wait_s: float = 60.0  # how long to wait until enough clients are online
 
     def __post_init__(self) -> None:
         require_within("rounds.count", self.count, 1, MAX_COUNT)
@@ -113,15 +113,15 @@ class TrainConfig:
     algorithm: str = "fedavg"  # fedavg: local epochs, sends a delta; fedsgd: one exact gradient
     epochs: int = 1
     batch_size: int = 32
-    lr: float = 0.1  # of the local optimizer
+    lr: float = 0.1  # learning rate of the local optimizer
     proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 = off
     seed: int = 0
     schedule: str = "constant"  # of lr over the rounds: constant | cosine | step, see `edgefl.aggregation.schedules`
-    warmup_rounds: int = 0  # lr rises to its whole by this round
-    end_factor: float = 0.0  # cosine: the share of lr that it falls to
+    warmup_rounds: int = 0  # lr rises until it has its full value in this round
+    end_factor: float = 0.0  # cosine: the final lr, as a fraction of lr
     step_rounds: int = 10  # step: after so many rounds lr is multiplied by step_factor
     step_factor: float = 0.1
-    round: int = 0  # which one it is, from 1: each round's plan says it; no setting
+    round: int = 0  # number of the round, from 1; set in each round's plan, never by the user
 
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
@@ -142,7 +142,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """The step at the centre: a `torch.optim` optimizer over the aggregated update."""
+    """The server's step: a `torch.optim` optimizer over the aggregated update."""
 
     optimizer: str = "SGD"  # any name in torch.optim; plain SGD needs no torch
     lr: float = 1.0
@@ -157,7 +157,7 @@ class ServerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AggregationConfig:
-    """Which rule turns updates into one."""
+    """Which rule aggregates the updates."""
 
     rule: str = "mean"
 
@@ -167,7 +167,7 @@ class AggregationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
-    """Everything one federated training is told. Sections as in the TOML file."""
+    """All settings of one federated training. Sections as in the TOML file."""
 
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -176,14 +176,14 @@ class JobConfig:
 
 
 def load_config(schema: type[_T], file: Path | None = None, settings: Iterable[str] = ()) -> _T:
-    """Build `schema` from a TOML file with `a.b=c` settings over it; raises ConfigError."""
+    """Build `schema` from a TOML file; `a.b=c` settings override it. Raises ConfigError."""
     data: dict[str, Any] = {}
     if file is not None:
         try:
             data = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as cause:
             raise ConfigError(f"cannot read the configuration {file}: {cause.strerror}") from cause
-        except (ValueError, RecursionError) as cause:  # also an integer of too many digits
+        except (ValueError, RecursionError) as cause:  # also an integer with too many digits
             raise ConfigError(f"{file} is not TOML: {cause}") from cause
     for setting in settings:
         _apply(data, setting)
@@ -203,7 +203,7 @@ def from_dict(schema: type[_T], data: Mapping[str, Any]) -> _T:
 
 
 def _as_float(value: Any) -> Any:
-    """Take a whole number for a float; one that is beyond every float is infinity, which bounds refuse by name."""
+    """Convert an integer to a float; one too large becomes infinity, which the bounds then refuse by name."""
     if type(value) is not int:
         return value
     try:
@@ -216,7 +216,7 @@ def parse_value(text: str) -> Any:
     """Read a setting's value as TOML; a bare word is a string: --set server.optimizer=Adam."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError, KeyError):  # no TOML, too many digits, too deeply nested
+    except (ValueError, RecursionError, KeyError):  # not TOML, too many digits, or nested too deeply
         return text
 
 
@@ -239,7 +239,7 @@ def _refuse_unknown(schema: type[Any], data: Any, path: str) -> None:
         if key not in hints:
             known = ", ".join(sorted(hints))
             raise ConfigError(f"unknown configuration key {_shown(path + str(key))}; known here: {known}")
-        if isinstance(value, bool) and hints[key] in {int, float}:  # Python counts with booleans
+        if isinstance(value, bool) and hints[key] in {int, float}:  # in Python a bool is an int
             raise ConfigError(f"{path}{key}={value} must be of type {hints[key].__name__}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(hints[key], type):
             _refuse_unknown(hints[key], value, f"{path}{key}.")

@@ -1,38 +1,38 @@
-"""Every error edgefl raises, in one tree. All of them can be imported from `edgefl`.
+"""Every error that edgefl raises, in one tree. All of them can be imported from `edgefl`.
 
     EdgeflError
     |-- ConfigError          a configuration, option or task reference that cannot be used
     |   `-- NotFound         a job, model, device, rollout or blob that the cloud does not have
     |-- MissingExtra         an optional dependency that this installation lacks
-    |-- TaskError            the user's task raised, hung, or returned what cannot be an update
-    |-- TrainerLost          the trainer was killed or could not be started: not by the task, so it is tried again
+    |-- TaskError            the user's task raised, hung, or returned something that cannot be an update
+    |-- TrainerLost          the trainer was killed or could not be started, not because of the task; it is retried
     |-- UpdateRejected       an update refused by a guard, before it changed anything
     |-- QuorumNotMet         a round that ended with too few admitted updates
-    |-- StepFailed           parameters that a round's step left not finite, or beyond their dtype
+    |-- StepFailed           after a round's step, parameters are not finite or are out of their dtype's range
     |-- JobFailed            a job that ended before its last round
-    |   |-- CutShort         a simulation, by a round under its quorum or a step that failed; has what there is
-    |   `-- ProcessLost      a simulation whose own process ended, and again; has what there is
+    |   |-- CutShort         a simulation, ended by a missed quorum or a failed step; holds the result so far
+    |   `-- ProcessLost      a simulation whose process ended, and ended again when retried; holds the result so far
     |-- JobCancelled         a job stopped by its operator
-    |-- BlobDamaged          bytes that are not what their name says
-    |-- ProtocolError        bytes that are not what the protocol says
-    |-- UploadCutOff         an upload whose place a newer one took, or whose round is over
+    |-- BlobDamaged          bytes that do not match the hash in their name
+    |-- ProtocolError        bytes that do not follow the protocol
+    |-- UploadCutOff         an upload that a newer one replaced, or whose round is over
     |-- ManifestRejected     a bundle or release with a wrong signature, hash, size or version
-    |-- ParityError          models that should compute the same and do not: an export, releases on several devices
+    |-- ParityError          models that should compute the same but do not: an export, releases on several devices
     |-- AccuracyGateFailed   a compressed model that loses more accuracy than allowed
-    |-- RolloutFailed        a release that devices do not serve as they were told
-    |-- EnrolmentRefused     a token or name the cloud does not accept
+    |-- RolloutFailed        a release that some device does not serve as told
+    |-- EnrolmentRefused     a token or device name that the cloud does not accept
     |-- CloudUnreachable     the cloud or its broker did not answer in time, or a transfer with it was given up
-    |-- CloudRefused         the cloud answered, and said no
-    |-- CloudStopping        the cloud ends; its jobs go on when it is started again
-    |-- DiskFull             a disk without the space that something needs
+    |-- CloudRefused         the cloud answered with a refusal
+    |-- CloudStopping        the cloud is stopping; its jobs continue when it is started again
+    |-- DiskFull             a disk with too little free space
     |-- PartFailed           a part of a running program that ended and could not be started again
-    |-- ProcessFailed        a process of a fleet on this machine that ended, or did not do in time what was awaited
+    |-- ProcessFailed        a process of a local fleet that ended, or did not do in time what it should
     |-- HomeError            a home folder that is missing, damaged, taken or of a newer version
     |-- HostError            a host that lacks what a program needs: descriptors, another program
     |   `-- InstallError     a host on which the agent cannot be installed as a service
-    `-- OwnFault             a fault of edgefl itself, not of the app that it ran
+    `-- OwnFault             a defect in edgefl itself, not in the app that it ran
 
-A message says who, what was seen, what was wanted and what to do.
+A message says who failed, what was seen, what was expected and what to do.
 """
 
 from edgefl.terminal.extras import install_command
@@ -47,18 +47,18 @@ class ConfigError(EdgeflError, ValueError):
 
 
 class MissingExtra(EdgeflError, ImportError):
-    """An optional dependency is absent; the message names the extra that brings it."""
+    """An optional dependency is missing; the message names the extra that installs it."""
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs the [{extra}] extra: {install_command(extra)}")
 
 
 class TaskError(EdgeflError):
-    """The user's task raised, hung, or returned what cannot be an update."""
+    """The user's task raised, hung, or returned something that cannot be an update."""
 
 
 class TrainerLost(EdgeflError):
-    """The machine killed the trainer or could not start it. What it did can be done again."""
+    """The machine killed the trainer or could not start it. Its work can be retried."""
 
 
 class UpdateRejected(EdgeflError):
@@ -75,15 +75,15 @@ class QuorumNotMet(EdgeflError):
 
 
 class StepFailed(EdgeflError):
-    """A round's step left parameters that are not finite, or wrapped around; those before it stay."""
+    """After a round's step, parameters are not finite or wrapped around; the job keeps those from before it."""
 
 
 class BlobDamaged(EdgeflError):
-    """Bytes are not, or no longer, what their name says."""
+    """Bytes do not match, or no longer match, the hash in their name."""
 
 
 class JobFailed(EdgeflError):
-    """A job ended before its last round; of one on a fleet the message is the cloud's."""
+    """A job ended before its last round; for a job on a fleet, the message comes from the cloud."""
 
 
 class JobCancelled(EdgeflError):
@@ -91,11 +91,11 @@ class JobCancelled(EdgeflError):
 
 
 class ProtocolError(EdgeflError, ValueError):
-    """Bytes that are not what the protocol says."""
+    """Bytes that do not follow the protocol."""
 
 
 class UploadCutOff(EdgeflError):
-    """A newer upload of the same update has begun, or its round is over: this one writes no more."""
+    """A newer upload of the same update has begun, or its round is over; this one must stop writing."""
 
 
 class ManifestRejected(EdgeflError):
@@ -103,7 +103,7 @@ class ManifestRejected(EdgeflError):
 
 
 class ParityError(EdgeflError):
-    """Models that should compute the same do not, or one cannot be exported so that it would."""
+    """Models that should compute the same do not, or a model cannot be exported faithfully."""
 
 
 class AccuracyGateFailed(EdgeflError):
@@ -111,7 +111,7 @@ class AccuracyGateFailed(EdgeflError):
 
 
 class RolloutFailed(EdgeflError):
-    """Devices do not serve a release as they were told."""
+    """Devices do not serve a release as told."""
 
 
 class EnrolmentRefused(EdgeflError):
@@ -123,11 +123,11 @@ class CloudUnreachable(EdgeflError):
 
 
 class CloudRefused(EdgeflError):
-    """The cloud answered, and said no; the message is the cloud's."""
+    """The cloud answered with a refusal; the message comes from the cloud."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
-        self.status = status  # of HTTP
+        self.status = status  # HTTP status code
 
 
 class NotFound(ConfigError):
@@ -139,23 +139,23 @@ class HomeError(EdgeflError):
 
 
 class DiskFull(EdgeflError):
-    """A disk has not the space that something needs; the message says how much, and where."""
+    """A disk has too little free space; the message says how much is needed, and where."""
 
 
 class PartFailed(EdgeflError):
-    """A part of a running program has ended and could not be started again; so the program ends."""
+    """A part of a running program ended and could not be started again, so the program ends."""
 
 
 class CloudStopping(EdgeflError):
-    """The cloud ends; its jobs go on when it is started again."""
+    """The cloud is stopping; its jobs continue when it is started again."""
 
 
 class ProcessFailed(EdgeflError):
-    """A process of a fleet on this machine ended, or did not do in time what was awaited; with its last lines."""
+    """A process of a local fleet ended, or did not do in time what it should; has the last lines of its log."""
 
 
 class OwnFault(EdgeflError):
-    """Something in edgefl itself failed while it ran somebody else's app."""
+    """edgefl itself failed while it ran a user's app."""
 
 
 class HostError(EdgeflError):
@@ -167,10 +167,10 @@ class InstallError(HostError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error comes of too little memory, whoever noticed it first."""
+    """Whether an error was caused by too little memory, whether Python or torch raised it."""
     cause: BaseException | None = error
     while cause is not None:
-        # torch says it with a RuntimeError of its allocator.
+        # torch's allocator raises a RuntimeError.
         if isinstance(cause, MemoryError) or "you tried to allocate" in str(cause):
             return True
         cause = cause.__cause__ or cause.__context__

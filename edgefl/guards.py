@@ -1,10 +1,10 @@
-"""Guards: what is checked before an update may change any state, and what a round's step has made of the parameters.
+"""Guards: checks of an update before it may change any state, and of the parameters after a round's step.
 
 Invariant: `admit` either returns, or raises UpdateRejected and has changed nothing.
-A reason names the tensor and says what was seen and what was wanted.
-After the step, parameters that are not finite or wrapped around end the round, and those before it stay the job's:
-guards admit finite updates of the right dtype, but sums of them may leave what a dtype holds. 3e38 and 3e38 are
-infinity in float32, and an integer wraps around without a word.
+A reason names the tensor and says what was seen and what was expected.
+After the step, parameters that are not finite or wrapped around end the round, and the job keeps those from before:
+guards admit finite updates of the right dtype, but their sum may exceed the range of the dtype. 3e38 + 3e38 is
+infinity in float32, and an integer wraps around silently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgefl.records import Partial, Plan, Update
 from edgefl.trees import BLOCK_ELEMENTS, Array, TensorSpec, Tree, blocks, is_float, spec_of
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
-MAX_METRIC = 1e200  # of either sign: its products with weights cannot overflow either
+MAX_METRIC = 1e200  # absolute value; its products with weights cannot overflow either
 
 
 class RoundGuard:
@@ -32,7 +32,7 @@ class RoundGuard:
         self._admitted: set[str] = set()
 
     def admit(self, update: Update) -> None:
-        """Raise UpdateRejected with the first fault found; otherwise remember the device."""
+        """Raise UpdateRejected with the first fault; otherwise record that the device was admitted."""
         fault = (
             self._wrong_origin(update)
             or wrong_weight(update.weight)
@@ -45,7 +45,7 @@ class RoundGuard:
         self._admitted.add(update.device)
 
     def admit_partial(self, partial: Partial) -> None:
-        """Raise UpdateRejected with the first fault of a partial sum; otherwise remember all that are in it."""
+        """Raise UpdateRejected with the first fault of a partial sum; otherwise record all its contributors."""
         wanted = {name: TensorSpec(spec.shape, np.dtype(np.float64)) for name, spec in self._spec.items()}
         fault = (
             self._wrong_contributors(partial.contributors)
@@ -82,13 +82,13 @@ class RoundGuard:
 
 def wrong_weight(weight: float) -> str | None:
     """Say what is wrong with a weight, if anything is."""
-    if not 0 < weight <= MAX_WEIGHT:  # NaN fails this too
+    if not 0 < weight <= MAX_WEIGHT:  # NaN fails here too
         return f"weight {weight} must be finite, above 0 and at most {MAX_WEIGHT:.0f}"
     return None
 
 
 def wrong_metrics(metrics: Mapping[str, float]) -> str | None:
-    """Say which metric is not a finite number, if one is not."""
+    """Say which metric is not a finite number, if any."""
     for name, value in metrics.items():
         if not math.isfinite(value) or abs(value) > MAX_METRIC:
             return f"metric {name!r} is {value}, not a finite number of at most {MAX_METRIC:g}"
@@ -108,12 +108,12 @@ def wrong_spec(seen: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec])
 
 
 def not_finite(update: Update) -> str | None:
-    """Say which tensor of an update holds NaN or infinity, if one does."""
+    """Say which tensor of an update holds NaN or infinity, if any."""
     return not_finite_tree(update.tree)
 
 
 def not_finite_tree(tree: Tree) -> str | None:
-    """Say which tensor holds NaN or infinity, if one does."""
+    """Say which tensor holds NaN or infinity, if any."""
     for name, array in tree.items():
         if is_float(array.dtype):
             flat = array.reshape(-1)
@@ -124,25 +124,25 @@ def not_finite_tree(tree: Tree) -> str | None:
 
 
 def integer_moves(mean: Tree) -> dict[str, Array]:
-    """Return what moves integers; the step uses up the rest of the mean."""
+    """Return a copy of the integer tensors of the mean; the step overwrites the others."""
     return {name: array for name, array in mean.items() if array.dtype.kind in "iu"}
 
 
 def refuse_unsound(plan: Plan, moves: Tree, new: Tree, of_optimizer: str | None = None) -> None:
-    """Raise StepFailed for new parameters, or an optimizer's state, beyond what their dtypes hold.
+    """Raise StepFailed for new parameters, or an optimizer's state, out of the range of their dtypes.
 
-    `moves` are those of `integer_moves`; `of_optimizer` is what its optimizer says of itself.
+    `moves` come from `integer_moves`; `of_optimizer` is the fault that the optimizer reports, if any.
     """
     fault = not_finite_tree(new) or _wrapped(plan.parameters, moves, new) or of_optimizer
     if fault:
         raise StepFailed(
-            f"round {plan.round} of job {plan.job}: after the step, {fault}. The parameters before this round stay; "
-            "a smaller learning rate or smaller updates keep within the range"
+            f"round {plan.round} of job {plan.job}: after the step, {fault}. The job keeps the parameters from before "
+            "this round. Use a smaller learning rate, or smaller updates, to stay within the range"
         )
 
 
 def _wrapped(old: Tree, moves: Tree, new: Tree) -> str | None:
-    """Say which integer tensor left the range of its dtype, if one did."""
+    """Say which integer tensor left the range of its dtype, if any."""
     for name, move in moves.items():
         before, by, after = (tree.reshape(-1) for tree in (old[name], move, new[name]))
         for block in blocks(after.size):
@@ -163,5 +163,5 @@ def _left_range(before: Array, by: Array, after: Array) -> Array:
 
 
 def _signed(move: Array) -> Array:
-    """Read a wrapped difference of unsigned integers as the signed one that it stands for."""
+    """Convert a wrapped difference of unsigned integers to the signed difference that it represents."""
     return move.view(move.dtype.str.replace("u", "i")) if move.dtype.kind == "u" else move

@@ -1,4 +1,4 @@
-"""A hash of what is written, made while it is written: bytes that are in the cache cost no second reading."""
+"""Hash a file while it is written: the bytes are still in the cache, so no second read is needed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ _BLOCK_BYTES = 1 << 20  # hashed and written while in the cache
 
 
 class Digest(Protocol):
-    """A hash in the making, as hashlib and blake3 have it."""
+    """An incremental hash, as hashlib and blake3 provide it."""
 
     def update(self, data: memoryview, /) -> object:
-        """Take the next bytes."""
+        """Add the next bytes."""
 
     def hexdigest(self) -> str:
         """Return the hash so far, in hex."""
 
 
 class Sink(Protocol):
-    """What can be written to. A raw file may take a part of what it is given."""
+    """A target for writes. A raw file may write only a part of the data."""
 
     def write(self, data: memoryview, /) -> int:
-        """Take bytes, and return how many."""
+        """Write bytes, and return how many were written."""
 
 
 class HashingFile:
-    """Passes on, hashes and counts what is written to it."""
+    """Hashes and counts all data, and writes it to a file."""
 
     def __init__(self, file: Sink, digest: Digest) -> None:
         self._file, self._digest = file, digest

@@ -1,11 +1,11 @@
 """A log line is an event with fields: `update.refused device=cam-3 round=2 reason="..."`.
 
-Never a tensor, never a secret. Whatever a field or a library's message holds, it starts no line of its own and
-moves no cursor: a stack's lines are indented, other unsafe characters are escaped.
+Never a tensor, never a secret. Nothing in a field or in a library's message can start a new line or move the
+cursor: the lines of a stack trace are indented, other unsafe characters are escaped.
 
-Lines that repeat are counted, not written: the first ones stand, then `... 4213 more of this in 60 s`. Who can make
-a process write a line can make it write a million, and fill a disk. So a line that others cause is limited by what it
-says (its event or its place in a library's code) and whom it is of.
+Repeated lines are counted, not written: the first ones appear, then `... 4213 more of this in 60 s`. A client that
+can cause one log line could cause a million, and fill the disk. So lines that clients cause are limited per
+event (or per place in a library's code) and per client.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from edgefl.terminal.text import is_safe, lines, one_line
 _TO_QUOTE = re.compile(r'[\s"]')
 FORM = "%(asctime)s %(levelname)-7s %(name)s %(message)s"
 WINDOW_S = 60.0
-LINES_OF_ONE = 10  # in a window, of one event of one device or address
-LINES_OF_ALL = 200  # in a window, of one event whoever it is of
-MAX_KEYS = 10_000  # that are remembered
+LINES_OF_ONE = 10  # per window, for one event of one device or address
+LINES_OF_ALL = 200  # per window, for one event of all devices and addresses
+MAX_KEYS = 10_000  # kept in memory
 OURS = ("edgefl", "cloud", "edge_agent")
-CAUSED_BY = ("device", "peer", "source")  # fields that name whom a line is of
+CAUSED_BY = ("device", "peer", "source")  # fields that name the client that caused a line
 
 Key = tuple[str, ...]
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Log to stderr, a line an event; what repeats is counted (`LimitedHandler`)."""
-    # gRPC's C core writes past Python's logging: a line for each handshake that a stranger breaks off.
+    """Log to stderr, one line per event; repeated lines are counted (`LimitedHandler`)."""
+    # gRPC's C core bypasses Python's logging: it writes one line per handshake that a client breaks off.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = LimitedHandler(logging.StreamHandler(sys.stderr))
     logging.basicConfig(handlers=[handler], level=level, force=True)
@@ -43,7 +43,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 
 class LineFormatter(logging.Formatter):
-    """A record as one line; the lines of its stack below it, indented."""
+    """Formats a record as one line, with the lines of its stack trace indented below."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         return one_line(super().formatMessage(record))
@@ -70,18 +70,18 @@ def _shown(value: object) -> str:
 
 @dataclass(slots=True)
 class _Count:
-    """How often a line came in its window."""
+    """How often a line occurred in its window."""
 
     ends_s: float
     written: int
-    sample: logging.LogRecord  # the last that was held back
+    sample: logging.LogRecord  # the last one that was not written
     held_back: int = 0
 
 
 class LimitedHandler(logging.Handler):
-    """Passes records on to another handler, each of a kind a few times a minute.
+    """Passes records to another handler, at most a few per minute of each kind.
 
-    What was held back is told with the first record after its window, and when the handler is closed.
+    The number of suppressed records is written with the first record after the window, and on `close`.
     """
 
     def __init__(self, target: logging.Handler, clock: Callable[[], float] = time.monotonic) -> None:
@@ -91,16 +91,16 @@ class LimitedHandler(logging.Handler):
         self._next_end_s = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, or count it."""
+        """Write a record, or only count it."""
         now_s = self._clock()
         if now_s >= self._next_end_s:
-            self._settle(now_s)
+            self._write_summaries(now_s)
         if all(self._passes(key, most, record, now_s) for key, most in _limits_of(record)):
             self._target.handle(record)
 
     def close(self) -> None:
-        """Say what was held back, and close."""
-        self._settle(float("inf"))
+        """Write the counts of suppressed records, and close."""
+        self._write_summaries(float("inf"))
         self._target.close()
         super().close()
 
@@ -114,7 +114,7 @@ class LimitedHandler(logging.Handler):
         count = self._counts.get(key)
         if count is None:
             if len(self._counts) >= MAX_KEYS and len(key) > 1:
-                return True  # a stranger makes names up: the event as a whole is limited, too
+                return True  # names can be made up: the event as a whole is limited, too
             self._counts[key] = count = _Count(now_s + WINDOW_S, 0, record)
         if count.written < most:
             count.written += 1
@@ -123,7 +123,7 @@ class LimitedHandler(logging.Handler):
         count.sample = record
         return False
 
-    def _settle(self, now_s: float) -> None:
+    def _write_summaries(self, now_s: float) -> None:
         for key, count in list(self._counts.items()):
             if count.ends_s <= now_s:
                 del self._counts[key]
@@ -133,7 +133,7 @@ class LimitedHandler(logging.Handler):
 
 
 def _limits_of(record: logging.LogRecord) -> list[tuple[Key, int]]:
-    """Return under which keys a record counts, and how many of each are written; none for what only we cause."""
+    """Return the keys that a record counts under, with the limit of each; none for lines that clients cannot cause."""
     name = getattr(record, "event", None)
     if name is None:
         place = (record.name, f"{record.pathname}:{record.lineno}")

@@ -1,4 +1,4 @@
-"""What this machine has, and what of it was used."""
+"""The machine's resources, and how much of them this process uses."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _STATUS = Path("/proc/self/status")
 
 
 def num_cores() -> int:
-    """Return the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_rss_mb() -> float:
-    """Return the most memory that this process has held, or its parent had when it was made."""
+    """Return this process's peak memory, or its parent's at the fork if that was higher."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def own_peak_mb() -> float:
-    """Return the most memory that this process has held. A child's rusage would begin with its parent's."""
+    """Return this process's own peak memory. A child's rusage would start from its parent's."""
     if not _STATUS.exists():
         return peak_rss_mb()
     lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
@@ -37,14 +37,14 @@ def own_peak_mb() -> float:
 
 
 def how_ended(status: int) -> str:
-    """Say how a process ended, by its status as Python gives it: below 0, minus a signal's number."""
+    """Say how a process ended. `status` is Python's return code: a negative one is minus the signal's number."""
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def give_back_memory() -> None:
-    """Return what this process no longer uses to the system, where its C library can: not musl.
+    """Release unused memory to the system, if the C library can do so (musl cannot).
 
-    glibc keeps the buffers of a transfer, tens of megabytes, for itself.
+    glibc keeps the freed buffers of a transfer, tens of megabytes.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -53,9 +53,9 @@ def give_back_memory() -> None:
 
 @contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Look for cyclic garbage less often inside, and not once more at the process's end.
+    """Run the cyclic garbage collector less often inside, and not at the process's end.
 
-    Torch and its compiler are a million objects that stay: to look through them takes a third of their imports' time.
+    Torch and its compiler create a million lasting objects: scanning them takes a third of their import time.
     """
     before = gc.get_threshold()
     gc.set_threshold(*_SELDOM)

@@ -1,7 +1,7 @@
-"""The nouns of a round: plan, update, failure, partial sum, outcome; and how often each client took part.
+"""The records of a round: plan, update, failure, partial sum, outcome; and how often each client took part.
 
-Frozen, validated at birth. Of participation there is one counter a client, 4 bytes each, so that a million of them
-are nothing.
+They are frozen and validate themselves. Participation is one counter of 4 bytes per client, so a million clients
+take 4 MB.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Plan:
 
     job: str
     round: int  # from 1
-    parameters: Tree  # what moves: all that is trained, and the buffers
+    parameters: Tree  # all tensors that change: those that are trained, and the buffers
     clients: tuple[str, ...]  # the cohort
     train: TrainConfig
-    deadline_s: float  # a duration from the announcement, never a time of day
-    frozen: Tree | None = None  # a client's other tensors, which do not move; None = not known which do not
+    deadline_s: float  # a duration from the announcement, not a time of day
+    frozen: Tree | None = None  # the model's other tensors, which do not change; None = not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class Update:
     round: int
     device: str
     tree: Tree
-    weight: float  # number of samples, as a rule
+    weight: float  # usually the number of samples
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partial:
-    """A weighted sum in float64, with the names of those in it: what a region sends."""
+    """A weighted sum in float64, with the names of its contributors: what a region sends."""
 
     total: Tree
     weight: float
@@ -65,7 +65,7 @@ class Partial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traffic:
-    """Bytes a fleet has moved since it was made."""
+    """Bytes that a fleet has transferred since its creation."""
 
     up_bytes: int = 0
     down_bytes: int = 0
@@ -79,15 +79,15 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundOutcome:
-    """What a round did, and the parameters after it."""
+    """The result of a round, and the parameters after it."""
 
     job: str
     round: int
     parameters: Tree
     admitted: tuple[str, ...]
-    rejected: Mapping[str, str]  # device -> reason: an update that a guard refused
-    failed: Mapping[str, str]  # device -> reason: no update at all
-    missing: tuple[str, ...]  # no answer by the round's end
+    rejected: Mapping[str, str]  # device -> why a guard refused its update
+    failed: Mapping[str, str]  # device -> why it sent no update
+    missing: tuple[str, ...]  # no answer before the round's end
     weight: float  # sum over the admitted
     metrics: Mapping[str, float]  # weighted means over the admitted
     seconds: float
@@ -95,7 +95,7 @@ class RoundOutcome:
     down_bytes: int
 
     def as_json(self) -> dict[str, object]:
-        """The round as the public JSON shows it; counts, with the reasons beside them."""
+        """Return the round as the public JSON shows it: counts, and the reasons."""
         return {
             "round": self.round,
             "admitted": len(self.admitted),
@@ -111,12 +111,12 @@ class RoundOutcome:
 
 
 def no_counts(num_clients: int) -> Counts:
-    """Return a zero for each client; pages that nobody touches take no memory."""
+    """Return one zero per client; memory pages that are never written take no space."""
     return np.zeros(num_clients, np.uint32)
 
 
 def count_clients(counts: Counts, positions: Iterable[int]) -> None:
-    """Count one round's clients, by their position in the population."""
+    """Add one to the counters of a round's clients, given by their positions in the population."""
     np.add.at(counts, np.fromiter(positions, np.int64), 1)
 
 

@@ -1,8 +1,8 @@
 """Rounds: choose a cohort, send the plan, admit and fold updates as they arrive, step, repeat.
 
-The same code runs in the cloud, in a region and in simulation; what differs is the fleet.
-Invariants: a refused update changes nothing; one device lost is normal; a round under its quorum
-raises; nobody holds the cohort's updates in memory.
+The same code runs in the cloud, in a region and in simulation; only the fleet differs.
+Invariants: a refused update changes nothing; losing one device is normal; a round below its quorum
+raises; the updates of a cohort are never all in memory.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ OnRefusal = Callable[[Plan, Update, str], None]
 
 
 class Fleet(Protocol):
-    """Whatever carries plans out and brings answers in."""
+    """Sends plans to clients and returns their answers."""
 
     def clients(self) -> Sequence[str]:
         """Return the clients that can take part now."""
 
     def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
-        """Send the plan and yield answers as they arrive; ends by the plan's deadline at the latest.
+        """Send the plan and yield answers as they arrive, until the plan's deadline at the latest.
 
-        A partial sum stands for all its contributors, and is only for a rule that merges. Closing the
-        iterator early tells the fleet that later answers are not wanted.
+        A partial sum represents all its contributors; only a rule that merges accepts it. Closing the
+        iterator early tells the fleet that later answers are not needed.
         """
 
     def traffic(self) -> Traffic:
-        """Return the bytes moved so far."""
+        """Return the bytes transferred so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,15 +54,15 @@ class Job:
     config: JobConfig
     step: ServerOptimizer
     first_round: int = 1
-    cohort: tuple[str, ...] = ()  # of the first round, where that was already announced
+    cohort: tuple[str, ...] = ()  # of the first round, if it was already announced
     clock: Clock = field(default=time.monotonic)
     on_refusal: OnRefusal = field(default=lambda _plan, _update, _reason: None)
-    keep: Callable[[Tree], Tree] = field(default=lambda parameters: parameters)  # e.g. on disk, mapped
+    keep: Callable[[Tree], Tree] = field(default=lambda parameters: parameters)  # e.g. to memory-mapped files
     frozen: Tree | None = None  # see `Plan`
 
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
-    """Run the job's rounds, one at each step of the iterator; raises QuorumNotMet and StepFailed."""
+    """Run the job's rounds and yield each outcome; raises QuorumNotMet and StepFailed."""
     cohort = job.cohort
     for number in range(job.first_round, job.config.rounds.count + 1):
         plan = Plan(
@@ -80,7 +80,7 @@ def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcom
 
 
 def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
-    """Run one round to its end; raises QuorumNotMet with every reason seen, and StepFailed."""
+    """Run one round to its end; raises QuorumNotMet with every client's reason, and StepFailed."""
     start_s, before = job.clock(), fleet.traffic()
     wanted = job.config.rounds.clients or len(plan.clients)
     guard, rule = RoundGuard(plan), make_rule(job.config.aggregation.rule, plan.parameters)
@@ -105,7 +105,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
         tally.count(answer)
         if len(tally.admitted) >= wanted:
             break
-    answer = None  # its tensors are let go before the step needs memory of its own
+    answer = None  # free its tensors before the step allocates memory
     if len(tally.admitted) < job.config.rounds.quorum:
         raise QuorumNotMet(tally.under_quorum(plan, job.config.rounds.quorum))
     moved = fleet.traffic() - before
@@ -127,8 +127,8 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
 
 
 def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
-    """Move the parameters by the rule's result; raises StepFailed where that leads beyond what they can hold."""
-    with np.errstate(over="ignore", invalid="ignore"):  # told by name below
+    """Return the parameters after the server's step; raises StepFailed if they leave the range of their dtypes."""
+    with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the tensor's name
         mean = rule.result()
         moves = integer_moves(mean)
         new = job.step.step(plan.parameters, mean, lr_factor=server_factor(job.config, plan.train))
@@ -137,9 +137,9 @@ def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
 
 
 def select_clients(available: Sequence[str], config: JobConfig, round_number: int) -> tuple[str, ...]:
-    """Draw a round's cohort, seeded by (seed, round); all clients where `rounds.clients` is 0.
+    """Draw a round's cohort, seeded by (seed, round); all clients if `rounds.clients` is 0.
 
-    Raises QuorumNotMet where fewer clients are there than the quorum.
+    Raises QuorumNotMet if fewer clients are available than the quorum.
     """
     rounds = config.rounds
     if len(available) < rounds.quorum:
@@ -147,7 +147,8 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
             f"round {round_number}: {len(available)} clients are available, the quorum is {rounds.quorum}. "
             "Start more agents, or lower rounds.quorum."
         )
-    ordered = available if getattr(available, "in_order", False) else sorted(available)  # a million need not be read
+    # If already sorted: do not materialise a million names.
+    ordered = available if getattr(available, "in_order", False) else sorted(available)
     wanted = cohort_size(rounds)
     if rounds.clients == 0 or wanted >= len(ordered):
         return tuple(ordered)
@@ -157,7 +158,7 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
 
 @dataclass(slots=True)
 class MetricSums:
-    """Weighted means of metrics, in sums that can be added up in any order and anywhere."""
+    """Weighted means of metrics, kept as sums that can be added in any order, also across regions."""
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # (sum of weight * value, of weights)
 
@@ -175,7 +176,7 @@ class MetricSums:
 
 @dataclass(slots=True)
 class _Tally:
-    """Who answered what in a round."""
+    """Which client answered what in a round."""
 
     admitted: list[str] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
@@ -193,7 +194,7 @@ class _Tally:
             self._metrics.add(answer.weight, answer.metrics)
 
     def refuse(self, answer: Update | Partial, reason: str) -> None:
-        """Note a refusal: of a partial sum for each that is in it and was not admitted otherwise."""
+        """Record a refusal; for a partial sum, of each contributor that was not admitted otherwise."""
         names = answer.contributors if isinstance(answer, Partial) else (answer.device,)
         counted = set(self.admitted) if isinstance(answer, Partial) else set()
         self.rejected |= {name: reason for name in names if name not in counted}

@@ -1,12 +1,12 @@
-"""What is learned: a model, a loss, data and metrics, in one module of the user's.
+"""A learning task: a model, a loss, data and metrics, in one module of the user.
 
     task = Task(name="digits", model=Net, loss=cross_entropy, train_data=load_part, test_data=load_test,
                 metrics={"accuracy": accuracy})
 
-A task is named by `package.module:attribute`, or by a folder whose pyproject.toml has
-`[tool.edgefl] task = "module:attribute"`. Its folder travels to the devices as a bundle: a zip whose
+A task is named by `package.module:attribute`, or by a folder whose pyproject.toml has the line
+`[tool.edgefl] task = "module:attribute"`. Its folder is sent to the devices as a bundle: a zip whose
 bytes depend on the files alone.
-Invariant: what the user's code raises leaves as TaskError that names the user's file and line.
+Invariant: an exception in the user's code becomes a TaskError that names the user's file and line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from edgefl.config import TrainConfig
 
-MAX_QUOTED = 1000  # characters of the user's own message that we repeat
+MAX_QUOTED = 1000  # characters of the user's own message that an error repeats
 
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 _OURS = Path(__file__).parent
@@ -47,9 +47,9 @@ _IMPORTING = threading.RLock()  # sys.path and sys.modules belong to the whole p
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitResult:
-    """What a `Task.fit` of the user's returns."""
+    """The result of a user's `Task.fit`."""
 
-    tree: Tree  # delta or gradient, same names, shapes and dtypes as the parameters (as those that are trained)
+    tree: Tree  # delta or gradient: names, shapes and dtypes as in the trained parameters
     weight: float  # number of samples
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -67,12 +67,12 @@ class Task:
     model: Callable[[], torch.nn.Module] | None = None
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     train_data: Callable[..., tuple[Any, Any]] | None = None
-    test_data: Callable[..., tuple[Any, Any]] | None = None  # held out, evaluated where the job is run
+    test_data: Callable[..., tuple[Any, Any]] | None = None  # held-out data, evaluated on the operator's machine
     metrics: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = field(default_factory=dict)
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None  # (parameters, lr), and `config` or `round` if it has
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None  # (parameters, lr[, config or round])
     initial: Callable[[], Tree] | None = None
     fit: Callable[[Tree, TrainConfig, Mapping[str, str]], FitResult] | None = None
-    trained: Collection[str] | None = None  # of what `initial` returns, what `fit` trains and returns; None = all
+    trained: Collection[str] | None = None  # the names that `fit` trains and returns; None = all
 
     def __post_init__(self) -> None:
         torch_task = self.model is not None and self.loss is not None and self.train_data is not None
@@ -80,12 +80,12 @@ class Task:
             raise ConfigError(f"task {self.name!r} must have either model, loss and train_data, or initial and fit")
         if self.trained is not None and (torch_task or isinstance(self.trained, str)):
             raise ConfigError(
-                f"task {self.name!r}: trained={self.trained!r:.200} is for a task with fit, and names tensors; of a "
-                "model, what requires a gradient is trained"
+                f"task {self.name!r}: trained={self.trained!r:.200} belongs to a task with fit, and lists names of "
+                "tensors; of a model, the parameters that require a gradient are trained"
             )
 
     def optimizer_of(self, parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-        """Make this task's optimizer for a round; it is told of the round where it has a parameter for that.
+        """Make this task's optimizer for a round; it gets `round` or `config` if it has such a parameter.
 
         def optimizer(parameters, lr, round): ...
         def optimizer(parameters, lr, *, config): ...  # an `edgefl.config.TrainConfig`
@@ -94,7 +94,7 @@ class Task:
             raise ConfigError(f"task {self.name!r} has no optimizer of its own")
         try:
             known = inspect.signature(self.optimizer).parameters
-        except ValueError:  # some builtins have none
+        except ValueError:  # some builtins have no signature
             known = MappingProxyType({})
         told = {"config": config, "round": config.round}
         return self.optimizer(parameters, config.lr, **{name: told[name] for name in told if name in known})
@@ -102,7 +102,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a task is: `module:attribute`, importable from a folder where one is given."""
+    """Where a task is: `module:attribute`, imported from `folder` if one is given."""
 
     task: str
     folder: Path | None = None
@@ -113,21 +113,21 @@ class Located:
 
     @property
     def name(self) -> str:
-        """What people know the task by: its folder's name, or its module's, and the attribute."""
+        """The task's name for people: its folder's or module's name, and the attribute."""
         return self.task if self.folder is None else f"{self.folder.name}:{self.task.partition(':')[2]}"
 
 
 def load_task(reference: str) -> Task:
     """Return the task of `package.module:attribute` or of a folder.
 
-    Raises ConfigError for a reference that leads nowhere, TaskError where the user's module raises.
+    Raises ConfigError for a reference that cannot be found, TaskError if the user's module raises.
     """
     located = locate_task(reference)
     return import_task(located.task, located.folder)
 
 
 def locate_task(reference: str) -> Located:
-    """Say where a task is, importing nothing; raises ConfigError."""
+    """Find a task without importing it; raises ConfigError."""
     folder = Path(reference).expanduser()
     if folder.is_dir():
         return Located(_task_of(folder.resolve()), folder.resolve())
@@ -140,11 +140,11 @@ def locate_task(reference: str) -> Located:
 
 
 def import_task(task: str, folder: Path | None = None) -> Task:
-    """Import `module:attribute`, from the folder where one is given.
+    """Import `module:attribute`, from `folder` if one is given.
 
-    One folder is current at a time: its modules hide those of the same name from any other, and the
-    modules of the folder before it are forgotten (a Task object in hand keeps working). Where tasks
-    take turns in a process, call this again at each turn, so that late imports find the right files.
+    One folder is current at a time: its modules hide modules of the same name elsewhere, and the
+    modules of the previous folder are removed from sys.modules (a Task object that was returned keeps working).
+    If tasks alternate in one process, call this again at each change, so that late imports find the right files.
     """
     match = _REFERENCE.fullmatch(task)
     if match is None:
@@ -160,10 +160,10 @@ def import_task(task: str, folder: Path | None = None) -> Task:
 
 
 class UserCode:
-    """A border: what the user's code raises inside leaves as TaskError, with the place it came from.
+    """A context for calls of the user's code: an exception inside becomes a TaskError with its file and line.
 
-    `on_change` hears what this process asks of the user's code, empty where it is left: for a process that
-    watches this one, and has to say what ended it.
+    `on_change` is called with what the user's code is asked to do, and with "" when it returns: a process that
+    watches this one uses it to say what ended it.
     """
 
     on_change: ClassVar[Callable[[str], None] | None] = None
@@ -184,20 +184,20 @@ class UserCode:
             UserCode.on_change(self._before)
         if isinstance(raised, TaskError) or not isinstance(raised, (Exception, SystemExit)):
             return
-        debug.show(raised)  # it may go on as text alone
+        debug.show(raised)  # other processes get only its text
         said = f"{type(raised).__name__}: {raised}".rstrip(": ")[:MAX_QUOTED]
         raise TaskError(f"{self._kind} {self._task!r}: {self._doing} raised {said}{_place(raised)}") from raised
 
 
 def import_from(folder: Path, module_name: str) -> ModuleType:
-    """Import a module of a folder, which becomes the current one as in `import_task`; lets errors through."""
+    """Import a module of a folder, which becomes the current one as in `import_task`; does not convert errors."""
     with _IMPORTING:
         _enter(folder.resolve(), module_name)
         return import_module(module_name)
 
 
 def forget_modules(folder: Path) -> None:
-    """Forget what was imported from a folder, so that its next import starts afresh."""
+    """Remove a folder's modules from sys.modules, so that its next import is a new one."""
     folder = folder.resolve()
     with _IMPORTING:
         for name in _modules_in(folder) - _NEVER_REPLACED:
@@ -215,15 +215,15 @@ def _task_of(folder: Path) -> str:
     except OSError as cause:
         raise ConfigError(f"cannot read {file}: {cause.strerror}") from cause
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, AttributeError) as cause:
-        raise ConfigError(f"{file} is not a project's TOML: {cause}") from cause
+        raise ConfigError(f"{file} is not a valid pyproject.toml: {cause}") from cause
     if not isinstance(task, str) or not _REFERENCE.fullmatch(task):
         seen = "is missing" if task is None else f"is {task!r}"
-        raise ConfigError(f'{file}: [tool.edgefl] task {seen}; wanted is task = "module:attribute"')
+        raise ConfigError(f'{file}: [tool.edgefl] task {seen}; expected task = "module:attribute"')
     return task
 
 
 class _TaskFolder(str):
-    """An entry of sys.path that we placed there."""
+    """An entry that edgefl has added to sys.path."""
 
     __slots__ = ()
 
@@ -242,7 +242,7 @@ def _enter(folder: Path, module_name: str) -> None:
 
 
 def see_working_folder(top: str) -> None:
-    """Let the working folder's modules be found, as `python -m` does, where no installed one is meant."""
+    """Make modules of the working folder importable, as `python -m` does, unless an installed one has the name."""
     here = str(Path.cwd())
     if here not in sys.path and top not in sys.modules and find_spec(top) is None:
         sys.path.insert(0, here)
@@ -287,7 +287,7 @@ def _task_in(module: ModuleType, attribute: str) -> Task:
 
 
 def _place(raised: BaseException) -> str:
-    """Say where in the user's files it happened; nothing where none of the user's code was running."""
+    """Return the place in the user's files where it was raised; empty if none of the user's code was running."""
     if isinstance(raised, SyntaxError):
         return f" ({raised.filename}:{raised.lineno})"
     stdlib, *packages = (Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib"))
@@ -297,6 +297,6 @@ def _place(raised: BaseException) -> str:
         installed = any(file.is_relative_to(folder) for folder in packages)
         if file.is_absolute() and not file.is_relative_to(_OURS) and (installed or not file.is_relative_to(stdlib)):
             places.append((file, line, installed))
-    # The deepest line of the user's own files; for a task that is itself installed, the one we called.
+    # The deepest line in the user's own files; for an installed task, the line that edgefl called.
     chosen = [place for place in places if not place[2]][-1:] or places[:1]
     return "".join(f" ({file}:{line})" for file, line, _ in chosen)

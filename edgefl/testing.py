@@ -1,4 +1,4 @@
-"""Doubles that we ship, for tests of code built on edgefl: a scripted fleet and a clock that is turned by hand."""
+"""Test doubles for code built on edgefl: a scripted fleet, and a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_update(
     device: str, *, weight: float = 1.0, job: str = "job", round: int = 1, metrics: Mapping[str, float] | None = None,
     **tensors: npt.ArrayLike,
 ) -> Update:  # fmt: skip
-    """Return an update whose tensors are given by name; lists become float32."""
+    """Return an update; its tensors are given by name, and lists become float32."""
     tree = {
         name: value if isinstance(value, np.ndarray) else np.asarray(value, np.float32)
         for name, value in tensors.items()
@@ -30,7 +30,7 @@ def make_update(
 
 @dataclass
 class ManualClock:
-    """A clock that stands still until it is told to move. Call it to read it, from any thread."""
+    """A clock that moves only by `advance`. Call it to read it, from any thread."""
 
     now_s: float = 0.0
 
@@ -43,7 +43,7 @@ class ManualClock:
 
 @dataclass
 class ScriptedFleet:
-    """A fleet whose clients answer as written: a function of the plan for each, None for silence."""
+    """A fleet with scripted clients: each is a function of the plan; None means no answer."""
 
     script: Mapping[str, Answer]
     plans: list[Plan] = field(default_factory=list)

@@ -1,3 +1,3 @@
-"""The version of this installation, for whatever names it: homes, headers, `edgefl --version`."""
+"""The version of this installation, as used in homes, HTTP headers and `edgefl --version`."""
 
 __version__ = "0.1.0"

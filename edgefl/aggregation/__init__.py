@@ -1,4 +1,4 @@
-"""Aggregation rules by short name. Each rule is one file with its paper at the head."""
+"""Aggregation rules by short name. Each rule is one file, which cites its paper in the module docstring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RULES: Mapping[str, Callable[[Tree], Rule]] = {"mean": WeightedMean}
 
 
 def make_rule(name: str, like: Tree) -> Rule:
-    """Make the rule of that name for trees like `like`; raises ConfigError for an unknown name."""
+    """Make the rule with this name, for trees like `like`; raises ConfigError for an unknown name."""
     if name not in RULES:
         raise ConfigError(f"aggregation.rule={name!r} is not one of: {', '.join(sorted(RULES))}")
     return RULES[name](like)

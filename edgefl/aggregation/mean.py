@@ -2,8 +2,8 @@
 
     result = sum_k weight_k * delta_k / sum_k weight_k
 
-Accumulates in float64, one model whatever the cohort; tiers of it give the flat mean.
-Integers (counters among buffers) are rounded to nearest; of booleans the weighted majority wins.
+Accumulates in float64. Memory is one model, whatever the cohort's size; tiers of means give the flat mean.
+Integers (such as counters in buffers) are rounded to the nearest; for booleans the weighted majority wins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgefl.trees import Array, TensorSpec, Tree, blocks, is_float, spec_of
 
 
 class WeightedMean:
-    """Streams, and merges in regions."""
+    """The weighted mean. It streams, and it merges partial sums of regions."""
 
     streams = True
     merges = True
@@ -31,7 +31,7 @@ class WeightedMean:
         self._contributors: list[str] = []
 
     def add(self, update: Update) -> None:
-        """Fold one admitted update. Its weight must be finite and above 0: the guard's promise."""
+        """Fold one admitted update. Its weight must be finite and above 0, which the guard ensures."""
         weight = np.float64(update.weight)  # a numpy scalar, so that products are float64
         for name, total in self._totals.items():
             delta = _signed(update.tree[name]).reshape(-1)
@@ -41,7 +41,7 @@ class WeightedMean:
         self._contributors.append(update.device)
 
     def merge(self, partial: Partial) -> None:
-        """Fold a partial sum; raises UpdateRejected where a device is counted twice, or nothing would fit."""
+        """Fold a partial sum; raises UpdateRejected if a device is counted twice, or if the tensors do not match."""
         counted = Counter((*self._contributors, *partial.contributors))
         if twice := sorted(name for name, times in counted.items() if times > 1):
             raise UpdateRejected(twice[0], "it is already counted in another partial sum of this round")
@@ -57,14 +57,14 @@ class WeightedMean:
         self._contributors.extend(partial.contributors)
 
     def partial(self) -> Partial:
-        """Return the sum so far, for the tier above."""
+        """Return the sum so far, for the next tier."""
         total = {name: total.reshape(self._spec[name].shape) for name, total in self._totals.items()}
         return Partial(total=total, weight=self._weight, contributors=tuple(self._contributors))
 
     def result(self) -> Tree:
-        """Return the mean and end the rule: sums are let go one by one, so that memory stays one model.
+        """Return the mean and end the rule: sums are freed one by one, so that memory stays one model.
 
-        Needs at least one update: the quorum's promise.
+        Needs at least one update, which the quorum ensures.
         """
         return {name: self._mean(name, self._totals.pop(name)) for name in self._spec}
 
@@ -78,10 +78,10 @@ class WeightedMean:
 
 
 def _whole(name: str, value: Array) -> Array:
-    """Round to nearest; raises StepFailed beyond 64 bits, where a cast would give anything."""
+    """Round to the nearest integer; raises StepFailed beyond 64 bits, where the result of a cast is undefined."""
     whole = np.rint(value)
     if not ((whole >= -(2.0**63)) & (whole < 2.0**63)).all():
-        raise StepFailed(f"the mean of the updates of tensor {name!r} is beyond 64 bits: {np.abs(whole).max():g}")
+        raise StepFailed(f"the mean of the updates of tensor {name!r} exceeds 64 bits: {np.abs(whole).max():g}")
     return whole.astype(np.int64)
 
 
@@ -90,5 +90,5 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _signed(delta: Array) -> Array:
-    """Read a wrapped difference of unsigned integers as the signed one that it stands for."""
+    """Convert a wrapped difference of unsigned integers to the signed difference it represents."""
     return delta.view(delta.dtype.str.replace("u", "i")) if delta.dtype.kind == "u" else delta

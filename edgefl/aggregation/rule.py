@@ -1,4 +1,4 @@
-"""The seam of aggregation rules."""
+"""The interface of aggregation rules."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from edgefl.trees import Tree
 
 
 class Rule(Protocol):
-    """Turns admitted updates into one aggregated update. Says what it can do, for config to check."""
+    """Turns admitted updates into one aggregated update. Its flags say what it supports; config checks them."""
 
     streams: bool  # keeps no update after `add`
-    merges: bool  # partial sums of regions give the flat result
+    merges: bool  # partial sums of regions give the same result as all updates at once
 
     def add(self, update: Update) -> None:
         """Fold one update that a guard has admitted."""
@@ -26,7 +26,7 @@ class Rule(Protocol):
 
 @runtime_checkable
 class Merging(Protocol):
-    """What a rule that merges has besides: the sum so far, for the tier above."""
+    """What a rule that merges has in addition: the sum so far, for the next tier."""
 
     def partial(self) -> Partial:
-        """Return a weighted sum in float64 that `merge` takes."""
+        """Return a weighted sum in float64, which `merge` accepts."""

@@ -1,11 +1,11 @@
-"""The step at the centre: any `torch.optim` optimizer over the aggregated update.
+"""The server's step: any `torch.optim` optimizer over the aggregated update.
 
 FedOpt (Reddi et al. 2021, Algorithm 2): the mean delta is taken as a negative gradient, so that
 SGD with lr 1 is FedAvg, SGD with momentum is FedAvgM, Adam is FedAdam. For FedSGD the aggregate is
-the gradient itself: w <- w - lr * g.  Buffers and integers have no gradient; they move by their mean.
-What is frozen stays: no weight decay, no momentum.
-Plain SGD runs in numpy; everything else needs torch, which is imported only then. Optimizers that move each element
-by itself step small tensors side by side, as one: thousands of them would be as many calls for each operation.
+the gradient itself: w <- w - lr * g.  Buffers and integers have no gradient; their mean change is added.
+Frozen tensors do not change: no weight decay, no momentum.
+Plain SGD runs in numpy; everything else needs torch, which is imported only then. Element-wise optimizers step many
+small tensors as one concatenated tensor: otherwise thousands of tensors would cost thousands of calls per operation.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from edgefl.guards import not_finite_tree
 from edgefl.trees import Array, Tree, apply, blocks, is_float
 from edgefl.trees.tensors import array_of, tensor_of
 
-# Of torch.optim, what moves each element by itself; the others look at a tensor's rows or columns.
+# The element-wise optimizers of torch.optim; the others use a tensor's rows or columns.
 _ELEMENTWISE = frozenset(
     {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 )
-_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})  # of their state: the same for all elements
-_BUCKET_ELEMENTS = 1 << 18  # that small tensors are collected to: a bucket's temporaries stay in cache
+_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})  # entries of their state that are the same for all elements
+_BUCKET_ELEMENTS = 1 << 18  # size of a bucket of small tensors: its temporaries stay in the cache
 
 
 class ServerOptimizer:
-    """Moves the parameters by an aggregated update, and keeps the optimizer's state over rounds.
+    """Applies aggregated updates to the parameters, and keeps the optimizer's state from round to round.
 
-    Raises ConfigError for an unknown optimizer or option, MissingExtra where torch is absent.
+    Raises ConfigError for an unknown optimizer or option, MissingExtra if torch is not installed.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class ServerOptimizer:
             self._optimizer = _TorchOptimizer(config)
 
     def step(self, parameters: Tree, mean: Tree, *, lr_factor: float = 1.0) -> dict[str, Array]:
-        """Return the parameters of the next round. Uses up `mean`: its arrays may become the result's.
+        """Return the parameters of the next round. Overwrites `mean`: its arrays may become part of the result.
 
-        `lr_factor` is of this round: what the rate is multiplied by.
+        `lr_factor` multiplies the learning rate in this round.
         """
         lr = self._config.lr * lr_factor
         trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
@@ -65,11 +65,11 @@ class ServerOptimizer:
         return self._optimizer.state() if self._optimizer is not None else {}
 
     def fault(self) -> str | None:
-        """Say which part of the optimizer's state is not finite, if one is: no later step would be."""
+        """Say which part of the optimizer's state is not finite, if any: no later step could recover from it."""
         return not_finite_tree(self._optimizer.slots()) if self._optimizer is not None else None
 
     def load(self, state: Tree) -> None:
-        """Take up a state that `state` returned."""
+        """Restore a state that `state` returned."""
         if self._optimizer is not None:
             self._optimizer.pending = dict(state)
 
@@ -105,7 +105,7 @@ class _TorchOptimizer:
         self.pending: dict[str, Array] = {}
 
     def step(self, parameters: Tree, mean: Tree, lr: float, *, is_delta: bool) -> dict[str, Array]:
-        """Return the parameters moved by a mean, which is a gradient or, with its sign changed, a delta."""
+        """Return the parameters after one step along a mean gradient, or a mean delta with its sign changed."""
         if not self._buckets:
             together = self._config.optimizer in _ELEMENTWISE
             self._buckets = [_Bucket(names, parameters) for names in _bucketed(parameters, together=together)]
@@ -125,7 +125,7 @@ class _TorchOptimizer:
         return {name: np.array(value) for name, value in self.slots().items()}
 
     def slots(self) -> dict[str, Array]:
-        """Return what the optimizer keeps, as views."""
+        """Return the optimizer's state tensors, as views."""
         if self._optimizer is None:
             return {}
         slots = self._optimizer.state_dict()["state"]
@@ -143,7 +143,7 @@ class _TorchOptimizer:
         for key, array in self.pending.items():
             index, _, slot = key.partition(".")
             slots.setdefault(int(index), {})[slot] = array
-        if len(slots) > len(self._buckets):  # of an edgefl that stepped each tensor by itself
+        if len(slots) > len(self._buckets):  # saved by an edgefl version that stepped each tensor separately
             slots = self._joined(slots)
         state = {index: {slot: tensor_of(np.array(a)) for slot, a in of.items()} for index, of in slots.items()}
         whole = self._optimizer.state_dict()
@@ -151,7 +151,7 @@ class _TorchOptimizer:
         self.pending = {}
 
     def _joined(self, slots: Mapping[int, Mapping[str, Array]]) -> dict[int, dict[str, Array]]:
-        """Return the state of buckets from that of their tensors."""
+        """Return the state per bucket, joined from the state per tensor."""
         joined, start = {}, 0
         for index, bucket in enumerate(self._buckets):
             of_tensors = [slots[start + at] for at in range(len(bucket.names))]
@@ -163,7 +163,7 @@ class _TorchOptimizer:
         return joined
 
     def _probe(self) -> None:
-        """Take one step of nothing: refuses a wrong option, or LBFGS that wants a closure, now and not in round 1."""
+        """Take a trial step: a wrong option, or LBFGS, which needs a closure, is refused now and not in round 1."""
         import torch
 
         parameter = torch.nn.Parameter(torch.zeros(1))
@@ -171,7 +171,7 @@ class _TorchOptimizer:
         optimizer = self._make([parameter])
         try:
             optimizer.step()
-        except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as cause:  # torch asserts
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as cause:  # torch uses assert
             raise ConfigError(f"server.optimizer={self._config.optimizer!r} cannot step on its own: {cause}") from cause
 
     def _make(self, parameters: list[Any]) -> Any:
@@ -182,7 +182,7 @@ class _TorchOptimizer:
 
 
 class _Bucket:
-    """Tensors of one dtype side by side, and torch's parameter over them; a tensor alone keeps its shape."""
+    """Concatenated tensors of one dtype, as one torch parameter; a single tensor keeps its shape."""
 
     def __init__(self, names: Sequence[str], parameters: Tree) -> None:
         import torch
@@ -194,11 +194,11 @@ class _Bucket:
         self.parameter = torch.nn.Parameter(self._nothing)
 
     def joined(self, arrays: Sequence[Array]) -> Array:
-        """Return the tensors' values in an array of the bucket's own."""
+        """Return the tensors' values, concatenated in a new array."""
         return np.concatenate([array.reshape(-1) for array in arrays]).reshape(self._shape)
 
     def take(self, parameters: Tree, mean: Tree, *, is_delta: bool) -> None:
-        """Set values and gradient."""
+        """Copy values and gradient into the bucket."""
         values = self.joined([parameters[name] for name in self.names])
         gradient = self.joined([mean[name] for name in self.names]).astype(values.dtype, copy=False)
         if is_delta:
@@ -207,7 +207,7 @@ class _Bucket:
         self.parameter.grad = tensor_of(gradient)
 
     def give(self) -> Iterator[tuple[str, Array]]:
-        """Yield the tensors by name; neither values nor gradient are kept."""
+        """Yield the tensors by name; the bucket keeps neither values nor gradient."""
         start, flat = 0, array_of(self.parameter).reshape(-1)
         self.parameter.data, self.parameter.grad = self._nothing, None
         for name, shape in zip(self.names, self._shapes, strict=True):
@@ -217,7 +217,7 @@ class _Bucket:
 
 
 def _bucketed(parameters: Tree, *, together: bool) -> Iterator[list[str]]:
-    """Yield names of tensors that step as one: neighbours of one dtype, as many as a bucket holds."""
+    """Yield groups of names, one per bucket: neighbours of one dtype, as many as fit."""
     names: list[str] = []
     elements, dtype = 0, None
     for name, array in parameters.items():

@@ -1,6 +1,6 @@
-"""The `edgefl` command. Its own subcommands stand in a table, those of the cloud and the agent in entry points.
+"""The `edgefl` command. Its own subcommands are in a table, those of the cloud and the agent are entry points.
 
-A subcommand is imported when it is first asked for; one whose extra is absent says which it is.
+A subcommand is imported when it is first used; one whose extra is missing says which extra it needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Commands(click.Group):
         return _load(cmd_name) if cmd_name in _entries() else None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a Ctrl-C that it has no words of its own for ends it as in every other program."""
+        """Run the command; a Ctrl-C that it does not handle itself ends it as in any other program."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -58,7 +58,7 @@ class _Commands(click.Group):
 
 
 class _Unavailable(click.Command):
-    """A command that cannot even be loaded: listed as such, and refused whatever its arguments are."""
+    """A command that cannot be loaded: it is listed, and refused with any arguments."""
 
     def __init__(self, name: str, extra: str, cause: ImportError) -> None:
         super().__init__(name)
@@ -78,7 +78,7 @@ def _refusal(command: str, extra: str, seen: str) -> str:
     debug.FLAG,
     is_flag=True,
     expose_value=False,
-    help="Show the stack of an error; may stand after any command.",
+    help="Show the stack trace of an error; also allowed after any command.",
     callback=lambda _ctx, _param, given: debug.ask_for() if given else None,
 )
 def cli() -> None:
@@ -86,7 +86,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; an error ends as one line and exit status 1, with a traceback where --debug asks for it."""
+    """Run the command line; an error is shown as one line, with a traceback after --debug. Exit status is then 1."""
     sys.excepthook = debug.tell_unexpected
     try:
         cli(debug.taken_from(sys.argv[1:]), prog_name="edgefl")
@@ -108,7 +108,7 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def _load(name: str) -> click.Command:
-    """Return the command, or in its place one that says which extra it lacks."""
+    """Return the command, or a replacement that says which extra is missing."""
     load: Callable[[], Any] = _entries()[name].load
     extra = OF_COMMANDS.get(name, "")
     try:

@@ -1,7 +1,7 @@
-"""`edgefl demo`: the whole loop on this machine, as real processes over TLS.
+"""`edgefl demo`: the whole cycle on this machine, with real processes over TLS.
 
-A cloud with its broker and agents; a training on digits of skewed labels; int8 under an accuracy gate; a
-signed release, rolled out to every agent; one prediction asked of each. The operator is this process.
+It starts a cloud with its broker, and agents; trains on digits with skewed labels; compresses to int8 under an
+accuracy gate; rolls out a signed release to every agent; and asks each for predictions. This process is the operator.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class _Demo:
 
 @click.command(epilog=example("edgefl demo", "edgefl demo --devices 5 --rounds 10 --json demo.json"))
 @click.option("--devices", default=3, show_default=True, type=click.IntRange(1, 32), help="Agents to start.")
-@click.option("--rounds", type=click.IntRange(1), help="Instead of the example's own number.")
+@click.option("--rounds", type=click.IntRange(1), help="Number of rounds, instead of the example's own.")
 @click.option("--broker", type=click.Choice(["embedded", "mosquitto"]), default="embedded", show_default=True)
 @json_option
 def demo(devices: int, rounds: int | None, broker: str, output: Output) -> None:
-    """See the whole loop on this machine.
+    """Run the whole cycle on this machine.
 
-    A cloud and its devices train, compress, publish, roll out and predict, as real processes over TLS.
+    A cloud and its devices train, compress, publish, roll out and predict, with real processes over TLS.
     """
     start_s = time.monotonic()
     source = find_example(MODEL)
@@ -137,7 +137,7 @@ def _release(demo: _Demo, client: CloudClient, parameters: Path) -> Json:
 
 
 def _predict(demo: _Demo, client: CloudClient) -> list[Json]:
-    """Ask every device's own endpoint (Open Inference Protocol v2) for the same digits."""
+    """Send the same digits to every device's endpoint (Open Inference Protocol v2)."""
     task = load_task(str(demo.example))
     if task.test_data is None:
         raise ConfigError(f"task {task.name!r} has no test_data to predict")
@@ -181,7 +181,7 @@ def find_example(name: str) -> Path:
     for folder in (package.parent / "examples" / name, package / "examples" / name):
         if (folder / "pyproject.toml").exists():
             return folder
-    raise ConfigError(f"the example {name!r} is neither beside the package nor in it; install edgefl again")
+    raise ConfigError(f"the example {name!r} is neither next to the package nor inside it; install edgefl again")
 
 
 @contextmanager

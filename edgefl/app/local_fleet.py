@@ -1,8 +1,8 @@
-"""A whole fleet on this machine, as real processes over TLS: for the demo, for tests, for benchmarks.
+"""A whole fleet on this machine, with real processes over TLS: for the demo, tests and benchmarks.
 
-Each process is a leader of its own group and is ended with the fleet, whatever happens: first asked
-(SIGTERM), then killed; by `edgefl.process.guardian` where this process itself is killed. Its output goes to a log file;
-`wait_for` hears of a line without polling.
+Each process leads its own process group and always ends with the fleet: by SIGTERM first, then by SIGKILL; if this
+process itself is killed, by `edgefl.process.guardian`. Its output goes to a log file; `wait_for` waits for a line
+without polling.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUIET = {
 
 
 class LoggedProcess:
-    """A child process whose output is kept in a file and can be waited on, line by line."""
+    """A child process whose output goes to a file; callers can wait for a line of it."""
 
     def __init__(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> None:
         self.log = log
@@ -62,7 +62,7 @@ class LoggedProcess:
     def wait_for(self, text: str, timeout_s: float = START_S, *, after: int = 0) -> int:
         """Wait for a line with `text` from line `after` on; return the number of the next line.
 
-        Raises ProcessFailed where the process ends or the time is over before, with its last lines.
+        Raises ProcessFailed, with the last lines, if the process ends or the time is over before.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._find(text, after) is not None or self._ended, timeout_s)
@@ -88,7 +88,7 @@ class LoggedProcess:
         self._wait()
 
     def stop(self) -> int:
-        """Ask it to end, kill it if it does not; return its exit status."""
+        """Send SIGTERM, then SIGKILL if it does not end; return its exit status."""
         if self.popen.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self.popen.send_signal(signal.SIGTERM)
@@ -152,22 +152,22 @@ class LocalFleet:
         ]
         for process in everything:
             if process.popen.poll() is None:
-                process.popen.terminate()  # all at once, so that they end side by side
+                process.popen.terminate()  # all at once, so that they end in parallel
         for process in everything:
             process.stop()
 
     def start(self) -> None:
-        """Start the broker, where it is not the embedded one, and the cloud."""
+        """Start the broker, unless it is the embedded one, and the cloud."""
         if self._broker_kind == "mosquitto":
             self.command("cloud", "broker-config", "--home", self.home, "--port", self.mqtt_port)
-            if os.geteuid() == 0:  # it would become the user mosquitto, who cannot read our folder
+            if os.geteuid() == 0:  # it would switch to the user mosquitto, which cannot read our folder
                 with (self.home / "mosquitto" / "mosquitto.conf").open("a", encoding="utf-8") as config:
                     config.write("user root\n")
             self.start_broker()
         self.start_cloud()
 
     def start_broker(self) -> None:
-        """Start mosquitto on the configuration that the cloud wrote; raises HostError where it is not installed."""
+        """Start mosquitto with the configuration that the cloud wrote; raises HostError if it is not installed."""
         program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
         if program is None:
             raise HostError("mosquitto is not installed; on Debian: apt-get install mosquitto")
@@ -176,7 +176,7 @@ class LocalFleet:
         self.broker.wait_for("running")
 
     def start_cloud(self, *options: str, env: Mapping[str, str] | None = None) -> None:
-        """Start the cloud, on the same home and ports if it ran before, and wait until it serves."""
+        """Start the cloud, with the same home and ports as before, and wait until it serves."""
         mosquitto = ("--broker", f"mqtts://127.0.0.1:{self.mqtt_port}")
         embedded = ("--broker", "embedded", "--mqtt-port", str(self.mqtt_port))
         self.cloud = self.spawn(
@@ -199,7 +199,7 @@ class LocalFleet:
         return home
 
     def start_agent(self, name: str, *options: str, env: Mapping[str, str] | None = None) -> LoggedProcess:
-        """Start an enrolled agent with a serving port of its own choice; does not wait for it."""
+        """Start an enrolled agent, which chooses a free serving port; does not wait for it."""
         home = self.folder / name
         self.agents[name] = self.spawn(
             f"{name}.log", "agent", "start", "--home", home, "--serve-port", "0", *options, env=env
@@ -225,7 +225,7 @@ class LocalFleet:
             try:
                 said, complaint = process.communicate(timeout=timeout_s)
             finally:
-                process.kill()  # where it is late, or we are interrupted
+                process.kill()  # if it is late, or we are interrupted
                 process.wait()
                 guardian.release(process.pid)
         if process.returncode:
@@ -233,11 +233,11 @@ class LocalFleet:
         return said
 
 
-_EDGEFL = (sys.executable, "-P", "-m", "edgefl")  # -P: no folder named `cloud` where we are called is taken for ours
+_EDGEFL = (sys.executable, "-P", "-m", "edgefl")  # -P: never import a folder `cloud` of the working directory
 
 
 def free_ports(count: int) -> list[int]:
-    """Return TCP ports of the loopback that nobody listens on now."""
+    """Return TCP ports of the loopback interface that are free now."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [one.getsockname()[1] for one in sockets]

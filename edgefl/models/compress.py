@@ -1,9 +1,9 @@
-"""int8 by static quantisation, under a gate.
+"""Static quantisation to int8, under a gate.
 
 Pre-processing first (shapes inferred, batch norm folded), then QDQ with unsigned activations and
-signed weights per channel: the form whose kernels x86 has (S8S8 is fused far more seldom). What it
-costs is measured with the caller's own function (`edgefl.models.gate`), before anything is published.
-Invariant: a file stands at the target only if the drop was within `max_drop`.
+signed weights per channel: x86 has kernels for this form (S8S8 is fused far less often). The caller's
+function (`edgefl.models.gate`) measures the loss in quality before anything is published.
+Invariant: the target file exists only if the drop was within `max_drop`.
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ _ROUNDING = 1e-9  # 0.97 - 0.96 is above 0.01 in floats
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """What a gate judges by."""
+    """The measure that a gate uses."""
 
     name: str = "accuracy"
-    drop: Callable[[float, float], float] = field(default=lambda before, after: before - after)  # the share lost
-    unit: str = ""  # of what the drop is a share, in words
+    drop: Callable[[float, float], float] = field(default=lambda before, after: before - after)  # the fraction lost
+    unit: str = ""  # in words: what the drop is a fraction of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompressReport:
-    """What compression gained and cost."""
+    """Sizes and quality before and after compression."""
 
     source_bytes: int
     target_bytes: int
-    measure: str  # what the gate judged by: accuracy | loss
+    measure: str  # what the gate measured: accuracy | loss
     before: float
     after: float
-    drop: float  # the share that is lost: of accuracy before - after; below 0 where the compressed model is better
+    drop: float  # the fraction lost; for accuracy before - after; negative if the compressed model is better
     seconds: float
-    accuracy_before: float | None = None  # where that is the measure
+    accuracy_before: float | None = None  # if that is the measure
     accuracy_after: float | None = None
 
 
 def check_max_drop(max_drop: float) -> None:
-    """Raise ConfigError for what is not a share."""
-    if not 0 <= max_drop <= 1:  # NaN is not
-        raise ConfigError(f"--max-drop {max_drop:g} must be in 0..1: a share, 0.01 is one point of accuracy")
+    """Raise ConfigError for a value that is not a fraction."""
+    if not 0 <= max_drop <= 1:  # also if it is NaN
+        raise ConfigError(f"--max-drop {max_drop:g} must be in 0..1; 0.01 is one percentage point of accuracy")
 
 
 def compress(
     source: Path, target: Path, *, calibration: Array, evaluate: Callable[[Path], float], max_drop: float,
     measure: Measure | None = None,
 ) -> CompressReport:  # fmt: skip
-    """Quantise an ONNX file to int8, with ranges seen on the calibration inputs.
+    """Quantise an ONNX file to int8, with ranges measured on the calibration inputs.
 
-    `evaluate` maps an ONNX file to its accuracy, or to another measure. Raises AccuracyGateFailed where more than
-    `max_drop` of it is lost, and leaves no file then.
+    `evaluate` maps an ONNX file to its accuracy, or to another measure. Raises AccuracyGateFailed if more than
+    `max_drop` of it is lost; then no file is left.
     """
     measure = measure or Measure()
     if len(calibration) == 0:
-        raise ConfigError("compression needs at least one calibration input, 0 were given")
+        raise ConfigError("compression needs at least one calibration input, got 0")
     check_max_drop(max_drop)
     start_s = time.monotonic()
     before = evaluate(source)
@@ -76,10 +76,10 @@ def compress(
         half = _quantise(source, Path(folder), np.asarray(calibration))
         after = evaluate(half)
         drop = measure.drop(before, after)
-        if not drop <= max_drop + _ROUNDING:  # NaN is not
+        if not drop <= max_drop + _ROUNDING:  # also if it is NaN
             raise AccuracyGateFailed(
                 f"{source.name}: {measure.name} goes from {before:.4f} to {after:.4f} in int8, by {drop:.4f}"
-                f"{measure.unit}; allowed is {max_drop:g}. Give more calibration data, allow more, or publish it "
+                f"{measure.unit}; allowed: {max_drop:g}. Give more calibration data, allow more, or publish it "
                 "uncompressed."
             )
         half.replace(target)
@@ -132,7 +132,7 @@ def _quantise(source: Path, folder: Path, calibration: Array) -> Path:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Mute the quantiser, which warns and logs to the root logger about steps that are in order."""
+    """Silence the quantiser, which warns and logs to the root logger about normal steps."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""PyTorch to ONNX, believed only after it computed the same.
+"""Export PyTorch to ONNX; the file is kept only if it computes the same as the model.
 
-The graph takes one tensor "input" and gives one tensor "output", both with a free batch dimension.
-Tracing with one sample silently fixes the batch of some models, so that two are traced at least, and
-batches of 1, 2 and 3 are compared.
-Invariant: a file stands at the target only if it agreed with the model at every batch tried.
+The graph takes one tensor "input" and returns one tensor "output", both with a free batch dimension.
+Tracing with one sample silently fixes the batch size of some models, so at least two are traced, and
+batch sizes 1, 2 and 3 are compared.
+Invariant: the target file exists only if it agreed with the model at every batch size tried.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     import torch
 
 PARITY_BATCHES = (1, 2, 3)
-TOLERANCE = 1e-4  # of the largest output, or of 1 where outputs are smaller
+TOLERANCE = 1e-4  # relative to the largest output, or to 1 if all outputs are smaller
 
 
 def export_task(task: Task, parameters: Tree, path: Path) -> None:
-    """Export the task's model with these parameters; its test or training data gives the example.
+    """Export the task's model with these parameters; the example inputs come from its test or training data.
 
-    Raises TaskError where there is no model or data, ParityError where the export computes another thing.
+    Raises TaskError if there is no model or data, ParityError if the export computes something else.
     """
     model = make_model(task, parameters)
     samples = test_samples(task, {}) if task.test_data is not None else train_samples(task, {})
@@ -44,12 +44,12 @@ def export_task(task: Task, parameters: Tree, path: Path) -> None:
 
 
 def export_onnx(model: torch.nn.Module, example_inputs: torch.Tensor, path: Path) -> None:
-    """Export a model of one input and one output tensor, in evaluation mode, whole in one file.
+    """Export a model with one input and one output tensor, in evaluation mode, into one file.
 
-    Raises ParityError where the exported graph computes another thing, and leaves no file then.
+    Raises ParityError if the exported graph computes something else; then no file is left.
     """
     require_torch("export to ONNX")
-    evaluated = copy.deepcopy(model).cpu().eval()  # the caller's keeps its mode and its device
+    evaluated = copy.deepcopy(model).cpu().eval()  # the caller's model keeps its mode and device
     example = _batch(example_inputs.detach().cpu(), max(2, len(example_inputs)))
     half = path.with_name(f".{path.name}.half")
     try:
@@ -61,7 +61,7 @@ def export_onnx(model: torch.nn.Module, example_inputs: torch.Tensor, path: Path
 
 
 def check_parity(model: torch.nn.Module, path: Path, example: torch.Tensor) -> None:
-    """Raise ParityError unless the file computes what the model does, at batch 1, 2 and 3."""
+    """Raise ParityError unless the file computes the same as the model, at batch sizes 1, 2 and 3."""
     import torch
 
     session = open_session(path)
@@ -70,18 +70,18 @@ def check_parity(model: torch.nn.Module, path: Path, example: torch.Tensor) -> N
         with torch.no_grad(), UserCode(type(model).__name__, f"the model at batch {batch}"):
             wanted = model(inputs)
         if not isinstance(wanted, torch.Tensor):
-            raise ParityError(f"the model returns a {type(wanted).__name__}; wanted is one tensor")
+            raise ParityError(f"the model returns a {type(wanted).__name__}; expected one tensor")
         _compare(wanted.numpy(), _run(session, inputs.numpy(), batch), batch)
 
 
 def _compare(wanted: Array, seen: Array, batch: int) -> None:
     if seen.shape != wanted.shape:
-        raise ParityError(f"at batch {batch} the exported model gives shape {seen.shape}, its source {wanted.shape}")
+        raise ParityError(f"at batch {batch} the exported model returns shape {seen.shape}, its source {wanted.shape}")
     difference = float(np.abs(seen.astype(np.float64) - wanted).max(initial=0.0))
     allowed = TOLERANCE * max(1.0, float(np.abs(wanted).max(initial=0.0)))
-    if not difference <= allowed:  # NaN is not
+    if not difference <= allowed:  # also if it is NaN
         raise ParityError(
-            f"at batch {batch} the exported model differs from its source by {difference:.3g}; allowed is {allowed:.3g}"
+            f"at batch {batch} the exported model differs from its source by {difference:.3g}, allowed: {allowed:.3g}"
         )
 
 
@@ -93,11 +93,11 @@ def _run(session: Any, inputs: Array, batch: int) -> Array:
 
 
 def _batch(example: torch.Tensor, size: int) -> torch.Tensor:
-    """Return `size` samples, repeating those there are."""
+    """Return `size` samples, repeating the given ones if there are fewer."""
     import torch
 
     if len(example) == 0:
-        raise TaskError("an export needs at least one example input, 0 were given")
+        raise TaskError("an export needs at least one example input, got 0")
     return example[torch.arange(size) % len(example)]
 
 
@@ -130,7 +130,7 @@ def _trace(model: torch.nn.Module, example: torch.Tensor, path: Path) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Mute the exporter, which prints, warns of its own insides and logs what it skips."""
+    """Silence the exporter, which prints, warns about its internals and logs what it skips."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx")]
     levels = [logger.level for logger in loggers]
     talk = io.StringIO()

@@ -1,13 +1,13 @@
-"""What a compressed model is judged by: accuracy where the task is a classification, and else its own loss.
+"""The measure of a compressed model: accuracy for a classification, otherwise the task's own loss.
 
-A task is a classification where its test data have one class a place: integers in 0..C-1, for outputs of
-C scores. Every other task is judged by its loss, as a share of what the model has learned:
+A task is a classification if its test targets are class indices: integers in 0..C-1, for outputs of
+C scores. Every other task is measured by its loss, as a fraction of what the model has learned:
 
     drop = (r(after) - r(before)) / (r(blind) - r(before))
 
-`blind` is the loss of the source's mean output, what a model gives that does not look at its input. r is
-the square root for a squared error, so that errors are in the targets' own unit, and nothing otherwise.
-Invariant: a number is called accuracy only where it is the share of right answers.
+`blind` is the loss of the source's mean output, which a model that ignores its input would return. r is
+the square root for a squared error, so that errors have the targets' unit, and the identity otherwise.
+Invariant: a number is called accuracy only if it is the fraction of right answers.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ ACCURACY, LOSS = "accuracy", "loss"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """How ONNX files of one task are judged."""
+    """How ONNX files of one task are evaluated."""
 
     measure: Measure
-    evaluate: Callable[[Path], Mapping[str, float]]  # all that is measured of a file, the measure among it
+    evaluate: Callable[[Path], Mapping[str, float]]  # all metrics of a file, including the measure
 
 
 def gate_of(task: Task, source: Path) -> Gate:
-    """Return the gate for compressed forms of a file; raises ConfigError where nothing can be judged."""
+    """Return the gate for compressed forms of a file; raises ConfigError if nothing can be measured."""
     if task.test_data is None:
         raise ConfigError(
-            f"task {task.name!r} has no test_data, so nobody can say what compression costs. Give it test_data, or "
+            f"task {task.name!r} has no test_data, so the cost of compression cannot be measured. Add test_data, or "
             "publish with --compress none"
         )
     samples = test_samples(task, {})
@@ -61,22 +61,22 @@ def gate_of(task: Task, source: Path) -> Gate:
 
 
 def measured(task: Task, path: Path, samples: Samples) -> dict[str, float]:
-    """Return the loss and the task's metrics of an ONNX file over samples."""
+    """Return the loss and the task's metrics of an ONNX file on these samples."""
     return evaluate_model(task, _answering(_runner(path)), samples)
 
 
 def is_classified(outputs: Array, targets: Array) -> bool:
-    """Say whether targets are classes for outputs of shape (N, C, ...): integers in 0..C-1, one a place."""
+    """Whether targets are classes for outputs of shape (N, C, ...): integers in 0..C-1, of shape (N, ...)."""
     return _has_scores(outputs, targets) and bool(((targets >= 0) & (targets < outputs.shape[1])).all())
 
 
 def accuracy_of(path: Path, inputs: Array, targets: Array) -> float:
-    """Return the share of targets that are the index of the largest output: of a picture, over its pixels.
+    """Return the fraction of targets that are the index of the largest output; for images, over all pixels.
 
-    Raises ConfigError where the targets are not classes.
+    Raises ConfigError if the targets are not classes.
     """
     if len(inputs) == 0 or len(inputs) != len(targets):
-        raise ConfigError(f"accuracy needs as many targets as inputs, and one at least: {len(inputs)}, {len(targets)}")
+        raise ConfigError(f"accuracy needs as many targets as inputs, at least one: got {len(inputs)}, {len(targets)}")
     session = open_session(path)
     name, right = input_name(session), 0
     for start in range(0, len(inputs), EVALUATION_BATCH):
@@ -84,7 +84,7 @@ def accuracy_of(path: Path, inputs: Array, targets: Array) -> float:
         chunk = np.asarray(targets[start : start + EVALUATION_BATCH])
         if not _has_scores(outputs, chunk):
             raise ConfigError(
-                f"{path.name} gives {outputs.dtype}{list(outputs.shape)} for targets of {chunk.dtype}"
+                f"{path.name} returns {outputs.dtype}{list(outputs.shape)} for targets of {chunk.dtype}"
                 f"{list(chunk.shape)}: these are not classes, so there is no accuracy"
             )
         right += int((outputs.argmax(axis=1) == chunk).sum())
@@ -95,10 +95,10 @@ def _share_lost(task: Task, source: Path, samples: Samples) -> Callable[[float, 
     mean = _mean_output(source, samples)
     before = measured(task, source, samples)[LOSS]
     blind = evaluate_model(task, _answering(lambda inputs: np.repeat(mean, len(inputs), axis=0)), samples)[LOSS]
-    if not before < blind:  # NaN is not
+    if not before < blind:  # also if it is NaN
         raise ConfigError(
-            f"task {task.name!r}: its loss on the test data is {before:.4g}, and {blind:.4g} for a model that does "
-            "not look at its input. It has learned nothing yet that compression could lose: train it, or publish "
+            f"task {task.name!r}: its loss on the test data is {before:.4g}, and {blind:.4g} for a model that "
+            "ignores its input. It has learned nothing yet that compression could lose: train it, or publish "
             "with --compress none"
         )
     root = math.sqrt if _is_squared(task, mean, samples) else float
@@ -106,7 +106,7 @@ def _share_lost(task: Task, source: Path, samples: Samples) -> Callable[[float, 
 
 
 def _is_squared(task: Task, mean: Array, samples: Samples) -> bool:
-    """Say whether half the distance from the targets is a quarter of the loss."""
+    """Whether the loss is a squared error: half the distance from the targets gives a quarter of it."""
     import torch
 
     targets = samples.targets[:EVALUATION_BATCH]
@@ -142,14 +142,14 @@ def _runner(path: Path) -> Callable[[Array], Array]:
     def run(inputs: Array) -> Array:
         outputs = session.run(None, {name: inputs})
         if len(outputs) != 1:
-            raise ConfigError(f"{path.name} has {len(outputs)} outputs; a gate judges a model of one")
+            raise ConfigError(f"{path.name} has {len(outputs)} outputs; a gate needs a model with one")
         return np.asarray(outputs[0])
 
     return run
 
 
 def _answering(run: Callable[[Array], Array]) -> torch.nn.Module:
-    """Return a module that answers as a function of arrays does."""
+    """Wrap a function of arrays as a torch module."""
     import torch
 
     class Answering(torch.nn.Module):
@@ -160,7 +160,7 @@ def _answering(run: Callable[[Array], Array]) -> torch.nn.Module:
 
 
 def _has_scores(outputs: Array, targets: Array) -> bool:
-    """Say whether outputs have scores, two at least, where targets have an integer."""
+    """Whether outputs have at least two scores for each integer in the targets."""
     if targets.dtype.kind not in "iu" or outputs.ndim < 2 or outputs.shape[1] < 2:
         return False
     return targets.shape == (len(outputs), *outputs.shape[2:])

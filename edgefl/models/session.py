@@ -1,6 +1,6 @@
-"""ONNX Runtime sessions: the one place that opens them, and knows what it raises.
+"""ONNX Runtime sessions: the only module that opens them and knows their exceptions.
 
-Threads do not spin while they wait: a device has other work, and a laptop a battery.
+Threads do not spin while they wait: that would cost a device CPU time and battery.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 from edgefl.errors import ConfigError, MissingExtra
 
-INPUT, OUTPUT = "input", "output"  # names that our exports give
+INPUT, OUTPUT = "input", "output"  # the names in our exports
 
 
 def open_session(path: Path) -> Any:
-    """Open a model to judge it; raises ConfigError for a file that is none, MissingExtra without onnxruntime."""
+    """Open a model to evaluate it; raises ConfigError if the file is not a model, MissingExtra without onnxruntime."""
     try:
         return new_session(path, threads=1)
     except ort_errors() as cause:
@@ -22,10 +22,10 @@ def open_session(path: Path) -> Any:
 
 
 def new_session(path: Path, *, threads: int = 0, keeps_memory: bool = True) -> Any:
-    """Open a model on the CPU; raises what `ort_errors` names, and MissingExtra without onnxruntime.
+    """Open a model on the CPU; raises the errors in `ort_errors`, and MissingExtra without onnxruntime.
 
-    `threads` 0 lets ONNX Runtime choose. A session that keeps memory is faster in the next run of the same shape, and
-    never gives back that of its largest run.
+    `threads` 0 lets ONNX Runtime choose. A session that keeps memory is faster in the next run with the same shape,
+    but never releases the memory of its largest run.
     """
     try:
         import onnxruntime
@@ -35,14 +35,14 @@ def new_session(path: Path, *, threads: int = 0, keeps_memory: bool = True) -> A
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors; its warnings are about its own optimiser
-    if not keeps_memory:  # an arena of the largest request, and patterns for every shape ever seen
+    options.log_severity_level = 3  # errors only; warnings are about its optimiser
+    if not keeps_memory:  # no arena as large as the largest request, no patterns for every shape seen
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
-    """Return what ONNX Runtime raises: a dozen classes that have no base of their own; none where it is missing."""
+    """Return ONNX Runtime's exceptions: a dozen classes without a common base; none if it is not installed."""
     try:
         from onnxruntime.capi import onnxruntime_pybind11_state as state
     except ImportError:
@@ -51,8 +51,8 @@ def ort_errors() -> tuple[type[Exception], ...]:
 
 
 def input_name(session: Any) -> str:
-    """Return the name of a session's one input."""
+    """Return the name of a session's only input."""
     names = [node.name for node in session.get_inputs()]
     if len(names) != 1:
-        raise ConfigError(f"the model has {len(names)} inputs ({', '.join(names)}); wanted is one")
+        raise ConfigError(f"the model has {len(names)} inputs ({', '.join(names)}); expected one")
     return str(names[0])

@@ -1,8 +1,8 @@
 """A client of the cloud's HTTPS plane, for operators: TLS pinned to the fleet's own CA, a deadline on everything.
 
-A cloud that is restarted goes on with its jobs; `insist` waits for it, as long as its caller has patience.
+A restarted cloud continues its jobs; `insist` retries until the cloud answers or the caller's `Patience` is over.
 
-Every call raises CloudUnreachable where nobody answers, NotFound and CloudRefused where the cloud says no.
+Every call raises CloudUnreachable if there is no answer, NotFound or CloudRefused if the cloud refuses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 CONNECT_S = 10.0
-ANSWER_S = 60.0  # for the next bytes of an answer; streams send heartbeats far more often
+ANSWER_S = 60.0  # timeout for the next bytes of an answer; streams send heartbeats far more often
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
@@ -102,18 +102,18 @@ class CloudClient:
         self._http.close()
 
     def health(self) -> Json:
-        """Ask how the cloud is; also one whose parts are not all well answers."""
+        """Return the cloud's health; a cloud with failed parts answers, too."""
         with self._deadline():
             answer = self._http.get("/v1/health")
         not_well = answer.status_code == _NOT_WELL and _is_health(answer)
         return _record(_parsed(answer, answer.content) if not_well else _decoded(answer))
 
     def devices(self) -> list[Json]:
-        """Return the fleet, with each device's presence."""
+        """Return the devices of the fleet, with the presence of each."""
         return self._list("/v1/devices")
 
     def remove_device(self, name: str) -> None:
-        """Put a device out of the fleet."""
+        """Remove a device from the fleet."""
         self._json("DELETE", f"/v1/devices/{quote(name, safe='')}")
 
     def new_token(self, valid_for_s: float) -> str:
@@ -121,7 +121,7 @@ class CloudClient:
         return str(self._json("POST", "/v1/tokens", {"valid_for_s": valid_for_s})["token"])
 
     def put_blob(self, data: bytes | BinaryIO, sha256: str) -> BlobRef:
-        """Upload bytes whose digest is known; the cloud compares."""
+        """Upload bytes with a known digest, which the cloud checks."""
         with self._deadline():
             content = data if isinstance(data, bytes) else iter(lambda: data.read(1 << 20), b"")
             answer = self._http.put("/v1/blobs", params={"sha256": sha256}, content=content)
@@ -138,11 +138,11 @@ class CloudClient:
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
-        """Start a job from uploaded parts, and return its id; with a `key`, once, however often it is asked.
+        """Start a job from uploaded parts, and return its id; repeated calls with the same `key` start one job.
 
-        `name` is what people know the task by.
+        `name` is the task's name for people.
 
-        Where the tensors are `parted`, `parameters` are what is trained and the buffers, and `frozen` all others.
+        If `parted`, `parameters` holds the trained tensors and the buffers, and `frozen` all others.
         """
         body = {"task": task, "bundle": bundle, "parameters": parameters, "buffers": buffers, "config": config}
         body |= {} if key is None else {"key": key}
@@ -163,21 +163,21 @@ class CloudClient:
         return self._json("POST", f"/v1/jobs/{quote(job, safe='')}/cancel")
 
     def job_events(self, job: str, after: int = 0) -> Iterator[Json]:
-        """Yield the rounds above `after` as they finish, then the job's end; over one connection."""
+        """Yield the rounds after number `after` as they finish, then the job's end; over one connection."""
         return self._lines(f"/v1/jobs/{quote(job, safe='')}/events", {"after": after})
 
     def start_relay(self, app: str, bundle: BlobRef, name: str | None = None) -> str:
-        """Begin a relay for a Flower app from its uploaded bundle, and return its id."""
+        """Start a relay for a Flower app from its uploaded bundle, and return its id."""
         body = {"app": app, "bundle": bundle} | ({} if name is None else {"name": name})
         return str(self._json("POST", "/v1/relays", body)["id"])
 
     def put_content(self, relay: str, data: bytes, sha256: str) -> None:
-        """Upload what messages of a relay hold."""
+        """Upload the content of messages of a relay."""
         with self._deadline():
             _checked(self._http.put(f"/v1/relays/{relay}/contents/{sha256}", content=data))
 
     def drop_content(self, relay: str, sha256: str) -> None:
-        """Forget what no message holds any more."""
+        """Delete a content that no message uses any more."""
         self._json("DELETE", f"/v1/relays/{relay}/contents/{sha256}")
 
     def send_messages(self, relay: str, messages: Sequence[Json]) -> None:
@@ -185,7 +185,7 @@ class CloudClient:
         self._json("POST", f"/v1/relays/{relay}/messages", {"messages": messages})
 
     def relay_events(self, relay: str) -> Iterator[Json]:
-        """Yield a line a reply that is not done with, then the relay's end; over one connection."""
+        """Yield one line per unacknowledged reply, then the relay's end; over one connection."""
         return self._lines(f"/v1/relays/{relay}/events", {})
 
     def get_reply(self, relay: str, number: int) -> bytes:
@@ -194,7 +194,7 @@ class CloudClient:
             return _checked(self._http.get(f"/v1/relays/{relay}/replies/{number}")).content
 
     def relay_done(self, relay: str, numbers: Sequence[int]) -> None:
-        """Forget messages and their replies."""
+        """Acknowledge messages: the cloud deletes them and their replies."""
         self._json("POST", f"/v1/relays/{relay}/done", {"numbers": list(numbers)})
 
     def end_relay(self, relay: str, state: str, error: str | None) -> None:
@@ -202,7 +202,7 @@ class CloudClient:
         self._json("POST", f"/v1/relays/{relay}/end", {"state": state, "error": error})
 
     def publish(self, model: str, blob: BlobRef, metrics: Mapping[str, float]) -> Json:
-        """Make an uploaded model the next version, and return the release."""
+        """Publish an uploaded model as the next version, and return the release."""
         body = {"blob": blob, "metrics": dict(metrics)}
         return self._json("POST", f"/v1/models/{quote(model, safe='')}/releases", body)
 
@@ -273,7 +273,7 @@ def _is_health(answer: httpx.Response) -> bool:
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:
-    """Raise what the cloud's refusal means."""
+    """Raise the error that the cloud's refusal stands for."""
     if answer.is_success:
         return answer
     try:
@@ -290,7 +290,7 @@ def _decoded(answer: httpx.Response) -> Any:
 
 
 def _parsed(answer: httpx.Response, text: str | bytes) -> Any:
-    """Return JSON that the cloud sent, its text on one line: it ends up on the operator's terminal."""
+    """Return JSON from the cloud with all text on one line, safe for the operator's terminal."""
     try:
         return for_json(parse_json(text))
     except (ProtocolError, RecursionError) as cause:
@@ -304,7 +304,7 @@ def _record(value: Any) -> Json:
 
 
 def _plain(value: Any) -> Any:
-    """Turn the records of a request into JSON."""
+    """Convert the records of a request to JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    raise TypeError(f"a {type(value).__name__} has no place in a request")
+    raise TypeError(f"a {type(value).__name__} cannot be sent in a request")

@@ -1,4 +1,4 @@
-"""How every operator's command finds its cloud: `--credentials FILE` and `--cloud URL`."""
+"""The options by which every operator command finds its cloud: `--credentials FILE` and `--cloud URL`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _CLOUD = "edgefl.cloud"
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where a command's cloud is. Nothing is opened before `open`."""
+    """Address and credentials of a command's cloud. Nothing is opened before `open`."""
 
     cloud: str | None
     credentials: Path | None
 
     def open(self) -> CloudClient:
-        """Return a client; raises ConfigError where there are no credentials."""
+        """Return a client; raises ConfigError if there are no credentials."""
         return CloudClient(self.cloud, load_credentials(self.credentials))
 
 
 def connected(command: Callable[..., _T]) -> Callable[..., _T]:
-    """Give a command the options and the parameter `connection`."""
+    """Add the options to a command, and the parameter `connection`."""
     cloud = click.option(
         "--cloud",
         metavar="URL",

@@ -1,7 +1,7 @@
-"""What an operator holds: where the cloud is, the operator's token, and the CA to trust.
+"""An operator's credentials: the cloud's address, the operator's token, and the CA to trust.
 
-The cloud's first start writes it as operator.json into its home. Invariant: the file is readable by its
-owner alone, from its first byte on.
+The cloud's first start writes them as operator.json into its home. Invariant: only its owner can read the
+file, from its first byte on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILE = "operator.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Credentials:
-    """What an operator holds: where the cloud is, the operator's token, and the CA to trust (PEM)."""
+    """The cloud's address, the operator's token, and the CA to trust (PEM)."""
 
     url: str
     token: str
@@ -43,7 +43,7 @@ def write_operator_credentials(home: Path, url: str, token: str, ca_pem: bytes) 
 
 
 def default_credentials() -> Path:
-    """Return where credentials are looked for if none are named."""
+    """Return the default path of the credentials."""
     return Path(os.environ.get(ENVIRONMENT) or "~/.config/edgefl/operator.json").expanduser()
 
 
@@ -56,15 +56,15 @@ def load_credentials(path: Path | None = None) -> Credentials:
     except OSError as cause:
         raise ConfigError(
             f"cannot read the operator's credentials {path}: {cause.strerror}. `edgefl cloud start` writes them to "
-            f"{FILE} in its home: name that file by --credentials or ${ENVIRONMENT}, or copy it to "
+            f"{FILE} in its home: give that file with --credentials or ${ENVIRONMENT}, or copy it to "
             "~/.config/edgefl/operator.json."
         ) from cause
     except (ValueError, KeyError, TypeError) as cause:
-        raise ConfigError(f"{path} is not an {FILE} of a cloud's home: {cause!r}. Copy it again, whole.") from cause
+        raise ConfigError(f"{path} is not the {FILE} of a cloud's home: {cause!r}. Copy the file again.") from cause
 
 
 def tls_context(url: str, ca: str) -> ssl.SSLContext | bool:
-    """Return TLS 1.3 pinned to a CA, or False for plain HTTP, which is for loopback only; raises ConfigError."""
+    """Return TLS 1.3 pinned to a CA, or False for plain HTTP (loopback only); raises ConfigError."""
     parts = urlsplit(url)
     if parts.scheme == "http" and is_loopback(parts.hostname or ""):
         return False

@@ -1,8 +1,8 @@
 """From trained parameters to a release: export to ONNX, compress under a gate, upload, sign.
 
-Invariant: nothing is published that does not compute what its source computes (parity), or that lost
-more than allowed by the task's own measure; what is published as a metric was measured on the file itself,
-or for an uncompressed one on the model that it was compared with.
+Invariant: a model is published only if it computes the same as its source (parity) and loses no more than
+allowed by the task's measure; published metrics were measured on the file itself, or, for an uncompressed
+file, on the model that it was compared with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENDED_AS = {"done": "is done", "failed": "failed", "cancelled": "was cancelled",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exported:
-    """An ONNX file, what is known of it, and what compression did."""
+    """An ONNX file with its metrics and the report of its compression."""
 
     path: Path
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -35,21 +35,21 @@ class Exported:
 
 
 def check_request(model: str, max_drop: float, *files: Path | None) -> None:
-    """Raise ConfigError for what would be refused when the work is done: a name, a share, a file that is not there."""
+    """Raise ConfigError early for a wrong model name, a wrong `max_drop` or a missing file."""
     check_model_name(model)
     check_max_drop(max_drop)
     for file in files:
         if file is not None and not file.is_file():
-            raise ConfigError(f"{file}: there is no such file; give the path of a file that is here")
+            raise ConfigError(f"{file}: there is no such file; give the path of an existing file")
 
 
 def trained_job(client: CloudClient, job: str) -> Json:
-    """Return a job whose model was trained for a round at least; raises ConfigError for any other, NotFound."""
+    """Return a job whose model was trained for at least one round; raises ConfigError otherwise, or NotFound."""
     found = client.job(job)
     if found["kind"] == "relay":
         raise ConfigError(
-            f"{job} carries a Flower app's messages, and the cloud has no model of it; what `edgefl run --out` wrote "
-            "is where the app was run"
+            f"{job} carries a Flower app's messages, so the cloud has no model of it; `edgefl run --out` wrote the "
+            "model on the machine that ran the app"
         )
     if found["rounds_done"]:
         return found
@@ -66,7 +66,7 @@ def trained_job(client: CloudClient, job: str) -> Json:
 
 
 def what_is_missing(job: Json) -> str:
-    """Say which round's model a job that is not done has; empty for one that is."""
+    """Say which round's model an unfinished job has; empty for a finished job."""
     if job["state"] == "done":
         return ""
     how_far = f"{job['rounds_done']} of {counted(job['config']['rounds']['count'], 'round')}"
@@ -78,14 +78,14 @@ def what_is_missing(job: Json) -> str:
 
 
 def parameters_of(client: CloudClient, job: Json, folder: Path) -> Path:
-    """Download the parameters that a job has reached."""
+    """Download a job's current parameters."""
     path = folder / "parameters.safetensors"
     download_parameters(client, job, path)
     return path
 
 
 def export(task: Task, parameters: Path, folder: Path, *, compression: str, max_drop: float) -> Exported:
-    """Make the ONNX file to publish; raises ConfigError, ParityError and AccuracyGateFailed."""
+    """Make the ONNX file for publishing; raises ConfigError, ParityError and AccuracyGateFailed."""
     from edgefl.models.export import export_task
     from edgefl.training.evaluation import evaluate
     from edgefl.trees import SpooledTree
@@ -111,7 +111,7 @@ def publish(client: CloudClient, model: str, exported: Exported) -> Json:
 
 
 def publish_onnx(client: CloudClient, model: str, path: Path) -> Json:
-    """Publish a file that was made elsewhere; raises ConfigError for one that ONNX Runtime cannot open."""
+    """Publish an ONNX file made elsewhere; raises ConfigError if ONNX Runtime cannot open it."""
     from edgefl.models.session import open_session
 
     open_session(path)
@@ -124,7 +124,7 @@ def _compressed(task: Task, source: Exported, max_drop: float) -> Exported:
     from edgefl.training.samples import test_samples
 
     gate = gate_of(task, source.path)
-    calibration = test_samples(task, {}).inputs[:MAX_CALIBRATION].cpu().numpy()  # their ranges; no label is looked at
+    calibration = test_samples(task, {}).inputs[:MAX_CALIBRATION].cpu().numpy()  # for value ranges; no labels
     seen: dict[Path, Mapping[str, float]] = {}
 
     def evaluate(path: Path) -> float:

@@ -1,8 +1,8 @@
-"""An operator's end of a relay: sends messages to devices, hears of replies in a thread of its own, fetches them.
+"""The operator's end of a relay: sends messages to devices, listens for replies in its own thread, fetches them.
 
-Knows nothing of Flower. Outlives restarts of the cloud: what a lost answer leaves open is asked for again, and
-every request may come twice.
-Invariant: once a relay has ended, for whatever reason, nobody waits for it.
+It does not depend on Flower. It survives restarts of the cloud: a request without an answer is repeated, so
+every request may arrive twice.
+Invariant: once a relay has ended, for any reason, no caller waits for it any longer.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from edgefl.operator.follow import Waits, follow_relay
 from edgefl.protocols.messages import BlobRef
 
 BATCH = 250  # messages in one request, of a few hundred bytes each
-MAX_SAID = 2000  # characters of why a run failed
-FAREWELL_S = 10.0  # for a cloud that no longer answers, when all is over
+MAX_SAID = 2000  # characters of a run's error
+FAREWELL_S = 10.0  # at the end of a run: how long to retry with a silent cloud
 
 _T = TypeVar("_T")
 
 
 class Relay:
-    """One running relay, as a context: it ends with it as done, failed or cancelled. Safe to call from any thread."""
+    """One running relay. A context manager: leaving it ends the relay as done, failed or cancelled. Thread-safe."""
 
     def __init__(
         self, client: Callable[[], CloudClient], app: str, bundle: BlobRef, patience: Patience | None = None, *,
@@ -37,14 +37,14 @@ class Relay:
     ) -> None:  # fmt: skip
         self._open, self._app, self._bundle, self._name = client, app, bundle, name
         self._waits = Waits(on_waiting)
-        self.told_paused_s = 0.0  # as the cloud said last: how long its time-outs have stood still
+        self.told_paused_s = 0.0  # as last reported by the cloud: for how long its timeouts were paused
         self._patience = patience or Patience()
-        self._turn = threading.RLock()  # of the one client; re-entered by a Ctrl-C
+        self._turn = threading.RLock()  # protects the client; re-entered after Ctrl-C
         self._changed = threading.Condition()
         self._arrived: dict[int, Json] = {}
         self._wanted: set[int] = set()
-        self._strays: set[int] = set()  # replies that nobody waits for any more
-        self._held: Counter[str] = Counter()  # messages by what they hold
+        self._strays: set[int] = set()  # replies that no caller waits for any more
+        self._held: Counter[str] = Counter()  # number of messages per content
         self._fault: EdgeflError | None = None
         self.id = ""
 
@@ -65,18 +65,18 @@ class Relay:
             "done" if why is None else "cancelled" if isinstance(why, KeyboardInterrupt | JobCancelled) else "failed"
         )
         said = None if why is None else str(why)[:MAX_SAID] or type(why).__name__
-        with self._client, suppress(EdgeflError):  # the cloud's own patience ends what it does not hear the end of
+        with self._client, suppress(EdgeflError):  # if this fails, the cloud's own timeout ends the relay
             insist(lambda: self._client.end_relay(self.id, state, said), Patience(seconds=FAREWELL_S))
         self.stop(JobCancelled(f"{self.id} is over"))
         self._listener.join(FAREWELL_S)
 
     @property
     def fault(self) -> EdgeflError | None:
-        """Why the relay has ended, once it has."""
+        """The error that ended the relay, or None."""
         return self._fault
 
     def stop(self, fault: EdgeflError) -> None:
-        """Have everybody who waits, or will, raise this."""
+        """End the relay: all waiting and later calls raise `fault`."""
         with self._changed:
             self._fault = self._fault or fault
             self._changed.notify_all()
@@ -86,7 +86,7 @@ class Relay:
         return [str(one["name"]) for one in self._ask(self._client.devices) if one["online"]]
 
     def hold(self, data: bytes) -> str:
-        """Upload what a message holds, unless another does, and return its name; `send` it, then `done` drops it."""
+        """Upload a message's content unless it is there already, and return its name. `done` releases it again."""
         sha256 = hashlib.sha256(data).hexdigest()
         with self._turn:
             if not self._held[sha256]:
@@ -95,20 +95,20 @@ class Relay:
         return sha256
 
     def hold_again(self, sha256: str) -> str:
-        """Count one more message that holds what another does."""
+        """Count one more message with the same content."""
         with self._turn:
             self._held[sha256] += 1
         return sha256
 
     def send(self, messages: Sequence[Json]) -> None:
-        """Send messages, in rising order of their numbers."""
+        """Send messages, in ascending order of their numbers."""
         with self._changed:
             self._wanted |= {message["number"] for message in messages}
         for start in range(0, len(messages), BATCH):
             self._ask(partial(self._client.send_messages, self.id, messages[start : start + BATCH]))
 
     def next_reply(self, numbers: Collection[int], timeout_s: float) -> Json | None:
-        """Wait for a reply to one of these messages; None at the timeout. Raises what ended the relay."""
+        """Wait for a reply to one of these messages; None at the timeout. Raises the error that ended the relay."""
         with self._changed:
             self._changed.wait_for(lambda: self._fault or not self._arrived.keys().isdisjoint(numbers), timeout_s)
             if self._fault is not None:
@@ -117,7 +117,7 @@ class Relay:
             return None if ready is None else self._arrived.pop(ready)
 
     def paused_s(self) -> tuple[float, bool]:
-        """Return how long the cloud's time-outs have stood still, in seconds, and whether they do now."""
+        """Return for how many seconds the cloud's timeouts were paused in total, and whether they are paused now."""
         row = self._ask(lambda: self._client.job(self.id))
         self.told_paused_s = float(row.get("paused_s") or 0.0)
         return self.told_paused_s, bool(row.get("waiting"))
@@ -127,7 +127,7 @@ class Relay:
         return self._ask(lambda: self._client.get_reply(self.id, number))
 
     def done(self, messages: Sequence[Json]) -> None:
-        """Have the cloud forget messages, answered or not; nothing where the relay has ended."""
+        """Acknowledge messages, answered or not, so that the cloud deletes them; does nothing after the relay's end."""
         if not messages or self._fault is not None:
             return
         with self._changed:
@@ -148,14 +148,14 @@ class Relay:
             self._ask(lambda: self._client.drop_content(self.id, sha256))
 
     def _ask(self, call: Callable[[], _T]) -> _T:
-        """Call the cloud until it answers; raises what ended the relay where that is why it refuses."""
+        """Call the cloud until it answers; if the relay has ended, raise the error that ended it."""
         if self._fault is not None:
             raise self._fault
         with self._turn:
             try:
                 return insist(call, self._patience)
             except NotFound:
-                with self._changed:  # the listener hears why, at once
+                with self._changed:  # the listener learns the reason shortly
                     self._changed.wait_for(lambda: self._fault, FAREWELL_S)
                 raise self._fault or ConfigError(f"{self.id} is not known to the cloud") from None
 

@@ -1,7 +1,7 @@
-"""Run a federated training on a fleet: submit the task, watch its rounds, judge each model here.
+"""Run a federated training on a fleet: submit the task, watch its rounds, evaluate each model here.
 
 The cloud runs no user code, so the task's own test data and metrics are applied on the operator's
-machine, to each round's model as it is finished. Who stops watching does not stop the job.
+machine, to each round's model as soon as it is finished. To stop watching does not stop the job.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ def _unheard(_said: Any = None) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heard:
-    """What is called while a job is followed."""
+    """Callbacks while a job is followed."""
 
     on_round: OnRound = _unheard
-    on_waiting: Callable[[str], None] = _unheard  # with what the cloud waits for; empty when that is over
+    on_waiting: Callable[[str], None] = _unheard  # gets what the cloud waits for; empty when the wait is over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """What a run came to."""
+    """The result of a run."""
 
     job: str
     rounds: tuple[Json, ...]
-    final: dict[str, float]  # of the last model, on the task's test data where it has some
-    seconds: float  # on the cloud's clock
-    model: Json  # sha256, and path where it was downloaded
+    final: dict[str, float]  # metrics of the last model on the task's test data, if any
+    seconds: float  # by the cloud's clock
+    model: Json  # sha256, and the path if it was downloaded
 
     def as_json(self) -> Json:
-        """The result with the keys that every engine's result has."""
+        """Return the result with the keys common to all engines."""
         admitted = sum(int(one["admitted"]) for one in self.rounds)
         return {
             "engine": "fleet",
@@ -75,7 +75,7 @@ def run(
 ) -> RunResult:  # fmt: skip
     """Train a task on the fleet of a cloud, from submission to the last model.
 
-    `task` is `package.module:attribute` or a folder; `out` is where the model goes (safetensors).
+    `task` is `package.module:attribute` or a folder; `out` is the path for the model (safetensors).
     Raises JobFailed, JobCancelled, CloudUnreachable, ConfigError and TaskError.
     """
     loaded = load_task(task)
@@ -88,10 +88,10 @@ def submit(
     client: CloudClient, reference: str, task: Task, config: JobConfig, patience: Patience | None = None, *,
     on_ask: Callable[[], None] = _unheard,
 ) -> str:  # fmt: skip
-    """Upload a task and its first parameters, start the job and return its id; over restarts of the cloud.
+    """Upload a task and its first parameters, start the job and return its id; survives restarts of the cloud.
 
-    `on_ask` is called when all is uploaded: from then on the job may run, whatever becomes of us. Raises ConfigError
-    for a rule that there is not before anything is uploaded.
+    `on_ask` is called when all is uploaded: from then on the job may run, even if this process ends. An unknown
+    aggregation rule raises ConfigError before anything is uploaded.
     """
     make_rule(config.aggregation.rule, {})
     packed = pack_bundle(reference)
@@ -112,7 +112,7 @@ def watch(
     client: CloudClient, job: str, task: Task | None = None, heard: Heard | None = None, *,
     out: Path | None = None, patience: Patience | None = None,
 ) -> RunResult:  # fmt: skip
-    """Follow a job to its end, over restarts of the cloud; raises JobFailed or JobCancelled where it has none."""
+    """Follow a job to its end, also over restarts of the cloud; raises JobFailed or JobCancelled."""
     judge = JobJudge(client, task, patience) if task is not None else None
     heard = heard or Heard()
     rounds: list[Json] = []
@@ -142,23 +142,23 @@ def watch(
 
 
 class JobJudge:
-    """Judges the models of a job, here, by the task's test data; says nothing where there is none."""
+    """Evaluates the models of a job on the task's test data, in this process; returns no metrics if there is none."""
 
     def __init__(self, client: CloudClient, task: Task, patience: Patience | None = None) -> None:
         self._client, self._patience = client, patience
         self._judge = Judge(task)
-        self._frozen: tuple[str, Tree] | None = None  # the last, by its digest
+        self._frozen: tuple[str, Tree] | None = None  # the last one, with its digest
 
     def __call__(self, sha256: str, frozen: str | None = None) -> dict[str, float]:
         """Return `loss` and the task's metrics; empty for a model that the cloud no longer keeps.
 
-        `frozen` is the digest of the tensors that the model lacks, where it lacks some.
+        `frozen` is the digest of the frozen tensors if the model's blob does not hold them.
         """
         if not self._judge.can:
             return {}
         try:
             moving = self._tree(sha256)
-            if frozen is not None and (self._frozen is None or self._frozen[0] != frozen):  # one for all of a job
+            if frozen is not None and (self._frozen is None or self._frozen[0] != frozen):  # one for all rounds
                 self._frozen = frozen, self._tree(frozen)
         except NotFound:
             return {}
@@ -168,11 +168,11 @@ class JobJudge:
         with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
             path = Path(folder) / "tree"
             insist(lambda: download(self._client, sha256, path), self._patience)
-            return dict(SpooledTree(path))  # mapped: the file may go
+            return dict(SpooledTree(path))  # memory-mapped: the file may be deleted
 
 
 def download(client: CloudClient, sha256: str, path: Path) -> None:
-    """Fetch a blob into a file, which appears whole or not at all; raises CloudRefused for other bytes."""
+    """Download a blob into a file, completely or not at all; raises CloudRefused if the digest does not match."""
     partial = path.with_name(f".{path.name}.part")
     try:
         with partial.open("w+b") as file:
@@ -187,7 +187,7 @@ def download(client: CloudClient, sha256: str, path: Path) -> None:
 
 
 def download_parameters(client: CloudClient, job: Json, path: Path) -> None:
-    """Fetch what a job has reached into a file, whole: from two blobs while it is not done, if something is frozen."""
+    """Download all of a job's current parameters into a file; while it runs, frozen tensors come from a second blob."""
     download(client, job["model"]["sha256"], path)
     if job.get("frozen") is None:
         return
@@ -200,7 +200,7 @@ def download_parameters(client: CloudClient, job: Json, path: Path) -> None:
 
 
 def upload_tree(client: CloudClient, tree: Tree, patience: Patience | None = None) -> BlobRef:
-    """Upload parameters without a second copy of them in memory."""
+    """Upload parameters without copying them in memory."""
     with tempfile.TemporaryFile(prefix="edgefl-") as file:
         write_tree(tree, file)
         file.seek(0)

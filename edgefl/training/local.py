@@ -346,5 +346,5 @@ def loss_of(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.T
     loss = task.loss(outputs, targets)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         seen = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise TaskError(f"task {task.name!r}: loss returned {seen}; wanted is one number, the mean over the batch")
+        raise TaskError(f"task {task.name!r}: loss returned {seen}; expected one number, the mean over the batch")
     return loss.reshape(())

@@ -325,7 +325,7 @@ def test_a_partial_sum_that_is_refused_changes_nothing(
         (np.full(2, 3e38, np.float32), np.full(2, 3e38, np.float32), "'w' holds NaN or infinity"),
         (np.full(2, 6e4, np.float16), np.full(2, 6e4, np.float16), "'w' holds NaN or infinity"),
         (np.array([2**63 - 1]), np.array([1]), "'w' is beyond the range of int64"),
-        (np.array([0]), np.array([2**63 - 1]), "'w' is beyond 64 bits"),
+        (np.array([0]), np.array([2**63 - 1]), "'w' exceeds 64 bits"),
         (np.array([-(2**63)]), np.array([-1]), "'w' is beyond the range of int64"),
     ],
 )

@@ -111,8 +111,8 @@ def test_references_that_lead_nowhere(tmp_path):
     [
         ("", r"\[tool.edgefl\] task is missing"),
         ("task = 3", r"\[tool.edgefl\] task is 3"),
-        ('task = "task"', r"task is 'task'; wanted is task = \"module:attribute\""),
-        ("task =", "is not a project's TOML"),
+        ('task = "task"', r"task is 'task'; expected task = \"module:attribute\""),
+        ("task =", "is not a valid pyproject.toml"),
         ('task = "other:task"', "has no module 'other'"),
         ('task = "task:taks"', "has no attribute 'taks'; tasks in it: task"),
         ('task = "task:NAME"', "of type str, not an edgefl.Task"),
@@ -130,7 +130,7 @@ def test_a_folder_without_pyproject(tmp_path):
 
 def test_a_broken_section_in_pyproject(tmp_path):
     (tmp_path / "pyproject.toml").write_text("tool = 3")
-    with pytest.raises(ConfigError, match="is not a project's TOML"):
+    with pytest.raises(ConfigError, match=r"is not a valid pyproject\.toml"):
         load_task(str(tmp_path))
 
 

@@ -22,28 +22,28 @@ ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowerRun:
-    """What was asked of a Flower app."""
+    """The request to run a Flower app: folder, settings, output."""
 
     folder: Path
     rounds: int | None
     settings: Sequence[str]  # run-config overrides, key=value
-    run_config: Sequence[str]  # the same in Flower's words, below them
+    run_config: Sequence[str]  # the same in Flower's syntax; `settings` override them
     federation_config: Sequence[str]
     out: Path | None
-    task_flags: Mapping[str, object]  # given, but of no meaning to a Flower app
+    task_flags: Mapping[str, object]  # given flags that mean nothing for a Flower app
 
 
 def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None:
-    """Run the app, show its rounds and write the result; raises ConfigError for what it cannot take."""
+    """Run the app, show its rounds and write the result; raises ConfigError for options that it cannot use."""
     if given := [flag for flag, value in asked.task_flags.items() if value]:
         raise ConfigError(
-            f"{', '.join(given)}: a Flower app has no such thing; its run-config goes by --set key=value, "
-            "or by --run-config FILE.toml"
+            f"{', '.join(given)}: not for a Flower app; set its run-config with --set key=value, "
+            "or with --run-config FILE.toml"
         )
     if asked.federation_config:
         raise ConfigError(
-            "--federation-config: on a fleet the devices that are online are the nodes. Leave it away; a device's node "
-            "config goes by edgefl agent start --data key=value, and edgefl simulate has as many nodes as you like"
+            "--federation-config: on a fleet the devices that are online are the nodes. Drop it; set a device's "
+            "node config with edgefl agent start --data key=value. edgefl simulate has as many nodes as you like"
         )
     from edgefl.flower import load_flower_app, parse_run_config, run_on_fleet
     from edgefl.flower.apps.app import fuse_run_config
@@ -69,10 +69,10 @@ def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None
                 app, connection.open, overrides, on_start=on_start, on_round=screen.on_round,
                 on_waiting=lambda waiting: screen.tell_waiting(started or app.name, waiting), out=asked.out,
             )  # fmt: skip
-    except KeyboardInterrupt:  # before its ServerApp began, or the second one
+    except KeyboardInterrupt:  # before its ServerApp began, or a second Ctrl-C
         if not started:
             raise
-        output.line(f"\ninterrupted; {started} has ended in the cloud with it")
+        output.line(f"\ninterrupted; {started} has ended in the cloud, too")
         raise click.exceptions.Exit(INTERRUPTED) from None
     ended = "interrupted" if result.interrupted else "done"
     output.line(f"{result.job} {ended} in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
@@ -84,9 +84,9 @@ def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None
 
 
 def model_text(result: FlowerRunResult, out: Path) -> str:
-    """Say where the model is, or why there is none."""
+    """Return where the model is, or why there is none."""
     if result.model is not None:
         return f"model: {out}"
     return (
-        f"no model is written to {out}: none of the app's strategies returned one; an app of its own kind saves its own"
+        f"no model is written to {out}: no strategy of the app returned one; without a strategy, an app saves its own"
     )

@@ -45,8 +45,8 @@ def simulate_flower(request: SimulateRequest, output: Output) -> None:
     """Run the app, show its rounds, and write what was asked for; raises ConfigError for what it cannot take."""
     if given := request.only_for_tasks():
         raise ConfigError(
-            f"{', '.join(given)}: a Flower app has no such thing; its run-config goes by --set key=value, "
-            "or by --run-config FILE.toml"
+            f"{', '.join(given)}: not for a Flower app; set its run-config with --set key=value, "
+            "or with --run-config FILE.toml"
         )
     overrides = read_run_config(request.run_config) | parse_run_config(request.settings)
     if request.rounds is not None:

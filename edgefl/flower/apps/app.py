@@ -160,7 +160,7 @@ def _flwr_table(folder: Path) -> dict[str, Any]:
     except OSError as cause:
         raise ConfigError(f"cannot read {file}: {cause.strerror}") from cause
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, AttributeError) as cause:
-        raise ConfigError(f"{file} is not a project's TOML: {cause}") from cause
+        raise ConfigError(f"{file} is not a valid pyproject.toml: {cause}") from cause
     return table if isinstance(table, dict) else {}
 
 
@@ -173,7 +173,7 @@ def _reference(folder: Path, app: Mapping[str, Any], component: str) -> tuple[st
         seen = "is missing" if text is None else f"is {text!r}"
         raise ConfigError(
             f"{folder / 'pyproject.toml'}: [tool.flwr.app.components] {component} {seen}; "
-            f'wanted is {component} = "module:attribute"'
+            f'expected {component} = "module:attribute"'
         )
     top = module.partition(".")[0]
     if not (folder / f"{top}.py").is_file() and not (folder / top).is_dir():

@@ -126,7 +126,7 @@ def _not_a_mean(task: Task, model: torch.nn.Module, samples: list[Samples]) -> s
     within = max(TOLERANCE, ULPS * torch.finfo(together.dtype).eps)
     if math.isclose(together, mean, rel_tol=within, abs_tol=within):
         return None
-    return f"the loss of {len(inputs)} samples is {together:.6g}, the mean of their losses {mean:.6g}; wanted is a mean"
+    return f"the loss of {len(inputs)} samples is {together:.6g}, the mean of their losses {mean:.6g}; expected a mean"
 
 
 def _loss(task: Task, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

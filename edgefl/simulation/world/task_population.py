@@ -24,7 +24,7 @@ class TaskPopulation:
 
     def __init__(self, task: Task, num_clients: int, options: Mapping[str, str], *, seed: int = 0) -> None:
         if num_clients < 1:
-            raise ConfigError(f"{num_clients} clients were asked for; wanted is 1 or more")
+            raise ConfigError(f"{num_clients} clients were asked for; expected 1 or more")
         _refuse_partless(task)
         self._task, self._seed = task, seed
         self._names = Names(num_clients)

@@ -54,7 +54,7 @@ def read_trace(file: Path, period_s: float) -> tuple[TracedDevice, ...]:
         except ValueError as cause:
             raise ConfigError(f"{file}:{line}: {cause}") from cause
     if not devices:
-        raise ConfigError(f"the trace {file} has no devices; wanted is a line a device with: {', '.join(COLUMNS)}")
+        raise ConfigError(f"the trace {file} has no devices; expected one line per device with: {', '.join(COLUMNS)}")
     return tuple(devices)
 
 
@@ -114,9 +114,9 @@ def _json_rows(file: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as cause:
-            raise ConfigError(f"{file}:{number}: not JSON: {cause}; wanted is one object a line") from cause
+            raise ConfigError(f"{file}:{number}: not JSON: {cause}; expected one object per line") from cause
         if not isinstance(row, dict):
-            raise ConfigError(f"{file}:{number}: a JSON {type(row).__name__}; wanted is one object a line")
+            raise ConfigError(f"{file}:{number}: a JSON {type(row).__name__}; expected one object per line")
         if unknown := sorted(set(row) - set(COLUMNS)):
             raise ConfigError(f"{file}:{number}: unknown keys {unknown}; known are: {', '.join(COLUMNS)}")
         yield number, {name: value for name, value in row.items() if value is not None}
@@ -134,7 +134,7 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not (0 <= number < math.inf) or (number == 0 and name not in MAY_BE_ZERO):
-        raise ValueError(f"{name}={value!r}; wanted is a finite number, {wanted}")
+        raise ValueError(f"{name}={value!r}; expected a finite number, {wanted}")
     return number
 
 

@@ -89,7 +89,7 @@ class NeedsPairs(nn.Module):
     [
         (FixedBatch(), ParityError, "at batch 1 the exported model does not run"),
         (DependsOnData(), ParityError, "cannot be exported to ONNX"),
-        (TwoOutputs(), (ParityError, TaskError), "wanted is one tensor|cannot be exported"),
+        (TwoOutputs(), (ParityError, TaskError), "expected one tensor|cannot be exported"),
         (NeedsPairs(), (ParityError, TaskError), "at batch 1"),
     ],
 )

@@ -43,7 +43,7 @@ def test_without_any_the_error_says_how_to_get_them(tmp_path, monkeypatch):
 def test_a_file_that_holds_none_is_named(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"x\.json is not an operator\.json"):
+    with pytest.raises(ConfigError, match=r"x\.json is not the operator\.json"):
         load_credentials(path)
 
 

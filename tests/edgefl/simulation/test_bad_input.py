@@ -74,7 +74,7 @@ def test_a_trace_with_a_bad_line(edgefl, tasks, tmp_path):
     trace = tmp_path / "phones.csv"
     trace.write_text("speed,uplink_mbps\n100,5\n100,fast\n")
     answer = edgefl(tasks("task"), "--set", f"population.devices.trace={trace}", "--engine", "loop")
-    refused(answer, 1, f"{trace}:3: uplink_mbps='fast'; wanted is a finite number, above 0")
+    refused(answer, 1, f"{trace}:3: uplink_mbps='fast'; expected a finite number, above 0")
 
 
 def test_a_client_without_data_fails_and_the_others_go_on(edgefl, tasks, tmp_path):
@@ -103,7 +103,7 @@ def odd(tasks, tmp_path):
 
 def test_a_loss_of_one_value_a_sample_says_so(edgefl, odd):
     refused(
-        edgefl(odd("each"), "--clients", "3", "--engine", "loop"), 1, "wanted is one number, the mean over the batch"
+        edgefl(odd("each"), "--clients", "3", "--engine", "loop"), 1, "expected one number, the mean over the batch"
     )
 
 

@@ -69,5 +69,5 @@ def test_what_cannot_be_trained_is_refused(make, message):
 
 @pytest.mark.parametrize("make", [lambda: task(trained=["head.weight"]), lambda: own(trained="a")])
 def test_trained_names_tensors_of_a_task_with_fit(make):
-    with pytest.raises(ConfigError, match="is for a task with fit, and names tensors"):
+    with pytest.raises(ConfigError, match="belongs to a task with fit, and lists names of tensors"):
         make()

@@ -83,7 +83,7 @@ def test_flowers_words_are_taken_and_the_absence_of_a_model_told(command, play_d
     ("options", "said"),
     [
         (("--set", "colour=red"), "has no run-config key 'colour'; known: num-server-rounds"),
-        (("--config", "x.toml"), "--config: a Flower app has no such thing"),
+        (("--config", "x.toml"), "--config: not for a Flower app"),
         (("--set", "colour"), "is not of the form key=value"),
         (("--run-config", "colour = red"), "is not of the form key=value; expected --run-config"),
         (("--federation-config", "num-supernodes=3"), "on a fleet the devices that are online are the nodes"),

@@ -79,7 +79,7 @@ def test_an_unmodified_app_runs_and_is_drawn(tmp_path):
     ("flags", "reason"),
     [
         (("--engine", "stacked"), "'stacked' cannot run a Flower app"),
-        (("--config", "a.toml"), "--config: a Flower app has no such thing; .* by --run-config FILE.toml"),
+        (("--config", "a.toml"), "--config: not for a Flower app; .* with --run-config FILE.toml"),
         (("--data", "partition-id=3"), "partition-id of a simulated node is its place"),
         (("--federation-config", "nodes=3"), "there is no 'nodes'; known: num-supernodes"),
         (("--set", "no-such-key=1"), "no-such-key"),

@@ -82,7 +82,7 @@ def test_a_syntax_error_names_file_and_line(make_app):
         ("{name}.client_app:app", "{name}.server_app:app", "is of type ServerApp, not a ClientApp"),
         ("rounds = 2", "rounds = [2]", r"rounds=\[2\] must be a number"),
         ("tool.flwr", "tool.other", "this is no Flower app"),
-        ("[project]", "[project", "is not a project's TOML"),
+        ("[project]", "[project", "is not a valid pyproject.toml"),
     ],
 )
 def test_a_wrong_pyproject_says_what_is_wanted(make_app, old, new, said):

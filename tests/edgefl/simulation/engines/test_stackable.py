@@ -28,7 +28,7 @@ def test_what_can(set_up, name):
         ("norm", "is batch norm"),
         ("adam", "its own optimizer"),
         ("own_fit", "its own fit"),
-        ("summed", "wanted is a mean"),
+        ("summed", "expected a mean"),
     ],
 )
 def test_what_cannot_and_why(set_up, name, reason):

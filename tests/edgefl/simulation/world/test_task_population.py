@@ -30,5 +30,5 @@ def test_a_million_clients_cost_nothing_until_they_are_asked(set_up):
 def test_a_loader_that_cannot_part_its_data_is_refused(set_up):
     with pytest.raises(ConfigError, match="takes no `part` and `parts`"):
         set_up("partless")
-    with pytest.raises(ConfigError, match="wanted is 1 or more"):
+    with pytest.raises(ConfigError, match="expected 1 or more"):
         TaskPopulation(set_up().task, 0, {})

@@ -49,9 +49,9 @@ def test_windows_repeat_and_go_over_midnight(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("speed\nfast\n", ":2: speed='fast'; wanted is a finite number, above 0"),
+        ("speed\nfast\n", ":2: speed='fast'; expected a finite number, above 0"),
         ("speed,rtt_s\n1,1\n\n0,1\n", ":4: speed='0'"),
-        ("speed,rtt_s\n1,-1\n", ":2: rtt_s='-1'; wanted is a finite number, 0 or more"),
+        ("speed,rtt_s\n1,-1\n", ":2: rtt_s='-1'; expected a finite number, 0 or more"),
         ("speed\nnan\n", ":2: speed='nan'"),
         ("speed\ninf\n", ":2: speed='inf'"),
         ("speed,rtt_s\n1\n", ":2: 1 values; the header has 2 columns"),
@@ -75,7 +75,7 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, fault: str) -> None:
     ("line", "fault"),
     [
         ("{", ":2: not JSON"),
-        ("[1]", ":2: a JSON list; wanted is one object a line"),
+        ("[1]", ":2: a JSON list; expected one object per line"),
         ('{"speeed": 1}', r":2: unknown keys \['speeed'\]; known are: speed"),
         ('{"speed": true}', ":2: speed=True"),
         ('{"speed": [1]}', r":2: speed=\[1\]"),
