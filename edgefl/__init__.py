@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from edgefl.flower.run import FlowerRunResult
     from edgefl.operator.run import RunResult, run
+    from edgefl.records import RoundReport
     from edgefl.simulation.simulate import Watching, simulate
     from edgefl.simulation.study.report import CutShort, ProcessLost, SimulationResult
     from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult, sweep
@@ -92,6 +93,7 @@ _NAMES = {
     ),
     "edgefl.flower.run": ("FlowerRunResult",),
     "edgefl.operator.run": ("RunResult", "run"),
+    "edgefl.records": ("RoundReport",),
     "edgefl.simulation.simulate": ("Watching", "simulate"),
     "edgefl.simulation.study.report": ("CutShort", "ProcessLost", "SimulationResult"),
     "edgefl.simulation.study.sweep": ("SweepResult", "SweepWatching", "VariantResult", "sweep"),
@@ -140,6 +142,7 @@ __all__ = [
     "ProtocolError",
     "QuorumNotMet",
     "RolloutFailed",
+    "RoundReport",
     "RoundsConfig",
     "RunResult",
     "ServerConfig",

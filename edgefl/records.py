@@ -7,12 +7,14 @@ take 4 MB.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgefl.config import TrainConfig
+from edgefl.errors import ProtocolError
 from edgefl.trees import Tree
 
 Counts = npt.NDArray[np.uint32]  # (clients,) rounds in which each was admitted
@@ -94,20 +96,61 @@ class RoundOutcome:
     up_bytes: int
     down_bytes: int
 
-    def as_json(self) -> dict[str, object]:
-        """Return the round as the public JSON shows it: counts, and the reasons."""
-        return {
-            "round": self.round,
-            "admitted": len(self.admitted),
-            "rejected": len(self.rejected),
-            "failed": len(self.failed),
-            "missing": len(self.missing),
-            "reasons": {**self.rejected, **self.failed},
-            "seconds": self.seconds,
-            "up_bytes": self.up_bytes,
-            "down_bytes": self.down_bytes,
-            "metrics": dict(self.metrics),
-        }
+    def report(self) -> RoundReport:
+        """Return what a caller is told of this round."""
+        return RoundReport(
+            round=self.round,
+            admitted=len(self.admitted),
+            rejected=len(self.rejected),
+            failed=len(self.failed),
+            missing=len(self.missing),
+            reasons={**self.rejected, **self.failed},
+            seconds=self.seconds,
+            up_bytes=self.up_bytes,
+            down_bytes=self.down_bytes,
+            metrics=dict(self.metrics),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundReport:
+    """A finished round as every result has it: of a run on a fleet, of a simulation, of a Flower app."""
+
+    round: int
+    admitted: int  # clients, here and in the next three
+    rejected: int  # an update that a guard refused
+    failed: int  # no update at all
+    missing: int  # no answer by the round's end
+    reasons: Mapping[str, str]  # client -> why it was rejected, or failed
+    seconds: float
+    up_bytes: int
+    down_bytes: int
+    metrics: Mapping[str, float]
+    virtual_seconds: float | None = None  # on the devices' clock, where a simulation has one
+    virtual_end_s: float | None = None  # since the simulation's first round, on that clock
+    model: str | None = None  # SHA-256 of the parameters after it, on a fleet
+    frozen: str | None = None  # SHA-256 of the tensors that these lack, where they lack some
+
+    def counts_text(self) -> str:
+        """Return `3 admitted, 1 failed`: how many came to what, where any did."""
+        others = {"rejected": self.rejected, "failed": self.failed, "missing": self.missing}
+        return ", ".join([f"{self.admitted} admitted", *(f"{count} {name}" for name, count in others.items() if count)])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the round as the public JSON shows it: counts and reasons, without what it does not have."""
+        said = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in said.items() if value is not None} | {
+            "reasons": dict(self.reasons), "metrics": dict(self.metrics),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> RoundReport:
+        """Read what `as_json` made; other keys are left. Raises ProtocolError for what is no round."""
+        known = {one.name: said[one.name] for one in fields(cls) if one.name in said}
+        try:
+            return cls(**known)
+        except TypeError as cause:
+            raise ProtocolError(f"this is no round: {cause}") from cause
 
 
 def no_counts(num_clients: int) -> Counts:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgefl.records import Failure, Plan, Traffic, Update
+from edgefl.records import Failure, Plan, RoundReport, Traffic, Update
 from edgefl.trees import tree_bytes
 
-__all__ = ["ManualClock", "ScriptedFleet", "make_update"]
+__all__ = ["ManualClock", "ScriptedFleet", "make_report", "make_update"]
 
 Answer = Callable[[Plan], Update | Failure | None]
+
+
+def make_report(**changes: Any) -> RoundReport:
+    """Make what is told of a round: one client admitted in round 1 in a second, and what is named."""
+    said: dict[str, Any] = {"round": 1, "admitted": 1, "reasons": {}, "seconds": 1.0, "metrics": {}}
+    said |= dict.fromkeys(("rejected", "failed", "missing", "up_bytes", "down_bytes"), 0)
+    return RoundReport(**said | changes)
 
 
 def make_update(

@@ -105,7 +105,7 @@ def _in_edgefl(folder: Path, nodes: int, settings: Mapping[str, Any]) -> tuple[A
     from edgefl.flower import load_flower_app, run_flower_app
 
     result = run_flower_app(load_flower_app(folder), nodes, dict(settings))
-    seconds = [float(one["seconds"]) for one in result.rounds]
+    seconds = [one.seconds for one in result.rounds]
     detail = {"edgefl": version("edgefl-fleet"), "workers": result.num_workers}
     return result.arrays, {"round_s": seconds, "accuracy": result.final.get("accuracy"), "detail": detail}
 

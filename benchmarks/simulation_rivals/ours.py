@@ -27,7 +27,7 @@ def contest(work: Work, given: argparse.Namespace) -> Finished:
         config = dataclasses.replace(config, population=shared)
     result = simulate(work.workload.reference, engine=given.engine, config=config, evaluate_every=work.rounds)
     return Finished(
-        [float(one["seconds"]) for one in result.rounds],
+        [one.seconds for one in result.rounds],
         result.final.get("accuracy"),
         {"engine": result.engine, "why": result.engine_reason},
     )

@@ -187,7 +187,7 @@ class Jobs:
         Of the rounds before, `kept_rounds` stay, and those that a reader has not had yet; 0 keeps all.
         """
         pruned = self.followers.prunable(outcome.job, outcome.round, kept_rounds) if kept_rounds else 0
-        shown = outcome.as_json() | {"model": model.sha256}
+        shown = outcome.report().as_json() | {"model": model.sha256}
         in_job = outcome.job
         with self._engine.begin() as db:
             if frozen := db.scalar(sa.select(jobs.c.frozen_sha256).where(jobs.c.id == in_job)):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from edgefl.errors import ConfigError, QuorumNotMet, TaskError
 from edgefl.flower.apps.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
 from edgefl.measure import peak_rss_mb
-from edgefl.records import Counts, clients_by_rounds, count_clients, no_counts
+from edgefl.records import Counts, RoundReport, clients_by_rounds, count_clients, no_counts
 from edgefl.task import UserCode
 from edgefl.terminal.interrupt import set_by_interrupt
 
@@ -42,7 +42,7 @@ class FlowerRunResult:
     """What a run of a Flower app came to."""
 
     app: str
-    rounds: tuple[Json, ...]
+    rounds: tuple[RoundReport, ...]
     final: dict[str, float]  # metrics of the last round
     seconds: float  # of the ServerApp
     num_clients: int  # that did their part, summed over the rounds
@@ -62,7 +62,7 @@ class FlowerRunResult:
             "engine": self.engine,
             "app": self.app,
             "workers": self.num_workers,
-            "rounds": list(self.rounds),
+            "rounds": [one.as_json() for one in self.rounds],
             "final": self.final,
             "seconds": self.seconds,
             "clients_per_second": self.num_clients / self.seconds if self.seconds > 0 else 0.0,
@@ -75,7 +75,7 @@ class FlowerRunResult:
 
 def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others ours
     app: FlowerApp, num_supernodes: int | None = None, run_config: Mapping[str, RunConfigValue] | None = None, *,
-    workers: int | None = None, on_round: Callable[[Json], None] | None = None,
+    workers: int | None = None, on_round: Callable[[RoundReport], None] | None = None,
     clock: Callable[[], float] = time.monotonic, out: Path | None = None,
     node_config: Mapping[str, RunConfigValue] | None = None,
 ) -> FlowerRunResult:  # fmt: skip
@@ -164,12 +164,12 @@ def result_of(
     told: dict[int, dict[str, float]] = {}
     with Bystander("what the app's strategies said of its rounds"):
         told = metrics_of(heard)
-    rounds = tuple(seen.as_json(told.get(seen.number)) for seen in watch.rounds)
+    rounds = tuple(seen.report(told.get(seen.number)) for seen in watch.rounds)
     last = told[max(told)] if told else {}
     return FlowerRunResult(
         app=app.name,
         rounds=rounds,
-        final={**(rounds[-1]["metrics"] if rounds else {}), **last},
+        final={**(rounds[-1].metrics if rounds else {}), **last},
         seconds=0.0,
         num_clients=sum(seen.num_admitted for seen in watch.rounds),
         num_workers=0,

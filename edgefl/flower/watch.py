@@ -12,15 +12,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from flwr.app import Message, MetricRecord
 
 from edgefl.flower.apps.own_fault import Bystander
 from edgefl.flower.nodes import node_name
 from edgefl.flower.records import message_bytes
+from edgefl.records import RoundReport
 
-Json = dict[str, Any]
 WEIGHT = "num-examples"  # Flower's default weighted_by_key
 _LEGACY = ("fitres.", "evaluateres.")  # records of the legacy server, whose History says more
 
@@ -65,22 +64,22 @@ class SeenRound:
         """Return the weighted means of a category's replies."""
         return {key: total / weight for key, (total, weight) in self._sums.get(category, {}).items() if weight}
 
-    def as_json(self, metrics: Mapping[str, float] | None = None) -> Json:
-        """The round with the keys that every engine's rounds have."""
+    def report(self, metrics: Mapping[str, float] | None = None) -> RoundReport:
+        """Return what a caller is told of the round; `metrics` are what a strategy said besides."""
         missing = self._all(self.asked) - self._all(self.done) - self.failed.keys()
         seen = merged(self.metrics("evaluate"), {}, self.metrics("train"))
-        return {
-            "round": self.number,
-            "admitted": self.num_admitted,
-            "rejected": 0,
-            "failed": len(self.failed),
-            "missing": len(missing),
-            "reasons": dict(self.failed),
-            "seconds": self.end_s - self.start_s,
-            "up_bytes": self.up_bytes,
-            "down_bytes": self.down_bytes,
-            "metrics": seen if metrics is None else {**seen, **metrics},
-        }
+        return RoundReport(
+            round=self.number,
+            admitted=self.num_admitted,
+            rejected=0,
+            failed=len(self.failed),
+            missing=len(missing),
+            reasons=dict(self.failed),
+            seconds=self.end_s - self.start_s,
+            up_bytes=self.up_bytes,
+            down_bytes=self.down_bytes,
+            metrics=seen if metrics is None else {**seen, **metrics},
+        )
 
     @staticmethod
     def _all(nodes: Mapping[str, set[str]]) -> set[str]:
@@ -91,7 +90,7 @@ class Watch:
     """Hears of every message and reply of a run. Safe to call from several threads."""
 
     def __init__(
-        self, clock: Callable[[], float], on_round: Callable[[Json], None] | None = None,
+        self, clock: Callable[[], float], on_round: Callable[[RoundReport], None] | None = None,
         name: Callable[[int], str] = node_name,
     ) -> None:  # fmt: skip
         self.clock = clock
@@ -181,7 +180,7 @@ class Watch:
             ended.end_s = self.clock()
             if self._on_round is not None:
                 with self._showing:
-                    self._on_round(ended.as_json())
+                    self._on_round(ended.report())
 
     def _number(self, message: Message) -> int:
         category = _category(message)

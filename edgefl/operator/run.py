@@ -10,7 +10,7 @@ import hashlib
 import secrets
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from edgefl.measure import peak_rss_mb
 from edgefl.operator.client import CloudClient, Json, Patience, insist, load_credentials
 from edgefl.operator.follow import follow_job
 from edgefl.protocols.messages import BlobRef
+from edgefl.records import RoundReport
 from edgefl.task import Task, load_task
 from edgefl.training.evaluation import Judge
 from edgefl.training.parts import parts_of
 from edgefl.trees import SpooledTree, Tree, write_tree
 from edgefl.trees.frozen import whole
 
-OnRound = Callable[[Json], None]
+OnRound = Callable[[RoundReport], None]
 
 
 def _unheard(_said: Any = None) -> None:
@@ -49,18 +50,18 @@ class RunResult:
     """The result of a run."""
 
     job: str
-    rounds: tuple[Json, ...]
+    rounds: tuple[RoundReport, ...]
     final: dict[str, float]  # metrics of the last model on the task's test data, if any
     seconds: float  # by the cloud's clock
     model: Json  # sha256, and the path if it was downloaded
 
     def as_json(self) -> Json:
         """Return the result with the keys common to all engines."""
-        admitted = sum(int(one["admitted"]) for one in self.rounds)
+        admitted = sum(one.admitted for one in self.rounds)
         return {
             "engine": "fleet",
             "job": self.job,
-            "rounds": list(self.rounds),
+            "rounds": [one.as_json() for one in self.rounds],
             "final": self.final,
             "seconds": self.seconds,
             "clients_per_second": admitted / self.seconds if self.seconds > 0 else 0.0,
@@ -115,14 +116,15 @@ def watch(
     """Follow a job to its end, also over restarts of the cloud; raises JobFailed or JobCancelled."""
     judge = JobJudge(client, task, patience) if task is not None else None
     heard = heard or Heard()
-    rounds: list[Json] = []
+    rounds: list[RoundReport] = []
     end: Json = {}
     for event in follow_job(client, job, patience=patience, on_waiting=heard.on_waiting):
         if "state" in event:
             end = event
             continue
-        judged = judge(event["model"], event.get("frozen")) if judge is not None else {}
-        rounds.append(event | {"metrics": event["metrics"] | judged})
+        outcome = RoundReport.from_json(event)
+        judged = judge(outcome) if judge is not None else {}
+        rounds.append(replace(outcome, metrics={**outcome.metrics, **judged}))
         heard.on_round(rounds[-1])
     if end["state"] == "cancelled":
         raise JobCancelled(f"job {job} was cancelled after {len(rounds)} rounds")
@@ -135,7 +137,7 @@ def watch(
     return RunResult(
         job=job,
         rounds=tuple(rounds),
-        final=dict(rounds[-1]["metrics"]) if rounds else {},
+        final=dict(rounds[-1].metrics) if rounds else {},
         seconds=float(times["ended_s"]) - float(times["created_s"]),
         model=model,
     )
@@ -149,15 +151,13 @@ class JobJudge:
         self._judge = Judge(task)
         self._frozen: tuple[str, Tree] | None = None  # the last one, with its digest
 
-    def __call__(self, sha256: str, frozen: str | None = None) -> dict[str, float]:
-        """Return `loss` and the task's metrics; empty for a model that the cloud no longer keeps.
-
-        `frozen` is the digest of the frozen tensors if the model's blob does not hold them.
-        """
-        if not self._judge.can:
+    def __call__(self, outcome: RoundReport) -> dict[str, float]:
+        """Return `loss` and the task's metrics after a round; empty for a model that the cloud no longer keeps."""
+        if not self._judge.can or outcome.model is None:
             return {}
+        frozen = outcome.frozen
         try:
-            moving = self._tree(sha256)
+            moving = self._tree(outcome.model)
             if frozen is not None and (self._frozen is None or self._frozen[0] != frozen):  # one for all rounds
                 self._frozen = frozen, self._tree(frozen)
         except NotFound:

@@ -19,7 +19,7 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
-from edgefl.records import RoundOutcome, count_clients, no_counts
+from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
 from edgefl.rounds import Job, run_rounds
 from edgefl.simulation.engines.auto import AUTO, LOOP, Chosen, make_engine
 from edgefl.simulation.engines.fallback import Sheltered
@@ -34,7 +34,7 @@ from edgefl.simulation.study.checkpoint import (
     refuse_another,
     refuse_other_shapes,
 )
-from edgefl.simulation.study.report import CutShort, Json, SimulationResult, model_of
+from edgefl.simulation.study.report import CutShort, SimulationResult, model_of
 from edgefl.simulation.world.population import make_population
 from edgefl.simulation.world.settings import SimulationConfig, VirtualTime, settled, virtual_time
 from edgefl.task import Task, load_task
@@ -47,7 +47,7 @@ from edgefl.training.samples import require_torch
 from edgefl.trees.frozen import whole
 
 OnEngine = Callable[[str, str], None]  # its name, and why it was chosen
-OnRound = Callable[[Json], None]
+OnRound = Callable[[RoundReport], None]
 OnState = Callable[[Checkpoint], None]
 
 
@@ -167,7 +167,7 @@ class _Run:
         self._judge = Judge(setup.task, computing=lambda: torch_threads(num_cores()))
         self._parts = parts_of(setup.task, setup.config.train.seed)
         self._parameters = self._parts.moving
-        self._rounds: list[Json] = []
+        self._rounds: list[RoundReport] = []
         self._names = setup.population.names()
         self._took_part = no_counts(len(self._names))
         config, gradient = setup.config, setup.config.train.algorithm == "fedsgd"
@@ -218,10 +218,10 @@ class _Run:
             engine=self._chosen.name,
             engine_reason=self._chosen.reason,
             rounds=tuple(self._rounds),
-            final=self._rounds[-1]["metrics"] if self._rounds else {},
+            final=self._rounds[-1].metrics if self._rounds else {},
             seconds=time.perf_counter() - self._start_s,
             virtual_seconds=self._virtual.clock() if self._virtual is not None else None,
-            round_seconds=sum(float(one["seconds"]) for one in self._rounds),
+            round_seconds=sum(one.seconds for one in self._rounds),
             peak_rss_mb=peak_mb,
             parameters=parameters,
             model=model_of(parameters, out if self._rounds else None),
@@ -235,9 +235,10 @@ class _Run:
         last = outcome.round == self._setup.config.rounds.count or self._setup.stop.is_set()
         due = last or outcome.round % self._evaluate_every == 0
         judged = self._judge(whole(outcome.parameters, self._parts.frozen)) if due else {}
-        said = outcome.as_json() | {"seconds": seconds, "metrics": dict(outcome.metrics) | judged}
+        said = dataclasses.replace(outcome.report(), seconds=seconds, metrics={**outcome.metrics, **judged})
         if self._virtual is not None:
-            said |= {"virtual_seconds": outcome.seconds, "virtual_end_s": self._virtual.clock()}
+            virtual_end_s = self._virtual.clock()
+            said = dataclasses.replace(said, virtual_seconds=outcome.seconds, virtual_end_s=virtual_end_s)
         self._rounds.append(said)
         self._keep(outcome, last=last)
         self._watching.on_round(self._rounds[-1])

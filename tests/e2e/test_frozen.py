@@ -67,7 +67,7 @@ def test_rounds_move_the_head_alone_whatever_is_killed(embedded_fleet, tmp_path)
         job = submit(client, str(folder), load_task(str(folder)), CONFIG)
 
         def disturb(outcome):
-            if outcome["round"] == 1:
+            if outcome.round == 1:
                 fleet.agents[names[0]].kill()
                 fleet.restart_agent(names[0], part=0, parts=2)
 
@@ -77,15 +77,15 @@ def test_rounds_move_the_head_alone_whatever_is_killed(embedded_fleet, tmp_path)
     frozen = {name for name in start if name.startswith("body") and name.rpartition(".")[2] in {"weight", "bias"}}
     moving = encoded_bytes({name: array for name, array in start.items() if name not in frozen})
     once = encoded_bytes({name: start[name] for name in frozen})
-    assert result.rounds[0]["down_bytes"] >= 2 * (moving + once)
-    assert all(one["down_bytes"] < once for one in result.rounds[1:])
-    assert [one["up_bytes"] for one in result.rounds] == [2 * moving] * ROUNDS
+    assert result.rounds[0].down_bytes >= 2 * (moving + once)
+    assert all(one.down_bytes < once for one in result.rounds[1:])
+    assert [one.up_bytes for one in result.rounds] == [2 * moving] * ROUNDS
     trained = SpooledTree(out)
     assert all(np.array_equal(trained[name], start[name]) for name in frozen)
     assert not np.array_equal(trained["head.weight"], start["head.weight"])
     simulated = edgefl.simulate(str(folder), clients=2, engine="loop", config=CONFIG)
     for name, array in simulated.parameters.items():
         np.testing.assert_allclose(trained[name], array, rtol=0, atol=1e-6)
-    assert simulated.rounds[1]["down_bytes"] == 2 * moving
+    assert simulated.rounds[1].down_bytes == 2 * moving
     made = export(load_task(str(folder)), out, tmp_path, compression="none", max_drop=0)
     assert open_session(made.path).run(None, {"input": np.zeros((1, 20), np.float32)})[0].shape == (1, 2)

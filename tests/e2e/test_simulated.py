@@ -72,5 +72,5 @@ def test_engines_give_what_agents_give(embedded_fleet, precise_digits, engines):
         for name, array in model.items():
             np.testing.assert_allclose(result.parameters[name], array, rtol=0, atol=1e-6, err_msg=engine)
         for ours, theirs in zip(result.rounds, real["rounds"], strict=True):
-            assert ours["admitted"] == theirs["admitted"] == 2
-            assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-6)
+            assert ours.admitted == theirs["admitted"] == 2
+            assert ours.metrics == pytest.approx(theirs["metrics"], abs=1e-6)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from edgefl import records
-from edgefl.records import RoundOutcome, clients_by_rounds, count_clients, no_counts
+from edgefl.errors import ProtocolError
+from edgefl.records import RoundOutcome, RoundReport, clients_by_rounds, count_clients, no_counts
 from edgefl.testing import make_update
 
 OUTCOME = RoundOutcome(
@@ -29,7 +30,7 @@ OUTCOME = RoundOutcome(
 
 
 def test_the_public_json_by_hand() -> None:
-    assert OUTCOME.as_json() == {
+    assert OUTCOME.report().as_json() == {
         "round": 2,
         "admitted": 2,
         "rejected": 1,
@@ -41,7 +42,19 @@ def test_the_public_json_by_hand() -> None:
         "down_bytes": 16,
         "metrics": {"loss": 0.5},
     }
-    assert json.loads(json.dumps(OUTCOME.as_json())) == OUTCOME.as_json()
+    said = OUTCOME.report().as_json()
+    assert RoundReport.from_json(json.loads(json.dumps(said)) | {"more": 1}) == OUTCOME.report()
+
+
+def test_what_only_some_rounds_have_is_left_out_and_what_all_have_must_be_there() -> None:
+    said = dataclasses.replace(OUTCOME.report(), model="ab", virtual_end_s=0.0).as_json()
+    assert (said["model"], said["virtual_end_s"], "frozen" in said) == ("ab", 0.0, False)
+    with pytest.raises(ProtocolError, match=r"this is no round.*seconds"):
+        RoundReport.from_json({key: value for key, value in said.items() if key != "seconds"})
+
+
+def test_the_counts_by_hand() -> None:
+    assert OUTCOME.report().counts_text() == "2 admitted, 1 rejected, 1 failed, 1 missing"
 
 
 def test_an_update_cannot_be_changed() -> None:

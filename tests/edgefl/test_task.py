@@ -226,7 +226,7 @@ def test_a_task_runs_in_flowers_own_engine_and_gives_what_ours_gives(tmp_path):
     config = load_config(SimulationConfig, DIGITS / "config.toml")
     ours = edgefl.simulate(DIGITS, clients=2, rounds=2, engine="loop", config=config)
     for one, other in zip(theirs, ours.rounds, strict=True):
-        assert one["train_loss"] == pytest.approx(other["metrics"]["train_loss"], rel=0.01)
+        assert one["train_loss"] == pytest.approx(other.metrics["train_loss"], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_pytorch_by_hand():
     for name, tensor in model.state_dict().items():
         np.testing.assert_allclose(result.arrays[name].numpy(), tensor.numpy(), atol=1e-6)
     assert result.final["accuracy"] == pytest.approx(task.test(model, task.load_held_out())[1])
-    assert [one["admitted"] for one in result.rounds] == [PARTS] * ROUNDS
+    assert [one.admitted for one in result.rounds] == [PARTS] * ROUNDS
 
 
 def test_pytorch_learns():

@@ -11,6 +11,7 @@ from edgefl.app.commands.progress import left_running, round_progress, round_tex
 from edgefl.errors import ConfigError
 from edgefl.operator.client import Json
 from edgefl.operator.connection import Connection, connected
+from edgefl.records import RoundReport
 from edgefl.terminal.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
 
 
@@ -78,7 +79,7 @@ def show(job: str, connection: Connection, output: Output) -> None:
     if found.get("waiting"):
         output.line(found["waiting"])
     for outcome in found.get("rounds", ()):
-        output.line(round_text(outcome, found["config"]["rounds"]["count"]))
+        output.line(round_text(RoundReport.from_json(outcome), found["config"]["rounds"]["count"]))
     if found["error"]:
         output.line(f"error: {found['error']}")
     output.result(found)

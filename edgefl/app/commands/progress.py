@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import click
 
 from edgefl.errors import CloudUnreachable
-from edgefl.operator.client import Json
+from edgefl.records import RoundReport
 from edgefl.terminal.output import INTERRUPTED, Output, metrics_text
 from edgefl.terminal.text import one_line
 
@@ -19,7 +19,7 @@ from edgefl.terminal.text import one_line
 class Screen:
     """Where a job that is followed is shown."""
 
-    on_round: Callable[[Json], None]
+    on_round: Callable[[RoundReport], None]
     line: Callable[[str], None]  # beside the rounds
 
     def tell_waiting(self, job: str, waiting: str) -> None:
@@ -44,9 +44,9 @@ def round_progress(output: Output, count: int | None) -> Iterator[Screen]:
     with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console) as progress:
         bar = progress.add_task("waiting for devices", total=count)
 
-        def show(outcome: Json) -> None:
+        def show(outcome: RoundReport) -> None:
             console.print(round_text(outcome, count))
-            progress.update(bar, completed=outcome["round"], description="rounds")
+            progress.update(bar, completed=outcome.round, description="rounds")
 
         yield Screen(show, lambda said: console.print(one_line(said)))
 
@@ -96,12 +96,10 @@ def _remedies(job: str) -> str:
     return f"Watch it again: edgefl jobs watch {job}; end it: edgefl jobs cancel {job}"
 
 
-def round_text(outcome: Json, count: int | None) -> str:
+def round_text(outcome: RoundReport, count: int | None) -> str:
     """Return one line on a finished round, with the reason of each refusal."""
-    counts = [f"{outcome['admitted']} admitted"]
-    counts += [f"{outcome[name]} {name}" for name in ("rejected", "failed", "missing") if outcome[name]]
     of = "" if count is None else f"/{count}"
-    text = f"round {outcome['round']}{of}: {', '.join(counts)} in {outcome['seconds']:.2f} s "
-    text += metrics_text(outcome["metrics"])
-    reasons = "; ".join(f"{device}: {reason}" for device, reason in outcome["reasons"].items())
+    text = f"round {outcome.round}{of}: {outcome.counts_text()} in {outcome.seconds:.2f} s "
+    text += metrics_text(outcome.metrics)
+    reasons = "; ".join(f"{device}: {reason}" for device, reason in outcome.reasons.items())
     return one_line(f"{text.rstrip()} ({reasons})" if reasons else text.rstrip())

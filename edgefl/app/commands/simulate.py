@@ -12,6 +12,7 @@ from edgefl.app.commands.request import SimulateRequest
 from edgefl.config import load_config
 from edgefl.flower import is_flower_app
 from edgefl.measure import seldom_collected
+from edgefl.records import RoundReport
 from edgefl.simulation.screen.live import Progress, live_rounds
 from edgefl.terminal.output import INTERRUPTED, Output, example, json_option, metrics_text
 
@@ -88,7 +89,7 @@ def _simulate_task(request: SimulateRequest, output: Output) -> None:
 
             heard.append(stack.enter_context(event_file(request.tensorboard)))
 
-        def on_round(outcome: dict[str, Any]) -> None:
+        def on_round(outcome: RoundReport) -> None:
             for hear in heard:
                 hear(outcome)
 

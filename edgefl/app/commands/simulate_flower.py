@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -16,6 +15,7 @@ from edgefl.flower import FlowerApp, FlowerRunResult, load_flower_app, parse_run
 from edgefl.flower.apps.app import RunConfigValue, flatten, fuse_run_config, own_supernodes, parse_value
 from edgefl.flower.apps.habits import Federation, federation_at_home, read_federation, read_run_config
 from edgefl.measure import num_cores
+from edgefl.records import RoundReport
 from edgefl.simulation.screen.live import Progress, live_rounds
 from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
 from edgefl.terminal.output import INTERRUPTED, Output, counted, metrics_text
@@ -24,7 +24,7 @@ ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have
 ENGINE, REASON = "flower", "a Flower app, its clients by our runners"
 
 RunConfig = Mapping[str, RunConfigValue]
-OnRound = Callable[[dict[str, Any]], None]
+OnRound = Callable[[RoundReport], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,11 +11,12 @@ import click
 
 from edgefl.app.commands.request import SimulateRequest
 from edgefl.config import load_config
+from edgefl.records import RoundReport
 from edgefl.simulation.isolation.messages import Order
 from edgefl.simulation.isolation.process import OwnProcess
 from edgefl.simulation.screen.live import SweepProgress, compare, live_sweep
 from edgefl.simulation.simulate import Watching
-from edgefl.simulation.study.report import Json, SimulationResult
+from edgefl.simulation.study.report import SimulationResult
 from edgefl.simulation.study.sweep import SweepResult, SweepWatching, sweep
 from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
 from edgefl.simulation.world.settings import SimulationConfig, with_settings
@@ -78,14 +79,14 @@ def _with_event_files(live: SweepWatching, folder: Path, open_file: ExitStack) -
     """Have each variant's rounds written into a folder of its own."""
     from edgefl.simulation.screen.tensorboard import event_file, run_folder
 
-    writing: list[Callable[[Json], None]] = []
+    writing: list[Callable[[RoundReport], None]] = []
 
     def begin(variant: Variant) -> None:
         open_file.close()
         writing[:] = [open_file.enter_context(event_file(run_folder(folder, variant.name)))]
         live.on_begin(variant)
 
-    def on_round(variant: Variant, outcome: Json) -> None:
+    def on_round(variant: Variant, outcome: RoundReport) -> None:
         writing[0](outcome)
         live.on_round(variant, outcome)
 

@@ -19,9 +19,10 @@ from types import FrameType
 from edgefl.bundle import pack_located
 from edgefl.errors import JobCancelled, TaskError
 from edgefl.flower.apps.app import KIND, FlowerApp, RunConfigValue, client_reference, fuse_run_config, require_flower
-from edgefl.flower.run import FlowerRunResult, Json, keep_model, raise_with_reasons, result_of, serving, took_part
+from edgefl.flower.run import FlowerRunResult, keep_model, raise_with_reasons, result_of, serving, took_part
 from edgefl.operator.client import CloudClient
 from edgefl.operator.relay import Relay
+from edgefl.records import RoundReport
 from edgefl.task import Located, UserCode
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
     app: FlowerApp, client: Callable[[], CloudClient], run_config: Mapping[str, RunConfigValue] | None = None, *,
-    on_start: Callable[[str, int], None] | None = None, on_round: Callable[[Json], None] | None = None,
+    on_start: Callable[[str, int], None] | None = None, on_round: Callable[[RoundReport], None] | None = None,
     on_waiting: Callable[[str], None] | None = None, out: Path | None = None,
 ) -> FlowerRunResult:  # fmt: skip
     """Run an app's ServerApp to its end, with the devices that are online as its nodes.

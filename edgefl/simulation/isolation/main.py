@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 
 from edgefl.errors import EdgeflError
 from edgefl.measure import seldom_collected
+from edgefl.records import RoundReport
 from edgefl.simulation.isolation.at_work import Cell, watch
 from edgefl.simulation.isolation.messages import (
     Chose,
@@ -29,7 +30,7 @@ from edgefl.simulation.isolation.messages import (
 )
 from edgefl.simulation.simulate import Watching, simulate
 from edgefl.simulation.study.checkpoint import Checkpoint
-from edgefl.simulation.study.report import CutShort, Json
+from edgefl.simulation.study.report import CutShort
 from edgefl.terminal import debug
 from edgefl.terminal.interrupt import told_by
 
@@ -70,7 +71,7 @@ def _served(order: Order, pipe: Connection) -> End:
         rounds = state.rounds if only_new.first else ()
         states.append(dataclasses.replace(state, rounds=tuple(rounds), parameters=only_new.of(state.parameters)))
 
-    def on_round(outcome: Json) -> None:
+    def on_round(outcome: RoundReport) -> None:
         pipe.send(RoundDone(outcome, states.pop() if states else None))
 
     watching = Watching(on_engine=lambda *said: pipe.send(Chose(*said)), on_round=on_round, on_state=on_state)

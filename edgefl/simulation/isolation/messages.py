@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgefl.records import RoundReport
 from edgefl.simulation.study.checkpoint import Checkpoint
-from edgefl.simulation.study.report import Json, SimulationResult
+from edgefl.simulation.study.report import SimulationResult
 from edgefl.simulation.world.settings import SimulationConfig
 from edgefl.trees import Tree
 
@@ -41,7 +42,7 @@ class Chose:
 class RoundDone:
     """A round, and the state after it: of the parameters those that are new, all rounds in the first one alone."""
 
-    outcome: Json
+    outcome: RoundReport
     state: Checkpoint | None
 
 

@@ -26,11 +26,12 @@ from typing import Any, Self
 
 from edgefl import errors
 from edgefl.measure import how_ended, own_peak_mb
+from edgefl.records import RoundReport
 from edgefl.simulation.isolation.at_work import AtWork, Cell
 from edgefl.simulation.isolation.messages import Chose, End, Message, Order, Refused, RoundDone, SimulationInterrupted
 from edgefl.simulation.simulate import Watching
 from edgefl.simulation.study.checkpoint import FILE, Checkpoint
-from edgefl.simulation.study.report import CutShort, Json, ProcessLost, SimulationResult, model_of
+from edgefl.simulation.study.report import CutShort, ProcessLost, SimulationResult, model_of
 
 MAX_DEATHS = 2  # by the same client, or the same other thing
 MAX_DEATHS_A_ROUND = 64
@@ -152,7 +153,7 @@ class _Story:
     def __init__(self, order: Order, watching: Watching) -> None:
         self.order = order
         self._watching = watching
-        self._rounds: list[Json] = []
+        self._rounds: list[RoundReport] = []
         self._state: Checkpoint | None = None
         self._engine, self._reason, self._notes = order.engine, "", list[str]()
         self._deaths: Counter[str] = Counter()
@@ -244,9 +245,9 @@ class _Story:
             engine=self._engine,
             engine_reason=self._why(),
             rounds=state.rounds,
-            final=state.rounds[-1]["metrics"],
+            final=state.rounds[-1].metrics,
             seconds=state.seconds,
-            round_seconds=sum(float(one["seconds"]) for one in state.rounds),
+            round_seconds=sum(one.seconds for one in state.rounds),
             peak_rss_mb=own_peak_mb(),
             parameters=state.parameters,
             model=model_of(state.parameters, out),

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgefl.records import RoundReport
 from edgefl.simulation.study.report import Json
 from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult
 from edgefl.simulation.study.variants import Variant
@@ -36,7 +37,7 @@ class Screen:
     """What the screen is to hear of."""
 
     on_engine: Callable[[str, str], None]  # its name, and why it was chosen
-    on_round: Callable[[Json], None]
+    on_round: Callable[[RoundReport], None]
 
 
 class Progress:
@@ -53,19 +54,19 @@ class Progress:
         self._engine, self._reason = engine, reason
         self._ends_s.append(now_s)
 
-    def note(self, outcome: Json, *, now_s: float) -> tuple[str, ...]:
+    def note(self, outcome: RoundReport, *, now_s: float) -> tuple[str, ...]:
         """Return a round's cells: round, clients, clients/s, bytes, time left, metrics."""
-        done = outcome["round"]
+        done = outcome.round
         self._ends_s.append(now_s)
         a_round_s = (now_s - self._ends_s[0]) / max(1, len(self._ends_s) - 1)
-        rate = outcome["admitted"] / outcome["seconds"] if outcome["seconds"] > 0 else 0.0
+        rate = outcome.admitted / outcome.seconds if outcome.seconds > 0 else 0.0
         cells = (
             f"{done}/{self._count}" if self._count is not None else str(done),
-            _clients(outcome),
+            outcome.counts_text(),
             f"{rate:.0f}",
-            size_text(outcome["up_bytes"] + outcome["down_bytes"]),
+            size_text(outcome.up_bytes + outcome.down_bytes),
             duration_text(a_round_s * (self._count - done)) if self._count is not None else "?",
-            metrics_text(outcome["metrics"]),
+            metrics_text(outcome.metrics),
         )
         self._rows.append(cells)
         if reasons := reasons_text(outcome):
@@ -104,7 +105,7 @@ class SweepProgress:
         self._states[variant] = "running"
         self._progress[variant].begin("", now_s=now_s)
 
-    def note(self, variant: str, outcome: Json, *, now_s: float) -> tuple[str, ...]:
+    def note(self, variant: str, outcome: RoundReport, *, now_s: float) -> tuple[str, ...]:
         """Note a round; returns its cells."""
         self._cells[variant] = self._progress[variant].note(outcome, now_s=now_s)
         return self._cells[variant]
@@ -136,7 +137,7 @@ def live_rounds(output: Output, progress: Progress) -> Iterator[Screen]:
             progress.begin(engine, reason, now_s=time.perf_counter())
             draw() if draw is not None else output.line(progress.engine_text())
 
-        def on_round(outcome: Json) -> None:
+        def on_round(outcome: RoundReport) -> None:
             cells = progress.note(outcome, now_s=time.perf_counter())
             draw() if draw is not None else output.line(line_text(outcome, cells))
 
@@ -157,7 +158,7 @@ def live_sweep(output: Output, progress: SweepProgress) -> Iterator[SweepWatchin
             if draw is None:
                 output.line(f"{variant.name}: engine {name}: {reason}")
 
-        def on_round(variant: Variant, outcome: Json) -> None:
+        def on_round(variant: Variant, outcome: RoundReport) -> None:
             cells = progress.note(variant.name, outcome, now_s=time.perf_counter())
             draw() if draw is not None else output.line(f"{variant.name}: {line_text(outcome, cells)}")
 
@@ -192,7 +193,7 @@ def compare(result: SweepResult, output: Output) -> None:
     rows = []
     for one, ended in zip(said, result.variants, strict=True):
         values = [f"{_last_metrics(one)[name]:.4g}" if name in _last_metrics(one) else None for name in metrics]
-        moved = size_text(sum(outcome["up_bytes"] + outcome["down_bytes"] for outcome in ended.rounds))
+        moved = size_text(sum(outcome.up_bytes + outcome.down_bytes for outcome in ended.rounds))
         times = [_number(one, "seconds", ".1f"), *([_number(one, "virtual_seconds", ".0f")] * virtual)]
         rate = _number(one, "clients_per_second", ".0f")
         rows.append([one["name"], state_of(ended), len(ended.rounds), *values, rate, moved, *times])
@@ -219,7 +220,7 @@ def _number(said: Json, key: str, form: str) -> str | None:
     return format(said[key], form) if said.get(key) is not None else None
 
 
-def line_text(outcome: Json, cells: tuple[str, ...]) -> str:
+def line_text(outcome: RoundReport, cells: tuple[str, ...]) -> str:
     """Return a round as one line, with the reasons of whoever did not make it."""
     number, clients, rate, moved, left, metrics = cells
     text = f"round {number}: {clients}, {rate} clients/s, {moved} moved, {left} left {metrics}".rstrip()
@@ -227,10 +228,10 @@ def line_text(outcome: Json, cells: tuple[str, ...]) -> str:
     return f"{text} ({reasons})" if reasons else text
 
 
-def reasons_text(outcome: Json) -> str:
+def reasons_text(outcome: RoundReport) -> str:
     """Return why the first few of those who did not make it did not."""
-    reasons = [one_line(f"{device}: {reason}") for device, reason in list(outcome["reasons"].items())[:REASONS]]
-    more = len(outcome["reasons"]) - len(reasons)
+    reasons = [one_line(f"{device}: {reason}") for device, reason in list(outcome.reasons.items())[:REASONS]]
+    more = len(outcome.reasons) - len(reasons)
     return "; ".join([*reasons, *([f"and {more} more"] if more else [])])
 
 
@@ -245,9 +246,3 @@ def duration_text(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
-
-
-def _clients(outcome: Json) -> str:
-    counts = [f"{outcome['admitted']} admitted"]
-    counts += [f"{outcome[name]} {name}" for name in ("rejected", "failed", "missing") if outcome[name]]
-    return ", ".join(counts)

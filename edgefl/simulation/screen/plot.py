@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgefl.errors import ConfigError, MissingExtra
-from edgefl.records import Counts, no_counts
+from edgefl.records import Counts, RoundReport, no_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rounds = Sequence[Mapping[str, Any]]  # as in a result's JSON
+Rounds = Sequence[RoundReport]
 Along = Callable[[Rounds], Sequence[float]]  # where on the x axis each round stands
 
 LOSSES = {"loss": "-", "train_loss": ":"}
@@ -108,15 +108,17 @@ def write_plot(runs: Mapping[str, Rounds], path: Path, took_part: Mapping[str, C
 
 
 def _numbers(rounds: Rounds) -> Sequence[float]:
-    return [one["round"] for one in rounds]
+    return [one.round for one in rounds]
 
 
 def _time_axis(runs: Sequence[Run]) -> tuple[Along, str]:
     """Return where in time rounds end, and what that axis is called."""
-    virtual = any(run.rounds for run in runs) and all("virtual_end_s" in one for run in runs for one in run.rounds)
+    virtual = any(run.rounds for run in runs) and all(
+        one.virtual_end_s is not None for run in runs for one in run.rounds
+    )
 
     def ends_s(rounds: Rounds) -> list[float]:
-        return [one["virtual_end_s"] for one in rounds] if virtual else [*accumulate(one["seconds"] for one in rounds)]
+        return [one.virtual_end_s or 0.0 for one in rounds] if virtual else [*accumulate(one.seconds for one in rounds)]
 
     last_s = max((ends_s(run.rounds)[-1] for run in runs if run.rounds), default=0.0)
     scale, unit = next(((scale, unit) for least, scale, unit in _UNITS_S if last_s >= least), (1, "seconds"))
@@ -168,7 +170,7 @@ def _title(figure: Figure, runs: Sequence[Run]) -> None:
 
 def draw_metrics(axes: Axes, runs: Sequence[Run], along: Along) -> None:
     """The metrics on the test data: accuracy by itself where it is there."""
-    names = {name for run in runs for one in run.rounds for name in one["metrics"]} - LOSSES.keys()
+    names = {name for run in runs for one in run.rounds for name in one.metrics} - LOSSES.keys()
     shown = ["accuracy"] if "accuracy" in names else sorted(names)
     axes.set_ylabel(shown[0] if len(shown) == 1 else "metrics")
     for run in runs:
@@ -194,13 +196,13 @@ def draw_losses(axes: Axes, runs: Sequence[Run], along: Along) -> None:
 
 def draw_bytes(axes: Axes, runs: Sequence[Run], along: Along) -> None:
     """What has moved by then: down and up of one run, both together of several."""
-    most = max((sum(one["down_bytes"] + one["up_bytes"] for one in run.rounds) for run in runs), default=0)
+    most = max((sum(one.down_bytes + one.up_bytes for one in run.rounds) for run in runs), default=0)
     scale, unit = next(((scale, unit) for scale, unit in _BYTES if most >= scale), (1.0, "bytes"))
     axes.set_ylabel(f"moved so far ({unit})" if len(runs) == 1 else f"moved so far, both ways ({unit})")
     for index, run in enumerate(runs):
         parts = (("down_bytes",), ("up_bytes",)) if len(runs) == 1 else (("down_bytes", "up_bytes"),)
         for keys in parts:
-            points = list(accumulate(sum(one[key] for key in keys) / scale for one in run.rounds))
+            points = list(accumulate(sum(getattr(one, key) for key in keys) / scale for one in run.rounds))
             wide = keys == ("down_bytes",)  # up often lies on it
             width = 4.0 if wide else _width(index, len(runs))
             axes.plot(
@@ -214,22 +216,22 @@ def draw_outcomes(axes: Axes, runs: Sequence[Run]) -> None:
     """What became of each round's clients: stacked bars of one run, the admitted of several."""
     axes.set_ylabel("clients of the round" if len(runs) == 1 else "clients admitted")
     for index, run in enumerate(runs):
-        numbers = [one["round"] for one in run.rounds]
+        numbers = [one.round for one in run.rounds]
         if len(runs) > 1:
             axes.plot(
-                numbers, [one["admitted"] for one in run.rounds], color=run.color, lw=_width(index, len(runs)),
+                numbers, [one.admitted for one in run.rounds], color=run.color, lw=_width(index, len(runs)),
                 marker="." if len(numbers) < _FEW else None,
             )  # fmt: skip
             continue
         below = np.zeros(len(numbers))
         for outcome, color in _OUTCOMES.items():
-            counts = np.array([int(one[outcome]) for one in run.rounds], float)
+            counts = np.array([getattr(one, outcome) for one in run.rounds], float)
             if counts.any():
                 width = 0.8 if len(numbers) < _FEW else 1.0
                 axes.bar(numbers, counts, width, bottom=below, color=color, label=outcome)
             below += counts
     totals = ("admitted",) if len(runs) > 1 else tuple(_OUTCOMES)
-    most = max((sum(one[outcome] for outcome in totals) for run in runs for one in run.rounds), default=0)
+    most = max((sum(getattr(one, outcome) for outcome in totals) for run in runs for one in run.rounds), default=0)
     axes.set_ylim(0, max(1, most) * _HEADROOM)
 
 
@@ -256,7 +258,7 @@ def draw_participation(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def _line(axes: Axes, rounds: Rounds, name: str, along: Along, **look: Any) -> None:
-    points = [(x, one["metrics"][name]) for x, one in zip(along(rounds), rounds, strict=True) if name in one["metrics"]]
+    points = [(x, one.metrics[name]) for x, one in zip(along(rounds), rounds, strict=True) if name in one.metrics]
     if points:
         mark = "." if len(points) < _FEW else None
         axes.plot(*zip(*points, strict=True), marker=mark, **look)

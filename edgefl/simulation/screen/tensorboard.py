@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgefl.errors import ConfigError, MissingExtra
-from edgefl.simulation.study.report import Json
+from edgefl.records import RoundReport
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,7 +31,7 @@ def require_tensorboard() -> None:
 
 
 @contextmanager
-def event_file(folder: Path) -> Iterator[Callable[[Json], None]]:
+def event_file(folder: Path) -> Iterator[Callable[[RoundReport], None]]:
     """Give what writes rounds into a new event file of the folder; what an older file says of them is dropped.
 
     Raises ConfigError where there can be no such folder.
@@ -44,9 +44,9 @@ def event_file(folder: Path) -> Iterator[Callable[[Json], None]]:
     with ExitStack() as stack:
         writers: list[SummaryWriter] = []
 
-        def write(outcome: Json) -> None:
+        def write(outcome: RoundReport) -> None:
             if not writers:
-                writers.append(stack.enter_context(_writer(folder, outcome["round"])))
+                writers.append(stack.enter_context(_writer(folder, outcome.round)))
             _write(writers[0], outcome)
 
         yield write
@@ -68,16 +68,16 @@ def run_folder(folder: Path, variant: str) -> Path:
     return folder / _NOT_IN_NAMES.sub("_", variant)
 
 
-def scalars(outcome: Json) -> Mapping[str, float]:
+def scalars(outcome: RoundReport) -> Mapping[str, float]:
     """Return a round's figures by their tags."""
-    figures = {f"clients/{name}": outcome[name] for name in _CLIENTS}
-    figures |= {"bytes/up": outcome["up_bytes"], "bytes/down": outcome["down_bytes"], "seconds": outcome["seconds"]}
-    if "virtual_end_s" in outcome:
-        figures["virtual_seconds"] = outcome["virtual_end_s"]
-    return {**outcome["metrics"], **figures}
+    figures = {f"clients/{name}": getattr(outcome, name) for name in _CLIENTS}
+    figures |= {"bytes/up": outcome.up_bytes, "bytes/down": outcome.down_bytes, "seconds": outcome.seconds}
+    if outcome.virtual_end_s is not None:
+        figures["virtual_seconds"] = outcome.virtual_end_s
+    return {**outcome.metrics, **figures}
 
 
-def _write(writer: SummaryWriter, outcome: Json) -> None:
+def _write(writer: SummaryWriter, outcome: RoundReport) -> None:
     for tag, value in scalars(outcome).items():
-        writer.add_scalar(tag, value, outcome["round"])
+        writer.add_scalar(tag, value, outcome.round)
     writer.flush()

@@ -22,8 +22,7 @@ import numpy as np
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, HomeError, ProtocolError
 from edgefl.process.home import lock_home
-from edgefl.records import Counts
-from edgefl.simulation.study.report import Json
+from edgefl.records import Counts, RoundReport
 from edgefl.trees import Array, SpooledTree, Tree, spec_of, write_tree
 
 FILE = "checkpoint.safetensors"
@@ -39,7 +38,7 @@ class Checkpoint:
     task: str
     engine: str
     settings: Mapping[str, Any]  # flat
-    rounds: Sequence[Json]
+    rounds: Sequence[RoundReport]
     seconds: float  # that it took so far
     virtual_s: float | None  # the devices' clock
     parameters: Tree
@@ -112,7 +111,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise ConfigError(f"{path} has format {facts['format']}; this edgefl knows format {FORMAT}")
         return Checkpoint(
             task=str(facts["task"]), engine=str(facts["engine"]), settings=dict(facts["settings"]),
-            rounds=list(facts["rounds"]), seconds=float(facts["seconds"]), virtual_s=facts["virtual_s"],
+            rounds=[RoundReport.from_json(one) for one in facts["rounds"]],
+            seconds=float(facts["seconds"]), virtual_s=facts["virtual_s"],
             parameters=_part(tree, _PARAMETERS), optimizer=_part(tree, _OPTIMIZER),
             took_part=tree["took_part"], spent=tree["spent"],
         )  # fmt: skip
@@ -180,7 +180,7 @@ def _as_tree(checkpoint: Checkpoint) -> dict[str, Array]:
     facts = {
         "format": FORMAT,
         **{name: getattr(checkpoint, name) for name in ("task", "engine", "settings", "seconds", "virtual_s")},
-        "rounds": list(checkpoint.rounds),
+        "rounds": [one.as_json() for one in checkpoint.rounds],
     }
     return {
         "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),

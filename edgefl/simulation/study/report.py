@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import JobFailed, MissingExtra
 from edgefl.process.home import replace_file
-from edgefl.records import Counts, clients_by_rounds, no_counts
+from edgefl.records import Counts, RoundReport, clients_by_rounds, no_counts
 from edgefl.simulation.screen.plot import draw_rounds
 from edgefl.trees import Tree, write_tree
 
@@ -29,7 +29,7 @@ class SimulationResult:
     task: str
     engine: str
     engine_reason: str
-    rounds: Sequence[Json]
+    rounds: Sequence[RoundReport]
     final: Mapping[str, float]  # metrics of the last round
     seconds: float  # of all: choosing an engine, rounds, evaluation
     round_seconds: float  # of the rounds alone
@@ -43,7 +43,7 @@ class SimulationResult:
     @property
     def clients_per_second(self) -> float:
         """Return the clients admitted for each second of the rounds."""
-        admitted = sum(int(one["admitted"]) for one in self.rounds)
+        admitted = sum(one.admitted for one in self.rounds)
         return admitted / self.round_seconds if self.round_seconds > 0 else 0.0
 
     def as_json(self) -> Json:
@@ -52,7 +52,7 @@ class SimulationResult:
             "task": self.task,
             "engine": self.engine,
             "engine_reason": self.engine_reason,
-            "rounds": list(self.rounds),
+            "rounds": [one.as_json() for one in self.rounds],
             "final": dict(self.final),
             "seconds": self.seconds,
             "round_seconds": self.round_seconds,
@@ -107,6 +107,9 @@ def model_of(parameters: Tree, out: Path | None) -> Json:
     return {"sha256": hashlib.sha256(data).hexdigest(), "path": str(out) if out is not None else None}
 
 
-def frame_rows(rounds: Sequence[Json]) -> list[Json]:
+def frame_rows(rounds: Sequence[RoundReport]) -> list[Json]:
     """Return a flat row a round: the metrics beside the counts, without the reasons."""
-    return [{k: v for k, v in one.items() if k not in {"metrics", "reasons"}} | one["metrics"] for one in rounds]
+    return [
+        {k: v for k, v in one.as_json().items() if k not in {"metrics", "reasons"}} | dict(one.metrics)
+        for one in rounds
+    ]

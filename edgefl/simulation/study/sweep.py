@@ -15,7 +15,7 @@ from edgefl.aggregation import make_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, EdgeflError, MissingExtra
-from edgefl.records import Counts
+from edgefl.records import Counts, RoundReport
 from edgefl.simulation.engines.auto import AUTO, ENGINES
 from edgefl.simulation.screen.plot import draw_rounds
 from edgefl.simulation.simulate import Watching, refuse_more_than_there_are, simulate
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-OnRound = Callable[[Json], None]
+OnRound = Callable[[RoundReport], None]
 Simulation = Callable[[SimulationConfig, Watching], "Finished"]  # of one variant
 
 
@@ -37,7 +37,7 @@ class Finished(Protocol):
     """What a simulation, or a Flower app's run, returns."""
 
     @property
-    def rounds(self) -> Sequence[Json]: ...
+    def rounds(self) -> Sequence[RoundReport]: ...
     @property
     def took_part(self) -> Counts: ...
     @property
@@ -51,13 +51,17 @@ class VariantResult:
     """What one variant came to."""
 
     variant: Variant
-    rounds: Sequence[Json]
+    rounds: Sequence[RoundReport]
     result: Any = None  # a SimulationResult, or a FlowerRunResult; None where it failed
     error: str | None = None
 
     def as_json(self) -> Json:
         """The settings beside what every result has; of a failed variant its error and its rounds."""
-        said = {"error": self.error, "rounds": list(self.rounds)} if self.result is None else self.result.as_json()
+        said = (
+            {"error": self.error, "rounds": [one.as_json() for one in self.rounds]}
+            if self.result is None
+            else self.result.as_json()
+        )
         return {"name": self.variant.name, "settings": dict(self.variant.settings), **said}
 
 
@@ -90,7 +94,7 @@ class SweepResult:
         """Draw the variants over each other; needs matplotlib."""
         return draw_rounds(self.runs(), self.took_part())
 
-    def runs(self) -> dict[str, Sequence[Json]]:
+    def runs(self) -> dict[str, Sequence[RoundReport]]:
         """Return each variant's rounds by its name."""
         return {one.variant.name: one.rounds for one in self.variants}
 
@@ -105,7 +109,7 @@ class SweepWatching:
 
     on_begin: Callable[[Variant], None] = field(default=lambda _variant: None)
     on_engine: Callable[[Variant, str, str], None] = field(default=lambda _variant, _name, _reason: None)
-    on_round: Callable[[Variant, Json], None] = field(default=lambda _variant, _outcome: None)
+    on_round: Callable[[Variant, RoundReport], None] = field(default=lambda _variant, _outcome: None)
     on_end: Callable[[VariantResult], None] = field(default=lambda _result: None)
 
 
@@ -163,9 +167,9 @@ def run_variants(
 def _run_one(
     variant: Variant, run: Callable[[Variant, OnRound], Finished], watching: SweepWatching
 ) -> tuple[VariantResult, bool]:
-    heard: list[Json] = []
+    heard: list[RoundReport] = []
 
-    def on_round(outcome: Json) -> None:
+    def on_round(outcome: RoundReport) -> None:
         heard.append(outcome)
         watching.on_round(variant, outcome)
 

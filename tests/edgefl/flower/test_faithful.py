@@ -109,7 +109,7 @@ def test_what_is_pushed_and_never_pulled_runs_in_order_the_last_of_it_too(anywhe
     heard = []
     result = anywhere(PUSHES, STEPS, 3, on_round=heard.append)
     assert [result.state[str(turn)]["seen"] for turn in (1, 2, 3)] == [[0, 0], [1, 1], [3, 3]]
-    assert [one["admitted"] for one in result.rounds] == [one["admitted"] for one in heard] == [2, 2, 2]
+    assert [one.admitted for one in result.rounds] == [one.admitted for one in heard] == [2, 2, 2]
 
 
 def test_training_that_nobody_answers_is_no_success(anywhere):
@@ -137,14 +137,14 @@ def test_an_app_that_trips_over_failed_queries_is_told_with_their_reasons(anywhe
 
 def test_a_legacy_workflows_history_and_model_are_its_result(anywhere, tmp_path):
     result = anywhere(DEFAULT_WORKFLOW, NUMPY_CLIENT, 2, out=tmp_path / "m.safetensors")
-    assert [one["metrics"] for one in result.rounds] == [{"loss": 1.5, "value": 1.5}, {"loss": 3.0, "value": 3.0}]
+    assert [one.metrics for one in result.rounds] == [{"loss": 1.5, "value": 1.5}, {"loss": 3.0, "value": 3.0}]
     assert result.final == {"loss": 3.0, "value": 3.0}
     assert SpooledTree(tmp_path / "m.safetensors")["0"].tolist() == [3, 3]
 
 
 def test_secure_aggregation_gives_the_mean_that_it_hides(anywhere, tmp_path):
     result = anywhere(SECURE, SECURE_CLIENT, 2, nodes=3, out=tmp_path / "m.safetensors")
-    assert [one["admitted"] for one in result.rounds] == [3, 3]
+    assert [one.admitted for one in result.rounds] == [3, 3]
     # Three clients add 1, 2 and 3 in each of two rounds; 40 / 2**22 is a step of the quantisation.
     np.testing.assert_allclose(SpooledTree(tmp_path / "m.safetensors")["0"], [4, 4], atol=1e-4)
     assert result.final["loss"] == pytest.approx(4, abs=1e-4)
@@ -176,7 +176,7 @@ def test_what_is_of_use_to_us_alone_cannot_end_a_run(make_app, monkeypatch):
     result = run_flower_app(load_flower_app(folder), 2, workers=0, on_round=broken)
     np.testing.assert_array_equal(result.arrays.to_numpy_ndarrays(), expected.arrays.to_numpy_ndarrays())
     assert result.final == expected.final
-    assert [one["admitted"] for one in result.rounds] == [2, 2]
+    assert [one.admitted for one in result.rounds] == [2, 2]
 
 
 def test_a_fault_of_ours_that_ends_a_run_is_told_as_ours(make_app, monkeypatch):

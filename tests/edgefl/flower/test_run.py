@@ -40,7 +40,7 @@ ASKS = (  # a ServerApp that sends each node a query and keeps what comes back
 def run(folder, nodes=2, **config):
     heard = []
     result = run_flower_app(load_flower_app(folder), nodes, config, on_round=heard.append)
-    assert [one["round"] for one in heard] == [one["round"] for one in result.rounds]
+    assert [one.round for one in heard] == [one.round for one in result.rounds]
     return result
 
 
@@ -52,7 +52,7 @@ def test_fedavg_by_hand(make_app):
     result = run(make_app())
     # Partitions 0 and 1 add 1 and 2 with weights 1 and 2: each round adds 5/3.
     np.testing.assert_allclose(result.arrays.to_numpy_ndarrays()[0], [10 / 3] * 2)
-    assert [one["metrics"]["value"] for one in result.rounds] == pytest.approx([5 / 3, 10 / 3])
+    assert [one.metrics["value"] for one in result.rounds] == pytest.approx([5 / 3, 10 / 3])
     assert result.final == pytest.approx({"value": 10 / 3, "train_loss": 2 / 3})
 
 
@@ -310,7 +310,7 @@ LEGACY_CLIENT = (
 
 def test_a_legacy_app_by_hand(make_app):
     result = run(make_app(LEGACY_SERVER, LEGACY_CLIENT))
-    assert [one["admitted"] for one in result.rounds] == [2, 2]
+    assert [one.admitted for one in result.rounds] == [2, 2]
     assert result.final == pytest.approx({"loss": 10 / 3, "first": 10 / 3, "clients_loss": 0.5, "value": 10 / 3})
 
 
@@ -336,7 +336,7 @@ def test_flowers_strategies_run(make_app, adder_client, made):
     )
     client = adder_client.replace('"train_loss": float(part)', '"loss": 0.5, "train_loss": float(part)')
     result = run(make_app(server, client), nodes=7)
-    assert result.rounds[0]["admitted"] == 7
+    assert result.rounds[0].admitted == 7
     assert result.arrays.to_numpy_ndarrays()[0].shape == (2,)
     assert np.isfinite(result.arrays.to_numpy_ndarrays()[0]).all()
 
@@ -349,8 +349,8 @@ def test_ctrl_c_ends_the_round_with_who_answered_and_no_other_begins(make_app, a
     client = adder_client.replace("def train(message, context):", f"def train(message, context):\n        {pressed}")
     result = run_flower_app(load_flower_app(make_app(client=client)), 3, {"rounds": 50}, workers=0)
     assert result.interrupted
-    assert [one["admitted"] for one in result.rounds] == [3, 1]
-    assert [one["missing"] for one in result.rounds] == [0, 2]
+    assert [one.admitted for one in result.rounds] == [3, 1]
+    assert [one.missing for one in result.rounds] == [0, 2]
     assert sorted(result.took_part.tolist()) == [1, 1, 2]
     # Round 1 adds (1*1 + 2*2 + 3*3) / 6, the cut round 2 the 1, 2 or 3 of whoever was first.
     added = result.arrays.to_numpy_ndarrays()[0] - 14 / 6
@@ -363,7 +363,7 @@ def test_ctrl_c_in_a_legacy_app(make_app):
     result = run_flower_app(load_flower_app(make_app(LEGACY_SERVER, client)), 2, {"rounds": 50}, workers=0)
     assert result.interrupted
     assert 2 <= len(result.rounds) <= 3  # its clients run in threads, and the main thread hears signals
-    assert result.rounds[0]["metrics"]["first"] == pytest.approx(5 / 3)  # what the server alone had seen
+    assert result.rounds[0].metrics["first"] == pytest.approx(5 / 3)  # what the server alone had seen
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(make_app):
@@ -382,4 +382,4 @@ def test_a_second_ctrl_c_ends_the_run_at_once(make_app):
 """
     )
     result = run_flower_app(load_flower_app(make_app(server)), 2, workers=0)
-    assert (result.interrupted, [one["admitted"] for one in result.rounds]) == (True, [2])
+    assert (result.interrupted, [one.admitted for one in result.rounds]) == (True, [2])

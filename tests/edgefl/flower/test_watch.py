@@ -49,10 +49,10 @@ def test_metrics_are_weighted_means_and_failures_have_reasons(watch):
     answer(watch, requests[1], **{"num-examples": 3, "loss": 2.0})
     watch.answered(requests[2], Message(Error(2, "broken"), reply_to=requests[2]))
     watch.finish()
-    told = watch.rounds[0].as_json()
-    assert (told["admitted"], told["failed"], told["missing"]) == (2, 1, 1)
-    assert told["reasons"] == {"partition-2": "broken"}
-    assert told["metrics"] == {"loss": 1.75}
+    told = watch.rounds[0].report()
+    assert (told.admitted, told.failed, told.missing) == (2, 1, 1)
+    assert told.reasons == {"partition-2": "broken"}
+    assert told.metrics == {"loss": 1.75}
     assert list(watch.failures()) == ["partition-2: broken"]
 
 
@@ -70,7 +70,7 @@ def test_training_that_nobody_answered_is_told_whether_or_not_anything_else_was(
 
 def test_what_fails_in_looking_on_is_logged_once_as_ours_and_changes_nothing(caplog):
     def broken(told):
-        raise BrokenPipeError(told["round"])
+        raise BrokenPipeError(told.round)
 
     with task_identity(1):
         watch = Watch(ManualClock(), broken)

@@ -32,9 +32,9 @@ def test_a_run_ends_with_a_model_that_learned(http_plane, trainers, torch_task, 
     result = edgefl.run(
         str(torch_task), credentials=http_plane.credentials, config=CONFIG, on_round=seen.append, out=out
     )
-    assert [one["round"] for one in seen] == [1, 2, 3, 4]
+    assert [one.round for one in seen] == [1, 2, 3, 4]
     assert list(result.rounds) == seen
-    assert all(one["metrics"].keys() == {"train_loss", "loss", "accuracy"} for one in seen)
+    assert all(one.metrics.keys() == {"train_loss", "loss", "accuracy"} for one in seen)
     assert result.final["accuracy"] > 0.9
     assert result.model == {"sha256": hashlib.sha256(out.read_bytes()).hexdigest(), "path": str(out)}
     assert result.final.items() >= evaluate(load_task(str(torch_task)), SpooledTree(out)).items()
@@ -77,14 +77,14 @@ def test_a_cloud_that_restarts_is_waited_for(http_plane, trainers, torch_task):
     trainers.gate.clear()
 
     def restart(outcome):
-        if outcome["round"] == 1:
+        if outcome.round == 1:
             http_plane.server.stop()
             trainers.gate.set()
             threading.Timer(0.3, http_plane.server.start).start()
 
     result = edgefl.run(str(torch_task), credentials=http_plane.credentials, config=CONFIG, on_round=restart)
-    assert [one["round"] for one in result.rounds] == [1, 2, 3, 4]
-    assert all("accuracy" in one["metrics"] for one in result.rounds[1:])
+    assert [one.round for one in result.rounds] == [1, 2, 3, 4]
+    assert all("accuracy" in one.metrics for one in result.rounds[1:])
 
 
 def test_a_model_that_the_cloud_no_longer_keeps_is_not_judged(http_plane, trainers, torch_task, client):
@@ -93,7 +93,7 @@ def test_a_model_that_the_cloud_no_longer_keeps_is_not_judged(http_plane, traine
     first = http_plane.jobs.get(job)["rounds"][0]["model"]
     http_plane.blobs.delete(first)
     result = watch(client, job, load_task(str(torch_task)))
-    assert result.rounds[0]["metrics"].keys() == {"train_loss"}
+    assert result.rounds[0].metrics.keys() == {"train_loss"}
     assert result.final["accuracy"] > 0.9
 
 

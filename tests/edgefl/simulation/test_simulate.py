@@ -34,9 +34,9 @@ def test_it_learns_and_says_what_it_did(tasks, tmp_path):
         watching=watching,
     )
     assert heard == [("stacked", "it was asked for"), *result.rounds]
-    assert [one["round"] for one in result.rounds] == list(range(1, 13))
+    assert [one.round for one in result.rounds] == list(range(1, 13))
     assert result.final["accuracy"] > 0.9
-    assert result.final["loss"] < result.rounds[0]["metrics"]["loss"]
+    assert result.final["loss"] < result.rounds[0].metrics["loss"]
     assert result.seconds >= result.round_seconds > 0
     assert result.model["sha256"] == hashlib.sha256((tmp_path / "model").read_bytes()).hexdigest()
     for name, array in SpooledTree(tmp_path / "model").items():
@@ -47,7 +47,7 @@ def test_it_learns_and_says_what_it_did(tasks, tmp_path):
 def test_a_task_object_is_as_good_and_the_test_data_may_be_asked_less_often(tasks):
     task = load_task(str(tasks("task")))
     result = simulate(task, clients=4, rounds=5, engine="loop", evaluate_every=2)
-    assert ["accuracy" in one["metrics"] for one in result.rounds] == [False, True, False, True, True]
+    assert ["accuracy" in one.metrics for one in result.rounds] == [False, True, False, True, True]
 
 
 def test_a_task_without_a_model_has_its_own_fit(tasks):
@@ -59,7 +59,7 @@ def test_a_task_without_a_model_has_its_own_fit(tasks):
 
 def test_ctrl_c_ends_the_round_and_keeps_what_there_is(tasks):
     def interrupt(outcome):
-        if outcome["round"] == 3:
+        if outcome.round == 3:
             signal.raise_signal(signal.SIGINT)
 
     result = simulate(tasks("task"), clients=4, rounds=100, engine="loop", watching=Watching(on_round=interrupt))
@@ -97,12 +97,10 @@ def test_devices_of_the_configuration_live_in_virtual_time(tasks, engine):
         {"rounds": {"count": 3, "clients": 4, "deadline_s": 20.0}, "population": {"clients": 9, "devices": devices}},
     )
     result = simulate(tasks("task"), engine=engine, config=settings)
-    ends = [one["virtual_end_s"] for one in result.rounds]
+    ends = [one.virtual_end_s for one in result.rounds]
     assert ends == sorted(ends)
     assert (
-        result.as_json()["virtual_seconds"]
-        == ends[-1]
-        == pytest.approx(sum(o["virtual_seconds"] for o in result.rounds))
+        result.as_json()["virtual_seconds"] == ends[-1] == pytest.approx(sum(o.virtual_seconds for o in result.rounds))
     )
     assert result.round_seconds < 10 < ends[-1]
 
@@ -116,8 +114,8 @@ def test_only_what_is_trained_moves_and_travels(tasks, engine):
     assert not np.array_equal(result.parameters["0.bias"], start["0.bias"])
     moving = encoded_bytes({name: array for name, array in start.items() if name != "0.weight"})
     frozen = encoded_bytes({"0.weight": start["0.weight"]})
-    assert [one["up_bytes"] for one in result.rounds] == [4 * moving] * 3
-    assert [one["down_bytes"] for one in result.rounds] == [4 * (moving + frozen), 4 * moving, 4 * moving]
+    assert [one.up_bytes for one in result.rounds] == [4 * moving] * 3
+    assert [one.down_bytes for one in result.rounds] == [4 * (moving + frozen), 4 * moving, 4 * moving]
 
 
 def test_a_step_beyond_float32_ends_it_by_name_and_keeps_the_last_good_model(tmp_path):
@@ -127,5 +125,5 @@ def test_a_step_beyond_float32_ends_it_by_name_and_keeps_the_last_good_model(tmp
     task = Task(name="large", initial=lambda: {"w": np.zeros(2, np.float32)}, fit=fit)
     with pytest.raises(CutShort, match=r"round 2 .*'w' holds NaN or infinity") as short:
         simulate(task, clients=2, rounds=5, engine="loop", out=tmp_path / "model")
-    assert [one["round"] for one in short.value.so_far.rounds] == [1]
+    assert [one.round for one in short.value.so_far.rounds] == [1]
     assert SpooledTree(tmp_path / "model")["w"][0] == np.float32(3e38)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 import pytest
 
 from edgefl.app.commands.progress import left_running, round_progress, round_text
 from edgefl.errors import CloudUnreachable
 from edgefl.terminal.output import Output
+from edgefl.testing import make_report
 
-ROUND = {
-    "round": 2, "admitted": 3, "rejected": 1, "failed": 0, "missing": 1, "reasons": {"cam-1": "weight 0"},
-    "seconds": 0.5, "metrics": {"accuracy": 0.9},
-}  # fmt: skip
+ROUND = make_report(
+    round=2, admitted=3, rejected=1, missing=1, reasons={"cam-1": "weight 0"}, seconds=0.5, metrics={"accuracy": 0.9}
+)
 TEXT = "round 2/5: 3 admitted, 1 rejected, 1 missing in 0.50 s accuracy=0.9 (cam-1: weight 0)"
 
 
 def test_a_round_by_hand():
     assert round_text(ROUND, 5) == TEXT
-    quiet = ROUND | {"rejected": 0, "missing": 0, "reasons": {}, "metrics": {}}
+    quiet = dataclasses.replace(ROUND, rejected=0, missing=0, reasons={}, metrics={})
     assert round_text(quiet, 5) == "round 2/5: 3 admitted in 0.50 s"
 
 
@@ -101,8 +103,7 @@ def test_a_pause_is_told_beside_the_rounds(capsys, monkeypatch, on_a_terminal):
 
 
 def test_a_reason_stays_on_its_line():
-    outcome = {"round": 1, "admitted": 1, "rejected": 0, "failed": 1, "missing": 0, "seconds": 1.0,
-               "metrics": {"a\x1b": None}, "reasons": {"cam\n": "\x1b[2J[red]boom\nround 2: 9 admitted"}}  # fmt: skip
+    outcome = make_report(failed=1, metrics={"a\x1b": None}, reasons={"cam\n": "\x1b[2J[red]boom\nround 2: 9 admitted"})
     shown = round_text(outcome, 3)
     assert shown.endswith("a\\x1b=- (cam : \\x1b[2J[red]boom round 2: 9 admitted)")
     assert "\n" not in shown

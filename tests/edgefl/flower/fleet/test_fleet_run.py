@@ -52,7 +52,7 @@ FAILS = """
 
 
 def without_times(rounds):
-    return [{key: value for key, value in one.items() if key != "seconds"} for one in rounds]
+    return [{key: value for key, value in one.as_json().items() if key != "seconds"} for one in rounds]
 
 
 def relays(plane):
@@ -82,7 +82,7 @@ def test_a_fleet_gives_what_simulation_gives(make_app, on_fleet, http_plane, tmp
 
 def test_a_legacy_app_runs_as_it_is(make_app, on_fleet):
     result = on_fleet(make_app(LEGACY_SERVER, LEGACY_CLIENT))
-    assert [one["admitted"] for one in result.rounds] == [2, 2]
+    assert [one.admitted for one in result.rounds] == [2, 2]
     assert result.final["loss"] == pytest.approx(10 / 3)
 
 
@@ -138,6 +138,6 @@ def test_ctrl_c_ends_the_run_with_what_there_is(make_app, on_fleet, http_plane, 
 
     result = on_fleet(folder, config={"rounds": 5}, gate=interrupt, on_round=rounds.append)
     assert result.interrupted
-    assert result.rounds[0]["admitted"] == 2
+    assert result.rounds[0].admitted == 2
     assert relays(http_plane) == [("cancelled", "interrupted where it was run")]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

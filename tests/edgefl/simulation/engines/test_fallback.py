@@ -92,7 +92,7 @@ def test_auto_goes_on_and_says_so_where_a_stack_fails_in_a_later_round(tasks, mo
     watching = Watching(on_engine=lambda name, _reason: engines.append(name))
     result = simulate(tasks("task"), clients=6, rounds=3, watching=watching)
     assert engines == ["stacked", "loop"]
-    assert [one["admitted"] for one in result.rounds] == [6, 6, 6]
+    assert [one.admitted for one in result.rounds] == [6, 6, 6]
     assert result.engine == "loop"
     assert result.engine_reason.endswith("stacked until round 2: it failed: IndexError: a shape that nobody thought of")
 

@@ -15,6 +15,7 @@ from edgefl.simulation.isolation.process import OwnProcess, _error, _Story
 from edgefl.simulation.simulate import Watching, simulate
 from edgefl.simulation.study.report import ProcessLost
 from edgefl.simulation.world.settings import SimulationConfig
+from edgefl.testing import make_report
 
 MODULE = """
 import dataclasses, os, signal, sys
@@ -71,14 +72,14 @@ def test_one_that_kills_its_process_is_failed_by_name_and_the_next_order_knows_n
         watching = Watching(on_engine=lambda *what: said.append(what))
         result = process.simulate(order(folder, data={"deadly": "2"}), watching, tmp_path / "model")
         again = process.simulate(order(folder), Watching())
-    assert [(one["admitted"], one["failed"]) for one in result.rounds] == [(4, 1), (4, 1)]
+    assert [(one.admitted, one.failed) for one in result.rounds] == [(4, 1), (4, 1)]
     reason = "task 'deadly': train_data ended its process, which was ended by SIGKILL, 2 times"
-    assert all(one["reasons"] == {"client-2": reason.replace("'deadly'", repr(str(folder)))} for one in result.rounds)
+    assert all(one.reasons == {"client-2": reason.replace("'deadly'", repr(str(folder)))} for one in result.rounds)
     assert result.engine_reason.endswith("without client-2, whose train_data ended its process")
     assert said[-1] == ("loop", result.engine_reason)
     assert (tmp_path / "model").stat().st_size > 0
     assert result.model["path"] == str(tmp_path / "model")
-    assert [one["admitted"] for one in again.rounds] == [5, 5]
+    assert [one.admitted for one in again.rounds] == [5, 5]
     assert "loading 0" in capfd.readouterr().out
 
 
@@ -86,7 +87,7 @@ def test_one_that_does_it_once_is_in_it_and_the_model_is_that_of_an_undisturbed_
     with OwnProcess(to_stderr=True) as process:
         result = process.simulate(order(folder, rounds=3, data={"deadly": "4", "times": "1"}), Watching())
     undisturbed = simulate(str(folder), engine="loop", config=order(folder, rounds=3).config)
-    assert [one["admitted"] for one in result.rounds] == [5, 5, 5]
+    assert [one.admitted for one in result.rounds] == [5, 5, 5]
     for name, array in undisturbed.parameters.items():
         np.testing.assert_array_equal(result.parameters[name], array)
 
@@ -96,9 +97,9 @@ def test_what_is_no_clients_doing_ends_it_with_the_rounds_that_there_are(folder,
     heard = []
     with OwnProcess() as process, pytest.raises(ProcessLost, match=r"evaluation ended its process, .* SIGKILL") as lost:
         process.simulate(order(folder, rounds=9), Watching(on_round=heard.append), tmp_path / "model")
-    assert [one["round"] for one in heard] == [1, 2]
+    assert [one.round for one in heard] == [1, 2]
     so_far = lost.value.so_far
-    assert [one["round"] for one in so_far.rounds] == [1, 2]
+    assert [one.round for one in so_far.rounds] == [1, 2]
     assert so_far.interrupted
     assert (tmp_path / "model").stat().st_size > 0
 
@@ -110,14 +111,14 @@ def test_it_goes_on_where_a_checkpoint_was_made(folder, tmp_path):
 
     class Killing(OwnProcess):
         def on_round(self, outcome):
-            heard.append(outcome["round"])
-            if outcome["round"] == 3:
+            heard.append(outcome.round)
+            if outcome.round == 3:
                 os.kill(self._child._process.pid, signal.SIGKILL)
 
     with Killing() as process:
         result = process.simulate(order(folder, rounds=6, resume=kept), Watching(on_round=process.on_round))
     assert heard == [3, 4, 5, 6]
-    assert [one["round"] for one in result.rounds] == [1, 2, 3, 4, 5, 6]
+    assert [one.round for one in result.rounds] == [1, 2, 3, 4, 5, 6]
     undisturbed = simulate(str(folder), engine="loop", config=order(folder, rounds=6).config)
     for name, array in undisturbed.parameters.items():
         np.testing.assert_array_equal(result.parameters[name], array)
@@ -166,7 +167,7 @@ def test_a_task_whose_every_client_ends_its_process_ends():
     with pytest.raises(ProcessLost, match="64 processes in a row ended with status 3, the last in train_data"):
         told.lost(AtWork("train_data", "client-99"), 3, None)
     told._in_a_row = 63
-    told.hear(RoundDone({"round": 1}, None))
+    told.hear(RoundDone(make_report(), None))
     told.lost(AtWork("train_data", "client-99"), 3, None)  # a round was finished between
 
 

@@ -1,5 +1,6 @@
 """A simulation on the screen."""
 
+import dataclasses
 import io
 
 import pytest
@@ -8,11 +9,12 @@ from rich.console import Console
 from edgefl.simulation.screen import live
 from edgefl.simulation.screen.live import Progress, duration_text, live_rounds, size_text
 from edgefl.terminal.output import Output
+from edgefl.testing import make_report
 
-OUTCOME = {
-    "round": 1, "admitted": 8, "rejected": 1, "failed": 1, "missing": 0, "seconds": 2.0, "up_bytes": 1_000_000,
-    "down_bytes": 500_000, "metrics": {"accuracy": 0.5}, "reasons": {f"c{n}": "no data" for n in range(5)},
-}  # fmt: skip
+OUTCOME = make_report(
+    admitted=8, rejected=1, failed=1, seconds=2.0, up_bytes=1_000_000, down_bytes=500_000, metrics={"accuracy": 0.5},
+    reasons={f"c{n}": "no data" for n in range(5)},
+)  # fmt: skip
 
 
 def test_the_time_left_is_told_by_the_last_rounds():
@@ -20,7 +22,7 @@ def test_the_time_left_is_told_by_the_last_rounds():
     progress.begin("loop", now_s=100.0)
     cells = progress.note(OUTCOME, now_s=103.0)
     assert cells == ("1/21", "8 admitted, 1 rejected, 1 failed", "4", "1.5 MB", "1:00", "accuracy=0.5")
-    cells = progress.note(OUTCOME | {"round": 11}, now_s=104.0)
+    cells = progress.note(dataclasses.replace(OUTCOME, round=11), now_s=104.0)
     assert cells[4] == "0:20"
 
 

@@ -11,11 +11,9 @@ from edgefl.simulation.study.report import SimulationResult
 from edgefl.simulation.study.sweep import SweepResult, VariantResult
 from edgefl.simulation.study.variants import Variant
 from edgefl.terminal.output import Output
+from edgefl.testing import make_report
 
-OUTCOME = {
-    "round": 1, "admitted": 8, "rejected": 0, "failed": 0, "missing": 0, "seconds": 2.0, "up_bytes": 1_000_000,
-    "down_bytes": 500_000, "metrics": {"accuracy": 0.5}, "reasons": {},
-}  # fmt: skip
+OUTCOME = make_report(admitted=8, seconds=2.0, up_bytes=1_000_000, down_bytes=500_000, metrics={"accuracy": 0.5})
 SLOW, FAST = Variant({"train.lr": 0.1}), Variant({"train.lr": 0.9})
 
 

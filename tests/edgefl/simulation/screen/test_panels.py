@@ -6,18 +6,21 @@ from matplotlib.figure import Figure
 
 from edgefl.simulation.screen import plot
 from edgefl.simulation.screen.plot import Run
+from edgefl.testing import make_report
 
 
 def rounds(count=3, **metrics):
     return [
-        {"round": n, "admitted": 5, "rejected": 0, "failed": n, "missing": 0, "up_bytes": 10**6,
-         "down_bytes": 2 * 10**6, "metrics": {name: value * n for name, value in metrics.items()}}
+        make_report(
+            round=n, admitted=5, failed=n, up_bytes=10**6, down_bytes=2 * 10**6,
+            metrics={name: value * n for name, value in metrics.items()},
+        )
         for n in range(1, count + 1)
     ]  # fmt: skip
 
 
 def numbers(rounds):
-    return [one["round"] for one in rounds]
+    return [one.round for one in rounds]
 
 
 def run(name="a", color="C0", took_part=(), **metrics):

@@ -8,13 +8,16 @@ import pytest
 
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.simulation.screen.plot import draw_rounds, write_plot
+from edgefl.testing import make_report
 
 
 def rounds(count=3, seconds=0.5, virtual_s=None, **metrics):
     return [
-        {"round": n, "admitted": 5, "rejected": 0, "failed": n, "missing": 0, "up_bytes": 10**6, "seconds": seconds,
-         "down_bytes": 2 * 10**6, "metrics": {name: value * n for name, value in metrics.items()}}
-        | ({"virtual_end_s": n * virtual_s} if virtual_s else {})
+        make_report(
+            round=n, admitted=5, failed=n, up_bytes=10**6, down_bytes=2 * 10**6, seconds=seconds,
+            metrics={name: value * n for name, value in metrics.items()},
+            virtual_end_s=n * virtual_s if virtual_s else None,
+        )
         for n in range(1, count + 1)
     ]  # fmt: skip
 

@@ -5,13 +5,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from edgefl.errors import ConfigError
 from edgefl.simulation.screen.tensorboard import event_file, run_folder, scalars
+from edgefl.testing import make_report
 
 
 def outcome(number, **more):
-    return {
-        "round": number, "admitted": 8, "rejected": 1, "failed": 2, "missing": 3, "seconds": 0.5, "up_bytes": 10,
-        "down_bytes": 20, "metrics": {"accuracy": number / 10}, "reasons": {},
-    } | more  # fmt: skip
+    return make_report(
+        round=number, admitted=8, rejected=1, failed=2, missing=3, seconds=0.5, up_bytes=10, down_bytes=20,
+        metrics={"accuracy": number / 10}, **more,
+    )  # fmt: skip
 
 
 def read(folder):

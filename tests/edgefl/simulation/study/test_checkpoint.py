@@ -23,6 +23,7 @@ from edgefl.simulation.study.checkpoint import (
     refuse_other_shapes,
 )
 from edgefl.simulation.world.settings import SimulationConfig
+from edgefl.testing import make_report
 from edgefl.trees import write_tree
 
 ADAM = {"optimizer": "Adam", "lr": 0.05}
@@ -39,7 +40,7 @@ def config(count, **sections):
 
 def facts(result):
     """What must not depend on where the simulation was interrupted: all but real time."""
-    return [{key: value for key, value in one.items() if key != "seconds"} for one in result.rounds]
+    return [{key: value for key, value in one.as_json().items() if key != "seconds"} for one in result.rounds]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_ctrl_c_keeps_a_whole_round_and_never_a_cut_one(tasks, tmp_path):
     whole = simulate(tasks("task"), engine="loop", config=config(6))
 
     def after_three(outcome):
-        if outcome["round"] == 3:
+        if outcome.round == 3:
             signal.raise_signal(signal.SIGINT)
 
     stopped = simulate(
@@ -156,7 +157,7 @@ def test_other_settings_are_refused_by_name(tasks, tmp_path, sections, reason):
 
 def make(**changes):
     facts = {
-        "task": "t", "engine": "loop", "settings": flat_settings(config(2)), "rounds": [{"round": 1}], "seconds": 1.0,
+        "task": "t", "engine": "loop", "settings": flat_settings(config(2)), "rounds": [make_report()], "seconds": 1.0,
         "virtual_s": None, "parameters": {"w": np.ones(3, np.float32)}, "optimizer": {}, "took_part": np.zeros(2, "u4"),
         "spent": np.zeros((0, 3)),
     }  # fmt: skip

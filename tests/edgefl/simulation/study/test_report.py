@@ -7,6 +7,7 @@ import pytest
 
 from edgefl.errors import MissingExtra
 from edgefl.simulation.study.report import SimulationResult
+from edgefl.testing import make_report
 
 
 def result(rounds):
@@ -18,9 +19,7 @@ def result(rounds):
 
 
 ROUNDS = [
-    {"round": n, "admitted": 3, "rejected": 0, "failed": 0, "missing": 0, "reasons": {}, "seconds": 1.0,
-     "up_bytes": 1, "down_bytes": 2, "metrics": {"accuracy": 0.25 * n}}
-    for n in (1, 2)
+    make_report(round=n, admitted=3, up_bytes=1, down_bytes=2, metrics={"accuracy": 0.25 * n}) for n in (1, 2)
 ]  # fmt: skip
 
 
@@ -28,7 +27,7 @@ def test_the_json_has_the_contracts_keys():
     said = result(ROUNDS).as_json()
     wanted = {"rounds", "final", "seconds", "clients_per_second", "engine", "engine_reason", "peak_rss_mb", "model"}
     assert wanted <= said.keys()
-    assert (said["clients_per_second"], said["rounds"]) == (3.0, ROUNDS)
+    assert (said["clients_per_second"], said["rounds"]) == (3.0, [one.as_json() for one in ROUNDS])
 
 
 def test_a_frame_has_a_row_a_round():

@@ -89,7 +89,7 @@ def test_ctrl_c_ends_the_variant_and_begins_no_other(tasks):
 
 def test_a_second_ctrl_c_keeps_the_rounds_too(tasks):
     def twice(_variant, outcome):
-        if outcome["round"] == 2:
+        if outcome.round == 2:
             raise KeyboardInterrupt
 
     result = sweep(
