@@ -9,10 +9,8 @@ from edgefl.testing import make_report
 
 
 def outcome(number, **more):
-    return make_report(
-        round=number, admitted=8, rejected=1, failed=2, missing=3, seconds=0.5, up_bytes=10, down_bytes=20,
-        metrics={"accuracy": number / 10}, **more,
-    )  # fmt: skip
+    said = {"seconds": 0.5, "up_bytes": 10, "down_bytes": 20, "metrics": {"accuracy": number / 10}} | more
+    return make_report(round=number, admitted=8, rejected=1, failed=2, missing=3, **said)
 
 
 def read(folder):
