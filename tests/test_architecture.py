@@ -88,6 +88,16 @@ def test_no_source_file_is_too_long() -> None:
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
+def test_a_class_of_the_simulation_or_of_flower_has_a_name_of_its_own() -> None:
+    """Whoever looks for `Worker` finds one, and by its name knows whose."""
+    places: dict[str, list[str]] = {}
+    for path in sources("edgefl/simulation", "edgefl/flower", "edgefl/process", "edgefl/exchange", "edgefl/app"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(relative(path))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_every_module_has_its_test() -> None:
     wanted = {relative(path): f"tests/{path.parent.relative_to(ROOT)}/test_{path.name}" for path in modules()}
     assert [f"{name} has no {test}" for name, test in wanted.items() if not (ROOT / test).exists()] == []

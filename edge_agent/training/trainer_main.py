@@ -113,11 +113,11 @@ def perform(fit: wire.Fit) -> wire.Done:
 
 def perform_errand(errand: wire.Errand) -> wire.Done:
     """Have the ClientApp answer, write the state and then the reply; raises what keeps it from being asked."""
-    from edgefl.flower.fleet.deliver import Errand, run_errand
+    from edgefl.flower.fleet.deliver import NodeMessage, deliver
 
     limit_memory(errand.memory_limit_mb)
-    outcome = run_errand(
-        Errand(
+    outcome = deliver(
+        NodeMessage(
             app=errand.app.partition(":")[0].partition(".")[0],
             folder=_unpacked(errand.bundle),
             order=Path(errand.order),

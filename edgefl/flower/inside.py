@@ -59,7 +59,7 @@ def task_identity(run_id: int) -> Iterator[None]:
 @contextmanager
 def listening() -> Iterator[list[Returned]]:
     """Collect what strategies fill and return while the context lasts; what Ctrl-C keeps from returning, too."""
-    heard = _Heard()
+    heard = _Collected()
     with (
         _wrapped(Strategy, "start", heard.keeping),
         _wrapped(server_app, "start_grid", heard.keeping),
@@ -72,7 +72,7 @@ def listening() -> Iterator[list[Returned]]:
         yield heard.all
 
 
-class _Heard:
+class _Collected:
     """What was heard, in its order, and the wrappers that hear."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.apps.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Answer, Delivery, execute
-from edgefl.process.workers.pool import MAX_LOSSES, MAX_STARTS, Answered, NoneLeft, Terms, WorkerPool
+from edgefl.process.workers.pool import MAX_LOSSES, MAX_STARTS, ItemAnswered, NoWorkerLeft, RunTerms, WorkerPool
 from edgefl.process.workers.process import ONE_THREAD, WorkerProcess, wait_for_processes
 from edgefl.process.workers.work_queue import WorkQueue
 
@@ -107,10 +107,10 @@ class Workers:
     def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
         """Yield answers as they come; one that needs longer is given up, and its worker killed."""
         work = WorkQueue(map(self._parcel, deliveries))
-        for event in self._pool.run(work, Terms(answer_s=within_s, retry_late=False)):
-            if isinstance(event, Answered):
+        for event in self._pool.run(work, RunTerms(answer_s=within_s, retry_late=False)):
+            if isinstance(event, ItemAnswered):
                 yield event.answer
-            elif isinstance(event, NoneLeft):
+            elif isinstance(event, NoWorkerLeft):
                 how = f"{MAX_STARTS} times before it had loaded the app; the last one {event.how}"
                 yield from (_crashed(parcel.delivery, how) for parcel in work.rest() if event.died)
             elif event.died:

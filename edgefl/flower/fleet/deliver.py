@@ -16,7 +16,7 @@ from edgefl.flower.apps.app import load_client_app, parse_value, require_flower
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Errand:
+class NodeMessage:
     """One message, and what the node has for it."""
 
     app: str  # its name, in errors
@@ -35,7 +35,7 @@ class Outcome:
     state: bytes | None
 
 
-def run_errand(errand: Errand) -> Outcome:
+def deliver(given: NodeMessage) -> Outcome:
     """Return the ClientApp's answer; raises MissingExtra, ProtocolError, and TaskError for too little memory."""
     require_flower("a Flower app")
     from flwr.app import Context
@@ -44,21 +44,21 @@ def run_errand(errand: Errand) -> Outcome:
     from edgefl.flower.inside import ErrorCode, with_own_metadata
     from edgefl.flower.nodes import Delivery, attempt, failed
 
-    message, run_config = wire.open_order(errand.order.read_bytes(), errand.envelope)
+    message, run_config = wire.open_order(given.order.read_bytes(), given.envelope)
     request = with_own_metadata(message)  # the ClientApp may change what it is given
     metadata = request.metadata
     context = Context(
         run_id=metadata.run_id,
         node_id=metadata.dst_node_id,
-        node_config=wire.node_config(errand.options, parse_value),
-        state=wire.open_state(errand.state.read_bytes() if errand.state else b""),
+        node_config=wire.node_config(given.options, parse_value),
+        state=wire.open_state(given.state.read_bytes() if given.state else b""),
         run_config=run_config,
     )
     code = ErrorCode.LOAD_CLIENT_APP_EXCEPTION
     try:
-        client_app = load_client_app(errand.folder, errand.app)
+        client_app = load_client_app(given.folder, given.app)
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        answer = attempt(errand.app, client_app, Delivery(message, context))
+        answer = attempt(given.app, client_app, Delivery(message, context))
     except (ConfigError, TaskError) as error:
         if out_of_memory(error):
             raise

@@ -4,7 +4,7 @@ Simulated clients and Flower apps run on it, each with messages of their own. A 
 machine (`process.py`), or an actor on a cluster. It says first that it is ready, then answers what it is asked,
 in order. It can be sent its next item while it is at work on one (`ahead`), and can keep results until it is
 asked for them together (`collect`), such as a sum over many clients.
-Invariants: each item ends in one `Answered` or `GaveUp`, whichever worker is lost when; an item that has cost
+Invariants: each item ends in one `ItemAnswered` or `ItemGivenUp`, whichever worker is lost when; an item that has cost
 `max_losses` workers is not tried again; no wait is without a deadline; no worker outlives the pool.
 """
 
@@ -29,7 +29,7 @@ MAX_WAIT_S = 1e6  # in one wait; the operating system cannot count far beyond
 
 
 @dataclass(frozen=True, slots=True)
-class Answered(Generic[M]):
+class ItemAnswered(Generic[M]):
     """An answer; to what keeping workers were asked for together, the message is None."""
 
     message: M | None
@@ -37,7 +37,7 @@ class Answered(Generic[M]):
 
 
 @dataclass(frozen=True, slots=True)
-class GaveUp(Generic[M]):
+class ItemGivenUp(Generic[M]):
     """A message that will not be answered, and how the last worker over it was lost."""
 
     message: M
@@ -46,18 +46,18 @@ class GaveUp(Generic[M]):
 
 
 @dataclass(frozen=True, slots=True)
-class NoneLeft:
+class NoWorkerLeft:
     """No worker can be started, and how the last one failed. What is left in the queue is not done."""
 
     how: str
     died: bool  # or its time was up
 
 
-Event = Answered[M] | GaveUp[M] | NoneLeft
+PoolEvent = ItemAnswered[M] | ItemGivenUp[M] | NoWorkerLeft
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
+class RunTerms:
     """What a run asks of its workers."""
 
     answer_s: float  # for one item; its worker's start is not counted
@@ -128,9 +128,9 @@ class WorkerPool(Generic[W, M]):
                 except WorkerLost as lost:
                     raise ConfigError(f"a {self._name} {lost} before it was ready{hint}") from lost
 
-    def run(self, work: WorkQueue[M], terms: Terms) -> Iterator[Event[M]]:
+    def run(self, work: WorkQueue[M], terms: RunTerms) -> Iterator[PoolEvent[M]]:
         """Have work done, and yield how each item ends, as it ends. Closing the iterator leaves the rest undone."""
-        return _Run(self, work, terms).events()
+        return _PoolRun(self, work, terms).events()
 
     def close(self) -> None:
         """End the workers; a run in another thread ends too."""
@@ -139,21 +139,21 @@ class WorkerPool(Generic[W, M]):
             slot.close()
 
 
-class _Run(Generic[W, M]):
+class _PoolRun(Generic[W, M]):
     """One run of a queue's work on the workers that no other run has."""
 
-    def __init__(self, pool: WorkerPool[W, M], work: WorkQueue[M], terms: Terms) -> None:
+    def __init__(self, pool: WorkerPool[W, M], work: WorkQueue[M], terms: RunTerms) -> None:
         self._pool, self._work, self._terms = pool, work, terms
         self._slots: list[Slot[W, M]] = []
         self._unusable: list[Slot[W, M]] = []  # cannot be started
-        self._none_left = NoneLeft("", died=True)
+        self._no_worker_left = NoWorkerLeft("", died=True)
 
-    def events(self) -> Iterator[Event[M]]:
+    def events(self) -> Iterator[PoolEvent[M]]:
         try:
             while not self._pool.closed:
                 self._hand_out()
                 if self._unusable and not self._slots and self._work.more():
-                    yield self._none_left
+                    yield self._no_worker_left
                     return
                 owing = [slot for slot in self._slots if slot.worker is not None and not slot.free]
                 if not owing:
@@ -207,7 +207,7 @@ class _Run(Generic[W, M]):
         slot.opened = True
         slot.ask(item, item.message, self._pool.clock())
 
-    def _hear(self, slots: Sequence[Slot[W, M]]) -> Iterator[Event[M]]:
+    def _hear(self, slots: Sequence[Slot[W, M]]) -> Iterator[PoolEvent[M]]:
         """Hear the workers that have something to say, and give up those whose time is up."""
         now_s = self._pool.clock()
         within_s = min(min(map(self._late_s, slots)) - now_s, MAX_WAIT_S)
@@ -230,7 +230,7 @@ class _Run(Generic[W, M]):
         """Return when a worker has been too long at what it is at."""
         return slot.since_s + (self._terms.answer_s if slot.ready else self._start_s)
 
-    def _heard(self, slot: Slot[W, M]) -> Iterator[Event[M]]:
+    def _heard(self, slot: Slot[W, M]) -> Iterator[PoolEvent[M]]:
         try:
             reply = slot.hear(self._pool.clock())
         except WorkerLost as lost:
@@ -244,13 +244,13 @@ class _Run(Generic[W, M]):
             return
         if slot.collecting:
             slot.kept, slot.collecting = [], False
-            yield Answered(None, reply.answer)
+            yield ItemAnswered(None, reply.answer)
             return
         if self._terms.collect is not None:
             slot.kept.append(item)
-        yield Answered(item.message, reply.answer)
+        yield ItemAnswered(item.message, reply.answer)
 
-    def _lost(self, slot: Slot[W, M], how: str, *, died: bool) -> Iterator[Event[M]]:
+    def _lost(self, slot: Slot[W, M], how: str, *, died: bool) -> Iterator[PoolEvent[M]]:
         """End a worker, have done again what it had, and yield what has cost too many."""
         blamed = slot.kept if slot.collecting else [*slot.asked][:1]
         spared = [] if slot.collecting else [*slot.kept, *[*slot.asked][1:]]
@@ -259,7 +259,7 @@ class _Run(Generic[W, M]):
             if not died or slot.failed_starts >= MAX_STARTS:
                 self._slots.remove(slot)
                 self._unusable.append(slot)
-                self._none_left = NoneLeft(how, died)
+                self._no_worker_left = NoWorkerLeft(how, died)
         slot.drop()
         self._work.put_back(item for item in spared if item is not None)
         for item in blamed:
@@ -269,4 +269,4 @@ class _Run(Generic[W, M]):
             if item.losses < self._terms.max_losses and (died or self._terms.retry_late):
                 self._work.retry(item)
             else:
-                yield GaveUp(item.message, how, died)
+                yield ItemGivenUp(item.message, how, died)

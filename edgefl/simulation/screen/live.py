@@ -33,7 +33,7 @@ _NOTHING = ("-", "-", "-", "-", "-", "")
 
 
 @dataclass(frozen=True, slots=True)
-class Screen:
+class RoundCallbacks:
     """What the screen is to hear of."""
 
     on_engine: Callable[[str, str], None]  # its name, and why it was chosen
@@ -129,7 +129,7 @@ class SweepProgress:
 
 
 @contextmanager
-def live_rounds(output: Output, progress: Progress) -> Iterator[Screen]:
+def live_rounds(output: Output, progress: Progress) -> Iterator[RoundCallbacks]:
     """Give the callbacks that show the engine and each round."""
     with _drawn(progress.table) as draw:
 
@@ -141,7 +141,7 @@ def live_rounds(output: Output, progress: Progress) -> Iterator[Screen]:
             cells = progress.note(outcome, now_s=time.perf_counter())
             draw() if draw is not None else output.line(line_text(outcome, cells))
 
-        yield Screen(on_engine, on_round)
+        yield RoundCallbacks(on_engine, on_round)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgefl.flower import FlowerRunResult, load_flower_app, run_on_fleet
-from edgefl.flower.fleet.deliver import Errand, run_errand
+from edgefl.flower.fleet.deliver import NodeMessage, deliver
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.protocols.messages import WirePlan
 
@@ -27,8 +27,8 @@ def on_fleet(http_plane, play_devices, tmp_path) -> Callable[..., FlowerRunResul
             order, state = tmp_path / f"{device}.order", tmp_path / f"{device}.state"
             order.write_bytes(content)
             state.write_bytes(states.get(device, b""))
-            outcome = run_errand(
-                Errand(
+            outcome = deliver(
+                NodeMessage(
                     app=folder.name, folder=folder, order=order, envelope=plan.envelope, state=state,
                     options={"part": str(names.index(device)), "parts": str(len(names))},
                 )

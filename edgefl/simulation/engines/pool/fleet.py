@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 
 from edgefl.measure import num_cores
-from edgefl.process.workers.pool import START_S, Answered, Terms, WorkerPool
+from edgefl.process.workers.pool import START_S, ItemAnswered, RunTerms, WorkerPool
 from edgefl.process.workers.process import wait_for_processes
 from edgefl.process.workers.work_queue import WorkQueue
 from edgefl.records import Plan, Traffic
@@ -59,9 +59,9 @@ class PoolFleet:
 
     def why_not_stacked(self) -> str | None:
         """Return why the task's clients cannot be trained in stacks, or None, as a worker has tried it."""
-        terms = Terms(answer_s=START_S, max_losses=1)
+        terms = RunTerms(answer_s=START_S, max_losses=1)
         (event,) = self.pool.run(WorkQueue([Try(self._setup.method)]), terms)
-        if isinstance(event, Answered):
+        if isinstance(event, ItemAnswered):
             tried: Tried = event.answer
             return tried.why_not
         return f"the worker that tried it {event.how}"

@@ -13,7 +13,7 @@ from edgefl.task import Task
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class BeginRound:
     """A round begins: take the tensors from where they lie (the plan has none), and forget what is summed."""
 
     plan: Plan

@@ -19,11 +19,11 @@ from typing import Any
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.rule import Merging
 from edgefl.errors import ConfigError
-from edgefl.process.workers.pool import MAX_LOSSES, Answered, GaveUp, NoneLeft, Terms, WorkerPool
+from edgefl.process.workers.pool import MAX_LOSSES, ItemAnswered, ItemGivenUp, NoWorkerLeft, RunTerms, WorkerPool
 from edgefl.process.workers.work_queue import WorkQueue
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Summed
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done, Flush, Summed
 from edgefl.trees import Tree
 
 LEFT_PER_CHUNK = 4  # a chunk is so small a part of a worker's share of what is left that workers end together
@@ -75,13 +75,13 @@ class Round:
         for client in self._plan.clients:
             if client in self._history.deadly:
                 yield from self._failed((client,), self._history.deadly[client])
-        terms = Terms(
+        terms = RunTerms(
             answer_s=self._plan.deadline_s, opening=self._opening(), collect=Flush() if self._sums else None
         )  # fmt: skip
         for event in self._pool.run(self._work, terms):
-            if isinstance(event, NoneLeft):
+            if isinstance(event, NoWorkerLeft):
                 raise ConfigError(f"round {self._plan.round}: no worker can be started: the last one {event.how}")
-            if isinstance(event, GaveUp):
+            if isinstance(event, ItemGivenUp):
                 yield from self._gave_up(event)
             else:
                 yield from self._answered(event)
@@ -94,17 +94,17 @@ class Round:
             return [tuple(clients[i : i + size]) for i in range(0, len(clients), size)]
         return _guided(clients, self._pool.size) if self._sums else [(client,) for client in clients]
 
-    def _opening(self) -> Begin:
+    def _opening(self) -> BeginRound:
         frozen: Tree | None = None if self._plan.frozen is None else {}
         plan = dataclasses.replace(self._plan, parameters={}, frozen=frozen)
-        return Begin(plan, self._sums, self._method)
+        return BeginRound(plan, self._sums, self._method)
 
     def _may_begin(self, chunk: Chunk) -> bool:
         """Single answers are not piled up: far ahead of the one that is waited for, none begins."""
         few = len(self._held) < AHEAD * self._pool.size
         return self._sums or few or self._order[0] in chunk.clients
 
-    def _answered(self, event: Answered[Chunk]) -> Iterator[Answer]:
+    def _answered(self, event: ItemAnswered[Chunk]) -> Iterator[Answer]:
         answer: Done | Summed = event.answer
         if isinstance(answer, Done):
             yield from self._in_order(answer.answers)
@@ -115,7 +115,7 @@ class Round:
         if answer.partial is not None:
             yield answer.partial
 
-    def _gave_up(self, event: GaveUp[Chunk]) -> Iterator[Answer]:
+    def _gave_up(self, event: ItemGivenUp[Chunk]) -> Iterator[Answer]:
         why = f"its worker {event.how}"
         if event.died:
             self._history.deadly |= dict.fromkeys(event.message.clients, f"{why}, each of {MAX_LOSSES} times")

@@ -17,14 +17,14 @@ from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.simulation.engines.fleets import PopulationMaker
 from edgefl.simulation.engines.pool.chunks import ChunkTrainer
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Summed, Tried, Try
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done, Flush, Summed, Tried, Try
 from edgefl.simulation.engines.shared import SharedTree
 from edgefl.task import Task, load_task
 from edgefl.training.local import set_threads
 from edgefl.training.randomness import kept, seeded
 from edgefl.trees import TensorSpec
 
-Asked = Begin | Chunk | Flush | Try
+Asked = BeginRound | Chunk | Flush | Try
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ class PoolWorker:
         self._trainer = ChunkTrainer(task, population, start.config)
 
     def answer(self, message: Asked) -> Done | Summed | Tried | None:
-        if isinstance(message, Begin):
+        if isinstance(message, BeginRound):
             frozen = None if message.plan.frozen is None else self._frozen.tree
             plan = dataclasses.replace(message.plan, parameters=self._parameters.tree, frozen=frozen)
             self._trainer.begin(plan, sums=message.sums, method=message.method)

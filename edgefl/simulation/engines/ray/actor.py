@@ -23,7 +23,7 @@ from edgefl.measure import own_peak_mb
 from edgefl.process.workers.messages import Ready, Reply
 from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup
 from edgefl.simulation.engines.pool.chunks import ChunkTrainer
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Flush, import_path, pickled_task
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Flush, import_path, pickled_task
 from edgefl.task import Task, load_task
 from edgefl.training.local import set_threads
 from edgefl.training.randomness import seeded
@@ -85,7 +85,7 @@ class Actor:
             return Ready(str(error))
         return Ready()
 
-    def begin(self, begin: Begin, parameters: Tree, frozen: Tree | None = None) -> None:
+    def begin(self, begin: BeginRound, parameters: Tree, frozen: Tree | None = None) -> None:
         """Take up a round, with the tensors as they lie in the object store."""
         plan = dataclasses.replace(begin.plan, parameters=parameters, frozen=frozen)
         self._trainer.begin(plan, sums=begin.sums, method=begin.method)

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgefl.errors import ConfigError
 from edgefl.process.workers.messages import Ready, Reply, WorkerLost
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Flush
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Flush
 from edgefl.simulation.engines.ray.cluster import import_ray
 
 FETCH_S = 60.0  # to bring here what is there
@@ -29,8 +29,8 @@ class RayWorker:
         """Return the reference of its next answer."""
         return self._owed[0]
 
-    def ask(self, message: Begin | Chunk | Flush) -> None:
-        if isinstance(message, Begin):
+    def ask(self, message: BeginRound | Chunk | Flush) -> None:
+        if isinstance(message, BeginRound):
             self._begun = [self.actor.begin.remote(message, *self._parameters())]
         else:
             self._owed.append(self.actor.answer.remote(message))

@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from edgefl.errors import MissingExtra, ProtocolError, TaskError
 from edgefl.flower.fleet import wire
-from edgefl.flower.fleet.deliver import Errand, run_errand
+from edgefl.flower.fleet.deliver import NodeMessage, deliver
 from edgefl.flower.inside import ErrorCode, give_id, task_identity
 
 COUNTS = """
@@ -54,8 +54,8 @@ def ask(make_app, tmp_path):
         order.write_bytes(wire.pack_order({"nested.rate": 0.25}, message.content))
         if state is not None:
             kept.write_bytes(state)
-        outcome = run_errand(
-            Errand(
+        outcome = deliver(
+            NodeMessage(
                 app="adder", folder=folder["app"], order=order, envelope=wire.pack_envelope(message),
                 options=options or {"part": "2"}, state=kept if state is not None else None,
             )

@@ -9,7 +9,7 @@ import pytest
 
 from edgefl.errors import ConfigError
 from edgefl.process.workers.messages import Ready, Reply, WorkerLost
-from edgefl.process.workers.pool import MAX_STARTS, Answered, GaveUp, NoneLeft, Terms, WorkerPool
+from edgefl.process.workers.pool import MAX_STARTS, ItemAnswered, ItemGivenUp, NoWorkerLeft, RunTerms, WorkerPool
 from edgefl.process.workers.work_queue import WorkQueue
 
 OPEN, COLLECT = "open", "collect"
@@ -69,12 +69,12 @@ class Stage:
         return answered
 
     def run(self, *messages, **terms):
-        return list(self.pool.run(WorkQueue(messages), Terms(**{"answer_s": 10.0} | terms)))
+        return list(self.pool.run(WorkQueue(messages), RunTerms(**{"answer_s": 10.0} | terms)))
 
 
 def ends(events):
     return sorted(
-        (event.message, event.answer if isinstance(event, Answered) else None) for event in events
+        (event.message, event.answer if isinstance(event, ItemAnswered) else None) for event in events
     )  # fmt: skip
 
 
@@ -117,8 +117,8 @@ def test_an_item_that_costs_two_workers_is_given_up_and_the_others_are_done():
 
     stage = Stage([], [], kind=Deadly)
     events = stage.run("x", "a", "b")
-    assert [one for one in events if isinstance(one, GaveUp)] == [GaveUp("x", "died of x", died=True)]
-    assert ends(one for one in events if isinstance(one, Answered)) == [("a", "a!"), ("b", "b!")]
+    assert [one for one in events if isinstance(one, ItemGivenUp)] == [ItemGivenUp("x", "died of x", died=True)]
+    assert ends(one for one in events if isinstance(one, ItemAnswered)) == [("a", "a!"), ("b", "b!")]
     assert sum(worker.asked.count("x") for worker in stage.started) == 2
 
 
@@ -132,14 +132,14 @@ def test_one_that_hangs_is_lost_when_its_time_is_up_and_not_before():
 def test_what_hangs_can_be_given_up_at_once():
     stage = Stage([None, "hang"])
     events = stage.run("a", "b", retry_late=False)
-    assert events[0] == GaveUp("a", "did not answer within 10 s", died=False)
+    assert events[0] == ItemGivenUp("a", "did not answer within 10 s", died=False)
     assert ends(events[1:]) == [("b", "b!")]
 
 
 def test_a_start_has_its_own_time_and_counts_for_nobody():
     stage = Stage(["hang"], start_s=60.0)
     (event,) = stage.run("a", answer_s=1.0)
-    assert event == NoneLeft("did not answer within 60 s", died=False)
+    assert event == NoWorkerLeft("did not answer within 60 s", died=False)
 
 
 def test_the_others_go_on_without_one_that_cannot_be_started_and_the_next_run_tries_it_again():
@@ -150,9 +150,9 @@ def test_the_others_go_on_without_one_that_cannot_be_started_and_the_next_run_tr
     assert len(stage.started) == MAX_STARTS + 2
 
 
-def test_none_left_is_said_and_leaves_the_rest_in_the_queue():
+def test_no_worker_left_is_said_and_leaves_the_rest_in_the_queue():
     stage, work = Stage(["die"] * 99), WorkQueue("abc")
-    assert list(stage.pool.run(work, Terms(answer_s=1.0))) == [NoneLeft("died by the script", died=True)]
+    assert list(stage.pool.run(work, RunTerms(answer_s=1.0))) == [NoWorkerLeft("died by the script", died=True)]
     assert list(work.rest()) == ["a", "b", "c"]
 
 
@@ -168,14 +168,14 @@ def test_results_that_workers_keep_are_collected_once_in_the_end():
 def test_kept_results_are_lost_with_their_worker_and_made_again(dies_at):
     stage = Stage([None] * dies_at + ["die"], [])
     events = stage.run(*"abcdefgh", opening=OPEN, collect=COLLECT)
-    kept = [event.answer for event in events if isinstance(event, Answered) and event.message is None]
+    kept = [event.answer for event in events if isinstance(event, ItemAnswered) and event.message is None]
     assert sorted(one for some in kept for one in some) == list("abcdefgh")
 
 
 def test_a_worker_that_dies_over_collecting_counts_for_all_that_it_kept():
     stage = Stage([None, None, "die", None, None, "die"])
-    (given_up,) = [one for one in stage.run("a", opening=OPEN, collect=COLLECT) if isinstance(one, GaveUp)]
-    assert given_up == GaveUp("a", "died by the script", died=True)
+    (given_up,) = [one for one in stage.run("a", opening=OPEN, collect=COLLECT) if isinstance(one, ItemGivenUp)]
+    assert given_up == ItemGivenUp("a", "died by the script", died=True)
 
 
 def test_one_ahead_where_the_worker_takes_it_and_back_again_in_the_end():
@@ -189,13 +189,13 @@ def test_one_ahead_where_the_worker_takes_it_and_back_again_in_the_end():
 def test_what_was_ahead_of_a_lost_worker_is_no_fault_of_it():
     stage = Stage([None, "die", None, None, "die"], ahead=lambda _worker, _message: True)
     events = stage.run("a", "b", "c")
-    assert [one.message for one in events if isinstance(one, GaveUp)] == ["a"]
-    assert ends(one for one in events if isinstance(one, Answered)) == [("b", "b!"), ("c", "c!")]
+    assert [one.message for one in events if isinstance(one, ItemGivenUp)] == ["a"]
+    assert ends(one for one in events if isinstance(one, ItemAnswered)) == [("b", "b!"), ("c", "c!")]
 
 
 def test_a_run_that_is_closed_leaves_answers_that_nobody_takes_for_others():
     stage = Stage([])
-    events = stage.pool.run(WorkQueue("abc"), Terms(answer_s=1.0))
+    events = stage.pool.run(WorkQueue("abc"), RunTerms(answer_s=1.0))
     assert next(events).answer == "a!"
     events.close()
     stage.started[0].ask("late")  # as if it had been sent ahead
@@ -206,7 +206,7 @@ def test_a_run_that_is_closed_leaves_answers_that_nobody_takes_for_others():
 def test_a_first_item_may_be_held_back_while_somebody_is_busy():
     stage, seen = Stage([], []), []
     work = WorkQueue("ab", may_begin=lambda message: seen.append(message) or False)
-    assert [event.message for event in stage.pool.run(work, Terms(answer_s=1.0))] == ["a", "b"]
+    assert [event.message for event in stage.pool.run(work, RunTerms(answer_s=1.0))] == ["a", "b"]
     assert set(seen) == {"a", "b"}
     assert sorted(len(worker.asked) for worker in stage.started) in ([0, 2], [1, 1])
 

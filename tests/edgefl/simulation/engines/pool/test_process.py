@@ -8,7 +8,7 @@ import pytest
 
 from edgefl.errors import ConfigError
 from edgefl.process.workers.messages import Ready
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done, Flush
 from edgefl.simulation.engines.pool.process import launcher, memory_for
 
 
@@ -27,7 +27,7 @@ def test_a_sum_is_a_copy_that_later_ones_leave_alone(set_up, plan_of, memory):
     assert worker.hear() == Ready()
     summed = []
     for clients in (plan.clients[:2], plan.clients[2:4]):
-        worker.ask(Begin(dataclasses.replace(plan, parameters={}, frozen={}), sums=True))
+        worker.ask(BeginRound(dataclasses.replace(plan, parameters={}, frozen={}), sums=True))
         worker.ask(Chunk(clients))
         worker.ask(Flush())
         assert worker.hear().answer == Done()

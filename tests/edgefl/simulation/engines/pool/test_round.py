@@ -11,7 +11,7 @@ from edgefl.process.workers.pool import WorkerPool
 from edgefl.records import Failure, Partial
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.pool.chunks import ChunkTrainer
-from edgefl.simulation.engines.pool.messages import Begin, Chunk
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk
 from edgefl.simulation.engines.pool.round import PoolHistory, Round
 
 SINGLE = {"clients": 39, "over_selection": 0.02}  # one more is asked than wanted: then there are no sums
@@ -25,7 +25,7 @@ class Scripted:
         self.parameters, self.fate, self.says, self.asked = plan.parameters, fate, [Ready()], []
 
     def ask(self, message):
-        if isinstance(message, Begin):
+        if isinstance(message, BeginRound):
             self.trainer.begin(dataclasses.replace(message.plan, parameters=self.parameters), sums=message.sums)
         else:
             self.asked.append(message)

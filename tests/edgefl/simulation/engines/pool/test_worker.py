@@ -8,7 +8,7 @@ import pytest
 from edgefl.errors import ConfigError
 from edgefl.records import Failure, Update
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done, Flush, Summed
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done, Flush, Summed
 from edgefl.simulation.engines.pool.worker import PoolStart
 from edgefl.simulation.engines.shared import SharedTree
 from edgefl.trees import TensorSpec, spec_of
@@ -46,7 +46,7 @@ def worker_of(plan_of):
 def test_the_sum_is_the_weighted_sum_and_what_is_refused_stands_aside(set_up, worker_of):
     setup = set_up(data={"empty": "2", "infinite": "3"})
     worker, plan, sums = worker_of(setup)
-    assert worker.answer(Begin(plan, sums=True)) is None
+    assert worker.answer(BeginRound(plan, sums=True)) is None
     for start in range(0, 8, 3):
         assert worker.answer(Chunk(plan.clients[start : start + 3])) == Done()
     summed = worker.answer(Flush())
@@ -64,7 +64,7 @@ def test_the_sum_is_the_weighted_sum_and_what_is_refused_stands_aside(set_up, wo
 
 def test_single_updates_come_with_their_chunk(set_up, worker_of):
     worker, plan, _ = worker_of(set_up())
-    worker.answer(Begin(plan, sums=False))
+    worker.answer(BeginRound(plan, sums=False))
     done = worker.answer(Chunk(plan.clients[:2]))
     assert [one.device for one in done.answers] == ["client-0", "client-1"]
     with pytest.raises(TypeError, match="cannot answer a Flush"):

@@ -12,7 +12,7 @@ import pytest
 from edgefl.errors import ConfigError
 from edgefl.process.workers.messages import Ready
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Flush
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Flush
 from edgefl.simulation.engines.ray.actor import Actor, start_of
 
 
@@ -30,7 +30,7 @@ def test_an_actor_trains_as_the_loop_does(set_up, plan_of, here, tmp_path):
     assert (start.bundle is None) is here
     actor = Actor(start)
     assert actor.ready() == Ready()
-    actor.begin(Begin(dataclasses.replace(plan, parameters={}), sums=True), plan.parameters)
+    actor.begin(BeginRound(dataclasses.replace(plan, parameters={}), sums=True), plan.parameters)
     actor.answer(Chunk(plan.clients))
     partial = actor.answer(Flush()).answer.partial
     singles = list(LoopFleet(setup).collect(plan))

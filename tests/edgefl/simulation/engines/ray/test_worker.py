@@ -8,7 +8,7 @@ import pytest
 
 from edgefl.errors import ConfigError
 from edgefl.process.workers.messages import Ready, WorkerLost
-from edgefl.simulation.engines.pool.messages import Begin, Chunk, Done
+from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done
 from edgefl.simulation.engines.ray.actor import Actor, start_of
 from edgefl.simulation.engines.ray.cluster import Cluster
 from edgefl.simulation.engines.ray.worker import RayWorker, wait_for_actors
@@ -31,7 +31,7 @@ def heard(worker):
 def test_an_actor_answers_and_says_how_it_is_lost(set_up, plan_of):
     setup = set_up()
     plan = plan_of(setup)
-    begin = Begin(dataclasses.replace(plan, parameters={}), sums=False)
+    begin = BeginRound(dataclasses.replace(plan, parameters={}), sums=False)
     with closing(Cluster()) as cluster:
         remote = cluster.ray.remote(num_cpus=1, max_restarts=0)(Mortal)
         start, parameters = start_of(setup, here=True), cluster.ray.put(dict(plan.parameters))
