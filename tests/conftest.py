@@ -39,7 +39,7 @@ from edgefl.operator.client import write_operator_credentials
 from edgefl.process.guardian import gated, guardian, open_gate
 from edgefl.protocols import tls
 from edgefl.protocols.manifest import new_fleet_key, public_pem, sign
-from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, WirePlan
+from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, Telemetry, WirePlan
 from edgefl.protocols.mqtt import LinkConfig, Will
 from edgefl.protocols.tls import Identity
 from edgefl.testing import ManualClock
@@ -194,12 +194,16 @@ class HeardLink:
 
     def __init__(self) -> None:
         self.states: dict[str, DeviceState] = {}
+        self.measured: dict[str, Telemetry] = {}
         self.sent: list[tuple[str, Signed]] = []
         self.told: list[tuple[str, WirePlan | RoundClosed]] = []
         self.reason = ""
 
     def state(self, device: str) -> DeviceState | None:
         return self.states.get(device)
+
+    def telemetry(self, device: str) -> Telemetry | None:
+        return self.measured.get(device)
 
     def forget(self, device: str) -> None:
         self.states.pop(device, None)

@@ -57,7 +57,6 @@ class Hearers:
     on_failure: Callable[[BaseException], None]  # the link has ended, and will not come back
     on_state: Callable[[str, DeviceState], None] = _ignore  # also for devices lost with the broker
     on_note: Callable[[str, RolloutNote], None] = _ignore
-    on_telemetry: Callable[[str, Telemetry], None] = _ignore
     is_known: Callable[[str], bool] = _everyone  # whether a device is enrolled
 
 
@@ -68,6 +67,7 @@ class CloudLink:
         self._hearers = hearers
         self._changed = threading.Condition()
         self._states: dict[str, DeviceState] = {}
+        self._telemetry: dict[str, Telemetry] = {}  # of devices that are online
         config = LinkConfig(
             url=url, client_id=CLOUD_NAME, identity=identity, subscriptions=[(topics.EVERY_UP, 1)], keepalive_s=10
         )
@@ -117,6 +117,11 @@ class CloudLink:
         with self._changed:
             return self._states.get(device)
 
+    def telemetry(self, device: str) -> Telemetry | None:
+        """Return what a device that is online measured last."""
+        with self._changed:
+            return self._telemetry.get(device)
+
     def wait_until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
         """Whether the predicate, asked at each change of presence, became true within the time."""
         with self._changed:
@@ -141,6 +146,7 @@ class CloudLink:
             self._send(topic, b"", retain=True)
         with self._changed:
             self._states.pop(device, None)
+            self._telemetry.pop(device, None)
             self._changed.notify_all()
 
     def _send(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
@@ -176,7 +182,7 @@ class CloudLink:
         elif isinstance(message, RolloutNote):
             self._hearers.on_note(device, message)
         else:
-            self._hearers.on_telemetry(device, message)
+            self._note_telemetry(device, message)
 
     def _note_state(self, device: str, state: DeviceState) -> None:
         with self._changed:
@@ -185,15 +191,23 @@ class CloudLink:
                 event(_log, logging.DEBUG, "device.old_state", device=device, session=state.session, held=held.session)
                 return
             self._states[device] = state
+            if not state.online:
+                self._telemetry.pop(device, None)
             self._changed.notify_all()
         if held is None or held.online != state.online:
             event(_log, logging.INFO, "device.online" if state.online else "device.offline", device=device)
         self._hearers.on_state(device, state)
 
+    def _note_telemetry(self, device: str, telemetry: Telemetry) -> None:
+        with self._changed:
+            if (state := self._states.get(device)) is not None and state.online:
+                self._telemetry[device] = telemetry
+
     def _lost_broker(self) -> None:
         with self._changed:
             lost = {name: dataclasses.replace(one, online=False, session=0) for name, one in self._states.items()}
             self._states.update(lost)
+            self._telemetry.clear()
             self._changed.notify_all()
         for device, state in lost.items():
             self._hearers.on_state(device, state)

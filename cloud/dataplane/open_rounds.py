@@ -52,10 +52,8 @@ class OpenRounds:
     def remove(self, closed: OpenRound) -> None:
         with self._lock:
             self._open.pop((closed.plan.job, closed.plan.round), None)
-            before = self._traffic.get(closed.plan.job, Traffic())
-            self._traffic[closed.plan.job] = Traffic(
-                up_bytes=before.up_bytes + closed.up_bytes, down_bytes=before.down_bytes + closed.down_bytes
-            )
+            moved = Traffic(up_bytes=closed.up_bytes, down_bytes=closed.down_bytes)
+            self._traffic[closed.plan.job] = self._traffic.get(closed.plan.job, Traffic()) + moved
 
     def traffic(self, job: str) -> Traffic:
         """Return the bytes moved in the job's closed rounds."""

@@ -94,4 +94,6 @@ def _shown(here: Services, device: Device) -> dict[str, Any]:
     state = here.link.state(device.name)
     said: dict[str, Any] = dataclasses.asdict(state) if state else {"online": False, "models": {}, "serving_url": ""}
     said.pop("session", None)
+    telemetry = here.link.telemetry(device.name)
+    said["telemetry"] = dataclasses.asdict(telemetry) if telemetry is not None else None
     return dataclasses.asdict(device) | said | {"tags": {**device.tags, **said.get("tags", {})}}

@@ -14,7 +14,7 @@ from cloud.state.registry import Registry
 from cloud.state.rollout import Rollouts
 from cloud.state.storage import Storage
 from edgefl.config import JobConfig
-from edgefl.protocols.messages import BlobRef, DeviceState
+from edgefl.protocols.messages import BlobRef, DeviceState, Telemetry
 
 Rows = list[dict[str, Any]]
 
@@ -59,6 +59,9 @@ class Link(Protocol):
 
     def state(self, device: str) -> DeviceState | None:
         """Return what a device said last."""
+
+    def telemetry(self, device: str) -> Telemetry | None:
+        """Return what a device that is online measured last."""
 
     def forget(self, device: str) -> None:
         """Drop what is kept of a device."""

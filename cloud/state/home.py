@@ -47,7 +47,7 @@ from edgefl.process.descriptors import raise_limit
 from edgefl.process.home import create_home, lock_home
 from edgefl.protocols.addresses import is_loopback
 from edgefl.protocols.manifest import Bundle, load_private_key, new_fleet_key, public_pem, save_private_key, sign
-from edgefl.protocols.messages import DeviceState, RolloutNote, Signed
+from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, Telemetry
 from edgefl.protocols.tls import CLOUD_NAME, LEAF_DAYS, Identity, create_ca
 
 EMBEDDED = "embedded"
@@ -264,6 +264,9 @@ class _Presence:
 
     def state(self, device: str) -> DeviceState | None:
         return self._link.state(device)
+
+    def telemetry(self, device: str) -> Telemetry | None:
+        return self._link.telemetry(device)
 
     def forget(self, device: str) -> None:
         with contextlib.ExitStack() as every:  # each of them, whatever becomes of another

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from cloud.state.blobs import BlobStore
 from cloud.state.followers import Followers
 from cloud.state.store import jobs, rounds, updates
-from edgefl.aggregation import make_rule
+from edgefl.aggregation import rule_kind
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, NotFound
@@ -100,7 +100,7 @@ class Jobs:
             raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
         if frozen is not None and (twice := sorted(set(SpooledTree(self._blobs.path(frozen.sha256))) & set(tree))):
             raise ConfigError(f"tensors {', '.join(twice):.500} are both among the job's parameters and frozen")
-        make_rule(config.aggregation.rule, {})
+        rule_kind(config.aggregation.rule)
         ServerOptimizer(config.server, gradient=False)
         values = {
             "id": job,

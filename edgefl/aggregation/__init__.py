@@ -1,21 +1,30 @@
-"""Aggregation rules by short name. Each rule is one file, which cites its paper in the module docstring."""
+"""Aggregation rules by short name. Each rule is one file with its paper at the head.
+
+What a rule can do stands on its class (`streams`, `merges`), so that a configuration is checked, and an engine chosen,
+before any rule is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from edgefl.aggregation.mean import WeightedMean
-from edgefl.aggregation.rule import Rule
+from edgefl.aggregation.rule import Rule, RuleKind
 from edgefl.errors import ConfigError
 from edgefl.trees import Tree
 
-__all__ = ["RULES", "Rule", "WeightedMean", "make_rule"]
+__all__ = ["RULES", "Rule", "RuleKind", "WeightedMean", "make_rule", "rule_kind"]
 
-RULES: Mapping[str, Callable[[Tree], Rule]] = {"mean": WeightedMean}
+RULES: Mapping[str, RuleKind] = {"mean": WeightedMean}
+
+
+def rule_kind(name: str) -> RuleKind:
+    """Return the rule of that name and what it can do; raises ConfigError for an unknown name."""
+    if name not in RULES:
+        raise ConfigError(f"aggregation.rule={name!r} is not one of: {', '.join(sorted(RULES))}")
+    return RULES[name]
 
 
 def make_rule(name: str, like: Tree) -> Rule:
-    """Make the rule with this name, for trees like `like`; raises ConfigError for an unknown name."""
-    if name not in RULES:
-        raise ConfigError(f"aggregation.rule={name!r} is not one of: {', '.join(sorted(RULES))}")
-    return RULES[name](like)
+    """Make the rule of that name for trees like `like`; raises ConfigError for an unknown name."""
+    return rule_kind(name)(like)

@@ -24,6 +24,16 @@ class Rule(Protocol):
         """Return the aggregated update, in the dtypes and shapes of the parameters."""
 
 
+class RuleKind(Protocol):
+    """A rule by its class: what it can do is known before one is made."""
+
+    @property
+    def streams(self) -> bool: ...
+    @property
+    def merges(self) -> bool: ...
+    def __call__(self, like: Tree, /) -> Rule: ...
+
+
 @runtime_checkable
 class Merging(Protocol):
     """What a rule that merges has in addition: the sum so far, for the next tier."""

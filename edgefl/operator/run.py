@@ -15,7 +15,7 @@ from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
-from edgefl.aggregation import make_rule
+from edgefl.aggregation import rule_kind
 from edgefl.bundle import pack_bundle
 from edgefl.config import JobConfig
 from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
@@ -94,7 +94,7 @@ def submit(
     `on_ask` is called when all is uploaded: from then on the job may run, even if this process ends. An unknown
     aggregation rule raises ConfigError before anything is uploaded.
     """
-    make_rule(config.aggregation.rule, {})
+    rule_kind(config.aggregation.rule)
     packed = pack_bundle(reference)
     parts = parts_of(task, config.train.seed)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)

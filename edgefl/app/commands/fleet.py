@@ -12,7 +12,7 @@ from edgefl.errors import ConfigError
 from edgefl.operator.client import Json
 from edgefl.operator.connection import Connection, connected
 from edgefl.records import RoundReport
-from edgefl.terminal.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
+from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, refuse_no_folder, time_text
 
 
 @click.group()
@@ -29,10 +29,10 @@ def list_devices(connection: Connection, output: Output) -> None:
         found = client.devices()
     rows = [
         (one["name"], "online" if one["online"] else "offline", _pairs(one["models"], ":"), _pairs(one["tags"], "="),
-         one["serving_url"], time_text(one["enrolled_s"]))
+         *_telemetry(one.get("telemetry")), one["serving_url"], time_text(one["enrolled_s"]))
         for one in found
     ]  # fmt: skip
-    columns = ("name", "state", "models", "tags", "serving", "enrolled")
+    columns = ("name", "state", "models", "tags", "cpu", "memory", "disk", "serving", "enrolled")
     output.table(columns, rows, "no device is enrolled; `edgefl cloud token` makes a token for one")
     output.result(found)
 
@@ -143,6 +143,17 @@ def _ended(job: Json) -> str:
     how = {"done": "it was done", "failed": "it failed", "cancelled": "it was cancelled"}[job["state"]]
     why = f" ({job['error']})" if job["state"] == "failed" else ""
     return f"{how} at {time_text(job['ended_s'])}, after {_progress(job, ' rounds')}{why}"
+
+
+def _telemetry(seen: Json | None) -> tuple[str, str, str]:
+    """Return what a device measured last, in words: CPU, memory, disk; nothing where it has said nothing."""
+    if seen is None:
+        return "", "", ""
+    return (
+        f"{seen['cpu_percent']:.0f}% of {counted(seen['cpu_count'], 'core')}",
+        f"{seen['ram_available_mb'] / 1e3:.1f} of {seen['ram_total_mb'] / 1e3:.1f} GB free",
+        f"{seen['disk_free_mb'] / 1e3:.1f} GB free",
+    )
 
 
 def _pairs(values: Json, between: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from edgefl.aggregation import rule_kind
 from edgefl.errors import ConfigError
 from edgefl.measure import num_cores
 from edgefl.records import Failure, Partial, Plan, Traffic, Update
@@ -27,7 +28,7 @@ class StackedFleet:
 
     def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
         self._meter.begin(plan)
-        sums = self._setup.config.aggregation.rule == "mean" and self._setup.takes_sums(plan)
+        sums = rule_kind(self._setup.config.aggregation.rule).merges and self._setup.takes_sums(plan)
         with torch_threads(num_cores()):
             self._trainer.begin(plan)
             for clients in self._trainer.stacks(plan.clients):

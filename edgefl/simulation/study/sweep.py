@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgefl.aggregation import make_rule
+from edgefl.aggregation import rule_kind
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, EdgeflError, MissingExtra
@@ -189,7 +189,7 @@ def _refuse_unfit(task: Task, configs: Sequence[SimulationConfig]) -> None:
 
     there: dict[str, int] = {}
     for config in configs:
-        make_rule(config.aggregation.rule, {})
+        rule_kind(config.aggregation.rule)
         ServerOptimizer(config.server, gradient=False)
         key = repr(config.population)
         if key not in there:

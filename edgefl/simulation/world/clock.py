@@ -165,9 +165,7 @@ class VirtualFleet:
             yield from self._inner.collect(dataclasses.replace(plan, clients=clients, deadline_s=REAL_DEADLINE_S))
 
     def _count(self, *, up_bytes: int = 0, down_bytes: int = 0) -> None:
-        self._traffic = Traffic(
-            up_bytes=self._traffic.up_bytes + up_bytes, down_bytes=self._traffic.down_bytes + down_bytes
-        )
+        self._traffic += Traffic(up_bytes=up_bytes, down_bytes=down_bytes)
 
 
 def _clients_of(answer: Answer) -> tuple[str, ...]:

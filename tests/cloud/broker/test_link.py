@@ -44,25 +44,23 @@ class Heard:
     link: CloudLink
     states: queue.Queue
     notes: queue.Queue
-    telemetry: queue.Queue
     known: set
 
 
 @pytest.fixture
 def cloud(broker, fleet_ca):
-    states, notes, telemetry = queue.Queue(), queue.Queue(), queue.Queue()
+    states, notes = queue.Queue(), queue.Queue()
     known = {"cam-1", "cam-2"}
     hearers = Hearers(
         on_failure=pytest.fail,
         on_state=lambda *one: states.put(one),
         on_note=lambda *one: notes.put(one),
-        on_telemetry=lambda *one: telemetry.put(one),
         is_known=known.__contains__,
     )
     link = ThreadedCloudLink(broker.url, fleet_ca.cloud, hearers)
     link.start()
     assert link.wait_connected(5)
-    yield Heard(link, states, notes, telemetry, known)
+    yield Heard(link, states, notes, known)
     link.close()
 
 
@@ -93,12 +91,36 @@ def test_presence_rules_by_hand(cloud, peer) -> None:
 
 def test_each_kind_is_heard_with_its_device(cloud, peer) -> None:
     device = peer("cam-1")
-    device.link.publish(topics.up("cam-1", "telemetry"), encode(TELEMETRY), qos=0)
-    assert cloud.telemetry.get(timeout=5) == ("cam-1", TELEMETRY)
     device.link.publish(topics.up("cam-1", "state"), state(1))
     assert cloud.states.get(timeout=5)[0] == "cam-1"
     assert cloud.link.state("cam-1") == decode(DeviceState, state(1))
     assert cloud.link.state("cam-2") is None
+
+
+def test_what_a_device_measured_last_is_kept_while_it_is_online(cloud, peer) -> None:
+    """(what comes, what is known after it); a note tells that what came before it has been taken."""
+    device = peer("cam-1")
+    later = dataclasses.replace(TELEMETRY, cpu_percent=99.0)
+    story = [
+        ("telemetry", encode(TELEMETRY), None),  # of a device of which nobody knows that it is there
+        ("state", state(1), None),
+        ("telemetry", encode(TELEMETRY), TELEMETRY),
+        ("telemetry", encode(later), later),
+        ("telemetry", encode(NOTE), later),
+        ("state", state(1, online=False), None),
+        ("telemetry", encode(TELEMETRY), None),
+    ]
+    for kind, payload, known in story:
+        device.link.publish(topics.up("cam-1", kind), payload, qos=1)
+        device.link.publish(topics.up("cam-1", "rollout"), encode(NOTE))
+        assert cloud.notes.get(timeout=5) == ("cam-1", NOTE)
+        assert cloud.link.telemetry("cam-1") == known
+    device.link.publish(topics.up("cam-1", "state"), state(2))
+    device.link.publish(topics.up("cam-1", "telemetry"), encode(TELEMETRY), qos=1)
+    device.link.publish(topics.up("cam-1", "rollout"), encode(NOTE))
+    assert cloud.notes.get(timeout=5) == ("cam-1", NOTE)
+    cloud.link.forget("cam-1")
+    assert cloud.link.telemetry("cam-1") is None
 
 
 @pytest.mark.parametrize(
@@ -124,7 +146,7 @@ def test_a_malformed_message_is_logged_and_changes_nothing(cloud, peer, caplog, 
     assert cloud.notes.get(timeout=5) == ("cam-1", NOTE)
     assert cloud.link.online() == {"cam-1"}
     assert cloud.states.qsize() == 1
-    assert cloud.telemetry.empty()
+    assert cloud.link.telemetry("cam-1") is None
     [line] = [one for one in caplog.records if "device.bad_message" in one.message]
     assert line.levelno == logging.WARNING
     assert f"device=cam-1 kind={kind} reason=" in line.message
@@ -268,15 +290,16 @@ HOSTILE = [
 
 def test_no_payload_costs_more_than_itself(cloud, peer) -> None:
     device = peer("cam-1")
+    device.link.publish(topics.up("cam-1", "state"), state(3))
+    assert online_is(cloud.link, "cam-1")
     for kind in topics.UP_KINDS:
         for payload in HOSTILE:
             device.link.publish(topics.up("cam-1", kind), payload)
-    device.link.publish(topics.up("cam-1", "state"), state(3))
-    assert online_is(cloud.link, "cam-1")
     assert cloud.link.wait_connected(0)
     device.link.publish(topics.up("cam-1", "rollout"), encode(NOTE))
     assert cloud.notes.get(timeout=5) == ("cam-1", NOTE)
-    assert cloud.telemetry.empty()
+    assert cloud.link.online() == {"cam-1"}
+    assert cloud.link.telemetry("cam-1") is None
 
 
 def test_a_note_is_clean_where_it_enters(cloud, peer) -> None:

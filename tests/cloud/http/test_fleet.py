@@ -14,7 +14,7 @@ from cloud.http.api import make_app
 from cloud.state.store import devices
 from edgefl import __version__
 from edgefl.protocols import tls
-from edgefl.protocols.messages import DeviceState
+from edgefl.protocols.messages import DeviceState, Telemetry
 from edgefl.protocols.tls import Identity
 from edgefl.terminal.text import is_safe
 
@@ -109,7 +109,7 @@ def test_an_operators_token_enrols(http, request_body):
 
 
 def test_a_token_without_a_lifetime_is_refused(http):
-    assert http.post("/v1/tokens", json={"valid_for_s": 0}).status_code == 403
+    assert http.post("/v1/tokens", json={"valid_for_s": 0}).status_code == 400
 
 
 def test_the_list_joins_what_is_enrolled_and_what_is_heard(http, http_plane):
@@ -117,12 +117,19 @@ def test_the_list_joins_what_is_enrolled_and_what_is_heard(http, http_plane):
     http_plane.link.states["a"] = DeviceState(
         session=5, online=True, agent_version="0.1.0", models={"m": 2}, tags={"gpu": "no"}, serving_url="http://h:8000"
     )
+    measured = Telemetry(
+        cpu_count=4, cpu_percent=12.5, load_1m=0.5, ram_total_mb=8e3, ram_available_mb=6e3, disk_free_mb=4e4
+    )
+    http_plane.link.measured["a"] = measured
     first, second = http.get("/v1/devices").json()
     assert first.items() >= {
         "name": "a", "online": True, "models": {"m": 2}, "tags": {"site": "north", "gpu": "no"},
-        "serving_url": "http://h:8000", "agent_version": "0.1.0",
+        "serving_url": "http://h:8000", "agent_version": "0.1.0", "telemetry": dataclasses.asdict(measured),
     }.items()  # fmt: skip
-    assert second.items() >= {"name": "b", "online": False, "models": {}, "tags": {"site": "north"}}.items()
+    assert (
+        second.items()
+        >= {"name": "b", "online": False, "models": {}, "tags": {"site": "north"}, "telemetry": None}.items()
+    )
 
 
 def test_the_list_of_revoked_certificates_is_for_everybody(http_plane, http):

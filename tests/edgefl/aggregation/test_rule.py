@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgefl.aggregation import RULES, Rule, make_rule
+from edgefl.aggregation import RULES, make_rule, rule_kind
+from edgefl.aggregation.rule import Merging
 from edgefl.testing import make_update
 
 LIKE = {"w": np.zeros((2, 2), np.float32), "n": np.zeros((), np.int64)}
@@ -13,9 +14,10 @@ LIKE = {"w": np.zeros((2, 2), np.float32), "n": np.zeros((), np.int64)}
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_says_what_it_can_do(name: str) -> None:
-    rule: Rule = make_rule(name, LIKE)
-    assert isinstance(rule.streams, bool)
-    assert isinstance(rule.merges, bool)
+    kind, rule = rule_kind(name), make_rule(name, LIKE)
+    assert isinstance(kind.streams, bool)
+    assert isinstance(kind.merges, bool)
+    assert isinstance(rule, Merging) == kind.merges  # it has the sum so far for the tier above
 
 
 @pytest.mark.parametrize("name", RULES)

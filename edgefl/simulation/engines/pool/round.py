@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgefl.aggregation import make_rule
-from edgefl.aggregation.rule import Merging
+from edgefl.aggregation import rule_kind
 from edgefl.errors import ConfigError
 from edgefl.process.workers.pool import MAX_LOSSES, ItemAnswered, ItemGivenUp, NoWorkerLeft, RunTerms, WorkerPool
 from edgefl.process.workers.work_queue import WorkQueue
@@ -60,8 +59,7 @@ class Round:
         self, setup: SimulationSetup, plan: Plan, pool: WorkerPool[Any, Any], history: PoolHistory
     ) -> None:  # fmt: skip
         self._plan, self._pool, self._history = plan, pool, history
-        rule = make_rule(setup.config.aggregation.rule, plan.parameters)
-        self._sums = rule.merges and isinstance(rule, Merging) and setup.takes_sums(plan)
+        self._sums = rule_kind(setup.config.aggregation.rule).merges and setup.takes_sums(plan)
         self._method = dataclasses.replace(setup.method, stacks=self._sums and setup.method.stacks)
         self._held: dict[str, Update | Failure] = {}  # single answers that wait for those before them
         self._order = deque(() if self._sums else plan.clients)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from edgefl.app.cli import cli
 from edgefl.config import JobConfig
 from edgefl.errors import NotFound
-from edgefl.protocols.messages import DeviceState
+from edgefl.protocols.messages import DeviceState, Telemetry
 from edgefl.terminal.output import time_text
 
 
@@ -34,8 +34,13 @@ def test_devices_are_listed_and_removed(edgefl, http_plane):
     assert "no device is enrolled" in edgefl("devices", "list").stdout
     http_plane.enroll("a", "b", site="north")
     http_plane.link.states["a"] = DeviceState(session=1, online=True, agent_version="0", models={"m": 2})
+    http_plane.link.measured["a"] = Telemetry(
+        cpu_count=4, cpu_percent=12.5, load_1m=0.5, ram_total_mb=8e3, ram_available_mb=6.02e3, disk_free_mb=4e4
+    )
     head, first, second = (line.split("\t") for line in edgefl("devices", "list").stdout.splitlines())
-    assert head[:3] == ["name", "state", "models"]
+    assert head[:7] == ["name", "state", "models", "tags", "cpu", "memory", "disk"]
+    assert first[4:7] == ["12% of 4 cores", "6.0 of 8.0 GB free", "40.0 GB free"]
+    assert second[4:7] == ["-", "-", "-"]
     assert first[:4] == ["a", "online", "m:2", "site=north"]
     assert second[:4] == ["b", "offline", "-", "site=north"]
     assert edgefl("devices", "remove", "a").stdout == "device a is no longer of the fleet\n"
