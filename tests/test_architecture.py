@@ -65,17 +65,22 @@ def test_import_contracts_hold() -> None:
     ],
 )
 def test_what_an_import_loads(module: str, allowed: set[str]) -> None:
+    assert loaded_by(module) & HEAVY <= allowed
+
+
+def loaded_by(module: str) -> set[str]:
     script = f"import sys, {module}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert {name.partition(".")[0] for name in done.stdout.split()} & HEAVY <= allowed
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_the_public_door_loads_nothing_before_it_is_used() -> None:
+    assert loaded_by("edgefl") & (HEAVY | {"numpy", "httpx", "click", "rich", "cryptography", "dacite"}) == set()
 
 
 def test_a_pool_worker_loads_no_tool_of_a_command_or_the_network() -> None:
     """It is started by the dozen, to train: who reads its own peak memory needs no client of the cloud."""
-    script = "import sys, edgefl.simulation.engines.pool.worker; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    loaded = loaded_by("edgefl.simulation.engines.pool.worker")
     assert "numpy" in loaded
     assert loaded & (HEAVY | {"httpx", "click", "rich", "cryptography"}) == set()
 
