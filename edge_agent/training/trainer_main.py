@@ -14,7 +14,6 @@ SIGINT asks it to give up the fit at hand; what the user prints goes to stderr.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import io
 import os
 import queue
@@ -29,6 +28,7 @@ from types import FrameType
 
 from blake3 import blake3
 
+from edge_agent.children import die_with_parent
 from edge_agent.training import trainer_wire as wire
 from edgefl.bundle import load_bundle, unpack_bundle
 from edgefl.errors import EdgeflError, TaskError, out_of_memory
@@ -41,7 +41,6 @@ from edgefl.trees import SpooledTree, Tree, spec_of, write_tree
 
 NICENESS = 10
 LISTEN_FD = 3  # sd_listen_fds(3): the first descriptor that systemd passes
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class _Cancelled(BaseException):
@@ -201,7 +200,7 @@ def main() -> None:
     if arguments.listen_fds:
         connection = _accept()
     else:
-        _die_with_parent()
+        die_with_parent()  # even where a task never lets the reading thread run
         connection = socket.socket(fileno=arguments.fd)
     connection.set_inheritable(False)  # a process that the task starts must not keep it open
     here = os.getpriority(os.PRIO_PROCESS, 0)
@@ -210,14 +209,6 @@ def main() -> None:
         Trainer(connection).run()
     except BrokenPipeError:
         sys.exit(0)  # the agent went while we answered
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill us with the agent, even where a task never lets the reading thread run."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)  # it went before we asked
 
 
 def _accept() -> socket.socket:
