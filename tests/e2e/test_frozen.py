@@ -72,7 +72,7 @@ def test_rounds_move_the_head_alone_whatever_is_killed(embedded_fleet, tmp_path)
                 fleet.restart_agent(names[0], part=0, parts=2)
 
         result = watch(client, job, load_task(str(folder)), Heard(on_round=disturb), out=out)
-        assert parameters_of(client, job, tmp_path).read_bytes() == out.read_bytes()
+        assert parameters_of(client, client.job(job), tmp_path).read_bytes() == out.read_bytes()
     start = initial_parameters(load_task(str(folder)))
     frozen = {name for name in start if name.startswith("body") and name.rpartition(".")[2] in {"weight", "bias"}}
     moving = encoded_bytes({name: array for name, array in start.items() if name not in frozen})

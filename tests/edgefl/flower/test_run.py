@@ -185,9 +185,9 @@ def test_a_failing_client_is_reported_with_file_and_line_and_the_round_goes_on(m
     )
     result = run(make_app(client=client))
     first = result.rounds[0]
-    assert (first["admitted"], first["failed"], list(first["reasons"])) == (1, 1, ["partition-1"])
-    assert "ValueError: out of paint" in first["reasons"]["partition-1"]
-    assert "client_app.py:" in first["reasons"]["partition-1"]
+    assert (first.admitted, first.failed, list(first.reasons)) == (1, 1, ["partition-1"])
+    assert "ValueError: out of paint" in first.reasons["partition-1"]
+    assert "client_app.py:" in first.reasons["partition-1"]
     np.testing.assert_allclose(result.arrays.to_numpy_ndarrays()[0], [2, 2])  # partition 0 alone
 
 

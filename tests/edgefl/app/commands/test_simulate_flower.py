@@ -119,7 +119,7 @@ def test_the_model_is_written_or_its_absence_told(make_app, tmp_path):
     for folder, there in ((make_app(), True), (make_app(SERVER, CLIENT, name="own"), False)):
         done = CliRunner().invoke(simulate, [str(folder), "--out", str(out)], catch_exceptions=False)
         assert (f"model: {out}" in done.output, out.exists()) == (there, there)
-        assert there or f"no model is written to {out}: none of the app's strategies returned one" in done.output
+        assert there or f"no model is written to {out}: no strategy of the app returned one" in done.output
         out.unlink(missing_ok=True)
 
 
