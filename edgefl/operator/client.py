@@ -2,7 +2,8 @@
 
 A restarted cloud continues its jobs; `insist` retries until the cloud answers or the caller's `Patience` is over.
 
-Every call raises CloudUnreachable if there is no answer, NotFound or CloudRefused if the cloud refuses.
+Every call raises CloudUnreachable if there is no answer, NotFound or CloudRefused if the cloud refuses, ProtocolError
+if what answers does not speak as a cloud does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from urllib.parse import quote
 import httpx
 
 from edgefl.config import JobConfig
-from edgefl.errors import CloudRefused, CloudUnreachable, NotFound, ProtocolError
+from edgefl.errors import BlobDamaged, CloudRefused, CloudUnreachable, NotFound, ProtocolError
 from edgefl.operator.credentials import Credentials, load_credentials, tls_context, write_operator_credentials
 from edgefl.protocols.addresses import other_scheme
 from edgefl.protocols.backoff import Backoff
@@ -39,6 +40,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
 _NOT_WELL = 503
 _PASSING = range(502, 505)
+
+NO_ANSWER = (CloudUnreachable, CloudRefused, ProtocolError, BlobDamaged)  # what a call raises without one of use
 _STRANGE = "{url} did not answer with JSON; is it an edgefl cloud?"
 
 Json = dict[str, Any]
@@ -66,7 +69,7 @@ def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
     while True:
         try:
             return call()
-        except (CloudUnreachable, CloudRefused) as error:
+        except NO_ANSWER as error:
             if not may_pass(error):
                 raise
             pause_s = pauses.next_s()
@@ -75,8 +78,8 @@ def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
         patience.pause(pause_s)
 
 
-def may_pass(error: CloudUnreachable | CloudRefused) -> bool:
-    """Whether the same call may go well a little later: of a server that is overloaded or stops."""
+def may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later: the server was overloaded or stopping, or bytes were damaged."""
     return not isinstance(error, CloudRefused) or error.status in _PASSING
 
 
@@ -252,7 +255,7 @@ class CloudClient:
             answer = self._http.get(path)
         value = _decoded(answer)
         if not isinstance(value, list):
-            raise CloudRefused(_STRANGE.format(url=answer.request.url), 502)
+            raise ProtocolError(_STRANGE.format(url=answer.request.url))
         return [_record(one) for one in value]
 
     @contextmanager
@@ -294,12 +297,12 @@ def _parsed(answer: httpx.Response, text: str | bytes) -> Any:
     try:
         return for_json(parse_json(text))
     except (ProtocolError, RecursionError) as cause:
-        raise CloudRefused(_STRANGE.format(url=answer.request.url), 502) from cause
+        raise ProtocolError(_STRANGE.format(url=answer.request.url)) from cause
 
 
 def _record(value: Any) -> Json:
     if not isinstance(value, dict):
-        raise CloudRefused(f"the cloud sent a JSON {type(value).__name__}, expected an object", 502)
+        raise ProtocolError(f"the cloud sent a JSON {type(value).__name__}, expected an object")
     return value
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from edgefl.errors import CloudRefused, CloudUnreachable
-from edgefl.operator.client import CloudClient, Json, Patience, may_pass
+from edgefl.errors import CloudUnreachable
+from edgefl.operator.client import NO_ANSWER, CloudClient, Json, Patience, may_pass
 
 
 class Waits:
@@ -84,7 +84,7 @@ def _resumed(
                 if is_last(event):
                     return
             fault: Exception = CloudUnreachable("the cloud ended a stream of events before its end")
-        except (CloudUnreachable, CloudRefused) as error:
+        except NO_ANSWER as error:
             if not may_pass(error):
                 raise
             fault = error

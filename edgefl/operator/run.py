@@ -18,7 +18,7 @@ from typing import Any
 from edgefl.aggregation import rule_kind
 from edgefl.bundle import pack_bundle
 from edgefl.config import JobConfig
-from edgefl.errors import CloudRefused, JobCancelled, JobFailed, NotFound
+from edgefl.errors import BlobDamaged, JobCancelled, JobFailed, NotFound
 from edgefl.measure import peak_rss_mb
 from edgefl.operator.client import CloudClient, Json, Patience, insist, load_credentials
 from edgefl.operator.follow import follow_job
@@ -172,7 +172,7 @@ class JobJudge:
 
 
 def download(client: CloudClient, sha256: str, path: Path) -> None:
-    """Download a blob into a file, completely or not at all; raises CloudRefused if the digest does not match."""
+    """Download a blob into a file, completely or not at all; raises BlobDamaged if the digest does not match."""
     partial = path.with_name(f".{path.name}.part")
     try:
         with partial.open("w+b") as file:
@@ -180,7 +180,7 @@ def download(client: CloudClient, sha256: str, path: Path) -> None:
             file.seek(0)
             seen = hashlib.file_digest(file, "sha256").hexdigest()
         if seen != sha256:
-            raise CloudRefused(f"blob {sha256[:16]}... came with SHA-256 {seen[:16]}...; try again", 502)
+            raise BlobDamaged(f"blob {sha256[:16]}... came with SHA-256 {seen[:16]}...; try again")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

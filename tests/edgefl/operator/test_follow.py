@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgefl.config import JobConfig
-from edgefl.errors import CloudRefused, CloudUnreachable, NotFound
+from edgefl.errors import BlobDamaged, CloudRefused, CloudUnreachable, NotFound, ProtocolError
 from edgefl.operator.client import CloudClient, Patience, insist, load_credentials
 from edgefl.operator.follow import follow_job, follow_relay, follow_rollout
 from edgefl.records import RoundOutcome
@@ -119,7 +119,7 @@ def test_a_relay_is_followed_over_the_ends_of_its_streams():
 
 
 def test_to_insist_is_to_ask_until_there_is_an_answer():
-    answers = [GONE, CloudRefused("stopping", 503), "yes"]
+    answers = [GONE, CloudRefused("stopping", 503), ProtocolError("half"), BlobDamaged("torn"), "yes"]
 
     def call():
         answer = answers.pop(0)

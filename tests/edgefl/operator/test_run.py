@@ -10,7 +10,7 @@ import pytest
 
 import edgefl
 from edgefl.config import JobConfig, RoundsConfig, TrainConfig
-from edgefl.errors import CloudRefused, ConfigError, JobCancelled, JobFailed
+from edgefl.errors import BlobDamaged, CloudRefused, ConfigError, JobCancelled, JobFailed
 from edgefl.operator.client import CloudClient, Patience, load_credentials
 from edgefl.operator.follow import follow_job
 from edgefl.operator.run import Heard, download, submit, watch
@@ -116,7 +116,7 @@ def test_a_download_that_is_not_what_was_asked_leaves_no_file(http_plane, client
     with pytest.raises(CloudRefused, match="are not what its name says"):
         download(client, ref.sha256, tmp_path / "x")
     with (
-        pytest.raises(CloudRefused, match="came with SHA-256"),
+        pytest.raises(BlobDamaged, match="came with SHA-256"),
         OtherBytes(None, load_credentials(http_plane.credentials)) as other,
     ):
         download(other, ref.sha256, tmp_path / "x")
