@@ -12,7 +12,7 @@ from edgefl.errors import ConfigError
 from edgefl.operator.client import Json
 from edgefl.operator.connection import Connection, connected
 from edgefl.records import RoundReport
-from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, refuse_no_folder, time_text
+from edgefl.terminal.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
 
 
 @click.group()
@@ -32,7 +32,7 @@ def list_devices(connection: Connection, output: Output) -> None:
          *_telemetry(one.get("telemetry")), one["serving_url"], time_text(one["enrolled_s"]))
         for one in found
     ]  # fmt: skip
-    columns = ("name", "state", "models", "tags", "cpu", "memory", "disk", "serving", "enrolled")
+    columns = ("name", "state", "models", "tags", "cpu", "free memory", "free disk", "serving", "enrolled")
     output.table(columns, rows, "no device is enrolled; `edgefl cloud token` makes a token for one")
     output.result(found)
 
@@ -146,13 +146,13 @@ def _ended(job: Json) -> str:
 
 
 def _telemetry(seen: Json | None) -> tuple[str, str, str]:
-    """Return what a device measured last, in words: CPU, memory, disk; nothing where it has said nothing."""
+    """Return what a device measured last: CPU in use, free memory, free disk; empty texts if it has not yet."""
     if seen is None:
         return "", "", ""
     return (
-        f"{seen['cpu_percent']:.0f}% of {counted(seen['cpu_count'], 'core')}",
-        f"{seen['ram_available_mb'] / 1e3:.1f} of {seen['ram_total_mb'] / 1e3:.1f} GB free",
-        f"{seen['disk_free_mb'] / 1e3:.1f} GB free",
+        f"{seen['cpu_percent']:.0f}% of {seen['cpu_count']}",
+        f"{seen['ram_available_mb'] / 1e3:.1f}/{seen['ram_total_mb'] / 1e3:.1f} GB",
+        f"{seen['disk_free_mb'] / 1e3:.1f} GB",
     )
 
 

@@ -38,8 +38,8 @@ def test_devices_are_listed_and_removed(edgefl, http_plane):
         cpu_count=4, cpu_percent=12.5, load_1m=0.5, ram_total_mb=8e3, ram_available_mb=6.02e3, disk_free_mb=4e4
     )
     head, first, second = (line.split("\t") for line in edgefl("devices", "list").stdout.splitlines())
-    assert head[:7] == ["name", "state", "models", "tags", "cpu", "memory", "disk"]
-    assert first[4:7] == ["12% of 4 cores", "6.0 of 8.0 GB free", "40.0 GB free"]
+    assert head[:7] == ["name", "state", "models", "tags", "cpu", "free memory", "free disk"]
+    assert first[4:7] == ["12% of 4", "6.0/8.0 GB", "40.0 GB"]
     assert second[4:7] == ["-", "-", "-"]
     assert first[:4] == ["a", "online", "m:2", "site=north"]
     assert second[:4] == ["b", "offline", "-", "site=north"]
