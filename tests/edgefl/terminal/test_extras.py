@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from edgefl.app.cli import OWN
 from edgefl.terminal import extras
 
 ROOT = Path(__file__).parents[3]
@@ -76,7 +77,7 @@ def test_what_an_extra_lacks_is_named_without_importing_it() -> None:
 def test_the_extras_of_a_command_exist(command: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(extras.OF_COMMANDS[command].split(",")) <= project["optional-dependencies"].keys()
-    assert command in project["entry-points"]["edgefl.commands"]
+    assert command in {*project["entry-points"]["edgefl.commands"], *OWN}
 
 
 def test_no_text_of_ours_names_the_other_project() -> None:
