@@ -101,7 +101,7 @@ SIZE = 64 << 20
 CHECKS = f"""
 import sys
 from pathlib import Path
-from cloud.blobs import BlobStore
+from cloud.state.blobs import BlobStore
 
 def peak_kb():
     [line] = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM")]
