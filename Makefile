@@ -1,12 +1,12 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each target first sets up .venv by itself.
 # Needed before: Python 3.11 or newer, make and, on Debian or Ubuntu, apt-get.
 #
-#   make demo DEMO_FLAGS="--devices 5"    the whole loop on this machine, as real processes
-#   make test TEST_FLAGS="-k tls"         every test but the slow ones
+#   make demo DEMO_FLAGS="--devices 5"    the whole cycle on this machine, with real processes
+#   make test TEST_FLAGS="-k tls"         all tests except the slow ones
 #   make soak                             the slow ones, with TensorFlow for examples/keras_app
-#   make check                            lint, format, types, import contracts: what CI asks
-#   make bench BENCH_FLAGS=--quick        the numbers of the README, rivals side by side
-#   make lock                             newer versions of everything, in requirements.lock
+#   make check                            lint, format, types, import contracts: as in CI
+#   make bench BENCH_FLAGS=--quick        the README's numbers, with the other systems
+#   make lock                             update all versions in requirements.lock
 #
 #   PYTHON=python3.12     the interpreter to build .venv with
 #   PIP_FLAGS="..."       passed to `pip install`, e.g. an index with smaller builds of torch
@@ -15,7 +15,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# Every version is in requirements.lock; the package that builds ours, too. So nothing is resolved anew on your machine.
+# requirements.lock holds every version, also of the build tool, so that pip resolves nothing on your machine.
 INSTALL = $(BIN)/pip install $(PIP_FLAGS) --constraint requirements.lock --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
@@ -45,12 +45,12 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.rounds $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.simulation $(BENCH_FLAGS)
 
-# One solution for Python 3.11 to 3.13 and all extras at once. The extras' ranges stay as wide as they are true.
+# One solution for Python 3.11 to 3.13 and all extras. The extras' ranges allow every version that works.
 lock: $(VENV)/dev.stamp
 	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --all-extras --no-annotate \
 	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
-# A stamp says that .venv holds what pyproject.toml asks for; a second `make test` installs nothing.
+# A stamp file shows that .venv has the packages of pyproject.toml; a second `make test` installs nothing.
 $(VENV)/demo.stamp: $(VENV)/tools.stamp
 	$(INSTALL) '.[agent,train,cloud,broker,examples]'
 	touch $@
@@ -74,7 +74,7 @@ $(VENV)/tools.stamp: pyproject.toml requirements.lock | $(BIN)/python
 	$(BIN)/pip install $(PIP_FLAGS) --constraint requirements.lock setuptools
 	touch $@
 
-# Debian keeps venv in a package of its own.
+# In Debian, venv is a separate package.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "edgefl needs Python 3.11 or newer, this is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12"; exit 1; }

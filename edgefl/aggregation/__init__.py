@@ -26,5 +26,5 @@ def rule_kind(name: str) -> RuleKind:
 
 
 def make_rule(name: str, like: Tree) -> Rule:
-    """Make the rule of that name for trees like `like`; raises ConfigError for an unknown name."""
+    """Make the rule with this name, for trees like `like`; raises ConfigError for an unknown name."""
     return rule_kind(name)(like)

@@ -1,6 +1,6 @@
-"""Flower, both ways. The only imports of flwr in the library, all of them made when first used.
+"""Flower, in both directions. Only this package imports flwr, and only when it is first used.
 
-Their apps on our engine, unmodified:
+Unmodified Flower apps on our engine:
 
     if is_flower_app(folder):  # imports nothing
         app = load_flower_app(folder)
@@ -10,7 +10,7 @@ Their apps on our engine, unmodified:
 On the devices of a fleet instead: `run_on_fleet(app, open_client)`.
 
 Our tasks on their engines: `make_apps(task, config)` returns (ServerApp, ClientApp).
-Invariant: what we start phones nobody.
+Invariant: nothing that we start sends telemetry.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "run_on_fleet",
 ]
 
-# Flower reads these when it is imported, so they stand here, before any module of ours that imports it.
+# Flower reads these when it is imported, so they are set here, before any of our modules imports it.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 

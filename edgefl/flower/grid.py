@@ -1,10 +1,10 @@
-"""A Grid whose nodes are here: what a ServerApp pushes is executed by a runner, and answered as it comes.
+"""A Grid with local nodes: a runner executes the messages that a ServerApp pushes; replies arrive as they are ready.
 
-`send_and_receive` returns replies that arrive while they are iterated, so that a strategy may fold them
-one by one; they may also be counted, indexed and iterated again, as the lists that Flower's grids return.
-Invariants: every pushed message is executed, whether or not its reply is looked at or pulled, before any later one
-to the same node and before the run ends; but for Ctrl-C, which ends the round with what was answered, and the run
-where the next round would begin. A node is at work on one message at a time.
+`send_and_receive` returns replies that arrive while they are iterated, so that a strategy can fold them
+one by one; they can also be counted, indexed and iterated again, like the lists that Flower's grids return.
+Invariants: every pushed message is executed, whether or not its reply is read or pulled, before any later one
+to the same node and before the run ends. Exception: Ctrl-C ends the round with the replies so far, and the run
+before the next round. A node handles one message at a time.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from edgefl.flower.nodes import Delivery, Nodes, Runner
 from edgefl.flower.records import copy_records
 from edgefl.flower.watch import Watch
 
-PATIENT_LOOKS, PATIENT_S = 10, 8.0  # an app that looks for nodes so often, for so long, waits for others
+PATIENT_LOOKS, PATIENT_S = 10, 8.0  # an app that asks for nodes this often and this long is waiting for more nodes
 
 
 class Replies(Sequence[Message]):
-    """Replies that arrive while they are iterated. Safe to iterate from several threads."""
+    """Replies that arrive while they are iterated. Thread-safe."""
 
     def __init__(self, arriving: Iterator[Message], border: Border | None = None) -> None:
         self._arriving, self._border = arriving, border or Border()
@@ -60,7 +60,7 @@ class Replies(Sequence[Message]):
         return self._kept[index]
 
     def once(self) -> Iterator[Message]:
-        """Yield the replies without keeping them; closing the iterator leaves the rest of them undone."""
+        """Yield the replies without keeping them; closing the iterator cancels the messages not yet executed."""
         try:
             while (reply := self._next()) is not None:
                 yield reply
@@ -68,13 +68,13 @@ class Replies(Sequence[Message]):
             self.close()
 
     def close(self) -> None:
-        """Let the rest be: what was not started will not be."""
+        """Cancel the messages that were not started yet."""
         close: Callable[[], None] | None = getattr(self._arriving, "close", None)
         if close is not None:
             close()
 
     def _more(self, index: int) -> bool:
-        """Say whether there is a reply of that index, waiting for it if need be."""
+        """Whether there is a reply with this index; waits for it if necessary."""
         with self._turn:
             while index >= len(self._kept):
                 reply = self._next()
@@ -89,11 +89,11 @@ class Replies(Sequence[Message]):
 
 
 class RunGrid(Grid):
-    """What every grid of ours is: that of one run, which nobody changes."""
+    """Base of our grids: a grid belongs to one run for its whole life."""
 
     def __init__(self, run_id: int) -> None:
         self._run = Run.create_empty(run_id)
-        self.border = Border()  # what fails inside is our fault
+        self.border = Border()  # an error inside is edgefl's fault
 
     def set_run(self, run: Run) -> None:
         raise ConfigError(f"this grid belongs to run {self._run.run_id}; it cannot be set to {run.run_id}")
@@ -105,7 +105,7 @@ class RunGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Make a message (deprecated by Flower in favour of `Message`)."""
+        """Create a message (deprecated by Flower in favour of `Message`)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
@@ -116,26 +116,26 @@ class LocalGrid(RunGrid):
         self, run_id: int, nodes: Nodes, runner: Runner, watch: Watch, stop: threading.Event | None = None
     ) -> None:
         super().__init__(run_id)
-        self._stop = stop or threading.Event()  # set: no more clients begin, and no more rounds
+        self._stop = stop or threading.Event()  # if set, no more clients and no more rounds begin
         self._closed = False
-        self._stopping = threading.Lock()  # held by who told the main thread
+        self._stopping = threading.Lock()  # held by the thread that interrupted the main thread
         self._nodes, self._runner, self._watch = nodes, runner, watch
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Message] = {}  # pushed, not yet executed, in the order of pushing
-        self._replies: dict[str, Message] = {}  # to what was pushed, not yet pulled
+        self._replies: dict[str, Message] = {}  # to pushed messages, not yet pulled
         self._unread: list[Replies] = []
-        self._settling = threading.RLock()
-        self._looks: list[float] = []  # for nodes, since something was sent: when
+        self._executing = threading.RLock()
+        self._looks: list[float] = []  # times of the requests for nodes since the last send
 
     def get_node_ids(self) -> Iterable[int]:
-        if self._closed:  # a thread of the legacy server that Ctrl-C left behind looks for this, and ends
+        if self._closed:  # a thread that the legacy server left running after Ctrl-C ends on this
             raise RunNotRunningException
         self._refuse_endless_wait()
         return list(self._nodes.ids())
 
     def _refuse_endless_wait(self) -> None:
-        """Raise where the app looks for nodes again and again, and sends nothing: there will be no others."""
-        if threading.current_thread() is not threading.main_thread():  # the legacy server's looks all the time
+        """Raise if the app asks for nodes again and again without sending: it waits for nodes that never come."""
+        if threading.current_thread() is not threading.main_thread():  # threads of the legacy server poll
             return
         self._looks.append(self._watch.clock())
         if len(self._looks) >= PATIENT_LOOKS and self._looks[-1] - self._looks[0] >= PATIENT_S:
@@ -145,7 +145,7 @@ class LocalGrid(RunGrid):
             )
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take messages; they are executed when their replies are pulled, or when what comes later needs it."""
+        """Accept messages; they are executed when their replies are pulled, or when later messages require it."""
         with self.border:
             self._read_all()
             outgoing = self._snapshots(messages)
@@ -153,21 +153,21 @@ class LocalGrid(RunGrid):
             return list(outgoing)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Execute what waits among these ids and return the replies; nothing for an id already pulled."""
+        """Execute the waiting messages with these ids and return the replies; none for an id already pulled."""
         wanted = list(dict.fromkeys(message_ids))
         with self.border:
-            self._settle(self._due(wanted, ()))
+            self._execute_pushed(self._due(wanted, ()))
             return [self._replies.pop(key) for key in wanted if key in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """Execute messages; the replies arrive as they are iterated. `timeout`: seconds for each client's own work."""
-        if timeout is not None and timeout <= 0:  # nobody waits for replies
+        if timeout is not None and timeout <= 0:  # the caller does not wait for replies
             self.push_messages(messages)
             return Replies(iter(()))
         with self.border:
             self._read_all()
             outgoing = self._snapshots(messages)
-            self._settle(self._due((), {message.metadata.dst_node_id for message in outgoing.values()}))
+            self._execute_pushed(self._due((), {message.metadata.dst_node_id for message in outgoing.values()}))
         replies = Replies(self._execute(outgoing, timeout), self.border)
         if len(outgoing) > 1:
             self._unread.append(replies)
@@ -176,10 +176,10 @@ class LocalGrid(RunGrid):
         return replies
 
     def finish(self) -> None:
-        """Execute what was sent and never looked at, and what was pushed and never pulled."""
+        """Execute messages whose replies were never read or pulled."""
         with self.border:
             self._read_all()
-            self._settle(list(self._waiting))
+            self._execute_pushed(list(self._waiting))
 
     def _read_all(self) -> None:
         unread, self._unread = self._unread, []
@@ -187,7 +187,7 @@ class LocalGrid(RunGrid):
             len(replies)
 
     def _due(self, ids: Collection[str], nodes: Collection[int]) -> list[str]:
-        """Return what waits among these ids, and all that waits before it, or before what comes next, at a node."""
+        """Return the waiting messages with these ids or for these nodes, and all earlier ones for the same nodes."""
         due, busy = [], set(nodes)
         for key, message in reversed(list(self._waiting.items())):
             if key in ids or message.metadata.dst_node_id in busy:
@@ -195,26 +195,26 @@ class LocalGrid(RunGrid):
                 due.append(key)
         return due[::-1]
 
-    def _settle(self, keys: Sequence[str]) -> None:
-        """Execute what was pushed, and keep the replies for who pulls them."""
-        with self._settling:  # the legacy server sends from many threads
+    def _execute_pushed(self, keys: Sequence[str]) -> None:
+        """Execute pushed messages, and keep the replies for `pull_messages`."""
+        with self._executing:  # the legacy server sends from many threads
             due = {key: self._waiting.pop(key) for key in keys if key in self._waiting}
             for reply in self._execute(due, None):
                 self._replies[reply.metadata.reply_to_message_id] = reply
 
     def close(self) -> None:
-        """Drop what was sent and never looked at; nothing more is sent."""
+        """Drop messages whose replies were never read; nothing more is sent."""
         self._closed = True
         for replies in self._unread:
             replies.close()
 
     def _snapshots(self, messages: Iterable[Message]) -> dict[str, Message]:
-        """Give each message its id, and keep it as it is now; one copy of a content that many share."""
+        """Give each message its id, and copy it as it is now; messages that share a content share the copy."""
         messages = checked_messages(messages)
         self._looks.clear()
         self._refuse_next_round(messages)
         snapshots: dict[str, Message] = {}
-        copies: dict[int, tuple[RecordDict, RecordDict]] = {}  # with the original, so that its id stays its own
+        copies: dict[int, tuple[RecordDict, RecordDict]] = {}  # keeps the original too, so that its id() is not reused
         for message in messages:
             self._nodes.context(message.metadata.dst_node_id)
             give_id(message, f"{self._run.run_id}-{next(self._numbers)}")
@@ -227,11 +227,11 @@ class LocalGrid(RunGrid):
         return snapshots
 
     def _refuse_next_round(self, messages: Sequence[Message]) -> None:
-        """Raise KeyboardInterrupt, in the main thread, where a round begins after the stop."""
+        """Raise KeyboardInterrupt in the main thread if a round begins after the stop."""
         if not self._stop.is_set() or not messages or not self._watch.opens_round(messages[0]):
             return
         if threading.current_thread() is not threading.main_thread() and self._stopping.acquire(blocking=False):
-            _thread.interrupt_main()  # the legacy server sends from threads, and takes what they raise for failures
+            _thread.interrupt_main()  # the legacy server sends from threads, and counts their exceptions as failures
         raise Interrupted
 
     def _execute(self, requests: dict[str, Message], timeout: float | None) -> Iterator[Message]:
@@ -251,7 +251,7 @@ class LocalGrid(RunGrid):
 
 
 def _waves(requests: Iterable[Message]) -> list[list[Message]]:
-    """Deal messages out so that none comes before an earlier one to the same node, which then has a new state."""
+    """Split messages into batches with at most one message per node, in order, so that each sees the newest state."""
     waves: list[list[Message]] = []
     turns: Counter[int] = Counter()
     for request in requests:
@@ -264,7 +264,7 @@ def _waves(requests: Iterable[Message]) -> list[list[Message]]:
 
 
 def checked_messages(messages: Iterable[Message]) -> list[Message]:
-    """Return what a ServerApp sends as a list; raises ConfigError for what is no Message with content."""
+    """Return a ServerApp's messages as a list; raises ConfigError for anything but a Message with content."""
     listed = list(messages)
     for one in listed:
         if not isinstance(one, Message) or not one.has_content():
@@ -274,5 +274,5 @@ def checked_messages(messages: Iterable[Message]) -> list[Message]:
 
 
 def streamed(replies: Iterable[Message]) -> Iterator[Message]:
-    """Iterate a grid's replies once, keeping none of them where the grid is ours."""
+    """Iterate a grid's replies once; replies of our grids are not kept."""
     return replies.once() if isinstance(replies, Replies) else iter(replies)

@@ -1,10 +1,10 @@
-"""What we need of Flower that Flower does not export, in this one file.
+"""The internals of Flower that edgefl needs and Flower does not export, all in this file.
 
 - A `Message` can only be made in a process that has a task identity (`flwr.supercore.task_identity`).
-- A message's id is given by the grid that carries it, through the metadata's own dictionary.
-- Its protobuf forms, and the functions into and out of them.
-- What `Strategy.start` or the legacy server fills and returns stays inside the user's main; we listen there.
-Invariant: at the end of a run Flower is as it was before it.
+- The grid that carries a message sets its id, through the metadata's `__dict__`.
+- Flower's protobuf messages, and the functions that convert to and from them.
+- The results of `Strategy.start` or of the legacy server stay inside the user's main; wrappers record them.
+Invariant: after a run, Flower is as it was before.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ Returned = Result | History | Server | LegacyContext
 
 
 class Interrupted(KeyboardInterrupt):
-    """A Ctrl-C that lets a strategy end with what it has, so that the app goes on to keep it."""
+    """A Ctrl-C that ends a strategy with its result so far, so that the app can still save it."""
 
 
 @contextmanager
 def task_identity(run_id: int) -> Iterator[None]:
-    """Let this process make messages, as the ServerApp of a run."""
+    """A context in which this process can create messages, as the ServerApp of a run."""
     before = vars(TaskIdentity)["_task_id"], vars(TaskIdentity)["_run_id"], vars(TaskIdentity)["_node_id"]
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
     try:
@@ -58,7 +58,7 @@ def task_identity(run_id: int) -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[list[Returned]]:
-    """Collect what strategies fill and return while the context lasts; what Ctrl-C keeps from returning, too."""
+    """Collect the results of strategies inside the context, also of those that Ctrl-C interrupts."""
     heard = _Collected()
     with (
         _wrapped(Strategy, "start", heard.keeping),
@@ -83,7 +83,7 @@ class _Collected:
             self.all.append(one)
 
     def noting(self, made: Callable[..., Any]) -> Callable[..., Any]:
-        """Hear of what is made."""
+        """Wrap a constructor: record what it returns."""
 
         def make(*arguments: Any, **options: Any) -> Any:
             one = made(*arguments, **options)
@@ -93,7 +93,7 @@ class _Collected:
         return make
 
     def noting_self(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Hear of whose method is called."""
+        """Wrap a method: record the object that it is called on."""
 
         @functools.wraps(method)
         def noted(one: Any, *arguments: Any, **options: Any) -> Any:
@@ -103,7 +103,7 @@ class _Collected:
         return noted
 
     def keeping(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Hear of what is returned; where Ctrl-C ended a strategy, return what that has, if it has any."""
+        """Wrap a function: record what it returns; if Ctrl-C ended a strategy, return its result so far, if any."""
 
         @functools.wraps(function)
         def kept(*arguments: Any, **options: Any) -> Any:
@@ -125,7 +125,7 @@ def _with_arrays(heard: Sequence[Returned]) -> Result | None:
 
 
 def legacy_arrays(one: Server | LegacyContext) -> ArrayRecord | None:
-    """Return the model of a legacy server or workflow, as it is now; its arrays are numbered, as they have no names."""
+    """Return the current model of a legacy server or workflow; its arrays are numbered because they have no names."""
     if isinstance(one, Server):
         parameters = one.parameters
     else:
@@ -137,30 +137,30 @@ def legacy_arrays(one: Server | LegacyContext) -> ArrayRecord | None:
         return None
     if parameters.tensor_type == "numpy.ndarray":
         return ArrayRecord(parameters_to_ndarrays(parameters))
-    return ArrayRecord([np.frombuffer(tensor, np.uint8) for tensor in parameters.tensors])  # a tree of XGBoost's, say
+    return ArrayRecord([np.frombuffer(tensor, np.uint8) for tensor in parameters.tensors])  # e.g. a tree of XGBoost
 
 
 def give_id(message: Message, message_id: str) -> None:
-    """Give a message its id, as every grid of Flower's does."""
+    """Set a message's id, as every Flower grid does."""
     vars(message.metadata)["_message_id"] = message_id
 
 
 def with_own_metadata(message: Message) -> Message:
-    """Return a message with the same content, whose metadata is its own."""
+    """Return a message with the same content and its own metadata."""
     twin = copy.copy(message)
     vars(twin)["_metadata"] = copy.copy(message.metadata)
     return twin
 
 
 def twin_of(array: Array) -> Array:
-    """Return an Array of the same bytes, at a tenth of what its constructor costs."""
+    """Return an Array with the same bytes, at a tenth of the cost of its constructor."""
     twin = object.__new__(Array)
     vars(twin).update(dtype=array.dtype, shape=array.shape, stype=array.stype, data=array.data)
     return twin
 
 
 def without_content(message: Message) -> Message:
-    """Return the message's envelope alone, for a content that travels apart from it."""
+    """Return the message without its content, which is sent separately."""
     twin = copy.copy(message)
     vars(twin)["_content"] = None
     return twin
@@ -172,7 +172,7 @@ def error_reply(request: Message, reason: str, code: int = ErrorCode.CLIENT_APP_
 
 
 def records_bytes(records: RecordDict) -> bytes:
-    """Return records in Flower's protobuf form: nothing at all where there are none."""
+    """Return records in Flower's protobuf form; no bytes if there are no records."""
     return bytes(serde.recorddict_to_proto(records).SerializeToString())
 
 

@@ -1,8 +1,8 @@
-"""The nodes of a simulated federation, and what a node does with a message.
+"""The nodes of a simulated federation, and how a node handles a message.
 
-A node costs nothing until a message reaches it; its `context.state` then stays with it over the rounds.
-Invariants: a client that fails changes nothing, its state included, and is answered for by an Error;
-no client sees another's records, nor the run config changed.
+A node costs nothing until a message reaches it; its `context.state` is then kept from round to round.
+Invariants: a client that fails changes nothing, not even its state, and its reply is an Error;
+no client sees another's records, or a changed run config.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from edgefl.flower.inside import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode
 from edgefl.flower.records import copy_message, copy_records
 from edgefl.task import UserCode
 
-FIRST_NODE_ID = 1000  # 0 and 1 mean something to Flower
+FIRST_NODE_ID = 1000  # 0 and 1 have a meaning in Flower
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message on its way to a node, and the context it will meet there. Not to be changed: copy first."""
+    """A message for a node, and the node's context. Do not change it: copy first."""
 
     message: Message
     context: Context
@@ -34,7 +34,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A node's reply, and its state after it; no state where it failed."""
+    """A node's reply, and its state afterwards; no state if it failed."""
 
     reply: Message
     node_id: int
@@ -45,11 +45,11 @@ class Runner(Protocol):
     """Runs ClientApps, here or elsewhere."""
 
     def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
-        """Yield answers as they come, of the clients that need no longer than this; waiting for a turn is not work."""
+        """Yield answers as they come, of clients that need at most `within_s`; waiting for a turn does not count."""
 
 
 class Nodes:
-    """Who takes part, and what each remembers."""
+    """The nodes of a federation, with the state of each."""
 
     def __init__(
         self, run_id: int, count: int, run_config: Mapping[str, RunConfigValue],
@@ -58,16 +58,16 @@ class Nodes:
         if count < 1:
             raise ConfigError(f"a federation needs 1 node or more, not {count}")
         self._run_id, self._count, self._run_config = run_id, count, run_config
-        self._node_config = dict(node_config or {})  # of each, beside its partition
+        self._node_config = dict(node_config or {})  # of every node, in addition to its partition
         if taken := sorted(self._node_config.keys() & {PARTITION_ID_KEY, NUM_PARTITIONS_KEY}):
-            raise ConfigError(f"{taken[0]} of a simulated node is its place among them, and cannot be given")
+            raise ConfigError(f"{taken[0]} of a simulated node is its position, and cannot be set")
         self._states: dict[int, RecordDict] = {}
 
     def ids(self) -> Sequence[int]:
         return range(FIRST_NODE_ID, FIRST_NODE_ID + self._count)
 
     def context(self, node_id: int) -> Context:
-        """Return a node's context; raises ConfigError where there is no such node."""
+        """Return a node's context; raises ConfigError if there is no such node."""
         if node_id not in self.ids():
             raise ConfigError(f"there is no node {node_id}; nodes are {self.ids()[0]} to {self.ids()[-1]}")
         return Context(
@@ -83,7 +83,7 @@ class Nodes:
         )
 
     def keep(self, answer: Answer) -> None:
-        """Remember a node's state after its answer."""
+        """Store a node's state after its answer."""
         if answer.state:
             self._states[answer.node_id] = answer.state
         elif answer.state is not None:
@@ -96,28 +96,28 @@ def node_name(node_id: int) -> str:
 
 
 class InProcess:
-    """Runs one client at a time, in this process. Safe to call from several threads."""
+    """Runs one client at a time, in this process. Thread-safe."""
 
     def __init__(self, app: str, client_app: ClientApp, clock: Callable[[], float]) -> None:
         self._app, self._client_app, self._clock = app, client_app, clock
         self._turn = threading.Lock()  # clients share this process's random state, so they take turns
 
     def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
-        """Yield answers in the order of the deliveries, but for who took too long in its own turn."""
+        """Yield answers in the order of the deliveries, without those of clients that took longer than `within_s`."""
         for delivery in deliveries:
             with self._turn:
                 start_s = self._clock()
                 answer = execute(self._app, self._client_app, _own(delivery))
-                answer = replace(answer, reply=copy_message(answer.reply))  # the ClientApp may have kept its own
+                answer = replace(answer, reply=copy_message(answer.reply))  # the ClientApp may keep a reference to it
                 late = self._clock() - start_s >= within_s
             if not late:
                 yield answer
 
 
 def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
-    """Let a ClientApp answer a message that is its own to change; a failure becomes an error reply, as in Flower.
+    """Let a ClientApp answer a message, which it may change; a failure becomes an error reply, as in Flower.
 
-    The reply is the ClientApp's own: who does not send it as bytes copies it.
+    The ClientApp may keep a reference to the reply: callers that do not serialise it must copy it.
     """
     request = with_own_metadata(delivery.message)
     try:
@@ -127,7 +127,7 @@ def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
 
 
 def attempt(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
-    """Let a ClientApp answer as `execute` does; what it raises leaves as TaskError."""
+    """Let a ClientApp answer as `execute` does; its exceptions become TaskError."""
     message, context = delivery.message, delivery.context
     message_id, run_config = message.metadata.message_id, dict(context.run_config)
     request = with_own_metadata(message)
@@ -144,7 +144,7 @@ def attempt(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
 
 
 def _own(delivery: Delivery) -> Delivery:
-    """Return a delivery that a ClientApp may change: what a wire would have made of it."""
+    """Return a copy that a ClientApp may change, as if the message had been serialised."""
     context = delivery.context
     return Delivery(
         copy_message(delivery.message),

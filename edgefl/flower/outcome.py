@@ -1,4 +1,4 @@
-"""What a strategy said of its rounds: a Result of `Strategy.start`, or the legacy server's History."""
+"""What a strategy reports of its rounds: a Result of `Strategy.start`, or the legacy server's History."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ByRound = dict[int, dict[str, float]]
 
 
 def metrics_of(heard: Iterable[Returned]) -> ByRound:
-    """Return the metrics of each round; of several results, the later one's count."""
+    """Return the metrics of each round; if there are several results, the last one wins."""
     rounds: ByRound = {}
     for one in heard:
         if not isinstance(one, (Result, History)):
@@ -32,13 +32,13 @@ def metrics_of(heard: Iterable[Returned]) -> ByRound:
 
 
 def arrays_of(heard: Sequence[Returned]) -> ArrayRecord | None:
-    """Return the last model that there is: of a strategy's Result, of a legacy server, or of a legacy workflow."""
+    """Return the last model: from a strategy's Result, a legacy server, or a legacy workflow."""
     models = (_arrays(one) for one in reversed(heard))
     return next((arrays for arrays in models if arrays), None)
 
 
 def write_arrays(arrays: ArrayRecord, out: Path) -> Json:
-    """Write a model as safetensors; returns its digest and path. Raises ConfigError where it cannot be written."""
+    """Write a model as safetensors; returns its digest and path. Raises ConfigError if it cannot be written."""
     try:
         with out.open("wb") as file:
             write_tree(tree_of(arrays), file)
@@ -74,5 +74,5 @@ def _by_round(series: Mapping[str, Sequence[tuple[int, Any]]]) -> ByRound:
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Leave out what is no single number: lists, texts, bytes."""
+    """Keep only single numbers, not lists, texts or bytes."""
     return {name: float(value) for name, value in record.items() if isinstance(value, (int, float))}

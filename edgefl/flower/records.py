@@ -1,8 +1,8 @@
-"""Flower's records: copies that share no mutable part, their size, and trees in and out of them.
+"""Flower's records: copies that share no mutable part, their size, and conversion from and to trees.
 
-Flower's engines serialise each message, so what one client does to its copy no other client sees.
-Here nothing is serialised: a copy has dictionaries and lists of its own and shares the bytes of the
-arrays, which cannot change.
+Flower's engines serialise each message, so a client cannot change what another client sees.
+Here nothing is serialised: a copy has its own dictionaries and lists, and shares the arrays' bytes,
+which are immutable.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def copy_records(records: RecordDict) -> RecordDict:
 
 
 def copy_message(message: Message) -> Message:
-    """Return the message as its receiver gets it: with metadata and records of its own."""
+    """Return the message as its receiver gets it: with its own metadata and records."""
     twin = with_own_metadata(message)
     if message.has_content():
         twin.content = copy_records(message.content)
@@ -38,7 +38,7 @@ def message_bytes(message: Message) -> int:
 
 
 def records_bytes(records: RecordDict) -> int:
-    """Bytes of records: arrays as they lie, a number 8, a text or bytes its length, and all keys.
+    """Size of records in bytes: arrays as stored, 8 per number, the length of a text or bytes, and all keys.
 
     Flower's own count_bytes raises for an empty list, an empty text and empty bytes, which its examples send.
     """

@@ -1,7 +1,7 @@
-"""Run a Flower app: its ServerApp in this thread, its ClientApps by a runner of ours, or on a fleet (`fleet_run`).
+"""Run a Flower app: its ServerApp in this thread, its ClientApps in our runner, or on a fleet (`fleet_run`).
 
-No Ray, no SuperLink, no process a message.
-Invariant: a run in which no training was answered raises; Flower would call it finished.
+No Ray, no SuperLink, no process per message.
+Invariant: a run in which no training message was answered raises; Flower would report success.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _RUNNING = threading.Lock()  # Flower's task identity belongs to the whole proce
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowerRunResult:
-    """What a run of a Flower app came to."""
+    """The result of a run of a Flower app."""
 
     app: str
     rounds: tuple[RoundReport, ...]
     final: dict[str, float]  # metrics of the last round
-    seconds: float  # of the ServerApp
-    num_clients: int  # that did their part, summed over the rounds
-    num_workers: int  # processes that trained; 0 = all was done in this one
+    seconds: float  # duration of the ServerApp
+    num_clients: int  # clients that took part, summed over the rounds
+    num_workers: int  # worker processes; 0 = all was done in this process
     peak_rss_mb: float  # of this process and its workers
     arrays: ArrayRecord | None  # the last model of a strategy, or of a legacy server or workflow
     state: Mapping[str, Any] = field(default_factory=dict)  # the ServerApp's context.state
     interrupted: bool = False  # ended by Ctrl-C
-    took_part: Counts = field(default_factory=lambda: no_counts(0))  # rounds of each node, by its partition
+    took_part: Counts = field(default_factory=lambda: no_counts(0))  # number of rounds of each node, by its partition
     engine: str = "flower"
     job: str | None = None  # on a fleet: its relay
-    model: Json | None = None  # digest and path, where it was written
+    model: Json | None = None  # digest and path, if it was written
 
     def as_json(self) -> Json:
-        """The result with the keys that every engine's result has."""
+        """Return the result with the keys common to all engines."""
         return {
             "engine": self.engine,
             "app": self.app,
@@ -79,14 +79,14 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
     clock: Callable[[], float] = time.monotonic, out: Path | None = None,
     node_config: Mapping[str, RunConfigValue] | None = None,
 ) -> FlowerRunResult:  # fmt: skip
-    """Run an app's ServerApp to its end, with so many nodes (the app's own number where none is given).
+    """Run an app's ServerApp to its end, with this many nodes (by default the app's own number).
 
-    `run_config` overrides the app's; `on_round` hears of each round as its messages showed it. `workers`
-    is the number of processes that train: 0 for this one alone; where none is given, this one alone at
-    first, and one a core once that has taken as long as starting them would. `out` is where the model goes
-    (safetensors); `node_config` is what each node's Context has beside its partition. Ctrl-C ends the round with who
-    has answered; a strategy then returns what it has, and so do we.
-    Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where no training was answered.
+    `run_config` overrides the app's; `on_round` is called with each round, as derived from its messages. `workers`
+    is the number of processes that train: 0 for only this one; None for only this one at first, and one per core
+    after as much work as their start costs. `out` is the path for the model (safetensors); `node_config` is what each
+    node's Context holds in addition to its partition. Ctrl-C ends the round with the answers so far; the strategy then
+    returns its result so far, and so does this function.
+    Raises ConfigError, TaskError if the ServerApp raises, QuorumNotMet if no training message was answered.
     """
     require_flower("a Flower app")
     from flwr.app import Context, RecordDict
@@ -113,14 +113,14 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
             with UserCode(app.name, "its ServerApp", KIND):
                 app.server_app(grid, context)
                 grid.finish()
-        except KeyboardInterrupt:  # the grid's, where the next round would have begun; or the second Ctrl-C
+        except KeyboardInterrupt:  # raised by the grid before the next round, or by a second Ctrl-C
             stop.set()
         except TaskError as error:
             grid.border.raise_fault(app.name)
             if not stop.is_set():
                 keep_model(heard, out)
                 raise_with_reasons(app, watch, error)
-            _log.warning("after the interrupt: %s", error)  # of an app that a strategy's early end has left with less
+            _log.warning("after the interrupt: %s", error)  # the app did not expect that its strategy ended early
         grid.border.raise_fault(app.name)
         watch.finish()
         seconds = clock() - start_s
@@ -139,7 +139,7 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
 
 @contextmanager
 def serving(run_id: int) -> Iterator[list[Returned]]:
-    """Let a ServerApp run in this process, one at a time; collects what its strategies return."""
+    """A context in which one ServerApp runs in this process; collects the results of its strategies."""
     from edgefl.flower.apps.app_log import app_log
     from edgefl.flower.inside import listening, task_identity
 
@@ -155,14 +155,14 @@ def serving(run_id: int) -> Iterator[list[Returned]]:
 def result_of(
     app: FlowerApp, watch: Watch, heard: Sequence[Returned], counts: Counts, *, interrupted: bool
 ) -> FlowerRunResult:
-    """Return what a run came to as its messages and strategies tell; raises QuorumNotMet where none was answered."""
+    """Return a run's result, from its messages and strategies; raises QuorumNotMet if no message was answered."""
     from edgefl.flower.apps.own_fault import Bystander
     from edgefl.flower.outcome import arrays_of, metrics_of
 
     if not interrupted or watch.failures():
         refuse_silence(app, watch)
     told: dict[int, dict[str, float]] = {}
-    with Bystander("what the app's strategies said of its rounds"):
+    with Bystander("the results of the app's strategies"):
         told = metrics_of(heard)
     rounds = tuple(seen.report(told.get(seen.number)) for seen in watch.rounds)
     last = told[max(told)] if told else {}
@@ -180,7 +180,7 @@ def result_of(
 
 
 def took_part(watch: Watch, num_nodes: int, position: Callable[[str], int]) -> Counts:
-    """Count the rounds of each node, by its position among them."""
+    """Count the rounds of each node, by its position."""
     counts = no_counts(num_nodes)
     for seen in watch.rounds:
         count_clients(counts, (position(node) for node in seen.participants))
@@ -192,7 +192,7 @@ def _partition(node: str) -> int:
 
 
 def keep_model(heard: Sequence[Returned], out: Path | None) -> Json | None:
-    """Write the model that there is to a file, if both are there."""
+    """Write the model to a file, if there is a model and a path."""
     from edgefl.flower.outcome import arrays_of, write_arrays
 
     arrays = arrays_of(heard) if out is not None else None
@@ -200,7 +200,7 @@ def keep_model(heard: Sequence[Returned], out: Path | None) -> Json | None:
 
 
 def refuse_silence(app: FlowerApp, watch: Watch) -> None:
-    """Raise QuorumNotMet where nobody did what was asked: Flower would call that finished."""
+    """Raise QuorumNotMet if no client did what was asked; Flower would report success."""
     silent = watch.unanswered()
     if silent is None:
         return
@@ -208,12 +208,12 @@ def refuse_silence(app: FlowerApp, watch: Watch) -> None:
         raise QuorumNotMet(f"{KIND} {app.name!r}: every client failed, in every round. {_quoted(watch.failures())}")
     raise QuorumNotMet(
         f"{KIND} {app.name!r}: none of its {watch.num_asked(silent)} {silent} messages was answered in time; "
-        "expected one answer at least. Look at the app's timeout, and at what its clients do"
+        "expected at least one answer. Check the app's timeout, and what its clients do"
     )
 
 
 def raise_with_reasons(app: FlowerApp, watch: Watch, error: TaskError) -> NoReturn:
-    """Raise what the ServerApp raised, with what its clients had answered before: it often comes of that."""
+    """Raise the ServerApp's error, with the earlier failures of its clients, which often caused it."""
     try:
         refuse_silence(app, watch)
     except QuorumNotMet as first:

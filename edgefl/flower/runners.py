@@ -1,7 +1,7 @@
-"""Where a run's ClientApps are executed: in this process, in worker processes, or first here, then there.
+"""Where a run's ClientApps are executed: in this process, in worker processes, or first here and then in workers.
 
-Starting workers takes seconds, and nobody knows how long a run will be. So it starts here; a run that is
-not over soon has workers started, goes on here meanwhile, and moves once they are ready.
+Starting workers takes seconds, and the length of a run is not known in advance. So a run starts in this process.
+If it lasts longer, it starts workers, continues here meanwhile, and moves to them once they are ready.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from edgefl.flower.nodes import Answer, Delivery, InProcess
 from edgefl.flower.workers import Workers
 from edgefl.measure import num_cores
 
-START_S = 0.5  # of work in this process, before workers that import torch for seconds are worth their start
+START_S = 0.5  # of work in this process before workers are started, as they take seconds to import torch
 
 
 class Runners:
-    """The runner of one run. `workers`: 0 = this process alone, None = decide on the way. Use it as a context."""
+    """The runner of one run. `workers`: 0 = only this process, None = decide during the run. A context manager."""
 
     def __init__(self, app: FlowerApp, workers: int | None, clock: Callable[[], float]) -> None:
         if workers is not None and workers < 0:
-            raise ConfigError(f"workers={workers} must be 0 (this process alone) or more")
+            raise ConfigError(f"workers={workers} must be 0 (only this process) or more")
         self._app, self._clock = app, clock
         self._number = num_cores() if workers is None else workers
         self._here = InProcess(app.name, app.client_app, clock)
-        self._left_s = math.inf if workers == 0 or self._number == 1 else START_S  # to spend in this process
+        self._left_s = math.inf if workers == 0 or self._number == 1 else START_S  # work left to do in this process
         if workers:
             self._left_s = 0.0
         self._asked_for, self._all_there = bool(workers), False
@@ -49,16 +49,16 @@ class Runners:
 
     @property
     def workers_peak_rss_mb(self) -> float:
-        """The most memory that the workers have held, added up."""
+        """The sum of the workers' peak memory."""
         return 0.0 if self._workers is None else self._workers.peak_rss_mb
 
     @property
     def num_workers(self) -> int:
-        """How many worker processes there are; 0 where all was done here."""
+        """Number of worker processes; 0 if all work was done in this process."""
         return 0 if self._workers is None else self._number
 
     def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
-        """Yield answers as they come, of the clients that need no longer than this."""
+        """Yield answers as they come, of clients that need at most `within_s`."""
         source = iter(deliveries)
         while not self._at_workers():
             delivery = next(source, None)
@@ -71,7 +71,7 @@ class Runners:
         yield from self._in_workers().run(source, within_s)
 
     def _at_workers(self) -> bool:
-        """Say whether workers do the rest; starts them once enough was done here."""
+        """Whether workers do the rest; starts them after enough work in this process."""
         if self._left_s > 0:
             return False
         if self._all_there or self._asked_for:

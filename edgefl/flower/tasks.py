@@ -1,12 +1,12 @@
-"""Our tasks on Flower's engines: a ServerApp that runs our rounds over its Grid, a ClientApp that trains.
+"""edgefl tasks on Flower's engines: a ServerApp that runs our rounds over its Grid, and a ClientApp that trains.
 
     app = make_apps(task, config)[0]  # in server_app.py
-    app = make_apps(task)[1]  # in client_app.py; Flower looks for an assignment to this one name
+    app = make_apps(task)[1]  # in client_app.py; Flower requires an assignment to the name `app`
 
-What runs is `edgefl.rounds.run_rounds` itself, with its rule, guards, quorum and server optimizer; the
-Grid is its fleet. Replies are folded one by one as the Grid yields them. A node trains on the part that
-its node config names: `partition-id` and `num-partitions` become the data options `part` and `parts`.
-Invariant: a refused reply changes nothing and is reported; a round under its quorum raises.
+It runs `edgefl.rounds.run_rounds` itself, with its rule, guards, quorum and server optimizer; the
+Grid is its fleet. Replies are folded one by one as the Grid yields them. A node trains on the part in its
+node config: `partition-id` and `num-partitions` become the data options `part` and `parts`.
+Invariant: a refused reply changes nothing and is reported; a round below its quorum raises.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ PARAMETERS, UPDATE, PLAN, METRICS, WEIGHT = "parameters", "update", "plan", "met
 def make_apps(
     task: Task, config: JobConfig | None = None, *, on_round: OnRound | None = None
 ) -> tuple[ServerApp, ClientApp]:
-    """Return a task's ServerApp and ClientApp, for any engine of Flower's.
+    """Return a task's ServerApp and ClientApp, for any Flower engine.
 
     Run-config keys such as `rounds.count` override the config. The ServerApp leaves each round's metrics
-    in its `context.state["round-N"]` and the model in `["parameters"]`; `on_round` hears of each outcome,
-    with the metrics of its model on the task's test data. The ServerApp raises QuorumNotMet.
+    in its `context.state["round-N"]` and the model in `["parameters"]`; `on_round` is called with each outcome
+    and the metrics of its model on the task's test data. The ServerApp raises QuorumNotMet.
     """
     return _server_app(task, config or JobConfig(), on_round), _client_app(task)
 
@@ -94,7 +94,7 @@ def _server_app(task: Task, config: JobConfig, on_round: OnRound | None) -> Serv
     def main(grid: Grid, context: Context) -> None:
         chosen = _overridden(config, context.run_config)
         parts = parts_of(task, chosen.train.seed)
-        parameters = initial_parameters(task, chosen.train.seed)  # all of them travel: a node keeps nothing
+        parameters = initial_parameters(task, chosen.train.seed)  # all of them are sent: a node keeps nothing
         gradient = chosen.train.algorithm == "fedsgd"
         step = ServerOptimizer(chosen.server, gradient=gradient, buffers=parts.buffers, frozen=parts.frozen)
         job = Job(id=f"{task.name}-{context.run_id}", config=chosen, step=step)
@@ -131,13 +131,13 @@ def _client_app(task: Task) -> ClientApp:
 
 
 def data_options(node_config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the data options that a node config names; each other key of it is an option of its own."""
+    """Return the data options in a node config; its other keys become options with the same names."""
     names = {PARTITION_ID_KEY: "part", NUM_PARTITIONS_KEY: "parts"}
     return {names.get(key, key): str(value) for key, value in node_config.items()}
 
 
 def client_name(context: Context) -> str:
-    """Return what seeds a client's training: its partition, else its node id, which differs from run to run."""
+    """Return the name that seeds a client's training: its partition, else its node id, which differs in each run."""
     part = context.node_config.get(PARTITION_ID_KEY)
     return str(context.node_id) if part is None else f"client-{part}"
 
@@ -148,7 +148,7 @@ def _plan_record(plan: Plan) -> ConfigRecord:
 
 
 def _answer(plan: Plan, reply: Message) -> Update | Failure:
-    """Read a reply; what it lacks is a failure of its node, what is wrong in it is for the guard to find."""
+    """Read a reply; an incomplete one is a failure of its node, wrong values are left to the guard."""
     device = str(reply.metadata.src_node_id)
     if reply.has_error():
         return Failure(job=plan.job, round=plan.round, device=device, reason=reply.error.reason or "an error")
@@ -168,7 +168,7 @@ def _answer(plan: Plan, reply: Message) -> Update | Failure:
 
 
 def _overridden(config: JobConfig, run_config: Mapping[str, Any]) -> JobConfig:
-    """Return the config with the run config's `section.key` values over it; other keys are the app's own."""
+    """Return the config, overridden by the run config's `section.key` values; other keys belong to the app."""
     table = dataclasses.asdict(config)
     for key, value in run_config.items():
         section, dot, name = key.partition(".")

@@ -1,8 +1,8 @@
-"""What a run's messages tell of its rounds, whatever strategy the ServerApp has.
+"""Derive a run's rounds from its messages, whatever strategy the ServerApp uses.
 
 The round of a message is its config's `server-round`, else its group id (the legacy server's), else
-counted: each train batch opens the next. Queries belong to no round of their own.
-Invariant: a watch only looks on. What fails in it, or in who hears of rounds, is logged, and changes nothing.
+counted: each train batch opens the next. Queries do not open a round.
+Invariant: a watch only observes. An error in it, or in a callback for rounds, is logged and changes nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from edgefl.flower.records import message_bytes
 from edgefl.records import RoundReport
 
 WEIGHT = "num-examples"  # Flower's default weighted_by_key
-_LEGACY = ("fitres.", "evaluateres.")  # records of the legacy server, whose History says more
+_LEGACY = ("fitres.", "evaluateres.")  # records of the legacy server; its History has more metrics
 
 
 @dataclass(slots=True)
 class SeenRound:
-    """One round as its messages show it."""
+    """One round, as seen from its messages."""
 
     number: int
     start_s: float
@@ -40,12 +40,12 @@ class SeenRound:
 
     @property
     def num_admitted(self) -> int:
-        """How many took part."""
+        """How many clients took part."""
         return len(self.participants)
 
     @property
     def participants(self) -> set[str]:
-        """Clients that answered with content: to training where the round trained."""
+        """Clients that answered with content; in a round with training, to the training message."""
         return self.done.get("train", set()) if "train" in self.asked else self._all(self.done)
 
     def count(self, category: str, metrics: Mapping[str, MetricRecord]) -> None:
@@ -87,7 +87,7 @@ class SeenRound:
 
 
 class Watch:
-    """Hears of every message and reply of a run. Safe to call from several threads."""
+    """Gets every message and reply of a run. Thread-safe."""
 
     def __init__(
         self, clock: Callable[[], float], on_round: Callable[[RoundReport], None] | None = None,
@@ -97,43 +97,43 @@ class Watch:
         self._on_round, self._name = on_round, name
         self._rounds: dict[int, SeenRound] = {}
         self._open = 0  # the round that is open; 0 = none
-        self._round_of: dict[str, int] = {}  # by message id, of those not answered yet
+        self._round_of: dict[str, int] = {}  # by message id; only messages without a reply yet
         self._asked: Counter[str] = Counter()  # messages of the whole run, by category
-        self._answered: Counter[str] = Counter()  # those whose reply has content
-        self._reasons: list[str] = []  # why others have none, in rounds
-        self._early: list[str] = []  # and in none
+        self._answered: Counter[str] = Counter()  # messages whose reply has content
+        self._reasons: list[str] = []  # why other replies have none, in rounds
+        self._early: list[str] = []  # the same, outside of rounds
         self._lock = threading.Lock()
-        self._looking, self._showing = Bystander("what is said of the rounds"), Bystander("what is shown of them")
+        self._looking, self._showing = Bystander("the records of the rounds"), Bystander("the display of the rounds")
 
     @property
     def rounds(self) -> Sequence[SeenRound]:
         return list(self._rounds.values())
 
     def unanswered(self) -> str | None:
-        """Say which messages had no answer at all: those to `train` where there was training, else those of rounds."""
+        """Return the category of messages without any answer: `train` if the run trained, else any in rounds."""
         if self._asked["train"]:
             return None if self._answered["train"] else "train"
         return "evaluate" if self._reasons and not any(one.num_admitted for one in self._rounds.values()) else None
 
     def num_asked(self, category: str) -> int:
-        """How many messages of a category were sent."""
+        """Return how many messages of a category were sent."""
         return self._asked[category]
 
     def failures(self) -> Sequence[str]:
-        """Return every reason seen in a round, with the node's name."""
+        """Return the reasons of all failures in rounds, with the nodes' names."""
         return list(self._reasons)
 
     def all_failures(self) -> Sequence[str]:
-        """Return every reason seen, of what belongs to no round first."""
+        """Return the reasons of all failures; those outside of rounds come first."""
         return [*self._early, *self._reasons]
 
     def opens_round(self, message: Message) -> bool:
-        """Say whether a message belongs to another round than the one that is open."""
+        """Whether a message belongs to another round than the open one."""
         with self._lock:
             return self._number(message) != self._open
 
     def sent(self, messages: Sequence[Message]) -> None:
-        """Note messages that were pushed together."""
+        """Record messages that were pushed together."""
         with self._lock, self._looking:
             self._asked.update(map(_category, messages))
             if messages:
@@ -146,7 +146,7 @@ class Watch:
                     seen.down_bytes += message_bytes(message)
 
     def answered(self, request: Message, reply: Message) -> None:
-        """Note a reply, in the round of its request."""
+        """Record a reply, in the round of its request."""
         with self._lock, self._looking:
             node, category = self._name(request.metadata.dst_node_id), _category(request)
             reason = (reply.error.reason or f"error {reply.error.code}") if reply.has_error() else None
@@ -165,12 +165,12 @@ class Watch:
             seen.count(category, reply.content.metric_records)
 
     def finish(self) -> None:
-        """Note the end of the run."""
+        """Record the end of the run."""
         with self._lock, self._looking:
             self._enter(0)
 
     def _enter(self, number: int) -> None:
-        """Close the open round where another begins."""
+        """Close the open round if another begins."""
         if number == self._open:
             return
         ended, self._open = self._rounds.get(self._open), number
@@ -196,7 +196,7 @@ class Watch:
 
 
 def merged(server: Mapping[str, float], evaluate: Mapping[str, float], train: Mapping[str, float]) -> dict[str, float]:
-    """Put a round's metrics into one mapping: the server's own first; a name that is taken tells its origin."""
+    """Merge a round's metrics into one mapping: the server's first; a taken name gets its origin as a prefix."""
     metrics = {name: value for name, value in server.items() if math.isfinite(value)}
     for origin, more in (("clients", evaluate), ("train", train)):
         for name, value in more.items():

@@ -1,4 +1,4 @@
-"""Streams of events that outlive a connection: taken up where they broke off, until patience ends.
+"""Streams of events that survive a lost connection: they resume where they broke off, until patience ends.
 
 A cloud that is restarted goes on with its jobs; whoever watches them goes on too.
 """
@@ -13,13 +13,13 @@ from edgefl.operator.client import NO_ANSWER, CloudClient, Json, Patience, may_p
 
 
 class Waits:
-    """Hears of every event of a stream, and tells what the cloud waits for once, and once that it is over."""
+    """Gets every event of a stream; reports once what the cloud waits for, and once that the wait is over."""
 
     def __init__(self, tell: Callable[[str], None] | None) -> None:
         self._tell, self._waits = tell or (lambda _waiting: None), False
 
     def hear(self, event: Json) -> None:
-        """Take up an event: while a job waits, the stream's heartbeats say for what."""
+        """Process an event: while a job waits, the stream's heartbeats say for what."""
         waiting = str(event.get("waiting") or "")
         if bool(waiting) != self._waits and "state" not in event:
             self._waits = bool(waiting)
@@ -30,9 +30,9 @@ def follow_job(
     client: CloudClient, job: str, after: int = 0, patience: Patience | None = None, *,
     on_waiting: Callable[[str], None] | None = None,
 ) -> Iterator[Json]:  # fmt: skip
-    """Yield each round above `after` once, then the job's end; raises CloudUnreachable when patience ends.
+    """Yield each round after number `after` once, then the job's end; raises CloudUnreachable when patience ends.
 
-    `on_waiting` hears what the cloud waits for, such as disk space, and an empty text when it goes on.
+    `on_waiting` gets what the cloud waits for, such as disk space, and an empty text when it continues.
     """
     seen = after
 
@@ -61,7 +61,7 @@ def follow_relay(
     client: CloudClient, relay: str, patience: Patience | None = None, *,
     hear: Callable[[Json], None] = lambda _event: None,
 ) -> Iterator[Json]:  # fmt: skip
-    """Yield a relay's replies, one that is not done with perhaps again, then its end; `hear` also has heartbeats."""
+    """Yield a relay's replies (an unacknowledged one perhaps twice), then its end; `hear` gets heartbeats, too."""
     return _resumed(
         lambda: client.relay_events(relay), lambda event: "state" in event, patience or Patience(), hear=hear
     )

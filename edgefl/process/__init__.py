@@ -1,1 +1,1 @@
-"""What a process does about itself: its descriptors, its children, its home folder, its log."""
+"""Process management: file descriptors, child processes, home folders."""

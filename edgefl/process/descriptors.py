@@ -1,15 +1,15 @@
-"""How many files and connections this process may have open: as many as the system lets it.
+"""Raise the limit of open files and connections of this process to the system's maximum.
 
-The usual soft limit of 1,024 is a habit of programs that call select(); none of ours does.
+The usual soft limit of 1,024 protects programs that call select(); edgefl does not call it.
 """
 
 from __future__ import annotations
 
-MOST = 1 << 20  # some programs that inherit the limit go through all numbers below it
+MOST = 1 << 20  # some programs that inherit the limit loop over all numbers below it
 
 
 def raise_limit() -> int:
-    """Raise the soft limit of open descriptors to the hard one; return what it is now."""
+    """Raise the soft limit of open descriptors to the hard limit; return the new limit."""
     import resource  # not on Windows, where there is no such limit
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,13 +1,13 @@
-"""Children that end with their parent, whatever ends it: kill -9, too.
+"""Child processes that always end with their parent, even after kill -9.
 
-A small process beside this one, the guardian, is told which children there are. When this process is gone the
-guardian kills what is left of them, and ends. It is there while there are children to be watched. The kernel's own
-way (PR_SET_PDEATHSIG) is for children of a thread that lasts, and for programs that ask for it themselves.
+This process tells a small second process, the guardian, which children it has. When this process is gone, the
+guardian kills the remaining children and ends. It runs only while there are children to watch. The kernel's
+PR_SET_PDEATHSIG does not fit: it follows the parent's thread, and the child itself must request it.
 
-    guardian.watch(pid)                             a child that is there, and would end by itself before it is told
-    Popen(gated(command), stdin=PIPE), open_gate    any program: it begins only once the guardian knows of it
+    guardian.watch(pid)                             a running child, which ends by itself until then
+    Popen(gated(command), stdin=PIPE), open_gate    any program: it begins only after the guardian knows it
 
-This file is run by path, with the standard library alone, as the guardian itself.
+The guardian runs this file by its path, with the standard library only.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from collections.abc import Sequence
 from typing import Any
 
 END_S = 5.0
-# Waits for a line, which never comes from a parent that is gone; then it becomes the program, with the same pid.
+# Wait for a line, which a dead parent never sends; then become the program, with the same pid.
 _GATE = 'read -r go && exec "$@" </dev/null'
 
-_DEAF = 'trap "" INT TERM HUP && exec "$@"'  # from its first moment
+_DEAF = 'trap "" INT TERM HUP && exec "$@"'  # ignores these signals from the start
 
 
 class Guardian:
-    """The guarded process's side. Used from any thread."""
+    """The side of the process with the children. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._watched: dict[int, str] = {}  # pid -> how it is ended: alone, or with its group
+        self._watched: dict[int, str] = {}  # pid -> whether it is killed alone or with its group
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
 
     def watch(self, pid: int, *, group: bool = False) -> None:
-        """Have a child killed when this process is gone; with `group`, all of the group that it leads."""
+        """Have a child killed when this process is gone; with `group`, the whole process group that it leads."""
         with self._lock:
-            if self._owner != os.getpid():  # we were forked: those are our parent's
+            if self._owner != os.getpid():  # after a fork: these children belong to our parent
                 self._owner, self._watched, self._process = os.getpid(), {}, None
             self._watched[pid] = "group" if group else "alone"
             if self._process is not None and not self._tell(f"{self._watched[pid]} {pid}"):
-                self._end()  # somebody killed it
+                self._end()  # it was killed
             if self._process is None:
                 self._begin()
 
     def release(self, pid: int) -> None:
-        """A child has ended, and was waited for."""
+        """Forget a child that has ended and was waited for."""
         with self._lock:
             if self._owner != os.getpid() or self._watched.pop(pid, None) is None:
                 return
@@ -66,7 +66,7 @@ class Guardian:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            start_new_session=True,  # what ends our group leaves it to end the rest
+            start_new_session=True,  # survives a signal to our group
         )
         for pid, how in self._watched.items():
             self._tell(f"{how} {pid}")
@@ -95,23 +95,23 @@ guardian = Guardian()
 
 
 def gated(command: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return a command that waits for `open_gate` and then becomes this one. Its stdin must be a pipe."""
+    """Return a command that waits for `open_gate` and then runs this one. Its stdin must be a pipe."""
     return ["/bin/sh", "-c", _GATE, "sh", *(os.fspath(part) for part in command)]
 
 
 def open_gate(process: subprocess.Popen[Any], *, group: bool = False) -> None:
-    """Have a gated process watched, and let it begin."""
+    """Have the guardian watch a gated process, then let it begin."""
     guardian.watch(process.pid, group=group)
     stdin, process.stdin = process.stdin, None
     if stdin is None:
         raise ValueError("a gated process needs stdin=subprocess.PIPE")
-    with contextlib.suppress(BrokenPipeError):  # it was killed already
+    with contextlib.suppress(BrokenPipeError):  # it was already killed
         os.write(stdin.fileno(), b"go\n")
     stdin.close()
 
 
 def main() -> None:
-    """Read who is watched until our parent is gone, then end those who are left."""
+    """Read the children to watch until the parent is gone, then kill the remaining ones."""
     parent = int(sys.argv[1])
     watched: dict[int, str] = {}
     lines = b""
@@ -136,9 +136,9 @@ def main() -> None:
 
 
 def _is_heard(parent: int) -> bool:
-    """Wait until the parent says something; False where it is gone. A fork of it may hold the pipe open."""
+    """Wait for the parent's next line; False if it is gone. A fork of it may keep the pipe open."""
     if not hasattr(os, "pidfd_open"):
-        return True  # macOS: the pipe alone tells
+        return True  # macOS: only the pipe shows it
     try:
         descriptor = os.pidfd_open(parent)
     except OSError:

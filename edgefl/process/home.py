@@ -1,6 +1,6 @@
-"""Home folders: whose they are, which format they have, and that one process holds them.
+"""Home folders: their kind, their format, and a lock so that only one process uses each.
 
-A home has `home.json` with its kind and format. A newer format is refused, never guessed at.
+A home has a file `home.json` with its kind and format. A newer format is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 def create_home(folder: Path, kind: str) -> None:
-    """Make a home (mode 0700) unless the folder is one of this kind already; raises HomeError."""
+    """Create a home (mode 0700) unless the folder is already one of this kind; raises HomeError."""
     marker = folder / "home.json"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -35,16 +35,16 @@ def create_home(folder: Path, kind: str) -> None:
 
 
 def _why_not(folder: Path, cause: OSError) -> str:
-    """Say what keeps a folder from being a home, and what to do."""
+    """Return why a folder cannot be a home, and what to do."""
     if isinstance(cause, PermissionError):
-        return f"{cause.strerror}; choose another --home, or run this as a user who may write there"
+        return f"{cause.strerror}; choose another --home, or run this as a user with write permission"
     if file := next((one for one in (folder, *folder.parents) if one.is_file()), None):
-        return f"{file} is a file, and a home is a folder; choose another --home"
+        return f"{file} is a file, but a home must be a folder; choose another --home"
     return f"{cause.strerror}; choose another --home"
 
 
 def check_home(folder: Path, kind: str) -> None:
-    """Raise HomeError unless the folder is a home of this kind in a format that we know."""
+    """Raise HomeError unless the folder is a home of this kind in a known format."""
     marker = folder / "home.json"
     try:
         facts = json.loads(marker.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def check_home(folder: Path, kind: str) -> None:
 
 
 def lock_home(folder: Path) -> IO[str]:
-    """Hold the home until the returned file is closed or the process ends; raises HomeError if it is held."""
+    """Lock the home until the returned file is closed or the process ends; raises HomeError if it is locked."""
     file = os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,14 +79,14 @@ def lock_home(folder: Path) -> IO[str]:
         holder = file.read().strip() or "?"
         file.close()
         raise HomeError(f"{folder} is in use by process {holder}; stop it, or choose another --home") from cause
-    # The number is for the message above; a disk that is full must not keep its owner out.
+    # The pid is only for the message above; a full disk must not prevent the lock.
     with suppress(OSError):
         os.pwrite(file.fileno(), f"{os.getpid():<20}".encode(), 0)
     return file
 
 
 def home_in_use(folder: Path) -> bool:
-    """Whether a process holds the home; asks without holding it."""
+    """Whether a process has locked the home; does not lock it."""
     try:
         with (folder / "lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -98,7 +98,7 @@ def home_in_use(folder: Path) -> bool:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old or the new content and nothing between."""
+    """Write a file atomically: a reader, or a crash, sees the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -1,1 +1,1 @@
-"""What travels between cloud and device: gRPC, MQTT topics, messages, TLS."""
+"""The protocols between cloud and device: gRPC, MQTT topics, messages, TLS."""

@@ -1,8 +1,8 @@
-"""The wire form of `Chunk` and `UploadChunk` data, without protobuf objects in between.
+"""Encode and decode the data of `Chunk` and `UploadChunk` without protobuf objects.
 
-A message whose one field is bytes is a tag, a varint length and the bytes (Protocol Buffers encoding,
-wire type 2). protobuf's own objects copy each chunk twice more on either side, which on a chunk of
-megabytes costs as much as encrypting it. Any valid form is read; ours is read without a copy.
+A message with one field of bytes is a tag, a varint length and the bytes (Protocol Buffers encoding,
+wire type 2). protobuf's own objects copy each chunk twice more on both sides, which costs as much as
+encrypting it. Any valid form can be read; the form written here is read without a copy.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def encode_upload(data: bytes | memoryview) -> bytes:
 
 
 def chunk_data(message: bytes) -> memoryview:
-    """Return the data of a serialized `Chunk`; raises protobuf's DecodeError for what is none."""
+    """Return the data of a serialized `Chunk`; raises protobuf's DecodeError for anything else."""
     data = _only_field(message, _CHUNK_TAG)
     return memoryview(pb.Chunk.FromString(message).data) if data is None else data
 
 
 def upload_data(message: bytes) -> memoryview:
-    """Return the data of a serialized `UploadChunk`; raises protobuf's DecodeError for what is none."""
+    """Return the data of a serialized `UploadChunk`; raises protobuf's DecodeError for anything else."""
     data = _only_field(message, _UPLOAD_TAG)
     return memoryview(pb.UploadChunk.FromString(message).data) if data is None else data
 
 
 def _only_field(message: bytes, tag: bytes) -> memoryview | None:
-    """Return the bytes of the one field of a message, None where it has another form."""
+    """Return the bytes of a message's only field, None if it has another form."""
     if message[:1] != tag:
         return None
     length = shift = 0

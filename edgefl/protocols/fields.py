@@ -1,17 +1,17 @@
-"""What a field of a message may hold: checked at the message's birth, by the type that the field is declared with.
+"""Checks of a message's fields when the message is created, by the declared type of each field.
 
-    bool, str, int, float   of that very type (a bool is no int; a whole number is a float)
-    int                     64 bits with a sign: what SQLite and protobuf hold
+    bool, str, int, float   exactly this type (a bool is not an int; an integer is accepted as a float)
+    int                     64 bits with a sign, as in SQLite and protobuf
     float                   finite
-    str                     safe for a line (see `edgefl.terminal.text`), of a bounded length
-    mappings, sequences     of a bounded number of items; keys and items as above
+    str                     safe on one line (see `edgefl.terminal.text`), with limited length
+    mappings, sequences     with a limited number of items; keys and items as above
 
-A message derives from `Checked`; `limited` narrows a field, or says that its text is for people (`prose`), which
+A message derives from `Checked`; `limited` restricts a field further; `prose` marks a text for people, which
 is cleaned and cut instead of refused.
-Invariant: a message that exists can be encoded, stored, logged and shown.
+Invariant: every message object can be encoded, stored, logged and shown.
 
-What a class's fields ask for is worked out once, and kept as functions: messages are most of what a small round
-costs beside its sockets and disks.
+The checks of a class are computed once and cached as functions: apart from sockets and disks, messages are
+the largest cost of a small round.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ MAX_TEXT_CHARS = 64 << 10
 MAX_KEY_CHARS = 200
 MAX_ITEMS = 1000
 MAX_PROSE_CHARS = 2000
-MAX_SHOWN_CHARS = 200  # of what a refusal repeats
+MAX_SHOWN_CHARS = 200  # characters of a value that a refusal repeats
 
 _T = TypeVar("_T")
-_Fault = Callable[[Any], str]  # says what is wrong with a value, if anything is
+_Fault = Callable[[Any], str]  # returns what is wrong with a value, or ""
 _KEY = "limits"
 _LINE_ENDS = str.maketrans("", "", "\n\r\t")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How far one field may go; for an item of a mapping or a sequence, too."""
+    """The limits of one field, or of an item of a mapping or sequence."""
 
     least: float | None = None
     most: float | None = None
     max_chars: int = MAX_TEXT_CHARS
     max_items: int = MAX_ITEMS
     prose: bool = False  # for people: cleaned, not refused
-    raw: bool = False  # any text: a path on this machine, or what is checked later
-    lines: bool = False  # text of several lines
+    raw: bool = False  # any text: a path on this machine, or a text that is checked later
+    lines: bool = False  # text with several lines
 
 
 def limited(
     *, least: float | None = None, most: float | None = None, max_chars: int = MAX_TEXT_CHARS,
     max_items: int = MAX_ITEMS,
 ) -> Mapping[str, Limits]:  # fmt: skip
-    """Return a field's metadata: numbers from `least` to `most`, texts and collections up to a size."""
+    """Return a field's metadata: numbers from `least` to `most`, texts and collections with a maximum size."""
     return {_KEY: Limits(least=least, most=most, max_chars=max_chars, max_items=max_items)}
 
 
@@ -68,12 +68,12 @@ def prose(max_chars: int = MAX_PROSE_CHARS) -> Mapping[str, Limits]:
 
 
 def raw() -> Mapping[str, Limits]:
-    """Return the metadata of a text that is taken as it is: a path on this machine, or what is checked later."""
+    """Return the metadata of a text that is not checked: a path on this machine, or checked later."""
     return {_KEY: Limits(raw=True)}
 
 
 class Checked:
-    """Base of every message: a frozen dataclass whose fields are checked when it is made."""
+    """Base of every message: a frozen dataclass that checks its fields when it is created."""
 
     __slots__ = ()
 
@@ -82,7 +82,7 @@ class Checked:
 
 
 def check(message: Any) -> None:
-    """Raise ProtocolError for the first field that holds what it may not; clean its prose."""
+    """Raise ProtocolError for the first field with a wrong value; clean fields of prose."""
     for name, limits, fault_of in _checks(message.__class__):
         value = getattr(message, name)
         if limits.prose and isinstance(value, str):
@@ -105,7 +105,7 @@ def from_json(schema: type[_T], value: Any) -> _T:
 
 
 def to_json(value: Any) -> Any:
-    """Return a message, or what a field of it holds, as json writes it."""
+    """Return a message, or the value of a field, as plain JSON data."""
     if isinstance(value, (str, int, float)):
         return value
     if dataclasses.is_dataclass(value):
@@ -116,23 +116,23 @@ def to_json(value: Any) -> Any:
 
 
 def json_fault(value: Any, limits: Limits) -> str:
-    """Say what no field could hold in parsed JSON of no schema; empty where all can be held."""
+    """Return what is wrong with JSON data without a schema; empty if nothing is."""
     try:
         return _checker(Any, limits)(value)
     except RecursionError:
-        return "is nested too deep"
+        return "is nested too deeply"
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Return the value of a JSON text; raises ProtocolError for whatever json trips over."""
+    """Return the value of a JSON text; raises ProtocolError if it cannot be parsed."""
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as cause:  # also numbers of too many digits
+    except (ValueError, RecursionError) as cause:  # also numbers with too many digits
         raise ProtocolError(f"message is not JSON: {one_line(str(cause), MAX_SHOWN_CHARS)}") from cause
 
 
 def _build(schema: Any, value: Any) -> Any:
-    """Return a dataclass of a JSON object; what is no object is left for the check to refuse."""
+    """Build a dataclass from a JSON object; any other value is returned, for the check to refuse."""
     if not isinstance(value, Mapping):
         return value
     given = {}
@@ -143,7 +143,7 @@ def _build(schema: Any, value: Any) -> Any:
             raise ProtocolError(f"{schema.__name__}: {name} is missing")
     if issubclass(schema, Checked):
         return schema(**given)
-    for name, limits, fault_of in _checks(schema):  # before its own `__post_init__`, which trusts the types
+    for name, limits, fault_of in _checks(schema):  # before `__post_init__`, which relies on the types
         if name in given and not limits.prose and (fault := fault_of(given[name])):
             raise ProtocolError(f"{schema.__name__}: {name} {fault}")
     record = schema(**given)
@@ -158,7 +158,7 @@ def _names(schema: Any) -> list[str]:
 
 @functools.cache
 def _builders(schema: Any) -> list[tuple[str, bool, Callable[[Any], Any] | None]]:
-    """Return each field's name, whether it has no default, and what makes its value of JSON."""
+    """Return each field's name, whether it is required, and the function that builds its value from JSON."""
     hints, missing = get_type_hints(schema), dataclasses.MISSING
     return [
         (one.name, one.default is missing and one.default_factory is missing, _builder(hints[one.name]))
@@ -167,12 +167,12 @@ def _builders(schema: Any) -> list[tuple[str, bool, Callable[[Any], Any] | None]
 
 
 def _builder(hint: Any) -> Callable[[Any], Any] | None:
-    """Return what makes a value of JSON; None where that is the value already."""
+    """Return the function that builds a value from JSON; None if the JSON value is used directly."""
     origin, of = get_origin(hint), [_builder(one) for one in get_args(hint)]
     if origin is None:
         return functools.partial(_build, hint) if dataclasses.is_dataclass(hint) else _float if hint is float else None
     build = next((one for one in of if one), None)
-    if build is None or origin in (Union, types.UnionType):  # a union is of a record or a number, and null
+    if build is None or origin in (Union, types.UnionType):  # a union is a record or a number, or null
         return build
     return functools.partial(_build_values if issubclass(origin, Mapping) else _build_items, build)
 
@@ -191,14 +191,14 @@ def _float(number: Any) -> Any:
 
 @functools.cache
 def _checks(schema: Any) -> list[tuple[str, Limits, _Fault]]:
-    """Return each field's name, its limits, and what is wrong with a value of it."""
+    """Return each field's name, its limits, and the function that finds its faults."""
     hints = get_type_hints(schema)
     limits = {one.name: one.metadata.get(_KEY, Limits()) for one in dataclasses.fields(schema)}
     return [(name, limit, _checker(hints[name], limit)) for name, limit in limits.items()]
 
 
 def _checker(hint: Any, limits: Limits) -> _Fault:
-    """Return what says of a value what is wrong with it."""
+    """Return the function that says what is wrong with a value."""
     origin, of = get_origin(hint), get_args(hint)
     if hint is Any:
         return lambda value: _checker_of(_kind_of(value), limits)(value)
@@ -212,11 +212,11 @@ def _checker(hint: Any, limits: Limits) -> _Fault:
     return functools.partial(_SCALARS[hint], limits) if hint in _SCALARS else functools.partial(_type_fault, hint)
 
 
-_checker_of = functools.cache(_checker)  # for values that no field says the type of
+_checker_of = functools.cache(_checker)  # for values without a declared type
 
 
 def _kind_of(value: Any) -> Any:
-    """Return the hint that a value without one is checked by."""
+    """Return the type by which a value without a declared type is checked."""
     if isinstance(value, Mapping):
         return Mapping[str, Any]
     if isinstance(value, list | tuple):
@@ -254,7 +254,7 @@ def _float_fault(limits: Limits, value: Any) -> str:
         return f"is {_shown(value)}, expected a number"
     least = -math.inf if limits.least is None else limits.least
     most = math.inf if limits.most is None else limits.most
-    if not -math.inf < value < math.inf or not least <= value <= most:  # NaN fails this too
+    if not -math.inf < value < math.inf or not least <= value <= most:  # NaN fails here too
         bounds = "" if limits.least is limits.most is None else f" from {least:g} to {most:g}"
         return f"is {_shown(value)}, not a finite number{bounds}"
     return ""
@@ -290,7 +290,7 @@ def _sequence_fault(of_item: _Fault, limits: Limits, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if type(value) is int and abs(value) >= 2**128:  # Python refuses to print the longest
+    if type(value) is int and abs(value) >= 2**128:  # Python refuses to print very long integers
         return f"a number of {value.bit_length()} bits"
     return one_line(repr(value) if not isinstance(value, Mapping | list) else f"a {type(value).__name__}", 80)
 

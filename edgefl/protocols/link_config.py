@@ -1,4 +1,4 @@
-"""Which broker an MQTT link connects to, as whom, and what it is to hear."""
+"""Configuration of an MQTT link: broker, identity, subscriptions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Will = Callable[[], tuple[str, bytes]]  # topic and payload
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinkConfig:
-    """Which broker, as whom, and what to hear."""
+    """Broker, identity and subscriptions of an MQTT link."""
 
-    url: str  # mqtts://host:port, or mqtt://host:port on the loopback
-    client_id: str  # the device's id, or `cloud`; also the user name where there are no certificates
-    identity: Identity | None = None  # None with mqtt:// only
+    url: str  # mqtts://host:port, or mqtt://host:port on the loopback interface
+    client_id: str  # the device's id, or `cloud`; also the user name if there are no certificates
+    identity: Identity | None = None  # None only with mqtt://
     subscriptions: Sequence[tuple[str, int]] = ()  # topic filter, QoS
-    will: Will | None = None  # asked before each connect; sent with QoS 1, retained
+    will: Will | None = None  # called before each connect; sent with QoS 1, retained
     keepalive_s: int = 10
 
     def __post_init__(self) -> None:

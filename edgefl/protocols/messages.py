@@ -1,8 +1,8 @@
-"""The small facts of the control plane as JSON, below 32 KB each.
+"""The control plane's messages as JSON, below 32 KB each.
 
-Every message is a frozen dataclass whose fields are checked at its birth (`edgefl.protocols.fields`); `encode` and
-`decode` are its bytes. Unknown keys are ignored, so that a newer cloud can speak to an older agent; a missing key
-and one that holds what it may not raise ProtocolError.
+Every message is a frozen dataclass that checks its fields when it is created (`edgefl.protocols.fields`); `encode`
+and `decode` convert it to and from bytes. Unknown keys are ignored, so that a newer cloud can talk to an older
+agent; a missing key or a wrong value raises ProtocolError.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class Signed(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WirePlan(Checked):
-    """A round's plan as a device gets it (down/<device>/job and `Next`)."""
+    """A round's plan for one device (down/<device>/job and `Next`)."""
 
     job: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     round: int = field(metadata=limited(least=0, most=MAX_ROUND))
     model: BlobRef  # safetensors: the parameters to start from; of a message: what Flower's client app is sent
-    # Their BLAKE3: every device checks them every round, in a quarter of SHA-256's time.
+    # Their BLAKE3 hash: every device checks it every round, in a quarter of SHA-256's time.
     model_blake3: str = field(metadata=limited(max_chars=64))
     bundle: Signed  # a signed manifest.Bundle: the task's code
     train: TrainConfig
     deadline_s: float = field(metadata=limited(least=0, most=MAX_SECONDS))
     max_update_bytes: int = field(metadata=limited(least=0))
-    frozen: BlobRef | None = None  # safetensors: the model's other tensors, the same in every round of the job
-    parted: bool = False  # whether what a device trains, and its buffers, are just those of `model`
+    frozen: BlobRef | None = None  # safetensors: the model's frozen tensors, the same in every round of the job
+    parted: bool = False  # whether `model` holds only the trained tensors and the buffers
     envelope: str = ""  # of a message of a relayed Flower app: its metadata; empty = a round of training
     kind: str = "plan"
 
@@ -73,7 +73,7 @@ class RoundClosed(Checked):
 
     job: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     round: int = field(metadata=limited(least=0, most=MAX_ROUND))
-    job_ended: bool  # no further round will come: the trainer can rest
+    job_ended: bool  # no further round will come: the trainer can stop
     kind: str = "closed"
 
 
@@ -91,20 +91,20 @@ class UpdateRefused(Checked):
 class DeviceState(Checked):
     """Presence (up/<device>/state, retained; the will is the same with online = false).
 
-    A will may overtake a rebirth: of two messages the one with the higher session counts.
+    The will of an old session may arrive after a new connect: the message with the higher session is valid.
     """
 
-    session: int  # milliseconds since 1970 at the agent's connect: only ever compared, never a time
+    session: int  # milliseconds since 1970 at the agent's connect: only compared, never used as a time
     online: bool
     agent_version: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
-    models: Mapping[str, int] = field(default_factory=dict)  # model -> version that it serves
+    models: Mapping[str, int] = field(default_factory=dict)  # model -> version that the device serves
     tags: Mapping[str, str] = field(default_factory=dict, metadata=limited(max_items=MAX_TAGS, max_chars=MAX_TAG_CHARS))
     serving_url: str = field(default="", metadata=limited(max_chars=MAX_NAME_CHARS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutNote(Checked):
-    """How far a device is with a release (up/<device>/rollout)."""
+    """A device's progress with a release (up/<device>/rollout)."""
 
     model: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     version: int = field(metadata=limited(least=0))
@@ -114,7 +114,7 @@ class RolloutNote(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Telemetry(Checked):
-    """What a device has (up/<device>/telemetry, QoS 0)."""
+    """A device's resources (up/<device>/telemetry, QoS 0)."""
 
     cpu_count: int
     cpu_percent: float
@@ -143,7 +143,7 @@ def decode(schema: type[_T], data: bytes) -> _T:
 
 
 def decode_job(data: bytes) -> WirePlan | RoundClosed | UpdateRefused:
-    """Return whichever message of down/<device>/job this is; raises ProtocolError."""
+    """Return a message of down/<device>/job, by its kind; raises ProtocolError."""
     value = _parse(data)
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in JOB_MESSAGES:

@@ -1,8 +1,8 @@
-"""Certificates and TLS: a CA of the fleet's own, mutual TLS for gRPC and MQTT, TLS 1.3 where we choose.
+"""Certificates and TLS: the fleet's own CA, mutual TLS for gRPC and MQTT, TLS 1.3 where we can choose.
 
 EC P-256 keys, X.509 by `cryptography`. A device's certificate names it (CN = device id) and is made
-from its own signing request, so that its key never leaves it. gRPC's Python API cannot set a
-minimum version; both of our ends speak 1.3, and a test checks that they do.
+from its own signing request, so its key never leaves the device. gRPC's Python API cannot set a
+minimum version; both of our ends use 1.3, and a test checks it.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from edgefl.process.home import replace_file
 if TYPE_CHECKING:
     import grpc
 
-# Every certificate begins in 1970: whoever's clock is behind, by however much, sees one that is valid. A CA
-# has no end (RFC 5280, section 4.1.2.5), so that none shuts out a fleet some years from now.
+# Every certificate begins in 1970, so that it is valid on a device whose clock is behind. A CA certificate
+# does not expire (RFC 5280, section 4.1.2.5), so that a fleet keeps working for years.
 BEGIN = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 NO_END = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
 LEAF_DAYS = 397.0
-# A device is a server by a name in here alone: its own may be that of another host.
+# A device is a server only by a name in this domain: its own name may be that of another host.
 DEVICE_DOMAIN = ".device.edgefl.internal"
-_WRITTEN = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)  # a clock that shows an earlier day is wrong
+_WRITTEN = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)  # a clock before this day is wrong
 
 CLOUD_NAME = "cloud"
-BROKER_NAME = "broker"  # of a broker outside the cloud: its key must not open the cloud's doors
+BROKER_NAME = "broker"  # name of a broker outside the cloud: its key must not be valid for the cloud
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Where one party keeps its key, its certificate and the CA that it trusts (PEM files)."""
+    """Paths of a party's key, its certificate and the CA that it trusts (PEM files)."""
 
     key: Path
     cert: Path
@@ -57,7 +57,7 @@ class Identity:
 
 
 def create_ca(folder: Path) -> None:
-    """Make `ca.key` (0600) and `ca.pem` in a folder that has none."""
+    """Create `ca.key` (0600) and `ca.pem` in a folder that has none."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "edgefl fleet CA")])
     write_private(folder / "ca.key", _key_pem(key))
@@ -82,7 +82,7 @@ def self_signed(key: ec.EllipticCurvePrivateKey, name: x509.Name) -> bytes:
 def issue_server(
     ca_folder: Path, identity: Identity, hosts: Sequence[str], name: str = CLOUD_NAME, days: float | None = None
 ) -> None:
-    """Make a server's own key and certificate, good as server for `hosts` and as client `name`."""
+    """Create a server's key and certificate, valid as server for `hosts` and as client `name`."""
     key = ec.generate_private_key(ec.SECP256R1())
     pem = certify_server(ca_folder, key.public_key(), hosts, name, days)
     identity.key.unlink(missing_ok=True)
@@ -93,18 +93,18 @@ def issue_server(
 def certify_server(
     ca_folder: Path, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], name: str, days: float | None = None
 ) -> bytes:
-    """Return a server's certificate (PEM) for a key that it has."""
+    """Return a server's certificate (PEM) for its existing key."""
     return _sign_leaf(ca_folder, name, key, hosts, days)
 
 
 def new_request(identity: Identity, device: str) -> bytes:
-    """Make a device's key (0600) and return its signing request (PEM)."""
+    """Create a device's key (0600) and return its signing request (PEM)."""
     identity.key.unlink(missing_ok=True)
     return request_for(saved_key(identity.key), device)
 
 
 def saved_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Return the key in a file, which is made (0600) where there is none, or none that can be read."""
+    """Return the key in a file; creates the file (0600) if it is missing or unreadable."""
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
         key = serialization.load_pem_private_key(path.read_bytes(), None)
         if isinstance(key, ec.EllipticCurvePrivateKey):
@@ -125,7 +125,7 @@ def request_for(key: ec.EllipticCurvePrivateKey, device: str) -> bytes:
 def sign_request(ca_folder: Path, request_pem: bytes, device: str, days: float | None = None) -> bytes:
     """Return the certificate (PEM) of a device's request; its CN is `device` whatever the request says.
 
-    Raises ProtocolError for a request that is not one or does not prove its key.
+    Raises ProtocolError for an invalid request, or one that is not signed with its own key.
     """
     try:
         request = x509.load_pem_x509_csr(request_pem)
@@ -138,12 +138,12 @@ def sign_request(ca_folder: Path, request_pem: bytes, device: str, days: float |
 
 
 def fingerprint(cert_pem: bytes) -> str:
-    """Return the SHA-256 of a certificate in hex: how an enrolment token names its CA."""
+    """Return the SHA-256 of a certificate in hex, by which an enrolment token names its CA."""
     return x509.load_pem_x509_certificate(cert_pem).fingerprint(hashes.SHA256()).hex()
 
 
 def load_certificate(cert: bytes) -> x509.Certificate:
-    """Return a certificate from PEM or DER; raises ValueError for what is none."""
+    """Return a certificate from PEM or DER; raises ValueError for anything else."""
     load = x509.load_pem_x509_certificate if cert.startswith(b"-----") else x509.load_der_x509_certificate
     return load(cert)
 
@@ -160,12 +160,12 @@ def common_name(cert: bytes) -> str:
 
 
 def expires(cert_pem: bytes) -> datetime.datetime:
-    """Return when a certificate ends (UTC)."""
+    """Return when a certificate expires (UTC)."""
     return x509.load_pem_x509_certificate(cert_pem).not_valid_after_utc
 
 
 def server_context(identity: Identity, *, client_certificates: bool) -> ssl.SSLContext:
-    """TLS 1.3 for a server of ours; with `client_certificates`, only for clients of our CA."""
+    """TLS 1.3 for an edgefl server; with `client_certificates`, only for clients of our CA."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(identity.cert, identity.key)
@@ -176,7 +176,7 @@ def server_context(identity: Identity, *, client_certificates: bool) -> ssl.SSLC
 
 
 def client_context(ca: Path, identity: Identity | None = None) -> ssl.SSLContext:
-    """TLS 1.3 to a server of our CA, with our certificate if there is one."""
+    """TLS 1.3 for a client of a server of our CA, with a client certificate if `identity` is given."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(ca)
@@ -186,7 +186,7 @@ def client_context(ca: Path, identity: Identity | None = None) -> ssl.SSLContext
 
 
 def grpc_server_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """Mutual TLS for a gRPC server; a certificate that is renewed counts from the next handshake on."""
+    """Mutual TLS for a gRPC server; a renewed certificate is used from the next handshake on."""
     import grpc
 
     def configuration() -> grpc.ServerCertificateConfiguration:
@@ -200,15 +200,15 @@ def grpc_server_credentials(identity: Identity) -> grpc.ServerCredentials:
         if stamp == seen[0]:
             return None
         fresh = configuration()
-        seen[0] = stamp  # not before: where the files cannot be read, the next handshake tries again
+        seen[0] = stamp  # only after success: if the files cannot be read, the next handshake tries again
         return fresh
 
-    fetcher = cast("Callable[[], grpc.ServerCertificateConfiguration]", renewed)  # the stubs forget the None
+    fetcher = cast("Callable[[], grpc.ServerCertificateConfiguration]", renewed)  # the type stubs lack the None
     return grpc.dynamic_ssl_server_credentials(configuration(), fetcher, require_client_authentication=True)
 
 
 def reloading(context: ssl.SSLContext, identity: Identity) -> Callable[[], None]:
-    """Return a function that has a context show the certificate in its file, where that is another than before."""
+    """Return a function that reloads a context's certificate if its file has changed."""
     seen = [_stamp(identity)]
 
     def reload() -> None:
@@ -221,7 +221,7 @@ def reloading(context: ssl.SSLContext, identity: Identity) -> Callable[[], None]
 
 
 def _stamp(identity: Identity) -> tuple[int, int]:
-    """Return what changes whenever a certificate's file is replaced."""
+    """Return values that change whenever a certificate's file is replaced."""
     facts = identity.cert.stat()
     return facts.st_ino, facts.st_mtime_ns
 
@@ -234,7 +234,7 @@ def grpc_channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
 
 
 def token_for(secret: str, ca_pem: bytes) -> str:
-    """Return an enrolment token: a secret, and the CA that the device is to trust."""
+    """Return an enrolment token: a secret, and the fingerprint of the CA to trust."""
     return f"efl1.{secret}.{fingerprint(ca_pem)}"
 
 
@@ -242,16 +242,16 @@ def parse_token(token: str) -> tuple[str, str]:
     """Return (secret, CA fingerprint) of an enrolment token; raises ProtocolError."""
     parts = token.strip().split(".")
     if len(parts) != 3 or parts[0] != "efl1" or len(parts[2]) != hashlib.sha256().digest_size * 2:
-        raise ProtocolError("the token is not of the form efl1.<secret>.<fingerprint>; copy it whole")
+        raise ProtocolError("the token is not of the form efl1.<secret>.<fingerprint>; copy the complete token")
     return parts[1], parts[2]
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a new file with mode 0600; raises HomeError where one is there."""
+    """Write a new file with mode 0600; raises HomeError if it exists."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as cause:
-        raise HomeError(f"{path} exists already and is not overwritten") from cause
+        raise HomeError(f"{path} already exists and is not overwritten") from cause
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
 

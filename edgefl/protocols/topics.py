@@ -1,4 +1,4 @@
-"""MQTT topics, valid under MQTT 3.1.1. A device writes under `up/<device>` and reads `down/<device>`."""
+"""MQTT topics (MQTT 3.1.1). A device publishes under `up/<device>` and subscribes to `down/<device>`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESERVED_NAMES = frozenset({"cloud", "broker", "all", "operator"})
 
 
 def valid_device_name(name: str) -> bool:
-    """Whether a name can be a certificate's CN and a topic level: 1 to 64 of a-z 0-9 . _ -."""
+    """Whether a name can be a certificate's CN and a topic level: 1 to 64 characters of a-z 0-9 . _ -."""
     return _NAME.fullmatch(name) is not None and name not in RESERVED_NAMES
 
 

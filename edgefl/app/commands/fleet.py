@@ -1,4 +1,4 @@
-"""`edgefl devices` and `edgefl jobs`: what is there, and how to act on it."""
+"""`edgefl devices` and `edgefl jobs`: list, show, change."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def list_devices(connection: Connection, output: Output) -> None:
 @click.argument("name")
 @connected
 def remove(name: str, connection: Connection) -> None:
-    """Put a device out of the fleet. Its certificate is worth nothing from then on."""
+    """Remove a device and reject its certificate from now on."""
     with connection.open() as client:
         client.remove_device(name)
-    click.echo(f"device {name} is no longer of the fleet")
+    click.echo(f"device {name} is removed from the fleet")
 
 
 @click.group()
@@ -89,15 +89,15 @@ def show(job: str, connection: Connection, output: Output) -> None:
 @click.argument("job")
 @connected
 def cancel(job: str, connection: Connection) -> None:
-    """Stop a job. Its model so far stays. Fails where the job had ended by itself before."""
+    """Stop a job. Its model so far is kept. Fails if the job has already ended by itself."""
     with connection.open() as client:
         before = client.job(job)
         state = client.cancel_job(job)["state"]
         ended = client.job(job) if state != "cancelled" else before
     if state != "cancelled":
-        raise ConfigError(f"job {job} had ended already, nothing is cancelled: {_ended(ended)}")
+        raise ConfigError(f"job {job} has already ended, nothing is cancelled: {_ended(ended)}")
     if before["state"] == "cancelled":
-        click.echo(f"job {job} had ended already: {_ended(before)}")
+        click.echo(f"job {job} has already ended: {_ended(before)}")
     else:
         click.echo(f"job {job} is cancelled")
 
@@ -105,7 +105,7 @@ def cancel(job: str, connection: Connection) -> None:
 @jobs.command(epilog=example("edgefl jobs watch job-1a2b3c4d --task examples/digits"))
 @click.argument("job")
 @click.option("--task", help="Evaluate each model on this task's test data, as `edgefl run` does.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where the model goes (safetensors).")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the model (safetensors).")
 @connected
 @json_option
 def watch(job: str, task: str | None, out: Path | None, connection: Connection, output: Output) -> None:
@@ -120,7 +120,7 @@ def watch(job: str, task: str | None, out: Path | None, connection: Connection, 
         with connection.open() as client:
             found = client.job(job)
             if found["kind"] == "relay":
-                raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
+                raise ConfigError(f"{job} carries a Flower app's messages; its rounds are shown by its `edgefl run`")
             with round_progress(output, int(found["config"]["rounds"]["count"])) as screen:
                 heard = Heard(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
                 result = watch_job(client, job, loaded, heard, out=out)
@@ -139,7 +139,7 @@ def _progress(job: Json, noun: str = "") -> str:
 
 
 def _ended(job: Json) -> str:
-    """Say how and when a job ended."""
+    """Return how and when a job ended."""
     how = {"done": "it was done", "failed": "it failed", "cancelled": "it was cancelled"}[job["state"]]
     why = f" ({job['error']})" if job["state"] == "failed" else ""
     return f"{how} at {time_text(job['ended_s'])}, after {_progress(job, ' rounds')}{why}"

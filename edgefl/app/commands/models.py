@@ -1,4 +1,4 @@
-"""`edgefl models` and `edgefl rollout`: from trained parameters to what devices serve."""
+"""`edgefl models` and `edgefl rollout`: from trained parameters to the models that devices serve."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def models() -> None:
     )
 )
 @click.argument("name")
-@click.option("--task", help="The task whose model it is.")
-@click.option("--parameters", type=FILE, help="Its parameters: the --out of `edgefl run`.")
-@click.option("--job", help="Or the job that trained them.")
-@click.option("--onnx", type=FILE, help="Or a finished ONNX file.")
+@click.option("--task", help="The task that defines the model.")
+@click.option("--parameters", type=FILE, help="The trained parameters: the --out of `edgefl run`.")
+@click.option("--job", help="Instead of --parameters: the job that trained them.")
+@click.option("--onnx", type=FILE, help="Instead of a task: a finished ONNX file.")
 @click.option("--compress", "compression", type=click.Choice(["int8", "none"]), default="int8", show_default=True)
 @click.option("--max-drop", default=0.02, show_default=True,
-              help="What it may cost: 0.02 = 2 points of accuracy, or 2% of what the model has learned.")  # fmt: skip
+              help="Allowed loss: 0.02 = 2 points of accuracy, or 2% of what the model has learned.")  # fmt: skip
 @connected
 @json_option
 def publish(  # noqa: PLR0913 - one a flag
     *, name: str, task: str | None, parameters: Path | None, job: str | None, onnx: Path | None, compression: str,
     max_drop: float, connection: Connection, output: Output,
 ) -> None:  # fmt: skip
-    """Make a model the next version of NAME.
+    """Publish a model as the next version of NAME.
 
     A task's parameters are exported to ONNX, compared with what they came from, and compressed; the cloud signs them.
     """
@@ -62,7 +62,7 @@ def publish(  # noqa: PLR0913 - one a flag
                     output.line(note)
                 parameters = publishing.parameters_of(client, found, folder)
             else:
-                client.jobs()  # a cloud that is not there, or a wrong token, is told before the work
+                client.jobs()  # an unreachable cloud or a wrong token is reported before the work
             loaded = load_task(str(task))
             exported = publishing.export(loaded, parameters, folder, compression=compression, max_drop=max_drop)
             release = publishing.publish(client, name, exported)
@@ -102,17 +102,17 @@ def rollout() -> None:
     )
 )
 @click.argument("model")
-@click.option("--version", type=click.IntRange(min=1), help="By default the newest.")
+@click.option("--version", type=click.IntRange(min=1), help="By default the newest version.")
 @click.option("--to", multiple=True, default=("all",), show_default=True, help="all, TAG=VALUE or name:DEVICE.")
-@click.option("--rollback", is_flag=True, help="Allow a version below the one that is served.")
-@click.option("--wait", "wait_s", type=click.FloatRange(min=0), help="Wait so many seconds for the devices.")
+@click.option("--rollback", is_flag=True, help="Allow a version older than the one that is served.")
+@click.option("--wait", "wait_s", type=click.FloatRange(min=0), help="Wait up to this many seconds for the devices.")
 @connected
 @json_option
 def start(  # noqa: PLR0913 - one a flag
     *, model: str, version: int | None, to: tuple[str, ...], rollback: bool, wait_s: float | None,
     connection: Connection, output: Output,
 ) -> None:  # fmt: skip
-    """Tell devices to serve a version. With --wait, fails unless every one of them does in time."""
+    """Tell devices to serve a version. With --wait, fails unless all of them do in time."""
     with connection.open() as client:
         status = client.start_rollout(model, version, to, rollback=rollback)
         output.line(
@@ -122,11 +122,11 @@ def start(  # noqa: PLR0913 - one a flag
             try:
                 status = _waited(client, status, wait_s, output)
             except KeyboardInterrupt:
-                output.line(f"\nno longer waiting; the rollout goes on. See: edgefl rollout status {status['id']}")
+                output.line(f"\nno longer waiting; the rollout continues. See: edgefl rollout status {status['id']}")
                 raise click.exceptions.Exit(INTERRUPTED) from None
             _devices(status, output)
         else:
-            output.line(f"see how far it is: edgefl rollout status {status['id']}")
+            output.line(f"see its progress: edgefl rollout status {status['id']}")
     output.result(status)
     if wait_s is not None and status["state"] != "done":
         raise click.exceptions.Exit(1)
@@ -137,7 +137,7 @@ def start(  # noqa: PLR0913 - one a flag
 @connected
 @json_option
 def show_status(rollout_id: str | None, connection: Connection, output: Output) -> None:
-    """Show how far each device is; without a ROLLOUT, list all rollouts."""
+    """Show the progress of each device; without a ROLLOUT, list all rollouts."""
     with connection.open() as client:
         found = client.rollout(rollout_id) if rollout_id else client.rollouts()
     if isinstance(found, dict):
@@ -151,19 +151,19 @@ def show_status(rollout_id: str | None, connection: Connection, output: Output) 
         output.table(
             ("id", "model", "version", "state", "devices", "started"),
             rows,
-            "no rollout yet; `edgefl rollout start` makes one",
+            "no rollout yet; `edgefl rollout start` starts one",
         )
     output.result(found)
 
 
 def _waited(client: CloudClient, status: Json, wait_s: float, output: Output) -> Json:
-    """Follow a rollout until it is over or the time is; return its last status."""
+    """Follow a rollout until it is over or the time is up; return its last status."""
     said = ""
     for now in follow_rollout(client, status["id"], wait_s):
         status = now
         active = sum(one["state"] == "active" for one in status["devices"])
         text = f"{status['state']}: {active} of {counted(len(status['devices']), 'device')} active"
-        if text != said:  # a device also tells that it downloads
+        if text != said:  # the state "downloading" changes nothing here
             output.line(text)
         said = text
     return status
@@ -176,7 +176,7 @@ def _say_published(release: Json, output: Output) -> None:
             f"int8: {report['source_bytes'] / 1024:.0f} -> {report['target_bytes'] / 1024:.0f} KiB, "
             f"{report['measure']} {report['before']:.4f} -> {report['after']:.4f} (drop {report['drop']:.4f})"
         )
-    output.line(f"bring it to the devices: edgefl rollout start {release['model']} --version {release['version']}")
+    output.line(f"deliver it to the devices: edgefl rollout start {release['model']} --version {release['version']}")
 
 
 def _table(releases: list[Json], output: Output) -> None:
@@ -186,10 +186,10 @@ def _table(releases: list[Json], output: Output) -> None:
         for one in releases
     ]  # fmt: skip
     columns = ("model", "version", "size", "metrics", "published")
-    output.table(columns, rows, "no model yet; `edgefl models publish` makes one")
+    output.table(columns, rows, "no model yet; `edgefl models publish` publishes one")
     output.result(releases)
 
 
 def _devices(status: Json, output: Output) -> None:
     rows = [(one["device"], one["state"], one["detail"]) for one in status["devices"]]
-    output.table(("device", "state", "detail"), rows, "no device is in it any more: a later rollout took over")
+    output.table(("device", "state", "detail"), rows, "no device is left in it: a later rollout replaced it")

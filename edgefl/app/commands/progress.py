@@ -1,4 +1,4 @@
-"""A job's rounds on the screen: a bar on a terminal, a line a round elsewhere; and a Ctrl-C that says what goes on."""
+"""A job's rounds on the screen: a progress bar on a terminal, else one line per round; and messages after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from edgefl.terminal.text import one_line
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """Where a job that is followed is shown."""
+    """Callbacks that show a job while it is followed."""
 
     on_round: Callable[[RoundReport], None]
-    line: Callable[[str], None]  # beside the rounds
+    line: Callable[[str], None]  # prints other lines
 
     def tell_waiting(self, job: str, waiting: str) -> None:
-        """Say what the cloud waits for; where that is empty, that it is over."""
+        """Show what the cloud waits for; if empty, that the wait is over."""
         if waiting:
-            self.line(f"job {job} pauses: the cloud is {waiting}. It goes on by itself when the cloud can")
+            self.line(f"job {job} pauses: the cloud is {waiting}. It continues by itself afterwards")
         else:
-            self.line(f"job {job} goes on: the cloud has what it waited for")
+            self.line(f"job {job} continues: the cloud no longer waits")
 
 
 @contextmanager
 def round_progress(output: Output, count: int | None) -> Iterator[Screen]:
-    """Give what is to hear of each round; a count of None: nobody knows how many there will be."""
+    """Yield the callbacks that show each round; `count` None: the number of rounds is unknown."""
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         yield Screen(lambda outcome: output.line(round_text(outcome, count)), output.line)
         return
@@ -53,31 +53,31 @@ def round_progress(output: Output, count: int | None) -> Iterator[Screen]:
 
 @dataclass(slots=True)
 class Standing:
-    """What the cloud has of a job that somebody here wants to see, for who interrupts that."""
+    """What the cloud knows of a job that is being submitted or followed, for the message after Ctrl-C."""
 
-    job: str = ""  # its id, once that is known
+    job: str = ""  # its id, once it is known
     is_asked_for: bool = False  # the cloud was asked to start it
 
     def ask(self) -> None:
-        """Note that the cloud is asked to start the job, now."""
+        """Record that the cloud is now asked to start the job."""
         self.is_asked_for = True
 
     def after_interrupt(self) -> str:
-        """Say whether the job goes on, and how to follow or end it."""
+        """Return whether the job continues, and how to follow or end it."""
         if self.job:
-            goes_on = f"job {self.job} goes on in the cloud, unless it has ended"
+            goes_on = f"job {self.job} continues in the cloud, unless it has ended"
             return f"no longer watching; {goes_on}. {_remedies(self.job)}"
         if self.is_asked_for:
-            return f"interrupted while the cloud was asked to start the job, which may run there. {_LOOK}"
+            return f"interrupted while submitting the job, which may run in the cloud. {_LOOK}"
         return "interrupted before the job was submitted; nothing runs in the cloud"
 
 
-_LOOK = "Look: edgefl jobs list; end it: edgefl jobs cancel JOB"
+_LOOK = "Check with: edgefl jobs list; end it with: edgefl jobs cancel JOB"
 
 
 @contextmanager
 def left_running(output: Output, job: str = "") -> Iterator[Standing]:
-    """Turn Ctrl-C into the news whether the job goes on without us, and exit status 130."""
+    """On Ctrl-C, say whether the job continues in the cloud, and exit with status 130."""
     standing = Standing(job)
     try:
         yield standing
@@ -86,18 +86,18 @@ def left_running(output: Output, job: str = "") -> Iterator[Standing]:
         raise click.exceptions.Exit(INTERRUPTED) from None
     except CloudUnreachable:
         if standing.job:
-            output.line(f"job {standing.job} goes on in the cloud. {_remedies(standing.job)}")
+            output.line(f"job {standing.job} continues in the cloud. {_remedies(standing.job)}")
         elif standing.is_asked_for:
-            output.line(f"the cloud was asked to start the job and did not answer; it may run there. {_LOOK}")
+            output.line(f"the cloud did not answer the request to start the job, which may run there. {_LOOK}")
         raise
 
 
 def _remedies(job: str) -> str:
-    return f"Watch it again: edgefl jobs watch {job}; end it: edgefl jobs cancel {job}"
+    return f"Watch it with: edgefl jobs watch {job}; end it with: edgefl jobs cancel {job}"
 
 
 def round_text(outcome: RoundReport, count: int | None) -> str:
-    """Return one line on a finished round, with the reason of each refusal."""
+    """Return one line about a finished round, with the reason of each refusal."""
     of = "" if count is None else f"/{count}"
     text = f"round {outcome.round}{of}: {outcome.counts_text()} in {outcome.seconds:.2f} s "
     text += metrics_text(outcome.metrics)

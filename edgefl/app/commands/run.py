@@ -25,10 +25,10 @@ from edgefl.terminal.output import Output, counted, example, json_option, metric
 @connected
 @click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
-@click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting, over the file.")
-@click.option("--run-config", multiple=True, metavar="'K=V K=V'|FILE", help="As --set, in Flower's words.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting; overrides the file.")
+@click.option("--run-config", multiple=True, metavar="'K=V K=V'|FILE", help="As --set, in Flower's syntax.")
 @click.option("--federation-config", multiple=True, hidden=True)
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where the model goes (safetensors).")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the model (safetensors).")
 @json_option
 def run(  # noqa: PLR0913 - one a flag
     *, task: str, connection: Connection, rounds: int | None, config: Path | None, settings: tuple[str, ...],
@@ -38,8 +38,8 @@ def run(  # noqa: PLR0913 - one a flag
 
     TASK is package.module:attribute, or a folder whose pyproject.toml names its task. Ctrl-C stops watching, not the
     job: `edgefl jobs watch` follows it again, `edgefl jobs cancel` ends it. A folder with [tool.flwr.app] is a Flower
-    app and runs as it is: its ServerApp here, so that Ctrl-C ends the run, its ClientApp on the devices;
-    --set key=value is for its run-config.
+    app and runs unmodified: its ServerApp here, so that Ctrl-C ends the run, its ClientApp on the devices;
+    --set key=value changes its run-config.
     """
     with left_running(output) as standing:  # from here on: what is imported next takes seconds
         from edgefl.operator.run import Heard, submit, watch
@@ -54,7 +54,7 @@ def run(  # noqa: PLR0913 - one a flag
             run_flower(asked, connection, output)
             return
         if run_config or federation_config:
-            raise ConfigError("--run-config is of Flower apps; a task is configured by --set a.b=c or --config FILE")
+            raise ConfigError("--run-config is for Flower apps; configure a task with --set a.b=c or --config FILE")
         over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
         job_config = load_config(JobConfig, config, over)
         loaded = load_task(task)

@@ -1,1 +1,1 @@
-"""Flower apps as their users write them: folders, habits, logs, and whose fault an error is."""
+"""Flower apps as their users write them: folders, options in Flower's syntax, logs, and whose fault an error is."""

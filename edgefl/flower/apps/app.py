@@ -1,7 +1,7 @@
 """A Flower app's folder: its pyproject.toml, its run config, its two app objects.
 
-Invariant: the app's files are imported as they are, from their own folder, afresh at each load; what
-they raise leaves as TaskError that names the file and line.
+Invariant: the app's files are imported unmodified, from their own folder, again at each load; their
+exceptions become TaskError with the file and line.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowerApp:
-    """A loaded app. Load it again for a second run that knows nothing of the first."""
+    """A loaded app. Load it again for a second run, so that no state is left from the first."""
 
     name: str
     folder: Path
     server_app: ServerApp
     client_app: ClientApp
     config: Mapping[str, RunConfigValue]  # its defaults, flat: {"a.b": 1}
-    num_supernodes: int = DEFAULT_SUPERNODES  # of its default federation, where it has one
+    num_supernodes: int = DEFAULT_SUPERNODES  # from its default federation, if it has one
 
 
 def is_flower_app(folder: str | Path) -> bool:
-    """Say whether a folder's pyproject.toml has [tool.flwr.app]; imports nothing."""
+    """Whether a folder's pyproject.toml has [tool.flwr.app]; imports nothing."""
     try:
         return isinstance(_flwr_table(Path(folder)).get("app"), dict)
     except ConfigError:
@@ -51,7 +51,7 @@ def is_flower_app(folder: str | Path) -> bool:
 def load_flower_app(folder: str | Path) -> FlowerApp:
     """Import an app's ServerApp and ClientApp from its folder.
 
-    Raises ConfigError for a pyproject.toml that names no app, TaskError where the user's module raises.
+    Raises ConfigError for a pyproject.toml without an app, TaskError if the user's module raises.
     """
     require_flower("a Flower app")
     from flwr.serverapp import ServerApp
@@ -91,7 +91,7 @@ def client_reference(folder: str | Path) -> str:
 
 
 def require_flower(feature: str) -> None:
-    """Raise MissingExtra where flwr is not installed."""
+    """Raise MissingExtra if flwr is not installed."""
     try:
         import flwr  # noqa: F401 - to see that it is there
     except ImportError as cause:
@@ -99,7 +99,7 @@ def require_flower(feature: str) -> None:
 
 
 def fuse_run_config(app: FlowerApp, overrides: Mapping[str, RunConfigValue]) -> dict[str, RunConfigValue]:
-    """Return the app's config with overrides in it; raises ConfigError for a key that the app has not."""
+    """Return the app's config with the overrides applied; raises ConfigError for a key that the app does not have."""
     if unknown := sorted(overrides.keys() - app.config.keys()):
         known = ", ".join(sorted(app.config)) or "none"
         raise ConfigError(f"{KIND} {app.name!r} has no run-config key {unknown[0]!r}; known: {known}")
@@ -116,13 +116,13 @@ def parse_run_config(settings: Iterable[str]) -> dict[str, RunConfigValue]:
 
 
 def parse_value(text: str) -> RunConfigValue:
-    """Read one value as in TOML; what is no number and no boolean there is a string."""
+    """Read one value as in TOML; anything but a number or a boolean is a string."""
     value = _toml_value(text)
     return value if isinstance(value, (bool, int, float, str)) else text
 
 
 def flatten(table: Any, *, where: str, prefix: str = "") -> dict[str, RunConfigValue]:
-    """Return nested tables as one, keys joined by dots: what Flower's Context holds."""
+    """Return nested tables as one, with keys joined by dots, as in Flower's Context."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} must be a table, not {table!r}")
     flat: dict[str, RunConfigValue] = {}
@@ -149,7 +149,7 @@ def _tables(folder: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     table = _flwr_table(folder)
     app = table.get("app")
     if not isinstance(app, dict):
-        raise ConfigError(f"{folder / 'pyproject.toml'} has no [tool.flwr.app]: this is no Flower app")
+        raise ConfigError(f"{folder / 'pyproject.toml'} has no [tool.flwr.app], so it is not a Flower app")
     return folder, table, app
 
 
@@ -198,7 +198,7 @@ def _load(folder: Path, reference: tuple[str, str], kind: type[_T], name: str | 
 
 
 def _num_supernodes(table: Mapping[str, Any]) -> int | None:
-    """Read `num-supernodes` of the default federation, where older projects write it."""
+    """Read `num-supernodes` of the default federation, as older projects set it."""
     federations = table.get("federations")
     if not isinstance(federations, Mapping):
         return None

@@ -1,7 +1,7 @@
-"""What an app logs through Flower's logger is shown; only Flower's own reports of rounds are not, since we tell rounds.
+"""Show an app's log, but not Flower's own reports of rounds, because edgefl shows the rounds itself.
 
-Flower's logger, `flwr`, is the apps' too: their examples print results with it. What Flower says of anything else
-(waiting for nodes, secure aggregation, deprecations) and every warning is shown.
+Apps use Flower's logger, `flwr`, too: Flower's examples print results with it. Flower's other messages
+(waiting for nodes, secure aggregation, deprecations) and all warnings are shown.
 Invariant: after the context Flower's logger is as it was.
 """
 
@@ -18,18 +18,18 @@ from flwr.common.logger import ConsoleHandler
 
 LOGGER = "flwr"
 _FLOWER = Path(flwr.__file__).parent
-_REPORTS = tuple(  # of a run and its rounds: by whose code
+_REPORTS = tuple(  # reports of a run and its rounds, by the module that logs them
     str(_FLOWER / part)
     for part in (
         "serverapp/strategy/", "server/strategy/", "server/server.py", "server/compat/app.py",
         "server/workflow/default_workflows.py",
     )
 )  # fmt: skip
-_KEPT = {"sample_nodes"}  # functions there that say what a run waits for
+_KEPT = {"sample_nodes"}  # functions in these modules that say what a run waits for
 
 
 class _StderrNow:
-    """Writes to what is stderr at the time of writing: a live table or a test may have taken its place."""
+    """Writes to the current sys.stderr: a live table or a test may have replaced it."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -39,7 +39,7 @@ class _StderrNow:
 
 
 def is_report(record: logging.LogRecord) -> bool:
-    """Whether a record is one of Flower's own on rounds, below a warning."""
+    """Whether a record is Flower's own report of rounds, below the level of a warning."""
     return record.levelno < logging.WARNING and record.pathname.startswith(_REPORTS) and record.funcName not in _KEPT
 
 
@@ -49,7 +49,7 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def app_log() -> Iterator[None]:
-    """Show what the app says while the context lasts."""
+    """Show the app's log inside the context."""
     logger = logging.getLogger(LOGGER)
     consoles = [one for one in logger.handlers if isinstance(one, ConsoleHandler)]
     before = [(one.level, one.stream, one.colored) for one in consoles]
@@ -62,5 +62,5 @@ def app_log() -> Iterator[None]:
     finally:
         logger.removeFilter(_is_shown)
         for one, (level, stream, colored) in zip(consoles, before, strict=True):
-            one.setLevel(level)  # an app may have asked for more
+            one.setLevel(level)  # an app may have set a lower level
             one.stream, one.colored = stream, colored

@@ -1,10 +1,10 @@
-"""How Flower's users say things, read without flwr: `--run-config`, `--federation-config`, `$FLWR_HOME/config.toml`.
+"""Options in Flower's syntax, read without flwr: `--run-config`, `--federation-config`, `$FLWR_HOME/config.toml`.
 
     --run-config "rounds=3 lr=0.1" --run-config 'name="x y"'     or one TOML file
     --federation-config "num-supernodes=4 client-resources-num-cpus=1"
 
-What is of Ray alone (backend, init-args, shares of a GPU) has no meaning here: on the command line it is refused,
-from the file, which other runs need, it is said and left.
+Settings for Ray only (backend, init-args, fractions of a GPU) have no meaning here: on the command line they are
+refused; in the file, which other runs need, they are ignored with a note.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _OF_RAY = re.compile("backend|verbose|init-args-.*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Federation:
-    """What is said of a simulated federation; None where nothing is."""
+    """Settings of a simulated federation; None where not set."""
 
     num_supernodes: int | None = None
-    client_cpus: int | None = None  # that each client at work has for itself
-    left: tuple[str, ...] = ()  # keys that have no meaning here
+    client_cpus: int | None = None  # CPUs for each running client
+    left: tuple[str, ...] = ()  # ignored keys, which have no meaning here
 
     def workers(self, cores: int) -> int | None:
-        """Return how many processes train: 0 = this one alone, None = nothing was said that limits it."""
+        """Return how many processes train: 0 = only this one, None = no setting limits it."""
         if self.client_cpus is None or self.client_cpus <= 1:
             return None
         at_once = cores // self.client_cpus
@@ -43,7 +43,7 @@ class Federation:
 
 
 def read_run_config(texts: Sequence[str]) -> dict[str, RunConfigValue]:
-    """Return the values of `--run-config`; raises ConfigError for what is neither `key=value`s nor one TOML file."""
+    """Return the values of `--run-config`; raises ConfigError unless it is `key=value` pairs or one TOML file."""
     files = [text for text in texts if text.endswith(".toml")]
     if files and len(texts) > 1:
         raise ConfigError(f"{RUN_CONFIG} {files[0]} and more: give either one TOML file or key=value pairs")
@@ -53,13 +53,13 @@ def read_run_config(texts: Sequence[str]) -> dict[str, RunConfigValue]:
 
 
 def read_federation(texts: Sequence[str]) -> Federation:
-    """Return what `--federation-config` says; raises ConfigError for a key or value that cannot be taken."""
+    """Return the settings of `--federation-config`; raises ConfigError for an unusable key or value."""
     said = {_key(key): value for key, value in _words(texts, FEDERATION_CONFIG).items()}
     return _federation(said, FEDERATION_CONFIG, strict=True)
 
 
 def federation_at_home() -> Federation:
-    """Return what the default connection of `$FLWR_HOME/config.toml` says; nothing where there is no such file."""
+    """Return the settings of the default connection in `$FLWR_HOME/config.toml`; none if there is no such file."""
     file = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr").expanduser() / "config.toml"
     if not file.is_file():
         return Federation()
@@ -89,10 +89,10 @@ def _federation(said: Mapping[str, RunConfigValue], where: str, *, strict: bool)
 def _instead(key: str) -> str:
     if key == GPUS:
         return (
-            "edgefl gives out no shares of a GPU: every client sees the GPUs that are there. Leave it away; "
-            "--engine loop has one client at work at a time"
+            "edgefl does not divide a GPU: every client sees all GPUs. Drop the setting; "
+            "--engine loop runs one client at a time"
         )
-    return "this is for Ray, which does not run Flower apps here. Leave it away; --engine loop or pool chooses"
+    return "this is for Ray, which does not run Flower apps here. Drop it and choose --engine loop or pool"
 
 
 def _whole(value: RunConfigValue, where: str) -> int:
@@ -102,7 +102,7 @@ def _whole(value: RunConfigValue, where: str) -> int:
 
 
 def _key(key: str) -> str:
-    """Return a key as Flower 1.42 writes it: older ones nest it in `options.backend`."""
+    """Return a key as Flower 1.42 writes it; older versions nest it in `options.backend`."""
     key = key.replace("_", "-").removeprefix("options.")
     return "backend" if key == "backend.name" else key.removeprefix("backend.").replace(".", "-")
 

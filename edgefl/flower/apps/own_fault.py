@@ -1,7 +1,7 @@
-"""Whose fault it is: what fails in our code under a call of the user's is told as ours, not blamed on their line.
+"""Whose fault an error is: a failure of edgefl below a call of the user's code is reported as edgefl's fault.
 
-`Border` stands around a grid's methods, whose failure the run cannot go on without: it notes our faults, so that
-whoever called the ServerApp can tell them from the app's. `Bystander` stands around what only looks on (sizes,
+`Border` wraps a grid's methods, without which the run cannot continue: it records our faults, so that the caller
+of the ServerApp can distinguish them from the app's. `Bystander` wraps code that only observes (sizes,
 metrics, the screen): a failure there is logged once, and changes nothing else.
 """
 
@@ -16,7 +16,7 @@ from types import TracebackType
 from edgefl.errors import EdgeflError, OwnFault
 from edgefl.terminal import debug
 
-MAX_QUOTED = 500  # characters of what an exception says
+MAX_QUOTED = 500  # characters of an exception's message
 
 _OURS = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class Border:
-    """Notes the first fault of ours that passes; lets all of them pass."""
+    """Records the first fault of edgefl; suppresses no exception."""
 
     def __init__(self) -> None:
         self.fault: Exception | None = None
@@ -37,13 +37,13 @@ class Border:
             self.fault = raised
 
     def raise_fault(self, app: str) -> None:
-        """Raise what was noted, if anything was, as an error that says whose it is."""
+        """Raise OwnFault if a fault was recorded."""
         if self.fault is not None:
             raise OwnFault(f"a fault of edgefl itself, not of {app}: {said(self.fault)}") from self.fault
 
 
 class Bystander:
-    """Stops what fails while we only look on, and logs the first failure of each kind of look."""
+    """Suppresses exceptions of code that only observes, and logs the first one."""
 
     def __init__(self, doing: str) -> None:
         self._doing = doing
@@ -57,13 +57,13 @@ class Bystander:
             return False
         if self.fault is None:
             self.fault = raised
-            text = "a fault of edgefl itself, not of the app; the run goes on, but %s may be incomplete: %s"
+            text = "a fault of edgefl itself, not of the app; the run continues, but %s may be incomplete: %s"
             _log.warning(text, self._doing, said(raised), exc_info=raised if debug.wanted() else None)
         return True
 
 
 def is_ours(raised: BaseException) -> bool:
-    """Whether the deepest code that is the user's or ours is ours, and did not raise on purpose."""
+    """Whether the deepest frame of the user's code or edgefl's is edgefl's, and it did not raise on purpose."""
     if isinstance(raised, EdgeflError):
         return False
     file = _place(raised)[0]
@@ -71,14 +71,14 @@ def is_ours(raised: BaseException) -> bool:
 
 
 def said(raised: BaseException) -> str:
-    """Return what an exception says, and the deepest line of the user's code or ours that it came through."""
+    """Return an exception's message, with the deepest line of the user's code or edgefl's in its traceback."""
     file, line = _place(raised)
     where = "" if file is None else f" ({file}:{line})"
     return f"{type(raised).__name__}: {raised}".rstrip(": ")[:MAX_QUOTED] + where
 
 
 def _place(raised: BaseException) -> tuple[Path | None, int]:
-    """Return the deepest line that is neither Python's nor an installed package's but ours."""
+    """Return the deepest line that belongs neither to Python nor to another installed package."""
     installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
     found: tuple[Path | None, int] = (None, 0)
     for frame, line in traceback.walk_tb(raised.__traceback__):

@@ -1,8 +1,8 @@
-"""A device's part in a relayed Flower app: hand one message to the bundle's ClientApp, keep its state.
+"""A device's part in a relayed Flower app: pass one message to the bundle's ClientApp, and keep its state.
 
-Runs in the agent's trainer. What the ClientApp raises becomes an error reply, as in Flower; what keeps the
-device from asking it (no flwr here, not enough memory) is raised.
-Invariant: a message that fails leaves the node's state as it was.
+Runs in the agent's trainer. An exception of the ClientApp becomes an error reply, as in Flower; if the device
+cannot call it at all (flwr not installed, not enough memory), an error is raised.
+Invariant: a message that fails does not change the node's state.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from edgefl.flower.apps.app import load_client_app, parse_value, require_flower
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeMessage:
-    """One message, and what the node has for it."""
+    """One message, with the node's data for it."""
 
     app: str  # its name, in errors
-    folder: Path  # it is unpacked to
+    folder: Path  # where the bundle is unpacked
     order: Path
     envelope: str
     options: Mapping[str, str]  # the agent's data options
-    state: Path | None  # after the message before
+    state: Path | None  # as the previous message left it
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A reply, and the node's state after it; None where it stays as it was."""
+    """A reply, and the node's new state; None if the state did not change."""
 
     reply: bytes
     state: bytes | None
@@ -45,7 +45,7 @@ def deliver(given: NodeMessage) -> Outcome:
     from edgefl.flower.nodes import Delivery, attempt, failed
 
     message, run_config = wire.open_order(given.order.read_bytes(), given.envelope)
-    request = with_own_metadata(message)  # the ClientApp may change what it is given
+    request = with_own_metadata(message)  # the ClientApp may change it
     metadata = request.metadata
     context = Context(
         run_id=metadata.run_id,

@@ -1,10 +1,10 @@
-"""A Grid whose nodes are the devices of a fleet: messages go out by a relay of the cloud, replies come as they come.
+"""A Grid whose nodes are the devices of a fleet: a relay of the cloud carries messages; replies arrive one by one.
 
-`push_messages` sends at once and `pull_messages` returns what is there, so that asynchronous apps are; what
-`send_and_receive` returns arrives while it is iterated. A device that is lost is answered for by an Error, one
-that is late is not answered for, both as in Flower.
-Invariants: what a message held is dropped in the cloud once nobody waits for its reply; what is pushed runs before
-any later message to the same device, which takes them in the order of their numbers, and before the run ends.
+`push_messages` sends at once and `pull_messages` returns the replies so far, which suits asynchronous apps; the
+replies of `send_and_receive` arrive while they are iterated. A lost device gets an Error as its reply, a late
+device gets no reply, both as in Flower.
+Invariants: the cloud deletes a message's content once no caller waits for its reply; a pushed message runs before
+any later message to the same device, in the order of their numbers, and before the run ends.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from edgefl.operator.relay import Relay
 
 Json = dict[str, Any]
 
-LOOK_S = 1.0  # between looks whether a pause of the cloud is over
+LOOK_S = 1.0  # interval of checks whether a pause of the cloud is over
 
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """A message under way: what the relay was given, and what its reply is made from."""
+    """A message that was sent: the order for the relay, and the request that its reply is built from."""
 
     order: Json  # number, device, envelope, content, within_s
     request: Message  # without its content
 
 
 class _Timeout:
-    """When replies are no longer waited for: as in the cloud, it stands still while that cannot store what comes."""
+    """The timeout for replies. As in the cloud, it is paused while the cloud cannot store replies."""
 
     def __init__(self, within_s: float, relay: Relay, clock: Callable[[], float]) -> None:
         self._end_s, self._relay, self._clock = clock() + within_s, relay, clock
         self._before_s = relay.told_paused_s
-        self.next_s = self._end_s  # when to ask the cloud whether it is over
+        self.next_s = self._end_s  # when to ask the cloud next
 
     def is_over(self) -> bool:
-        """Ask the cloud whether there was a pause meanwhile."""
+        """Whether the timeout is over; asks the cloud whether it has paused meanwhile."""
         paused_s, is_paused = self._relay.paused_s()
-        # A cloud that was started again begins to count anew.
+        # A restarted cloud counts from 0 again.
         end_s = self._end_s + (paused_s - self._before_s if paused_s >= self._before_s else paused_s)
         self.next_s = max(end_s, self._clock() + LOOK_S) if is_paused else end_s
         return self.next_s <= self._clock()
@@ -69,7 +69,7 @@ class FleetDevices:
         return list(names)
 
     def name(self, node_id: int) -> str:
-        """Return a device's name; raises ConfigError where there is no such node."""
+        """Return a device's name; raises ConfigError if there is no such node."""
         if node_id not in self._names:
             self.online()
         if node_id not in self._names:
@@ -77,7 +77,7 @@ class FleetDevices:
         return self._names[node_id]
 
     def positions(self) -> Mapping[str, int]:
-        """Number the devices that were seen."""
+        """Return a number for each device seen so far."""
         return {name: position for position, name in enumerate(sorted(self._names.values()))}
 
 
@@ -90,13 +90,13 @@ class FleetGrid(RunGrid):
         super().__init__(run_id)
         self._relay, self._devices, self._run_config, self._watch = relay, devices, dict(run_config), watch
         self._numbers = itertools.count(1)
-        self._sending = threading.Lock()  # numbers reach the cloud in rising order
-        self._pushed: dict[str, _Sent] = {}  # and not yet answered, by message id
-        self._come: dict[str, Message] = {}  # replies to these that nobody has pulled yet
+        self._sending = threading.Lock()  # numbers must reach the cloud in ascending order
+        self._pushed: dict[str, _Sent] = {}  # without a reply yet, by message id
+        self._come: dict[str, Message] = {}  # their replies that were not pulled yet
         self._closed = False
 
     def get_node_ids(self) -> Iterable[int]:
-        if self._closed or self._relay.fault is not None:  # a thread of the legacy server looks for this, and ends
+        if self._closed or self._relay.fault is not None:  # a thread of the legacy server ends on this
             raise RunNotRunningException
         return self._devices.online()
 
@@ -108,14 +108,14 @@ class FleetGrid(RunGrid):
             return [one.request.metadata.message_id for one in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that have come to these; each is returned once."""
+        """Return the replies so far to these messages; each is returned once."""
         with self.border:
             wanted = list(dict.fromkeys(message_ids))
             self._take_in([self._pushed[key] for key in wanted if key in self._pushed])
             return [self._come.pop(key) for key in wanted if key in self._come]
 
     def _take_in(self, sent: Collection[_Sent]) -> None:
-        """Keep the replies that have come to these for who pulls them."""
+        """Store the replies so far to these messages for `pull_messages`."""
         for reply in self._arriving(sent, None):
             key = reply.metadata.reply_to_message_id
             self._pushed.pop(key)
@@ -123,7 +123,7 @@ class FleetGrid(RunGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """Send messages; the replies arrive as they are iterated, until the timeout (seconds)."""
-        if timeout is not None and timeout <= 0:  # nobody waits for replies
+        if timeout is not None and timeout <= 0:  # the caller does not wait for replies
             self.push_messages(messages)
             return Replies(iter(()))
         with self.border:
@@ -134,21 +134,21 @@ class FleetGrid(RunGrid):
         return replies
 
     def finish(self) -> None:
-        """Wait for the answers to what was pushed and never pulled, as long as these messages last."""
+        """Wait for the replies to messages that were never pulled, until their timeouts."""
         with self.border:
             left, self._pushed = list(self._pushed.values()), {}
             for _ in self._arriving(left, self._timeout(left)):
                 pass
 
     def close(self) -> None:
-        """The run is over: the legacy server's threads may end."""
+        """End the run: threads of the legacy server may end."""
         self._closed = True
 
     def _send(self, messages: Iterable[Message], timeout: float | None) -> list[_Sent]:
         messages = checked_messages(messages)
-        held: dict[int, tuple[str, object]] = {}  # by content's id, with it, so that its id stays its own
+        held: dict[int, tuple[str, object]] = {}  # by id() of the content, kept so that it is not reused
         with self._sending:
-            self._take_in(list(self._pushed.values()))  # before a round may end with these messages
+            self._take_in(list(self._pushed.values()))  # before these messages may end a round
             sent = [self._pack(message, timeout, held) for message in messages]
             self._watch.sent(messages)
             self._relay.send([one.order for one in sent])
@@ -178,9 +178,9 @@ class FleetGrid(RunGrid):
         return _Timeout(within_s, self._relay, self._watch.clock)
 
     def _arriving(self, sent: Collection[_Sent], until: _Timeout | None) -> Iterator[Message]:
-        """Yield replies as they come, until the timeout; the rest is no longer wanted then.
+        """Yield replies as they come, until the timeout; then the remaining messages are dropped.
 
-        Without a timeout: those that have come, and the rest is wanted still.
+        Without a timeout: yield the replies so far, and keep the remaining messages.
         """
         waiting = {one.order["number"]: one for one in sent}
         try:

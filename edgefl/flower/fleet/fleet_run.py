@@ -1,6 +1,6 @@
 """Run a Flower app on a fleet: its ServerApp in this thread, its ClientApps in the trainers of real devices.
 
-Invariant: however the ServerApp ends, by itself, by what it raises or by Ctrl-C, the relay ends with it.
+Invariant: when the ServerApp ends, normally, by an exception or by Ctrl-C, the relay ends, too.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
 ) -> FlowerRunResult:  # fmt: skip
     """Run an app's ServerApp to its end, with the devices that are online as its nodes.
 
-    `client` opens a connection to the cloud; `run_config` overrides the app's; `on_start` hears the relay's id and
-    how many devices are online, `on_round` of each round, `on_waiting` what the cloud waits for, such as disk space,
-    and an empty text when that is over; `out` is where the last strategy's arrays go (safetensors). Ctrl-C ends the
-    run with the rounds that there are. Raises ConfigError, TaskError where the ServerApp raises, QuorumNotMet where
-    all training failed, JobCancelled and JobFailed where the relay ended.
+    `client` opens a connection to the cloud; `run_config` overrides the app's. Callbacks: `on_start` gets the relay's
+    id and the number of devices online; `on_round` each round; `on_waiting` what the cloud waits for, such as disk
+    space, and an empty text when the wait is over. `out` is the path for the last strategy's arrays (safetensors).
+    Ctrl-C ends the run with the rounds so far. Raises ConfigError, TaskError if the ServerApp raises, QuorumNotMet if
+    all training failed, JobCancelled and JobFailed if the relay ended.
     """
     require_flower("a Flower app")
     from flwr.app import Context, RecordDict
@@ -76,10 +76,10 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
             keep_model(heard, out)
             if relay.fault is None:
                 raise_with_reasons(app, watch, error)
-            if interrupted.is_set():  # an app that a strategy's early end has left with less
+            if interrupted.is_set():  # the app did not expect that its strategy ended early
                 _log.warning("after the interrupt: %s", error)
-        if relay.fault is not None and not interrupted.is_set():  # what the ServerApp could do nothing about;
-            raise relay.fault from None  # the legacy server counts what it raises as failures
+        if relay.fault is not None and not interrupted.is_set():  # not the ServerApp's fault;
+            raise relay.fault from None  # the legacy server counts exceptions as failures
         grid.border.raise_fault(app.name)
         watch.finish()
         seconds = time.monotonic() - start_s
@@ -95,7 +95,7 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
 
 @contextmanager
 def _stopped_by_interrupt(relay: Relay, interrupted: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C free whoever waits for a reply, in any thread, and end the strategy; a second one ends the app."""
+    """Let Ctrl-C end all waits for replies, in any thread, and the strategy; a second Ctrl-C ends the app."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -103,7 +103,7 @@ def _stopped_by_interrupt(relay: Relay, interrupted: threading.Event) -> Iterato
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        relay.stop(JobCancelled("interrupted where it was run"))
+        relay.stop(JobCancelled("interrupted by the operator"))
         interrupted.set()
         raise Interrupted
 

@@ -1,11 +1,11 @@
-"""Messages of a Flower app as bytes between its ServerApp and devices: Flower's own protobuf forms, nothing pickled.
+"""Messages of a Flower app as bytes between its ServerApp and devices: in Flower's protobuf form, without pickle.
 
-    order      what the messages of an exchange share: the run config, then the records
+    order      what several messages share: the run config, then the records
     envelope   a message's metadata: small, as text
-    reply      a whole message; a device's word on who answers what is not taken, see `open_reply`
+    reply      a whole message; its own metadata is not trusted, see `open_reply`
     state      a node's `context.state`
 
-What comes over a wire is not trusted: bytes of any other form raise ProtocolError.
+Bytes from the network are not trusted: any other form raises ProtocolError.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from edgefl.flower import inside
 from edgefl.flower.apps.app import RunConfigValue
 from edgefl.flower.records import records_bytes
 
-MAX_MESSAGE_BYTES = 1 << 30  # protobuf ends at twice that
-MAX_ENVELOPE_CHARS = 8 << 10  # it travels in a small message of the control plane
+MAX_MESSAGE_BYTES = 1 << 30  # half of protobuf's limit
+MAX_ENVELOPE_CHARS = 8 << 10  # it is sent in a small message of the control plane
 _HEAD = struct.Struct(">I")
 
 
 def pack_order(run_config: Mapping[str, RunConfigValue], content: RecordDict) -> bytes:
-    """Return what messages with this content share; raises ConfigError for more than a message may have."""
+    """Return the bytes that messages with this content share; raises ConfigError above the limit."""
     size = records_bytes(content)
-    if size > MAX_MESSAGE_BYTES:  # before it is copied
-        raise ConfigError(f"a message of {size} bytes; at most {MAX_MESSAGE_BYTES} are carried. Send less at a time")
+    if size > MAX_MESSAGE_BYTES:  # check before copying
+        raise ConfigError(f"a message of {size} bytes; at most {MAX_MESSAGE_BYTES} are allowed. Send less per message")
     config = inside.config_bytes(run_config)
     return b"".join((_HEAD.pack(len(config)), config, inside.records_bytes(content)))
 
@@ -51,11 +51,11 @@ def open_order(data: bytes, envelope: str) -> tuple[Message, dict[str, RunConfig
 
 
 def pack_envelope(message: Message) -> str:
-    """Return a message's metadata as text; raises ConfigError where it is too long to travel."""
+    """Return a message's metadata as text; raises ConfigError if it is too long."""
     envelope = base64.b64encode(inside.metadata_bytes(message)).decode()
     if len(envelope) > MAX_ENVELOPE_CHARS:
         raise ConfigError(
-            f"the metadata of a message take {len(envelope)} characters; at most {MAX_ENVELOPE_CHARS} are carried. "
+            f"the metadata of a message take {len(envelope)} characters; at most {MAX_ENVELOPE_CHARS} are allowed. "
             "Shorten its group_id or message_type, and put the rest into a ConfigRecord"
         )
     return envelope
@@ -67,13 +67,13 @@ def pack_reply(reply: Message) -> bytes:
 
 
 def open_reply(data: bytes, request: Message) -> Message:
-    """Return a device's reply to this request, whatever its metadata say; raises ProtocolError."""
+    """Return a device's reply to this request, whatever its own metadata claims; raises ProtocolError."""
     with _foreign_bytes("a reply"):
         return inside.reply_from(data, request)
 
 
 def pack_state(state: RecordDict) -> bytes:
-    """Return a node's state; empty for an empty one."""
+    """Return a node's state as bytes; no bytes for an empty state."""
     return inside.records_bytes(state)
 
 
@@ -84,13 +84,13 @@ def open_state(data: bytes) -> RecordDict:
 
 
 def node_id(device: str) -> int:
-    """Return the number by which Flower knows a device: the same in every run. 0 and 1 mean something to Flower."""
+    """Return a device's node id in Flower, the same in every run; never 0 or 1, which have a meaning in Flower."""
     digest = hashlib.sha256(f"edgefl node {device}".encode()).digest()
     return (int.from_bytes(digest[:8]) >> 1) | 2
 
 
 def node_config(options: Mapping[str, str], parse: Callable[[str], RunConfigValue]) -> dict[str, RunConfigValue]:
-    """Return the data options of a device as Flower's node config: `part` and `parts` by Flower's names for them."""
+    """Return a device's data options as Flower's node config; `part` and `parts` get Flower's names."""
     names = {"part": inside.PARTITION_ID_KEY, "parts": inside.NUM_PARTITIONS_KEY}
     return {names.get(key, key): parse(value) for key, value in options.items()}
 

@@ -101,5 +101,5 @@ def test_who_takes_too_long_is_not_heard_and_the_others_are():
 def test_a_nodes_config_has_what_was_given_beside_its_partition():
     of = Nodes(1, 2, {}, {"site": "a", "rate": 0.5})
     assert of.context(1001).node_config == {"site": "a", "rate": 0.5, "partition-id": 1, "num-partitions": 2}
-    with pytest.raises(ConfigError, match="partition-id of a simulated node is its place"):
+    with pytest.raises(ConfigError, match="partition-id of a simulated node is its position"):
         Nodes(1, 2, {}, {"partition-id": 3})

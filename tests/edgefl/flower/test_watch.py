@@ -82,8 +82,8 @@ def test_what_fails_in_looking_on_is_logged_once_as_ours_and_changes_nothing(cap
     assert [seen.number for seen in watch.rounds] == [1, 2]
     assert watch.unanswered() is None
     assert [one.getMessage().partition(": ")[0] for one in caplog.records] == [
-        "a fault of edgefl itself, not of the app; the run goes on, but what is said of the rounds may be incomplete",
-        "a fault of edgefl itself, not of the app; the run goes on, but what is shown of them may be incomplete",
+        "a fault of edgefl itself, not of the app; the run continues, but the records of the rounds may be incomplete",
+        "a fault of edgefl itself, not of the app; the run continues, but the display of the rounds may be incomplete",
     ]
 
 

@@ -80,7 +80,7 @@ def test_an_unmodified_app_runs_and_is_drawn(tmp_path):
     [
         (("--engine", "stacked"), "'stacked' cannot run a Flower app"),
         (("--config", "a.toml"), "--config: not for a Flower app; .* with --run-config FILE.toml"),
-        (("--data", "partition-id=3"), "partition-id of a simulated node is its place"),
+        (("--data", "partition-id=3"), "partition-id of a simulated node is its position"),
         (("--federation-config", "nodes=3"), "there is no 'nodes'; known: num-supernodes"),
         (("--set", "no-such-key=1"), "no-such-key"),
     ],

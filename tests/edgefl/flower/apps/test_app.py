@@ -74,14 +74,14 @@ def test_a_syntax_error_names_file_and_line(make_app):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("{name}.server_app:app", "{name}.server_app", "serverapp is 'adder.server_app'; wanted"),
+        ("{name}.server_app:app", "{name}.server_app", "serverapp is 'adder.server_app'; expected"),
         ('serverapp = "{name}.server_app:app"', "", "serverapp is missing"),
         ("{name}.server_app:app", "other.server_app:app", "has no module 'other'"),
         ("{name}.server_app:app", "{name}.server_app:main", "is of type function, not a ServerApp"),
         ("{name}.server_app:app", "{name}.server_app:nothing", "has no attribute 'nothing'"),
         ("{name}.client_app:app", "{name}.server_app:app", "is of type ServerApp, not a ClientApp"),
         ("rounds = 2", "rounds = [2]", r"rounds=\[2\] must be a number"),
-        ("tool.flwr", "tool.other", "this is no Flower app"),
+        ("tool.flwr", "tool.other", "so it is not a Flower app"),
         ("[project]", "[project", "is not a valid pyproject.toml"),
     ],
 )

@@ -56,7 +56,7 @@ def test_a_federation_is_nodes_and_the_cores_of_a_client():
         ("num-supernodes=0", "num-supernodes=0; expected a whole number of 1 or more"),
         ("num-supernodes=many", "num-supernodes='many'; expected a whole number"),
         ("num-nodes=3", "there is no 'num-nodes'; known: num-supernodes, client-resources-num-cpus"),
-        ("client-resources-num-gpus=0.5", "no shares of a GPU.*Leave it away; --engine loop"),
+        ("client-resources-num-gpus=0.5", "does not divide a GPU.*Drop the setting; --engine loop"),
         ("backend=ray", "for Ray, which does not run Flower apps here"),
     ],
 )

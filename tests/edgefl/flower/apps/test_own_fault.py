@@ -58,7 +58,7 @@ def test_a_bystander_logs_the_first_and_stops_them_all(caplog, monkeypatch, stac
             size_text("x")
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert "not of the app; the run goes on, but what is counted may be incomplete: TypeError" in record.getMessage()
+    assert "not of the app; the run continues, but what is counted may be incomplete: TypeError" in record.getMessage()
     assert bool(record.exc_info) == (stacks == "1")
     with pytest.raises(SystemExit), watching:
         sys.exit(1)

@@ -139,5 +139,5 @@ def test_ctrl_c_ends_the_run_with_what_there_is(make_app, on_fleet, http_plane, 
     result = on_fleet(folder, config={"rounds": 5}, gate=interrupt, on_round=rounds.append)
     assert result.interrupted
     assert result.rounds[0].admitted == 2
-    assert relays(http_plane) == [("cancelled", "interrupted where it was run")]
+    assert relays(http_plane) == [("cancelled", "interrupted by the operator")]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
