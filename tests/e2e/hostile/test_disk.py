@@ -87,7 +87,7 @@ def test_a_full_disk_is_a_pause_of_the_job_that_runs(small, three, round_is_righ
     said = run.log.read_text().splitlines()
     (pauses,) = (line for line in said if "pauses: the cloud is waiting for disk space" in line)
     assert f"waiting for disk space in {fleet.home}: " in pauses
-    assert said.count(f"job {job['id']} goes on: the cloud has what it waited for") == 1
+    assert said.count(f"job {job['id']} continues: the cloud no longer waits") == 1
     assert [one["admitted"] for one in result["rounds"]] == [3] * ROUNDS
     assert [one["round"] for one in result["rounds"]] == list(range(1, ROUNDS + 1))
     np.testing.assert_allclose(model["w"], np.full(3, ROUNDS * MEAN), rtol=1e-4)

@@ -87,7 +87,7 @@ def test_a_name_that_cannot_be(application, tmp_path, name):
 
 @pytest.mark.parametrize("token", ["", "efl1.only-half", "x.y.z"])
 def test_a_token_that_is_none(application, tmp_path, token):
-    with pytest.raises(ProtocolError, match="copy it whole"):
+    with pytest.raises(ProtocolError, match="copy the complete token"):
         enroll(tmp_path / "agent", application(token=token))
 
 

@@ -86,7 +86,7 @@ BAD = {
     "not UTF-8": b'{"kind":"\xff"}',
     "a list": b"[]",
     "a number": b"3",
-    "nested too deep": b"[" * 30_000,
+    "nested too deeply": b"[" * 30_000,
     "too large": b'{"kind":"plan","x":"' + b"x" * messages.MAX_MESSAGE_BYTES + b'"}',
     "no kind": without("kind"),
     "unknown kind": changed(kind="party"),

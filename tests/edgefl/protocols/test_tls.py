@@ -94,7 +94,7 @@ def ask(address: tuple[str, int], context: ssl.SSLContext, host: str = "localhos
 def test_keys_are_private_and_never_overwritten(fleet: Path, tmp_path: Path) -> None:
     for key in (fleet / "ours" / "ca.key", fleet / "ours" / "key.pem", fleet / "ours-device" / "key.pem"):
         assert key.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(HomeError, match=r"ca\.key exists already and is not overwritten"):
+    with pytest.raises(HomeError, match=r"ca\.key already exists and is not overwritten"):
         tls.create_ca(fleet / "ours")
     before = os.umask(0)
     try:
@@ -308,5 +308,5 @@ def test_a_token_names_its_ca(fleet: Path) -> None:
 
 @pytest.mark.parametrize("token", ["", "efl1", "efl1.a", "efl2.a." + "0" * 64, "efl1.a." + "0" * 63, "a.b.c.d"])
 def test_what_is_no_token_is_refused(token: str) -> None:
-    with pytest.raises(ProtocolError, match="copy it whole"):
+    with pytest.raises(ProtocolError, match="copy the complete token"):
         tls.parse_token(token)

@@ -156,7 +156,7 @@ LIES: dict[str, bytes] = {
     "not JSON": forge(b"{"),
     "not UTF-8": forge(b'{"\xff": 1}'),
     "a list": forge([]),
-    "nested too deep": forge(b"[" * 100_000),
+    "nested too deeply": forge(b"[" * 100_000),
     "entry is no object": forge({"w": 3}),
     "no shape": forge({"w": {"dtype": "F32", "data_offsets": [0, 8]}}),
     "unknown dtype": forge({"w": entry(dtype="F8_E4M3")}),

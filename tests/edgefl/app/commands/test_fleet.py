@@ -43,7 +43,7 @@ def test_devices_are_listed_and_removed(edgefl, http_plane):
     assert second[4:7] == ["-", "-", "-"]
     assert first[:4] == ["a", "online", "m:2", "site=north"]
     assert second[:4] == ["b", "offline", "-", "site=north"]
-    assert edgefl("devices", "remove", "a").stdout == "device a is no longer of the fleet\n"
+    assert edgefl("devices", "remove", "a").stdout == "device a is removed from the fleet\n"
     assert [one["name"] for one in json.loads(edgefl("devices", "list", "--json", "-").stdout)] == ["b"]
 
 
@@ -76,7 +76,7 @@ def test_an_ended_job_is_not_cancelled_any_more(edgefl, job, http_plane):
     ended = time_text(http_plane.jobs.row(job)["ended_s"])
     assert (done.exit_code, done.stdout) == (1, "")
     assert str(done.exception) == (
-        f"job {job} had ended already, nothing is cancelled: it was done at {ended}, after 2/2 rounds"
+        f"job {job} has already ended, nothing is cancelled: it was done at {ended}, after 2/2 rounds"
     )
 
 
@@ -96,7 +96,7 @@ def test_a_job_is_cancelled_once_and_a_second_time_is_no_error(edgefl, trainers,
     assert edgefl("jobs", "cancel", job).stdout == f"job {job} is cancelled\n"
     again = edgefl("jobs", "cancel", job)
     ended = time_text(http_plane.jobs.row(job)["ended_s"])
-    said = f"job {job} had ended already: it was cancelled at {ended}, after 0/10 rounds\n"
+    said = f"job {job} has already ended: it was cancelled at {ended}, after 0/10 rounds\n"
     assert (again.exit_code, again.stdout) == (0, said)
 
 
@@ -111,5 +111,5 @@ def test_a_relay_is_shown_by_its_messages(edgefl, http_plane):
     listed = edgefl("jobs", "list").stdout.splitlines()[1].split("\t")
     assert listed[:4] == [relay, "app:app", "running", "0/0 messages"]
     assert edgefl("jobs", "show", relay).stdout.splitlines() == [f"{relay} app:app: running, 0/0 messages"]
-    assert "its rounds are seen where `edgefl run` runs" in str(edgefl("jobs", "watch", relay).exception)
+    assert "its rounds are shown by its `edgefl run`" in str(edgefl("jobs", "watch", relay).exception)
     assert edgefl("jobs", "cancel", relay).stdout == f"job {relay} is cancelled\n"

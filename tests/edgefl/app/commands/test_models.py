@@ -58,7 +58,7 @@ def test_a_job_becomes_a_release(edgefl, trainers, torch_task, tmp_path):
     assert first.startswith("signs version 1: accuracy=")
     assert second.startswith("int8: ")
     assert "(drop " in second
-    assert third == "bring it to the devices: edgefl rollout start signs --version 1"
+    assert third == "deliver it to the devices: edgefl rollout start signs --version 1"
     arguments = ["models", "publish", "signs", "--task", torch_task, "--parameters", out, "--compress", "none"]
     release = json.loads(edgefl(*arguments, "--json", "-").stdout)
     assert (release["version"], release["compression"]) == (2, None)
@@ -195,7 +195,7 @@ def test_going_back_needs_to_be_said(edgefl, fleet):
 
 
 def test_status_of_one_and_of_all(edgefl, fleet):
-    assert edgefl("rollout", "status").stdout == "no rollout yet; `edgefl rollout start` makes one\n"
+    assert edgefl("rollout", "status").stdout == "no rollout yet; `edgefl rollout start` starts one\n"
     rollout = json.loads(edgefl("rollout", "start", "m", "--json", "-").stdout)["id"]
     assert edgefl("rollout", "status", rollout).stdout.splitlines() == [
         f"{rollout}: m version 2, running", "device\tstate\tdetail", "a\tpending\t-", "b\tpending\t-",

@@ -47,7 +47,7 @@ def test_ctrl_c_leaves_the_job_and_says_so(capsys):
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
     said = capsys.readouterr().out
-    assert "no longer watching; job job-1 goes on in the cloud" in said
+    assert "no longer watching; job job-1 continues in the cloud" in said
     assert "edgefl jobs watch job-1" in said
     assert "edgefl jobs cancel job-1" in said
 
@@ -63,7 +63,7 @@ def interrupted(*, is_asked_for, job="", fault=KeyboardInterrupt):
     ("is_asked_for", "said"),
     [
         (False, "interrupted before the job was submitted; nothing runs in the cloud"),
-        (True, "interrupted while the cloud was asked to start the job, which may run there. Look: edgefl jobs list"),
+        (True, "interrupted while submitting the job, which may run in the cloud. Check with: edgefl jobs list"),
     ],
 )
 def test_an_earlier_ctrl_c_says_what_the_cloud_has_of_the_job(capsys, is_asked_for, said):
@@ -76,8 +76,8 @@ def test_an_earlier_ctrl_c_says_what_the_cloud_has_of_the_job(capsys, is_asked_f
 @pytest.mark.parametrize(
     ("job", "is_asked_for", "said"),
     [
-        ("job-1", True, "job job-1 goes on in the cloud. Watch it again: edgefl jobs watch job-1"),
-        ("", True, "it may run there. Look: edgefl jobs list"),
+        ("job-1", True, "job job-1 continues in the cloud. Watch it with: edgefl jobs watch job-1"),
+        ("", True, "which may run there. Check with: edgefl jobs list"),
         ("", False, ""),
     ],
 )
@@ -98,8 +98,8 @@ def test_a_pause_is_told_beside_the_rounds(capsys, monkeypatch, on_a_terminal):
         screen.tell_waiting("job-1", "")
     seen = capsys.readouterr()
     said = seen.err if on_a_terminal else seen.out
-    assert "job job-1 pauses: the cloud is waiting for disk space in /srv/cloud: full. It goes on by itself" in said
-    assert "job job-1 goes on: the cloud has what it waited for" in said
+    assert "job job-1 pauses: the cloud is waiting for disk space in /srv/cloud: full. It continues by itself" in said
+    assert "job job-1 continues: the cloud no longer waits" in said
 
 
 def test_a_reason_stays_on_its_line():

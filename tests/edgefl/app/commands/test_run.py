@@ -89,7 +89,7 @@ def test_a_ctrl_c_while_the_job_is_submitted_says_that_it_may_run(
     monkeypatch.setattr(CloudClient, "submit_job", answered_too_late)
     done = edgefl("run", plain_task, "--rounds", 1)
     assert done.exit_code == 130
-    assert "which may run there. Look: edgefl jobs list" in done.stdout
+    assert "which may run in the cloud. Check with: edgefl jobs list" in done.stdout
     assert len(http_plane.jobs.list()) == 1
 
 
@@ -105,7 +105,7 @@ threading.Event().wait()
     ("arguments", "said"),
     [
         (["run", "TASK"], "interrupted before the job was submitted; nothing runs in the cloud"),
-        (["jobs", "watch", "job-1", "--task", "TASK"], "no longer watching; job job-1 goes on in the cloud, unless"),
+        (["jobs", "watch", "job-1", "--task", "TASK"], "no longer watching; job job-1 continues in the cloud, unless"),
     ],
 )
 def test_an_early_ctrl_c_ends_with_130_and_says_what_goes_on(tmp_path, arguments, said):
@@ -141,8 +141,8 @@ def test_a_run_says_once_that_its_job_waits_for_space_and_once_that_it_goes_on(
     (job,) = (one["id"] for one in http_plane.jobs.list())
     lines = [line for line in done.stdout.splitlines() if "pauses" in line or "goes on:" in line]
     assert lines == [
-        f"job {job} pauses: the cloud is {SPACE}. It goes on by itself when the cloud can",
-        f"job {job} goes on: the cloud has what it waited for",
+        f"job {job} pauses: the cloud is {SPACE}. It continues by itself afterwards",
+        f"job {job} continues: the cloud no longer waits",
     ]
 
 
