@@ -106,7 +106,7 @@ class Gate:
                 event(_log, logging.WARNING, "device.no_seat", device=name, seats=self._max_devices)
                 writer.write(mqtt_wire.SERVER_UNAVAILABLE)
                 return
-            place.settle()
+            place.serve()
             await self._take_over(name, task, writer)
             await self._hand_over(GatedReader(name, reader, connect, writer.write), GatedWriter(name, writer))
         except ProtocolError as fault:

@@ -97,7 +97,7 @@ class GrpcPort:
         self._seats[key] = device
         held[key] = None
         if key in self._places:
-            self._places[key].settle()
+            self._places[key].serve()
         else:
             self._not_found[key] = 0
         return ""
@@ -142,7 +142,7 @@ class GrpcPort:
             return
         self._places[found.peer] = place
         if self._not_found.pop(found.peer, None) is not None:
-            place.settle()
+            place.serve()
 
     def _of(self, device: str) -> _Device:
         if device not in self._devices:

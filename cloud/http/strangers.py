@@ -97,7 +97,7 @@ async def _wait(scope: Scope, seconds: float) -> None:
         place.wait(2 * seconds)
     await asyncio.sleep(seconds)
     if place is not None:
-        place.settle()
+        place.serve()
 
 
 def _source(scope: Scope) -> str:

@@ -1,4 +1,4 @@
-"""Hosts as they stand in URLs, and which of them are this machine: plain connections are for the loopback only."""
+"""Hosts in URLs, and which are this machine: connections without TLS are allowed on loopback only."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def is_loopback(host: str) -> bool:
 
 
 def other_scheme(url: str) -> str:
-    """Say which scheme an HTTP server speaks that did not answer by the one in its URL; empty where it is that one.
+    """Return a hint if an HTTP server uses another scheme than its URL says; else empty.
 
-    Asks the server for a TLS handshake, which trusts nobody and sends no secret.
+    Tries a TLS handshake, which trusts no certificate and sends no secret.
     """
     parts = urlsplit(url)
     speaks_tls = _speaks_tls(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
     if parts.scheme == "http" and speaks_tls:
-        return f"It speaks TLS there: use https://{parts.netloc}"
+        return f"The server uses TLS: use https://{parts.netloc}"
     if parts.scheme == "https" and speaks_tls is False:
-        return f"It speaks no TLS there, as a cloud does that was started with --insecure: use http://{parts.netloc}"
+        return f"The server does not use TLS, like a cloud that was started with --insecure: use http://{parts.netloc}"
     return ""
 
 
 def _speaks_tls(host: str, port: int) -> bool | None:
-    """Whether a server answers a TLS handshake; None where nobody can tell."""
+    """Whether a server answers a TLS handshake; None if unknown."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -49,5 +49,5 @@ def _speaks_tls(host: str, port: int) -> bool | None:
 
 
 def bracketed(host: str) -> str:
-    """Return a host as URLs and gRPC want it: an IPv6 address in brackets."""
+    """Return a host in the form for URLs and gRPC: an IPv6 address gets brackets."""
     return f"[{host}]" if ":" in host else host

@@ -1,8 +1,8 @@
-"""What a device accepts: documents signed by the fleet's key (Ed25519, RFC 8032).
+"""The signed documents that a device accepts, with the fleet's key (Ed25519, RFC 8032).
 
-A signature covers the canonical JSON text itself (sorted keys, no spaces, ASCII), which travels
-unchanged. Invariant: a device acts on nothing whose signature, hash, size and version it has not
-checked, and goes back to an older version only where a signed `Desired` says `rollback`.
+A signature covers the canonical JSON text (sorted keys, no spaces, ASCII), which is sent
+unchanged. Invariant: a device checks signature, hash, size and version before it uses anything, and
+goes back to an older version only if a signed `Desired` says `rollback`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle(Checked):
-    """A task's code: a zip of its folder, and where in it the task is."""
+    """A task's code: a zip of its folder, and where the task is inside it."""
 
     blob: BlobRef
     task: str = field(metadata=limited(max_chars=MAX_TASK_CHARS))  # module:attribute inside the bundle
@@ -43,7 +43,7 @@ class Bundle(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Release(Checked):
-    """A version of a model. Versions of one model only rise."""
+    """A version of a model. Version numbers of a model only increase."""
 
     model: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     version: int = field(metadata=limited(least=0))  # from 1
@@ -54,28 +54,26 @@ class Release(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Desired(Checked):
-    """What one device should serve of one model. Of two, the one with the higher sequence counts."""
+    """Which version of a model one device should serve. Of two documents, the one with the higher sequence wins."""
 
     device: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     release: Release
-    sequence: int = field(
-        metadata=limited(least=0)
-    )  # rises with every change that the cloud makes for this device and model
+    sequence: int = field(metadata=limited(least=0))  # increases with every change for this device and model
     rollback: bool = False  # allows a version below the one installed
     kind: str = "desired"
 
 
 def check_model_name(name: str) -> None:
-    """Raise ConfigError for what cannot be a model's name: it is a folder's name on devices, and part of a URL."""
+    """Raise ConfigError for an invalid model name: it is used as a folder's name on devices, and in URLs."""
     if not _MODEL_NAME.fullmatch(name):
         raise ConfigError(
-            f"{name[:80]!r} cannot be a model's name: expected 1 to 64 of a-z 0-9 . _ - that begin and end with a "
+            f"{name[:80]!r} cannot be a model's name: expected 1 to 64 of a-z 0-9 . _ -, with first and last a "
             "letter or digit"
         )
 
 
 def new_fleet_key() -> Ed25519PrivateKey:
-    """Make the key that signs for a fleet."""
+    """Create a fleet's signing key."""
     return Ed25519PrivateKey.generate()
 
 
@@ -98,7 +96,7 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def public_pem(key: Ed25519PrivateKey) -> bytes:
-    """Return the public half, as devices keep it."""
+    """Return the public key, as devices store it."""
     return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -114,13 +112,13 @@ def load_public_key(pem: bytes) -> Ed25519PublicKey:
 
 
 def key_id(key: Ed25519PublicKey) -> str:
-    """Return the first 16 hex digits of the key's SHA-256: enough to say which key is meant."""
+    """Return the first 16 hex digits of the key's SHA-256: enough to identify the key."""
     raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def canonical(document: Any) -> str:
-    """Return the one JSON text of a document; raises ValueError for NaN and infinity."""
+    """Return the canonical JSON text of a document; raises ValueError for NaN and infinity."""
     return json.dumps(dataclasses.asdict(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -132,7 +130,7 @@ def sign(document: Bundle | Release | Desired, key: Ed25519PrivateKey) -> Signed
 
 
 def verify(signed: Signed, schema: type[_T], key: Ed25519PublicKey) -> _T:
-    """Return the document of a good signature; raises ManifestRejected for everything else."""
+    """Return the document if its signature is valid; raises ManifestRejected otherwise."""
     what = schema.__name__.lower()
     try:
         key.verify(base64.b64decode(signed.signature, validate=True), signed.text.encode())
@@ -145,7 +143,7 @@ def verify(signed: Signed, schema: type[_T], key: Ed25519PublicKey) -> _T:
         value = parse_json(signed.text)
         kind = value.get("kind") if isinstance(value, dict) else None
         if isinstance(value, dict) and kind != what:
-            raise ManifestRejected(f"a signed {kind!r:.80} came where a {what} was wanted")
+            raise ManifestRejected(f"got a signed {kind!r:.80}, expected a {what}")
         return from_json(schema, value)
     except ProtocolError as cause:
         raise ManifestRejected(f"the signed {what} cannot be read: {cause}") from cause
@@ -155,11 +153,11 @@ def check_blob(name: str, ref: BlobRef, path: Path) -> None:
     """Raise ManifestRejected unless the file has exactly the size and SHA-256 that were signed."""
     size = path.stat().st_size
     if size != ref.size:
-        raise ManifestRejected(f"{name} has {size} bytes where {ref.size} were signed")
+        raise ManifestRejected(f"{name} has {size} bytes, but {ref.size} were signed")
     with path.open("rb") as file:
         seen = hashlib.file_digest(file, "sha256").hexdigest()
     if seen != ref.sha256:
-        raise ManifestRejected(f"{name} has SHA-256 {seen[:16]}..., signed was {ref.sha256[:16]}...")
+        raise ManifestRejected(f"{name} has SHA-256 {seen[:16]}..., but {ref.sha256[:16]}... was signed")
 
 
 def check_version(desired: Desired, installed: int | None) -> None:

@@ -36,7 +36,7 @@ from edgefl.simulation.study.checkpoint import (
 )
 from edgefl.simulation.study.report import CutShort, SimulationResult, model_of
 from edgefl.simulation.world.population import make_population
-from edgefl.simulation.world.settings import SimulationConfig, VirtualTime, settled, virtual_time
+from edgefl.simulation.world.settings import SimulationConfig, VirtualTime, virtual_time, with_arguments
 from edgefl.task import Task, load_task
 from edgefl.terminal.interrupt import set_by_interrupt
 from edgefl.training.evaluation import Judge
@@ -83,7 +83,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     watching = watching or Watching()
     if population is not None and (clients is not None or data):
         raise ConfigError("a population brings its own clients and data; leave `clients` and `data` out")
-    settings = settled(config or JobConfig(), clients=clients, rounds=rounds, data=data)
+    settings = with_arguments(config or JobConfig(), clients=clients, rounds=rounds, data=data)
     folder, before = (None if one is None else Path(one) for one in (checkpoint, resume))
     with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
         saved = going_on or (None if before is None else read_checkpoint(before))

@@ -1,1 +1,1 @@
-"""What every command needs: output, colours, debugging, hints about extras, Ctrl-C."""
+"""Tools for every command: output, colours, debugging, hints about extras, Ctrl-C."""

@@ -1,7 +1,7 @@
-"""`--debug`: show the stack of what went wrong. Without it, one line that says whose fault it is.
+"""`--debug`: show the stack trace of an error. Without it, one line that says whose fault it is.
 
-The wish is kept in the environment, so that the processes that a command starts know it too: user code often runs
-in a worker, whose errors reach the command as text alone.
+The flag is stored in the environment, so that the processes that a command starts know it, too: user code often
+runs in a worker, whose errors reach the command only as text.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from edgefl.terminal.text import lines, one_line
 VARIABLE = "EDGEFL_DEBUG"
 FLAG = "--debug"
 
-_shown: deque[BaseException] = deque(maxlen=16)  # at a border; the end of the command does not repeat them
+_shown: deque[BaseException] = deque(maxlen=16)  # already shown; not repeated at the end of the command
 
 
 def wanted() -> bool:
-    """Whether stacks are to be shown."""
+    """Whether to show stack traces."""
     return os.environ.get(VARIABLE, "0") not in {"", "0"}
 
 
 def ask_for() -> None:
-    """Have this process, and those that it starts, show stacks."""
+    """Make this process, and those that it starts, show stack traces."""
     os.environ[VARIABLE] = "1"
 
 
 def taken_from(arguments: list[str]) -> list[str]:
-    """Return the arguments without `--debug`, wherever it stands before a `--`; ask for stacks where it was there."""
+    """Return the arguments without any `--debug` before a `--`; turn stack traces on if it was there."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     if FLAG in arguments[:end]:
         ask_for()
@@ -39,21 +39,21 @@ def taken_from(arguments: list[str]) -> list[str]:
 
 
 def show(raised: BaseException) -> None:
-    """Print the stack of an exception that goes on as text, if stacks are wanted."""
+    """Print the stack trace of an exception that other processes get only as text, if --debug is set."""
     if wanted() and not _was_shown(raised):
         _shown.append(raised)
         traceback.print_exception(raised)
 
 
 def tell(error: BaseException) -> None:
-    """Print what ended a command: one line, and the stack before it if stacks are wanted."""
+    """Print the error that ended a command: one line, after its stack trace if --debug is set."""
     if not _was_shown(error.__cause__):
         show(error)
     sys.stderr.write(f"error: {lines(str(error))}\n")
 
 
 def tell_unexpected(kind: type[BaseException], raised: BaseException, trace: TracebackType | None) -> None:
-    """As `sys.excepthook`: an exception that nobody meant is a fault of ours, told in one line."""
+    """For `sys.excepthook`: report an unexpected exception in one line, as a fault of edgefl."""
     if wanted() or not issubclass(kind, Exception):
         sys.__excepthook__(kind, raised, trace)
         return

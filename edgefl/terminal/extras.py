@@ -1,7 +1,7 @@
-"""Which extra brings a module, and the command that installs an extra where this edgefl came from.
+"""Which extra provides a module, and the command that installs it from the source of this edgefl.
 
-PyPI's `edgefl` is another project with the same import name, so a hint never names it. pip notes the origin
-of what it installs from a folder, a file or a repository in direct_url.json (PEP 610); what has none came
+PyPI's `edgefl` is another project with the same import name, so a hint never names it. pip records the origin
+of a package from a folder, a file or a repository in direct_url.json (PEP 610); without this file, it came
 from an index.
 """
 
@@ -18,13 +18,13 @@ from urllib.parse import unquote, urlsplit
 
 DISTRIBUTION = "edgefl-fleet"
 
-# What a command needs as a whole; a command that is not here starts with what edgefl itself requires.
+# The extras of each command; a command that is not listed needs only edgefl's own requirements.
 OF_COMMANDS: Mapping[str, str] = {
     "agent": "agent",
     "cloud": "cloud",
     "demo": "agent,train,cloud,broker,examples",
 }
-# Import name -> the extras that bring it, the smallest first.
+# Import name -> the extras that provide it, the smallest first.
 OF_MODULES: Mapping[str, tuple[str, ...]] = {
     "PIL": ("examples",),
     "aiomqtt": ("agent", "cloud"),
@@ -57,14 +57,14 @@ def install_command(extras: str) -> str:
 
 
 def extra_of(module: str | None, command: str = "") -> str | None:
-    """Return the extra that brings a module; of several, the one that a command belongs to."""
+    """Return the extra that provides a module; of several, the one for `command`."""
     extras = OF_MODULES.get((module or "").partition(".")[0], ())
     asked = OF_COMMANDS.get(command, "")
     return asked if asked and set(extras) & set(asked.split(",")) else next(iter(extras), None)
 
 
 def missing_modules(extras: str) -> list[str]:
-    """Return the modules of these extras that cannot be found here; nothing is imported."""
+    """Return the modules of these extras that are not installed; imports nothing."""
     asked = set(extras.split(","))
     return [module for module, brought_by in OF_MODULES.items() if asked & set(brought_by) and not find_spec(module)]
 
@@ -86,7 +86,7 @@ def _requirement(origin: Mapping[str, Any], extras: str) -> str:
 def _origin() -> Mapping[str, Any]:
     try:
         text = distribution(DISTRIBUTION).read_text("direct_url.json")
-    except PackageNotFoundError:  # run from a clone that was never installed
+    except PackageNotFoundError:  # runs from a clone that was never installed
         return {"url": Path(__file__).parents[2].as_uri(), "dir_info": {}}
     found: Mapping[str, Any] = json.loads(text) if text else {}
     return found

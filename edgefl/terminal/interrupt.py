@@ -1,6 +1,7 @@
-"""Ctrl-C as a wish: the first ends the round with what was admitted, the second ends at once.
+"""Graceful Ctrl-C: the first press ends the round, the second ends at once.
 
-A process that is watched hears of it by another signal, from the one that watches: a terminal tells both.
+The terminal sends SIGINT to all its processes. A child that another process watches ignores it, and gets another
+signal from that process instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class _Heard:
 
 
 def told_by(number: signal.Signals) -> None:
-    """Hear of a Ctrl-C by this signal from now on, and of the terminal's no more."""
+    """From now on treat this signal as Ctrl-C, and ignore the terminal's SIGINT."""
     _Heard.number = number
     signal.signal(signal.SIGINT, lambda _number, _frame: None)  # not SIG_IGN, which commands would inherit
     signal.signal(number, signal.default_int_handler)
@@ -25,7 +26,7 @@ def told_by(number: signal.Signals) -> None:
 
 @contextmanager
 def set_by_interrupt(stop: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C set the event. Only the main thread hears signals; elsewhere nothing changes."""
+    """Let Ctrl-C set the event. Only the main thread gets signals; in other threads nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

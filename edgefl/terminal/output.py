@@ -1,8 +1,8 @@
-"""What commands print: lines and tables for people, JSON for programs.
+"""Output of commands: lines and tables for people, JSON for programs.
 
-A table is drawn on a terminal and plain lines elsewhere. Where JSON goes to stdout (`--json -`), all else goes to
-stderr, so that stdout is JSON and nothing else: what is for people, and what the user's code prints, in this process
-or in one that it starts.
+A table is drawn on a terminal, and printed as plain lines elsewhere. If JSON goes to stdout (`--json -`), all other
+output goes to stderr, so that stdout holds only JSON: text for people, and what the user's code prints, in this
+process or in its children.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from edgefl.terminal.text import lines, one_line
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-INTERRUPTED = 130  # exit status, as shells count a process that SIGINT ended
+INTERRUPTED = 130  # exit status after SIGINT, as in shells
 NO_STYLES: Mapping[str, str] = MappingProxyType({})
 
 
 class Output:
-    """Where one command's words and result go; `results` is where JSON goes for `-`."""
+    """One command's output and result; `results` receives the JSON for `-`."""
 
     def __init__(self, json_target: str | None = None, results: TextIO | None = None) -> None:
         self._json, self._results = json_target, results
@@ -43,18 +43,18 @@ class Output:
 
     @property
     def json_alone(self) -> bool:
-        """Whether stdout is for JSON and nothing else."""
+        """Whether stdout is for JSON only."""
         return self._to_stderr
 
     def line(self, text: str) -> None:
-        """Print a line for people; what moves a terminal's cursor in it is escaped."""
+        """Print a line for people; control characters are escaped."""
         click.echo(lines(text), err=self._to_stderr)
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str,
         styles: Mapping[str, str] = NO_STYLES,
     ) -> None:  # fmt: skip
-        """Print a table: drawn on a terminal, with `styles` for words in it; a line a row with tabs elsewhere."""
+        """Print a table: drawn on a terminal, with `styles` for words in it; elsewhere one line per row, with tabs."""
         if not rows:
             self.line(empty)
             return
@@ -74,7 +74,7 @@ class Output:
         Console(file=stream, markup=False, highlight=False).print(table)
 
     def result(self, value: Any) -> None:
-        """Write the result where `--json` says, if it says anything."""
+        """Write the result to the target of `--json`, if it was given."""
         if self._json is None:
             return
         text = json.dumps(_without_nan(value), indent=1).replace("\x7f", "\\u007f")
@@ -89,12 +89,12 @@ class Output:
 
 
 def example(*lines: str) -> str:
-    """Return a command's epilog: an example that click prints as it stands."""
+    """Return a command's epilog: an example that click prints without reformatting."""
     return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
 
 
 def json_option(command: Callable[_P, _T]) -> Callable[..., _T]:
-    """Give a command `--json FILE` and the parameter `output`."""
+    """Add `--json FILE` to a command, and the parameter `output`."""
 
     @click.option("--json", "json_target", metavar="FILE", help="Write the result as JSON; - for stdout.")
     @functools.wraps(command)
@@ -108,11 +108,11 @@ def json_option(command: Callable[_P, _T]) -> Callable[..., _T]:
 
 @contextmanager
 def stdout_for_results() -> Iterator[TextIO]:
-    """Give stdout to results alone: what else is written to it, by children and by C code too, goes to stderr."""
+    """Reserve stdout for results: other output to it, also from children and C code, goes to stderr."""
     results = sys.stdout
     try:
         stdout, stderr = results.fileno(), sys.stderr.fileno()
-    except (OSError, ValueError):  # no files of the system's, as in a test
+    except (OSError, ValueError):  # not real files, as in a test
         with redirect_stdout(sys.stderr):
             yield results
         return
@@ -128,14 +128,14 @@ def stdout_for_results() -> Iterator[TextIO]:
 
 
 def refuse_no_folder(path: Path | None, flag: str) -> None:
-    """Raise ConfigError where a file could not be written: better before the work than after it."""
+    """Raise ConfigError before the work if a file could not be written after it."""
     if path is None:
         return
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise ConfigError(f"{flag} {path}: there is no folder {folder}; make it, or name another")
+        raise ConfigError(f"{flag} {path}: there is no folder {folder}; create it, or choose another")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: you may not write in {folder}; name another folder")
+        raise ConfigError(f"{flag} {path}: no permission to write in {folder}; choose another folder")
 
 
 def counted(number: int, noun: str) -> str:
@@ -144,12 +144,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def time_text(seconds: float | None) -> str:
-    """Return a time of day on this machine's clock; a dash for none."""
+    """Return a time of day by this machine's clock; a dash for None."""
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def metrics_text(metrics: Mapping[str, float | None]) -> str:
-    """Return metrics as `accuracy=0.97 loss=0.1`; a dash for one that JSON had no number for."""
+    """Return metrics as `accuracy=0.97 loss=0.1`; a dash for a metric that is null in JSON."""
     shown = {name: "-" if value is None else f"{value:.4g}" for name, value in sorted(metrics.items())}
     return " ".join(f"{one_line(name)}={value}" for name, value in shown.items())
 
@@ -159,7 +159,7 @@ def _shown(cell: object) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: such a number becomes null."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, Mapping):
         return {key: _without_nan(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""Text from elsewhere: what may stand on a line, and how the rest is shown.
+"""Untrusted text: which characters are safe on one line, and how others are shown.
 
-Unsafe are characters that move a terminal's cursor, start a line, turn the direction of writing, or cannot be
-encoded: control characters, line separators, marks of direction, lone surrogates.
-Invariant: what `one_line` returns is safe, and safe text is returned as it is.
+Unsafe are characters that move a terminal's cursor, start a line, change the direction of writing, or cannot be
+encoded: control characters, line separators, direction marks, lone surrogates.
+Invariant: `one_line` returns safe text, and returns safe text unchanged.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _BAD_ON_LINES = re.compile(f"(?![\n\t])[{_UNSAFE}]")
 
 
 def is_safe(text: str) -> bool:
-    """Whether a text can be put on a line, encoded and stored."""
+    """Whether a text can be shown on one line, encoded and stored."""
     return _BAD.search(text) is None
 
 
 def one_line(text: str, max_chars: int | None = None) -> str:
     """Return a text as one line: line ends become spaces, other unsafe characters are escaped."""
-    cut = max_chars is not None and len(text) > 2 * max_chars  # before the work, that it is bounded too
+    cut = max_chars is not None and len(text) > 2 * max_chars  # cut first, to limit the work
     shown = text[: 2 * max_chars] if cut and max_chars is not None else text
     if not is_safe(shown):
         shown = _BAD.sub(_escaped, _BLANKS.sub(" ", shown).strip())
@@ -40,7 +40,7 @@ def lines(text: str) -> str:
 
 
 def for_json(value: Any) -> Any:
-    """Return a value as strict JSON can carry it: text on one line, null where a number is not finite."""
+    """Return a value for strict JSON: text on one line, null for a number that is not finite."""
     if isinstance(value, str):
         return one_line(value)
     if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""Judging parameters: the loss and the task's own metrics over its held-out test data, as means over the samples.
+"""Evaluation of parameters: the loss and the task's metrics on its held-out test data, as means over the samples.
 
-Everybody who says how good a model is asks here: a run and a simulation after each round, a Flower app of a task, what
-publishes a model, and the gate over compressed files (`edgefl.models.gate`).
+Used by runs and simulations after each round, by a task's Flower app, when a model is published, and by the gate
+for compressed files (`edgefl.models.gate`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ EVALUATION_BATCH = 128
 
 
 class Judge:
-    """Judges one set of parameters after another by the task's test data; says nothing where there is none.
+    """Evaluates parameters on the task's test data; returns no metrics if there is none.
 
-    `options` are the loader's; `computing` is entered around each evaluation, e.g. to use more threads.
+    `options` are for the loader; `computing` is a context around each evaluation, e.g. to use more threads.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Judge:
 
     @property
     def can(self) -> bool:
-        """Whether there is something to judge by."""
+        """Whether the task can be evaluated."""
         return self._tools is not None
 
     def __call__(self, parameters: Tree) -> dict[str, float]:
-        """Return `loss` and each metric; empty where the task has no model or no test data."""
+        """Return `loss` and each metric; empty if the task has no model or no test data."""
         if self._tools is None:
             return {}
         model, samples = self._tools
@@ -53,7 +53,7 @@ class Judge:
 
 
 def evaluate(task: Task, parameters: Tree, options: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Return what a `Judge` says of parameters that are judged once."""
+    """Evaluate one set of parameters with a `Judge`."""
     return Judge(task, options)(parameters)
 
 

@@ -1,11 +1,11 @@
-"""What a client does in a round: local training on its own samples, and what it sends back.
+"""A client's work in a round: local training on its own samples, and the update that it sends back.
 
 FedAvg (McMahan et al. 2017, Algorithm 1, ClientUpdate): local epochs of minibatch SGD; sends new - old.
 FedProx (Li et al. 2020): the same with mu/2 * ||w - w0||^2 added to the loss.
 FedSGD (McMahan et al. 2017, section 2): one gradient of the mean loss over all local samples, exact,
 accumulated in chunks. Buffers have no gradient: they send their delta.
-Invariant: a result depends on (parameters, samples, config, round, client) alone: the user's code finds the
-global random states (Python's, numpy's, torch's) seeded by these, and they are left as they were.
+Invariant: a result depends only on (parameters, samples, config, round, client): the global random states
+(Python's, numpy's, torch's) are seeded from these for the user's code, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def initial_parameters(task: Task, seed: int = 0) -> Tree:
-    """Return the parameters of round 1: the model's state dict, or what the task's `initial` returns."""
+    """Return the parameters of round 1: the model's state dict, or the result of the task's `initial`."""
     if task.initial is not None:
         with seeded(seed), UserCode(task.name, "initial"):
             tree = task.initial()
@@ -50,7 +50,7 @@ def buffer_names(task: Task) -> tuple[str, ...]:
 
 
 def set_threads(threads: int) -> None:
-    """Let torch use so many threads in this process; small models are fastest with one."""
+    """Set the number of torch threads in this process; small models are fastest with one."""
     require_torch("local training")
     import torch
 
@@ -62,10 +62,10 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     options: Mapping[str, str], round: int, client: str,  # noqa: A002 - the word of Plan and Update
     frozen: Tree | None = None,
 ) -> FitResult:  # fmt: skip
-    """Train on this device's samples; raises TaskError for whatever the user's code does wrong.
+    """Train on this device's samples; raises TaskError for every error of the user's code.
 
-    `parameters` are what moves, and what the result has; `frozen` are the model's other tensors, where it is known
-    which those are.
+    `parameters` are the tensors that change, and that the result has; `frozen` are the model's other tensors,
+    if known.
     """
     if task.fit is not None:
         with seeded(derive_seed(config.seed, round, client)):
@@ -100,12 +100,12 @@ def data_seed(seed: int, client: str) -> int:
 
 
 def make_model(task: Task, parameters: Tree | None = None, *, seed: int = 0) -> torch.nn.Module:
-    """Make the task's model with these parameters, where given, on the computing device."""
+    """Create the task's model on the computing device, with these parameters if given."""
     require_torch(f"task {task.name!r}")
     import torch
 
     if task.model is None:
-        raise TaskError(f"task {task.name!r} has no model: it brings its own fit")
+        raise TaskError(f"task {task.name!r} has no model: it has its own fit")
     with seeded(seed), UserCode(task.name, "model"):
         model = task.model()
     if not isinstance(model, torch.nn.Module):
@@ -116,7 +116,7 @@ def make_model(task: Task, parameters: Tree | None = None, *, seed: int = 0) -> 
 
 
 def set_parameters(task: Task, model: torch.nn.Module, parameters: Tree) -> None:
-    """Copy a tree into a model; raises TaskError where it is not the model's."""
+    """Copy a tree into a model; raises TaskError if it does not match the model."""
     import torch
 
     if fault := wrong_spec(spec_of(parameters), spec_of(views_of(task, model))):
@@ -127,19 +127,19 @@ def set_parameters(task: Task, model: torch.nn.Module, parameters: Tree) -> None
 
 
 def tree_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, Array]:
-    """Return a copy of the model's state dict, or of a part; raises TaskError for a dtype that numpy lacks."""
+    """Return a copy of the model's state dict, or of a part; raises TaskError for a dtype that numpy does not have."""
     return {name: np.array(view, order="C") for name, view in views_of(task, model, names).items()}
 
 
 def views_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, Array]:
-    """Return `tree_of` without copying what is in this machine's memory."""
+    """Return `tree_of` without a copy, except for tensors on a GPU."""
     state = model.state_dict()
     chosen = state if names is None else {name: state[name] for name in names}
     return {name: _sendable(task, name, tensor) for name, tensor in chosen.items()}
 
 
 def _sendable(task: Task, name: str, tensor: torch.Tensor) -> Array:
-    """Return a tensor of the model as an array; raises TaskError for what no round can move."""
+    """Return a tensor of the model as an array; raises TaskError if it cannot be sent."""
     try:
         array = array_of(tensor)
     except (TypeError, AttributeError, RuntimeError) as cause:
@@ -160,7 +160,7 @@ def delta_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
 
 
 def gradient_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
-    """Return the gradients that the model holds, zeros where it holds none; buffers as deltas."""
+    """Return the model's gradients, zeros for those that are missing; buffers as deltas."""
     tree = dict(delta_of(task, model, parameters))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in tree:
@@ -179,11 +179,11 @@ class BatchGradient(Protocol):
     def __call__(
         self, inputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
-        """Return the gradients of `trained`, None for one that the loss does not depend on, and the loss, 0-d."""
+        """Return the gradients of `trained` (None if the loss does not depend on a parameter), and the loss, 0-d."""
 
 
 class Autograd:
-    """Gradients as torch computes them."""
+    """Gradients by torch's autograd."""
 
     def __init__(self, task: Task, model: torch.nn.Module) -> None:
         self._task, self._model, self._channels_last = task, model, has_channels_last(model)
@@ -200,13 +200,13 @@ class Autograd:
 
 
 class Descent:
-    """Steps by a batch's gradients: the task's optimizer, else w <- w - lr * g."""
+    """Takes steps with a batch's gradients: by the task's optimizer, else w <- w - lr * g."""
 
     def __init__(self, task: Task, gradient: BatchGradient) -> None:
         self._task, self._gradient = task, gradient
 
     def begin(self, config: TrainConfig) -> None:
-        """Take up a client: from where the model is now, by an optimizer of its own."""
+        """Start a client's training from the model's current parameters, with a new optimizer."""
         trained = self._gradient.trained
         self._mu = config.proximal_mu
         self._anchors = [parameter.detach().clone() for parameter in trained] if self._mu else []
@@ -222,9 +222,9 @@ class Descent:
 def train_epochs(
     task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int, descent: Descent
 ) -> float:
-    """Train in place for `config.epochs`; returns the mean loss over all the samples it went through.
+    """Train in place for `config.epochs`; returns the mean loss over all samples seen.
 
-    The model is in its training mode, and `descent` is of it.
+    The model is in training mode, and `descent` belongs to it.
     """
     import torch
 
@@ -241,9 +241,9 @@ def train_epochs(
 
 
 def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *, batch_size: int, seed: int) -> float:
-    """Leave the gradient of the mean loss over all samples in the model; returns that loss.
+    """Compute the gradient of the mean loss over all samples into the model; returns that loss.
 
-    Exact whatever the chunk, but for a model with batch norm, whose statistics are each chunk's own.
+    Exact for any chunk size, except with batch norm, whose statistics are computed per chunk.
     """
     import torch
 
@@ -263,9 +263,9 @@ def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *,
 def _optimizer_step(
     task: Task, trained: Sequence[torch.nn.Parameter], config: TrainConfig
 ) -> Callable[[Sequence[torch.Tensor | None]], None]:
-    """Return what takes one step by the gradients of `trained`: the task's optimizer, else w <- w - lr * g.
+    """Return a function that takes one step with the gradients of `trained`: the task's optimizer, else SGD.
 
-    torch.optim.SGD does the latter too, after a second of imports and with more overhead.
+    torch.optim.SGD does the same, but its import takes a second and it has more overhead.
     """
     import torch
 
@@ -289,14 +289,14 @@ def _optimizer_step(
 
 
 def has_channels_last(model: torch.nn.Module) -> bool:
-    """Say whether a model trains with its channels last: on a CPU convolutions, and pooling most, are faster so."""
+    """Whether a model trains with channels last: on a CPU this makes convolutions, and most of all pooling, faster."""
     import torch
 
     return not torch.cuda.is_available() and any(isinstance(one, torch.nn.Conv2d) for one in model.modules())
 
 
 def lay_out(model: torch.nn.Module) -> None:
-    """Put the kernels of a model's convolutions in memory with their channels last."""
+    """Store the kernels of a model's convolutions with channels last."""
     import torch
 
     for parameter in model.parameters():
@@ -305,7 +305,7 @@ def lay_out(model: torch.nn.Module) -> None:
 
 
 def laid_out(inputs: torch.Tensor) -> torch.Tensor:
-    """Return images (N, C, H, W) with their channels last; of one channel, that is the same memory."""
+    """Return images (N, C, H, W) with channels last; for one channel, this is the same memory."""
     import torch
 
     if inputs.dim() != 4:
@@ -320,13 +320,13 @@ def _pulled(
     gradients: Sequence[torch.Tensor | None], trained: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor],
     mu: float,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Return the gradients with that of mu/2 * ||w - w0||^2 added."""
+    """Return the gradients plus the gradient of mu/2 * ||w - w0||^2."""
     terms = [mu * (parameter.detach() - anchor) for parameter, anchor in zip(trained, anchors, strict=True)]
     return [term if grad is None else grad + term for grad, term in zip(gradients, terms, strict=True)]
 
 
 def _batches(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the order in batches. One last sample joins the batch before it where there is batch norm."""
+    """Yield the order in batches. With batch norm, a single last sample joins the previous batch."""
     import torch
 
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -338,7 +338,7 @@ def _batches(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator
 
 
 def loss_of(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the loss of a batch, 0-d; raises TaskError for a loss that is not one number."""
+    """Return the loss of a batch, 0-d; raises TaskError if it is not a single number."""
     import torch
 
     if task.loss is None:

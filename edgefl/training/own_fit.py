@@ -1,6 +1,6 @@
-"""A task's own `fit`: what it is given, and what may come back.
+"""A task's own `fit`: its arguments, and checks of its result.
 
-Invariant: what leaves here is an update that a guard admits, or a TaskError that says what is wrong with it.
+Invariant: the result is an update that a guard admits, or a TaskError that says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgefl.trees.frozen import whole
 def fit_of(
     task: Task, parameters: Tree, config: TrainConfig, options: Mapping[str, str], frozen: Tree | None
 ) -> FitResult:
-    """Return what the task's `fit` makes of all tensors: an update of what moves; raises TaskError."""
+    """Call the task's `fit` with all tensors; return an update of the changing ones. Raises TaskError."""
     if task.fit is None:
         raise TaskError(f"task {task.name!r} has no fit")
     with UserCode(task.name, "fit"):
@@ -38,9 +38,9 @@ def fit_of(
 
 
 def arrays_of(task: Task, what: str, tree: object) -> dict[str, Array]:
-    """Return a tree as it can be sent: arrays in this machine's byte order; raises TaskError for what is none.
+    """Return a tree that can be sent: arrays in this machine's byte order; raises TaskError for anything else.
 
-    What numpy makes of arithmetic with arrays without dimensions is a scalar; it is taken for the array.
+    Arithmetic on 0-d numpy arrays gives scalars; they are accepted as 0-d arrays.
     """
     if not isinstance(tree, Mapping) or not tree:
         raise TaskError(f"task {task.name!r}: {what} returned a {type(tree).__name__}, not a tree of named arrays")

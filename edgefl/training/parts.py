@@ -1,9 +1,9 @@
-"""The two parts of a job's tensors: what moves in its rounds, and what is frozen.
+"""The two parts of a job's tensors: those that change in its rounds, and the frozen ones.
 
-What is trained, and the buffers, travel in every round and are moved by the step at the centre. All else
-is fetched once. Trained is what requires a gradient, under each of its names; of a task with its own `fit`,
-what `Task.trained` names, or everything.
-Invariant: the parts share no name, and together they are the initial parameters.
+Trained tensors and buffers are sent in every round and changed by the server's step. All others are
+fetched once. A parameter is trained if it requires a gradient, under each of its names; for a task with its own
+`fit`, if `Task.trained` lists it, or always.
+Invariant: the parts have no name in common, and together they are the initial parameters.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class Parts:
 
     moving: Tree
     frozen: Tree
-    buffers: tuple[str, ...]  # of what moves: by their mean, not by the optimizer
+    buffers: tuple[str, ...]  # the changing tensors that move by their mean, not by the optimizer
 
     def split(self, tensors: Tree) -> Parts:
-        """Return the same parts of other values."""
+        """Return the same parts with other values."""
         moving, frozen = ({name: tensors[name] for name in part} for part in (self.moving, self.frozen))
         return Parts(moving=moving, frozen=frozen, buffers=self.buffers)
 
 
 def parts_of(task: Task, seed: int = 0) -> Parts:
-    """Return the parts of a task's initial parameters; raises TaskError where nothing is trained."""
+    """Return the parts of a task's initial parameters; raises TaskError if nothing is trained."""
     tensors = initial_parameters(task, seed)
     buffers = buffer_names(task)
     trained = _trained_names(task, tensors)

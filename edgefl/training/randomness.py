@@ -1,8 +1,8 @@
-"""One seed for all that the user's code may draw from: the global states of Python, numpy and torch.
+"""Seed all global random states that the user's code may use: those of Python, numpy and torch.
 
-Whoever trains a client, in whatever order and process, its code draws the same numbers; and whoever called
-us finds its own states as they were.
-Invariant: user code runs inside `seeded`; nothing of ours draws from a global state.
+A client's code draws the same numbers in any order of clients and in any process; the caller's random states
+are restored afterwards.
+Invariant: user code runs inside `seeded`; edgefl itself never uses a global state.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _MASK = 0xFFFFFFFF  # numpy's seeds have 32 bits
 
 
 class _Keeper:
-    """Whether somebody further out puts the states back, so that `seeded` need not: it costs ten times a seed."""
+    """Whether an outer `kept` restores the states, so that `seeded` need not: that costs ten times a seed."""
 
     depth = 0
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed every global state inside, and leave it as it was."""
+    """Seed every global state inside, and restore it afterwards."""
     if _Keeper.depth:
         _seed(seed)
         yield
@@ -38,7 +38,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Put the global states back in the end; `seeded` inside does not do it again each time."""
+    """Restore the global states at the end; `seeded` inside does not restore them each time."""
     before = Drawn()
     with ExitStack() as stack:
         if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "random"):
@@ -53,16 +53,16 @@ def kept() -> Iterator[None]:
 
 
 class Drawn:
-    """Python's and numpy's global states at one moment: to see whether something drew from them, and to put them back.
+    """A snapshot of Python's and numpy's global states: to detect draws from them, and to restore them.
 
-    torch's own draws are followed by those who record steps.
+    torch's draws are tracked when steps are recorded.
     """
 
     def __init__(self) -> None:
         self._python, self._numpy = random.getstate(), _numpy_state()
 
     def since(self) -> bool:
-        """Say whether anything was drawn, or seeded, since."""
+        """Whether anything was drawn or seeded since."""
         if random.getstate() != self._python:
             return True
         return any(not np.array_equal(one, other) for one, other in zip(_numpy_state(), self._numpy, strict=True))
@@ -80,9 +80,9 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed & _MASK)  # noqa: NPY002 - as above
     torch: Any = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "manual_seed"):  # absent, or on its way in
+    if torch is None or not hasattr(torch, "manual_seed"):  # not installed, or still being imported
         return
     if torch.cuda.is_available():
         torch.manual_seed(seed)
     else:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed notes the whole stack for GPUs that may come
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed stores the stack trace for later GPUs

@@ -1,4 +1,4 @@
-"""A device's samples: the user's loader called, what it returned checked and made tensors.
+"""A device's samples: call the user's loader, check its result and convert it to tensors.
 
 Invariant: a `Samples` has at least one sample, and as many targets as inputs.
 """
@@ -36,13 +36,13 @@ class Samples:
         return len(self.inputs)
 
     def chunks(self, size: int) -> Iterator[Samples]:
-        """Yield them in order, `size` at a time."""
+        """Yield the samples in order, `size` at a time."""
         for start in range(0, len(self), size):
             yield Samples(self.inputs[start : start + size], self.targets[start : start + size])
 
 
 def require_torch(feature: str, extra: str = "train") -> None:
-    """Raise MissingExtra where torch is not installed."""
+    """Raise MissingExtra if torch is not installed."""
     try:
         import torch  # noqa: F401 - to see that it is there
     except ImportError as cause:
@@ -50,16 +50,16 @@ def require_torch(feature: str, extra: str = "train") -> None:
 
 
 def computing_device() -> torch.device:
-    """Return where tensors are computed: the GPU where there is one."""
+    """Return the device for computing: the GPU if there is one."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train_samples(task: Task, options: Mapping[str, str], *, seed: int = 0) -> Samples:
-    """Return this device's own samples; a loader that draws finds the global random states seeded.
+    """Return this device's own samples; the global random states are seeded for the loader.
 
-    Raises TaskError where there are none or they cannot be used.
+    Raises TaskError if there are none or they cannot be used.
     """
     if task.train_data is None:
         raise TaskError(f"task {task.name!r} has no train_data")
@@ -68,7 +68,7 @@ def train_samples(task: Task, options: Mapping[str, str], *, seed: int = 0) -> S
 
 
 def test_samples(task: Task, options: Mapping[str, str]) -> Samples:
-    """Return the held-out samples; raises TaskError where there are none or they cannot be used."""
+    """Return the held-out samples; raises TaskError if there are none or they cannot be used."""
     if task.test_data is None:
         raise TaskError(f"task {task.name!r} has no test_data")
     with seeded(0):
@@ -98,25 +98,25 @@ _PARTS = ("inputs", "targets")
 
 
 def _is_in_float64(task: Task) -> bool:
-    """Say whether the task's model has parameters in float64: then so are its samples, as they came."""
+    """Whether the task's model has float64 parameters: then its samples stay in float64, too."""
     if task.model is None:
         return False
     with seeded(0), UserCode(task.name, "model"):
         return _makes_float64(task.model)
 
 
-@lru_cache(maxsize=16)  # a model is made once for all the clients of a simulation
+@lru_cache(maxsize=16)  # one model for all clients of a simulation
 def _makes_float64(make: Callable[[], torch.nn.Module]) -> bool:
     import torch
 
     return any(one.dtype == torch.float64 for one in make().parameters())
 
 
-@lru_cache(maxsize=16)  # a simulation loads a thousand clients' data by one loader
+@lru_cache(maxsize=16)  # a simulation loads the data of a thousand clients with one loader
 def _signature(loader: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(loader)
-    except ValueError:  # some builtins have none
+    except ValueError:  # some builtins have no signature
         return None
 
 
@@ -146,7 +146,7 @@ def _tensor(task: Task, what: str, value: Any) -> torch.Tensor:
             raise TaskError(
                 f"task {task.name!r}: {what} are {array.dtype} and not numbers (real ones, integers or booleans)"
             )
-        if array.dtype == np.float64 and not _is_in_float64(task):  # numpy's default, and few models'
+        if array.dtype == np.float64 and not _is_in_float64(task):  # numpy's default, but rare in models
             array = array.astype(np.float32)
         with UserCode(task.name, f"reading {what}"):
             tensor = tensor_of(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))

@@ -1,10 +1,10 @@
-"""Trees: named tensors, and their bytes.
+"""Trees: named tensors, and their serialization.
 
-A tree is a flat mapping from a parameter's name to a numpy array, what PyTorch calls a state dict.
+A tree is a flat mapping from a parameter's name to a numpy array, like a PyTorch state dict.
 Its bytes are the safetensors format (https://github.com/huggingface/safetensors, format section):
 8 bytes little-endian header length, a JSON header, then the tensors' raw little-endian bytes in the
-header's order. We read and write the format ourselves for one reason: `SpooledTree` maps a tensor
-at a time, so that a centre folds an update of any size without a copy of it in memory.
+header's order. We read and write the format ourselves for one reason: `SpooledTree` maps one tensor
+at a time, so that a server folds an update of any size without copying it into memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 Tree = Mapping[str, Array]
 
 MAX_HEADER_BYTES = 16 << 20
-MAX_DIMENSIONS = 32  # what every numpy that we support can hold
+MAX_DIMENSIONS = 32  # the limit of the oldest numpy that we support
 BLOCK_ELEMENTS = 1 << 16
 _SMALL_BYTES = 256 << 10
 _DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -46,7 +46,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-BFLOAT16, _BF16 = "bfloat16", "BF16"  # by ml_dtypes, which is imported for who has some
+BFLOAT16, _BF16 = "bfloat16", "BF16"  # from ml_dtypes, which is imported only when needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,55 +73,55 @@ def bfloat16() -> np.dtype[Any]:
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Say whether numbers of a dtype are floating; bfloat16, which came to numpy later, is of no kind of its own."""
+    """Whether a dtype is floating point; numpy reports no such kind for bfloat16."""
     return dtype.kind == "f" or dtype.name == BFLOAT16
 
 
 def why_not_sent(dtype: np.dtype[Any]) -> str | None:
-    """Say why the wire does not carry a dtype and what to do instead; None where it does."""
+    """Return why a dtype cannot be sent and what to do instead; None if it can be sent."""
     if _code_of(dtype) is not None:
         return None
     known = ", ".join(sorted([*(one.name for one in _CODES), BFLOAT16]))
     if dtype.kind == "c":
-        return f"the wire carries no complex numbers; keep their real and imaginary parts apart. It carries {known}"
-    return f"the wire carries {known}; convert it to one of them"
+        return f"complex numbers cannot be sent; send real and imaginary parts separately. Supported: {known}"
+    return f"only {known} can be sent; convert it to one of them"
 
 
 def spec_of(tree: Tree) -> dict[str, TensorSpec]:
-    """Return the spec of each tensor. A `SpooledTree` answers from its header, reading no tensor."""
+    """Return the spec of each tensor. A `SpooledTree` takes it from its header, without reading tensors."""
     if isinstance(tree, SpooledTree):
         return dict(tree.spec)
     return {name: TensorSpec(array.shape, array.dtype) for name, array in tree.items()}
 
 
 def tree_bytes(tree: Tree) -> int:
-    """Bytes of the tensors alone, without a header."""
+    """Return the size of the tensors in bytes, without the header."""
     return sum(spec.num_bytes for spec in spec_of(tree).values())
 
 
 def encoded_bytes(tree: Tree) -> int:
-    """Bytes of `write_tree`'s output."""
+    """Return the size of `write_tree`'s output in bytes."""
     return len(_header(spec_of(tree))) + tree_bytes(tree)
 
 
 def blocks(size: int) -> Iterator[slice]:
-    """Slices that cover `size` elements. A block's temporaries stay in cache: 20x on large tensors."""
+    """Yield slices that cover `size` elements. A block's temporaries stay in the cache: 20x faster on large tensors."""
     return (slice(start, start + BLOCK_ELEMENTS) for start in range(0, size, BLOCK_ELEMENTS))
 
 
 def subtract(new: Array, old: Array) -> Array:
-    """Return the delta that `apply` undoes, in the same dtype: for booleans, where they differ."""
+    """Return the delta for `apply`, in the same dtype; for booleans: where they differ."""
     return np.asarray(new ^ old if new.dtype == np.bool_ else np.subtract(new, old))  # a 0-d result is a scalar
 
 
 def apply(old: Array, delta: Array) -> Array:
-    """Return `old` moved by a delta."""
+    """Return `old` plus a delta."""
     return np.asarray(old ^ delta if old.dtype == np.bool_ else np.add(old, delta))
 
 
 def write_tree(tree: Tree, file: BinaryIO | HashingFile) -> None:
-    """Write the tree in safetensors format; raises ProtocolError for a dtype the format lacks."""
-    small = bytearray(_header(spec_of(tree)))  # thousands of small tensors would be as many calls to the system
+    """Write the tree in safetensors format; raises ProtocolError for a dtype that the format does not have."""
+    small = bytearray(_header(spec_of(tree)))  # collected, to avoid one system call per small tensor
     for array in tree.values():
         wire = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
         if len(wire) < _SMALL_BYTES and len(small) < _SMALL_BYTES:
@@ -134,15 +134,15 @@ def write_tree(tree: Tree, file: BinaryIO | HashingFile) -> None:
 
 
 def read_tree(data: bytes | memoryview) -> dict[str, Array]:
-    """Decode a whole tree from memory, without copying the tensors."""
+    """Decode a tree from memory, without copying the tensors."""
     spec, start = _parse_header(memoryview(data)[: MAX_HEADER_BYTES + 8], len(data))
     return _tensors(data, spec, start)
 
 
 class SpooledTree(Mapping[str, Array]):
-    """A tree in a file, mapped read-only when a tensor is first asked for, and unmapped with the object.
+    """A tree in a file. It is mapped read-only when a tensor is first used, and unmapped with the object.
 
-    Raises ProtocolError where the file is not a safetensors file, is cut short or too long.
+    Raises ProtocolError if the file is not a safetensors file, is truncated or too long.
     """
 
     def __init__(self, path: Path) -> None:
@@ -168,7 +168,7 @@ class SpooledTree(Mapping[str, Array]):
 
 
 def _tensors(data: bytes | memoryview | mmap.mmap, spec: Mapping[str, TensorSpec], start: int) -> dict[str, Array]:
-    """View the tensors of encoded bytes, without a copy."""
+    """Return the tensors of encoded bytes as views, without a copy."""
     tree: dict[str, Array] = {}
     for name, tensor in spec.items():
         count = math.prod(tensor.shape)
@@ -187,7 +187,7 @@ def _header(spec: Mapping[str, TensorSpec]) -> bytes:
         start, end = end, end + tensor.num_bytes
         entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for aligned data
+    text += b" " * (-len(text) % 8)  # the format requires aligned data
     return struct.pack("<Q", len(text)) + text
 
 
@@ -229,11 +229,11 @@ def _dtype_of(code: str) -> np.dtype[Any]:
 
 
 def _parse_entry(name: str, entry: Mapping[str, Any]) -> tuple[TensorSpec, tuple[int, int]]:
-    """Return a tensor's spec and offsets; raises ValueError for what numpy could not hold."""
-    name.encode()  # a lone surrogate could be neither logged nor sent back
+    """Return a tensor's spec and offsets; raises ValueError for what numpy cannot represent."""
+    name.encode()  # raises for a lone surrogate, which could not be logged or sent
     shape, (start, end), dtype = tuple(entry["shape"]), entry["data_offsets"], _dtype_of(entry["dtype"])
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise ValueError(f"shape {shape!r:.100} and offsets must be at most {MAX_DIMENSIONS} integers of 0 or more")
     if math.prod(n for n in shape if n) * dtype.itemsize >= 1 << 63:
-        raise ValueError(f"shape {shape!r:.100} is beyond every memory")
+        raise ValueError(f"shape {shape!r:.100} is too large for any memory")
     return TensorSpec(shape, dtype), (start, end)

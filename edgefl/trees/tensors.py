@@ -1,6 +1,6 @@
-"""Torch's tensors as numpy's arrays and back: the same memory where there is one, bfloat16 included.
+"""Convert torch tensors to numpy arrays and back, sharing memory where possible; bfloat16 included.
 
-numpy has bfloat16 by ml_dtypes, of which torch knows nothing: its bits go over as those of 16-bit integers.
+numpy gets bfloat16 from ml_dtypes, which torch does not know: its bits are passed as 16-bit integers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def array_of(tensor: torch.Tensor) -> Array:
-    """Return a tensor as an array; raises TypeError for a dtype that numpy lacks."""
+    """Return a tensor as an array; raises TypeError for a dtype that numpy does not have."""
     import torch
 
     tensor = tensor.detach().cpu()
@@ -27,7 +27,7 @@ def array_of(tensor: torch.Tensor) -> Array:
 
 
 def tensor_of(array: Array) -> torch.Tensor:
-    """Return an array, in this machine's byte order, as a tensor; raises TypeError for a dtype that torch lacks."""
+    """Return an array, in this machine's byte order, as a tensor; raises TypeError for a dtype unknown to torch."""
     import torch
 
     tensor: Any

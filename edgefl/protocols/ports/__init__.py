@@ -1,1 +1,1 @@
-"""Listening ports with limits: who may connect, how many, and for how long."""
+"""Listening ports with limits: which clients may connect, how many, and for how long."""

@@ -1,9 +1,9 @@
-"""Who may hold a connection of a port, and who has to go: a table without I/O, the same for every port.
+"""Which clients may hold connections of a port, and which must be closed: a table without I/O, for every port.
 
-A connection is *waiting* while its other end owes us something (the TLS handshake, its name, the rest of
-a request) and *settled* while we owe it something. Only the waiting are bounded in time, and only they
-are closed to make room, the oldest of the source with the most of them first: so a stranger who opens
-thousands pushes out its own. Invariant: what `add` and `overdue` name is closed by its owner.
+A connection is *waiting* while we wait for its other end (the TLS handshake, its name, the rest of
+a request) and *serving* while we work for it. Only waiting connections have a deadline, and only they
+are closed to make room: the oldest one of the source that has the most. So a client that opens
+thousands pushes out only its own. Invariant: each connection that is evicted or overdue is closed by its owner.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 
 from edgefl.errors import ConfigError
 
-IPV6_SITE_BITS = 64  # one customer of a provider has so many addresses
-MAX_LEAVING = 32  # connections that are being closed, above what a port may hold
+IPV6_SITE_BITS = 64  # one customer of a provider has a network of this size
+MAX_LEAVING = 32  # connections being closed, in addition to `max_open`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectionLimits:
-    """What a port may hold."""
+    """The limits of a port."""
 
-    max_open: int  # connections, whatever they are at
-    max_waiting: int  # of them, connections that owe us something
-    waiting_s: float  # for what they owe
+    max_open: int  # connections in any state
+    max_waiting: int  # of these, waiting connections
+    waiting_s: float  # how long a connection may be waiting
 
     def __post_init__(self) -> None:
         if not 0 < self.max_waiting <= self.max_open or self.waiting_s <= 0:
@@ -35,7 +35,7 @@ class ConnectionLimits:
 
 
 class Connection:
-    """One connection's place. `close` is its owner's: it is called with the reason, once at most."""
+    """One connection's place. Its owner passes `close`, which is called with the reason, at most once."""
 
     __slots__ = ("_table", "close", "deadline_s", "source")
 
@@ -45,21 +45,21 @@ class Connection:
         self.close = close
         self.deadline_s = 0.0
 
-    def settle(self) -> None:
-        """It owes us nothing now."""
-        self._table.settle(self)
+    def serve(self) -> None:
+        """We work for it now: it has no deadline."""
+        self._table.serve(self)
 
     def wait(self, within_s: float | None = None) -> None:
-        """It owes us something, from now on and for so long; the table's usual time if none is given."""
+        """We wait for it from now on, for up to `within_s` (by default the table's limit)."""
         self._table.wait(self, within_s)
 
     def leave(self) -> None:
-        """It is closed. May be called again."""
+        """It is closed. May be called more than once."""
         self._table.remove(self)
 
 
 class Connections:
-    """The connections of one port. Belongs to one thread."""
+    """The connections of one port. Not thread-safe."""
 
     def __init__(self, limits: ConnectionLimits, clock: Callable[[], float]) -> None:
         self.limits = limits
@@ -78,13 +78,13 @@ class Connections:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether so many are leaving that a new one might find no place, which it would a moment later."""
+        """Whether so many are closing that a new connection may find no place now, but soon."""
         return len(self._leaving) >= MAX_LEAVING // 2
 
     def add(self, source: str, close: Callable[[str], None]) -> Connection | None:
-        """Take a new connection, which waits; close the one that has to go for it.
+        """Add a new connection, which is waiting; close another one if necessary.
 
-        None: every place is taken by a settled connection, or by ones that are being closed. The caller
+        Returns None if all places are taken by serving or closing connections; the caller then
         closes the new one.
         """
         full = len(self._open) >= self.limits.max_open
@@ -97,7 +97,7 @@ class Connections:
         return added
 
     def evict(self) -> bool:
-        """Close the oldest waiting connection of the source that has the most; False where none waits."""
+        """Close the oldest waiting connection of the source that has the most; False if none is waiting."""
         if not self._waiting:
             return False
         largest = max(self._waiting.values(), key=len)
@@ -105,15 +105,15 @@ class Connections:
         return True
 
     def close_overdue(self) -> int:
-        """Close those that let their time pass, and return how many."""
+        """Close the connections that missed their deadline, and return how many."""
         now_s = self._clock()
         overdue = [one for group in self._waiting.values() for one in group if one.deadline_s <= now_s]
         for one in overdue:
             self._close(one, "nothing came in time")
         return len(overdue)
 
-    def settle(self, one: Connection) -> None:
-        """See `Connection.settle`."""
+    def serve(self, one: Connection) -> None:
+        """See `Connection.serve`."""
         group = self._waiting.get(one.source)
         if group is not None and one in group:
             del group[one]
@@ -125,26 +125,26 @@ class Connections:
         """See `Connection.wait`."""
         if one not in self._open:
             return
-        self.settle(one)
+        self.serve(one)
         one.deadline_s = self._clock() + (self.limits.waiting_s if within_s is None else within_s)
         self._waiting.setdefault(one.source, {})[one] = None
         self._num_waiting += 1
 
     def remove(self, one: Connection) -> None:
         """See `Connection.leave`."""
-        self.settle(one)
+        self.serve(one)
         self._open.discard(one)
         self._leaving.discard(one)
 
     def _close(self, one: Connection, reason: str) -> None:
-        self.settle(one)
+        self.serve(one)
         self._open.discard(one)
-        self._leaving.add(one)  # until its owner says that it has left
+        self._leaving.add(one)  # until its owner calls `leave`
         one.close(reason)
 
 
 def source_of(address: str) -> str:
-    """Return what an address is counted under: itself, or its network of 64 bits for IPv6."""
+    """Return the source of an address: the address itself, or its /64 network for IPv6."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,9 +1,9 @@
-"""uvicorn with limits: who sends half a request, or none, costs nobody but himself.
+"""uvicorn with limits: a client that sends half a request, or nothing, harms no other client.
 
-Three parts, for every HTTP port of ours. `LimitedServer` accepts by a `Listener`, so that connections are
-counted before TLS. Its protocol has deadlines for headers, bodies and readers of answers; a connection
-that owes us bytes makes room for others, one that we work for does not. `RequestLimit` is ASGI
-middleware that bounds the requests at work, not the connections, and keeps places for those who are vouched for.
+Three parts, for all our HTTP ports. `LimitedServer` accepts with a `Listener`, so that connections are
+counted before TLS. Its protocol has deadlines for headers, bodies and reading of answers; a connection
+that we wait for can be closed to make room, one with a running request cannot. `RequestLimit` is ASGI
+middleware that limits running requests, not connections, and reserves places for known clients.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from edgefl.protocols.ports.listener import Listener, Port
 from edgefl.protocols.ports.transports import abort
 
 if TYPE_CHECKING:
-    from uvicorn.protocols.http.h11_impl import H11Protocol as _HttpProtocol  # httptools' has the same names
+    from uvicorn.protocols.http.h11_impl import H11Protocol as _HttpProtocol  # the httptools version has the same names
 else:
     _HttpProtocol = asyncio.Protocol
 
-PLACE = "edgefl.place"  # in the `state` of a request's scope: the Connection that it came by
+PLACE = "edgefl.place"  # key in the `state` of a request's scope: its Connection
 RETRY_AFTER_S = 2
-LAST_WORDS_S = 0.05  # for an answer to leave before its connection is cut
+LAST_WORDS_S = 0.05  # time to send an answer before its connection is closed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HttpLimits:
-    """What clients of an HTTP port may take. Every deadline ends in a closed connection."""
+    """Limits for the clients of an HTTP port. A missed deadline closes the connection."""
 
     max_connections: int = 1000
-    max_waiting: int = 256  # connections that say nothing, or have said half of something
-    headers_s: float = 10.0  # TLS and a request's headers
+    max_waiting: int = 256  # connections without a complete request
+    headers_s: float = 10.0  # for TLS and a request's headers
     idle_s: float = 30.0  # between requests
-    body_s: float = 20.0  # a body, and what it has at `body_bytes_per_s` beyond
-    body_bytes_per_s: int = 1024  # the slowest that a body may come
-    reader_s: float = 60.0  # for a client to read anything of an answer
+    body_s: float = 20.0  # for a body, plus its size / `body_bytes_per_s`
+    body_bytes_per_s: int = 1024  # the lowest rate of a body
+    reader_s: float = 60.0  # for a client to read a part of an answer
 
     def connections(self) -> ConnectionLimits:
         return ConnectionLimits(
@@ -72,17 +72,17 @@ class Shortcut(Protocol):
 
 
 class LimitedServer(uvicorn.Server):
-    """A uvicorn on one listening socket, within limits. It leaves signals to the process that it is part of."""
+    """A uvicorn server on one listening socket, with limits. It does not handle signals."""
 
     def __init__(
         self, config: uvicorn.Config, limits: HttpLimits, name: str,
         context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self._limits, self._name, self._context = limits, name, context  # asked for each connection's TLS; None = plain
+        self._limits, self._name, self._context = limits, name, context  # context: called per connection; None = no TLS
         self.servers: Any = []
         self._protocol_class: Any = None
-        self.held: Connections | None = None  # once it serves
+        self.held: Connections | None = None  # set when it serves
         self.shortcut: Shortcut | None = None
 
     @contextlib.contextmanager
@@ -92,7 +92,7 @@ class LimitedServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen on the one socket given."""
         if not sockets:
-            raise ValueError("a LimitedServer is given its socket: serve(sockets=[...])")
+            raise ValueError("a LimitedServer needs its socket: serve(sockets=[...])")
         await self.lifespan.startup()
         base = self.config.http_protocol_class  # h11's or httptools'
         self._protocol_class = type(f"Limited{base.__name__}", (LimitedProtocol, base), {})
@@ -104,7 +104,7 @@ class LimitedServer(uvicorn.Server):
         self.started = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Look whether connections are accepted still; raises PartFailed where they are not."""
+        """Check that connections are still accepted; raises PartFailed if they are not."""
         for task in self.servers[0].tasks:
             if task.done() and not self.should_exit:
                 fault = None if task.cancelled() else task.exception()
@@ -112,12 +112,12 @@ class LimitedServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def part_with_clients(self) -> None:
-        """Have every client connect anew: idle connections end now, others with the answer that is under way."""
+        """Make every client reconnect: idle connections are closed now, others after their current answer."""
         for one in list(self.server_state.connections):
             one.shutdown()
 
     def abort_all(self) -> None:
-        """Cut off the connections that are left after a stop."""
+        """Close the remaining connections after a stop."""
         for one in list(self.server_state.connections):
             abort(one.transport)
 
@@ -136,14 +136,14 @@ class LimitedProtocol(_HttpProtocol):
 
     _place: Connection
     _limits: HttpLimits
-    _asked = False  # the next request has begun to come
-    _body_began_s = 0.0  # 0 = its headers are not complete
+    _asked = False  # the next request has begun to arrive
+    _body_began_s = 0.0  # 0 = the headers are not complete
     _body_bytes = 0
     _stalled: asyncio.TimerHandle | None = None
     shortcut: Shortcut | None = None
 
     def take_place(self, place: Connection, limits: HttpLimits) -> None:
-        """Say which place this connection has. Called once, before anything else."""
+        """Set this connection's place. Called once, before anything else."""
         self._place, self._limits = place, limits
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
@@ -170,7 +170,7 @@ class LimitedProtocol(_HttpProtocol):
         elif cycle.more_body:
             self._take_body(len(data))
         else:
-            self._place.settle()
+            self._place.serve()
             if shortcut is not None:
                 shortcut.learn(data, self.scope)
 
@@ -178,8 +178,8 @@ class LimitedProtocol(_HttpProtocol):
         self._asked, self._body_began_s, self._body_bytes = False, 0.0, 0
         self._place.wait(self._limits.idle_s)
         super().on_response_complete()
-        if not self.cycle.response_complete and not self.cycle.more_body:  # the next request was here already
-            self._place.settle()
+        if not self.cycle.response_complete and not self.cycle.more_body:  # the next request is already here
+            self._place.serve()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -193,7 +193,7 @@ class LimitedProtocol(_HttpProtocol):
             self._stalled = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP in JSON, too."""
+        """Answer invalid HTTP with JSON, too."""
         self._say_and_close(400, msg)
 
     def _is_between_requests(self) -> bool:
@@ -231,7 +231,7 @@ class LimitedProtocol(_HttpProtocol):
         cycle = self.cycle
         answered = cycle is not None and cycle.response_started and not cycle.response_complete
         if (self._asked or self._body_began_s) and not answered and not self.transport.is_closing():
-            self._say_and_close(408, f"the request is not here yet, and {reason}; send it again")
+            self._say_and_close(408, f"the request is not complete, and {reason}; send it again")
         else:
             abort(self.transport)
 
@@ -243,10 +243,10 @@ class LimitedProtocol(_HttpProtocol):
 
 
 class RequestLimit:
-    """ASGI middleware: at most `max_active` requests at work, `reserved` of them for those who are vouched for.
+    """ASGI middleware: at most `max_active` running requests, `reserved` of them for known clients.
 
-    The rest are told 503 and when to come again. A request counts once its body is here. A request that
-    `vouches` knows keeps its connection, however slowly its body comes.
+    Others get 503 with Retry-After. A request counts from when its body is complete. A request of a client
+    that `vouches` accepts keeps its connection, however slowly its body arrives.
     """
 
     def __init__(
@@ -268,12 +268,12 @@ class RequestLimit:
         known = self._vouches(scope)
         place: Connection | None = scope.get("state", {}).get(PLACE)
         if known and place is not None:
-            place.settle()
+            place.serve()
         request = _Request(self._active, self._max_known if known else self._max_others, receive)
         try:
             if not has_body(scope):
                 request.begin()
-            with contextlib.suppress(ClientDisconnect):  # nobody is there to be told
+            with contextlib.suppress(ClientDisconnect):  # the client is gone
                 await self._app(scope, request.receive, send)
         except _Busy as busy:
             await _refuse(send, str(busy))
@@ -282,10 +282,10 @@ class RequestLimit:
 
 
 class _Busy(HTTPException):
-    """There are too many requests at work. Inside an application its own handler answers."""
+    """Too many requests are running. Inside an application, its own handler answers."""
 
     def __init__(self, num_active: int) -> None:
-        text = f"{num_active} requests are at work, and no more are taken; ask again in {RETRY_AFTER_S} s"
+        text = f"{num_active} requests are running, which is the limit; try again in {RETRY_AFTER_S} s"
         super().__init__(503, text, {"Retry-After": str(RETRY_AFTER_S)})
 
     def __str__(self) -> str:
@@ -293,7 +293,7 @@ class _Busy(HTTPException):
 
 
 class _Request:
-    """One request; it is among the active from when its body is here."""
+    """One request; it is active from when its body is complete."""
 
     def __init__(self, active: set[_Request], most: int, receive: Receive) -> None:
         self._active, self._most, self._receive = active, most, receive

@@ -1,6 +1,6 @@
-"""A token bucket: so much at once, so much a second, and how long to wait where that is not enough.
+"""A token bucket: a burst, a rate per second, and how long to wait above them.
 
-Waiting rather than refusing: who is not read any further is held back by the network's own flow control.
+Excess is delayed, not refused: while we do not read from a sender, the network's flow control slows it down.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MAX_KEYS = 10_000
 
 
 class TokenBucket:
-    """Gives `per_s` a second, and what was not used up to `burst`. Belongs to one thread."""
+    """Allows `per_s` per second, plus unused amounts up to `burst`. Not thread-safe."""
 
     __slots__ = ("_clock", "_full_s", "_paid_until_s", "per_s")
 
@@ -26,21 +26,21 @@ class TokenBucket:
         self._paid_until_s = clock()
 
     def take(self, amount: float = 1.0) -> float:
-        """Take an amount, and return for how many seconds its taker is to wait; 0 within the burst.
+        """Take an amount, and return how many seconds the caller should wait; 0 within the burst.
 
-        What is taken is taken: the debt is the measure of how far above its share the taker is.
+        The amount is taken in any case: the debt shows how far the caller is above its share.
         """
         now_s = self._clock()
         self._paid_until_s = max(now_s, self._paid_until_s) + amount / self.per_s
         return max(0.0, self._paid_until_s - now_s - self._full_s)
 
     def idle(self) -> bool:
-        """Whether all that was taken has been given again, so that a new bucket would be the same."""
+        """Whether the bucket is full again, like a new one."""
         return self._paid_until_s <= self._clock()
 
 
 class Buckets:
-    """A bucket for each of many keys, such as addresses, which a stranger can make up; so they are bounded."""
+    """One bucket per key. Clients can make up keys, such as addresses, so the number of buckets is limited."""
 
     def __init__(self, per_s: float, burst: float, clock: Callable[[], float], most: int = MAX_KEYS) -> None:
         self._per_s, self._burst, self._clock = per_s, burst, clock
@@ -51,7 +51,7 @@ class Buckets:
         return len(self._buckets)
 
     def of(self, key: str) -> TokenBucket:
-        """Return a key's bucket; beyond so many keys at once, further ones share one."""
+        """Return a key's bucket; beyond the limit, all further keys share one."""
         if key not in self._buckets and len(self._buckets) >= self._most:
             self._buckets = {name: one for name, one in self._buckets.items() if not one.idle()}
             if len(self._buckets) >= self._most:

@@ -1,4 +1,4 @@
-"""Ending a connection at once, whatever became of it meanwhile."""
+"""Close a connection at once, whatever its state."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import contextlib
 
 
 def abort(transport: asyncio.WriteTransport) -> None:
-    """Close a transport without sending what it still holds; nothing happens to one that is closed.
+    """Close a transport without sending its buffer; does nothing if it is already closed.
 
-    asyncio's transport over TLS has forgotten its protocol by then, and raises (before Python 3.11.4).
+    A closed asyncio transport over TLS has no protocol any more, and would raise (before Python 3.11.4).
     """
     with contextlib.suppress(AttributeError):
         transport.abort()

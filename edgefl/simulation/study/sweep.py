@@ -21,7 +21,7 @@ from edgefl.simulation.screen.plot import draw_rounds
 from edgefl.simulation.simulate import Watching, refuse_more_than_there_are, simulate
 from edgefl.simulation.study.report import Json, frame_rows
 from edgefl.simulation.study.variants import Variant, variants_of
-from edgefl.simulation.world.settings import SimulationConfig, settled, with_settings
+from edgefl.simulation.world.settings import SimulationConfig, with_arguments, with_settings
 from edgefl.task import Task, load_task
 from edgefl.training.samples import require_torch
 
@@ -127,7 +127,7 @@ def sweep(  # noqa: PLR0913 - as `simulate`
     """
     require_torch("simulation", "sim")
     watching = watching or SweepWatching()
-    base = settled(config or JobConfig(), clients=clients, rounds=rounds, data=data)
+    base = with_arguments(config or JobConfig(), clients=clients, rounds=rounds, data=data)
     variants = variants_of(over)
     configs = [with_settings(base, variant.settings) for variant in variants]
     if engine not in {AUTO, *ENGINES}:

@@ -49,7 +49,7 @@ class SimulationConfig(JobConfig):
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
-def settled(
+def with_arguments(
     config: JobConfig, *, clients: int | None, rounds: int | None, data: Mapping[str, str] | None
 ) -> SimulationConfig:
     """Return the configuration with what was said besides it."""

@@ -248,7 +248,7 @@ def test_a_silent_device_is_given_up_after_its_keepalive(broker, fleet_ca, peer)
 def test_a_port_in_use_is_named_and_amqtt_logs_no_trace_of_it(fleet_ca, caplog) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f":{port}: another program listens there.*--mqtt-port"):
+        with pytest.raises(ConfigError, match=f":{port}: another program uses this port.*--mqtt-port"):
             EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", port).start()
     assert caplog.text == ""
 

@@ -135,7 +135,7 @@ def test_http_to_a_cloud_with_tls_is_told_to_use_https(credentials, http_plane):
     url = http_plane.url.replace("https://", "http://")
     with CloudClient(url, credentials) as client, pytest.raises(CloudUnreachable) as caught:
         client.devices()
-    assert f"It speaks TLS there: use {http_plane.url}" in str(caught.value)
+    assert f"The server uses TLS: use {http_plane.url}" in str(caught.value)
 
 
 def test_https_to_a_cloud_without_tls_is_told_to_use_http(credentials):
@@ -149,7 +149,7 @@ def test_https_to_a_cloud_without_tls_is_told_to_use_http(credentials):
         with CloudClient(f"https://{place}", credentials) as client, pytest.raises(CloudUnreachable) as caught:
             client.devices()
         server.shutdown()
-    assert f"It speaks no TLS there, as a cloud does that was started with --insecure: use http://{place}" in str(
+    assert f"The server does not use TLS, like a cloud that was started with --insecure: use http://{place}" in str(
         caught.value
     )
 

@@ -71,7 +71,7 @@ def test_what_our_key_has_not_signed_is_refused(fault: str) -> None:
 
 def test_a_document_of_another_kind_is_refused() -> None:
     """A good signature over a bundle must not install it as a release."""
-    with pytest.raises(ManifestRejected, match="a signed 'bundle' came where a release was wanted"):
+    with pytest.raises(ManifestRejected, match="got a signed 'bundle', expected a release"):
         verify(sign(BUNDLE, KEY), Release, PUBLIC)
 
 

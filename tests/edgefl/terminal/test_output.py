@@ -130,7 +130,9 @@ def test_a_folder_that_is_anothers_is_refused_before_the_work(tmp_path):
         folder.chmod(0o755)
     os.setresuid(65534, 65534, 0)  # nobody; access(2) asks for the real one
     try:
-        with pytest.raises(ConfigError, match=rf"--out .*: you may not write in {tmp_path}; name another folder"):
+        with pytest.raises(
+            ConfigError, match=rf"--out .*: no permission to write in {tmp_path}; choose another folder"
+        ):
             refuse_no_folder(tmp_path / "x", "--out")
     finally:
         os.setresuid(0, 0, 0)

@@ -40,7 +40,7 @@ def test_what_arithmetic_makes_of_arrays_without_dimensions_is_taken_for_the_arr
 @pytest.mark.parametrize(
     ("dtype", "said"),
     [
-        ("c16", r"fit's 'b' is complex128\[1\]: the wire carries no complex"),
+        ("c16", r"fit's 'b' is complex128\[1\]: complex numbers cannot be sent"),
         ("O", "carries .*; convert it to one of them"),
     ],
 )

@@ -37,7 +37,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
-        (torch.zeros(2, dtype=torch.complex64), r"'odd' is complex64\[2\]: the wire carries no complex numbers; keep"),
+        (torch.zeros(2, dtype=torch.complex64), r"'odd' is complex64\[2\]: complex numbers cannot be sent; send"),
         (torch.zeros(2).to(torch.float8_e4m3fn), r"'odd' is torch.float8_e4m3fn and cannot be sent"),
         (torch.eye(2).to_sparse(), r"'odd' is torch.float32 and cannot be sent: .* Keep it as a dense tensor"),
     ],

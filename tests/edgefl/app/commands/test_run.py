@@ -139,7 +139,7 @@ def test_a_run_says_once_that_its_job_waits_for_space_and_once_that_it_goes_on(
     done = edgefl("run", plain_task, "--rounds", 2)
     assert done.exit_code == 0, done.exception
     (job,) = (one["id"] for one in http_plane.jobs.list())
-    lines = [line for line in done.stdout.splitlines() if "pauses" in line or "goes on:" in line]
+    lines = [line for line in done.stdout.splitlines() if "pauses" in line or "continues:" in line]
     assert lines == [
         f"job {job} pauses: the cloud is {SPACE}. It continues by itself afterwards",
         f"job {job} continues: the cloud no longer waits",

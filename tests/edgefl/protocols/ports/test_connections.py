@@ -38,7 +38,7 @@ def test_settled_connections_are_not_closed_for_others():
     held, closed = table(max_open=3), []
     places = fill(held, closed, "a/1", "a/2", "a/3")
     for one in places.values():
-        one.settle()
+        one.serve()
     assert fill(held, closed, "b/1") == {"b/1": None}
     assert closed == []
     places["a/2"].leave()
@@ -49,7 +49,7 @@ def test_a_full_port_takes_a_new_one_for_an_idle_one():
     held, closed = table(max_open=3), []
     places = fill(held, closed, "a/1", "a/2", "a/3")
     for one in places.values():
-        one.settle()
+        one.serve()
     places["a/2"].wait()
     assert fill(held, closed, "b/1")["b/1"] is not None
     assert closed == [("a/2", "others need the place")]
@@ -59,7 +59,7 @@ def test_what_is_owed_has_a_deadline_that_work_of_ours_does_not():
     clock, closed = Clock(), []
     held = table(clock)
     places = fill(held, closed, "a/1", "a/2")
-    places["a/1"].settle()
+    places["a/1"].serve()
     clock.now_s = 4.9
     assert held.close_overdue() == 0
     clock.now_s = 5.0
@@ -75,7 +75,7 @@ def test_what_is_owed_has_a_deadline_that_work_of_ours_does_not():
 def test_one_that_waits_again_is_the_youngest():
     held, closed = table(), []
     places = fill(held, closed, "a/1", "a/2", "a/3")
-    places["a/1"].settle()
+    places["a/1"].serve()
     places["a/1"].wait()
     fill(held, closed, "a/4")
     assert [name for name, _ in closed] == ["a/2"]
@@ -103,7 +103,7 @@ def test_by_law_the_counts_are_right_after_anything():
     held, closed = table(), []
     places = [one for one in fill(held, closed, *(f"{n % 3}/{n}" for n in range(20))).values() if one]
     for number, one in enumerate(places):
-        (one.settle, one.wait, one.leave)[number % 3]()
+        (one.serve, one.wait, one.leave)[number % 3]()
     for one in places:
         one.leave()
     assert (len(held), held.num_waiting, held.evict()) == (0, 0, False)

@@ -245,7 +245,7 @@ def test_only_requests_at_work_are_limited_and_places_are_kept_for_the_known(htt
             for _, writer in halves:
                 writer.close()
         assert (refused.status_code, refused.headers["retry-after"], late.status_code) == (503, "2", 503)
-        assert "2 requests are at work" in refused.json()["error"]
+        assert "2 requests are running" in refused.json()["error"]
         assert taken.status_code == 200
 
     run(main)

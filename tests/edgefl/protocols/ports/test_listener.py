@@ -26,7 +26,7 @@ class Echo(asyncio.Protocol):
 
     def connection_made(self, transport):
         self.transport = transport
-        self.place.settle()
+        self.place.serve()
 
     def data_received(self, data):
         self.transport.write(data)
@@ -230,8 +230,8 @@ def test_a_listening_socket_that_is_none_any_more_ends_the_part(monkeypatch, num
     ("host", "seen"),
     [
         ("192.0.2.1", "this machine does not have the address 192.0.2.1"),  # RFC 5737: of nobody
-        ("no.such.host.invalid", "no address is known by the name 'no.such.host.invalid'"),  # RFC 6761
-        ("x" * 64, "no address is known by the name 'xxx"),  # longer than a part of a name may be
+        ("no.such.host.invalid", "no address was found for the name 'no.such.host.invalid'"),  # RFC 6761
+        ("x" * 64, "no address was found for the name 'xxx"),  # longer than a part of a name may be
     ],
 )
 def test_a_host_that_is_not_this_machine_is_not_the_ports_fault(host, seen):
@@ -248,7 +248,7 @@ def test_a_port_in_use_says_that_another_program_has_it():
         with pytest.raises(ConfigError) as refused:
             listen("127.0.0.1", port, "--http-port")
     assert str(refused.value) == (
-        f"cannot listen on 127.0.0.1:{port}: another program listens there; stop it, or choose another --http-port"
+        f"cannot listen on 127.0.0.1:{port}: another program uses this port; stop it, or choose another --http-port"
     )
 
 
@@ -276,6 +276,6 @@ def test_a_port_below_1024_is_for_root():
         [sys.executable, "-c", LISTEN_AS_NOBODY], capture_output=True, text=True, timeout=60, check=True
     )
     assert seen.stdout == (
-        "cannot listen on 127.0.0.1:443: ports below 1024 are for root alone; choose a --http-port above that, "
+        "cannot listen on 127.0.0.1:443: ports below 1024 need root; choose a --http-port above that, "
         "or run it as root\n"
     )

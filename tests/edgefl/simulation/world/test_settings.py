@@ -5,16 +5,16 @@ import pytest
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError
 from edgefl.simulation.engines.loop import LoopFleet
-from edgefl.simulation.world.settings import EngineConfig, SimulationConfig, settled, virtual_time
+from edgefl.simulation.world.settings import EngineConfig, SimulationConfig, virtual_time, with_arguments
 
 
 def test_what_is_said_besides_goes_over_the_configuration():
     config = from_dict(SimulationConfig, {"population": {"clients": 5, "partitioner": "iid", "data": {"a": "1"}}})
-    over = settled(config, clients=7, rounds=3, data={"b": "2"})
+    over = with_arguments(config, clients=7, rounds=3, data={"b": "2"})
     assert (over.population.clients, over.population.partitioner) == (7, "iid")
     assert (dict(over.population.data), over.rounds.count) == ({"a": "1", "b": "2"}, 3)
-    assert settled(config, clients=None, rounds=None, data=None) == config
-    assert settled(JobConfig(), clients=2, rounds=None, data=None).population.clients == 2
+    assert with_arguments(config, clients=None, rounds=None, data=None) == config
+    assert with_arguments(JobConfig(), clients=2, rounds=None, data=None).population.clients == 2
 
 
 def test_devices_bring_virtual_time(set_up, run):
