@@ -1,1 +1,1 @@
-"""Simulation: the rounds, rules and guards of production over many clients in one machine."""
+"""Simulation: the rounds, rules and guards of production, with many clients on one machine."""

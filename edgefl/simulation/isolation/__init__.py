@@ -1,1 +1,1 @@
-"""`edgefl simulate` in a process of its own, so that user code cannot end what holds the results."""
+"""`edgefl simulate` in a separate process, so that user code cannot end the process that holds the results."""

@@ -1,7 +1,7 @@
-"""What user code a process is in, noted where the process that watches it can read it, whatever becomes of it.
+"""Which user code a process is running, recorded so that another process can read it after a crash.
 
-The note lies in memory that both map, so that it is there after `os._exit`, a signal, or a fault of a native
-library. A process that nobody watches notes nothing.
+The record is in memory that both processes map, so that it survives `os._exit`, a signal, or a crash of a native
+library. A process that is not watched records nothing.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from edgefl.errors import TaskError
 from edgefl.simulation.engines.shared import new_file
 from edgefl.task import UserCode
 
-_TEXT_BYTES = 254  # of each of the two; one byte more says how many
+_TEXT_BYTES = 254  # of each of the two texts; one more byte holds the length
 _NOT_A_CLIENTS = ("test_data", "reading test_data", "evaluation", "model", "initial", "importing")
 _OF_A_STACK = ("stacked training",)
 
 
 @dataclass(frozen=True, slots=True)
 class AtWork:
-    """What a process was doing, and whose turn it was."""
+    """What a process was doing, and for which client."""
 
-    doing: str = ""  # a word of `UserCode`: train_data, local training, ..; empty: nothing of the user's
+    doing: str = ""  # as in `UserCode`: train_data, local training, ..; empty: no user code
     client: str = ""
 
     @property
     def of_a_client(self) -> bool:
-        """Whether it is the client's own doing."""
+        """Whether it was code of one client."""
         return bool(self.client and self.doing) and not self.doing.startswith((*_NOT_A_CLIENTS, *_OF_A_STACK))
 
     @property
     def of_a_stack(self) -> bool:
-        """Whether many clients were at work as one."""
+        """Whether a stack of clients was being trained."""
         return self.doing.startswith(_OF_A_STACK)
 
 
 class Cell:
-    """The memory of the note."""
+    """The shared memory of the record."""
 
     def __init__(self, descriptor: int | None = None) -> None:
         size = 2 * (1 + _TEXT_BYTES)
@@ -47,21 +47,21 @@ class Cell:
         self._memory = mmap.mmap(self.descriptor, size)
 
     def doing(self, text: str) -> None:
-        """Note what is done, empty where nothing of the user's is."""
+        """Record what is done; empty: no user code."""
         said = text.encode(errors="replace")[:_TEXT_BYTES]
         self._memory[: 1 + len(said)] = bytes((len(said),)) + said
 
     def client(self, name: str) -> None:
-        """Note whose turn it is."""
+        """Record the current client."""
         said = name.encode(errors="replace")[:_TEXT_BYTES]
         self._memory[1 + _TEXT_BYTES : 2 + _TEXT_BYTES + len(said)] = bytes((len(said),)) + said
 
     def read(self) -> AtWork:
-        """Return what was noted last."""
+        """Return the last record."""
         return AtWork(self._text(0), self._text(1 + _TEXT_BYTES))
 
     def clear(self) -> None:
-        """Note that nothing is done, and that it is nobody's turn."""
+        """Record that nothing is done, for no client."""
         self.doing("")
         self.client("")
 
@@ -74,21 +74,21 @@ class Cell:
 
 
 class _Here:
-    """What this process notes, if it is watched."""
+    """The record of this process, if it is watched."""
 
     cell: Cell | None = None
     failed: Mapping[str, str] = {}
 
 
 def watch(cell: Cell, failed: Mapping[str, str]) -> None:
-    """Note in this cell from now on; clients that have ended a process too often are given with how."""
+    """Record into this cell from now on; `failed` has the clients that ended a process too often, and how."""
     cell.clear()
     _Here.cell, _Here.failed = cell, dict(failed)
     UserCode.on_change = cell.doing
 
 
 def turn_of(client: str) -> None:
-    """Note whose turn it is; raises TaskError for a client that is not to be tried again."""
+    """Record the current client; raises TaskError for a client that must not be tried again."""
     if _Here.cell is None:
         return
     if reason := _Here.failed.get(client):

@@ -1,7 +1,7 @@
-"""A simulation's own process: all user code of `edgefl simulate` runs here, or below.
+"""A simulation's own process: all user code of `edgefl simulate` runs in it, or in its children.
 
-After each round it hands on all that is needed to go on from there; whatever ends it takes no more than a
-round that was not finished. It ends with the command that started it. Of Ctrl-C it hears from there.
+After each round it sends the command all that is needed to continue; if it dies, only the unfinished
+round is lost. It ends with the command that started it, which also tells it of Ctrl-C.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from edgefl.simulation.study.report import CutShort
 from edgefl.terminal import debug
 from edgefl.terminal.interrupt import told_by
 
-TOLD_BY = signal.SIGUSR1  # of a Ctrl-C
+TOLD_BY = signal.SIGUSR1  # the command's signal for Ctrl-C
 
 
 def main(pipe: int, life: int, cell: int) -> None:
-    """Simulate what is ordered, one after another, until the command goes away."""
+    """Run the ordered simulations, one after another, until the command is gone."""
     sys.excepthook = debug.tell_unexpected
     told_by(TOLD_BY)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, TOLD_BY})
-    except KeyboardInterrupt:  # it came before there was anything to keep
+    except KeyboardInterrupt:  # before there was any result
         os._exit(128 + signal.SIGINT)
     threading.Thread(target=_end_with, args=(life,), name="parent", daemon=True).start()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # lines in their place between the command's
@@ -91,6 +91,6 @@ def _served(order: Order, pipe: Connection) -> End:
 
 
 def _end_with(life: int) -> None:
-    """End this process when the command does, whatever ended that: its end of this pipe is then closed."""
+    """End this process when the command ends for any reason: then the command's end of this pipe is closed."""
     os.read(life, 1)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What a simulation's own process and the command say to each other over a pipe, pickled."""
+"""Messages between the command and the simulation's own process, pickled over a pipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgefl.trees import Tree
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """What is to be simulated, and from where on."""
+    """What to simulate, and from which state."""
 
     task: str
     engine: str
@@ -27,7 +27,7 @@ class Order:
     resume: Path | None = None
     address: str | None = None
     going_on: Checkpoint | None = None
-    failed: Mapping[str, str] = field(default_factory=dict)  # clients that are not to be tried again, and why
+    failed: Mapping[str, str] = field(default_factory=dict)  # clients that must not be tried again, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Chose:
 
 @dataclass(frozen=True, slots=True)
 class RoundDone:
-    """A round, and the state after it: of the parameters those that are new, all rounds in the first one alone."""
+    """A round and the state after it: only the changed parameters; earlier rounds only in the first message."""
 
     outcome: RoundReport
     state: Checkpoint | None
@@ -48,7 +48,7 @@ class RoundDone:
 
 @dataclass(frozen=True, slots=True)
 class SimulationFinished:
-    """What it came to; where a round ended under its quorum, why."""
+    """The result; if a round ended below its quorum, the reason."""
 
     result: SimulationResult
     cut_short: str = ""
@@ -56,7 +56,7 @@ class SimulationFinished:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An error of our tree: the name of its class, and what it says."""
+    """An edgefl error: the name of its class, and its message."""
 
     kind: str
     message: str
@@ -64,7 +64,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class SimulationInterrupted:
-    """Ctrl-C, for the second time."""
+    """The second Ctrl-C."""
 
 
 End = SimulationFinished | Refused | SimulationInterrupted
@@ -72,14 +72,14 @@ Message = Chose | RoundDone | End
 
 
 class OnlyNew:
-    """Leaves out the arrays that were handed on before: a frozen part travels once."""
+    """Leaves out arrays that were already sent: a frozen part is sent once."""
 
     def __init__(self) -> None:
         self._known: Tree = {}
         self.first = True
 
     def of(self, parameters: Tree) -> Tree:
-        """Return those of a tree that are other arrays than in the one before."""
+        """Return the arrays of a tree that differ from the previous tree's arrays."""
         new = {name: array for name, array in parameters.items() if array is not self._known.get(name)}
         self._known, self.first = dict(parameters), False
         return new

@@ -1,10 +1,10 @@
-"""`edgefl simulate` in a process of its own: what the user's code ends is not what holds the results.
+"""`edgefl simulate` in a separate process: user code cannot end the process that holds the results.
 
-The process hands on its state after each round. Where it ends before its time, another goes on from there.
-What a client's own code ended is tried once more, and then that client is failed by name; a stack of clients
-is trained one by one instead, under `auto`; and where no client is to blame, the second time ends the simulation,
-with all rounds that there are.
-Invariant: a simulation whose process was lost gives what an undisturbed one gives, without those clients.
+The process sends its state after each round. If it ends too early, another process continues from there.
+If a client's own code ended it, the client is tried once more and then counts as failed. If a stack of clients
+ended it, they are trained one by one (under `auto`). If no client is to blame, the second time ends the simulation,
+with all rounds so far.
+Invariant: a simulation that lost a process gives the same result as an undisturbed one, without those clients.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from edgefl.simulation.simulate import Watching
 from edgefl.simulation.study.checkpoint import FILE, Checkpoint
 from edgefl.simulation.study.report import CutShort, ProcessLost, SimulationResult, model_of
 
-MAX_DEATHS = 2  # by the same client, or the same other thing
+MAX_DEATHS = 2  # by the same client, or for the same other reason
 MAX_DEATHS_A_ROUND = 64
 END_S = 10.0
-_FAULT = 1  # the status of a Python process that an exception has ended
+_FAULT = 1  # exit status of a Python process after an exception
 _TOLD_BY = signal.SIGUSR1
-_GONE = (EOFError, OSError)  # OSError: also of one that ended in the middle of a message
+_GONE = (EOFError, OSError)  # OSError: also if it ended in the middle of a message
 _MAIN = "import sys; sys.path[:] = {path!r}; from edgefl.simulation.isolation.main import main; main({numbers})"
 
 
 class OwnProcess:
-    """Runs simulations, one after another, in a process that is started at once, and anew where it is lost."""
+    """Runs simulations, one after another, in a process that is started at once and restarted if it is lost."""
 
     def __init__(self, *, to_stderr: bool = False) -> None:
-        self._to_stderr = to_stderr  # what user code prints, where stdout is for JSON alone
+        self._to_stderr = to_stderr  # where user code prints, if stdout is for JSON only
         self._child: _Child | None = _Child(to_stderr=to_stderr)
 
     def __enter__(self) -> Self:
@@ -57,7 +57,7 @@ class OwnProcess:
             self._child.close()
 
     def simulate(self, order: Order, watching: Watching, out: Path | None = None) -> SimulationResult:
-        """Return what `edgefl.simulate` returns, and raise what it raises; and ProcessLost."""
+        """Return and raise the same as `edgefl.simulate`; also raises ProcessLost."""
         story = _Story(order, watching)
         while True:
             if self._child is None:
@@ -82,7 +82,7 @@ class _Child:
         self.interrupts, self._busy = 0, False
         self._cell = Cell()
         self._pipe, theirs = Pipe()
-        life, self._life = os.pipe()  # ours is closed by our end, whatever that is
+        life, self._life = os.pipe()  # our end is closed when this process ends, for any reason
         numbers = (theirs.fileno(), life, self._cell.descriptor)
         code = _MAIN.format(path=[str(one) for one in sys.path], numbers=", ".join(map(str, numbers)))
         with theirs, _blocked({signal.SIGINT, _TOLD_BY}):
@@ -93,25 +93,25 @@ class _Child:
 
     @property
     def status(self) -> int:
-        """Return how it ended, once it is closed."""
+        """Return its exit status, after `close`."""
         return self._process.wait(END_S)
 
     def at_work(self) -> AtWork:
-        """Return what it was at when it ended."""
+        """Return what it was doing when it ended."""
         return self._cell.read()
 
     def send(self, order: Order) -> None:
         self._busy = True
-        with contextlib.suppress(*_GONE):  # that it is gone is seen where an answer is awaited
+        with contextlib.suppress(*_GONE):  # its end is noticed when an answer is awaited
             self._pipe.send(order)
 
     def hear(self, story: _Story) -> End | None:
-        """Let a story hear of all until the end; return that, or None where the process is gone."""
+        """Pass all messages to a story; return the last one, or None if the process is gone."""
         while True:
             try:
                 message: Message = self._pipe.recv()
             except _GONE:
-                self._process.wait(END_S)  # by itself, before it could be killed for being at work
+                self._process.wait(END_S)  # let it end by itself
                 return None
             if isinstance(message, End):
                 self._busy = False
@@ -120,7 +120,7 @@ class _Child:
 
     @contextmanager
     def told_of_interrupts(self) -> Iterator[None]:
-        """Pass each Ctrl-C on; the third one ends the process. Only the main thread hears of them."""
+        """Pass each Ctrl-C on; the third one ends the process. Only the main thread gets them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -136,19 +136,19 @@ class _Child:
             signal.signal(signal.SIGINT, before)
 
     def close(self) -> None:
-        """End it: kindly where it waits for an order, at once where it is at work."""
+        """End the process: gracefully if it waits for an order, at once if it is working."""
         self._pipe.close()
         if self._busy:
             self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_S)
-        os.close(self._life)  # which ends it, if nothing else has
+        os.close(self._life)  # this ends it, if it is still running
         self._process.wait(END_S)
         self._cell.close()
 
 
 class _Story:
-    """What is known of a simulation, whichever process told it."""
+    """What is known of a simulation, from all its processes."""
 
     def __init__(self, order: Order, watching: Watching) -> None:
         self.order = order
@@ -160,13 +160,13 @@ class _Story:
         self._in_a_row = 0
 
     def hear(self, message: Chose | RoundDone) -> None:
-        """Take up what a process has told."""
+        """Process a message."""
         if isinstance(message, Chose):
             self._engine, self._reason = message.name, self._reason or message.reason
             self._watching.on_engine(message.name, self._why())
             return
         self._in_a_row = 0
-        if message.state is not None and message.state.rounds:  # the first one: with those of a checkpoint
+        if message.state is not None and message.state.rounds:  # the first message has the rounds of a checkpoint
             self._rounds = list(message.state.rounds)
         else:
             self._rounds.append(message.outcome)
@@ -177,7 +177,7 @@ class _Story:
         self._watching.on_round(message.outcome)
 
     def ended(self, end: End, out: Path | None) -> SimulationResult:
-        """Return the result, with the model where it is wanted; raises what the simulation raised."""
+        """Return the result, and write the model to `out` if given; raises the simulation's error."""
         if isinstance(end, Refused):
             raise _error(end)
         if isinstance(end, SimulationInterrupted):
@@ -193,10 +193,13 @@ class _Story:
         return result
 
     def lost(self, at_work: AtWork, status: int, out: Path | None) -> None:
-        """Say how to go on without the process that was lost; raises ProcessLost where that is no use."""
+        """Decide how to continue after a lost process; raises ProcessLost if that makes no sense."""
         how = how_ended(status)
         self._in_a_row += 1
-        self._notes = [f"its process {how} after round {len(self._rounds)}, and another went on", *self._of_clients()]
+        self._notes = [
+            f"its process {how} after round {len(self._rounds)}, and another one continued",
+            *self._of_clients(),
+        ]
         key = f"client {at_work.client}" if at_work.of_a_client else at_work.doing
         self._deaths[key] += 1
         again = self._deaths[key] < MAX_DEATHS
@@ -222,7 +225,7 @@ class _Story:
         )
 
     def _of_clients(self) -> list[str]:
-        """Return what is to be said of clients and stacks for good; of a process, the last one's end is enough."""
+        """Return the notes about clients and stacks; of lost processes only the last one is reported."""
         return [note for note in self._notes if not note.startswith("its process ")]
 
     def _blame(self, at_work: AtWork, how: str) -> str:
@@ -257,7 +260,7 @@ class _Story:
         )
 
     def _resume(self) -> Path | None:
-        """Return the folder that holds this simulation's checkpoint by now, if one does."""
+        """Return the folder with this simulation's checkpoint, if it exists by now."""
         folder = self.order.checkpoint
         return folder if folder is not None and (folder / FILE).exists() else self.order.resume
 
@@ -270,7 +273,7 @@ class _Story:
 
 @contextmanager
 def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
-    """Let these wait, for a process that is started inside too: it takes them up when it knows what to do."""
+    """Block these signals, also in a process started inside, which unblocks them when its handlers are set."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

@@ -1,8 +1,8 @@
-"""When devices can take part: always, by day and night, or by their battery.
+"""When devices can take part: always, by time of day, or by their battery.
 
-Nothing is stored a device but what a device that took part has spent: the rest follows from its phase,
+Only the battery state of devices that took part is stored: the rest follows from a device's phase,
 which is drawn by (seed, device).
-Invariant: `available(i, t)` and `until_s(i, t)` agree: a device that is there at t stays until then.
+Invariant: `available(i, t)` and `until_s(i, t)` agree: a device available at t stays available until then.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ KINDS = ("always", "diurnal", "battery")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AvailabilityConfig:
-    """always; diurnal: each period once, for `share` of it; battery: charges for `share`, then runs down.
+    """always; diurnal: once per period, for `share` of it; battery: charges for `share`, then discharges.
 
-    A device's window is centred on `centre_s`, moved by up to `scatter` / 2 of a period either way.
+    A device's window is centred on `centre_s`, shifted by up to `scatter` / 2 of a period in either direction.
     """
 
     kind: str = "always"
-    dropout: float = 0.0  # the share of trainings in which a device goes silent, whatever the kind
+    dropout: float = 0.0  # the fraction of trainings in which a device goes offline, for every kind
     period_s: float = 86_400.0
     share: float = 1 / 3
-    centre_s: float = 10_800.0  # 3 at night, when phones charge
-    scatter: float = 0.25  # 1: spread over the whole period
-    low: float = 0.1  # battery: the level at the end of a period without training
-    min_level: float = 0.5  # battery: no training below it, unless it charges
-    drain_per_hour: float = 0.2  # battery: what an hour of training takes
+    centre_s: float = 10_800.0  # 3 a.m., when phones charge
+    scatter: float = 0.25  # 1 = spread over the whole period
+    low: float = 0.1  # battery: level at the end of a period without training
+    min_level: float = 0.5  # battery: no training below this level, unless charging
+    drain_per_hour: float = 0.2  # battery: drain of an hour of training
 
     def __post_init__(self) -> None:
         where = "population.devices.availability"
@@ -60,17 +60,17 @@ class Availability(Protocol):
     """When each device can take part, by its index."""
 
     def available(self, indices: Indices, now_s: float) -> Mask:
-        """Say which of these devices are there."""
+        """Return which of these devices are available."""
 
     def until_s(self, index: int, now_s: float) -> float:
-        """Return when a device that is there leaves; infinity where it never does."""
+        """Return when an available device becomes unavailable; infinity if never."""
 
     def spend(self, index: int, start_s: float, training_s: float) -> None:
-        """Note that a device trained."""
+        """Record that a device trained."""
 
 
 def make_availability(config: AvailabilityConfig, seed: int) -> Availability:
-    """Return the kind that is configured."""
+    """Return the configured kind."""
     if config.kind == "always":
         return Always()
     return Diurnal(config, seed) if config.kind == "diurnal" else Battery(config, seed)
@@ -79,14 +79,14 @@ def make_availability(config: AvailabilityConfig, seed: int) -> Availability:
 class Always:
     """Every device, at any time."""
 
-    def available(self, indices: Indices, now_s: float) -> Mask:  # noqa: ARG002 - the seam's
+    def available(self, indices: Indices, now_s: float) -> Mask:  # noqa: ARG002 - the interface's
         return np.ones(len(indices), np.bool_)
 
-    def until_s(self, index: int, now_s: float) -> float:  # noqa: ARG002 - the seam's
+    def until_s(self, index: int, now_s: float) -> float:  # noqa: ARG002 - the interface's
         return math.inf
 
     def spend(self, index: int, start_s: float, training_s: float) -> None:
-        """It costs nothing."""
+        """Do nothing."""
 
 
 class Diurnal:
@@ -104,7 +104,7 @@ class Diurnal:
         return now_s + self._open_s() - float(self.into_s(np.array([index]), now_s)[0])
 
     def spend(self, index: int, start_s: float, training_s: float) -> None:
-        """It costs nothing: the device is on its charger."""
+        """Do nothing: the device is charging."""
 
     def into_s(self, indices: Indices, now_s: float) -> Floats:
         """Return how long ago each device's last window opened."""
@@ -117,12 +117,12 @@ class Diurnal:
 
 
 class Battery:
-    """Charges in the diurnal window; then its level falls from 1 to `low`, and by what training took since."""
+    """Charges in the diurnal window; then its level falls from 1 to `low`, minus the drain by training since."""
 
     def __init__(self, config: AvailabilityConfig, seed: int) -> None:
         self._config = config
         self._window = Diurnal(config, seed)
-        self._spent: dict[int, tuple[float, float]] = {}  # index -> (level spent, when the next charge clears it)
+        self._spent: dict[int, tuple[float, float]] = {}  # index -> (level spent, time of the next charge)
 
     def available(self, indices: Indices, now_s: float) -> Mask:
         charging, left_s = self._window.available(indices, now_s), self._left_s(indices, now_s)
@@ -138,7 +138,7 @@ class Battery:
         return now_s + float(self._left_s(indices, now_s)[0])
 
     def spend(self, index: int, start_s: float, training_s: float) -> None:
-        """Take a training's charge, but for a device that charges."""
+        """Record a training's drain, unless the device is charging."""
         indices = np.array([index])
         if bool(self._window.available(indices, start_s)[0]):
             return
@@ -147,15 +147,15 @@ class Battery:
         self._spent[index] = (before + training_s / 3600 * self._config.drain_per_hour, charged_s)
 
     def spent(self) -> Floats:
-        """Return (devices, 3): index, the level spent, when the next charge clears it. For a checkpoint."""
+        """Return (devices, 3): index, the level spent, the time of the next charge. For a checkpoint."""
         return np.array([(index, *spent) for index, spent in self._spent.items()], np.float64).reshape(-1, 3)
 
     def load(self, spent: Floats) -> None:
-        """Take up what `spent` returned."""
+        """Restore the state that `spent` returned."""
         self._spent = {int(index): (level, until_s) for index, level, until_s in spent.tolist()}
 
     def _left_s(self, indices: Indices, now_s: float) -> Floats:
-        """Return how long each device, taken as not charging, stays above `min_level`."""
+        """Return how long each device stays above `min_level` without charging."""
         full_s = self._window.into_s(indices, now_s) - self._config.share * self._config.period_s  # ago
         lasts_s = np.full(len(indices), self._lasts_s(0.0))
         if self._spent:
@@ -165,7 +165,7 @@ class Battery:
         return np.asarray(lasts_s - full_s)
 
     def _lasts_s(self, spent: float) -> float:
-        """Return how long after a full charge the level is at `min_level`; the next charge at the latest."""
+        """Return how long after a full charge the level reaches `min_level`, at most until the next charge."""
         off_s = (1 - self._config.share) * self._config.period_s
         fall = 1 - self._config.low
         above = max(0.0, 1 - spent - self._config.min_level)

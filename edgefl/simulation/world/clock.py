@@ -1,11 +1,11 @@
-"""Time that jumps: a fleet around a fleet, whose clients answer when their machines would have.
+"""Virtual time: a fleet around another fleet, whose clients answer at the times that their machines would need.
 
 The inner fleet trains as fast as this machine can; `VirtualFleet` delivers its answers in the order and
-at the times of the schedule, and moves the clock to each. It asks the inner fleet for those alone that
-the round will take: the first `rounds.clients` to arrive, and others where one of them fails.
-When a round ends is its exchange's to say (`edgefl.exchange`), as in a deployed fleet; here events have their times
+at the times of the schedule, and moves the clock to each. It asks the inner fleet only for the answers that
+the round will use: the first `rounds.clients` to arrive, and others if one of them fails.
+The exchange (`edgefl.exchange`) decides when a round ends, as in a deployed fleet; here the times of events come
 from the schedule.
-Invariant: what is delivered, in which order and at which virtual time, does not depend on real speed.
+Invariant: the answers, their order and their virtual times do not depend on real speed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from edgefl.simulation.world.devices import Devices
 from edgefl.simulation.world.schedule import NumSamples, Schedule, make_schedule
 from edgefl.trees import encoded_bytes
 
-REAL_DEADLINE_S = 86_400.0  # for the inner fleet, in real seconds: only an engine that hangs meets it
-WAIT_STEPS = 100  # looks at the fleet in one wait for clients
+REAL_DEADLINE_S = 86_400.0  # for the inner fleet, in real seconds: only an engine that hangs reaches it
+WAIT_STEPS = 100  # checks of the fleet in one wait for clients
 
 Answer = Update | Failure | Partial
 
 
 class VirtualClock:
-    """Seconds since the simulation began. Call it to read it: it is a `Job.clock`."""
+    """Seconds since the simulation began. Call it to read it; usable as `Job.clock`."""
 
     def __init__(self, now_s: float = 0.0) -> None:
         self._now_s = now_s
@@ -50,7 +50,7 @@ class VirtualClock:
         return self._now_s
 
     def move_to(self, now_s: float) -> None:
-        """Jump forward; time never runs back."""
+        """Move forward; time never goes back."""
         self._now_s = max(self._now_s, now_s)
 
 
@@ -68,9 +68,9 @@ class VirtualFleet:
         self._traffic = Traffic()
 
     def clients(self) -> Sequence[str]:
-        """Return the clients that are there, after waiting for them as the deployed fleet does.
+        """Return the available clients, after waiting for them as the deployed fleet does.
 
-        Of a very large population only as many as the cohort needs, by lot: see `Devices.available`.
+        Of a very large population, only as many random ones as the cohort needs: see `Devices.available`.
         """
         there: Sequence[str] = ()
         for num_clients, wait_s in gathering(self._rounds, is_first=self._next_round == 1):
@@ -103,14 +103,14 @@ class VirtualFleet:
             self._clock.move_to(at_s)
             if not isinstance(answer, Failure):
                 self._count(up_bytes=len(clients) * model_bytes)
-            yield answer  # of a stranger, or the second of a client, too: the guard refuses those by name
+            yield answer  # also from an unknown client, or a second one: the guard refuses these by name
         self._clock.move_to(_end_s(exchange, presence))
 
     def traffic(self) -> Traffic:
         return self._traffic
 
     def _wait_for(self, wanted: int, limit_s: float) -> list[str]:
-        """Move the clock until so many clients are there, or the limit has passed; returns who is there."""
+        """Move the clock until `wanted` clients are available, or to the limit; returns the available clients."""
         cohort, start_s = cohort_size(self._rounds), self._clock()
         for step in range(WAIT_STEPS + 1):
             self._clock.move_to(start_s + limit_s * step / WAIT_STEPS)
@@ -122,7 +122,7 @@ class VirtualFleet:
         return there
 
     def _answers(self, plan: Plan, schedule: Schedule) -> Iterator[Answer]:
-        """Ask for those who come first, as many as are wanted; then, for each that failed, for another."""
+        """Ask the clients that arrive first, as many as needed; then another one for each that failed."""
         coming = iter(schedule.arrivals)
         num_wanted = self._rounds.clients or len(plan.clients)
         while wave := tuple(islice(coming, num_wanted)):
@@ -136,7 +136,7 @@ class VirtualFleet:
             num_wanted = max(1, num_failed)
 
     def _in_order(self, plan: Plan, wave: tuple[str, ...], schedule: Schedule) -> Iterator[Answer]:
-        """Yield the wave's answers in its order; one that came before its turn waits for it.
+        """Yield the wave's answers in its order; an earlier answer waits for its turn.
 
         A partial sum's turn is that of the last client in it.
         """
@@ -150,7 +150,7 @@ class VirtualFleet:
         for answer in self._asked(plan, tuple(client for client in wave if client not in there)):
             clients = _clients_of(answer)
             if not there.isdisjoint(clients) or not turn_of.keys() >= set(clients):
-                yield answer  # twice, or from elsewhere: for the guard to refuse
+                yield answer  # a second one, or from an unknown client: the guard refuses it
                 continue
             held[max(turn_of[client] for client in clients)] = answer
             there.update(clients)
@@ -173,12 +173,12 @@ def _clients_of(answer: Answer) -> tuple[str, ...]:
 
 
 def presence_in(schedule: Schedule) -> list[Event]:
-    """Return when who goes silent, in order; in a round nobody comes back."""
+    """Return when each client goes offline, in order; within a round none comes back."""
     return sorted((Offline(client, at_s=at_s) for client, at_s in schedule.lost.items()), key=lambda one: one.at_s)
 
 
 def _end_s(exchange: Exchange, events: Iterable[Event]) -> float:
-    """Return when a round ends that gets no further answer."""
+    """Return when a round ends if no further answer arrives."""
     exchange.handle(*events)
     while exchange.closed_s is None:
         exchange.handle(Tick(at_s=exchange.due_s))

@@ -1,6 +1,6 @@
-"""The machines of a population: speed, memory, links, moods; drawn by (seed, device) or read from a trace.
+"""The machines of a population: speed, memory, links, delays; drawn by (seed, device) or read from a trace.
 
-Invariant: a device's profile is the same whenever it is asked for, and costs nothing until it is.
+Invariant: a device's profile is always the same, and costs nothing until it is used.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from edgefl.simulation.world.availability import Availability, AvailabilityConfi
 from edgefl.simulation.world.draws import Floats, Indices, Spread, stream_key, uniform
 from edgefl.simulation.world.trace import NUMBERS, TracedAvailability, TracedDevice, read_trace
 
-CANDIDATES_FROM = 20_000  # devices: from here on a cohort is drawn before anyone is asked whether it is there
+CANDIDATES_FROM = 20_000  # from this number of devices on, candidates are drawn before their availability is checked
 
-LEAST = 1e-3  # of a speed, memory or link: where a spread reaches down to 0, time would have no end
+LEAST = 1e-3  # of a speed, memory or link: with 0, times would be infinite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DevicesConfig:
-    """What the devices are like. The defaults are of a middling phone on a home network, always there."""
+    """The devices' properties. Defaults: an average phone on a home network, always available."""
 
     speed: Spread = field(default_factory=lambda: Spread(mean=1000.0))  # samples/s, forward and backward
     memory_mb: Spread = field(default_factory=lambda: Spread(mean=4096.0))
     downlink_mbps: Spread = field(default_factory=lambda: Spread(mean=50.0))
     uplink_mbps: Spread = field(default_factory=lambda: Spread(mean=10.0))
     rtt_s: Spread = field(default_factory=lambda: Spread(mean=0.05))
-    delay_s: Spread = field(default_factory=Spread)  # drawn anew in each round, before the training
+    delay_s: Spread = field(default_factory=Spread)  # drawn again in each round, before the training
     availability: AvailabilityConfig = field(default_factory=AvailabilityConfig)
-    trace: str = ""  # a file of real devices; it goes before the spreads
+    trace: str = ""  # a file of real devices; overrides the spreads
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -56,16 +56,16 @@ class Device:
         return num_samples * epochs / self.speed
 
     def download_s(self, num_bytes: int) -> float:
-        """Seconds to fetch so much. Ignores loss and retransmission."""
+        """Seconds to download this much. Ignores loss and retransmission."""
         return self.rtt_s + 8 * num_bytes / (self.downlink_mbps * 1e6)
 
     def upload_s(self, num_bytes: int) -> float:
-        """Seconds to send so much. Ignores loss and retransmission."""
+        """Seconds to upload this much. Ignores loss and retransmission."""
         return self.rtt_s + 8 * num_bytes / (self.uplink_mbps * 1e6)
 
 
 class Devices:
-    """The machines behind the names of a population."""
+    """The machines of a population's clients."""
 
     def __init__(self, config: DevicesConfig, names: Sequence[str], seed: int = 0) -> None:
         self.names = names
@@ -85,14 +85,14 @@ class Devices:
         return Device(**{name: traced[name] if name in traced else self._draw(name, index) for name in NUMBERS})
 
     def delay_s(self, client: str, round_number: int) -> float:
-        """Return what a client lets pass in this round before it trains."""
+        """Return a client's delay in this round before it trains."""
         spread = self._config.delay_s
         if spread.kind == "constant":
             return spread.quantile(0.5)
         return spread.quantile(uniform(self.names.index(client), self._seed, "delay", round_number))
 
     def drops_out(self, client: str, round_number: int) -> float | None:
-        """Return after which share of its work a client goes silent in this round; None where it does not."""
+        """Return the fraction of its work after which a client goes offline in this round; None if it does not."""
         dropout = self._config.availability.dropout
         if dropout == 0:
             return None
@@ -100,27 +100,27 @@ class Devices:
         return draw / dropout if draw < dropout else None
 
     def until_s(self, client: str, now_s: float) -> float:
-        """Return when a client that is there leaves."""
+        """Return when an available client becomes unavailable."""
         return self._availability.until_s(self.names.index(client), now_s)
 
     def spend(self, client: str, start_s: float, training_s: float) -> None:
-        """Note that a client trained: it costs charge."""
+        """Record that a client trained, which drains its battery."""
         self._availability.spend(self.names.index(client), start_s, training_s)
 
     def spent(self) -> Floats:
-        """Return what batteries have spent, (devices, 3), for a checkpoint; all else follows from the seed."""
+        """Return the batteries' state, (devices, 3), for a checkpoint; all else follows from the seed."""
         battery = self._availability
         return battery.spent() if isinstance(battery, Battery) else np.zeros((0, 3))
 
     def load(self, spent: Floats) -> None:
-        """Take up what `spent` returned."""
+        """Restore the state that `spent` returned."""
         if isinstance(self._availability, Battery):
             self._availability.load(spent)
 
     def available(self, now_s: float, *, wanted: int, round_number: int) -> list[str]:
-        """Return clients that are there now, in sorted order: all of them, or, of very many, `wanted` by lot.
+        """Return clients that are available now, sorted: all of them, or, of very many, `wanted` random ones.
 
-        The lot is seeded by (seed, round); `wanted` of 0 asks for all. Costs what the lot costs.
+        The draw is seeded by (seed, round); `wanted` 0 means all. The cost depends only on the size of the draw.
         """
         if not wanted or len(self.names) < CANDIDATES_FROM:
             chosen = self._there(np.arange(len(self.names)), now_s)
@@ -132,7 +132,7 @@ class Devices:
         return np.asarray(indices[self._availability.available(indices, now_s)])
 
     def _by_lot(self, now_s: float, wanted: int, round_number: int) -> Indices:
-        """Ask ever more, drawn afresh, until enough are there."""
+        """Draw more and more candidates until enough are available."""
         total, asked = len(self.names), 2 * wanted
         while True:
             rng = np.random.default_rng(stream_key(self._seed, "candidates", round_number, asked))

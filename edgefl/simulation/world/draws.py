@@ -1,9 +1,9 @@
-"""Seeded draws by key: the number of (seed, stream, client) needs no state and no draw before it.
+"""Seeded draws by key: the draw for (seed, stream, client) needs no state and no earlier draws.
 
-That is what makes a population lazy: client 999,999 costs as much as client 0. A stream is named by
-words (`"speed"`, `"drop-out", 12`) and hashed by SHA-256; within it the index is mixed by splitmix64
+So a population is lazy: client 999,999 costs as much as client 0. A stream has a name of several
+parts (`"speed"`, `"drop-out", 12`), hashed by SHA-256; within it the index is mixed by splitmix64
 (Steele et al. 2014), so that a million draws are a few numpy operations.
-Invariant: a draw depends on its seed, stream and index alone; it is the same in every process.
+Invariant: a draw depends only on its seed, stream and index; it is the same in every process.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _STANDARD = NormalDist()
 
 
 def stream_key(seed: int, *stream: object) -> int:
-    """Return 64 bits for a stream: a seed for `numpy.random.default_rng` too."""
+    """Return 64 bits for a stream; also usable as a seed for `numpy.random.default_rng`."""
     return int.from_bytes(hashlib.sha256(repr((seed, *stream)).encode()).digest()[:8])
 
 
 def uniforms(indices: Indices, seed: int, *stream: object) -> Floats:
-    """Return a number of the open interval (0, 1) for each index."""
+    """Return a number in the open interval (0, 1) for each index."""
     mixed = np.asarray(indices).astype(np.uint64) * _GOLDEN + np.uint64(
         stream_key(seed, *stream)
-    )  # wraps: it is a hash
+    )  # wraps on purpose: it is a hash
     for shift, factor in _MIXERS:
         mixed = (mixed ^ (mixed >> shift)) * factor
     mixed ^= mixed >> np.uint64(31)
@@ -46,7 +46,7 @@ def uniforms(indices: Indices, seed: int, *stream: object) -> Floats:
 
 
 def uniform(index: int, seed: int, *stream: object) -> float:
-    """Return what `uniforms` returns for one index, at a tenth of its cost."""
+    """Return the same as `uniforms` for one index, at a tenth of the cost."""
     mixed = (index * int(_GOLDEN) + stream_key(seed, *stream)) & _BITS
     for shift, factor in _MIXERS:
         mixed = ((mixed ^ (mixed >> int(shift))) * int(factor)) & _BITS
@@ -56,10 +56,10 @@ def uniform(index: int, seed: int, *stream: object) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """How a quantity is spread over devices, or over a device's rounds.
+    """The distribution of a quantity over devices, or over a device's rounds.
 
-    constant: `mean`; uniform: from `min` to `max`; normal and lognormal: of this `mean` and `std` (of the
-    quantity itself, not of its logarithm). What falls outside `min`..`max` is cut to it.
+    constant: `mean`; uniform: from `min` to `max`; normal and lognormal: with this `mean` and `std` (of the
+    quantity itself, not of its logarithm). Values outside `min`..`max` are clipped.
     """
 
     kind: str = "constant"
@@ -85,11 +85,11 @@ class Spread:
 
     @property
     def lowest(self) -> float:
-        """The least that may be drawn."""
+        """The smallest possible value."""
         return max(self.min, self.mean) if self.kind == "constant" else self.min
 
     def quantile(self, share: float) -> float:
-        """Return the value that this share of draws, in (0, 1), stays below."""
+        """Return the value below which this fraction of draws, in (0, 1), lies."""
         return min(max(self._uncut(share), self.min), self.max)
 
     def _uncut(self, share: float) -> float:

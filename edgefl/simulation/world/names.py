@@ -1,4 +1,4 @@
-"""The names of a population's clients: a sequence of a million that holds none of them.
+"""The names of a population's clients: a sequence of a million names that stores none of them.
 
 Invariant: the names are in sorted order, so that a cohort drawn by position is a cohort drawn by name.
 """
@@ -55,7 +55,7 @@ class Names(Sequence[str]):
 
 
 class KnownNames(Sequence[str]):
-    """Names that stand in the data, e.g. of the people who wrote it; sorted, and found without a search."""
+    """Names from the data, e.g. of its authors; sorted, with index lookup without a search."""
 
     in_order = True
 

@@ -1,18 +1,18 @@
-"""Who holds which samples: partitions of one data set over the clients of a simulation.
+"""Partitions: how the samples of one data set are distributed to the clients of a simulation.
 
-Two ways, by `samples_per_client`:
+Two modes, by `samples_per_client`:
 
-- 0: a *partition*. Each sample belongs to exactly one client. One pass over the labels when it is
-  made, two integers a sample and one a client held; a client's own are a slice. It cannot have more
+- 0: a *partition*. Each sample belongs to exactly one client. One pass over the labels at the start;
+  memory is two integers per sample and one per client; a client's samples are a slice. It cannot have more
   clients than samples.
-- above 0: *shared*. Each client draws its own samples, seeded by (seed, client), when it is asked:
+- above 0: *shared*. Each client draws its samples on demand, seeded by (seed, client):
   a million clients over fifty thousand samples cost nothing before they are sampled. Clients overlap.
 
-By hand in numpy: flwr-datasets' partitioners assign every client up front through Hugging Face
-`datasets`, and bring some thirty packages (pandas, pyarrow, matplotlib, seaborn, aiohttp).
+Written in numpy: flwr-datasets' partitioners assign every client up front with Hugging Face
+`datasets`, and require some thirty packages (pandas, pyarrow, matplotlib, seaborn, aiohttp).
 Dirichlet: Hsu et al. 2019, "Measuring the effects of non-identical data distribution". Shards:
 McMahan et al. 2017, section 3.
-Invariant: a client's indices depend on (seed, client, the labels) alone.
+Invariant: a client's indices depend only on (seed, client, the labels).
 """
 
 # Shapes: N = samples, C = clients.
@@ -36,12 +36,12 @@ class Partition(Protocol):
         """Return the positions of a client's samples; empty for a client without data."""
 
     def size(self, client: int) -> int:
-        """Return how many they are, at the least cost."""
+        """Return the number of a client's samples, as cheaply as possible."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """What a partitioner is told."""
+    """The arguments of a partitioner."""
 
     clients: int
     seed: int
@@ -55,7 +55,7 @@ class Disjoint:
 
     def __init__(self, owner_n: Indices, clients: int, seed: int) -> None:
         mixed = np.random.default_rng(stream_key(seed, "order")).permutation(len(owner_n))
-        self._order_n = mixed[np.argsort(owner_n[mixed], kind="stable")]  # within a client, no order by label
+        self._order_n = mixed[np.argsort(owner_n[mixed], kind="stable")]  # random order within a client
         self._ends_c = np.cumsum(np.bincount(owner_n, minlength=clients))
 
     def indices(self, client: int) -> Indices:
@@ -69,7 +69,7 @@ class Disjoint:
 
 
 class Shared:
-    """Each client draws its own, when it is asked."""
+    """Each client draws its own samples, on demand."""
 
     def __init__(
         self, draw: Callable[[np.random.Generator, int], Indices], size: Callable[[int], int], seed: int
@@ -84,10 +84,10 @@ class Shared:
 
 
 def owners(partitioner: str, labels_n: Indices, cut: Cut) -> Indices:
-    """Return the owner of each sample, (N,); raises ConfigError where there are more clients than samples."""
+    """Return the owner of each sample, (N,); raises ConfigError if there are more clients than samples."""
     if cut.clients > len(labels_n):
         raise ConfigError(
-            f"population.clients={cut.clients} is above the {len(labels_n)} samples that there are to part. "
+            f"population.clients={cut.clients} is above the {len(labels_n)} samples. "
             "Set population.samples_per_client to let clients share samples, or ask for fewer clients."
         )
     return _OWNERS[partitioner](np.random.default_rng(stream_key(cut.seed, partitioner)), labels_n, cut)
@@ -99,16 +99,16 @@ def shared(partitioner: str, labels_n: Indices, cut: Cut) -> Shared:
 
 
 def filled(owner_n: Indices, clients: int, min_samples: int) -> Indices:
-    """Return the owners after those with most have given to those under `min_samples`."""
+    """Return the owners after clients with the most samples gave to those below `min_samples`."""
     if min_samples * clients > len(owner_n):
         raise ConfigError(
-            f"population.min_samples={min_samples} for {clients} clients asks for {min_samples * clients} samples; "
+            f"population.min_samples={min_samples} for {clients} clients needs {min_samples * clients} samples; "
             f"there are {len(owner_n)}"
         )
     counts_c = np.bincount(owner_n, minlength=clients)
     wanted = np.repeat(np.arange(clients), np.maximum(min_samples - counts_c, 0))
-    by_size_n = np.lexsort((owner_n, -counts_c[owner_n]))  # samples, those of the client with most first
-    ranks_n = np.empty_like(owner_n)  # of a sample within its owner's
+    by_size_n = np.lexsort((owner_n, -counts_c[owner_n]))  # samples, those of the client with the most first
+    ranks_n = np.empty_like(owner_n)  # rank of a sample among its owner's samples
     in_turn_n = np.argsort(owner_n, kind="stable")
     ranks_n[in_turn_n] = np.arange(len(owner_n)) - (np.cumsum(counts_c) - counts_c)[owner_n[in_turn_n]]
     spare = by_size_n[ranks_n[by_size_n] >= min_samples]
@@ -118,7 +118,7 @@ def filled(owner_n: Indices, clients: int, min_samples: int) -> Indices:
 
 
 def _dealt(rng: np.random.Generator, num_samples: int, clients: int) -> Indices:
-    """Deal positions evenly, in random order: sizes differ by one at most."""
+    """Distribute positions evenly, in random order: sizes differ by at most one."""
     return rng.permutation(np.arange(num_samples) % clients)
 
 
@@ -127,19 +127,19 @@ def _iid_owners(rng: np.random.Generator, labels_n: Indices, cut: Cut) -> Indice
 
 
 def _dirichlet_owners(rng: np.random.Generator, labels_n: Indices, cut: Cut) -> Indices:
-    """For each label, shares of the clients ~ Dir(alpha), and its samples cut by them."""
+    """For each label, split its samples by fractions per client ~ Dir(alpha)."""
     owner_n = np.empty(len(labels_n), np.int64)
     for label in np.unique(labels_n):
         members = rng.permutation(np.flatnonzero(labels_n == label))
         shares_c = _dirichlet(rng, np.full(cut.clients, cut.alpha))
         ends_c = np.rint(np.cumsum(shares_c) * len(members)).astype(np.int64)
-        ends_c[-1] = len(members)  # whatever the last digits of the sum
+        ends_c[-1] = len(members)  # exact, whatever the rounding of the sum
         owner_n[members] = np.searchsorted(ends_c, np.arange(len(members)), side="right")
     return owner_n
 
 
 def _shard_owners(rng: np.random.Generator, labels_n: Indices, cut: Cut) -> Indices:
-    """Sort by label, cut into equal shards, deal `shards_per_client` to each."""
+    """Sort by label, split into equal shards, give `shards_per_client` to each client."""
     num_shards = cut.clients * cut.shards_per_client
     if num_shards > len(labels_n):
         raise ConfigError(
@@ -155,7 +155,7 @@ def _shard_owners(rng: np.random.Generator, labels_n: Indices, cut: Cut) -> Indi
 
 
 def _skewed_owners(rng: np.random.Generator, labels_n: Indices, cut: Cut) -> Indices:
-    """Sizes ~ Dir(alpha) over the clients; which samples is left to chance."""
+    """Sizes ~ Dir(alpha) over the clients, with random samples."""
     shares_c = _dirichlet(rng, np.full(cut.clients, cut.alpha))
     ends_c = np.rint(np.cumsum(shares_c) * len(labels_n)).astype(np.int64)
     ends_c[-1] = len(labels_n)
@@ -163,7 +163,7 @@ def _skewed_owners(rng: np.random.Generator, labels_n: Indices, cut: Cut) -> Ind
 
 
 def _dirichlet(rng: np.random.Generator, alphas: np.ndarray) -> np.ndarray:
-    """Draw shares; where alpha is so small that all the gammas underflow, one takes all."""
+    """Draw fractions; if alpha is so small that all gammas underflow, one client gets all."""
     gammas: np.ndarray = rng.standard_gamma(alphas)
     total = gammas.sum()
     if total > 0:
@@ -177,7 +177,7 @@ def _share_iid(labels_n: Indices, cut: Cut) -> Shared:
 
 
 def _share_dirichlet(labels_n: Indices, cut: Cut) -> Shared:
-    """Each client has shares of the labels ~ Dir(alpha * prior * labels), and draws by them."""
+    """Each client draws by its own label distribution ~ Dir(alpha * prior * labels)."""
     members = [np.flatnonzero(labels_n == label) for label in np.unique(labels_n)]
     prior = np.array([len(own) for own in members]) / len(labels_n)
 
@@ -190,7 +190,7 @@ def _share_dirichlet(labels_n: Indices, cut: Cut) -> Shared:
 
 
 def _share_shards(labels_n: Indices, cut: Cut) -> Shared:
-    """Each client takes `shards_per_client` runs, from anywhere in the samples sorted by label."""
+    """Each client takes `shards_per_client` runs, from random places in the samples sorted by label."""
     sorted_n = np.argsort(labels_n, kind="stable")
 
     def draw(rng: np.random.Generator, size: int) -> Indices:
@@ -203,7 +203,7 @@ def _share_shards(labels_n: Indices, cut: Cut) -> Shared:
 
 
 def _share_skewed(labels_n: Indices, cut: Cut) -> Shared:
-    """Sizes ~ Gamma(alpha) of mean `samples_per_client`, one at least."""
+    """Sizes ~ Gamma(alpha) with mean `samples_per_client`, at least one."""
     num_samples = len(labels_n)
 
     def size(client: int) -> int:
@@ -214,7 +214,7 @@ def _share_skewed(labels_n: Indices, cut: Cut) -> Shared:
 
 
 def _distinct(rng: np.random.Generator, num_samples: int, count: int) -> Indices:
-    """Draw without repeats while there are enough; beyond that, all of them again."""
+    """Draw without repetition while there are enough samples; then start again with all."""
     rounds, rest = divmod(count, num_samples)
     drawn = [np.tile(np.arange(num_samples), rounds), rng.choice(num_samples, rest, replace=False)]
     return np.concatenate(drawn)

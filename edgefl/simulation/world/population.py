@@ -1,8 +1,8 @@
-"""Populations: the clients of a simulation and what each of them holds, made when it is asked for.
+"""Populations: the clients of a simulation and their data, created on demand.
 
-`[population]` of the configuration says how many clients there are, how the task's samples fall on
-them, and what machines they are (`[population.devices]`).
-Invariant: making a population makes no object a client; a client's samples depend on (seed, client) alone.
+`[population]` in the configuration sets the number of clients, how the task's samples are distributed
+to them, and their machines (`[population.devices]`).
+Invariant: a population creates no object per client; a client's samples depend only on (seed, client).
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from edgefl.training.samples import Samples, train_samples
 PARTITIONERS = ("task", "iid", "dirichlet", "shards", "size_skew", "natural")
 BY_LABEL = ("dirichlet", "shards")
 DEFAULT_CLIENTS = 100
-KNOWN_SIZES = 100_000  # clients whose number of samples is remembered
+KNOWN_SIZES = 100_000  # clients whose number of samples is cached
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PopulationConfig:
-    """Who takes part in a simulation, and what each holds.
+    """The clients of a simulation, and their data.
 
-    `partitioner`: task (the task's own `train_data`, asked with the options part and parts), or all the
-    samples of `train_data` parted: iid, dirichlet (skewed labels), shards (few labels), size_skew,
-    natural (by the id of each sample, from the file `ids`: .npy, or text of a line a sample).
+    `partitioner`: task (the task's own `train_data`, called with the options part and parts), or a partition of
+    all samples of `train_data`: iid, dirichlet (skewed labels), shards (few labels), size_skew,
+    natural (by the id of each sample, from the file `ids`: .npy, or text with one line per sample).
     """
 
-    clients: int = 0  # 0: as many as there are ids (natural), or DEFAULT_CLIENTS
+    clients: int = 0  # 0: one per id (natural), or DEFAULT_CLIENTS
     partitioner: str = "task"
-    alpha: float = 0.5  # of the Dirichlet; smaller is more skewed
+    alpha: float = 0.5  # of the Dirichlet distribution; smaller is more skewed
     shards_per_client: int = 2
-    samples_per_client: int = 0  # 0: each sample has one owner; above: clients share samples, any number of clients
-    min_samples: int = 0  # those with most give to those below
+    samples_per_client: int = 0  # 0: each sample has one owner; above 0: clients share samples
+    min_samples: int = 0  # clients with the most samples give to those with fewer
     seed: int = 0
     ids: str = ""
     data: Mapping[str, str] = field(default_factory=dict)  # further options of `train_data`
@@ -75,9 +75,9 @@ class PopulationConfig:
 
 
 def make_population(task: Task, config: PopulationConfig, seed: int = 0) -> Population:
-    """Return the population that the configuration describes; raises ConfigError or TaskError.
+    """Return the configured population; raises ConfigError or TaskError.
 
-    `seed` is the job's: the task's loader draws by it.
+    `seed` is the job's seed, which also seeds the task's loader.
     """
     if config.partitioner == "task":
         return TaskPopulation(task, config.clients or DEFAULT_CLIENTS, config.data, seed=seed)
@@ -102,19 +102,19 @@ def make_population(task: Task, config: PopulationConfig, seed: int = 0) -> Popu
 
 
 def samples_of(population: Population, client: str, seed: int) -> Samples:
-    """Return a client's samples; raises TaskError where it has none, or is not to be tried again.
+    """Return a client's samples; raises TaskError if it has none, or must not be tried again.
 
-    A population of the user's own may draw: by the job's seed and the client alone.
+    A user's own population may draw random numbers: the states are seeded by the job's seed and the client.
     """
     turn_of(client)
     if isinstance(population, TaskPopulation | PartedPopulation):
-        return population.samples(client)  # whose loader is seeded where it is called
+        return population.samples(client)  # seeds the loader itself
     with seeded(data_seed(seed, client)):
         return population.samples(client)
 
 
 class PartedPopulation:
-    """All samples in memory once, and a partition over them."""
+    """All samples, once in memory, and a partition of them."""
 
     def __init__(self, everything: Samples, names: Sequence[str], partition: Partition) -> None:
         self.everything = everything
@@ -144,9 +144,9 @@ class PartedPopulation:
 
 
 def sizes_of(task: Task, population: Population, seed: int = 0) -> NumSamples:
-    """Return how many samples a client trains on, counted without making them where that can be.
+    """Return a function that counts a client's samples, without loading them if possible.
 
-    0 for a client without data: its `samples` says why. 1 for each where the task's own `fit` loads them.
+    0 for a client without data: its `samples` says why. Always 1 if the task's own `fit` loads the data.
     """
     if isinstance(population, PartedPopulation):
         return population.num_samples
@@ -157,20 +157,20 @@ def sizes_of(task: Task, population: Population, seed: int = 0) -> NumSamples:
     def count(client: str) -> int:
         try:
             return len(samples_of(population, client, seed))
-        except TaskError:  # it comes again, and is told, where the client is to train
+        except TaskError:  # raised again, and reported, when the client is to train
             return 0
 
     return count
 
 
 def _labels(everything: Samples, partitioner: str) -> Indices:
-    """Return one label a sample, (N,); zeros where the partitioner does not look at them."""
+    """Return one label per sample, (N,); zeros if the partitioner does not use labels."""
     if partitioner not in BY_LABEL:
         return np.zeros(len(everything), np.int64)
     targets = everything.targets.cpu().numpy()
     if targets.ndim != 1 or targets.dtype.kind not in "iub":
         raise ConfigError(
-            f"population.partitioner={partitioner!r} needs one integer label a sample; the task's targets are "
+            f"population.partitioner={partitioner!r} needs one integer label per sample; the task's targets are "
             f"{targets.dtype} of shape {list(targets.shape)}. Use iid, size_skew, natural or task."
         )
     return targets.astype(np.int64)
@@ -180,7 +180,7 @@ def _natural(everything: Samples, config: PopulationConfig) -> PartedPopulation:
     ids = _read_ids(Path(config.ids))
     if len(ids) != len(everything):
         raise ConfigError(
-            f"population.ids: {config.ids} has {len(ids)} ids for {len(everything)} samples; it must have one a sample"
+            f"population.ids: {config.ids} has {len(ids)} ids for {len(everything)} samples; expected one per sample"
         )
     names = KnownNames(ids)
     if config.clients > len(names):

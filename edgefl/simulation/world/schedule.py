@@ -1,9 +1,9 @@
-"""When each client of a round would answer, known before anyone trains.
+"""When each client of a round would answer, computed before any training.
 
     arrival = start + delay + download (bytes / link + rtt) + samples * epochs / speed + upload (+ rtt)
 
-Since the times follow from sizes alone, whoever is late, or lost, need not be trained at all.
-Invariant: a schedule depends on the devices, the plan and its start; never on how fast this machine is.
+The times follow from sizes alone, so late or lost clients need not be trained at all.
+Invariant: a schedule depends on the devices, the plan and its start, never on the speed of this machine.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ NumSamples = Callable[[str], int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """A round's answers to come, in seconds of the virtual clock."""
+    """A round's expected answers, in seconds of the virtual clock."""
 
     end_s: float  # the deadline
-    arrivals: Mapping[str, float]  # client -> when; soonest first
+    arrivals: Mapping[str, float]  # client -> time; earliest first
     late: tuple[str, ...]  # would answer after the deadline
-    lost: Mapping[str, float]  # client -> when it goes silent
-    refused: Mapping[str, str]  # client -> why it cannot train; its arrival tells
+    lost: Mapping[str, float]  # client -> when it goes offline
+    refused: Mapping[str, str]  # client -> why it cannot train; reported at its arrival
 
 
 def make_schedule(
     devices: Devices, plan: Plan, num_samples: NumSamples, start_s: float, have_frozen: Collection[str] = ()
 ) -> Schedule:
-    """Work out a round; the devices' batteries are charged for it.
+    """Compute a round's schedule; drains the devices' batteries accordingly.
 
-    Of `have_frozen` are the clients that need not fetch the frozen tensors.
+    `have_frozen` are the clients that need not fetch the frozen tensors again.
     """
     model_bytes, end_s = encoded_bytes(plan.parameters), start_s + plan.deadline_s
     frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
@@ -53,7 +53,7 @@ def make_schedule(
             training_s = device.compute_s(num_samples(client), plan.train.epochs)
             answer_s = ready_s + training_s + device.upload_s(model_bytes if training_s else 0)  # without data: no
         silent_s = _silent_s(devices, client, plan.round, start_s, answer_s)
-        devices.spend(client, start_s, training_s)  # last: what it takes is missed in the next round
+        devices.spend(client, start_s, training_s)  # last: the drain counts from the next round on
         if silent_s is not None and silent_s < end_s:
             lost[client] = silent_s
         elif silent_s is not None or answer_s > end_s:
@@ -65,7 +65,7 @@ def make_schedule(
 
 
 def _silent_s(devices: Devices, client: str, round_number: int, start_s: float, answer_s: float) -> float | None:
-    """Return when a client goes silent, where it does so before it has answered."""
+    """Return when a client goes offline, if before its answer."""
     leaves_s = devices.until_s(client, start_s)
     share = devices.drops_out(client, round_number)
     if share is not None:

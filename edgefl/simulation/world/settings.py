@@ -1,6 +1,6 @@
-"""What a simulation is told beyond a job: `[population]`, in the same TOML file.
+"""Settings of a simulation in addition to a job's: `[population]` and `[engine]`, in the same TOML file.
 
-Who says nothing about devices has ideal ones, and rounds take what they take here. With
+Without settings for devices they are ideal, and a round takes the real time on this machine. With
 `[population.devices]` the rounds run in virtual time: see `edgefl.simulation.world.clock`.
 """
 
@@ -26,18 +26,18 @@ from edgefl.simulation.world.population import PopulationConfig, sizes_of
 class EngineConfig:
     """How the clients are trained, whatever the engine."""
 
-    compile: bool = False  # steps by a C++ compiler: seconds to a minute at the start, a fifth or more less a step
-    record: bool = True  # steps as lists of tensor operations; without, each is taken as on a device, more slowly
+    compile: bool = False  # compile steps with C++: costs up to a minute at the start, saves a fifth or more per step
+    record: bool = True  # record steps as lists of tensor operations; false: compute them as on a device, slower
 
     def __post_init__(self) -> None:
         if self.compile and not self.record:
             raise ConfigError(
-                "engine.compile=true makes code of recorded steps, which engine.record=false switches off; set one"
+                "engine.compile=true compiles recorded steps, which engine.record=false switches off; set only one"
             )
         if self.compile and not has_compiler():
             raise ConfigError(
-                "engine.compile=true needs a C++ compiler, and neither $CXX (or g++) nor clang++ is there. "
-                "Install one, or leave the setting out."
+                "engine.compile=true needs a C++ compiler, but neither $CXX (or g++) nor clang++ was found. "
+                "Install one, or drop the setting."
             )
 
 
@@ -52,7 +52,7 @@ class SimulationConfig(JobConfig):
 def with_arguments(
     config: JobConfig, *, clients: int | None, rounds: int | None, data: Mapping[str, str] | None
 ) -> SimulationConfig:
-    """Return the configuration with what was said besides it."""
+    """Return the configuration, overridden by a call's arguments."""
     sections: dict[str, Any] = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
     population = sections.pop("population", PopulationConfig())
     if clients is not None:
@@ -65,7 +65,7 @@ def with_arguments(
 
 
 def with_settings(config: SimulationConfig, settings: Mapping[str, Any]) -> SimulationConfig:
-    """Return the configuration with `{"train.lr": 0.1}` over it; raises ConfigError naming the key at fault."""
+    """Return the configuration, overridden by `{"train.lr": 0.1}`; raises ConfigError with the wrong key."""
     data = dataclasses.asdict(config)
     for key, value in settings.items():
         *sections, last = key.split(".")
@@ -80,7 +80,7 @@ def with_settings(config: SimulationConfig, settings: Mapping[str, Any]) -> Simu
 
 @dataclass(frozen=True, slots=True)
 class VirtualTime:
-    """An engine's clients on their own machines."""
+    """An engine in virtual time."""
 
     fleet: Fleet
     clock: VirtualClock
@@ -90,7 +90,7 @@ class VirtualTime:
 def virtual_time(
     setup: SimulationSetup, config: SimulationConfig, engine: Fleet, saved: Checkpoint | None = None
 ) -> VirtualTime | None:
-    """Put an engine into virtual time, where the configuration describes devices; as it was in a checkpoint."""
+    """Put an engine into virtual time, if devices are configured; restores the state of a checkpoint."""
     if config.population.devices == DevicesConfig():
         return None
     clock = VirtualClock(saved.virtual_s or 0.0 if saved is not None else 0.0)

@@ -1,7 +1,7 @@
-"""Clients whose data come from the task's own loader: client i of N is `part=i, parts=N`, as on devices.
+"""Clients with data from the task's own loader: client i of N gets `part=i, parts=N`, as on devices.
 
-Samples are kept while they fit into `CACHE_BYTES`; beyond that the oldest are loaded again when they
-are asked for.
+Samples are cached while they fit into `CACHE_BYTES`; beyond that the oldest are dropped and loaded again
+when needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CACHE_BYTES = 1 << 30
 
 
 class TaskPopulation:
-    """As many clients as asked for; raises ConfigError for a loader that cannot part its data."""
+    """`num_clients` clients; raises ConfigError for a loader that cannot split its data."""
 
     def __init__(self, task: Task, num_clients: int, options: Mapping[str, str], *, seed: int = 0) -> None:
         if num_clients < 1:
@@ -35,7 +35,7 @@ class TaskPopulation:
         return self._names
 
     def options(self, client: str) -> dict[str, str]:
-        """Return the data options of one client, as a device would have been started with."""
+        """Return the data options of one client, as for a device."""
         return {**self._options, "part": str(self._names.index(client)), "parts": str(len(self._names))}
 
     def samples(self, client: str) -> Samples:
@@ -52,11 +52,11 @@ def _refuse_partless(task: Task) -> None:
         return
     try:
         signature = inspect.signature(task.train_data)
-    except ValueError:  # some builtins have none
+    except ValueError:  # some builtins have no signature
         return
     anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.parameters.values())
     if not anything and not {"part", "parts"} <= signature.parameters.keys():
         raise ConfigError(
-            f"task {task.name!r}: train_data{signature} takes no `part` and `parts`, so its data cannot be dealt to "
-            "simulated clients. Give it both (strings: this client's number from 0, and how many there are)."
+            f"task {task.name!r}: train_data{signature} takes no `part` and `parts`, so its data cannot be split "
+            "between simulated clients. Add both (strings: this client's number from 0, and the number of clients)."
         )

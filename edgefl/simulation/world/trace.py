@@ -1,11 +1,11 @@
-"""Traces of real devices: one device a line, in CSV with a header, or one JSON object a line.
+"""Traces of real devices: one device per line, as CSV with a header, or one JSON object per line.
 
     speed,memory_mb,downlink_mbps,uplink_mbps,rtt_s,available
     120,4096,50,10,0.05,0-28800;79200-86400
 
-Any column may be missing or a value empty: the configured spread then says. `available` are windows
+Any column may be missing or a value empty: then the configured spread is used. `available` lists windows
 in seconds of a period; in JSON a list of [start, end]. Client i is line i modulo the number of lines.
-Invariant: a trace is read whole and every line of it is right, or ConfigError names file and line.
+Invariant: every line of a trace is valid, or ConfigError names file and line.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ NUMBERS = ("speed", "memory_mb", "downlink_mbps", "uplink_mbps", "rtt_s")
 MAY_BE_ZERO = ("rtt_s",)
 COLUMNS = (*NUMBERS, "available")
 
-Windows = tuple[tuple[float, float], ...]  # seconds of a period, in order, apart
+Windows = tuple[tuple[float, float], ...]  # seconds of a period, in order, not overlapping
 
 
 @dataclass(frozen=True, slots=True)
 class TracedDevice:
-    """What one line says; what it does not say is absent."""
+    """The values of one line; missing values are absent."""
 
     numbers: Mapping[str, float]
     windows: Windows | None
@@ -59,7 +59,7 @@ def read_trace(file: Path, period_s: float) -> tuple[TracedDevice, ...]:
 
 
 class TracedAvailability:
-    """The windows of a trace, repeated each period; a device without any is always there."""
+    """The windows of a trace, repeated each period; a device without windows is always available."""
 
     def __init__(self, devices: tuple[TracedDevice, ...], period_s: float) -> None:
         self._devices, self._period_s = devices, period_s
@@ -74,10 +74,10 @@ class TracedAvailability:
         return now_s if end_s is None else end_s
 
     def spend(self, index: int, start_s: float, training_s: float) -> None:
-        """A trace is what was seen: it has its batteries in it."""
+        """Do nothing: a trace already includes the effect of batteries."""
 
     def _window(self, line: int, now_s: float) -> float | None:
-        """Return when the window ends that now is in."""
+        """Return when the current window ends."""
         windows = self._devices[line].windows
         if windows is None:
             return math.inf
@@ -96,7 +96,7 @@ def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     header = [name.strip() for name in next(reader, [])]
     if len(set(header) & set(COLUMNS)) < len(header):
         raise ConfigError(
-            f"{file}:1: the header is {','.join(header)!r}; wanted are some of these columns, each once: "
+            f"{file}:1: the header is {','.join(header)!r}; expected some of these columns, each once: "
             f"{', '.join(COLUMNS)}"
         )
     for row in reader:
@@ -139,7 +139,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _windows(value: Any, period_s: float) -> Windows:
-    wanted = f"wanted are windows start-end, apart and in order, within 0..{period_s:g}, such as 0-28800;79200-86400"
+    wanted = f"expected windows start-end, in order, apart, within 0..{period_s:g}, such as 0-28800;79200-86400"
     try:
         pairs = [one.split("-") for one in value.split(";")] if isinstance(value, str) else list(value)
         windows = tuple((float(start), float(end)) for start, end in pairs)

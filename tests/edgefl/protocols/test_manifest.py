@@ -88,11 +88,11 @@ def test_a_blob_must_be_what_was_signed(tmp_path: Path) -> None:
     file.write_bytes(b"abc")
     ref = BlobRef(sha256=hashlib.sha256(b"abc").hexdigest(), size=3)
     check_blob("model", ref, file)
-    with pytest.raises(ManifestRejected, match="model has 3 bytes where 4 were signed"):
+    with pytest.raises(ManifestRejected, match="model has 3 bytes, but 4 were signed"):
         check_blob("model", dataclasses.replace(ref, size=4), file)
     file.write_bytes(b"abd")
     with pytest.raises(
-        ManifestRejected, match=r"model has SHA-256 a52d159f262b2c6d\.\.\., signed was ba7816bf8f01cfea"
+        ManifestRejected, match=r"model has SHA-256 a52d159f262b2c6d\.\.\., but ba7816bf8f01cfea\.\.\. was signed"
     ):
         check_blob("model", ref, file)
 
