@@ -1,10 +1,10 @@
-"""The agent: its parts, put together, and their life from start to stop.
+"""The agent: builds its parts, starts them and stops them.
 
     link -> participant -> trainer (child) -> outbox -> link
-         -> updater -> predictions (child, which has the port)
+         -> updater -> predictions (child, which owns the port)
 
-Everything runs in one event loop; what blocks longer than a few milliseconds runs in a thread or in the
-trainer. Each task has a name and an owner; SIGTERM and SIGINT end them all, orderly.
+Everything runs in one event loop; work that blocks for more than a few milliseconds runs in a thread or in the
+trainer. Each task has a name and an owner; SIGTERM and SIGINT stop them all in order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from edge_agent.serving.api import bind, url_of
 from edge_agent.serving.predictions import Model, News, Predictions, PredictionsConfig
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
-from edge_agent.training.participant import Means, Participant
+from edge_agent.training.participant import Participant, ParticipantParts
 from edge_agent.training.trainer import IDLE_S, Trainer
 from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
 from edgefl.logs import event
@@ -55,18 +55,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentConfig:
-    """How to run an agent; where and as whom is in its home."""
+    """How to run an agent. Its name and the cloud's addresses are in its home (`Profile`)."""
 
     home: Path
     data: Mapping[str, str] = field(default_factory=dict)  # options of the task's loaders
     serve_host: str = "127.0.0.1"
-    serve_port: int = 8000  # 0 = any that is free
-    serve_tls: bool = False  # mutual, by the device's certificate
+    serve_port: int = 8000  # 0 = any free port
+    serve_tls: bool = False  # mutual TLS with the device's certificate
     serve_token_file: Path | None = None
     serve_memory_mb: int = 0  # 0 = a third of the machine's
-    model_load_s: float = 60.0  # for a release to load and run once
+    model_load_s: float = 60.0  # time limit to load a release and run it once
     trainer_memory_mb: int = 0  # 0 = three quarters of the machine's
-    trainer_socket: Path | None = None  # systemd's; None = a child process of our own
+    trainer_socket: Path | None = None  # of a trainer run by systemd; None = our child process
     trainer_idle_s: float = IDLE_S
 
     def __post_init__(self) -> None:
@@ -83,16 +83,16 @@ class AgentConfig:
             raise ConfigError(f"--model-load-s {self.model_load_s} must be above 0 and at most {MAX_LOAD_S}")
 
     def access(self) -> Access:
-        """Return who may ask for predictions; raises ConfigError where that would be anybody."""
+        """Return who may request predictions; raises ConfigError if the network could, without a token or TLS."""
         return Access(host=self.serve_host, token_file=self.serve_token_file, mutual_tls=self.serve_tls)
 
 
 async def run_agent(config: AgentConfig) -> None:
     """Run until SIGTERM or SIGINT.
 
-    Raises HomeError or ConfigError where it cannot begin, PartFailed where a part ends.
+    Raises HomeError or ConfigError if it cannot start, PartFailed if one of its parts ends.
     """
-    config = dataclasses.replace(config, home=config.home.absolute())  # tasks work in a folder of their own
+    config = dataclasses.replace(config, home=config.home.absolute())  # a task has its own working folder
     profile = load_profile(config.home)
     with lock_home(config.home):
         agent = _Agent(config, profile)
@@ -101,7 +101,7 @@ async def run_agent(config: AgentConfig) -> None:
         except ExceptionGroup as group:
             _log.critical("agent.part_ended", exc_info=group)
             why = "; ".join(one_line(repr(error), MAX_REASON_CHARS) for error in _leaves(group))
-            raise PartFailed(f"the agent ends, since a part of it did: {why}. Its log says more") from group
+            raise PartFailed(f"the agent stopped because one of its parts failed: {why}. See its log") from group
         finally:
             agent.close()
 
@@ -112,7 +112,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 
 class _Agent:
-    """The parts of one agent, and the ears of its link."""
+    """The parts of one agent. It also handles the messages that its link receives."""
 
     def __init__(self, config: AgentConfig, profile: Profile) -> None:
         home = config.home
@@ -120,7 +120,9 @@ class _Agent:
         fleet_key = _fleet_key(home)
         listener = bind(config.serve_host, config.serve_port)
         if config.serve_tls and profile.insecure:
-            raise ConfigError("--serve-tls needs the certificate of a fleet with TLS, and this one has none")
+            raise ConfigError(
+                "--serve-tls needs a fleet with TLS; this device is enrolled in one without. Drop --serve-tls"
+            )
         self._url = url_of(listener, secure=config.serve_tls)
         self._store = Store(home)
         self._channel = CloudChannel(profile, home)
@@ -141,7 +143,7 @@ class _Agent:
         on_reachable = self._revoked.refresh if self._revoked else _nothing
         self._link = Link(home, profile, self._channel, self, on_reachable)
         self._participant = Participant(
-            Means(
+            ParticipantParts(
                 device=profile.device,
                 home=home,
                 options=config.data,
@@ -166,7 +168,7 @@ class _Agent:
         )
 
     async def run(self) -> None:
-        """Run all parts until a signal asks to stop."""
+        """Run all parts until SIGTERM or SIGINT."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -204,11 +206,11 @@ class _Agent:
         self._updater.hear(signed)
 
     def before_next(self) -> tuple[list[str], Callable[[list[WirePlan], list[str]], None]]:
-        at_work, settled_until = self._participant.current, self._store.last_settled()
+        current, answered_until = self._participant.current, self._store.last_answered()
 
         def take(plans: list[WirePlan], ended: list[str]) -> None:
             self._participant.forget(ended)
-            self._participant.reconcile(plans, at_work, settled_until)
+            self._participant.reconcile(plans, current, answered_until)
             self._outbox.wake()
 
         return self._participant.holding(), take
@@ -220,7 +222,7 @@ class _Agent:
                 replace_file(path, self._url.encode())
             else:
                 path.unlink(missing_ok=True)
-        except OSError as error:  # a full disk: `edgefl agent status` does not show the URL, no more
+        except OSError as error:  # a full disk: only `edgefl agent status` lacks the URL then
             event(_log, logging.WARNING, "serving.not_noted", reason=error)
         if serving and not self._started:
             self._started = True
@@ -234,7 +236,7 @@ class _Agent:
         self._predictions.set_ready()
 
     def _revoked_list(self) -> RevokedList:
-        from edge_agent.serving.revoked import RevokedList  # and with it httpx, for those who serve by TLS only
+        from edge_agent.serving.revoked import RevokedList  # lazy: loads httpx, needed with --serve-tls only
 
         return RevokedList(self._config.home, self._profile, self._predictions.admit_anew)
 
@@ -255,5 +257,5 @@ def _fleet_key(home: Path) -> Ed25519PublicKey:
         return load_public_key(path.read_bytes())
     except (OSError, ValueError, ManifestRejected) as cause:
         raise HomeError(
-            f"{path} cannot be used: {cause}. Restore it from a backup or enrol in another --home"
+            f"{path} cannot be read as the fleet's key: {cause}. Restore it from a backup or enrol in another --home"
         ) from cause

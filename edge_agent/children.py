@@ -1,6 +1,6 @@
-"""Child processes of the agent: started, heard of when they end, and gone when the agent is.
+"""Child processes of the agent: start them, notice when they end, and end them with the agent.
 
-The child's half is `die_with_parent` and `take_the_blame_for_memory`; both are for its first lines.
+The child calls `die_with_parent` and `limit_own_memory` first of all.
 Invariant: `Child.ended` is set once, after the process is reaped, whatever ended it.
 """
 
@@ -20,20 +20,20 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _STDERR = 2
 _REAP_S = 5.0
-OOM_SCORE = 500  # of 1000: the kernel takes this process before the agent
+OOM_SCORE = 500  # of 1000: the kernel kills this process before the agent
 
 
 class Child:
-    """A Python module that runs as a process of its own. Made in the event loop's thread."""
+    """A Python module that runs in a separate process. Create it in the event loop's thread."""
 
     def __init__(self, module: str, *arguments: str, descriptors: Sequence[int] = ()) -> None:
         self._process = subprocess.Popen(
-            # -P: no file in the folder we were started from is taken for a module of ours
+            # -P: do not import modules from the current folder
             [sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=_STDERR,
             pass_fds=tuple(descriptors),
-            start_new_session=True,  # Ctrl-C is for the agent, which ends its children in order
+            start_new_session=True,  # Ctrl-C goes to the agent only; the agent stops its children in order
         )
         self.pid = self._process.pid
         self.ended = asyncio.Event()
@@ -41,18 +41,18 @@ class Child:
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if the process is still there."""
+        """Send a signal, if the process still runs."""
         if not self.ended.is_set():
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
     async def kill(self) -> None:
-        """End it at once; returns when it is gone."""
+        """Kill the process and wait until it has ended."""
         self.signal(signal.SIGKILL)
         await self.ended.wait()
 
     async def stop(self, within_s: float) -> None:
-        """Ask it to end, and kill it where it does not in time."""
+        """Send SIGTERM, and SIGKILL if the process has not ended within `within_s` seconds."""
         self.signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(within_s):
@@ -62,7 +62,7 @@ class Child:
 
     @property
     def end(self) -> str:
-        """How it ended, in words."""
+        """How the process ended, for messages."""
         code = self._process.returncode
         if code is None:
             return "runs"
@@ -79,15 +79,15 @@ class Child:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process with its parent, whatever ends that one."""
+    """Let the kernel kill this process when its parent ends, for whatever reason."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        sys.exit(0)  # it went before we asked
+        sys.exit(0)  # the parent ended before prctl
 
 
-def take_the_blame_for_memory(limit_mb: int) -> None:
-    """Bound this process's data (0 = not), and have the kernel end it before the agent where the machine's runs out."""
+def limit_own_memory(limit_mb: int) -> None:
+    """Limit this process's data size (0 = no limit), and let the kernel's OOM killer prefer it to the agent."""
     with contextlib.suppress(OSError):  # a container may forbid it
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
     if limit_mb:

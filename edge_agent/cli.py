@@ -22,8 +22,8 @@ _ELSEWHERE = {  # command -> module that has it
 }
 
 
-class _Commands(click.Group):
-    """Loads a command's module when the command is asked for, so that `start` carries nothing it does not need."""
+class _LazyCommands(click.Group):
+    """Imports a command's module when the command is called, so that `start` does not load what it does not need."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *_ELSEWHERE])
@@ -36,7 +36,7 @@ class _Commands(click.Group):
         return super().get_command(ctx, cmd_name)
 
 
-@click.group(cls=_Commands)
+@click.group(cls=_LazyCommands)
 def agent() -> None:
     """Make this machine a device of a fleet.
 
@@ -45,7 +45,10 @@ def agent() -> None:
 
 
 _HOME = click.option(
-    "--home", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder that holds all it keeps."
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder for everything that the agent stores.",
 )
 
 
@@ -56,11 +59,11 @@ _HOME = click.option(
 )
 @_HOME
 @click.option("--cloud", required=True, metavar="URL", help="The cloud's address, https://host:9480.")
-@click.option("--token", required=True, help="A one-time token, from `edgefl cloud token`.")
+@click.option("--token", required=True, help="A one-time token; `edgefl cloud token` prints one.")
 @click.option("--name", required=True, help="The device's name: 1 to 64 of a-z 0-9 . _ -")
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A label, such as site=oslo. Repeatable.")
 def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -> None:
-    """Make this device a member of a fleet."""
+    """Enrol this device in a fleet."""
     from edge_agent.link.enroll import Application
     from edge_agent.link.enroll import enroll as apply
 
@@ -75,23 +78,27 @@ def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -
     "--data",
     multiple=True,
     metavar="K=V",
-    help="An option for the task's loaders. Repeatable. A path such as ./pictures is looked for here.",
+    help="An option for the task's data loaders. Repeatable. Relative paths such as ./pictures are resolved here.",
 )
 @click.option(
     "--serve-host",
     default="127.0.0.1",
     show_default=True,
-    help="Address that predictions are served on; beyond this machine needs TLS or a token.",
+    help="Address to serve predictions on; other than loopback needs --serve-tls or --serve-token-file.",
 )
-@click.option("--serve-port", default=8000, show_default=True, help="0 takes any that is free.")
+@click.option("--serve-port", default=8000, show_default=True, help="0 = any free port.")
 @click.option("--serve-tls", is_flag=True, help="Serve by mutual TLS: clients need a certificate of this fleet.")
-@click.option("--serve-token-file", type=click.Path(path_type=Path), help="Clients send what it holds as bearer token.")
-@click.option("--serve-memory-mb", default=0, help="Memory limit of predictions; 0 = a third of the machine's.")
-@click.option("--model-load-s", default=60.0, show_default=True, help="A release that loads slower than that fails.")
-@click.option("--trainer-memory-mb", default=0, help="Memory limit of training; 0 = three quarters of the machine's.")
-@click.option("--trainer-idle-s", default=60.0, show_default=True, help="An idle trainer is ended after so long.")
 @click.option(
-    "--trainer-socket", type=click.Path(path_type=Path), help="systemd's socket of the trainer; else it is a child."
+    "--serve-token-file", type=click.Path(path_type=Path), help="File with the bearer token that clients send."
+)
+@click.option("--serve-memory-mb", default=0, help="Memory limit for predictions; 0 = a third of the machine's.")
+@click.option("--model-load-s", default=60.0, show_default=True, help="Time limit to load a release.")
+@click.option("--trainer-memory-mb", default=0, help="Memory limit for training; 0 = three quarters of the machine's.")
+@click.option("--trainer-idle-s", default=60.0, show_default=True, help="Stop an idle trainer process after this time.")
+@click.option(
+    "--trainer-socket",
+    type=click.Path(path_type=Path),
+    help="Socket of a trainer run by systemd.",
 )
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def start(log_level: str, data: Sequence[str], **options: object) -> None:
@@ -109,9 +116,9 @@ def start(log_level: str, data: Sequence[str], **options: object) -> None:
 @_HOME
 @json_option
 def status(home: Path, output: Output) -> None:
-    """Show what an agent serves and what waits.
+    """Show what an agent serves, what it still has to send, and when it last reached the cloud.
 
-    Also when it last reached the cloud; whether it runs or not.
+    Works whether or not the agent runs.
     """
     from edge_agent.install.status import read_status
 
@@ -130,7 +137,7 @@ def _shown(value: object) -> str:
 
 
 def _located(options: Mapping[str, str]) -> dict[str, str]:
-    """Make what is a relative path of something here absolute: a task works in a folder of its own."""
+    """Make relative paths that exist absolute, because a task runs in its own working folder."""
     return {
         key: str(Path(value).resolve()) if "/" in value and Path(value).exists() else value
         for key, value in options.items()

@@ -1,6 +1,6 @@
-"""What the device's disk has left: asked before bytes come, and told in words where it is not enough.
+"""Free disk space of the device, checked before anything is written, with a clear error if it is too little.
 
-A little is kept free of downloads, so that the agent can still note what it did.
+Downloads leave a small reserve, so that the agent can still write its own state.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edgefl.errors import DiskFull
 
-KEPT_BYTES = 2 << 20  # for agent.db, state files and logs
+KEPT_BYTES = 2 << 20  # reserved for agent.db, state files and logs
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -23,21 +23,21 @@ def require_space(folder: Path, size: int, what: str) -> None:
     if size + KEPT_BYTES > free:
         raise DiskFull(
             f"{what} needs {_mb(size)} of disk space; {folder} has {_mb(free)} left, of which {_mb(KEPT_BYTES)} are "
-            "kept for the agent. Free some space on the device's disk"
+            "reserved for the agent. Free some space on the device's disk"
         )
 
 
 @contextmanager
 def space_for(path: Path, size: int, what: str) -> Iterator[None]:
-    """Write a file of `size` bytes at `path` in this block; where the disk is too small, nothing is left of it.
+    """Guard a block that writes `size` bytes to `path`; if the disk is too small, the file is deleted.
 
-    What `path` holds already counts. Raises DiskFull, before the block or out of it.
+    Bytes that `path` already has count as available. Raises DiskFull before the block or from it.
     """
     here = path.stat().st_size if path.exists() else 0
     try:
         require_space(path.parent, max(0, size - here), what)
     except DiskFull:
-        path.unlink(missing_ok=True)  # room for what is smaller
+        path.unlink(missing_ok=True)  # makes room for smaller files
         raise
     try:
         yield

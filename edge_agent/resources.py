@@ -1,4 +1,4 @@
-"""What the device has at this moment: CPU, memory, disk, and a battery where there is one."""
+"""Current resources of the device: CPU, memory, disk, and the battery if there is one."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def measure(home: Path) -> Telemetry:
 
 
 def default_memory_limit_mb() -> int:
-    """Return what a trainer may use where nothing was said: three quarters of the memory."""
+    """Return the default memory limit for training: three quarters of the machine's memory."""
     return int(psutil.virtual_memory().total * 0.75) >> 20
 
 
 def default_serving_memory_mb() -> int:
-    """Return what the serving process may use where nothing was said: a third of the memory."""
+    """Return the default memory limit for the serving process: a third of the machine's memory."""
     return int(psutil.virtual_memory().total / 3) >> 20

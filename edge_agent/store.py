@@ -1,12 +1,12 @@
-"""What an agent must not forget: rounds it has answered, and updates the cloud has not acknowledged.
+"""The agent's durable state: which rounds it has answered, and updates that the cloud has not acknowledged.
 
-SQLite (WAL, synchronous=FULL) for the facts, files for the bytes. Invariant: a row of the outbox
-points at a whole file that is on disk. So the file is written, synced and renamed before its row, and
-the row goes before the file; what a crash leaves between the two is cleaned when the store opens. A
-round is noted as answered in the same transaction that drops its update. The state of a Flower app's client
-moves on in the transaction that takes its reply in, so that a message done again meets the state it met before.
+Metadata is in SQLite (WAL, synchronous=FULL), updates are files. Invariant: every row of the outbox points to a
+complete file on disk. So the file is written, synced and renamed before its row is added, and the row is deleted
+before the file; opening the store removes what a crash left in between. A round is marked as answered in the
+transaction that deletes its update. The state of a Flower app's client is replaced in the transaction that stores
+its reply, so that a message which is processed again starts from the same state.
 
-One spare file is kept: overwriting pages that the system already has is ten times cheaper than new ones.
+One spare file is kept: overwriting its pages is ten times cheaper than allocating new ones.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from edge_agent.disk import require_space
 from edgefl.errors import HomeError
 
 SCHEMA_VERSION = 1
-LOW_DISK_BYTES = 64 << 20  # below it no spare file is kept
-MAX_ANSWERED = 10_000  # rounds remembered; a plan older than so many rounds does not come again
+LOW_DISK_BYTES = 64 << 20  # with less free space no spare file is kept
+MAX_ANSWERED = 10_000  # answered rounds to remember; the cloud never sends plans older than that again
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS states (job TEXT PRIMARY KEY, file TEXT NOT NULL);
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outgoing:
-    """An update that waits to be acknowledged."""
+    """An update that the cloud has not acknowledged yet."""
 
     job: str
     round: int
@@ -54,7 +54,7 @@ class Outgoing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureNote:
-    """A round that this device could not do, and has to say so."""
+    """A round that failed on this device; the cloud is not informed yet."""
 
     job: str
     round: int
@@ -69,7 +69,7 @@ class Store:
         self._states = home / "states"
         for folder in (self.folder, self._states):
             folder.mkdir(mode=0o700, exist_ok=True)
-        self._untold: dict[tuple[str, int], FailureNote] = {}  # failures that a full disk did not take
+        self._in_memory: dict[tuple[str, int], FailureNote] = {}  # failures that did not fit on a full disk
         self._db = _open(home / "agent.db")
         self._clean()
 
@@ -77,20 +77,20 @@ class Store:
         self._db.close()
 
     def draft(self, job: str, number: int) -> Path:
-        """Return where to write a round's update; it may hold old bytes that are to be overwritten."""
+        """Return where to write a round's update. The file may exist: overwrite its old bytes."""
         draft, spare = self._file(job, number).with_suffix(".draft"), self.folder / "spare"
         if spare.exists():
             spare.replace(draft)
         return draft
 
     def require_space(self, size: int) -> None:
-        """Raise DiskFull unless an update of so many bytes can be written."""
+        """Raise DiskFull unless there is space for an update of `size` bytes."""
         spare = self.folder / "spare"
         here = spare.stat().st_size if spare.exists() else 0
         require_space(self.folder, max(0, size - here), "the update")
 
     def discard(self, draft: Path) -> None:
-        """A draft came to nothing; its pages serve the next, unless they are the last."""
+        """Drop a draft: keep its file as the spare one, or delete it if the disk is nearly full."""
         if draft.exists():
             if shutil.disk_usage(self.folder).free < LOW_DISK_BYTES:
                 draft.unlink()
@@ -98,9 +98,9 @@ class Store:
                 draft.replace(self.folder / "spare")
 
     def put(self, update: Outgoing, state: Path | None = None) -> None:
-        """Take an update into the outbox; its path is a draft, written and synced. Raises HomeError.
+        """Add an update to the outbox; its path is a draft that is written and synced. Raises HomeError.
 
-        `state` is the job's next state, a `state_draft` that is written and synced too.
+        `state` is the job's next state: a `state_draft`, also written and synced.
         """
         path, former = self._file(update.job, update.round), self.state(update.job)
         update.path.replace(path)
@@ -118,20 +118,20 @@ class Store:
             former.unlink(missing_ok=True)
 
     def state_draft(self, job: str, number: int) -> Path:
-        """Return where to write the state after a job's message."""
+        """Return where to write the state that follows a job's message."""
         return self._states / f"{_name(job, number)}.draft"
 
     def state(self, job: str) -> Path | None:
-        """Return a job's state, if it has one."""
+        """Return the file of a job's state, None if it has none."""
         found = self._select("SELECT file FROM states WHERE job = ?", (job,))
         return self._states / found[0]["file"] if found else None
 
     def jobs_with_state(self) -> list[str]:
-        """Return the jobs that have a state here."""
+        """Return the jobs that have a state on this device."""
         return [row["job"] for row in self._select("SELECT job FROM states ORDER BY rowid")]
 
     def forget_state(self, job: str) -> None:
-        """The job is over."""
+        """Delete a job's state: the job has ended."""
         state = self.state(job)
         with self._change():
             self._db.execute("DELETE FROM states WHERE job = ?", (job,))
@@ -153,41 +153,41 @@ class Store:
         return [_outgoing(self.folder, row) for row in self._select("SELECT * FROM outbox ORDER BY rowid")]
 
     def note_failure(self, note: FailureNote) -> None:
-        """Remember to tell the cloud that a round cannot be done here.
+        """Store a failure until the cloud is informed of it.
 
-        Where the disk is full it is remembered by this process only: a failure is told without what failed.
+        If the disk is full, only this process remembers it.
         """
-        self._untold[note.job, note.round] = note
+        self._in_memory[note.job, note.round] = note
         with contextlib.suppress(HomeError):
             with self._change():
                 self._db.execute(
                     "INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", (note.job, note.round, note.reason)
                 )
-            del self._untold[note.job, note.round]  # committed
+            del self._in_memory[note.job, note.round]  # committed
 
     def failures(self) -> list[FailureNote]:
-        """Return the failures that the cloud has not been told of."""
+        """Return the failures that the cloud is not informed of yet."""
         rows = self._select("SELECT job, round, reason FROM failures ORDER BY rowid")
         kept = [FailureNote(job=job, round=number, reason=reason) for job, number, reason in rows]
-        return [*kept, *self._untold.values()]
+        return [*kept, *self._in_memory.values()]
 
-    def settle(self, job: str, number: int) -> None:
-        """The cloud has the answer, or wants none: drop it and never train for this round again."""
-        self._untold.pop((job, number), None)
+    def mark_answered(self, job: str, number: int) -> None:
+        """Mark a round as answered or closed: delete its update, and never train for it again."""
+        self._in_memory.pop((job, number), None)
         with self._change():
             self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (job, number))
             self._db.execute("DELETE FROM failures WHERE job = ? AND round = ?", (job, number))
             self._db.execute("INSERT OR IGNORE INTO answered (job, round) VALUES (?, ?)", (job, number))
             self._db.execute(
                 "DELETE FROM answered WHERE id <= (SELECT max(id) FROM answered) - ?", (MAX_ANSWERED,)
-            )  # the newest are kept
+            )  # keep the newest
         path = self._file(job, number)
         if path.exists():
             path.replace(self.folder / "spare")
 
     def is_answered(self, job: str, number: int) -> bool:
-        """Whether this round needs no training: settled, or its answer is on its way."""
-        if (job, number) in self._untold:
+        """Whether this round needs no training: it was answered or closed, or its answer is in the outbox."""
+        if (job, number) in self._in_memory:
             return True
         found = self._select(
             "SELECT 1 FROM answered WHERE job = :job AND round = :round UNION ALL "
@@ -197,31 +197,31 @@ class Store:
         )
         return bool(found)
 
-    def last_settled(self) -> int:
-        """Return a number that rises with each `settle`."""
+    def last_answered(self) -> int:
+        """Return a number that grows with each `mark_answered`."""
         return int(self._select("SELECT ifnull(max(id), 0) FROM answered")[0][0])
 
-    def ask_again(self, job: str, number: int, settled_until: int) -> None:
-        """The cloud waits for a round: forget that it was settled, if that was not after `settled_until`."""
+    def reopen(self, job: str, number: int, answered_until: int) -> None:
+        """Unmark a round that the cloud waits for, unless it was marked after `answered_until` (`last_answered`)."""
         with self._change():
             self._db.execute(
-                "DELETE FROM answered WHERE job = ? AND round = ? AND id <= ?", (job, number, settled_until)
+                "DELETE FROM answered WHERE job = ? AND round = ? AND id <= ?", (job, number, answered_until)
             )
 
     def drop_spare(self) -> None:
-        """Give the spare file's disk space back."""
+        """Delete the spare file to free its disk space."""
         (self.folder / "spare").unlink(missing_ok=True)
 
     def _select(self, query: str, values: Sequence[object] | Mapping[str, object] = ()) -> list[sqlite3.Row]:
-        """Return rows; raises HomeError where they cannot be read now."""
+        """Return rows; raises HomeError if the database cannot be read now."""
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.OperationalError as cause:
-            raise HomeError(f"{self.folder.parent / 'agent.db'} cannot be read: {cause}. Look at its disk") from cause
+            raise HomeError(f"{self.folder.parent / 'agent.db'} cannot be read: {cause}. Check its disk") from cause
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
-        """One transaction; raises HomeError where it cannot be written, and nothing has changed then."""
+        """Run one transaction; if it cannot be written, raise HomeError and change nothing."""
         try:
             with self._db:
                 yield
@@ -234,13 +234,13 @@ class Store:
         return self.folder / f"{_name(job, number)}.update"
 
     def _clean(self) -> None:
-        """Remove files without a row, and rows whose file is not whole: the cloud asks for those rounds again."""
+        """Delete files without a row, and rows whose file is incomplete: the cloud asks for those rounds again."""
         kept = set()
         for update in self.outbox():
             if update.path.exists() and update.path.stat().st_size == update.size:
                 kept.add(update.path.name)
                 continue
-            with contextlib.suppress(HomeError), self._change():  # on a full disk it stays, and is never sent
+            with contextlib.suppress(HomeError), self._change():  # on a full disk the row stays, but is never sent
                 self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (update.job, update.round))
         kept |= {row["file"] for row in self._select("SELECT file FROM states")}
         for folder in (self.folder, self._states):
@@ -250,7 +250,7 @@ class Store:
 
 
 def _name(job: str, number: int) -> str:
-    return hashlib.sha256(f"{number}/{job}".encode()).hexdigest()[:32]  # a job's id is no file name
+    return hashlib.sha256(f"{number}/{job}".encode()).hexdigest()[:32]  # a job's id may not be a valid file name
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -258,15 +258,17 @@ def _open(path: Path) -> sqlite3.Connection:
         try:
             db = _connect(path, locking="NORMAL")
         except sqlite3.OperationalError:
-            # A full disk has no room for the shared-memory file; the only process at the database needs none.
+            # A full disk has no space for SQLite's shared-memory file; a single process works without it.
             db = _connect(path, locking="EXCLUSIVE")
     except sqlite3.DatabaseError as cause:
-        raise HomeError(f"{path} cannot be used: {cause}. Move it away: unsent updates are trained again") from cause
+        raise HomeError(
+            f"{path} cannot be opened: {cause}. Move it away; updates that were not sent are trained again"
+        ) from cause
     return db
 
 
 def _connect(path: Path, *, locking: str) -> sqlite3.Connection:
-    """Open the database, and write nothing to one that has the schema already."""
+    """Open the database; if it already has the schema, nothing is written."""
     with contextlib.ExitStack() as undo:
         db = sqlite3.connect(path, timeout=10)
         undo.callback(db.close)
@@ -277,7 +279,7 @@ def _connect(path: Path, *, locking: str) -> sqlite3.Connection:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise HomeError(
-                f"{path} has schema {version}; this edgefl knows {SCHEMA_VERSION}. Install the newer version"
+                f"{path} has schema {version}; this edgefl supports up to {SCHEMA_VERSION}. Install a newer edgefl"
             )
         if version < SCHEMA_VERSION:
             db.executescript(_SCHEMA)

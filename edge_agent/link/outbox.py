@@ -99,7 +99,7 @@ class Outbox:
 
     def _settle(self, key: Key) -> None:
         try:
-            self._store.settle(*key)
+            self._store.mark_answered(*key)
         except HomeError as error:  # the disk is full: when it is asked again, the cloud says the same
             self._begun.add(key)
             event(_log, logging.ERROR, "outbox.not_settled", job=key[0], round=key[1], reason=error)

@@ -1,1 +1,1 @@
-"""Releases on the device: two slots, trials, and the update to what the fleet wants."""
+"""Releases on the device: two slots for each model, trials, and updates to the desired release."""

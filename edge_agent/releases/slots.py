@@ -1,7 +1,7 @@
-"""Two places for each model, A and B, and one small file that says which of them counts.
+"""Two slots for each model, A and B, and one small file that names the active one.
 
-Invariant: the file is replaced in one step, and the slot that it names active is never written to; so
-whenever the power goes, there is a release that works, if there ever was one.
+Invariant: the file is replaced atomically, and the active slot is never written to. So after a power loss at any
+moment there is a working release, if there was one before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OTHER: Mapping[str, str] = {"a": "b", "b": "a"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Installed:
-    """What lies whole in a slot."""
+    """The complete release in a slot."""
 
     version: int
     blob: BlobRef
@@ -35,16 +35,16 @@ class Installed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotState:
-    """What is known of one model."""
+    """The state of one model's slots, as stored in `state.json`."""
 
     model: str
     active: str | None = None  # a or b
     slots: Mapping[str, Installed] = field(default_factory=dict)
-    sequence: int = -1  # of the last `Desired` that was dealt with
-    outcome: RolloutNote | None = None  # of that one
-    trying: int = -1  # sequence whose release is being loaded
-    tries: int = 0  # how often that was begun: a release that kills the agent is not tried for ever
-    starts: int = 0  # how often an agent began to load the active release since it last served
+    sequence: int = -1  # of the last `Desired` that was processed
+    outcome: RolloutNote | None = None  # its result
+    trying: int = -1  # sequence of the `Desired` whose release is being loaded
+    tries: int = 0  # number of attempts: a release that kills the agent is not tried forever
+    starts: int = 0  # attempts to load the active release since it last served
 
     @property
     def spare(self) -> str:
@@ -61,23 +61,25 @@ class ModelSlots:
 
     def __init__(self, models: Path, model: str) -> None:
         if _NAME.fullmatch(model) is None:
-            raise ManifestRejected(f"model name {model[:80]!r} cannot be a folder's name")
+            raise ManifestRejected(
+                f"model name {model[:80]!r} is not 1 to 64 of A-Z a-z 0-9 . _ - (letter or digit first)"
+            )
         self._folder = models / model
         for slot in _OTHER:
             (self._folder / slot).mkdir(mode=0o700, parents=True, exist_ok=True)
         self.state = self._load(model)
 
     def path(self, slot: str) -> Path:
-        """Return where a slot's model is."""
+        """Return the path of a slot's model file."""
         return self._folder / slot / "model.onnx"
 
     def save(self, state: SlotState) -> None:
-        """Replace the state, on the disk first."""
+        """Replace the state, first on disk, then in memory."""
         replace_file(self._folder / "state.json", json.dumps(dataclasses.asdict(state)).encode())
         self.state = state
 
     def note(self, state: SlotState) -> None:
-        """Replace what may be forgotten: where the disk is full, this process alone knows it."""
+        """Replace the state; if the disk is full, only in memory. For changes that may be lost."""
         try:
             self.save(state)
         except OSError as error:
@@ -100,15 +102,15 @@ class ModelSlots:
 
 def _check(state: SlotState, model: str) -> None:
     if state.model != model:
-        raise ProtocolError(f"it is of model {state.model!r}")
+        raise ProtocolError(f"it belongs to model {state.model!r}, not {model!r}")
     if unknown := {*state.slots, *([state.active] if state.active else [])} - set(_OTHER):
-        raise ProtocolError(f"it names the slots {sorted(unknown)}; there are a and b")
+        raise ProtocolError(f"it names the slots {sorted(unknown)}; expected a and b")
 
 
 def open_slots(models: Path, model: str) -> ModelSlots:
-    """Return a model's slots; a damaged state is set aside, and the model begins anew. Raises ManifestRejected.
+    """Return a model's slots; a damaged state file is renamed, and the model starts empty. Raises ManifestRejected.
 
-    What the slots hold is then of no known version, so it is not served: the fleet sends the release again.
+    The version of the files in the slots is unknown then, so they are not served; the cloud sends the release again.
     """
     try:
         return ModelSlots(models, model)
@@ -120,7 +122,7 @@ def open_slots(models: Path, model: str) -> ModelSlots:
 
 
 def installed_models(models: Path) -> list[ModelSlots]:
-    """Return the slots of every model that this home has and whose state can be read."""
+    """Return the slots of every model in this home whose state can be read."""
     found = []
     for name in held_models(models):
         try:
@@ -131,7 +133,7 @@ def installed_models(models: Path) -> list[ModelSlots]:
 
 
 def held_models(models: Path) -> list[str]:
-    """Return the names of the models of which this home has a state, readable or not."""
+    """Return the names of the models that have a state in this home, readable or not."""
     if not models.is_dir():
         return []
     return [folder.name for folder in sorted(models.iterdir()) if (folder / "state.json").exists()]

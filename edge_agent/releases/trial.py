@@ -1,9 +1,9 @@
-"""A release is tried in a process of its own before it may touch the one that serves.
+"""Tries a release in a separate process, before it may replace the one that serves.
 
     python -P -m edge_agent.releases.trial --name N --version V --path FILE --memory-mb N --say N
 
-It loads the model and runs it once, under a deadline and a memory limit. A crash in a native kernel, a
-load that never ends, a model that eats memory: each ends the trial, and nothing else.
+It loads the model and runs it once, with a deadline and a memory limit. A crash in a native kernel, a load that
+never ends, or a model that needs too much memory ends the trial only.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import asyncio
 import os
 from pathlib import Path
 
-from edge_agent.children import Child, die_with_parent, take_the_blame_for_memory
+from edge_agent.children import Child, die_with_parent, limit_own_memory
 from edge_agent.serving.sessions import load
 from edgefl.errors import EdgeflError, ProtocolError
 
 MAX_REASON_BYTES = 4000
-_NICENESS = 5  # what serves comes first
+_NICENESS = 5  # the serving process has priority
 
 
 async def try_model(name: str, version: int, path: Path, *, memory_mb: int, within_s: float) -> None:
-    """Load a model elsewhere and run it once; raises ProtocolError with what was wrong. Cancelling kills the trial."""
+    """Load a model in a separate process and run it once; raises ProtocolError. Cancelling kills the process."""
     ours, theirs = os.pipe()
     try:
         arguments = ("--name", name, "--version", str(version), "--path", str(path), "--memory-mb", str(memory_mb))
@@ -43,7 +43,7 @@ async def try_model(name: str, version: int, path: Path, *, memory_mb: int, with
 
 
 def main() -> None:
-    """Load, run once, say what is wrong, end."""
+    """Load the model, run it once, report an error, and exit."""
     parser = argparse.ArgumentParser(prog="edgefl-trial", description="Loads a model and runs it once.")
     parser.add_argument("--name", required=True)
     parser.add_argument("--path", type=Path, required=True)
@@ -51,14 +51,14 @@ def main() -> None:
         parser.add_argument(option, type=int, required=True)
     arguments = parser.parse_args()
     die_with_parent()
-    take_the_blame_for_memory(arguments.memory_mb)
+    limit_own_memory(arguments.memory_mb)
     os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     try:
         load(arguments.name, arguments.version, arguments.path)
     except (EdgeflError, OSError) as error:
         os.write(arguments.say, str(error).encode()[:MAX_REASON_BYTES])
         os._exit(1)
-    os._exit(0)  # without the time that taking a session down takes
+    os._exit(0)  # skips the slow teardown of the session
 
 
 if __name__ == "__main__":

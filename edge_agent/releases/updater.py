@@ -1,8 +1,8 @@
-"""Brings the release that the fleet wants onto the device, and keeps one that works while it does.
+"""Installs the release that the cloud desires, while a working one keeps serving.
 
-verify the signature -> is it newer -> download into the spare slot -> check hash and size -> load it and
-run it once, elsewhere -> switch. Whatever fails before the switch leaves the old release serving, and is reported.
-Each model is seen to by itself: a slow one holds up no other, and a newer wish ends the work on an older one.
+Verify the signature, check that it is newer, download into the spare slot, check hash and size, load it and run
+it once in a separate process, switch. If a step before the switch fails, the old release keeps serving, and the
+failure is reported. Models are independent: a slow one delays no other, and a newer `Desired` cancels an older one.
 """
 
 from __future__ import annotations
@@ -29,50 +29,50 @@ from edgefl.protocols.manifest import Desired, check_blob, check_version, verify
 from edgefl.protocols.messages import RolloutNote, Signed
 
 MAX_DETAIL_CHARS = 1000
-MAX_TRIES = 2  # of a release during whose loading the agent died
-MAX_STARTS = 3  # of one that served before
+MAX_TRIES = 2  # to load a new release, if the agent dies meanwhile
+MAX_STARTS = 3  # the same for a release that has served before
 
 _log = logging.getLogger(__name__)
 
 
 class _Job(NamedTuple):
-    """Work on one model."""
+    """Running work on one model."""
 
-    sequence: int  # of the wish it is for
+    sequence: int  # of the `Desired` that it is for
     work: asyncio.Task[None]
 
 
-class Ready(Protocol):
-    """A model that was loaded and can take over at once."""
+class PreparedModel(Protocol):
+    """A model that is loaded and can take over at once."""
 
     def switch(self) -> None:
-        """Serve it, in place of the version before it."""
+        """Serve this model instead of the version before it."""
 
     def forget(self) -> None:
-        """It is not wanted any more."""
+        """Unload this model: it will not be served."""
 
 
 class Host(Protocol):
-    """Where models are loaded and serve: `edge_agent.serving.predictions`."""
+    """The process that loads and serves models; implemented by `edge_agent.serving.predictions`."""
 
-    async def prepare(self, model: Model, *, trial: bool) -> Ready:
-        """Load a model beside what serves, in a process of its own first where `trial`; raises ProtocolError."""
+    async def prepare(self, model: Model, *, trial: bool) -> PreparedModel:
+        """Load a model while others serve, with `trial` in a separate process first; raises ProtocolError."""
 
     def drop(self, name: str) -> None:
-        """Serve a model no longer."""
+        """Stop serving a model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdaterParts:
-    """What an updater works with."""
+    """The parts that an updater uses."""
 
     device: str
     home: Path
     fleet_key: Ed25519PublicKey
     channel: CloudChannel
     host: Host
-    tell: Callable[[RolloutNote], None]
-    changed: Callable[[], None]  # the versions that serve are others now
+    tell: Callable[[RolloutNote], None]  # sends a report to the cloud
+    changed: Callable[[], None]  # called when other versions serve than before
 
 
 class Updater:
@@ -83,22 +83,22 @@ class Updater:
         self._folder = parts.home / "models"
         self._slots: dict[str, ModelSlots] = {}
         self._wanted: dict[str, Desired] = {}  # by model
-        self._failing: dict[str, tuple[Model, str]] = {}  # by model: what ends the serving process, and how
-        self._held = held_models(self._folder)  # by a process before us, not loaded yet
-        self._jobs: dict[str, _Job] = {}  # at work, one a model
-        self._cut: set[str] = set()  # models whose restoring has not come to its end: a newer wish may cut it off
-        self._told: set[tuple[str, int]] = set()  # outcomes that this process has reported
+        self._failing: dict[str, tuple[Model, str]] = {}  # by model: the release that crashes the process, and why
+        self._held = held_models(self._folder)  # installed by an earlier process, not loaded yet
+        self._jobs: dict[str, _Job] = {}  # running work, at most one per model
+        self._cut: set[str] = set()  # models whose restore is not finished; a newer `Desired` may have cancelled it
+        self._told: set[tuple[str, int]] = set()  # (model, sequence) whose outcome this process has reported
         self._wake = asyncio.Event()
 
     def hear(self, signed: Signed) -> None:
-        """Note what the device should serve, if the fleet's key says so. A newer wish ends the work on an older."""
+        """Accept a signed `Desired`; ignored unless the fleet's key signed it. A newer one cancels work on an older."""
         try:
             desired = verify(signed, Desired, self._parts.fleet_key)
         except ManifestRejected as error:
             event(_log, logging.WARNING, "release.rejected", reason=error)
             return
         if desired.device != self._parts.device:
-            event(_log, logging.WARNING, "release.rejected", reason=f"it is for device {desired.device}")
+            event(_log, logging.WARNING, "release.rejected", reason=f"it is for device {desired.device}, not this one")
             return
         model = desired.release.model
         if model not in self._wanted or self._wanted[model].sequence < desired.sequence:
@@ -110,12 +110,12 @@ class Updater:
                 job.work.cancel()
 
     def hear_failing(self, model: Model, reason: str) -> None:
-        """Note that a release ends the serving process again and again."""
+        """Accept the report that a release crashes the serving process again and again."""
         self._failing[model.name] = (model, reason)
         self._wake.set()
 
     async def run(self) -> None:
-        """Install what the device should hold, each model by itself, until cancelled."""
+        """Install desired releases, each model in its own task, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             at_work: dict[str, asyncio.Task[None]] = {}
             while True:
@@ -126,7 +126,7 @@ class Updater:
                         at_work[model] = tasks.create_task(self._see_to(model), name=f"release {model}")
 
     async def restore(self) -> None:
-        """Serve the releases that the device holds, each by itself; returns when each serves or was given up."""
+        """Load the installed releases, in parallel; return when each of them serves or has failed."""
         names, self._held = self._held, []
         self._cut.update(names)
         opened = [slots for slots in map(self._slots_of, names) if slots is not None]
@@ -135,11 +135,11 @@ class Updater:
         self._parts.changed()
 
     async def _see_to(self, model: str) -> None:
-        """Do what is to be done about one model, until there is nothing."""
+        """Process everything that is pending for one model."""
         while True:
             if (job := self._jobs.get(model)) is not None:  # its releases are being restored
                 await asyncio.wait([job.work])
-                await asyncio.sleep(0)  # its owner takes it off the list
+                await asyncio.sleep(0)  # lets its owner remove it from `_jobs`
             elif model in self._failing:
                 failed, reason = self._failing.pop(model)
                 slots = self._slots_of(model)
@@ -155,12 +155,12 @@ class Updater:
                 return
 
     async def _make_up(self, model: str) -> None:
-        """Serve what the device holds, where the wish that ended its restoring brought nothing in its place."""
+        """Serve the installed release, if the `Desired` that cancelled its restore did not replace it."""
         if model in self._cut and (slots := self._slots_of(model)) is not None:
             await self._alone(model, slots.state.sequence, self._start(slots))
 
     async def _alone(self, model: str, sequence: int, work: Coroutine[None, None, None]) -> None:
-        """Do one thing about a model; a newer wish may end it."""
+        """Run work on a model; a newer `Desired` may cancel it."""
         job = self._jobs[model] = _Job(sequence, asyncio.create_task(work, name=f"release {model}"))
         try:
             await asyncio.wait([job.work])
@@ -169,11 +169,11 @@ class Updater:
         except CloudUnreachable as error:
             event(_log, logging.WARNING, "release.put_off", model=model, reason=error)
         finally:
-            job.work.cancel()  # where we are cancelled; else it has ended
+            job.work.cancel()  # no effect unless we are cancelled
             del self._jobs[model]
 
     async def _start(self, slots: ModelSlots) -> None:
-        """Serve the active release, or if that cannot be the one before it."""
+        """Serve the active release, or the one before it if the active one fails."""
         before = slots.state
         for slot in filter(None, (before.active, before.spare)):
             if slot in slots.state.slots and await self._start_slot(slots, slot):
@@ -186,7 +186,7 @@ class Updater:
         tries = state.starts + 1
         try:
             if tries > MAX_STARTS:
-                raise ProtocolError(f"the agent died {MAX_STARTS} times while it began to serve it")
+                raise ProtocolError(f"the agent died {MAX_STARTS} times while it loaded this release")
             self._note_start(slots, tries)
             await asyncio.to_thread(
                 check_blob, f"{state.model} version {installed.version}", installed.blob, slots.path(slot)
@@ -198,7 +198,7 @@ class Updater:
         except (EdgeflError, OSError) as error:
             event(_log, logging.ERROR, "release.damaged", model=state.model, slot=slot, reason=error)
             left = {name: one for name, one in state.slots.items() if name != slot}
-            # One back: the `Desired` that brought it is to bring it again.
+            # One less, so that the `Desired` of this release is processed again.
             slots.note(dataclasses.replace(state, active=None, slots=left, sequence=state.sequence - 1, starts=0))
             return False
         if slot != state.active:
@@ -213,11 +213,11 @@ class Updater:
         slots.note(dataclasses.replace(slots.state, starts=starts))
 
     async def _fall_back(self, slots: ModelSlots, failed: Model, reason: str) -> None:
-        """Serve the release before one that ends the serving process again and again."""
+        """Serve the previous release instead of one that crashes the serving process again and again."""
         state = slots.state
         serving = state.serving
         if serving is None or slots.path(state.active or "") != failed.path or serving.version != failed.version:
-            return  # another release serves by now
+            return  # another release serves already
         event(_log, logging.ERROR, "release.failing", model=failed.name, version=failed.version, reason=reason)
         note = RolloutNote(model=failed.name, version=failed.version, state="failed", detail=reason[:MAX_DETAIL_CHARS])
         slots.note(dataclasses.replace(state, outcome=note))
@@ -246,7 +246,7 @@ class Updater:
                   known=state.sequence)  # fmt: skip
         elif desired.sequence == state.sequence:
             if state.outcome and (state.model, state.sequence) not in self._told:
-                self._report(state)  # the process before us may not have been heard
+                self._report(state)  # the report of an earlier process may have been lost
         else:
             await self._install(slots, desired)
 
@@ -274,11 +274,11 @@ class Updater:
             slots.note(dataclasses.replace(slots.state, trying=-1, tries=0))
             raise
         except (EdgeflError, OSError) as error:
-            self._settle(slots, desired, "failed", str(error))
+            self._finish(slots, desired, "failed", str(error))
             return
         ready.switch()
         self._cut.discard(release.model)
-        self._settle(slots, desired, "active")
+        self._finish(slots, desired, "active")
         self._parts.changed()
 
     def _count_try(self, slots: ModelSlots, desired: Desired) -> None:
@@ -289,24 +289,24 @@ class Updater:
         slots.note(dataclasses.replace(state, trying=desired.sequence, tries=tries))
 
     async def _fetch(self, slots: ModelSlots, desired: Desired) -> str:
-        """Return the slot that holds the release's bytes, checked; one that has them already is not sent again."""
+        """Return the slot with the release's bytes, verified; downloads them unless a slot has them already."""
         release, state = desired.release, slots.state
         name = f"{release.model} version {release.version}"
         for slot, installed in state.slots.items():
             if installed.blob == release.blob:
-                with suppress(ManifestRejected, OSError):  # damaged: it is sent again
+                with suppress(ManifestRejected, OSError):  # damaged: download it again
                     check_blob(name, release.blob, slots.path(slot))
                     return slot
         self._tell(desired, "downloading")
         left = {slot: installed for slot, installed in state.slots.items() if slot != state.spare}
         slots.save(dataclasses.replace(state, slots=left))
         path = slots.path(state.spare)
-        await download(self._parts.channel, release.blob, path, reuse=path)  # the old one makes room
+        await download(self._parts.channel, release.blob, path, reuse=path)  # the old file is overwritten
         check_blob(name, release.blob, path)
         _sync(path)
         return state.spare
 
-    def _settle(self, slots: ModelSlots, desired: Desired, state: str, detail: str = "") -> None:
+    def _finish(self, slots: ModelSlots, desired: Desired, state: str, detail: str = "") -> None:
         release = desired.release
         note = RolloutNote(model=release.model, version=release.version, state=state, detail=detail[:MAX_DETAIL_CHARS])
         slots.note(dataclasses.replace(slots.state, sequence=desired.sequence, outcome=note, trying=-1, tries=0))
@@ -327,7 +327,7 @@ class Updater:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file and its name to the disk."""
+    """Sync a file and its folder to disk."""
     for target in (path, path.parent):
         descriptor = os.open(target, os.O_RDONLY)
         try:

@@ -20,7 +20,7 @@ import sys
 import threading
 from pathlib import Path
 
-from edge_agent.children import die_with_parent, take_the_blame_for_memory
+from edge_agent.children import die_with_parent, limit_own_memory
 from edge_agent.serving import wire
 from edge_agent.serving.access import server_contexts
 from edge_agent.serving.api import Serving
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, default=0, help="limit of its data; 0 = none")
     arguments = parser.parse_args()
     die_with_parent()
-    take_the_blame_for_memory(arguments.memory_mb)
+    limit_own_memory(arguments.memory_mb)
     _raise_descriptors()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging(logging.INFO)

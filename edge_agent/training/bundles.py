@@ -1,7 +1,7 @@
-"""Task bundles on the device: nothing is unpacked, let alone run, before its signature and hash are right.
+"""Task bundles on the device. Signature and hash are verified before a bundle is unpacked or run.
 
-Each is verified once in the life of the agent's process: what lay on the disk before is not trusted.
-The trainer unpacks them, beside the archive: a process that is limited, and has the imports for it.
+Each bundle is verified once per agent process; files that an earlier process left on disk are not trusted.
+The trainer unpacks a bundle next to its archive, because that process has limited memory and the needed imports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgefl.errors import ManifestRejected
 from edgefl.protocols.manifest import Bundle, check_blob, verify
 from edgefl.protocols.messages import Signed
 
-MAX_KEPT = 8  # archives, and folders that tasks work in
+MAX_KEPT = 8  # archives, and working folders of tasks
 MAX_ARCHIVE_BYTES = 64 << 20
 
 
@@ -28,13 +28,13 @@ class Bundles:
     def __init__(self, home: Path, fleet_key: Ed25519PublicKey, channel: CloudChannel) -> None:
         self._folder = home / "bundles"
         self._fleet_key, self._channel = fleet_key, channel
-        self._verified: dict[Signed, Bundle] = {}  # the plans of a job name the same one
-        self._archives: dict[str, Path] = {}  # by digest, oldest use first
+        self._verified: dict[Signed, Bundle] = {}  # all plans of a job name the same bundle
+        self._archives: dict[str, Path] = {}  # by digest, least recently used first
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
 
     async def get(self, signed: Signed) -> tuple[Path, str]:
-        """Return a bundle's archive and the task in it; raises ManifestRejected, ProtocolError, CloudUnreachable."""
+        """Return a bundle's archive and its task's name; raises ManifestRejected, ProtocolError, CloudUnreachable."""
         if signed not in self._verified:
             bundle = verify(signed, Bundle, self._fleet_key)
             self._verified = dict([*self._verified.items(), (signed, bundle)][-MAX_KEPT:])
@@ -62,9 +62,9 @@ class Bundles:
 
 
 def work_folder(home: Path, archive: Path) -> Path:
-    """Return the folder that a bundle's task works in: what it writes by relative names stays there.
+    """Return the working folder of a bundle's task, where files with relative names go.
 
-    It lasts from round to round and over restarts of the agent; those unused for longest are removed.
+    It persists between rounds and across restarts of the agent; the least recently used folders are deleted.
     """
     folders = home / "tasks"
     folder = folders / archive.stem[:32]

@@ -1,11 +1,11 @@
-"""What a job's rounds do not move: each job's frozen tensors, fetched once and kept while the job lasts.
+"""Frozen tensors of the device's jobs: downloaded once per job and kept until the job ends.
 
     HOME/frozen/<hash of the job's id>/job        the id
     HOME/frozen/<hash of the job's id>/<sha256>   the tensors
 
-Jobs on the same backbone share the file. What an earlier process left is hashed again before it is used, and not
-fetched again.
-Invariant: a path that is returned holds what its name says; a job that is over holds nothing here.
+Jobs on the same backbone share the file. Files of an earlier process are not downloaded again, but their hash is
+checked before use.
+Invariant: a returned path has the bytes that its name (a hash) says; a job that has ended keeps nothing here.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class FrozenParts:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def jobs(self) -> list[str]:
-        """Return the jobs that keep something here."""
+        """Return the jobs that have frozen tensors on this device."""
         return sorted(file.read_text(encoding="utf-8") for file in self._root.glob(f"*/{_JOB}"))
 
     async def get(self, job: str, ref: BlobRef) -> Path:
         """Return a job's frozen tensors; raises what `download` raises, and OSError."""
         if _SHA256.fullmatch(ref.sha256) is None:
-            raise ProtocolError(f"the plan's frozen part {ref.sha256[:80]!r} is not named by a SHA-256")
+            raise ProtocolError(f"the plan names its frozen part {ref.sha256[:80]!r}; expected a SHA-256 in hex")
         path = self._folder(job) / ref.sha256
         if path in self._checked:
             return path
@@ -54,17 +54,17 @@ class FrozenParts:
             os.link(shared, path)
         else:
             if path.exists():
-                path.replace(path.with_name(f"{path.name}.part"))  # of an earlier process: `download` checks it
+                path.replace(path.with_name(f"{path.name}.part"))  # from an earlier process: `download` checks it
             await download(self._channel, ref, path)
         self._checked.add(path)
         return path
 
     def forget(self, job: str) -> None:
-        """The job is over; raises OSError."""
+        """Delete a job's tensors: the job has ended. Raises OSError."""
         folder = self._folder(job)
         self._checked = {path for path in self._checked if path.parent != folder}
         if folder.exists():
             shutil.rmtree(folder)
 
     def _folder(self, job: str) -> Path:
-        return self._root / hashlib.sha256(job.encode()).hexdigest()[:32]  # a job's id is no file name
+        return self._root / hashlib.sha256(job.encode()).hexdigest()[:32]  # a job's id may not be a valid file name

@@ -1,9 +1,9 @@
-"""Takes part in rounds: from a plan, over the bundle, the model and the trainer, to an update in the outbox.
+"""Takes part in rounds: gets a plan's bundle and model, runs the trainer, and puts the update into the outbox.
 
-One round at a time. A newer plan replaces an older one of its job; plans of other jobs wait, one each. A plan
-with an envelope is a message of a relayed Flower app, answered by its ClientApp: of those, each is answered.
-Invariant: a plan ends as an update, as a failure with its reason, or, where the cloud closed the round
-or could not be reached, as nothing; in the last case `Next` brings it back.
+One round at a time. A newer plan of a job replaces an older one; one plan of each other job waits. A plan with
+an envelope is a message of a relayed Flower app for its ClientApp; every such message is answered.
+Invariant: a plan ends with an update or with a failure and its reason. If the cloud closed the round or could
+not be reached, there is neither; in the latter case the cloud sends the plan again in its answer to `Next`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from edgefl.measure import give_back_memory
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
 
-MAX_WAITING = 64  # plans; `Next` lists the others again
-LEAD_S, LEAD_SHARE = 2.0, 0.05  # a fit ends so long before the deadline, so that its failure is still heard
-MAX_TRIES = 4  # of a fit whose trainer the machine kills
+MAX_WAITING = 64  # plans; the answer to `Next` lists the others again
+LEAD_S, LEAD_SHARE = 2.0, 0.05  # stop this long before the deadline, so that a failure reaches the cloud in time
+MAX_TRIES = 4  # for one plan, if the system kills the trainer
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 2.0
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -42,12 +42,12 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Means:
-    """What a participant works with."""
+class ParticipantParts:
+    """The parts and settings that a participant uses."""
 
     device: str
     home: Path
-    options: Mapping[str, str]  # of the task's loaders
+    options: Mapping[str, str]  # for the task's data loaders
     memory_limit_mb: int  # of the trainer
     store: Store
     outbox: Outbox
@@ -59,29 +59,29 @@ class Means:
 class Participant:
     """The rounds of one agent. Used from its event loop."""
 
-    def __init__(self, means: Means) -> None:
-        self._means = means
+    def __init__(self, parts: ParticipantParts) -> None:
+        self._parts = parts
         self._waiting: dict[tuple[str, int], WirePlan] = {}  # by `_place`
-        self._newest: dict[str, int] = {}  # job -> round of its last plan of training
+        self._newest: dict[str, int] = {}  # job -> round of its newest training plan
         self._current: WirePlan | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._rest = False  # a job has ended: when no other is at work, be small again
-        self._models = means.home / "work"
+        self._job_ended = False  # release memory as soon as no other job has work
+        self._models = parts.home / "work"
         self._models.mkdir(mode=0o700, exist_ok=True)
-        self._model: Path | None = None  # whose bytes this process has checked
-        self._frozen = FrozenParts(means.home, means.channel)
+        self._model: Path | None = None  # the file whose hash this process has checked
+        self._frozen = FrozenParts(parts.home, parts.channel)
 
     @property
     def current(self) -> WirePlan | None:
-        """The plan at work."""
+        """The plan that is being worked on."""
         return self._current
 
     def hear(self, message: WirePlan | RoundClosed | UpdateRefused) -> None:
-        """Act on a message of down/<device>/job."""
+        """Handle a message from topic down/<device>/job."""
         match message:
             case WirePlan():
-                if message.round >= self._newest.get(message.job, 0):  # else it comes late, and is over
+                if message.round >= self._newest.get(message.job, 0):  # an older round is over
                     self.offer(message)
             case RoundClosed():
                 self.close(message)
@@ -90,65 +90,66 @@ class Participant:
                       reason=message.reason)  # fmt: skip
 
     def offer(self, plan: WirePlan) -> None:
-        """Take a plan, unless it is known."""
+        """Queue a plan, unless it is known already."""
         at_work, waiting = self._current, self._waiting.get(_place(plan))
-        if self._means.store.is_answered(plan.job, plan.round):
-            self._means.outbox.wake()
+        if self._parts.store.is_answered(plan.job, plan.round):
+            self._parts.outbox.wake()
             return
         if any(one and _place(one) == _place(plan) and one.round >= plan.round for one in (at_work, waiting)):
             return
         if waiting is None and len(self._waiting) >= MAX_WAITING:
             event(_log, logging.WARNING, "plan.deferred", job=plan.job, round=plan.round, waiting=len(self._waiting))
-            return  # `Next` lists it again
+            return  # the answer to `Next` lists it again
         self._waiting[_place(plan)] = plan
         if not plan.envelope:
             self._newest[plan.job] = plan.round
         if at_work and _place(at_work) == _place(plan):
-            self._cancel("a newer round began")
+            self._cancel("a newer round has started")
         self._wake.set()
 
     def close(self, closed: RoundClosed) -> None:
-        """Stop work for a round that is over."""
+        """Stop working for a round that is over."""
         for place, waiting in list(self._waiting.items()):
             if _is_over(waiting, closed):
                 del self._waiting[place]
         if self._current is not None and _is_over(self._current, closed):
             self._cancel("the round is over")
-        self._means.outbox.drop(closed.job, closed.round)
+        self._parts.outbox.drop(closed.job, closed.round)
         if closed.job_ended:
             self._newest.pop(closed.job, None)
             self.forget([closed.job])
-            self._rest = True
+            self._job_ended = True
             self._wake.set()
 
-    def reconcile(self, plans: Sequence[WirePlan], before: WirePlan | None, settled_until: int) -> None:
-        """Act on `Next`: its plans are open, and what was at work before it was asked must be among them.
+    def reconcile(self, plans: Sequence[WirePlan], before: WirePlan | None, answered_until: int) -> None:
+        """Handle the answer to `Next`: the given plans are all that are open.
 
-        An open round that had been settled by then was told to be over by a cloud that was killed before that
-        was durable: it is done again.
+        `before` and `answered_until` are the plan at work and `Store.last_answered` from before the request: if
+        `before` is not open any more, it is cancelled. A round that is open although it was marked as answered by
+        then is trained again: the cloud was killed before the end of that round was durable.
         """
         still_open = {(plan.job, plan.round) for plan in plans}
         if before is not None and before is self._current and (before.job, before.round) not in still_open:
             self._cancel("the cloud no longer waits for it")
         for plan in plans:
             try:
-                self._means.store.ask_again(plan.job, plan.round, settled_until)
+                self._parts.store.reopen(plan.job, plan.round, answered_until)
             except HomeError as error:
                 event(_log, logging.ERROR, "plan.deferred", job=plan.job, round=plan.round, reason=error)
                 continue
             self.offer(plan)
 
     def holding(self) -> list[str]:
-        """Return the jobs of which something is kept here."""
-        return sorted({*self._means.store.jobs_with_state(), *self._frozen.jobs()})
+        """Return the jobs that keep state or frozen tensors on this device."""
+        return sorted({*self._parts.store.jobs_with_state(), *self._frozen.jobs()})
 
     def forget(self, jobs: Sequence[str]) -> None:
-        """These jobs are over: what their ClientApps kept here, and what was frozen in them, is of no use."""
+        """Delete the state and the frozen tensors of jobs that have ended."""
         for job in jobs:
             try:
-                self._means.store.forget_state(job)
+                self._parts.store.forget_state(job)
                 self._frozen.forget(job)
-            except (HomeError, OSError) as error:  # the disk is full: `Next` says it again
+            except (HomeError, OSError) as error:  # full disk: the next answer to `Next` names the job again
                 event(_log, logging.ERROR, "state.not_forgotten", job=job, reason=error)
 
     async def run(self) -> None:
@@ -162,19 +163,19 @@ class Participant:
                     self._current = plan
                     self._task = tasks.create_task(self._take_part(plan), name=f"round-{plan.job}-{plan.round}")
                 self._current = self._task = None
-            if self._rest:
-                self._rest = False
-                await self._be_small()
+            if self._job_ended:
+                self._job_ended = False
+                await self._release_memory()
 
-    async def _be_small(self) -> None:
+    async def _release_memory(self) -> None:
         self._model = None
         try:
             for file in self._models.iterdir():
                 file.unlink()
-            self._means.store.drop_spare()
-        except OSError as error:  # of the disk; what is left is overwritten or removed by the next rounds
+            self._parts.store.drop_spare()
+        except OSError as error:  # disk error; the next rounds overwrite or delete what is left
             event(_log, logging.ERROR, "work.not_removed", reason=error)
-        await self._means.trainer.end()
+        await self._parts.trainer.end()
         give_back_memory()
 
     async def _take_part(self, plan: WirePlan) -> None:
@@ -184,44 +185,46 @@ class Participant:
         try:
             async with asyncio.timeout(limit_s):
                 update, state = await self._answer(plan)
-            self._means.outbox.put(update, state)
+            self._parts.outbox.put(update, state)
         except CloudUnreachable as error:
             event(_log, logging.WARNING, "plan.put_off", job=plan.job, round=plan.round, reason=error)
         except TimeoutError:
-            self._fail(plan, f"no update within {limit_s:g} s of the round's {plan.deadline_s:g} s: it was stopped")
+            self._fail(
+                plan, f"stopped after {limit_s:g} s, shortly before the round's deadline ({plan.deadline_s:g} s)"
+            )
         except EdgeflError as error:
             self._fail(plan, str(error))
         except OSError as error:
-            self._fail(plan, f"the device could not do it: {error}")
+            self._fail(plan, f"an operating system error on the device: {error}")
         else:
             event(_log, logging.INFO, "update.made", job=plan.job, round=plan.round, bytes=update.size,
                   weight=update.weight, seconds=time.monotonic() - start_s)  # fmt: skip
 
     async def _answer(self, plan: WirePlan) -> tuple[Outgoing, Path | None]:
-        """Fetch what the plan needs while the trainer starts, then have it train; return the new state as well."""
-        means = self._means
-        starting = asyncio.create_task(means.trainer.prepare(), name="trainer-start")
+        """Download the plan's inputs while the trainer starts, then train; return the update and the new state."""
+        parts = self._parts
+        starting = asyncio.create_task(parts.trainer.prepare(), name="trainer-start")
         try:
-            bundle, task = await means.bundles.get(plan.bundle)
+            bundle, task = await parts.bundles.get(plan.bundle)
             frozen = await self._frozen.get(plan.job, plan.frozen) if plan.frozen is not None else None
             model = await self._fetch_model(plan.model, plan.model_blake3)
-            if not plan.envelope:  # an update has the model's tensors; better now than after the training
-                means.store.require_space(plan.model.size)
-            with suppress(TrainerLost):  # the fit tries it again
+            if not plan.envelope:  # an update is about as large as the model; fail now, not after training
+                parts.store.require_space(plan.model.size)
+            with suppress(TrainerLost):  # `_insist` starts it again
                 await starting
         finally:
             starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)  # its error was raised above, or is not the first
-        draft, state = means.store.draft(plan.job, plan.round), means.store.state_draft(plan.job, plan.round)
-        make = self._as_errand if plan.envelope else self._as_fit
-        asked = make(plan, model, bundle, task, draft)
-        if isinstance(asked, wire.Fit):
-            asked = dataclasses.replace(asked, frozen=str(frozen or ""), parted=plan.parted)
+            await asyncio.gather(starting, return_exceptions=True)  # its error was raised above
+        draft, state = parts.store.draft(plan.job, plan.round), parts.store.state_draft(plan.job, plan.round)
+        make = self._as_deliver if plan.envelope else self._as_fit
+        request = make(plan, model, bundle, task, draft)
+        if isinstance(request, wire.FitRequest):
+            request = dataclasses.replace(request, frozen=str(frozen or ""), parted=plan.parted)
         try:
-            done = await self._insist(plan, asked)
+            done = await self._insist(plan, request)
             _refuse_too_large(done.size, plan)
         except BaseException:
-            means.store.discard(draft)
+            parts.store.discard(draft)
             state.unlink(missing_ok=True)
             raise
         update = Outgoing(
@@ -235,70 +238,70 @@ class Participant:
         )
         return update, state if done.changed else None
 
-    async def _insist(self, plan: WirePlan, fit: wire.Fit | wire.Errand) -> wire.Done:
-        """Have it done, again where the machine killed the trainer: some times, as the deadline allows."""
+    async def _insist(self, plan: WirePlan, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone:
+        """Run a request in the trainer; if the system kills the trainer, try again, at most MAX_TRIES times."""
         pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         for tries in range(1, MAX_TRIES):
             try:
-                return await self._means.trainer.fit(fit)
+                return await self._parts.trainer.run_request(request)
             except TrainerLost as error:
                 event(_log, logging.WARNING, "trainer.lost", job=plan.job, round=plan.round, tries=tries, reason=error)
-            await asyncio.sleep(pauses.next_s())  # for the machine to have room again
-        return await self._means.trainer.fit(fit)
+            await asyncio.sleep(pauses.next_s())  # until the machine has free memory again
+        return await self._parts.trainer.run_request(request)
 
-    def _as_errand(self, plan: WirePlan, order: Path, bundle: Path, app: str, draft: Path) -> wire.Errand:
-        store = self._means.store
-        return wire.Errand(
+    def _as_deliver(self, plan: WirePlan, order: Path, bundle: Path, app: str, draft: Path) -> wire.DeliverRequest:
+        store = self._parts.store
+        return wire.DeliverRequest(
             app=app,
             order=str(order),
             envelope=plan.envelope,
             bundle=str(bundle),
-            options=self._means.options,
+            options=self._parts.options,
             state=str(store.state(plan.job) or ""),
             state_out=str(store.state_draft(plan.job, plan.round)),
             out=str(draft),
-            memory_limit_mb=self._means.memory_limit_mb,
-            folder=str(work_folder(self._means.home, bundle)),
+            memory_limit_mb=self._parts.memory_limit_mb,
+            folder=str(work_folder(self._parts.home, bundle)),
         )
 
-    def _as_fit(self, plan: WirePlan, model: Path, bundle: Path, task: str, draft: Path) -> wire.Fit:
-        return wire.Fit(
+    def _as_fit(self, plan: WirePlan, model: Path, bundle: Path, task: str, draft: Path) -> wire.FitRequest:
+        return wire.FitRequest(
             job=plan.job,
             round=plan.round,
-            client=self._means.device,
+            client=self._parts.device,
             train=plan.train,
             model=str(model),
             bundle=str(bundle),
             task=task,
-            options=self._means.options,
+            options=self._parts.options,
             out=str(draft),
-            memory_limit_mb=self._means.memory_limit_mb,
-            folder=str(work_folder(self._means.home, bundle)),
+            memory_limit_mb=self._parts.memory_limit_mb,
+            folder=str(work_folder(self._parts.home, bundle)),
         )
 
     async def _fetch_model(self, ref: BlobRef, blake3: str) -> Path:
-        """Return the round's parameters; a file of an earlier round is overwritten."""
+        """Return the file of the round's parameters; the file of an earlier round is overwritten."""
         if _SHA256.fullmatch(ref.sha256) is None:
-            raise ProtocolError(f"the plan's model {ref.sha256[:80]!r} is not named by a SHA-256")
+            raise ProtocolError(f"the plan names its model {ref.sha256[:80]!r}; expected a SHA-256 in hex")
         path = self._models / ref.sha256
         if path == self._model:
             return path
         self._model = None
         part = path.with_name(f"{path.name}.part")
         if path.exists():
-            path.replace(part)  # of an earlier process: `download` checks it
+            path.replace(part)  # from an earlier process: `download` checks it
         others = [file for file in self._models.iterdir() if file != part]
         for file in others[1:]:
             file.unlink()
-        await download(self._means.channel, ref, path, fast_hash=blake3, reuse=others[0] if others else None)
+        await download(self._parts.channel, ref, path, fast_hash=blake3, reuse=others[0] if others else None)
         self._model = path
         return path
 
     def _fail(self, plan: WirePlan, reason: str) -> None:
         event(_log, logging.WARNING, "round.failed", job=plan.job, round=plan.round, reason=reason)
         try:
-            self._means.outbox.put_failure(FailureNote(job=plan.job, round=plan.round, reason=reason))
-        except HomeError as error:  # the disk is full: predictions go on, and `Next` brings the plan back
+            self._parts.outbox.put_failure(FailureNote(job=plan.job, round=plan.round, reason=reason))
+        except HomeError as error:  # full disk: serving continues, and `Next` brings the plan back
             event(_log, logging.ERROR, "round.not_noted", job=plan.job, round=plan.round, reason=error)
 
     def _cancel(self, reason: str) -> None:
@@ -309,7 +312,7 @@ class Participant:
 
 
 def _place(plan: WirePlan) -> tuple[str, int]:
-    """Return what a plan waits under: one for a job's rounds of training, one for each message."""
+    """Return a plan's key in the queue: one key for all training rounds of a job, one for each message."""
     return plan.job, plan.round if plan.envelope else 0
 
 
@@ -321,4 +324,4 @@ def _is_over(plan: WirePlan, closed: RoundClosed) -> bool:
 
 def _refuse_too_large(size: int, plan: WirePlan) -> None:
     if size > plan.max_update_bytes:
-        raise TaskError(f"the update has {size} bytes; at most {plan.max_update_bytes} are taken in this round")
+        raise TaskError(f"the update has {size} bytes; this round accepts at most {plan.max_update_bytes}")

@@ -1,9 +1,9 @@
-"""The agent's side of training: a child process that is started, fed, cancelled, killed and started again.
+"""The agent's side of training: starts the trainer process, sends it requests, cancels them, and restarts it.
 
-The child lives from plan to plan, so that torch is loaded once; it ends when the job does, or after an
-idle minute, so that an idle agent is small. It is a process of ours on a socket pair, or a service that
-systemd starts when we connect to its socket, in a slice of its own.
-Invariant: a fit ends in a `Done`, a TaskError or a cancellation, and after each the next one can begin.
+The process stays alive between plans, so that torch is loaded once. It is stopped when the job ends or after an
+idle minute, so that an idle agent uses little memory. It is a child process on a socket pair, or a systemd
+service that starts when the agent connects to its socket, in a slice of its own.
+Invariant: a request ends with a `WorkDone`, a TaskError, a TrainerLost or a cancellation; then the next one can start.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from edge_agent.training import trainer_wire as wire
 from edgefl.errors import ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
 
-HELLO_S = 60.0  # for a child to start; a slow device takes seconds for the imports
-CANCEL_GRACE_S = 1.0  # for a task to let go, before its process is killed
-DEATH_S = 5.0  # for a killed process to be gone
+HELLO_S = 60.0  # time limit to start; on a slow device the imports take seconds
+CANCEL_GRACE_S = 1.0  # time to react to a cancellation before the process is killed
+DEATH_S = 5.0  # time limit for a killed process to end
 IDLE_S = 60.0
 _STDERR = 2
-_BY_OTHERS = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP})  # the system short of memory, or a person
+_FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP})  # from the OOM killer, or a person
 
 _log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs one fit at a time in the child. Used from the agent's event loop."""
+    """Runs one request at a time in the trainer process. Used from the agent's event loop."""
 
     def __init__(self, socket_path: Path | None = None, idle_s: float = IDLE_S) -> None:
-        self._socket_path = socket_path  # systemd's; None = a process of our own
+        self._socket_path = socket_path  # of a systemd service; None = start a child process
         self._idle_s = idle_s
-        self._child: _Child | None = None
+        self._child: _TrainerChild | None = None
         self._abandoning: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._used = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
-        """The child's process id, while there is one."""
+        """The trainer's process id, None if none runs."""
         return self._child.pid if self._child else None
 
     async def run(self) -> None:
-        """End a child that has been idle; runs until cancelled, and then ends the child."""
+        """Stop the process whenever it has been idle for `idle_s`; runs until cancelled, then stops it too."""
         try:
             while True:
                 await self._used.wait()
@@ -63,10 +63,10 @@ class Trainer:
             await self._drop()
 
     async def prepare(self) -> None:
-        """Start the child, if there is none: while the model is on its way, its imports can run."""
+        """Start the process, if none runs, so that it imports torch while the model is being downloaded."""
         self._used.set()
         async with self._starting:
-            if self._abandoning is not None:  # whoever began it may have been cancelled once more, and went
+            if self._abandoning is not None:  # its caller may have been cancelled a second time and not awaited it
                 await asyncio.wait([self._abandoning])
             if self._child is not None and not self._child.gone:
                 return
@@ -74,42 +74,42 @@ class Trainer:
             self._child = await _start(self._socket_path)
             event(_log, logging.INFO, "trainer.started", pid=self._child.pid)
 
-    async def fit(self, fit: wire.Fit | wire.Errand) -> wire.Done:
-        """Train; raises TaskError, and TrainerLost where it is not the task's fault.
+    async def run_request(self, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone:
+        """Train or deliver a message; raises TaskError, or TrainerLost if the task did not cause the failure.
 
-        Where this is cancelled, so is the child's work.
+        Cancelling this cancels the work in the process too.
         """
         await self.prepare()
         child = self._child
         if child is None:
-            raise TrainerLost("the trainer was ended before it could begin")
+            raise TrainerLost("the trainer was stopped before it could start to work")
         child.busy = True
         try:
-            answer = await child.ask(fit)
+            answer = await child.send(request)
         except asyncio.CancelledError:
-            # In a task of its own: up to Python 3.11.2, time limits do not hold in one that is being cancelled.
+            # In a separate task: up to Python 3.11.2, asyncio.timeout does not work in a task that is being cancelled.
             self._abandoning = asyncio.create_task(self._abandon(child))
             await asyncio.shield(self._abandoning)
             raise
         except (EOFError, OSError, ProtocolError) as cause:
-            error = await child.obituary("while it trained")
+            error = await child.death_error("while it trained")
             await self._drop()
             raise error from cause
         finally:
             child.busy = False
             self._used.set()
-        if isinstance(answer, wire.Failed):
-            if answer.spent:
+        if isinstance(answer, wire.WorkFailed):
+            if answer.spent:  # the process is not usable any more
                 await self._drop()
             raise TaskError(answer.reason)
         return answer
 
-    async def _abandon(self, child: _Child) -> None:
-        if not await child.let_go():
+    async def _abandon(self, child: _TrainerChild) -> None:
+        if not await child.cancel_request():
             await self._drop()
 
     async def end(self) -> None:
-        """End an idle child; one at work is left to its fit."""
+        """Stop the process if it is idle; while it works, nothing happens."""
         if self._child is not None and not self._child.busy:
             event(_log, logging.INFO, "trainer.ended", pid=self._child.pid)
             await self._drop()
@@ -120,8 +120,8 @@ class Trainer:
             await child.kill()
 
 
-class _Child:
-    """One child process and the socket to it."""
+class _TrainerChild:
+    """One trainer process and the socket to it."""
 
     def __init__(
         self, process: subprocess.Popen[bytes] | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -134,13 +134,13 @@ class _Child:
         self._dead = asyncio.Event()
 
     async def greet(self) -> None:
-        """Wait for the child's hello; from then on its death is noticed."""
+        """Wait for the process's hello message; from then on its end is noticed."""
         if self._process is not None:
             self._watch(self.pid)
         async with asyncio.timeout(HELLO_S):
             hello = await self._receive()
         if not isinstance(hello, wire.Hello):
-            raise ProtocolError(f"the trainer began with {type(hello).__name__}")
+            raise ProtocolError(f"the trainer's first message is {type(hello).__name__}; expected Hello")
         if self._process is None:
             self.pid = hello.pid
             self._watch(self.pid)
@@ -149,26 +149,26 @@ class _Child:
     def gone(self) -> bool:
         return self._dead.is_set() or self._reader.at_eof()
 
-    async def ask(self, fit: wire.Fit | wire.Errand) -> wire.Done | wire.Failed:
-        """Have it train; raises EOFError where it died."""
-        self._writer.write(wire.frame(fit))
+    async def send(self, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone | wire.WorkFailed:
+        """Send a request and return its answer; raises EOFError if the process died."""
+        self._writer.write(wire.frame(request))
         await self._writer.drain()
         answer = await self._receive()
-        if not isinstance(answer, wire.Done | wire.Failed):
-            raise ProtocolError(f"the trainer answered with {type(answer).__name__}")
+        if not isinstance(answer, wire.WorkDone | wire.WorkFailed):
+            raise ProtocolError(f"the trainer answered with {type(answer).__name__}; expected WorkDone or WorkFailed")
         return answer
 
-    async def let_go(self) -> bool:
-        """Ask it to give up its fit; returns whether it did, and is ready for the next."""
+    async def cancel_request(self) -> bool:
+        """Ask the process to cancel its request; return whether it did so in time and can take another one."""
         with suppress(OSError, EOFError, ProtocolError, TimeoutError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGINT)
             async with asyncio.timeout(CANCEL_GRACE_S):
                 answer = await self._receive()
-            return not (isinstance(answer, wire.Failed) and answer.spent)
+            return not (isinstance(answer, wire.WorkFailed) and answer.spent)
         return False
 
     async def kill(self) -> None:
-        """End the process and all that it started; returns when it is gone."""
+        """Kill the process and all that it started; return when it has ended."""
         self._writer.close()
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
@@ -177,24 +177,24 @@ class _Child:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         else:
-            return  # gone already, or a service that never said who it is
+            return  # ended already, or a service that never sent its process id
         with suppress(TimeoutError):
             async with asyncio.timeout(DEATH_S):
                 await self._dead.wait()
         self._unwatch()
 
-    async def obituary(self, when: str) -> TaskError | TrainerLost:
-        """Say how it died, once it has: TrainerLost where something else than its task ended it."""
+    async def death_error(self, when: str) -> TaskError | TrainerLost:
+        """Return the error for a process that died: TrainerLost if the system or a person ended it, else TaskError."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CANCEL_GRACE_S):
                 await self._dead.wait()
         code = self._process.returncode if self._process else None
-        of_the_machine = code is None or -code in _BY_OTHERS  # of a service, nobody tells us
+        from_outside = code is None or -code in _FROM_OUTSIDE  # a service's exit status is unknown here
         dead = self._dead.is_set()
-        return (TrainerLost if dead and of_the_machine else TaskError)(f"{self.epitaph()} {when}")
+        return (TrainerLost if dead and from_outside else TaskError)(f"{self.how_it_died()} {when}")
 
-    def epitaph(self) -> str:
-        """Say how it died."""
+    def how_it_died(self) -> str:
+        """Return how the process ended, for messages."""
         code = self._process.returncode if self._process else None
         if code is None:
             return "the trainer died"
@@ -216,14 +216,14 @@ class _Child:
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_death)
 
     def _on_death(self) -> None:
-        # The socket alone would not tell: a process that the task forked may hold its other end.
+        # The socket alone does not show it: a process that the task forked may keep the other end open.
         self._unwatch()
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait(DEATH_S)
         self._dead.set()
-        asyncio.get_running_loop().call_later(0.1, self._reader.feed_eof)  # after what it said last was read
+        asyncio.get_running_loop().call_later(0.1, self._reader.feed_eof)  # after its last message was read
 
     def _unwatch(self) -> None:
         if self._pidfd >= 0:
@@ -232,7 +232,7 @@ class _Child:
             self._pidfd = -1
 
 
-async def _start(socket_path: Path | None) -> _Child:
+async def _start(socket_path: Path | None) -> _TrainerChild:
     try:
         child = await (_spawn() if socket_path is None else _connect(socket_path))
     except OSError as cause:
@@ -240,7 +240,9 @@ async def _start(socket_path: Path | None) -> _Child:
     try:
         await child.greet()
     except (EOFError, OSError, ProtocolError) as cause:  # TimeoutError is an OSError
-        error = await child.obituary(f"before it could begin ({cause or 'it did not say hello in time'})")
+        error = await child.death_error(
+            f"before it could start to work ({cause or f'no hello message within {HELLO_S:g} s'})"
+        )
         await child.kill()
         raise error from cause
     except asyncio.CancelledError:
@@ -249,7 +251,7 @@ async def _start(socket_path: Path | None) -> _Child:
     return child
 
 
-async def _spawn() -> _Child:
+async def _spawn() -> _TrainerChild:
     ours, theirs = socket.socketpair()
     with theirs:
         try:
@@ -257,24 +259,24 @@ async def _spawn() -> _Child:
         except OSError:  # no memory, or too many processes
             ours.close()
             raise
-    return _Child(process, *await asyncio.open_connection(sock=ours))
+    return _TrainerChild(process, *await asyncio.open_connection(sock=ours))
 
 
 def _popen(descriptor: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "edge_agent.training.trainer_main", "--fd", str(descriptor)],
         stdin=subprocess.DEVNULL,
-        stdout=_STDERR,  # what the user prints
+        stdout=_STDERR,  # what the task prints
         pass_fds=(descriptor,),
-        start_new_session=True,  # Ctrl-C is for the agent; and all that the task starts can be killed
+        start_new_session=True,  # Ctrl-C goes to the agent only; and all processes of the task can be killed
     )
 
 
-async def _connect(path: Path) -> _Child:
+async def _connect(path: Path) -> _TrainerChild:
     try:
         reader, writer = await asyncio.open_unix_connection(str(path))
     except OSError as cause:
         raise TrainerLost(
-            f"the trainer's socket {path} does not answer ({cause}); is edgefl-trainer.socket on?"
+            f"the trainer's socket {path} cannot be connected ({cause}). Check `systemctl status edgefl-trainer.socket`"
         ) from cause
-    return _Child(None, reader, writer)
+    return _TrainerChild(None, reader, writer)

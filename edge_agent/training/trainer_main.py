@@ -1,14 +1,14 @@
-"""The trainer: a child process that trains plan after plan, so that torch is loaded once and not in the agent.
+"""The trainer process: trains for one plan after another, so that torch is loaded once, and not in the agent.
 
     python -P -m edge_agent.training.trainer_main --fd N        as the agent starts it
     python -P -m edge_agent.training.trainer_main --listen-fds  as systemd's socket activation starts it (fd 3)
 
--P: no file of the folder that the agent was started in is taken for a module of ours or of a task.
+-P: modules are not imported from the folder that the agent was started in.
 
-It has the lowest claim on the machine: nice, and limited in memory by RLIMIT_DATA, so that a task
-which eats memory gets a MemoryError here and the serving of predictions goes on. A second thread reads
-the socket: when the agent goes, the trainer ends at once, whatever the task does.
-SIGINT asks it to give up the fit at hand; what the user prints goes to stderr.
+It has the lowest priority on the machine: it runs with a nice value, and RLIMIT_DATA limits its memory, so that a
+task that needs too much gets a MemoryError here and serving continues. A second thread reads the socket: when the
+agent ends, the trainer ends at once, whatever the task does.
+SIGINT cancels the current request; what the task prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ LISTEN_FD = 3  # sd_listen_fds(3): the first descriptor that systemd passes
 
 
 class _Cancelled(BaseException):
-    """The agent no longer wants this fit. Not an Exception: a task's own handlers let it pass."""
+    """The agent cancelled the request. Not an Exception, so that a task's `except Exception` does not catch it."""
 
 
-class Trainer:
-    """Serves one agent over one socket."""
+class TrainerProcess:
+    """Handles the requests of one agent over one socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._fits: queue.SimpleQueue[wire.Fit | wire.Errand] = queue.SimpleQueue()  # the agent sends one at a time
+        self._requests: queue.SimpleQueue[wire.FitRequest | wire.DeliverRequest] = queue.SimpleQueue()  # one at a time
         self._fitting = False
 
     def run(self) -> None:
@@ -60,45 +60,45 @@ class Trainer:
         threading.Thread(target=self._read, name="agent", daemon=True).start()
         self._connection.sendall(wire.frame(wire.Hello(pid=os.getpid())))
         while True:
-            answer = self._answer(self._fits.get())
+            answer = self._answer(self._requests.get())
             self._connection.sendall(wire.frame(answer))
-            if isinstance(answer, wire.Failed) and answer.spent:
+            if isinstance(answer, wire.WorkFailed) and answer.spent:
                 return
 
     def _read(self) -> None:
-        """Pass on what the agent asks; end the process when the agent is gone."""
+        """Queue the agent's requests; end the process when the agent has ended."""
         try:
             while True:
                 message = wire.parse(
                     _receive(self._connection, wire.body_bytes(_receive(self._connection, wire.HEAD_BYTES)))
                 )
-                if isinstance(message, wire.Fit | wire.Errand):
-                    self._fits.put(message)
+                if isinstance(message, wire.FitRequest | wire.DeliverRequest):
+                    self._requests.put(message)
         except (OSError, EOFError, EdgeflError):
-            os._exit(0)  # nobody waits for an answer, and the task may never return
+            os._exit(0)  # the agent is gone, and the task may never return
 
     def _on_cancel(self, _signal: int, _frame: FrameType | None) -> None:
         if self._fitting:
             self._fitting = False
             raise _Cancelled
 
-    def _answer(self, fit: wire.Fit | wire.Errand) -> wire.Done | wire.Failed:
+    def _answer(self, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone | wire.WorkFailed:
         try:
             self._fitting = True
-            if fit.folder:
-                os.chdir(fit.folder)
-            done = perform(fit) if isinstance(fit, wire.Fit) else perform_errand(fit)
+            if request.folder:
+                os.chdir(request.folder)
+            done = train(request) if isinstance(request, wire.FitRequest) else deliver_message(request)
             self._fitting = False
         except _Cancelled:
-            return wire.Failed(reason="the round is over")
+            return wire.WorkFailed(reason="the round is over")
         except (EdgeflError, MemoryError, OSError) as error:
             self._fitting = False
-            return failure(error, fit.memory_limit_mb)
+            return failure(error, request.memory_limit_mb)
         return done
 
 
-def perform(fit: wire.Fit) -> wire.Done:
-    """Train, check what came out, write it; raises TaskError and what loading a task raises."""
+def train(fit: wire.FitRequest) -> wire.WorkDone:
+    """Train, check the update and write it; raises TaskError, and the errors of loading a task."""
     limit_memory(fit.memory_limit_mb)
     parameters = SpooledTree(Path(fit.model))
     task = load_bundle(_unpacked(fit.bundle), fit.task)
@@ -110,25 +110,25 @@ def perform(fit: wire.Fit) -> wire.Done:
     return write(result, Path(fit.out))
 
 
-def perform_errand(errand: wire.Errand) -> wire.Done:
-    """Have the ClientApp answer, write the state and then the reply; raises what keeps it from being asked."""
+def deliver_message(request: wire.DeliverRequest) -> wire.WorkDone:
+    """Run the ClientApp on a message, write its state, then its reply; raises EdgeflError if the app cannot run."""
     from edgefl.flower.fleet.deliver import NodeMessage, deliver
 
-    limit_memory(errand.memory_limit_mb)
+    limit_memory(request.memory_limit_mb)
     outcome = deliver(
         NodeMessage(
-            app=errand.app.partition(":")[0].partition(".")[0],
-            folder=_unpacked(errand.bundle),
-            order=Path(errand.order),
-            envelope=errand.envelope,
-            options=errand.options,
-            state=Path(errand.state) if errand.state else None,
+            app=request.app.partition(":")[0].partition(".")[0],
+            folder=_unpacked(request.bundle),
+            order=Path(request.order),
+            envelope=request.envelope,
+            options=request.options,
+            state=Path(request.state) if request.state else None,
         )
     )
     if outcome.state is not None:
-        _overwrite(Path(errand.state_out), lambda file: file.write(outcome.state or b""))
-    reply = _overwrite(Path(errand.out), lambda file: file.write(outcome.reply))
-    return wire.Done(size=reply.size, blake3=reply.hexdigest(), weight=0.0, changed=outcome.state is not None)
+        _overwrite(Path(request.state_out), lambda file: file.write(outcome.state or b""))
+    reply = _overwrite(Path(request.out), lambda file: file.write(outcome.reply))
+    return wire.WorkDone(size=reply.size, blake3=reply.hexdigest(), weight=0.0, changed=outcome.state is not None)
 
 
 def _unpacked(bundle: str) -> Path:
@@ -138,8 +138,8 @@ def _unpacked(bundle: str) -> Path:
     return folder
 
 
-def check(task: str, result: FitResult, parameters: Tree, fit: wire.Fit) -> None:
-    """Raise TaskError for what the cloud would refuse: it need not travel."""
+def check(task: str, result: FitResult, parameters: Tree, fit: wire.FitRequest) -> None:
+    """Raise TaskError for an update that the cloud would refuse, so that it is not sent at all."""
     update = Update(
         job=fit.job, round=fit.round, device=fit.client, tree=result.tree, weight=result.weight, metrics=result.metrics
     )
@@ -150,13 +150,13 @@ def check(task: str, result: FitResult, parameters: Tree, fit: wire.Fit) -> None
         or not_finite(update)
     )
     if fault:
-        raise TaskError(f"task {task!r}: training gave what cannot be an update: {fault}")
+        raise TaskError(f"task {task!r}: the result of training is not a valid update: {fault}")
 
 
-def write(result: FitResult, path: Path) -> wire.Done:
-    """Write the update over whatever is at `path`, and sync it."""
+def write(result: FitResult, path: Path) -> wire.WorkDone:
+    """Write the update to `path`, over an existing file, and sync it."""
     written = _overwrite(path, lambda file: write_tree(result.tree, file))
-    return wire.Done(size=written.size, blake3=written.hexdigest(), weight=result.weight, metrics=result.metrics)
+    return wire.WorkDone(size=written.size, blake3=written.hexdigest(), weight=result.weight, metrics=result.metrics)
 
 
 def _overwrite(path: Path, fill: Callable[[HashingFile], object]) -> HashingFile:
@@ -168,17 +168,17 @@ def _overwrite(path: Path, fill: Callable[[HashingFile], object]) -> HashingFile
     return hashing
 
 
-def failure(error: BaseException, memory_limit_mb: int) -> wire.Failed:
-    """Say why a fit failed; out of memory is told apart, whoever noticed it first."""
+def failure(error: BaseException, memory_limit_mb: int) -> wire.WorkFailed:
+    """Return why a request failed. Out of memory has its own reason, and the process cannot be used after it."""
     if out_of_memory(error):
         limit = f" of {memory_limit_mb} MB" if memory_limit_mb else ""
-        return wire.Failed(reason=f"the task ran out of its memory limit{limit}", spent=True)
-    text = str(error) if isinstance(error, EdgeflError) else f"the device could not do it: {error}"
-    return wire.Failed(reason=text)
+        return wire.WorkFailed(reason=f"the task exceeded its memory limit{limit}", spent=True)
+    text = str(error) if isinstance(error, EdgeflError) else f"an operating system error on the device: {error}"
+    return wire.WorkFailed(reason=text)
 
 
 def limit_memory(limit_mb: int) -> None:
-    """Bound this process's own data (not the mapped model)."""
+    """Limit this process's data size; the memory-mapped model does not count."""
     limit = limit_mb << 20 if limit_mb else resource.RLIM_INFINITY
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
@@ -187,16 +187,16 @@ def limit_memory(limit_mb: int) -> None:
 
 
 def main() -> None:
-    """Take the socket, step back behind all other work, and serve until the agent ends it."""
+    """Open the socket, lower the priority, and handle requests until the agent stops the process."""
     parser = argparse.ArgumentParser(prog="edgefl-trainer", description="The agent's training process.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--fd", type=int, help="a connected socket that the agent passes")
     source.add_argument("--listen-fds", action="store_true", help="a listening socket that systemd passes")
     arguments = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what a task prints is in the log when it is printed
-    # Threads that spin while they wait take the cores from serving, and from each other, a hundredfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded, which is later
+        sys.stdout.reconfigure(line_buffering=True)  # so that a task's output appears in the log at once
+    # Threads that wait actively take the cores from serving, and make each other a hundred times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it when it is imported, later
     if arguments.listen_fds:
         connection = _accept()
     else:
@@ -206,16 +206,16 @@ def main() -> None:
     here = os.getpriority(os.PRIO_PROCESS, 0)
     os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, here))
     try:
-        Trainer(connection).run()
+        TrainerProcess(connection).run()
     except BrokenPipeError:
-        sys.exit(0)  # the agent went while we answered
+        sys.exit(0)  # the agent ended while we answered
 
 
 def _accept() -> socket.socket:
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
-        raise SystemExit("--listen-fds is for systemd's socket activation with one socket")
+        raise SystemExit("--listen-fds needs systemd's socket activation with exactly one socket; use --fd otherwise")
     with socket.socket(fileno=LISTEN_FD) as listener:
-        connection, _ = listener.accept()  # systemd starts us because an agent has connected
+        connection, _ = listener.accept()  # systemd started us because an agent has connected
     return connection
 
 

@@ -1,12 +1,12 @@
-"""What the agent and its trainer child say to each other, over a socket: length-prefixed JSON.
+"""The protocol between the agent and its trainer process: length-prefixed JSON over a socket.
 
     child:  hello {pid}
     parent: fit {job, round, client, train, model, frozen, bundle, task, options, out, memory_limit_mb,
-            folder} | errand {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb, folder}
+            folder} | deliver {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb, folder}
     child:  done {size, blake3, weight, metrics, changed} | failed {reason, spent}
 
-A fit is a round of training, an errand hands a message to a Flower app's ClientApp; one at a time. `spent` says
-that the child is no longer fit for use (it ran out of memory) and ends.
+`fit` asks for a round of training, `deliver` hands one message to a Flower app's ClientApp; one request at a time.
+`spent` means that the child ran out of memory, cannot be used any more, and exits.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ HEAD_BYTES = _HEAD.size
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello(Checked):
-    """The child is there."""
+    """The child is ready for requests."""
 
     pid: int
     kind: str = "hello"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fit(Checked):
+class FitRequest(Checked):
     """Train for one plan."""
 
     job: str
@@ -45,36 +45,36 @@ class Fit(Checked):
     train: TrainConfig
     model: str = field(metadata=raw())  # path of the parameters, a safetensors file
     bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked beside it
-    task: str  # module:attribute in it
+    task: str  # module:attribute in the bundle
     options: Mapping[str, str] = field(metadata=raw())
-    out: str = field(metadata=raw())  # path to write the update to; old bytes there are overwritten
+    out: str = field(metadata=raw())  # path to write the update to; an existing file is overwritten
     memory_limit_mb: int  # of the child's data; 0 = none
-    folder: str = ""  # where the task works, an existing folder of its own; empty = where the child is
-    frozen: str = ""  # path of the model's other tensors, which are not trained; empty = there are none
-    parted: bool = False  # whether `model` is just what is trained, and the buffers
+    folder: str = ""  # the task's working folder, which exists; empty = the child's
+    frozen: str = ""  # path of the model's frozen tensors; empty = there are none
+    parted: bool = False  # whether `model` has only the trained tensors and the buffers
     kind: str = "fit"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Errand(Checked):
-    """Hand a message to the ClientApp of a bundle."""
+class DeliverRequest(Checked):
+    """Deliver one message to the ClientApp of a bundle."""
 
     app: str  # module:attribute of its ClientApp
-    order: str = field(metadata=raw())  # path of what the message holds
-    envelope: str  # its metadata
+    order: str = field(metadata=raw())  # path of the message's content
+    envelope: str  # the message's metadata
     bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked beside it
     options: Mapping[str, str] = field(metadata=raw())
-    state: str = field(metadata=raw())  # path of the node's state; empty = none yet
-    state_out: str = field(metadata=raw())  # path to write its next state to
-    out: str = field(metadata=raw())  # path to write the reply to; old bytes there are overwritten
+    state: str = field(metadata=raw())  # path of the client's state; empty = none yet
+    state_out: str = field(metadata=raw())  # path to write the client's next state to
+    out: str = field(metadata=raw())  # path to write the reply to; an existing file is overwritten
     memory_limit_mb: int  # of the child's data; 0 = none
-    folder: str = ""  # where the app works, an existing folder of its own; empty = where the child is
-    kind: str = "errand"
+    folder: str = ""  # the app's working folder, which exists; empty = the child's
+    kind: str = "deliver"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Done(Checked):
-    """The answer is at `out`, whole and synced; so is the state after an errand, where it `changed`."""
+class WorkDone(Checked):
+    """The result is at `out`, complete and synced; if `changed`, so is the client's next state at `state_out`."""
 
     size: int = field(metadata=limited(least=0))
     blake3: str = field(metadata=limited(max_chars=64))
@@ -85,27 +85,33 @@ class Done(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Failed(Checked):
-    """There will be no update, and why."""
+class WorkFailed(Checked):
+    """The request failed, and why."""
 
     reason: str = field(metadata=prose())
     spent: bool = False
     kind: str = "failed"
 
 
-_KINDS: Mapping[str, type[Any]] = {"hello": Hello, "fit": Fit, "errand": Errand, "done": Done, "failed": Failed}
+_KINDS: Mapping[str, type[Any]] = {
+    "hello": Hello,
+    "fit": FitRequest,
+    "deliver": DeliverRequest,
+    "done": WorkDone,
+    "failed": WorkFailed,
+}
 
-Message = Hello | Fit | Errand | Done | Failed
+Message = Hello | FitRequest | DeliverRequest | WorkDone | WorkFailed
 
 
 def frame(message: Message) -> bytes:
-    """Return a message's bytes, head included."""
+    """Return a message's bytes with the length before them."""
     body = json.dumps(to_json(message)).encode()
     return _HEAD.pack(len(body)) + body
 
 
 def body_bytes(head: bytes) -> int:
-    """Return how many bytes follow a head; raises ProtocolError."""
+    """Return how many bytes follow a frame's head; raises ProtocolError if they are too many."""
     length = int(_HEAD.unpack(head)[0])
     if length > MAX_FRAME_BYTES:
         raise ProtocolError(
@@ -115,11 +121,11 @@ def body_bytes(head: bytes) -> int:
 
 
 def parse(body: bytes) -> Message:
-    """Return the message of a body; raises ProtocolError."""
+    """Return the message in a frame's body; raises ProtocolError."""
     try:
         value = parse_json(body)
         schema = _KINDS[value["kind"]]
     except (ProtocolError, KeyError, TypeError) as cause:
-        raise ProtocolError(f"not a message between agent and trainer: {body[:80]!r}") from cause
+        raise ProtocolError(f"invalid message between agent and trainer: {body[:80]!r}") from cause
     message: Message = from_json(schema, value)
     return message

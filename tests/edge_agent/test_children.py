@@ -89,8 +89,8 @@ def test_it_ends_with_its_parent_whatever_ends_that(module, tmp_path, eventually
 
 def test_its_memory_is_bounded_and_its_own_fault(module, tmp_path):
     code = f"""
-        from edge_agent.children import take_the_blame_for_memory
-        take_the_blame_for_memory(200)
+        from edge_agent.children import limit_own_memory
+        limit_own_memory(200)
         try:
             bytearray(400 << 20)
         except MemoryError:

@@ -39,7 +39,7 @@ def test_an_update_survives_a_restart(store, tmp_path):
 
 def test_settled_is_gone_yet_remembered(store):
     put(store)
-    store.settle("j", 1)
+    store.mark_answered("j", 1)
     assert store.outbox() == []
     assert store.is_answered("j", 1)
     assert not store.is_answered("j", 2)
@@ -50,7 +50,7 @@ def test_a_failure_is_remembered_until_it_is_settled(store):
     store.note_failure(FailureNote(job="j", round=1, reason="why"))
     assert store.failures() == [FailureNote(job="j", round=1, reason="why")]
     assert store.is_answered("j", 1)
-    store.settle("j", 1)
+    store.mark_answered("j", 1)
     assert store.failures() == []
     assert store.is_answered("j", 1)
 
@@ -59,7 +59,7 @@ def test_the_pages_of_a_settled_update_serve_the_next(store):
     put(store)
     [update] = store.outbox()
     inode = update.path.stat().st_ino
-    store.settle("j", 1)
+    store.mark_answered("j", 1)
     assert store.draft("j", 2).stat().st_ino == inode
 
 
@@ -113,7 +113,7 @@ def test_a_newer_schema_is_refused(store, tmp_path):
 
 def test_what_is_no_database_is_refused(tmp_path):
     (tmp_path / "agent.db").write_bytes(b"not a database, and long enough to be taken for one" * 100)
-    with pytest.raises(HomeError, match="cannot be used"):
+    with pytest.raises(HomeError, match="cannot be opened"):
         Store(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_a_full_disk_is_said_and_changes_nothing(store):
     put(store)
     fill_disk(store)
     with pytest.raises(HomeError, match=r"agent.db cannot be written: database or disk is full. Free some space"):
-        store.settle("j" * 100_000, 2)
+        store.mark_answered("j" * 100_000, 2)
     draft = store.draft("j", 3)
     draft.write_bytes(b"x")
     update = Outgoing(job="j", round=3, path=draft, size=1, blake3="x" * 100_000, weight=1.0)
@@ -144,7 +144,7 @@ def test_a_failure_is_told_without_the_disk_that_failed(store):
     store.note_failure(note)
     assert store.failures() == [note]
     assert store.is_answered("j", 2)
-    store.settle("j", 2)
+    store.mark_answered("j", 2)
     assert store.failures() == []
 
 
@@ -157,11 +157,11 @@ def test_on_a_disk_that_is_nearly_full_no_spare_file_is_kept(store, monkeypatch)
 
 
 def test_a_round_is_asked_again_only_if_it_was_settled_before_that(store):
-    store.settle("j", 1)
-    asked = store.last_settled()
-    store.settle("j", 2)
+    store.mark_answered("j", 1)
+    asked = store.last_answered()
+    store.mark_answered("j", 2)
     for number in (1, 2):
-        store.ask_again("j", number, asked)
+        store.reopen("j", number, asked)
     assert [store.is_answered("j", number) for number in (1, 2)] == [False, True]
 
 

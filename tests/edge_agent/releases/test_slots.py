@@ -72,7 +72,7 @@ def test_a_damaged_state_is_set_aside(tmp_path):
 def test_slots_that_there_are_not_are_damage(tmp_path, state):
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "state.json").write_text(json.dumps({"model": "digits", **state}))
-    with pytest.raises(HomeError, match="there are a and b"):
+    with pytest.raises(HomeError, match="expected a and b"):
         ModelSlots(tmp_path, "digits")
 
 

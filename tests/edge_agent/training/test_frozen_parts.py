@@ -72,7 +72,7 @@ def test_after_a_restart_it_is_there_and_checked_again(fleet, home, with_parts):
 
 def test_a_name_that_is_no_digest_reaches_no_file(with_parts):
     async def run(parts):
-        with pytest.raises(ProtocolError, match="not named by a SHA-256"):
+        with pytest.raises(ProtocolError, match="expected a SHA-256 in hex"):
             await parts.get("job-1", BlobRef(sha256="../../x", size=1))
 
     with_parts(run)

@@ -82,8 +82,8 @@ class Bench:
         with (folder / "model").open("wb") as file:
             write_tree({"w": np.zeros(4, np.float32)}, file)
 
-    def fit(self, what: str = "", memory_limit_mb: int = 0) -> wire.Fit:
-        return wire.Fit(
+    def fit(self, what: str = "", memory_limit_mb: int = 0) -> wire.FitRequest:
+        return wire.FitRequest(
             job="j", round=1, client="cam-1", train=TrainConfig(), model=str(self.folder / "model"),
             bundle=str(self.bundle), task="user_task:task",
             options={"what": what, "log": str(self.folder / "log")}, out=str(self.folder / "out"),
@@ -112,7 +112,7 @@ def bench(tmp_path):
 
 def test_one_child_trains_plan_after_plan(bench):
     async def run(trainer):
-        return [await trainer.fit(bench.fit("pid")) for _ in range(3)]
+        return [await trainer.run_request(bench.fit("pid")) for _ in range(3)]
 
     first, *others = bench.run(run)
     assert {done.weight for done in others} == {first.weight}
@@ -137,24 +137,24 @@ def test_one_child_trains_plan_after_plan(bench):
 def test_a_bad_task_fails_with_its_reason_and_the_next_fit_works(bench, what, said):
     async def run(trainer):
         with pytest.raises(TaskError, match=said):
-            await trainer.fit(bench.fit(what))
-        return await trainer.fit(bench.fit())
+            await trainer.run_request(bench.fit(what))
+        return await trainer.run_request(bench.fit())
 
     assert bench.run(run).weight == 2.0
 
 
 def test_an_eater_hits_its_limit_and_a_fresh_child_follows(bench):
     async def run(trainer):
-        before = (await trainer.fit(bench.fit("pid"))).weight
-        with pytest.raises(TaskError, match="the task ran out of its memory limit of 700 MB"):
-            await trainer.fit(bench.fit("eat", memory_limit_mb=700))
-        assert (await trainer.fit(bench.fit("pid", memory_limit_mb=700))).weight != before
+        before = (await trainer.run_request(bench.fit("pid"))).weight
+        with pytest.raises(TaskError, match="the task exceeded its memory limit of 700 MB"):
+            await trainer.run_request(bench.fit("eat", memory_limit_mb=700))
+        assert (await trainer.run_request(bench.fit("pid", memory_limit_mb=700))).weight != before
 
     bench.run(run)
 
 
 async def cancelled(trainer, bench, what, until):
-    task = asyncio.create_task(trainer.fit(bench.fit(what)))
+    task = asyncio.create_task(trainer.run_request(bench.fit(what)))
     await until((bench.folder / "log").exists)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -163,19 +163,19 @@ async def cancelled(trainer, bench, what, until):
 
 def test_a_cancelled_fit_leaves_its_child_ready(bench, until):
     async def run(trainer):
-        before = (await trainer.fit(bench.fit("pid"))).weight
+        before = (await trainer.run_request(bench.fit("pid"))).weight
         await cancelled(trainer, bench, "hang", until)
-        assert (await trainer.fit(bench.fit("pid"))).weight == before
+        assert (await trainer.run_request(bench.fit("pid"))).weight == before
 
     bench.run(run)
 
 
 def test_a_task_that_does_not_let_go_is_killed(bench, alive, until):
     async def run(trainer):
-        before = int((await trainer.fit(bench.fit("pid"))).weight)
+        before = int((await trainer.run_request(bench.fit("pid"))).weight)
         await cancelled(trainer, bench, "stubborn", until)
         assert not alive(before)
-        assert (await trainer.fit(bench.fit("pid"))).weight != before
+        assert (await trainer.run_request(bench.fit("pid"))).weight != before
 
     bench.run(run)
 
@@ -185,24 +185,24 @@ def test_a_child_killed_from_outside_is_replaced(bench):
         await trainer.prepare()
         os.kill(trainer.pid, signal.SIGKILL)
         await asyncio.sleep(0.05)
-        return await trainer.fit(bench.fit())
+        return await trainer.run_request(bench.fit())
 
     assert bench.run(run).weight == 2.0
 
 
 def test_an_idle_child_is_ended(bench, until):
     async def run(trainer):
-        await trainer.fit(bench.fit())
+        await trainer.run_request(bench.fit())
         assert trainer.pid
         await until(lambda: trainer.pid is None)
-        return await trainer.fit(bench.fit())
+        return await trainer.run_request(bench.fit())
 
     assert bench.run(run, idle_s=0.1).weight == 2.0
 
 
 def test_what_a_task_prints_goes_to_stderr(bench, capfd):
     async def run(trainer):
-        return await trainer.fit(bench.fit("print"))
+        return await trainer.run_request(bench.fit("print"))
 
     assert bench.run(run).weight == 2.0
     captured = capfd.readouterr()
@@ -217,7 +217,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from edge_agent.training.trainer import Trainer
 from edge_agent.training import trainer_wire as wire
 fit = wire.parse({wire.frame(bench.fit("stubborn"))[wire.HEAD_BYTES :]!r})
-asyncio.run(Trainer().fit(fit))
+asyncio.run(Trainer().run_request(fit))
 """
     agent = subprocess.Popen([sys.executable, "-c", script])
     eventually((bench.folder / "log").exists, "the fit")
@@ -229,8 +229,8 @@ asyncio.run(Trainer().fit(fit))
 
 def test_a_socket_that_does_not_answer_is_named(bench, tmp_path):
     async def run(trainer):
-        with pytest.raises(TrainerLost, match=r"is edgefl-trainer\.socket on"):
-            await trainer.fit(bench.fit())
+        with pytest.raises(TrainerLost, match=r"Check `systemctl status edgefl-trainer"):
+            await trainer.run_request(bench.fit())
 
     bench.run(run, socket_path=tmp_path / "none.sock")
 
@@ -252,10 +252,10 @@ def test_a_trainer_of_systemds(bench, tmp_path, eventually, alive):
         eventually(path.exists, "the socket")
 
         async def run(trainer):
-            done = await trainer.fit(bench.fit("pid"))
+            done = await trainer.run_request(bench.fit("pid"))
             assert done.weight == trainer.pid
             with pytest.raises(TrainerLost, match="the trainer died while it trained"):
-                await trainer.fit(bench.fit("exit"))
+                await trainer.run_request(bench.fit("exit"))
 
         try:
             bench.run(run, socket_path=path)
@@ -267,13 +267,13 @@ def test_a_fit_that_is_cancelled_twice_leaves_a_trainer_that_works(bench, until)
     """A round is closed and the next plan comes at once, while the child does not let go."""
 
     async def run(trainer):
-        task = asyncio.create_task(trainer.fit(bench.fit("stubborn")))
+        task = asyncio.create_task(trainer.run_request(bench.fit("stubborn")))
         await until((bench.folder / "log").exists)
         task.cancel()
         await until(lambda: trainer._abandoning is not None)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert task.cancelled()
-        assert (await trainer.fit(bench.fit("pid"))).weight > 0
+        assert (await trainer.run_request(bench.fit("pid"))).weight > 0
 
     bench.run(run)

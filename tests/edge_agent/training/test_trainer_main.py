@@ -29,12 +29,12 @@ def result(weight=1.0, metrics=None, **tree) -> FitResult:
     return FitResult(tree=tree or {"w": np.ones((2, 3), np.float32)}, weight=weight, metrics=metrics or {})
 
 
-def fit_of(**changes) -> wire.Fit:
+def fit_of(**changes) -> wire.FitRequest:
     facts = {
         "job": "j", "round": 1, "client": "c", "train": TrainConfig(), "model": "", "bundle": "", "task": "t:task",
         "options": {}, "out": "", "memory_limit_mb": 0,
     }  # fmt: skip
-    return wire.Fit(**{**facts, **changes})
+    return wire.FitRequest(**{**facts, **changes})
 
 
 def test_an_update_is_written_over_old_bytes_and_hashed(tmp_path):
@@ -68,9 +68,11 @@ def test_what_the_cloud_would_refuse_does_not_travel(bad, said):
 def test_out_of_memory_is_told_apart_however_deep():
     deep = TaskError("task 't': fit raised RuntimeError")
     deep.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    assert child.failure(deep, 512) == wire.Failed(reason="the task ran out of its memory limit of 512 MB", spent=True)
+    assert child.failure(deep, 512) == wire.WorkFailed(
+        reason="the task exceeded its memory limit of 512 MB", spent=True
+    )
     assert child.failure(MemoryError(), 0).spent
-    assert child.failure(TaskError("why"), 512) == wire.Failed(reason="why")
+    assert child.failure(TaskError("why"), 512) == wire.WorkFailed(reason="why")
     assert child.failure(OSError(28, "No space left on device"), 512).reason.endswith("No space left on device")
 
 
@@ -116,20 +118,20 @@ def greedy(message, context):
 
 
 @pytest.fixture
-def errand(tmp_path):
-    """Return a function that makes an errand of a small Flower app."""
+def request_for(tmp_path):
+    """Return a function that makes a request for a small Flower app."""
     bundle = tmp_path / "bundle.zip"
     with zipfile.ZipFile(bundle, "w") as archive:
-        archive.writestr("errand_app.py", CLIENT)
-        archive.writestr("pyproject.toml", '[tool.flwr.app.components]\nclientapp = "errand_app:app"\n')
+        archive.writestr("message_app.py", CLIENT)
+        archive.writestr("pyproject.toml", '[tool.flwr.app.components]\nclientapp = "message_app:app"\n')
 
     def make(kind):
         with task_identity(1):
             message = Message(RecordDict(), 5, kind)
         give_id(message, "1-1")
         (tmp_path / "order").write_bytes(wire_of_flower.pack_order({}, message.content))
-        return wire.Errand(
-            app="errand_app:app", order=str(tmp_path / "order"), envelope=wire_of_flower.pack_envelope(message),
+        return wire.DeliverRequest(
+            app="message_app:app", order=str(tmp_path / "order"), envelope=wire_of_flower.pack_envelope(message),
             bundle=str(bundle), options={}, state="", state_out=str(tmp_path / "state"), out=str(tmp_path / "out"),
             memory_limit_mb=0,
         ), message  # fmt: skip
@@ -137,18 +139,18 @@ def errand(tmp_path):
     return make
 
 
-def test_an_errand_ends_in_a_reply_and_a_state(errand, tmp_path):
+def test_a_message_ends_in_a_reply_and_a_state(request_for, tmp_path):
     (tmp_path / "out").write_bytes(b"old" * 1000)
-    asked, message = errand("query")
-    done = child.perform_errand(asked)
+    asked, message = request_for("query")
+    done = child.deliver_message(asked)
     data = (tmp_path / "out").read_bytes()
     assert (done.size, done.blake3, done.changed) == (len(data), blake3(data).hexdigest(), True)
     assert not wire_of_flower.open_reply(data, message).has_error()
     assert wire_of_flower.open_state((tmp_path / "state").read_bytes())["seen"]["n"] == 1
 
 
-def test_an_errand_that_runs_out_of_memory_spends_the_trainer(errand, tmp_path):
+def test_a_message_that_runs_out_of_memory_spends_the_trainer(request_for, tmp_path):
     with pytest.raises(TaskError) as raised:
-        child.perform_errand(errand("train")[0])
+        child.deliver_message(request_for("train")[0])
     assert child.failure(raised.value, 50).spent
     assert not (tmp_path / "state").exists()

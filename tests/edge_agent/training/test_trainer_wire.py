@@ -8,11 +8,11 @@ from edge_agent.training import trainer_wire as wire
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
 
-FIT = wire.Fit(
+FIT = wire.FitRequest(
     job="j", round=2, client="cam-1", train=TrainConfig(lr=0.5), model="/m", bundle="/b.zip", task="t:task",
     options={"part": "0"}, out="/o", memory_limit_mb=100,
 )  # fmt: skip
-ERRAND = wire.Errand(
+DELIVER = wire.DeliverRequest(
     app="app:app", order="/o", envelope="e", bundle="/b.zip", options={}, state="", state_out="/s", out="/r",
     memory_limit_mb=100,
 )  # fmt: skip
@@ -22,10 +22,10 @@ ERRAND = wire.Errand(
     "message",
     [
         FIT,
-        ERRAND,
+        DELIVER,
         wire.Hello(pid=7),
-        wire.Done(size=1, blake3="ab", weight=2.0, metrics={"a": 1.0}),
-        wire.Failed(reason="é\n"),
+        wire.WorkDone(size=1, blake3="ab", weight=2.0, metrics={"a": 1.0}),
+        wire.WorkFailed(reason="é\n"),
     ],
 )
 def test_a_message_survives_the_wire(message):

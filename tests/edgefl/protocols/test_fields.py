@@ -166,8 +166,8 @@ EVERY: dict[type, dict[str, Any]] = {
     manifest.Release: RELEASE,
     manifest.Desired: {"device": "d", "release": RELEASE, "sequence": 1, "rollback": False},
     trainer_wire.Hello: {"pid": 1},
-    trainer_wire.Done: {"size": 1, "blake3": "00", "weight": 1.0, "metrics": {"a": 1.0}, "changed": False},
-    trainer_wire.Failed: {"reason": "r", "spent": False},
+    trainer_wire.WorkDone: {"size": 1, "blake3": "00", "weight": 1.0, "metrics": {"a": 1.0}, "changed": False},
+    trainer_wire.WorkFailed: {"reason": "r", "spent": False},
     TrainConfig: {"epochs": 1},
 }  # fmt: skip
 NASTY = [
@@ -251,4 +251,7 @@ def test_every_message_of_the_project_is_in_the_table() -> None:
             if isinstance(one, type) and dataclasses.is_dataclass(one) and one.__module__ == module.__name__:
                 found.add(one)
                 assert issubclass(one, Checked), one
-    assert found - set(EVERY) == {trainer_wire.Fit, trainer_wire.Errand}  # they go from the agent to its own child
+    assert found - set(EVERY) == {
+        trainer_wire.FitRequest,
+        trainer_wire.DeliverRequest,
+    }  # they go from the agent to its own child
