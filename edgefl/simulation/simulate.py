@@ -1,6 +1,6 @@
 """`edgefl.simulate`: the rounds, rule, guards and server step of a deployed job, over simulated clients.
 
-What differs from production is the fleet alone: an engine on this machine in place of devices.
+Only the fleet differs from production: an engine on this machine instead of devices.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ OnState = Callable[[Checkpoint], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watching:
-    """What hears of a simulation while it runs."""
+    """Callbacks of a running simulation."""
 
     on_engine: OnEngine = field(default=lambda _name, _reason: None)
     on_round: OnRound = field(default=lambda _outcome: None)
-    on_state: OnState | None = None  # before `on_round`: all that is needed to go on from there
+    on_state: OnState | None = None  # called before `on_round`, with all that is needed to continue
 
 
 def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
@@ -67,22 +67,22 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     checkpoint: Path | str | None = None, checkpoint_every: int = 1, resume: Path | str | None = None,
     address: str | None = None, going_on: Checkpoint | None = None,
 ) -> SimulationResult:  # fmt: skip
-    """Train a task over simulated clients and return what it came to.
+    """Train a task over simulated clients and return the result.
 
-    `task` is a Task, `package.module:attribute` or a folder. Clients are those of `population`, or of the
-    configuration's `[population]` (a `SimulationConfig`), over which `clients` and the loader's `data`
-    options go. Ctrl-C ends the round and returns what there is. `checkpoint` is a folder to keep the state in after
-    each `checkpoint_every`-th round; `resume` goes on from such a folder, and keeps the state there.
-    `address` is of the Ray cluster for the engine `ray`, which starts its own without it. `going_on` is a state
-    that `Watching.on_state` heard, to go on from. User code runs in this process; the command has one for it.
-    Raises ConfigError, TaskError, and CutShort where a round ends with too few updates, or with parameters that are
+    `task` is a Task, `package.module:attribute` or a folder. The clients come from `population`, or from the
+    configuration's `[population]` (a `SimulationConfig`), which `clients` and the loader's `data` options override.
+    Ctrl-C ends the round and returns the result so far. `checkpoint` is a folder for the state after each
+    `checkpoint_every`-th round; `resume` continues from such a folder, and keeps the state there.
+    `address` is the Ray cluster for the engine `ray`, which otherwise starts one. `going_on` is a state from
+    `Watching.on_state` to continue from. User code runs in this process; the command uses a separate one.
+    Raises ConfigError, TaskError, and CutShort if a round ends with too few updates, or with parameters that are
     not finite.
     """
     require_torch("simulation", "sim")
     start_s = time.perf_counter()
     watching = watching or Watching()
     if population is not None and (clients is not None or data):
-        raise ConfigError("a population brings its own clients and data; leave `clients` and `data` out")
+        raise ConfigError("a population has its own clients and data; drop `clients` and `data`")
     settings = with_arguments(config or JobConfig(), clients=clients, rounds=rounds, data=data)
     folder, before = (None if one is None else Path(one) for one in (checkpoint, resume))
     with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
@@ -128,31 +128,33 @@ def _set_up(
 
 
 def _make_engine(name: str, setup: SimulationSetup, saved: Checkpoint | None, address: str | None) -> Chosen:
-    """Make the engine; `auto` goes on with the checkpoint's, since another would round differently."""
+    """Make the engine; `auto` continues with the checkpoint's engine, because another one rounds differently."""
     name = saved.engine if saved is not None and name == AUTO else name
     if address is None:
         chosen = make_engine(name, setup)
     elif name == "ray":
         chosen = Chosen(RayFleet(setup, address), name, f"it was asked for, on the cluster at {address}")
     else:
-        raise ConfigError(f"the engine {name!r} has no address: it runs on this machine. Leave it out, or use 'ray'")
+        raise ConfigError(
+            f"the engine {name!r} has no address: it runs on this machine. Drop the address, or use 'ray'"
+        )
     if saved is None:
         return chosen
     return dataclasses.replace(chosen, reason=f"resumed after round {saved.round} of {setup.config.rounds.count}")
 
 
 def refuse_more_than_there_are(config: JobConfig, there: int) -> None:
-    """Raise ConfigError where rounds ask for more clients than the population has."""
+    """Raise ConfigError if rounds need more clients than the population has."""
     rounds = config.rounds
     if max(rounds.clients, rounds.quorum) > there:
         raise ConfigError(
-            f"rounds.clients={rounds.clients} and rounds.quorum={rounds.quorum} ask for more clients than the {there} "
-            "that there are; simulate more clients, or ask for fewer"
+            f"rounds.clients={rounds.clients} and rounds.quorum={rounds.quorum} need more clients than the {there} "
+            "of this simulation; simulate more clients, or lower these settings"
         )
 
 
 class _Run:
-    """The rounds as they are finished."""
+    """The finished rounds of a running simulation."""
 
     def __init__(
         self,
@@ -177,7 +179,7 @@ class _Run:
         self._settings = flat_settings(config)
 
     def begin(self, start_s: float, checkpoints: Checkpoints | None, saved: Checkpoint | None) -> None:
-        """Say since when it runs, where its state is kept, and where it stands already."""
+        """Set the start time, the folder for the state, and the state to continue from."""
         self._start_s, self._checkpoints = start_s, checkpoints
         if isinstance(self._chosen.engine, Sheltered):
             self._chosen.engine.on_fallback = self._fell_back
@@ -190,7 +192,7 @@ class _Run:
         self._step.load(saved.optimizer)
 
     def rounds_until_stopped(self) -> None:
-        """Run the job's rounds; a round that Ctrl-C left under its quorum is dropped."""
+        """Run the job's rounds; a round that is below its quorum after Ctrl-C is dropped."""
         config, virtual = self._setup.config, self._virtual
         clock, fleet = (virtual.clock, virtual.fleet) if virtual is not None else (time.monotonic, self._chosen.engine)
         first = len(self._rounds) + 1
@@ -210,7 +212,7 @@ class _Run:
                 raise
 
     def result(self, out: Path | None) -> SimulationResult:
-        """Return what there is, and write the model where it is wanted and was trained."""
+        """Return the result so far, and write the model if `out` is given and the model was trained."""
         parameters = whole(self._parameters, self._parts.frozen)
         peak_mb = own_peak_mb() + float(getattr(self._chosen.engine, "peak_rss_mb", 0.0))
         return SimulationResult(
@@ -244,12 +246,12 @@ class _Run:
         self._watching.on_round(self._rounds[-1])
 
     def _fell_back(self, why: str) -> None:
-        """Note, and say, that the loop took the engine's place."""
+        """Record and report that the loop replaced the engine."""
         self._chosen = dataclasses.replace(self._chosen, name=LOOP, reason=f"{self._chosen.reason}; {why}")
         self._watching.on_engine(self._chosen.name, self._chosen.reason)
 
     def _keep(self, outcome: RoundOutcome, *, last: bool) -> None:
-        """Hand on, and write, where it stands; never after a round that Ctrl-C may have cut short."""
+        """Pass on and write the state; never after a round that Ctrl-C may have ended early."""
         checkpoints, on_state = self._checkpoints, self._watching.on_state
         due = checkpoints is not None and (last or checkpoints.due(outcome.round))
         if (self._setup.stop.is_set() and outcome.missing) or not (due or on_state is not None):

@@ -1,7 +1,7 @@
-"""Which engine: chosen by measuring the first cohort on each that can run the task, and said why.
+"""Choose an engine by measuring the first cohort on each that can run the task, and say why it was chosen.
 
-No engine always wins: a stack is many times faster for small dense models and slower for convolutions,
-and worker processes take seconds to start, which a short simulation never gets back.
+No engine is always the fastest: a stack is many times faster for small dense models and slower for convolutions,
+and worker processes take seconds to start, which a short simulation never saves again.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ ENGINES: Mapping[str, Callable[[SimulationSetup], Engine]] = {
     LOOP: LoopFleet,
     "stacked": StackedFleet,
     "pool": PoolFleet,
-    "ray": RayFleet,  # never chosen: a cluster is asked for
+    "ray": RayFleet,  # never chosen by itself
 }
 STACKS = "pool of stacks"
-MEASURE_S = 0.5  # of the loop; the others get as many clients
-FEWEST = 4  # clients to measure by
+MEASURE_S = 0.5  # of the loop; the others get the same number of clients
+FEWEST = 4  # clients to measure with
 POOL_START_S = 4.0
 WARM_UPS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """An engine, ready to run, and why it is this one."""
+    """An engine, ready to run, and why it was chosen."""
 
     engine: Engine
     name: str
@@ -48,9 +48,9 @@ class Chosen:
 
 
 def make_engine(name: str, setup: SimulationSetup) -> Chosen:
-    """Make an engine by its short name; raises ConfigError for one that is unknown, or cannot run the task.
+    """Make an engine by its short name; raises ConfigError if it is unknown, or cannot run the task.
 
-    The workers of a pool train their clients in stacks where those are measured to be faster.
+    The workers of a pool train clients in stacks if that was measured to be faster.
     """
     if name == AUTO:
         return _Choice(setup).choose()
@@ -78,7 +78,7 @@ class _Choice:
         self._ruled_out: dict[str, str] = {}
 
     def choose(self) -> Chosen:
-        """Measure every engine that can run the task and may pay, and return the fastest."""
+        """Measure every engine that can run the task and may be faster, and return the fastest."""
         best = Chosen(LoopFleet(self._setup), LOOP, "")
         self._shorten_plan(best.engine, FEWEST)
         self._measure(LOOP, best.engine)
@@ -93,7 +93,7 @@ class _Choice:
         return dataclasses.replace(best, reason=self.reason())
 
     def choose_method(self) -> Chosen:
-        """Return a pool whose workers do what is faster there."""
+        """Return a pool whose workers use the faster method."""
         pool = PoolFleet(self._setup)
         self._shorten_plan(pool, FEWEST * pool.num_workers)
         if reason := pool.why_not_stacked():
@@ -102,21 +102,21 @@ class _Choice:
         return Chosen(pool, "pool", f"it was asked for; {self.reason()}")
 
     def _shorten_plan(self, engine: Engine, fewest: int) -> None:
-        """Keep as many clients as an engine trains in `MEASURE_S`: how many all are measured by."""
+        """Reduce the plan to the clients that an engine trains in `MEASURE_S`; all engines are measured with these."""
         clients = self._plan.clients
         self._plan = dataclasses.replace(self._plan, clients=clients[:fewest])
-        _timed(engine, self._plan)  # torch's own first steps are slow
+        _timed(engine, self._plan)  # torch's first steps are slow
         count = int(len(self._plan.clients) * MEASURE_S / _timed(engine, self._plan))
         self._plan = dataclasses.replace(self._plan, clients=clients[: max(fewest, count)])
 
     def _measure(self, name: str, engine: Engine) -> None:
-        for _ in range(WARM_UPS):  # samples are loaded where the engine wants them, steps are recorded
+        for _ in range(WARM_UPS):  # loads samples and records steps
             _timed(engine, self._plan)
-        best_s = min(_timed(engine, self._plan) for _ in range(2))  # another program's moment is not this engine's rate
+        best_s = min(_timed(engine, self._plan) for _ in range(2))  # the best of two: other programs may disturb one
         self._rates[name] = len(self._plan.clients) / best_s
 
     def _measure_pool(self, pool: PoolFleet) -> str:
-        """Measure its workers one client after another and, where that can be, in stacks; keep what is faster."""
+        """Measure the workers one client at a time and, if possible, in stacks; keep the faster method."""
         self._measure("pool", pool)
         if {"stacked", STACKS} & self._ruled_out.keys():
             return "pool"
@@ -131,7 +131,7 @@ class _Choice:
         return "pool"
 
     def _better(self, best: Chosen, name: str, engine: Engine) -> Chosen:
-        """Return the faster of two, and end the other."""
+        """Return the faster of two, and close the other."""
         rated = name
         if isinstance(engine, PoolFleet):
             rated = self._measure_pool(engine)
@@ -142,17 +142,17 @@ class _Choice:
             return best
         best.engine.close()
         best = Chosen(engine, name, "")
-        give_back_memory()  # that the other trained in
+        give_back_memory()  # memory of the closed engine
         return best
 
     def _why_no_pool(self, best: str) -> str | None:
         if num_cores() == 1:
-            return "there is one core"
+            return "there is only one core"
         rounds = self._setup.config.rounds
         cohort = rounds.clients or len(self._setup.population.names())
         left_s = rounds.count * cohort / self._rates[best]
         if left_s < POOL_START_S:
-            return f"all rounds take about {left_s:.1f} s, no longer than starting processes"
+            return f"all rounds take about {left_s:.1f} s, no longer than the start of processes"
         return None
 
     def _with_stacks(self, best: Chosen) -> Chosen:
@@ -178,7 +178,7 @@ class _Choice:
         self._rates.pop(name, None)
 
     def reason(self) -> str:
-        """Say what was measured, and what was not."""
+        """Return what was measured, and what was not."""
         seen = [f"{name} {rate:.0f} clients/s" for name, rate in sorted(self._rates.items(), key=lambda one: -one[1])]
         out = [f"not {name}: {reason}" for name, reason in self._ruled_out.items()]
         return "; ".join([f"measured on {len(self._plan.clients)} clients: {', '.join(seen)}", *out])
@@ -188,5 +188,5 @@ def _timed(engine: Engine, plan: Plan) -> float:
     start_s = time.perf_counter()
     for answer in engine.collect(plan):
         if isinstance(answer, Partial):
-            continue  # its sum is dropped, as every answer is
+            continue  # all answers are dropped, also this sum
     return time.perf_counter() - start_s

@@ -1,8 +1,8 @@
-"""What is done where an engine itself fails: the loop, the plainest engine, goes on in its place.
+"""Fallback for an engine that fails: the loop, the simplest engine, continues in its place.
 
-Who chose `auto` asked for a result, not for an engine. Clients that the engine has answered for are not
-trained again; the others are, and every later round is.
-Invariant: each client of a cohort is counted once, and nobody falls back in silence.
+With `auto` the caller wants a result, not a certain engine. Clients with an answer from the engine are not
+trained again; the loop trains the others, and all later rounds.
+Invariant: each client of a cohort is counted once, and every fallback is reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OnFallback = Callable[[str], None]  # why
 
 
 class Attempt:
-    """A border around an engine: what it raises is told and kept as `fault`, and goes no further."""
+    """A context around an engine: its exception is reported, stored as `fault`, and suppressed."""
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
@@ -35,7 +35,7 @@ class Attempt:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> bool:
-        if not isinstance(raised, Exception):  # Ctrl-C, and the end of a generator, are no fault of an engine
+        if not isinstance(raised, Exception):  # Ctrl-C and the end of a generator are not an engine's fault
             return False
         self.fault = f"it failed: {type(raised).__name__}: {raised}".rstrip(": ")[:MAX_QUOTED]
         event(_log, logging.WARNING, "engine.failed", engine=self._engine, fault=self.fault)
@@ -43,16 +43,16 @@ class Attempt:
 
 
 class Sheltered:
-    """An engine, and behind it the loop, which goes on where the engine fails."""
+    """An engine with the loop as its fallback."""
 
     def __init__(self, setup: SimulationSetup, engine: Engine, name: str) -> None:
         self._setup, self._name = setup, name
         self.on_fallback: OnFallback = lambda _why: None
-        self._engine, self._spent = engine, Traffic()  # by an engine that has failed
+        self._engine, self._spent = engine, Traffic()  # of an engine that has failed
 
     @property
     def peak_rss_mb(self) -> float:
-        """Return what the engine's own processes have held at most."""
+        """Return the peak memory of the engine's processes."""
         return float(getattr(self._engine, "peak_rss_mb", 0.0))
 
     def clients(self) -> Sequence[str]:
@@ -77,7 +77,7 @@ class Sheltered:
         return self._spent + self._engine.traffic()
 
     def close(self) -> None:
-        """End what is there."""
+        """Close the current engine."""
         self._engine.close()
 
     def _fall_back(self, why: str) -> None:

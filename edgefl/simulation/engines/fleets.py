@@ -1,9 +1,9 @@
-"""What every engine of a simulation stands on: whose data, what is to be done, what has moved.
+"""The base of every engine: the interfaces of populations and engines, the setup, and the count of bytes.
 
-An engine is a `Fleet` (see `edgefl.rounds`) whose clients are trained in this machine; it is closed
-when the simulation ends. Bytes are those that the deployed fleet would move: encoded trees.
-Invariant: an engine's answer for a client depends on (parameters, samples, config, round, client)
-alone, as a device's does; so all engines agree.
+An engine is a `Fleet` (see `edgefl.rounds`) whose clients are trained on this machine; it is closed
+when the simulation ends. Bytes are those that a deployed fleet would transfer: encoded trees.
+Invariant: an engine's answer for a client depends only on (parameters, samples, config, round, client),
+as on a device; so all engines agree.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from edgefl.trees import encoded_bytes
 
 
 class Population(Protocol):
-    """The clients that there are, and their data. Lazy: only who is sampled costs anything."""
+    """All clients, and their data. Lazy: only sampled clients cost anything."""
 
     def names(self) -> Sequence[str]:
-        """Return every client's name, sorted; need not hold them."""
+        """Return every client's name, sorted; the sequence need not store them."""
 
     def samples(self, client: str) -> Samples:
-        """Return a client's own samples; raises TaskError where it has none."""
+        """Return a client's own samples; raises TaskError if it has none."""
 
 
-PopulationMaker = Callable[[Task], Population]  # picklable, so that a worker process can make its own
+PopulationMaker = Callable[[Task], Population]  # picklable, so that a worker process can create its own
 
 
 class Engine(Fleet, Protocol):
@@ -44,11 +44,11 @@ class Engine(Fleet, Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingMethod:
-    """How clients are trained: the result is the same, to rounding."""
+    """How clients are trained; the result is the same, up to rounding."""
 
-    stacks: bool = False  # whether workers train theirs as one computation, or one after another
-    compiled: bool = False  # whether a C++ compiler makes their steps
-    recorded: bool = True  # whether steps are recorded, or each is taken as on a device
+    stacks: bool = False  # whether workers train clients as one computation, or one after another
+    compiled: bool = False  # whether steps are compiled with a C++ compiler
+    recorded: bool = True  # whether steps are recorded, or computed as on a device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,21 +56,21 @@ class SimulationSetup:
     """One simulation, as its engines see it."""
 
     task: Task
-    reference: str | None  # where the task can be loaded again, if it was loaded from somewhere
+    reference: str | None  # from which the task can be loaded again, if known
     make_population: PopulationMaker
     population: Population
     config: JobConfig
     method: TrainingMethod = field(default_factory=TrainingMethod)
-    stop: threading.Event = field(default_factory=threading.Event)  # set: hand out no more clients
-    served: set[tuple[str, str]] = field(default_factory=set)  # (job, client) that has the frozen tensors
+    stop: threading.Event = field(default_factory=threading.Event)  # if set, start no more clients
+    served: set[tuple[str, str]] = field(default_factory=set)  # (job, client) pairs that have the frozen tensors
 
     def takes_sums(self, plan: Plan) -> bool:
-        """Whether partial sums may stand for clients: where more are asked than wanted, single updates must."""
+        """Whether partial sums are allowed; with over-selection, single updates are needed."""
         return self.config.rounds.clients in {0, len(plan.clients)} or len(plan.clients) < self.config.rounds.clients
 
 
 class Meter:
-    """Counts what would have moved: what is frozen once to a client."""
+    """Counts the bytes that would be transferred; frozen tensors once per client."""
 
     def __init__(self, served: set[tuple[str, str]] | None = None) -> None:
         self._traffic = Traffic()
@@ -78,19 +78,19 @@ class Meter:
         self._job, self._bytes, self._frozen_bytes = "", 0, 0
 
     def begin(self, plan: Plan) -> None:
-        """Note the size of this round's trees."""
+        """Record the sizes of this round's trees."""
         self._job, self._bytes = plan.job, encoded_bytes(plan.parameters)
         self._frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
 
     def count(self, answer: Update | Failure | Partial) -> None:
-        """Count the models that were sent down for an answer, and the updates in it."""
+        """Count the models sent for an answer, and the updates in it."""
         clients = answer.contributors if isinstance(answer, Partial) else (answer.device,)
         up = 0 if isinstance(answer, Failure) else len(clients)
         down_bytes = len(clients) * self._bytes + self._once(clients)
         self._traffic += Traffic(up_bytes=up * self._bytes, down_bytes=down_bytes)
 
     def _once(self, clients: Sequence[str]) -> int:
-        """Return the bytes of what is frozen for those of the clients that did not have it."""
+        """Return the bytes of frozen tensors for the clients that did not have them yet."""
         if not self._frozen_bytes:
             return 0
         before = len(self._served)
@@ -103,7 +103,7 @@ class Meter:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many threads inside; small models are fastest with one."""
+    """Set the number of torch threads inside; small models are fastest with one."""
     require_torch("simulation", "sim")
     import torch
 

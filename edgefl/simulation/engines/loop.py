@@ -1,4 +1,4 @@
-"""The loop: one process, one thread, one model, one client after another. The plainest engine."""
+"""The loop: one process, one thread, one model, one client after another. The simplest engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgefl.simulation.engines.trainer import LocalTrainer
 
 
 class LoopFleet:
-    """Trains a cohort in its order."""
+    """Trains the clients of a cohort in order."""
 
     def __init__(self, setup: SimulationSetup) -> None:
         self._setup = setup

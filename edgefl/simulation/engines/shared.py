@@ -1,7 +1,7 @@
-"""A tree in memory that processes share: a file without a name, mapped by each.
+"""A tree in shared memory: an unnamed file that each process maps.
 
-It is inherited by its descriptor, so nothing is left behind whoever dies.
-Invariant: the layout follows from the spec alone, so both sides agree without a word.
+Children inherit its descriptor, so nothing is left behind if a process dies.
+Invariant: the layout follows from the spec alone, so both sides agree.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class SharedTree:
         }
 
     def write(self, tree: Tree) -> None:
-        """Copy a tree of the same spec in."""
+        """Copy a tree with the same spec into the memory."""
         for name, array in self.tree.items():
             array[...] = tree[name]
 
     def close(self) -> None:
-        """Give the descriptor back; the memory goes with the last array on it."""
+        """Close the descriptor; the memory is freed with the last array on it."""
         os.close(self.descriptor)
 
 
 def new_file(num_bytes: int) -> int:
-    """Return the descriptor of a file without a name, in memory where there is a place for that."""
+    """Return the descriptor of an unnamed file, in memory if possible."""
     with tempfile.TemporaryFile(dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as file:
         file.truncate(num_bytes)
         return os.dup(file.fileno())

@@ -1,4 +1,4 @@
-"""Which tasks can be stacked exactly, and if not, why: first what can be seen, then what a trial shows."""
+"""Whether a task can be stacked exactly, and if not, why: first by inspection, then by a trial."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     import torch
 
 NUM_TRIED = 3  # clients
-TOLERANCE = 1e-3  # of the largest change; rounding stays far below, a wrong computation far above
-ULPS = 4  # units in the last place of a parameter that both ways may be apart
+TOLERANCE = 1e-3  # relative to the largest change; rounding is far below, a wrong computation far above
+ULPS = 4  # allowed difference of a parameter, in units in the last place
 
 
 def why_not_stacked(setup: SimulationSetup) -> str | None:
-    """Return why the task cannot be stacked, or None where it can."""
+    """Return why the task cannot be stacked, or None if it can."""
     if reason := _of_the_task(setup):
         return reason
     model = make_model(setup.task)
@@ -43,11 +43,11 @@ def why_not_stacked(setup: SimulationSetup) -> str | None:
 
 def _of_the_task(setup: SimulationSetup) -> str | None:
     if setup.task.fit is not None:
-        return "it brings its own fit"
+        return "it has its own fit"
     if setup.task.optimizer is not None:
-        return "it brings its own optimizer; stacked steps are plain SGD"
+        return "it has its own optimizer; stacked steps are plain SGD"
     if setup.config.train.algorithm != "fedavg":
-        return f"train.algorithm={setup.config.train.algorithm} is one gradient a client; stacked are local steps"
+        return f"train.algorithm={setup.config.train.algorithm} is one gradient per client; stacked are local steps"
     return None
 
 
@@ -58,7 +58,7 @@ def _of_the_model(model: torch.nn.Module) -> str | None:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the base of all of them
             return f"its layer {name!r} is batch norm, which mixes the samples of a batch"
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:  # noqa: SLF001 - as above
-            return f"its layer {name!r} is dropout, and a stack has no random state of its own for each client"
+            return f"its layer {name!r} is dropout, and a stack has no separate random state for each client"
     parameters = dict(model.named_parameters())
     if odd := [name for name in model.state_dict() if name not in parameters]:
         return f"its state {odd[0]!r} is a buffer, or shared between layers"
@@ -81,7 +81,7 @@ def _of_a_trial(setup: SimulationSetup, model: torch.nn.Module) -> str | None:
     )
     held = _some_samples(setup, plan)
     if not held:
-        return "no client of the first cohort has data to try it with"
+        return "no client of the first cohort has data for a trial"
     with Attempt("stacked") as attempt:
         try:
             return _not_a_mean(setup.task, model, list(held.values())) or _differs(setup, plan, held)
@@ -99,9 +99,9 @@ def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples]:
         try:
             samples = samples_of(setup.population, client, plan.train.seed)
         except TaskError:
-            continue  # its own round will say so
+            continue  # reported in its own round
         if not torch.isfinite(samples.inputs).all():
-            continue  # a guard will refuse it; nothing can be compared by it
+            continue  # a guard will refuse it; it cannot be compared
         if not held or kind_of(samples) == kind_of(next(iter(held.values()))):
             held[client] = samples
         if len(held) == NUM_TRIED:
@@ -110,7 +110,7 @@ def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples]:
 
 
 def _not_a_mean(task: Task, model: torch.nn.Module, samples: list[Samples]) -> str | None:
-    """Compare the loss of a batch with the mean of its samples' losses: masking stands on this."""
+    """Compare the loss of a batch with the mean of its samples' losses: masking relies on it."""
     import torch
 
     inputs = torch.cat([one.inputs[:NUM_TRIED] for one in samples])
@@ -149,7 +149,7 @@ class _Tried:
 
 
 def _differs(setup: SimulationSetup, plan: Plan, held: dict[str, Samples]) -> str | None:
-    """Compare after a full and a ragged step: over many, rounding alone drives some models apart."""
+    """Compare after a full and a ragged step: after many steps, some models differ by rounding alone."""
     plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1))
     few = plan.train.batch_size + max(1, plan.train.batch_size // 2)
     held = {client: Samples(one.inputs[:few], one.targets[:few]) for client, one in held.items()}
@@ -174,7 +174,7 @@ def _differs(setup: SimulationSetup, plan: Plan, held: dict[str, Samples]) -> st
 
 
 def _noise_of(start: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return, for each tensor, what rounding alone makes of a delta: of a 16-bit parameter, it is much."""
+    """Return each tensor's difference by rounding alone; it is large for 16-bit parameters."""
     import torch
 
     return {
@@ -187,8 +187,8 @@ def _noise_of(start: Mapping[str, torch.Tensor]) -> dict[str, float]:
 def _difference(stacked: Tree, single: Tree, noise: Mapping[str, float]) -> str | None:
     for name, wanted in single.items():
         largest, apart = np.abs(wanted).max(initial=0.0), np.abs(stacked[name] - wanted).max(initial=0.0)
-        if not apart <= TOLERANCE * largest + noise.get(name, 0.0):  # NaN too
+        if not apart <= TOLERANCE * largest + noise.get(name, 0.0):  # also NaN
             return (
-                f"in a trial its tensor {name!r} came out {apart:.3g} from the loop's, whose largest is {largest:.3g}"
+                f"in a trial its tensor {name!r} differs by {apart:.3g} from the loop's, whose largest is {largest:.3g}"
             )
     return None

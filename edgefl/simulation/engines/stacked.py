@@ -1,8 +1,8 @@
-"""Many clients as one computation: `torch.func` maps one step over a stack of models and batches.
+"""Train many clients as one computation: `torch.func` maps one step over a stack of models and batches.
 
-It pays for small models, whose steps are mostly overhead. Ragged data is padded and masked exactly.
-Invariant: each client's update is that of `train_epochs`, to rounding; `edgefl.simulation.engines.stackable`
-says for which tasks this can be so.
+It is faster for small models, whose steps are mostly overhead. Data of different lengths is padded and masked
+exactly. Invariant: each client's update equals that of `train_epochs`, up to rounding;
+`edgefl.simulation.engines.stackable` says for which tasks this is possible.
 """
 
 # Shapes: K = clients in the stack, S = steps of the longest, B = batch size.
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     import torch
 
 MAX_STACK = 256  # clients
-SMALL_BYTES = 32 << 10  # of one client's tensor
-STACK_BYTES = 24 << 20  # of parameters: beyond what caches hold, a larger stack is slower
+SMALL_BYTES = 32 << 10  # size of one client's tensor
+STACK_BYTES = 24 << 20  # of parameters: larger stacks exceed the caches and are slower
 
-_Tensors = dict[str, Any]  # a tensor by name; of a stack, (K, ...)
+_Tensors = dict[str, Any]  # tensors by name; of a stack: (K, ...)
 
 
 def kind_of(samples: Samples) -> tuple[object, ...]:
-    """Return what must be equal for samples to lie in one tensor."""
+    """Return the properties that must be equal for samples in one tensor."""
     inputs, targets = samples.inputs, samples.targets
     return inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype
 
@@ -52,7 +52,7 @@ class Stack:
 
     clients: tuple[str, ...]
     start: Mapping[str, torch.Tensor]  # in the plan's order of names
-    trained: Mapping[str, torch.Tensor]  # (K, ...), of those that were
+    trained: Mapping[str, torch.Tensor]  # (K, ...), of the trained clients
     weights: torch.Tensor  # (K,), float64
     losses: torch.Tensor  # (K,), float64
 
@@ -61,13 +61,13 @@ class Stack:
         yield from ((self.clients[k], self._update(plan, k)) for k in range(len(self.clients)))
 
     def summed(self, plan: Plan) -> Iterator[Update | Partial]:
-        """Yield one sum of all that a guard admits, and singly what it will refuse."""
+        """Yield one sum of all updates that a guard admits, and single updates that it will refuse."""
         import torch
 
-        finite = self.losses.abs() <= MAX_METRIC  # NaN is not
+        finite = self.losses.abs() <= MAX_METRIC  # False for NaN
         if finite.all():
             everything = self._sum(finite)
-            if all(np.isfinite(total).all() for total in everything.total.values()):  # then all that it is of are
+            if all(np.isfinite(total).all() for total in everything.total.values()):  # then all its summands are finite
                 yield everything
                 return
         for new in self.trained.values():
@@ -78,7 +78,7 @@ class Stack:
             yield self._sum(finite)
 
     def _sum(self, chosen: torch.Tensor) -> Partial:
-        """Return the weighted sum of the clients that are chosen, (K,) of booleans."""
+        """Return the weighted sum of the chosen clients; `chosen` is (K,) of booleans."""
         import torch
 
         weights = torch.where(chosen, self.weights, 0.0)
@@ -103,7 +103,7 @@ class Stack:
             total = (weights @ _rows(new).double()).reshape(start.shape)
         else:
             total = torch.zeros_like(start, dtype=torch.float64)
-            for k in picked:  # of large ones, a copy of all in float64 would cost as much as the training
+            for k in picked:  # for large tensors, a float64 copy of all would cost as much as the training
                 total.add_(new[k], alpha=float(weights[k]))
         return total.sub_(start, alpha=float(weights.sum()))
 
@@ -122,7 +122,7 @@ class Stack:
 
 
 def _rows(stacked: torch.Tensor) -> torch.Tensor:
-    """Return a stack as one row a client, (K, D): of tensors without dimensions, or without numbers, too."""
+    """Return a stack with one row per client, (K, D); also for 0-d or empty tensors."""
     return stacked.reshape(len(stacked), math.prod(stacked.shape[1:]))
 
 
@@ -138,11 +138,11 @@ class StackTrainer:
 
     @property
     def start(self) -> Mapping[str, torch.Tensor]:
-        """Return the parameters of the plan that was taken up, in its order."""
+        """Return the parameters of the current plan, in its order."""
         return self._start
 
     def begin(self, plan: Plan) -> None:
-        """Take up a plan; raises TaskError where its parameters are not the model's."""
+        """Start with a plan; raises TaskError if its parameters do not match the model."""
         set_parameters(self._task, self._model, whole(plan.parameters, plan.frozen))
         self._model.train()
         state = self._model.state_dict()
@@ -150,11 +150,11 @@ class StackTrainer:
         self._plan = plan
 
     def stacks(self, clients: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Yield clients in stacks that are as large as pays."""
+        """Yield clients in stacks of the best size."""
         a_client = sum(start.nbytes for start in self._start.values())
         size = max(1, min(MAX_STACK, STACK_BYTES // max(1, a_client)))
         num_stacks = math.ceil(len(clients) / size)
-        for k in range(num_stacks):  # of equal size, but for one
+        for k in range(num_stacks):  # of equal size, up to one client
             yield clients[k * len(clients) // num_stacks : (k + 1) * len(clients) // num_stacks]
 
     def answers(self, clients: Sequence[str], *, sums: bool) -> Iterator[Update | Failure | Partial]:
@@ -181,7 +181,7 @@ class StackTrainer:
                 yield Failure(job=plan.job, round=plan.round, device=client, reason=failed[client])
 
     def train(self, held: Mapping[str, Samples]) -> Stack:
-        """Train clients whose samples are of one kind; raises TaskError for what the user's code does wrong."""
+        """Train clients whose samples are of one kind; raises TaskError for errors of the user's code."""
         import torch
 
         clients = sorted(held, key=lambda client: -len(held[client]))
@@ -281,14 +281,14 @@ class Step:
     inputs: torch.Tensor  # (K, B, ...)
     targets: torch.Tensor  # (K, B, ...)
     mask: torch.Tensor | None  # (K, B); None where every batch is full
-    counts: torch.Tensor  # (K,) samples that count
+    counts: torch.Tensor  # (K,) number of valid samples
 
     def __len__(self) -> int:
         return len(self.counts)
 
 
 class StackedBatches:
-    """All the steps of a stack of clients; who has the most samples comes first."""
+    """All steps of a stack of clients; clients with the most samples come first."""
 
     def __init__(self, samples: Sequence[Samples], seeds: Sequence[int], config: TrainConfig) -> None:
         import torch
@@ -299,7 +299,7 @@ class StackedBatches:
         shape = (self._num_steps[0], len(samples), min(config.batch_size, len(samples[0])))
         self._indices = torch.zeros(shape, dtype=torch.int32)  # (S, K, B)
         self._counts = torch.zeros(shape[:2], dtype=torch.int32)  # (S, K)
-        shuffle, first = torch.Generator(), 0  # the first sample, in the tensors of all
+        shuffle, first = torch.Generator(), 0  # position of the first sample in the joint tensors
         for length, group in groupby(range(len(samples)), key=lambda k: len(samples[k])):
             alike = list(group)
             orders = _orders(length, [seeds[k] for k in alike], config.epochs, shuffle)
@@ -312,7 +312,7 @@ class StackedBatches:
             yield self._step(indices[:num_active], counts[:num_active])
 
     def _deal(self, clients: slice, first: int, orders: torch.Tensor, batch_size: int) -> None:
-        """Write the batches of clients with as many samples each; `orders` is (clients, epochs, samples)."""
+        """Write the batches of clients with equal numbers of samples; `orders` is (clients, epochs, samples)."""
         import torch
 
         num_clients, epochs, length = orders.shape

@@ -1,4 +1,4 @@
-"""The engine `stacked`: a cohort trained stack by stack, in this process, of a task that can be stacked."""
+"""The engine `stacked`: trains a cohort stack by stack in this process, if the task can be stacked."""
 
 from __future__ import annotations
 

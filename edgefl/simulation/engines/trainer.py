@@ -1,9 +1,9 @@
-"""One client after another, on one model that is made once: what `train_locally` does, at less cost.
+"""Train one client after another on one model: the same as `train_locally`, at lower cost.
 
-A device makes a model for each round, copies parameters in and a state dict out, checked each time.
-Here the check is made once a round, the model lies in one flat buffer, and its steps are recorded.
-Invariant: the update is that of `train_locally` for the same data: bit for bit where each step has its
-gradient whole (an optimizer, a proximal term), and else to rounding, a few units in the last place.
+A device creates a model in each round, copies parameters in and a state dict out, and checks both.
+Here the check is done once per round, the model is in one flat buffer, and its steps are recorded.
+Invariant: the update equals that of `train_locally` for the same data: bit for bit if each step needs the
+whole gradient (with an optimizer or a proximal term), else up to a few units in the last place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 
 @runtime_checkable
 class WithOptions(Protocol):
-    """A population whose clients have data options: what a task with its own `fit` reads."""
+    """A population whose clients have data options, which a task with its own `fit` reads."""
 
     def options(self, client: str) -> Mapping[str, str]:
         """Return one client's data options."""
@@ -48,16 +48,14 @@ class LocalTrainer:
 
     def __init__(self, task: Task, population: Population, method: TrainingMethod | None = None) -> None:
         if task.fit is not None and not isinstance(population, WithOptions):
-            raise ConfigError(
-                f"task {task.name!r} brings its own fit, which reads data options; this population has none"
-            )
+            raise ConfigError(f"task {task.name!r} has its own fit, which reads data options; this population has none")
         self._task, self._population = task, population
         self._method = method or TrainingMethod()
         self._model: _Model | None = None
         self._plan: Plan | None = None
 
     def begin(self, plan: Plan) -> None:
-        """Take up a plan; raises TaskError where its parameters are not the model's."""
+        """Start with a plan; raises TaskError if its parameters do not match the model."""
         self._plan = plan
         if self._task.fit is not None:
             return
@@ -67,9 +65,9 @@ class LocalTrainer:
         self._model.flat.start_from(plan.parameters)
 
     def train(self, client: str, *, borrow: bool = False) -> Update | Failure:
-        """Return a client's answer; what its data or the user's code does wrong is its Failure.
+        """Return a client's answer; errors of its data or of the user's code become a Failure.
 
-        A borrowed update lies in the trainer's own memory: it is only good until the next client trains.
+        A borrowed update is in the trainer's own memory: it is valid only until the next client trains.
         """
         plan = self._plan
         if plan is None:
@@ -96,7 +94,7 @@ class LocalTrainer:
 
 
 class _Model:
-    """The one model, and how its steps are taken."""
+    """The model, and its training steps."""
 
     def __init__(self, task: Task, frozen: Tree | None, method: TrainingMethod) -> None:
         self._task, self.module = task, make_model(task)
@@ -109,7 +107,7 @@ class _Model:
         self._step = make_step(task, self.module, recorded=method.recorded, compiled=method.compiled)
 
     def trained(self, samples: Samples, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
-        """Return what a client sends, and its loss."""
+        """Return a client's update, and its loss."""
         self.flat.reset()
         if plan.train.algorithm == "fedsgd":
             batch_size = plan.train.batch_size

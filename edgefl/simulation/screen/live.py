@@ -24,33 +24,33 @@ from edgefl.terminal.text import one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
-ROWS = 12  # of the table: the last rounds
-REASONS = 3  # on a line
+ROWS = 12  # of the table: the latest rounds
+REASONS = 3  # per line
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _STYLES = {"running": "bold", "done": "green", "failed": "red", "interrupted": "yellow"}
-_MAX_ERROR = 400  # letters of a reason on the screen; the JSON has all of them
+_MAX_ERROR = 400  # characters of a reason on the screen; the JSON has the full text
 _NOTHING = ("-", "-", "-", "-", "-", "")
 
 
 @dataclass(frozen=True, slots=True)
 class RoundCallbacks:
-    """What the screen is to hear of."""
+    """Callbacks that update the screen."""
 
     on_engine: Callable[[str, str], None]  # its name, and why it was chosen
     on_round: Callable[[RoundReport], None]
 
 
 class Progress:
-    """What is known after each round."""
+    """The progress after each round."""
 
-    def __init__(self, count: int | None) -> None:  # None: nobody knows how many there will be
+    def __init__(self, count: int | None) -> None:  # None: unknown number of rounds
         self._count, self._engine = count, "being chosen"
         self._reason = self._lost = ""
-        self._ends_s: deque[float] = deque(maxlen=ROWS)  # of the last rounds, and of what came before the first
+        self._ends_s: deque[float] = deque(maxlen=ROWS)  # end times of the latest rounds, and the start
         self._rows: deque[tuple[str, ...]] = deque(maxlen=ROWS)
 
     def begin(self, engine: str, reason: str = "", *, now_s: float) -> None:
-        """Note that the first round begins."""
+        """Record that the first round begins."""
         self._engine, self._reason = engine, reason
         self._ends_s.append(now_s)
 
@@ -78,7 +78,7 @@ class Progress:
         return f"engine {self._engine}: {self._reason}".rstrip(": ")
 
     def table(self) -> Table:
-        """Return the last rounds as a table."""
+        """Return the latest rounds as a table."""
         from rich.table import Table
         from rich.text import Text
 
@@ -93,7 +93,7 @@ class Progress:
 
 
 class SweepProgress:
-    """What is known of each variant. `counts`: how many rounds each will have, None where nobody knows."""
+    """The progress of each variant. `counts`: the number of rounds of each, None if unknown."""
 
     def __init__(self, variants: Sequence[Variant], counts: Sequence[int | None]) -> None:
         self._progress = {one.name: Progress(count) for one, count in zip(variants, counts, strict=True)}
@@ -101,21 +101,21 @@ class SweepProgress:
         self._states = dict.fromkeys(self._progress, "waiting")
 
     def begin(self, variant: str, *, now_s: float) -> None:
-        """Note that a variant begins."""
+        """Record that a variant begins."""
         self._states[variant] = "running"
         self._progress[variant].begin("", now_s=now_s)
 
     def note(self, variant: str, outcome: RoundReport, *, now_s: float) -> tuple[str, ...]:
-        """Note a round; returns its cells."""
+        """Record a round; returns its cells."""
         self._cells[variant] = self._progress[variant].note(outcome, now_s=now_s)
         return self._cells[variant]
 
     def end(self, ended: VariantResult) -> None:
-        """Note how a variant ended."""
+        """Record how a variant ended."""
         self._states[ended.variant.name] = state_of(ended)
 
     def table(self) -> Table:
-        """Return a row a variant."""
+        """Return a table with one row per variant."""
         from rich.table import Table
         from rich.text import Text
 
@@ -130,7 +130,7 @@ class SweepProgress:
 
 @contextmanager
 def live_rounds(output: Output, progress: Progress) -> Iterator[RoundCallbacks]:
-    """Give the callbacks that show the engine and each round."""
+    """Yield the callbacks that show the engine and each round."""
     with _drawn(progress.table) as draw:
 
         def on_engine(engine: str, reason: str) -> None:
@@ -146,7 +146,7 @@ def live_rounds(output: Output, progress: Progress) -> Iterator[RoundCallbacks]:
 
 @contextmanager
 def live_sweep(output: Output, progress: SweepProgress) -> Iterator[SweepWatching]:
-    """Give the callbacks that show a sweep."""
+    """Yield the callbacks that show a sweep."""
     with _drawn(progress.table, transient=True) as draw:
 
         def on_begin(variant: Variant) -> None:
@@ -172,7 +172,7 @@ def live_sweep(output: Output, progress: SweepProgress) -> Iterator[SweepWatchin
 
 @contextmanager
 def _drawn(table: Callable[[], Table], *, transient: bool = False) -> Iterator[Callable[[], None] | None]:
-    """Give what draws the table anew, or None where there is no terminal for it."""
+    """Yield a function that redraws the table, or None if there is no terminal."""
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         yield None
         return
@@ -185,7 +185,7 @@ def _drawn(table: Callable[[], Table], *, transient: bool = False) -> Iterator[C
 
 
 def compare(result: SweepResult, output: Output) -> None:
-    """Print one row a variant, and why those failed that did."""
+    """Print one row per variant, and the errors of failed variants."""
     said = [one.as_json() for one in result.variants]
     metrics = sorted({name for one in said for name in _last_metrics(one)})
     virtual = any(one.get("virtual_seconds") is not None for one in said)
@@ -211,7 +211,7 @@ def state_of(ended: VariantResult) -> str:
 
 
 def _last_metrics(said: Json) -> Json:
-    """Return the final metrics; of a variant that failed, those of the last round it finished."""
+    """Return the final metrics; for a failed variant, those of its last finished round."""
     final: Json | None = said.get("final")
     return final if final is not None else said["rounds"][-1]["metrics"] if said["rounds"] else {}
 
@@ -221,7 +221,7 @@ def _number(said: Json, key: str, form: str) -> str | None:
 
 
 def line_text(outcome: RoundReport, cells: tuple[str, ...]) -> str:
-    """Return a round as one line, with the reasons of whoever did not make it."""
+    """Return a round as one line, with the reasons of failed and refused clients."""
     number, clients, rate, moved, left, metrics = cells
     text = f"round {number}: {clients}, {rate} clients/s, {moved} moved, {left} left {metrics}".rstrip()
     reasons = reasons_text(outcome)
@@ -229,7 +229,7 @@ def line_text(outcome: RoundReport, cells: tuple[str, ...]) -> str:
 
 
 def reasons_text(outcome: RoundReport) -> str:
-    """Return why the first few of those who did not make it did not."""
+    """Return the reasons of the first few failed and refused clients."""
     reasons = [one_line(f"{device}: {reason}") for device, reason in list(outcome.reasons.items())[:REASONS]]
     more = len(outcome.reasons) - len(reasons)
     return "; ".join([*reasons, *([f"and {more} more"] if more else [])])

@@ -1,7 +1,7 @@
-"""Rounds as a picture: accuracy, loss and bytes over rounds and over time, and who took part.
+"""Plots of rounds: accuracy, loss and bytes over rounds and over time, and the participation of clients.
 
-Time is virtual where the simulation has devices, else what the rounds took here. Several runs share the axes.
-Drawn without a display and without pyplot's global state, so that it works in any thread and notebook.
+Time is virtual if the simulation has devices, else real. Several runs share the axes.
+Drawing needs no display and no global state of pyplot, so it works in any thread and notebook.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rounds = Sequence[RoundReport]
-Along = Callable[[Rounds], Sequence[float]]  # where on the x axis each round stands
+Along = Callable[[Rounds], Sequence[float]]  # position of each round on the x axis
 
 LOSSES = {"loss": "-", "train_loss": ":"}
 _OUTCOMES = {"admitted": "tab:green", "rejected": "tab:red", "failed": "tab:orange", "missing": "tab:gray"}
 _STYLES = ("-", "--", ":", "-.")
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-_FEW = 40  # points that are worth a mark each, and bars of a histogram
+_FEW = 40  # up to this many points get markers; number of bars of a histogram
 _HEADROOM = 1.15  # above the bars, for their legend
-_DIVERGED = 1e4  # times more loss in one place than in another: only a logarithm shows both
-_LOG_FROM = 200  # times more clients in one bar than in another
+_DIVERGED = 1e4  # ratio of losses above which the axis is logarithmic
+_LOG_FROM = 200  # ratio of bars above which the axis is logarithmic
 NOBODY: Mapping[str, Counts] = MappingProxyType({})
 
 _INCHES = (11, 13)
 _PIXELS_PER_INCH = 110
 _UNITS_S = ((2 * 86_400, 86_400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"))
-_COLORS = 10  # of matplotlib's own cycle; more runs than that take theirs from a gradient
-_STEPS = (1, 2, 5, 10)  # between ticks that count
-_LEGEND_LETTERS = 110  # in a line of the legend
+_COLORS = 10  # in matplotlib's cycle; more runs use colours of a gradient
+_STEPS = (1, 2, 5, 10)  # between ticks of counts
+_LEGEND_LETTERS = 110  # per line of the legend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One run, as it is drawn."""
+    """One run to draw."""
 
     name: str
     rounds: Rounds
@@ -54,7 +54,7 @@ class Run:
 
 
 def require_matplotlib() -> None:
-    """Raise MissingExtra where matplotlib is not installed: better before the rounds than after them."""
+    """Raise MissingExtra before the rounds if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401 - to see that it is there
     except ImportError as cause:
@@ -62,13 +62,13 @@ def require_matplotlib() -> None:
 
 
 def refuse_unknown_format(path: Path) -> None:
-    """Raise ConfigError for a file whose name ends with no kind of picture that can be drawn."""
+    """Raise ConfigError for a file whose extension is not a supported image format."""
     require_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
-        raise ConfigError(f"--plot {path}: the name must end with the kind of picture: .{', .'.join(known)}")
+        raise ConfigError(f"--plot {path}: the extension must be one of: .{', .'.join(known)}")
 
 
 def draw_rounds(runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NOBODY) -> Figure:
@@ -89,7 +89,7 @@ def draw_rounds(runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NO
         panels[row][0].set_xlabel("round")
         panels[row][1].set_xlabel(time_label)
         panels[row][1].set_ylabel("")
-    panels[3][1].remove()  # it would share the axis of its neighbour, which counts something else
+    panels[3][1].remove()  # its neighbour counts something else, so they cannot share an axis
     counted = figure.add_subplot(4, 2, 8)
     draw_outcomes(panels[3][0], drawn)
     draw_participation(counted, drawn)
@@ -100,7 +100,7 @@ def draw_rounds(runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NO
 
 
 def write_plot(runs: Mapping[str, Rounds], path: Path, took_part: Mapping[str, Counts] = NOBODY) -> None:
-    """Draw into a file of the kind that its name ends with; raises ConfigError where it cannot be written."""
+    """Draw into a file, in the format of its extension; raises ConfigError if it cannot be written."""
     try:
         draw_rounds(runs, took_part).savefig(path)
     except (OSError, ValueError) as cause:
@@ -112,7 +112,7 @@ def _numbers(rounds: Rounds) -> Sequence[float]:
 
 
 def _time_axis(runs: Sequence[Run]) -> tuple[Along, str]:
-    """Return where in time rounds end, and what that axis is called."""
+    """Return the end times of rounds, and the label of the axis."""
     virtual = any(run.rounds for run in runs) and all(
         one.virtual_end_s is not None for run in runs for one in run.rounds
     )
@@ -135,12 +135,12 @@ def _colors(number: int) -> Sequence[object]:
 
 
 def _finish(counted: Sequence[Axes], timed: Sequence[Axes], num_runs: int) -> None:
-    """Whole numbers where things are counted, a grid, and a legend where one run has several parts."""
+    """Set integer ticks on axes of counts, a grid, and a legend if one run has several lines."""
     from matplotlib.ticker import MaxNLocator
 
     for axes in counted:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_STEPS))
-    for axes in counted[-2:]:  # clients: there are no halves of them
+    for axes in counted[-2:]:  # clients: integer counts
         if axes.get_yscale() == "linear":
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=_STEPS))
     for axes in timed:
@@ -155,7 +155,7 @@ def _finish(counted: Sequence[Axes], timed: Sequence[Axes], num_runs: int) -> No
 
 
 def _title(figure: Figure, runs: Sequence[Run]) -> None:
-    """One run's name, or the legend of several."""
+    """Draw one run's name, or the legend of several runs."""
     if len(runs) == 1:
         figure.suptitle(runs[0].name)
     elif runs:
@@ -169,7 +169,7 @@ def _title(figure: Figure, runs: Sequence[Run]) -> None:
 
 
 def draw_metrics(axes: Axes, runs: Sequence[Run], along: Along) -> None:
-    """The metrics on the test data: accuracy by itself where it is there."""
+    """Draw the metrics on the test data: only accuracy, if there is one."""
     names = {name for run in runs for one in run.rounds for name in one.metrics} - LOSSES.keys()
     shown = ["accuracy"] if "accuracy" in names else sorted(names)
     axes.set_ylabel(shown[0] if len(shown) == 1 else "metrics")
@@ -182,7 +182,7 @@ def draw_metrics(axes: Axes, runs: Sequence[Run], along: Along) -> None:
 
 
 def draw_losses(axes: Axes, runs: Sequence[Run], along: Along) -> None:
-    """Loss on the test data, and of the training."""
+    """Draw the loss on the test data, and the training loss."""
     axes.set_ylabel("loss" if len(runs) == 1 else "loss (dotted: in training)")
     for run in runs:
         for name, style in LOSSES.items():
@@ -195,15 +195,15 @@ def draw_losses(axes: Axes, runs: Sequence[Run], along: Along) -> None:
 
 
 def draw_bytes(axes: Axes, runs: Sequence[Run], along: Along) -> None:
-    """What has moved by then: down and up of one run, both together of several."""
+    """Draw the bytes transferred so far: down and up for one run, their sum for several."""
     most = max((sum(one.down_bytes + one.up_bytes for one in run.rounds) for run in runs), default=0)
     scale, unit = next(((scale, unit) for scale, unit in _BYTES if most >= scale), (1.0, "bytes"))
-    axes.set_ylabel(f"moved so far ({unit})" if len(runs) == 1 else f"moved so far, both ways ({unit})")
+    axes.set_ylabel(f"transferred so far ({unit})" if len(runs) == 1 else f"transferred so far, up and down ({unit})")
     for index, run in enumerate(runs):
         parts = (("down_bytes",), ("up_bytes",)) if len(runs) == 1 else (("down_bytes", "up_bytes"),)
         for keys in parts:
             points = list(accumulate(sum(getattr(one, key) for key in keys) / scale for one in run.rounds))
-            wide = keys == ("down_bytes",)  # up often lies on it
+            wide = keys == ("down_bytes",)  # the line of `up` often covers it
             width = 4.0 if wide else _width(index, len(runs))
             axes.plot(
                 along(run.rounds), points, "--" if keys == ("up_bytes",) else "-", color=run.color, lw=width,
@@ -213,8 +213,8 @@ def draw_bytes(axes: Axes, runs: Sequence[Run], along: Along) -> None:
 
 
 def draw_outcomes(axes: Axes, runs: Sequence[Run]) -> None:
-    """What became of each round's clients: stacked bars of one run, the admitted of several."""
-    axes.set_ylabel("clients of the round" if len(runs) == 1 else "clients admitted")
+    """Draw the outcome of each round's clients: stacked bars for one run, the admitted clients for several."""
+    axes.set_ylabel("clients per round" if len(runs) == 1 else "clients admitted")
     for index, run in enumerate(runs):
         numbers = [one.round for one in run.rounds]
         if len(runs) > 1:
@@ -236,8 +236,8 @@ def draw_outcomes(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def draw_participation(axes: Axes, runs: Sequence[Run]) -> None:
-    """How many clients took part in how many rounds."""
-    axes.set_xlabel("rounds that a client took part in")
+    """Draw how many clients took part in how many rounds."""
+    axes.set_xlabel("number of rounds per client")
     axes.set_ylabel("clients")
     most = max((int(run.took_part.max()) for run in runs if len(run.took_part)), default=0)
     step = -(-(most + 1) // _FEW)
@@ -265,7 +265,7 @@ def _line(axes: Axes, rounds: Rounds, name: str, along: Along, **look: Any) -> N
 
 
 def _width(index: int, of: int) -> float:
-    """Thinner lines over thicker ones: runs that do the same lie on each other."""
+    """Return a line width: thinner lines over thicker ones, so that equal runs stay visible."""
     return 1.5 + min(of - 1 - index, 5) * 0.8
 
 

@@ -1,7 +1,7 @@
-"""Rounds as TensorBoard event files: one folder a run, one scalar a round and figure.
+"""Rounds as TensorBoard event files: one folder per run, one scalar per round and figure.
 
 Tags: each metric by its name, clients/admitted .., bytes/up, bytes/down, seconds, virtual_seconds; the step is the
-round, so that `tensorboard --logdir DIR` lays runs over each other.
+round, so that `tensorboard --logdir DIR` compares runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NOT_IN_NAMES = re.compile(r"[^\w.,=+-]+")
 
 
 def require_tensorboard() -> None:
-    """Raise MissingExtra where tensorboard is not installed: better before the rounds than after them."""
+    """Raise MissingExtra before the rounds if tensorboard is not installed."""
     try:
         import tensorboard  # noqa: F401 - to see that it is there
     except ImportError as cause:
@@ -32,9 +32,9 @@ def require_tensorboard() -> None:
 
 @contextmanager
 def event_file(folder: Path) -> Iterator[Callable[[RoundReport], None]]:
-    """Give what writes rounds into a new event file of the folder; what an older file says of them is dropped.
+    """Yield a function that writes rounds into a new event file in the folder; their older values are dropped.
 
-    Raises ConfigError where there can be no such folder.
+    Raises ConfigError if the folder cannot be created.
     """
     require_tensorboard()
     try:
@@ -64,12 +64,12 @@ def _writer(folder: Path, first_round: int) -> Iterator[SummaryWriter]:
 
 
 def run_folder(folder: Path, variant: str) -> Path:
-    """Return where one variant of a sweep goes: TensorBoard calls a run by its folder's name."""
+    """Return the folder for one variant of a sweep: TensorBoard names a run after its folder."""
     return folder / _NOT_IN_NAMES.sub("_", variant)
 
 
 def scalars(outcome: RoundReport) -> Mapping[str, float]:
-    """Return a round's figures by their tags."""
+    """Return a round's figures by tag."""
     figures = {f"clients/{name}": getattr(outcome, name) for name in _CLIENTS}
     figures |= {"bytes/up": outcome.up_bytes, "bytes/down": outcome.down_bytes, "seconds": outcome.seconds}
     if outcome.virtual_end_s is not None:

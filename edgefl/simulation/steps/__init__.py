@@ -1,4 +1,4 @@
-"""Training steps made cheap. Only what is named here is for others: how steps are made cheap is nobody else's."""
+"""Fast training steps. Only the names exported here are public; how steps are made fast is internal."""
 
 from edgefl.simulation.steps.factored import FactoredGradients
 from edgefl.simulation.steps.flat_buffer import FlatModel

@@ -1,9 +1,9 @@
-"""Factored gradients: the gradient of a dense layer kept as its two factors, and multiplied into the weights.
+"""Factored gradients: keep a dense layer's gradient as its two factors, and multiply them into the weights.
 
-    w <- w - lr * (a @ b)        by one BLAS call, which accumulates into w
+    w <- w - lr * (a @ b)        in one BLAS call, which accumulates into w
 
-The gradient itself is never written to memory and read again, which is most of the memory traffic of a small
-step. The result is rounded once less than `w - lr * g`.
+The gradient itself is never written to memory, which saves most of the memory traffic of a small
+step. The result has one rounding less than `w - lr * g`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OutputIndices = Sequence[tuple[int, ...]]  # per gradient: its index among the o
 
 @dataclass(frozen=True, slots=True)
 class FactoredGradients:
-    """The outputs of a step: each gradient whole or as two factors, then the loss, 0-d or (K,)."""
+    """The outputs of a step: each gradient, whole or as two factors, then the loss, 0-d or (K,)."""
 
     outputs: Sequence[Any]
     indices: OutputIndices
@@ -56,15 +56,15 @@ class FactoredGradients:
 
 
 def unfactored(number: int) -> OutputIndices:
-    """Return the indices of so many gradients that are all whole."""
+    """Return the output indices for `number` whole gradients."""
     return [(i,) for i in range(number)]
 
 
 def factor_gradients(graph: torch.fx.Graph, number: int) -> OutputIndices:
-    """Make a graph return the two factors of a gradient in place of their product; return where each gradient is.
+    """Make a graph return the two factors of a gradient instead of their product; return the output indices.
 
-    `number` parameters are its first placeholders. A gradient stays whole where a factor shares memory with a
-    parameter, since applying another gradient may change that parameter first.
+    `number` parameters are its first placeholders. A gradient stays whole if a factor shares memory with a
+    parameter, because applying another gradient may change that parameter first.
     """
     import torch
 
@@ -88,7 +88,7 @@ def factor_gradients(graph: torch.fx.Graph, number: int) -> OutputIndices:
 
 
 def _memory_of(node: _Node) -> _Node:
-    """Return the node whose memory this one shows."""
+    """Return the node whose memory this one is a view of."""
     import torch
 
     unsafe = torch.ops.aten._unsafe_view.default  # noqa: SLF001 - torch's own name

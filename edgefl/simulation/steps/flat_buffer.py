@@ -1,7 +1,7 @@
-"""A flat buffer: a model's tensors side by side in one buffer per dtype, reset and subtracted in one operation each.
+"""A flat buffer: a model's tensors in one buffer per dtype, reset and subtracted in one operation each.
 
-Invariant: the model's tensors, but for those that are to be left `still`, are views of the buffers, under the
-names of its state dict; tensors that it shares between layers are one.
+Invariant: the model's tensors, except those in `still`, are views of the buffers, under the
+names of its state dict; a tensor shared between layers is stored once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from edgefl.trees.tensors import array_of, tensor_of
 if TYPE_CHECKING:
     import torch
 
-ALIGNMENT = 64  # elements: no tensor shares a cache line with another
+ALIGNMENT = 64  # elements: tensors do not share cache lines
 
 
 class FlatModel:
-    """The buffers under one model; raises what torch raises for a tensor that is no plain array."""
+    """The buffers of one model; raises torch's error for a tensor that is not a plain array."""
 
     def __init__(self, model: torch.nn.Module, *, channels_last: bool = False, still: Collection[str] = ()) -> None:
         import torch
@@ -38,7 +38,7 @@ class FlatModel:
         self._flats = {dtype: torch.zeros(end, dtype=dtype, device=device) for dtype, end in ends.items()}
         self._starts = {dtype: flat.clone() for dtype, flat in self._flats.items()}
         self._own: dict[str, Array] | None = None  # views of the buffers
-        self._views: dict[str, tuple[torch.dtype, Any]] = {}  # name -> its place in any buffer
+        self._views: dict[str, tuple[torch.dtype, Any]] = {}  # name -> its place in a buffer
         for name, tensor in state.items():
             dtype, start = places[id(tensor)]
             view = _View(start, tuple(tensor.shape), moved=channels_last and tensor.dim() == 4)
@@ -48,22 +48,22 @@ class FlatModel:
                 tensor.data = view(self._flats[dtype])
 
     def start_from(self, parameters: Tree) -> None:
-        """Take up what the model is set back to; the tree is the model's, as a check has said."""
+        """Set the values for `reset`; the tree must match the model, which the caller has checked."""
         for name, (dtype, view) in self._views.items():
             view(self._starts[dtype]).copy_(tensor_of(np.array(parameters[name])))
 
     def reset(self) -> None:
-        """Set the model back."""
+        """Reset the model to the start values."""
         for dtype, flat in self._flats.items():
             flat.copy_(self._starts[dtype])
 
     def delta(self) -> dict[str, Array]:
-        """Return what has changed since, in arrays of its own."""
+        """Return the change since the start, as new arrays."""
         moved = {dtype: _difference(flat, self._starts[dtype]) for dtype, flat in self._flats.items()}
         return {name: array_of(view(moved[dtype])) for name, (dtype, view) in self._views.items()}
 
     def moved(self) -> Tree:
-        """Return what has changed since, in the model's own memory, which it takes: reset before the next step."""
+        """Return the change since the start, in the model's own memory: call `reset` before the next step."""
         for dtype, flat in self._flats.items():
             if dtype.is_floating_point:
                 flat.sub_(self._starts[dtype])
@@ -75,7 +75,7 @@ class FlatModel:
 
 
 class _View:
-    """Where a tensor lies in a buffer, and in what order: channels last, where convolutions want them so."""
+    """A tensor's place in a buffer, and its layout: channels last for convolutions."""
 
     def __init__(self, start: int, shape: tuple[int, ...], *, moved: bool) -> None:
         self._start, self._shape, self._moved = start, shape, moved

@@ -1,8 +1,8 @@
-"""A training step as a list of tensor operations, recorded once and run many times.
+"""Record a training step once as a list of tensor operations, and run it many times.
 
-Small models spend much of a step in autograd's bookkeeping and in Python; neither is in the recording
-(`torch.fx`), which runs the same kernels in the same order, random ones included. With a C++ compiler
-the recording can be compiled whole (`torch.compile`'s Inductor), which also fuses what lies between
+Small models spend much of a step in autograd's bookkeeping and in Python; a recording has neither
+(`torch.fx`). It runs the same kernels in the same order, including random ones. With a C++ compiler
+the whole recording can be compiled (`torch.compile`'s Inductor), which also fuses the operations between
 matrix products.
 Invariant: a recording is used only after it gave the same result as autograd on the first batch of its shape;
 a model that cannot be recorded, or whose recording differs, is trained by autograd as on a device.
@@ -31,10 +31,10 @@ from edgefl.training.randomness import Drawn
 if TYPE_CHECKING:
     import torch
 
-MAX_RECORDINGS = 64  # shapes; a batch of one more is left to autograd
-MAX_PARAMETERS = 1000  # tensors; recording takes milliseconds for each, which a model of very many never gets back
-RECORD_AT = 3  # steps of the same shapes in a stack, before they are recorded: that costs as much as tens of steps
-TOLERANCE = 1e-3  # of the largest gradient: rounding stays far below, a wrong computation far above
+MAX_RECORDINGS = 64  # shapes; autograd computes batches of further shapes
+MAX_PARAMETERS = 1000  # tensors; recording takes milliseconds per tensor, too long for models with very many
+RECORD_AT = 3  # steps of the same shapes in a stack before recording, which costs as much as tens of steps
+TOLERANCE = 1e-3  # relative to the largest gradient: rounding is far below, a wrong computation far above
 
 _log = logging.getLogger(__name__)
 
@@ -57,9 +57,9 @@ class Recording:
 
 
 class RecordedGradient:
-    """Gradients of a batch's loss by a recorded step, or by autograd. Buffers change as in a forward pass.
+    """Gradients of a batch's loss by a recorded step, or else by autograd. Buffers change as in a forward pass.
 
-    The model's tensors keep their memory: change them in place only.
+    The model's tensors must not move: change them only in place.
     """
 
     def __init__(self, task: Task, model: torch.nn.Module, *, compiled: bool = False) -> None:
@@ -69,9 +69,12 @@ class RecordedGradient:
         self.trained = [one for one in named.values() if one.requires_grad]
         self._names = [name for name, one in named.items() if one.requires_grad]
         self._others = {n: one for n, one in named.items() if not one.requires_grad} | dict(model.named_buffers())
-        self._state = [*(one.data for one in self.trained), *self._others.values()]  # moved in place, so these stay
+        self._state = [
+            *(one.data for one in self.trained),
+            *self._others.values(),
+        ]  # changed in place
         self._recordings: dict[tuple[object, ...], Recording | None] = {}
-        self.why_not = ""  # why autograd does it, where it does
+        self.why_not = ""  # why autograd is used, if it is
         if len(self.trained) > MAX_PARAMETERS:
             self.why_not = f"task {task.name!r}: its model has {len(self.trained)} parameters, too many to record"
 
@@ -97,7 +100,7 @@ class RecordedGradient:
         return FactoredGradients((*gradients, loss), unfactored(len(gradients)))
 
     def _step(self, *arguments: Any) -> tuple[Any, ...]:
-        """Do what `_by_autograd` does, as a function of all the tensors that it uses."""
+        """Compute the same as `_by_autograd`, as a function of all tensors that it uses."""
         import torch
 
         *state, inputs, targets = arguments
@@ -107,7 +110,7 @@ class RecordedGradient:
         return (*torch.autograd.grad(loss, leaves, allow_unused=True), loss.detach())
 
     def _record(self, inputs: torch.Tensor, targets: torch.Tensor) -> Recording | None:
-        """Record the step for batches of this shape; None, and `why_not`, where that cannot be done."""
+        """Record the step for batches of this shape; returns None and sets `why_not` if that is impossible."""
         before, drawn = _own_state(self._model), Drawn()
         arguments = [*self._state, inputs, targets]
         try:
@@ -118,7 +121,7 @@ class RecordedGradient:
             drawn.put_back()
             return None
         if drawn.since():
-            drawn.put_back()  # as if it had not been tried
+            drawn.put_back()  # restores the random state
             self.why_not = f"task {self._task.name!r}: its model or loss draws from Python's or numpy's random state"
             return None
         if _own_state(self._model) != before:
@@ -132,7 +135,7 @@ class RecordedGradient:
         return None
 
     def _fault_of(self, recording: Recording, inputs: torch.Tensor, targets: torch.Tensor) -> str:
-        """Take one step by each from the same state, which is restored; return how they differ, empty if they agree."""
+        """Take one step with each from the same state, restore it, and return how they differ; empty if they agree."""
         import torch
 
         buffers, random = [one.clone() for one in self._others.values()], torch.get_rng_state()
@@ -159,7 +162,7 @@ class RecordedGradient:
 
 
 class RecordedDescent(Descent):
-    """Steps by recorded gradients; plain SGD applies factored ones, without writing them to memory."""
+    """Takes steps with recorded gradients; plain SGD applies factored ones without writing them to memory."""
 
     def __init__(self, task: Task, gradient: RecordedGradient) -> None:
         super().__init__(task, gradient)
@@ -205,7 +208,7 @@ class RecordedFunction:
             with UserCode(self._task, "recording a step"):
                 module, indices = record(self._function, tensors, self._number)
         except TaskError:
-            return  # it goes on as it is
+            return  # continue without a recording
         for run in _runnable(self._task, module, tensors, (), compiled=self._compiled):
             recording = Recording(run, indices)
             with UserCode(self._task, "a recorded step"):
@@ -220,7 +223,7 @@ def _runnable(
     task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor], constants: Sequence[torch.Tensor],
     *, compiled: bool,
 ) -> Iterator[_Function]:  # fmt: skip
-    """Yield functions that run a recording on the arguments that are not constants, the fastest first."""
+    """Yield functions that run a recording on the non-constant arguments, the fastest first."""
     if compiled and (made := _compiled(task, module, arguments)) is not None:
         yield partial(made, *constants)
     yield specialize(module, constants)
@@ -230,31 +233,31 @@ def _runnable(
 def record(
     step: _Function, arguments: Sequence[torch.Tensor], parameters: int
 ) -> tuple[torch.fx.GraphModule, OutputIndices]:
-    """Return a step's graph of operations for tensors of these shapes, and where its gradients are in its outputs.
+    """Return a step's graph of operations for tensors of these shapes, and the indices of gradients in its outputs.
 
     The first `parameters` arguments are parameters, whose gradients the step returns first. It is traced with
-    tensors that have no values, so a step that branches on a value cannot be recorded: torch raises.
+    tensors without values, so a step that branches on a value cannot be recorded: torch raises.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.graph import CodeGen
 
     module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     simplify(module.graph)
-    module.graph.set_codegen(CodeGen())  # plain arguments, not trees of them
+    module.graph.set_codegen(CodeGen())  # plain arguments, no nested structures
     indices = factor_gradients(module.graph, parameters)
     module.recompile()
     return module, indices
 
 
 def has_compiler() -> bool:
-    """Say whether there is a C++ compiler for Inductor to use."""
+    """Whether there is a C++ compiler for Inductor."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
 
 
 def _compiled(task: str, module: torch.fx.GraphModule, arguments: Sequence[torch.Tensor]) -> _Function | None:
-    """Compile a recording; None, and a line in the log, where the compiler will not.
+    """Compile a recording; returns None and logs a line if the compiler fails.
 
-    Random operations stay eager ones, so that their numbers are those of a device.
+    Random operations are not compiled, so that their numbers are the same as on a device.
     """
     import torch
     import torch._inductor
@@ -268,7 +271,7 @@ def _compiled(task: str, module: torch.fx.GraphModule, arguments: Sequence[torch
 
 
 def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:
-    """Return the plain values that modules hold, such as counters."""
+    """Return the plain attributes of modules, such as counters."""
     plain = (bool, int, float, str)
     return [
         (name, key, value)
@@ -279,9 +282,9 @@ def _own_state(model: torch.nn.Module) -> list[tuple[str, str, object]]:
 
 
 def _agree(some: _Tensors, others: _Tensors) -> bool:
-    """Say whether tensors are the same but for rounding, as measured by the largest number in them.
+    """Whether tensors are equal up to rounding, relative to the largest number in them.
 
-    Integers and booleans have no rounding: counters and masks must be equal.
+    Integers and booleans, such as counters and masks, must be equal.
     """
     scale = max((_largest(one) for one in others if one is not None and one.is_floating_point()), default=0.0)
     return all(_close(one, other, TOLERANCE * scale) for one, other in zip(some, others, strict=True))
@@ -300,6 +303,6 @@ def _close(one: torch.Tensor | None, other: torch.Tensor | None, within: float) 
         return False
     if not one.is_floating_point():
         return torch.equal(one, other)
-    if one.numel() and float((one - other).abs().max()) <= within:  # not where NaN is
+    if one.numel() and float((one - other).abs().max()) <= within:  # False for NaN
         return True
     return bool(torch.allclose(one.double(), other.double(), rtol=0, atol=within, equal_nan=True))

@@ -1,7 +1,7 @@
-"""A cache of clients' samples, side by side in large blocks of memory.
+"""A cache of clients' samples in large blocks of memory.
 
-With an allocation per client, samples lie between what training allocates and frees, and the heap fragments:
-a process grew by several times the bytes of the samples.
+With one allocation per client, samples would be mixed with the memory that training allocates and frees, and the
+heap would fragment: processes grew by several times the size of the samples.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from edgefl.training.samples import Samples
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 64 << 20  # beyond what malloc takes from its heap; pages that nothing is written to cost nothing
+BLOCK_BYTES = 64 << 20  # too large for malloc's heap; unused pages cost nothing
 ALIGNMENT = 64  # bytes
 
 
 class SampleCache:
-    """Samples by client, at most `max_bytes` of them: beyond that, those of the oldest block are evicted."""
+    """Samples by client, at most `max_bytes`: beyond that, the oldest block is evicted."""
 
     def __init__(self, max_bytes: int, block_bytes: int = BLOCK_BYTES) -> None:
         self._max_bytes, self._block_bytes = max_bytes, block_bytes
@@ -31,7 +31,7 @@ class SampleCache:
         return self._kept.get(client)
 
     def put(self, client: str, samples: Samples) -> Samples:
-        """Keep a copy, and return it."""
+        """Store a copy, and return it."""
         size = _aligned(samples.inputs.nbytes) + _aligned(samples.targets.nbytes)
         if not self._blocks or self._blocks[-1].left < size:
             self._add_block(max(size, self._block_bytes), samples.inputs.device)

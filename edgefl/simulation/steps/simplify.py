@@ -1,8 +1,8 @@
-"""A recorded graph, simplified: the same operations on the same numbers, with less overhead around them.
+"""Simplify a recorded graph: the same operations on the same numbers, with less overhead.
 
-Small models spend much of a step on dispatching each operation. Left out is what only autograd needs, and what
-is the same for every batch; the other operations are called through torch's own Python functions, which parse
-their arguments three times faster than those of `torch.ops`.
+Small models spend much of a step on the dispatch of operations. Operations that only autograd needs, or that
+give the same for every batch, are removed; the others are called through torch's own Python functions, which
+parse their arguments three times faster than those of `torch.ops`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def simplify(graph: torch.fx.Graph) -> None:
         elif node.target in reshapes and inner.meta["val"].shape == node.meta["val"].shape:
             node.replace_all_uses_with(inner)
         elif node.target is aten.max_pool2d_with_indices_backward.default and _layouts_differ(inner, node.args[1]):
-            with graph.inserting_before(node):  # the operation does it too, in ten times the time
+            with graph.inserting_before(node):  # the operation would convert it, too, but ten times slower
                 moved = graph.call_function(aten.clone.default, (inner,), {"memory_format": torch.channels_last})
             node.replace_input_with(inner, moved)
     graph.eliminate_dead_code()
 
 
 def _layouts_differ(gradient: _Node, inputs: _Node) -> bool:
-    """Say whether the inputs have their channels last and the gradient has not."""
+    """Whether the inputs have channels last but the gradient does not."""
     import torch
 
     last = torch.channels_last
@@ -51,7 +51,7 @@ def _layouts_differ(gradient: _Node, inputs: _Node) -> bool:
 def specialize(module: torch.fx.GraphModule, constants: Sequence[torch.Tensor] = ()) -> Callable[..., Any]:
     """Return the module's function with its first arguments fixed to these constants.
 
-    The values of a constant may change, in place; its memory stays.
+    The values of a constant may change in place; its memory must not move.
     """
     import torch
 
@@ -63,7 +63,7 @@ def specialize(module: torch.fx.GraphModule, constants: Sequence[torch.Tensor] =
 
 
 def _hoist(graph: torch.fx.Graph, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Replace views of the constants, the first placeholders, by placeholders that follow them; return those views."""
+    """Replace views of the constants by new placeholders after those of the constants; return the views."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     values: dict[_Node, torch.Tensor] = dict(zip(placeholders, constants, strict=False))
     hoisted: list[torch.Tensor] = []
@@ -81,14 +81,14 @@ def _hoist(graph: torch.fx.Graph, constants: Sequence[torch.Tensor]) -> list[tor
 
 
 def is_view(target: object) -> bool:
-    """Say whether an operation returns a view of its first argument."""
+    """Whether an operation returns a view of its first argument."""
     import torch
 
     return isinstance(target, torch._ops.OpOverload) and target.is_view  # noqa: SLF001 - has no public name
 
 
 def _bind(graph: torch.fx.Graph) -> None:
-    """Call operations through torch's functions and methods of the same name, where they exist."""
+    """Call operations through torch's functions and methods of the same name, if they exist."""
     import torch
 
     for node in graph.nodes:

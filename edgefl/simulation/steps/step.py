@@ -1,8 +1,7 @@
-"""The door to training steps: `make_step` for one client at a time, `make_stacked_step` for many as one computation.
+"""The API of training steps: `make_step` for one client at a time, `make_stacked_step` for many as one computation.
 
-The caller says whether steps are recorded, and gets a step of the task either way. How a recorded one is made
-cheap (simplified graphs, factored gradients) stays inside this folder. Switched off, each step is taken by
-autograd, as on a device.
+The caller decides whether steps are recorded. How recorded steps are made fast (simplified graphs, factored
+gradients) is internal to this folder. Without recording, autograd computes each step, as on a device.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from edgefl.training.local import Autograd, Descent
 if TYPE_CHECKING:
     import torch
 
-StackedStep = Callable[..., FactoredGradients]  # of the parameters and a batch, each with a dimension K at the front
+StackedStep = Callable[..., FactoredGradients]  # (parameters and a batch, each with a leading dimension K)
 
 
 def make_step(task: Task, model: torch.nn.Module, *, recorded: bool = True, compiled: bool = False) -> Descent:
-    """Return the training step of a task on this model, whose tensors keep their memory while it is used.
+    """Return the training step of a task on this model. The model's tensors must not move while it is used.
 
-    A recorded plain SGD step is that of a device to rounding; with an optimizer or a proximal term, bit for bit.
+    A recorded plain SGD step equals a device's up to rounding; with an optimizer or a proximal term, bit for bit.
     """
     if not recorded:
         return Descent(task, Autograd(task, model))
@@ -35,7 +34,7 @@ def make_stacked_step(
     task: Task, function: Callable[..., tuple[Any, ...]], num_parameters: int, *, recorded: bool = True,
     compiled: bool = False,
 ) -> StackedStep:  # fmt: skip
-    """Return the step of a stack of clients: a function that gives gradients, (K, ...) each, and losses, (K,).
+    """Return the step of a stack of clients: a function that returns gradients, (K, ...) each, and losses, (K,).
 
     `function` is pure. It takes `num_parameters` tensors and a batch, and returns as many gradients and the losses.
     """

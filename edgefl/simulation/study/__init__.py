@@ -1,1 +1,1 @@
-"""Studies: sweeps over settings, checkpoints, and what a simulation came to."""
+"""Studies: sweeps over settings, checkpoints, and results."""

@@ -1,9 +1,9 @@
-"""Where a simulation stands after a round, in one file, and going on from there.
+"""Checkpoints: a simulation's state after a round in one file, from which it can continue.
 
 The file is a tree (see `edgefl.trees`): parameters, the server optimizer's state, how often clients took part,
-what batteries have spent; and `facts`, JSON: the rounds so far, virtual time, the settings.
-Invariants: the file is the old one or the new one, whenever the process dies; a simulation that goes on
-gives what an undisturbed one gives, bit for bit in a loop, to rounding in other engines.
+the state of batteries; and `facts`, JSON: the rounds so far, virtual time, the settings.
+Invariants: if the process dies, the file is the old or the new one; a simulation that continues gives the
+same result as an undisturbed one, bit for bit with the engine `loop`, up to rounding with others.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ _PARAMETERS, _OPTIMIZER = "parameters/", "optimizer/"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A simulation after some round."""
+    """A simulation's state after a round."""
 
     task: str
     engine: str
     settings: Mapping[str, Any]  # flat
     rounds: Sequence[RoundReport]
-    seconds: float  # that it took so far
-    virtual_s: float | None  # the devices' clock
+    seconds: float  # duration so far
+    virtual_s: float | None  # virtual time
     parameters: Tree
     optimizer: Tree
     took_part: Counts
-    spent: Array  # of the devices' batteries, see `Devices.spent`
+    spent: Array  # state of the devices' batteries, see `Devices.spent`
 
     @property
     def round(self) -> int:
-        """The last round that is in it."""
+        """The last finished round."""
         return len(self.rounds)
 
 
 class Checkpoints:
-    """A folder that holds the last checkpoint of one simulation."""
+    """A folder with the latest checkpoint of one simulation."""
 
     def __init__(self, folder: Path, every: int = 1) -> None:
         self._folder, self._every = folder, every
 
     def due(self, round_number: int) -> bool:
-        """Whether this round is one to keep."""
+        """Whether to write a checkpoint after this round."""
         return round_number % self._every == 0
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint in the place of the last one; raises ConfigError where that cannot be done."""
+        """Replace the previous checkpoint by this one; raises ConfigError if that fails."""
         tree = _as_tree(checkpoint)
         temporary = self._folder / f".{FILE}"
         try:
@@ -78,9 +78,9 @@ class Checkpoints:
 
 @contextmanager
 def open_checkpoints(folder: Path | None, resume: Path | None, every: int = 1) -> Iterator[Checkpoints | None]:
-    """Hold the folder where checkpoints go: `resume` itself where no other is named, None where neither is.
+    """Lock the folder for checkpoints: `folder`, else `resume`; yields None if neither is given.
 
-    Raises ConfigError for a folder that another process holds, or that has a checkpoint which is not resumed.
+    Raises ConfigError for a folder that another process has locked, or with a checkpoint that is not resumed.
     """
     if resume is not None and not (resume / FILE).is_file():
         raise ConfigError(f"{resume} has no checkpoint ({FILE}); --checkpoint {resume} makes them")
@@ -92,17 +92,17 @@ def open_checkpoints(folder: Path | None, resume: Path | None, every: int = 1) -
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_home(folder)
     except HomeError as cause:
-        raise ConfigError(f"{folder} is in use by another simulation; name another folder, or end it") from cause
+        raise ConfigError(f"{folder} is in use by another simulation; choose another folder, or end it") from cause
     except OSError as cause:
         raise ConfigError(f"cannot keep checkpoints in {folder}: {cause.strerror}") from cause
     with lock:
         if (folder / FILE).exists() and (resume is None or not folder.samefile(resume)):
-            raise ConfigError(f"{folder} has a checkpoint; go on with --resume {folder}, or name another folder")
+            raise ConfigError(f"{folder} has a checkpoint; continue with --resume {folder}, or choose another folder")
         yield Checkpoints(folder, every)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read what `Checkpoints.write` wrote; raises ConfigError where there is nothing, or something else."""
+    """Read a checkpoint; raises ConfigError if there is none, or the file is something else."""
     path = folder / FILE
     try:
         tree = {name: np.array(array) for name, array in SpooledTree(path).items()}
@@ -122,12 +122,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if isinstance(cause, ConfigError):
             raise
         raise ConfigError(
-            f"{path} is torn, or no checkpoint of a simulation: {cause}. Start anew without it"
+            f"{path} is damaged, or not a checkpoint of a simulation: {cause}. Start again without it"
         ) from cause
 
 
 def refuse_another(saved: Checkpoint, task: str, config: JobConfig) -> None:
-    """Raise ConfigError where a checkpoint is of another task or of other settings, naming what differs."""
+    """Raise ConfigError if a checkpoint has another task or other settings; the message names the difference."""
     if saved.task != task:
         raise ConfigError(f"the checkpoint is of task {saved.task!r}, not of {task!r}")
     now, defaults = flat_settings(config), flat_settings(type(config)())
@@ -137,18 +137,21 @@ def refuse_another(saved: Checkpoint, task: str, config: JobConfig) -> None:
             "schedule of train.lr spans all rounds, so their number stays"
         )
     for key in sorted({*saved.settings, *now} - {GROWS}):
-        before, after = saved.settings.get(key, defaults.get(key)), now.get(key)  # an older one lacks newer settings
+        before, after = (
+            saved.settings.get(key, defaults.get(key)),
+            now.get(key),
+        )  # an older checkpoint lacks newer settings
         if before != after:
             raise ConfigError(
-                f"the checkpoint was made with {key}={_said(before)}, now it is {_said(after)}. A simulation goes on "
-                f"with the settings that it began with; only {GROWS} may grow"
+                f"the checkpoint was made with {key}={_said(before)}, now it is {_said(after)}. A simulation continues "
+                f"with its original settings; only {GROWS} may grow"
             )
     if now[GROWS] < saved.round:
-        raise ConfigError(f"{GROWS}={now[GROWS]}, but the checkpoint has {saved.round} rounds already")
+        raise ConfigError(f"{GROWS}={now[GROWS]}, but the checkpoint already has {saved.round} rounds")
 
 
 def refuse_other_shapes(saved: Checkpoint, parameters: Tree, num_clients: int) -> None:
-    """Raise ConfigError where the task's model, or its population, is no longer the checkpoint's."""
+    """Raise ConfigError if the task's model or population no longer matches the checkpoint."""
     before, now = spec_of(saved.parameters), spec_of(parameters)
     if odd := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
         name = odd[0]

@@ -1,4 +1,4 @@
-"""What a simulation came to: the contract's JSON, a pandas frame, a figure."""
+"""The result of a simulation: as public JSON, a pandas frame, a figure."""
 
 from __future__ import annotations
 
@@ -24,30 +24,32 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulationResult:
-    """The rounds that were finished, the last model, and how long it took."""
+    """The finished rounds, the last model, and the durations."""
 
     task: str
     engine: str
     engine_reason: str
     rounds: Sequence[RoundReport]
     final: Mapping[str, float]  # metrics of the last round
-    seconds: float  # of all: choosing an engine, rounds, evaluation
-    round_seconds: float  # of the rounds alone
-    peak_rss_mb: float  # worker processes included
+    seconds: float  # total: choice of the engine, rounds, evaluation
+    round_seconds: float  # only the rounds
+    peak_rss_mb: float  # including worker processes
     parameters: Tree
-    model: Json  # sha256, and path where it was written
-    virtual_seconds: float | None = None  # on the devices' clock, where the configuration describes devices
+    model: Json  # sha256, and the path if it was written
+    virtual_seconds: float | None = None  # virtual time, if devices are configured
     interrupted: bool = False  # ended before its last round
-    took_part: Counts = field(default_factory=lambda: no_counts(0))  # rounds of each client, in the order of the names
+    took_part: Counts = field(
+        default_factory=lambda: no_counts(0)
+    )  # number of rounds of each client, in the order of the names
 
     @property
     def clients_per_second(self) -> float:
-        """Return the clients admitted for each second of the rounds."""
+        """Admitted clients per second of the rounds."""
         admitted = sum(one.admitted for one in self.rounds)
         return admitted / self.round_seconds if self.round_seconds > 0 else 0.0
 
     def as_json(self) -> Json:
-        """The result with the keys that every engine's result has."""
+        """Return the result with the keys common to all engines."""
         return {
             "task": self.task,
             "engine": self.engine,
@@ -65,7 +67,7 @@ class SimulationResult:
         }
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return a frame of one row a round, the metrics as columns; needs pandas."""
+        """Return a frame with one row per round, the metrics as columns; needs pandas."""
         try:
             import pandas as pd
         except ImportError as cause:
@@ -79,9 +81,9 @@ class SimulationResult:
 
 
 class CutShort(JobFailed):
-    """A simulation ended by a round under its quorum, or whose step failed; `so_far` is what those before it came to.
+    """A simulation ended by a round below its quorum, or with a failed step; `so_far` is the result before that round.
 
-    What ended it is its `__cause__`, a QuorumNotMet or a StepFailed.
+    Its `__cause__` is the QuorumNotMet or StepFailed that ended it.
     """
 
     def __init__(self, reason: str, so_far: SimulationResult) -> None:
@@ -90,7 +92,7 @@ class CutShort(JobFailed):
 
 
 class ProcessLost(JobFailed):
-    """A simulation whose own process ended, and again; `so_far` is what its rounds came to, if there were any."""
+    """A simulation whose process ended twice; `so_far` is the result of its rounds, if there were any."""
 
     def __init__(self, reason: str, so_far: SimulationResult | None) -> None:
         super().__init__(reason)
@@ -98,7 +100,7 @@ class ProcessLost(JobFailed):
 
 
 def model_of(parameters: Tree, out: Path | None) -> Json:
-    """Return a model's `sha256` and `path`; write it, where there is one."""
+    """Return a model's `sha256` and `path`; writes it if `out` is given."""
     file = io.BytesIO()
     write_tree(parameters, file)
     data = file.getvalue()
@@ -108,7 +110,7 @@ def model_of(parameters: Tree, out: Path | None) -> Json:
 
 
 def frame_rows(rounds: Sequence[RoundReport]) -> list[Json]:
-    """Return a flat row a round: the metrics beside the counts, without the reasons."""
+    """Return one flat row per round: counts and metrics, without the reasons."""
     return [
         {k: v for k, v in one.as_json().items() if k not in {"metrics", "reasons"}} | dict(one.metrics)
         for one in rounds

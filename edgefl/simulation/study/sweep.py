@@ -1,7 +1,7 @@
-"""`edgefl.sweep`: the same simulation with other settings, one variant after another, compared in the end.
+"""`edgefl.sweep`: the same simulation with different settings, one variant after another, compared at the end.
 
-Invariants: a value that no variant could run with is refused before the first one starts; a variant
-that fails keeps the rounds that it finished, and the others go on.
+Invariants: an invalid value is refused before the first variant starts; a variant
+that fails keeps its finished rounds, and the others continue.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OnRound = Callable[[RoundReport], None]
-Simulation = Callable[[SimulationConfig, Watching], "Finished"]  # of one variant
+Simulation = Callable[[SimulationConfig, Watching], "Finished"]  # runs one variant
 
 
 class Finished(Protocol):
-    """What a simulation, or a Flower app's run, returns."""
+    """The result of a simulation, or of a Flower app's run."""
 
     @property
     def rounds(self) -> Sequence[RoundReport]: ...
@@ -43,20 +43,20 @@ class Finished(Protocol):
     @property
     def interrupted(self) -> bool: ...
     def as_json(self) -> Json:
-        """Return the result with the keys that every engine's result has."""
+        """Return the result with the keys common to all engines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VariantResult:
-    """What one variant came to."""
+    """The result of one variant."""
 
     variant: Variant
     rounds: Sequence[RoundReport]
-    result: Any = None  # a SimulationResult, or a FlowerRunResult; None where it failed
+    result: Any = None  # a SimulationResult or a FlowerRunResult; None if it failed
     error: str | None = None
 
     def as_json(self) -> Json:
-        """The settings beside what every result has; of a failed variant its error and its rounds."""
+        """Return the settings and the result; for a failed variant its error and its rounds."""
         said = (
             {"error": self.error, "rounds": [one.as_json() for one in self.rounds]}
             if self.result is None
@@ -67,10 +67,10 @@ class VariantResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepResult:
-    """The variants that were run, in their order."""
+    """The variants that were run, in order."""
 
     variants: Sequence[VariantResult]
-    interrupted: bool = False  # Ctrl-C: the last one ended early, others were not begun
+    interrupted: bool = False  # by Ctrl-C: the last one ended early, others were not started
 
     @property
     def failed(self) -> Sequence[VariantResult]:
@@ -78,11 +78,11 @@ class SweepResult:
         return [one for one in self.variants if one.error is not None]
 
     def as_json(self) -> Json:
-        """All variants, with the keys that every engine's result has."""
+        """Return all variants, with the keys common to all engines."""
         return {"variants": [one.as_json() for one in self.variants], "interrupted": self.interrupted}
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return a frame of one row a variant and round, the settings as columns; needs pandas."""
+        """Return a frame with one row per variant and round, the settings as columns; needs pandas."""
         try:
             import pandas as pd
         except ImportError as cause:
@@ -91,11 +91,11 @@ class SweepResult:
         return pd.DataFrame(rows)
 
     def figure(self) -> Figure:
-        """Draw the variants over each other; needs matplotlib."""
+        """Draw all variants in the same axes; needs matplotlib."""
         return draw_rounds(self.runs(), self.took_part())
 
     def runs(self) -> dict[str, Sequence[RoundReport]]:
-        """Return each variant's rounds by its name."""
+        """Return each variant's rounds by the variant's name."""
         return {one.variant.name: one.rounds for one in self.variants}
 
     def took_part(self) -> dict[str, Counts]:
@@ -105,7 +105,7 @@ class SweepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepWatching:
-    """What hears of a sweep while it runs."""
+    """Callbacks of a running sweep."""
 
     on_begin: Callable[[Variant], None] = field(default=lambda _variant: None)
     on_engine: Callable[[Variant, str, str], None] = field(default=lambda _variant, _name, _reason: None)
@@ -121,8 +121,8 @@ def sweep(  # noqa: PLR0913 - as `simulate`
 ) -> SweepResult:  # fmt: skip
     """Simulate a task once for every combination: `edgefl.sweep(task, {"train.lr": [0.1, 0.3]}, clients=100)`.
 
-    The other arguments are those of `edgefl.simulate`; `over` goes over all of them. `simulation` runs a variant
-    elsewhere than in this process.
+    The other arguments are those of `edgefl.simulate`; `over` overrides them. `simulation` runs a variant
+    outside of this process.
     Raises ConfigError, TaskError. A variant that fails is in the result, with its error.
     """
     require_torch("simulation", "sim")
@@ -153,7 +153,7 @@ def sweep(  # noqa: PLR0913 - as `simulate`
 def run_variants(
     variants: Sequence[Variant], run: Callable[[Variant, OnRound], Finished], watching: SweepWatching
 ) -> SweepResult:
-    """Run one variant after another; Ctrl-C ends the one that runs, and begins no other."""
+    """Run one variant after another; Ctrl-C ends the current one, and starts no other."""
     done: list[VariantResult] = []
     for variant in variants:
         ended, interrupted = _run_one(variant, run, watching)
@@ -178,13 +178,13 @@ def _run_one(
         result = run(variant, on_round)
     except EdgeflError as error:
         return VariantResult(variant=variant, rounds=heard, error=str(error)), False
-    except KeyboardInterrupt:  # the second: it ends this variant at once
+    except KeyboardInterrupt:  # a second Ctrl-C ends this variant at once
         return VariantResult(variant=variant, rounds=heard, error="interrupted"), True
     return VariantResult(variant=variant, rounds=result.rounds, result=result), result.interrupted
 
 
 def _refuse_unfit(task: Task, configs: Sequence[SimulationConfig]) -> None:
-    """Raise ConfigError where a rule, an optimizer or a cohort cannot be; a population is made once to be counted."""
+    """Raise ConfigError for an invalid rule, optimizer or cohort; makes each population once to count its clients."""
     from edgefl.simulation.world.population import make_population
 
     there: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The variants of a sweep: every combination of `train.lr=0.1,0.3` with `server.optimizer=SGD,Adam`.
+"""The variants of a sweep: e.g. every combination of `train.lr=0.1,0.3` and `server.optimizer=SGD,Adam`.
 
 Values are separated by commas outside of brackets and quotes, and read as `--set` reads them.
 """
@@ -28,7 +28,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """What it is called in tables and plots: `train.lr=0.1, server.optimizer=Adam`."""
+        """Its name in tables and plots: `train.lr=0.1, server.optimizer=Adam`."""
         return ", ".join(f"{key}={_text(value)}" for key, value in self.settings.items())
 
 
@@ -41,7 +41,7 @@ def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
         if not all(part.strip() for part in parts):
             raise ConfigError(f"--sweep {text!r} is not of the form {FORM}")
         if key in over:
-            raise ConfigError(f"--sweep {text!r}: {key!r} is swept already; write all its values into one --sweep")
+            raise ConfigError(f"--sweep {text!r}: {key!r} is already in another --sweep; write all its values into one")
         over[key] = [parse_value(part.strip()) for part in parts]
     return over
 
@@ -52,12 +52,12 @@ def variants_of(over: Mapping[str, Sequence[Any]]) -> list[Variant]:
         if isinstance(values, str) or not values:
             raise ConfigError(f"sweep over {key!r}: {values!r} is no list of values")
         if twice := [value for index, value in enumerate(values) if value in values[:index]]:
-            raise ConfigError(f"sweep over {key!r}: {_text(twice[0])} is there twice")
+            raise ConfigError(f"sweep over {key!r}: {_text(twice[0])} occurs twice")
     return [Variant(dict(zip(over, chosen, strict=True))) for chosen in itertools.product(*over.values())]
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that stand in no brackets and no quotes."""
+    """Split at commas outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:

@@ -54,7 +54,7 @@ def test_a_task_without_a_model_has_its_own_fit(tasks):
     result = simulate(tasks("own_fit"), clients=5, rounds=2)
     assert result.parameters["w"].tolist() == [4.0, 4.0]  # twice the mean of 0..4
     assert result.engine == "loop"
-    assert "not stacked: it brings its own fit" in result.engine_reason
+    assert "not stacked: it has its own fit" in result.engine_reason
 
 
 def test_ctrl_c_ends_the_round_and_keeps_what_there_is(tasks):
@@ -85,7 +85,7 @@ def test_more_than_there_are_is_refused(tasks):
         simulate(tasks("task"), clients=4, config=config(rounds={"clients": 5}))
     with pytest.raises(ConfigError, match="'loop' has no address"):
         simulate(tasks("task"), clients=4, engine="loop", address="auto")
-    with pytest.raises(ConfigError, match="brings its own clients"):
+    with pytest.raises(ConfigError, match="has its own clients"):
         simulate(tasks("task"), clients=4, population=lambda _task: None)
 
 

@@ -1,6 +1,6 @@
-"""What a worker does with its chunks, however they come: trains, and keeps a sum where the rule merges.
+"""A worker's training of chunks: it trains clients, and keeps a sum if the rule merges.
 
-Updates are admitted by the same guard and folded by the same rule as at the centre.
+Updates pass the same guard and are folded by the same rule as on the server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgefl.task import Task
 
 
 class ChunkTrainer:
-    """Answers for its chunks, a round after another."""
+    """Trains the chunks of one round after another."""
 
     def __init__(self, task: Task, population: Population, config: JobConfig) -> None:
         self._task, self._population = task, population
@@ -36,18 +36,18 @@ class ChunkTrainer:
         self._trainer: LocalTrainer | StackTrainer | None = None
         self._plan: Plan | None = None
         self._method = TrainingMethod()
-        self._fault = ""  # of stacks
+        self._fault = ""  # why stacks failed
         self._rule_name = config.aggregation.rule
         self._running: _RunningSum | None = None
 
     def begin(self, plan: Plan, *, sums: bool, method: TrainingMethod | None = None) -> None:
-        """Take up a round, forgetting the one before."""
+        """Begin a round, and forget the previous one."""
         self._plan, self._method = plan, method or TrainingMethod()
         self._running = _RunningSum(plan, self._rule_name) if sums else None
         self._begin()
 
     def try_stacks(self, method: TrainingMethod) -> Tried:
-        """Say why clients cannot be trained in stacks, if they cannot."""
+        """Return why clients cannot be trained in stacks, if so."""
         return Tried(why_not_stacked(dataclasses.replace(self._setup, method=method)))
 
     def answer(self, message: Chunk | Flush) -> Done | Summed:
@@ -58,7 +58,7 @@ class ChunkTrainer:
         raise TypeError(f"a worker cannot answer a {type(message).__name__}")
 
     def _chunk(self, chunk: Chunk) -> Done:
-        if isinstance(self._trainer, StackTrainer):  # only where sums are wanted
+        if isinstance(self._trainer, StackTrainer):  # only if updates are summed
             return self._in_stacks(self._trainer, chunk.clients)
         if self._trainer is None:
             raise RuntimeError("begin comes before a chunk")
@@ -67,7 +67,7 @@ class ChunkTrainer:
         return self._take(self._trainer.train(client, borrow=True) for client in chunk.clients)
 
     def _in_stacks(self, trainer: StackTrainer, clients: Sequence[str]) -> Done:
-        """Train them in stacks; where one fails, train those that are left one by one, now and from then on."""
+        """Train clients in stacks; after a failure, train the remaining ones and all later ones one by one."""
         num_done = 0
         for stack in trainer.stacks(clients):
             with Attempt("stacks") as attempt:
@@ -81,7 +81,7 @@ class ChunkTrainer:
         return Done()
 
     def _begin(self) -> None:
-        """Make ready what trains by the method; where stacks fail, what trains one by one."""
+        """Create the trainer for the method; if stacks fail, the one that trains one by one."""
         if self._method.stacks and not self._fault:
             with Attempt("stacks") as attempt:
                 self._trainer = self._taken_up(self._method)
@@ -113,11 +113,11 @@ class _RunningSum:
         self._reset()
 
     def take(self, answer: Update | Failure | Partial) -> None:
-        """Fold what the guard admits; put aside what the centre has to see singly."""
+        """Fold what the guard admits; keep separately what the server must see as single answers."""
         if isinstance(answer, Failure):
             self._aside.append(answer)
             return
-        if isinstance(answer, Partial):  # the stack's own, of finite updates
+        if isinstance(answer, Partial):  # the stack's sum of finite updates
             self._guard.admit_partial(answer)
             self._rule.merge(answer)
             self._metrics.merge(answer.metrics)
@@ -126,7 +126,7 @@ class _RunningSum:
         try:
             self._guard.admit(answer)
         except UpdateRejected:
-            own = {name: array.copy() for name, array in answer.tree.items()}  # it was borrowed
+            own = {name: array.copy() for name, array in answer.tree.items()}  # the tree was borrowed
             self._aside.append(dataclasses.replace(answer, tree=own))
             return
         self._rule.add(answer)

@@ -1,7 +1,7 @@
-"""Worker processes on this machine, one thread each: for models whose steps are real work, on all cores.
+"""Worker processes on this machine, one thread each, on all cores: for models whose steps are expensive.
 
-Parameters and sums lie in memory that the processes share; how a round is dealt out stands in `round.py`, and what
-happens when a worker dies in `edgefl/process/workers/pool.py`.
+Parameters and sums are in shared memory. `round.py` distributes a round to workers;
+`edgefl/process/workers/pool.py` handles the death of a worker.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from edgefl.trees import Tree
 
 
 class PoolFleet:
-    """Trains a cohort on worker processes; raises ConfigError where one cannot be started."""
+    """Trains a cohort on worker processes; raises ConfigError if one cannot be started."""
 
     def __init__(self, setup: SimulationSetup, num_workers: int | None = None) -> None:
         self._setup = setup
         self._meter = Meter(setup.served)
         self._history = PoolHistory()
-        self._written: Tree | None = None  # what is frozen in the shared memory
+        self._written: Tree | None = None  # the frozen tensors in the shared memory
         parts = parts_of(setup.task, setup.config.train.seed)
-        with ExitStack() as opened:  # closed again where something fails, and for Ctrl-C
+        with ExitStack() as opened:  # closed on any failure, and on Ctrl-C
             self._parameters, self._frozen, *sums = (
                 opened.enter_context(closing(memory))
                 for memory in memory_for(parts.moving, parts.frozen, num_workers or num_cores())
@@ -49,25 +49,25 @@ class PoolFleet:
 
     @property
     def peak_rss_mb(self) -> float:
-        """Return the sum of the workers' peaks, as far as they have told."""
+        """Return the sum of the workers' peak memory, as reported so far."""
         return self.pool.peak_rss_mb
 
     @property
     def faults(self) -> Sequence[str]:
-        """Return what went wrong with the workers' stacks, whose clients they then trained one by one."""
+        """Return why the workers' stacks failed, so that they trained clients one by one."""
         return self._history.stack_faults
 
     def why_not_stacked(self) -> str | None:
-        """Return why the task's clients cannot be trained in stacks, or None, as a worker has tried it."""
+        """Return why the task's clients cannot be trained in stacks, or None; a worker tests it."""
         terms = RunTerms(answer_s=START_S, max_losses=1)
         (event,) = self.pool.run(WorkQueue([Try(self._setup.method)]), terms)
         if isinstance(event, ItemAnswered):
             tried: Tried = event.answer
             return tried.why_not
-        return f"the worker that tried it {event.how}"
+        return f"the worker that tested it {event.how}"
 
     def use(self, method: TrainingMethod) -> None:
-        """Have the workers train in another way from the next round on."""
+        """Make the workers train with another method from the next round on."""
         self._setup = dataclasses.replace(self._setup, method=method)
 
     def clients(self) -> Sequence[str]:
@@ -84,5 +84,5 @@ class PoolFleet:
         return self._meter.traffic()
 
     def close(self) -> None:
-        """End the workers, and give their memory back."""
+        """End the workers, and release their memory."""
         self._opened.close()

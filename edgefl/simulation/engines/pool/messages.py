@@ -1,4 +1,4 @@
-"""What a pool and its workers say to each other over a pipe, pickled; parameters and sums lie in shared memory."""
+"""Messages between a pool and its workers, pickled over a pipe; parameters and sums are in shared memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgefl.task import Task
 
 @dataclass(frozen=True, slots=True)
 class BeginRound:
-    """A round begins: take the tensors from where they lie (the plan has none), and forget what is summed."""
+    """Begin a round: use the tensors in shared memory (the plan has none), and reset the sum."""
 
     plan: Plan
     sums: bool  # whether updates are summed in the worker, or sent one by one
@@ -30,41 +30,41 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Give the sum, say who is in it, and begin a new one."""
+    """Return the sum with its contributors, and begin a new one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """Try whether clients can be trained in stacks. The user's code runs in it, so it is a worker's to do."""
+    """Test whether clients can be trained in stacks. A worker does this, because it runs the user's code."""
 
     method: TrainingMethod
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """The answer to Try: why not, or None."""
+    """The answer to Try: why stacks are impossible, or None."""
 
     why_not: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A chunk is trained. Where updates are summed, its answers come with the sum."""
+    """A chunk is trained. If updates are summed, its answers come with the sum."""
 
     answers: tuple[Update | Failure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """The answer to Flush. Failures, and what a guard refuses, stand aside."""
+    """The answer to Flush. Failures and refused updates are listed separately."""
 
     partial: Partial | None
     aside: tuple[Update | Failure, ...] = ()
-    fault: str = ""  # of stacks, whose clients were trained one by one instead
+    fault: str = ""  # why stacks failed, so that clients were trained one by one
 
 
 def pickled_task(setup: SimulationSetup) -> bytes | None:
-    """Return the task for workers, or None where they can load it; raises ConfigError where they can do neither."""
+    """Return the task for workers, or None if they can load it; raises ConfigError if neither is possible."""
     if setup.reference is not None:
         return None
     try:
@@ -78,11 +78,11 @@ def pickled_task(setup: SimulationSetup) -> bytes | None:
 
 def _unsendable(task: Task, why: str) -> str:
     return (
-        f"task {task.name!r} cannot be sent to worker processes: {why}. Put it into a module or a folder and name "
-        "that, or use the engine 'loop' or 'stacked'."
+        f"task {task.name!r} cannot be sent to worker processes: {why}. Put it into a module or a folder and give "
+        "its name, or use the engine 'loop' or 'stacked'."
     )
 
 
 def import_path() -> tuple[str, ...]:
-    """Return where this process finds modules, for the workers."""
+    """Return this process's import path, for the workers."""
     return tuple(str(entry) for entry in sys.path)

@@ -1,4 +1,4 @@
-"""A worker process of the pool, and the memory in which it leaves its sums."""
+"""A worker process of the pool, and the shared memory for its sums."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgefl.trees import TensorSpec, Tree, spec_of
 
 
 class TrainingProcess(WorkerProcess):
-    """A worker process whose sums lie in shared memory."""
+    """A worker process with its sums in shared memory."""
 
     def __init__(self, start: bytes, descriptors: tuple[int, ...], sums: SharedTree) -> None:
         super().__init__(start, descriptors=descriptors)
@@ -29,7 +29,7 @@ class TrainingProcess(WorkerProcess):
         said = super().hear()
         if isinstance(said, Ready) or not isinstance(said.answer, Summed) or said.answer.partial is None:
             return said
-        total = {name: array.copy() for name, array in self._sums.tree.items()}  # another may sum there soon
+        total = {name: array.copy() for name, array in self._sums.tree.items()}  # the memory may be overwritten soon
         partial = dataclasses.replace(said.answer.partial, total=total)
         return dataclasses.replace(said, answer=dataclasses.replace(said.answer, partial=partial))
 
@@ -37,7 +37,7 @@ class TrainingProcess(WorkerProcess):
 def launcher(
     setup: SimulationSetup, parameters: SharedTree, frozen: SharedTree, sums: SharedTree
 ) -> Callable[[], TrainingProcess]:
-    """Return what starts a worker on this memory, as often as needed; raises ConfigError for what cannot be sent."""
+    """Return a function that starts workers on this memory; raises ConfigError if something cannot be sent."""
     start = PoolStart(
         reference=setup.reference,
         task=pickled_task(setup),
@@ -57,7 +57,7 @@ def launcher(
 
 
 def memory_for(parameters: Tree, frozen: Tree, num_workers: int) -> Iterator[SharedTree]:
-    """Open shared memory for parameters, for what is frozen, and for each worker's sum in float64."""
+    """Open shared memory for parameters, for frozen tensors, and for each worker's sum in float64."""
     spec = spec_of(parameters)
     yield SharedTree(spec)
     yield SharedTree(spec_of(frozen))

@@ -1,10 +1,10 @@
-"""One round on workers, wherever they run: clients in chunks, whose answers come as sums or in the plan's order.
+"""One round on workers of any kind: clients in chunks, whose answers come as sums or in the plan's order.
 
-Clients go to whichever worker is free. Where the rule merges, a worker returns one sum for all that it trained in
-a round, instead of one update per client. What a lost worker had is trained again by others, one by one where it
-was at work on it (`edgefl/process/workers/pool.py`), and a client that ends its worker twice fails: in this round,
-and in every later one without being tried again.
-Invariant: each client of a cohort is counted once, whichever worker is lost when.
+Clients go to any free worker. If the rule merges, a worker returns one sum for all clients that it trained in
+a round, instead of one update per client. Other workers train the clients of a lost worker again, one by one those
+that it was training (`edgefl/process/workers/pool.py`). A client that ends its worker twice fails: in this round,
+and in every later one without another try.
+Invariant: each client of a cohort is counted once, even if workers are lost.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from edgefl.simulation.engines.fleets import Meter, SimulationSetup
 from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done, Flush, Summed
 from edgefl.trees import Tree
 
-LEFT_PER_CHUNK = 4  # a chunk is so small a part of a worker's share of what is left that workers end together
+LEFT_PER_CHUNK = 4  # a chunk is this fraction of a worker's remaining share, so that workers end together
 MAX_CHUNK = 32
-AHEAD = 8  # clients per worker, whose single answers may wait for one before them
-STACKS_PER_WORKER = 2  # and of whom a worker trains as one, since larger stacks are faster
+AHEAD = 8  # clients per worker whose single answers may wait for an earlier one
+STACKS_PER_WORKER = 2  # for clients trained in stacks, because larger stacks are faster
 MAX_STACKED = 1024
 
 Answer = Update | Failure | Partial
@@ -36,16 +36,16 @@ Answer = Update | Failure | Partial
 
 @dataclass(slots=True)
 class PoolHistory:
-    """What a fleet remembers of its workers from round to round."""
+    """What a fleet keeps about its workers from round to round."""
 
-    deadly: dict[str, str] = field(default_factory=dict)  # clients that end their workers, and how
-    stack_faults: list[str] = field(default_factory=list)  # why stacks failed, whose clients were trained one by one
+    deadly: dict[str, str] = field(default_factory=dict)  # clients that ended their workers, and how
+    stack_faults: list[str] = field(default_factory=list)  # why stacks failed, so that clients were trained one by one
 
 
 def train(
     setup: SimulationSetup, meter: Meter, plan: Plan, pool: WorkerPool[Any, Any], history: PoolHistory
 ) -> Iterator[Answer]:
-    """Train a plan's clients on workers that have its parameters; counts what a fleet would have moved."""
+    """Train a plan's clients on workers that have its parameters; counts the bytes that a fleet would transfer."""
     meter.begin(plan)
     for answer in Round(setup, plan, pool, history).run():
         meter.count(answer)
@@ -53,7 +53,7 @@ def train(
 
 
 class Round:
-    """A plan, and the workers that there are for it."""
+    """A plan, and the workers for it."""
 
     def __init__(
         self, setup: SimulationSetup, plan: Plan, pool: WorkerPool[Any, Any], history: PoolHistory
@@ -61,7 +61,7 @@ class Round:
         self._plan, self._pool, self._history = plan, pool, history
         self._sums = rule_kind(setup.config.aggregation.rule).merges and setup.takes_sums(plan)
         self._method = dataclasses.replace(setup.method, stacks=self._sums and setup.method.stacks)
-        self._held: dict[str, Update | Failure] = {}  # single answers that wait for those before them
+        self._held: dict[str, Update | Failure] = {}  # single answers that wait for earlier ones
         self._order = deque(() if self._sums else plan.clients)
         chunks = self._chunks(tuple(client for client in plan.clients if client not in history.deadly))
         self._work = WorkQueue(
@@ -69,7 +69,7 @@ class Round:
         )  # fmt: skip
 
     def run(self) -> Iterator[Answer]:
-        """Yield the round's answers: sums as they come, single ones in the plan's order."""
+        """Yield the round's answers: sums as they arrive, single answers in the plan's order."""
         for client in self._plan.clients:
             if client in self._history.deadly:
                 yield from self._failed((client,), self._history.deadly[client])
@@ -85,7 +85,7 @@ class Round:
                 yield from self._answered(event)
 
     def _chunks(self, clients: Sequence[str]) -> Sequence[tuple[str, ...]]:
-        """Deal clients out: in stacks, in chunks that are summed, or one by one."""
+        """Split clients into stacks, into chunks that are summed, or into single clients."""
         if self._method.stacks:
             size = math.ceil(len(clients) / (self._pool.size * STACKS_PER_WORKER))
             size = max(1, min(MAX_STACKED, size))
@@ -98,7 +98,7 @@ class Round:
         return BeginRound(plan, self._sums, self._method)
 
     def _may_begin(self, chunk: Chunk) -> bool:
-        """Single answers are not piled up: far ahead of the one that is waited for, none begins."""
+        """Whether a chunk may begin: single answers must not pile up far ahead of the next one in order."""
         few = len(self._held) < AHEAD * self._pool.size
         return self._sums or few or self._order[0] in chunk.clients
 
@@ -135,7 +135,7 @@ def _one_by_one(chunk: Chunk) -> Sequence[Chunk]:
 
 
 def _guided(clients: Sequence[str], workers: int) -> list[tuple[str, ...]]:
-    """Cut clients into chunks that get smaller to the end (guided self-scheduling, Polychronopoulos & Kuck 1987)."""
+    """Split clients into chunks that get smaller (guided self-scheduling, Polychronopoulos & Kuck 1987)."""
     chunks, start = [], 0
     while start < len(clients):
         size = max(1, min(MAX_CHUNK, (len(clients) - start) // (workers * LEFT_PER_CHUNK)))

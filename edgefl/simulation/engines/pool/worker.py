@@ -1,6 +1,6 @@
-"""A worker of the pool: one process with one torch thread, which trains the clients that it is asked for.
+"""A worker of the pool: one process with one torch thread, which trains clients on request.
 
-Parameters come, and sums go, through memory that it shares with the pool.
+Parameters and sums are passed through memory that it shares with the pool.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Asked = BeginRound | Chunk | Flush | Try
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolStart:
-    """What a worker works on."""
+    """What a worker needs at its start."""
 
     reference: str | None  # of the task, or else
     task: bytes | None  # pickled
@@ -42,7 +42,7 @@ class PoolStart:
     sums: int
 
     def begin(self) -> Callable[[Asked], Done | Summed | Tried | None]:
-        """Load the task, in the worker; raises ConfigError, TaskError."""
+        """Load the task in the worker; raises ConfigError, TaskError."""
         return PoolWorker(self).answer
 
     def load_task(self) -> Task:
@@ -59,7 +59,7 @@ class PoolWorker:
     """Answers the pool's messages."""
 
     def __init__(self, start: PoolStart) -> None:
-        self._stack = ExitStack()  # as long as the process lives
+        self._stack = ExitStack()  # never closed: until the process ends
         self._stack.enter_context(kept())
         set_threads(1)
         self._parameters = SharedTree(start.spec, start.parameters)

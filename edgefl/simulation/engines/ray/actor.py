@@ -1,7 +1,7 @@
-"""What runs on a cluster: an actor of one CPU and one torch thread, which trains what it is handed.
+"""The actor that runs on a cluster, with one CPU and one torch thread; it trains the clients that it gets.
 
-The task comes with it, as a bundle, unless it is on the same machine. edgefl itself, and what the task
-imports beyond its folder, is to be installed on each node.
+The task is sent with it, as a bundle, unless it is on the same machine. edgefl itself, and packages that the
+task imports, must be installed on each node.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from edgefl.trees import Tree
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActorStart:
-    """What an actor is to work on. The task is a bundle, or a reference, or pickled."""
+    """What an actor needs at its start. The task is a bundle, a reference, or pickled."""
 
-    reference: str  # of the task; in the bundle, where there is one
+    reference: str  # of the task; inside the bundle, if there is one
     bundle: bytes | None
     pickled: bytes | None
     make_population: bytes  # pickled: its module may be in the bundle
     config: JobConfig
     import_path: tuple[str, ...]
     working_folder: str
-    run: str  # a name that no other simulation has
+    run: str  # a unique name of this simulation
 
 
 def start_of(setup: SimulationSetup, *, here: bool) -> ActorStart:
-    """Describe a simulation to actors on this machine, or anywhere; raises ConfigError where that cannot be."""
+    """Describe a simulation to actors on this machine, or anywhere; raises ConfigError if they cannot be sent."""
     bundle, reference = None, setup.reference or ""
     if setup.reference is not None and not here:
         try:
@@ -74,10 +74,10 @@ class Actor:
 
     def __init__(self, start: ActorStart) -> None:
         self._start = start
-        self._unpacked = f"edgefl-task-{start.run}-"  # folders of these names are this simulation's
+        self._unpacked = f"edgefl-task-{start.run}-"  # prefix of this simulation's folders
 
     def ready(self) -> Ready:
-        """Load the task; say what is wrong where that cannot be."""
+        """Load the task; returns what is wrong if that fails."""
         try:
             self._trainer = self._load()
         except (EdgeflError, ImportError, AttributeError, pickle.UnpicklingError) as error:
@@ -86,7 +86,7 @@ class Actor:
         return Ready()
 
     def begin(self, begin: BeginRound, parameters: Tree, frozen: Tree | None = None) -> None:
-        """Take up a round, with the tensors as they lie in the object store."""
+        """Begin a round, with the tensors from the object store."""
         plan = dataclasses.replace(begin.plan, parameters=parameters, frozen=frozen)
         self._trainer.begin(plan, sums=begin.sums, method=begin.method)
 
@@ -94,7 +94,7 @@ class Actor:
         return Reply(self._trainer.answer(message), own_peak_mb())
 
     def leave(self) -> None:
-        """Remove what was unpacked on this machine, by who was killed too: all leave together."""
+        """Remove all files unpacked on this machine, also by killed actors: all actors end together."""
         for folder in Path(tempfile.gettempdir()).glob(f"{self._unpacked}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -102,7 +102,7 @@ class Actor:
         set_threads(1)
         start = self._start
         sys.path.extend(entry for entry in start.import_path if entry not in sys.path and Path(entry).exists())
-        if Path(start.working_folder).is_dir():  # paths that a task or a population names are as they were
+        if Path(start.working_folder).is_dir():  # so that relative paths of a task or a population stay valid
             os.chdir(start.working_folder)
         task = self._task()
         maker: PopulationMaker = pickle.loads(start.make_population)  # noqa: S301 - our own driver's

@@ -1,9 +1,9 @@
-"""The Ray cluster that a simulation runs on: one that is there, by its address, or a small one started here.
+"""The Ray cluster that a simulation runs on: an existing one, by its address, or a small one started here.
 
-Ours listens on every interface, as Ray's programs do; so it takes orders only from who knows a token,
-made for it. It lives in a folder of its own and ends, with all its processes, when we do.
-Ray phones nobody, shows no dashboard, and prints nothing into our output.
-Invariant: an address where no cluster is, is refused within HEALTH_S.
+Ray's programs listen on every interface, so only clients with the token of our cluster may submit work to it.
+Our cluster has its own folder and ends, with all its processes, when this process ends.
+Ray sends no usage statistics, shows no dashboard, and prints nothing into our output.
+Invariant: an address without a cluster is refused within HEALTH_S.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from edgefl.errors import ConfigError, MissingExtra
 from edgefl.measure import num_cores
 
 CONNECT_S = 5.0
-HEALTH_S = 15.0  # most of it for importing Ray
-MAX_SOCKET_FOLDER = 40  # characters; Ray puts sockets below it, whose paths may have 107
+HEALTH_S = 15.0  # mostly for the import of Ray
+MAX_SOCKET_FOLDER = 40  # characters; Ray creates sockets below it, whose paths are limited to 107
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or it warns of a change to come, at each start
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # or it prints each lost worker on our standard output
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns of a future change at each start
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else it prints each lost worker to our stdout
 }
-_WHAT_TO_DO = "Start one with `ray start --head`, or leave the address out for one on this machine."
+_WHAT_TO_DO = "Start one with `ray start --head`, or drop the address to start one on this machine."
 
 
 class Cluster:
-    """A connection to a cluster: `HOST:PORT`, `auto` for the one of this machine, None for one of our own."""
+    """A connection to a cluster: `HOST:PORT`, `auto` for this machine's cluster, None to start one."""
 
     def __init__(self, address: str | None = None) -> None:
         self.ray = import_ray()
         self.ours = False
-        self._environment: dict[str, str | None] = {}  # as it was, where we changed it
+        self._environment: dict[str, str | None] = {}  # original values of changed variables
         self._folder: str | None = None
         self._connected = not self.ray.is_initialized()
         if not self._connected:
             if address is not None:
-                raise ConfigError("this process is connected to a Ray cluster already: leave the address out")
+                raise ConfigError("this process is already connected to a Ray cluster: drop the address")
         elif address is None:
             self._start()
         else:
@@ -60,7 +60,7 @@ class Cluster:
         return int(self.ray.cluster_resources().get("CPU", 0))
 
     def close(self) -> None:
-        """Leave it; end it, where it is ours."""
+        """Disconnect from it; end it if we started it."""
         with undisturbed(), _without_leaks_told():
             if self._connected:
                 self.ray.shutdown()
@@ -78,7 +78,7 @@ class Cluster:
         self._connect(settings, "cannot start a Ray cluster on this machine")
 
     def _set_environment(self, variables: Mapping[str, str | None]) -> None:
-        """Set or remove what says who may give orders; Ray has read it when it was imported, and is to read again."""
+        """Set or remove the variables of the token; Ray read them at its import, so make it read them again."""
         if not variables:
             return
         for name, value in variables.items():
@@ -94,7 +94,7 @@ class Cluster:
         try:
             with _without_leaks_told(), _own_sigterm():
                 self.ray.init(**settings, **quiet)
-        except BaseException as cause:  # Ctrl-C too: nothing that was started may outlive it
+        except BaseException as cause:  # also on Ctrl-C: end everything that was started
             self.close()
             if not isinstance(cause, (OSError, RuntimeError, ValueError, self.ray.exceptions.RayError)):
                 raise
@@ -102,7 +102,7 @@ class Cluster:
 
 
 def import_ray() -> ModuleType:
-    """Import Ray, told to be quiet; raises MissingExtra."""
+    """Import Ray with its output silenced; raises MissingExtra."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -114,7 +114,7 @@ def import_ray() -> ModuleType:
 
 
 def _refuse_unreachable(address: str) -> None:
-    """Ask, in a process that can be ended, whether a cluster is there: in this one, Ray would try for minutes."""
+    """Check in a separate process, which can be killed, whether a cluster exists: Ray itself would try for minutes."""
     if address != "auto":
         _refuse_unheard(address)
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", "--address", address]
@@ -144,7 +144,7 @@ def _socket_folder() -> str:
 
 @contextmanager
 def _without_leaks_told() -> Iterator[None]:
-    """Ray leaves log files and processes to the garbage collector, which says so."""
+    """Suppress warnings about log files and processes that Ray leaves to the garbage collector."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         yield
@@ -153,7 +153,7 @@ def _without_leaks_told() -> Iterator[None]:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray sets a handler and leaves it there."""
+    """Restore the SIGTERM handler, which Ray replaces."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -164,7 +164,7 @@ def _own_sigterm() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let no Ctrl-C leave processes behind while others are ended."""
+    """Block Ctrl-C while processes are ended, so that none is left behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,9 +1,8 @@
 """The pool's workers as actors on a Ray cluster: many machines, or this one.
 
-A round's parameters go into Ray's object store once, and reach each machine once; sums come back. How a round is
-dealt out stands in `engines/pool/round.py`, and what happens when an actor or a node is lost in
-`edgefl/process/workers/pool.py`.
-Not in `peak_rss_mb`: Ray's own processes.
+A round's parameters are put into Ray's object store once, and sent to each machine once; sums come back.
+`engines/pool/round.py` distributes a round to workers; `edgefl/process/workers/pool.py` handles the loss of an
+actor or a node. `peak_rss_mb` does not include Ray's own processes.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ END_S = 2.0
 
 
 class RayFleet:
-    """Trains a cohort on a cluster, one actor a CPU; without an address, on a cluster of its own on this machine."""
+    """Trains a cohort on a cluster, one actor per CPU; without an address, starts a cluster on this machine."""
 
     def __init__(self, setup: SimulationSetup, address: str | None = None) -> None:
         self._setup = setup
         self._meter = Meter(setup.served)
         self._history = PoolHistory()
-        self._parameters: Any = None  # references into the object store: of what moves, and of what is frozen
+        self._parameters: Any = None  # references into the object store: of the changing and the frozen tensors
         self._frozen: Any = None
-        self._stored: Tree | None = None  # what is frozen there
+        self._stored: Tree | None = None  # the frozen tensors there
         self.pool: WorkerPool[RayWorker, Chunk] = WorkerPool([], wait_for_actors)
         self.cluster = Cluster(address)
         try:
             self._start()
-        except BaseException:  # Ctrl-C too: nothing that was started may outlive it
+        except BaseException:  # also on Ctrl-C: end everything that was started
             self.close()
             raise
 
     @property
     def peak_rss_mb(self) -> float:
-        """Return the sum of the workers' peaks, as far as they have told."""
+        """Return the sum of the workers' peak memory, as reported so far."""
         return self.pool.peak_rss_mb
 
     def clients(self) -> Sequence[str]:
@@ -61,7 +60,7 @@ class RayFleet:
         return self._meter.traffic()
 
     def close(self) -> None:
-        """End the workers, and the cluster where it is ours."""
+        """End the workers, and the cluster if we started it."""
         with undisturbed():
             leaving = [worker.leave() for worker in self.pool.ready_workers]
             if leaving:
@@ -70,7 +69,7 @@ class RayFleet:
             self.cluster.close()
 
     def _start(self) -> None:
-        """Start the workers, and wait until one can begin; the others come when they come. Raises ConfigError."""
+        """Start the workers, and wait until the first is ready; the others join later. Raises ConfigError."""
         ray, num_cpus = self.cluster.ray, self.cluster.num_cpus()
         start = ray.put(start_of(self._setup, here=self.cluster.ours))
         remote = ray.remote(num_cpus=1, max_restarts=0)(Actor)

@@ -1,4 +1,4 @@
-"""One actor of a cluster, from the simulation's side."""
+"""One actor of a cluster, on the simulation's side."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from edgefl.process.workers.messages import Ready, Reply, WorkerLost
 from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Flush
 from edgefl.simulation.engines.ray.cluster import import_ray
 
-FETCH_S = 60.0  # to bring here what is there
+FETCH_S = 60.0  # for transferring an available result
 
 
 class RayWorker:
-    """An actor that takes its place when the cluster has one; nobody waits for it."""
+    """An actor that starts when the cluster has a free CPU; the simulation does not wait for it."""
 
     def __init__(self, launch: Callable[[], Any], parameters: Callable[[], Any]) -> None:
         self._ray = import_ray()
-        self._parameters = parameters  # gives references, as `launch` gives a handle: what only Ray knows
+        self._parameters = parameters  # returns Ray references, as `launch` returns a Ray handle
         self.actor = launch()
-        self._begun: list[Any] = []  # references: of the last `begin`, until it is known to have gone well
+        self._begun: list[Any] = []  # references of the last `begin`, until it has succeeded
         self._owed = deque([self.actor.ready.remote()])  # references to its answers, in order
 
     @property
@@ -36,7 +36,7 @@ class RayWorker:
             self._owed.append(self.actor.answer.remote(message))
 
     def hear(self) -> Ready | Reply:
-        """Return its next answer; raises WorkerLost, and ConfigError where it cannot load its task."""
+        """Return its next answer; raises WorkerLost, and ConfigError if it cannot load its task."""
         try:
             *_, said = self._ray.get([*self._begun, self._owed.popleft()], timeout=FETCH_S)
         except self._ray.exceptions.RayTaskError as error:
@@ -50,7 +50,7 @@ class RayWorker:
         return heard
 
     def leave(self) -> Any:
-        """Ask it to remove what it unpacked; return the reference of its answer."""
+        """Ask it to remove its unpacked files; return the reference of its answer."""
         return self.actor.leave.remote()
 
     def end(self, *, kindly: bool = False) -> None:  # noqa: ARG002 - an actor is ended in one way
@@ -58,7 +58,7 @@ class RayWorker:
 
 
 def wait_for_actors(workers: Sequence[RayWorker], within_s: float) -> Sequence[RayWorker]:
-    """Return a worker that has answered; none after so many seconds."""
+    """Return a worker that has answered; none after `within_s` seconds."""
     by_owed = {worker.owed: worker for worker in workers}
     answered, _ = import_ray().wait(list(by_owed), num_returns=1, timeout=within_s)
     return [by_owed[reference] for reference in answered]

@@ -47,7 +47,7 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=f"--{flag} .* there is no folder"):
             asked(**{flag: tmp_path / "no" / "file.png"})
     for name in ("file", "file.xyz"):
-        with pytest.raises(ConfigError, match=rf"--plot .*{name}: the name must end with the kind of picture: .*\.png"):
+        with pytest.raises(ConfigError, match=rf"--plot .*{name}: the extension must be one of: .*\.png"):
             asked(plot=tmp_path / name)
     assert asked(plot=tmp_path / "file.SVG").plot is not None
     with pytest.raises(ConfigError, match="--out belongs to a single run; drop it or --sweep"):

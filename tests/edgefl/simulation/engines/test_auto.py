@@ -67,7 +67,7 @@ def test_a_pool_that_cannot_start_is_ruled_out(set_up, monkeypatch):
 
 def test_one_core_has_no_pool(set_up, monkeypatch):
     monkeypatch.setattr(auto, "num_cores", lambda: 1)
-    assert "not pool: there is one core" in make_engine("auto", set_up("dropout")).reason
+    assert "not pool: there is only one core" in make_engine("auto", set_up("dropout")).reason
 
 
 def test_an_engine_that_is_asked_for_is_not_measured(set_up):

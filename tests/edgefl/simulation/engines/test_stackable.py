@@ -62,7 +62,7 @@ class Odd(torch.nn.Module):
         ("buffer", "'steps' is a buffer"),
         ("branch", "torch.func cannot map it"),
         ("random", "torch.func cannot map it"),
-        ("scaled", "came out"),
+        ("scaled", "differs by"),
     ],
 )
 def test_what_only_a_look_inside_or_a_trial_shows(set_up, kind, reason):

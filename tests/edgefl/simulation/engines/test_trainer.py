@@ -47,5 +47,5 @@ def test_a_client_without_data_fails_by_itself(set_up, plan_of):
 
 
 def test_a_fit_that_reads_options_needs_a_population_that_has_some(set_up):
-    with pytest.raises(ConfigError, match="brings its own fit"):
+    with pytest.raises(ConfigError, match="has its own fit"):
         LocalTrainer(set_up("own_fit").task, object())

@@ -58,7 +58,7 @@ def test_losses_of_test_and_training(axes):
 
 def test_bytes_add_up_in_a_fitting_unit(axes):
     plot.draw_bytes(axes, [run()], numbers)
-    assert axes.get_ylabel() == "moved so far (MB)"
+    assert axes.get_ylabel() == "transferred so far (MB)"
     assert [line.get_ydata().tolist() for line in axes.lines] == [[2, 4, 6], [1, 2, 3]]
 
 

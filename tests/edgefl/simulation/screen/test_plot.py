@@ -30,8 +30,8 @@ def test_one_run_shows_rounds_and_time_side_by_side():
     figure = draw_rounds({"digits": rounds(accuracy=0.3, loss=1.0)}, {"digits": np.array([3, 3, 0], np.uint32)})
     assert labels(figure) == [
         ("round", "accuracy"), ("time in rounds (seconds)", ""), ("round", "loss"), ("time in rounds (seconds)", ""),
-        ("round", "moved so far (MB)"), ("time in rounds (seconds)", ""), ("round", "clients of the round"),
-        ("rounds that a client took part in", "clients"),
+        ("round", "transferred so far (MB)"), ("time in rounds (seconds)", ""), ("round", "clients per round"),
+        ("number of rounds per client", "clients"),
     ]  # fmt: skip
     over_time = figure.axes[1].lines[0]
     assert over_time.get_xdata().tolist() == [0.5, 1.0, 1.5]

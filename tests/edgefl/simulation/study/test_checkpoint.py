@@ -146,7 +146,10 @@ def test_killed_in_mid_round_the_command_goes_on_as_if_nothing_had_been(tasks, t
         ({"server": {"options": {"momentum": 0.9}}}, r"server\.options"),
         ({"population": {"clients": 13}}, r"population\.clients=12, now it is 13"),
         ({"rounds": {"count": 9, "clients": 5, "deadline_s": 120.0}}, r"rounds\.clients=4, now it is 5"),
-        ({"rounds": {"count": 1, "clients": 4, "deadline_s": 120.0}}, r"rounds\.count=1, but the checkpoint has 2"),
+        (
+            {"rounds": {"count": 1, "clients": 4, "deadline_s": 120.0}},
+            r"rounds\.count=1, but the checkpoint already has 2",
+        ),
     ],
 )
 def test_other_settings_are_refused_by_name(tasks, tmp_path, sections, reason):
@@ -188,12 +191,12 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
     whole = (tmp_path / FILE).read_bytes()
     for torn in (b"", whole[:7], whole[:-1], whole[:200], b"x" * 300):
         (tmp_path / FILE).write_bytes(torn)
-        with pytest.raises(ConfigError, match="is torn, or no checkpoint"):
+        with pytest.raises(ConfigError, match="is damaged, or not a checkpoint"):
             read_checkpoint(tmp_path)
     for foreign in ({"w": np.ones(2)}, {"facts": np.frombuffer(b"[]", np.uint8)}):
         with (tmp_path / FILE).open("wb") as file:
             write_tree(foreign, file)
-        with pytest.raises(ConfigError, match="is torn, or no checkpoint"):
+        with pytest.raises(ConfigError, match="is damaged, or not a checkpoint"):
             read_checkpoint(tmp_path)
     with (tmp_path / FILE).open("wb") as file:
         write_tree({"facts": np.frombuffer(b'{"format": 99}', np.uint8)}, file)
@@ -214,7 +217,7 @@ def test_a_folder_is_one_simulations_alone(tmp_path):
     ):
         pass
     Checkpoints(tmp_path).write(make())
-    with pytest.raises(ConfigError, match="has a checkpoint; go on with --resume"), open_checkpoints(tmp_path, None):
+    with pytest.raises(ConfigError, match="has a checkpoint; continue with --resume"), open_checkpoints(tmp_path, None):
         pass
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot keep checkpoints"), open_checkpoints(tmp_path / "file", None):

@@ -124,5 +124,5 @@ def test_what_cannot_be_parted_is_refused(cut: Cut, partitioner: str, fault: str
 
 
 def test_more_asked_than_there_is() -> None:
-    with pytest.raises(ConfigError, match="asks for 40 samples; there are 12"):
+    with pytest.raises(ConfigError, match="needs 40 samples; there are 12"):
         filled(np.zeros(12, np.int64), 4, 10)

@@ -55,7 +55,7 @@ def test_windows_repeat_and_go_over_midnight(tmp_path: Path) -> None:
         ("speed\nnan\n", ":2: speed='nan'"),
         ("speed\ninf\n", ":2: speed='inf'"),
         ("speed,rtt_s\n1\n", ":2: 1 values; the header has 2 columns"),
-        ("speed,colour\n1,red\n", ":1: the header is 'speed,colour'; wanted"),
+        ("speed,colour\n1,red\n", ":1: the header is 'speed,colour'; expected"),
         ("speed,speed\n1,1\n", ":1: the header"),
         ("available\n5-3\n", ":2: available='5-3'; expected windows"),
         ("available\n1-5;4-9\n", ":2: available"),

@@ -103,7 +103,7 @@ def test_the_trial_of_stacks_is_a_workers_and_one_that_it_ends_is_replaced(set_u
     setup = set_up(data={"deadly": f"1@{tmp_path}", "deaths": "1"})
     with closing(PoolFleet(setup, 1)) as fleet:
         (before,) = (worker.pid for worker in fleet.pool.workers)
-        assert fleet.why_not_stacked() == "the worker that tried it was ended by SIGKILL"
+        assert fleet.why_not_stacked() == "the worker that tested it was ended by SIGKILL"
         assert fleet.why_not_stacked() is None
         assert fleet.pool.workers[0].pid != before
 

@@ -34,7 +34,7 @@ def test_one_of_our_own_obeys_its_token_alone_and_leaves_nothing(capfd):
             with pytest.raises(grpc.RpcError) as refused:
                 check_alive(b"", timeout=10)
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        with pytest.raises(ConfigError, match="connected to a Ray cluster already"):
+        with pytest.raises(ConfigError, match="already connected to a Ray cluster"):
             Cluster("auto")
         with closing(Cluster()) as again:  # that of who called us
             assert not again.ours
