@@ -63,7 +63,7 @@ def test_a_tiny_model_is_compressed_though_it_gains_nothing(tmp_path, samples):
 @pytest.mark.parametrize("after", [0.90, float("nan")])
 def test_the_gate_says_the_numbers_and_leaves_no_file(tmp_path, samples, after):
     source = dense_model(tmp_path / "m.onnx")
-    with pytest.raises(AccuracyGateFailed, match=rf"from 0.9700 to {after:.4f} in int8, by .*; allowed is 0.01"):
+    with pytest.raises(AccuracyGateFailed, match=rf"from 0.9700 to {after:.4f} in int8, by .*; allowed: 0.01"):
         compress(
             source,
             tmp_path / "q.onnx",
