@@ -1,8 +1,8 @@
-"""The processes of one run, to the last grandchild.
+"""All processes of one run, including grandchildren.
 
-Flower starts children in sessions of their own, which no process group reaches. So every process is
-started with a mark in its environment, which children inherit, and all that bear it are ended.
-Invariant: when a family is left, by return, failure or Ctrl-C, none of it is alive.
+Flower starts children in their own sessions, outside of any process group. So every process gets a
+mark in its environment, which children inherit, and all processes with the mark are ended.
+Invariant: after the context, by return, failure or Ctrl-C, none of its processes is alive.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MARK = "EDGEFL_BENCHMARK_FAMILY"
 
 
 class Family:
-    """Starts processes in a folder, where their logs are; ends them all."""
+    """Starts processes with logs in a folder, and ends them all."""
 
     def __init__(self, folder: Path, env: Mapping[str, str] | None = None) -> None:
         self.folder = folder
@@ -48,7 +48,7 @@ class Family:
         return process
 
     def members(self) -> list[psutil.Process]:
-        """Return all living processes that bear the family's mark."""
+        """Return all living processes with the family's mark."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -57,13 +57,13 @@ class Family:
         return found
 
     def end(self) -> None:
-        """Ask all to end, wait a little, kill the rest."""
+        """Send SIGTERM to all, wait, then kill the rest."""
         for process in self._started:
             if process.popen.poll() is None:
                 process.popen.terminate()
         psutil.wait_procs(self.members(), ASK_S)
         deadline_s = time.monotonic() + KILL_S
-        while (rest := self.members()) and time.monotonic() < deadline_s:  # one may start another meanwhile
+        while (rest := self.members()) and time.monotonic() < deadline_s:  # one may have started another
             for member in rest:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()

@@ -1,4 +1,4 @@
-"""Our own fleet for a benchmark: a cloud with its embedded broker and K agents, real processes over TLS."""
+"""An edgefl fleet for a benchmark: a cloud with its embedded broker and K agents, real processes over TLS."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ECHO = Path(__file__).parent / "echo_task"
 def connected_fleet(num_agents: int, *agent_options: str) -> Iterator[LocalFleet]:
     """Start a cloud and agents in a temporary folder and wait until all agents are connected.
 
-    Raises RunFailedError for whatever of ours fails, inside the context as well.
+    Raises RunFailedError for every failure of the fleet, also inside the context.
     """
     with tempfile.TemporaryDirectory(prefix="edgefl-", ignore_cleanup_errors=True) as folder:
         try:
@@ -44,7 +44,7 @@ def connected_fleet(num_agents: int, *agent_options: str) -> Iterator[LocalFleet
 def run_job(
     fleet: LocalFleet, task: Path, *, rounds: int, settings: Mapping[str, object], deadline_s: float
 ) -> dict[str, Any]:
-    """Run a task to its end as `edgefl run` does; return the content of its JSON."""
+    """Run a task to its end with `edgefl run`; return the content of its JSON."""
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     file = fleet.folder / "run.json"
     fleet.command("run", task, "--cloud", fleet.url, "--rounds", rounds, "--json", file, *options, timeout_s=deadline_s)
@@ -53,7 +53,7 @@ def run_job(
 
 
 def echo_task(folder: Path, model_bytes: int, tensors: int) -> Path:
-    """Write the echo task for a model of that size under `folder`."""
+    """Write the echo task for a model of this size into `folder`."""
     task = folder / "echo"
     shutil.copytree(ECHO, task, ignore=shutil.ignore_patterns("__pycache__"))
     text = (task / "echo.py").read_text(encoding="utf-8")

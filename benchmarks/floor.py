@@ -1,7 +1,7 @@
-"""What a round costs at least on this machine: the bare bytes over gRPC with mutual TLS, and the mean.
+"""The lower bound of a round's time on this machine: the bytes over gRPC with mutual TLS, and the mean.
 
 K client processes; in each round notify, model down, update up, SHA-256 on both sides, spool to disk,
-weighted fold, new model. No job, no admission, no durability, no broker: nothing that a product needs.
+weighted sum, new model. Without everything else that a product needs: jobs, guards, durability, a broker.
     python -m benchmarks.floor [--quick] [--json F]
 """
 
@@ -29,16 +29,16 @@ from edgefl.protocols import tls
 from edgefl.trees import blocks
 
 ROOT = Path(__file__).parents[1]
-UPLOADS_AT_ONCE = 2  # more only fill memory: the cores are busy
+UPLOADS_AT_ONCE = 2  # more would only use memory: the cores are busy
 START_S = 60.0
 WORKLOADS = tuple(Workload(clients=clients, megabytes=size) for size in (0.1, 100) for clients in (2, 10))
 _WEIGHT = 1.0
 _RING, _END = "round", "end"
-_OFFLOAD_BYTES = 1 << 20  # smaller chunks are done with sooner than handed to a thread
+_OFFLOAD_BYTES = 1 << 20  # smaller chunks are processed faster than passed to a thread
 
 
 def run(workload: Workload, rounds: int, deadline_s: float) -> RunResult:
-    """Run so many rounds after the first; raises RunFailedError."""
+    """Run `rounds` rounds after the first; raises RunFailedError."""
     with tempfile.TemporaryDirectory(prefix="floor-") as temporary:
         folder = Path(temporary)
         tls.create_ca(folder)
@@ -90,7 +90,7 @@ def _identity(folder: Path, name: str, *, is_server: bool) -> tls.Identity:
 
 @dataclass
 class Centre:
-    """The server's side: the model, the listeners, and the sum of the round that is open."""
+    """The server's side: the model, the listeners, and the sum of the open round."""
 
     folder: Path
     workload: Workload
@@ -127,7 +127,7 @@ class Centre:
         self.step()
 
     def step(self) -> None:
-        """Make the mean the new model."""
+        """Set the model to the mean."""
         for block in blocks(self.model.size):
             self.model[block] = self._total[block] / (_WEIGHT * self.workload.clients)
 
@@ -162,7 +162,7 @@ class Centre:
         return b""
 
     async def _fold(self) -> None:
-        """Add every client's update as it comes."""
+        """Add every client's update when it arrives."""
         for _ in range(self.workload.clients):
             spool = await self._spooled.get()
             await _offload(self.workload.model_bytes, self.add, spool)
@@ -181,7 +181,7 @@ def _take(chunk: bytes, digest: hashlib._Hash, file: BinaryIO) -> None:
 
 
 async def _offload(num_bytes: int, work: Callable[..., None], *args: object) -> None:
-    """Do large work in a thread, beside the event loop."""
+    """Run expensive work in a thread, outside of the event loop."""
     if num_bytes < _OFFLOAD_BYTES:
         work(*args)
     else:
@@ -189,7 +189,7 @@ async def _offload(num_bytes: int, work: Callable[..., None], *args: object) -> 
 
 
 def measure(*, quick: bool) -> Iterator[Row]:
-    """Measure the floor by itself."""
+    """Measure only the lower bound."""
     for workload in WORKLOADS:
         rounds = (2 if quick else 4) if workload.megabytes >= 10 else (10 if quick else 40)
         result = run(workload, rounds, START_S)

@@ -1,4 +1,4 @@
-"""One client of the bare floor: told of a round, it takes the model, hashes it, and sends it back.
+"""One client of the lower bound: in each round it downloads the model, hashes it, and sends it back.
 
 Run as `python -m benchmarks.floor_client PORT FOLDER`; FOLDER has its key, certificate and CA.
 """
@@ -18,7 +18,7 @@ from edgefl.protocols import tls
 
 
 async def take_part(port: int, identity: tls.Identity) -> None:
-    """Echo the model in every round until the server goes."""
+    """Echo the model in every round until the server ends."""
     credentials = tls.grpc_channel_credentials(identity)
     async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, OPTIONS) as channel:
         listen = channel.unary_stream(f"/{SERVICE}/{LISTEN}", bytes, bytes)

@@ -1,4 +1,4 @@
-"""The bare floor's wire: three gRPC methods over bytes, 4 MB chunks, mutual TLS."""
+"""The lower bound's protocol: three gRPC methods over bytes, 4 MB chunks, mutual TLS."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ OPTIONS = (("grpc.max_receive_message_length", 8 << 20), ("grpc.max_send_message
 
 
 def chunks(data: bytes | memoryview) -> Iterator[bytes]:
-    """Cut into messages."""
+    """Split into messages."""
     view = memoryview(data)
     return (bytes(view[start : start + CHUNK_BYTES]) for start in range(0, len(view), CHUNK_BYTES))

@@ -1,7 +1,7 @@
-"""Flower on this machine as its user would start it: a SuperLink, K SuperNodes, `flwr run`; no TLS.
+"""Flower on this machine, as users start it: a SuperLink, K SuperNodes, `flwr run`; no TLS.
 
-All defaults but the ports: ServerApp and ClientApps run as subprocesses of their SuperExecs. Telemetry
-and the search for updates are off. A round lasts from one end to the next, as the ServerApp sees it.
+Only the ports are not the default: ServerApp and ClientApps run as subprocesses of their SuperExecs. Telemetry
+and the check for updates are off. A round lasts from the previous round's end to its own, in the ServerApp.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from benchmarks.workload import TENSORS, RunFailedError, RunResult, Workload, be
 from edgefl.app.local_fleet import LoggedProcess, free_ports
 from edgefl.errors import ProcessFailed
 
-START_S = 120.0  # twenty Python processes on two cores take their time
+START_S = 120.0  # twenty Python processes on two cores start slowly
 APP = Path(__file__).parent / "flower_app"
 _BIN = Path(sys.executable).parent
-# What `flwr run` calls. Its own command line does not load beside typer 0.15, which amqtt pins.
+# The function behind `flwr run`. Its command line does not load with typer 0.15, which amqtt pins.
 _SUBMIT = """
 import sys
 from flwr.cli.run.run import run
@@ -33,13 +33,13 @@ run(app=sys.argv[1], superlink="bench", federation=None, run_config_overrides=[s
 
 
 def name() -> str | None:
-    """Return the rival's name and version, or None where it is not installed."""
+    """Return Flower's name and version, or None if it is not installed."""
     version = installed("flwr")
     return f"Flower {version}" if version else None
 
 
 def run(workload: Workload, rounds: int, deadline_s: float) -> RunResult:
-    """Run so many rounds after the first; raises RunFailedError."""
+    """Run `rounds` rounds after the first; raises RunFailedError."""
     with tempfile.TemporaryDirectory(prefix="flower-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         with Family(folder, _environment(folder)) as family:
@@ -76,7 +76,7 @@ def _start_node(family: Family, superlink: str, port: int) -> LoggedProcess:
 
 
 def result_of(file: Path, workload: Workload, *, superlink_mb: float, idle_mb: float) -> RunResult:
-    """Read the ServerApp's report; raises RunFailedError where a round lacks a client."""
+    """Read the ServerApp's report; raises RunFailedError if a client is missing in a round."""
     if not file.exists():
         raise RunFailedError(f"Flower's run of {workload} left no report: its ServerApp failed")
     report = json.loads(file.read_text(encoding="utf-8"))
@@ -93,5 +93,5 @@ def _write_config(folder: Path, address: str) -> None:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Flower keeps its files in `folder`, and finds its own commands by PATH."""
+    """Return an environment in which Flower keeps its files in `folder`, and finds its commands by PATH."""
     return {"FLWR_HOME": str(folder), "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"}

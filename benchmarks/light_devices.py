@@ -1,8 +1,8 @@
-"""How many devices one cloud holds: real certificates, MQTT and gRPC over TLS, and nothing to do.
+"""How many idle devices one cloud can hold: real certificates, MQTT and gRPC over TLS.
 
-A light device connects to the broker, says that it is there, and asks `Next` over gRPC now and then. They
-live in a few processes, hundreds in each; the cloud is a process of its own with its embedded broker. What
-is measured is the cloud: its memory and CPU while all are connected, and how long an operator's list takes.
+A light device connects to the broker, announces its presence, and asks `Next` over gRPC from time to time. They
+run in a few processes, hundreds in each; the cloud is a separate process with its embedded broker. Measured are
+the cloud's memory and CPU while all are connected, and how long an operator's list of devices takes.
 
     python -m benchmarks.light_devices [--quick] [--json F]
 """
@@ -38,32 +38,32 @@ from edgefl.protocols.tls import Identity, client_context, grpc_channel_credenti
 
 MANY, FEW = 2000, 200
 WORKERS = 4
-AT_A_TIME = 20  # devices of a worker that connect
+AT_A_TIME = 20  # devices of a worker that connect at the same time
 ASK_EVERY_S, PING_EVERY_S = 30.0, 60.0
 CONNECT_S = 300.0
-IDLE_S = 20.0  # over which CPU is measured
+IDLE_S = 20.0  # duration of the CPU measurement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Where:
-    """Where a device's doors are."""
+    """The addresses that a device connects to."""
 
     mqtt_port: int
     grpc_port: int
-    announce: bool  # they say that they are online, and are chosen for rounds
+    announce: bool  # whether they report that they are online, and so are chosen for rounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Told:
-    """What a device heard at one door."""
+    """The result of a device's first connection over MQTT or gRPC."""
 
     device: str
     door: str  # mqtt | grpc
-    refusal: str = ""  # empty: it is in
+    refusal: str = ""  # empty: accepted
 
 
 def enrol(fleet: LocalFleet, names: Sequence[str]) -> list[Path]:
-    """Enrol devices in the cloud's database, as tokens and requests do; return their homes."""
+    """Enrol devices directly in the cloud's database; return their homes."""
     engine = open_database(fleet.home / "cloud.db")
     enrolment = Enrolment(engine, fleet.home / "tls")
     homes = []
@@ -80,7 +80,7 @@ def enrol(fleet: LocalFleet, names: Sequence[str]) -> list[Path]:
 
 
 class LightDevices:
-    """Devices in processes of their own, connected until the context ends."""
+    """Devices in separate processes, connected until the context ends."""
 
     def __init__(
         self, fleet: LocalFleet, homes: Sequence[Path], workers: int = WORKERS, *, announce: bool = True
@@ -108,7 +108,7 @@ class LightDevices:
                 worker.kill()
 
     def told(self, within_s: float = CONNECT_S) -> list[Told]:
-        """Return what every device heard first at each of its two doors."""
+        """Return the results of every device's first connections, over MQTT and gRPC."""
         until_s = time.monotonic() + within_s
         return [self._told.get(timeout=max(0.1, until_s - time.monotonic())) for _ in range(2 * self._num_devices)]
 
@@ -180,7 +180,7 @@ def _packet(head: int, body: bytes) -> bytes:
 
 
 def online(fleet: LocalFleet) -> tuple[int, float]:
-    """Return how many devices are online by the operator's list, and how long the list took."""
+    """Return how many devices are online in the operator's list, and how long the list took."""
     file, began_s = fleet.folder / "devices.json", time.monotonic()
     fleet.command("devices", "list", "--cloud", fleet.url, "--json", file, timeout_s=120)
     took_s = time.monotonic() - began_s
@@ -188,7 +188,7 @@ def online(fleet: LocalFleet) -> tuple[int, float]:
 
 
 def measure(*, quick: bool) -> Iterator[Row]:
-    """Connect devices, and yield what the cloud costs with all of them."""
+    """Connect devices, and yield the cloud's costs with all of them."""
     num_devices = FEW if quick else MANY
     raise_limit()
     with tempfile.TemporaryDirectory(prefix="edgefl-", ignore_cleanup_errors=True) as folder:
@@ -224,7 +224,7 @@ class Seen:
 
 
 def connected(fleet: LocalFleet, num_devices: int) -> Seen:
-    """Connect light devices to a running fleet, and look at its cloud while they are idle."""
+    """Connect light devices to a running fleet, and measure its cloud while they are idle."""
     cloud = psutil.Process(fleet.cloud.pid if fleet.cloud else None)
     empty_mb = cloud.memory_info().rss / 1e6
     print(f"{num_devices} devices: enrolling ...", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """Resident memory of processes, in MB of 10^6 bytes.
 
-The kernel keeps each process's peak (VmHWM), so that nothing need be sampled while a run is timed.
+The kernel records each process's peak (VmHWM), so no sampling is needed during a timed run.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _GONE = (psutil.NoSuchProcess, psutil.ZombieProcess)
 
 
 def peak_rss_mb(pid: int) -> float:
-    """Return the highest resident memory that a living process has had."""
+    """Return a living process's peak resident memory."""
     return _status_mb(pid, "VmHWM")
 
 
 def tree_rss_mb(pid: int) -> float:
-    """Return the resident memory of a process and all below it. Pages they share count in each."""
+    """Return the resident memory of a process and its descendants. Shared pages count in each."""
     return sum(_each(tree(pid), "VmRSS"))
 
 
@@ -29,7 +29,7 @@ def tree_peak_rss_mb(pid: int) -> float:
 
 
 def tree(pid: int) -> list[int]:
-    """Return a process and all below it that are alive."""
+    """Return a process and its living descendants."""
     try:
         top = psutil.Process(pid)
         return [pid, *(child.pid for child in top.children(recursive=True))]
@@ -50,4 +50,4 @@ def _status_mb(pid: int, field: str) -> float:
     for line in text.splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024 / 1e6
-    return 0.0  # a process that is ending has no memory
+    return 0.0  # an ending process has no memory

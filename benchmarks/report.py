@@ -1,6 +1,6 @@
-"""What a benchmark says: rows of ours beside the rival's, the machine, a table and JSON.
+"""The report of a benchmark: rows with edgefl's value and the other system's, the machine, a table and JSON.
 
-A ratio above 1 always means that ours is better. A row that could not be run says why in `skipped`
+A ratio above 1 always means that edgefl is better. A row that could not be run says why in `skipped`
 and has not met its target.
 """
 
@@ -26,7 +26,7 @@ VERSIONS = ("edgefl-fleet", "numpy", "grpcio", "torch", "onnxruntime", "aiomqtt"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """One bound to reach: on our value, or on the ratio to the rival's."""
+    """One bound to reach: for our value, or for the ratio to the other system's."""
 
     of: str  # "ours" or "ratio"
     at_least: float | None = None
@@ -40,7 +40,7 @@ class Target:
         return f"{self.of} >= {self.at_least:g}" if self.at_least is not None else f"{self.of} <= {self.at_most:g}"
 
     def reached(self, value: float | None) -> bool:
-        """Whether a measured value is within the bound. What was not measured is not."""
+        """Whether a measured value is within the bound; False if it was not measured."""
         if value is None:
             return False
         return value >= self.at_least if self.at_least is not None else value <= float(self.at_most or 0.0)
@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One question with its answers."""
+    """One measured quantity, for edgefl and another system."""
 
     workload: str
     metric: str
@@ -56,15 +56,15 @@ class Row:
     ours: float | None = None
     rival: str | None = None  # name and version
     theirs: float | None = None
-    limit: float | None = None  # what the machine allows: the bare floor
-    targets: tuple[Target, ...] = ()  # all of them are to be reached
+    limit: float | None = None  # the machine's limit: the lower bound
+    targets: tuple[Target, ...] = ()  # all must be reached
     more_is_better: bool = False
     skipped: str | None = None
-    detail: Mapping[str, object] = field(default_factory=dict)  # samples and what else helps to judge
+    detail: Mapping[str, object] = field(default_factory=dict)  # samples and other details
 
     @property
     def ratio(self) -> float | None:
-        """How many times better ours is than the rival's."""
+        """How many times better our value is than the other system's."""
         if self.ours is None or self.theirs is None:
             return None
         better, worse = (self.ours, self.theirs) if self.more_is_better else (self.theirs, self.ours)
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def over_limit(self) -> float | None:
-        """How many times our value is the limit."""
+        """Our value divided by the limit."""
         return self.ours / self.limit if self.ours is not None and self.limit else None
 
     @property
@@ -101,19 +101,19 @@ class Row:
 
 
 class Measure(Protocol):
-    """What a benchmark module does: yields its rows as they are measured."""
+    """A benchmark module's function: yields its rows as they are measured."""
 
     def __call__(self, *, quick: bool) -> Iterable[Row]: ...
 
 
 def median(samples: Iterable[float]) -> float | None:
-    """Return the median, or None of nothing."""
+    """Return the median, or None if there are no samples."""
     values = list(samples)
     return statistics.median(values) if values else None
 
 
 def machine() -> dict[str, object]:
-    """Describe what was measured on; no names of hosts or users, no paths."""
+    """Describe the machine, without names of hosts or users and without paths."""
     info = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
@@ -127,7 +127,7 @@ def machine() -> dict[str, object]:
 
 
 def installed(package: str) -> str | None:
-    """Return a package's version, or None where it is absent."""
+    """Return a package's version, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -156,7 +156,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def shown(value: float | None) -> str:
-    """Return three figures that count, or a dash."""
+    """Return a value with three significant figures, or a dash."""
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -172,10 +172,10 @@ def write_json(rows: Sequence[Row], file: str) -> None:
 
 
 def command(measure: Measure, doc: str) -> click.Command:
-    """Make a module's command line of the function that measures. It exits 1 where a row failed to run."""
+    """Make a module's command line from its measure function. It exits with 1 if a row failed to run."""
 
     @click.command(help=doc)
-    @click.option("--quick", is_flag=True, help="Fewer repeats; what takes minutes is skipped.")
+    @click.option("--quick", is_flag=True, help="Fewer repeats; skips what takes minutes.")
     @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for standard output.")
     def main(json_file: str | None, *, quick: bool) -> None:
         signal.signal(signal.SIGTERM, leave)
@@ -185,7 +185,7 @@ def command(measure: Measure, doc: str) -> click.Command:
 
 
 def say(rows: Sequence[Row], json_file: str | None, *, strict: bool) -> None:
-    """Print the rows and write them where it is wanted; exit 1 where a row failed to run and that is strict."""
+    """Print the rows, and write them if a file is given; exit with 1 if `strict` and a row failed to run."""
     if json_file != "-":
         print_table(rows)
     if json_file is not None:
@@ -195,5 +195,5 @@ def say(rows: Sequence[Row], json_file: str | None, *, strict: bool) -> None:
 
 
 def leave(number: int, _frame: FrameType | None) -> None:
-    """Leave by an exception, so that every process started is ended on the way out."""
+    """Exit by an exception, so that every started process is ended."""
     sys.exit(128 + number)

@@ -1,8 +1,8 @@
-"""What a round costs, without training: ours over TLS, Flower without, and the bare floor of the machine.
+"""The time of a round without training: edgefl with TLS, Flower without TLS, and the lower bound of the machine.
 
-Real processes on loopback; the three take turns. A round lasts from one to the next, the first is left
-out. Memory of a centre is the sum of its processes' peaks as the kernel counted them, so it costs the
-timed run nothing: ours is the cloud with its broker, Flower's the SuperLink and the ServerApp.
+Real processes on loopback; the three take turns. A round lasts from its start to the next; the first is not
+counted. Memory of a server is the sum of its processes' peaks, as the kernel recorded them, so it does not slow
+down the timed run: edgefl's is the cloud with its broker, Flower's the SuperLink and the ServerApp.
 
     python -m benchmarks.rounds [--quick] [--json F]
 """
@@ -28,15 +28,15 @@ TEN_LARGE = Workload(clients=10, megabytes=100)
 TWO_LARGE = Workload(clients=2, megabytes=100)
 
 RUN_S = 600.0  # deadline of any one run
-ROUND_S = 120.0  # and of a round in it
+ROUND_S = 120.0  # deadline of one round
 SPEEDUP: Mapping[Workload, float] = {TEN_SMALL: 100, TWO_SMALL: 150, TEN_LARGE: 7}
 SECONDS: Mapping[Workload, float] = {TEN_SMALL: 0.1, TEN_LARGE: 4.5}
-_STILL = 1e-9  # server.lr: an echo doubles the model, and 128 doublings leave float32
+_STILL = 1e-9  # server.lr: an echo doubles the model, and 128 doublings exceed float32
 
 
 @dataclass
 class Side:
-    """The runs of one contestant on one workload, or why there are none."""
+    """The runs of one system on one workload, or why there are none."""
 
     name: str
     run: Callable[[Workload, int, float], RunResult]
@@ -69,7 +69,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Contest:
-    """All sides on one workload."""
+    """All systems on one workload."""
 
     workload: Workload
     ours: Side
@@ -96,7 +96,7 @@ class Contest:
 
 
 def measure(*, quick: bool) -> Iterator[Row]:
-    """Run all contests, then compare."""
+    """Run all workloads, then compare."""
     contests = {workload: _contest(workload, quick=quick) for workload in (TWO_SMALL, TEN_SMALL, TWO_LARGE, TEN_LARGE)}
     for workload, contest in contests.items():
         targets = [Target(of="ratio", at_least=SPEEDUP[workload])] if workload in SPEEDUP else []
@@ -124,7 +124,7 @@ def _contest(workload: Workload, *, quick: bool) -> Contest:
 
 
 def _growth(two: Contest, ten: Contest) -> Row:
-    """Compare the centre's memory for ten clients with that for two."""
+    """Compare the server's memory for ten clients with that for two."""
 
     def grown(few: Side, many: Side) -> float | None:
         low, high = few.centre_mb(), many.centre_mb()
@@ -143,7 +143,7 @@ def _growth(two: Contest, ten: Contest) -> Row:
 
 
 def run_ours(workload: Workload, rounds: int, deadline_s: float) -> RunResult:
-    """Run so many rounds after the first, with real processes; raises RunFailedError."""
+    """Run `rounds` rounds after the first, with real processes; raises RunFailedError."""
     with connected_fleet(workload.clients) as fleet:
         if fleet.cloud is None:
             raise RunFailedError("the fleet has no cloud")
@@ -162,7 +162,7 @@ def run_ours(workload: Workload, rounds: int, deadline_s: float) -> RunResult:
 
 
 def seconds_of(rounds: list[dict[str, Any]], workload: Workload) -> tuple[float, tuple[float, ...]]:
-    """Return the first round's seconds and the others': what the job says, or the clock if that is longer."""
+    """Return the seconds of the first round and of the others: by the job, or by the clock if that is longer."""
     if any(one["admitted"] != workload.clients for one in rounds):
         raise RunFailedError(f"{workload}: not every agent was in every round: {[one['admitted'] for one in rounds]}")
     said = tuple(float(one["seconds"]) for one in rounds)

@@ -1,7 +1,7 @@
-"""Predictions over HTTP beside a bare ASGI app and MLServer: the same int8 CNN, the same clients, in turn.
+"""Predictions over HTTP, compared with a bare ASGI app and MLServer: the same int8 CNN and clients, in turn.
 
-Ours is the real serving process, as an agent starts it. The bare app (`benchmarks.serving_bare`) computes and
-does nothing else, on the same HTTP server and event loop. Clients run in a process of their own.
+edgefl's is the real serving process, as an agent starts it. The bare app (`benchmarks.serving_bare`) only
+computes, on the same HTTP server and event loop. Clients run in a separate process.
     python -m benchmarks.serving [--quick] [--json F]
 """
 
@@ -35,7 +35,7 @@ MLSERVER = "mlserver"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is asked, by how many, and what is expected of us."""
+    """The kind of requests, the number of clients, and the target."""
 
     kind: str  # binary or json
     clients: int
@@ -55,7 +55,7 @@ CASES = (
 
 
 def measure(*, quick: bool) -> Iterator[Row]:
-    """Measure every case, ours and the rivals' in turn."""
+    """Measure every case, all systems in turn."""
     seconds, repeats = (1.0, 3) if quick else (3.0, 7)
     with tempfile.TemporaryDirectory(prefix="serving-") as temporary:
         folder = Path(temporary)

@@ -1,6 +1,6 @@
-"""The bare rival: an ASGI app that computes and does no more; uvicorn on uvloop and httptools, one process.
+"""A bare ASGI app that only computes; uvicorn with uvloop and httptools, one process.
 
-No checks, no limits, no second model, no release that can be changed.
+No checks, no limits, no second model, no change of releases.
     python -m benchmarks.serving_bare MODEL PORT
 """
 
@@ -21,7 +21,7 @@ _Call = Callable[..., Awaitable[Any]]
 
 
 def make_app(path: str) -> Callable[[dict[str, Any], _Call, _Call], Awaitable[None]]:
-    """Return the application over one model."""
+    """Return the application for one model."""
     session = new_session(Path(path), keeps_memory=False)
     (wanted,), (given,) = session.get_inputs(), session.get_outputs()
 

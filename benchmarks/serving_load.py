@@ -1,4 +1,4 @@
-"""Clients of a prediction server, in a process of their own: each asks again as soon as it is answered.
+"""Clients of a prediction server, in a separate process: each sends its next request after the answer.
 
     python -m benchmarks.serving_load PORT PATH binary|json CLIENTS SECONDS
 
@@ -74,7 +74,7 @@ class Client(asyncio.Protocol):
 
 
 async def run(port: int, message: bytes, num_clients: int, seconds: float) -> dict[str, float]:
-    """Ask for so long after the warm-up, and return what came of it."""
+    """Send requests for `seconds` after the warm-up, and return the results."""
     loop = asyncio.get_running_loop()
     clients = [Client(message) for _ in range(num_clients)]
     for client in clients:

@@ -1,4 +1,4 @@
-"""The model that the benchmark of predictions asks: a CNN of 692k parameters over 28x28, by our own export and int8."""
+"""The model for the benchmark of predictions: a CNN with 692k parameters for 28x28 images, exported to int8."""
 
 from __future__ import annotations
 

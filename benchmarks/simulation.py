@@ -1,9 +1,9 @@
-"""How many clients a second a simulation trains: ours beside the rivals, with the same work for all.
+"""How many clients per second a simulation trains: edgefl and other systems, with the same work for all.
 
-Every contestant is a process of its own and gets the same partition, cohorts, initial weights and sample
-order (`benchmarks.simulation_workloads`), and two cores. All take turns; rates leave out the first round;
-the limit is centralised SGD over as many samples. Accuracy is that on held-out samples after as many
-rounds. Memory is the resident memory of all processes of a contestant, sampled in a run of its own.
+Every system runs in a separate process and gets the same partition, cohorts, initial weights and sample
+order (`benchmarks.simulation_workloads`), and two cores. All take turns; rates do not count the first round;
+the limit is centralised SGD over the same number of samples. Accuracy is on held-out samples after the same
+number of rounds. Memory is the resident memory of all processes of a system, sampled in a separate run.
 
     python -m benchmarks.simulation [--quick] [--json F] [--only digits-cnn] [--readme README.md]
 """
@@ -26,25 +26,25 @@ from benchmarks.simulation_contest import REPORT, ROOT, Contestant, Side, module
 from benchmarks.simulation_readme import write_readme
 from benchmarks.simulation_workloads import DECODED_VARIABLE, WORKLOADS, Workload, decode_cifar
 
-CORES = 2  # processes, or threads, of each contestant
-REPEATS = 2  # of those by whom a target is measured, and of ours
+CORES = 2  # processes or threads of each system
+REPEATS = 2  # of systems with a target, and of edgefl
 _FLOWER = ("flwr", "ray")
 MILLION = 1_000_000
 FLOWER_APP = ROOT / "examples" / "flower_app"
 APP_NODES, APP_ROUNDS, APP_QUICK_ROUNDS = 100, 16, 3
-MNIST_ROUNDS = 100  # those that its figure is for
+MNIST_ROUNDS = 100  # number of rounds in its figure
 
 AUTO, COMPILED = "edgefl", "edgefl, compiled steps"
 CENTRAL, FLOWER, PFL = "centralised SGD", "Flower on Ray", "pfl-research in 2 processes"
-RATES: Mapping[str, Mapping[str, float]] = {  # at least so many times the rival's rate
+RATES: Mapping[str, Mapping[str, float]] = {  # required ratio to the other system's rate
     "digits-cnn": {CENTRAL: 0.85, FLOWER: 9, PFL: 1.9},
     "digits-mlp": {CENTRAL: 0.6},
     "digits-lr": {FLOWER: 70},
     "cifar": {FLOWER: 2, PFL: 1},
 }
 COMPILED_RATES: Mapping[str, Mapping[str, float]] = {"digits-cnn": {CENTRAL: 1}, "cifar": {PFL: 1.3}}
-MEMORY: Mapping[str, Mapping[str, float]] = {"cifar": {FLOWER: 2}}  # at most one such part of the rival's
-ENGINES: Mapping[str, Sequence[str]] = {  # of ours, by themselves
+MEMORY: Mapping[str, Mapping[str, float]] = {"cifar": {FLOWER: 2}}  # required ratio of its memory to ours
+ENGINES: Mapping[str, Sequence[str]] = {  # edgefl engines that are also measured separately
     "digits-cnn": ("loop", "stacked", "pool"),
     "digits-mlp": ("loop", "stacked", "pool"),
     "digits-lr": ("loop", "stacked", "pool"),
@@ -55,7 +55,7 @@ WITHOUT: Mapping[str, Sequence[str]] = {"digits-mlp": (FLOWER,), "cifar": ("torc
 
 
 def contestants(workload: Workload) -> list[Contestant]:
-    """Return who takes part in a training workload, ours first."""
+    """Return the systems for a training workload, edgefl first."""
     name = workload.name
     ours = [Contestant(name=AUTO, command=module("ours", name))]
     if name in COMPILED_RATES:
@@ -78,7 +78,7 @@ def contestants(workload: Workload) -> list[Contestant]:
 
 @dataclass(frozen=True)
 class Contest:
-    """All sides on one workload."""
+    """All systems on one workload."""
 
     workload: Workload
     sides: Mapping[str, Side]
@@ -114,7 +114,7 @@ class Contest:
     def accuracies(self) -> Iterator[Row]:
         rounds = self.sides[AUTO].rounds
         for side in self._rivals():
-            if side.contestant.name != CENTRAL:  # its steps are not a federation's
+            if side.contestant.name != CENTRAL:  # it is not federated
                 yield self._row(
                     side,
                     metric=f"accuracy after {rounds} rounds",
@@ -154,7 +154,7 @@ class Contest:
 
 
 def train(workload: Workload, *, quick: bool) -> Iterator[Row]:
-    """Run the contest of one workload, then compare."""
+    """Run all systems on one workload, then compare."""
     contest = _contest(workload, contestants(workload), quick=quick)
     yield from contest.rates()
     yield from contest.compiled_rates()
@@ -182,7 +182,7 @@ def _contest(workload: Workload, who: Sequence[Contestant], *, quick: bool) -> C
 
 @contextmanager
 def _decoded(workload: Workload) -> Iterator[None]:
-    """Decode CIFAR-10 once for all its contestants."""
+    """Decode CIFAR-10 once for all systems."""
     if workload.needs != "cifar10" or workload.missing():
         yield
         return
@@ -209,7 +209,7 @@ def train_mnist(workload: Workload, *, quick: bool) -> Iterator[Row]:
         yield contest._row(  # noqa: SLF001 - it is this module's
             side,
             metric="100 rounds",
-            unit="s",  # of ours with the first round; of a rival without what its first one took longer
+            unit="s",  # edgefl: with the first round; others: without the extra time of their first round
             value=lambda one: _mnist_seconds(one, first=one is ours),
             targets=targets.get(side.contestant.name, ()),
         )
@@ -225,7 +225,7 @@ def train_mnist(workload: Workload, *, quick: bool) -> Iterator[Row]:
 
 
 def _mnist_command(workload: Workload) -> Contestant:
-    """Return the command as a user gives it, imports and data included."""
+    """Return the user's command; its time includes imports and data."""
 
     def command(folder: Path, rounds: int) -> list[str | Path]:
         settings = (
@@ -271,7 +271,7 @@ def flower_app(*, quick: bool) -> Iterator[Row]:
     }
     rates = [one.typical(lambda outcome: APP_NODES / outcome.middle_s) for one in (ours, theirs)]
     yield Row(
-        metric="clients a second in the median round",  # ours starts its workers beside the first ones
+        metric="clients a second in the median round",  # edgefl starts its workers during the first rounds
         unit="1/s",
         ours=rates[0],
         theirs=rates[1],
@@ -289,7 +289,7 @@ def flower_app(*, quick: bool) -> Iterator[Row]:
 
 
 def population(*, quick: bool) -> Iterator[Row]:
-    """Compare a population of a million with one of a thousand: ours with ours, on one engine."""
+    """Compare a population of a million with one of a thousand, both in edgefl with the same engine."""
     workload = WORKLOADS["digits-cnn"]
 
     def side(clients: int) -> Side:
@@ -320,7 +320,7 @@ def population(*, quick: bool) -> Iterator[Row]:
 
 
 def measure(*, quick: bool, only: Sequence[str] = ()) -> Iterator[Row]:
-    """Run what was asked for, or everything."""
+    """Run the given parts, or all."""
     for name, part in parts().items():
         if not only or name in only:
             print(f"-- {name}", file=sys.stderr, flush=True)
@@ -339,13 +339,13 @@ def parts() -> dict[str, Callable[..., Iterator[Row]]]:
 
 
 @click.command(help=__doc__)
-@click.option("--quick", is_flag=True, help="One run each, of few rounds.")
+@click.option("--quick", is_flag=True, help="One run each, with few rounds.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for standard output.")
-@click.option("--only", multiple=True, type=click.Choice(list(parts())), help="This part alone; may be repeated.")
+@click.option("--only", multiple=True, type=click.Choice(list(parts())), help="Only this part; may be repeated.")
 @click.option("--readme", type=click.Path(path_type=Path, dir_okay=False), help="Put the table into this file.")
 def main(*, quick: bool, json_file: str | None, only: tuple[str, ...], readme: Path | None) -> None:
     signal.signal(signal.SIGTERM, leave)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # of all that is started here
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # also for all child processes
     rows = list(measure(quick=quick, only=only))
     if readme is not None:
         write_readme(rows, readme)

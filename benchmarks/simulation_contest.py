@@ -1,7 +1,7 @@
-"""Contestants of a simulation, each run as a process of its own, in turn, and what they came to.
+"""Run the systems of a simulation benchmark, each in a separate process, in turn, and collect their results.
 
-A rate is the clients of all rounds but the first over their seconds: the first pays for starting and
-warming up. Time and memory are taken in separate runs, since a sampler costs CPU.
+A rate is the number of clients in all rounds but the first, divided by their seconds: the first includes start and
+warm-up. Time and memory are measured in separate runs, because sampling costs CPU.
 Invariant: when a run has ended, by return, failure or Ctrl-C, none of its processes is alive.
 """
 
@@ -27,8 +27,8 @@ from edgefl.app.local_fleet import LoggedProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_S = 400.0  # deadline of any one run
-SAMPLE_S = 0.2  # between looks at the memory
-RESULT = '{"round_s"'  # how the line of a contestant begins
+SAMPLE_S = 0.2  # interval of memory samples
+RESULT = '{"round_s"'  # beginning of a system's result line
 REPORT = "out.json"  # what `edgefl simulate --json` writes in a run's folder
 
 Command = Callable[[Path, int], Sequence[str | Path]]  # (folder, rounds)
@@ -36,18 +36,18 @@ Command = Callable[[Path, int], Sequence[str | Path]]  # (folder, rounds)
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """Who takes part, and how it is started."""
+    """A system to measure, and how it is started."""
 
     name: str
     command: Command
-    needs: tuple[str, ...] = ()  # packages; its version is that of the first
-    threads: int = 0  # that OpenMP may use; 0: it sees for itself
+    needs: tuple[str, ...] = ()  # packages; the first one gives the version
+    threads: int = 0  # OpenMP threads; 0: the default
 
     @property
     def absent(self) -> str | None:
-        """Say what is missing, if something is."""
+        """Return what is missing, if anything."""
         missing = [package for package in self.needs if not installed(package)]
-        return f"{' and '.join(missing)} must be installed: make bench does it" if missing else None
+        return f"{' and '.join(missing)} must be installed: `make bench` installs them" if missing else None
 
 
 def module(name: str, workload: str, *options: str) -> Command:
@@ -61,7 +61,7 @@ def module(name: str, workload: str, *options: str) -> Command:
 
 
 def torchrun(name: str, workload: str, processes: int) -> Command:
-    """Return the command of a rival in several processes that torch.distributed joins."""
+    """Return the command of a system with several processes, connected by torch.distributed."""
 
     def command(_folder: Path, rounds: int) -> list[str]:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -72,7 +72,7 @@ def torchrun(name: str, workload: str, processes: int) -> Command:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What one run came to."""
+    """The result of one run."""
 
     round_s: tuple[float, ...]
     accuracy: float | None
@@ -93,7 +93,7 @@ class Outcome:
 
 @dataclass
 class Side:
-    """One contestant's runs, or why there are none."""
+    """One system's runs, or why there are none."""
 
     contestant: Contestant
     rounds: int
@@ -107,12 +107,12 @@ class Side:
 
     @property
     def name(self) -> str:
-        """Its name, with the version of the package that it is made of."""
+        """Return its name, with the version of its package."""
         version = installed(self.contestant.needs[0]) if self.contestant.needs else None
         return f"{self.contestant.name} {version}" if version else self.contestant.name
 
     def turn(self, *, memory: bool = False) -> None:
-        """Run once more, where it has not had its turns or failed."""
+        """Run once more, unless it has finished its turns or failed."""
         if self.skipped or (not memory and len(self.outcomes) >= self.repeats):
             return
         print(f"{self.name} ...", file=sys.stderr, flush=True)
@@ -145,7 +145,7 @@ class Side:
 
 
 def run(contestant: Contestant, rounds: int, *, memory: bool = False) -> Outcome:
-    """Run a contestant to its end; raises RunFailedError."""
+    """Run a system to its end; raises RunFailedError."""
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
     env = {"PYTHONPATH": path, **({"OMP_NUM_THREADS": str(contestant.threads)} if contestant.threads else {})}
     with tempfile.TemporaryDirectory(prefix="simulation-", ignore_cleanup_errors=True) as temporary:
@@ -155,7 +155,7 @@ def run(contestant: Contestant, rounds: int, *, memory: bool = False) -> Outcome
             process = family.start("contestant", contestant.command(folder, rounds))
             peak_mb = _wait(process, memory=memory)
             seconds, status = time.perf_counter() - start_s, process.popen.returncode
-        log = process.log.read_text(encoding="utf-8")  # complete, now that all who wrote it are gone
+        log = process.log.read_text(encoding="utf-8")  # complete: all its writers have ended
         if status != 0:
             last = " | ".join(log.strip().splitlines()[-4:])
             raise RunFailedError(f"ended with status {status}: {last[-600:]}")
@@ -172,7 +172,7 @@ def run(contestant: Contestant, rounds: int, *, memory: bool = False) -> Outcome
 
 
 def _wait(process: LoggedProcess, *, memory: bool) -> float:
-    """Wait for a process to end; return the most memory that was seen, if it is looked at."""
+    """Wait for a process to end; return its peak memory, if it is sampled."""
     peak_mb, deadline_s = 0.0, time.monotonic() + RUN_S
     while (left_s := deadline_s - time.monotonic()) > 0:
         try:

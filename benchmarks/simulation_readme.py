@@ -1,4 +1,4 @@
-"""The table of simulations in the README, between its two markers: a row of it for each measured one."""
+"""Write the table of simulations in the README, between its two markers: one row per measured row."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from benchmarks.report import Row, machine, shown
 
 BEGIN, END = "<!-- simulation-table -->", "<!-- /simulation-table -->"
-_JUDGED = ("clients a second", "100 rounds")  # what an accuracy stands beside
+_JUDGED = ("clients a second", "100 rounds")  # metrics with an accuracy in the same row
 _SHOWN = ("torch", "flwr", "ray", "pfl")
 _HEAD = ("workload", "", "edgefl", "beside", "", "times", "to reach", "accuracy, both")
 
 
 def write_readme(rows: Sequence[Row], file: Path) -> None:
-    """Replace what stands between the markers; raises ValueError where they are not there once each, in order."""
+    """Replace the text between the markers; raises ValueError unless both occur once, in order."""
     text = file.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{file} must have {BEGIN} and, after it, {END}, once each")
@@ -30,7 +30,7 @@ def _where() -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows in Markdown; accuracies stand beside the rates that they belong to."""
+    """Return the rows in Markdown; accuracies are in the rows of their rates."""
     accuracies = {(row.workload, row.rival): row for row in rows if row.metric.startswith("accuracy")}
     shown_rows = [_cells(row, accuracies) for row in rows if not row.metric.startswith("accuracy")]
     return "\n".join(_line(cells) for cells in (_HEAD, ["---"] * len(_HEAD), *shown_rows))

@@ -1,4 +1,4 @@
-"""What the contestants of `benchmarks.simulation` learn, from what, and by whom.
+"""The workloads of `benchmarks.simulation`: models, data and clients.
 
 A partition depends on the client's number alone; cohorts, sample order and initial weights are edgefl's
 own and given to all: `select_clients`, the permutation of `train_epochs`, `initial_parameters`.
@@ -41,15 +41,15 @@ class Workload:
     name: str
     about: str
     task: Task
-    attribute: str  # of this module, where the task is
+    attribute: str  # name of the task in this module
     clients: int
-    cohort: int  # clients a round
-    samples: int  # a client
+    cohort: int  # clients per round
+    samples: int  # per client
     batch: int
     lr: float
-    rounds: int  # with the first, which no rate counts; so many that processes are worth their start
+    rounds: int  # including the first, which rates do not count; enough to make worker processes worthwhile
     quick_rounds: int
-    needs: str = ""  # a file or folder of the data folder
+    needs: str = ""  # required file or folder in the data folder
 
     @property
     def reference(self) -> str:
@@ -62,14 +62,14 @@ class Workload:
         )
 
     def missing(self) -> str | None:
-        """Say what is missing of the data, if something is."""
+        """Return which data is missing, if any."""
         if not self.needs or (data_folder() / self.needs).exists():
             return None
         return f"there is no {self.needs} in the data folder; set {DATA_VARIABLE} to one that has it"
 
 
 def data_folder() -> Path:
-    """Return where data lie that come with no package: what the variable says, or shared/data beside the project."""
+    """Return the folder of data that no package contains: from the variable, else shared/data next to the project."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     return Path(os.environ.get(DATA_VARIABLE) or beside)
 
@@ -92,7 +92,7 @@ def _mnist() -> Pair:
 
 
 def _drawn(everything: Callable[[], Pair], held_out: int, samples: int, part: str) -> Pair:
-    """Draw a client's own samples with replacement; all that are not held out where no part is named."""
+    """Draw a client's samples with replacement; without a part, return all that are not held out."""
     inputs, labels = (array[held_out:] for array in everything())
     if not part:
         return inputs, labels
@@ -119,7 +119,7 @@ def mnist_held_out() -> Pair:
 
 
 def cifar_part(part: str = "", parts: str = "") -> Pair:  # noqa: ARG001 - there are as many as samples allow
-    """Return fifty pictures that are no other client's."""
+    """Return fifty pictures of this client alone."""
     images, labels = _cifar("train")
     order = _cifar_order(len(labels))
     chosen = np.sort(np.array_split(order, CIFAR_CLIENTS)[int(part or 0)])
@@ -147,7 +147,7 @@ def _normalised(images: np.ndarray) -> np.ndarray:
 
 
 def decode_cifar(folder: Path) -> None:
-    """Write the pictures as arrays (N, 3, 32, 32) of bytes, once for all contestants."""
+    """Write the pictures as arrays (N, 3, 32, 32) of bytes, once for all systems."""
     import pyarrow.parquet
     from PIL import Image
 

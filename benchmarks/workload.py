@@ -1,4 +1,4 @@
-"""What a round moves, and what a run of rounds came to: the same for ours, the rival and the floor."""
+"""Workload and result of a run of rounds, the same for edgefl, Flower and the lower bound."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-TENSORS = 4  # of equal size; few, since Flower pays for each
+TENSORS = 4  # of equal size; few, because each costs Flower time
 
 
 class RunFailedError(RuntimeError):
-    """A run that gave no number; the message says why."""
+    """A run without a result; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """K clients that send a model there and back, without training."""
+    """K clients that return the model unchanged, without training."""
 
     clients: int
     megabytes: float  # 10^6 bytes of float32
@@ -30,11 +30,11 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """What one run measured."""
+    """The measurements of one run."""
 
-    first_s: float  # the first round, with what starts in it
+    first_s: float  # the first round, with all starts in it
     round_s: tuple[float, ...]  # the rounds after it
-    centre_mb: float | None = None  # peak resident memory of the centre's processes
+    centre_mb: float | None = None  # peak resident memory of the server's processes
     idle_mb: float | None = None  # resident memory of a device's processes, connected, before any job
 
 

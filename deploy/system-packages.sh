@@ -1,7 +1,7 @@
 #!/bin/sh
-# Installs what the project's tests take from the system, by apt-get: mosquitto (a real broker),
-# systemd (systemd-analyze checks the units), iproute2 and faketime (clocks that are wrong). Does nothing when all is there, and starts
-# no service: a mosquitto left on port 1883 would be a broker that nobody asked for.
+# Installs the system packages for the project's tests with apt-get: mosquitto (a real broker),
+# systemd (systemd-analyze checks the units), iproute2 and faketime (wrong clocks). Does nothing if all are installed. It starts
+# no service: a mosquitto on port 1883 would be an unexpected broker.
 set -eu
 
 missing=""
@@ -32,7 +32,7 @@ if [ "$(id -u)" -ne 0 ]; then
     as_root="sudo"
 fi
 
-# Debian's packages start what they install unless policy-rc.d forbids it (status 101).
+# Debian's packages start their services unless policy-rc.d forbids it (status 101).
 policy=/usr/sbin/policy-rc.d
 placed=""
 undo() { [ -z "$placed" ] || $as_root rm -f "$policy"; }
@@ -46,10 +46,10 @@ fi
 
 echo "system packages: installing$missing"
 $as_root apt-get update -qq
-# shellcheck disable=SC2086  # a list of words
+# shellcheck disable=SC2086  # a list of arguments
 $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
 
-# Enabled by its package, it would start with the next boot.
+# Its package enables it, so it would start at the next boot.
 case "$missing" in
 *mosquitto*)
     if command -v systemctl >/dev/null 2>&1; then

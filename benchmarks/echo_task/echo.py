@@ -1,7 +1,7 @@
-"""A task that sends the model there and back, without training.
+"""A task that returns the model unchanged, without training.
 
-Each fit tells when it ran (CLOCK_MONOTONIC, one for the whole machine), so that the time from a round
-to the next can be read from outside, with all that lies between them.
+Each fit reports when it ran (CLOCK_MONOTONIC, the same for the whole machine), so that the time between
+rounds can be measured from outside, including everything between them.
 """
 
 import time

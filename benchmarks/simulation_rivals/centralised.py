@@ -1,4 +1,4 @@
-"""SGD over as many samples in large batches, all cores: what the machine allows, with no client anywhere."""
+"""Centralised SGD over the same number of samples, in large batches on all cores: the limit of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every contestant starts from and says at its end, the same for all."""
+"""The common start and result of all systems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ State = dict[str, torch.Tensor]
 
 
 class Work:
-    """A workload, ready to be done: cohorts, samples, orders and initial weights."""
+    """A prepared workload: cohorts, samples, orders and initial weights."""
 
     def __init__(self, workload: Workload, rounds: int) -> None:
         self.workload, self.rounds = workload, rounds
@@ -42,7 +42,7 @@ class Work:
         return derive_seed(self.config.train.seed, round_number, self.names[client])
 
     def samples(self, client: int) -> Samples:
-        """Return a client's own samples; they stay in memory, as every engine may keep them."""
+        """Return a client's own samples; they stay in memory, as in every system."""
         if client not in self._kept:
             inputs, labels = self.workload.task.train_data(part=str(client), parts=str(self.workload.clients))
             self._kept[client] = (torch.from_numpy(inputs), torch.from_numpy(labels))
@@ -56,7 +56,7 @@ class Work:
         return inputs[order], labels[order]
 
     def load(self) -> None:
-        """Load what the rounds will ask for, so that none of them is timed."""
+        """Load all data of the rounds before the timing starts."""
         for client in sorted({client for cohort in self.cohorts for client in cohort}):
             self.samples(client)
 
@@ -64,13 +64,13 @@ class Work:
         return {name: torch.from_numpy(np.array(array)) for name, array in self._initial.items()}
 
     def model(self, state: State | None = None) -> torch.nn.Module:
-        """Make the model, with the initial weights where no others are given."""
+        """Make the model, with the initial weights unless others are given."""
         model = self.workload.task.model()
         model.load_state_dict(state if state is not None else self.initial())
         return model
 
     def accuracy(self, state: Mapping[str, torch.Tensor]) -> float:
-        """Return the share of held-out samples that a model labels rightly."""
+        """Return the fraction of held-out samples that a model classifies correctly."""
         tree = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
         return evaluate(self.workload.task, tree)["accuracy"]
 
@@ -81,20 +81,20 @@ class Work:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a contestant says."""
+    """A system's result."""
 
     round_s: list[float]
     accuracy: float | None
     detail: Mapping[str, object]
 
     def tell(self) -> None:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
             said = {"round_s": self.round_s, "accuracy": self.accuracy, "detail": dict(self.detail)}
             print(json.dumps(said), flush=True)
 
 
 def run(contest: Callable[[Work, argparse.Namespace], Finished], *options: tuple[str, type, object]) -> None:
-    """Read the command line, let the contestant do its work, and say what it came to."""
+    """Read the command line, run the system, and print its result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("workload", choices=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, required=True)
@@ -120,5 +120,5 @@ def versions() -> dict[str, object]:
 
 
 def quiet() -> None:
-    """Nothing that is started here phones anybody."""
+    """Switch off telemetry in all that is started here."""
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}

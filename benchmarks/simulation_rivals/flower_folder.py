@@ -27,7 +27,7 @@ ACTORS = 2
 
 
 class _Rounds(logging.Handler):
-    """Notes when the strategy says that a round begins, and that the last has ended."""
+    """Records when the strategy logs the start of a round, and the end of the last one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--settings", type=json.loads, default={}, help="run-config, as JSON")
-    parser.add_argument("--arrays", type=Path, help="where the last arrays go (.npz)")
+    parser.add_argument("--arrays", type=Path, help="file for the last arrays (.npz)")
     given = parser.parse_args()
     quiet()
     settings = {**given.settings, "num-server-rounds": given.rounds}

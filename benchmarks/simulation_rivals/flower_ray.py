@@ -28,7 +28,7 @@ ACTORS = 2
 
 
 class _Actor:
-    """What one actor process keeps."""
+    """The state of one actor process."""
 
     def __init__(self, name: str, rounds: int) -> None:
         torch.set_num_threads(1)
@@ -40,7 +40,7 @@ class _Actor:
         told = message.content["config"]
         number, client = told["server-round"], told["client"]
         self.model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        torch.manual_seed(self.work.seed(number, client))  # of dropout
+        torch.manual_seed(self.work.seed(number, client))  # for dropout
         samples = self.work.ordered(number, client)
         train(self.model, samples, self.work.workload, self.optimizer)
         metrics = MetricRecord({"num-examples": len(samples[1])})
@@ -63,7 +63,7 @@ def _train(message: Message, _context: Context) -> Message:
 
 
 class _FedAvg(FedAvg):
-    """FedAvg that says whose samples each message is for, and notes when rounds end."""
+    """FedAvg that sends each client's number, and records when rounds end."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(fraction_evaluate=0.0)
@@ -114,7 +114,7 @@ def contest(work: Work, _given: argparse.Namespace) -> Finished:
 
 
 if __name__ == "__main__":
-    # By its own name, so that the actors import what this process sends them by reference.
+    # Imported by its name, so that pickle sends references, which the actors import.
     from benchmarks.simulation_rivals import flower_ray
 
     quiet()

@@ -1,4 +1,4 @@
-"""edgefl, by `edgefl.simulate` and one of its engines."""
+"""edgefl: `edgefl.simulate` with one of its engines."""
 
 from __future__ import annotations
 

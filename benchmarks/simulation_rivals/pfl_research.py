@@ -29,7 +29,7 @@ from benchmarks.simulation_rivals.common import Finished, Work, run, versions
 
 
 class _Net(torch.nn.Module):
-    """What pfl asks of a model: a loss, and metrics."""
+    """The interface that pfl requires of a model: a loss, and metrics."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _Net(torch.nn.Module):
 
 
 class _Watch(TrainingProcessCallback):
-    """Notes when rounds end."""
+    """Records when rounds end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,10 +90,10 @@ def contest(work: Work, _given: argparse.Namespace) -> Finished:
 
 
 def _users(work: Work) -> Iterator[tuple[int, int]]:
-    """Give out (round, client) in the cohorts' order; every process draws the same and keeps its own."""
+    """Yield (round, client) in the cohorts' order; every process draws all and keeps its own share."""
     for number, cohort in enumerate(work.cohorts, start=1):
         yield from ((number, client) for client in cohort)
-    while True:  # pfl may draw ahead
+    while True:  # pfl may request more in advance
         yield work.rounds, work.cohorts[-1][0]
 
 

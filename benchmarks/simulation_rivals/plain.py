@@ -1,4 +1,4 @@
-"""The plain loop in PyTorch: one client after another, in one process or in several of one thread each."""
+"""A plain loop in PyTorch: one client after another, in one process or in several with one thread each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from benchmarks.simulation_rivals.common import Finished, State, Work, run, train, versions
 from benchmarks.simulation_workloads import WORKLOADS
 
-ANSWER_S = 300.0  # for one round's share of a worker
+ANSWER_S = 300.0  # for a worker's share of one round
 
 
 class Trainer:
-    """One model, one optimizer, client after client."""
+    """One model and one optimizer, for one client after another."""
 
     def __init__(self, work: Work) -> None:
         torch.set_num_threads(1)
@@ -26,11 +26,11 @@ class Trainer:
         work.load()
 
     def total(self, round_number: int, state: State, clients: list[int]) -> State:
-        """Return the sum over clients of what each one's weights became; all have as many samples."""
+        """Return the sum of the clients' trained weights; all clients have the same number of samples."""
         own, total = self._model.state_dict(), {name: torch.zeros_like(tensor) for name, tensor in state.items()}
         for client in clients:
             self._model.load_state_dict(state)
-            torch.manual_seed(self._work.seed(round_number, client))  # of dropout
+            torch.manual_seed(self._work.seed(round_number, client))  # for dropout
             train(self._model, self._work.ordered(round_number, client), self._work.workload, self._optimizer)
             for name in total:
                 total[name] += own[name]

@@ -22,7 +22,7 @@ from torch import nn
 from edgefl import Task
 
 CUT_SEED = 10
-NAME = "uoft-cs/cifar10"  # of the `datasets` library
+NAME = "uoft-cs/cifar10"  # in the `datasets` library
 MEAN = np.array([0.4914, 0.4822, 0.4465], np.float32).reshape(3, 1, 1)  # of the training pictures, by channel
 STD = np.array([0.2470, 0.2435, 0.2616], np.float32).reshape(3, 1, 1)
 
@@ -57,7 +57,7 @@ def _read_parquet(split: str, path: Path) -> tuple[Sequence[Any], np.ndarray]:
 
 
 def split_by_label(labels: np.ndarray, parts: int, skew: float) -> list[np.ndarray]:
-    """Cut the indices of `labels` into parts: a share `skew` goes sorted by label, the rest at random."""
+    """Split the indices of `labels` into parts: a fraction `skew` sorted by label, the rest at random."""
     order = np.random.default_rng(CUT_SEED).permutation(len(labels))
     sorted_share, mixed = np.split(order, [round(skew * len(order))])
     sorted_share = sorted_share[np.argsort(labels[sorted_share], kind="stable")]
@@ -82,7 +82,7 @@ def decode(pictures: Sequence[Any], chosen: np.ndarray) -> np.ndarray:
 def load_part(
     part: str = "0", parts: str = "1", skew: str = "0.5", limit: str = "", path: str = "", dataset: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return this device's own pictures and labels, `limit` of them at most."""
+    """Return this device's own pictures and labels, at most `limit` of them."""
     if not 0 <= int(part) < int(parts) or not 0 <= float(skew) <= 1:
         message = f"part={part} must be in 0..{int(parts) - 1} (parts={parts}), and skew={skew} in 0..1"
         raise ValueError(message)
@@ -123,7 +123,7 @@ def make_model() -> nn.Module:
 
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the share of samples whose largest output is the right one."""
+    """Return the fraction of samples whose largest output is the right one."""
     return (outputs.argmax(1) == targets).float().mean().item()
 
 

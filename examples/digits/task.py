@@ -25,7 +25,7 @@ CUT_SEED = 20
 
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (1797, 1, 8, 8) in 0..1 and labels, shuffled once and for all."""
+    """Return pictures (1797, 1, 8, 8) in 0..1 and labels, in a fixed random order."""
     digits = load_digits()
     order = np.random.default_rng(CUT_SEED).permutation(len(digits.target))
     pictures = (digits.images[order, None] / 16).astype(np.float32)
@@ -33,7 +33,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_by_label(labels: np.ndarray, parts: int, skew: float) -> list[np.ndarray]:
-    """Cut the indices of `labels` into parts: a share `skew` goes sorted by label, the rest at random."""
+    """Split the indices of `labels` into parts: a fraction `skew` sorted by label, the rest at random."""
     order = np.random.default_rng(CUT_SEED).permutation(len(labels))
     sorted_share, mixed = np.split(order, [round(skew * len(order))])
     sorted_share = sorted_share[np.argsort(labels[sorted_share], kind="stable")]
@@ -43,7 +43,7 @@ def split_by_label(labels: np.ndarray, parts: int, skew: float) -> list[np.ndarr
 
 @cache
 def _cut(parts: int, skew: float) -> list[np.ndarray]:
-    """Cut once for all parts: a simulation asks for each of a thousand."""
+    """Split once for all parts: a simulation may load a thousand of them."""
     return split_by_label(_digits()[1][HELD_OUT:], parts, skew)
 
 
@@ -58,7 +58,7 @@ def load_part(part: str = "0", parts: str = "1", skew: str = "0.8") -> tuple[np.
 
 
 def load_held_out() -> tuple[np.ndarray, np.ndarray]:
-    """Return the fifth that no device trains on."""
+    """Return the held-out fifth, on which no device trains."""
     pictures, labels = _digits()
     return pictures[:HELD_OUT], labels[:HELD_OUT]
 
@@ -79,7 +79,7 @@ def make_model() -> nn.Module:
 
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the share of samples whose largest output is the right one."""
+    """Return the fraction of samples whose largest output is the right one."""
     return (outputs.argmax(1) == targets).float().mean().item()
 
 

@@ -63,7 +63,7 @@ def test_rates_by_hand() -> None:
 def test_an_absent_package_is_named() -> None:
     absent = Contestant(name="rival", command=script(SAYS).command, needs=("numpy", "no-such-package"))
     side = Side(absent, rounds=3)
-    assert side.skipped == "no-such-package must be installed: make bench does it"
+    assert side.skipped == "no-such-package must be installed: `make bench` installs them"
     assert side.name.startswith("rival 2")  # the version of the first
 
 

@@ -1,1 +1,1 @@
-"""A Flower app that sends a model there and back, without training."""
+"""A Flower app that returns the model unchanged, without training."""

@@ -1,4 +1,4 @@
-"""The client: returns the arrays it got."""
+"""The client: returns the arrays unchanged."""
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp

@@ -1,6 +1,6 @@
-"""The server: FedAvg without evaluation on clients, which is Flower's shortest round.
+"""The server: FedAvg without evaluation on clients, Flower's shortest round.
 
-Leaves a JSON file: when each round ended (monotonic seconds; the first is the start of round 1), how
+Writes a JSON file: when each round ended (monotonic seconds; the first value is the start of round 1), how
 many clients answered in each, and this process's peak memory.
 """
 
