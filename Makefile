@@ -52,7 +52,7 @@ lock: $(VENV)/dev.stamp
 
 # A stamp file shows that .venv has the packages of pyproject.toml; a second `make test` installs nothing.
 $(VENV)/demo.stamp: $(VENV)/tools.stamp
-	$(INSTALL) '.[agent,train,cloud,broker,examples]'
+	$(INSTALL) '.[agent,train,cloud,examples]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/tools.stamp

@@ -23,7 +23,7 @@ from edgefl.errors import ProcessFailed
 START_S = 120.0  # twenty Python processes on two cores start slowly
 APP = Path(__file__).parent / "flower_app"
 _BIN = Path(sys.executable).parent
-# The function behind `flwr run`. Its command line does not load with typer 0.15, which amqtt pins.
+# The function behind `flwr run`.
 _SUBMIT = """
 import sys
 from flwr.cli.run.run import run

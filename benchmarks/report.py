@@ -21,7 +21,7 @@ from typing import Protocol
 
 import click
 
-VERSIONS = ("edgefl-fleet", "numpy", "grpcio", "torch", "onnxruntime", "aiomqtt", "amqtt", "flwr", "ray", "pfl")
+VERSIONS = ("edgefl-fleet", "numpy", "grpcio", "torch", "onnxruntime", "aiomqtt", "flwr", "ray", "pfl")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

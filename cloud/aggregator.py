@@ -185,7 +185,7 @@ class Aggregator:
         self._home.spool.keep_only([*running, *self._home.relays.running()])
         jobs.followers.expect_back(running)
         self._home.rounds.expect(job for job in running if jobs.has_open_round(job))
-        async with self._grpc_server(), self._http_server():
+        async with self._home.broker(), self._grpc_server(), self._http_server():
             parts.check("grpc", lambda: "")  # it ends with this block
             parts.check("jobs", lambda: "")  # see `_report_crash`
             self._home.link.start()
@@ -194,7 +194,7 @@ class Aggregator:
             for job in running:
                 self._start(job)
             event(_log, logging.INFO, "cloud.ready", url=self._home.url, grpc_port=self._options.grpc_port,
-                  broker=self._options.broker, home=self._options.home)  # fmt: skip
+                  broker=self._home.broker_name, home=self._options.home)  # fmt: skip
             on_ready(self._home.url)
             await stop.wait()
             event(_log, logging.INFO, "cloud.stopping")

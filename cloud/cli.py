@@ -28,8 +28,10 @@ def cloud() -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--grpc-port", default=9440, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--http-port", default=9480, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--mqtt-port", default=8883, show_default=True, type=click.IntRange(1, 65535), help="Embedded broker's.")
-@click.option("--broker", default="embedded", show_default=True, help="embedded, or mqtts://HOST:PORT.")
+@click.option("--mqtt-port", default=8883, show_default=True, type=click.IntRange(1, 65535), help="Own broker's.")
+@click.option("--broker", default="embedded", show_default=True,
+              help="embedded: the cloud's own, which is a mosquitto that it starts where there is one, else the "
+                   "built-in one (builtin: that one in any case); or mqtts://HOST:PORT.")  # fmt: skip
 @click.option("--broker-pid-file", type=click.Path(path_type=Path),
               help="Of a mosquitto on this machine, which is told by SIGHUP to read its certificates again. "
                    "[default: HOME/mosquitto/mosquitto.pid]")  # fmt: skip

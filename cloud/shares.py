@@ -2,7 +2,7 @@
 
     a quarter (512 at most)   the database, the spool, blobs, the process itself
     an eighth (1000 at most)  HTTPS: operators, enrolment
-    the rest                  devices, at the gRPC port and, with the embedded broker, at the MQTT port
+    the rest                  devices, at the gRPC port and, with the built-in broker, at the MQTT port
 
 A device port keeps some of its places for connections that have not said who they are; the others are
 *seats*, for enrolled devices. A device that finds no seat is told so. Invariant: the shares' sum is within the limit.
@@ -40,10 +40,10 @@ class Shares:
     limit: int
     files: int
     http: int
-    devices: PortShare  # each: of the gRPC port, and of the embedded broker's
+    devices: PortShare  # each: of the gRPC port, and of the built-in broker's
 
     @classmethod
-    def of(cls, limit: int, *, embedded_broker: bool) -> Self:
+    def of(cls, limit: int, *, builtin_broker: bool) -> Self:
         """Divide a limit; raises HostError for one with which a cloud cannot work."""
         if limit < LEAST:
             raise HostError(
@@ -51,7 +51,7 @@ class Shares:
                 "device. Raise the limit: `ulimit -n`, or LimitNOFILE= in its unit"
             )
         files, http = min(MAX_FILES, limit // 4), min(MAX_HTTP, limit // 8)
-        num_ports = 2 if embedded_broker else 1
+        num_ports = 2 if builtin_broker else 1
         each = (limit - files - http) // num_ports - MAX_LEAVING
         waiting = min(MAX_WAITING, each // 4)
         return cls(limit=limit, files=files, http=http, devices=PortShare(seats=each - waiting, waiting=waiting))

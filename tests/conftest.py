@@ -19,7 +19,6 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from cloud.broker.embedded import EmbeddedBroker
 from cloud.broker.mosquitto_config import CRL_FILE, write_broker_config
 from cloud.dataplane.live_relay import Patience
 from cloud.dataplane.open_rounds import OpenRounds
@@ -43,7 +42,7 @@ from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, Telemetr
 from edgefl.protocols.mqtt import LinkConfig, Will
 from edgefl.protocols.tls import Identity
 from edgefl.testing import ManualClock
-from tests.threaded import Link
+from tests.threaded import Broker, Link
 
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -74,7 +73,7 @@ def make_fleet_ca(folder: Path) -> FleetCA:
 
 
 class Mosquitto:
-    """A mosquitto process on our configuration, with the surface of EmbeddedBroker."""
+    """A mosquitto process on our configuration, with the surface of Broker."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.port = port
@@ -131,12 +130,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(params=["embedded", "mosquitto"])
-def broker(request: pytest.FixtureRequest, fleet_ca: FleetCA, free_port: int) -> Iterator[EmbeddedBroker | Mosquitto]:
+@pytest.fixture(params=["builtin", "mosquitto"])
+def broker(request: pytest.FixtureRequest, fleet_ca: FleetCA, free_port: int) -> Iterator[Broker | Mosquitto]:
     """Either broker, running: `.url`, `.port`, `.stop()`, `.start()` (again on the same port)."""
-    one: EmbeddedBroker | Mosquitto
-    if request.param == "embedded":
-        one = EmbeddedBroker(fleet_ca.cloud, "127.0.0.1", free_port)
+    one: Broker | Mosquitto
+    if request.param == "builtin":
+        one = Broker(fleet_ca.cloud, "127.0.0.1", free_port)
     elif MOSQUITTO is None:
         pytest.skip("mosquitto is not installed; run deploy/system-packages.sh")
     else:
@@ -166,7 +165,7 @@ class Peer:
 
 
 @pytest.fixture
-def peer(broker: EmbeddedBroker | Mosquitto, fleet_ca: FleetCA) -> Iterator[Callable[..., Peer]]:
+def peer(broker: Broker | Mosquitto, fleet_ca: FleetCA) -> Iterator[Callable[..., Peer]]:
     """`peer(name, *filters)`: a connected client of `broker` that subscribes to the filters."""
     peers: list[Peer] = []
 

@@ -24,7 +24,7 @@ from edgefl.flower import run_flower_app
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("edgefl", "cloud", "edge_agent")
 MAX_LINES, MAX_FILES = 400, 14
-HEAVY = {"torch", "flwr", "grpc", "onnx", "onnxruntime", "onnxscript", "fastapi", "sqlalchemy", "amqtt", "paho", "ray"}
+HEAVY = {"torch", "flwr", "grpc", "onnx", "onnxruntime", "onnxscript", "fastapi", "sqlalchemy", "paho", "ray"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -36,7 +36,7 @@ COMMANDS = {
     "cloud broker-config": (HOME, "cloud"),
     "cloud start": ((*HOME, "--grpc-port", "0"), "cloud"),
     "cloud token": (HOME, "cloud"),
-    "demo": ((), "agent,train,cloud,broker,examples"),
+    "demo": ((), "agent,train,cloud,examples"),
     "devices list": (NOWHERE, ""),
     "devices remove": (("a", *NOWHERE), ""),
     "jobs cancel": (("j", *NOWHERE), ""),

@@ -1,4 +1,4 @@
-"""What lives in an event loop, for tests without one: an event loop in a thread of its own, and links in it."""
+"""What lives in an event loop, for tests without one: a loop in a thread of its own, and links and a broker in it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
+import pytest
+
+from cloud.broker.builtin import BuiltinBroker
 from cloud.broker.link import CloudLink, Hearers
+from cloud.shares import PortShare
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
 from edgefl.protocols.tls import Identity
 
 _T = TypeVar("_T")
 CALL_S = 60.0
+ROOMY = PortShare(seats=10_000, waiting=256)
 
 
 class LoopThread:
@@ -102,3 +107,35 @@ class ThreadedCloudLink(CloudLink):
     def close(self) -> None:
         super().close()
         self._thread.close()
+
+
+class Broker:
+    """The built-in broker in a thread of its own; it starts again on its port, as a new one."""
+
+    def __init__(self, identity: Identity | None, host: str, port: int, **options: Any) -> None:
+        self._identity, self._host, self.port = identity, host, port
+        self._options = {"is_known": lambda *_: True, "share": ROOMY, "on_failure": pytest.fail, **options}
+        self._thread: LoopThread | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self.inner = BuiltinBroker(self._identity, self._host, self.port, **self._options)
+        thread = LoopThread("broker")
+        try:
+            thread.run(self.inner.__aenter__())
+        except BaseException:
+            thread.close()
+            raise
+        self._thread, self.port, self.url, self.drop = thread, self.inner.port, self.inner.url, self.inner.drop
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            self._thread.run(self.inner.__aexit__())
+            self._thread.close()
+            self._thread = None

@@ -1,4 +1,4 @@
-"""Configuration of a mosquitto that gives the same rights as the embedded broker.
+"""Configuration of a mosquitto that gives the same rights as the built-in broker.
 
     require_certificate + use_identity_as_username   a client is who its certificate says
     use_username_as_clientid                         nobody can end another's connection by its client id
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cloud.broker.wire import MAX_PACKET_BYTES
+from cloud.broker.packets import MAX_PACKET_BYTES
 from edgefl.errors import ConfigError
 from edgefl.process.home import replace_file
 from edgefl.protocols.tls import CLOUD_NAME, Identity

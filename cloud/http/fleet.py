@@ -40,7 +40,8 @@ def health(here: Here) -> CleanJSON:
     reasons = here.parts()
     well = not any(reasons.values())
     parts = {name: {"ok": not reason, "reason": reason} for name, reason in reasons.items()}
-    facts = {"status": "ok" if well else "failing", "version": __version__, "time": time.time(), "parts": parts}
+    facts = {"status": "ok" if well else "failing", "version": __version__, "time": time.time(), "parts": parts,
+             "broker": here.broker}  # fmt: skip
     return CleanJSON(facts, 200 if well else 503)
 
 

@@ -87,4 +87,5 @@ class Services:
     max_blob_bytes: int = 4 << 30
     heartbeat_s: float = 5.0  # of event streams in which nothing happens
     chunk_deadline_s: float = 60.0  # for the next bytes of an upload
+    broker: str = "builtin"  # which program it is: mosquitto (the cloud's child), builtin, or external
     parts: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is not well; empty = it is

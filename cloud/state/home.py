@@ -7,13 +7,14 @@ mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, blobs/, spool/, rel
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import json
 import logging
 import secrets
 import socket
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +22,12 @@ from typing import Self
 
 import psutil
 
-from cloud.broker.embedded import EmbeddedBroker
+from cloud.broker.builtin import BuiltinBroker
+from cloud.broker.child import MosquittoChild, find_mosquitto
 from cloud.broker.inbox import Inbox
 from cloud.broker.link import CloudLink, Hearers
 from cloud.broker.mosquitto import Mosquitto, MosquittoParts
+from cloud.broker.mosquitto_config import CRL_FILE
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayParts, Relays
 from cloud.http.services import Services
@@ -44,13 +47,13 @@ from edgefl.errors import ConfigError
 from edgefl.logs import event
 from edgefl.operator.credentials import write_operator_credentials
 from edgefl.process.descriptors import raise_limit
-from edgefl.process.home import create_home, lock_home
+from edgefl.process.home import create_home, lock_home, replace_file
 from edgefl.protocols.addresses import is_loopback
 from edgefl.protocols.manifest import Bundle, load_private_key, new_fleet_key, public_pem, save_private_key, sign
 from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, Telemetry
-from edgefl.protocols.tls import CLOUD_NAME, LEAF_DAYS, Identity, create_ca
+from edgefl.protocols.tls import BROKER_NAME, CLOUD_NAME, LEAF_DAYS, Identity, create_ca
 
-EMBEDDED = "embedded"
+EMBEDDED, BUILTIN = "embedded", "builtin"
 
 _log = logging.getLogger(__name__)
 
@@ -63,8 +66,10 @@ class AggregatorOptions:
     host: str = "127.0.0.1"
     grpc_port: int = 9440
     http_port: int = 9480
-    mqtt_port: int = 8883  # of the embedded broker
-    broker: str = EMBEDDED  # or mqtts://host:port, mqtt://host:port
+    mqtt_port: int = 8883  # of the cloud's own broker
+    # The cloud's own: a mosquitto that it starts, where there is one, else the built-in one; `builtin`: that one in any
+    # case. Or mqtts://host:port, mqtt://host:port.
+    broker: str = EMBEDDED
     insecure: bool = False
     names: tuple[str, ...] = ()  # further names and addresses that devices reach this cloud by
     broker_pid_file: Path | None = None  # of a mosquitto on this machine; None = where broker-config put it
@@ -76,20 +81,28 @@ class AggregatorOptions:
         if self.insecure and not is_loopback(self.host):
             raise ConfigError(f"--insecure is for loopback only, --host is {self.host}; leave one of them out")
         url = urllib.parse.urlsplit(self.broker)
-        if self.broker != EMBEDDED and (url.scheme not in {"mqtt", "mqtts"} or not url.hostname or not url.port):
-            raise ConfigError(f"--broker={self.broker!r} is neither 'embedded' nor mqtts://host:port")
+        if not self.has_own_broker and (url.scheme not in {"mqtt", "mqtts"} or not url.hostname or not url.port):
+            raise ConfigError(f"--broker={self.broker!r} is neither 'embedded', 'builtin' nor mqtts://host:port")
         if url.scheme == "mqtt" and not self.insecure:
             raise ConfigError(f"--broker={self.broker} is not encrypted; use mqtts://, or --insecure on loopback")
 
+    @property
+    def has_own_broker(self) -> bool:
+        """Whether the cloud runs its broker itself."""
+        return self.broker in {EMBEDDED, BUILTIN}
+
 
 class CloudHome:
-    """Everything under one home. A context manager: holds the lock, runs the embedded broker."""
+    """Everything under one home. A context manager: holds the lock."""
 
     def __init__(self, options: AggregatorOptions) -> None:
         self._options = options
         self._exit = contextlib.ExitStack()
         home = options.home
-        self.shares = Shares.of(raise_limit(), embedded_broker=options.broker == EMBEDDED)
+        self._program = find_mosquitto() if options.broker == EMBEDDED and not options.insecure else None
+        is_builtin = options.has_own_broker and self._program is None
+        self.shares = Shares.of(raise_limit(), builtin_broker=is_builtin)
+        self.broker_name = "builtin" if is_builtin else "mosquitto" if self._program else "external"
         create_home(home, "cloud")
         self._exit.callback(lock_home(home).close)
         self._tls = home / "tls"
@@ -110,8 +123,7 @@ class CloudHome:
         self.parts = Parts()
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
-        self._renewed: list[Callable[[], None]] = []
-        self._mosquitto: Mosquitto | None = None
+        self._renewed: list[Callable[[], object]] = []  # what has brokers show renewed certificates
         self.cut: list[Callable[[str], object]] = []  # what ends the connections of a device that was removed
         self.jobs = Jobs(engine, self.blobs, self._sign)
         self.jobs.waiting = self.storage.waiting
@@ -129,35 +141,12 @@ class CloudHome:
         self._say_how_to_look(home)
 
     def __enter__(self) -> Self:
-        with self._exit as undo:  # all of it, where the broker cannot start
-            self._notes.start()
-            if self._options.broker == EMBEDDED:
-                host, port = self._options.host, self._options.mqtt_port
-                identity = None if self._options.insecure else self.identity
-                broker = EmbeddedBroker(
-                    identity, host, port, is_known=self.enrolment.is_known, share=self.shares.devices,
-                    on_failure=lambda error: self.parts.ended("broker", error),
-                )  # fmt: skip
-                broker.start()
-                undo.callback(broker.stop)
-                self.cut.append(broker.drop)
-                self._renewed.append(broker.reload)
-                self.parts.check("broker", lambda: "" if broker.alive else "its thread has ended")
-            elif not self._options.insecure:
-                self._mosquitto = Mosquitto(
-                    MosquittoParts(
-                        url=self._options.broker,
-                        folder=self._options.home / "mosquitto",
-                        ca_folder=self._tls,
-                        revoked=self.enrolment.revoked,
-                        certificate_days=self._options.certificate_days,
-                        pid_file=self._options.broker_pid_file,
-                        removed=self.enrolment.removed_lately(),
-                    )
-                )
-                self._mosquitto.begin()
-                self.cut.append(self._mosquitto.drop)
-            self._exit = undo.pop_all()
+        self._notes.start()
+        if not self._options.has_own_broker and not self._options.insecure:
+            mosquitto = self._hold(self._options.broker, self._options.home / "mosquitto")
+            mosquitto.begin()
+            self.cut.append(mosquitto.drop)
+            self._renewed.append(mosquitto.refresh)
         return self
 
     def __exit__(
@@ -165,13 +154,23 @@ class CloudHome:
     ) -> None:
         self._exit.close()
 
+    @contextlib.asynccontextmanager
+    async def broker(self) -> AsyncIterator[None]:
+        """Run the cloud's own broker while the block lasts, where it has one; raises ConfigError if it cannot begin."""
+        if not self._options.has_own_broker:
+            yield
+            return
+        async with self._own_broker() as broker:
+            self.cut.append(broker.drop)
+            self._renewed.append(broker.refresh)
+            self.parts.check("broker", lambda: broker.reason)
+            yield
+
     def look_after_certificates(self) -> bool:
         """Renew what runs out or does not fit; returns whether the cloud's own certificate is a new one."""
         renewed = self._renew_certificate()
-        for reload in self._renewed:
-            reload()
-        if self._mosquitto is not None:
-            self._mosquitto.refresh()
+        for refresh in self._renewed:
+            refresh()
         return renewed
 
     def services(self) -> Services:
@@ -191,22 +190,53 @@ class CloudHome:
             broker_url=self.broker_url,
             operator_token=self._operator_token,
             parts=self.parts.reasons,
+            broker=self.broker_name,
+        )
+
+    def _own_broker(self) -> BuiltinBroker | MosquittoChild:
+        options = self._options
+        on_failure = functools.partial(self.parts.ended, "broker")
+        if self._program is None:
+            identity = None if options.insecure else self.identity
+            return BuiltinBroker(
+                identity, options.host, options.mqtt_port, is_known=self.enrolment.is_known,
+                share=self.shares.devices, on_failure=on_failure,
+            )  # fmt: skip
+        folder = (options.home / "broker").resolve()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        replace_file(folder / "ca.pem", self.identity.ca.read_bytes())
+        replace_file(folder / CRL_FILE, self.enrolment.crl())
+        renew_server(self._tls, Identity.in_folder(folder), _hosts(options), BROKER_NAME, options.certificate_days)
+        hold = self._hold(self._own_url, folder)
+        return MosquittoChild(self._program, folder, options.host, options.mqtt_port, hold)
+
+    def _hold(self, url: str, folder: Path) -> Mosquitto:
+        return Mosquitto(
+            MosquittoParts(
+                url=url,
+                folder=folder,
+                ca_folder=self._tls,
+                revoked=self.enrolment.revoked,
+                certificate_days=self._options.certificate_days,
+                pid_file=self._options.broker_pid_file,
+                removed=self.enrolment.removed_lately(),
+            )
         )
 
     def _make_link(self) -> None:
         options = self._options
         scheme = "mqtt" if options.insecure else "mqtts"
-        embedded = options.broker == EMBEDDED
-        own_url = f"{scheme}://{_dialled(options.host)}:{options.mqtt_port}" if embedded else options.broker
-        # An embedded broker is where the cloud is: a device puts in the host that it knows the cloud by.
-        self.broker_url = f"{scheme}://:{options.mqtt_port}" if embedded else options.broker
+        own = options.has_own_broker
+        self._own_url = f"{scheme}://{_dialled(options.host)}:{options.mqtt_port}" if own else options.broker
+        # Its own broker is where the cloud is: a device puts in the host that it knows the cloud by.
+        self.broker_url = f"{scheme}://:{options.mqtt_port}" if own else options.broker
         hearers = Hearers(
             on_failure=lambda error: self.parts.ended("link", error),
             on_state=self._note_presence,
             on_note=self._note_rollout,
             is_known=self.enrolment.is_known,
         )
-        self.link = CloudLink(own_url, None if options.insecure else self.identity, hearers)
+        self.link = CloudLink(self._own_url, None if options.insecure else self.identity, hearers)
         self._exit.callback(self.link.close)
 
     def _sign(self, bundle: Bundle) -> Signed:
@@ -226,7 +256,7 @@ class CloudHome:
     def _say_how_to_look(self, home: Path) -> None:
         """Say how health looks at each part that is here."""
         self.parts.check("link", lambda: self.link.reason)
-        if self._options.broker != EMBEDDED:
+        if not self._options.has_own_broker:
             self.parts.check("broker", lambda: self.link.reason)
         self.parts.check(
             "database", lambda: self.link.held_up or self._notes.reason or database_fault(home / "cloud.db")

@@ -53,7 +53,9 @@ class _Demo:
 @click.command(epilog=example("edgefl demo", "edgefl demo --devices 5 --rounds 10 --json demo.json"))
 @click.option("--devices", default=3, show_default=True, type=click.IntRange(1, 32), help="Agents to start.")
 @click.option("--rounds", type=click.IntRange(1), help="Number of rounds, instead of the example's own.")
-@click.option("--broker", type=click.Choice(["embedded", "mosquitto"]), default="embedded", show_default=True)
+@click.option(
+    "--broker", type=click.Choice(["embedded", "builtin", "mosquitto"]), default="embedded", show_default=True
+)
 @json_option
 def demo(devices: int, rounds: int | None, broker: str, output: Output) -> None:
     """Run the whole cycle on this machine.

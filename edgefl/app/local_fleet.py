@@ -125,7 +125,10 @@ class LoggedProcess:
 
 
 class LocalFleet:
-    """A cloud, a broker and agents under one folder. A context manager that leaves no process behind."""
+    """A cloud, a broker and agents under one folder. A context manager that leaves no process behind.
+
+    `broker`: embedded or builtin (the cloud's own), or mosquitto (an operator's, beside the cloud).
+    """
 
     def __init__(self, folder: Path, *, broker: str = "embedded", insecure: bool = False) -> None:
         self.folder = folder
@@ -157,7 +160,7 @@ class LocalFleet:
             process.stop()
 
     def start(self) -> None:
-        """Start the broker, unless it is the embedded one, and the cloud."""
+        """Start the broker, unless it is the cloud's own, and the cloud."""
         if self._broker_kind == "mosquitto":
             self.command("cloud", "broker-config", "--home", self.home, "--port", self.mqtt_port)
             if os.geteuid() == 0:  # it would switch to the user mosquitto, which cannot read our folder
@@ -178,10 +181,10 @@ class LocalFleet:
     def start_cloud(self, *options: str, env: Mapping[str, str] | None = None) -> None:
         """Start the cloud, with the same home and ports as before, and wait until it serves."""
         mosquitto = ("--broker", f"mqtts://127.0.0.1:{self.mqtt_port}")
-        embedded = ("--broker", "embedded", "--mqtt-port", str(self.mqtt_port))
+        own = ("--broker", self._broker_kind, "--mqtt-port", str(self.mqtt_port))
         self.cloud = self.spawn(
             "cloud.log", "cloud", "start", "--home", self.home, "--grpc-port", self.grpc_port,
-            "--http-port", self.http_port, *(mosquitto if self._broker_kind == "mosquitto" else embedded),
+            "--http-port", self.http_port, *(mosquitto if self._broker_kind == "mosquitto" else own),
             *self._insecure, *options, env=env,
         )  # fmt: skip
         self.cloud.wait_for("cloud.ready")

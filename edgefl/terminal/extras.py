@@ -22,13 +22,12 @@ DISTRIBUTION = "edgefl-fleet"
 OF_COMMANDS: Mapping[str, str] = {
     "agent": "agent",
     "cloud": "cloud",
-    "demo": "agent,train,cloud,broker,examples",
+    "demo": "agent,train,cloud,examples",
 }
 # Import name -> the extras that provide it, the smallest first.
 OF_MODULES: Mapping[str, tuple[str, ...]] = {
     "PIL": ("examples",),
     "aiomqtt": ("agent", "cloud"),
-    "amqtt": ("broker",),
     "blake3": ("agent", "cloud"),
     "fastapi": ("cloud",),
     "flwr": ("flower",),

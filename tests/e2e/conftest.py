@@ -1,9 +1,10 @@
 import json
-import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cloud.broker.child import find_mosquitto
 from edgefl.app.local_fleet import LocalFleet
 from edgefl.trees import SpooledTree
 
@@ -19,6 +20,18 @@ class Fleet(LocalFleet):
         if self.runner is not None:
             self.runner.stop()
         super().__exit__(*details)
+
+    @property
+    def is_builtin(self):
+        return self._broker_kind == "builtin"
+
+    def kill_broker(self):
+        """Kill a broker that is a process of its own; the cloud starts its child again."""
+        if self.broker is not None:
+            self.broker.kill()
+            return
+        [child] = [one for one in psutil.Process(self.cloud.pid).children() if one.name() == "mosquitto"]
+        child.kill()
 
     def add_agent(self, name, **data):
         self.enroll(name)
@@ -63,20 +76,29 @@ def fleet_class():
     return Fleet
 
 
-@pytest.fixture(params=["embedded", "mosquitto"])
+@pytest.fixture(params=["builtin", "mosquitto"])
 def fleet(request, tmp_path):
-    """A running cloud with either broker."""
-    if request.param == "mosquitto" and not shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin"):
+    """A running cloud with the built-in broker, with a mosquitto as its child, or ("external") with one beside it."""
+    if request.param != "builtin" and find_mosquitto() is None:
         pytest.skip("mosquitto is not installed; deploy/system-packages.sh installs it")
-    with Fleet(tmp_path, broker=request.param) as fleet:
+    kind = {"builtin": "builtin", "mosquitto": "embedded", "external": "mosquitto"}[request.param]
+    with Fleet(tmp_path, broker=kind) as fleet:
         fleet.start()
         yield fleet
 
 
 @pytest.fixture
 def embedded_fleet(tmp_path):
-    """A running cloud with its embedded broker."""
+    """A running cloud with its own broker, whichever program that is here."""
     with Fleet(tmp_path) as fleet:
+        fleet.start()
+        yield fleet
+
+
+@pytest.fixture
+def builtin_fleet(tmp_path):
+    """A running cloud with the built-in broker."""
+    with Fleet(tmp_path, broker="builtin") as fleet:
         fleet.start()
         yield fleet
 

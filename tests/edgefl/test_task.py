@@ -231,7 +231,7 @@ def test_a_task_runs_in_flowers_own_engine_and_gives_what_ours_gives(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "wanted"),
-    [("amqtt_of_nobody", "and its package's name"), ("torch.no_such_part", r"pip install .*\[train\]'")],
+    [("module_of_nobody", "and its package's name"), ("torch.no_such_part", r"pip install .*\[train\]'")],
 )
 def test_what_a_task_imports_and_this_machine_lacks_is_named_with_its_remedy(
     tmp_path: Path, module: str, wanted: str

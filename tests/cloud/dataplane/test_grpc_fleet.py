@@ -7,7 +7,6 @@ import threading
 import numpy as np
 import pytest
 
-from cloud.broker.embedded import EmbeddedBroker
 from cloud.broker.link import Hearers
 from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet
 from cloud.dataplane.open_round import Presence
@@ -27,7 +26,7 @@ from edgefl.protocols.mqtt import LinkConfig
 from edgefl.records import Failure, Plan
 from edgefl.testing import ManualClock, make_update
 from edgefl.trees import SpooledTree, write_tree
-from tests.threaded import Link, ThreadedCloudLink
+from tests.threaded import Broker, Link, ThreadedCloudLink
 
 PARAMETERS = {"w": np.zeros(2, np.float32)}
 
@@ -57,7 +56,7 @@ class Device:
 
 class Centre:
     def __init__(self, folder, ca, port):
-        self.broker = EmbeddedBroker(ca.cloud, "127.0.0.1", port)
+        self.broker = Broker(ca.cloud, "127.0.0.1", port)
         self.broker.start()
         self.engine = open_database(folder / "cloud.db")
         self.blobs, self.spool, self.rounds = BlobStore(folder / "blobs"), Spool(folder / "spool"), OpenRounds()

@@ -1,3 +1,4 @@
+import asyncio
 import datetime
 import json
 import socket
@@ -5,6 +6,7 @@ import stat
 
 import pytest
 
+from cloud.broker.child import find_mosquitto
 from cloud.state.enrolment import Enrolment
 from cloud.state.home import AggregatorOptions, CloudHome
 from cloud.state.store import open_database
@@ -58,8 +60,8 @@ def test_one_home_has_one_cloud_at_a_time(tmp_path):
     ("changes", "message"),
     [
         ({"insecure": True, "host": "0.0.0.0"}, "--insecure is for loopback only"),  # noqa: S104
-        ({"broker": "mqtts://host"}, "neither 'embedded' nor mqtts://host:port"),
-        ({"broker": "http://host:1"}, "neither 'embedded' nor mqtts://host:port"),
+        ({"broker": "mqtts://host"}, "neither 'embedded', 'builtin' nor mqtts://host:port"),
+        ({"broker": "http://host:1"}, "neither 'embedded', 'builtin' nor mqtts://host:port"),
         ({"broker": "mqtt://127.0.0.1:1883"}, "is not encrypted"),
     ],
 )
@@ -68,11 +70,35 @@ def test_options_that_would_not_be_safe_are_refused(tmp_path, changes, message):
         options(tmp_path, **changes)
 
 
-def test_the_embedded_brokers_port_in_use_is_named(tmp_path):
-    with CloudHome(options(tmp_path / "one")) as first:
-        port = int(first.broker_url.rpartition(":")[2])
-        with pytest.raises(ConfigError, match=str(port)), CloudHome(options(tmp_path / "two", mqtt_port=port)):
-            pass
+OWN = [pytest.param("embedded", marks=pytest.mark.skipif(find_mosquitto() is None, reason="no mosquitto")), "builtin"]
+
+
+@pytest.mark.parametrize("broker", OWN)
+def test_the_port_of_its_own_broker_in_use_is_named(tmp_path, broker):
+    async def run(chosen):
+        with CloudHome(chosen) as home:
+            async with home.broker():
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"{port}.*--mqtt-port"):
+            asyncio.run(run(options(tmp_path, mqtt_port=port, broker=broker)))
+
+
+def test_which_program_its_broker_is(tmp_path, monkeypatch):
+    with CloudHome(options(tmp_path / "a", broker="mqtts://127.0.0.1:1")) as home:
+        assert home.broker_name == "external"
+    with CloudHome(options(tmp_path / "b", broker="builtin")) as home:
+        assert home.broker_name == home.services().broker == "builtin"
+    monkeypatch.setattr("cloud.state.home.find_mosquitto", lambda: "/somewhere/mosquitto")
+    with CloudHome(options(tmp_path / "c")) as home:
+        assert home.broker_name == "mosquitto"
+    with CloudHome(options(tmp_path / "d", insecure=True)) as home:
+        assert home.broker_name == "builtin"  # mosquitto is configured for certificates
+    monkeypatch.setattr("cloud.state.home.find_mosquitto", lambda: None)
+    with CloudHome(options(tmp_path / "e")) as home:
+        assert home.broker_name == "builtin"
 
 
 def test_a_removed_device_is_cut_everywhere_though_one_of_them_fails(tmp_path):
@@ -123,17 +149,32 @@ def test_a_token_that_names_the_former_ca_stays_good(old_home):
     engine.dispose()
 
 
-def test_the_clouds_certificate_is_renewed_while_it_runs_and_shown_at_every_door(tmp_path):
-    chosen = options(tmp_path)
-    with CloudHome(chosen) as home:
-        assert not home.look_after_certificates()
-        tls.issue_server(tmp_path / "tls", home.identity, ["127.0.0.1"], days=-1)
-        assert home.look_after_certificates()
-        context = tls.client_context(home.identity.ca, home.identity)
-        context.check_hostname = True
-        with (
-            socket.create_connection(("127.0.0.1", chosen.mqtt_port), 5) as raw,
-            context.wrap_socket(raw, server_hostname="127.0.0.1") as secure,
-        ):
-            shown = tls.serial_number(secure.getpeercert(binary_form=True))
-        assert shown == tls.serial_number(home.identity.cert.read_bytes())
+def shown_at(port, ca):
+    """Return the serial number of the certificate that a port shows."""
+    context = tls.client_context(ca)
+    with socket.create_connection(("127.0.0.1", port), 5) as raw, context.wrap_socket(
+        raw, server_hostname="127.0.0.1"
+    ) as secure:  # fmt: skip
+        return tls.serial_number(secure.getpeercert(binary_form=True))
+
+
+@pytest.mark.parametrize("broker", OWN)
+def test_a_certificate_is_renewed_while_the_cloud_runs_and_shown_by_its_broker(tmp_path, broker):
+    chosen = options(tmp_path, broker=broker)
+    folder = tmp_path / ("tls" if broker == "builtin" else "broker")
+
+    async def run():
+        with CloudHome(chosen) as home:
+            async with home.broker():
+                assert not await asyncio.to_thread(home.look_after_certificates)
+                before = await asyncio.to_thread(shown_at, chosen.mqtt_port, home.identity.ca)
+                assert before == tls.serial_number((folder / "cert.pem").read_bytes())
+                tls.issue_server(tmp_path / "tls", tls.Identity.in_folder(folder), ["127.0.0.1"], days=-1)
+                assert await asyncio.to_thread(home.look_after_certificates) is (broker == "builtin")
+                wanted = tls.serial_number((folder / "cert.pem").read_bytes())
+                for _ in range(100):  # mosquitto reads the signal between two handshakes
+                    if await asyncio.to_thread(shown_at, chosen.mqtt_port, home.identity.ca) == wanted:
+                        return
+                raise AssertionError("the former certificate is still shown")
+
+    asyncio.run(run())

@@ -1,7 +1,6 @@
 """kill -9 of whatever starts processes: none of them is left, not even at work."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +8,8 @@ import uuid
 
 import psutil
 import pytest
+
+from cloud.broker.child import find_mosquitto
 
 MARK = "EDGEFL_TEST_MARK"
 BUSY = """
@@ -74,9 +75,9 @@ def killed_at(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("broker", ["embedded", "mosquitto"])
+@pytest.mark.parametrize("broker", ["builtin", "embedded", "mosquitto"])
 def test_a_demo_takes_all_its_processes_along(killed_at, broker):
-    if broker == "mosquitto" and not shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin"):
+    if broker != "builtin" and find_mosquitto() is None:
         pytest.skip("mosquitto is not installed; deploy/system-packages.sh installs it")
     assert killed_at("round 1", "demo", "--devices", "2", "--broker", broker, least=4) == []
 

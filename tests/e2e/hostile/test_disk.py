@@ -35,7 +35,7 @@ class Disk:
         self._fill.unlink()
 
 
-@pytest.fixture(params=["embedded", "mosquitto"])
+@pytest.fixture(params=["builtin", "embedded"])
 def small(request, tmp_path, fleet_class):
     """A cloud whose home is on a small disk, and that disk."""
     if os.geteuid() != 0:

@@ -179,8 +179,8 @@ LIMIT = 512  # descriptors: seats for 96 devices at each port
 TOO_MANY = 130
 
 
-def test_more_devices_than_fit_are_told_and_the_operator_is_served(embedded_fleet, three, round_is_right, monkeypatch):
-    fleet = embedded_fleet
+def test_more_devices_than_fit_are_told_and_the_operator_is_served(builtin_fleet, three, round_is_right, monkeypatch):
+    fleet = builtin_fleet
     fleet.cloud.stop()
     limited = ("prlimit", f"--nofile={LIMIT}:{LIMIT}", *local_fleet._EDGEFL)
     with monkeypatch.context() as patch:
@@ -211,8 +211,8 @@ def test_more_devices_than_fit_are_told_and_the_operator_is_served(embedded_flee
 
 
 @pytest.mark.timeout(1200)
-def test_two_thousand_light_devices(embedded_fleet, three, round_is_right):
-    fleet = embedded_fleet
+def test_two_thousand_light_devices(builtin_fleet, three, round_is_right):
+    fleet = builtin_fleet
     three(fleet)
     homes = enrol(fleet, [f"light-{number}" for number in range(2000)])
     with LightDevices(fleet, homes, announce=False) as devices:

@@ -86,14 +86,26 @@ def start_rollout(fleet, device):
     return ask
 
 
+@pytest.mark.parametrize("fleet", ["external"], indirect=True)
 def test_a_broker_that_is_gone_is_named_until_it_is_back(fleet, three, health, round_is_right):
     three(fleet)
     assert ailing(health) == set()
-    if fleet.broker is None:
-        pytest.skip("the embedded broker goes with its cloud")
-    fleet.broker.kill()
+    fleet.kill_broker()
     until(lambda: ailing(health) == {"link", "broker"})
     fleet.start_broker()
+    until(lambda: ailing(health) == set())
+    until(lambda: fleet.command("devices", "list").count("\tonline\t") == 3)
+    round_is_right(fleet)
+
+
+@pytest.mark.parametrize("fleet", ["mosquitto"], indirect=True)
+def test_a_broker_of_its_own_that_is_killed_is_named_and_started_again(fleet, three, health, round_is_right):
+    three(fleet)
+    assert (ailing(health), health()[1]["broker"]) == (set(), "mosquitto")
+    seen = fleet.cloud.num_lines()
+    fleet.kill_broker()
+    fleet.cloud.wait_for("broker.ended status=-9", after=seen)
+    fleet.cloud.wait_for("mqtt.up", after=seen)
     until(lambda: ailing(health) == set())
     until(lambda: fleet.command("devices", "list").count("\tonline\t") == 3)
     round_is_right(fleet)

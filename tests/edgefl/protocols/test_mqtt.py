@@ -95,15 +95,15 @@ def test_a_certificate_of_another_ca_is_refused_by_both_sides(broker, fleet_ca, 
 
 @failed_handshakes
 def test_the_brokers_certificate_must_be_for_the_host_we_asked(free_port, fleet_ca) -> None:
-    from cloud.broker.embedded import EmbeddedBroker
     from edgefl.protocols import tls
+    from tests.threaded import Broker
 
     folder = fleet_ca.folder / "other-host"
     folder.mkdir()
     elsewhere = tls.Identity(folder / "key.pem", folder / "cert.pem", fleet_ca.folder / "ca.pem")
     tls.issue_server(fleet_ca.folder, elsewhere, ["broker.example"])
     config = LinkConfig(url=f"mqtts://127.0.0.1:{free_port}", client_id="cam-1", identity=fleet_ca.device("cam-1"))
-    with EmbeddedBroker(elsewhere, "127.0.0.1", free_port), Link(config, on_failure=pytest.fail) as link:
+    with Broker(elsewhere, "127.0.0.1", free_port), Link(config, on_failure=pytest.fail) as link:
         assert not link.wait_connected(0.5)
         assert "IP address mismatch" in link.reason
 
