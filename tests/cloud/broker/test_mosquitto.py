@@ -17,7 +17,7 @@ from tests.threaded import Link
 def mosquitto(broker, fleet_ca):
     """The hold on a running broker, and the serial numbers that are to be revoked."""
     if not hasattr(broker, "lines"):
-        pytest.skip("the embedded broker asks the registry")
+        pytest.skip("the built-in broker asks the registry")
     revoked = []
 
     def hold(**changes):
