@@ -64,7 +64,7 @@ class MosquittoChild:
         self._running = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._said = ""  # the last line of its log
-        self._backoff = Backoff("mosquitto", FIRST_DELAY_S, LAST_DELAY_S)
+        self._backoff = Backoff(FIRST_DELAY_S, LAST_DELAY_S)
 
     async def __aenter__(self) -> Self:
         """Return when it serves; raises ConfigError where it does not start, or the port is in use."""
