@@ -269,7 +269,7 @@ class _Connection(asyncio.Protocol):
         if self._name in self._broker.open:
             event(_log, logging.INFO, "broker.taken_over", device=self._name)
             self._broker.open[self._name].end("")
-        self._place.settle()
+        self._place.serve()
         self._broker.open[self._name] = self
         self._session, was_here = self._broker.sessions.open(self._name, clean=connect.clean)
         self._answer(packet(packets.CONNACK, bytes([was_here, 0])))

@@ -23,7 +23,7 @@ from tests.threaded import Broker, Link
 def test_a_port_in_use_is_named(fleet_ca) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f":{port}: another program listens there.*--mqtt-port"):
+        with pytest.raises(ConfigError, match=f":{port}: another program uses this port.*--mqtt-port"):
             Broker(fleet_ca.cloud, "127.0.0.1", port).start()
 
 
