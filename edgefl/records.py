@@ -97,7 +97,7 @@ class RoundOutcome:
     down_bytes: int
 
     def report(self) -> RoundReport:
-        """Return what a caller is told of this round."""
+        """Return the public report of this round."""
         return RoundReport(
             round=self.round,
             admitted=len(self.admitted),
@@ -114,30 +114,30 @@ class RoundOutcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundReport:
-    """A finished round as every result has it: of a run on a fleet, of a simulation, of a Flower app."""
+    """A finished round in a result, the same for a run on a fleet, a simulation and a Flower app."""
 
     round: int
-    admitted: int  # clients, here and in the next three
-    rejected: int  # an update that a guard refused
-    failed: int  # no update at all
-    missing: int  # no answer by the round's end
+    admitted: int  # number of clients, as in the next three
+    rejected: int  # a guard refused the update
+    failed: int  # answered without an update
+    missing: int  # no answer before the round's end
     reasons: Mapping[str, str]  # client -> why it was rejected, or failed
     seconds: float
     up_bytes: int
     down_bytes: int
     metrics: Mapping[str, float]
-    virtual_seconds: float | None = None  # on the devices' clock, where a simulation has one
-    virtual_end_s: float | None = None  # since the simulation's first round, on that clock
-    model: str | None = None  # SHA-256 of the parameters after it, on a fleet
-    frozen: str | None = None  # SHA-256 of the tensors that these lack, where they lack some
+    virtual_seconds: float | None = None  # in virtual time, if the simulation has it
+    virtual_end_s: float | None = None  # since the simulation's first round, in virtual time
+    model: str | None = None  # on a fleet: SHA-256 of the parameters after it
+    frozen: str | None = None  # SHA-256 of the frozen tensors, if `model` lacks them
 
     def counts_text(self) -> str:
-        """Return `3 admitted, 1 failed`: how many came to what, where any did."""
+        """Return `3 admitted, 1 failed`: the counts above 0."""
         others = {"rejected": self.rejected, "failed": self.failed, "missing": self.missing}
         return ", ".join([f"{self.admitted} admitted", *(f"{count} {name}" for name, count in others.items() if count)])
 
     def as_json(self) -> dict[str, Any]:
-        """Return the round as the public JSON shows it: counts and reasons, without what it does not have."""
+        """Return the round as public JSON: counts and reasons, without missing values."""
         said = {one.name: getattr(self, one.name) for one in fields(self)}
         return {name: value for name, value in said.items() if value is not None} | {
             "reasons": dict(self.reasons), "metrics": dict(self.metrics),
@@ -145,12 +145,12 @@ class RoundReport:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> RoundReport:
-        """Read what `as_json` made; other keys are left. Raises ProtocolError for what is no round."""
+        """Read the result of `as_json`; ignores other keys. Raises ProtocolError for anything else."""
         known = {one.name: said[one.name] for one in fields(cls) if one.name in said}
         try:
             return cls(**known)
         except TypeError as cause:
-            raise ProtocolError(f"this is no round: {cause}") from cause
+            raise ProtocolError(f"not a round: {cause}") from cause
 
 
 def no_counts(num_clients: int) -> Counts:

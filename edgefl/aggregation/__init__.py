@@ -1,6 +1,6 @@
 """Aggregation rules by short name. Each rule is one file with its paper at the head.
 
-What a rule can do stands on its class (`streams`, `merges`), so that a configuration is checked, and an engine chosen,
+A rule's class says what it supports (`streams`, `merges`), so that a configuration is checked, and an engine chosen,
 before any rule is made.
 """
 

@@ -65,7 +65,7 @@ class SeenRound:
         return {key: total / weight for key, (total, weight) in self._sums.get(category, {}).items() if weight}
 
     def report(self, metrics: Mapping[str, float] | None = None) -> RoundReport:
-        """Return what a caller is told of the round; `metrics` are what a strategy said besides."""
+        """Return the public report of the round, with a strategy's own `metrics`."""
         missing = self._all(self.asked) - self._all(self.done) - self.failed.keys()
         seen = merged(self.metrics("evaluate"), {}, self.metrics("train"))
         return RoundReport(

@@ -1,10 +1,10 @@
 """ClientApps in worker processes of this machine, one thread each, started when first needed.
 
-A message's records travel pickled, once to each worker for all the messages that share them; a node's state travels
-with its message and comes back with its answer. A worker is sent its next small message while it is at work on one,
-so that it need not wait for us.
-Invariants: a worker that dies takes no message with it: another one does it again (`edgefl/process/workers/pool.py`),
-and a message that kills two of them is answered with an Error; no worker outlives its run.
+A message's records are sent pickled, once to each worker for all messages that share them; a node's state is sent
+with its message and comes back with its answer. A worker gets its next small message while it works on one,
+so that it need not wait.
+Invariants: the message of a worker that dies is repeated by another (`edgefl/process/workers/pool.py`),
+and a message that kills two workers is answered with an Error; no worker outlives its run.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from edgefl.process.workers.pool import MAX_LOSSES, MAX_STARTS, ItemAnswered, No
 from edgefl.process.workers.process import ONE_THREAD, WorkerProcess, wait_for_processes
 from edgefl.process.workers.work_queue import WorkQueue
 
-SMALL_BYTES = 32 << 10  # lie in a pipe that nobody reads, so that sending them never waits
-LOAD_S = 60.0  # for a process to import the app, at least
+SMALL_BYTES = 32 << 10  # fit into an unread pipe, so that sending does not block
+LOAD_S = 60.0  # minimum time for a process to import the app
 
 
 @dataclass(frozen=True, slots=True)
 class MessageContent:
-    """What a worker is to take for the content of its next messages, pickled: each client may change its own."""
+    """The content of a worker's next messages, pickled, because each client may change its copy."""
 
     data: bytes
 
@@ -51,7 +51,7 @@ class MessageEnvelope:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A content, and a `MessageContent` as bytes."""
+    """A content, and its `MessageContent` as bytes."""
 
     content: RecordDict | None
     data: bytes
@@ -59,7 +59,7 @@ class _Packed:
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """A message on its way to a worker."""
+    """A message for a worker."""
 
     delivery: Delivery
     envelope: bytes  # a `MessageEnvelope`
@@ -67,7 +67,7 @@ class _Parcel:
 
 
 class Workers:
-    """A runner in worker processes. Safe to call from several threads. At the end of its context no process is left."""
+    """A runner in worker processes. Thread-safe. At the end of its context no process is left."""
 
     def __init__(self, app: FlowerApp, number: int, clock: Callable[[], float] = time.monotonic) -> None:
         start = pickle.dumps(AppStart(app.folder))
@@ -88,7 +88,7 @@ class Workers:
 
     @property
     def peak_rss_mb(self) -> float:
-        """The most memory that each worker has held, added up."""
+        """The sum of the workers' peak memory."""
         return self._pool.peak_rss_mb
 
     def start(self) -> None:
@@ -97,7 +97,7 @@ class Workers:
 
     @property
     def ready(self) -> bool:
-        """Whether each that was started has loaded the app, or died of it."""
+        """Whether each started worker has loaded the app, or died."""
         return self._pool.ready
 
     def pids(self) -> list[int]:
@@ -105,7 +105,7 @@ class Workers:
         return [worker.pid for worker in self._pool.workers]
 
     def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
-        """Yield answers as they come; one that needs longer is given up, and its worker killed."""
+        """Yield answers as they arrive; a message that takes longer is given up, and its worker killed."""
         work = WorkQueue(map(self._parcel, deliveries))
         for event in self._pool.run(work, RunTerms(answer_s=within_s, retry_late=False)):
             if isinstance(event, ItemAnswered):
@@ -127,9 +127,9 @@ class Workers:
 
 
 def _crashed(delivery: Delivery, how: str) -> Answer:
-    """Answer a message with an Error, as its process has died too often."""
+    """Answer a message with an Error, because its process has died too often."""
     reason = (
-        f"the process of the ClientApp died {how}. What it printed stands in this command's own output; "
+        f"the process of the ClientApp died {how}. Its output is in this command's own output; "
         "`--engine loop` runs the app in this process"
     )
     reply = error_reply(delivery.message, reason, ErrorCode.CLIENT_APP_CRASHED)
@@ -137,20 +137,20 @@ def _crashed(delivery: Delivery, how: str) -> Answer:
 
 
 class AppProcess(WorkerProcess):
-    """A worker process with an app, and the content that it was sent last."""
+    """A worker process with an app, and the last content sent to it."""
 
     def __init__(self, start: bytes) -> None:
-        own = {name: one for name, one in ONE_THREAD.items() if name not in os.environ}  # the user's choice goes first
+        own = {name: one for name, one in ONE_THREAD.items() if name not in os.environ}  # the user's setting wins
         super().__init__(start, environment=own)
         self._holds: _Packed | None = None
 
     def takes(self, parcel: _Parcel) -> bool:
-        """Say whether it can be sent a message while it is at work, without waiting for it to read."""
+        """Whether it can get a message while it works, without blocking the sender."""
         size = len(parcel.envelope) + (0 if self._holds is parcel.packed else len(parcel.packed.data))
         return size <= SMALL_BYTES
 
     def ask(self, message: Any) -> None:
-        """Send a `_Parcel`: its content, unless the process holds that already, and its envelope."""
+        """Send a `_Parcel`: its content, unless the process already has it, and its envelope."""
         parcel: _Parcel = message
         if self._holds is not parcel.packed:
             self.send_bytes(parcel.packed.data)
@@ -164,7 +164,7 @@ class AppProcess(WorkerProcess):
 
 @dataclass(frozen=True, slots=True)
 class AppStart:
-    """The app that a worker loads."""
+    """The start data of a worker: its app."""
 
     folder: Path
 
@@ -173,12 +173,12 @@ class AppStart:
 
 
 class _AppWorker:
-    """In the worker: answers messages by the app's ClientApp."""
+    """In the worker: answers messages with the app's ClientApp."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._content = folder, b""
         self._client_app: ClientApp | None = None
-        with suppress(ConfigError, TaskError):  # each message will be told
+        with suppress(ConfigError, TaskError):  # raised again for each message
             self._client_app = load_client_app(folder)
 
     def answer(self, message: MessageContent | MessageEnvelope) -> Answer | None:

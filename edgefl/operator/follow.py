@@ -1,6 +1,6 @@
 """Streams of events that survive a lost connection: they resume where they broke off, until patience ends.
 
-A cloud that is restarted goes on with its jobs; whoever watches them goes on too.
+A restarted cloud continues its jobs, so watching them continues, too.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_the_public_json_by_hand() -> None:
 def test_what_only_some_rounds_have_is_left_out_and_what_all_have_must_be_there() -> None:
     said = dataclasses.replace(OUTCOME.report(), model="ab", virtual_end_s=0.0).as_json()
     assert (said["model"], said["virtual_end_s"], "frozen" in said) == ("ab", 0.0, False)
-    with pytest.raises(ProtocolError, match=r"this is no round.*seconds"):
+    with pytest.raises(ProtocolError, match=r"not a round.*seconds"):
         RoundReport.from_json({key: value for key, value in said.items() if key != "seconds"})
 
 

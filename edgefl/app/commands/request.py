@@ -1,4 +1,4 @@
-"""What `edgefl simulate` was asked for, read from the command line once."""
+"""The arguments and flags of `edgefl simulate`, parsed once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SimulateRequest:
     address: str | None  # of a Ray cluster
     config: Path | None
     settings: tuple[str, ...]  # a.b=c
-    run_config: tuple[str, ...] = ()  # a Flower app's, in Flower's words
+    run_config: tuple[str, ...] = ()  # for a Flower app, in Flower's syntax
     federation_config: tuple[str, ...] = ()
     sweep: tuple[str, ...]  # a.b=c,d
     data: tuple[str, ...]  # key=value
@@ -50,7 +50,7 @@ class SimulateRequest:
             raise ConfigError(f"{given[0]} belongs to a single run; drop it or --sweep")
 
     def only_for_tasks(self) -> list[str]:
-        """Return the flags that were given and mean nothing to a Flower app."""
+        """Return the given flags that mean nothing for a Flower app."""
         flags = {
             "--config": self.config, "--checkpoint": self.checkpoint, "--resume": self.resume,
             "--evaluate-every": self.evaluate_every > 1, "--address": self.address,
@@ -58,16 +58,16 @@ class SimulateRequest:
         return [flag for flag, value in flags.items() if value]
 
     def refuse_flowers(self) -> None:
-        """Raise ConfigError for flags that mean nothing to a task."""
+        """Raise ConfigError for flags that mean nothing for a task."""
         flags = {"--run-config": self.run_config, "--federation-config": self.federation_config}
         if given := [flag for flag, value in flags.items() if value]:
-            raise ConfigError(f"{given[0]} is of Flower apps; a task is configured by --set a.b=c or --config FILE")
+            raise ConfigError(f"{given[0]} is for Flower apps; configure a task with --set a.b=c or --config FILE")
 
     def over(self) -> tuple[str, ...]:
-        """Return the settings, the flags that are short for some among them."""
+        """Return the settings, including the flags that are short forms of settings."""
         short = {"rounds.count": self.rounds, "population.clients": self.clients}
         return (*self.settings, *(f"{key}={value}" for key, value in short.items() if value is not None))
 
     def options(self) -> Mapping[str, str]:
-        """Return the data options; raises ConfigError for what is none."""
+        """Return the data options; raises ConfigError for an invalid one."""
         return pairs_of("--data", self.data)

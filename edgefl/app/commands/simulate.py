@@ -34,27 +34,27 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--clients", type=click.IntRange(min=1), help="Short for --set population.clients=N.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
 @click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="auto measures.")
-@click.option("--address", metavar="HOST:PORT|auto", help="Of a Ray cluster, for --engine ray; without, it starts one.")
+@click.option("--address", metavar="HOST:PORT|auto", help="Ray cluster for --engine ray; without it, one is started.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
-@click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting, over the file.")
-@click.option("--run-config", multiple=True, metavar="'K=V K=V'|FILE", help="As --set, in Flower's words.")
-@click.option("--federation-config", multiple=True, metavar="'K=V K=V'", help="Of a Flower app: num-supernodes=N, ..")
-@click.option("--sweep", multiple=True, metavar="A.B=C,D,..", help="Run once for each value (of several: combination).")
-@click.option("--data", multiple=True, metavar="K=V", help="A data option for every client's loader, or node config.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting; overrides the file.")
+@click.option("--run-config", multiple=True, metavar="'K=V K=V'|FILE", help="As --set, in Flower's syntax.")
+@click.option("--federation-config", multiple=True, metavar="'K=V K=V'", help="For a Flower app: num-supernodes=N, ..")
+@click.option("--sweep", multiple=True, metavar="A.B=C,D,..", help="Run once per value (of several: per combination).")
+@click.option("--data", multiple=True, metavar="K=V", help="Data option for every client's loader, or node config.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS")
-@click.option("--out", type=_FILE, help="Where the model goes (safetensors).")
-@click.option("--plot", type=_FILE, help="Draw the rounds into a .png or .svg.")
+@click.option("--out", type=_FILE, help="File for the model (safetensors).")
+@click.option("--plot", type=_FILE, help="Plot the rounds into a .png or .svg.")
 @click.option("--tensorboard", type=_FOLDER, metavar="DIR", help="Write event files for TensorBoard.")
-@click.option("--checkpoint", type=_FOLDER, metavar="DIR", help="Keep the state here, to go on from it.")
+@click.option("--checkpoint", type=_FOLDER, metavar="DIR", help="Save the state here, to continue from it.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS")
-@click.option("--resume", type=_FOLDER, metavar="DIR", help="Go on from a --checkpoint, and keep the state there.")
+@click.option("--resume", type=_FOLDER, metavar="DIR", help="Continue from a --checkpoint, and save the state there.")
 @json_option
 def simulate(*, output: Output, **flags: Any) -> None:
     """Simulate TASK: package.module:attribute, or a folder whose pyproject.toml names its task.
 
-    A folder with [tool.flwr.app] is a Flower app and runs as it is; --set and --sweep are for its run-config. It has
-    as many nodes as --clients, --federation-config, its pyproject.toml or Flower's config.toml say, else 2.
-    Ctrl-C ends the round and keeps what there is.
+    A folder with [tool.flwr.app] is a Flower app and runs unmodified; --set and --sweep change its run-config. Its
+    number of nodes is set by --clients, --federation-config, its pyproject.toml or Flower's config.toml, else 2.
+    Ctrl-C ends the round and keeps the results so far.
     """
     request = SimulateRequest(**flags)
     with seldom_collected():

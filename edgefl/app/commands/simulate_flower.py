@@ -1,4 +1,4 @@
-"""`edgefl simulate` of a Flower app: its own ServerApp decides on rounds and strategy, we run its clients."""
+"""`edgefl simulate` of a Flower app: its own ServerApp decides on rounds and strategy, edgefl runs its clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
 from edgefl.terminal.output import INTERRUPTED, Output, counted, metrics_text
 
 ROUNDS_KEY = "num-server-rounds"  # by Flower's convention; an app need not have it
-ENGINE, REASON = "flower", "a Flower app, its clients by our runners"
+ENGINE, REASON = "flower", "a Flower app, its clients run by edgefl"
 
 RunConfig = Mapping[str, RunConfigValue]
 OnRound = Callable[[RoundReport], None]
@@ -29,7 +29,7 @@ OnRound = Callable[[RoundReport], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Way:
-    """How an app is run, whatever its run config."""
+    """How an app is run, independent of its run config."""
 
     nodes: int | None
     workers: int | None
@@ -42,7 +42,7 @@ class _Way:
 
 
 def simulate_flower(request: SimulateRequest, output: Output) -> None:
-    """Run the app, show its rounds, and write what was asked for; raises ConfigError for what it cannot take."""
+    """Run the app, show its rounds, and write the result; raises ConfigError for options that it cannot use."""
     if given := request.only_for_tasks():
         raise ConfigError(
             f"{', '.join(given)}: not for a Flower app; set its run-config with --set key=value, "
@@ -64,7 +64,7 @@ def simulate_flower(request: SimulateRequest, output: Output) -> None:
 
 
 def _way(request: SimulateRequest, output: Output) -> _Way:
-    """Choose by the command line first, then by the app, then by what Flower's users have at home."""
+    """Choose by the command line, then by the app, then by Flower's config.toml."""
     said, home = read_federation(request.federation_config), federation_at_home()
     if home.left:
         output.line(f"Flower's config.toml: {', '.join(home.left)} mean nothing here, where Ray runs no clients")
@@ -85,7 +85,7 @@ def _tell(result: FlowerRunResult, request: SimulateRequest, output: Output) -> 
     )
     if request.out is not None:
         output.line(model_text(result, request.out))
-    output.result(said)  # before what only draws it
+    output.result(said)  # before the plot
     if request.plot is not None:
         from edgefl.simulation.screen.plot import write_plot
 
@@ -99,7 +99,7 @@ def _tell(result: FlowerRunResult, request: SimulateRequest, output: Output) -> 
 
 
 def _sweep(request: SimulateRequest, way: _Way, overrides: RunConfig, output: Output) -> None:
-    """Run the app once for each combination of run-config values, loaded afresh: it knows nothing of the others."""
+    """Run the app once per combination of run-config values, loaded again each time, so that no state is shared."""
     from edgefl.app.commands.sweep import tell
     from edgefl.simulation.screen.live import SweepProgress, live_sweep
     from edgefl.simulation.screen.tensorboard import run_folder
@@ -123,7 +123,7 @@ def _sweep(request: SimulateRequest, way: _Way, overrides: RunConfig, output: Ou
 
 
 def _write_event_file(result: FlowerRunResult, folder: Path) -> None:
-    """Write all rounds at once: what a strategy evaluates by itself is known in the end."""
+    """Write all rounds at once: a strategy's own evaluations are known only at the end."""
     from edgefl.simulation.screen.tensorboard import event_file
 
     with event_file(folder) as write:
@@ -132,7 +132,7 @@ def _write_event_file(result: FlowerRunResult, folder: Path) -> None:
 
 
 def _workers(engine: str, limits: Federation) -> int | None:
-    """Return how many processes train; None lets the app's runner see for itself."""
+    """Return how many processes train; None lets the app's runner decide."""
     limited = limits.workers(num_cores())
     known: dict[str, int | None] = {"auto": limited, "loop": 0, "pool": limited or num_cores()}
     if limits.client_cpus is not None and limited == 0:

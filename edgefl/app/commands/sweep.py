@@ -26,7 +26,7 @@ FAILED = 1
 
 
 def sweep_task(request: SimulateRequest, output: Output) -> None:
-    """Run a task's variants; exits with 1 where one failed, 130 after Ctrl-C."""
+    """Run a task's variants; exits with 1 if one failed, 130 after Ctrl-C."""
     base = load_config(SimulationConfig, request.config, request.over())
     over, options = parse_sweep(request.sweep), request.options()
     variants = variants_of(over)
@@ -49,7 +49,7 @@ def sweep_task(request: SimulateRequest, output: Output) -> None:
 
 
 def tell(result: SweepResult, wanted: int, request: SimulateRequest, output: Output) -> None:
-    """Print the comparison, write plot and JSON, and exit as the variants ended."""
+    """Print the comparison, write plot and JSON, and exit with the status of the variants."""
     compare(result, output)
     if request.plot is not None:
         from edgefl.simulation.screen.plot import write_plot
@@ -67,7 +67,7 @@ def tell(result: SweepResult, wanted: int, request: SimulateRequest, output: Out
 
 @contextmanager
 def watched(request: SimulateRequest, output: Output, progress: SweepProgress) -> Iterator[SweepWatching]:
-    """Give what is to hear of a sweep: the screen, and TensorBoard where it was asked for."""
+    """Yield the callbacks of a sweep: for the screen, and for TensorBoard if requested."""
     with live_sweep(output, progress) as live, ExitStack() as open_file:
         if request.tensorboard is None:
             yield live
@@ -76,7 +76,7 @@ def watched(request: SimulateRequest, output: Output, progress: SweepProgress) -
 
 
 def _with_event_files(live: SweepWatching, folder: Path, open_file: ExitStack) -> SweepWatching:
-    """Have each variant's rounds written into a folder of its own."""
+    """Also write each variant's rounds into its own folder."""
     from edgefl.simulation.screen.tensorboard import event_file, run_folder
 
     writing: list[Callable[[RoundReport], None]] = []

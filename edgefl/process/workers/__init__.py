@@ -1,1 +1,1 @@
-"""Worker processes, for simulated clients and Flower apps: started, heard, replaced, ended by one pool."""
+"""Worker processes for simulated clients and Flower apps; one pool starts, replaces and ends them."""

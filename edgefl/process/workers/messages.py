@@ -1,4 +1,4 @@
-"""What every worker says, whatever it is for, and how it says that it is gone."""
+"""Messages that all workers send, and the error for a lost worker."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The first thing that a worker says: it can be asked now, or why it never can."""
+    """A worker's first message: it is ready, or why it cannot start."""
 
     fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer, and the most memory that the worker has held so far."""
+    """An answer, and the worker's peak memory so far."""
 
     answer: Any
     peak_rss_mb: float
@@ -27,10 +27,10 @@ class WorkerLost(Exception):
 
 
 class WorkerStart(Protocol):
-    """What a worker process is started with, pickled."""
+    """The start data of a worker process, pickled."""
 
     def begin(self) -> Callable[[Any], Any]:
-        """Load what is needed, in the worker; return what answers a message, None where none is expected.
+        """Load what is needed, in the worker; return the function that answers messages (None: no answer).
 
-        Raises EdgeflError where it cannot: the pool is told.
+        Raises EdgeflError if that fails, which is reported to the pool.
         """

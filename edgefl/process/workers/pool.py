@@ -1,11 +1,11 @@
-"""A pool of workers: work is handed out, answers are heard, and what a lost worker had is done again.
+"""A pool of workers: it distributes work, receives answers, and repeats the work of lost workers.
 
-Simulated clients and Flower apps run on it, each with messages of their own. A worker is a process on this
-machine (`process.py`), or an actor on a cluster. It says first that it is ready, then answers what it is asked,
-in order. It can be sent its next item while it is at work on one (`ahead`), and can keep results until it is
-asked for them together (`collect`), such as a sum over many clients.
-Invariants: each item ends in one `ItemAnswered` or `ItemGivenUp`, whichever worker is lost when; an item that has cost
-`max_losses` workers is not tried again; no wait is without a deadline; no worker outlives the pool.
+Simulated clients and Flower apps run on it, each with their own messages. A worker is a process on this
+machine (`process.py`), or an actor on a cluster. It first reports that it is ready, then answers messages
+in order. It can get its next item while it works on one (`ahead`), and can keep results until they are
+requested together (`collect`), such as a sum over many clients.
+Invariants: each item ends in one `ItemAnswered` or `ItemGivenUp`, even if workers are lost; an item that has cost
+`max_losses` workers is not tried again; every wait has a deadline; no worker outlives the pool.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from edgefl.process.workers.slot import IN_FLIGHT, Slot, W
 from edgefl.process.workers.work_queue import M, WorkItem, WorkQueue
 
 MAX_LOSSES = 2  # workers that one item may cost
-MAX_STARTS = 3  # of one worker in a run that fail, before it is left out of the run
+MAX_STARTS = 3  # failed starts of one worker, before the run continues without it
 START_S = 120.0
 MAX_WAIT_S = 1e6  # in one wait; the operating system cannot count far beyond
 
 
 @dataclass(frozen=True, slots=True)
 class ItemAnswered(Generic[M]):
-    """An answer; to what keeping workers were asked for together, the message is None."""
+    """An answer; `message` is None for the results that were requested with `collect`."""
 
     message: M | None
     answer: Any
@@ -38,19 +38,19 @@ class ItemAnswered(Generic[M]):
 
 @dataclass(frozen=True, slots=True)
 class ItemGivenUp(Generic[M]):
-    """A message that will not be answered, and how the last worker over it was lost."""
+    """A message that will not be answered, and how its last worker was lost."""
 
     message: M
     how: str
-    died: bool  # or its time was up
+    died: bool  # else its time was up
 
 
 @dataclass(frozen=True, slots=True)
 class NoWorkerLeft:
-    """No worker can be started, and how the last one failed. What is left in the queue is not done."""
+    """No worker can be started, and how the last one failed. The rest of the queue is not done."""
 
     how: str
-    died: bool  # or its time was up
+    died: bool  # else its time was up
 
 
 PoolEvent = ItemAnswered[M] | ItemGivenUp[M] | NoWorkerLeft
@@ -58,17 +58,17 @@ PoolEvent = ItemAnswered[M] | ItemGivenUp[M] | NoWorkerLeft
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunTerms:
-    """What a run asks of its workers."""
+    """The terms of a run: timeout, retries, first and last message."""
 
-    answer_s: float  # for one item; its worker's start is not counted
+    answer_s: float  # timeout for one item, without its worker's start
     max_losses: int = MAX_LOSSES
-    retry_late: bool = True  # whether an item whose time was up is tried again, as after any other loss
+    retry_late: bool = True  # whether an item is retried after a timeout, as after any other loss
     opening: Any = None  # a message without an answer, before a worker's first item of the run
-    collect: Any = None  # asked for in the end of each worker that did items, whose results it has kept
+    collect: Any = None  # sent at the end to each worker that has kept results
 
 
 class WorkerPool(Generic[W, M]):
-    """Workers, each started when it is first needed, and again after it was lost. Runs may be in several threads."""
+    """Workers, each started when it is first needed, and again after it was lost. Thread-safe."""
 
     def __init__(
         self, launchers: Sequence[Callable[[], W]], wait: Callable[[Sequence[W], float], Collection[W]], *,
@@ -78,14 +78,14 @@ class WorkerPool(Generic[W, M]):
     ) -> None:  # fmt: skip
         self.wait, self.start_s, self.ahead, self.clock, self._name = wait, start_s, ahead, clock, name
         self._slots = [Slot[W, M](launch) for launch in launchers]
-        self.idle: queue.SimpleQueue[Slot[W, M]] = queue.SimpleQueue()  # slots that no run has
+        self.idle: queue.SimpleQueue[Slot[W, M]] = queue.SimpleQueue()  # slots that no run uses
         for slot in self._slots:
             self.idle.put(slot)
         self.closed = False
 
     @property
     def peak_rss_mb(self) -> float:
-        """The most memory that each worker has held, added up."""
+        """The sum of the workers' peak memory."""
         return sum(slot.peak_rss_mb for slot in self._slots)
 
     @property
@@ -100,12 +100,12 @@ class WorkerPool(Generic[W, M]):
 
     @property
     def ready_workers(self) -> list[W]:
-        """The workers that have said that they are ready."""
+        """The workers that have reported that they are ready."""
         return [slot.worker for slot in self._slots if slot.worker is not None and slot.ready]
 
     @property
     def ready(self) -> bool:
-        """Whether each can be asked without waiting for its start, or has failed to start."""
+        """Whether each worker is ready, or has failed to start."""
         return all(slot.ready or (slot.worker is not None and self.wait([slot.worker], 0.0)) for slot in self._slots)
 
     def start(self) -> None:
@@ -114,7 +114,7 @@ class WorkerPool(Generic[W, M]):
             slot.start(self.clock())
 
     def wait_until_ready(self, number: int | None = None, hint: str = "") -> None:
-        """Start all, and wait until so many are ready, or all; raises ConfigError where one cannot be started."""
+        """Start all, and wait until `number` are ready (default: all); raises ConfigError if one cannot be started."""
         self.start()
         number, end_s = len(self._slots) if number is None else number, self.clock() + self.start_s
         while len(self.ready_workers) < number:
@@ -129,7 +129,7 @@ class WorkerPool(Generic[W, M]):
                     raise ConfigError(f"a {self._name} {lost} before it was ready{hint}") from lost
 
     def run(self, work: WorkQueue[M], terms: RunTerms) -> Iterator[PoolEvent[M]]:
-        """Have work done, and yield how each item ends, as it ends. Closing the iterator leaves the rest undone."""
+        """Run the work, and yield the outcome of each item as it ends. Closing the iterator cancels the rest."""
         return _PoolRun(self, work, terms).events()
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class WorkerPool(Generic[W, M]):
 
 
 class _PoolRun(Generic[W, M]):
-    """One run of a queue's work on the workers that no other run has."""
+    """One run of a queue's work, on the workers that no other run uses."""
 
     def __init__(self, pool: WorkerPool[W, M], work: WorkQueue[M], terms: RunTerms) -> None:
         self._pool, self._work, self._terms = pool, work, terms
@@ -165,11 +165,11 @@ class _PoolRun(Generic[W, M]):
                 self._pool.idle.put(slot)
 
     def _hand_out(self) -> None:
-        """Give every worker that we can have something to do, and let go of those that are done."""
+        """Give work to every available worker, and release those that are done."""
         if self._work.more():
             self._take_idle()
         for slot in list(self._slots):
-            if slot.free and not self._work.more():  # another may be behind with two
+            if slot.free and not self._work.more():  # another worker may have two
                 self._work.put_back(next(([one] for other in self._slots if (one := other.take_back())), []))
             if slot.worker is None and self._work.more():
                 slot.start(self._pool.clock())
@@ -184,7 +184,7 @@ class _PoolRun(Generic[W, M]):
                 self._pool.idle.put(slot)
 
     def _take_idle(self) -> None:
-        """Take the workers that no other run has; waits for one where this run has none."""
+        """Take the workers that no other run uses; waits for one if this run has none."""
         with suppress(queue.Empty):
             if not self._slots and not self._unusable:
                 self._slots.append(self._pool.idle.get(timeout=MAX_WAIT_S))
@@ -192,7 +192,7 @@ class _PoolRun(Generic[W, M]):
                 self._slots.append(self._pool.idle.get_nowait())
 
     def _may_ask(self, slot: Slot[W, M]) -> bool:
-        """Say whether a worker can be sent the next item now."""
+        """Whether a worker can get the next item now."""
         if slot.worker is None or not slot.ready or not self._work.more():
             return False
         if not slot.asked:
@@ -208,7 +208,7 @@ class _PoolRun(Generic[W, M]):
         slot.ask(item, item.message, self._pool.clock())
 
     def _hear(self, slots: Sequence[Slot[W, M]]) -> Iterator[PoolEvent[M]]:
-        """Hear the workers that have something to say, and give up those whose time is up."""
+        """Read the workers' messages, and give up workers whose time is up."""
         now_s = self._pool.clock()
         within_s = min(min(map(self._late_s, slots)) - now_s, MAX_WAIT_S)
         answered = self._pool.wait([slot.worker for slot in slots if slot.worker is not None], max(0.0, within_s))
@@ -218,7 +218,7 @@ class _PoolRun(Generic[W, M]):
         for slot in slots:
             if slot.worker is None or self._pool.clock() < self._late_s(slot):
                 continue
-            if not self._pool.wait([slot.worker], 0.0):  # an answer that is there counts, however late we look
+            if not self._pool.wait([slot.worker], 0.0):  # an available answer counts, even if it is read late
                 allowed_s = self._terms.answer_s if slot.ready else self._start_s
                 yield from self._lost(slot, f"did not answer within {allowed_s:g} s", died=False)
 
@@ -227,7 +227,7 @@ class _PoolRun(Generic[W, M]):
         return max(self._pool.start_s, self._terms.answer_s)
 
     def _late_s(self, slot: Slot[W, M]) -> float:
-        """Return when a worker has been too long at what it is at."""
+        """Return when a worker's current work times out."""
         return slot.since_s + (self._terms.answer_s if slot.ready else self._start_s)
 
     def _heard(self, slot: Slot[W, M]) -> Iterator[PoolEvent[M]]:
@@ -251,7 +251,7 @@ class _PoolRun(Generic[W, M]):
         yield ItemAnswered(item.message, reply.answer)
 
     def _lost(self, slot: Slot[W, M], how: str, *, died: bool) -> Iterator[PoolEvent[M]]:
-        """End a worker, have done again what it had, and yield what has cost too many."""
+        """End a worker, put its items back, and yield those that have cost too many workers."""
         blamed = slot.kept if slot.collecting else [*slot.asked][:1]
         spared = [] if slot.collecting else [*slot.kept, *[*slot.asked][1:]]
         if not slot.ready:

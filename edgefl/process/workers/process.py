@@ -1,7 +1,7 @@
-"""One worker process and the pipe to it, from the pool's side.
+"""One worker process and the pipe to it, on the pool's side.
 
-It is started as a command, not forked: torch's threads and locks do not survive a fork, and nothing of the
-caller's main module is run again. It ends with its pipe, and with this process, whatever ends that.
+It is started as a command, not forked: torch's threads and locks do not survive a fork, and the caller's
+main module must not run again. It ends when its pipe is closed, and always with this process.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from edgefl.process.guardian import guardian
 from edgefl.process.workers.messages import Ready, Reply, WorkerLost
 
 END_S = 5.0
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # read when torch and numpy's BLAS are imported
-SOCKET_BYTES = 1 << 20  # of answers, that a worker may be ahead of us; the system may grant less
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # read by torch and numpy's BLAS at their import
+SOCKET_BYTES = 1 << 20  # buffer for answers that are not read yet; the system may grant less
 
 P = TypeVar("P", bound="WorkerProcess")
 
-_GONE = (EOFError, OSError)  # OSError: also of one that ended in the middle of a message
+_GONE = (EOFError, OSError)  # OSError: also if it ended in the middle of a message
 _MAIN = "import sys; sys.path[:] = {path!r}; from edgefl.process.workers.serve import main; main({descriptor})"
 
 
 class WorkerProcess:
-    """A process that was started, and loads what its start names (a pickled `WorkerStart`)."""
+    """A started process, which loads its `WorkerStart` (pickled)."""
 
     def __init__(
         self, start: bytes, *, descriptors: Sequence[int] = (), environment: Mapping[str, str] = ONE_THREAD
@@ -48,7 +48,7 @@ class WorkerProcess:
                 env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
             )
-        guardian.watch(self._process.pid)  # before it is told anything: until then, it ends with its pipe
+        guardian.watch(self._process.pid)  # before its first message: until then, it ends with its pipe
         self.send_bytes(start)
 
     @property
@@ -56,17 +56,17 @@ class WorkerProcess:
         return self._process.pid
 
     def ask(self, message: Any) -> None:
-        """Send a message. That the process is gone is seen where its answer is awaited."""
+        """Send a message. If the process is gone, `hear` notices it."""
         with contextlib.suppress(*_GONE):
             self.pipe.send(message)
 
     def send_bytes(self, pickled: bytes) -> None:
-        """Send a message that is pickled already."""
+        """Send a pickled message."""
         with contextlib.suppress(*_GONE):
             self.pipe.send_bytes(pickled)
 
     def hear(self) -> Ready | Reply:
-        """Return what it says next, waiting for it; raises WorkerLost, and ConfigError where it cannot start."""
+        """Wait for its next message and return it; raises WorkerLost, and ConfigError if it cannot start."""
         try:
             said: Ready | Reply = self.pipe.recv()
         except _GONE as cause:
@@ -76,16 +76,16 @@ class WorkerProcess:
         return said
 
     def how_ended(self) -> str:
-        """Say how it ended, once its end of the pipe is closed."""
+        """Return how it ended, after its end of the pipe is closed."""
         try:
             return how_ended(self._process.wait(END_S))
         except subprocess.TimeoutExpired:
             return "closed its pipe"
 
     def end(self, *, kindly: bool = False) -> None:
-        """End it at once; `kindly`: an idle one ends by itself when its pipe is closed.
+        """End it at once; `kindly`: close the pipe, so that an idle process ends by itself.
 
-        Otherwise the pipe stays open, so that a thread which waits at it is told.
+        Otherwise the pipe stays open, so that a thread waiting on it notices the end.
         """
         if kindly:
             self.pipe.close()
@@ -97,13 +97,13 @@ class WorkerProcess:
 
 
 def wait_for_processes(workers: Sequence[P], within_s: float) -> Sequence[P]:
-    """Return the workers that have something to say, or are gone; none after so many seconds."""
+    """Return the workers with a message, or that are gone; none after `within_s` seconds."""
     pipes: list[Connection] = [worker.pipe for worker in workers]
     answered = wait_for(pipes, within_s)
     return [worker for worker in workers if worker.pipe in answered]
 
 
 def _widen(end: Connection) -> None:
-    """Let the socket under a pipe hold a small model, so that its sender goes on without waiting for its reader."""
+    """Enlarge the socket buffer of a pipe to hold a small model, so that the sender need not wait for the reader."""
     with socket.socket(fileno=os.dup(end.fileno())) as under:
         under.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)

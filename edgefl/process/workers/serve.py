@@ -1,6 +1,6 @@
-"""A worker process's whole life: load what it was started with, say so, answer messages until its pipe ends.
+"""The main loop of a worker process: load the start data, report ready, answer messages until the pipe is closed.
 
-Ctrl-C is for the process that started it, which ends it.
+It ignores Ctrl-C: the process that started it handles Ctrl-C and ends it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edgefl.process.workers.messages import Ready, Reply, WorkerStart
 
 
 def main(descriptor: int) -> None:
-    """Serve the pool at the other end of the pipe until it goes away."""
+    """Serve the pool at the other end of the pipe until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(descriptor)
     with seldom_collected(), contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):

@@ -1,4 +1,4 @@
-"""The place of one worker in a pool: what it was asked, what it owes, and how its loss leaves the place empty."""
+"""The place of one worker in a pool: its pending items, and its replacement after a loss."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Generic, Protocol, TypeVar
 from edgefl.process.workers.messages import Ready, Reply
 from edgefl.process.workers.work_queue import M, WorkItem
 
-IN_FLIGHT = 2  # items under way for one worker, where it may be sent one ahead
+IN_FLIGHT = 2  # items in flight per worker, if it may get one ahead
 
 
 class PooledWorker(Protocol):
     """One worker, from its start to its end."""
 
     def ask(self, message: Any) -> None:
-        """Send a message; that the worker is lost is said where it is heard."""
+        """Send a message; if the worker is lost, `hear` raises it."""
 
     def hear(self) -> Ready | Reply:
-        """Return what it says next, waiting for it; raises WorkerLost, and ConfigError where it cannot start."""
+        """Wait for its next message and return it; raises WorkerLost, and ConfigError if it cannot start."""
 
     def end(self, *, kindly: bool) -> None:
         """End it; `kindly`: it is idle, and may end by itself."""
@@ -30,34 +30,36 @@ W = TypeVar("W", bound=PooledWorker)
 
 
 class Slot(Generic[W, M]):
-    """The place of one worker, and of those that replace it."""
+    """The place of one worker, and of its replacements."""
 
     def __init__(self, launch: Callable[[], W]) -> None:
         self._launch = launch
-        self._lock = threading.Lock()  # of starting against closing
+        self._lock = threading.Lock()  # start and close exclude each other
         self._closed = False
         self.worker: W | None = None
-        self.ready = False  # whether the worker has said so
-        self.asked: deque[WorkItem[M] | None] = deque()  # in the order of its answers; None: nobody waits for it
-        self.kept: list[WorkItem[M]] = []  # done, with results that are still in the worker
+        self.ready = False  # whether the worker has reported it
+        self.asked: deque[WorkItem[M] | None] = (
+            deque()
+        )  # in the order of its answers; None: the answer is no longer needed
+        self.kept: list[WorkItem[M]] = []  # done; their results are still in the worker
         self.collecting = False
-        self.opened = False  # whether it has had the run's opening message
+        self.opened = False  # whether it got the run's opening message
         self.failed_starts = 0  # in this run, since it was ready
-        self.since_s = 0.0  # that it has been at what it is at: its start, or an item
+        self.since_s = 0.0  # start time of its current work: its start, or an item
         self.peak_rss_mb = 0.0
 
     @property
     def free(self) -> bool:
-        """Whether it could begin at once."""
+        """Whether it could begin an item at once."""
         return self.ready and not self.asked
 
     @property
     def awaited(self) -> bool:
-        """Whether somebody waits for an answer of it."""
+        """Whether an answer of it is still needed."""
         return any(self.asked)
 
     def start(self, now_s: float) -> None:
-        """Start a worker, where there is none and the pool is not closed."""
+        """Start a worker, if there is none and the pool is not closed."""
         with self._lock:
             if self.worker is None and not self._closed:
                 self.since_s = now_s
@@ -72,7 +74,7 @@ class Slot(Generic[W, M]):
         self.worker.ask(message)
 
     def hear(self, now_s: float) -> Reply | None:
-        """Return the reply that is there, or None where the worker says that it is ready; raises WorkerLost."""
+        """Read its message: return a reply, or None if it reports that it is ready; raises WorkerLost."""
         if self.worker is None:
             raise RuntimeError("start comes before hear")
         said = self.worker.hear()
@@ -84,19 +86,19 @@ class Slot(Generic[W, M]):
         return said
 
     def take_back(self) -> WorkItem[M] | None:
-        """Want no more what it was sent ahead and has hardly begun; return that."""
+        """Drop the item that was sent ahead, and return it."""
         if len(self.asked) < IN_FLIGHT:
             return None
         last, self.asked[-1] = self.asked[-1], None
         return last
 
     def leave_run(self) -> None:
-        """Want no more what it owes the run that ends."""
+        """Drop all pending answers of the run that ends."""
         self.asked = deque([None] * len(self.asked))
         self.kept, self.collecting, self.opened, self.failed_starts = [], False, False, 0
 
     def drop(self) -> None:
-        """End the worker, and forget what it had."""
+        """End the worker, and forget its items."""
         with self._lock:
             if self.worker is not None:
                 self.worker.end(kindly=False)
@@ -105,7 +107,7 @@ class Slot(Generic[W, M]):
         self.kept, self.collecting, self.opened = [], False, False
 
     def close(self) -> None:
-        """End the worker for good; a thread that waits for it hears that it is lost."""
+        """End the worker and start no other; a thread that waits for it gets WorkerLost."""
         with self._lock:
             self._closed = True
             if self.worker is not None:

@@ -1,4 +1,4 @@
-"""Work that waits for a worker: taken from its source when it is needed, put back when a worker was lost."""
+"""Work that waits for a worker: taken from its source on demand, and put back when a worker is lost."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
 
-M = TypeVar("M")  # what a worker is asked
+M = TypeVar("M")  # type of messages to workers
 
 
 @dataclass(eq=False, slots=True)
 class WorkItem(Generic[M]):
-    """One message, which one worker is to answer."""
+    """One message for one worker."""
 
     message: M
-    losses: int = 0  # of workers, while they were at work on it
+    losses: int = 0  # workers lost while they worked on it
 
 
 class WorkQueue(Generic[M]):
-    """Items in their order. Once `stopped` says so, there are no more.
+    """Items in order. After `stopped` returns true, there are no more.
 
-    `split` cuts a message in parts when a worker was lost over it, so that only the part to blame is lost the next
-    time. `may_begin` can hold the first message back while workers are busy.
+    `split` splits a message after a worker was lost on it, so that next time only the faulty part is lost.
+    `may_begin` can delay the first message while workers are busy.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class WorkQueue(Generic[M]):
         self._split, self._stopped, self._may_begin = split, stopped, may_begin
 
     def more(self, than: int = 0) -> bool:
-        """Say whether more than so many wait."""
+        """Whether more than `than` items are waiting."""
         if self._stopped():
             self._waiting.clear()
             return False
@@ -42,25 +42,25 @@ class WorkQueue(Generic[M]):
         return len(self._waiting) > than
 
     def first(self) -> M:
-        """Return the message that is next, and leave it there; call `more` before."""
+        """Return the next message without taking it; call `more` before."""
         return self._waiting[0].message
 
     def may_begin(self) -> bool:
-        """Say whether the first item may begin while workers are busy; call `more` before."""
+        """Whether the first item may begin while workers are busy; call `more` before."""
         return self._may_begin(self.first())
 
     def take(self) -> WorkItem[M]:
         return self._waiting.popleft()
 
     def put_back(self, items: Iterable[WorkItem[M]]) -> None:
-        """Put items before all others, in their order."""
+        """Put items before all others, in order."""
         self._waiting.extendleft(reversed(list(items)))
 
     def retry(self, item: WorkItem[M]) -> None:
-        """Put an item that cost a worker before all others, in parts."""
+        """Split an item that cost a worker, and put its parts before all others."""
         self.put_back(WorkItem(part, item.losses) for part in self._split(item.message))
 
     def rest(self) -> Iterator[M]:
-        """Take all that is left."""
+        """Take all remaining messages."""
         while self.more():
             yield self.take().message

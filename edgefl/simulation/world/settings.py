@@ -24,7 +24,7 @@ from edgefl.simulation.world.population import PopulationConfig, sizes_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How the clients are trained, whatever the engine."""
+    """How clients are trained, for every engine."""
 
     compile: bool = False  # compile steps with C++: costs up to a minute at the start, saves a fifth or more per step
     record: bool = True  # record steps as lists of tensor operations; false: compute them as on a device, slower

@@ -38,7 +38,7 @@ def test_what_a_flower_app_has_not():
 
 def test_what_a_task_has_not():
     asked().refuse_flowers()
-    with pytest.raises(ConfigError, match="--federation-config is of Flower apps; a task is configured by --set"):
+    with pytest.raises(ConfigError, match="--federation-config is for Flower apps; configure a task with --set"):
         asked(federation_config=("num-supernodes=2",)).refuse_flowers()
 
 
