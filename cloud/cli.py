@@ -18,7 +18,7 @@ HOME = click.option(
 
 @click.group()
 def cloud() -> None:
-    """Run the centre of a fleet."""
+    """Run the cloud of a fleet."""
 
 
 @cloud.command(
@@ -35,11 +35,11 @@ def cloud() -> None:
 @click.option("--broker-pid-file", type=click.Path(path_type=Path),
               help="Of a mosquitto on this machine, which is told by SIGHUP to read its certificates again. "
                    "[default: HOME/mosquitto/mosquitto.pid]")  # fmt: skip
-@click.option("--name", "names", multiple=True, help="A further name or address that devices reach this cloud by.")
+@click.option("--name", "names", multiple=True, help="Another name or address at which devices reach this cloud.")
 @click.option("--certificate-days", default=397.0, show_default=True, type=click.FloatRange(0.001, 3650),
-              help="Lifetime of certificates; each is renewed by itself when a third of it is left.")  # fmt: skip
+              help="Lifetime of certificates. Each is renewed automatically when a third of it is left.")  # fmt: skip
 @click.option("--kept-rounds", default=1000, show_default=True, type=click.IntRange(10, 10_000_000),
-              help="How many latest rounds of a job `edgefl jobs show` can tell of.")  # fmt: skip
+              help="How many of a job's latest rounds to keep for `edgefl jobs show`.")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="No TLS. For loopback only.")
 def start(  # noqa: PLR0913 - one a flag
     *, home: Path, host: str, grpc_port: int, http_port: int, mqtt_port: int, broker: str,
@@ -81,7 +81,7 @@ def _next_steps(home: Path, url: str) -> str:
 @click.option("--valid-for", "valid_for_s", default=24 * 3600.0, show_default=True, help="Seconds.")
 @json_option
 def token(home: Path, valid_for_s: float, output: Output) -> None:
-    """Print a token that enrols one device, once. Works whether or not the cloud runs."""
+    """Print a one-time token that enrols one device. Works whether or not the cloud runs."""
     from cloud.state.enrolment import Enrolment
     from cloud.state.store import open_database
     from edgefl.process.home import check_home
@@ -107,7 +107,7 @@ def token(home: Path, valid_for_s: float, output: Output) -> None:
 @HOME
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that mosquitto listens on.")
 @click.option("--port", default=8883, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--name", "names", multiple=True, help="A further name or address that devices reach the broker by.")
+@click.option("--name", "names", multiple=True, help="Another name or address at which devices reach the broker.")
 @json_option
 def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], output: Output) -> None:
     """Write what a mosquitto needs.

@@ -1,8 +1,8 @@
-"""The parts of a running cloud: how each of them is, and what becomes of the process where one ends for good.
+"""The parts of a running cloud: the health of each, and the end of the process if one fails for good.
 
-A part that raises in its thread is started again, with pauses that grow; where that does not help, or a part says
-that it has ended, the process ends with the reason, so that whatever supervises it starts a whole one.
-Invariant: no part ends in silence: it is kept, or `failure` is set and `on_end` was called.
+A part that raises in its thread is restarted, with growing pauses. If that does not help, or a part reports that it
+has ended, the process ends with the reason, so that its supervisor can start it again.
+Invariant: no part ends unnoticed: it is restarted, or `failure` is set and `on_end` is called.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from edgefl.errors import PartFailed
 from edgefl.protocols.backoff import Backoff
 from edgefl.terminal.text import one_line
 
-MAX_FAULTS, FAULTS_S = 5, 60.0  # a part that raises so often within such a time is not started again
+MAX_FAULTS, FAULTS_S = 5, 60.0  # a part that raises this often within this time is not restarted
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 LOW_DISK_BYTES = 64 << 20
 LOCK_PATIENCE_S = 2.0
-FRESH_S = 1.0  # for so long one look serves all who ask: anybody may
+FRESH_S = 1.0  # results of the checks are cached this long, because anybody may request them
 MAX_REASON_CHARS = 300
 
 _log = logging.getLogger(__name__)
 
-Check = Callable[[], str]  # why a part is not well; empty = it is
+Check = Callable[[], str]  # why a part is unhealthy; empty = it is healthy
 
 
 class Parts:
-    """Names, checks and ends of a cloud's parts. Methods may be called from any thread."""
+    """Health checks and failures of a cloud's parts. Methods may be called from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -47,28 +47,28 @@ class Parts:
         self.on_end: Callable[[], object] = lambda: None
 
     def check(self, name: str, check: Check) -> None:
-        """Say how a part is looked at."""
+        """Register the health check of a part."""
         self._checks[name] = check
 
     def reasons(self) -> Mapping[str, str]:
-        """Return why each part is not well; empty for one that is."""
+        """Return why each part is unhealthy; empty for a healthy one."""
         with self._lock:
             if self._seen is None or self._clock() - self._seen[0] >= FRESH_S:
                 self._seen = self._clock(), {name: self._look(name) for name in {**self._checks, **self._ended}}
             return self._seen[1]
 
     def ended(self, name: str, error: BaseException) -> None:
-        """A part has ended and does not come back: so does the process."""
+        """Report that a part has ended for good: the process ends too."""
         _log.critical("part.ended part=%s", name, exc_info=error)
         self._ended[name] = f"it has ended: {error!r}"
         why = one_line(repr(error), MAX_REASON_CHARS)
         self.failure = self.failure or PartFailed(
-            f"the cloud ends, since a part of it did: {name}, {why}. Its log says more; jobs go on at the next start"
+            f"the cloud stopped because a part failed: {name}, {why}. See its log; jobs continue at the next start"
         )
         self.on_end()
 
     def keep(self, name: str, work: Callable[[], None]) -> None:
-        """Run a part in this thread until it returns, again after each error, unless there were too many of late."""
+        """Run a part in this thread until it returns; restart it after an error, unless errors are too frequent."""
         faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
         pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         while True:
@@ -83,7 +83,7 @@ class Parts:
                 return None
 
     def close(self) -> None:
-        """The process ends: nothing is started again."""
+        """The process ends: restart nothing."""
         self._closing.set()
 
     def _look(self, name: str) -> str:
@@ -92,11 +92,11 @@ class Parts:
         try:
             return one_line(self._checks[name](), MAX_REASON_CHARS)
         except OSError as error:
-            return one_line(f"it cannot be looked at: {error}", MAX_REASON_CHARS)
+            return one_line(f"its health cannot be checked: {error}", MAX_REASON_CHARS)
 
 
 def database_fault(path: Path) -> str:
-    """Return why the database cannot be written now, without writing to it."""
+    """Return why the database cannot be written now (empty if it can), without writing to it."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", LOCK_PATIENCE_S, uri=True)) as db:
             db.execute("BEGIN IMMEDIATE")
@@ -108,8 +108,10 @@ def database_fault(path: Path) -> str:
 
 
 def disk_fault(folder: Path) -> str:
-    """Return why there is too little space."""
+    """Return an error text if there is too little disk space, else an empty one."""
     free = shutil.disk_usage(folder).free
     if free >= LOW_DISK_BYTES:
         return ""
-    return f"{free >> 20} MB are free where {folder} is, expected {LOW_DISK_BYTES >> 20} or more; make space there"
+    return (
+        f"the disk of {folder} has {free >> 20} MB free, expected at least {LOW_DISK_BYTES >> 20} MB. Free some space"
+    )

@@ -1,11 +1,11 @@
-"""The cloud's descriptors, shared out at its start, so that no port can take another's.
+"""Divides the cloud's file descriptors between its ports when it starts, so that no port can use up another's.
 
     a quarter (512 at most)   the database, the spool, blobs, the process itself
     an eighth (1000 at most)  HTTPS: operators, enrolment
     the rest                  devices, at the gRPC port and, with the built-in broker, at the MQTT port
 
-A device port keeps some of its places for connections that have not said who they are; the others are
-*seats*, for enrolled devices. A device that finds no seat is told so. Invariant: the shares' sum is within the limit.
+A device port reserves some places for connections that are not authenticated yet; the others are *seats* for
+enrolled devices. A device that gets no seat receives an error. Invariant: the sum of the shares is within the limit.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Self
 from edgefl.errors import HostError
 from edgefl.protocols.ports.connections import MAX_LEAVING, ConnectionLimits
 
-LEAST = 256  # descriptors: below, there is no cloud to speak of
+LEAST = 256  # descriptors; a cloud needs at least this many
 MAX_FILES, MAX_HTTP, MAX_WAITING = 512, 1000, 256
-WAITING_S = 20.0  # to say who it is: TLS, and a first call or CONNECT
-FILES_OF_A_TRANSFER = 4  # two turnstiles, and what a file is opened again for
+WAITING_S = 20.0  # time limit to authenticate: TLS, and a first call or CONNECT
+FILES_OF_A_TRANSFER = 4  # two transfer limiters, and files that are opened twice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class PortShare:
     """What one port for devices may hold."""
 
     seats: int  # connections of enrolled devices
-    waiting: int  # connections that have not said who they are
+    waiting: int  # connections that are not authenticated yet
 
     def limits(self) -> ConnectionLimits:
         return ConnectionLimits(max_open=self.seats + self.waiting, max_waiting=self.waiting, waiting_s=WAITING_S)
@@ -44,7 +44,7 @@ class Shares:
 
     @classmethod
     def of(cls, limit: int, *, builtin_broker: bool) -> Self:
-        """Divide a limit; raises HostError for one with which a cloud cannot work."""
+        """Divide a limit; raises HostError if it is too low for a cloud."""
         if limit < LEAST:
             raise HostError(
                 f"this process may open {limit} files and connections; a cloud needs {LEAST}, and two more for each "
@@ -58,11 +58,11 @@ class Shares:
 
     @property
     def transfers(self) -> int:
-        """How many uploads, and downloads, may be under way at a time."""
+        """How many uploads, and how many downloads, may run at a time."""
         return max(4, self.files // FILES_OF_A_TRANSFER)
 
     def full(self) -> str:
-        """What a device is told that finds no seat."""
+        """The error for a device that gets no seat."""
         return (
             f"the cloud holds the connections of {self.devices.seats} devices, the most that its limit of "
             f"{self.limit} open files allows; raise the limit (LimitNOFILE= in its unit, `ulimit -n`). This device "

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
-from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, Turnstile
+from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, TransferLimiter
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import Answer, Jobs
@@ -109,8 +109,8 @@ class FleetService:
         self._workers = workers
         self._loop = asyncio.get_running_loop()
         self.calls = RunningCalls()
-        self._uploads = Turnstile(max_inside=parts.max_transfers)
-        self._downloads = Turnstile(max_inside=parts.max_transfers, max_each=MAX_DOWNLOADS)
+        self._uploads = TransferLimiter(max_inside=parts.max_transfers)
+        self._downloads = TransferLimiter(max_inside=parts.max_transfers, max_each=MAX_DOWNLOADS)
 
     async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self._device(context)

@@ -1,10 +1,10 @@
-"""Lets transfers in a few at a time, without letting slow ones hold up the rest.
+"""Limits how many transfers start at once, without letting slow ones delay the rest.
 
-Two fast transfers fill cores and disk; ten at once take as long, and their buffers ten times the
-memory. A transfer that is not done soon is bound by its own link and costs neither: it gives its turn
-on, and goes on beside the others. So a thousand slow devices upload together.
-Invariant: no device holds more than a few places, and none that does not move: its newest transfers
-cut off its oldest, whose connection is dead as a rule.
+Two fast transfers use all cores and the disk; ten at once are no faster, and their buffers need five times the
+memory. A transfer that is not finished after `turn_s` is limited by its own link: it gives its turn to the next one
+and continues in parallel. So a thousand slow devices can upload at the same time.
+Invariant: a device has at most `max_each` transfers, and a transfer without progress ends: a device's newest
+transfer cuts off its oldest, whose connection is usually dead.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import AsyncIterator, Iterator
 
 TURNS = 2
 TURN_S = 0.5
-MAX_INSIDE = 128  # of a megabyte or two of buffers each
+MAX_INSIDE = 128  # transfers at once, each with one or two megabytes of buffers
 STALL_S = 120.0  # a megabyte at 70 kbit/s
 
 
 class Transfer:
-    """One transfer and the time that it has left. Belongs to one event loop."""
+    """One transfer and its deadline. Used in one event loop only."""
 
     def __init__(self, scope: asyncio.Timeout, stall_s: float) -> None:
         self._scope, self._stall_s = scope, stall_s
         self._cut_off = False
 
     def moved(self) -> None:
-        """Its time begins again, unless it was cut off."""
+        """Record progress: restart the deadline, unless the transfer was cut off."""
         if not self._cut_off:
             self._scope.reschedule(asyncio.get_running_loop().time() + self._stall_s)
 
@@ -36,8 +36,8 @@ class Transfer:
         self._scope.reschedule(asyncio.get_running_loop().time())
 
 
-class Turnstile:
-    """Belongs to one event loop."""
+class TransferLimiter:
+    """Limits uploads, or downloads. Used in one event loop only."""
 
     def __init__(
         self, turns: int = TURNS, turn_s: float = TURN_S, max_inside: int = MAX_INSIDE, max_each: int = 1,
@@ -50,9 +50,9 @@ class Turnstile:
 
     @contextlib.asynccontextmanager
     async def turn(self, device: str) -> AsyncIterator[Transfer]:
-        """Wait for a turn; it ends with the block or after `turn_s`, whichever is first.
+        """Wait for a turn. The turn ends with the block or after `turn_s`, whichever comes first.
 
-        Raises TimeoutError where the transfer does not say `moved` in time, or newer ones take its place.
+        Raises TimeoutError if the transfer does not report progress (`moved`) in time, or is cut off.
         """
         async with asyncio.timeout(None) as scope:
             with self._place(device, Transfer(scope, self._stall_s)) as transfer:

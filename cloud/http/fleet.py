@@ -20,7 +20,7 @@ operator = APIRouter()
 
 
 class EnrolRequest(Body):
-    """What a device asks with; `csr` is a PEM text."""
+    """A device's enrolment request; `csr` is in PEM format."""
 
     secret: str = Field(max_length=200)
     name: str = Field(max_length=200)
@@ -29,14 +29,14 @@ class EnrolRequest(Body):
 
 
 class TokenRequest(Body):
-    """How long the token is to be good."""
+    """How long the new token is valid."""
 
     valid_for_s: float = VALID_FOR_S
 
 
 @public.get("/v1/health")
 def health(here: Here) -> CleanJSON:
-    """Say how the cloud's parts are, 503 where one is not well, and the time: a device's doctor compares clocks."""
+    """Return the health of the cloud's parts (503 if one is unhealthy) and the time, to compare a device's clock."""
     reasons = here.parts()
     well = not any(reasons.values())
     parts = {name: {"ok": not reason, "reason": reason} for name, reason in reasons.items()}
@@ -47,7 +47,7 @@ def health(here: Here) -> CleanJSON:
 
 @public.get("/v1/ca")
 async def ca(here: Here) -> Response:
-    """Return the CA's certificate; whoever asks compares it with the fingerprint in the token."""
+    """Return the CA's certificate; the client compares it with the fingerprint in its token."""
     return Response(here.ca_pem, media_type="application/x-pem-file")
 
 
@@ -72,13 +72,13 @@ def enroll(body: EnrolRequest, here: Here) -> dict[str, Any]:
 
 @operator.get("/v1/devices")
 def devices(here: Here) -> list[dict[str, Any]]:
-    """Return every device with what it said last of itself."""
+    """Return every device with its last reported state."""
     return [_shown(here, device) for device in here.enrolment.devices()]
 
 
 @operator.delete("/v1/devices/{name}")
 def remove(name: str, here: Here) -> dict[str, Any]:
-    """Put a device out of the fleet."""
+    """Remove a device and reject its certificate from now on."""
     known(here.enrolment.remove, name)
     here.rollouts.forget(name)
     here.link.forget(name)

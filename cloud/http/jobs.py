@@ -25,13 +25,13 @@ from edgefl.hashing import HashingFile
 from edgefl.protocols.messages import BlobRef
 
 MAX_NAME_CHARS = 500
-ROUNDS_AT_ONCE = 200  # in memory, for a reader that is behind
+ROUNDS_AT_ONCE = 200  # read into memory at once, for a reader that is behind
 
 operator = APIRouter()
 
 
 class JobRequest(Body):
-    """A job: a bundle and first parameters that are uploaded already, and its configuration."""
+    """A job: its configuration, and the already uploaded bundle and first parameters."""
 
     task: str
     bundle: BlobRef
@@ -48,7 +48,7 @@ class JobRequest(Body):
 
 @operator.put(UPLOAD_PATH)
 async def upload(request: Request, here: Here, sha256: str | None = None) -> BlobRef:
-    """Store the body as a blob; with `sha256`, only where that is its digest."""
+    """Store the body as a blob; with `sha256`, only if the body has this digest."""
     return await store_body(request, here.blobs, here, sha256=sha256, max_bytes=here.max_blob_bytes)
 
 
@@ -67,7 +67,7 @@ async def store_body(
 
 @operator.get(UPLOAD_PATH + "/{sha256}")
 def download(sha256: str, here: Here) -> FileResponse:
-    """Return a blob whose bytes are what its name says; ranges are understood."""
+    """Return a blob after its hash was checked; supports range requests."""
     here.blobs.check(sha256)
     return FileResponse(here.blobs.path(sha256), media_type="application/octet-stream")
 
@@ -111,9 +111,9 @@ def cancel(job: str, here: Here) -> dict[str, Any]:
 def events(
     request: Request, job: str, here: Here, after: Annotated[int, Query(ge=0, lt=1 << 31)] = 0
 ) -> StreamingResponse:
-    """Stream a line a finished round above `after`, heartbeats between, and the job's end as the last line."""
+    """Stream one line per finished round above `after`, heartbeats in between, and the job's end as the last line."""
     if _is_relay(job):
-        raise ConfigError(f"{job} carries a Flower app's messages; its rounds are seen where `edgefl run` runs")
+        raise ConfigError(f"{job} relays a Flower app's messages and has no rounds; see the output of its `edgefl run`")
     known(here.jobs.row, job)
     return stream_lines(request, job_lines(here, job, after))
 
@@ -147,18 +147,18 @@ class _Upload:
         self._max_bytes, self._deadline_s = max_bytes, deadline_s
 
     def fill(self, file: HashingFile) -> None:
-        """Write everything that comes; raises before the blob exists."""
+        """Write the whole body to a file; an error prevents the blob from being stored."""
         while (chunk := anyio.from_thread.run(self._next)) is not None:
             self.refuse_size(file.size + len(chunk))
             file.write(chunk)
         if self._sha256 not in {None, file.hexdigest()}:
             raise ProtocolError(
-                f"the bytes that came have SHA-256 {file.hexdigest()[:16]}..., announced was "
+                f"the received bytes have SHA-256 {file.hexdigest()[:16]}..., expected "
                 f"{str(self._sha256)[:16]}...; nothing was stored, send them again"
             )
 
     def refuse_size(self, size: int) -> None:
-        """Raise for more bytes than a blob may have."""
+        """Raise if a blob is too large."""
         if size > self._max_bytes:
             raise HTTPException(413, f"a blob may have {self._max_bytes} bytes at most; nothing was stored")
 
@@ -167,5 +167,5 @@ class _Upload:
             async with asyncio.timeout(self._deadline_s):
                 return await anext(self._chunks, None)
         except TimeoutError as cause:
-            message = f"no bytes came for {self._deadline_s:g} s; nothing was stored"
+            message = f"no bytes were received for {self._deadline_s:g} s; nothing was stored"
             raise HTTPException(408, message) from cause

@@ -21,14 +21,14 @@ operator = APIRouter()
 
 
 class ReleaseRequest(Body):
-    """An uploaded ONNX file, and what is known of it."""
+    """An uploaded ONNX file and its metrics."""
 
     blob: BlobRef
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class RolloutRequest(Body):
-    """Which version goes where. `to` holds all, TAG=VALUE and name:DEVICE."""
+    """Which version to roll out, and to which devices: `to` holds all, TAG=VALUE and name:DEVICE."""
 
     model: str
     version: int | None = None
@@ -55,7 +55,7 @@ def model(name: str, here: Here) -> list[dict[str, Any]]:
     """Return the releases of one model, the newest first."""
     releases = here.registry.list(name)
     if not releases:
-        raise NotFound(f"there is no model {name!r}; `edgefl models list` shows those there are")
+        raise NotFound(f"there is no model {name!r}; list them with `edgefl models list`")
     return releases
 
 
@@ -82,9 +82,9 @@ def rollout(rollout: str, here: Here) -> dict[str, Any]:
 def events(
     request: Request, rollout: str, here: Here, within_s: Annotated[float, Query(ge=0)] = math.inf
 ) -> StreamingResponse:
-    """Stream the rollout's status at each change, heartbeats between.
+    """Stream the rollout's status whenever it changes, heartbeats in between.
 
-    The last line is not `running`, unless the stream ended because the time was up.
+    The state in the last line is not `running`, unless the stream ended because `within_s` was over.
     """
     known(here.rollouts.status, rollout)
     return stream_lines(request, rollout_lines(here, rollout, time.monotonic() + within_s))

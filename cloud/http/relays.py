@@ -1,6 +1,6 @@
-"""Routes about relays: an operator's Flower app begins one, sends messages, hears replies, fetches them, ends it.
+"""Routes about relays: start one for a Flower app, send messages, follow and fetch replies, end it.
 
-Every route may be called again where an answer was lost: what was done already is left as it is.
+Every route is idempotent, so that a client whose response was lost can send the request again.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Messages(Body):
 
 
 class Numbers(Body):
-    """Messages that the operator has done with."""
+    """Numbers of messages that the operator has acknowledged."""
 
     numbers: list[int] = Field(max_length=10_000)
 
 
 class Ending(Body):
-    """How a run came to its end."""
+    """How a run ended."""
 
     state: Literal["done", "failed", "cancelled"]
     error: str | None = Field(default=None, max_length=10_000)
@@ -74,14 +74,14 @@ def start(body: RelayRequest, here: Here) -> dict[str, str]:
 
 @operator.put("/{relay}/contents/{sha256}")
 async def upload(request: Request, relay: str, sha256: Sha256, here: Here) -> BlobRef:
-    """Store what messages of this relay hold."""
+    """Store the content of messages of this relay."""
     contents = await anyio.to_thread.run_sync(here.relays.contents, relay)
     return await store_body(request, contents, here, sha256=sha256, max_bytes=MAX_MESSAGE_BYTES)
 
 
 @operator.delete("/{relay}/contents/{sha256}")
 def forget(relay: str, sha256: Sha256, here: Here) -> dict[str, Any]:
-    """Drop what no message holds any more."""
+    """Delete content that no message needs any more."""
     here.relays.contents(relay).delete(sha256)
     return {"removed": sha256}
 
@@ -108,7 +108,7 @@ def send(relay: str, body: Messages, here: Here) -> dict[str, int]:
 
 @operator.get("/{relay}/events")
 def events(request: Request, relay: str, here: Here) -> StreamingResponse:
-    """Stream a line a reply that the operator has not done with, heartbeats between, and the relay's end."""
+    """Stream one line per unacknowledged reply, heartbeats in between, and the relay's end."""
     here.relays.get(relay)
     return stream_lines(request, here.relays.lines(relay, here.heartbeat_s))
 

@@ -39,7 +39,7 @@ async def serve_http(
         access_log=False,
         log_level="warning",
         server_header=False,
-        proxy_headers=False,  # an address is whom we hear, not what it says
+        proxy_headers=False,  # take a client's address from its connection, not from its headers
         timeout_graceful_shutdown=STOP_GRACE_S,
     )
     server = LimitedServer(config, limits or HttpLimits(), "https", (lambda: context) if context else None)
@@ -48,7 +48,7 @@ async def serve_http(
 
     def ended(task: asyncio.Task[None]) -> None:
         if not server.should_exit and not task.cancelled():
-            on_end(task.exception() or RuntimeError("it stopped unasked"))
+            on_end(task.exception() or RuntimeError("the HTTPS server stopped by itself"))
 
     serving.add_done_callback(ended)
     try:

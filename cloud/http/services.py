@@ -1,4 +1,4 @@
-"""What the HTTPS plane works on: the parts of a cloud, and the two that it only knows by protocol."""
+"""The parts of a cloud that the HTTPS plane uses; two of them are protocols."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class JobService(Protocol):
         """Return one job without its rounds."""
 
     def follow(self, job: str, after: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Read a job's rounds above `after`: they are kept until the reader says that it has them."""
+        """Follow a job's rounds above `after`; a round is kept until the reader confirms it."""
 
     def rounds_after(self, job: str, number: int, limit: int | None = None) -> Rows:
         """Return the outcomes of the finished rounds above `number`, in order, at most `limit`."""
@@ -58,13 +58,13 @@ class Link(Protocol):
     """Presence, as the operator's plane needs it."""
 
     def state(self, device: str) -> DeviceState | None:
-        """Return what a device said last."""
+        """Return a device's last reported state."""
 
     def telemetry(self, device: str) -> Telemetry | None:
         """Return what a device that is online measured last."""
 
     def forget(self, device: str) -> None:
-        """Drop what is kept of a device."""
+        """Forget a device's state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,4 +88,4 @@ class Services:
     heartbeat_s: float = 5.0  # of event streams in which nothing happens
     chunk_deadline_s: float = 60.0  # for the next bytes of an upload
     broker: str = "builtin"  # which program it is: mosquitto (the cloud's child), builtin, or external
-    parts: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is not well; empty = it is
+    parts: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is unhealthy; empty = it is healthy

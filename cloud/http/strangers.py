@@ -1,4 +1,4 @@
-"""What the HTTPS plane allows those who show no operator's token: little at a time, and few wrong tokens.
+"""Limits for clients of the HTTPS plane without an operator's token: few requests at a time, few refused enrolments.
 
 Two pieces of ASGI middleware. `OperatorFirst` limits the requests at work, keeps most places for
 operators, refuses a stranger's body before it is read, except at enrolment, and slows down an address that
@@ -32,7 +32,7 @@ LONGEST_S = 4.0  # that a request is held back
 
 
 class OperatorFirst:
-    """Limits requests at work, and how many a second one address may ask; see the module."""
+    """Limits concurrent requests, and requests per second and address; see the module's docstring."""
 
     def __init__(self, app: ASGIApp, *, token: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = RequestLimit(app, max_active=MAX_ACTIVE, reserved=FOR_OPERATORS, vouches=self._is_operator)
@@ -45,7 +45,7 @@ class OperatorFirst:
         elif has_body(scope) and scope["path"] != ENROLMENT:
             await _answer(send, 401, NEEDS_TOKEN, {"WWW-Authenticate": "Bearer", "Connection": "close"})
         elif (wait_s := self._requests.of(_source(scope)).take()) > LONGEST_S:
-            text = f"your address asks more than {REQUESTS_PER_S} times a second; ask again later"
+            text = f"your address sends more than {REQUESTS_PER_S} requests per second; try again later"
             await _answer(send, 429, text, {"Retry-After": str(math.ceil(wait_s)), "Connection": "close"})
         else:
             if wait_s > 0:
@@ -57,7 +57,7 @@ class OperatorFirst:
 
 
 class EnrolmentLimit:
-    """Slows down whose enrolments are refused; see the module."""
+    """Slows down addresses whose enrolments are refused; see the module's docstring."""
 
     def __init__(self, app: ASGIApp, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
@@ -70,9 +70,7 @@ class EnrolmentLimit:
         refusals = self._refusals.of(_source(scope))
         if (wait_s := refusals.take(0)) > 0:
             text = f"too many enrolments from your address were refused; try again in {math.ceil(wait_s)} s. "
-            await _answer(
-                send, 429, f"{text}A token that is good is still good", {"Retry-After": str(math.ceil(wait_s))}
-            )
+            await _answer(send, 429, f"{text}A valid token stays valid", {"Retry-After": str(math.ceil(wait_s))})
             return
 
         async def noted(message: Message) -> None:

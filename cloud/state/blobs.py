@@ -107,7 +107,7 @@ class BlobStore:
 
 
 class _Both:
-    """Two hashes of what is written, while it is in the cache."""
+    """Computes two hashes of the written data in one pass."""
 
     def __init__(self, name: Digest, fast: blake3) -> None:
         self._name, self._fast = name, fast

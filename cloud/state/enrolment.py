@@ -1,7 +1,7 @@
-"""Enrolment: who is of the fleet, and how a device becomes so.
+"""Enrolment: which devices belong to the fleet, and how a device is admitted.
 
-A token is 32 random bytes that work once and for a time; the database keeps only their SHA-256, so
-that looking one up tells nothing by its timing and a stolen database holds no token.
+A token is 32 random bytes, valid once and for a limited time. The database keeps only their SHA-256, so that the
+timing of a lookup reveals nothing, and a stolen database has no tokens.
 Invariant: a token is used, a device added and its certificate made in one transaction, or nothing is.
 """
 
@@ -58,9 +58,9 @@ class Enrolment:
         self.renewals = Renewals(engine, ca_folder, clock, certificate_days)
 
     def new_token(self, valid_for_s: float = VALID_FOR_S) -> str:
-        """Make a one-time token. It carries the CA's fingerprint too: a device trusts nobody before that."""
+        """Make a one-time token. It contains the CA's fingerprint, so that a device can verify the cloud."""
         if not 0 < valid_for_s <= 366 * 24 * 3600:
-            raise ConfigError(f"a token valid for {valid_for_s:g} s: wanted is above 0 s and at most a year")
+            raise ConfigError(f"a token valid for {valid_for_s:g} s: expected above 0 s and at most a year")
         secret = secrets.token_urlsafe(TOKEN_BYTES)
         row = {"secret_sha256": _hashed(secret), "expires_s": self._clock() + valid_for_s}
         with self._engine.begin() as db:
@@ -91,7 +91,7 @@ class Enrolment:
         return certificate
 
     def is_known(self, name: str, serial: str | None = None) -> bool:
-        """Whether a device is of the fleet; with a serial number, by that very certificate or its next one."""
+        """Whether a device is in the fleet; with a serial number, whether it is of its current or next certificate."""
         found = sa.select(devices.c.serial).where(devices.c.name == name)
         with self._engine.connect() as db:
             valid = db.scalar(found)
@@ -105,14 +105,14 @@ class Enrolment:
             return [Device(**row) for row in db.execute(devices.select().order_by(devices.c.name)).mappings()]
 
     def remove(self, name: str) -> None:
-        """Put a device out of the fleet: its certificate is worth nothing from now on.
+        """Remove a device and reject its certificate from now on.
 
-        Updates of it that wait to be folded are refused in the same transaction.
+        Its updates that are not folded yet are refused in the same transaction.
         """
         with self._engine.begin() as db:
             serial = db.scalar(sa.select(devices.c.serial).where(devices.c.name == name))
             if serial is None:
-                raise NotFound(f"there is no device {name!r}; `edgefl devices list` shows those there are")
+                raise NotFound(f"there is no device {name!r}; list them with `edgefl devices list`")
             db.execute(devices.delete().where(devices.c.name == name))
             for one in (serial, forget_next(db, name)):
                 if one is not None:
@@ -121,7 +121,7 @@ class Enrolment:
             db.execute(updates.update().where(waiting).values(file=sa.null(), weight=sa.null(), reason=REMOVED))
 
     def revoked(self) -> list[str]:
-        """Return the serial numbers that are worth nothing any more, in the order in which they came to be so."""
+        """Return the serial numbers of revoked certificates, in the order of their revocation."""
         with self._engine.connect() as db:
             return list(db.scalars(sa.select(revoked.c.serial).order_by(revoked.c.number)))
 
@@ -137,7 +137,7 @@ class Enrolment:
         return make_crl(self._ca_folder, self.revoked())
 
     def has_open_tokens(self) -> bool:
-        """Whether a token is about that somebody may still use."""
+        """Whether there is an unused token that is still valid."""
         is_open = tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > self._clock())
         with self._engine.connect() as db:
             return db.scalar(sa.select(tokens.c.secret_sha256).where(is_open).limit(1)) is not None
@@ -160,7 +160,7 @@ def _why_refused(db: sa.Connection, hashed: str) -> str:
 def _refuse_name(name: str) -> None:
     if not valid_device_name(name):
         raise EnrolmentRefused(
-            f"{name[:80]!r} cannot be a device's name: wanted are 1 to 64 of a-z 0-9 . _ - that begin and end with a "
+            f"{name[:80]!r} is not a valid device name: expected 1 to 64 of a-z 0-9 . _ - that begin and end with a "
             "letter or digit, and none of cloud, all, operator. The token is still good."
         )
 

@@ -1,8 +1,7 @@
-"""Who reads a job's rounds as they finish, and how far each is: what is not read yet is not pruned.
+"""Readers that follow a job's rounds, and the last round that each has read: unread rounds are not deleted.
 
-A reader whose connection broke is back within an operator's patience; until then its place is kept, and where the
-cloud itself was restarted, all rows of the jobs that it goes on with. So rows that somebody still wants cost a
-little while, never a round.
+After a lost connection a reader's position is kept for GRACE_S. After a restart of the cloud, all rounds of running
+jobs are kept for that time, until their readers have reconnected.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ GRACE_S = 150.0  # longer than an operator waits for a silent cloud
 
 
 class Followers:
-    """The readers of all jobs. Used from any thread."""
+    """The readers of all jobs. Methods may be called from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -34,7 +33,7 @@ class Followers:
 
     @contextlib.contextmanager
     def reading(self, job: str, after: int) -> Iterator[Callable[[int], None]]:
-        """Follow a job from above a round on; gives what is told how far it has come."""
+        """Follow a job's rounds above `after`; gives a function to report the last round read."""
         with self._lock:
             number = next(self._numbers)
             self._seen.setdefault(job, {})[number] = after
@@ -58,7 +57,7 @@ class Followers:
                         del self._seen[of_job]
 
     def prunable(self, job: str, done: int, kept: int) -> int:
-        """Return the last round that nobody may still want: `kept` before the slowest reader's; 0 for none."""
+        """Return the last round that may be deleted: `kept` rounds before the slowest reader; 0 = none."""
         now_s = self._clock()
         with self._lock:
             if now_s < self._resumed.get(job, now_s):

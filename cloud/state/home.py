@@ -60,7 +60,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AggregatorOptions:
-    """What `edgefl cloud start` was told."""
+    """The options of `edgefl cloud start`."""
 
     home: Path
     host: str = "127.0.0.1"
@@ -79,7 +79,9 @@ class AggregatorOptions:
 
     def __post_init__(self) -> None:
         if self.insecure and not is_loopback(self.host):
-            raise ConfigError(f"--insecure is for loopback only, --host is {self.host}; leave one of them out")
+            raise ConfigError(
+                f"--insecure is for loopback only, --host is {self.host}; drop --insecure, or use a loopback address"
+            )
         url = urllib.parse.urlsplit(self.broker)
         if not self.has_own_broker and (url.scheme not in {"mqtt", "mqtts"} or not url.hostname or not url.port):
             raise ConfigError(f"--broker={self.broker!r} is neither 'embedded', 'builtin' nor mqtts://host:port")

@@ -1,8 +1,8 @@
-"""Jobs as they stand in the database: what was submitted, which round is open, who has answered.
+"""Jobs in the database: what was submitted, which round is open, and which devices have answered.
 
-Exactly once rests on three commits: a round's cohort before it is announced, an update before it is
-acknowledged, and a round's outcome together with the model after it. Whatever is killed between
-them, the rows say what to do again.
+Each update counts exactly once because of three commits: a round's cohort before it is announced, an update before
+it is acknowledged, and a round's outcome together with the new model. After a crash between them, the rows say
+what to repeat.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Jobs:
         return job
 
     def running(self) -> list[str]:
-        """Return the jobs to go on with."""
+        """Return the ids of the running jobs."""
         with self._engine.begin() as db:
             return list(db.scalars(sa.select(jobs.c.id).where(jobs.c.state == "running").order_by(jobs.c.created_s)))
 
@@ -175,7 +175,7 @@ class Jobs:
             ]
 
     def record(self, job: str, number: int, answer: Answer) -> None:
-        """Make an answer durable: what is done before it is acknowledged."""
+        """Make an answer durable, before it is acknowledged."""
         with self._engine.begin() as db:
             db.execute(updates.insert().values({"job": job, "round": number} | dataclasses.asdict(answer)))
 
@@ -239,11 +239,11 @@ class Jobs:
         with self._engine.begin() as db:
             row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one_or_none()
         if row is None:
-            raise NotFound(f"there is no job {job!r}; `edgefl jobs list` shows those there are")
+            raise NotFound(f"there is no job {job!r}; list them with `edgefl jobs list`")
         return self._shown(row)
 
     def follow(self, job: str, after: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Read a job's rounds above `after`: they are kept until the reader says that it has them."""
+        """Follow a job's rounds above `after`; a round is kept until the reader confirms it."""
         return self.followers.reading(job, after)
 
     def rounds_after(self, job: str, number: int, limit: int | None = None) -> Rows:

@@ -62,7 +62,7 @@ class Registry:
             found = db.scalar(newest_first)
         if found is None:
             which = f"model {model!r}" if version is None else f"version {version} of model {model!r}"
-            raise NotFound(f"there is no {which}; `edgefl models list` shows those there are")
+            raise NotFound(f"there is no {which}; list them with `edgefl models list`")
         return self._verified(found)
 
     def list(self, model: str | None = None) -> Rows:

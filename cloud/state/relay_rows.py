@@ -1,4 +1,4 @@
-"""Relays as they stand in the database: which run, which messages wait, which are answered.
+"""Relays in the database: which are running, which messages are waiting, and which are answered.
 
 A relay carries the messages of a Flower app between its ServerApp, on the operator's machine, and the
 ClientApps on devices. A message is durable before it is announced, its answer before it is acknowledged.
@@ -32,7 +32,7 @@ class Message:
     content_sha256: str  # what it holds: a file that messages may share
     expires_s: float  # seconds since 1970
     answer: Answer | None = None
-    lost: bool = False  # the answer is the cloud's own, which gave the device up
+    lost: bool = False  # the cloud gave the device up and answered in its place
 
 
 class RelayRows:
@@ -72,7 +72,7 @@ class RelayRows:
         return new
 
     def answer(self, relay: str, number: int, answer: Answer, *, lost: bool) -> None:
-        """Make an answer durable: what is done before it is acknowledged."""
+        """Make an answer durable, before it is acknowledged."""
         here = (errands.c.relay == relay) & (errands.c.number == number)
         with self._engine.begin() as db:
             db.execute(
@@ -103,7 +103,7 @@ class RelayRows:
         with self._engine.begin() as db:
             row = db.execute(relays.select().where(relays.c.id == relay)).mappings().one_or_none()
         if row is None:
-            raise NotFound(f"there is no relay {relay!r}; `edgefl jobs list` shows those there are")
+            raise NotFound(f"there is no relay {relay!r}; list them with `edgefl jobs list`")
         return _shown(row)
 
 

@@ -1,9 +1,8 @@
-"""Rollouts: which release each device is to serve, and how far it is with it.
+"""Rollouts: which release each device should serve, and its progress.
 
-A device has one row a model; its sequence rises with every rollout that touches it, so that a device
-tells a new wish from an old message sent again. A removed device keeps its row for that reason.
-Invariant: a rollout changes every device that it names or none, and lowers a version only where its
-operator said `rollback`.
+A device has one row per model. Its sequence number grows with every rollout that includes the device, so that the
+device can tell a new `Desired` from an old one that is sent again. A removed device keeps its row for that reason.
+Invariant: a rollout changes all of its devices or none, and lowers a version only with `rollback`.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ class Rollouts:
         return [self.status(one) for one in ids]
 
     def desired_for(self, device: str) -> Documents:
-        """Return what a device is to serve, one document a model."""
+        """Return the `Desired` documents of a device, one per model."""
         its_own = (desired.c.device == device) & ((desired.c.state != FAILED) | (desired.c.detail != REMOVED))
         with self._engine.connect() as db:
             found = db.scalars(sa.select(desired.c.signed).where(its_own)).all()
@@ -163,7 +162,7 @@ def _matches(device: Device, selector: str) -> bool:
         return device.name == selector.removeprefix("name:")
     key, equals, value = selector.partition("=")
     if not equals:
-        raise ConfigError(f"{selector[:80]!r} selects no devices: wanted is all, TAG=VALUE or name:DEVICE")
+        raise ConfigError(f"{selector[:80]!r} is not a selector of devices; expected all, TAG=VALUE or name:DEVICE")
     return device.tags.get(key) == value
 
 
@@ -179,7 +178,7 @@ def _refuse_older(release: Release, before: Mapping[str, Mapping[str, Any]]) -> 
         shown = ", ".join(f"{name} (version {version})" for name, version in sorted(newer.items())[:5])
         raise ManifestRejected(
             f"{release.model} version {release.version} is older than what {len(newer)} devices are to serve: {shown}. "
-            "Nothing was changed; say --rollback to go back."
+            "Nothing was changed; use --rollback to install an older version."
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether the home takes what is written to it. A full disk is a pause that ends when there is space.
+"""Whether the home's disk and database can be written. A full disk pauses the work until there is space.
 
 Who cannot write says so (`refused`), or waits until it can (`insist`). From then on `waiting` tells what is waited
 for, and no deadline of a round runs, until something was written again or a trial shows that there is room.
@@ -157,7 +157,7 @@ class Storage:
             refuse_stopped()
 
     def wake(self) -> None:
-        """Let those who wait look whether they are still to."""
+        """Wake all waiting threads, so that they check whether to stop."""
         with self._changed:
             self._changed.notify_all()
 

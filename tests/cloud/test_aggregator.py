@@ -152,7 +152,7 @@ def test_a_part_that_ends_takes_the_process_with_it_and_is_named(tmp_path):
         assert set(parts.reasons()) >= {"link", "broker", "database", "disk", "grpc", "jobs"}
         threading.Thread(target=parts.ended, args=("link", ZeroDivisionError("by zero"))).start()
 
-    with pytest.raises(PartFailed, match=r"a part of it did: link, ZeroDivisionError\('by zero'\)"):
+    with pytest.raises(PartFailed, match=r"a part failed: link, ZeroDivisionError\('by zero'\)"):
         aggregator.serve(ready)
     assert not [one for one in threading.enumerate() if one.name in {"broker", "mqtt-cloud", "mqtt-inbox"}]
 

@@ -51,7 +51,7 @@ def test_a_part_that_cannot_be_kept_ends_the_process_with_its_reason() -> None:
     assert len(runs) == MAX_FAULTS
     assert ends == [1]
     assert isinstance(parts.failure, PartFailed)
-    assert "a part of it did: relays, ZeroDivisionError" in str(parts.failure)
+    assert "a part failed: relays, ZeroDivisionError" in str(parts.failure)
     assert parts.reasons()["relays"] == "it has ended: ZeroDivisionError('by zero\\n\\x1b')"
 
 
@@ -127,4 +127,4 @@ def test_a_disk_that_is_nearly_full_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(parts_module.shutil, "disk_usage", lambda _: usage)
     assert disk_fault(tmp_path) == ""
     usage.free -= 1
-    assert "63 MB are free" in disk_fault(tmp_path)
+    assert "63 MB free" in disk_fault(tmp_path)

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from cloud.dataplane.transfer_limiter import Turnstile
+from cloud.dataplane.transfer_limiter import TransferLimiter
 
 
 async def transfer(turnstile, name, log, done):
@@ -14,7 +14,7 @@ async def transfer(turnstile, name, log, done):
 
 def test_a_third_waits_for_the_first_to_end():
     async def run():
-        turnstile, log = Turnstile(turns=2, turn_s=60), []
+        turnstile, log = TransferLimiter(turns=2, turn_s=60), []
         ends = [asyncio.Event() for _ in range(3)]
         async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
             for name, end in zip("abc", ends, strict=True):
@@ -30,7 +30,7 @@ def test_a_third_waits_for_the_first_to_end():
 
 def test_a_slow_one_gives_its_turn_on_and_takes_no_second_one_back():
     async def run():
-        turnstile, log = Turnstile(turns=1, turn_s=0.02), []
+        turnstile, log = TransferLimiter(turns=1, turn_s=0.02), []
         slow, fast = asyncio.Event(), asyncio.Event()
         async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
             tasks.create_task(transfer(turnstile, "slow", log, slow))
@@ -49,7 +49,7 @@ def test_a_slow_one_gives_its_turn_on_and_takes_no_second_one_back():
 
 def test_those_inside_are_bounded():
     async def run():
-        turnstile, log = Turnstile(turns=1, turn_s=0.001, max_inside=2), []
+        turnstile, log = TransferLimiter(turns=1, turn_s=0.001, max_inside=2), []
         ends = [asyncio.Event() for _ in range(3)]
         async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
             for name, end in zip("abc", ends, strict=True):
@@ -65,7 +65,7 @@ def test_those_inside_are_bounded():
 
 def test_a_transfer_that_does_not_move_is_ended_and_one_that_does_is_not():
     async def run():
-        turnstile = Turnstile(turns=1, turn_s=0.001, stall_s=0.1)
+        turnstile = TransferLimiter(turns=1, turn_s=0.001, stall_s=0.1)
         async with asyncio.timeout(5), turnstile.turn("a") as moving:
             for _ in range(5):
                 await asyncio.sleep(0.05)
@@ -79,7 +79,7 @@ def test_a_transfer_that_does_not_move_is_ended_and_one_that_does_is_not():
 
 def test_the_newest_transfers_of_a_device_cut_off_its_oldest_only():
     async def run():
-        turnstile, log, never = Turnstile(turns=9, max_each=2), [], asyncio.Event()
+        turnstile, log, never = TransferLimiter(turns=9, max_each=2), [], asyncio.Event()
 
         async def hold(name, device):
             try:

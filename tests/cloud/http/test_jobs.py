@@ -56,7 +56,7 @@ def test_a_blob_goes_up_and_comes_down(http):
 
 def test_a_blob_with_the_wrong_digest_is_not_stored(http, http_plane):
     answer = http.put("/v1/blobs", params={"sha256": "0" * 64}, content=b"data")
-    assert (answer.status_code, "announced was 0000" in answer.json()["error"]) == (400, True)
+    assert (answer.status_code, "expected 0000" in answer.json()["error"]) == (400, True)
     assert list((http_plane.folder / "blobs").iterdir()) == []
 
 

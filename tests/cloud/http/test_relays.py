@@ -66,7 +66,7 @@ def test_a_relay_is_listed_shown_and_cancelled_as_a_job(http, relay):
     [listed] = http.get("/v1/jobs").json()
     assert listed == http.get(f"/v1/jobs/{relay}").json()
     assert (listed["kind"], listed["task"], listed["state"], listed["sent"]) == ("relay", "app:app", "running", 0)
-    assert "its rounds are seen where" in http.get(f"/v1/jobs/{relay}/events").json()["error"]
+    assert "has no rounds" in http.get(f"/v1/jobs/{relay}/events").json()["error"]
     assert http.post(f"/v1/jobs/{relay}/cancel").json() == {"id": relay, "state": "cancelled"}
     assert http.post("/v1/jobs/relay-x/cancel").status_code == http.get("/v1/jobs/relay-x").status_code == 404
 
