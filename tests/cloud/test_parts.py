@@ -102,7 +102,7 @@ def test_what_cannot_be_looked_at_is_not_well() -> None:
         raise PermissionError(13, "Permission denied")
 
     parts.check("disk", look)
-    assert "cannot be looked at" in parts.reasons()["disk"]
+    assert "its health cannot be checked" in parts.reasons()["disk"]
 
 
 def test_a_database_that_cannot_be_written_is_named(tmp_path, monkeypatch) -> None:
