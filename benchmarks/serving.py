@@ -24,7 +24,7 @@ from benchmarks.family import Family
 from benchmarks.report import Row, Target, command, installed, median
 from benchmarks.workload import RunFailedError
 from edge_agent.serving.api import bind
-from edge_agent.serving.predictions import Model, News, Predictions, PredictionsConfig
+from edge_agent.serving.predictions import Model, ServingCallbacks, Predictions, PredictionsConfig
 from edgefl.app.local_fleet import free_ports
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def _mlserver(case: Case, ours: list[dict[str, float]]) -> Row:
 async def _ours(model: Path) -> AsyncIterator[int]:
     listener = bind("127.0.0.1", 0)
     port: int = listener.getsockname()[1]
-    news = News(serving=lambda _serving: None, failing=lambda _model, _reason: None)
+    news = ServingCallbacks(serving=lambda _serving: None, failing=lambda _model, _reason: None)
     predictions = Predictions(listener, PredictionsConfig(memory_mb=0, load_s=START_S), news)
     running = asyncio.create_task(predictions.run())
     try:

@@ -30,7 +30,7 @@ from edge_agent.releases.updater import Updater, UpdaterParts
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
 from edge_agent.serving.access import Access
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.predictions import Model, News, Predictions, PredictionsConfig
+from edge_agent.serving.predictions import Model, Predictions, PredictionsConfig, ServingCallbacks
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
 from edge_agent.training.participant import Participant, ParticipantParts
@@ -134,7 +134,7 @@ class _Agent:
                 token=config.access().token(),
                 tls_home=str(home) if config.serve_tls else "",
             ),
-            News(serving=self._on_serving, failing=self._on_failing),
+            ServingCallbacks(serving=self._on_serving, failing=self._on_failing),
         )
         self._started = False
         self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)

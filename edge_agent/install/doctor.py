@@ -1,4 +1,4 @@
-"""`edgefl agent doctor`: looks at everything an agent needs and says what is wrong and what to do.
+"""`edgefl agent doctor`: checks everything that an agent needs, and says what is wrong and what to do.
 
 It changes nothing, and what cannot be looked at for want of something else is not guessed at: a home
 that is not enrolled names no cloud to try. Exit status 1 where something fails.
@@ -53,9 +53,9 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.option("--serve-port", default=SERVE_PORT, show_default=True, help="Where the agent serves predictions.")
 @json_option
 def doctor(home: Path, serve_port: int, output: Output) -> None:
-    """Say what is wrong here and what to do.
+    """Check this device and say what to do.
 
-    Looks at clock, disk, keys, certificate, cloud, broker, ports and service, and changes nothing.
+    Checks clock, disk, keys, certificate, cloud, broker, ports and service. Changes nothing.
     """
     checks = list(examine(home, serve_port))
     failed = sum(check.state == "fail" for check in checks)
@@ -158,12 +158,12 @@ def _look_at_dates(cert: x509.Certificate, again: str) -> Check:
 
 
 def look_at_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -> Iterator[Check]:
-    """The cloud's three doors: HTTPS, which also tells the time, gRPC, and the broker."""
+    """Check the cloud's three services: HTTPS, which also tells the time, gRPC, and the broker."""
     health = ask_health(peer("cloud", profile.cloud_url, identity))
     if isinstance(health, Health):
         seen = f"{profile.cloud_url} runs edgefl {health.version}"
         if health.ailing:
-            advice = "Its operator has to look; this device does its part."
+            advice = "Its operator has to fix it; nothing is wrong with this device."
             yield Check(check="cloud", state="warn", seen=f"{seen}, but not well: {health.ailing}", advice=advice)
         else:
             yield Check(check="cloud", state="ok", seen=seen)

@@ -29,7 +29,7 @@ def watchdog_interval_s() -> float | None:
 
 
 async def keep_alive() -> None:
-    """Say that the event loop turns, until cancelled; returns at once where nobody asks."""
+    """Tell the watchdog that the event loop runs, until cancelled; returns at once without a watchdog."""
     interval_s = watchdog_interval_s()
     while interval_s is not None:
         notify("WATCHDOG=1")

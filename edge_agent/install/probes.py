@@ -1,9 +1,9 @@
-"""What `edgefl agent doctor` tries over the network: each probe takes one connection and explains one failure.
+"""Network checks of `edgefl agent doctor`: each probe opens one connection and explains one failure.
 
-A probe looks at the certificate's dates last: a device whose clock is wrong is to hear that its clock is
-wrong, not that the cloud's certificate is. Nothing here joins the fleet: the broker is greeted by TLS
-alone, since a second MQTT session of this name would end the agent's own. So `greet` knows that a service takes
-our certificate, not that it takes this device: a service may look into the fleet's list only after TLS.
+A probe checks the certificate's dates last, so that a device with a wrong clock reports the clock, not the cloud's
+certificate. The broker is checked by TLS only, because a second MQTT session with this name would end the agent's
+own. So `greet` shows that a service accepts our certificate, not that it accepts this device: it may check the
+fleet's list of devices only after TLS.
 Invariant: every wait has a deadline.
 """
 
@@ -45,7 +45,7 @@ _HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where one that lis
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One thing that was looked at: what was seen, and what to do where it is not well."""
+    """The result of one check: what was seen, and what to do if it failed."""
 
     check: str
     state: str  # ok | warn | fail
@@ -55,16 +55,16 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
-    """What the cloud says of itself, and how far this clock is from its own."""
+    """The cloud's report about itself, and how far this clock is from the cloud's."""
 
     version: str
     ahead_s: float  # of this clock; NaN where the cloud named no time
-    ailing: str = ""  # the parts of the cloud that are not well, and why
+    ailing: str = ""  # the unhealthy parts of the cloud, and why
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """Who is to answer where, and what we show to be let in (None: a loopback trial without TLS)."""
+    """A service to check, and the certificate to show to it (None: a loopback trial without TLS)."""
 
     check: str
     host: str
@@ -82,7 +82,7 @@ def peer(check: str, address: str, identity: tls.Identity | None) -> Peer:
 
 
 def ask_health(cloud: Peer, clock: Callable[[], float] = time.time) -> Health | Check:
-    """Return the cloud's health, or why it is not to be had."""
+    """Return the cloud's health, or a failed check that says why there is none."""
     try:
         connection = _http(cloud)
         try:
@@ -124,8 +124,8 @@ def greet(service: Peer) -> Check:
     except OSError as error:
         return explain(service, error)
     if hung_up:
-        seen = f"{service} closes the connection without a word after it has seen this device's certificate"
-        advice = "Look at its log: it may be stopping, or have no place for more connections."
+        seen = f"{service} closes the connection without an error after it has received this device's certificate"
+        advice = "See its log: it may be stopping, or be at its limit of connections."
         return Check(check=service.check, state="fail", seen=seen, advice=advice)
     seen = f"{service} takes this device's certificate, {version}, {1000 * took_s:.0f} ms"
     return Check(check=service.check, state="ok", seen=seen)
@@ -154,7 +154,9 @@ def look_at_serving(url: str, device: str, identity: tls.Identity | None) -> Che
         seen = f"the agent serves at {url}, which gives no answer: {one_line(str(error), MAX_SHOWN_CHARS)}"
         return Check(check=_SERVING, state="fail", seen=seen, advice=_WHY_IT_ENDED)
     if wants_token:
-        return Check(check=_SERVING, state="ok", seen=f"{url} serves this agent's predictions to who has its token")
+        return Check(
+            check=_SERVING, state="ok", seen=f"{url} serves this agent's predictions to clients with the token"
+        )
     if "edgefl" in name:
         return Check(check=_SERVING, state="ok", seen=f"{url} serves this agent's predictions")
     seen = f"the agent serves at {url}, where {one_line(name, MAX_SHOWN_CHARS) or 'another program'} answers"
@@ -214,7 +216,7 @@ def _hears_the_end(connection: ssl.SSLSocket) -> bool:
     try:
         return not connection.recv(1)
     except TimeoutError:
-        return False  # silence is consent: an MQTT broker waits for our first word
+        return False  # accepted: an MQTT broker waits for our first message
 
 
 def _meaning(at: Peer, error: OSError) -> tuple[str, str]:
@@ -242,7 +244,7 @@ def _their_certificate(at: Peer, error: ssl.SSLCertVerificationError) -> tuple[s
             f"Start the cloud with --host {at.host}, or enrol with a name that it has."
         )
     return f"{at} shows a certificate that this fleet's CA did not make", (
-        "Another fleet, or somebody in between, answers there. Check the address; else enrol with a new token."
+        "Another fleet, or an attacker in between, answers there. Check the address; else enrol with a new token."
     )
 
 

@@ -43,12 +43,12 @@ _ROOT_OPTION = click.option(
 
 @click.command(epilog=example("edgefl agent install --home /var/lib/edgefl --data path=/srv/pictures"))
 @click.option("--home", type=click.Path(path_type=Path), default=Path("/var/lib/edgefl"), show_default=True)
-@click.option("--user", default="edgefl", show_default=True, help="Runs the agent; made if it does not exist.")
+@click.option("--user", default="edgefl", show_default=True, help="User that runs the agent; created if missing.")
 @click.option("--data", multiple=True, callback=_data_options, metavar="K=V", help="Passed to the task's loaders.")
 @click.option("--serve-host", default="127.0.0.1", show_default=True, help="Address that predictions are served on.")
 @click.option("--serve-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--serve-tls", is_flag=True, help="Serve by mutual TLS: clients need a certificate of this fleet.")
-@click.option("--serve-token-file", type=click.Path(path_type=Path), help="Clients send what it holds as bearer token.")
+@click.option("--serve-token-file", type=click.Path(path_type=Path), help="File with the clients' bearer token.")
 @click.option("--memory-max", default="80%", show_default=True, help="Most memory training may use: 2G, 60%.")
 @click.option("--agent-memory-max", default="40%", show_default=True, help="Most memory the agent may use.")
 @click.option("--cpu-quota", default="", help="Most processor time training may use: 150% is one and a half.")
@@ -57,7 +57,7 @@ _ROOT_OPTION = click.option(
 def install(*, dry_run: bool, root: Path, **options: object) -> None:
     """Make the enrolled agent a systemd service.
 
-    It runs from now on and at every start of this machine.
+    It starts now, and at every boot of this machine.
     """
     installation = Installation(**options)  # type: ignore[arg-type]  # click made them by these names and types
     guarded = installation.serve_tls or installation.serve_token_file is not None

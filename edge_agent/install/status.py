@@ -1,4 +1,4 @@
-"""What an agent's home says about its agent, read from the outside, whether it runs or not."""
+"""The status of an agent, read from its home; works whether or not the agent runs."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Installation:
             _refuse(_PATH, str(path), f"{option} {str(path)!r} must be an absolute path of letters, digits and ._@:+-")
         _refuse(_USER, self.user, f"--user {self.user!r} must be a user's name of a-z 0-9 _ -")
         if self.user == "root":
-            raise ConfigError("--user root: the agent runs without privileges; leave --user out, or name another")
+            raise ConfigError("--user root: the agent must run without privileges; drop --user, or name another user")
         for option, text in (("--memory-max", self.memory_max), ("--agent-memory-max", self.agent_memory_max)):
             _refuse(_MEMORY, text, f"{option} {text!r} must be like 2G, 500M or 60%")
         if self.cpu_quota:
@@ -72,7 +72,7 @@ def settings_of(text: str) -> dict[str, str]:
 def quote(word: str) -> str:
     """Return a word as systemd's command lines take it whole; raises ConfigError for control characters."""
     if not word.isprintable():
-        raise ConfigError(f"{word!r} holds characters that a unit cannot carry")
+        raise ConfigError(f"{word!r} contains control characters, which a systemd unit cannot hold; remove them")
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return escaped if re.fullmatch(r"[A-Za-z0-9/._@:+=,%$-]+", escaped) else f'"{escaped}"'
 

@@ -1,8 +1,8 @@
 """Enrolment: a one-time token becomes a certificate, and a folder becomes an agent's home.
 
-The token carries the fingerprint of the fleet's CA, so the very first connection trusts nobody: it
-fetches the CA unverified, compares, and only then speaks over TLS pinned to it. The device's key is
-made here and never leaves. Invariant: an enrolment that fails leaves the home as it was.
+The token contains the fingerprint of the fleet's CA. The first connection fetches the CA's certificate unverified
+and compares it with the fingerprint; all later ones use TLS with that CA. The device's private key is made here and
+never leaves the device. Invariant: a failed enrolment leaves the home unchanged.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from edgefl.protocols.topics import valid_device_name
 
 TIMEOUT_S = 20.0
 CUT_OFF_WAIT_S = 0.5
-BUSY_ATTEMPTS, MAX_RETRY_AFTER_S = 6, 10.0  # where the cloud has no place at the moment
+BUSY_ATTEMPTS, MAX_RETRY_AFTER_S = 6, 10.0  # while the cloud is too busy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Application:
-    """What a device asks for when it enrols."""
+    """A device's request for enrolment."""
 
     cloud: str  # https://host:port
     token: str
@@ -44,7 +44,7 @@ class Application:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """What the cloud answers: PEM texts and addresses."""
+    """The cloud's answer to an enrolment: certificates and keys in PEM format, and addresses."""
 
     certificate: str = field(metadata=raw())
     ca: str = field(metadata=raw())
@@ -87,7 +87,7 @@ def _apply(application: Application, secret: str, ca_fingerprint: str, keys: tls
         admission = from_json(Admission, answer.json())
         _check(admission, application.name, ca_fingerprint)
     except (ValueError, ProtocolError, ManifestRejected) as cause:
-        raise EnrolmentRefused(f"{application.cloud} answered with what is no admission: {cause}") from cause
+        raise EnrolmentRefused(f"{application.cloud} sent an invalid answer to the enrolment: {cause}") from cause
     return admission
 
 
@@ -100,7 +100,7 @@ def _fetch_ca(cloud: str, ca_fingerprint: str, path: Path) -> None:
         raise EnrolmentRefused(f"{cloud}/v1/ca did not answer with a certificate; is it an edgefl cloud?") from cause
     if seen != ca_fingerprint:
         raise EnrolmentRefused(
-            f"{cloud} has the CA {seen[:16]}..., the token is for {ca_fingerprint[:16]}...: someone else answers "
+            f"{cloud} has the CA {seen[:16]}..., the token is for {ca_fingerprint[:16]}...: another server answers "
             "at that address, or the token is another fleet's. Ask for a new token and check --cloud."
         )
     path.write_bytes(answer.content)
@@ -122,7 +122,7 @@ def _call(
 
 
 def _ask(send: Callable[[], httpx.Response], wait: Callable[[float], None]) -> httpx.Response:
-    """Send a request, a few times where the cloud is busy or closes the connection to make room for others."""
+    """Send a request; retry a few times if the cloud is busy or closes the connection to make room for others."""
     for _ in range(BUSY_ATTEMPTS - 1):
         try:
             answer = send()
@@ -136,7 +136,7 @@ def _ask(send: Callable[[], httpx.Response], wait: Callable[[float], None]) -> h
 
 
 def _retry_after_s(answer: httpx.Response) -> float:
-    """Return how long a busy cloud asks to wait, within reason."""
+    """Return how long a busy cloud asks to wait, at most MAX_RETRY_AFTER_S."""
     text = answer.headers.get("retry-after", "")
     return min(MAX_RETRY_AFTER_S, float(text) if text.isdecimal() else 1.0)
 
@@ -172,7 +172,7 @@ def _profile(application: Application, admission: Admission, host: str) -> Profi
 
 
 def _install(home: Path, keys: tls.Identity, admission: Admission) -> None:
-    """Move what enrolment made into the home, over the remains of an attempt that was cut off."""
+    """Move the new files into the home; files of an interrupted attempt are overwritten."""
     keys.cert.write_text(admission.certificate, encoding="ascii")
     (keys.cert.parent / "fleet.pub").write_text(admission.fleet_key, encoding="ascii")
     for file in keys.cert.parent.iterdir():

@@ -1,4 +1,4 @@
-"""Sends what waits in the store: updates and failures, until the cloud has each or wants none of it.
+"""Sends the stored updates and failures until the cloud has received, or does not want, each of them.
 
 Invariant: an update leaves the store after the cloud has said that it is stored, stale or refused, or
 that its round is closed; never before.
@@ -28,7 +28,7 @@ Key = tuple[str, int]  # job, round
 
 
 class Outbox:
-    """The one sender of an agent. Woken by a new answer and by a cloud that is reachable again."""
+    """The agent's only sender. A new answer wakes it, and so does a cloud that becomes reachable."""
 
     def __init__(self, store: Store, channel: CloudChannel) -> None:
         self._store, self._channel = store, channel
@@ -38,7 +38,7 @@ class Outbox:
         self.wake()
 
     def wake(self) -> None:
-        """There may be something to send, or someone to send it to."""
+        """Try to send: there may be something new, or the cloud may be reachable again."""
         self._wake.set()
 
     def put(self, update: Outgoing, state: Path | None = None) -> None:
@@ -51,7 +51,7 @@ class Outbox:
         self.wake()
 
     def drop(self, job: str, number: int) -> None:
-        """The round is closed: an answer to it is of no use."""
+        """Drop the answer to a round, because the round is closed."""
         if self._sending and self._sending[0] == (job, number):
             self._sending[1].cancel()
         self._settle((job, number))

@@ -1,7 +1,7 @@
 """A device's key and certificate, replaced together in one step.
 
 `key.pem` and `cert.pem` of a home are files of its enrolment, and from the first renewal on links into the
-folder that `pair` is a link to. So whoever reads both, after a crash at any moment too, sees the old pair or
+folder that `pair` is a link to. So a reader of both, also after a crash at any moment, sees the old pair or
 the new one.
 """
 

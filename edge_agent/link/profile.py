@@ -1,4 +1,4 @@
-"""Who this device is and whom it talks to: `agent.json` in its home, written once, by enrolment.
+"""The device's name and its cloud's addresses: `agent.json` in its home, written once, by enrolment.
 
 Invariant: a home with an `agent.json` is enrolled; one without is not, whatever else lies in it.
 """
@@ -39,7 +39,7 @@ class Profile:
 
 
 def load_profile(home: Path) -> Profile:
-    """Read an enrolled home; raises HomeError for one that is not, or is damaged."""
+    """Read the profile of an enrolled home; raises HomeError if the home is not enrolled or damaged."""
     check_home(home, "agent")
     path = home / FILE
     if not path.exists():
@@ -56,7 +56,7 @@ def save_profile(home: Path, profile: Profile) -> None:
 
 
 def cloud_host(cloud_url: str) -> str:
-    """Return the host of a cloud URL; raises ConfigError for what is no such URL.
+    """Return the host of a cloud URL; raises ConfigError for an invalid one.
 
     Plain http is for a trial on one machine: it is refused for any host but loopback.
     """

@@ -1,8 +1,8 @@
-"""The agent's certificate, renewed when the cloud says so, by whatever this device's clock may show.
+"""Renews the agent's certificate when the cloud asks for it; the device's own clock is not used.
 
-The new key is made here and kept in `next.key` until there is a certificate for it: an attempt that is cut off
-asks for the same key again, and the cloud answers the same. Both are replaced in one step; then the channel
-and the MQTT link are opened anew, and what was under way goes on.
+The new key is made here and kept in `next.key` until there is a certificate for it: after an interrupted attempt the
+agent sends a request for the same key again, and the cloud returns the same certificate. Key and certificate are
+replaced in one step; then the channel and the MQTT link reconnect, and running transfers continue.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Renewal:
         self._home, self._device, self._channel, self._reconnect = home, device, channel, reconnect
 
     async def renew(self) -> bool:
-        """Return whether there is a new certificate; where not, the log says why and the old one stays in use."""
+        """Return whether there is a new certificate; if not, the log says why and the old one stays in use."""
         try:
             request = await asyncio.to_thread(self._request)
             reply = await self._channel.renew(request)
@@ -74,11 +74,11 @@ def _check_certificate(certificate: bytes, device: str, ca: x509.Certificate) ->
     try:
         load_certificate(certificate).verify_directly_issued_by(ca)
     except (ValueError, TypeError, InvalidSignature) as cause:
-        raise ProtocolError("the cloud's certificate is not of this fleet's CA") from cause
+        raise ProtocolError("the cloud's certificate was not signed by this fleet's CA") from cause
 
 
 def _check_ca(ca_pem: bytes, held: x509.Certificate) -> None:
-    """Take the CA's new certificate for the very key that we trust already, and no other."""
+    """Refuse a new CA certificate unless it is for the key that this device trusts already."""
     ca = load_certificate(ca_pem)
     try:
         ca.verify_directly_issued_by(held)

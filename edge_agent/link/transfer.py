@@ -1,9 +1,8 @@
-"""Moves blobs down and updates up in chunks, resumes by offset, and hashes on the way.
+"""Downloads blobs and uploads updates in chunks, resumes at an offset, and hashes on the way.
 
-A blob is `<path>.part` until its hash is right; then it is renamed. Speed is won by what is not
-done: a chunk goes from gRPC's buffer to the file, and from the mapped file into one message, without
-passing through protobuf objects (which would copy it twice more), and a file of the right size is
-overwritten rather than made anew (ten times cheaper where memory pages are slow).
+A blob is `<path>.part` until its hash is verified; then it is renamed. For speed, a chunk goes from gRPC's buffer to
+the file, and from the mapped file into one message, without protobuf objects (two more copies), and a file of the
+right size is overwritten instead of created (ten times cheaper where memory pages are slow).
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
 from edgefl.protocols.messages import BlobRef
 
-STALL_S = 120.0  # a transfer that does not move for so long is begun again
-MAX_IDLE_ATTEMPTS = 6  # in a row; then it is given up, until the next `Next` brings it back
+STALL_S = 120.0  # a transfer without progress for this long is restarted
+MAX_IDLE_ATTEMPTS = 6  # in a row without progress; then it is given up until the next `Next` lists it again
 _PASSING = frozenset({
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -40,10 +39,10 @@ _HASH_BYTES = 1 << 20
 async def download(
     channel: CloudChannel, ref: BlobRef, path: Path, *, fast_hash: str = "", reuse: Path | None = None
 ) -> None:
-    """Bring a blob to `path`, which appears whole or not at all; raises CloudUnreachable, ManifestRejected, DiskFull.
+    """Download a blob to `path`, completely or not at all; raises CloudUnreachable, ManifestRejected, DiskFull.
 
     Checked by its BLAKE3 where that is given, a quarter of the time that SHA-256 takes.
-    `reuse` is a file that is no longer wanted: where it has the size, its pages are overwritten.
+    `reuse` is a file that is not needed any more: if it has the right size, it is overwritten.
     """
     part = path.with_name(path.name + ".part")
     reused = reuse is not None and _take_over(reuse, part, ref.size)
@@ -61,7 +60,7 @@ async def download(
 
 
 async def upload(channel: CloudChannel, update: Outgoing, *, resume: bool) -> pb.UploadState:
-    """Send an update until the cloud has it or wants none of it; raises CloudUnreachable.
+    """Send an update until the cloud has it or refuses it; raises CloudUnreachable.
 
     `resume` says that an earlier attempt may have brought a part of it there.
     """
@@ -71,7 +70,7 @@ async def upload(channel: CloudChannel, update: Outgoing, *, resume: bool) -> pb
 
 
 class _Progress:
-    """How far a transfer is."""
+    """The progress of a transfer."""
 
     offset: int = 0
 
@@ -189,14 +188,14 @@ async def _receive(channel: CloudChannel, incoming: _Incoming) -> bool:
 
 
 async def _until_done(what: str, attempt: Callable[[], Awaitable[bool]], progress: _Progress) -> None:
-    """Repeat a transfer that breaks off, until it is done or stands still."""
+    """Retry an interrupted transfer until it is complete or makes no progress any more."""
     idle, pauses = 0, Backoff(0.05, 2.0)
     while True:
         before = progress.offset
         try:
             if await attempt():
                 return
-            reason = "the cloud ended it before its end"
+            reason = "the cloud closed it before all bytes were sent"
         except TimeoutError:
             reason = f"nothing moved for {STALL_S:g} s"
         except grpc.aio.AioRpcError as error:

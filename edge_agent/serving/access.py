@@ -1,4 +1,4 @@
-"""Who may ask for predictions: anybody on this machine; from elsewhere, who has a token or a certificate of the fleet.
+"""Who may request predictions: any client on this machine; others need a token or a certificate of the fleet.
 
 With mutual TLS the device shows its own certificate, which names it `NAME.device.edgefl.internal`, and
 clients show one of the same CA that is not on the fleet's list of revoked ones (`edge_agent/serving/revoked.py`).
@@ -61,7 +61,7 @@ class Access:
 def server_contexts(home: Path) -> Callable[[], ssl.SSLContext]:
     """Return what gives mutual TLS for a connection, by a home's certificate and list of revoked ones as they are then.
 
-    It raises OSError while one of the files cannot be read: nobody is let in then.
+    It raises OSError while one of the files cannot be read: all clients are refused then.
     """
     from edgefl.protocols import tls
 

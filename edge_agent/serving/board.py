@@ -1,7 +1,7 @@
 """Which models are being computed: a page of memory that outlives the process that writes it.
 
-The serving process writes, the agent reads when that process has died: who was at work is to blame.
-Each thread has a lane of its own, so that nobody waits for anybody and nothing is half written by two.
+The serving process writes it. If that process dies, the agent reads which models were running: one of them is the
+likely cause. Each thread has its own lane, so that threads need no lock.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class PredictionsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class News:
-    """Whom to tell. Called in the event loop."""
+class ServingCallbacks:
+    """Callbacks of the serving process's supervisor. Called in the event loop."""
 
     serving: Callable[[bool], None]  # whether the port is served
     failing: Callable[[Model, str], None]  # this model ends the process again and again
@@ -76,14 +76,14 @@ class Staged:
         self._owner.take_over(self.model, self._number, self._life)
 
     def forget(self) -> None:
-        """It is not wanted any more."""
+        """Unload this model: it will not be served."""
         self._owner.forget(self._number, self._life)
 
 
 class Predictions:
     """The serving process of one agent. Used from its event loop."""
 
-    def __init__(self, listener: socket.socket, config: PredictionsConfig, news: News) -> None:
+    def __init__(self, listener: socket.socket, config: PredictionsConfig, news: ServingCallbacks) -> None:
         self._listener, self._config, self._news = listener, config, news
         self._models: dict[str, Model] = {}  # what is to serve
         self._needed, self._up = asyncio.Event(), asyncio.Event()
@@ -163,7 +163,7 @@ class Predictions:
             self._send(wire.Forget(id=number))
 
     def drop(self, name: str) -> None:
-        """Serve a model no longer."""
+        """Stop serving a model."""
         if self._models.pop(name, None) and self._up.is_set():
             self._send(wire.Drop(name=name))
 

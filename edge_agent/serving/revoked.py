@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class RevokedList:
-    """Keeps the list in one home up to date. `changed` is called in the event loop when there is another."""
+    """Keeps the list in one home up to date. `changed` is called in the event loop when the list has changed."""
 
     def __init__(self, home: Path, profile: Profile, changed: Callable[[], None]) -> None:
         self._path, self._ca = home / REVOKED_FILE, tls.Identity.in_folder(home).ca
@@ -50,11 +50,11 @@ class RevokedList:
         self._changed = changed
         self._wanted = asyncio.Event()
         self._backoff = Backoff(AGAIN_FIRST_S, AGAIN_LAST_S, profile.device)
-        self._told = ""  # why there is no new list: each reason is a line once
+        self._told = ""  # why there is no new list; each reason is logged once
         self._held = self._load()  # without its signature, which has other bytes each time that it is made
 
     def refresh(self) -> None:
-        """Fetch the list soon: the cloud is reachable."""
+        """Fetch the list soon, because the cloud is reachable."""
         self._wanted.set()
 
     async def run(self) -> None:

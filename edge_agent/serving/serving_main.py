@@ -1,4 +1,4 @@
-"""The serving process: it holds the port and the models, so that no prediction can harm the agent.
+"""The serving process: it owns the port and the models, so that a crash in a model does not affect the agent.
 
     python -P -m edge_agent.serving.serving_main --control N --listen N --board N --memory-mb N
 
@@ -31,7 +31,7 @@ from edgefl.logs import set_up_logging
 
 
 class ServingProcess:
-    """Obeys the agent, and serves meanwhile."""
+    """Executes the agent's commands while it serves predictions."""
 
     def __init__(self, control: socket.socket, listener: socket.socket, board: Board) -> None:
         self._control, self._listener = control, listener

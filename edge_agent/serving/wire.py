@@ -1,4 +1,4 @@
-"""What the agent and its serving process say to each other, over a socket pair: a line of JSON each.
+"""The protocol between the agent and its serving process: one line of JSON per message, over a socket pair.
 
     process: up {pid}
     agent:   start {log_level, token, tls_home}                         once, before all else
@@ -28,7 +28,7 @@ MAX_ERROR_CHARS = 2000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Up:
-    """The process is there, and answers on the port."""
+    """The process has started and serves the port."""
 
     pid: int
     kind: str = "up"
@@ -82,7 +82,7 @@ class Forget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drop:
-    """Serve this model no longer."""
+    """Stop serving this model."""
 
     name: str
     kind: str = "drop"
@@ -98,14 +98,14 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdmitAnew:
-    """Part with all clients; those who come back are let in by the certificates and the list of now."""
+    """Close all client connections; new ones are checked against the current certificates and revocation list."""
 
     kind: str = "admit_anew"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stuck:
-    """A computation of this model does not end although its time is over."""
+    """A computation of this model cannot be stopped after its time limit."""
 
     model: str
     kind: str = "stuck"

@@ -201,7 +201,11 @@ def test_selectors(fleet, to, names):
 
 @pytest.mark.parametrize(
     ("selector", "said"),
-    [("name:d", "no device matches 'name:d'; enrolled are: a, b, c"), ("site=x", "no device matches"), ("a", "expected")],
+    [
+        ("name:d", "no device matches 'name:d'; enrolled are: a, b, c"),
+        ("site=x", "no device matches"),
+        ("a", "expected all"),
+    ],
 )
 def test_a_selector_that_matches_nothing_is_refused(fleet, selector, said):
     with pytest.raises(ConfigError, match=said):

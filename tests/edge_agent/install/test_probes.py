@@ -252,7 +252,7 @@ def test_a_service_that_takes_our_certificate_is_well(fleet: Any, speaks: bytes)
 def test_a_service_that_hangs_up_after_the_handshake_is_not_well(fleet: Any) -> None:
     with tls_server(tls.server_context(fleet[0], client_certificates=True), hangs_up=True) as port:
         seen = failure(greet(at(port, fleet[1])))
-    assert seen.startswith(f"localhost:{port} closes the connection without a word")
+    assert seen.startswith(f"localhost:{port} closes the connection without an error")
 
 
 def test_a_service_without_tls_is_well_on_loopback() -> None:
@@ -346,7 +346,7 @@ def test_an_agent_that_serves_is_found_where_it_noted_it(fleet: Any, secure: boo
 
     seen = asyncio.run(look())
     assert seen.state == "ok", seen
-    assert f"serves this agent's predictions{' to who has its token' if with_token else ''}" in seen.seen
+    assert f"serves this agent's predictions{' to clients with the token' if with_token else ''}" in seen.seen
 
 
 def test_an_agent_that_serves_elsewhere_than_it_noted_is_told(fleet: Any) -> None:

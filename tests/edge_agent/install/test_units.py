@@ -162,7 +162,7 @@ def test_a_word_stays_a_word(word: str, quoted: str) -> None:
 
 @pytest.mark.parametrize("word", ["a\nExecStartPre=/bin/rm", "a\0", "a\tb"])
 def test_a_word_cannot_become_a_line(word: str) -> None:
-    with pytest.raises(ConfigError, match="characters that a unit cannot carry"):
+    with pytest.raises(ConfigError, match="contains control characters"):
         render(Installation(data={"x": word}))
 
 

@@ -74,7 +74,7 @@ def test_an_expired_token(http_plane, application, tmp_path):
 
 def test_a_token_of_another_fleet_meets_someone_else(application, strange_ca, tmp_path):
     token = tls.token_for("secret", strange_ca.cloud.ca.read_bytes())
-    with pytest.raises(EnrolmentRefused, match="someone else answers"):
+    with pytest.raises(EnrolmentRefused, match="another server answers"):
         enroll(tmp_path / "agent", application(token=token))
     assert not (tmp_path / "agent").exists()
 

@@ -12,7 +12,7 @@ import pytest
 
 from edge_agent.serving import predictions as module
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.predictions import Model, News, Predictions, PredictionsConfig
+from edge_agent.serving.predictions import Model, Predictions, PredictionsConfig, ServingCallbacks
 from edgefl.errors import ProtocolError
 from tests import onnx_models
 
@@ -27,7 +27,9 @@ class Agent:
         self.heard, self.failing = [], []
         listener = bind("127.0.0.1", 0)
         self.url = url_of(listener)
-        news = News(serving=self.heard.append, failing=lambda model, reason: self.failing.append((model, reason)))
+        news = ServingCallbacks(
+            serving=self.heard.append, failing=lambda model, reason: self.failing.append((model, reason))
+        )
         self.predictions = Predictions(listener, PredictionsConfig(memory_mb=2000, load_s=load_s), news)
 
     def model(self, content, name="m", version=1):
