@@ -24,7 +24,7 @@ from benchmarks.family import Family
 from benchmarks.report import Row, Target, command, installed, median
 from benchmarks.workload import RunFailedError
 from edge_agent.serving.api import bind
-from edge_agent.serving.predictions import Model, ServingCallbacks, Predictions, PredictionsConfig
+from edge_agent.serving.predictions import Model, Predictions, PredictionsConfig, ServingCallbacks
 from edgefl.app.local_fleet import free_ports
 
 ROOT = Path(__file__).parents[1]
