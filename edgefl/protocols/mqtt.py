@@ -125,7 +125,8 @@ class MqttLink:
             )
         self._queue.append((topic, payload, qos, retain))
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._queued.set)
+            with suppress(RuntimeError):  # the loop has ended, and with it this process's work
+                self._loop.call_soon_threadsafe(self._queued.set)
 
     def reconnect(self, reason: str) -> None:
         """Leave the broker without a will and come back at once; what is queued is sent then."""
