@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.install.notify import keep_alive, notify
 from edge_agent.link.channel import CloudChannel
-from edge_agent.link.link import JobMessage, Link
+from edge_agent.link.link import Link
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edge_agent.releases.updater import Updater, UpdaterParts
@@ -39,7 +39,7 @@ from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
 from edgefl.logs import event
 from edgefl.process.home import lock_home, replace_file
 from edgefl.protocols.manifest import load_public_key
-from edgefl.protocols.messages import RolloutNote, Signed, WirePlan
+from edgefl.protocols.messages import Assignment, JobMessage, RolloutNote, Signed
 from edgefl.terminal.text import one_line
 
 if TYPE_CHECKING:
@@ -205,12 +205,12 @@ class _Agent:
     def hear_desired(self, signed: Signed) -> None:
         self._updater.hear(signed)
 
-    def before_next(self) -> tuple[list[str], Callable[[list[WirePlan], list[str]], None]]:
+    def before_next(self) -> tuple[list[str], Callable[[list[Assignment], list[str]], None]]:
         current, answered_until = self._participant.current, self._store.last_answered()
 
-        def take(plans: list[WirePlan], ended: list[str]) -> None:
+        def take(assignments: list[Assignment], ended: list[str]) -> None:
             self._participant.forget(ended)
-            self._participant.reconcile(plans, current, answered_until)
+            self._participant.reconcile(assignments, current, answered_until)
             self._outbox.wake()
 
         return self._participant.holding(), take

@@ -38,7 +38,7 @@ from edgefl.operator.client import write_operator_credentials
 from edgefl.process.guardian import gated, guardian, open_gate
 from edgefl.protocols import tls
 from edgefl.protocols.manifest import new_fleet_key, public_pem, sign
-from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, Telemetry, WirePlan
+from edgefl.protocols.messages import Deliver, DeviceState, RoundClosed, Signed, Telemetry
 from edgefl.protocols.mqtt import LinkConfig, Will
 from edgefl.protocols.tls import Identity
 from edgefl.testing import ManualClock
@@ -195,7 +195,7 @@ class HeardLink:
         self.states: dict[str, DeviceState] = {}
         self.measured: dict[str, Telemetry] = {}
         self.sent: list[tuple[str, Signed]] = []
-        self.told: list[tuple[str, WirePlan | RoundClosed]] = []
+        self.told: list[tuple[str, Deliver | RoundClosed]] = []
         self.reason = ""
 
     def state(self, device: str) -> DeviceState | None:
@@ -210,7 +210,7 @@ class HeardLink:
     def send_desired(self, device: str, signed: Signed) -> None:
         self.sent.append((device, signed))
 
-    def send_job(self, device: str, message: WirePlan | RoundClosed) -> None:
+    def send_job(self, device: str, message: Deliver | RoundClosed) -> None:
         self.told.append((device, message))
 
     def online(self) -> frozenset[str]:
@@ -319,7 +319,7 @@ def http_plane(tmp_path: Path, https_server: HttpsServer) -> Iterator[HttpPlane]
 class PlayedDevices:
     """Devices of an HTTPS plane that are online and answer messages by a function of a test's: bytes, or a reason."""
 
-    def __init__(self, plane: HttpPlane, respond: Callable[[str, WirePlan, bytes], bytes | str | None]) -> None:
+    def __init__(self, plane: HttpPlane, respond: Callable[[str, Deliver, bytes], bytes | str | None]) -> None:
         self._plane, self._respond = plane, respond
         self._threads = ThreadPoolExecutor(2, "device")
         plane.link.send_job = self.hear  # type: ignore[method-assign]
@@ -329,12 +329,12 @@ class PlayedDevices:
         for name in names:
             self._plane.link.states[name] = DeviceState(session=1, online=True, agent_version="0")
 
-    def hear(self, device: str, message: WirePlan | RoundClosed) -> None:
+    def hear(self, device: str, message: Deliver | RoundClosed) -> None:
         self._plane.link.told.append((device, message))
-        if isinstance(message, WirePlan):
+        if isinstance(message, Deliver):
             self._threads.submit(self.answer, device, message).add_done_callback(lambda done: done.result())
 
-    def answer(self, device: str, plan: WirePlan) -> None:
+    def answer(self, device: str, plan: Deliver) -> None:
         opened = self._plane.rounds.get(plan.job, plan.round)
         assert opened is not None
         assert opened.source is not None
@@ -357,7 +357,7 @@ def play_devices(http_plane: HttpPlane) -> Iterator[Callable[..., PlayedDevices]
     """`play_devices(respond, *names)`: devices that answer messages with `respond(device, plan, content)`."""
     played: list[PlayedDevices] = []
 
-    def play(respond: Callable[[str, WirePlan, bytes], bytes | str | None], *names: str) -> PlayedDevices:
+    def play(respond: Callable[[str, Deliver, bytes], bytes | str | None], *names: str) -> PlayedDevices:
         played.append(PlayedDevices(http_plane, respond))
         played[-1].enroll(*names)
         return played[-1]

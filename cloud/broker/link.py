@@ -25,12 +25,10 @@ from edgefl.logs import event
 from edgefl.protocols import topics
 from edgefl.protocols.messages import (
     DeviceState,
+    JobMessage,
     RolloutNote,
-    RoundClosed,
     Signed,
     Telemetry,
-    UpdateRefused,
-    WirePlan,
     decode,
     encode,
 )
@@ -132,7 +130,7 @@ class CloudLink:
         with self._changed:
             self._changed.notify_all()
 
-    def send_job(self, device: str, message: WirePlan | RoundClosed | UpdateRefused) -> None:
+    def send_job(self, device: str, message: JobMessage) -> None:
         """Announce, close or refuse; a device that misses it asks `Next` when it is back."""
         self._send(topics.down(device, "job"), encode(message))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import math
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, TransferLimiter
+from cloud.dataplane.upload_header import header_fault
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import Answer, Jobs
@@ -34,17 +34,17 @@ from cloud.trust.renewal import Renewals
 from edgefl.errors import EnrolmentRefused, ProtocolError, UploadCutOff
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.assignments import UPDATE_AGENT, pack
 from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk, upload_data
-from edgefl.protocols.messages import Signed, encode
+from edgefl.protocols.messages import MAX_NAME_CHARS, Deliver, Fit, Signed, encode
 from edgefl.protocols.tls import common_name, serial_number
-from edgefl.terminal.text import is_safe, one_line
+from edgefl.terminal.text import one_line
 from edgefl.trees import SpooledTree
 
 RESUME_S = 10.0
 MAX_REASON_CHARS = 2000
 MAX_HOLDING = 10_000  # jobs of which a device keeps a state
-MAX_METRICS, MAX_METRIC_CHARS = 100, 200  # of one update: they are kept with the round
-MAX_PLANS = 24  # in one answer to `Next`: below 1 MB
+MAX_ASSIGNMENTS = 24  # in one answer to `Next`: below 1 MB
 MAX_CERTIFICATES = 4096  # that are not read anew for each call
 MAX_DOWNLOADS = 4  # of one device at a time: a model, a bundle, releases
 DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
@@ -115,9 +115,9 @@ class FleetService:
     async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self._device(context)
         desired = await self._run(self._parts.desired_for, device)
-        waiting = sorted(self._parts.rounds.waiting_for(device), key=_training_first)
+        waiting = await self._known(device, request, context)
         return pb.NextReply(
-            plans=[encode(one.plan) for one in waiting[:MAX_PLANS]],
+            assignments=[pack(one.assignment) for one in waiting[:MAX_ASSIGNMENTS]],
             desired=[encode(signed) for signed in desired],
             broker=self._parts.broker_url,
             ended=await self._run(self._parts.ended, request.holding[:MAX_HOLDING]),
@@ -183,7 +183,7 @@ class FleetService:
                 opened, settled = self._find(first.header.key, device)
                 if settled is not None or opened is None:
                     return await self._unless_stopping(settled or _state("STALE"), context)
-                if fault := _bad_header(first.header, opened):
+                if fault := header_fault(first.header, opened.assignment.max_update_bytes):
                     return await self._run(self._refuse, opened, device, fault)
                 num_bytes = first.header.size - first.header.offset
                 state = await self._receive(_moving(requests, transfer), first.header, opened, device)
@@ -204,6 +204,20 @@ class FleetService:
             except (OSError, SQLAlchemyError) as error:
                 await self._not_stored(error, device, context)
         return pb.FailureReply()
+
+    async def _known(self, device: str, request: pb.NextRequest, context: Context) -> list[OpenRound]:
+        """Return what waits for a device, training first; answer for it where its agent does not know such work."""
+        known = []
+        agent = f"agent {one_line(request.agent_version, MAX_NAME_CHARS)} does not know work of the kind"
+        try:
+            for opened in sorted(self._parts.rounds.waiting_for(device), key=_training_first):
+                if (kind := opened.assignment.kind) in request.knows:
+                    known.append(opened)
+                else:
+                    await self._run(self._refuse, opened, device, f"{agent} {kind!r}; {UPDATE_AGENT}")
+        except (OSError, SQLAlchemyError) as error:
+            await self._not_stored(error, device, context)
+        return known
 
     async def _not_stored(self, error: Exception, device: str, context: Context, num_bytes: int = 0) -> NoReturn:
         """End a call with a status that the device tries again after; the round's deadline waits for it."""
@@ -259,7 +273,7 @@ class FleetService:
         """Check, make durable, hand to the round; only then is it acknowledged."""
         try:
             incoming.finish(header.blake3)
-            if not opened.plan.envelope:  # else it is for the operator to read
+            if isinstance(opened.assignment, Fit):  # else it is for the operator to read
                 SpooledTree(incoming.path)
         except ProtocolError as error:
             if header.offset:  # perhaps the part that was here is damaged: once more, from its beginning
@@ -285,8 +299,8 @@ class FleetService:
     def _refuse(self, opened: OpenRound, device: str, reason: str) -> pb.UploadState:
         """Count the device as one without an update in this round."""
         reason = one_line(reason, MAX_REASON_CHARS)  # it may quote what the device sent
-        event(_log, logging.WARNING, "update.failed", job=opened.plan.job, round=opened.plan.round, device=device,
-              reason=reason)  # fmt: skip
+        job, number = opened.assignment.job, opened.assignment.round
+        event(_log, logging.WARNING, "update.failed", job=job, round=number, device=device, reason=reason)
         opened.accept(Answer(device=device, reason=reason), lambda one: self._record(opened, one))
         return _state("REFUSED", reason=reason)
 
@@ -294,7 +308,7 @@ class FleetService:
         if opened.record is not None:
             opened.record(answer)
             return
-        self._parts.jobs.record(opened.plan.job, opened.plan.round, answer)
+        self._parts.jobs.record(opened.assignment.job, opened.assignment.round, answer)
 
     def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
         """Return the open round that waits for this device, or what to tell it at once."""
@@ -341,7 +355,7 @@ class FleetService:
 
 
 def _training_first(opened: OpenRound) -> tuple[bool, int]:
-    return bool(opened.plan.envelope), opened.plan.round
+    return isinstance(opened.assignment, Deliver), opened.assignment.round
 
 
 def _certified_peer(context: Context) -> tuple[str, str]:
@@ -362,24 +376,6 @@ def _certificate(context: Context) -> bytes:
 
 def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:
     return pb.UploadState(status=status, offset=offset, reason=reason)
-
-
-def _bad_header(header: pb.UploadHeader, opened: OpenRound) -> str | None:
-    most = opened.plan.max_update_bytes
-    if header.size > most:
-        return f"the update has {header.size} bytes; at most {most} are taken in this round"
-    longest = max(map(len, header.metrics), default=0)
-    if len(header.metrics) > MAX_METRICS or longest > MAX_METRIC_CHARS:
-        return (
-            f"it has {len(header.metrics)} metrics, the longest name of {longest} characters; at most {MAX_METRICS} "
-            f"of {MAX_METRIC_CHARS} are taken"
-        )
-    if not math.isfinite(header.weight):
-        return f"its weight is {header.weight}, not a finite number"
-    for name, value in header.metrics.items():
-        if not math.isfinite(value) or not is_safe(name):
-            return f"its metric {name!r} is {value}; names without control characters and finite numbers are taken"
-    return None
 
 
 async def _moving(requests: AsyncIterator[bytes], transfer: Transfer) -> AsyncIterator[bytes]:

@@ -21,7 +21,7 @@ from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from edgefl.exchange import Close, GiveUp, Instruction, Tell, Terms, Yield, gathering
 from edgefl.logs import event
-from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
+from edgefl.protocols.messages import BlobRef, Fit, RoundClosed, UpdateRefused
 from edgefl.records import Failure, Plan, Traffic, Update
 from edgefl.trees import SpooledTree, Tree, encoded_bytes
 from edgefl.trees.frozen import whole
@@ -129,7 +129,7 @@ class GrpcFleet:
     def _open(self, plan: Plan) -> OpenRound:
         model = self.published(plan.parameters)
         self._begun_from = model.sha256
-        wire = WirePlan(
+        assignment = Fit(
             job=plan.job,
             round=plan.round,
             model=model,
@@ -142,7 +142,9 @@ class GrpcFleet:
             parted=self._job.parted,
         )
         around = Surroundings(clock=self._parts.clock, storage=self._parts.storage)
-        opened = OpenRound(wire, sorted(plan.clients), Terms.of_round(self._job.config.rounds, plan.deadline_s), around)
+        opened = OpenRound(
+            assignment, sorted(plan.clients), Terms.of_round(self._job.config.rounds, plan.deadline_s), around
+        )
         for answer in self.insist(lambda: self._parts.jobs.open_round(plan.job, plan.round, plan.clients)):
             opened.accept(answer, lambda _answer: None)  # it is durable already
         self._parts.rounds.add(opened)
@@ -158,12 +160,13 @@ class GrpcFleet:
 
     def _say(self, instruction: Instruction, opened: OpenRound) -> None:
         """Tell a device what it is asked, or that it is not waited for any more."""
-        plan, link = opened.plan, self._parts.link
+        assignment, link = opened.assignment, self._parts.link
         if isinstance(instruction, Tell):
-            link.send_job(instruction.device, plan)
+            link.send_job(instruction.device, assignment)
         # Of an interrupted job nobody is told here: it is ended in `end`, or goes on with this very round.
-        elif isinstance(instruction, GiveUp) and not self._parts.rounds.is_stopped(plan.job):
-            link.send_job(instruction.device, RoundClosed(job=plan.job, round=plan.round, job_ended=False))
+        elif isinstance(instruction, GiveUp) and not self._parts.rounds.is_stopped(assignment.job):
+            closed = RoundClosed(job=assignment.job, round=assignment.round, job_ended=False)
+            link.send_job(instruction.device, closed)
 
     def _as_record(self, answer: Answer, plan: Plan) -> Update | Failure:
         job, number, device = plan.job, plan.round, answer.device

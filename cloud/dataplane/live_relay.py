@@ -10,11 +10,10 @@ from typing import Any
 from cloud.dataplane.open_round import OpenRound, Standing
 from cloud.state.blobs import BlobStore, blake3_of
 from cloud.state.relay_rows import Message
-from edgefl.config import TrainConfig
 from edgefl.errors import ConfigError
 from edgefl.exchange import Why
 from edgefl.exchange.terms import RETURN_S
-from edgefl.protocols.messages import BlobRef, Signed, WirePlan
+from edgefl.protocols.messages import BlobRef, Deliver, Signed
 
 MAX_MESSAGE_BYTES = (1 << 30) + (16 << 20)  # of what a message or a reply holds, and what surrounds it
 
@@ -61,19 +60,18 @@ class LiveRelay:
     last: int = 0
     resumed: bool = False  # after a restart: nobody knows who was sent something before
 
-    def plan(self, message: Message, within_s: float) -> WirePlan:
+    def assignment(self, message: Message, within_s: float) -> Deliver:
         """Return what a device is sent; raises ConfigError where what the message holds is not here."""
         content, fast = self._content(message)
-        return WirePlan(
+        return Deliver(
             job=self.id,
             round=message.number,
-            model=content,
-            model_blake3=fast,
+            envelope=message.envelope,
+            content=content,
+            content_blake3=fast,
             bundle=self.bundle,
-            train=TrainConfig(),
             deadline_s=within_s,
             max_update_bytes=MAX_MESSAGE_BYTES,
-            envelope=message.envelope,
         )
 
     def _content(self, message: Message) -> tuple[BlobRef, str]:

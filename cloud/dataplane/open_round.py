@@ -38,7 +38,7 @@ from edgefl.exchange import (
     Tick,
     Withdrawn,
 )
-from edgefl.protocols.messages import WirePlan
+from edgefl.protocols.messages import Assignment
 
 Clock = Callable[[], float]  # seconds, monotonic
 
@@ -82,13 +82,15 @@ class Surroundings:
 class OpenRound:
     """One round of one job, or one message of a relay, while it collects."""
 
-    def __init__(self, plan: WirePlan, asked: Iterable[str], terms: Terms, around: Surroundings | None = None) -> None:
-        self.plan = plan
+    def __init__(
+        self, assignment: Assignment, asked: Iterable[str], terms: Terms, around: Surroundings | None = None
+    ) -> None:
+        self.assignment = assignment
         asked = tuple(asked)
         self.asked = frozenset(asked)
         self.up_bytes = self.down_bytes = 0
         self.record: Callable[[Answer], None] | None = None  # makes an answer durable; None = as an update of its job
-        self.source: Path | None = None  # of what the plan names as its model; None = a blob
+        self.source: Path | None = None  # of what a device fetches for it; None = it is a blob
         self._around = around or Surroundings()
         self._lock = threading.RLock()  # whoever acts may ask
         self._exchange = Exchange(asked, terms)
@@ -207,7 +209,7 @@ class OpenRound:
 
     def asks_for(self, sha256: str) -> bool:
         """Whether a device needs this blob to take part."""
-        return sha256 == self.plan.model.sha256 or (self.plan.frozen is not None and sha256 == self.plan.frozen.sha256)
+        return any(ref.sha256 == sha256 for ref in self.assignment.blobs())
 
     # With the lock.
 

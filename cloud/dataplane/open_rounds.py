@@ -45,15 +45,15 @@ class OpenRounds:
     def add(self, opened: OpenRound) -> None:
         """Open a round; raises what its job was interrupted with."""
         with self._lock:
-            self._refuse_stopped(opened.plan.job)
-            self._open[opened.plan.job, opened.plan.round] = opened
-        self.resumed(opened.plan.job)
+            self._refuse_stopped(opened.assignment.job)
+            self._open[opened.assignment.job, opened.assignment.round] = opened
+        self.resumed(opened.assignment.job)
 
     def remove(self, closed: OpenRound) -> None:
         with self._lock:
-            self._open.pop((closed.plan.job, closed.plan.round), None)
+            self._open.pop((closed.assignment.job, closed.assignment.round), None)
             moved = Traffic(up_bytes=closed.up_bytes, down_bytes=closed.down_bytes)
-            self._traffic[closed.plan.job] = self._traffic.get(closed.plan.job, Traffic()) + moved
+            self._traffic[closed.assignment.job] = self._traffic.get(closed.assignment.job, Traffic()) + moved
 
     def traffic(self, job: str) -> Traffic:
         """Return the bytes moved in the job's closed rounds."""
@@ -85,7 +85,7 @@ class OpenRounds:
         with self._lock:
             self._stopped[job] = error
             for one in self._open.values():
-                if job in {None, one.plan.job}:
+                if job in {None, one.assignment.job}:
                     one.interrupt(error)
 
     def is_stopped(self, job: str) -> bool:

@@ -32,7 +32,7 @@ from edgefl.errors import CloudStopping, ConfigError, NotFound
 from edgefl.exchange import GiveUp, Instruction, Tell, Terms, Why, Yield
 from edgefl.logs import event
 from edgefl.protocols.manifest import Bundle
-from edgefl.protocols.messages import BlobRef, RoundClosed, Signed, WirePlan, encode
+from edgefl.protocols.messages import BlobRef, Deliver, RoundClosed, Signed, encode
 
 MAX_OPEN = 100_000  # messages of one relay
 LONGEST_WAIT_S = 60.0
@@ -87,12 +87,12 @@ class Relays:
         with self._sending:
             if len(live.waiting) + len(messages) > MAX_OPEN:
                 raise ConfigError(f"{relay} has {len(live.waiting)} messages open; at most {MAX_OPEN} are carried")
-            plans = {message.number: live.plan(message, self._within_s(message)) for message in messages}
-            for plan in plans.values():
-                encode(plan)  # raises where it is too large to be announced
+            assignments = {one.number: live.assignment(one, self._within_s(one)) for one in messages}
+            for assignment in assignments.values():
+                encode(assignment)  # raises where it is too large to be announced
             new = self._parts.rows.add(relay, messages)
             for message in new:
-                self._open(live, message, plans[message.number])
+                self._open(live, message, assignments[message.number])
         self.stir()
 
     def lines(self, relay: str, heartbeat_s: float) -> Iterator[Line]:
@@ -160,11 +160,14 @@ class Relays:
 
     def rows(self) -> Rows:
         """Return every relay, the newest first."""
-        return self._parts.rows.list()
+        return [self._shown(row) for row in self._parts.rows.list()]
 
     def get(self, relay: str) -> dict[str, Any]:
         """Return one relay; raises NotFound for an unknown id."""
-        row, live = self._parts.rows.get(relay), self._live.get(relay)
+        return self._shown(self._parts.rows.get(relay))
+
+    def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
+        live = self._live.get(row["id"])
         return row if live is None else row | self._parts.storage.pauses(live.paused_before_s)
 
     # For the cloud.
@@ -182,7 +185,7 @@ class Relays:
             live.resumed = True
             for message in self._parts.rows.messages(relay):
                 if message.answer is None:
-                    self._open(live, message, live.plan(message, self._within_s(message)), is_told=True)
+                    self._open(live, message, live.assignment(message, self._within_s(message)), is_told=True)
                 else:
                     live.last = message.number
                     live.replies[message.number] = self._line(relay, message.number, message.answer, lost=message.lost)
@@ -268,12 +271,12 @@ class Relays:
         self.stir()
         return live
 
-    def _open(self, live: LiveRelay, message: Message, plan: WirePlan, *, is_told: bool = False) -> None:
+    def _open(self, live: LiveRelay, message: Message, assignment: Deliver, *, is_told: bool = False) -> None:
         """Begin to wait for a message's answer; its device is told, unless it was before a restart."""
         patience = self._patience
-        terms = Terms(deadline_s=plan.deadline_s, offline_grace_s=patience.device_s, return_s=patience.return_s)
+        terms = Terms(deadline_s=assignment.deadline_s, offline_grace_s=patience.device_s, return_s=patience.return_s)
         around = Surroundings(clock=patience.clock, storage=self._parts.storage, act=lambda one: self._do(one, sent))
-        opened = OpenRound(plan, (message.device,), terms, around)
+        opened = OpenRound(assignment, (message.device,), terms, around)
         opened.source = live.contents.path(message.content_sha256)
         opened.record = functools.partial(self._parts.rows.answer, live.id, message.number, lost=False)
         sent = SentMessage(live.id, message.number, message.device, opened)
@@ -288,7 +291,7 @@ class Relays:
         """Carry out what a message's exchange says; under its round's lock."""
         match instruction:
             case Tell():
-                self._parts.link.send_job(sent.device, sent.opened.plan)
+                self._parts.link.send_job(sent.device, sent.opened.assignment)
             case Yield():
                 self._hand_on(sent, sent.opened.take(sent.device), lost=False)
             case GiveUp(why=why):

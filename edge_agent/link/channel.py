@@ -21,6 +21,7 @@ import grpc
 from edge_agent.link.profile import Profile
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
+from edgefl.protocols.messages import ASSIGNMENTS
 from edgefl.terminal.text import one_line
 
 CALL_TIMEOUT_S = 20.0
@@ -118,7 +119,7 @@ class CloudChannel:
 
     async def next(self, agent_version: str, holding: Sequence[str] = ()) -> pb.NextReply:
         """Ask what this device should do now; `holding` are the jobs of which it keeps a state."""
-        request = pb.NextRequest(agent_version=agent_version, holding=holding)
+        request = pb.NextRequest(agent_version=agent_version, holding=holding, knows=ASSIGNMENTS)
         reply: pb.NextReply = await self._begin(self._next(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata))
         return reply
 

@@ -27,8 +27,9 @@ from edgefl.errors import CloudUnreachable, ConfigError, HomeError, ProtocolErro
 from edgefl.logs import event
 from edgefl.process.home import replace_file
 from edgefl.protocols import messages, topics
+from edgefl.protocols.assignments import unpack
 from edgefl.protocols.backoff import Backoff
-from edgefl.protocols.messages import DeviceState, RolloutNote, RoundClosed, Signed, UpdateRefused, WirePlan
+from edgefl.protocols.messages import Assignment, DeviceState, JobMessage, RolloutNote, Signed
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
 from edgefl.protocols.tls import Identity
 from edgefl.version import __version__
@@ -40,8 +41,6 @@ MAX_SESSION = 2**62  # a damaged file must not bring it near to what a message c
 
 _log = logging.getLogger(__name__)
 
-JobMessage = WirePlan | RoundClosed | UpdateRefused
-
 
 class Ears(Protocol):
     """What the link's news are for. Called in the event loop."""
@@ -52,8 +51,8 @@ class Ears(Protocol):
     def hear_desired(self, signed: Signed) -> None:
         """Hear what this device should serve; not verified yet."""
 
-    def before_next(self) -> tuple[list[str], Callable[[list[WirePlan], list[str]], None]]:
-        """`Next` is about to be asked: return the jobs with a state here, and what takes plans and jobs that ended."""
+    def before_next(self) -> tuple[list[str], Callable[[list[Assignment], list[str]], None]]:
+        """`Next` is about to be asked: return the jobs with a state here, and what takes its work and ended jobs."""
 
 
 class Link:
@@ -121,7 +120,7 @@ class Link:
         try:
             holding, take = self._ears.before_next()
             reply = await self._channel.next(__version__, holding)
-            take([messages.decode(WirePlan, plan) for plan in reply.plans], list(reply.ended))
+            take(unpack(reply), list(reply.ended))
             for signed in reply.desired:
                 self._ears.hear_desired(messages.decode(Signed, signed))
             await self._follow_broker(reply.broker)

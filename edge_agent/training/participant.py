@@ -1,9 +1,9 @@
-"""Takes part in rounds: gets a plan's bundle and model, runs the trainer, and puts the update into the outbox.
+"""Takes part: fetches what an assignment names, runs the trainer, and puts the update into the outbox.
 
-One round at a time. A newer plan of a job replaces an older one; one plan of each other job waits. A plan with
-an envelope is a message of a relayed Flower app for its ClientApp; every such message is answered.
-Invariant: a plan ends with an update or with a failure and its reason. If the cloud closed the round or could
-not be reached, there is neither; in the latter case the cloud sends the plan again in its answer to `Next`.
+One assignment at a time. A newer `Fit` of a job replaces an older one; one of each other job waits. A `Deliver` is a
+message to a Flower app's ClientApp; every such message is answered.
+Invariant: an assignment ends with an update or with a failure and its reason. If the cloud closed the round or could
+not be reached, there is neither; in the latter case the cloud sends it again in its answer to `Next`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolErro
 from edgefl.logs import event
 from edgefl.measure import give_back_memory
 from edgefl.protocols.backoff import Backoff
-from edgefl.protocols.messages import BlobRef, RoundClosed, UpdateRefused, WirePlan
+from edgefl.protocols.messages import Assignment, BlobRef, Deliver, Fit, JobMessage, RoundClosed, UpdateRefused
 
-MAX_WAITING = 64  # plans; the answer to `Next` lists the others again
+MAX_WAITING = 64  # assignments; the answer to `Next` lists the others again
 LEAD_S, LEAD_SHARE = 2.0, 0.05  # stop this long before the deadline, so that a failure reaches the cloud in time
-MAX_TRIES = 4  # for one plan, if the system kills the trainer
+MAX_TRIES = 4  # for one assignment, if the system kills the trainer
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 2.0
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -61,9 +61,9 @@ class Participant:
 
     def __init__(self, parts: ParticipantParts) -> None:
         self._parts = parts
-        self._waiting: dict[tuple[str, int], WirePlan] = {}  # by `_place`
-        self._newest: dict[str, int] = {}  # job -> round of its newest training plan
-        self._current: WirePlan | None = None
+        self._waiting: dict[tuple[str, int], Assignment] = {}  # by `_place`
+        self._newest: dict[str, int] = {}  # job -> round of its newest training
+        self._current: Assignment | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._job_ended = False  # release memory as soon as no other job has work
@@ -73,14 +73,14 @@ class Participant:
         self._frozen = FrozenParts(parts.home, parts.channel)
 
     @property
-    def current(self) -> WirePlan | None:
-        """The plan that is being worked on."""
+    def current(self) -> Assignment | None:
+        """The work that is being worked on."""
         return self._current
 
-    def hear(self, message: WirePlan | RoundClosed | UpdateRefused) -> None:
+    def hear(self, message: JobMessage) -> None:
         """Handle a message from topic down/<device>/job."""
         match message:
-            case WirePlan():
+            case Fit() | Deliver():
                 if message.round >= self._newest.get(message.job, 0):  # an older round is over
                     self.offer(message)
             case RoundClosed():
@@ -89,21 +89,21 @@ class Participant:
                 event(_log, logging.WARNING, "update.refused", job=message.job, round=message.round,
                       reason=message.reason)  # fmt: skip
 
-    def offer(self, plan: WirePlan) -> None:
-        """Queue a plan, unless it is known already."""
-        at_work, waiting = self._current, self._waiting.get(_place(plan))
-        if self._parts.store.is_answered(plan.job, plan.round):
+    def offer(self, work: Assignment) -> None:
+        """Queue a work, unless it is known already."""
+        at_work, waiting = self._current, self._waiting.get(_place(work))
+        if self._parts.store.is_answered(work.job, work.round):
             self._parts.outbox.wake()
             return
-        if any(one and _place(one) == _place(plan) and one.round >= plan.round for one in (at_work, waiting)):
+        if any(one and _place(one) == _place(work) and one.round >= work.round for one in (at_work, waiting)):
             return
         if waiting is None and len(self._waiting) >= MAX_WAITING:
-            event(_log, logging.WARNING, "plan.deferred", job=plan.job, round=plan.round, waiting=len(self._waiting))
+            event(_log, logging.WARNING, "plan.deferred", job=work.job, round=work.round, waiting=len(self._waiting))
             return  # the answer to `Next` lists it again
-        self._waiting[_place(plan)] = plan
-        if not plan.envelope:
-            self._newest[plan.job] = plan.round
-        if at_work and _place(at_work) == _place(plan):
+        self._waiting[_place(work)] = work
+        if work.replaces_older:
+            self._newest[work.job] = work.round
+        if at_work and _place(at_work) == _place(work):
             self._cancel("a newer round has started")
         self._wake.set()
 
@@ -121,23 +121,23 @@ class Participant:
             self._job_ended = True
             self._wake.set()
 
-    def reconcile(self, plans: Sequence[WirePlan], before: WirePlan | None, answered_until: int) -> None:
-        """Handle the answer to `Next`: the given plans are all that are open.
+    def reconcile(self, assignments: Sequence[Assignment], before: Assignment | None, answered_until: int) -> None:
+        """Handle the answer to `Next`: the given assignments are all that are open.
 
-        `before` and `answered_until` are the plan at work and `Store.last_answered` from before the request: if
+        `before` and `answered_until` are the work at work and `Store.last_answered` from before the request: if
         `before` is not open any more, it is cancelled. A round that is open although it was marked as answered by
         then is trained again: the cloud was killed before the end of that round was durable.
         """
-        still_open = {(plan.job, plan.round) for plan in plans}
+        still_open = {(work.job, work.round) for work in assignments}
         if before is not None and before is self._current and (before.job, before.round) not in still_open:
             self._cancel("the cloud no longer waits for it")
-        for plan in plans:
+        for work in assignments:
             try:
-                self._parts.store.reopen(plan.job, plan.round, answered_until)
+                self._parts.store.reopen(work.job, work.round, answered_until)
             except HomeError as error:
-                event(_log, logging.ERROR, "plan.deferred", job=plan.job, round=plan.round, reason=error)
+                event(_log, logging.ERROR, "plan.deferred", job=work.job, round=work.round, reason=error)
                 continue
-            self.offer(plan)
+            self.offer(work)
 
     def holding(self) -> list[str]:
         """Return the jobs that keep state or frozen tensors on this device."""
@@ -158,10 +158,10 @@ class Participant:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                plan = self._waiting.pop(next(iter(self._waiting)))
+                work = self._waiting.pop(next(iter(self._waiting)))
                 async with asyncio.TaskGroup() as tasks:
-                    self._current = plan
-                    self._task = tasks.create_task(self._take_part(plan), name=f"round-{plan.job}-{plan.round}")
+                    self._current = work
+                    self._task = tasks.create_task(self._take_part(work), name=f"round-{work.job}-{work.round}")
                 self._current = self._task = None
             if self._job_ended:
                 self._job_ended = False
@@ -178,58 +178,50 @@ class Participant:
         await self._parts.trainer.end()
         give_back_memory()
 
-    async def _take_part(self, plan: WirePlan) -> None:
+    async def _take_part(self, work: Assignment) -> None:
         start_s = time.monotonic()
-        event(_log, logging.INFO, "plan.taken", job=plan.job, round=plan.round, deadline_s=plan.deadline_s)
-        limit_s = plan.deadline_s - min(LEAD_S, LEAD_SHARE * plan.deadline_s)
+        event(_log, logging.INFO, "plan.taken", job=work.job, round=work.round, deadline_s=work.deadline_s)
+        limit_s = work.deadline_s - min(LEAD_S, LEAD_SHARE * work.deadline_s)
         try:
             async with asyncio.timeout(limit_s):
-                update, state = await self._answer(plan)
+                update, state = await self._answer(work)
             self._parts.outbox.put(update, state)
         except CloudUnreachable as error:
-            event(_log, logging.WARNING, "plan.put_off", job=plan.job, round=plan.round, reason=error)
+            event(_log, logging.WARNING, "plan.put_off", job=work.job, round=work.round, reason=error)
         except TimeoutError:
             self._fail(
-                plan, f"stopped after {limit_s:g} s, shortly before the round's deadline ({plan.deadline_s:g} s)"
+                work, f"stopped after {limit_s:g} s, shortly before the round's deadline ({work.deadline_s:g} s)"
             )
         except EdgeflError as error:
-            self._fail(plan, str(error))
+            self._fail(work, str(error))
         except OSError as error:
-            self._fail(plan, f"an operating system error on the device: {error}")
+            self._fail(work, f"an operating system error on the device: {error}")
         else:
-            event(_log, logging.INFO, "update.made", job=plan.job, round=plan.round, bytes=update.size,
+            event(_log, logging.INFO, "update.made", job=work.job, round=work.round, bytes=update.size,
                   weight=update.weight, seconds=time.monotonic() - start_s)  # fmt: skip
 
-    async def _answer(self, plan: WirePlan) -> tuple[Outgoing, Path | None]:
-        """Download the plan's inputs while the trainer starts, then train; return the update and the new state."""
-        parts = self._parts
+    async def _answer(self, work: Assignment) -> tuple[Outgoing, Path | None]:
+        """Download the inputs while the trainer starts, then have it work; return the update and the new state."""
+        parts, job, number = self._parts, work.job, work.round
         starting = asyncio.create_task(parts.trainer.prepare(), name="trainer-start")
         try:
-            bundle, task = await parts.bundles.get(plan.bundle)
-            frozen = await self._frozen.get(plan.job, plan.frozen) if plan.frozen is not None else None
-            model = await self._fetch_model(plan.model, plan.model_blake3)
-            if not plan.envelope:  # an update is about as large as the model; fail now, not after training
-                parts.store.require_space(plan.model.size)
+            request = await self._fetched(work)
             with suppress(TrainerLost):  # `_insist` starts it again
                 await starting
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)  # its error was raised above
-        draft, state = parts.store.draft(plan.job, plan.round), parts.store.state_draft(plan.job, plan.round)
-        make = self._as_deliver if plan.envelope else self._as_fit
-        request = make(plan, model, bundle, task, draft)
-        if isinstance(request, wire.FitRequest):
-            request = dataclasses.replace(request, frozen=str(frozen or ""), parted=plan.parted)
+        draft, state = parts.store.draft(job, number), parts.store.state_draft(job, number)
         try:
-            done = await self._insist(plan, request)
-            _refuse_too_large(done.size, plan)
+            done = await self._insist(work, dataclasses.replace(request, out=str(draft)))
+            _refuse_too_large(done.size, work)
         except BaseException:
             parts.store.discard(draft)
             state.unlink(missing_ok=True)
             raise
         update = Outgoing(
-            job=plan.job,
-            round=plan.round,
+            job=job,
+            round=number,
             path=draft,
             size=done.size,
             blake3=done.blake3,
@@ -238,51 +230,67 @@ class Participant:
         )
         return update, state if done.changed else None
 
-    async def _insist(self, plan: WirePlan, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone:
+    async def _fetched(self, work: Assignment) -> wire.FitRequest | wire.DeliverRequest:
+        """Download what an assignment names; return the trainer's request for it, with paths in place of hashes."""
+        bundle, task = await self._parts.bundles.get(work.bundle)
+        match work:
+            case Fit():
+                return await self._fit_request(work, bundle, task)
+            case Deliver():
+                return await self._deliver_request(work, bundle, task)
+
+    async def _fit_request(self, work: Fit, bundle: Path, task: str) -> wire.FitRequest:
+        parts = self._parts
+        frozen = await self._frozen.get(work.job, work.frozen) if work.frozen is not None else None
+        model = await self._fetch(work.model, work.model_blake3)
+        parts.store.require_space(work.model.size)  # an update is about as large as the model; fail now, not later
+        return wire.FitRequest(
+            job=work.job,
+            round=work.round,
+            client=parts.device,
+            train=work.train,
+            model=str(model),
+            frozen=str(frozen or ""),
+            parted=work.parted,
+            bundle=str(bundle),
+            task=task,
+            options=parts.options,
+            out="",  # see `_answer`
+            memory_limit_mb=parts.memory_limit_mb,
+            folder=str(work_folder(parts.home, bundle)),
+        )
+
+    async def _deliver_request(self, work: Deliver, bundle: Path, app: str) -> wire.DeliverRequest:
+        parts = self._parts
+        content = await self._fetch(work.content, work.content_blake3)
+        return wire.DeliverRequest(
+            app=app,
+            order=str(content),
+            envelope=work.envelope,
+            bundle=str(bundle),
+            options=parts.options,
+            state=str(parts.store.state(work.job) or ""),
+            state_out=str(parts.store.state_draft(work.job, work.round)),
+            out="",  # see `_answer`
+            memory_limit_mb=parts.memory_limit_mb,
+            folder=str(work_folder(parts.home, bundle)),
+        )
+
+    async def _insist(self, work: Assignment, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone:
         """Run a request in the trainer; if the system kills the trainer, try again, at most MAX_TRIES times."""
         pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         for tries in range(1, MAX_TRIES):
             try:
                 return await self._parts.trainer.run_request(request)
             except TrainerLost as error:
-                event(_log, logging.WARNING, "trainer.lost", job=plan.job, round=plan.round, tries=tries, reason=error)
+                event(_log, logging.WARNING, "trainer.lost", job=work.job, round=work.round, tries=tries, reason=error)
             await asyncio.sleep(pauses.next_s())  # until the machine has free memory again
         return await self._parts.trainer.run_request(request)
 
-    def _as_deliver(self, plan: WirePlan, order: Path, bundle: Path, app: str, draft: Path) -> wire.DeliverRequest:
-        store = self._parts.store
-        return wire.DeliverRequest(
-            app=app,
-            order=str(order),
-            envelope=plan.envelope,
-            bundle=str(bundle),
-            options=self._parts.options,
-            state=str(store.state(plan.job) or ""),
-            state_out=str(store.state_draft(plan.job, plan.round)),
-            out=str(draft),
-            memory_limit_mb=self._parts.memory_limit_mb,
-            folder=str(work_folder(self._parts.home, bundle)),
-        )
-
-    def _as_fit(self, plan: WirePlan, model: Path, bundle: Path, task: str, draft: Path) -> wire.FitRequest:
-        return wire.FitRequest(
-            job=plan.job,
-            round=plan.round,
-            client=self._parts.device,
-            train=plan.train,
-            model=str(model),
-            bundle=str(bundle),
-            task=task,
-            options=self._parts.options,
-            out=str(draft),
-            memory_limit_mb=self._parts.memory_limit_mb,
-            folder=str(work_folder(self._parts.home, bundle)),
-        )
-
-    async def _fetch_model(self, ref: BlobRef, blake3: str) -> Path:
-        """Return the file of the round's parameters; the file of an earlier round is overwritten."""
+    async def _fetch(self, ref: BlobRef, blake3: str) -> Path:
+        """Return the file of the parameters or a message's content; that of an earlier round is overwritten."""
         if _SHA256.fullmatch(ref.sha256) is None:
-            raise ProtocolError(f"the plan names its model {ref.sha256[:80]!r}; expected a SHA-256 in hex")
+            raise ProtocolError(f"the cloud names a blob {ref.sha256[:80]!r}; expected a SHA-256 in hex")
         path = self._models / ref.sha256
         if path == self._model:
             return path
@@ -297,12 +305,12 @@ class Participant:
         self._model = path
         return path
 
-    def _fail(self, plan: WirePlan, reason: str) -> None:
-        event(_log, logging.WARNING, "round.failed", job=plan.job, round=plan.round, reason=reason)
+    def _fail(self, work: Assignment, reason: str) -> None:
+        event(_log, logging.WARNING, "round.failed", job=work.job, round=work.round, reason=reason)
         try:
-            self._parts.outbox.put_failure(FailureNote(job=plan.job, round=plan.round, reason=reason))
-        except HomeError as error:  # full disk: serving continues, and `Next` brings the plan back
-            event(_log, logging.ERROR, "round.not_noted", job=plan.job, round=plan.round, reason=error)
+            self._parts.outbox.put_failure(FailureNote(job=work.job, round=work.round, reason=reason))
+        except HomeError as error:  # full disk: serving continues, and `Next` brings the work back
+            event(_log, logging.ERROR, "round.not_noted", job=work.job, round=work.round, reason=error)
 
     def _cancel(self, reason: str) -> None:
         if self._task is not None and self._current is not None:
@@ -311,17 +319,18 @@ class Participant:
             self._task.cancel()
 
 
-def _place(plan: WirePlan) -> tuple[str, int]:
-    """Return a plan's key in the queue: one key for all training rounds of a job, one for each message."""
-    return plan.job, plan.round if plan.envelope else 0
+def _place(work: Assignment) -> tuple[str, int]:
+    """Return an assignment's key in the queue: one key for all training rounds of a job, one for each message."""
+    return work.job, 0 if work.replaces_older else work.round
 
 
-def _is_over(plan: WirePlan, closed: RoundClosed) -> bool:
-    if plan.job != closed.job:
+def _is_over(work: Assignment, closed: RoundClosed) -> bool:
+    if work.job != closed.job:
         return False
-    return closed.job_ended or plan.round == closed.round or (not plan.envelope and plan.round < closed.round)
+    is_older = work.replaces_older and work.round < closed.round
+    return closed.job_ended or work.round == closed.round or is_older
 
 
-def _refuse_too_large(size: int, plan: WirePlan) -> None:
-    if size > plan.max_update_bytes:
-        raise TaskError(f"the update has {size} bytes; this round accepts at most {plan.max_update_bytes}")
+def _refuse_too_large(size: int, work: Assignment) -> None:
+    if size > work.max_update_bytes:
+        raise TaskError(f"the update has {size} bytes; this round accepts at most {work.max_update_bytes}")

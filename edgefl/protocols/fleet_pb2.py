@@ -24,43 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65\x64gefl/protocols/fleet.proto\x12\tedgefl.v1\"5\n\x0bNextRequest\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x0f\n\x07holding\x18\x02 \x03(\t\"Y\n\tNextReply\x12\r\n\x05plans\x18\x01 \x03(\x0c\x12\x0f\n\x07\x64\x65sired\x18\x02 \x03(\x0c\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\x12\r\n\x05\x65nded\x18\x04 \x03(\t\x12\r\n\x05renew\x18\x05 \x01(\x08\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\'\n\tUpdateKey\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\"\xd6\x01\n\x0cUploadHeader\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.edgefl.v1.UpdateKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06\x62lake3\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x35\n\x07metrics\x18\x06 \x03(\x0b\x32$.edgefl.v1.UploadHeader.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"P\n\x0bUploadChunk\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.edgefl.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x97\x01\n\x0bUploadState\x12-\n\x06status\x18\x01 \x01(\x0e\x32\x1d.edgefl.v1.UploadState.Status\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"9\n\x06Status\x12\x0b\n\x07PARTIAL\x10\x00\x12\n\n\x06STORED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\x0b\n\x07REFUSED\x10\x03\"B\n\rFailureReport\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.edgefl.v1.UpdateKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0e\n\x0c\x46\x61ilureReply\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"-\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\n\n\x02\x63\x61\x18\x02 \x01(\x0c\x32\xe1\x02\n\x05\x46leet\x12\x34\n\x04Next\x12\x16.edgefl.v1.NextRequest\x1a\x14.edgefl.v1.NextReply\x12:\n\x08\x44ownload\x12\x1a.edgefl.v1.DownloadRequest\x1a\x10.edgefl.v1.Chunk0\x01\x12\x36\n\x06Resume\x12\x14.edgefl.v1.UpdateKey\x1a\x16.edgefl.v1.UploadState\x12:\n\x06Upload\x12\x16.edgefl.v1.UploadChunk\x1a\x16.edgefl.v1.UploadState(\x01\x12\x39\n\x04\x46\x61il\x12\x18.edgefl.v1.FailureReport\x1a\x17.edgefl.v1.FailureReply\x12\x37\n\x05Renew\x12\x17.edgefl.v1.RenewRequest\x1a\x15.edgefl.v1.RenewReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65\x64gefl/protocols/fleet.proto\x12\tedgefl.v1\"D\n\x0bNextRequest\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x0f\n\x07holding\x18\x02 \x03(\t\x12\r\n\x05knows\x18\x03 \x03(\t\"\x89\x01\n\tNextReply\x12\x11\n\x05plans\x18\x01 \x03(\x0c\x42\x02\x18\x01\x12\x0f\n\x07\x64\x65sired\x18\x02 \x03(\x0c\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\x12\r\n\x05\x65nded\x18\x04 \x03(\t\x12\r\n\x05renew\x18\x05 \x01(\x08\x12*\n\x0b\x61ssignments\x18\x06 \x03(\x0b\x32\x15.edgefl.v1.Assignment\"7\n\nAssignment\x12\r\n\x03\x66it\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07\x64\x65liver\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x61sked\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\'\n\tUpdateKey\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\"\xd6\x01\n\x0cUploadHeader\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.edgefl.v1.UpdateKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06\x62lake3\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x35\n\x07metrics\x18\x06 \x03(\x0b\x32$.edgefl.v1.UploadHeader.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"P\n\x0bUploadChunk\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.edgefl.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x97\x01\n\x0bUploadState\x12-\n\x06status\x18\x01 \x01(\x0e\x32\x1d.edgefl.v1.UploadState.Status\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"9\n\x06Status\x12\x0b\n\x07PARTIAL\x10\x00\x12\n\n\x06STORED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\x0b\n\x07REFUSED\x10\x03\"B\n\rFailureReport\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.edgefl.v1.UpdateKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0e\n\x0c\x46\x61ilureReply\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"-\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\n\n\x02\x63\x61\x18\x02 \x01(\x0c\x32\xe1\x02\n\x05\x46leet\x12\x34\n\x04Next\x12\x16.edgefl.v1.NextRequest\x1a\x14.edgefl.v1.NextReply\x12:\n\x08\x44ownload\x12\x1a.edgefl.v1.DownloadRequest\x1a\x10.edgefl.v1.Chunk0\x01\x12\x36\n\x06Resume\x12\x14.edgefl.v1.UpdateKey\x1a\x16.edgefl.v1.UploadState\x12:\n\x06Upload\x12\x16.edgefl.v1.UploadChunk\x1a\x16.edgefl.v1.UploadState(\x01\x12\x39\n\x04\x46\x61il\x12\x18.edgefl.v1.FailureReport\x1a\x17.edgefl.v1.FailureReply\x12\x37\n\x05Renew\x12\x17.edgefl.v1.RenewRequest\x1a\x15.edgefl.v1.RenewReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'edgefl.protocols.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_NEXTREPLY'].fields_by_name['plans']._loaded_options = None
+  _globals['_NEXTREPLY'].fields_by_name['plans']._serialized_options = b'\030\001'
   _globals['_UPLOADHEADER_METRICSENTRY']._loaded_options = None
   _globals['_UPLOADHEADER_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_NEXTREQUEST']._serialized_start=43
-  _globals['_NEXTREQUEST']._serialized_end=96
-  _globals['_NEXTREPLY']._serialized_start=98
-  _globals['_NEXTREPLY']._serialized_end=187
-  _globals['_DOWNLOADREQUEST']._serialized_start=189
-  _globals['_DOWNLOADREQUEST']._serialized_end=238
-  _globals['_CHUNK']._serialized_start=240
-  _globals['_CHUNK']._serialized_end=261
-  _globals['_UPDATEKEY']._serialized_start=263
-  _globals['_UPDATEKEY']._serialized_end=302
-  _globals['_UPLOADHEADER']._serialized_start=305
-  _globals['_UPLOADHEADER']._serialized_end=519
-  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_start=473
-  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_end=519
-  _globals['_UPLOADCHUNK']._serialized_start=521
-  _globals['_UPLOADCHUNK']._serialized_end=601
-  _globals['_UPLOADSTATE']._serialized_start=604
-  _globals['_UPLOADSTATE']._serialized_end=755
-  _globals['_UPLOADSTATE_STATUS']._serialized_start=698
-  _globals['_UPLOADSTATE_STATUS']._serialized_end=755
-  _globals['_FAILUREREPORT']._serialized_start=757
-  _globals['_FAILUREREPORT']._serialized_end=823
-  _globals['_FAILUREREPLY']._serialized_start=825
-  _globals['_FAILUREREPLY']._serialized_end=839
-  _globals['_RENEWREQUEST']._serialized_start=841
-  _globals['_RENEWREQUEST']._serialized_end=868
-  _globals['_RENEWREPLY']._serialized_start=870
-  _globals['_RENEWREPLY']._serialized_end=915
-  _globals['_FLEET']._serialized_start=918
-  _globals['_FLEET']._serialized_end=1271
+  _globals['_NEXTREQUEST']._serialized_end=111
+  _globals['_NEXTREPLY']._serialized_start=114
+  _globals['_NEXTREPLY']._serialized_end=251
+  _globals['_ASSIGNMENT']._serialized_start=253
+  _globals['_ASSIGNMENT']._serialized_end=308
+  _globals['_DOWNLOADREQUEST']._serialized_start=310
+  _globals['_DOWNLOADREQUEST']._serialized_end=359
+  _globals['_CHUNK']._serialized_start=361
+  _globals['_CHUNK']._serialized_end=382
+  _globals['_UPDATEKEY']._serialized_start=384
+  _globals['_UPDATEKEY']._serialized_end=423
+  _globals['_UPLOADHEADER']._serialized_start=426
+  _globals['_UPLOADHEADER']._serialized_end=640
+  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_start=594
+  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_end=640
+  _globals['_UPLOADCHUNK']._serialized_start=642
+  _globals['_UPLOADCHUNK']._serialized_end=722
+  _globals['_UPLOADSTATE']._serialized_start=725
+  _globals['_UPLOADSTATE']._serialized_end=876
+  _globals['_UPLOADSTATE_STATUS']._serialized_start=819
+  _globals['_UPLOADSTATE_STATUS']._serialized_end=876
+  _globals['_FAILUREREPORT']._serialized_start=878
+  _globals['_FAILUREREPORT']._serialized_end=944
+  _globals['_FAILUREREPLY']._serialized_start=946
+  _globals['_FAILUREREPLY']._serialized_end=960
+  _globals['_RENEWREQUEST']._serialized_start=962
+  _globals['_RENEWREQUEST']._serialized_end=989
+  _globals['_RENEWREPLY']._serialized_start=991
+  _globals['_RENEWREPLY']._serialized_end=1036
+  _globals['_FLEET']._serialized_start=1039
+  _globals['_FLEET']._serialized_end=1392
 # @@protoc_insertion_point(module_scope)

@@ -8,26 +8,38 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class NextRequest(_message.Message):
-    __slots__ = ("agent_version", "holding")
+    __slots__ = ("agent_version", "holding", "knows")
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     HOLDING_FIELD_NUMBER: _ClassVar[int]
+    KNOWS_FIELD_NUMBER: _ClassVar[int]
     agent_version: str
     holding: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, agent_version: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ...) -> None: ...
+    knows: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent_version: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ..., knows: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NextReply(_message.Message):
-    __slots__ = ("plans", "desired", "broker", "ended", "renew")
+    __slots__ = ("plans", "desired", "broker", "ended", "renew", "assignments")
     PLANS_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     BROKER_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     plans: _containers.RepeatedScalarFieldContainer[bytes]
     desired: _containers.RepeatedScalarFieldContainer[bytes]
     broker: str
     ended: _containers.RepeatedScalarFieldContainer[str]
     renew: bool
-    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ..., renew: _Optional[bool] = ...) -> None: ...
+    assignments: _containers.RepeatedCompositeFieldContainer[Assignment]
+    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ..., renew: _Optional[bool] = ..., assignments: _Optional[_Iterable[_Union[Assignment, _Mapping]]] = ...) -> None: ...
+
+class Assignment(_message.Message):
+    __slots__ = ("fit", "deliver")
+    FIT_FIELD_NUMBER: _ClassVar[int]
+    DELIVER_FIELD_NUMBER: _ClassVar[int]
+    fit: bytes
+    deliver: bytes
+    def __init__(self, fit: _Optional[bytes] = ..., deliver: _Optional[bytes] = ...) -> None: ...
 
 class DownloadRequest(_message.Message):
     __slots__ = ("sha256", "offset")

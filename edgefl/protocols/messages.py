@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw, to_json
 
 __all__ = [
-    "MAX_MESSAGE_BYTES", "BlobRef", "DeviceState", "RolloutNote", "RoundClosed", "Signed", "Telemetry",
-    "UpdateRefused", "WirePlan", "decode", "decode_job", "encode", "from_json",
+    "ASSIGNMENTS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Deliver", "DeviceState", "Fit", "JobMessage",
+    "RolloutNote", "RoundClosed", "Signed", "Telemetry", "UpdateRefused", "decode", "decode_job", "encode", "from_json",
 ]  # fmt: skip
 
 MAX_MESSAGE_BYTES = 32 << 10
@@ -49,12 +49,14 @@ class Signed(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WirePlan(Checked):
-    """A round's plan for one device (down/<device>/job and `Next`)."""
+class Fit(Checked):
+    """A device is asked to train: its part in one round of a job (down/<device>/job and `Next`)."""
+
+    replaces_older: ClassVar[bool] = True  # of its job: a device works for the newest round alone
 
     job: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     round: int = field(metadata=limited(least=0, most=MAX_ROUND))
-    model: BlobRef  # safetensors: the parameters to start from; of a message: what Flower's client app is sent
+    model: BlobRef  # safetensors: the parameters to start from
     # Their BLAKE3 hash: every device checks it every round, in a quarter of SHA-256's time.
     model_blake3: str = field(metadata=limited(max_chars=64))
     bundle: Signed  # a signed manifest.Bundle: the task's code
@@ -63,8 +65,32 @@ class WirePlan(Checked):
     max_update_bytes: int = field(metadata=limited(least=0))
     frozen: BlobRef | None = None  # safetensors: the model's frozen tensors, the same in every round of the job
     parted: bool = False  # whether `model` holds only the trained tensors and the buffers
-    envelope: str = ""  # of a message of a relayed Flower app: its metadata; empty = a round of training
-    kind: str = "plan"
+    kind: str = "fit"
+
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Return what a device fetches for it, beside the bundle."""
+        return (self.model,) if self.frozen is None else (self.model, self.frozen)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deliver(Checked):
+    """A device is asked to hand one message to a Flower app's ClientApp (down/<device>/job and `Next`)."""
+
+    replaces_older: ClassVar[bool] = False  # each message is answered
+
+    job: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))  # the relay
+    round: int = field(metadata=limited(least=0, most=MAX_ROUND))  # the message's number
+    envelope: str  # the message's metadata, for its two ends alone
+    content: BlobRef  # what it holds, which other messages may hold too
+    content_blake3: str = field(metadata=limited(max_chars=64))
+    bundle: Signed  # a signed manifest.Bundle: the app's code
+    deadline_s: float = field(metadata=limited(least=0, most=MAX_SECONDS))
+    max_update_bytes: int = field(metadata=limited(least=0))  # of the reply
+    kind: str = "deliver"
+
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Return what a device fetches for it, beside the bundle."""
+        return (self.content,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +152,11 @@ class Telemetry(Checked):
     on_mains: bool | None = None
 
 
-JOB_MESSAGES: Mapping[str, type[Any]] = {"plan": WirePlan, "closed": RoundClosed, "refused": UpdateRefused}
+Assignment = Fit | Deliver  # what one device is asked
+JobMessage = Assignment | RoundClosed | UpdateRefused  # what comes on down/<device>/job
+
+ASSIGNMENTS: Mapping[str, type[Assignment]] = {"fit": Fit, "deliver": Deliver}  # as fleet.proto names them
+JOB_MESSAGES: Mapping[str, type[JobMessage]] = {**ASSIGNMENTS, "closed": RoundClosed, "refused": UpdateRefused}
 
 
 def encode(message: Any) -> bytes:
@@ -142,14 +172,13 @@ def decode(schema: type[_T], data: bytes) -> _T:
     return from_json(schema, _parse(data))
 
 
-def decode_job(data: bytes) -> WirePlan | RoundClosed | UpdateRefused:
+def decode_job(data: bytes) -> JobMessage:
     """Return a message of down/<device>/job, by its kind; raises ProtocolError."""
     value = _parse(data)
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in JOB_MESSAGES:
         raise ProtocolError(f"job message of kind {kind!r:.100} is not one of: {', '.join(JOB_MESSAGES)}")
-    message: WirePlan | RoundClosed | UpdateRefused = from_json(JOB_MESSAGES[kind], value)
-    return message
+    return from_json(JOB_MESSAGES[kind], value)
 
 
 def _parse(data: bytes) -> dict[str, Any]:

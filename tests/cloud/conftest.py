@@ -24,7 +24,7 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls
 from edgefl.protocols.manifest import new_fleet_key, sign
-from edgefl.protocols.messages import WirePlan
+from edgefl.protocols.messages import Fit
 
 
 class Plane:
@@ -45,7 +45,7 @@ class Plane:
         self.model = self.blobs.put_tree({"w": np.arange(3_000_000, dtype=np.float32)})
         self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), self.model, (), JobConfig())
         row = self.jobs.load(self.job)
-        plan = WirePlan(
+        plan = Fit(
             job=self.job, round=1, model=self.model, model_blake3="00", bundle=row.bundle,
             train=row.config.train, deadline_s=60.0, max_update_bytes=self.model.size + 1000,
         )  # fmt: skip

@@ -33,7 +33,8 @@ from edgefl.config import TrainConfig
 from edgefl.process.home import create_home
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc, manifest, messages, tls
-from edgefl.protocols.messages import BlobRef, Signed, WirePlan
+from edgefl.protocols.assignments import pack
+from edgefl.protocols.messages import BlobRef, Fit, Signed
 from edgefl.trees import encoded_bytes, read_tree, write_tree
 from tests import onnx_models
 
@@ -61,7 +62,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         self.folder = folder
         self.key = manifest.new_fleet_key()
         self.blobs: dict[str, bytes] = {}
-        self.plans: list[WirePlan] = []
+        self.plans: list[Fit] = []
         self.desired: list[Signed] = []
         self.over: set[str] = set()  # jobs that have ended
         self.updates: dict[tuple[str, int], tuple[pb.UploadHeader, bytes]] = {}
@@ -138,11 +139,11 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         return manifest.sign(manifest.Bundle(blob=self.blob(file.getvalue()), task="user_task:task"), self.key)
 
     def plan(self, number: int = 1, *, job: str = "j1", code: str = FIT, size: int = 4, deadline_s: float = 60.0,
-             bundle: Signed | None = None, offer: bool = True) -> WirePlan:  # fmt: skip
+             bundle: Signed | None = None, offer: bool = True) -> Fit:  # fmt: skip
         tree = {"w": np.full(size, number, np.float32)}
         file = io.BytesIO()
         write_tree(tree, file)
-        plan = WirePlan(
+        plan = Fit(
             job=job,
             round=number,
             model=self.blob(file.getvalue()),
@@ -174,7 +175,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
             context.abort(grpc.StatusCode.PERMISSION_DENIED, self.turned_away)
         waiting = [plan for plan in self.plans if not {(plan.job, plan.round)} & (self.updates.keys() | self.failures)]
         return pb.NextReply(
-            plans=[messages.encode(plan) for plan in waiting],
+            assignments=[pack(one) for one in waiting],
             desired=[messages.encode(signed) for signed in self.desired],
             broker=self.broker,
             ended=[job for job in request.holding if job in self.over],

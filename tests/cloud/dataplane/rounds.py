@@ -3,14 +3,14 @@
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from edgefl.config import TrainConfig
 from edgefl.exchange import Terms
-from edgefl.protocols.messages import BlobRef, RoundClosed, Signed, WirePlan
+from edgefl.protocols.messages import BlobRef, Fit, RoundClosed, Signed
 
 TERMS = Terms(deadline_s=100.0, offline_grace_s=5.0, quorum=1, return_s=20.0)
 
 
 def opened(job="job", number=1, cohort=("a", "b"), terms=TERMS, **around):
     blob = BlobRef(sha256="0" * 64, size=1)
-    plan = WirePlan(
+    plan = Fit(
         job=job, round=number, model=blob, model_blake3="00", bundle=Signed(text="", key_id="", signature=""),
         train=TrainConfig(), deadline_s=1.0, max_update_bytes=10,
     )  # fmt: skip

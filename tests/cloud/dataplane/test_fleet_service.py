@@ -1,6 +1,5 @@
 """The data plane over real gRPC and mutual TLS, spoken to by the generated stub."""
 
-import dataclasses
 import hashlib
 import io
 import math
@@ -16,11 +15,14 @@ from edgefl.errors import CloudStopping
 from edgefl.exchange import Terms
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
-from edgefl.protocols.messages import BlobRef, decode_job
+from edgefl.protocols.assignments import unpack
+from edgefl.protocols.messages import ASSIGNMENTS, BlobRef, Deliver
 from edgefl.terminal.text import is_safe
 from edgefl.trees import write_tree
 
 Status = pb.UploadState
+
+ASK = pb.NextRequest(knows=ASSIGNMENTS)
 
 
 def update_bytes(value=1.0):
@@ -30,10 +32,22 @@ def update_bytes(value=1.0):
 
 
 def test_next_lists_the_rounds_that_wait_for_the_caller(plane):
-    reply = plane.stub("a").Next(pb.NextRequest(), timeout=10)
-    assert decode_job(reply.plans[0]) == plane.round.plan
+    reply = plane.stub("a").Next(ASK, timeout=10)
+    assert unpack(reply) == [plane.round.assignment]
     assert reply.broker == "mqtts://:8883"
-    assert not plane.stub("c").Next(pb.NextRequest(), timeout=10).plans
+    assert not plane.stub("c").Next(ASK, timeout=10).assignments
+
+
+def test_an_agent_that_does_not_know_such_work_is_answered_for_with_the_reason(plane):
+    message, answers = a_message(plane)
+    reply = plane.stub("a").Next(pb.NextRequest(agent_version="0.2", knows=["fit", "fly"]), timeout=10)
+    assert unpack(reply) == [plane.round.assignment]
+    [answer] = answers
+    assert answer.reason.startswith("agent 0.2 does not know work of the kind 'deliver'; update the agent")
+    assert not message.waits_for("a")
+    older = plane.stub("b").Next(pb.NextRequest(agent_version="0.1"), timeout=10)  # it names no kinds yet
+    assert not older.assignments
+    assert plane.next_answer().reason.startswith("agent 0.1 does not know work of the kind 'fit'")
 
 
 def a_message(plane, number=7, content=b"a message", device="a"):
@@ -41,10 +55,11 @@ def a_message(plane, number=7, content=b"a message", device="a"):
     source, answers = plane.folder / f"content-{number}", []
     source.write_bytes(content)
     ref = BlobRef(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-    plan = dataclasses.replace(
-        plane.round.plan, job="relay-1", round=number, model=ref, envelope="e", max_update_bytes=1000
-    )
-    opened = OpenRound(plan, (device,), Terms(deadline_s=600.0, offline_grace_s=5.0))
+    asked = Deliver(
+        job="relay-1", round=number, envelope="e", content=ref, content_blake3="00",
+        bundle=plane.round.assignment.bundle, deadline_s=60.0, max_update_bytes=1000,
+    )  # fmt: skip
+    opened = OpenRound(asked, (device,), Terms(deadline_s=600.0, offline_grace_s=5.0))
     opened.source, opened.record = source, answers.append
     plane.rounds.add(opened)
     return opened, answers
@@ -52,7 +67,7 @@ def a_message(plane, number=7, content=b"a message", device="a"):
 
 def test_a_message_is_downloaded_by_its_device_alone_and_answered_with_any_bytes(plane):
     opened, answers = a_message(plane)
-    stub, request = plane.stub("a"), pb.DownloadRequest(sha256=opened.plan.model.sha256)
+    stub, request = plane.stub("a"), pb.DownloadRequest(sha256=opened.assignment.content.sha256)
     assert b"".join(chunk.data for chunk in stub.Download(request, timeout=10)) == b"a message"
     with pytest.raises(grpc.RpcError) as refused:
         list(plane.stub("b").Download(request, timeout=10))
@@ -66,8 +81,8 @@ def test_a_message_is_downloaded_by_its_device_alone_and_answered_with_any_bytes
 def test_next_lists_training_first_and_not_too_many_messages(plane):
     for number in range(30, 0, -1):
         a_message(plane, number, f"{number}".encode())
-    plans = [decode_job(plan) for plan in plane.stub("a").Next(pb.NextRequest(), timeout=10).plans]
-    assert [(plan.job, plan.round) for plan in plans] == [
+    listed = unpack(plane.stub("a").Next(ASK, timeout=10))
+    assert [(one.job, one.round) for one in listed] == [
         (plane.job, 1), *[("relay-1", number) for number in range(1, 24)],
     ]  # fmt: skip
 
@@ -95,7 +110,7 @@ def test_an_upload_is_durable_in_the_queue_and_acknowledged_once(plane):
     assert plane.round.up_bytes == len(data)
     assert plane.upload(stub, data).status == Status.STORED  # a replay is acknowledged, not folded
     assert plane.done.empty()
-    assert not stub.Next(pb.NextRequest(), timeout=10).plans
+    assert not stub.Next(ASK, timeout=10).assignments
 
 
 def test_an_upload_that_was_cut_goes_on(plane):

@@ -21,7 +21,7 @@ from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.protocols import topics
 from edgefl.protocols.manifest import new_fleet_key, sign
-from edgefl.protocols.messages import DeviceState, RoundClosed, UpdateRefused, WirePlan, decode_job, encode
+from edgefl.protocols.messages import DeviceState, Fit, RoundClosed, UpdateRefused, decode_job, encode
 from edgefl.protocols.mqtt import LinkConfig
 from edgefl.records import Failure, Plan
 from edgefl.testing import ManualClock, make_update
@@ -123,7 +123,7 @@ def test_a_round_announces_collects_and_closes(centre):
     assert fleet.clients() == ["a", "b"]
     collected = in_thread(lambda: fleet.collect(centre.plan()))
     plan = centre.devices["a"].next()
-    assert isinstance(plan, WirePlan)
+    assert isinstance(plan, Fit)
     assert SpooledTree(centre.blobs.path(plan.model.sha256))["w"].tolist() == [0, 0]
     assert plan == centre.devices["b"].next()
     assert centre.answer("a", 2.0)
@@ -163,7 +163,7 @@ def test_once_the_quorum_answered_an_offline_device_is_not_waited_for(centre):
     opened.note(Presence.of(centre.link))
     clock.advance(5.0)
     assert list(arriving) == []
-    assert isinstance(centre.devices["b"].next(), WirePlan)
+    assert isinstance(centre.devices["b"].next(), Fit)
     assert centre.devices["b"].next() == RoundClosed(job=centre.job, round=1, job_ended=False)
 
 
@@ -208,7 +208,7 @@ def test_a_restart_yields_what_had_come_and_asks_only_the_others(centre):
         write_tree({"w": np.full(2, 5.0, np.float32)}, file)
     centre.jobs.record(centre.job, 1, Answer(device="a", file=f"{centre.job}/1/a", weight=3.0))
     collected = in_thread(lambda: fleet.collect(centre.plan()))
-    assert isinstance(centre.devices["b"].next(), WirePlan)
+    assert isinstance(centre.devices["b"].next(), Fit)
     centre.answer("b")
     first, second = collected()
     assert (first.device, first.weight, first.tree["w"].tolist()) == ("a", 3.0, [5, 5])
@@ -276,7 +276,7 @@ def test_a_stopping_cloud_tells_no_device_that_its_round_is_closed(centre):
     fleet = centre.fleet(quorum=2)
     arriving = fleet.collect(centre.plan())
     opening = in_thread(lambda: [next(arriving)])
-    assert isinstance(centre.devices["a"].next(), WirePlan)
+    assert isinstance(centre.devices["a"].next(), Fit)
     centre.answer("b")
     opening()
     centre.rounds.interrupt(CloudStopping("end"))

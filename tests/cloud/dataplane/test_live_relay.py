@@ -28,18 +28,18 @@ def message(**changes):
 
 
 def test_a_plan_names_what_the_message_holds_and_how_long_it_is_wanted(relay):
-    plan = relay.plan(message(), 30.0)
-    assert (plan.job, plan.round, plan.envelope, plan.deadline_s) == ("relay-1", 7, "e", 30.0)
-    assert (plan.model.sha256, plan.model.size) == (SHA256, len(CONTENT))
-    assert (plan.model_blake3, plan.max_update_bytes) == (blake3(CONTENT).hexdigest(), MAX_MESSAGE_BYTES)
+    asked = relay.assignment(message(), 30.0)
+    assert (asked.job, asked.round, asked.envelope, asked.deadline_s) == ("relay-1", 7, "e", 30.0)
+    assert (asked.content.sha256, asked.content.size) == (SHA256, len(CONTENT))
+    assert (asked.content_blake3, asked.max_update_bytes) == (blake3(CONTENT).hexdigest(), MAX_MESSAGE_BYTES)
 
 
 def test_what_messages_share_is_hashed_once(relay):
-    first = relay.plan(message(), 30.0)
+    first = relay.assignment(message(), 30.0)
     relay.contents.path(SHA256).unlink()
-    assert relay.plan(message(number=8), 30.0).model_blake3 == first.model_blake3
+    assert relay.assignment(message(number=8), 30.0).content_blake3 == first.content_blake3
 
 
 def test_a_message_whose_content_was_not_sent_is_refused(relay):
     with pytest.raises(ConfigError, match=r"what message 7 holds, 1{16}\.\.\., is not here; send it first"):
-        relay.plan(message(content_sha256="1" * 64), 30.0)
+        relay.assignment(message(content_sha256="1" * 64), 30.0)

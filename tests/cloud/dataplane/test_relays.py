@@ -19,7 +19,7 @@ from cloud.state.storage import LOOK_S, Storage
 from cloud.state.store import open_database
 from edgefl.errors import ConfigError, NotFound, ProtocolError
 from edgefl.protocols.manifest import new_fleet_key, sign
-from edgefl.protocols.messages import BlobRef, WirePlan
+from edgefl.protocols.messages import BlobRef, Deliver
 from edgefl.testing import ManualClock
 from tests.cloud.dataplane.rounds import FakeLink
 
@@ -99,10 +99,10 @@ def message(number=1, device="a", within_s=60.0):
 def test_a_message_goes_out_and_its_reply_comes_back(cloud):
     relay = cloud.begin()
     cloud.relays.send(relay, [message(1, "a"), message(2, "b")])
-    plans = {device: plan for device, plan in cloud.link.told if isinstance(plan, WirePlan)}
+    plans = {device: plan for device, plan in cloud.link.told if isinstance(plan, Deliver)}
     assert plans.keys() == {"a", "b"}
-    assert (plans["a"].envelope, plans["a"].round, plans["a"].model.sha256) == ("envelope", 1, SHA256)
-    assert plans["a"].model_blake3 == blake3(CONTENT).hexdigest()
+    assert (plans["a"].envelope, plans["a"].round, plans["a"].content.sha256) == ("envelope", 1, SHA256)
+    assert plans["a"].content_blake3 == blake3(CONTENT).hexdigest()
     assert cloud.rounds.get(relay, 1).source.read_bytes() == CONTENT
     assert cloud.reply(relay, 2, "b", b"from b")
     assert not cloud.rounds.get(relay, 2)
@@ -127,7 +127,7 @@ def test_after_a_restart_open_messages_wait_on_and_replies_are_told_again(cloud)
     cloud.relays.send(relay, [message(1, "a"), message(2, "b")])
     cloud.reply(relay, 1, "a")
     cloud.restart()
-    assert [one.plan.round for one in cloud.rounds.waiting_for("b")] == [2]
+    assert [one.assignment.round for one in cloud.rounds.waiting_for("b")] == [2]
     assert not cloud.rounds.waiting_for("a")
     assert [line["number"] for line in cloud.next_lines(relay)] == [1]
     assert cloud.relays.reply(relay, 1).read_bytes() == b"reply"
@@ -163,7 +163,7 @@ def test_a_message_that_is_late_is_given_up(cloud):
     [line] = cloud.next_lines(relay)
     assert (line["number"], line["reason"], line["lost"]) == (2, "device a: no reply in time", True)
     assert cloud.link.closed() == [("a", 2, False)]
-    assert [one.plan.round for one in cloud.rounds.waiting_for("a")] == [1]
+    assert [one.assignment.round for one in cloud.rounds.waiting_for("a")] == [1]
 
 
 def test_a_device_that_is_gone_is_given_up_and_one_that_is_back_is_not(cloud):
@@ -301,7 +301,7 @@ def test_a_stream_ends_by_itself_so_that_it_is_asked_for_again(cloud):
     ("bad", "error", "said"),
     [
         ({"content_sha256": "1" * 64}, ConfigError, "is not here; send it first"),
-        ({"envelope": "x" * 40_000}, ProtocolError, "WirePlan has"),
+        ({"envelope": "x" * 40_000}, ProtocolError, "Deliver has"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_anything_changes(cloud, bad, error, said):

@@ -15,7 +15,7 @@ from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls, topics
-from edgefl.protocols.messages import WirePlan, decode_job
+from edgefl.protocols.messages import Fit, decode_job
 from edgefl.protocols.mqtt import LinkConfig
 from edgefl.protocols.tls import Identity
 from edgefl.terminal.text import is_safe
@@ -156,7 +156,7 @@ def test_a_devices_reason_forges_nothing_on_the_operators_screen(fleet, three, e
     fleet.cloud.wait_for("device.online device=evil")
     run = fleet.start_run("numbers", "rounds.clients=4", "rounds.quorum=3", "rounds.deadline_s=20")
     plan = decode_job(inbox.get(timeout=30))
-    assert isinstance(plan, WirePlan)
+    assert isinstance(plan, Fit)
     reason = "\x1b[2J\x1b]0;owned\x07[red]gone[/red]\nround 2/1: 99 admitted\r\u202e\x9b"
     report = pb.FailureReport(key=pb.UpdateKey(job=plan.job, round=plan.round), reason=reason)
     rpc.FleetStub(channel).Fail(report, timeout=10)

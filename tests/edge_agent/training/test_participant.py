@@ -226,7 +226,7 @@ def test_a_bad_bundle_is_reported_and_nothing_runs(fleet, on_device, damage, sai
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"max_update_bytes": 10}, "bytes; at most 10 are taken"),
+    [({"max_update_bytes": 10}, "bytes; this round accepts at most 10"),
      ({"model": BlobRef(sha256="../../etc/passwd", size=10)}, "expected a SHA-256 in hex")],
 )  # fmt: skip
 def test_a_plan_that_cannot_be_done_is_reported(fleet, on_device, change, said):

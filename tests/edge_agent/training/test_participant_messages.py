@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from edgefl.flower.fleet import wire
 from edgefl.flower.inside import give_id, task_identity
 from edgefl.protocols.manifest import Bundle, sign
-from edgefl.protocols.messages import RoundClosed, WirePlan
+from edgefl.protocols.messages import Deliver, RoundClosed
 
 CLIENT = """
     import os, time
@@ -50,12 +50,11 @@ def message_plan(fleet, number, kind="query", *, hang=False):
     give_id(message, f"1-{number}")
     order = wire.pack_order({}, message.content)
     bundle = sign(Bundle(blob=fleet.blob(file.getvalue()), task="client_app:app"), fleet.key)
-    base = fleet.plan(number, job="relay", bundle=bundle, offer=False)
-    plan: WirePlan = dataclasses.replace(
-        base, model=fleet.blob(order), model_blake3=blake3(order).hexdigest(), envelope=wire.pack_envelope(message),
-        max_update_bytes=1 << 20,
+    asked = Deliver(
+        job="relay", round=number, envelope=wire.pack_envelope(message), content=fleet.blob(order),
+        content_blake3=blake3(order).hexdigest(), bundle=bundle, deadline_s=60.0, max_update_bytes=1 << 20,
     )  # fmt: skip
-    return plan, message
+    return asked, message
 
 
 def counted(fleet, number, message):
@@ -111,7 +110,7 @@ def test_a_reply_that_is_too_large_is_a_failure_and_the_state_stays(fleet, home,
         plan, _ = message_plan(fleet, 1)
         device.participant.hear(dataclasses.replace(plan, max_update_bytes=10))
         await device.until(lambda: fleet.failures)
-        assert "at most 10 are taken" in fleet.failures["relay", 1]
+        assert "accepts at most 10" in fleet.failures["relay", 1]
         assert list((home / "states").iterdir()) == []
 
     on_device(run)

@@ -10,7 +10,7 @@ import pytest
 from edgefl.flower import FlowerRunResult, load_flower_app, run_on_fleet
 from edgefl.flower.fleet.deliver import NodeMessage, deliver
 from edgefl.operator.client import CloudClient, load_credentials
-from edgefl.protocols.messages import WirePlan
+from edgefl.protocols.messages import Deliver
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def on_fleet(http_plane, play_devices, tmp_path) -> Callable[..., FlowerRunResul
     def run(folder: Path, *names: str, config=None, gate=None, **options) -> FlowerRunResult:
         names = names or ("cam-0", "cam-1")
 
-        def respond(device: str, plan: WirePlan, content: bytes) -> bytes | None:
+        def respond(device: str, plan: Deliver, content: bytes) -> bytes | None:
             if gate is not None and not gate(device, plan):
                 return None
             order, state = tmp_path / f"{device}.order", tmp_path / f"{device}.state"

@@ -148,9 +148,13 @@ RELEASE = {"model": "m", "version": 1, "blob": PIECE, "metrics": {"accuracy": 0.
 EVERY: dict[type, dict[str, Any]] = {
     messages.BlobRef: PIECE,
     messages.Signed: {"text": "{}", "key_id": "k", "signature": "s"},
-    messages.WirePlan: {
+    messages.Fit: {
         "job": "j", "round": 1, "model": PIECE, "model_blake3": "00", "train": {"lr": 0.5}, "deadline_s": 6.0,
-        "bundle": {"text": "{}", "key_id": "k", "signature": "s"}, "max_update_bytes": 9, "envelope": "e",
+        "bundle": {"text": "{}", "key_id": "k", "signature": "s"}, "max_update_bytes": 9,
+    },
+    messages.Deliver: {
+        "job": "j", "round": 1, "content": PIECE, "content_blake3": "00", "envelope": "e", "deadline_s": 6.0,
+        "bundle": {"text": "{}", "key_id": "k", "signature": "s"}, "max_update_bytes": 9,
     },
     messages.RoundClosed: {"job": "j", "round": 1, "job_ended": True},
     messages.UpdateRefused: {"job": "j", "round": 1, "reason": "r"},

@@ -12,25 +12,31 @@ from edgefl.errors import ProtocolError
 from edgefl.protocols import messages
 from edgefl.protocols.messages import (
     BlobRef,
+    Deliver,
     DeviceState,
+    Fit,
     RolloutNote,
     RoundClosed,
     Signed,
     Telemetry,
     UpdateRefused,
-    WirePlan,
     decode,
     decode_job,
     encode,
 )
 
-PLAN = WirePlan(
+FIT = Fit(
     job="job", round=3, model=BlobRef(sha256="ab", size=4), model_blake3="00",
     bundle=Signed(text="{}", key_id="k", signature="c2ln"), train=TrainConfig(lr=0.5), deadline_s=600.0,
     max_update_bytes=1 << 20,
 )  # fmt: skip
+DELIVER = Deliver(
+    job="relay", round=7, envelope="e", content=BlobRef(sha256="cd", size=4), content_blake3="00", bundle=FIT.bundle,
+    deadline_s=60.0, max_update_bytes=1 << 20,
+)  # fmt: skip
 JOB_MESSAGES = [
-    PLAN,
+    FIT,
+    DELIVER,
     RoundClosed(job="job", round=3, job_ended=True),
     UpdateRefused(job="job", round=3, reason="tensor 'w' holds NaN"),
 ]
@@ -60,37 +66,39 @@ def test_bytes_by_hand() -> None:
 
 
 def test_a_newer_cloud_may_say_more() -> None:
-    value = {**json.loads(encode(PLAN)), "colour": "red"}
+    value = {**json.loads(encode(FIT)), "colour": "red"}
     value["model"]["codec"] = "none"
-    assert decode_job(json.dumps(value).encode()) == PLAN
+    assert decode_job(json.dumps(value).encode()) == FIT
 
 
 def test_a_whole_number_is_a_number() -> None:
-    value = {**json.loads(encode(PLAN)), "deadline_s": 600}
-    assert decode_job(json.dumps(value).encode()) == PLAN
+    value = {**json.loads(encode(FIT)), "deadline_s": 600}
+    assert decode_job(json.dumps(value).encode()) == FIT
 
 
 def without(key: str) -> bytes:
-    value = json.loads(encode(PLAN))
+    value = json.loads(encode(FIT))
     del value[key]
     return json.dumps(value).encode()
 
 
 def changed(**changes: Any) -> bytes:
-    return json.dumps({**json.loads(encode(PLAN)), **changes}).encode()
+    return json.dumps({**json.loads(encode(FIT)), **changes}).encode()
 
 
 BAD = {
     "empty": b"",
-    "cut short": encode(PLAN)[:-1],
+    "cut short": encode(FIT)[:-1],
     "not UTF-8": b'{"kind":"\xff"}',
     "a list": b"[]",
     "a number": b"3",
     "nested too deeply": b"[" * 30_000,
-    "too large": b'{"kind":"plan","x":"' + b"x" * messages.MAX_MESSAGE_BYTES + b'"}',
+    "too large": b'{"kind":"fit","x":"' + b"x" * messages.MAX_MESSAGE_BYTES + b'"}',
     "no kind": without("kind"),
     "unknown kind": changed(kind="party"),
-    "kind is a list": changed(kind=["plan"]),
+    "of an older cloud": changed(kind="plan"),
+    "of another kind": changed(kind="deliver"),
+    "kind is a list": changed(kind=["fit"]),
     "no job": without("job"),
     "round is text": changed(round="3"),
     "round is a fraction": changed(round=3.5),
