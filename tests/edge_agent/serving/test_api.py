@@ -230,7 +230,7 @@ def test_hostile_requests_are_answered_in_json(serve, model, content):
 
 
 def test_a_fault_of_ours_is_answered_in_json_and_logged(serve, model, caplog):
-    broken = dataclasses.replace(model(), session=None)
+    broken = dataclasses.replace(model(), session=None, quick=None)
 
     async def run(client, _models):
         answer = await client.post("/v2/models/affine/infer", json=request())

@@ -88,7 +88,7 @@ def test_another_envelope_is_refused(message, envelope):
 
 def test_what_is_too_large_is_refused_before_it_travels(message, monkeypatch):
     monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 10)
-    with pytest.raises(ConfigError, match="at most 10 are carried"):
+    with pytest.raises(ConfigError, match="at most 10 are allowed"):
         wire.pack_order({}, message.content)
     with task_identity(1):
         long = Message(RecordDict(), 5, "query", group_id="g" * 10_000)
