@@ -26,7 +26,7 @@ END_S = 5.0
 # Wait for a line, which a dead parent never sends; then become the program, with the same pid.
 _GATE = 'read -r go && exec "$@" </dev/null'
 
-_DEAF = 'trap "" INT TERM HUP && exec "$@"'  # ignores these signals from the start
+_BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # by a guardian, from its first instruction on
 
 
 class Guardian:
@@ -60,14 +60,18 @@ class Guardian:
                     self._begin()
 
     def _begin(self) -> None:
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", _DEAF, "sh", sys.executable, "-I", "-S", __file__, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,  # survives a signal to our group
-        )
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)  # a child inherits its parent thread's mask
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,  # survives a signal to our group
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for pid, how in self._watched.items():
             self._tell(f"{how} {pid}")
 
