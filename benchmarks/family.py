@@ -17,7 +17,7 @@ from typing import Self
 
 import psutil
 
-from edgefl.app.local_fleet import LoggedProcess
+from edgefl.local_fleet import LoggedProcess
 
 ASK_S = 5.0  # time to end by themselves after SIGTERM
 KILL_S = 10.0

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workload import RunFailedError
-from edgefl.app.local_fleet import LocalFleet
 from edgefl.errors import EdgeflError
+from edgefl.local_fleet import LocalFleet
 
 START_S = 120.0
 ECHO = Path(__file__).parent / "echo_task"

@@ -17,8 +17,8 @@ from benchmarks.family import Family
 from benchmarks.memory import peak_rss_mb, tree_rss_mb
 from benchmarks.report import installed
 from benchmarks.workload import TENSORS, RunFailedError, RunResult, Workload, between
-from edgefl.app.local_fleet import LoggedProcess, free_ports
 from edgefl.errors import ProcessFailed
+from edgefl.local_fleet import LoggedProcess, free_ports
 
 START_S = 120.0  # twenty Python processes on two cores start slowly
 APP = Path(__file__).parent / "flower_app"

@@ -28,8 +28,8 @@ import psutil
 from benchmarks.report import Row, Target, command
 from cloud.state.enrolment import Enrolment
 from cloud.state.store import open_database
-from edgefl.app.local_fleet import LocalFleet
 from edgefl.errors import EdgeflError
+from edgefl.local_fleet import LocalFleet
 from edgefl.process.descriptors import raise_limit
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import messages, topics

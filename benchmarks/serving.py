@@ -25,7 +25,7 @@ from benchmarks.report import Row, Target, command, installed, median
 from benchmarks.workload import RunFailedError
 from edge_agent.serving.api import bind
 from edge_agent.serving.predictions import Model, Predictions, PredictionsConfig, ServingCallbacks
-from edgefl.app.local_fleet import free_ports
+from edgefl.local_fleet import free_ports
 
 ROOT = Path(__file__).parents[1]
 START_S = 60.0

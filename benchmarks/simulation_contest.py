@@ -23,7 +23,7 @@ from benchmarks.family import Family
 from benchmarks.memory import tree_rss_mb
 from benchmarks.report import installed, median
 from benchmarks.workload import RunFailedError
-from edgefl.app.local_fleet import LoggedProcess
+from edgefl.local_fleet import LoggedProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_S = 400.0  # deadline of any one run

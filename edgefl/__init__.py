@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edgefl.version import __version__ as __version__
+from edgefl.process.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from edgefl.config import AggregationConfig, JobConfig, RoundsConfig, ServerConfig, TrainConfig, load_config

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgefl.app.local_fleet import LoggedProcess, free_ports
+from edgefl.local_fleet import LoggedProcess, free_ports
 from tests.environments import LOCK, ROOT, Environment
 
 pytestmark = [pytest.mark.soak]

@@ -37,7 +37,7 @@ from edgefl.errors import (
     NotFound,
     ProtocolError,
 )
-from edgefl.version import __version__
+from edgefl.process.version import __version__
 
 __all__ = ["make_app", "serve_http"]
 

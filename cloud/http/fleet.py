@@ -13,7 +13,7 @@ from pydantic import Field
 from cloud.http.services import Services
 from cloud.http.shared import Body, CleanJSON, Here, known
 from cloud.state.enrolment import VALID_FOR_S, Device
-from edgefl.version import __version__
+from edgefl.process.version import __version__
 
 public = APIRouter()
 operator = APIRouter()

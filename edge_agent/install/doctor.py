@@ -35,10 +35,10 @@ from edge_agent.install.units import AGENT, settings_of
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edgefl.errors import HomeError
 from edgefl.process.home import home_in_use
+from edgefl.process.version import __version__
 from edgefl.protocols import tls
 from edgefl.terminal.output import Output, example, json_option
 from edgefl.terminal.text import one_line
-from edgefl.version import __version__
 
 SERVE_PORT = 8000
 LOW_DISK_MB, NO_DISK_MB = 1000, 100

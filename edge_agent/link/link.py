@@ -26,13 +26,13 @@ from edge_agent.resources import measure
 from edgefl.errors import CloudUnreachable, ConfigError, HomeError, ProtocolError
 from edgefl.logs import event
 from edgefl.process.home import replace_file
+from edgefl.process.version import __version__
 from edgefl.protocols import messages, topics
 from edgefl.protocols.assignments import unpack
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.messages import Assignment, DeviceState, JobMessage, RolloutNote, Signed
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
 from edgefl.protocols.tls import Identity
-from edgefl.version import __version__
 
 ASK_EVERY_S = 30.0  # the safety net under lost messages
 ASK_AGAIN_S = 2.0  # after `Next` failed; more where the cloud has no place

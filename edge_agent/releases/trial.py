@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from edge_agent.children import Child, die_with_parent, limit_own_memory
-from edge_agent.serving.sessions import load
+from edge_agent.sessions import load
 from edgefl.errors import EdgeflError, ProtocolError
 
 MAX_REASON_BYTES = 4000

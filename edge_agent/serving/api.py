@@ -22,11 +22,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edge_agent.serving.board import Board
-from edge_agent.serving.sessions import Models, Served, Stop
+from edge_agent.sessions import Models, Served, Stop
 from edgefl.errors import ProtocolError
+from edgefl.process.version import __version__
 from edgefl.protocols.addresses import bracketed
 from edgefl.protocols.ports.listener import listen
-from edgefl.version import __version__
 
 if TYPE_CHECKING:
     from edge_agent.serving.inference import Request, Response

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_agent.serving.json_numbers import read_numbers, write_numbers
 from edge_agent.serving.json_request import SMALL_BYTES, Cut, parse_object
-from edge_agent.serving.sessions import NUMPY_TYPES, Served, TensorInfo
+from edge_agent.sessions import NUMPY_TYPES, Served, TensorInfo
 from edgefl.errors import ProtocolError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_agent.serving.inference import Request, Response, answers_at_once, encode_response, is_small, parse_request
-from edge_agent.serving.sessions import Served
+from edge_agent.sessions import Served
 from edgefl.protocols.ports.http_limits import Answered
 
 MAX_KEPT, MAX_HEAD_BYTES = 64, 4096

@@ -25,7 +25,7 @@ from edge_agent.serving import wire
 from edge_agent.serving.access import server_contexts
 from edge_agent.serving.api import Serving
 from edge_agent.serving.board import Board
-from edge_agent.serving.sessions import Models, Served, load
+from edge_agent.sessions import Models, Served, load
 from edgefl.errors import EdgeflError, ProtocolError
 from edgefl.logs import set_up_logging
 

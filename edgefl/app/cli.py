@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 import click
 
 from edgefl.errors import EdgeflError, MissingExtra
+from edgefl.process.version import __version__
 from edgefl.terminal import debug
 from edgefl.terminal.extras import OF_COMMANDS, extra_of, install_command, missing_modules
 from edgefl.terminal.output import INTERRUPTED
-from edgefl.version import __version__
 
 _GROUP = "edgefl.commands"
 OWN: Mapping[str, str] = {

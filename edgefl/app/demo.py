@@ -20,9 +20,9 @@ import click
 import httpx
 
 from edgefl.app.commands.progress import round_progress
-from edgefl.app.local_fleet import LocalFleet
 from edgefl.config import JobConfig, load_config
 from edgefl.errors import ConfigError, ParityError, RolloutFailed
+from edgefl.local_fleet import LocalFleet
 from edgefl.operator.client import CloudClient, Json, load_credentials
 from edgefl.operator.publish import export, publish
 from edgefl.operator.run import run

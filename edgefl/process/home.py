@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from edgefl.errors import HomeError
-from edgefl.version import __version__
+from edgefl.process.version import __version__
 
 FORMAT = 1
 

@@ -4,7 +4,7 @@ import psutil
 import pytest
 
 from benchmarks.family import Family
-from edgefl.app.local_fleet import LoggedProcess
+from edgefl.local_fleet import LoggedProcess
 
 # A child in a session of its own, ignoring SIGTERM, whose parent ends first.
 DETACHES = """

@@ -1,7 +1,7 @@
 """Light devices are in the fleet as others are: enrolled, online, and heard at both doors."""
 
 from benchmarks.light_devices import LightDevices, _packet, enrol, online
-from edgefl.app.local_fleet import LocalFleet
+from edgefl.local_fleet import LocalFleet
 
 
 def test_a_few_devices_are_online_while_they_are_held(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import serving
 from benchmarks.serving_load import Client, request
 from edge_agent.serving.inference import parse_request
-from edge_agent.serving.sessions import Served, TensorInfo
+from edge_agent.sessions import Served, TensorInfo
 
 MODEL = Served(
     "cnn", 1, (TensorInfo("input", "FP32", (-1, 1, 28, 28)),), (TensorInfo("output", "FP32", (-1, 10)),),

@@ -24,9 +24,9 @@ from cloud.state.home import AggregatorOptions, CloudHome
 from edgefl import aggregation
 from edgefl.aggregation import WeightedMean, mean
 from edgefl.app import cli
-from edgefl.app.local_fleet import LocalFleet, free_ports
 from edgefl.config import JobConfig, load_config
 from edgefl.errors import HomeError, JobFailed, PartFailed, ProcessFailed
+from edgefl.local_fleet import LocalFleet, free_ports
 from edgefl.operator.run import run
 
 ROOT = Path(__file__).parents[2]

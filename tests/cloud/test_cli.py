@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from cloud.cli import cloud
 from cloud.state.enrolment import Enrolment
 from cloud.state.store import open_database
-from edgefl.app.local_fleet import LocalFleet
 from edgefl.errors import ConfigError, HomeError
+from edgefl.local_fleet import LocalFleet
 from edgefl.process.home import create_home
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity

@@ -5,7 +5,7 @@ import psutil
 import pytest
 
 from cloud.broker.child import find_mosquitto
-from edgefl.app.local_fleet import LocalFleet
+from edgefl.local_fleet import LocalFleet
 from edgefl.trees import SpooledTree
 
 TASKS = Path(__file__).parent / "tasks"

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from edgefl.app.local_fleet import LocalFleet
+from edgefl.local_fleet import LocalFleet
 
 
 def calls(path):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgefl.app.local_fleet import LocalFleet
 from edgefl.flower import load_flower_app, run_flower_app
+from edgefl.local_fleet import LocalFleet
 from edgefl.trees import SpooledTree
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

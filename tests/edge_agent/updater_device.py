@@ -10,7 +10,7 @@ import numpy as np
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.profile import load_profile
 from edge_agent.releases.updater import Updater, UpdaterParts
-from edge_agent.serving.sessions import Models, load
+from edge_agent.sessions import Models, load
 from edgefl.protocols.manifest import load_public_key
 
 

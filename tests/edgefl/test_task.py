@@ -212,8 +212,8 @@ run_simulation(ending, client_app, num_supernodes=2, backend_config=resources)
 def test_a_task_runs_in_flowers_own_engine_and_gives_what_ours_gives(tmp_path):
     """In a process of its own, as who uses it would: Flower's engine is Ray."""
     import edgefl
-    from edgefl.app.local_fleet import QUIET
     from edgefl.config import load_config
+    from edgefl.local_fleet import QUIET
     from edgefl.simulation.world.settings import SimulationConfig
 
     (tmp_path / "app.py").write_text(FLOWER)

@@ -11,8 +11,8 @@ from cloud.broker.child import find_mosquitto
 from cloud.state.enrolment import Enrolment
 from cloud.state.home import AggregatorOptions, CloudHome
 from cloud.state.store import open_database
-from edgefl.app.local_fleet import free_ports
 from edgefl.errors import ConfigError, HomeError
+from edgefl.local_fleet import free_ports
 from edgefl.process.home import create_home
 from edgefl.protocols import tls
 

@@ -7,7 +7,7 @@ import subprocess
 import onnx
 import pytest
 
-from edgefl.app.local_fleet import LocalFleet
+from edgefl.local_fleet import LocalFleet
 from tests import onnx_models
 
 

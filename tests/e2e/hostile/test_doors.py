@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from benchmarks.light_devices import LightDevices, enrol
-from edgefl.app import local_fleet
+from edgefl import local_fleet
 from edgefl.process.descriptors import raise_limit
 from edgefl.protocols.tls import Identity, client_context, grpc_channel_credentials
 

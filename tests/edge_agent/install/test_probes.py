@@ -21,7 +21,7 @@ import pytest
 from edge_agent.install import probes
 from edge_agent.install.probes import Check, Health, Peer, ask_health, greet, look_at_port, look_at_serving, peer
 from edge_agent.serving.api import Serving, bind, url_of
-from edge_agent.serving.sessions import Models
+from edge_agent.sessions import Models
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
 

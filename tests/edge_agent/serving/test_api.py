@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from starlette.websockets import WebSocketDisconnect
 
-from edge_agent.serving import sessions
+from edge_agent import sessions
 from edge_agent.serving.api import Serving, bind, url_of
-from edge_agent.serving.sessions import Models, load
+from edge_agent.sessions import Models, load
 from edgefl import __version__
 from edgefl.errors import ConfigError
 from tests import onnx_models

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_agent.serving.inference import HEADER_LENGTH, Request, encode_response, parse_request
-from edge_agent.serving.sessions import NUMPY_TYPES, Served, TensorInfo
+from edge_agent.sessions import NUMPY_TYPES, Served, TensorInfo
 from edgefl.errors import ProtocolError
 
 Y = TensorInfo("y", "FP32", (-1, 2))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent.serving.api import Serving, bind
+from edge_agent.serving import Serving, bind
 from edge_agent.serving.known_requests import MAX_KEPT, KnownRequests
-from edge_agent.serving.sessions import Models, load
+from edge_agent.sessions import Models, load
 
 PATH = "/v2/models/affine/infer"
 LENGTH = b"content-length"

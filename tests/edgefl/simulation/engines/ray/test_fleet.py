@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgefl.app.local_fleet import LoggedProcess, free_ports
 from edgefl.errors import ConfigError
+from edgefl.local_fleet import LoggedProcess, free_ports
 from edgefl.records import Update
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.ray.fleet import RayFleet

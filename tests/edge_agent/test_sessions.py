@@ -8,8 +8,8 @@ import numpy as np
 import psutil
 import pytest
 
-from edge_agent.serving import sessions
-from edge_agent.serving.sessions import Models, Stop, TensorInfo, load
+from edge_agent import sessions
+from edge_agent.sessions import Models, Stop, TensorInfo, load
 from edgefl.errors import ProtocolError
 from edgefl.models.session import new_session
 from tests import onnx_models

@@ -5,9 +5,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import edgefl
-from edgefl.version import __version__
+from edgefl.process.version import __version__
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_version_is_one() -> None:

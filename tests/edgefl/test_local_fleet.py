@@ -5,8 +5,8 @@ import time
 import psutil
 import pytest
 
-from edgefl.app.local_fleet import LocalFleet, LoggedProcess, free_ports
 from edgefl.errors import ProcessFailed
+from edgefl.local_fleet import LocalFleet, LoggedProcess, free_ports
 
 CHILD = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
 
@@ -45,7 +45,7 @@ def test_kill_takes_the_children_too(tmp_path):
 
 
 def test_a_process_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgefl.app.local_fleet.STOP_S", 0.3)
+    monkeypatch.setattr("edgefl.local_fleet.STOP_S", 0.3)
     process = start(tmp_path, "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(60)")
     process.wait_for("up", 10)
     start_s = time.monotonic()
