@@ -2,7 +2,7 @@
 # Needed before: Python 3.11 or newer, make and, on Debian or Ubuntu, apt-get.
 #
 #   make demo DEMO_FLAGS="--devices 5"    the whole cycle on this machine, with real processes
-#   make test TEST_FLAGS="-k tls"         all tests except the slow ones
+#   make test TEST_FLAGS="-k tls"         all tests except the slow ones, one process per core (-n 0: all in one)
 #   make soak                             the slow ones, with TensorFlow for examples/keras_app
 #   make check                            lint, format, types, import contracts: as in CI
 #   make bench BENCH_FLAGS=--quick        the README's numbers, with the other systems
@@ -29,7 +29,7 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	sh deploy/system-packages.sh
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(TEST_FLAGS)
 
 soak: $(VENV)/soak.stamp
 	sh deploy/system-packages.sh

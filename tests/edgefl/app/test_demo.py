@@ -20,7 +20,10 @@ def processes_of(folder):
     return [one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or [])]
 
 
-@pytest.mark.parametrize("broker", ["embedded", "builtin", "mosquitto"])
+@pytest.mark.parametrize(
+    "broker",
+    ["embedded", pytest.param("builtin", marks=pytest.mark.soak), pytest.param("mosquitto", marks=pytest.mark.soak)],
+)
 def test_the_whole_loop(tmp_path, broker):
     command = [sys.executable, "-m", "edgefl", "demo", "--broker", broker, "--json", str(tmp_path / "demo.json")]
     done = subprocess.run(

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import click
 import pytest
@@ -125,17 +127,18 @@ def test_no_folder_is_named(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_folder_that_is_anothers_is_refused_before_the_work(tmp_path):
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+def test_a_folder_that_is_anothers_is_refused_before_the_work():
+    with tempfile.TemporaryDirectory() as name:  # not tmp_path, whose parents only root can enter
+        folder = Path(name)
         folder.chmod(0o755)
-    os.setresuid(65534, 65534, 0)  # nobody; access(2) asks for the real one
-    try:
-        with pytest.raises(
-            ConfigError, match=rf"--out .*: no permission to write in {tmp_path}; choose another folder"
-        ):
-            refuse_no_folder(tmp_path / "x", "--out")
-    finally:
-        os.setresuid(0, 0, 0)
+        os.setresuid(65534, 65534, 0)  # nobody; access(2) asks for the real one
+        try:
+            with pytest.raises(
+                ConfigError, match=rf"--out .*: no permission to write in {folder}; choose another folder"
+            ):
+                refuse_no_folder(folder / "x", "--out")
+        finally:
+            os.setresuid(0, 0, 0)
 
 
 def test_nothing_that_is_printed_moves_a_cursor(capsys):
