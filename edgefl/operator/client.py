@@ -49,13 +49,17 @@ Json = dict[str, Any]
 _T = TypeVar("_T")
 
 
+def _untold(_reason: str, _seconds: float) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
-    """How long a silent cloud is waited for."""
+    """How long to retry with a cloud that does not answer, or cannot at the moment."""
 
     seconds: float = 120.0
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], None] = time.sleep
+    on_retry: Callable[[str, float], None] = _untold  # gets each new reason, and for how many seconds retries go on
 
     def pauses(self) -> Backoff:
         """Return how long to wait between attempts, in seconds."""
@@ -65,7 +69,7 @@ class Patience:
 def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
     """Call until the cloud answers; raises CloudUnreachable when patience ends. For what may be done twice."""
     patience = patience or Patience()
-    until_s, pauses = patience.clock() + patience.seconds, patience.pauses()
+    until_s, pauses, told = patience.clock() + patience.seconds, patience.pauses(), ""
     while True:
         try:
             return call()
@@ -73,8 +77,11 @@ def insist(call: Callable[[], _T], patience: Patience | None = None) -> _T:
             if not may_pass(error):
                 raise
             pause_s = pauses.next_s()
-            if patience.clock() + pause_s > until_s:
+            if (left_s := until_s - patience.clock()) < pause_s:
                 raise
+            if (reason := str(error)) != told:
+                told = reason
+                patience.on_retry(reason, left_s)
         patience.pause(pause_s)
 
 

@@ -71,11 +71,11 @@ def _resumed(
     connect: Callable[[], Iterator[Json]], is_last: Callable[[Json], bool], patience: Patience,
     until_s: float = math.inf, *, hear: Callable[[Json], None] = lambda _event: None,
 ) -> Iterator[Json]:  # fmt: skip
-    heard_s, pauses = patience.clock(), patience.pauses()
+    heard_s, pauses, told = patience.clock(), patience.pauses(), ""
     while True:
         try:
             for event in connect():
-                heard_s = patience.clock()
+                heard_s, told = patience.clock(), ""
                 pauses.reset()
                 hear(event)
                 if "heartbeat" in event:
@@ -88,6 +88,9 @@ def _resumed(
             if not may_pass(error):
                 raise
             fault = error
+            if (reason := str(error)) != told:
+                told = reason
+                patience.on_retry(reason, heard_s + patience.seconds - patience.clock())
         now_s, pause_s = patience.clock(), pauses.next_s()
         if now_s >= until_s:
             return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgefl.app.commands.progress import left_running, round_progress, round_text
+from edgefl.app.commands.progress import left_running, patience, round_progress, round_text
 from edgefl.errors import ConfigError
 from edgefl.operator.client import Json
 from edgefl.operator.connection import Connection, connected
@@ -123,7 +123,7 @@ def watch(job: str, task: str | None, out: Path | None, connection: Connection, 
                 raise ConfigError(f"{job} carries a Flower app's messages; its rounds are shown by its `edgefl run`")
             with round_progress(output, int(found["config"]["rounds"]["count"])) as screen:
                 heard = Heard(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
-                result = watch_job(client, job, loaded, heard, out=out)
+                result = watch_job(client, job, loaded, heard, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     output.result(result.as_json())
 

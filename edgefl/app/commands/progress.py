@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import click
 
 from edgefl.errors import CloudUnreachable
+from edgefl.operator.client import Patience
 from edgefl.records import RoundReport
 from edgefl.terminal.output import INTERRUPTED, Output, metrics_text
 from edgefl.terminal.text import one_line
@@ -28,6 +29,11 @@ class Screen:
             self.line(f"job {job} pauses: the cloud is {waiting}. It continues by itself afterwards")
         else:
             self.line(f"job {job} continues: the cloud no longer waits")
+
+
+def patience(line: Callable[[str], None]) -> Patience:
+    """Return the usual patience with a cloud, which says on the screen why a call is tried again."""
+    return Patience(on_retry=lambda reason, left_s: line(f"{reason}; trying again for up to {left_s:.0f} s"))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgefl.app.commands.progress import left_running, round_progress
+from edgefl.app.commands.progress import left_running, patience, round_progress
 from edgefl.app.commands.run_flower import FlowerRun, run_flower
 from edgefl.config import JobConfig, load_config
 from edgefl.errors import ConfigError
@@ -59,11 +59,11 @@ def run(  # noqa: PLR0913 - one a flag
         job_config = load_config(JobConfig, config, over)
         loaded = load_task(task)
         with connection.open() as client:
-            job = standing.job = submit(client, task, loaded, job_config, on_ask=standing.ask)
+            job = standing.job = submit(client, task, loaded, job_config, patience(output.line), on_ask=standing.ask)
             output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
             with round_progress(output, job_config.rounds.count) as screen:
                 heard = Heard(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
-                result = watch(client, job, loaded, heard, out=out)
+                result = watch(client, job, loaded, heard, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if out is not None:
         output.line(f"model: {out}")

@@ -60,6 +60,28 @@ def test_patience_ends_and_says_why():
     assert 5 < clock.now_s <= 10
 
 
+def test_why_a_call_is_tried_again_is_told_once_for_each_reason():
+    told = []
+    one = Patience(
+        seconds=10, clock=(clock := ManualClock()), pause=clock.advance, on_retry=lambda *said: told.append(said)
+    )
+    full = CloudRefused("the cloud's disk is full", 503)
+    answers = [full, full, GONE, full, "yes"]
+
+    def call():
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return answer
+
+    assert insist(call, one) == "yes"
+    assert [reason for reason, _ in told] == [str(full), "gone", str(full)]
+    assert told[0][1] == 10 > told[1][1] > told[2][1] > 0
+    told.clear()
+    streams = Streams([GONE], [GONE], [{"round": 1}, GONE], [{"round": 2}], [END])
+    assert len(list(follow_job(streams, "j", patience=one))) == 3
+    assert [reason for reason, _ in told] == ["gone", "gone"]  # a stream that only ends is followed by the next
+
+
 def test_patience_begins_anew_with_each_event():
     one, clock = patience(1.0)
     waits = [[{"heartbeat": True}, GONE], [GONE], [GONE]] * 5
