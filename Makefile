@@ -41,14 +41,17 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/bench.stamp
+bench: $(VENV)/bench.stamp $(VENV)/mlserver.stamp
 	$(BIN)/python -m benchmarks.rounds $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.serving $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.simulation $(BENCH_FLAGS)
 
 # One solution for Python 3.11 to 3.13 and all extras. The extras' ranges allow every version that works.
 lock: $(VENV)/dev.stamp
 	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --all-extras --no-annotate \
 	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --no-annotate \
+	  --custom-compile-command "make lock" --output-file benchmarks/mlserver.lock benchmarks/mlserver.in
 
 # A stamp file shows that .venv has the packages of pyproject.toml; a second `make test` installs nothing.
 $(VENV)/demo.stamp: $(VENV)/tools.stamp
@@ -69,6 +72,13 @@ $(VENV)/bench.stamp: $(VENV)/tools.stamp
 	$(INSTALL) '.[bench]'
 	$(BIN)/pip check
 	touch $@ $(VENV)/dev.stamp $(VENV)/demo.stamp
+
+# benchmarks.serving compares with MLServer, which pins older versions of what edgefl uses: an environment of its own.
+$(VENV)/mlserver.stamp: benchmarks/mlserver.lock $(VENV)/tools.stamp
+	$(PYTHON) -m venv $(VENV)/mlserver
+	$(VENV)/mlserver/bin/pip install $(PIP_FLAGS) --requirement benchmarks/mlserver.lock || \
+	  echo "MLServer does not install here (it needs Python 3.12 or older); its rows will be skipped"
+	touch $@
 
 $(VENV)/tools.stamp: pyproject.toml requirements.lock | $(BIN)/python
 	$(BIN)/pip install $(PIP_FLAGS) --constraint requirements.lock setuptools

@@ -2,6 +2,7 @@
 
 edgefl's is the real serving process, as an agent starts it. The bare app (`benchmarks.serving_bare`) only
 computes, on the same HTTP server and event loop. Clients run in a separate process.
+
     python -m benchmarks.serving [--quick] [--json F]
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks import serving_model
+from benchmarks import serving_mlserver, serving_model
 from benchmarks.family import Family
 from benchmarks.report import Row, Target, command, installed, median
 from benchmarks.workload import RunFailedError
@@ -66,23 +67,33 @@ def measure(*, quick: bool) -> Iterator[Row]:
 async def _measure(family: Family, model: Path, seconds: float, repeats: int) -> list[Row]:
     rows = []
     async with _ours(model) as our_port:
-        bare_port, *_ = free_ports(1)
-        family.start("bare", [sys.executable, "-m", "benchmarks.serving_bare", str(model), str(bare_port)])
-        await _answers(bare_port)
-        rivals = {f"bare uvicorn {installed('uvicorn')}": bare_port}
+        bare, mlserver = f"bare uvicorn {installed('uvicorn')}", MLSERVER
+        ports = {bare: free_ports(1)[0]}
+        family.start("bare", [sys.executable, "-m", "benchmarks.serving_bare", str(model), str(ports[bare])])
+        if (version := serving_mlserver.version()) is not None:
+            mlserver += f" {version}"
+            ports[mlserver], *others = free_ports(3)
+            command = serving_mlserver.write_server(family.folder / MLSERVER, model, ports[mlserver], *others)
+            family.start(MLSERVER, command)
+        for port in ports.values():
+            await _answers(port)
         for case in CASES:
-            samples: dict[int, list[dict[str, float]]] = {our_port: [], **{port: [] for port in rivals.values()}}
+            taking_part = {name: port for name, port in ports.items() if name == bare or case.kind == "json"}
+            ours: list[dict[str, float]] = []
+            theirs: dict[str, list[dict[str, float]]] = {name: [] for name in taking_part}
             for _ in range(repeats):
-                for port, found in samples.items():
-                    found.append(await _load(port, case, seconds))
-            rows += [_row(case, rival, samples[our_port], samples[port]) for rival, port in rivals.items()]
-            rows.append(_mlserver(case, samples[our_port]))
+                ours.append(await _load(our_port, case, seconds))
+                for name, port in taking_part.items():
+                    theirs[name].append(await _load(port, case, seconds))
+            rows += [_row(case, name, ours, found) for name, found in theirs.items()]
+            if mlserver not in theirs:
+                rows.append(_skipped(case, mlserver, ours))
     return rows
 
 
 def _row(case: Case, rival: str, ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> Row:
     return Row(
-        workload=str(case), metric=case.metric, unit="ms" if case.metric == "p50" else "1/s",
+        workload=str(case), metric=case.metric, unit=_unit(case),
         ours=median(_values(case, ours)), rival=rival, theirs=median(_values(case, theirs)), targets=case.targets,
         more_is_better=case.metric != "p50", detail={"ours": ours, "theirs": theirs},
     )  # fmt: skip
@@ -94,18 +105,20 @@ def _values(case: Case, samples: list[dict[str, float]]) -> list[float]:
     return [one["requests"] / one["seconds"] for one in samples]
 
 
-def _mlserver(case: Case, ours: list[dict[str, float]]) -> Row:
-    version = installed(MLSERVER)
+def _skipped(case: Case, mlserver: str, ours: list[dict[str, float]]) -> Row:
     reason = (
-        f"{MLSERVER} is not installed here"
-        if version is None
-        else "this benchmark has no MLServer runtime for ONNX yet"
+        "it has no binary tensors over HTTP"
+        if case.kind == "binary"
+        else f"not in {serving_mlserver.PYTHON.parents[1]}; `make bench` installs it"
     )
     return Row(
-        workload=str(case), metric=case.metric, unit="ms" if case.metric == "p50" else "1/s",
-        ours=median(_values(case, ours)), rival=f"{MLSERVER} {version or ''}".strip(), skipped=reason,
-        more_is_better=case.metric != "p50",
+        workload=str(case), metric=case.metric, unit=_unit(case), ours=median(_values(case, ours)), rival=mlserver,
+        skipped=reason, more_is_better=case.metric != "p50",
     )  # fmt: skip
+
+
+def _unit(case: Case) -> str:
+    return "ms" if case.metric == "p50" else "1/s"
 
 
 @contextlib.asynccontextmanager
