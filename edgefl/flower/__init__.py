@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgefl.flower.apps.app import FlowerApp, is_flower_app, load_flower_app, parse_run_config
-    from edgefl.flower.fleet.fleet_run import run_on_fleet
+    from edgefl.flower.fleet.run import run_on_fleet
     from edgefl.flower.run import FlowerRunResult, run_flower_app
     from edgefl.flower.tasks import make_apps
 
@@ -48,7 +48,7 @@ _HOMES = {
     "make_apps": "edgefl.flower.tasks",
     "parse_run_config": "edgefl.flower.apps.app",
     "run_flower_app": "edgefl.flower.run",
-    "run_on_fleet": "edgefl.flower.fleet.fleet_run",
+    "run_on_fleet": "edgefl.flower.fleet.run",
 }
 
 

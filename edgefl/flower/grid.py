@@ -20,11 +20,11 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from edgefl.errors import ConfigError
-from edgefl.flower.apps.own_fault import Border
+from edgefl.flower.apps.error_boundary import ErrorBoundary
 from edgefl.flower.inside import Interrupted, Run, RunNotRunningException, give_id, with_own_metadata
 from edgefl.flower.nodes import Delivery, Nodes, Runner
 from edgefl.flower.records import copy_records
-from edgefl.flower.watch import Watch
+from edgefl.flower.tracker import RoundTracker
 
 PATIENT_LOOKS, PATIENT_S = 10, 8.0  # an app that asks for nodes this often and this long is waiting for more nodes
 
@@ -32,8 +32,8 @@ PATIENT_LOOKS, PATIENT_S = 10, 8.0  # an app that asks for nodes this often and 
 class Replies(Sequence[Message]):
     """Replies that arrive while they are iterated. Thread-safe."""
 
-    def __init__(self, arriving: Iterator[Message], border: Border | None = None) -> None:
-        self._arriving, self._border = arriving, border or Border()
+    def __init__(self, arriving: Iterator[Message], boundary: ErrorBoundary | None = None) -> None:
+        self._arriving, self._boundary = arriving, boundary or ErrorBoundary()
         self._kept: list[Message] = []
         self._turn = threading.Lock()
 
@@ -84,7 +84,7 @@ class Replies(Sequence[Message]):
             return True
 
     def _next(self) -> Message | None:
-        with self._border:
+        with self._boundary:
             return next(self._arriving, None)
 
 
@@ -93,7 +93,7 @@ class RunGrid(Grid):
 
     def __init__(self, run_id: int) -> None:
         self._run = Run.create_empty(run_id)
-        self.border = Border()  # an error inside is edgefl's fault
+        self.boundary = ErrorBoundary()  # an error inside is edgefl's fault
 
     def set_run(self, run: Run) -> None:
         raise ConfigError(f"this grid belongs to run {self._run.run_id}; it cannot be set to {run.run_id}")
@@ -113,13 +113,13 @@ class LocalGrid(RunGrid):
     """Carries messages between a ServerApp and the nodes of one run."""
 
     def __init__(
-        self, run_id: int, nodes: Nodes, runner: Runner, watch: Watch, stop: threading.Event | None = None
+        self, run_id: int, nodes: Nodes, runner: Runner, tracker: RoundTracker, stop: threading.Event | None = None
     ) -> None:
         super().__init__(run_id)
         self._stop = stop or threading.Event()  # if set, no more clients and no more rounds begin
         self._closed = False
         self._stopping = threading.Lock()  # held by the thread that interrupted the main thread
-        self._nodes, self._runner, self._watch = nodes, runner, watch
+        self._nodes, self._runner, self._tracker = nodes, runner, tracker
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Message] = {}  # pushed, not yet executed, in the order of pushing
         self._replies: dict[str, Message] = {}  # to pushed messages, not yet pulled
@@ -137,7 +137,7 @@ class LocalGrid(RunGrid):
         """Raise if the app asks for nodes again and again without sending: it waits for nodes that never come."""
         if threading.current_thread() is not threading.main_thread():  # threads of the legacy server poll
             return
-        self._looks.append(self._watch.clock())
+        self._looks.append(self._tracker.clock())
         if len(self._looks) >= PATIENT_LOOKS and self._looks[-1] - self._looks[0] >= PATIENT_S:
             raise ConfigError(
                 f"the app waits for more nodes than the {len(self._nodes.ids())} of this simulation, and no more will "
@@ -146,7 +146,7 @@ class LocalGrid(RunGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Accept messages; they are executed when their replies are pulled, or when later messages require it."""
-        with self.border:
+        with self.boundary:
             self._read_all()
             outgoing = self._snapshots(messages)
             self._waiting |= outgoing
@@ -155,7 +155,7 @@ class LocalGrid(RunGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Execute the waiting messages with these ids and return the replies; none for an id already pulled."""
         wanted = list(dict.fromkeys(message_ids))
-        with self.border:
+        with self.boundary:
             self._execute_pushed(self._due(wanted, ()))
             return [self._replies.pop(key) for key in wanted if key in self._replies]
 
@@ -164,11 +164,11 @@ class LocalGrid(RunGrid):
         if timeout is not None and timeout <= 0:  # the caller does not wait for replies
             self.push_messages(messages)
             return Replies(iter(()))
-        with self.border:
+        with self.boundary:
             self._read_all()
             outgoing = self._snapshots(messages)
             self._execute_pushed(self._due((), {message.metadata.dst_node_id for message in outgoing.values()}))
-        replies = Replies(self._execute(outgoing, timeout), self.border)
+        replies = Replies(self._execute(outgoing, timeout), self.boundary)
         if len(outgoing) > 1:
             self._unread.append(replies)
         else:
@@ -177,7 +177,7 @@ class LocalGrid(RunGrid):
 
     def finish(self) -> None:
         """Execute messages whose replies were never read or pulled."""
-        with self.border:
+        with self.boundary:
             self._read_all()
             self._execute_pushed(list(self._waiting))
 
@@ -223,12 +223,12 @@ class LocalGrid(RunGrid):
             snapshot = with_own_metadata(message)
             _, snapshot.content = copies[id(message.content)]
             snapshots[message.metadata.message_id] = snapshot
-        self._watch.sent(list(snapshots.values()))
+        self._tracker.sent(list(snapshots.values()))
         return snapshots
 
     def _refuse_next_round(self, messages: Sequence[Message]) -> None:
         """Raise KeyboardInterrupt in the main thread if a round begins after the stop."""
-        if not self._stop.is_set() or not messages or not self._watch.opens_round(messages[0]):
+        if not self._stop.is_set() or not messages or not self._tracker.opens_round(messages[0]):
             return
         if threading.current_thread() is not threading.main_thread() and self._stopping.acquire(blocking=False):
             _thread.interrupt_main()  # the legacy server sends from threads, and counts their exceptions as failures
@@ -246,7 +246,7 @@ class LocalGrid(RunGrid):
             for answer in self._runner.run(deliveries, within_s):
                 self._nodes.keep(answer)
                 give_id(answer.reply, f"{self._run.run_id}-{next(self._numbers)}")
-                self._watch.answered(requests[answer.reply.metadata.reply_to_message_id], answer.reply)
+                self._tracker.answered(requests[answer.reply.metadata.reply_to_message_id], answer.reply)
                 yield answer.reply
 
 

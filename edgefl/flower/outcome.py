@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord
 from edgefl.errors import ConfigError
 from edgefl.flower.inside import History, Result, Returned, legacy_arrays
 from edgefl.flower.records import tree_of
-from edgefl.flower.watch import merged
+from edgefl.flower.tracker import merged
 from edgefl.trees import write_tree
 
 Json = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Run a Flower app: its ServerApp in this thread, its ClientApps in our runner, or on a fleet (`fleet_run`).
+"""Run a Flower app: its ServerApp in this thread, its ClientApps in our runner (on a fleet: `edgefl.flower.fleet.run`).
 
 No Ray, no SuperLink, no process per message.
 Invariant: a run in which no training message was answered raises; Flower would report success.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flwr.app import ArrayRecord
 
     from edgefl.flower.inside import Returned
-    from edgefl.flower.watch import Watch
+    from edgefl.flower.tracker import RoundTracker
 
 Json = dict[str, Any]
 
@@ -94,14 +94,14 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
     from edgefl.flower.grid import LocalGrid
     from edgefl.flower.nodes import Nodes
     from edgefl.flower.runners import Runners
-    from edgefl.flower.watch import Watch
+    from edgefl.flower.tracker import RoundTracker
 
     config = fuse_run_config(app, run_config or {})
-    run_id, watch, stop = next(_RUN_IDS), Watch(clock, on_round), threading.Event()
+    run_id, tracker, stop = next(_RUN_IDS), RoundTracker(clock, on_round), threading.Event()
     number = app.num_supernodes if num_supernodes is None else num_supernodes
     nodes = Nodes(run_id, number, config, node_config or {})
     runners = Runners(app, workers, clock)
-    grid = LocalGrid(run_id, nodes, runners, watch, stop)
+    grid = LocalGrid(run_id, nodes, runners, tracker, stop)
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
     start_s = clock()
     with ExitStack() as stack:
@@ -116,15 +116,15 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
         except KeyboardInterrupt:  # raised by the grid before the next round, or by a second Ctrl-C
             stop.set()
         except TaskError as error:
-            grid.border.raise_fault(app.name)
+            grid.boundary.raise_fault(app.name)
             if not stop.is_set():
                 keep_model(heard, out)
-                raise_with_reasons(app, watch, error)
+                raise_with_reasons(app, tracker, error)
             _log.warning("after the interrupt: %s", error)  # the app did not expect that its strategy ended early
-        grid.border.raise_fault(app.name)
-        watch.finish()
+        grid.boundary.raise_fault(app.name)
+        tracker.finish()
         seconds = clock() - start_s
-    result = result_of(app, watch, heard, took_part(watch, len(nodes.ids()), _partition), interrupted=stop.is_set())
+    result = result_of(app, tracker, heard, took_part(tracker, len(nodes.ids()), _partition), interrupted=stop.is_set())
     model = keep_model(heard, out)
     return replace(
         result,
@@ -153,25 +153,25 @@ def serving(run_id: int) -> Iterator[list[Returned]]:
 
 
 def result_of(
-    app: FlowerApp, watch: Watch, heard: Sequence[Returned], counts: Counts, *, interrupted: bool
+    app: FlowerApp, tracker: RoundTracker, heard: Sequence[Returned], counts: Counts, *, interrupted: bool
 ) -> FlowerRunResult:
     """Return a run's result, from its messages and strategies; raises QuorumNotMet if no message was answered."""
-    from edgefl.flower.apps.own_fault import Bystander
+    from edgefl.flower.apps.error_boundary import BestEffort
     from edgefl.flower.outcome import arrays_of, metrics_of
 
-    if not interrupted or watch.failures():
-        refuse_silence(app, watch)
-    told: dict[int, dict[str, float]] = {}
-    with Bystander("the results of the app's strategies"):
-        told = metrics_of(heard)
-    rounds = tuple(seen.report(told.get(seen.number)) for seen in watch.rounds)
-    last = told[max(told)] if told else {}
+    if not interrupted or tracker.failures():
+        refuse_silence(app, tracker)
+    reported: dict[int, dict[str, float]] = {}
+    with BestEffort("the results of the app's strategies"):
+        reported = metrics_of(heard)
+    rounds = tuple(seen.report(reported.get(seen.number)) for seen in tracker.rounds)
+    last = reported[max(reported)] if reported else {}
     return FlowerRunResult(
         app=app.name,
         rounds=rounds,
         final={**(rounds[-1].metrics if rounds else {}), **last},
         seconds=0.0,
-        num_clients=sum(seen.num_admitted for seen in watch.rounds),
+        num_clients=sum(seen.num_admitted for seen in tracker.rounds),
         num_workers=0,
         peak_rss_mb=peak_rss_mb(),
         arrays=arrays_of(heard),
@@ -179,10 +179,10 @@ def result_of(
     )
 
 
-def took_part(watch: Watch, num_nodes: int, position: Callable[[str], int]) -> Counts:
+def took_part(tracker: RoundTracker, num_nodes: int, position: Callable[[str], int]) -> Counts:
     """Count the rounds of each node, by its position."""
     counts = no_counts(num_nodes)
-    for seen in watch.rounds:
+    for seen in tracker.rounds:
         count_clients(counts, (position(node) for node in seen.participants))
     return counts
 
@@ -199,26 +199,26 @@ def keep_model(heard: Sequence[Returned], out: Path | None) -> Json | None:
     return None if out is None or arrays is None else write_arrays(arrays, out)
 
 
-def refuse_silence(app: FlowerApp, watch: Watch) -> None:
+def refuse_silence(app: FlowerApp, tracker: RoundTracker) -> None:
     """Raise QuorumNotMet if no client did what was asked; Flower would report success."""
-    silent = watch.unanswered()
+    silent = tracker.unanswered()
     if silent is None:
         return
-    if watch.failures():
-        raise QuorumNotMet(f"{KIND} {app.name!r}: every client failed, in every round. {_quoted(watch.failures())}")
+    if tracker.failures():
+        raise QuorumNotMet(f"{KIND} {app.name!r}: every client failed, in every round. {_quoted(tracker.failures())}")
     raise QuorumNotMet(
-        f"{KIND} {app.name!r}: none of its {watch.num_asked(silent)} {silent} messages was answered in time; "
+        f"{KIND} {app.name!r}: none of its {tracker.num_asked(silent)} {silent} messages was answered in time; "
         "expected at least one answer. Check the app's timeout, and what its clients do"
     )
 
 
-def raise_with_reasons(app: FlowerApp, watch: Watch, error: TaskError) -> NoReturn:
+def raise_with_reasons(app: FlowerApp, tracker: RoundTracker, error: TaskError) -> NoReturn:
     """Raise the ServerApp's error, with the earlier failures of its clients, which often caused it."""
     try:
-        refuse_silence(app, watch)
+        refuse_silence(app, tracker)
     except QuorumNotMet as first:
         raise QuorumNotMet(f"{first}. After that: {error}") from error
-    if reasons := watch.all_failures():
+    if reasons := tracker.all_failures():
         raise TaskError(f"{error}. Clients had failed before: {_quoted(reasons)}") from error
     raise error
 

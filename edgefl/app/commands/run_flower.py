@@ -47,7 +47,7 @@ def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None
         )
     from edgefl.flower import load_flower_app, parse_run_config, run_on_fleet
     from edgefl.flower.apps.app import fuse_run_config
-    from edgefl.flower.apps.habits import read_run_config
+    from edgefl.flower.apps.options import read_run_config
 
     overrides = read_run_config(asked.run_config) | parse_run_config(asked.settings)
     if asked.rounds is not None:

@@ -13,7 +13,7 @@ from edgefl.app.commands.run_flower import model_text
 from edgefl.errors import ConfigError
 from edgefl.flower import FlowerApp, FlowerRunResult, load_flower_app, parse_run_config, run_flower_app
 from edgefl.flower.apps.app import RunConfigValue, flatten, fuse_run_config, own_supernodes, parse_value
-from edgefl.flower.apps.habits import Federation, federation_at_home, read_federation, read_run_config
+from edgefl.flower.apps.options import Federation, federation_at_home, read_federation, read_run_config
 from edgefl.measure import num_cores
 from edgefl.records import RoundReport
 from edgefl.simulation.screen.live import Progress, live_rounds
@@ -66,8 +66,10 @@ def simulate_flower(request: SimulateRequest, output: Output) -> None:
 def _way(request: SimulateRequest, output: Output) -> _Way:
     """Choose by the command line, then by the app, then by Flower's config.toml."""
     said, home = read_federation(request.federation_config), federation_at_home()
-    if home.left:
-        output.line(f"Flower's config.toml: {', '.join(home.left)} mean nothing here, where Ray runs no clients")
+    if home.ignored:
+        output.line(
+            f"Flower's config.toml: {', '.join(home.ignored)} are ignored, because Ray does not run the clients here"
+        )
     nodes = request.clients or said.num_supernodes or own_supernodes(request.task) or home.num_supernodes
     limits = replace(home, client_cpus=said.client_cpus or home.client_cpus)
     return _Way(

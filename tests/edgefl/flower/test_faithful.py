@@ -172,7 +172,7 @@ def test_what_is_of_use_to_us_alone_cannot_end_a_run(make_app, monkeypatch):
 
     folder = make_app()
     expected = run_flower_app(load_flower_app(folder), 2, workers=0)
-    monkeypatch.setattr("edgefl.flower.watch.message_bytes", broken)
+    monkeypatch.setattr("edgefl.flower.tracker.message_bytes", broken)
     result = run_flower_app(load_flower_app(folder), 2, workers=0, on_round=broken)
     np.testing.assert_array_equal(result.arrays.to_numpy_ndarrays(), expected.arrays.to_numpy_ndarrays())
     assert result.final == expected.final

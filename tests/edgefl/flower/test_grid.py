@@ -10,7 +10,7 @@ from edgefl.errors import ConfigError, EdgeflError
 from edgefl.flower.grid import LocalGrid, Replies, streamed
 from edgefl.flower.inside import Run, task_identity
 from edgefl.flower.nodes import InProcess, Nodes
-from edgefl.flower.watch import Watch
+from edgefl.flower.tracker import RoundTracker
 from edgefl.testing import ManualClock
 
 
@@ -53,7 +53,7 @@ def grid(clock, asked, seen):
         return Message(RecordDict({"n": ConfigRecord({"n": context.node_id, "turn": turn})}), reply_to=message)
 
     with task_identity(1):
-        grid = SlowGrid(1, Nodes(1, 4, {}), InProcess("test", app, clock), Watch(clock))
+        grid = SlowGrid(1, Nodes(1, 4, {}), InProcess("test", app, clock), RoundTracker(clock))
         yield grid
 
 
@@ -171,12 +171,12 @@ def test_a_fault_of_ours_is_noted_and_one_of_the_apps_is_not(grid, monkeypatch):
 
     with pytest.raises(KeyError):
         grid.push_messages(broken())
-    assert grid.border.fault is None
+    assert grid.boundary.fault is None
     monkeypatch.setattr(grid, "_numbers", None)
     with pytest.raises(TypeError):
         grid.push_messages([to(1000, "a")])
     with pytest.raises(EdgeflError, match=r"a fault of edgefl itself, not of adder: TypeError.*grid\.py:\d+"):
-        grid.border.raise_fault("adder")
+        grid.boundary.raise_fault("adder")
 
 
 def test_a_foreign_iterable_streams_too():

@@ -3,7 +3,7 @@
 import pytest
 
 from edgefl.errors import ConfigError
-from edgefl.flower.apps.habits import Federation, federation_at_home, read_federation, read_run_config
+from edgefl.flower.apps.options import Federation, federation_at_home, read_federation, read_run_config
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_what_stands_at_home_is_taken_and_what_it_has_for_ray_is_left(home):
     )
     found = federation_at_home()
     assert (found.num_supernodes, found.client_cpus) == (7, 1)
-    assert found.left == ("client-resources-num-gpus", "init-args-num-cpus")
+    assert found.ignored == ("client-resources-num-gpus", "init-args-num-cpus")
     home('[superlink]\ndefault = "far"\n[superlink.far]\naddress = "example.org"\n')
     assert federation_at_home() == Federation()
     home("superlink = ")

@@ -44,8 +44,8 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
     require_flower("a Flower app")
     from flwr.app import Context, RecordDict
 
-    from edgefl.flower.fleet.fleet_grid import FleetDevices, FleetGrid
-    from edgefl.flower.watch import Watch
+    from edgefl.flower.fleet.grid import FleetDevices, FleetGrid
+    from edgefl.flower.tracker import RoundTracker
 
     config = fuse_run_config(app, run_config or {})
     reference = client_reference(app.folder)
@@ -56,9 +56,9 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
     with ExitStack() as stack:
         relay = stack.enter_context(Relay(client, reference, bundle, name=packed.name, on_waiting=on_waiting))
         devices = FleetDevices(relay)
-        watch = Watch(time.monotonic, on_round, devices.name)
+        tracker = RoundTracker(time.monotonic, on_round, devices.name)
         run_id = int(relay.id.rpartition("-")[2], 16)
-        grid = FleetGrid(run_id, relay, devices, config, watch)
+        grid = FleetGrid(run_id, relay, devices, config, tracker)
         stack.callback(grid.close)
         if on_start is not None:
             on_start(relay.id, len(devices.online()))
@@ -72,20 +72,20 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
         except KeyboardInterrupt:
             interrupted.set()
         except TaskError as error:
-            grid.border.raise_fault(app.name)
+            grid.boundary.raise_fault(app.name)
             keep_model(heard, out)
             if relay.fault is None:
-                raise_with_reasons(app, watch, error)
+                raise_with_reasons(app, tracker, error)
             if interrupted.is_set():  # the app did not expect that its strategy ended early
                 _log.warning("after the interrupt: %s", error)
         if relay.fault is not None and not interrupted.is_set():  # not the ServerApp's fault;
             raise relay.fault from None  # the legacy server counts exceptions as failures
-        grid.border.raise_fault(app.name)
-        watch.finish()
+        grid.boundary.raise_fault(app.name)
+        tracker.finish()
         seconds = time.monotonic() - start_s
         positions = devices.positions()
-        counts = took_part(watch, len(positions), positions.__getitem__)
-        result = result_of(app, watch, heard, counts, interrupted=interrupted.is_set())
+        counts = took_part(tracker, len(positions), positions.__getitem__)
+        result = result_of(app, tracker, heard, counts, interrupted=interrupted.is_set())
     model = keep_model(heard, out)
     return replace(
         result, engine="fleet", job=relay.id, seconds=seconds, state=context.state, model=model,

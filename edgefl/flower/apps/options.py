@@ -32,7 +32,7 @@ class Federation:
 
     num_supernodes: int | None = None
     client_cpus: int | None = None  # CPUs for each running client
-    left: tuple[str, ...] = ()  # ignored keys, which have no meaning here
+    ignored: tuple[str, ...] = ()  # keys that have no meaning here
 
     def workers(self, cores: int) -> int | None:
         """Return how many processes train: 0 = only this one, None = no setting limits it."""
@@ -54,8 +54,8 @@ def read_run_config(texts: Sequence[str]) -> dict[str, RunConfigValue]:
 
 def read_federation(texts: Sequence[str]) -> Federation:
     """Return the settings of `--federation-config`; raises ConfigError for an unusable key or value."""
-    said = {_key(key): value for key, value in _words(texts, FEDERATION_CONFIG).items()}
-    return _federation(said, FEDERATION_CONFIG, strict=True)
+    settings = {_key(key): value for key, value in _words(texts, FEDERATION_CONFIG).items()}
+    return _federation(settings, FEDERATION_CONFIG, strict=True)
 
 
 def federation_at_home() -> Federation:
@@ -68,22 +68,22 @@ def federation_at_home() -> Federation:
     options = link.get("options") if isinstance(link, Mapping) else None
     if not isinstance(options, Mapping):
         return Federation()
-    said = {_key(key): value for key, value in flatten(options, where=f"{file}: options").items()}
-    return _federation(said, str(file), strict=False)
+    settings = {_key(key): value for key, value in flatten(options, where=f"{file}: options").items()}
+    return _federation(settings, str(file), strict=False)
 
 
-def _federation(said: Mapping[str, RunConfigValue], where: str, *, strict: bool) -> Federation:
-    left = []
-    for key, value in said.items():
+def _federation(settings: Mapping[str, RunConfigValue], where: str, *, strict: bool) -> Federation:
+    ignored = []
+    for key, value in settings.items():
         if key in {NODES, CPUS}:
             continue
         if not _OF_RAY.fullmatch(key) and key != GPUS:
             raise ConfigError(f"{where}: there is no {key!r}; known: {NODES}, {CPUS}")
         if strict and value:
             raise ConfigError(f"{where} {key}={value}: {_instead(key)}")
-        left += [key] if value else []
-    nodes, cpus = (_whole(said[key], f"{where} {key}") if key in said else None for key in (NODES, CPUS))
-    return Federation(num_supernodes=nodes, client_cpus=cpus, left=tuple(left))
+        ignored += [key] if value else []
+    nodes, cpus = (_whole(settings[key], f"{where} {key}") if key in settings else None for key in (NODES, CPUS))
+    return Federation(num_supernodes=nodes, client_cpus=cpus, ignored=tuple(ignored))
 
 
 def _instead(key: str) -> str:

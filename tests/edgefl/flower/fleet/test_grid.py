@@ -11,9 +11,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from edgefl.errors import ConfigError
 from edgefl.flower.fleet import wire
-from edgefl.flower.fleet.fleet_grid import FleetDevices, FleetGrid
+from edgefl.flower.fleet.grid import FleetDevices, FleetGrid
 from edgefl.flower.inside import ErrorCode, RunNotRunningException, give_id, task_identity
-from edgefl.flower.watch import Watch
+from edgefl.flower.tracker import RoundTracker
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.relay import Relay
 from edgefl.protocols.messages import DeviceState
@@ -52,7 +52,7 @@ def grid(http_plane, play_devices, nodes):
 
     with Relay(client, "app:app", http_plane.blobs.put(b"zip")) as relay, task_identity(7):
         devices = FleetDevices(relay)
-        yield FleetGrid(7, relay, devices, {"rate": 0.5}, Watch(time.monotonic, name=devices.name))
+        yield FleetGrid(7, relay, devices, {"rate": 0.5}, RoundTracker(time.monotonic, name=devices.name))
 
 
 def to_all(grid, **options):

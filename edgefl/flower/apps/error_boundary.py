@@ -1,7 +1,7 @@
 """Whose fault an error is: a failure of edgefl below a call of the user's code is reported as edgefl's fault.
 
-`Border` wraps a grid's methods, without which the run cannot continue: it records our faults, so that the caller
-of the ServerApp can distinguish them from the app's. `Bystander` wraps code that only observes (sizes,
+`ErrorBoundary` wraps a grid's methods, without which the run cannot continue: it records edgefl's failures, so that
+the caller of the ServerApp can distinguish them from the app's. `BestEffort` wraps code that only observes (sizes,
 metrics, the screen): a failure there is logged once, and changes nothing else.
 """
 
@@ -23,7 +23,7 @@ _OURS = Path(__file__).parents[2]
 _log = logging.getLogger(__name__)
 
 
-class Border:
+class ErrorBoundary:
     """Records the first fault of edgefl; suppresses no exception."""
 
     def __init__(self) -> None:
@@ -33,16 +33,16 @@ class Border:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> None:
-        if self.fault is None and isinstance(raised, Exception) and is_ours(raised):
+        if self.fault is None and isinstance(raised, Exception) and is_own_fault(raised):
             self.fault = raised
 
     def raise_fault(self, app: str) -> None:
         """Raise OwnFault if a fault was recorded."""
         if self.fault is not None:
-            raise OwnFault(f"a fault of edgefl itself, not of {app}: {said(self.fault)}") from self.fault
+            raise OwnFault(f"a fault of edgefl itself, not of {app}: {describe(self.fault)}") from self.fault
 
 
-class Bystander:
+class BestEffort:
     """Suppresses exceptions of code that only observes, and logs the first one."""
 
     def __init__(self, doing: str) -> None:
@@ -58,11 +58,11 @@ class Bystander:
         if self.fault is None:
             self.fault = raised
             text = "a fault of edgefl itself, not of the app; the run continues, but %s may be incomplete: %s"
-            _log.warning(text, self._doing, said(raised), exc_info=raised if debug.wanted() else None)
+            _log.warning(text, self._doing, describe(raised), exc_info=raised if debug.wanted() else None)
         return True
 
 
-def is_ours(raised: BaseException) -> bool:
+def is_own_fault(raised: BaseException) -> bool:
     """Whether the deepest frame of the user's code or edgefl's is edgefl's, and it did not raise on purpose."""
     if isinstance(raised, EdgeflError):
         return False
@@ -70,7 +70,7 @@ def is_ours(raised: BaseException) -> bool:
     return file is not None and file.is_relative_to(_OURS)
 
 
-def said(raised: BaseException) -> str:
+def describe(raised: BaseException) -> str:
     """Return an exception's message, with the deepest line of the user's code or edgefl's in its traceback."""
     file, line = _place(raised)
     where = "" if file is None else f" ({file}:{line})"

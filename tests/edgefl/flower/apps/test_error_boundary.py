@@ -1,4 +1,4 @@
-"""Ours are told as ours; what only looks on is stopped and logged once."""
+"""A failure of edgefl is reported as such; one in code that only observes is suppressed and logged once."""
 
 import logging
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from edgefl.errors import ConfigError, EdgeflError
-from edgefl.flower.apps.own_fault import Border, Bystander, is_ours, said
+from edgefl.flower.apps.error_boundary import BestEffort, ErrorBoundary, describe, is_own_fault
 from edgefl.simulation.screen.live import size_text
 from edgefl.terminal import debug
 
@@ -21,44 +21,44 @@ def raised_by(call):
     return told.value
 
 
-def test_the_deepest_code_that_is_no_librarys_decides():
+def test_the_deepest_frame_outside_libraries_decides():
     ours = raised_by(lambda: size_text("x"))
-    assert is_ours(ours)
-    assert "live.py:" in said(ours)
+    assert is_own_fault(ours)
+    assert "live.py:" in describe(ours)
     theirs = raised_by(lambda: users(lambda: int("x")))
-    assert not is_ours(theirs)
-    assert "test_own_fault.py:" in said(theirs)
+    assert not is_own_fault(theirs)
+    assert "test_error_boundary.py:" in describe(theirs)
 
 
-def test_what_we_raise_on_purpose_is_no_fault():
-    border = Border()
-    with pytest.raises(ConfigError), border:
+def test_an_error_raised_on_purpose_is_no_fault():
+    boundary = ErrorBoundary()
+    with pytest.raises(ConfigError), boundary:
         raise ConfigError("no such node")
-    border.raise_fault("app")
+    boundary.raise_fault("app")
 
 
-def test_a_border_lets_a_fault_through_and_keeps_the_first():
-    border = Border()
+def test_a_boundary_passes_faults_on_and_records_the_first():
+    boundary = ErrorBoundary()
     for wrong in ("x", None):
-        with pytest.raises(TypeError), border:
+        with pytest.raises(TypeError), boundary:
             size_text(wrong)
     with pytest.raises(EdgeflError, match="a fault of edgefl itself, not of app: TypeError") as told:
-        border.raise_fault("app")
-    assert told.value.__cause__ is border.fault
-    with pytest.raises(KeyboardInterrupt), border:
+        boundary.raise_fault("app")
+    assert told.value.__cause__ is boundary.fault
+    with pytest.raises(KeyboardInterrupt), boundary:
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("stacks", ["0", "1"])
-def test_a_bystander_logs_the_first_and_stops_them_all(caplog, monkeypatch, stacks):
+def test_best_effort_suppresses_faults_and_logs_the_first(caplog, monkeypatch, stacks):
     monkeypatch.setenv(debug.VARIABLE, stacks)
-    watching = Bystander("what is counted")
+    best_effort = BestEffort("what is counted")
     for _ in range(3):
-        with watching:
+        with best_effort:
             size_text("x")
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "not of the app; the run continues, but what is counted may be incomplete: TypeError" in record.getMessage()
     assert bool(record.exc_info) == (stacks == "1")
-    with pytest.raises(SystemExit), watching:
+    with pytest.raises(SystemExit), best_effort:
         sys.exit(1)

@@ -22,7 +22,7 @@ from edgefl.flower.apps.app import RunConfigValue
 from edgefl.flower.fleet import wire
 from edgefl.flower.grid import Replies, RunGrid, checked_messages
 from edgefl.flower.inside import ErrorCode, RunNotRunningException, error_reply, give_id, without_content
-from edgefl.flower.watch import Watch
+from edgefl.flower.tracker import RoundTracker
 from edgefl.operator.relay import Relay
 
 Json = dict[str, Any]
@@ -85,10 +85,15 @@ class FleetGrid(RunGrid):
     """Carries messages between a ServerApp and the devices of one relay."""
 
     def __init__(
-        self, run_id: int, relay: Relay, devices: FleetDevices, run_config: Mapping[str, RunConfigValue], watch: Watch
+        self,
+        run_id: int,
+        relay: Relay,
+        devices: FleetDevices,
+        run_config: Mapping[str, RunConfigValue],
+        tracker: RoundTracker,
     ) -> None:
         super().__init__(run_id)
-        self._relay, self._devices, self._run_config, self._watch = relay, devices, dict(run_config), watch
+        self._relay, self._devices, self._run_config, self._tracker = relay, devices, dict(run_config), tracker
         self._numbers = itertools.count(1)
         self._sending = threading.Lock()  # numbers must reach the cloud in ascending order
         self._pushed: dict[str, _Sent] = {}  # without a reply yet, by message id
@@ -102,14 +107,14 @@ class FleetGrid(RunGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, and return at once."""
-        with self.border:
+        with self.boundary:
             sent = self._send(messages, None)
             self._pushed |= {one.request.metadata.message_id: one for one in sent}
             return [one.request.metadata.message_id for one in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies so far to these messages; each is returned once."""
-        with self.border:
+        with self.boundary:
             wanted = list(dict.fromkeys(message_ids))
             self._take_in([self._pushed[key] for key in wanted if key in self._pushed])
             return [self._come.pop(key) for key in wanted if key in self._come]
@@ -126,16 +131,16 @@ class FleetGrid(RunGrid):
         if timeout is not None and timeout <= 0:  # the caller does not wait for replies
             self.push_messages(messages)
             return Replies(iter(()))
-        with self.border:
+        with self.boundary:
             sent = self._send(messages, timeout)
-        replies = Replies(self._arriving(sent, self._timeout(sent)), self.border)
+        replies = Replies(self._arriving(sent, self._timeout(sent)), self.boundary)
         if len(sent) <= 1:
             len(replies)  # the legacy server sends one message at a time, from many threads
         return replies
 
     def finish(self) -> None:
         """Wait for the replies to messages that were never pulled, until their timeouts."""
-        with self.border:
+        with self.boundary:
             left, self._pushed = list(self._pushed.values()), {}
             for _ in self._arriving(left, self._timeout(left)):
                 pass
@@ -150,7 +155,7 @@ class FleetGrid(RunGrid):
         with self._sending:
             self._take_in(list(self._pushed.values()))  # before these messages may end a round
             sent = [self._pack(message, timeout, held) for message in messages]
-            self._watch.sent(messages)
+            self._tracker.sent(messages)
             self._relay.send([one.order for one in sent])
         return sent
 
@@ -175,7 +180,7 @@ class FleetGrid(RunGrid):
 
     def _timeout(self, sent: Collection[_Sent]) -> _Timeout:
         within_s = max((one.order["within_s"] for one in sent), default=0.0)
-        return _Timeout(within_s, self._relay, self._watch.clock)
+        return _Timeout(within_s, self._relay, self._tracker.clock)
 
     def _arriving(self, sent: Collection[_Sent], until: _Timeout | None) -> Iterator[Message]:
         """Yield replies as they come, until the timeout; then the remaining messages are dropped.
@@ -185,7 +190,7 @@ class FleetGrid(RunGrid):
         waiting = {one.order["number"]: one for one in sent}
         try:
             while waiting:
-                wait_s = max(0.0, until.next_s - self._watch.clock()) if until is not None else 0.0
+                wait_s = max(0.0, until.next_s - self._tracker.clock()) if until is not None else 0.0
                 line = self._relay.next_reply(waiting.keys(), wait_s)
                 if line is None:
                     if until is None or until.is_over():
@@ -194,7 +199,7 @@ class FleetGrid(RunGrid):
                 one = waiting.pop(line["number"])
                 reply = self._opened(one, line)
                 self._relay.done([one.order])
-                self._watch.answered(one.request, reply)
+                self._tracker.answered(one.request, reply)
                 yield reply
         finally:
             if until is not None:

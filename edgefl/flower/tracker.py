@@ -2,7 +2,7 @@
 
 The round of a message is its config's `server-round`, else its group id (the legacy server's), else
 counted: each train batch opens the next. Queries do not open a round.
-Invariant: a watch only observes. An error in it, or in a callback for rounds, is logged and changes nothing.
+Invariant: the tracker only observes. An error in it, or in a callback for rounds, is logged and changes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message, MetricRecord
 
-from edgefl.flower.apps.own_fault import Bystander
+from edgefl.flower.apps.error_boundary import BestEffort
 from edgefl.flower.nodes import node_name
 from edgefl.flower.records import message_bytes
 from edgefl.records import RoundReport
@@ -25,7 +25,7 @@ _LEGACY = ("fitres.", "evaluateres.")  # records of the legacy server; its Histo
 
 
 @dataclass(slots=True)
-class SeenRound:
+class TrackedRound:
     """One round, as seen from its messages."""
 
     number: int
@@ -86,8 +86,8 @@ class SeenRound:
         return set().union(*nodes.values())
 
 
-class Watch:
-    """Gets every message and reply of a run. Thread-safe."""
+class RoundTracker:
+    """Derives rounds from every message and reply of a run. Thread-safe."""
 
     def __init__(
         self, clock: Callable[[], float], on_round: Callable[[RoundReport], None] | None = None,
@@ -95,7 +95,7 @@ class Watch:
     ) -> None:  # fmt: skip
         self.clock = clock
         self._on_round, self._name = on_round, name
-        self._rounds: dict[int, SeenRound] = {}
+        self._rounds: dict[int, TrackedRound] = {}
         self._open = 0  # the round that is open; 0 = none
         self._round_of: dict[str, int] = {}  # by message id; only messages without a reply yet
         self._asked: Counter[str] = Counter()  # messages of the whole run, by category
@@ -103,10 +103,11 @@ class Watch:
         self._reasons: list[str] = []  # why other replies have none, in rounds
         self._early: list[str] = []  # the same, outside of rounds
         self._lock = threading.Lock()
-        self._looking, self._showing = Bystander("the records of the rounds"), Bystander("the display of the rounds")
+        self._recording = BestEffort("the records of the rounds")
+        self._reporting = BestEffort("the display of the rounds")
 
     @property
-    def rounds(self) -> Sequence[SeenRound]:
+    def rounds(self) -> Sequence[TrackedRound]:
         return list(self._rounds.values())
 
     def unanswered(self) -> str | None:
@@ -134,7 +135,7 @@ class Watch:
 
     def sent(self, messages: Sequence[Message]) -> None:
         """Record messages that were pushed together."""
-        with self._lock, self._looking:
+        with self._lock, self._recording:
             self._asked.update(map(_category, messages))
             if messages:
                 self._enter(self._number(messages[0]))
@@ -147,7 +148,7 @@ class Watch:
 
     def answered(self, request: Message, reply: Message) -> None:
         """Record a reply, in the round of its request."""
-        with self._lock, self._looking:
+        with self._lock, self._recording:
             node, category = self._name(request.metadata.dst_node_id), _category(request)
             reason = (reply.error.reason or f"error {reply.error.code}") if reply.has_error() else None
             self._answered[category] += reason is None
@@ -166,7 +167,7 @@ class Watch:
 
     def finish(self) -> None:
         """Record the end of the run."""
-        with self._lock, self._looking:
+        with self._lock, self._recording:
             self._enter(0)
 
     def _enter(self, number: int) -> None:
@@ -175,11 +176,11 @@ class Watch:
             return
         ended, self._open = self._rounds.get(self._open), number
         if number:
-            self._rounds.setdefault(number, SeenRound(number, self.clock()))
+            self._rounds.setdefault(number, TrackedRound(number, self.clock()))
         if ended is not None:
             ended.end_s = self.clock()
             if self._on_round is not None:
-                with self._showing:
+                with self._reporting:
                     self._on_round(ended.report())
 
     def _number(self, message: Message) -> int:
