@@ -81,11 +81,11 @@ class Aggregator:
             try:
                 asyncio.run(self._serve(on_ready))
             except Exception as error:
-                if self._home.parts.failure is None:
+                if self._home.supervisor.failure is None:
                     raise
-                raise self._home.parts.failure from error
-        if self._home.parts.failure is not None:
-            raise self._home.parts.failure
+                raise self._home.supervisor.failure from error
+        if self._home.supervisor.failure is not None:
+            raise self._home.supervisor.failure
 
     def run_job(self, job_id: str) -> None:
         """Run one job to its end, from wherever its rows say that it stands."""
@@ -177,8 +177,8 @@ class Aggregator:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        parts = self._home.parts
-        parts.on_end = functools.partial(loop.call_soon_threadsafe, stop.set)
+        supervisor = self._home.supervisor
+        supervisor.on_end = functools.partial(loop.call_soon_threadsafe, stop.set)
         jobs = self._home.jobs
         running = jobs.running()
         self._home.relays.resume()
@@ -186,10 +186,10 @@ class Aggregator:
         jobs.followers.expect_back(running)
         self._home.rounds.expect(job for job in running if jobs.has_open_round(job))
         async with self._home.broker(), self._grpc_server(), self._http_server():
-            parts.check("grpc", lambda: "")  # it ends with this block
-            parts.check("jobs", lambda: "")  # see `_report_crash`
+            supervisor.add_check("grpc", lambda: "")  # it ends with this block
+            supervisor.add_check("jobs", lambda: "")  # see `_report_crash`
             self._home.link.start()
-            self._relay_thread.submit(parts.keep, "relays", self._home.relays.watch)
+            self._relay_thread.submit(supervisor.run, "relays", self._home.relays.watch)
             jobs.started, jobs.cancelled = self._start, self._cancel
             for job in running:
                 self._start(job)
@@ -198,7 +198,7 @@ class Aggregator:
             on_ready(self._home.url)
             await stop.wait()
             event(_log, logging.INFO, "cloud.stopping")
-            parts.close()
+            supervisor.close()
             await asyncio.to_thread(self._stop_jobs)
 
     @contextlib.asynccontextmanager
@@ -253,12 +253,12 @@ class Aggregator:
         context = None if options.insecure else server_context(home.identity, client_certificates=False)
         limits = HttpLimits(max_connections=home.shares.http)
         upkeep = Upkeep(
-            home.look_after_certificates,
+            home.renew_certificates,
             reloading(context, home.identity) if context is not None else lambda: None,
             interval_s(options.certificate_days),
-            functools.partial(home.parts.ended, "certificates"),
+            functools.partial(home.supervisor.report_failure, "certificates"),
         )
-        home.parts.check("certificates", lambda: upkeep.reason)
+        home.supervisor.add_check("certificates", lambda: upkeep.reason)
         async with (
             serve_http(
                 make_app(home.services()),
@@ -266,7 +266,7 @@ class Aggregator:
                 options.http_port,
                 context,
                 limits,
-                functools.partial(home.parts.ended, "https"),
+                functools.partial(home.supervisor.report_failure, "https"),
             ),
             upkeep.running(),
         ):
@@ -303,7 +303,7 @@ class Aggregator:
     def _report_crash(self, future: Future[None]) -> None:
         """End the process with a job that could not say that it ended."""
         if not future.cancelled() and (error := future.exception()) is not None:
-            self._home.parts.ended("jobs", error)
+            self._home.supervisor.report_failure("jobs", error)
 
 
 @contextlib.contextmanager

@@ -136,13 +136,13 @@ def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], outp
     path = write_broker_config(folder, host, port)
     output.line(f"wrote {path}; start it with: mosquitto -c {path}")
     output.line(
-        "On this machine, `edgefl cloud start` tells it by SIGHUP which certificates are revoked, if it may: run both "
-        f"as one user, and where mosquitto's pid is not in {folder / PID_FILE}, give --broker-pid-file. On another "
-        "machine, deploy/mosquitto/edgefl-crl.timer does it."
+        "On this machine, `edgefl cloud start` sends it SIGHUP to reload the revoked certificates, if permitted. "
+        f"Run both as the same user, and if mosquitto's pid is not in {folder / PID_FILE}, pass --broker-pid-file. On "
+        "another machine, use deploy/mosquitto/edgefl-crl.timer."
     )
     if os.geteuid() == 0:
         output.line(
-            "Started by root, mosquitto becomes the user mosquitto, who may not read there: add the line `user root` "
-            "to that file, or run cloud and broker as a user of their own."
+            "If root starts mosquitto, it runs as the user mosquitto, who cannot read this folder: add the line "
+            "`user root` to mosquitto.conf, or run the cloud and the broker as a separate user."
         )
     output.result({"config": str(path)})

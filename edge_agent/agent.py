@@ -199,11 +199,11 @@ class _Agent:
     def close(self) -> None:
         self._store.close()
 
-    def hear_job(self, message: JobMessage) -> None:
-        self._participant.hear(message)
+    def on_job(self, message: JobMessage) -> None:
+        self._participant.handle(message)
 
-    def hear_desired(self, signed: Signed) -> None:
-        self._updater.hear(signed)
+    def on_desired(self, signed: Signed) -> None:
+        self._updater.handle(signed)
 
     def before_next(self) -> tuple[list[str], Callable[[list[Assignment], list[str]], None]]:
         current, answered_until = self._participant.current, self._store.last_answered()
@@ -229,7 +229,7 @@ class _Agent:
             notify("READY=1")
 
     def _on_failing(self, model: Model, reason: str) -> None:
-        self._updater.hear_failing(model, reason)
+        self._updater.handle_failing(model, reason)
 
     async def _restore(self) -> None:
         await self._updater.restore()

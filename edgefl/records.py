@@ -65,6 +65,9 @@ class Partial:
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # (sum of weight * value, of weights)
 
 
+Answer = Update | Failure | Partial  # what a fleet yields for a plan
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traffic:
     """Bytes that a fleet has transferred since its creation."""

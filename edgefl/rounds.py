@@ -22,7 +22,7 @@ from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.exchange import cohort_size
 from edgefl.guards import RoundGuard, integer_moves, refuse_unsound
-from edgefl.records import Failure, Partial, Plan, RoundOutcome, Traffic, Update
+from edgefl.records import Answer, Failure, Partial, Plan, RoundOutcome, Traffic, Update
 from edgefl.trees import Tree
 
 Clock = Callable[[], float]  # seconds, monotonic
@@ -35,7 +35,7 @@ class Fleet(Protocol):
     def clients(self) -> Sequence[str]:
         """Return the clients that can take part now."""
 
-    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
+    def collect(self, plan: Plan) -> Iterator[Answer]:
         """Send the plan and yield answers as they arrive, until the plan's deadline at the latest.
 
         A partial sum represents all its contributors; only a rule that merges accepts it. Closing the
@@ -85,7 +85,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
     wanted = job.config.rounds.clients or len(plan.clients)
     guard, rule = RoundGuard(plan), make_rule(job.config.aggregation.rule, plan.parameters)
     tally = _Tally()
-    answer: Update | Failure | Partial | None = None
+    answer: Answer | None = None
     for answer in fleet.collect(plan):
         if isinstance(answer, Failure):
             tally.failed[answer.device] = answer.reason

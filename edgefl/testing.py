@@ -14,7 +14,7 @@ from edgefl.trees import tree_bytes
 
 __all__ = ["ManualClock", "ScriptedFleet", "make_report", "make_update"]
 
-Answer = Callable[[Plan], Update | Failure | None]
+ScriptedClient = Callable[[Plan], Update | Failure | None]
 
 
 def make_report(**changes: Any) -> RoundReport:
@@ -53,7 +53,7 @@ class ManualClock:
 class ScriptedFleet:
     """A fleet with scripted clients: each is a function of the plan; None means no answer."""
 
-    script: Mapping[str, Answer]
+    script: Mapping[str, ScriptedClient]
     plans: list[Plan] = field(default_factory=list)
     closed_early: int = 0
     _traffic: Traffic = field(default_factory=Traffic)

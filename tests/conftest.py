@@ -27,7 +27,7 @@ from cloud.http.api import make_app, serve_http
 from cloud.http.services import Services
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
-from cloud.state.jobs import Answer, Jobs
+from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.registry import Registry
 from cloud.state.relay_rows import RelayRows
 from cloud.state.rollout import Rollouts
@@ -322,14 +322,14 @@ class PlayedDevices:
     def __init__(self, plane: HttpPlane, respond: Callable[[str, Deliver, bytes], bytes | str | None]) -> None:
         self._plane, self._respond = plane, respond
         self._threads = ThreadPoolExecutor(2, "device")
-        plane.link.send_job = self.hear  # type: ignore[method-assign]
+        plane.link.send_job = self.send_job  # type: ignore[method-assign]
 
     def enroll(self, *names: str) -> None:
         self._plane.enroll(*names)
         for name in names:
             self._plane.link.states[name] = DeviceState(session=1, online=True, agent_version="0")
 
-    def hear(self, device: str, message: Deliver | RoundClosed) -> None:
+    def send_job(self, device: str, message: Deliver | RoundClosed) -> None:
         self._plane.link.told.append((device, message))
         if isinstance(message, Deliver):
             self._threads.submit(self.answer, device, message).add_done_callback(lambda done: done.result())
@@ -341,12 +341,12 @@ class PlayedDevices:
         assert opened.record is not None
         said = self._respond(device, plan, opened.source.read_bytes())
         if isinstance(said, str):
-            opened.accept(Answer(device=device, reason=said), opened.record)
+            opened.accept(AnswerRow(device=device, reason=said), opened.record)
         elif said is not None:
             file = self._plane.spool.file(plan.job, plan.round, device)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(said)
-            opened.accept(Answer(device=device, file=str(file)), opened.record)
+            opened.accept(AnswerRow(device=device, file=str(file)), opened.record)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import pytest
 
 from cloud.broker.builtin import BuiltinBroker
-from cloud.broker.link import CloudLink, Hearers
+from cloud.broker.link import CloudLink, CloudLinkCallbacks
 from cloud.shares import PortShare
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
 from edgefl.protocols.tls import Identity
@@ -94,8 +94,8 @@ class Link:
 class ThreadedCloudLink(CloudLink):
     """A CloudLink in a thread of its own."""
 
-    def __init__(self, url: str, identity: Identity | None, hearers: Hearers) -> None:
-        super().__init__(url, identity, hearers)
+    def __init__(self, url: str, identity: Identity | None, callbacks: CloudLinkCallbacks) -> None:
+        super().__init__(url, identity, callbacks)
         self._thread = LoopThread("cloud-link")
 
     def start(self) -> None:

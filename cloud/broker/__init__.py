@@ -1,1 +1,1 @@
-"""The control plane: MQTT broker, its rights, and the cloud's link to it."""
+"""The control plane: the MQTT broker, its access rights, and the cloud's link to it."""

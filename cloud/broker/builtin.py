@@ -1,10 +1,10 @@
-"""The built-in broker: MQTT 3.1.1 in the cloud's own event loop, for fleets and first runs without a mosquitto.
+"""The built-in broker: MQTT 3.1.1 in the cloud's event loop, for machines without mosquitto.
 
-It gives the rights that mosquitto is configured for: TLS 1.3 with a certificate of the fleet, a client is who its
-certificate says, by name and serial number, and has one connection; a device publishes and hears only what
-`topics.allowed` says. All state is in memory: after a restart each device says again what it is.
-Invariants: each client's packets are read no faster than its share, whatever they are; the will of a former
-connection goes out before the next of that name is let in; a removed device is cut off at once, its session too.
+It has the same access rights as the configured mosquitto: TLS 1.3 with a certificate of the fleet, which identifies
+the client by name and serial number; one connection per client; a device publishes and receives only what
+`topics.allowed` permits. All state is in memory: after a restart each device publishes its state again.
+Invariants: packets of any kind are read no faster than the client's share; the will of an old connection is published
+before a new connection of the same client is accepted; a removed device loses its connection and session at once.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from edgefl.protocols.tls import CLOUD_NAME, Identity, common_name, reloading, s
 from edgefl.protocols.topics import allowed, valid_device_name
 
 LONGEST_KEEPALIVE_S = 300
-WRITE_S = 10.0  # for a receiver to make room
-MAX_FILTERS = 64  # of one connection of a device, whatever it unsubscribes from; it needs two
-WRONG_ID, NO_PLACE, NOT_AUTHORIZED = 2, 3, 5  # of a CONNACK
+WRITE_S = 10.0  # a client that reads nothing for this long is disconnected
+MAX_FILTERS = 64  # per connection of a device, which needs two; an UNSUBSCRIBE gives none back
+WRONG_ID, NO_PLACE, NOT_AUTHORIZED = 2, 3, 5  # return codes of a CONNACK
 
 _log = logging.getLogger(__name__)
 
@@ -39,35 +39,35 @@ _log = logging.getLogger(__name__)
 class BuiltinBroker:
     """A broker, as an async context manager; `drop` and `refresh` may be called from any thread.
 
-    `identity` None is the insecure mode, for the loopback only: a client is who its user name says.
-    `is_known` says whether a device is still enrolled with a certificate of this serial number (None in the
-    insecure mode); it is asked in a thread, at each connect. Port 0 takes a free one; `port` and `url` tell which.
+    `identity` None is the insecure mode, for loopback only: the user name identifies a client.
+    `is_known` returns whether a device is still enrolled with a certificate of this serial number (None in insecure
+    mode); it is called in a thread, at each connect. Port 0 uses a free port, given by `port` and `url`.
     """
 
     program = "builtin"
-    reason = ""  # it serves, or ends with the cloud
+    reason = ""  # never unhealthy: if it fails, the cloud stops
 
     def __init__(
         self, identity: Identity | None, host: str, port: int, *, is_known: Callable[[str, str | None], bool],
         share: PortShare, on_failure: Callable[[BaseException], None],
     ) -> None:  # fmt: skip
         if identity is None and not is_loopback(host):
-            raise ConfigError(f"a broker without TLS listens on the loopback only, not on {host!r}; drop --insecure")
+            raise ConfigError(f"a broker without TLS may listen on loopback only, not on {host!r}; drop --insecure")
         self.port, self.is_known, self.max_devices = port, is_known, share.seats
         self.sessions = Sessions()
-        self.open: dict[str, _Connection] = {}
-        self.all: set[_Connection] = set()  # named or not yet
+        self.open: dict[str, _Client] = {}
+        self.all: set[_Client] = set()  # also those without a name yet
         self.admissions: set[asyncio.Task[None]] = set()
         self._identity, self._host, self._limits, self._on_failure = identity, host, share.limits(), on_failure
         self._reload: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
-        """Where clients on this machine find it."""
+        """The URL for clients on this machine."""
         return f"{'mqtts' if self._identity else 'mqtt'}://{bracketed(self._host)}:{self.port}"
 
     async def __aenter__(self) -> Self:
-        """Listen; raises ConfigError for a port that is in use."""
+        """Listen; raises ConfigError if the port is in use."""
         self._loop = asyncio.get_running_loop()
         listening = listen(self._host, self.port, "--mqtt-port")
         context = None
@@ -76,7 +76,7 @@ class BuiltinBroker:
             self._reload = reloading(context, self._identity)
         port = Port(name="mqtt", socket=listening, context=(lambda: context) if context else None)
         connections = Connections(self._limits, self._loop.time)
-        self._listener = Listener(port, connections, lambda place: _Connection(self, place))
+        self._listener = Listener(port, connections, lambda place: _Client(self, place))
         self._listener.start()
         for task in self._listener.tasks:
             task.add_done_callback(self._note_end)
@@ -92,11 +92,11 @@ class BuiltinBroker:
         await self._listener.wait_closed()
 
     def drop(self, device: str) -> None:
-        """End a device's connection and session; with `is_known` saying no it stays out."""
+        """End a device's connection and session; it cannot come back if `is_known` returns False."""
         self._loop.call_soon_threadsafe(self._drop, device)
 
     def refresh(self) -> None:
-        """Show the certificate that is in its file now, from the next handshake on."""
+        """Reload the certificate file, for handshakes from now on."""
         self._loop.call_soon_threadsafe(self._reload)
 
     def _drop(self, device: str) -> None:
@@ -107,23 +107,23 @@ class BuiltinBroker:
 
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
-            self._on_failure(PartFailed(f"a part of the broker has ended: {task.exception()!r}"))
+            self._on_failure(PartFailed(f"a task of the built-in broker failed: {task.exception()!r}"))
 
 
-class _Connection(asyncio.Protocol):
+class _Client(asyncio.Protocol):
     """One client's connection, from the end of the TLS handshake until it is lost."""
 
     def __init__(self, broker: BuiltinBroker, place: Connection) -> None:
         self._broker, self._place = broker, place
         self._loop = asyncio.get_running_loop()
         self._data = bytearray()
-        self._is_paused = False  # what is here is not looked at, and no more is read
+        self._is_paused = False  # received packets are not processed, and no more is read
         self._name = ""
         self._session: Session | None = None
         self._connect: Connect | None = None
         self._share = Share(self._loop.time)
         self._num_filters = 0
-        self._heard_s = self._loop.time()
+        self._received_s = self._loop.time()
         self._alive: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
 
@@ -148,12 +148,12 @@ class _Connection(asyncio.Protocol):
             self._session.resume(self._transport.write, again=False)
 
     def data_received(self, data: bytes) -> None:
-        self._heard_s = self._loop.time()
+        self._received_s = self._loop.time()
         self._data += data
         self._work()
 
-    def end(self, reason: str, *, goodbye: bool = False) -> None:
-        """End at once: the will goes out, unless the client has said goodbye. May be called again."""
+    def end(self, reason: str, *, disconnected: bool = False) -> None:
+        """Close at once, and publish the will unless the client has sent DISCONNECT. May be called again."""
         if reason:
             event(_log, logging.WARNING, "broker.closed", device=self._name, reason=reason)
         session, self._session = self._session, None
@@ -165,24 +165,24 @@ class _Connection(asyncio.Protocol):
             del self._broker.open[self._name]
             if self._connect.clean:
                 self._broker.sessions.forget(self._name)
-            if self._connect.will is not None and not goodbye:
+            if self._connect.will is not None and not disconnected:
                 self._broker.sessions.publish(self._connect.will)
         self._broker.all.discard(self)
         self._is_paused = True
-        if goodbye:
+        if disconnected:
             self._transport.close()
         else:
             abort(self._transport)
 
     def _work(self) -> None:
-        """Take the packets that are here, as far as the client's share goes; meanwhile no more is read."""
+        """Process the received packets within the client's share; above it, pause reading."""
         try:
             while not self._is_paused and (found := packets.cut(self._data, first=self._connect is None)):
                 self._take(*found)
                 wait_s = 0.0 if self._name == CLOUD_NAME else self._share.take(2 + len(found[2]))
                 if wait_s > 0 and not self._is_paused:
                     self._pause()
-                    self._loop.call_later(wait_s, self._go_on)
+                    self._loop.call_later(wait_s, self._resume)
         except ProtocolError as fault:
             self.end(str(fault))
 
@@ -190,7 +190,7 @@ class _Connection(asyncio.Protocol):
         self._is_paused = True
         self._transport.pause_reading()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         if not self._transport.is_closing():
             self._is_paused = False
             self._transport.resume_reading()
@@ -211,7 +211,7 @@ class _Connection(asyncio.Protocol):
             case packets.PUBREL:
                 number = packets.Fields(body).number()
                 session.received.discard(number)
-                self._answer(packets.acknowledgement(packets.PUBCOMP, number))
+                self._send(packets.acknowledgement(packets.PUBCOMP, number))
             case packets.PUBACK | packets.PUBREC | packets.PUBCOMP:
                 session.acknowledge(kind, packets.Fields(body).number())
             case packets.SUBSCRIBE:
@@ -220,17 +220,17 @@ class _Connection(asyncio.Protocol):
                 number, filters = packets.parse_subscribe(body, with_qos=False)
                 for filter_, _ in filters:
                     self._broker.sessions.unsubscribe(session, filter_)
-                self._answer(packets.acknowledgement(packets.UNSUBACK, number))
+                self._send(packets.acknowledgement(packets.UNSUBACK, number))
             case packets.PINGREQ:
-                self._answer(packet(packets.PINGRESP))
+                self._send(packet(packets.PINGRESP))
             case packets.DISCONNECT:
-                self.end("", goodbye=True)
+                self.end("", disconnected=True)
             case _:
-                raise ProtocolError(f"a packet of type {kind}, which a client does not send here")
+                raise ProtocolError(f"unexpected packet of type {kind}")
 
     async def _admit(self, connect: Connect) -> None:
         self._name, serial = self._identify(connect)
-        reason = await self._objection(connect, serial)
+        reason = await self._refusal(connect, serial)
         seats = self._broker.open.keys() - {CLOUD_NAME}
         if reason:
             event(_log, logging.WARNING, "broker.refused", device=self._name, peer=self._place.source, reason=reason)
@@ -243,14 +243,14 @@ class _Connection(asyncio.Protocol):
         elif not self._transport.is_closing():
             self._welcome(connect)
 
-    async def _objection(self, connect: Connect, serial: str | None) -> str:
-        """Return why this client may not connect so; empty where it may."""
+    async def _refusal(self, connect: Connect, serial: str | None) -> str:
+        """Return why this client may not connect; empty if it may."""
         if self._name != CLOUD_NAME and not valid_device_name(self._name):
-            return f"{self._name!r} is no device's name"
+            return f"{self._name!r} is not a valid device name"
         if connect.will is not None and not allowed(self._name, connect.will.topic, publish=True):
-            return f"its last will is for {connect.will.topic!r}, where it may not publish"
+            return f"it may not publish its will on {connect.will.topic!r}"
         if self._name != CLOUD_NAME and not await asyncio.to_thread(self._broker.is_known, self._name, serial):
-            return "the device is not of this fleet, or not with this certificate; enrol it again"
+            return "the device is not enrolled, or not with this certificate; enrol it again"
         return ""
 
     def _identify(self, connect: Connect) -> tuple[str, str | None]:
@@ -262,7 +262,7 @@ class _Connection(asyncio.Protocol):
         return common_name(certificate), serial_number(certificate)
 
     def _refuse(self, code: int) -> None:
-        self._answer(packet(packets.CONNACK, bytes([0, code])))
+        self._send(packet(packets.CONNACK, bytes([0, code])))
         self._transport.close()
 
     def _welcome(self, connect: Connect) -> None:
@@ -272,24 +272,24 @@ class _Connection(asyncio.Protocol):
         self._place.serve()
         self._broker.open[self._name] = self
         self._session, was_here = self._broker.sessions.open(self._name, clean=connect.clean)
-        self._answer(packet(packets.CONNACK, bytes([was_here, 0])))
+        self._send(packet(packets.CONNACK, bytes([was_here, 0])))
         self._session.resume(self._transport.write, again=True)
-        self._look()
-        self._go_on()
+        self._check_alive()
+        self._resume()
 
-    def _look(self) -> None:
-        """End a client that is silent for one and a half times as long as it promised to speak."""
+    def _check_alive(self) -> None:
+        """Disconnect a client that has sent nothing for one and a half times its keep-alive."""
         keepalive_s = self._connect.keepalive_s if self._connect else 0
         limit_s = 1.5 * min(keepalive_s or LONGEST_KEEPALIVE_S, LONGEST_KEEPALIVE_S)
-        silent_s = self._loop.time() - self._heard_s
+        silent_s = self._loop.time() - self._received_s
         if silent_s < limit_s:
-            self._alive = self._loop.call_later(limit_s - silent_s, self._look)
+            self._alive = self._loop.call_later(limit_s - silent_s, self._check_alive)
         else:
-            self.end(f"nothing was heard for {limit_s:g} s")
+            self.end(f"it sent nothing for {limit_s:g} s")
 
     def _publish(self, session: Session, flags: int, body: bytes) -> None:
         message, number = packets.parse_publish(flags, body)
-        if not allowed(self._name, message.topic, publish=True):  # acknowledged all the same: MQTT 3.1.1 has no refusal
+        if not allowed(self._name, message.topic, publish=True):  # acknowledged, because MQTT 3.1.1 has no refusal
             event(_log, logging.WARNING, "broker.refused", device=self._name, action="publish", topic=message.topic)
         elif message.qos < 2 or number not in session.received:
             self._broker.sessions.publish(message)
@@ -297,24 +297,24 @@ class _Connection(asyncio.Protocol):
             session.received.add(number)
         if message.qos:
             kind = packets.PUBACK if message.qos == 1 else packets.PUBREC
-            self._answer(packets.acknowledgement(kind, number))
+            self._send(packets.acknowledgement(kind, number))
 
     def _subscribe(self, session: Session, body: bytes) -> None:
         number, filters = packets.parse_subscribe(body, with_qos=True)
         self._num_filters += len(filters)
         if self._name != CLOUD_NAME and self._num_filters > MAX_FILTERS:
-            raise ProtocolError(f"it subscribes to more than {MAX_FILTERS} filters; a device needs two")
+            raise ProtocolError(f"it subscribed to more than {MAX_FILTERS} filters; a device needs two")
         may = [allowed(self._name, filter_, publish=False) for filter_, _ in filters]
         if refused := [filter_ for (filter_, _), yes in zip(filters, may, strict=True) if not yes]:
             event(
                 _log, logging.WARNING, "broker.refused", device=self._name, action="subscribe", topic=",".join(refused)
             )
         codes = bytes(qos if yes else 0x80 for (_, qos), yes in zip(filters, may, strict=True))
-        self._answer(packet(packets.SUBACK, number.to_bytes(2) + codes))
+        self._send(packet(packets.SUBACK, number.to_bytes(2) + codes))
         for (filter_, qos), yes in zip(filters, may, strict=True):
             if yes:
                 self._broker.sessions.subscribe(session, filter_, qos)
 
-    def _answer(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         if not self._transport.is_closing():
             self._transport.write(data)

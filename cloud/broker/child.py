@@ -1,7 +1,7 @@
-"""A mosquitto as the cloud's child: the cloud's own broker, where the machine has one.
+"""mosquitto as the cloud's child process: the cloud's own broker, if mosquitto is installed.
 
-It is configured as `edgefl cloud broker-config` configures a mosquitto of one's own, in a folder of the cloud's home,
-and runs as the cloud's user. It ends with the cloud, whatever ends that; where it ends by itself it is started again.
+Its configuration is that of `edgefl cloud broker-config`, in a folder of the cloud's home; it runs as the cloud's
+user. It is stopped with the cloud, even if the cloud is killed, and restarted if it exits by itself.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from edgefl.process.home import replace_file
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.ports.listener import listen
 
-OLDEST = (2, 0)  # TLS 1.3 alone, and a client id that follows the certificate
+OLDEST = (2, 0)  # the first with "TLS 1.3 only" and client ids from certificates
 START_S, STOP_S = 10.0, 5.0
-FIRST_DELAY_S, LAST_DELAY_S = 0.2, 5.0  # before it is started again; doubles
-KEPT_DESCRIPTORS = 64  # for its files and log
+FIRST_DELAY_S, LAST_DELAY_S = 0.2, 5.0  # before a restart; doubles
+KEPT_DESCRIPTORS = 64  # descriptors for its files and log
 
 _log = logging.getLogger(__name__)
 
 
 def find_mosquitto() -> str | None:
-    """Return the path of a mosquitto that we can configure, on the PATH or where Debian puts it."""
+    """Return the path of a supported mosquitto, on the PATH or in Debian's folder; None if there is none."""
     program = shutil.which("mosquitto", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
     if program is None:
         return None
@@ -48,16 +48,16 @@ def find_mosquitto() -> str | None:
 
 
 class MosquittoChild:
-    """Runs mosquitto while the context lasts; `reason` says why it does not serve, and is empty while it does.
+    """Runs mosquitto within the context. `reason` says why it is not serving, and is empty while it is.
 
-    `folder` holds ca.pem, cert.pem, key.pem and crl.pem; `hold` is ours on the mosquitto there. `drop` and `refresh`
-    are called from other threads than the event loop's.
+    `folder` has ca.pem, cert.pem, key.pem and crl.pem; `control` updates the mosquitto there. Do not call `drop` and
+    `refresh` in the event loop.
     """
 
     program = "mosquitto"
 
-    def __init__(self, program: str, folder: Path, host: str, port: int, hold: Mosquitto) -> None:
-        self.drop, self.refresh = hold.drop, hold.refresh
+    def __init__(self, program: str, folder: Path, host: str, port: int, control: Mosquitto) -> None:
+        self.drop, self.refresh = control.drop, control.refresh
         self._command = [program, "-c", str(folder / CONFIG_FILE)]
         self._folder, self._host, self._port = folder, host, port
         self.reason = "mosquitto has not started yet"
@@ -67,53 +67,53 @@ class MosquittoChild:
         self._backoff = Backoff(FIRST_DELAY_S, LAST_DELAY_S)
 
     async def __aenter__(self) -> Self:
-        """Return when it serves; raises ConfigError where it does not start, or the port is in use."""
+        """Start it and wait until it serves; raises ConfigError if it does not start, or the port is in use."""
         listen(self._host, self._port, "--mqtt-port").close()
         self._write_config()
-        self._task = asyncio.create_task(self._keep(), name="mosquitto")
+        self._task = asyncio.create_task(self._restart(), name="mosquitto")
         waiting = asyncio.create_task(self._running.wait(), name="mosquitto-start")
         await asyncio.wait({waiting, self._task}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if not self._running.is_set():
             await self.__aexit__()
-            raise ConfigError(f"{self.reason}; `--broker builtin` does without it")
+            raise ConfigError(f"{self.reason}; use `--broker builtin` to do without it")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
         await asyncio.wait({self._task})
-        await asyncio.to_thread(self._end)
+        await asyncio.to_thread(self._stop)
 
     def _write_config(self) -> None:
         write_broker_config(self._folder, self._host, self._port)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = min(MAX_CONNECTIONS, limit - KEPT_DESCRIPTORS)
         config = broker_config(self._folder, self._host, self._port)
-        config = config.replace("log_type notice\n", "")  # a line for each connection
+        config = config.replace("log_type notice\n", "")  # it logs one line per connection
         config = config.replace(f"max_connections {MAX_CONNECTIONS}\n", f"max_connections {most}\n")
         config += f"user {pwd.getpwuid(os.geteuid()).pw_name}\n"
         replace_file(self._folder / CONFIG_FILE, config.encode())
 
-    async def _keep(self) -> None:
-        """Run it, again and again."""
+    async def _restart(self) -> None:
+        """Run it, and restart it when it exits."""
         while True:
             try:
                 await self._run()
-            except OSError as fault:  # no process, no descriptor: it passes
+            except OSError as fault:  # temporary: too many processes or descriptors
                 self._said = str(fault)
-            status = await asyncio.to_thread(self._end)
-            self.reason = f"mosquitto has ended with status {status}, its last words: {self._said or 'none'}"
+            status = await asyncio.to_thread(self._stop)
+            self.reason = f"mosquitto has exited with status {status}; the last line of its log: {self._said or 'none'}"
             if not self._running.is_set():
-                return  # it never served: its owner is told
+                return  # it never served: `__aenter__` raises
             event(_log, logging.ERROR, "broker.ended", status=status, said=self._said)
             await asyncio.sleep(self._backoff.next_s())
 
     async def _run(self) -> None:
-        """Start it and pass on what it logs, until it has ended."""
+        """Start it, and copy its log to ours until it exits."""
         self._said = ""
-        self._process = process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own has a thread wait for it
+        self._process = process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own needs a thread to wait for it
             gated(self._command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C in a terminal is for the cloud, which ends it last
+            start_new_session=True,  # so that Ctrl-C reaches the cloud only, which stops mosquitto last
         )  # fmt: skip
         open_gate(process)
         log = asyncio.StreamReader()
@@ -131,7 +131,7 @@ class MosquittoChild:
         finally:
             transport.close()
 
-    def _end(self) -> int | None:
+    def _stop(self) -> int | None:
         process, self._process = self._process, None
         if process is None:
             return None

@@ -1,9 +1,9 @@
-"""A queue with a thread that works it off in its order, and again where the database or the disk says no.
+"""A queue with a thread that processes items in order, and retries while the database or the disk is unavailable.
 
-Why not at once, in the thread that reads the network: SQLite may wait 10 seconds for a lock, and a full disk takes
-as long as it takes; nothing that a peer sent may be lost for it, and no keep-alive may wait.
-Invariant: an item is worked off, or refused by the work itself (ProtocolError, or a defect of ours: both are logged),
-or gave way to MAX_WAITING newer ones under its key; nothing that an item does ends the thread.
+The event loop does not process them itself: SQLite may wait 10 seconds for a lock, and a disk may stay full for long.
+Meanwhile no message may be lost, and keep-alives must be answered.
+Invariant: an item is processed, or rejected (ProtocolError, or a bug: both are logged), or dropped for MAX_WAITING
+newer ones of its key; no item stops the thread.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.protocols.backoff import Backoff
 
-MAX_WAITING = 64  # items under one key
+MAX_WAITING = 64  # items per key
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
-CLOSE_S = 15.0  # above SQLite's own patience with a lock
+CLOSE_S = 15.0  # longer than SQLite waits for a lock
 
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether an error is the machine's and may be over soon: a locked database, a full disk, no descriptors."""
+def is_temporary(error: BaseException) -> bool:
+    """Whether an error is temporary: a locked database, a full disk, no free descriptors."""
     return isinstance(error, PoolTimeoutError) or bool(waits_for(error))
 
 
 class Inbox(Generic[_T]):
-    """Takes items from any thread; one of its own works them off."""
+    """Takes items from any thread, and processes them in its own thread by `work`."""
 
     def __init__(self, name: str, work: Callable[[_T], None]) -> None:
         self._name, self._work = name, work
@@ -51,7 +51,7 @@ class Inbox(Generic[_T]):
         self._thread.start()
 
     def put(self, key: str, item: _T) -> None:
-        """Queue an item; where MAX_WAITING wait under its key, the oldest of those is dropped."""
+        """Queue an item; if MAX_WAITING of its key are waiting, drop the oldest of them."""
         with self._changed:
             items = self._items.setdefault(key, deque(maxlen=MAX_WAITING))
             full = len(items) == MAX_WAITING
@@ -64,11 +64,11 @@ class Inbox(Generic[_T]):
 
     @property
     def reason(self) -> str:
-        """Why the item at the head waits; empty where it does not."""
+        """Why the first item is retried; empty if it is not."""
         return self._reason
 
     def close(self) -> None:
-        """End the thread after the item at work; what waits is dropped."""
+        """Stop the thread after its current item; drop the waiting ones."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -96,13 +96,13 @@ class Inbox(Generic[_T]):
             return key, item
 
     def _is_done(self, key: str, item: _T) -> bool:
-        """Work on an item; False where it is to be tried again."""
+        """Process an item; False if it must be retried."""
         try:
             self._work(item)
         except ProtocolError as fault:
             event(_log, logging.WARNING, "inbox.refused", inbox=self._name, key=key, reason=fault)
-        except Exception as error:  # noqa: BLE001 - a defect that a message finds costs that message only
-            if is_passing(error):
+        except Exception as error:  # noqa: BLE001 - a bug costs only the message that triggers it
+            if is_temporary(error):
                 if not self._reason:
                     event(_log, logging.ERROR, "inbox.waits", inbox=self._name, key=key, reason=error)
                 self._reason = str(error)

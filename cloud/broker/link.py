@@ -1,12 +1,12 @@
-"""The cloud's side of the control plane: who is online, what devices tell, and small messages to them.
+"""The cloud's side of the control plane: which devices are online, their messages, and small messages to them.
 
-Invariants: of two states of a device the one with the higher session counts, within a session offline
-comes last (a will may overtake a rebirth); a malformed message changes nothing and is logged with its
-device and reason; a device's message counts only while it is enrolled. While the broker is away nobody
-is online: retained states and rebirths tell again who is there.
+Invariants: of two states of a device the one with the higher session is used, and within a session `offline` is the
+last (a will may arrive after the device's next connect); a malformed message changes nothing and is logged with its
+device and reason; messages of devices that are not enrolled are rejected. Without a connection to the broker all
+devices count as offline; retained states and new ones then show which are online.
 
-The event loop only takes messages in; a thread of its own (`cloud.broker.inbox`) works them off in their order, each
-again where the database or the disk says no for a while. So a locked database holds up no keep-alive.
+The event loop only queues messages; a thread (`cloud.broker.inbox`) processes them in order, and retries while the
+database or the disk is unavailable. So a locked database delays no keep-alive.
 """
 
 from __future__ import annotations
@@ -44,58 +44,58 @@ def _ignore(*_: object) -> None:
     pass
 
 
-def _everyone(_device: str) -> bool:
+def _always(_device: str) -> bool:
     return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Hearers:
-    """Who hears of what. All but `on_failure` are called in the inbox's thread, and must return soon."""
+class CloudLinkCallbacks:
+    """Callbacks of the link. All but `on_failure` are called in the inbox's thread, and must return quickly."""
 
-    on_failure: Callable[[BaseException], None]  # the link has ended, and will not come back
-    on_state: Callable[[str, DeviceState], None] = _ignore  # also for devices lost with the broker
+    on_failure: Callable[[BaseException], None]  # the link has failed for good
+    on_state: Callable[[str, DeviceState], None] = _ignore  # also when the connection to the broker is lost
     on_note: Callable[[str, RolloutNote], None] = _ignore
-    is_known: Callable[[str], bool] = _everyone  # whether a device is enrolled
+    is_known: Callable[[str], bool] = _always  # whether a device is enrolled
 
 
 class CloudLink:
-    """Presence and messages by any broker. Its methods may be called from any thread, but for `start`."""
+    """Presence and messages through any broker. Methods may be called from any thread, except `start`."""
 
-    def __init__(self, url: str, identity: Identity | None, hearers: Hearers) -> None:
-        self._hearers = hearers
+    def __init__(self, url: str, identity: Identity | None, callbacks: CloudLinkCallbacks) -> None:
+        self._callbacks = callbacks
         self._changed = threading.Condition()
         self._states: dict[str, DeviceState] = {}
         self._telemetry: dict[str, Telemetry] = {}  # of devices that are online
         config = LinkConfig(
             url=url, client_id=CLOUD_NAME, identity=identity, subscriptions=[(topics.EVERY_UP, 1)], keepalive_s=10
         )
-        self._inbox: Inbox[tuple[str, bytes] | None] = Inbox("mqtt-inbox", self._take)
+        self._inbox: Inbox[tuple[str, bytes] | None] = Inbox("mqtt-inbox", self._process)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link = MqttLink(
             config,
             on_message=lambda topic, payload: self._inbox.put(topic, (topic, payload)),
             on_disconnect=lambda: self._inbox.put("", None),
-            on_failure=hearers.on_failure,
+            on_failure=callbacks.on_failure,
         )
 
     def start(self) -> None:
-        """Begin to connect, in the running event loop; returns at once."""
+        """Start connecting, in the running event loop; returns at once."""
         self._loop = asyncio.get_running_loop()
         self._inbox.start()
         self._link.start()
 
     @property
     def reason(self) -> str:
-        """Why the broker is not there; empty while it is."""
+        """Why there is no connection to the broker; empty if there is one."""
         return self._link.reason
 
     @property
     def held_up(self) -> str:
-        """Why messages wait to be worked off; empty where none does."""
+        """Why received messages are delayed; empty if they are not."""
         return self._inbox.reason
 
     def close(self) -> None:
-        """Send what is queued, and leave the broker; not from the event loop."""
+        """Send the queued messages and disconnect. Do not call it in the event loop."""
         if self._loop is not None and self._loop.is_running():
             asyncio.run_coroutine_threadsafe(self._link.close(), self._loop).result()
         self._inbox.close()
@@ -106,40 +106,40 @@ class CloudLink:
             return frozenset(name for name, state in self._states.items() if state.online)
 
     def offline(self) -> frozenset[str]:
-        """Return the devices that have been heard of and are not online."""
+        """Return the devices that have reported a state and are not online."""
         with self._changed:
             return frozenset(name for name, state in self._states.items() if not state.online)
 
     def state(self, device: str) -> DeviceState | None:
-        """Return what a device said last, if it said anything since the cloud's start."""
+        """Return a device's last state since the cloud's start, if any."""
         with self._changed:
             return self._states.get(device)
 
     def telemetry(self, device: str) -> Telemetry | None:
-        """Return what a device that is online measured last."""
+        """Return the latest telemetry of an online device."""
         with self._changed:
             return self._telemetry.get(device)
 
     def wait_until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
-        """Whether the predicate, asked at each change of presence, became true within the time."""
+        """Wait until the predicate, evaluated at each change of presence, is true; False at the timeout."""
         with self._changed:
             return self._changed.wait_for(predicate, max(0.0, timeout_s))
 
     def wake(self) -> None:
-        """Have those in `wait_until` look again."""
+        """Make all threads in `wait_until` evaluate their predicates again."""
         with self._changed:
             self._changed.notify_all()
 
     def send_job(self, device: str, message: JobMessage) -> None:
-        """Announce, close or refuse; a device that misses it asks `Next` when it is back."""
+        """Send a job message; a device that misses it calls `Next` when it reconnects."""
         self._send(topics.down(device, "job"), encode(message))
 
     def send_desired(self, device: str, signed: Signed) -> None:
-        """Say which release a device is to have; kept by the broker."""
+        """Send the release that a device should serve; the broker retains it."""
         self._send(topics.down(device, "desired"), encode(signed), retain=True)
 
     def forget(self, device: str) -> None:
-        """Clear what the broker keeps of a device, and its presence."""
+        """Clear a device's retained messages and its presence."""
         for topic in (topics.up(device, "state"), topics.down(device, "desired")):
             self._send(topic, b"", retain=True)
         with self._changed:
@@ -150,35 +150,35 @@ class CloudLink:
     def _send(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         try:
             self._link.publish(topic, payload, retain=retain)
-        except CloudUnreachable as fault:  # costs latency only: the device will ask
+        except CloudUnreachable as fault:  # costs latency only: the device will call `Next`
             event(_log, logging.WARNING, "mqtt.not_sent", topic=topic, reason=fault)
 
-    # Below: the inbox's thread.
+    # In the inbox's thread.
 
-    def _take(self, item: tuple[str, bytes] | None) -> None:
-        """Take a message; None stands for the broker that was lost."""
+    def _process(self, item: tuple[str, bytes] | None) -> None:
+        """Process a message; None means that the connection to the broker was lost."""
         if item is None:
-            self._lost_broker()
+            self._note_broker_lost()
         else:
-            self._received(*item)
+            self._receive(*item)
 
-    def _received(self, topic: str, payload: bytes) -> None:
+    def _receive(self, topic: str, payload: bytes) -> None:
         device, kind = topics.parse_up(topic)
         if not payload and kind == "state":
             return  # our own `forget`
         try:
-            self._hear(device, kind, payload)
+            self._dispatch(device, kind, payload)
         except ProtocolError as fault:
             event(_log, logging.WARNING, "device.bad_message", device=device, kind=kind, reason=fault)
 
-    def _hear(self, device: str, kind: str, payload: bytes) -> None:
-        if not self._hearers.is_known(device):
+    def _dispatch(self, device: str, kind: str, payload: bytes) -> None:
+        if not self._callbacks.is_known(device):
             raise ProtocolError("the device is not enrolled")
         message = decode(_KINDS[kind], payload)
         if isinstance(message, DeviceState):
             self._note_state(device, message)
         elif isinstance(message, RolloutNote):
-            self._hearers.on_note(device, message)
+            self._callbacks.on_note(device, message)
         else:
             self._note_telemetry(device, message)
 
@@ -194,21 +194,21 @@ class CloudLink:
             self._changed.notify_all()
         if held is None or held.online != state.online:
             event(_log, logging.INFO, "device.online" if state.online else "device.offline", device=device)
-        self._hearers.on_state(device, state)
+        self._callbacks.on_state(device, state)
 
     def _note_telemetry(self, device: str, telemetry: Telemetry) -> None:
         with self._changed:
             if (state := self._states.get(device)) is not None and state.online:
                 self._telemetry[device] = telemetry
 
-    def _lost_broker(self) -> None:
+    def _note_broker_lost(self) -> None:
         with self._changed:
             lost = {name: dataclasses.replace(one, online=False, session=0) for name, one in self._states.items()}
             self._states.update(lost)
             self._telemetry.clear()
             self._changed.notify_all()
         for device, state in lost.items():
-            self._hearers.on_state(device, state)
+            self._callbacks.on_state(device, state)
 
 
 def _order(state: DeviceState) -> tuple[int, bool]:

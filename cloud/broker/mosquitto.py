@@ -1,10 +1,10 @@
-"""The cloud's hold on the mosquitto that it configured: who is revoked, which certificate it shows, who is cut.
+"""Controls a configured mosquitto: its list of revoked certificates, its own certificate, and removed devices.
 
-mosquitto asks nobody whether a device is still of the fleet. It has a list of revoked certificates (CRL) in
-the folder that `edgefl cloud broker-config` made, and reads list and certificate again on SIGHUP (tried with
-2.0.11). Connections that are open stay open then: so a device that is removed has its connection taken over,
-with a certificate of its name that is made for that moment and thrown away.
-A mosquitto on another machine gets the list over HTTPS (/v1/crl) and is restarted by a timer of its own.
+mosquitto cannot ask the cloud whether a device is still enrolled. It uses a list of revoked certificates (CRL) in
+the folder that `edgefl cloud broker-config` made, and reloads list and certificate on SIGHUP (tested with 2.0.11).
+Open connections stay open: so the cloud takes over the connection of a removed device, with a temporary certificate
+of the same name.
+A mosquitto on another machine downloads the list over HTTPS (/v1/crl), and is restarted by its own timer.
 """
 
 from __future__ import annotations
@@ -31,57 +31,57 @@ from edgefl.process.home import replace_file
 from edgefl.protocols.mqtt import LinkConfig, MqttError, new_client
 from edgefl.protocols.tls import BROKER_NAME, Identity, client_context, new_request, sign_request
 
-HOLD_DAYS = 1.0  # of the certificate that takes a connection over
+TAKE_OVER_DAYS = 1.0  # lifetime of the certificate that takes over a connection
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MosquittoParts:
-    """Where this mosquitto is, and what it is to know."""
+    """Where mosquitto is, and the data for its files."""
 
     url: str  # mqtts://host:port
-    folder: Path  # that broker-config made; it may not be there
+    folder: Path  # made by broker-config; it may be missing
     ca_folder: Path
-    revoked: Callable[[], Sequence[str]]  # serial numbers in hex, in order; one that is in it stays
+    revoked: Callable[[], Sequence[str]]  # serial numbers in hex, in order; entries are never removed
     certificate_days: float
     pid_file: Path | None = None  # None = in the folder
-    removed: Sequence[str] = ()  # devices whose connections may be open still
+    removed: Sequence[str] = ()  # devices whose connections may still be open
 
 
 class Mosquitto:
-    """Methods may be called from any thread but an event loop's; they wait for seconds at most."""
+    """Controls one mosquitto. Methods block for seconds at most; do not call them in an event loop."""
 
     def __init__(self, parts: MosquittoParts) -> None:
         self._parts = parts
         self._lock = threading.Lock()  # one writer of the folder at a time
         self._uncut = set(parts.removed)
-        self._num_listed = -1  # in the list as we wrote it
-        self._is_starting = False  # mosquitto, at the last change: it is told later
-        self._signalled = True  # whether the last change was told to mosquitto
+        self._num_listed = -1  # entries in the written CRL
+        self._is_starting = False  # mosquitto was starting at the last change, and gets the signal later
+        self._signalled = True  # whether mosquitto got a signal after the last change
 
     def refresh(self) -> None:
-        """Write the list and the certificate where they are not as they should be, and have mosquitto read them."""
+        """Update the CRL and the certificate if necessary, make mosquitto reload them, and retry open take-overs."""
         self._update(even_unchanged=False)
         for device in sorted(self._uncut):
             if not self._take_over(device):
-                break  # the broker is away
+                break  # no connection to the broker
 
     def begin(self) -> None:
-        """Do what the cloud's start does: write the list in any case, for it ends with the CA; nobody is cut yet.
+        """Write the CRL at the cloud's start, even if unchanged, because it expires with the CA.
 
-        Says where mosquitto was configured by an edgefl that knew of no list.
+        Logs a warning if an older edgefl configured mosquitto without a CRL.
         """
         self._update(even_unchanged=True)
         config = _content(self._parts.folder / CONFIG_FILE)
         if config and b"\ncrlfile " not in config:
-            advice = "run `edgefl cloud broker-config` again, and restart mosquitto: it lets revoked certificates in"
+            advice = "mosquitto accepts revoked certificates: run `edgefl cloud broker-config` again, and restart it"
             event(_log, logging.WARNING, "broker.config_old", file=self._parts.folder / CONFIG_FILE, advice=advice)
 
     def drop(self, device: str) -> None:
-        """End the connection of a device that was removed; its certificate does not let it in again.
+        """End the connection of a removed device, whose certificate is revoked.
 
-        Where another than us has mosquitto read the list, it may come back before that: it is ended once more.
+        If we cannot signal mosquitto, the device may reconnect before the CRL is reloaded: `refresh` ends it again.
         """
         self._update(even_unchanged=False)
         self._take_over(device)
@@ -107,7 +107,7 @@ class Mosquitto:
         return self._renew() or changed
 
     def _renew(self) -> bool:
-        """Renew the broker's certificate, for the hosts that it has; returns whether it did."""
+        """Renew the broker's certificate for its present hosts, if necessary; returns whether it was renewed."""
         identity = Identity.in_folder(self._parts.folder)
         try:
             hosts = hosts_of(x509.load_pem_x509_certificate(identity.cert.read_bytes()))
@@ -125,26 +125,26 @@ class Mosquitto:
         try:
             pid = int(path.read_text(encoding="ascii"))
             if psutil.Process(pid).name() != "mosquitto":
-                raise ProcessLookupError(f"process {pid} is no mosquitto")
+                raise ProcessLookupError(f"process {pid} is not mosquitto")
             self._is_starting = not catches_hangup(pid)
             if self._is_starting:
                 return False
             os.kill(pid, signal.SIGHUP)
         except (OSError, ValueError, psutil.Error) as fault:
-            advice = "send SIGHUP to a mosquitto on this machine; mosquitto.conf says what another one needs"
+            advice = "send SIGHUP to mosquitto if it is on this machine; for another machine see mosquitto.conf"
             event(_log, logging.WARNING, "broker.not_reloaded", pid_file=path, reason=fault, advice=advice)
             return False
         event(_log, logging.INFO, "broker.reloaded", pid=pid)
         return True
 
     def _take_over(self, device: str) -> bool:
-        """Connect as this device, so that the broker ends its other connection, and leave."""
+        """Connect as this device, so that the broker ends its other connection, and disconnect."""
         ca = self._parts.ca_folder
         try:
             with tempfile.TemporaryDirectory(prefix=".take-over-", dir=ca) as folder:
                 identity = Identity(Path(folder, "key.pem"), Path(folder, "cert.pem"), ca / "ca.pem")
-                identity.cert.write_bytes(sign_request(ca, new_request(identity, device), device, HOLD_DAYS))
-                asyncio.run(_visit(LinkConfig(url=self._parts.url, client_id=device, identity=identity)))
+                identity.cert.write_bytes(sign_request(ca, new_request(identity, device), device, TAKE_OVER_DAYS))
+                asyncio.run(_connect_once(LinkConfig(url=self._parts.url, client_id=device, identity=identity)))
         except (OSError, ConfigError, MqttError) as fault:
             self._uncut.add(device)  # `refresh` tries again
             event(_log, logging.WARNING, "broker.not_dropped", device=device, reason=fault)
@@ -154,15 +154,15 @@ class Mosquitto:
         return True
 
 
-async def _visit(config: LinkConfig) -> None:
-    """Connect, and leave."""
+async def _connect_once(config: LinkConfig) -> None:
+    """Connect, and disconnect."""
     tls = client_context(config.identity.ca, config.identity) if config.identity else None
     async with new_client(config, tls):
         pass
 
 
 def catches_hangup(pid: int) -> bool:
-    """Whether SIGHUP would not end a process; mosquitto takes a moment at its start until it is so."""
+    """Whether a process handles SIGHUP, which would kill it otherwise; mosquitto does so shortly after its start."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught, 16) >> (signal.SIGHUP - 1) & 1)

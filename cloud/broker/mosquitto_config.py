@@ -1,13 +1,13 @@
-"""Configuration of a mosquitto that gives the same rights as the built-in broker.
+"""Configuration of a mosquitto with the same access rights as the built-in broker.
 
-    require_certificate + use_identity_as_username   a client is who its certificate says
-    use_username_as_clientid                         nobody can end another's connection by its client id
+    require_certificate + use_identity_as_username   the certificate identifies a client
+    use_username_as_clientid                         a client cannot disconnect another one by its client id
     acl_file                                         the rights of `topics.allowed`, as patterns
-    crlfile                                          certificates of devices that were removed or renewed theirs
-    pid_file                                         whom the cloud tells (SIGHUP) to read its certificates again
+    crlfile                                          old certificates of devices, and those of removed devices
+    pid_file                                         the process to which the cloud sends SIGHUP to reload certificates
 
-Nothing is kept over a restart: a state that outlived its device would call the dead online, and each
-device says again on connect what it is and asks over gRPC what it missed.
+Nothing is kept across a restart: an old retained state could show a dead device as online, and each device publishes
+its state on connect and calls `Next` over gRPC for what it missed.
 Source: mosquitto.conf(5), 2.0.11 and later.
 """
 
@@ -22,20 +22,20 @@ from edgefl.protocols.tls import CLOUD_NAME, Identity
 from edgefl.protocols.topics import ROOT, UP_KINDS
 
 CONFIG_FILE, ACL_FILE, CRL_FILE, PID_FILE = "mosquitto.conf", "acl", "crl.pem", "mosquitto.pid"
-MAX_QUEUED = 100_000  # to one client: as many retained states as a large fleet has devices
-MAX_QUEUED_BYTES = 256 << 20  # to one client: these states, twice
+MAX_QUEUED = 100_000  # per client: one retained state per device of a large fleet
+MAX_QUEUED_BYTES = 256 << 20  # per client: these states, twice
 MAX_CONNECTIONS = 60_000
 
 _CONFIG = """\
 # mosquitto for an edgefl fleet, written by `edgefl cloud broker-config`.
-# The folder holds ca.pem, cert.pem, key.pem and crl.pem too; all must be readable by the user `mosquitto`.
-# crl.pem lists the certificates that were revoked, mosquitto reads it on SIGHUP. The cloud writes it at each
-# removal and sends the signal to the process in pid_file. Where it may not, edgefl-reload.path does it. A broker
-# on another machine gets the list from https://CLOUD:9480/v1/crl and is restarted when it changes: see
+# This folder also has ca.pem, cert.pem, key.pem and crl.pem; the user `mosquitto` must be able to read all of them.
+# crl.pem lists the revoked certificates; mosquitto reloads it on SIGHUP. The cloud writes it when a device is removed,
+# and sends the signal to the process in pid_file. If it has no permission to, edgefl-reload.path sends it. A broker
+# on another machine downloads the list from https://CLOUD:9480/v1/crl, and is restarted when it changes: see
 # edgefl-crl.timer. These units are in deploy/mosquitto.
 #
-# Each device is one open file: for more than a thousand, `ulimit -n 65536` before it is started by hand, or
-# LimitNOFILE=65536 in a drop-in of its unit (systemctl edit mosquitto). max_connections is to stay below that.
+# Each device needs one open file. For more than a thousand devices, run `ulimit -n 65536` before starting mosquitto by
+# hand, or set LimitNOFILE=65536 in a drop-in of its unit (systemctl edit mosquitto). Keep max_connections below it.
 
 per_listener_settings false
 allow_anonymous false
@@ -69,9 +69,9 @@ log_type information
 
 
 def broker_config(folder: Path, host: str, port: int) -> str:
-    """Return mosquitto.conf for a broker whose files lie in `folder` (absolute)."""
+    """Return mosquitto.conf for a broker whose files are in `folder` (absolute)."""
     if not folder.is_absolute():
-        raise ConfigError(f"{folder} must be an absolute path: mosquitto does not say where it looks from")
+        raise ConfigError(f"{folder} must be an absolute path, because the working directory of mosquitto is not known")
     return _CONFIG.format(
         acl=folder / ACL_FILE,
         crl=folder / CRL_FILE,
@@ -100,7 +100,7 @@ def broker_acl() -> str:
 
 
 def write_broker_config(folder: Path, host: str, port: int) -> Path:
-    """Write mosquitto.conf and acl into a folder that has the broker's Identity and crl.pem.
+    """Write mosquitto.conf and acl into a folder that has the broker's `Identity` files and crl.pem.
 
     Returns the path of mosquitto.conf.
     """

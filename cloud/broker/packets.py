@@ -1,6 +1,6 @@
-"""MQTT 3.1.1 packets as bytes: what the built-in broker reads and writes.
+"""MQTT 3.1.1 packets, parsed and encoded for the built-in broker.
 
-Invariant: whatever the bytes, a function here returns or raises ProtocolError.
+Invariant: for any bytes, a function here returns or raises ProtocolError.
 MQTT 3.1.1, section 2.2 (header), chapter 3 (packets) and section 4.7 (topics).
 """
 
@@ -18,7 +18,7 @@ DUP = 8  # flag of a PUBLISH that is sent again
 
 
 class Message(NamedTuple):
-    """What is published."""
+    """A message to publish, or a will."""
 
     topic: str
     payload: bytes
@@ -27,7 +27,7 @@ class Message(NamedTuple):
 
 
 class Connect(NamedTuple):
-    """What a client asks for in its CONNECT."""
+    """The fields of a client's CONNECT."""
 
     client_id: str
     user: str
@@ -37,7 +37,7 @@ class Connect(NamedTuple):
 
 
 def packet(kind: int, body: bytes = b"", flags: int = 0) -> bytes:
-    """Return a packet; acknowledgements, too."""
+    """Return a packet of any kind as bytes."""
     size, rest = len(body), bytearray()
     while size > 0x7F:
         rest.append(size & 0x7F | 0x80)
@@ -58,9 +58,9 @@ def publish(message: Message, qos: int, number: int, *, retain: bool) -> bytes:
 
 
 def cut(data: bytearray, *, first: bool = False) -> tuple[int, int, bytes] | None:
-    """Cut a packet off and return its kind, flags and body; None where it is not whole yet.
+    """Remove the first packet from `data` and return its kind, flags and body; None if it is incomplete.
 
-    The `first` of a connection is a CONNECT.
+    The `first` packet of a connection must be a CONNECT.
     """
     if data and first and data[0] != CONNECT << 4:
         raise ProtocolError("the first packet is not a CONNECT")
@@ -74,7 +74,7 @@ def cut(data: bytearray, *, first: bool = False) -> tuple[int, int, bytes] | Non
             raise ProtocolError("a packet's length does not end within four bytes")
         return None
     if size > MAX_PACKET_BYTES:
-        raise ProtocolError(f"packet of {size} bytes; at most {MAX_PACKET_BYTES} are allowed")
+        raise ProtocolError(f"a packet has {size} bytes; at most {MAX_PACKET_BYTES} are allowed")
     end = at + 1 + size
     if len(data) < end:
         return None
@@ -84,7 +84,7 @@ def cut(data: bytearray, *, first: bool = False) -> tuple[int, int, bytes] | Non
 
 
 class Fields:
-    """Reads the fields of a packet's body in their order; raises ProtocolError where it ends before they do."""
+    """Reads the fields of a packet's body in order; raises ProtocolError if the body is too short."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -96,7 +96,7 @@ class Fields:
 
     def take(self, size: int) -> bytes:
         if size > self.left:
-            raise ProtocolError("a packet ends before its fields do")
+            raise ProtocolError("a packet is shorter than its fields")
         self._at += size
         return self._body[self._at - size : self._at]
 
@@ -107,9 +107,9 @@ class Fields:
         try:
             text = self.take(self.number()).decode()
         except UnicodeDecodeError as cause:
-            raise ProtocolError("a packet holds text that is not UTF-8") from cause
+            raise ProtocolError("a packet has text that is not UTF-8") from cause
         if "\0" in text:
-            raise ProtocolError("a packet holds text with a zero byte")
+            raise ProtocolError("a packet has text with a zero byte")
         return text
 
 
@@ -124,14 +124,14 @@ def parse_connect(body: bytes) -> Connect:
         will = Message(checked_topic(topic), payload, checked_qos(flags >> 3), bool(flags & 0x20))
     user = fields.text() if flags & 0x80 else ""
     if flags & 0x40:
-        fields.take(fields.number())  # a password: here certificates count
+        fields.take(fields.number())  # the password is ignored
     if fields.left or flags & 1:
-        raise ProtocolError("the CONNECT's fields are not those that its flags announce")
+        raise ProtocolError("the fields of the CONNECT do not match its flags")
     return Connect(client_id, user, bool(flags & 2), keepalive_s, will)
 
 
 def parse_publish(flags: int, body: bytes) -> tuple[Message, int]:
-    """Return what is published, and its packet id (0 for QoS 0)."""
+    """Return the message and the packet id (0 for QoS 0) of a PUBLISH."""
     fields, qos = Fields(body), checked_qos(flags >> 1)
     topic = checked_topic(fields.text())
     number = fields.number() if qos else 0
@@ -139,28 +139,28 @@ def parse_publish(flags: int, body: bytes) -> tuple[Message, int]:
 
 
 def parse_subscribe(body: bytes, *, with_qos: bool) -> tuple[int, list[tuple[str, int]]]:
-    """Return the packet id of a SUBSCRIBE, or an UNSUBSCRIBE, and its filters, each with its QoS."""
+    """Return the packet id of a SUBSCRIBE or UNSUBSCRIBE, and its filters with their QoS."""
     fields, filters = Fields(body), []
     number = fields.number()
     while fields.left:
         levels = fields.text()
         if any(set(level) & set("+#") and len(level) > 1 for level in levels.split("/")) or "#" in levels[:-1]:
-            raise ProtocolError(f"{levels!r} is no topic filter")
+            raise ProtocolError(f"{levels!r} is not a valid topic filter")
         filters.append((levels, checked_qos(fields.number(1)) if with_qos else 0))
     if not filters:
-        raise ProtocolError("a SUBSCRIBE or UNSUBSCRIBE without a filter")
+        raise ProtocolError("a SUBSCRIBE or UNSUBSCRIBE has no filter")
     return number, filters
 
 
 def checked_topic(topic: str) -> str:
-    """Return a topic that can be published on."""
+    """Return the topic; raises ProtocolError if nothing can be published on it."""
     if not topic or set(topic) & set("+#"):
-        raise ProtocolError(f"{topic!r} is no topic to publish on")
+        raise ProtocolError(f"{topic!r} is not a valid topic to publish on")
     return topic
 
 
 def checked_qos(bits: int) -> int:
-    """Return a quality of service from the lowest two bits of a number."""
+    """Return the QoS in the lowest two bits of a number."""
     if bits & 3 == 3:
-        raise ProtocolError("a quality of service of 3, which there is not")
+        raise ProtocolError("a packet has QoS 3, expected 0, 1 or 2")
     return bits & 3

@@ -1,9 +1,9 @@
-"""Who hears what at the built-in broker: sessions, subscriptions and retained messages, without I/O.
+"""Sessions, subscriptions and retained messages of the built-in broker, without I/O.
 
-A session is what the broker owes a client. It ends with its connection, or outlives it where the client asked so;
-then what comes meanwhile waits, and what was sent and not acknowledged is sent again.
-Invariants: a session's queue and its unacknowledged packets are bounded; a client hears a message once, however many
-of its filters match; what one client sends, a session that takes nothing costs nobody but itself.
+A session has a client's subscriptions and pending messages. It ends with the connection, or is kept if the client
+asked for that; then new messages are queued, and unacknowledged ones are sent again after the next connect.
+Invariants: a session's queue and its unacknowledged packets are bounded; a client gets a message once, however many
+of its filters match; a client that does not read its messages delays only itself.
 MQTT 3.1.1, sections 3.3, 3.8, 4.3 (QoS), 4.4 (redelivery) and 4.7 (topics).
 """
 
@@ -14,24 +14,24 @@ from collections.abc import Callable
 
 from cloud.broker.packets import DUP, PUBLISH, PUBREC, PUBREL, Message, acknowledgement, publish
 
-MAX_IN_FLIGHT = 200  # packets of QoS 1 and 2 on their way to one client
-MAX_QUEUED = 100_000  # behind them: as many retained states as a large fleet has devices
+MAX_IN_FLIGHT = 200  # unacknowledged packets of QoS 1 and 2 per client
+MAX_QUEUED = 100_000  # messages behind them: one retained state per device of a large fleet
 
 
 class Session:
-    """What one client subscribed to and is still owed."""
+    """The subscriptions and pending messages of one client."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.filters: set[str] = set()
         self.received: set[int] = set()  # packet ids of QoS 2 that the client has not released
-        self._write: Callable[[bytes], None] | None = None  # None: away, or it takes no more at the moment
+        self._write: Callable[[bytes], None] | None = None  # None: not connected, or its send buffer is full
         self._unacknowledged: dict[int, bytes] = {}
         self._queue: deque[tuple[Message, int, bool]] = deque()
         self._number = 0
 
     def deliver(self, message: Message, qos: int, *, retain: bool = False) -> None:
-        """Send a message, or let it wait; QoS 0 does not wait, and a full queue takes no more."""
+        """Send a message or queue it; QoS 0 is never queued, and a message for a full queue is dropped."""
         if not qos:
             if self._write is not None:
                 self._write(publish(message, 0, 0, retain=retain))
@@ -40,7 +40,7 @@ class Session:
             self._fill()
 
     def acknowledge(self, kind: int, number: int) -> None:
-        """Take the client's PUBACK, PUBREC or PUBCOMP."""
+        """Handle the client's PUBACK, PUBREC or PUBCOMP."""
         if number not in self._unacknowledged:
             return
         if kind == PUBREC:
@@ -52,14 +52,14 @@ class Session:
             self._fill()
 
     def resume(self, write: Callable[[bytes], None], *, again: bool) -> None:
-        """Send what waits by `write`; after a new connection (`again`) first what was not acknowledged."""
+        """Send queued messages by `write`; on a new connection (`again`), unacknowledged packets first."""
         self._write = write
         for packet in self._unacknowledged.values() if again else ():
             write(bytes([packet[0] | DUP]) + packet[1:] if packet[0] >> 4 == PUBLISH else packet)
         self._fill()
 
     def pause(self) -> None:
-        """Send nothing until `resume`."""
+        """Queue everything until `resume`."""
         self._write = None
 
     def _fill(self) -> None:
@@ -73,17 +73,17 @@ class Session:
 
 
 class _Node:
-    """A level of the tree of filters."""
+    """A level in the tree of filters."""
 
-    __slots__ = ("below", "hearing")
+    __slots__ = ("below", "subscribers")
 
     def __init__(self) -> None:
         self.below: dict[str, _Node] = {}
-        self.hearing: dict[Session, int] = {}  # with the QoS that each asked for
+        self.subscribers: dict[Session, int] = {}  # with the requested QoS
 
 
 class Sessions:
-    """All sessions of a broker, and the retained messages. Belongs to one event loop."""
+    """All sessions of a broker, and the retained messages. Used in one event loop only."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Session] = {}
@@ -91,66 +91,66 @@ class Sessions:
         self._root = _Node()
 
     def open(self, name: str, *, clean: bool) -> tuple[Session, bool]:
-        """Return a client's session, and whether it is one of before."""
+        """Return a client's session, and whether it existed before."""
         if clean:
             self.forget(name)
         was_here = name in self._by_name
         return self._by_name.setdefault(name, Session(name)), was_here
 
     def forget(self, name: str) -> None:
-        """End a session, if there is one."""
+        """Delete a session, if there is one."""
         if (session := self._by_name.pop(name, None)) is not None:
             for filter_ in tuple(session.filters):
                 self.unsubscribe(session, filter_)
 
     def publish(self, message: Message) -> None:
-        """Pass a message on to all who subscribed to it, and keep it where it is to be retained."""
+        """Deliver a message to its subscribers, and store it if it is a retained message."""
         if message.retain and message.payload:
             self._retained[message.topic] = message
         elif message.retain:
             self._retained.pop(message.topic, None)
-        for session, qos in self._hearing(message.topic).items():
+        for session, qos in self._subscribers(message.topic).items():
             session.deliver(message, min(qos, message.qos))
 
     def subscribe(self, session: Session, filter_: str, qos: int) -> None:
-        """Let a session hear a filter from now on, and what is retained for it at once."""
+        """Add a filter to a session, and deliver the matching retained messages."""
         node = self._root
         for level in filter_.split("/"):
             node = node.below.setdefault(level, _Node())
-        node.hearing[session] = qos
+        node.subscribers[session] = qos
         session.filters.add(filter_)
         for topic in [filter_] if filter_ in self._retained else self._retained_under(filter_):
             message = self._retained[topic]
             session.deliver(message, min(qos, message.qos), retain=True)
 
     def unsubscribe(self, session: Session, filter_: str) -> None:
-        """Let a session no more hear a filter."""
+        """Remove a filter from a session."""
         if filter_ not in session.filters:
             return
         session.filters.remove(filter_)
         levels, path = filter_.split("/"), [self._root]
         for level in levels:
             path.append(path[-1].below[level])
-        del path[-1].hearing[session]
+        del path[-1].subscribers[session]
         for level, parent, node in zip(reversed(levels), path[-2::-1], path[:0:-1], strict=True):
-            if not node.hearing and not node.below:
+            if not node.subscribers and not node.below:
                 del parent.below[level]
 
     def _retained_under(self, filter_: str) -> list[str]:
         start = filter_.partition("+")[0].partition("#")[0]
         if start == filter_:
-            return []  # no wildcard, and it is not retained
+            return []  # no wildcard, and no retained message
         return [topic for topic in self._retained if topic.startswith(start.rstrip("/")) and matches(filter_, topic)]
 
-    def _hearing(self, topic: str) -> dict[Session, int]:
+    def _subscribers(self, topic: str) -> dict[Session, int]:
         found: dict[Session, int] = {}
         for node in self._nodes(topic):
-            for session, qos in node.hearing.items():
+            for session, qos in node.subscribers.items():
                 found[session] = max(qos, found.get(session, 0))
         return found
 
     def _nodes(self, topic: str) -> list[_Node]:
-        """Return the nodes of every filter that matches a topic."""
+        """Return the nodes of all filters that match a topic."""
         found, nodes = [], [self._root]
         for depth, level in enumerate(topic.split("/")):
             wild = depth > 0 or not topic.startswith("$")
@@ -162,7 +162,7 @@ class Sessions:
 
 
 def matches(filter_: str, topic: str) -> bool:
-    """Whether a filter matches a topic; a wildcard at its beginning does not match `$...`."""
+    """Whether a filter matches a topic; a leading wildcard does not match `$...`."""
     wanted, levels = filter_.split("/"), topic.split("/")
     if topic.startswith("$") and wanted[0] in {"+", "#"}:
         return False

@@ -1,6 +1,6 @@
-"""What one device may send to the built-in broker, in packets and in bytes, whatever packets they are.
+"""The rate limit of one device at the built-in broker, in packets and bytes per second, for all kinds of packets.
 
-A healthy device sends a few in a minute. Above its share it is read no faster, and TCP holds it back.
+A healthy device sends a few packets per minute. Above the limit we stop reading, and TCP slows the device down.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from edgefl.protocols.ports.pacing import TokenBucket
 
 PACKETS_PER_S, PACKETS_BURST = 200, 1000
 BYTES_PER_S, BYTES_BURST = 256 << 10, 2 << 20
-PATIENCE_S = 30.0  # with one that is above its share all the time
+PATIENCE_S = 30.0  # a device that is above its share for longer is disconnected
 
 
 class Share:
-    """One device's."""
+    """One device's share of the broker."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -25,7 +25,7 @@ class Share:
         self._above_since_s: float | None = None
 
     def take(self, size: int) -> float:
-        """Count a packet; return for how many seconds nothing is read. Raises ProtocolError where patience ends."""
+        """Count a packet; return for how many seconds to pause reading. Raises ProtocolError after PATIENCE_S."""
         wait_s = max(self._packets.take(), self._bytes.take(size))
         now_s = self._clock()
         if wait_s <= 0:
@@ -35,6 +35,6 @@ class Share:
         elif now_s - self._above_since_s > PATIENCE_S:
             raise ProtocolError(
                 f"for {PATIENCE_S:g} s it sent more than its share of {PACKETS_PER_S} packets and "
-                f"{BYTES_PER_S >> 10} kB a second"
+                f"{BYTES_PER_S >> 10} kB per second"
             )
         return wait_s

@@ -27,7 +27,7 @@ from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, TransferLimit
 from cloud.dataplane.upload_header import header_fault
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import Answer, Jobs
+from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Arrival, Incoming, Spool
 from cloud.state.storage import Storage
 from cloud.trust.renewal import Renewals
@@ -279,9 +279,9 @@ class FleetService:
             if header.offset:  # perhaps the part that was here is damaged: once more, from its beginning
                 return _state("PARTIAL")
             return self._refuse(opened, device, str(error))
-        answer = Answer(device=device, file=incoming.name, weight=header.weight, metrics=dict(header.metrics))
+        answer = AnswerRow(device=device, file=incoming.name, weight=header.weight, metrics=dict(header.metrics))
 
-        def keep(one: Answer) -> None:
+        def keep(one: AnswerRow) -> None:
             incoming.place()
             self._record(opened, one)
 
@@ -301,10 +301,10 @@ class FleetService:
         reason = one_line(reason, MAX_REASON_CHARS)  # it may quote what the device sent
         job, number = opened.assignment.job, opened.assignment.round
         event(_log, logging.WARNING, "update.failed", job=job, round=number, device=device, reason=reason)
-        opened.accept(Answer(device=device, reason=reason), lambda one: self._record(opened, one))
+        opened.accept(AnswerRow(device=device, reason=reason), lambda one: self._record(opened, one))
         return _state("REFUSED", reason=reason)
 
-    def _record(self, opened: OpenRound, answer: Answer) -> None:
+    def _record(self, opened: OpenRound, answer: AnswerRow) -> None:
         if opened.record is not None:
             opened.record(answer)
             return

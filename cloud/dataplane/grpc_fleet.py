@@ -16,7 +16,7 @@ from cloud.broker.link import CloudLink
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import Answer, JobRow, Jobs
+from cloud.state.jobs import AnswerRow, JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from edgefl.exchange import Close, GiveUp, Instruction, Tell, Terms, Yield, gathering
@@ -168,7 +168,7 @@ class GrpcFleet:
             closed = RoundClosed(job=assignment.job, round=assignment.round, job_ended=False)
             link.send_job(instruction.device, closed)
 
-    def _as_record(self, answer: Answer, plan: Plan) -> Update | Failure:
+    def _as_record(self, answer: AnswerRow, plan: Plan) -> Update | Failure:
         job, number, device = plan.job, plan.round, answer.device
         if answer.file is None:
             return Failure(job=job, round=number, device=device, reason=answer.reason or "no reason given")

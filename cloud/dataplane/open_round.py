@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cloud.broker.link import CloudLink
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import Answer
+from cloud.state.jobs import AnswerRow
 from cloud.state.storage import LOOK_S, Storage
 from edgefl.config import MAX_SECONDS
 from edgefl.errors import EdgeflError
@@ -89,12 +89,14 @@ class OpenRound:
         asked = tuple(asked)
         self.asked = frozenset(asked)
         self.up_bytes = self.down_bytes = 0
-        self.record: Callable[[Answer], None] | None = None  # makes an answer durable; None = as an update of its job
+        self.record: Callable[[AnswerRow], None] | None = (
+            None  # makes an answer durable; None = as an update of its job
+        )
         self.source: Path | None = None  # of what a device fetches for it; None = it is a blob
         self._around = around or Surroundings()
         self._lock = threading.RLock()  # whoever acts may ask
         self._exchange = Exchange(asked, terms)
-        self._answers: dict[str, Answer] = {}  # that were not taken yet
+        self._answers: dict[str, AnswerRow] = {}  # that were not taken yet
         # Bounded by what is put in: a few instructions for each device, and calls to look that are merged.
         self._items: queue.SimpleQueue[Instruction | EdgeflError | None] = queue.SimpleQueue()
         self._act = self._around.act or self._items.put
@@ -108,7 +110,7 @@ class OpenRound:
         with self._lock:
             self._do(Begin(is_told=is_told, at_s=self._now_s()))
 
-    def accept(self, answer: Answer, make_durable: Callable[[Answer], None]) -> bool:
+    def accept(self, answer: AnswerRow, make_durable: Callable[[AnswerRow], None]) -> bool:
         """Take a device's answer, once; False where the round is over or has one from it."""
         with self._lock:
             at_s = self._now_s()
@@ -117,9 +119,9 @@ class OpenRound:
             self._take(answer, make_durable, at_s)
             return True
 
-    def forget(self, device: str, make_durable: Callable[[Answer], None]) -> None:
+    def forget(self, device: str, make_durable: Callable[[AnswerRow], None]) -> None:
         """Refuse a device that was removed from the fleet, also where its answer waits to be taken."""
-        refusal = Answer(device=device, reason=REMOVED)
+        refusal = AnswerRow(device=device, reason=REMOVED)
         with self._lock:
             at_s = self._now_s()
             if device in self._answers:
@@ -128,7 +130,7 @@ class OpenRound:
             elif self._exchange.waits_for(device, at_s):
                 self._take(refusal, make_durable, at_s)
 
-    def take(self, device: str) -> Answer:
+    def take(self, device: str) -> AnswerRow:
         """Return the answer that is to be handed on, as it counts now."""
         with self._lock:
             return self._answers.pop(device)
@@ -213,7 +215,7 @@ class OpenRound:
 
     # With the lock.
 
-    def _take(self, answer: Answer, make_durable: Callable[[Answer], None], at_s: float) -> None:
+    def _take(self, answer: AnswerRow, make_durable: Callable[[AnswerRow], None], at_s: float) -> None:
         make_durable(answer)
         self._answers[answer.device] = answer
         event = Answered if answer.file is not None else Failed

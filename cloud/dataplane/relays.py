@@ -24,7 +24,7 @@ from cloud.dataplane.live_relay import Line, LiveRelay, Patience, SentMessage
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import Answer
+from cloud.state.jobs import AnswerRow
 from cloud.state.relay_rows import Message, RelayRows, Rows
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
@@ -297,7 +297,7 @@ class Relays:
             case GiveUp(why=why):
                 sent.given_up = why  # `look` answers for the device: what it writes may have to wait for the disk
 
-    def _hand_on(self, sent: SentMessage, answer: Answer, *, lost: bool) -> bool:
+    def _hand_on(self, sent: SentMessage, answer: AnswerRow, *, lost: bool) -> bool:
         """Have the operator told of an answer that is durable; False where nobody waits for it any more."""
         line = self._line(sent.relay, sent.number, answer, lost=lost)
         with self._arrived:
@@ -317,7 +317,7 @@ class Relays:
                 return
         is_offline = sent.given_up is Why.OFFLINE
         reason = f"offline for {self._patience.device_s:g} s" if is_offline else "no reply in time"
-        answer = Answer(device=sent.device, reason=f"device {sent.device}: {reason}")
+        answer = AnswerRow(device=sent.device, reason=f"device {sent.device}: {reason}")
         self._parts.rows.answer(sent.relay, sent.number, answer, lost=True)
         if self._hand_on(sent, answer, lost=True):
             event(_log, logging.WARNING, "message.lost", relay=sent.relay, number=sent.number, device=sent.device,
@@ -333,7 +333,7 @@ class Relays:
     def _tell_closed(self, sent: SentMessage) -> None:
         self._parts.link.send_job(sent.device, RoundClosed(job=sent.relay, round=sent.number, job_ended=False))
 
-    def _line(self, relay: str, number: int, answer: Answer, *, lost: bool) -> Line:
+    def _line(self, relay: str, number: int, answer: AnswerRow, *, lost: bool) -> Line:
         path = self._parts.spool.file(relay, number, answer.device) if answer.file is not None else None
         size = path.stat().st_size if path is not None else 0
         return {"number": number, "device": answer.device, "size": size, "reason": answer.reason, "lost": lost}

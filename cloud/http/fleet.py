@@ -37,7 +37,7 @@ class TokenRequest(Body):
 @public.get("/v1/health")
 def health(here: Here) -> CleanJSON:
     """Return the health of the cloud's parts (503 if one is unhealthy) and the time, to compare a device's clock."""
-    reasons = here.parts()
+    reasons = here.health()
     well = not any(reasons.values())
     parts = {name: {"ok": not reason, "reason": reason} for name, reason in reasons.items()}
     facts = {"status": "ok" if well else "failing", "version": __version__, "time": time.time(), "parts": parts,

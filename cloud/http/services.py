@@ -88,4 +88,4 @@ class Services:
     heartbeat_s: float = 5.0  # of event streams in which nothing happens
     chunk_deadline_s: float = 60.0  # for the next bytes of an upload
     broker: str = "builtin"  # which program it is: mosquitto (the cloud's child), builtin, or external
-    parts: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is unhealthy; empty = it is healthy
+    health: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is unhealthy; empty = it is healthy

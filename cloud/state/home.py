@@ -25,13 +25,12 @@ import psutil
 from cloud.broker.builtin import BuiltinBroker
 from cloud.broker.child import MosquittoChild, find_mosquitto
 from cloud.broker.inbox import Inbox
-from cloud.broker.link import CloudLink, Hearers
+from cloud.broker.link import CloudLink, CloudLinkCallbacks
 from cloud.broker.mosquitto import Mosquitto, MosquittoParts
 from cloud.broker.mosquitto_config import CRL_FILE
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayParts, Relays
 from cloud.http.services import Services
-from cloud.parts import Parts, database_fault, disk_fault
 from cloud.shares import Shares
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
@@ -42,6 +41,7 @@ from cloud.state.rollout import Rollouts
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database
+from cloud.supervisor import Supervisor, database_fault, disk_fault
 from cloud.trust.own_certificates import renew_ca, renew_server
 from edgefl.errors import ConfigError
 from edgefl.logs import event
@@ -122,7 +122,7 @@ class CloudHome:
         self._operator_token = self._make_operator()
         self.storage = Storage(home)
         self.blobs = BlobStore(home / "blobs")
-        self.parts = Parts()
+        self.supervisor = Supervisor()
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
         self._renewed: list[Callable[[], object]] = []  # what has brokers show renewed certificates
@@ -165,10 +165,10 @@ class CloudHome:
         async with self._own_broker() as broker:
             self.cut.append(broker.drop)
             self._renewed.append(broker.refresh)
-            self.parts.check("broker", lambda: broker.reason)
+            self.supervisor.add_check("broker", lambda: broker.reason)
             yield
 
-    def look_after_certificates(self) -> bool:
+    def renew_certificates(self) -> bool:
         """Renew what runs out or does not fit; returns whether the cloud's own certificate is a new one."""
         renewed = self._renew_certificate()
         for refresh in self._renewed:
@@ -191,13 +191,13 @@ class CloudHome:
             grpc_port=self._options.grpc_port,
             broker_url=self.broker_url,
             operator_token=self._operator_token,
-            parts=self.parts.reasons,
+            health=self.supervisor.reasons,
             broker=self.broker_name,
         )
 
     def _own_broker(self) -> BuiltinBroker | MosquittoChild:
         options = self._options
-        on_failure = functools.partial(self.parts.ended, "broker")
+        on_failure = functools.partial(self.supervisor.report_failure, "broker")
         if self._program is None:
             identity = None if options.insecure else self.identity
             return BuiltinBroker(
@@ -232,13 +232,13 @@ class CloudHome:
         self._own_url = f"{scheme}://{_dialled(options.host)}:{options.mqtt_port}" if own else options.broker
         # Its own broker is where the cloud is: a device puts in the host that it knows the cloud by.
         self.broker_url = f"{scheme}://:{options.mqtt_port}" if own else options.broker
-        hearers = Hearers(
-            on_failure=lambda error: self.parts.ended("link", error),
+        callbacks = CloudLinkCallbacks(
+            on_failure=lambda error: self.supervisor.report_failure("link", error),
             on_state=self._note_presence,
             on_note=self._note_rollout,
             is_known=self.enrolment.is_known,
         )
-        self.link = CloudLink(self._own_url, None if options.insecure else self.identity, hearers)
+        self.link = CloudLink(self._own_url, None if options.insecure else self.identity, callbacks)
         self._exit.callback(self.link.close)
 
     def _sign(self, bundle: Bundle) -> Signed:
@@ -257,13 +257,13 @@ class CloudHome:
 
     def _say_how_to_look(self, home: Path) -> None:
         """Say how health looks at each part that is here."""
-        self.parts.check("link", lambda: self.link.reason)
+        self.supervisor.add_check("link", lambda: self.link.reason)
         if not self._options.has_own_broker:
-            self.parts.check("broker", lambda: self.link.reason)
-        self.parts.check(
+            self.supervisor.add_check("broker", lambda: self.link.reason)
+        self.supervisor.add_check(
             "database", lambda: self.link.held_up or self._notes.reason or database_fault(home / "cloud.db")
         )
-        self.parts.check("disk", lambda: self.storage.waiting() or disk_fault(home))
+        self.supervisor.add_check("disk", lambda: self.storage.waiting() or disk_fault(home))
 
     def _make_keys(self) -> None:
         self._tls.mkdir(mode=0o700, exist_ok=True)

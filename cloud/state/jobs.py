@@ -53,7 +53,7 @@ class JobRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class AnswerRow:
     """What one device answered in a round: a file with its update, or a reason for none."""
 
     device: str
@@ -154,7 +154,7 @@ class Jobs:
         with self._engine.begin() as db:
             return db.scalar(sa.select(rounds.c.round).where(open_round)) is not None
 
-    def open_round(self, job: str, number: int, cohort: Sequence[str]) -> list[Answer]:
+    def open_round(self, job: str, number: int, cohort: Sequence[str]) -> list[AnswerRow]:
         """Make the round's row unless it is there, and return the answers that came before a restart."""
         key = {"job": job, "round": number}
         with self._engine.begin() as db:
@@ -164,7 +164,7 @@ class Jobs:
             of_round = (updates.c.job == job) & (updates.c.round == number)
             found = db.execute(updates.select().where(of_round).order_by(sa.text("rowid"))).mappings()
             return [
-                Answer(
+                AnswerRow(
                     device=row["device"],
                     file=row["file"],
                     weight=row["weight"] or 0.0,
@@ -174,7 +174,7 @@ class Jobs:
                 for row in found
             ]
 
-    def record(self, job: str, number: int, answer: Answer) -> None:
+    def record(self, job: str, number: int, answer: AnswerRow) -> None:
         """Make an answer durable, before it is acknowledged."""
         with self._engine.begin() as db:
             db.execute(updates.insert().values({"job": job, "round": number} | dataclasses.asdict(answer)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cloud.state.jobs import Answer
+from cloud.state.jobs import AnswerRow
 from cloud.state.store import errands, relays
 from edgefl.errors import NotFound
 from edgefl.protocols.messages import Signed, from_json
@@ -31,7 +31,7 @@ class Message:
     envelope: str  # its metadata, for the two ends alone
     content_sha256: str  # what it holds: a file that messages may share
     expires_s: float  # seconds since 1970
-    answer: Answer | None = None
+    answer: AnswerRow | None = None
     lost: bool = False  # the cloud gave the device up and answered in its place
 
 
@@ -71,7 +71,7 @@ class RelayRows:
                 db.execute(relays.update().where(relays.c.id == relay).values(sent=new[-1].number))
         return new
 
-    def answer(self, relay: str, number: int, answer: Answer, *, lost: bool) -> None:
+    def answer(self, relay: str, number: int, answer: AnswerRow, *, lost: bool) -> None:
         """Make an answer durable, before it is acknowledged."""
         here = (errands.c.relay == relay) & (errands.c.number == number)
         with self._engine.begin() as db:
@@ -114,7 +114,7 @@ def _row(relay: str, message: Message) -> dict[str, Any]:
 
 
 def _message(row: Any) -> Message:
-    answer = Answer(device=row["device"], file=row["file"], reason=row["reason"]) if row["answered"] else None
+    answer = AnswerRow(device=row["device"], file=row["file"], reason=row["reason"]) if row["answered"] else None
     return Message(
         number=row["number"],
         device=row["device"],

@@ -1,1 +1,1 @@
-"""The cloud's certificates: its own, those of devices, and who is revoked."""
+"""Certificates: the cloud's own, those of devices, and the list of revoked ones."""

@@ -1,7 +1,7 @@
-"""The list of revoked certificates (CRL, RFC 5280 section 5) for a broker that cannot ask the registry.
+"""The list of revoked certificates (CRL, RFC 5280 section 5) for a broker that has no access to the registry.
 
-Its dates do not depend on a clock: it begins in 1970 plus its number in seconds and ends with the CA. A
-broker that has read several takes the one that begins last, so each must begin later than the one before.
+Its dates do not depend on a clock: it is valid from 1970 plus its number in seconds, and expires with the CA. If a
+broker has several lists, it uses the one with the latest start, so each must start later than the one before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgefl.protocols.tls import BEGIN, load_ca
 
 
 def make_crl(ca_folder: Path, serials: Sequence[str]) -> bytes:
-    """Return the CRL (PEM) of these serial numbers (hex), in the order in which they were revoked."""
+    """Return the CRL (PEM) for serial numbers (hex) in the order of their revocation."""
     ca, key = load_ca(ca_folder)
     number = 1 + len(serials)
     builder = (

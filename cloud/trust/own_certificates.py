@@ -1,9 +1,9 @@
-"""The certificates of the cloud itself and of its mosquitto: made anew, under the same CA, where they do not fit.
+"""The certificates of the cloud and of its mosquitto: reissued by the same CA when they are no longer suitable.
 
-Looked at on each start and by a timer. A certificate fits when it is of our CA and for our key, names every
-host, begins in 1970, and has a third of its lifetime left. The key stays while it can be used, so that a
-renewal replaces one file in one step. The CA's own certificate is renewed the same way: same name, same key,
-and so everything that it has signed, and every copy of it, stays good.
+They are checked at each start and by a timer. A certificate is suitable if our CA signed it for our key, it names
+every host, is valid from 1970, and has a third of its lifetime left. A usable key is kept, so that a renewal replaces
+one file atomically. The CA's own certificate is renewed in the same way, with the same name and key, so everything
+that it has signed, and every copy of it, remains valid.
 """
 
 from __future__ import annotations
@@ -30,41 +30,42 @@ from edgefl.protocols.tls import (
     self_signed,
 )
 
-LEFT = 1 / 3  # of its lifetime: what a certificate has left when it is renewed
+LEFT = 1 / 3  # of its lifetime: a certificate with less left is renewed
 
 
 def ends_soon(cert: x509.Certificate, days: float, now: datetime.datetime) -> bool:
-    """Whether less than a third is left of the lifetime that a certificate made now would have."""
+    """Whether the certificate has less left than a third of `days`, the lifetime of a new one."""
     return cert.not_valid_after_utc - now < datetime.timedelta(days=days * LEFT)
 
 
 def begins_late(cert: x509.Certificate) -> bool:
-    """Whether a clock that is behind may show a time before the certificate's."""
+    """Whether a slow clock may show a time before the certificate is valid."""
     return cert.not_valid_before_utc > BEGIN
 
 
 def renew_server(ca_folder: Path, identity: Identity, hosts: Sequence[str], name: str, days: float = LEAF_DAYS) -> bool:
-    """Make a server's certificate anew where it does not fit, with a new key where the key cannot be used.
+    """Reissue a server's certificate if it is not suitable, with a new key if the old one is unusable.
 
-    Returns whether it did.
+    Returns whether it was reissued.
     """
     ca, _ = load_ca(ca_folder)
     key, cert = _key(identity.key), _certificate(identity.cert)
-    usable = key is not None and cert is not None and cert.public_key() == key.public_key() and _is_of(cert, ca)
+    usable = key is not None and cert is not None and cert.public_key() == key.public_key() and _is_signed_by(cert, ca)
     if not usable or key is None or cert is None:
         issue_server(ca_folder, identity, hosts, name, days)
         return True
     now = datetime.datetime.now(datetime.UTC)
-    if begins_late(cert) or ends_soon(cert, days, now) or not _same_hosts(hosts) <= set(hosts_of(cert)):
+    if begins_late(cert) or ends_soon(cert, days, now) or not _normalized(hosts) <= set(hosts_of(cert)):
         replace_file(identity.cert, certify_server(ca_folder, key.public_key(), hosts, name, days))
         return True
     return False
 
 
 def renew_ca(folder: Path) -> bool:
-    """Give a CA of an earlier version, which began late and ends after ten years, a certificate that does neither.
+    """Reissue the certificate of a CA from an older version, which is valid from its creation and for ten years only.
 
-    Its fingerprint changes, and tokens name it: whoever calls this sees to it that no token is in use.
+    Returns whether it was reissued. This changes its fingerprint, which tokens contain: the caller makes sure that no
+    token is in use.
     """
     ca, key = load_ca(folder)
     if ca.not_valid_before_utc <= BEGIN and ca.not_valid_after_utc >= NO_END:
@@ -74,7 +75,7 @@ def renew_ca(folder: Path) -> bool:
 
 
 def hosts_of(cert: x509.Certificate) -> list[str]:
-    """Return the names and addresses that a server's certificate is good for."""
+    """Return the names and addresses in a server's certificate."""
     try:
         names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -82,8 +83,8 @@ def hosts_of(cert: x509.Certificate) -> list[str]:
     return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
-def _same_hosts(hosts: Collection[str]) -> set[str]:
-    """Return hosts as a certificate gives them back: addresses in their shortest form."""
+def _normalized(hosts: Collection[str]) -> set[str]:
+    """Return hosts as a certificate stores them: addresses in their shortest form."""
     return {_shortest(host) for host in hosts}
 
 
@@ -109,7 +110,7 @@ def _certificate(path: Path) -> x509.Certificate | None:
         return None
 
 
-def _is_of(cert: x509.Certificate, ca: x509.Certificate) -> bool:
+def _is_signed_by(cert: x509.Certificate, ca: x509.Certificate) -> bool:
     try:
         cert.verify_directly_issued_by(ca)
     except (ValueError, TypeError, InvalidSignature):

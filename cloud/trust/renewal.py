@@ -1,8 +1,8 @@
-"""Certificates of devices, renewed over the connection that the present one opened.
+"""Renewal of device certificates, over a connection that was opened with the current one.
 
-The cloud's clock decides when: a device's own may show any year. The present certificate is good until the
-new one is first used, so that an answer which is lost locks nobody out; from then on it is revoked.
-Invariant: whatever was signed for a device is its valid certificate, its next one, or revoked.
+The cloud's clock decides when, because a device's clock may be wrong by years. The current certificate is valid until
+the new one is first used, so that a lost reply locks no device out; then it is revoked.
+Invariant: each certificate that was signed for a device is its current one, its next one, or revoked.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from cloud.trust.own_certificates import begins_late, ends_soon
 from edgefl.errors import EnrolmentRefused, ProtocolError
 from edgefl.protocols.tls import LEAF_DAYS, load_certificate, serial_number, sign_request
 
-AGAIN_S = 3600.0  # before a device may ask for one for yet another key: each is an entry in the list of revoked ones
+AGAIN_S = 3600.0  # between a device's requests with different keys: each adds an entry to the CRL
 
 
 class Renewals:
-    """Methods may be called from any thread."""
+    """Issues the next certificates of devices. Methods may be called from any thread."""
 
     def __init__(
         self, engine: sa.Engine, ca_folder: Path, clock: Callable[[], float] = time.time,
@@ -42,14 +42,14 @@ class Renewals:
         return begins_late(cert) or ends_soon(cert, self._days, now)
 
     def renew(self, device: str, csr: bytes) -> bytes:
-        """Return a new certificate (PEM); the same again where the request is for the same key.
+        """Return a new certificate (PEM), or the same one again if the request has the same key.
 
-        Raises ProtocolError for a bad request, EnrolmentRefused for a stranger or one who asks too often.
+        Raises ProtocolError for an invalid request, EnrolmentRefused for an unknown device or too many requests.
         """
         now_s = self._clock()
         here = renewals.c.device == device
         with self._engine.begin() as db:
-            # The write comes first, and takes the lock: two requests of a device come one after the other.
+            # This write takes the lock first, so that two requests of one device are serialized.
             if db.execute(devices.update().where(devices.c.name == device).values(name=device)).rowcount != 1:
                 raise EnrolmentRefused(f"there is no device {device!r}; enrol it with a new token")
             before = db.execute(renewals.select().where(here)).mappings().one_or_none()
@@ -57,8 +57,8 @@ class Renewals:
                 return str(before["certificate"]).encode()
             if before is not None and abs(now_s - before["issued_s"]) < AGAIN_S:
                 raise EnrolmentRefused(
-                    f"device {device!r} has a new certificate, which it has not used, and asks for one for another "
-                    f"key; that is possible {AGAIN_S:g} s after the first"
+                    f"device {device!r} has an unused new certificate and requests another one with a different key; "
+                    f"this is allowed {AGAIN_S:g} s after the first"
                 )
             certificate = sign_request(self._ca_folder, csr, device, self._days)
             if before is not None:
@@ -69,12 +69,12 @@ class Renewals:
         return certificate
 
     def first_use(self, device: str, serial: str) -> bool:
-        """Whether this is a device's next certificate; if so it is the valid one now, and the former is revoked."""
+        """Whether a device may use this certificate; its next one becomes the current one, the old one is revoked."""
         its_next = (renewals.c.device == device) & (renewals.c.serial == serial)
         valid = sa.select(devices.c.serial).where(devices.c.name == device)
-        with self._engine.connect() as db:  # most that come here are strangers: they take no lock
+        with self._engine.connect() as db:  # no lock for unknown certificates, which are most of the calls
             if db.scalar(sa.select(renewals.c.serial).where(its_next)) is None:
-                return bool(db.scalar(valid) == serial)  # another call of this device was the first
+                return bool(db.scalar(valid) == serial)  # a concurrent call was the first use
         with self._engine.begin() as db:
             if db.execute(renewals.delete().where(its_next)).rowcount != 1:
                 return bool(db.scalar(valid) == serial)
@@ -85,7 +85,7 @@ class Renewals:
 
 
 def forget_next(db: sa.Connection, device: str) -> str | None:
-    """Drop the next certificate of a device that is removed; return its serial number, if it had one."""
+    """Delete the next certificate of a removed device; return its serial number, if it had one."""
     serial = db.scalar(sa.select(renewals.c.serial).where(renewals.c.device == device))
     db.execute(renewals.delete().where(renewals.c.device == device))
     return serial

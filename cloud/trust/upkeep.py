@@ -1,4 +1,4 @@
-"""What the cloud does by a timer: looks after its certificates and those of its broker, while it serves."""
+"""Renews the certificates of the cloud and its broker periodically, while the cloud serves."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from sqlalchemy.exc import SQLAlchemyError
 from edgefl.errors import EdgeflError
 from edgefl.logs import event
 
-LONGEST_S = 60.0  # also: how soon a certificate that a device has renewed is revoked at mosquitto
+LONGEST_S = 60.0  # also the delay until mosquitto rejects a certificate that a device has replaced
 
 _log = logging.getLogger(__name__)
 
 
 def interval_s(certificate_days: float) -> float:
-    """Return how often to look: often enough within the third of a lifetime that is left at a renewal."""
+    """Return the time between checks: several fit into the third of a lifetime that is left at a renewal."""
     return min(LONGEST_S, certificate_days * 86400 / 20)
 
 
 class Upkeep:
-    """Calls `look` now and then in a thread, and after it `reload` in the event loop.
+    """Calls `renew` periodically in a thread, and then `reload` in the event loop.
 
-    A look that fails, for a full disk or a database that is held, is logged and comes again; `reason` says why
-    meanwhile. Any other error is a fault of ours, and `ended` hears of it.
+    If the disk is full or the database locked, the error is logged and the call repeated; `reason` has the error until
+    then. Any other error is a bug and is passed to `on_failure`.
     """
 
     def __init__(
-        self, look: Callable[[], object], reload: Callable[[], None], every_s: float,
-        ended: Callable[[BaseException], object],
+        self, renew: Callable[[], object], reload: Callable[[], None], every_s: float,
+        on_failure: Callable[[BaseException], object],
     ) -> None:  # fmt: skip
-        self._look, self._reload, self._every_s, self._ended = look, reload, every_s, ended
-        self.reason = ""  # why certificates are not looked after; empty while they are
+        self._renew, self._reload, self._every_s, self._on_failure = renew, reload, every_s, on_failure
+        self.reason = ""  # why the last renewal failed; empty if it succeeded
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Look while the block runs."""
+        """Renew while the block runs."""
         task = asyncio.create_task(self._repeat(), name="certificates")
         task.add_done_callback(self._note_end)
         try:
@@ -52,9 +52,9 @@ class Upkeep:
             await asyncio.sleep(self._every_s)
             try:
                 try:
-                    await asyncio.to_thread(self._look)
+                    await asyncio.to_thread(self._renew)
                 finally:
-                    self._reload()  # also what a look made before it failed
+                    self._reload()  # also what was renewed before an error
                 self.reason = ""
             except (EdgeflError, OSError, ValueError, SQLAlchemyError) as error:
                 self.reason = str(error)
@@ -62,4 +62,4 @@ class Upkeep:
 
     def _note_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._ended(error)
+            self._on_failure(error)

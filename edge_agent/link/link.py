@@ -42,13 +42,13 @@ MAX_SESSION = 2**62  # a damaged file must not bring it near to what a message c
 _log = logging.getLogger(__name__)
 
 
-class Ears(Protocol):
+class AgentLinkCallbacks(Protocol):
     """What the link's news are for. Called in the event loop."""
 
-    def hear_job(self, message: JobMessage) -> None:
+    def on_job(self, message: JobMessage) -> None:
         """Hear what came on down/<device>/job."""
 
-    def hear_desired(self, signed: Signed) -> None:
+    def on_desired(self, signed: Signed) -> None:
         """Hear what this device should serve; not verified yet."""
 
     def before_next(self) -> tuple[list[str], Callable[[list[Assignment], list[str]], None]]:
@@ -59,10 +59,10 @@ class Link:
     """The agent's connections, owned by `run`."""
 
     def __init__(
-        self, home: Path, profile: Profile, channel: CloudChannel, ears: Ears,
+        self, home: Path, profile: Profile, channel: CloudChannel, callbacks: AgentLinkCallbacks,
         on_reachable: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self._home, self._profile, self._channel, self._ears = home, profile, channel, ears
+        self._home, self._profile, self._channel, self._callbacks = home, profile, channel, callbacks
         self._on_reachable = on_reachable  # each time that the cloud is so again
         self._ask = asyncio.Event()
         self._backoff = Backoff(ASK_AGAIN_S, ASK_AGAIN_S, profile.device)
@@ -118,11 +118,11 @@ class Link:
     async def _next(self) -> bool:
         self._no_place = False
         try:
-            holding, take = self._ears.before_next()
+            holding, take = self._callbacks.before_next()
             reply = await self._channel.next(__version__, holding)
             take(unpack(reply), list(reply.ended))
             for signed in reply.desired:
-                self._ears.hear_desired(messages.decode(Signed, signed))
+                self._callbacks.on_desired(messages.decode(Signed, signed))
             await self._follow_broker(reply.broker)
             if reply.renew and await self._renewal.renew():
                 self._ask.set()  # the first use of the new certificate
@@ -213,9 +213,9 @@ class Link:
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         if topic.endswith("/job"):
-            self._ears.hear_job(messages.decode_job(payload))
+            self._callbacks.on_job(messages.decode_job(payload))
         elif payload:  # an empty one clears what the broker retained
-            self._ears.hear_desired(messages.decode(Signed, payload))
+            self._callbacks.on_desired(messages.decode(Signed, payload))
 
 
 class _Session:

@@ -54,7 +54,7 @@ class Outbox:
         """Drop the answer to a round, because the round is closed."""
         if self._sending and self._sending[0] == (job, number):
             self._sending[1].cancel()
-        self._settle((job, number))
+        self._mark_answered((job, number))
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -73,7 +73,7 @@ class Outbox:
     async def _send_all(self) -> None:
         for note in self._store.failures():
             await self._channel.fail(note.job, note.round, note.reason)
-            self._settle((note.job, note.round))
+            self._mark_answered((note.job, note.round))
         for update in self._store.outbox():
             key = (update.job, update.round)
             async with asyncio.TaskGroup() as tasks:
@@ -95,9 +95,9 @@ class Outbox:
         level = logging.WARNING if state.status == pb.UploadState.REFUSED else logging.INFO
         event(_log, level, f"update.{pb.UploadState.Status.Name(state.status).lower()}", job=key[0], round=key[1],
               bytes=update.size, seconds=time.monotonic() - start_s, reason=state.reason or "-")  # fmt: skip
-        self._settle(key)
+        self._mark_answered(key)
 
-    def _settle(self, key: Key) -> None:
+    def _mark_answered(self, key: Key) -> None:
         try:
             self._store.mark_answered(*key)
         except HomeError as error:  # the disk is full: when it is asked again, the cloud says the same

@@ -90,7 +90,7 @@ class Updater:
         self._told: set[tuple[str, int]] = set()  # (model, sequence) whose outcome this process has reported
         self._wake = asyncio.Event()
 
-    def hear(self, signed: Signed) -> None:
+    def handle(self, signed: Signed) -> None:
         """Accept a signed `Desired`; ignored unless the fleet's key signed it. A newer one cancels work on an older."""
         try:
             desired = verify(signed, Desired, self._parts.fleet_key)
@@ -109,7 +109,7 @@ class Updater:
                 event(_log, logging.INFO, "release.superseded", model=model, sequence=job.sequence)
                 job.work.cancel()
 
-    def hear_failing(self, model: Model, reason: str) -> None:
+    def handle_failing(self, model: Model, reason: str) -> None:
         """Accept the report that a release crashes the serving process again and again."""
         self._failing[model.name] = (model, reason)
         self._wake.set()

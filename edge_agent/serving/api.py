@@ -47,7 +47,7 @@ App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class _HttpResponse:
     status: int
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
@@ -134,7 +134,7 @@ class Serving:
             raise  # the server logs it
         await _reply(scope, send, answer)
 
-    async def _answer(self, scope: _Scope, receive: _Receive) -> _Answer:
+    async def _answer(self, scope: _Scope, receive: _Receive) -> _HttpResponse:
         if self.token and not scope["path"].startswith("/v2/health/"):  # those who only watch have no token
             self._check_token(scope)
         match [part for part in scope["path"].split("/") if part]:
@@ -155,7 +155,7 @@ class Serving:
         if not self._allows(scope):
             raise _Refused(401, "send the token of this device: `Authorization: Bearer …`", _CHALLENGE)
 
-    def _look(self, path: list[str]) -> _Answer:
+    def _look(self, path: list[str]) -> _HttpResponse:
         """Answer what needs no computation."""
         match path[1:]:
             case []:
@@ -167,7 +167,7 @@ class Serving:
         served = self._find(path[2], path[4] if path[3:4] == ["versions"] else None)
         return _json({"name": served.name, "ready": True}) if path[-1] == "ready" and len(path) > 3 else _about(served)
 
-    async def _infer(self, scope: _Scope, receive: _Receive, name: str, version: str | None) -> _Answer:
+    async def _infer(self, scope: _Scope, receive: _Receive, name: str, version: str | None) -> _HttpResponse:
         from edge_agent.serving.inference import answers_at_once, encode_response, is_small, parse_request
 
         _allow(scope, b"POST", "POST", known=True)
@@ -289,18 +289,18 @@ _CLOSE = (b"connection", b"close")
 _CHALLENGE = (b"www-authenticate", b"Bearer")
 
 
-async def _reply(scope: _Scope, send: _Send, answer: _Answer) -> None:
+async def _reply(scope: _Scope, send: _Send, answer: _HttpResponse) -> None:
     headers = [*answer.headers, (b"content-length", str(len(answer.body)).encode())]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else answer.body})
 
 
-def _sent(response: Response) -> _Answer:
+def _sent(response: Response) -> _HttpResponse:
     headers = tuple([(name.lower().encode(), value.encode()) for name, value in response.headers.items()])
-    return _Answer(200, response.body, headers)
+    return _HttpResponse(200, response.body, headers)
 
 
-def _about(served: Served) -> _Answer:
+def _about(served: Served) -> _HttpResponse:
     return _json(
         {
             "name": served.name,
@@ -337,12 +337,14 @@ def _retry() -> tuple[bytes, bytes]:
     return b"retry-after", str(RETRY_AFTER_S).encode()
 
 
-def _json(value: Mapping[str, object], status: int = 200) -> _Answer:
-    return _Answer(status, json.dumps(value, separators=(",", ":")).encode())
+def _json(value: Mapping[str, object], status: int = 200) -> _HttpResponse:
+    return _HttpResponse(status, json.dumps(value, separators=(",", ":")).encode())
 
 
-def _error(status: int, text: str, *headers: tuple[bytes, bytes]) -> _Answer:
-    return _Answer(status, json.dumps({"error": text}).encode(), ((b"content-type", b"application/json"), *headers))
+def _error(status: int, text: str, *headers: tuple[bytes, bytes]) -> _HttpResponse:
+    return _HttpResponse(
+        status, json.dumps({"error": text}).encode(), ((b"content-type", b"application/json"), *headers)
+    )
 
 
 async def _greet(scope: _Scope, receive: _Receive, send: _Send) -> None:

@@ -226,7 +226,7 @@ class Predictions:
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
         level = logging.getLogger().getEffectiveLevel()
         self._send(wire.Start(log_level=level, token=self._config.token, tls_home=self._config.tls_home))
-        hearing = asyncio.create_task(self._hear(reader), name="serving-process")
+        receiving = asyncio.create_task(self._receive(reader), name="serving-process")
         overdue = asyncio.get_running_loop().call_later(START_S, self._check_up, child)
         try:
             await child.ended.wait()
@@ -237,7 +237,7 @@ class Predictions:
             raise
         finally:
             overdue.cancel()
-            hearing.cancel()
+            receiving.cancel()
             self._writer.close()
             self._child = None
             if self._up.is_set():
@@ -251,7 +251,7 @@ class Predictions:
         memory = f"--memory-mb={self._config.memory_mb}"
         return Child("edge_agent.serving.serving_main", *options, memory, descriptors=(control, listener, board))
 
-    async def _hear(self, reader: asyncio.StreamReader) -> None:
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
         with suppress(OSError):  # the process died; `_live` sees to it
             while (text := await reader.readline()).endswith(b"\n"):  # the last one may be half: it died
                 self._take(wire.parse(text))

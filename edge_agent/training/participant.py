@@ -77,7 +77,7 @@ class Participant:
         """The work that is being worked on."""
         return self._current
 
-    def hear(self, message: JobMessage) -> None:
+    def handle(self, message: JobMessage) -> None:
         """Handle a message from topic down/<device>/job."""
         match message:
             case Fit() | Deliver():

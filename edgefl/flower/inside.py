@@ -59,26 +59,26 @@ def task_identity(run_id: int) -> Iterator[None]:
 @contextmanager
 def listening() -> Iterator[list[Returned]]:
     """Collect the results of strategies inside the context, also of those that Ctrl-C interrupts."""
-    heard = _Collected()
+    collected = _Collected()
     with (
-        _wrapped(Strategy, "start", heard.keeping),
-        _wrapped(server_app, "start_grid", heard.keeping),
-        _wrapped(sys.modules[Strategy.__module__], "Result", heard.noting),
-        _wrapped(server, "History", heard.noting),
-        _wrapped(legacy_context, "History", heard.noting),
-        _wrapped(Server, "fit", heard.noting_self),
-        _wrapped(LegacyContext, "__init__", heard.noting_self),
+        _wrapped(Strategy, "start", collected.keeping),
+        _wrapped(server_app, "start_grid", collected.keeping),
+        _wrapped(sys.modules[Strategy.__module__], "Result", collected.noting),
+        _wrapped(server, "History", collected.noting),
+        _wrapped(legacy_context, "History", collected.noting),
+        _wrapped(Server, "fit", collected.noting_self),
+        _wrapped(LegacyContext, "__init__", collected.noting_self),
     ):
-        yield heard.all
+        yield collected.all
 
 
 class _Collected:
-    """What was heard, in its order, and the wrappers that hear."""
+    """The collected objects, in order, and the wrappers that collect them."""
 
     def __init__(self) -> None:
         self.all: list[Returned] = []
 
-    def hear(self, one: Returned) -> None:
+    def collect(self, one: Returned) -> None:
         if not any(one is other for other in self.all):
             self.all.append(one)
 
@@ -87,7 +87,7 @@ class _Collected:
 
         def make(*arguments: Any, **options: Any) -> Any:
             one = made(*arguments, **options)
-            self.hear(one)
+            self.collect(one)
             return one
 
         return make
@@ -97,7 +97,7 @@ class _Collected:
 
         @functools.wraps(method)
         def noted(one: Any, *arguments: Any, **options: Any) -> Any:
-            self.hear(one)
+            self.collect(one)
             return method(one, *arguments, **options)
 
         return noted
@@ -114,14 +114,14 @@ class _Collected:
                 if (returned := _with_arrays(self.all[before:])) is None:
                     raise
             if isinstance(returned, (Result, History)):
-                self.hear(returned)
+                self.collect(returned)
             return returned
 
         return kept
 
 
-def _with_arrays(heard: Sequence[Returned]) -> Result | None:
-    return next((one for one in reversed(heard) if isinstance(one, Result) and one.arrays), None)
+def _with_arrays(collected: Sequence[Returned]) -> Result | None:
+    return next((one for one in reversed(collected) if isinstance(one, Result) and one.arrays), None)
 
 
 def legacy_arrays(one: Server | LegacyContext) -> ArrayRecord | None:

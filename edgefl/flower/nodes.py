@@ -33,7 +33,7 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class NodeReply:
     """A node's reply, and its state afterwards; no state if it failed."""
 
     reply: Message
@@ -44,7 +44,7 @@ class Answer:
 class Runner(Protocol):
     """Runs ClientApps, here or elsewhere."""
 
-    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
+    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[NodeReply]:
         """Yield answers as they come, of clients that need at most `within_s`; waiting for a turn does not count."""
 
 
@@ -82,7 +82,7 @@ class Nodes:
             run_config=dict(self._run_config),
         )
 
-    def keep(self, answer: Answer) -> None:
+    def keep(self, answer: NodeReply) -> None:
         """Store a node's state after its answer."""
         if answer.state:
             self._states[answer.node_id] = answer.state
@@ -102,7 +102,7 @@ class InProcess:
         self._app, self._client_app, self._clock = app, client_app, clock
         self._turn = threading.Lock()  # clients share this process's random state, so they take turns
 
-    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
+    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[NodeReply]:
         """Yield answers in the order of the deliveries, without those of clients that took longer than `within_s`."""
         for delivery in deliveries:
             with self._turn:
@@ -114,7 +114,7 @@ class InProcess:
                 yield answer
 
 
-def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
+def execute(app: str, client_app: ClientApp, delivery: Delivery) -> NodeReply:
     """Let a ClientApp answer a message, which it may change; a failure becomes an error reply, as in Flower.
 
     The ClientApp may keep a reference to the reply: callers that do not serialise it must copy it.
@@ -126,7 +126,7 @@ def execute(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
         return failed(request, str(error))
 
 
-def attempt(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
+def attempt(app: str, client_app: ClientApp, delivery: Delivery) -> NodeReply:
     """Let a ClientApp answer as `execute` does; its exceptions become TaskError."""
     message, context = delivery.message, delivery.context
     message_id, run_config = message.metadata.message_id, dict(context.run_config)
@@ -140,7 +140,7 @@ def attempt(app: str, client_app: ClientApp, delivery: Delivery) -> Answer:
     if context.run_config != run_config:
         fault = "The `run_config` field of the `Context` object cannot be modified"
         return failed(request, fault, ErrorCode.UNKNOWN)
-    return Answer(reply, request.metadata.dst_node_id, copy_records(context.state))
+    return NodeReply(reply, request.metadata.dst_node_id, copy_records(context.state))
 
 
 def _own(delivery: Delivery) -> Delivery:
@@ -158,6 +158,6 @@ def _own(delivery: Delivery) -> Delivery:
     )
 
 
-def failed(request: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Answer:
+def failed(request: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> NodeReply:
     """Return a failure as Flower reports it."""
-    return Answer(error_reply(request, reason, code), request.metadata.dst_node_id, None)
+    return NodeReply(error_reply(request, reason, code), request.metadata.dst_node_id, None)

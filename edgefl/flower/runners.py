@@ -15,7 +15,7 @@ from typing import Self
 
 from edgefl.errors import ConfigError
 from edgefl.flower.apps.app import FlowerApp
-from edgefl.flower.nodes import Answer, Delivery, InProcess
+from edgefl.flower.nodes import Delivery, InProcess, NodeReply
 from edgefl.flower.workers import Workers
 from edgefl.measure import num_cores
 
@@ -57,7 +57,7 @@ class Runners:
         """Number of worker processes; 0 if all work was done in this process."""
         return 0 if self._workers is None else self._number
 
-    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
+    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[NodeReply]:
         """Yield answers as they come, of clients that need at most `within_s`."""
         source = iter(deliveries)
         while not self._at_workers():

@@ -25,7 +25,7 @@ from flwr.clientapp import ClientApp
 from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.apps.app import FlowerApp, load_client_app
 from edgefl.flower.inside import ErrorCode, error_reply, without_content
-from edgefl.flower.nodes import Answer, Delivery, execute
+from edgefl.flower.nodes import Delivery, NodeReply, execute
 from edgefl.process.workers.pool import MAX_LOSSES, MAX_STARTS, ItemAnswered, NoWorkerLeft, RunTerms, WorkerPool
 from edgefl.process.workers.process import ONE_THREAD, WorkerProcess, wait_for_processes
 from edgefl.process.workers.work_queue import WorkQueue
@@ -43,7 +43,7 @@ class MessageContent:
 
 @dataclass(frozen=True, slots=True)
 class MessageEnvelope:
-    """A message without its content, and the context of its node; a worker answers with an Answer."""
+    """A message without its content, and the context of its node; a worker answers with a NodeReply."""
 
     message: Message
     context: Context
@@ -104,7 +104,7 @@ class Workers:
         """Return the processes that are running."""
         return [worker.pid for worker in self._pool.workers]
 
-    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[Answer]:
+    def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[NodeReply]:
         """Yield answers as they arrive; a message that takes longer is given up, and its worker killed."""
         work = WorkQueue(map(self._parcel, deliveries))
         for event in self._pool.run(work, RunTerms(answer_s=within_s, retry_late=False)):
@@ -126,14 +126,14 @@ class Workers:
         return _Parcel(delivery, envelope, packed)
 
 
-def _crashed(delivery: Delivery, how: str) -> Answer:
+def _crashed(delivery: Delivery, how: str) -> NodeReply:
     """Answer a message with an Error, because its process has died too often."""
     reason = (
         f"the process of the ClientApp died {how}. Its output is in this command's own output; "
         "`--engine loop` runs the app in this process"
     )
     reply = error_reply(delivery.message, reason, ErrorCode.CLIENT_APP_CRASHED)
-    return Answer(reply, delivery.context.node_id, None)
+    return NodeReply(reply, delivery.context.node_id, None)
 
 
 class AppProcess(WorkerProcess):
@@ -168,7 +168,7 @@ class AppStart:
 
     folder: Path
 
-    def begin(self) -> Callable[[MessageContent | MessageEnvelope], Answer | None]:
+    def begin(self) -> Callable[[MessageContent | MessageEnvelope], NodeReply | None]:
         return _AppWorker(self.folder).answer
 
 
@@ -181,7 +181,7 @@ class _AppWorker:
         with suppress(ConfigError, TaskError):  # raised again for each message
             self._client_app = load_client_app(folder)
 
-    def answer(self, message: MessageContent | MessageEnvelope) -> Answer | None:
+    def answer(self, message: MessageContent | MessageEnvelope) -> NodeReply | None:
         if isinstance(message, MessageContent):
             self._content = message.data
             return None
@@ -191,5 +191,5 @@ class _AppWorker:
             self._client_app = self._client_app or load_client_app(self._folder)
         except (ConfigError, TaskError) as error:
             reply = error_reply(request, str(error), ErrorCode.LOAD_CLIENT_APP_EXCEPTION)
-            return Answer(reply, context.node_id, None)
+            return NodeReply(reply, context.node_id, None)
         return execute(self._folder.name, self._client_app, Delivery(request, context))

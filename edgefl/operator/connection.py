@@ -16,7 +16,7 @@ _CLOUD = "edgefl.cloud"
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class CloudConnection:
     """Address and credentials of a command's cloud. Nothing is opened before `open`."""
 
     cloud: str | None
@@ -51,5 +51,5 @@ def _keep(context: click.Context, _option: click.Parameter, cloud: str | None) -
     context.meta[_CLOUD] = cloud
 
 
-def _connection(context: click.Context, _option: click.Parameter, credentials: Path | None) -> Connection:
-    return Connection(context.meta.get(_CLOUD), credentials)
+def _connection(context: click.Context, _option: click.Parameter, credentials: Path | None) -> CloudConnection:
+    return CloudConnection(context.meta.get(_CLOUD), credentials)

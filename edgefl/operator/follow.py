@@ -18,7 +18,7 @@ class Waits:
     def __init__(self, tell: Callable[[str], None] | None) -> None:
         self._tell, self._waits = tell or (lambda _waiting: None), False
 
-    def hear(self, event: Json) -> None:
+    def handle(self, event: Json) -> None:
         """Process an event: while a job waits, the stream's heartbeats say for what."""
         waiting = str(event.get("waiting") or "")
         if bool(waiting) != self._waits and "state" not in event:
@@ -39,7 +39,8 @@ def follow_job(
     def connect() -> Iterator[Json]:
         return client.job_events(job, seen)
 
-    for event in _resumed(connect, lambda event: "state" in event, patience or Patience(), hear=Waits(on_waiting).hear):
+    on_event = Waits(on_waiting).handle
+    for event in _resumed(connect, lambda event: "state" in event, patience or Patience(), on_event=on_event):
         seen = max(seen, int(event.get("round", 0)))
         yield event
 
@@ -59,17 +60,17 @@ def follow_rollout(
 
 def follow_relay(
     client: CloudClient, relay: str, patience: Patience | None = None, *,
-    hear: Callable[[Json], None] = lambda _event: None,
+    on_event: Callable[[Json], None] = lambda _event: None,
 ) -> Iterator[Json]:  # fmt: skip
-    """Yield a relay's replies (an unacknowledged one perhaps twice), then its end; `hear` gets heartbeats, too."""
+    """Yield a relay's replies (an unacknowledged one perhaps twice), then its end; `on_event` gets heartbeats, too."""
     return _resumed(
-        lambda: client.relay_events(relay), lambda event: "state" in event, patience or Patience(), hear=hear
+        lambda: client.relay_events(relay), lambda event: "state" in event, patience or Patience(), on_event=on_event
     )
 
 
 def _resumed(
     connect: Callable[[], Iterator[Json]], is_last: Callable[[Json], bool], patience: Patience,
-    until_s: float = math.inf, *, hear: Callable[[Json], None] = lambda _event: None,
+    until_s: float = math.inf, *, on_event: Callable[[Json], None] = lambda _event: None,
 ) -> Iterator[Json]:  # fmt: skip
     heard_s, pauses, told = patience.clock(), patience.pauses(), ""
     while True:
@@ -77,7 +78,7 @@ def _resumed(
             for event in connect():
                 heard_s, told = patience.clock(), ""
                 pauses.reset()
-                hear(event)
+                on_event(event)
                 if "heartbeat" in event:
                     continue
                 yield event

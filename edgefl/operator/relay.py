@@ -162,18 +162,18 @@ class Relay:
     def _listen(self) -> None:
         try:
             with self._open() as client:
-                for line in follow_relay(client, self.id, self._patience, hear=self._hear_any):
+                for line in follow_relay(client, self.id, self._patience, on_event=self._on_event):
                     if self._fault is not None:
                         return
-                    self._hear(line)
+                    self._handle(line)
         except EdgeflError as error:
             self.stop(error)
 
-    def _hear_any(self, line: Json) -> None:
-        self._waits.hear(line)
+    def _on_event(self, line: Json) -> None:
+        self._waits.handle(line)
         self.told_paused_s = float(line.get("paused_s") or self.told_paused_s)
 
-    def _hear(self, line: Json) -> None:
+    def _handle(self, line: Json) -> None:
         if "state" in line:
             said = f"{self.id} is {line['state']}" + (f": {line['error']}" if line["error"] else "")
             self.stop(JobCancelled(said) if line["state"] == "cancelled" else JobFailed(said))

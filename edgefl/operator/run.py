@@ -33,16 +33,16 @@ from edgefl.trees.frozen import whole
 OnRound = Callable[[RoundReport], None]
 
 
-def _unheard(_said: Any = None) -> None:
+def _ignore(_said: Any = None) -> None:
     pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Heard:
+class WatchCallbacks:
     """Callbacks while a job is followed."""
 
-    on_round: OnRound = _unheard
-    on_waiting: Callable[[str], None] = _unheard  # gets what the cloud waits for; empty when the wait is over
+    on_round: OnRound = _ignore
+    on_waiting: Callable[[str], None] = _ignore  # gets what the cloud waits for; empty when the wait is over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,12 +82,12 @@ def run(
     loaded = load_task(task)
     with CloudClient(cloud, load_credentials(credentials)) as client:
         job = submit(client, task, loaded, config or JobConfig())
-        return watch(client, job, loaded, Heard(on_round=on_round or _unheard), out=out)
+        return watch(client, job, loaded, WatchCallbacks(on_round=on_round or _ignore), out=out)
 
 
 def submit(
     client: CloudClient, reference: str, task: Task, config: JobConfig, patience: Patience | None = None, *,
-    on_ask: Callable[[], None] = _unheard,
+    on_ask: Callable[[], None] = _ignore,
 ) -> str:  # fmt: skip
     """Upload a task and its first parameters, start the job and return its id; survives restarts of the cloud.
 
@@ -110,22 +110,22 @@ def submit(
 
 
 def watch(
-    client: CloudClient, job: str, task: Task | None = None, heard: Heard | None = None, *,
+    client: CloudClient, job: str, task: Task | None = None, callbacks: WatchCallbacks | None = None, *,
     out: Path | None = None, patience: Patience | None = None,
 ) -> RunResult:  # fmt: skip
     """Follow a job to its end, also over restarts of the cloud; raises JobFailed or JobCancelled."""
     judge = JobJudge(client, task, patience) if task is not None else None
-    heard = heard or Heard()
+    callbacks = callbacks or WatchCallbacks()
     rounds: list[RoundReport] = []
     end: Json = {}
-    for event in follow_job(client, job, patience=patience, on_waiting=heard.on_waiting):
+    for event in follow_job(client, job, patience=patience, on_waiting=callbacks.on_waiting):
         if "state" in event:
             end = event
             continue
         outcome = RoundReport.from_json(event)
         judged = judge(outcome) if judge is not None else {}
         rounds.append(replace(outcome, metrics={**outcome.metrics, **judged}))
-        heard.on_round(rounds[-1])
+        callbacks.on_round(rounds[-1])
     if end["state"] == "cancelled":
         raise JobCancelled(f"job {job} was cancelled after {len(rounds)} rounds")
     if end["state"] != "done":

@@ -195,22 +195,23 @@ class MqttLink:
         return tls, will() if will else None
 
     async def _converse(self, client: aiomqtt.Client) -> None:
-        """Subscribe, then hear and send until the connection is lost or is to be left."""
+        """Subscribe, then receive and send until the connection is lost or `_leave` is set."""
         if self._config.subscriptions:
             codes: Any = await client.subscribe(list(self._config.subscriptions))
             topics = (topic for topic, _ in self._config.subscriptions)
             if refused := [topic for topic, code in zip(topics, codes, strict=False) if code.is_failure]:
                 raise MqttError(f"the broker does not let it subscribe to {', '.join(refused)}")
         self._come_up()
-        parts = [asyncio.ensure_future(part) for part in (self._hear(client), self._send(client), self._leave.wait())]
+        work = (self._receive(client), self._send(client), self._leave.wait())
+        tasks = [asyncio.ensure_future(one) for one in work]
         try:
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            for part in done:
-                part.result()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            await _cancelled(parts)
+            await _cancelled(tasks)
 
-    async def _hear(self, client: aiomqtt.Client) -> None:
+    async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
             topic, payload = message.topic.value, message.payload
             try:

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class _Heard:
+class _InterruptSignal:
     number = signal.SIGINT
 
 
 def told_by(number: signal.Signals) -> None:
     """From now on treat this signal as Ctrl-C, and ignore the terminal's SIGINT."""
-    _Heard.number = number
+    _InterruptSignal.number = number
     signal.signal(signal.SIGINT, lambda _number, _frame: None)  # not SIG_IGN, which commands would inherit
     signal.signal(number, signal.default_int_handler)
 
@@ -31,14 +31,14 @@ def set_by_interrupt(stop: threading.Event) -> Iterator[None]:
         yield
         return
 
-    heard = _Heard.number
+    number = _InterruptSignal.number
 
-    def wish(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(heard, before)
+    def on_interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, before)
         stop.set()
 
-    before = signal.signal(heard, wish)
+    before = signal.signal(number, on_interrupt)
     try:
         yield
     finally:
-        signal.signal(heard, before)
+        signal.signal(number, before)

@@ -146,11 +146,11 @@ def test_a_part_that_ends_takes_the_process_with_it_and_is_named(tmp_path):
         home=tmp_path / "cloud", grpc_port=grpc_port, http_port=http_port, mqtt_port=mqtt_port
     )  # fmt: skip
     aggregator = Aggregator(options)
-    parts = aggregator._home.parts
+    supervisor = aggregator._home.supervisor
 
     def ready(_url):
-        assert set(parts.reasons()) >= {"link", "broker", "database", "disk", "grpc", "jobs"}
-        threading.Thread(target=parts.ended, args=("link", ZeroDivisionError("by zero"))).start()
+        assert set(supervisor.reasons()) >= {"link", "broker", "database", "disk", "grpc", "jobs"}
+        threading.Thread(target=supervisor.report_failure, args=("link", ZeroDivisionError("by zero"))).start()
 
     with pytest.raises(PartFailed, match=r"a part failed: link, ZeroDivisionError\('by zero'\)"):
         aggregator.serve(ready)

@@ -7,7 +7,7 @@ import numpy as np
 from blake3 import blake3
 
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import Answer
+from cloud.state.jobs import AnswerRow
 from edgefl.protocols import fleet_pb2 as pb
 
 
@@ -28,7 +28,7 @@ def test_a_device_that_is_removed_loses_its_calls_and_its_update(plane):
     assert upload.exception(10).code() == grpc.StatusCode.PERMISSION_DENIED
     assert upload.details() == REMOVED
     more.set()
-    assert plane.next_answer() == Answer(device="a", reason=REMOVED)
+    assert plane.next_answer() == AnswerRow(device="a", reason=REMOVED)
     assert plane.round.waiting() == {"b"}
     plane.stub("b").Next(pb.NextRequest(), timeout=10)
 

@@ -7,7 +7,7 @@ from edgefl.config import JobConfig, from_dict
 from edgefl.models.session import open_session
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.publish import export, parameters_of
-from edgefl.operator.run import Heard, submit, watch
+from edgefl.operator.run import WatchCallbacks, submit, watch
 from edgefl.simulation.world.names import Names
 from edgefl.task import load_task
 from edgefl.training.local import initial_parameters
@@ -71,7 +71,7 @@ def test_rounds_move_the_head_alone_whatever_is_killed(embedded_fleet, tmp_path)
                 fleet.agents[names[0]].kill()
                 fleet.restart_agent(names[0], part=0, parts=2)
 
-        result = watch(client, job, load_task(str(folder)), Heard(on_round=disturb), out=out)
+        result = watch(client, job, load_task(str(folder)), WatchCallbacks(on_round=disturb), out=out)
         assert parameters_of(client, client.job(job), tmp_path).read_bytes() == out.read_bytes()
     start = initial_parameters(load_task(str(folder)))
     frozen = {name for name in start if name.startswith("body") and name.rpartition(".")[2] in {"weight", "bias"}}

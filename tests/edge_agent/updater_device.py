@@ -59,7 +59,7 @@ class Device:
     async def install(self, *signed) -> None:
         """Hear wishes one by one, each until it is dealt with."""
         for one in signed:
-            self.updater.hear(one)
+            self.updater.handle(one)
             await self.settled()
 
     async def settled(self) -> None:

@@ -21,7 +21,7 @@ from edgefl.config import JobConfig, ServerConfig, from_dict
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.records import Failure, Partial, Plan, RoundOutcome, Update
 from edgefl.rounds import Job, run_rounds, select_clients
-from edgefl.testing import Answer, ManualClock, ScriptedFleet, make_update
+from edgefl.testing import ManualClock, ScriptedClient, ScriptedFleet, make_update
 from edgefl.trees import Tree
 
 OURS = Path(rounds.__file__).parent
@@ -36,15 +36,15 @@ def job(settings: JobConfig, **changes: Any) -> Job:
     return Job(id="job", config=settings, step=ServerOptimizer(ServerConfig(), gradient=False), **changes)
 
 
-def sends(device: str, w: float = 1.0, weight: float = 1.0, **metrics: float) -> Answer:
+def sends(device: str, w: float = 1.0, weight: float = 1.0, **metrics: float) -> ScriptedClient:
     return lambda plan: make_update(device, job=plan.job, round=plan.round, weight=weight, metrics=metrics, w=[w, w])
 
 
-def moves(device: str, delta: Any) -> Answer:
+def moves(device: str, delta: Any) -> ScriptedClient:
     return lambda plan: make_update(device, job=plan.job, round=plan.round, w=delta)
 
 
-def fails(device: str, reason: str = "no data") -> Answer:
+def fails(device: str, reason: str = "no data") -> ScriptedClient:
     return lambda plan: Failure(job=plan.job, round=plan.round, device=device, reason=reason)
 
 
@@ -94,11 +94,11 @@ def test_one_device_lost_is_normal() -> None:
 def test_a_refused_update_is_reported_and_leaves_no_trace() -> None:
     heard: list[tuple[int, str, str]] = []
 
-    def hear(plan: Plan, update: Update, reason: str) -> None:
+    def record(plan: Plan, update: Update, reason: str) -> None:
         heard.append((plan.round, update.device, reason))
 
     fleet = ScriptedFleet({"a": sends("a", math.nan), "b": sends("b", 2.0)})
-    outcome = one_round(fleet, config(), on_refusal=hear)
+    outcome = one_round(fleet, config(), on_refusal=record)
     assert outcome.parameters["w"].tolist() == [2.0, 2.0]
     assert (outcome.admitted, outcome.weight) == (("b",), 1.0)
     assert outcome.rejected == {"a": "tensor 'w' holds NaN or infinity"}
@@ -116,7 +116,7 @@ def test_under_quorum_the_round_is_loud_and_says_every_reason() -> None:
 
 
 @pytest.mark.parametrize("answer", [fails("a"), silent, sends("a", math.nan)])
-def test_a_federation_whose_every_client_fails_does_not_succeed(answer: Answer) -> None:
+def test_a_federation_whose_every_client_fails_does_not_succeed(answer: ScriptedClient) -> None:
     with pytest.raises(QuorumNotMet):
         list(run_rounds(job(config()), ScriptedFleet({"a": answer}), START))
 

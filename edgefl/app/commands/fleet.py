@@ -10,7 +10,7 @@ import click
 from edgefl.app.commands.progress import left_running, patience, round_progress, round_text
 from edgefl.errors import ConfigError
 from edgefl.operator.client import Json
-from edgefl.operator.connection import Connection, connected
+from edgefl.operator.connection import CloudConnection, connected
 from edgefl.records import RoundReport
 from edgefl.terminal.output import Output, example, json_option, metrics_text, refuse_no_folder, time_text
 
@@ -23,7 +23,7 @@ def devices() -> None:
 @devices.command("list", epilog=example("edgefl devices list --json -"))
 @connected
 @json_option
-def list_devices(connection: Connection, output: Output) -> None:
+def list_devices(connection: CloudConnection, output: Output) -> None:
     """List every enrolled device and what it serves."""
     with connection.open() as client:
         found = client.devices()
@@ -40,7 +40,7 @@ def list_devices(connection: Connection, output: Output) -> None:
 @devices.command(epilog=example("edgefl devices remove cam-1"))
 @click.argument("name")
 @connected
-def remove(name: str, connection: Connection) -> None:
+def remove(name: str, connection: CloudConnection) -> None:
     """Remove a device and reject its certificate from now on."""
     with connection.open() as client:
         client.remove_device(name)
@@ -55,7 +55,7 @@ def jobs() -> None:
 @jobs.command("list", epilog=example("edgefl jobs list"))
 @connected
 @json_option
-def list_jobs(connection: Connection, output: Output) -> None:
+def list_jobs(connection: CloudConnection, output: Output) -> None:
     """List every job, the newest first."""
     with connection.open() as client:
         found = client.jobs()
@@ -71,7 +71,7 @@ def list_jobs(connection: Connection, output: Output) -> None:
 @click.argument("job")
 @connected
 @json_option
-def show(job: str, connection: Connection, output: Output) -> None:
+def show(job: str, connection: CloudConnection, output: Output) -> None:
     """Show one job and its rounds."""
     with connection.open() as client:
         found = client.job(job)
@@ -88,7 +88,7 @@ def show(job: str, connection: Connection, output: Output) -> None:
 @jobs.command(epilog=example("edgefl jobs cancel job-1a2b3c4d"))
 @click.argument("job")
 @connected
-def cancel(job: str, connection: Connection) -> None:
+def cancel(job: str, connection: CloudConnection) -> None:
     """Stop a job. Its model so far is kept. Fails if the job has already ended by itself."""
     with connection.open() as client:
         before = client.job(job)
@@ -108,10 +108,10 @@ def cancel(job: str, connection: Connection) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the model (safetensors).")
 @connected
 @json_option
-def watch(job: str, task: str | None, out: Path | None, connection: Connection, output: Output) -> None:
+def watch(job: str, task: str | None, out: Path | None, connection: CloudConnection, output: Output) -> None:
     """Follow a job to its end. Ctrl-C stops watching, not the job."""
     with left_running(output, job):
-        from edgefl.operator.run import Heard
+        from edgefl.operator.run import WatchCallbacks
         from edgefl.operator.run import watch as watch_job
         from edgefl.task import load_task
 
@@ -122,8 +122,8 @@ def watch(job: str, task: str | None, out: Path | None, connection: Connection, 
             if found["kind"] == "relay":
                 raise ConfigError(f"{job} carries a Flower app's messages; its rounds are shown by its `edgefl run`")
             with round_progress(output, int(found["config"]["rounds"]["count"])) as screen:
-                heard = Heard(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
-                result = watch_job(client, job, loaded, heard, out=out, patience=patience(screen.line))
+                callbacks = WatchCallbacks(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
+                result = watch_job(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     output.result(result.as_json())
 

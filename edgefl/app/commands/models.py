@@ -9,7 +9,7 @@ import click
 
 from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient, Json
-from edgefl.operator.connection import Connection, connected
+from edgefl.operator.connection import CloudConnection, connected
 from edgefl.operator.follow import follow_rollout
 from edgefl.terminal.output import INTERRUPTED, Output, counted, example, json_option, metrics_text, time_text
 
@@ -39,7 +39,7 @@ def models() -> None:
 @json_option
 def publish(  # noqa: PLR0913 - one a flag
     *, name: str, task: str | None, parameters: Path | None, job: str | None, onnx: Path | None, compression: str,
-    max_drop: float, connection: Connection, output: Output,
+    max_drop: float, connection: CloudConnection, output: Output,
 ) -> None:  # fmt: skip
     """Publish a model as the next version of NAME.
 
@@ -73,7 +73,7 @@ def publish(  # noqa: PLR0913 - one a flag
 @models.command("list", epilog=example("edgefl models list"))
 @connected
 @json_option
-def list_models(connection: Connection, output: Output) -> None:
+def list_models(connection: CloudConnection, output: Output) -> None:
     """List every release of every model."""
     with connection.open() as client:
         found = client.models()
@@ -84,7 +84,7 @@ def list_models(connection: Connection, output: Output) -> None:
 @click.argument("name")
 @connected
 @json_option
-def show(name: str, connection: Connection, output: Output) -> None:
+def show(name: str, connection: CloudConnection, output: Output) -> None:
     """List the versions of one model, the newest first."""
     with connection.open() as client:
         found = client.model(name)
@@ -110,7 +110,7 @@ def rollout() -> None:
 @json_option
 def start(  # noqa: PLR0913 - one a flag
     *, model: str, version: int | None, to: tuple[str, ...], rollback: bool, wait_s: float | None,
-    connection: Connection, output: Output,
+    connection: CloudConnection, output: Output,
 ) -> None:  # fmt: skip
     """Tell devices to serve a version. With --wait, fails unless all of them do in time."""
     with connection.open() as client:
@@ -136,7 +136,7 @@ def start(  # noqa: PLR0913 - one a flag
 @click.argument("rollout_id", metavar="[ROLLOUT]", required=False)
 @connected
 @json_option
-def show_status(rollout_id: str | None, connection: Connection, output: Output) -> None:
+def show_status(rollout_id: str | None, connection: CloudConnection, output: Output) -> None:
     """Show the progress of each device; without a ROLLOUT, list all rollouts."""
     with connection.open() as client:
         found = client.rollout(rollout_id) if rollout_id else client.rollouts()

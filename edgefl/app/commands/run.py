@@ -12,7 +12,7 @@ from edgefl.app.commands.run_flower import FlowerRun, run_flower
 from edgefl.config import JobConfig, load_config
 from edgefl.errors import ConfigError
 from edgefl.flower import is_flower_app
-from edgefl.operator.connection import Connection, connected
+from edgefl.operator.connection import CloudConnection, connected
 from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, refuse_no_folder
 
 
@@ -31,7 +31,7 @@ from edgefl.terminal.output import Output, counted, example, json_option, metric
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the model (safetensors).")
 @json_option
 def run(  # noqa: PLR0913 - one a flag
-    *, task: str, connection: Connection, rounds: int | None, config: Path | None, settings: tuple[str, ...],
+    *, task: str, connection: CloudConnection, rounds: int | None, config: Path | None, settings: tuple[str, ...],
     run_config: tuple[str, ...], federation_config: tuple[str, ...], out: Path | None, output: Output,
 ) -> None:  # fmt: skip
     """Train a task on the fleet.
@@ -42,7 +42,7 @@ def run(  # noqa: PLR0913 - one a flag
     --set key=value changes its run-config.
     """
     with left_running(output) as standing:  # from here on: what is imported next takes seconds
-        from edgefl.operator.run import Heard, submit, watch
+        from edgefl.operator.run import WatchCallbacks, submit, watch
         from edgefl.task import load_task
 
         refuse_no_folder(out, "--out")
@@ -62,8 +62,8 @@ def run(  # noqa: PLR0913 - one a flag
             job = standing.job = submit(client, task, loaded, job_config, patience(output.line), on_ask=standing.ask)
             output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
             with round_progress(output, job_config.rounds.count) as screen:
-                heard = Heard(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
-                result = watch(client, job, loaded, heard, out=out, patience=patience(screen.line))
+                callbacks = WatchCallbacks(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
+                result = watch(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if out is not None:
         output.line(f"model: {out}")

@@ -11,7 +11,7 @@ import click
 
 from edgefl.app.commands.progress import round_progress
 from edgefl.errors import ConfigError
-from edgefl.operator.connection import Connection
+from edgefl.operator.connection import CloudConnection
 from edgefl.terminal.output import INTERRUPTED, Output, counted, metrics_text
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class FlowerRun:
     task_flags: Mapping[str, object]  # given flags that mean nothing for a Flower app
 
 
-def run_flower(asked: FlowerRun, connection: Connection, output: Output) -> None:
+def run_flower(asked: FlowerRun, connection: CloudConnection, output: Output) -> None:
     """Run the app, show its rounds and write the result; raises ConfigError for options that it cannot use."""
     if given := [flag for flag, value in asked.task_flags.items() if value]:
         raise ConfigError(

@@ -83,15 +83,15 @@ def _simulate_task(request: SimulateRequest, output: Output) -> None:
 
         job = load_config(SimulationConfig, request.config, request.over())
         screen = stack.enter_context(live_rounds(output, Progress(job.rounds.count)))
-        heard = [screen.on_round]
+        callbacks = [screen.on_round]
         if request.tensorboard is not None:
             from edgefl.simulation.screen.tensorboard import event_file
 
-            heard.append(stack.enter_context(event_file(request.tensorboard)))
+            callbacks.append(stack.enter_context(event_file(request.tensorboard)))
 
         def on_round(outcome: RoundReport) -> None:
-            for hear in heard:
-                hear(outcome)
+            for callback in callbacks:
+                callback(outcome)
 
         order = Order(
             task=request.task, engine=request.engine, config=job, data=request.options(),

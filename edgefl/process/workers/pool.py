@@ -124,7 +124,7 @@ class WorkerPool(Generic[W, M]):
                 raise ConfigError(f"a {self._name} was not ready within {self.start_s:g} s{hint}")
             for worker in answered:
                 try:
-                    starting[id(worker)].hear(self.clock())
+                    starting[id(worker)].receive(self.clock())
                 except WorkerLost as lost:
                     raise ConfigError(f"a {self._name} {lost} before it was ready{hint}") from lost
 
@@ -158,7 +158,7 @@ class _PoolRun(Generic[W, M]):
                 owing = [slot for slot in self._slots if slot.worker is not None and not slot.free]
                 if not owing:
                     return
-                yield from self._hear(owing)
+                yield from self._receive(owing)
         finally:
             for slot in (*self._slots, *self._unusable):
                 slot.leave_run()
@@ -207,14 +207,14 @@ class _PoolRun(Generic[W, M]):
         slot.opened = True
         slot.ask(item, item.message, self._pool.clock())
 
-    def _hear(self, slots: Sequence[Slot[W, M]]) -> Iterator[PoolEvent[M]]:
+    def _receive(self, slots: Sequence[Slot[W, M]]) -> Iterator[PoolEvent[M]]:
         """Read the workers' messages, and give up workers whose time is up."""
         now_s = self._pool.clock()
         within_s = min(min(map(self._late_s, slots)) - now_s, MAX_WAIT_S)
         answered = self._pool.wait([slot.worker for slot in slots if slot.worker is not None], max(0.0, within_s))
         for slot in slots:
             if slot.worker is not None and slot.worker in answered:
-                yield from self._heard(slot)
+                yield from self._received(slot)
         for slot in slots:
             if slot.worker is None or self._pool.clock() < self._late_s(slot):
                 continue
@@ -230,9 +230,9 @@ class _PoolRun(Generic[W, M]):
         """Return when a worker's current work times out."""
         return slot.since_s + (self._terms.answer_s if slot.ready else self._start_s)
 
-    def _heard(self, slot: Slot[W, M]) -> Iterator[PoolEvent[M]]:
+    def _received(self, slot: Slot[W, M]) -> Iterator[PoolEvent[M]]:
         try:
-            reply = slot.hear(self._pool.clock())
+            reply = slot.receive(self._pool.clock())
         except WorkerLost as lost:
             if not self._pool.closed:
                 yield from self._lost(slot, str(lost), died=True)

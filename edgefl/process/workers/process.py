@@ -56,7 +56,7 @@ class WorkerProcess:
         return self._process.pid
 
     def ask(self, message: Any) -> None:
-        """Send a message. If the process is gone, `hear` notices it."""
+        """Send a message. If the process is gone, `receive` notices it."""
         with contextlib.suppress(*_GONE):
             self.pipe.send(message)
 
@@ -65,7 +65,7 @@ class WorkerProcess:
         with contextlib.suppress(*_GONE):
             self.pipe.send_bytes(pickled)
 
-    def hear(self) -> Ready | Reply:
+    def receive(self) -> Ready | Reply:
         """Wait for its next message and return it; raises WorkerLost, and ConfigError if it cannot start."""
         try:
             said: Ready | Reply = self.pipe.recv()

@@ -17,9 +17,9 @@ class PooledWorker(Protocol):
     """One worker, from its start to its end."""
 
     def ask(self, message: Any) -> None:
-        """Send a message; if the worker is lost, `hear` raises it."""
+        """Send a message; if the worker is lost, `receive` raises it."""
 
-    def hear(self) -> Ready | Reply:
+    def receive(self) -> Ready | Reply:
         """Wait for its next message and return it; raises WorkerLost, and ConfigError if it cannot start."""
 
     def end(self, *, kindly: bool) -> None:
@@ -73,11 +73,11 @@ class Slot(Generic[W, M]):
         self.asked.append(item)
         self.worker.ask(message)
 
-    def hear(self, now_s: float) -> Reply | None:
+    def receive(self, now_s: float) -> Reply | None:
         """Read its message: return a reply, or None if it reports that it is ready; raises WorkerLost."""
         if self.worker is None:
-            raise RuntimeError("start comes before hear")
-        said = self.worker.hear()
+            raise RuntimeError("start comes before receive")
+        said = self.worker.receive()
         self.since_s = now_s
         if isinstance(said, Ready):
             self.ready, self.failed_starts = True, 0

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from edgefl.logs import event
-from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.records import Answer, Partial, Plan, Traffic
 from edgefl.simulation.engines.fleets import Engine, SimulationSetup
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.task import MAX_QUOTED
@@ -58,7 +58,7 @@ class Sheltered:
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()
 
-    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
+    def collect(self, plan: Plan) -> Iterator[Answer]:
         if isinstance(self._engine, LoopFleet):
             yield from self._engine.collect(plan)
             return

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from edgefl.config import JobConfig
-from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.records import Answer, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
 from edgefl.task import Task
 from edgefl.training.samples import Samples, require_torch
@@ -82,7 +82,7 @@ class Meter:
         self._job, self._bytes = plan.job, encoded_bytes(plan.parameters)
         self._frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
 
-    def count(self, answer: Update | Failure | Partial) -> None:
+    def count(self, answer: Answer) -> None:
         """Count the models sent for an answer, and the updates in it."""
         clients = answer.contributors if isinstance(answer, Partial) else (answer.device,)
         up = 0 if isinstance(answer, Failure) else len(clients)

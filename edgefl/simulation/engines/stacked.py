@@ -20,7 +20,7 @@ import numpy as np
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.guards import MAX_METRIC
-from edgefl.records import Failure, Partial, Plan, Update
+from edgefl.records import Answer, Failure, Partial, Plan, Update
 from edgefl.simulation.engines.fleets import Population, TrainingMethod
 from edgefl.simulation.steps import FactoredGradients, make_stacked_step
 from edgefl.simulation.world.population import samples_of
@@ -157,7 +157,7 @@ class StackTrainer:
         for k in range(num_stacks):  # of equal size, up to one client
             yield clients[k * len(clients) // num_stacks : (k + 1) * len(clients) // num_stacks]
 
-    def answers(self, clients: Sequence[str], *, sums: bool) -> Iterator[Update | Failure | Partial]:
+    def answers(self, clients: Sequence[str], *, sums: bool) -> Iterator[Answer]:
         """Train one stack; yields partial sums and failures, or each client's answer in order."""
         plan = self._begun()
         held: dict[tuple[object, ...], dict[str, Samples]] = {}

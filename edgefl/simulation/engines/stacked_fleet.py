@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from edgefl.aggregation import rule_kind
 from edgefl.errors import ConfigError
 from edgefl.measure import num_cores
-from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.records import Answer, Plan, Traffic
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup, torch_threads
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.engines.stacked import StackTrainer
@@ -26,7 +26,7 @@ class StackedFleet:
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()
 
-    def collect(self, plan: Plan) -> Iterator[Update | Failure | Partial]:
+    def collect(self, plan: Plan) -> Iterator[Answer]:
         self._meter.begin(plan)
         sums = rule_kind(self._setup.config.aggregation.rule).merges and self._setup.takes_sums(plan)
         with torch_threads(num_cores()):

@@ -65,7 +65,7 @@ class OwnProcess:
             child = self._child
             with child.told_of_interrupts():
                 child.send(story.order)
-                end = child.hear(story)
+                end = child.receive(story)
             if end is not None:
                 return story.ended(end, out)
             self._child = None
@@ -105,7 +105,7 @@ class _Child:
         with contextlib.suppress(*_GONE):  # its end is noticed when an answer is awaited
             self._pipe.send(order)
 
-    def hear(self, story: _Story) -> End | None:
+    def receive(self, story: _Story) -> End | None:
         """Pass all messages to a story; return the last one, or None if the process is gone."""
         while True:
             try:
@@ -116,7 +116,7 @@ class _Child:
             if isinstance(message, End):
                 self._busy = False
                 return message
-            story.hear(message)
+            story.handle(message)
 
     @contextmanager
     def told_of_interrupts(self) -> Iterator[None]:
@@ -159,7 +159,7 @@ class _Story:
         self._deaths: Counter[str] = Counter()
         self._in_a_row = 0
 
-    def hear(self, message: Chose | RoundDone) -> None:
+    def handle(self, message: Chose | RoundDone) -> None:
         """Process a message."""
         if isinstance(message, Chose):
             self._engine, self._reason = message.name, self._reason or message.reason

@@ -28,7 +28,7 @@ from edgefl.exchange import (
     cohort_size,
     gathering,
 )
-from edgefl.records import Failure, Partial, Plan, Traffic, Update
+from edgefl.records import Answer, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
 from edgefl.simulation.world.devices import Devices
 from edgefl.simulation.world.schedule import NumSamples, Schedule, make_schedule
@@ -36,8 +36,6 @@ from edgefl.trees import encoded_bytes
 
 REAL_DEADLINE_S = 86_400.0  # for the inner fleet, in real seconds: only an engine that hangs reaches it
 WAIT_STEPS = 100  # checks of the fleet in one wait for clients
-
-Answer = Update | Failure | Partial
 
 
 class VirtualClock:

@@ -101,7 +101,7 @@ def program(folder, text):
 
 @pytest.mark.parametrize("text", ["echo 'x: Error: no such key' >&2; exit 3", "exec /nowhere"])
 def test_one_that_does_not_start_says_why_and_what_else_there_is(child, tmp_path, text):
-    with pytest.raises(ConfigError, match=r"mosquitto has ended .*--broker builtin"):
+    with pytest.raises(ConfigError, match=r"mosquitto has exited .*--broker builtin"):
         asyncio.run(child(program(tmp_path, text)).__aenter__())
 
 

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from cloud.broker import inbox as inbox_module
-from cloud.broker.inbox import MAX_WAITING, Inbox, is_passing
+from cloud.broker.inbox import MAX_WAITING, Inbox, is_temporary
 from edgefl.errors import ProtocolError
 
 
@@ -130,11 +130,11 @@ def test_closing_does_not_wait_for_the_database(make) -> None:
     assert not [one for one in threading.enumerate() if one.name == "test"]
 
 
-def test_what_is_passing_by_hand() -> None:
-    assert is_passing(locked())
-    assert is_passing(OSError(28, "full"))
-    assert is_passing(sqlite_error(sqlite3.SQLITE_CANTOPEN, "unable to open database file"))
-    assert is_passing(sa.exc.TimeoutError("QueuePool limit"))
-    assert not is_passing(sqlite_error(sqlite3.SQLITE_ERROR, "no such table"))
-    assert not is_passing(ValueError())
-    assert not is_passing(ProtocolError("x"))
+def test_what_is_temporary_by_hand() -> None:
+    assert is_temporary(locked())
+    assert is_temporary(OSError(28, "full"))
+    assert is_temporary(sqlite_error(sqlite3.SQLITE_CANTOPEN, "unable to open database file"))
+    assert is_temporary(sa.exc.TimeoutError("QueuePool limit"))
+    assert not is_temporary(sqlite_error(sqlite3.SQLITE_ERROR, "no such table"))
+    assert not is_temporary(ValueError())
+    assert not is_temporary(ProtocolError("x"))

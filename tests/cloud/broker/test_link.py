@@ -13,7 +13,7 @@ import threading
 import pytest
 import sqlalchemy as sa
 
-from cloud.broker.link import CloudLink, Hearers
+from cloud.broker.link import CloudLink, CloudLinkCallbacks
 from edgefl.errors import ProtocolError
 from edgefl.protocols import topics
 from edgefl.protocols.messages import (
@@ -40,7 +40,7 @@ def state(session: int, *, online: bool = True) -> bytes:
 
 
 @dataclasses.dataclass
-class Heard:
+class Received:
     link: CloudLink
     states: queue.Queue
     notes: queue.Queue
@@ -51,16 +51,16 @@ class Heard:
 def cloud(broker, fleet_ca):
     states, notes = queue.Queue(), queue.Queue()
     known = {"cam-1", "cam-2"}
-    hearers = Hearers(
+    callbacks = CloudLinkCallbacks(
         on_failure=pytest.fail,
         on_state=lambda *one: states.put(one),
         on_note=lambda *one: notes.put(one),
         is_known=known.__contains__,
     )
-    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, hearers)
+    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, callbacks)
     link.start()
     assert link.wait_connected(5)
-    yield Heard(link, states, notes, known)
+    yield Received(link, states, notes, known)
     link.close()
 
 
@@ -231,7 +231,7 @@ def test_a_cloud_that_comes_later_learns_who_is_there(broker, fleet_ca, peer) ->
         device.link.publish(topics.up(name, "state"), state(1), retain=True)
     device.link.publish(topics.up("cam-2", "state"), state(1, online=False), retain=True)
     device.link.close()
-    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, Hearers(on_failure=pytest.fail))
+    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, CloudLinkCallbacks(on_failure=pytest.fail))
     link.start()
     assert online_is(link, "cam-1")
     assert link.wait_until(lambda: link.offline() == {"cam-2"}, 5)
@@ -318,8 +318,8 @@ def test_a_database_that_is_locked_for_a_while_loses_no_message(broker, fleet_ca
             raise faults.pop()
         return True
 
-    hearers = Hearers(on_failure=pytest.fail, on_state=lambda *one: states.put(one), is_known=is_known)
-    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, hearers)
+    callbacks = CloudLinkCallbacks(on_failure=pytest.fail, on_state=lambda *one: states.put(one), is_known=is_known)
+    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, callbacks)
     link.start()
     assert link.wait_connected(5)
     peer("cam-1").link.publish(topics.up("cam-1", "state"), state(1))

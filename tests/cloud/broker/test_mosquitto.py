@@ -93,7 +93,7 @@ def test_a_mosquitto_that_is_not_here_is_told_about(fleet_ca, mosquitto, tmp_pat
     revoked.append("ff")
     (tmp_path / "pid").write_text("1")  # of another program
     hold(pid_file=tmp_path / "pid").refresh()
-    assert "process 1 is no mosquitto" in caplog.text
+    assert "process 1 is not mosquitto" in caplog.text
     revoked.append("fe")
     hold(pid_file=tmp_path / "none").refresh()
     assert "broker.not_reloaded" in caplog.text

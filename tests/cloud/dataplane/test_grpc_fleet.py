@@ -7,13 +7,13 @@ import threading
 import numpy as np
 import pytest
 
-from cloud.broker.link import Hearers
+from cloud.broker.link import CloudLinkCallbacks
 from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet
 from cloud.dataplane.open_round import Presence
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import Answer, Jobs
+from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database
@@ -62,8 +62,8 @@ class Centre:
         self.blobs, self.spool, self.rounds = BlobStore(folder / "blobs"), Spool(folder / "spool"), OpenRounds()
         key = new_fleet_key()
         self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key))
-        hearers = Hearers(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.stir())
-        self.link = ThreadedCloudLink(self.broker.url, ca.cloud, hearers)
+        callbacks = CloudLinkCallbacks(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.stir())
+        self.link = ThreadedCloudLink(self.broker.url, ca.cloud, callbacks)
         self.link.start()
         assert self.link.wait_connected(5)
         self.devices = {name: Device(self.broker, ca.device(name), name) for name in ("a", "b")}
@@ -91,7 +91,7 @@ class Centre:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             write_tree({"w": np.full(2, value, np.float32)}, file)
-        answer = Answer(device=device, file=f"{self.job}/1/{device}", weight=1.0)
+        answer = AnswerRow(device=device, file=f"{self.job}/1/{device}", weight=1.0)
         opened = self.rounds.get(self.job, 1)
         return opened.accept(answer, lambda one: self.jobs.record(self.job, 1, one))
 
@@ -128,7 +128,7 @@ def test_a_round_announces_collects_and_closes(centre):
     assert plan == centre.devices["b"].next()
     assert centre.answer("a", 2.0)
     opened = centre.rounds.get(centre.job, 1)
-    opened.accept(Answer(device="b", reason="task raised"), lambda _answer: None)
+    opened.accept(AnswerRow(device="b", reason="task raised"), lambda _answer: None)
     first, second = collected()
     assert first.tree["w"].tolist() == [2, 2]
     assert second == Failure(job=centre.job, round=1, device="b", reason="task raised")
@@ -206,7 +206,7 @@ def test_a_restart_yields_what_had_come_and_asks_only_the_others(centre):
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:
         write_tree({"w": np.full(2, 5.0, np.float32)}, file)
-    centre.jobs.record(centre.job, 1, Answer(device="a", file=f"{centre.job}/1/a", weight=3.0))
+    centre.jobs.record(centre.job, 1, AnswerRow(device="a", file=f"{centre.job}/1/a", weight=3.0))
     collected = in_thread(lambda: fleet.collect(centre.plan()))
     assert isinstance(centre.devices["b"].next(), Fit)
     centre.answer("b")

@@ -7,7 +7,7 @@ import pytest
 
 from cloud.dataplane.open_round import Presence
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import Answer
+from cloud.state.jobs import AnswerRow
 from cloud.state.storage import LOOK_S, Storage
 from edgefl.exchange import Close, GiveUp, Tell, Why, Yield
 from edgefl.testing import ManualClock
@@ -17,7 +17,7 @@ from tests.cloud.dataplane.rounds import ignore, nobody_is_gone, opened
 def test_an_answer_is_taken_once_and_durable_before_it_is_seen():
     done, durable = [], []
     round_ = opened(act=done.append)
-    answer = Answer(device="a", file="f")
+    answer = AnswerRow(device="a", file="f")
 
     def make_durable(one):
         assert done == []
@@ -38,26 +38,26 @@ def test_an_answer_that_cannot_be_made_durable_is_not_taken():
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        round_.accept(Answer(device="a", file="f"), fail)
+        round_.accept(AnswerRow(device="a", file="f"), fail)
     assert round_.waiting() == {"a", "b"}
-    assert round_.accept(Answer(device="a", file="f"), ignore)
+    assert round_.accept(AnswerRow(device="a", file="f"), ignore)
 
 
 def test_a_closed_round_takes_nothing():
     done = []
     round_ = opened(act=done.append)
-    round_.accept(Answer(device="a", file="f"), ignore)
+    round_.accept(AnswerRow(device="a", file="f"), ignore)
     round_.close()
     assert done == [Yield("a"), GiveUp("b", Why.UNWANTED), Close()]
     assert (round_.has_answered("a"), round_.has_answered("b"), round_.waits_for("b")) == (True, False, False)
-    assert not round_.accept(Answer(device="b", file="f"), ignore)
+    assert not round_.accept(AnswerRow(device="b", file="f"), ignore)
 
 
 def test_of_a_hundred_racing_duplicates_one_is_taken():
     round_ = opened()
     taken = []
     threads = [
-        threading.Thread(target=lambda: taken.append(round_.accept(Answer(device="a", file="f"), ignore)))
+        threading.Thread(target=lambda: taken.append(round_.accept(AnswerRow(device="a", file="f"), ignore)))
         for _ in range(100)
     ]
     for thread in threads:
@@ -70,15 +70,15 @@ def test_of_a_hundred_racing_duplicates_one_is_taken():
 def test_a_removed_device_is_refused_whether_it_has_answered_or_not():
     done, durable = [], []
     round_ = opened(act=done.append)
-    round_.accept(Answer(device="a", file="f", weight=2.0), ignore)
+    round_.accept(AnswerRow(device="a", file="f", weight=2.0), ignore)
     round_.forget("a", durable.append)
     assert durable == []  # its answer is in the database, where the registry refuses it
-    assert round_.take("a") == Answer(device="a", reason=REMOVED)
+    assert round_.take("a") == AnswerRow(device="a", reason=REMOVED)
     round_.forget("a", durable.append)  # it was handed on
     round_.forget("b", durable.append)
-    assert durable == [Answer(device="b", reason=REMOVED)]
+    assert durable == [AnswerRow(device="b", reason=REMOVED)]
     assert round_.take("b") == durable[0]
-    assert not round_.accept(Answer(device="b", file="f"), ignore)  # what was under way comes too late
+    assert not round_.accept(AnswerRow(device="b", file="f"), ignore)  # what was under way comes too late
     round_.forget("c", durable.append)
     assert len(durable) == 1
     assert done == [Yield("a"), Yield("b"), Close()]
@@ -89,7 +89,7 @@ def test_what_a_removed_device_sent_makes_no_quorum():
     round_ = opened(clock=clock, act=done.append)
     round_.begin()
     round_.note(Presence(frozenset({"a"}), frozenset({"b"}), is_known=True))
-    round_.accept(Answer(device="a", file="f"), ignore)
+    round_.accept(AnswerRow(device="a", file="f"), ignore)
     round_.forget("a", ignore)
     clock.advance(99.0)
     round_.look()
@@ -100,7 +100,7 @@ def test_presence_is_of_those_who_are_waited_for():
     clock, done = ManualClock(), []
     round_ = opened(cohort=("a", "b", "c"), clock=clock, act=done.append)
     round_.begin()
-    round_.accept(Answer(device="a", file="f"), ignore)
+    round_.accept(AnswerRow(device="a", file="f"), ignore)
     del done[:]
     round_.note(Presence(frozenset(), frozenset({"b"}), is_known=True))  # c was not heard of since the start
     assert round_.wait_s() == 25.0
@@ -130,7 +130,7 @@ def test_no_time_passes_while_nothing_can_be_stored_and_the_plan_is_told_again(t
     assert round_.wait_s() == 0.0  # it has not looked yet
     round_.look()
     assert (round_.is_paused, round_.wait_s()) == (True, LOOK_S)
-    assert round_.accept(Answer(device="z", file="f"), ignore) is False
+    assert round_.accept(AnswerRow(device="z", file="f"), ignore) is False
     clock.advance(10.0)
     assert storage.look()  # the disk has room
     round_.look()
@@ -152,7 +152,7 @@ def test_pauses_that_were_over_before_anybody_looked_count_too():
         storage.refused(OSError(errno.ENOSPC, "full"))
         clock.advance(500.0)
         storage.worked()
-    assert round_.accept(Answer(device="z", file="f"), ignore) is False  # an answer has it look, too
+    assert round_.accept(AnswerRow(device="z", file="f"), ignore) is False  # an answer has it look, too
     assert round_.wait_s() == 80.0
 
 
@@ -161,7 +161,7 @@ def test_the_queue_gives_what_is_to_be_done_and_after_the_end_whom_nobody_has_to
     round_ = opened(cohort=("a", "b", "c"), clock=clock)
     round_.begin()
     assert [round_.next(nobody_is_gone) for _ in "abc"] == [Tell("a"), Tell("b"), Tell("c")]
-    round_.accept(Answer(device="a", file="f"), ignore)
+    round_.accept(AnswerRow(device="a", file="f"), ignore)
     clock.advance(100.0)
     assert round_.next(nobody_is_gone) == Yield("a")
     assert round_.next(nobody_is_gone) == GiveUp("b", Why.LATE)

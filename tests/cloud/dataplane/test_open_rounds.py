@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from cloud.dataplane.open_rounds import OpenRounds
-from cloud.state.jobs import Answer
+from cloud.state.jobs import AnswerRow
 from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.exchange import Tell
 from edgefl.records import Traffic
@@ -17,7 +17,7 @@ def test_rounds_are_found_by_key_and_by_device():
     assert rounds.get("j2", 4) is second
     assert rounds.get("j2", 1) is None
     assert rounds.waiting_for("a") == [first, second]
-    first.accept(Answer(device="a", file="f"), ignore)
+    first.accept(AnswerRow(device="a", file="f"), ignore)
     assert rounds.waiting_for("a") == [second]
     assert rounds.waiting_for("z") == []
 
@@ -90,6 +90,6 @@ def test_the_rounds_that_have_a_device_are_those_of_its_cohorts():
     rounds, one = OpenRounds(), opened()
     rounds.add(one)
     rounds.add(opened("other", cohort=("c",)))
-    one.accept(Answer(device="a", file="f"), ignore)
+    one.accept(AnswerRow(device="a", file="f"), ignore)
     assert rounds.having("a") == [one]
     assert rounds.waiting_for("a") == []

@@ -12,7 +12,7 @@ from blake3 import blake3
 from cloud.dataplane.live_relay import Patience
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayParts, Relays
-from cloud.state.jobs import Answer
+from cloud.state.jobs import AnswerRow
 from cloud.state.relay_rows import Message, RelayRows
 from cloud.state.spool import Spool
 from cloud.state.storage import LOOK_S, Storage
@@ -73,7 +73,7 @@ class Cloud:
             incoming.place()
             opened.record(answer)
 
-        taken = opened.accept(Answer(device=device, file=incoming.name), keep)
+        taken = opened.accept(AnswerRow(device=device, file=incoming.name), keep)
         self.spool.done_with(incoming)
         return taken
 
@@ -148,7 +148,7 @@ def test_a_failure_is_a_reply_of_its_own(cloud):
     relay = cloud.begin()
     cloud.relays.send(relay, [message(1)])
     opened = cloud.rounds.get(relay, 1)
-    assert opened.accept(Answer(device="a", reason="no flower here"), opened.record)
+    assert opened.accept(AnswerRow(device="a", reason="no flower here"), opened.record)
     [line] = cloud.next_lines(relay)
     assert (line["size"], line["reason"], line["lost"]) == (0, "no flower here", False)
 
@@ -256,7 +256,7 @@ def test_what_the_operator_no_longer_wants_is_closed_on_the_device(cloud):
     opened = cloud.rounds.get(relay, 1)
     cloud.relays.done(relay, [1, 77])
     assert cloud.link.closed() == [("a", 1, False)]
-    assert not opened.accept(Answer(device="a", reason="late"), opened.record)
+    assert not opened.accept(AnswerRow(device="a", reason="late"), opened.record)
     cloud.restart()
     assert not cloud.rounds.waiting_for("a")
 

@@ -45,7 +45,7 @@ def test_health_tells_version_and_time(http):
 
 def test_health_names_the_part_that_is_not_well(http, http_plane):
     reasons = {"link": "", "database": "cloud.db: database is locked"}
-    http_plane.server.app = make_app(dataclasses.replace(http_plane.services, parts=lambda: reasons))
+    http_plane.server.app = make_app(dataclasses.replace(http_plane.services, health=lambda: reasons))
     answer = http.get("/v1/health")
     assert answer.status_code == 503
     assert answer.json()["status"] == "failing"

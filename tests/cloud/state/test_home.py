@@ -167,11 +167,11 @@ def test_a_certificate_is_renewed_while_the_cloud_runs_and_shown_by_its_broker(t
     async def run():
         with CloudHome(chosen) as home:
             async with home.broker():
-                assert not await asyncio.to_thread(home.look_after_certificates)
+                assert not await asyncio.to_thread(home.renew_certificates)
                 before = await asyncio.to_thread(shown_at, chosen.mqtt_port, home.identity.ca)
                 assert before == tls.serial_number((folder / "cert.pem").read_bytes())
                 tls.issue_server(tmp_path / "tls", tls.Identity.in_folder(folder), ["127.0.0.1"], days=-1)
-                assert await asyncio.to_thread(home.look_after_certificates) is (broker == "builtin")
+                assert await asyncio.to_thread(home.renew_certificates) is (broker == "builtin")
                 wanted = tls.serial_number((folder / "cert.pem").read_bytes())
                 for _ in range(100):  # mosquitto reads the signal between two handshakes, and may break one off for it
                     with contextlib.suppress(OSError):

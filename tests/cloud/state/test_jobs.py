@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import Answer, Jobs
+from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.store import open_database
 from edgefl.config import JobConfig, ServerConfig, TrainConfig
 from edgefl.errors import ConfigError, MissingExtra, NotFound, ProtocolError
@@ -68,8 +68,8 @@ def test_an_open_round_survives_with_its_cohort_and_answers_in_their_order(home)
     jobs, blobs, _ = home
     job = submit(jobs, blobs)
     assert jobs.open_round(job, 1, ("a", "b", "c")) == []
-    second = Answer(device="b", file="x/1/b", weight=2.0, metrics={"loss": 1.0})
-    first = Answer(device="a", reason="task raised")
+    second = AnswerRow(device="b", file="x/1/b", weight=2.0, metrics={"loss": 1.0})
+    first = AnswerRow(device="a", reason="task raised")
     jobs.record(job, 1, second)
     jobs.record(job, 1, first)
     assert jobs.load(job).cohort == ("a", "b", "c")
@@ -81,7 +81,7 @@ def test_a_finished_round_moves_the_job_on_in_one_step(home):
     jobs, blobs, _ = home
     job = submit(jobs, blobs)
     jobs.open_round(job, 1, ("a",))
-    jobs.record(job, 1, Answer(device="a", file="f"))
+    jobs.record(job, 1, AnswerRow(device="a", file="f"))
     model = blobs.put(b"model after round 1")
     jobs.finish_round(outcome(job, 1), model, "f" * 64)
     row = jobs.load(job)

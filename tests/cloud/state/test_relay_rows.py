@@ -2,7 +2,7 @@
 
 import pytest
 
-from cloud.state.jobs import Answer
+from cloud.state.jobs import AnswerRow
 from cloud.state.relay_rows import Message, RelayRows
 from cloud.state.store import open_database
 from edgefl.errors import NotFound
@@ -35,11 +35,11 @@ def test_messages_are_taken_once_by_their_numbers(rows):
 
 def test_an_answer_stays_until_the_operator_has_it(rows):
     rows.add("relay-1", [message(1), message(2)])
-    rows.answer("relay-1", 1, Answer(device="a", file="relay-1/1/a"), lost=False)
-    rows.answer("relay-1", 2, Answer(device="a", reason="gone"), lost=True)
+    rows.answer("relay-1", 1, AnswerRow(device="a", file="relay-1/1/a"), lost=False)
+    rows.answer("relay-1", 2, AnswerRow(device="a", reason="gone"), lost=True)
     first, second = rows.messages("relay-1")
-    assert (first.answer, first.lost) == (Answer(device="a", file="relay-1/1/a"), False)
-    assert (second.answer, second.lost) == (Answer(device="a", reason="gone"), True)
+    assert (first.answer, first.lost) == (AnswerRow(device="a", file="relay-1/1/a"), False)
+    assert (second.answer, second.lost) == (AnswerRow(device="a", reason="gone"), True)
     rows.drop("relay-1", [1, 2])
     assert rows.messages("relay-1") == []
     assert rows.get("relay-1")["answered"] == 2

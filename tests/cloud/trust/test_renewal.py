@@ -71,7 +71,7 @@ def test_a_request_that_comes_again_gets_the_same_certificate(enrolment, csr, en
 
 def test_a_request_for_another_key_takes_the_unused_ones_place_but_not_too_often(enrolment, csr, enrolled, clock):
     second = serial_of_next(enrolment, csr)
-    with pytest.raises(EnrolmentRefused, match="possible 3600 s after"):
+    with pytest.raises(EnrolmentRefused, match="allowed 3600 s after"):
         serial_of_next(enrolment, csr, "third")
     clock.advance(AGAIN_S)
     third = serial_of_next(enrolment, csr, "third")

@@ -1,4 +1,4 @@
-"""Certificates are looked at while the cloud serves, whatever becomes of one look."""
+"""Certificates are renewed periodically while the cloud serves, also after a failed renewal."""
 
 import asyncio
 
@@ -8,17 +8,17 @@ from cloud.trust.upkeep import LONGEST_S, Upkeep, interval_s
 from edgefl.errors import HomeError
 
 
-def test_the_interval_leaves_several_looks_for_a_renewal():
+def test_the_interval_leaves_several_attempts_for_a_renewal():
     assert interval_s(397) == LONGEST_S
     assert interval_s(0.01) == pytest.approx(43.2)
 
 
-def test_each_look_is_followed_by_a_reload_and_a_fault_by_the_next_look(caplog):
-    looks = iter([None, OSError("disk full"), HomeError("no key"), None])
+def test_each_renewal_is_followed_by_a_reload_and_repeated_after_an_error(caplog):
+    results = iter([None, OSError("disk full"), HomeError("no key"), None])
     reasons = []
 
-    def look():
-        if (error := next(looks, None)) is not None:
+    def renew():
+        if (error := next(results, None)) is not None:
             raise error
 
     async def run():
@@ -29,7 +29,7 @@ def test_each_look_is_followed_by_a_reload_and_a_fault_by_the_next_look(caplog):
             if len(reasons) == 5:
                 enough.set()
 
-        upkeep = Upkeep(look, reload, 0.001, pytest.fail)
+        upkeep = Upkeep(renew, reload, 0.001, pytest.fail)
         async with upkeep.running():
             await asyncio.wait_for(enough.wait(), 10)
         assert [task for task in asyncio.all_tasks() if task.get_name() == "certificates"] == []
@@ -39,10 +39,10 @@ def test_each_look_is_followed_by_a_reload_and_a_fault_by_the_next_look(caplog):
     assert "disk full" in caplog.text
 
 
-def test_a_fault_of_ours_is_heard_of():
+def test_a_bug_is_passed_to_on_failure():
     async def run():
-        heard = asyncio.get_running_loop().create_future()
-        async with Upkeep(lambda: 1 // 0, print, 0.001, heard.set_result).running():
-            assert isinstance(await asyncio.wait_for(heard, 10), ZeroDivisionError)
+        failure = asyncio.get_running_loop().create_future()
+        async with Upkeep(lambda: 1 // 0, print, 0.001, failure.set_result).running():
+            assert isinstance(await asyncio.wait_for(failure, 10), ZeroDivisionError)
 
     asyncio.run(run())

@@ -16,16 +16,16 @@ from edgefl.protocols import messages, tls, topics
 from edgefl.protocols.messages import DeviceState, RolloutNote, RoundClosed, Telemetry
 
 
-class Ears:
-    """What was heard."""
+class AgentLinkCallbacks:
+    """Records the calls of the link's callbacks."""
 
     def __init__(self) -> None:
         self.jobs, self.desired, self.nexts, self.ended = [], [], [], []
 
-    def hear_job(self, message):
+    def on_job(self, message):
         self.jobs.append(message)
 
-    def hear_desired(self, signed):
+    def on_desired(self, signed):
         self.desired.append(signed)
 
     def before_next(self):
@@ -34,19 +34,19 @@ class Ears:
 
 @pytest.fixture
 def with_link(fleet, tmp_path):
-    """Run a coroutine function with a link and its ears; `broker_port` 1 = a broker that is not there."""
+    """Run a coroutine function with a link and its callbacks; `broker_port` 1 = a broker that is not there."""
 
     def run(function, broker_port=1):
         home = fleet.enrol(tmp_path / "agent", broker_port=broker_port)
 
         async def inside():
             profile = load_profile(home)
-            ears = Ears()
-            link = Link(home, profile, CloudChannel(profile, home), ears)
+            callbacks = AgentLinkCallbacks()
+            link = Link(home, profile, CloudChannel(profile, home), callbacks)
             running = asyncio.create_task(link.run())
             try:
                 async with asyncio.timeout(30):
-                    await function(link, ears)
+                    await function(link, callbacks)
             finally:
                 running.cancel()
                 [ended] = await asyncio.gather(running, return_exceptions=True)
@@ -77,22 +77,22 @@ def test_without_a_broker_next_brings_everything(fleet, with_link, until):
     wish = fleet.release(b"onnx", 1, sequence=1)
     fleet.desired.append(wish)
 
-    async def run(_link, ears):
-        await until(lambda: ears.nexts and ears.desired)
-        assert ears.nexts[0] == [plan]
-        assert ears.desired == [wish]
+    async def run(_link, callbacks):
+        await until(lambda: callbacks.nexts and callbacks.desired)
+        assert callbacks.nexts[0] == [plan]
+        assert callbacks.desired == [wish]
 
     home = with_link(run)
     assert time.time() - (home / "contact").stat().st_mtime < 10
 
 
 def test_next_is_asked_again_when_the_cloud_is_back(fleet, with_link, until):
-    async def run(_link, ears):
-        await until(lambda: ears.nexts)
+    async def run(_link, callbacks):
+        await until(lambda: callbacks.nexts)
         await asyncio.to_thread(fleet.stop)
         fleet.plan(1)
         await asyncio.to_thread(fleet.start)
-        await until(lambda: ears.nexts[-1])
+        await until(lambda: callbacks.nexts[-1])
 
     with_link(run)
 
@@ -100,8 +100,8 @@ def test_next_is_asked_again_when_the_cloud_is_back(fleet, with_link, until):
 def test_now_and_then_next_is_asked_anyway(with_link, monkeypatch, until):
     monkeypatch.setattr(link_module, "ASK_EVERY_S", 0.05)
 
-    async def run(_link, ears):
-        await until(lambda: len(ears.nexts) > 4)
+    async def run(_link, callbacks):
+        await until(lambda: len(callbacks.nexts) > 4)
 
     with_link(run)
 
@@ -110,8 +110,8 @@ def test_a_next_that_cannot_be_read_is_survived(fleet, with_link, monkeypatch, u
     monkeypatch.setattr(link_module, "ASK_EVERY_S", 0.05)
     fleet.broker = "not a broker"
 
-    async def run(_link, ears):
-        await until(lambda: len(ears.nexts) > 2)
+    async def run(_link, callbacks):
+        await until(lambda: len(callbacks.nexts) > 2)
 
     with_link(run)
 
@@ -122,7 +122,7 @@ def test_presence_plans_and_telemetry_over_the_broker(fleet, shared_ca, broker, 
     plan = fleet.plan(1, offer=False)
     wish = fleet.release(b"onnx", 1, sequence=1)
 
-    async def run(link, ears):
+    async def run(link, callbacks):
         [birth] = await asyncio.to_thread(states, cloud, 1)
         assert (birth.online, birth.models, birth.tags) == (True, {}, {"site": "test"})
         for message in (plan, closed):
@@ -130,9 +130,9 @@ def test_presence_plans_and_telemetry_over_the_broker(fleet, shared_ca, broker, 
         cloud.link.publish(topics.down("cam-1", "job"), b"nonsense")
         cloud.link.publish(topics.down("cam-1", "desired"), messages.encode(wish), retain=True)
         cloud.link.publish(topics.down("cam-1", "desired"), b"", retain=True)
-        await until(lambda: len(ears.jobs) == 2 and ears.desired)
-        assert ears.jobs == [plan, closed]
-        assert ears.desired == [wish]
+        await until(lambda: len(callbacks.jobs) == 2 and callbacks.desired)
+        assert callbacks.jobs == [plan, closed]
+        assert callbacks.desired == [wish]
         link.serve({"digits": 3}, "http://127.0.0.1:8000")
         [serving] = await asyncio.to_thread(states, cloud, 1)
         assert (serving.session, serving.models, serving.serving_url) == (
@@ -148,8 +148,8 @@ def test_notes_and_telemetry_have_their_topics(shared_ca, broker, peer, with_lin
     cloud = peer("cloud", topics.up("cam-1", "rollout"), topics.up("cam-1", "telemetry"))
     note = RolloutNote(model="digits", version=1, state="active")
 
-    async def run(link, ears):
-        await until(lambda: len(ears.nexts) > 1)  # once for each connection
+    async def run(link, callbacks):
+        await until(lambda: len(callbacks.nexts) > 1)  # once for each connection
         link.tell(note)
         link._publish("telemetry", link_module.measure(link._home), qos=0)
         heard = dict([await asyncio.to_thread(cloud.next, 10) for _ in range(2)])
@@ -160,12 +160,12 @@ def test_notes_and_telemetry_have_their_topics(shared_ca, broker, peer, with_lin
 
 
 def test_a_broker_that_restarts_gets_a_higher_session(shared_ca, broker, with_link, until):
-    async def run(_link, ears):
-        await until(lambda: len(ears.nexts) > 1)
-        asked = len(ears.nexts)
+    async def run(_link, callbacks):
+        await until(lambda: len(callbacks.nexts) > 1)
+        asked = len(callbacks.nexts)
         await asyncio.to_thread(broker.stop)
         await asyncio.to_thread(broker.start)
-        await until(lambda: len(ears.nexts) > asked)  # it asks what it may have missed
+        await until(lambda: len(callbacks.nexts) > asked)  # it asks what it may have missed
 
     home = with_link(run, broker.port)
     assert int((home / "session").read_text()) > 1_600_000_000_000
@@ -175,7 +175,7 @@ def test_a_broker_that_moved_is_followed(fleet, shared_ca, broker, peer, with_li
     cloud = peer("cloud", topics.up("cam-1", "state"))
     fleet.broker = f"mqtts://:{broker.port}"
 
-    async def run(_link, _ears):
+    async def run(_link, _callbacks):
         [birth] = await asyncio.to_thread(states, cloud, 1)
         assert birth.online
 
@@ -199,7 +199,7 @@ def test_a_certificate_is_renewed_when_the_cloud_says_so_and_nothing_is_lost(
 ):
     cloud = peer("cloud", topics.EVERY_UP)
 
-    async def run(link, _ears):
+    async def run(link, _callbacks):
         await until(lambda: fleet.serials and link._mqtt.is_up)
         first, fleet.is_due = fleet.serials[0], True
         link._ask.set()
@@ -217,8 +217,8 @@ def test_no_broker_that_the_cloud_names_ends_the_link(fleet, with_link, monkeypa
     monkeypatch.setattr(link_module, "ASK_EVERY_S", 0.05)
     fleet.broker = broker
 
-    async def run(_link, ears):
-        await until(lambda: len(ears.nexts) > 2)
+    async def run(_link, callbacks):
+        await until(lambda: len(callbacks.nexts) > 2)
 
     with_link(run)
 
@@ -227,16 +227,16 @@ def test_a_database_that_is_locked_for_a_while_puts_next_off(fleet, with_link, m
     monkeypatch.setattr(link_module, "ASK_AGAIN_S", 0.01)
     faults = [HomeError("locked"), OSError(28, "full")]
 
-    async def run(_link, ears):
-        before = ears.before_next
+    async def run(_link, callbacks):
+        before = callbacks.before_next
 
         def before_next():
             if faults:
                 raise faults.pop()
             return before()
 
-        monkeypatch.setattr(ears, "before_next", before_next)
-        await until(lambda: ears.nexts and not faults)
+        monkeypatch.setattr(callbacks, "before_next", before_next)
+        await until(lambda: callbacks.nexts and not faults)
 
     with_link(run)
 
@@ -254,7 +254,7 @@ def test_a_cloud_that_turns_this_device_away_is_a_line_once(with_link, fleet, mo
     monkeypatch.setattr(link_module, "ASK_AGAIN_S", 0.02)
     fleet.turned_away = "removed"
 
-    async def run(_link, _ears):
+    async def run(_link, _callbacks):
         await until(lambda: len(fleet.calls) > 5)
 
     with_link(run)

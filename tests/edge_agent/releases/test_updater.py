@@ -163,7 +163,7 @@ def test_a_download_goes_on_after_a_restart(fleet, home, on_device, versions):
     fleet.before_chunk = breaks
 
     async def cut(device):
-        device.updater.hear(signed)
+        device.updater.handle(signed)
         await device.until(lambda: len([call for call in fleet.calls if call.startswith("download")]) == 2)
 
     on_device(cut)
@@ -234,7 +234,7 @@ def test_a_newer_wish_ends_the_work_on_an_older_one(on_device, versions):
 
         device.host.before_load = hang
         await device.install(versions(1))
-        device.updater.hear(versions(2))
+        device.updater.handle(versions(2))
         await device.until(lambda: (2, True) in device.host.trials)
         await device.install(versions(1, sequence=3, rollback=True))
         assert device.states()[-1] == (1, "active")
@@ -251,8 +251,8 @@ def test_a_slow_model_holds_up_no_other(on_device, versions):
                 await asyncio.Event().wait()
 
         device.host.before_load = hang
-        device.updater.hear(versions(1, model="slow"))
-        device.updater.hear(versions(1))
+        device.updater.handle(versions(1, model="slow"))
+        device.updater.handle(versions(1))
         await device.until(lambda: device.models.versions() == {"digits": 1})
 
     on_device(run)
@@ -304,11 +304,11 @@ def test_a_release_that_keeps_ending_the_serving_process_makes_way_for_the_one_b
         await device.install(versions(1), versions(2))
         active = ModelSlots(home / "models", "digits").state.active
         failing = Model(name="digits", version=2, path=home / f"models/digits/{active}/model.onnx")
-        device.updater.hear_failing(failing, "it died")
+        device.updater.handle_failing(failing, "it died")
         await device.until(lambda: device.predict() == 2)
         assert device.states()[-1] == (2, "failed")
         assert device.notes[-1].detail == "it died"
-        device.updater.hear_failing(failing, "it died")  # late: another serves by now
+        device.updater.handle_failing(failing, "it died")  # late: another serves by now
         await device.install(versions(2))  # the wish that brought it is done with
         assert device.predict() == 2
 

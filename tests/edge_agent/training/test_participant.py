@@ -50,13 +50,13 @@ def test_rounds_follow_each_other_and_reuse_what_there_is(fleet, home, on_device
     async def run(device):
         for number in (1, 2, 3):
             plan = fleet.plan(number, code=TASK)
-            device.participant.hear(plan)
+            device.participant.handle(plan)
             await device.until(lambda number=number: ("j1", number) in fleet.updates and not device.store.outbox())
         assert device.fits() == "1 2 3"
         assert len([call for call in fleet.calls if call.startswith("download")]) == 4  # one bundle, three models
         assert len(list((home / "work").iterdir())) == 1
         assert [file.name for file in (home / "outbox").iterdir()] == ["spare"]
-        device.participant.hear(RoundClosed(job="j1", round=3, job_ended=True))
+        device.participant.handle(RoundClosed(job="j1", round=3, job_ended=True))
         await device.until(lambda: device.trainer.pid is None)
         assert list((home / "work").iterdir()) == list((home / "outbox").iterdir()) == []
 
@@ -66,12 +66,12 @@ def test_rounds_follow_each_other_and_reuse_what_there_is(fleet, home, on_device
 def test_a_plan_that_comes_twice_is_done_once(fleet, on_device):
     async def run(device):
         plan = fleet.plan(1, code=TASK)
-        device.participant.hear(plan)
-        device.participant.hear(plan)
+        device.participant.handle(plan)
+        device.participant.handle(plan)
         await device.until(lambda: ("j1", 1) in fleet.updates)
-        device.participant.hear(plan)
+        device.participant.handle(plan)
         device.participant.reconcile([plan], None, 0)
-        device.participant.hear(fleet.plan(2, code=TASK))
+        device.participant.handle(fleet.plan(2, code=TASK))
         await device.until(lambda: ("j1", 2) in fleet.updates)
         assert device.fits() == "1 2"
 
@@ -80,12 +80,12 @@ def test_a_plan_that_comes_twice_is_done_once(fleet, on_device):
 
 def test_a_newer_plan_replaces_the_one_at_work(fleet, on_device):
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: device.fits() == "1")
-        device.participant.hear(fleet.plan(2, code=TASK))
+        device.participant.handle(fleet.plan(2, code=TASK))
         await device.until(lambda: ("j1", 2) in fleet.updates)
         assert ("j1", 1) not in fleet.updates
-        device.participant.hear(fleet.plans[0])  # the old one, late
+        device.participant.handle(fleet.plans[0])  # the old one, late
         await asyncio.sleep(0.05)
         assert device.fits() == "1 2"
 
@@ -97,7 +97,7 @@ def test_a_newer_plan_replaces_the_one_at_work(fleet, on_device):
 def test_plans_of_other_jobs_wait_their_turn(fleet, on_device):
     async def run(device):
         for job in ("j1", "j2", "j3"):
-            device.participant.hear(fleet.plan(5, job=job, code=TASK))
+            device.participant.handle(fleet.plan(5, job=job, code=TASK))
         await device.until(lambda: len(fleet.updates) == 3)
 
     on_device(run)
@@ -105,12 +105,12 @@ def test_plans_of_other_jobs_wait_their_turn(fleet, on_device):
 
 def test_a_closed_round_is_left(fleet, on_device):
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: device.fits() == "1")
-        device.participant.hear(RoundClosed(job="j1", round=1, job_ended=False))
+        device.participant.handle(RoundClosed(job="j1", round=1, job_ended=False))
         await device.until(lambda: device.participant.current is None)
-        device.participant.hear(UpdateRefused(job="j1", round=1, reason="only to be logged"))
-        device.participant.hear(fleet.plan(2, code=TASK))
+        device.participant.handle(UpdateRefused(job="j1", round=1, reason="only to be logged"))
+        device.participant.handle(fleet.plan(2, code=TASK))
         await device.until(lambda: ("j1", 2) in fleet.updates)
 
     on_device(run, what="hang")
@@ -120,7 +120,7 @@ def test_a_closed_round_is_left(fleet, on_device):
 def test_a_closed_round_that_was_not_heard_of_is_noticed_by_next(fleet, on_device):
     async def run(device):
         plan = fleet.plan(1, code=TASK)
-        device.participant.hear(plan)
+        device.participant.handle(plan)
         await device.until(lambda: device.fits() == "1")
         device.participant.reconcile([], None, 0)  # asked before it began: says nothing about it
         assert device.participant.current is plan
@@ -132,7 +132,7 @@ def test_a_closed_round_that_was_not_heard_of_is_noticed_by_next(fleet, on_devic
 
 def test_a_fit_whose_trainer_the_machine_kills_is_done_again_and_its_update_arrives(fleet, on_device):
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: ("j1", 1) in fleet.updates)
         assert device.fits() == "1 1 1"
 
@@ -142,7 +142,7 @@ def test_a_fit_whose_trainer_the_machine_kills_is_done_again_and_its_update_arri
 
 def test_a_trainer_that_is_killed_whenever_it_trains_is_given_up_with_the_reason(fleet, on_device):
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: ("j1", 1) in fleet.failures)
         assert device.fits().split() == ["1"] * MAX_TRIES
 
@@ -153,7 +153,7 @@ def test_a_trainer_that_is_killed_whenever_it_trains_is_given_up_with_the_reason
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT])
 def test_a_crash_of_the_tasks_own_is_not_tried_again(fleet, on_device, number):
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: ("j1", 1) in fleet.failures)
         assert device.fits() == "1"
 
@@ -174,7 +174,7 @@ def test_a_trainer_that_cannot_be_started_now_is_started_later(fleet, on_device,
     monkeypatch.setattr(edge_agent.training.trainer, "_popen", popen)
 
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: ("j1", 1) in fleet.updates)
 
     on_device(run)
@@ -183,7 +183,7 @@ def test_a_trainer_that_cannot_be_started_now_is_started_later(fleet, on_device,
 
 def test_a_task_that_raises_is_reported_with_its_words(fleet, on_device):
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: ("j1", 1) in fleet.failures and not device.store.failures())
         assert device.store.is_answered("j1", 1)
 
@@ -193,7 +193,7 @@ def test_a_task_that_raises_is_reported_with_its_words(fleet, on_device):
 
 def test_a_task_that_hangs_is_stopped_and_reported_before_the_deadline(fleet, on_device):
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK, deadline_s=3))
+        device.participant.handle(fleet.plan(1, code=TASK, deadline_s=3))
         await device.until(lambda: ("j1", 1) in fleet.failures)
 
     on_device(run, what="hang")
@@ -216,7 +216,7 @@ def test_a_bad_bundle_is_reported_and_nothing_runs(fleet, on_device, damage, sai
         bundle = sign(dataclasses.replace(facts, blob=fleet.blob(b"no zip at all")), fleet.key)
 
     async def run(device):
-        device.participant.hear(fleet.plan(1, bundle=bundle))
+        device.participant.handle(fleet.plan(1, bundle=bundle))
         await device.until(lambda: ("j1", 1) in fleet.failures)
         assert device.fits() == ""
 
@@ -231,7 +231,7 @@ def test_a_bad_bundle_is_reported_and_nothing_runs(fleet, on_device, damage, sai
 )  # fmt: skip
 def test_a_plan_that_cannot_be_done_is_reported(fleet, on_device, change, said):
     async def run(device):
-        device.participant.hear(dataclasses.replace(fleet.plan(1, code=TASK, offer=False), **change))
+        device.participant.handle(dataclasses.replace(fleet.plan(1, code=TASK, offer=False), **change))
         await device.until(lambda: ("j1", 1) in fleet.failures)
 
     on_device(run)
@@ -241,7 +241,7 @@ def test_a_plan_that_cannot_be_done_is_reported(fleet, on_device, change, said):
 def test_a_model_that_is_no_tree_is_reported(fleet, on_device):
     async def run(device):
         plan = fleet.plan(1, code=TASK, offer=False)
-        device.participant.hear(
+        device.participant.handle(
             dataclasses.replace(plan, model=fleet.blob(b"no tree"), model_blake3=blake3(b"no tree").hexdigest())
         )
         await device.until(lambda: ("j1", 1) in fleet.failures)
@@ -253,7 +253,7 @@ def test_a_model_that_is_no_tree_is_reported(fleet, on_device):
 def test_a_model_that_changes_its_size_between_rounds(fleet, on_device):
     async def run(device):
         for number, size in ((1, 4), (2, 1000), (3, 1000), (4, 4)):
-            device.participant.hear(fleet.plan(number, code=TASK, size=size))
+            device.participant.handle(fleet.plan(number, code=TASK, size=size))
             await device.until(lambda number=number: ("j1", number) in fleet.updates)
             assert np.all(fleet.tree("j1", number)["w"] == 1)
             assert fleet.tree("j1", number)["w"].size == size
@@ -264,7 +264,7 @@ def test_a_model_that_changes_its_size_between_rounds(fleet, on_device):
 def test_a_failure_waits_for_the_cloud(fleet, on_device):
     async def run(device):
         plan = fleet.plan(1, code=TASK)
-        device.participant.hear(plan)
+        device.participant.handle(plan)
         await device.until(lambda: device.fits() == "1")
         fleet.stop()
         await device.until(device.store.failures)
@@ -279,9 +279,9 @@ def test_a_failure_waits_for_the_cloud(fleet, on_device):
 def test_a_closed_round_that_a_restarted_cloud_waits_for_is_done_again(fleet, on_device):
     async def run(device):
         plan = fleet.plan(1, code=TASK)
-        device.participant.hear(RoundClosed(job="j1", round=1, job_ended=False))  # the end was not durable
+        device.participant.handle(RoundClosed(job="j1", round=1, job_ended=False))  # the end was not durable
         asked_before = device.store.last_answered() - 1
-        device.participant.hear(plan)
+        device.participant.handle(plan)
         device.participant.reconcile([plan], None, asked_before)  # settled since `Next` was asked: says nothing
         await asyncio.sleep(0.05)
         assert device.fits() == ""
@@ -296,11 +296,11 @@ def test_an_agent_with_a_full_disk_says_so_and_takes_part_when_there_is_space(fl
         device.store._db.execute("PRAGMA query_only = ON")  # no statement can be written
         with pytest.raises(HomeError):
             device.store.mark_answered("j1", 9)
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: ("j1", 1) in fleet.failures)
         assert "Free some space on its disk" in fleet.failures["j1", 1]
         device.store._db.execute("PRAGMA query_only = OFF")
-        device.participant.hear(fleet.plan(2, code=TASK))
+        device.participant.handle(fleet.plan(2, code=TASK))
         await device.until(lambda: ("j1", 2) in fleet.updates)
 
     on_device(run)
@@ -310,7 +310,7 @@ def test_a_model_larger_than_the_disk_is_refused_before_a_byte_of_it_comes(fleet
     monkeypatch.setattr("edge_agent.disk.KEPT_BYTES", 1 << 60)
 
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK))
+        device.participant.handle(fleet.plan(1, code=TASK))
         await device.until(lambda: ("j1", 1) in fleet.failures)
         assert "of disk space" in fleet.failures["j1", 1]
         assert not list((home / "work").iterdir())
@@ -320,7 +320,7 @@ def test_a_model_larger_than_the_disk_is_refused_before_a_byte_of_it_comes(fleet
 
 def test_a_task_works_in_a_folder_of_its_own(fleet, home, on_device):
     async def run(device):
-        device.participant.hear(fleet.plan(1, code=TASK.replace("import time", "import time; open('left.txt', 'w')")))
+        device.participant.handle(fleet.plan(1, code=TASK.replace("import time", "import time; open('left.txt', 'w')")))
         await device.until(lambda: ("j1", 1) in fleet.updates)
         assert [one.name for one in (home / "tasks").glob("*/*")] == ["left.txt"]
 
@@ -348,7 +348,7 @@ def test_what_is_frozen_is_fetched_once_and_kept_while_the_job_lasts(fleet, home
     async def run(device):
         for number in (1, 2):
             plan = dataclasses.replace(fleet.plan(number, code=FROZEN), frozen=frozen, parted=True)
-            device.participant.hear(plan)
+            device.participant.handle(plan)
             await device.until(lambda number=number: ("j1", number) in fleet.updates and not device.store.outbox())
             assert {name: array.tolist() for name, array in fleet.tree("j1", number).items()} == {"w": [5.0] * 4}
         assert len([call for call in fleet.calls if call.startswith("download")]) == 4  # bundle, two models, frozen

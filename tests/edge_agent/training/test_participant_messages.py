@@ -65,13 +65,13 @@ def test_each_message_is_answered_in_turn_and_the_state_goes_with_the_job(fleet,
     async def run(device):
         sent = [message_plan(fleet, number) for number in (1, 2, 3)]
         for plan, _ in sent:
-            device.participant.hear(plan)
-        device.participant.hear(sent[0][0])
+            device.participant.handle(plan)
+        device.participant.handle(sent[0][0])
         await device.until(lambda: len(fleet.updates) == 3 and not device.store.outbox())
         assert [counted(fleet, number, message) for number, (_, message) in enumerate(sent, 1)] == [1, 2, 3]
         assert device.fits() == "asked asked asked"
         assert device.store.jobs_with_state() == ["relay"]
-        device.participant.hear(RoundClosed(job="relay", round=3, job_ended=True))
+        device.participant.handle(RoundClosed(job="relay", round=3, job_ended=True))
         assert device.store.jobs_with_state() == []
         assert list((home / "states").iterdir()) == []
 
@@ -82,7 +82,7 @@ def test_a_message_that_is_no_longer_wanted_is_left_and_the_next_is_answered(fle
     async def run(device):
         (first, _), (second, message), (third, _) = (message_plan(fleet, n, hang=n == 1) for n in (1, 2, 3))
         for plan in (first, second, third):
-            device.participant.hear(plan)
+            device.participant.handle(plan)
         await device.until(lambda: device.fits() == "asked")
         device.participant.close(RoundClosed(job="relay", round=3, job_ended=False))
         device.participant.close(RoundClosed(job="relay", round=1, job_ended=False))
@@ -97,7 +97,7 @@ def test_a_message_that_is_no_longer_wanted_is_left_and_the_next_is_answered(fle
 def test_a_client_that_ends_its_process_is_a_failure(fleet, on_device):
     async def run(device):
         plan, _ = message_plan(fleet, 1, "train")
-        device.participant.hear(plan)
+        device.participant.handle(plan)
         await device.until(lambda: fleet.failures)
         assert fleet.failures["relay", 1] == "the trainer ended with exit status 3 while it trained"
         assert device.store.jobs_with_state() == []
@@ -108,7 +108,7 @@ def test_a_client_that_ends_its_process_is_a_failure(fleet, on_device):
 def test_a_reply_that_is_too_large_is_a_failure_and_the_state_stays(fleet, home, on_device):
     async def run(device):
         plan, _ = message_plan(fleet, 1)
-        device.participant.hear(dataclasses.replace(plan, max_update_bytes=10))
+        device.participant.handle(dataclasses.replace(plan, max_update_bytes=10))
         await device.until(lambda: fleet.failures)
         assert "accepts at most 10" in fleet.failures["relay", 1]
         assert list((home / "states").iterdir()) == []

@@ -23,7 +23,7 @@ from cloud.dataplane.open_round import Presence
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayParts, Relays
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import Answer, Jobs
+from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.relay_rows import Message, RelayRows
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
@@ -163,7 +163,7 @@ class Cloud:
 
         def answer(event: Event) -> None:
             file = "update" if isinstance(event, Answered) else None
-            opened.accept(Answer(device=event.device, file=file, reason="no data"), lambda _answer: None)
+            opened.accept(AnswerRow(device=event.device, file=file, reason="no data"), lambda _answer: None)
 
         end_s = self.play(trace, look, answer)
         thread.join(10)
@@ -196,7 +196,7 @@ class Cloud:
         def answer(event: Event) -> None:
             opened = self.rounds.get(relay, trace.devices.index(event.device) + 1)
             if opened is not None:
-                opened.accept(Answer(device=event.device, reason="no flower here"), opened.record)
+                opened.accept(AnswerRow(device=event.device, reason="no flower here"), opened.record)
 
         end_s = self.play(trace, look, answer)
         self.relays.end(relay, "done")

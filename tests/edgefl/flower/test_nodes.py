@@ -5,7 +5,7 @@ from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError
 from edgefl.flower.inside import give_id, task_identity
-from edgefl.flower.nodes import Answer, Delivery, InProcess, Nodes, node_name
+from edgefl.flower.nodes import Delivery, InProcess, NodeReply, Nodes, node_name
 from edgefl.testing import ManualClock
 
 
@@ -61,7 +61,7 @@ def test_state_stays_with_its_node():
     of.keep(answer)
     assert "seen" in of.context(1001).state
     assert "seen" not in of.context(1000).state
-    of.keep(Answer(answer.reply, 1001, RecordDict()))
+    of.keep(NodeReply(answer.reply, 1001, RecordDict()))
     assert "seen" not in of.context(1001).state
 
 

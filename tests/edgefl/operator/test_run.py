@@ -13,7 +13,7 @@ from edgefl.config import JobConfig, RoundsConfig, TrainConfig
 from edgefl.errors import BlobDamaged, CloudRefused, ConfigError, JobCancelled, JobFailed
 from edgefl.operator.client import CloudClient, Patience, load_credentials
 from edgefl.operator.follow import follow_job
-from edgefl.operator.run import Heard, download, submit, watch
+from edgefl.operator.run import WatchCallbacks, download, submit, watch
 from edgefl.task import load_task
 from edgefl.training.evaluation import evaluate
 from edgefl.trees import SpooledTree
@@ -70,7 +70,7 @@ def test_a_job_that_is_cancelled_says_after_how_many_rounds(http_plane, trainers
     trainers.gate.clear()
     job = submit(client, str(plain_task), load_task(str(plain_task)), CONFIG)
     with pytest.raises(JobCancelled, match="cancelled after 1 rounds"):
-        watch(client, job, heard=Heard(on_round=lambda _: http_plane.jobs.cancel(job)))
+        watch(client, job, callbacks=WatchCallbacks(on_round=lambda _: http_plane.jobs.cancel(job)))
 
 
 def test_a_cloud_that_restarts_is_waited_for(http_plane, trainers, torch_task):

@@ -111,7 +111,7 @@ def test_the_brokers_certificate_must_be_for_the_host_we_asked(free_port, fleet_
 def test_a_bad_message_is_logged_and_the_link_goes_on(peer, broker, fleet_ca, caplog) -> None:
     heard: queue.Queue[bytes] = queue.Queue()
 
-    def hear(topic: str, payload: bytes) -> None:
+    def receive(topic: str, payload: bytes) -> None:
         if payload == b"bad":
             raise ProtocolError("no sense in it")
         heard.put(payload)
@@ -120,7 +120,7 @@ def test_a_bad_message_is_logged_and_the_link_goes_on(peer, broker, fleet_ca, ca
     config = LinkConfig(
         url=broker.url, client_id="cloud", identity=fleet_ca.cloud, subscriptions=[("edgefl/v1/up/+/+", 1)]
     )
-    with Link(config, on_failure=pytest.fail, on_message=hear) as link:
+    with Link(config, on_failure=pytest.fail, on_message=receive) as link:
         assert link.wait_connected(5)
         device.link.publish(UP, b"bad")
         device.link.publish(UP, b"good")

@@ -1,4 +1,4 @@
-"""The first Ctrl-C is a wish, the second an order."""
+"""The first Ctrl-C is graceful, the second interrupts."""
 
 import json
 import os

@@ -13,7 +13,7 @@ from edgefl.aggregation.rule import Merging
 from edgefl.config import JobConfig
 from edgefl.errors import UpdateRejected
 from edgefl.guards import RoundGuard
-from edgefl.records import Failure, Partial, Plan, Update
+from edgefl.records import Answer, Failure, Partial, Plan, Update
 from edgefl.rounds import MetricSums
 from edgefl.simulation.engines.fallback import Attempt
 from edgefl.simulation.engines.fleets import Population, SimulationSetup, TrainingMethod
@@ -98,7 +98,7 @@ class ChunkTrainer:
         self._trainers[method].begin(self._plan)
         return self._trainers[method]
 
-    def _take(self, answers: Iterable[Update | Failure | Partial]) -> Done:
+    def _take(self, answers: Iterable[Answer]) -> Done:
         for answer in answers:
             if self._running is not None:
                 self._running.take(answer)
@@ -112,7 +112,7 @@ class _RunningSum:
         self._plan, self._rule_name = plan, rule
         self._reset()
 
-    def take(self, answer: Update | Failure | Partial) -> None:
+    def take(self, answer: Answer) -> None:
         """Fold what the guard admits; keep separately what the server must see as single answers."""
         if isinstance(answer, Failure):
             self._aside.append(answer)

@@ -14,11 +14,11 @@ from edgefl.measure import num_cores
 from edgefl.process.workers.pool import START_S, ItemAnswered, RunTerms, WorkerPool
 from edgefl.process.workers.process import wait_for_processes
 from edgefl.process.workers.work_queue import WorkQueue
-from edgefl.records import Plan, Traffic
+from edgefl.records import Answer, Plan, Traffic
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup, TrainingMethod
 from edgefl.simulation.engines.pool.messages import Chunk, Tried, Try
 from edgefl.simulation.engines.pool.process import TrainingProcess, launcher, memory_for
-from edgefl.simulation.engines.pool.round import Answer, PoolHistory, train
+from edgefl.simulation.engines.pool.round import PoolHistory, train
 from edgefl.training.parts import parts_of
 from edgefl.trees import Tree
 

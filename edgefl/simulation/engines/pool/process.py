@@ -25,8 +25,8 @@ class TrainingProcess(WorkerProcess):
         super().__init__(start, descriptors=descriptors)
         self._sums = sums
 
-    def hear(self) -> Ready | Reply:
-        said = super().hear()
+    def receive(self) -> Ready | Reply:
+        said = super().receive()
         if isinstance(said, Ready) or not isinstance(said.answer, Summed) or said.answer.partial is None:
             return said
         total = {name: array.copy() for name, array in self._sums.tree.items()}  # the memory may be overwritten soon

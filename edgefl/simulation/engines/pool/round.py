@@ -20,7 +20,7 @@ from edgefl.aggregation import rule_kind
 from edgefl.errors import ConfigError
 from edgefl.process.workers.pool import MAX_LOSSES, ItemAnswered, ItemGivenUp, NoWorkerLeft, RunTerms, WorkerPool
 from edgefl.process.workers.work_queue import WorkQueue
-from edgefl.records import Failure, Partial, Plan, Update
+from edgefl.records import Answer, Failure, Plan, Update
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup
 from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done, Flush, Summed
 from edgefl.trees import Tree
@@ -30,8 +30,6 @@ MAX_CHUNK = 32
 AHEAD = 8  # clients per worker whose single answers may wait for an earlier one
 STACKS_PER_WORKER = 2  # for clients trained in stacks, because larger stacks are faster
 MAX_STACKED = 1024
-
-Answer = Update | Failure | Partial
 
 
 @dataclass(slots=True)

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgefl.process.workers.pool import WorkerPool
-from edgefl.records import Plan, Traffic
+from edgefl.records import Answer, Plan, Traffic
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup
 from edgefl.simulation.engines.pool.messages import Chunk
-from edgefl.simulation.engines.pool.round import Answer, PoolHistory, train
+from edgefl.simulation.engines.pool.round import PoolHistory, train
 from edgefl.simulation.engines.ray.actor import Actor, start_of
 from edgefl.simulation.engines.ray.cluster import Cluster, undisturbed
 from edgefl.simulation.engines.ray.worker import RayWorker, wait_for_actors

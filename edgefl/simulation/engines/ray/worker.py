@@ -35,7 +35,7 @@ class RayWorker:
         else:
             self._owed.append(self.actor.answer.remote(message))
 
-    def hear(self) -> Ready | Reply:
+    def receive(self) -> Ready | Reply:
         """Return its next answer; raises WorkerLost, and ConfigError if it cannot load its task."""
         try:
             *_, said = self._ray.get([*self._begun, self._owed.popleft()], timeout=FETCH_S)

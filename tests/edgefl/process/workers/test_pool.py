@@ -34,7 +34,7 @@ class Scripted:
             self.done.append(message)
             self._say(Reply(f"{message}!", 1.0 * len(self.stage.started)))
 
-    def hear(self):
+    def receive(self):
         said = self.said.popleft()
         if isinstance(said, str):
             raise WorkerLost(said)
@@ -110,10 +110,10 @@ def test_what_a_lost_worker_had_is_done_again(fates, started):
 
 def test_an_item_that_costs_two_workers_is_given_up_and_the_others_are_done():
     class Deadly(Scripted):
-        def hear(self):
+        def receive(self):
             if self.asked[-1:] == ["x"]:
                 raise WorkerLost("died of x")
-            return super().hear()
+            return super().receive()
 
     stage = Stage([], [], kind=Deadly)
     events = stage.run("x", "a", "b")

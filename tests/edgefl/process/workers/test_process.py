@@ -61,10 +61,10 @@ def worker(start):
 
 def test_it_says_that_it_is_ready_and_answers_in_order(worker):
     assert wait_for_processes([worker], 60.0) == [worker]
-    assert worker.hear() == Ready()
+    assert worker.receive() == Ready()
     for message in ("quiet", "a", "b"):
         worker.ask(message)
-    first, second = worker.hear(), worker.hear()
+    first, second = worker.receive(), worker.receive()
     assert (first.answer["said"], second.answer["said"]) == ("a", "b")
     assert (first.answer["pid"], first.answer["threads"]) == (worker.pid, "1")
     assert first.peak_rss_mb > 1
@@ -75,13 +75,13 @@ def test_it_says_that_it_is_ready_and_answers_in_order(worker):
 
 @pytest.mark.parametrize(("message", "how"), [("leave", "ended with status 3"), (None, "was ended by SIGKILL")])
 def test_one_that_is_gone_says_how(worker, message, how):
-    worker.hear()
+    worker.receive()
     if message is None:
         os.kill(worker.pid, signal.SIGKILL)
     worker.ask(message or "a")
     assert wait_for_processes([worker], 60.0) == [worker]
     with pytest.raises(WorkerLost, match=how):
-        worker.hear()
+        worker.receive()
     worker.ask("into the void")
     worker.end()
     assert not alive(worker.pid)
@@ -90,7 +90,7 @@ def test_one_that_is_gone_says_how(worker, message, how):
 def test_one_that_cannot_start_says_why(start):
     worker = WorkerProcess(start(fault="no such thing"))
     with pytest.raises(ConfigError, match="a worker process cannot start: no such thing"):
-        worker.hear()
+        worker.receive()
     worker.end()
 
 
@@ -98,7 +98,7 @@ def test_what_it_inherits_is_there(start, tmp_path):
     file = tmp_path / "inherited"
     file.touch()
     with file.open() as one, closing(WorkerProcessHere(start(), one.fileno())) as worker:
-        assert worker.process.hear() == Ready()
+        assert worker.process.receive() == Ready()
         assert Path(f"/proc/{worker.process.pid}/fd/{one.fileno()}").resolve() == file
 
 

@@ -14,7 +14,7 @@ class Echo:
     def ask(self, message):
         self.says.append(Reply(message, 5.0))
 
-    def hear(self):
+    def receive(self):
         return self.says.pop(0)
 
     def end(self, *, kindly):
@@ -27,19 +27,19 @@ def test_it_is_free_awaited_and_ended_kindly_where_it_is_idle():
         slot.ask(item, "a", 0.0)
     slot.start(1.0)
     assert (slot.free, slot.since_s) == (False, 1.0)
-    assert slot.hear(2.0) is None
+    assert slot.receive(2.0) is None
     assert slot.free
     slot.ask(item, "a", 3.0)
     assert (slot.free, slot.awaited, slot.since_s) == (False, True, 3.0)
     slot.ask(WorkItem("b"), "b", 4.0)
     assert slot.since_s == 3.0  # with the first
-    assert slot.hear(5.0) == Reply("a", 5.0)
+    assert slot.receive(5.0) == Reply("a", 5.0)
     assert (slot.since_s, slot.peak_rss_mb) == (5.0, 5.0)
     slot.close()
     assert slot.worker.ended == [False]  # it was at work
     slot = Slot(Echo)
     slot.start(0.0)
-    slot.hear(0.0)
+    slot.receive(0.0)
     slot.close()
     assert slot.worker.ended == [True]
 

@@ -140,7 +140,7 @@ def story(engine="auto"):
 
 def test_a_stack_that_ends_its_process_is_trained_one_by_one_under_auto_and_refused_where_it_was_asked_for():
     at, of_auto, asked = AtWork("stacked training", "client-9"), story(), story("stacked")
-    of_auto.hear(Chose("stacked", "measured"))
+    of_auto.handle(Chose("stacked", "measured"))
     of_auto.lost(at, -signal.SIGSEGV, None)
     assert (of_auto.order.engine, of_auto.order.failed) == ("loop", {})
     assert "not in stacks: one's process was ended by SIGSEGV" in of_auto._why()
@@ -167,7 +167,7 @@ def test_a_task_whose_every_client_ends_its_process_ends():
     with pytest.raises(ProcessLost, match="64 processes in a row ended with status 3, the last in train_data"):
         told.lost(AtWork("train_data", "client-99"), 3, None)
     told._in_a_row = 63
-    told.hear(RoundDone(make_report(), None))
+    told.handle(RoundDone(make_report(), None))
     told.lost(AtWork("train_data", "client-99"), 3, None)  # a round was finished between
 
 

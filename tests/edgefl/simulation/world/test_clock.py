@@ -13,7 +13,7 @@ from edgefl.aggregation.mean import WeightedMean
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, ServerConfig, from_dict
 from edgefl.errors import QuorumNotMet
-from edgefl.records import Failure, Partial, Plan, RoundOutcome, Traffic, Update
+from edgefl.records import Answer, Failure, Partial, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import Job, run_rounds
 from edgefl.simulation.world.clock import VirtualClock, VirtualFleet
 from edgefl.simulation.world.devices import Devices, DevicesConfig
@@ -28,7 +28,6 @@ INSTANT = {
     "downlink_mbps": {"mean": 1e12},
     "rtt_s": {"mean": 0.0},
 }
-Answer = Update | Failure | Partial
 
 
 class Inner:

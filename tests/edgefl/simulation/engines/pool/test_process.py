@@ -24,14 +24,14 @@ def test_a_sum_is_a_copy_that_later_ones_leave_alone(set_up, plan_of, memory):
     plan = plan_of(setup)
     memory[0].write(plan.parameters)
     worker = launcher(setup, *memory)()
-    assert worker.hear() == Ready()
+    assert worker.receive() == Ready()
     summed = []
     for clients in (plan.clients[:2], plan.clients[2:4]):
         worker.ask(BeginRound(dataclasses.replace(plan, parameters={}, frozen={}), sums=True))
         worker.ask(Chunk(clients))
         worker.ask(Flush())
-        assert worker.hear().answer == Done()
-        summed.append(worker.hear().answer.partial)
+        assert worker.receive().answer == Done()
+        summed.append(worker.receive().answer.partial)
     assert [one.contributors for one in summed] == [plan.clients[:2], plan.clients[2:4]]
     assert all(array.dtype == np.float64 for array in summed[0].total.values())
     assert any((array != summed[1].total[name]).any() for name, array in summed[0].total.items())

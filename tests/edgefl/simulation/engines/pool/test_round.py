@@ -31,7 +31,7 @@ class Scripted:
             self.asked.append(message)
             self.says.append(message)
 
-    def hear(self):
+    def receive(self):
         said = self.says.pop(0)
         if next(self.fate, False):
             raise WorkerLost("died by the script")
@@ -120,10 +120,10 @@ def test_single_answers_come_in_order_whoever_dies(trained):
 
 
 class Deadly(Scripted):
-    def hear(self):
+    def receive(self):
         if self.says and isinstance(self.says[0], Chunk) and "client-2" in self.says[0].clients:
             raise WorkerLost("died of client-2")
-        return super().hear()
+        return super().receive()
 
 
 def test_a_client_that_ends_two_workers_fails_and_is_remembered(set_up, plan_of):

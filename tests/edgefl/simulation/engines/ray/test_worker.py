@@ -25,7 +25,7 @@ class Mortal(Actor):
 
 def heard(worker):
     assert wait_for_actors([worker], 60.0) == [worker]
-    return worker.hear()
+    return worker.receive()
 
 
 def test_an_actor_answers_and_says_how_it_is_lost(set_up, plan_of):

@@ -1,8 +1,8 @@
-"""The parts of a running cloud: the health of each, and the end of the process if one fails for good.
+"""Supervises the parts of a running cloud: their health checks, restarts, and the stop of the process.
 
 A part that raises in its thread is restarted, with growing pauses. If that does not help, or a part reports that it
-has ended, the process ends with the reason, so that its supervisor can start it again.
-Invariant: no part ends unnoticed: it is restarted, or `failure` is set and `on_end` is called.
+has failed, the process stops with the reason, so that systemd can start it again.
+Invariant: no part stops unnoticed: it is restarted, or `failure` is set and `on_end` is called.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 Check = Callable[[], str]  # why a part is unhealthy; empty = it is healthy
 
 
-class Parts:
-    """Health checks and failures of a cloud's parts. Methods may be called from any thread."""
+class Supervisor:
+    """Health checks, restarts and failures of a cloud's parts. Methods may be called from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -46,7 +46,7 @@ class Parts:
         self.failure: PartFailed | None = None
         self.on_end: Callable[[], object] = lambda: None
 
-    def check(self, name: str, check: Check) -> None:
+    def add_check(self, name: str, check: Check) -> None:
         """Register the health check of a part."""
         self._checks[name] = check
 
@@ -57,8 +57,8 @@ class Parts:
                 self._seen = self._clock(), {name: self._look(name) for name in {**self._checks, **self._ended}}
             return self._seen[1]
 
-    def ended(self, name: str, error: BaseException) -> None:
-        """Report that a part has ended for good: the process ends too."""
+    def report_failure(self, name: str, error: BaseException) -> None:
+        """Report that a part has stopped for good: the process stops, too."""
         _log.critical("part.ended part=%s", name, exc_info=error)
         self._ended[name] = f"it has ended: {error!r}"
         why = one_line(repr(error), MAX_REASON_CHARS)
@@ -67,7 +67,7 @@ class Parts:
         )
         self.on_end()
 
-    def keep(self, name: str, work: Callable[[], None]) -> None:
+    def run(self, name: str, work: Callable[[], None]) -> None:
         """Run a part in this thread until it returns; restart it after an error, unless errors are too frequent."""
         faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
         pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
@@ -77,13 +77,13 @@ class Parts:
             except Exception as error:  # noqa: BLE001 - the outermost line of a thread
                 faults_s.append(self._clock())
                 if len(faults_s) == MAX_FAULTS and faults_s[-1] - faults_s[0] < FAULTS_S:
-                    return self.ended(name, error)
+                    return self.report_failure(name, error)
                 _log.exception("part.fault part=%s: it starts again", name)
             if self._closing.wait(pauses.next_s()):
                 return None
 
     def close(self) -> None:
-        """The process ends: restart nothing."""
+        """Restart nothing from now on: the process is stopping."""
         self._closing.set()
 
     def _look(self, name: str) -> str:

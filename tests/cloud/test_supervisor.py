@@ -1,4 +1,4 @@
-"""Parts: kept, or loudly ended; looked at once for all who ask; each fault named."""
+"""A part of the cloud is restarted, or the process stops with its error; health checks are cached."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from cloud import parts as parts_module
-from cloud.parts import LOW_DISK_BYTES, MAX_FAULTS, Parts, database_fault, disk_fault
+from cloud import supervisor as supervisor_module
 from cloud.state.store import open_database
+from cloud.supervisor import LOW_DISK_BYTES, MAX_FAULTS, Supervisor, database_fault, disk_fault
 from edgefl.errors import PartFailed
 from edgefl.testing import ManualClock
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(parts_module, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(parts_module, "LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(supervisor_module, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(supervisor_module, "LONGEST_PAUSE_S", 0.001)
 
 
 def test_a_part_that_raises_now_and_then_is_started_again(caplog) -> None:
     clock = ManualClock()
-    parts = Parts(clock)
+    supervisor = Supervisor(clock)
     runs = []
 
     def work() -> None:
@@ -33,80 +33,80 @@ def test_a_part_that_raises_now_and_then_is_started_again(caplog) -> None:
         if len(runs) < 3 * MAX_FAULTS:
             raise ZeroDivisionError
 
-    parts.keep("relays", work)
+    supervisor.run("relays", work)
     assert len(runs) == 3 * MAX_FAULTS
-    assert parts.failure is None
+    assert supervisor.failure is None
     assert "part.fault part=relays" in caplog.text
 
 
-def test_a_part_that_cannot_be_kept_ends_the_process_with_its_reason() -> None:
-    parts, ends, runs = Parts(ManualClock()), [], []
-    parts.on_end = lambda: ends.append(1)
+def test_a_part_that_fails_too_often_stops_the_process_with_its_reason() -> None:
+    supervisor, ends, runs = Supervisor(ManualClock()), [], []
+    supervisor.on_end = lambda: ends.append(1)
 
     def work() -> None:
         runs.append(1)
         raise ZeroDivisionError("by zero\n\x1b")
 
-    parts.keep("relays", work)
+    supervisor.run("relays", work)
     assert len(runs) == MAX_FAULTS
     assert ends == [1]
-    assert isinstance(parts.failure, PartFailed)
-    assert "a part failed: relays, ZeroDivisionError" in str(parts.failure)
-    assert parts.reasons()["relays"] == "it has ended: ZeroDivisionError('by zero\\n\\x1b')"
+    assert isinstance(supervisor.failure, PartFailed)
+    assert "a part failed: relays, ZeroDivisionError" in str(supervisor.failure)
+    assert supervisor.reasons()["relays"] == "it has ended: ZeroDivisionError('by zero\\n\\x1b')"
 
 
 def test_the_first_failure_is_the_reason() -> None:
-    parts = Parts(ManualClock())
-    parts.ended("link", ValueError("first"))
-    parts.ended("broker", ValueError("second"))
-    assert "link" in str(parts.failure)
-    assert set(parts.reasons()) == {"link", "broker"}
+    supervisor = Supervisor(ManualClock())
+    supervisor.report_failure("link", ValueError("first"))
+    supervisor.report_failure("broker", ValueError("second"))
+    assert "link" in str(supervisor.failure)
+    assert set(supervisor.reasons()) == {"link", "broker"}
 
 
 def test_nothing_is_started_again_while_the_process_ends(monkeypatch) -> None:
-    monkeypatch.setattr(parts_module, "FIRST_PAUSE_S", 60.0)
-    parts, raised = Parts(), threading.Event()
+    monkeypatch.setattr(supervisor_module, "FIRST_PAUSE_S", 60.0)
+    supervisor, raised = Supervisor(), threading.Event()
 
     def work() -> None:
         raised.set()
         raise ZeroDivisionError
 
-    kept = threading.Thread(target=parts.keep, args=("relays", work))
+    kept = threading.Thread(target=supervisor.run, args=("relays", work))
     kept.start()
     assert raised.wait(5)
-    parts.close()
+    supervisor.close()
     kept.join(5)
     assert not kept.is_alive()
-    assert parts.failure is None
+    assert supervisor.failure is None
 
 
-def test_one_look_serves_all_who_ask_for_a_second() -> None:
+def test_results_of_the_checks_are_cached_for_a_second() -> None:
     clock, looks = ManualClock(), []
-    parts = Parts(clock)
+    supervisor = Supervisor(clock)
 
     def look() -> str:
         looks.append(clock())
         return "" if len(looks) == 1 else "gone\nforged=line"
 
-    parts.check("link", look)
-    assert parts.reasons() == parts.reasons() == {"link": ""}
+    supervisor.add_check("link", look)
+    assert supervisor.reasons() == supervisor.reasons() == {"link": ""}
     clock.advance(1.0)
-    assert parts.reasons() == {"link": "gone forged=line"}
+    assert supervisor.reasons() == {"link": "gone forged=line"}
     assert len(looks) == 2
 
 
-def test_what_cannot_be_looked_at_is_not_well() -> None:
-    parts = Parts()
+def test_a_part_whose_check_fails_is_unhealthy() -> None:
+    supervisor = Supervisor()
 
     def look() -> str:
         raise PermissionError(13, "Permission denied")
 
-    parts.check("disk", look)
-    assert "its health cannot be checked" in parts.reasons()["disk"]
+    supervisor.add_check("disk", look)
+    assert "its health cannot be checked" in supervisor.reasons()["disk"]
 
 
 def test_a_database_that_cannot_be_written_is_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(parts_module, "LOCK_PATIENCE_S", 0.01)
+    monkeypatch.setattr(supervisor_module, "LOCK_PATIENCE_S", 0.01)
     path = tmp_path / "cloud.db"
     open_database(path).dispose()
     assert database_fault(path) == ""
@@ -124,7 +124,7 @@ def test_a_database_that_cannot_be_written_is_named(tmp_path, monkeypatch) -> No
 
 def test_a_disk_that_is_nearly_full_is_named(tmp_path, monkeypatch) -> None:
     usage = SimpleNamespace(free=LOW_DISK_BYTES)
-    monkeypatch.setattr(parts_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(supervisor_module.shutil, "disk_usage", lambda _: usage)
     assert disk_fault(tmp_path) == ""
     usage.free -= 1
     assert "63 MB free" in disk_fault(tmp_path)
