@@ -1,8 +1,8 @@
-"""The gRPC data plane's server side: plans and models down, updates up (edgefl/protocols/fleet.proto).
+"""The server side of the gRPC data plane: plans and models down, updates up (edgefl/protocols/fleet.proto).
 
-A device is who its certificate says. An upload is acknowledged after it is checked, on disk and in the
-database. Files are read and written in worker threads, and transfers take turns (`cloud.dataplane.transfer_limiter`).
-A way to a thread and back costs as much as what is done there: a small update takes two, a small model two.
+A device is identified by its certificate. An upload is acknowledged after it is checked, on disk and in the
+database. Files are read and written in worker threads, and transfers are limited (`cloud.dataplane.transfer_limiter`).
+A call in a worker thread costs as much as its work, so a small update needs only two of them, and a small model two.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from edgefl.trees import SpooledTree
 
 RESUME_S = 10.0
 MAX_REASON_CHARS = 2000
-MAX_HOLDING = 10_000  # jobs of which a device keeps a state
-MAX_ASSIGNMENTS = 24  # in one answer to `Next`: below 1 MB
-MAX_CERTIFICATES = 4096  # that are not read anew for each call
-MAX_DOWNLOADS = 4  # of one device at a time: a model, a bundle, releases
-DEVICE_METADATA = "edgefl-device"  # who a device is in insecure mode, where no certificate says it
+MAX_HOLDING = 10_000  # jobs per device for which it keeps a state
+MAX_ASSIGNMENTS = 24  # per reply to `Next`, to stay below 1 MB
+MAX_CERTIFICATES = 4096  # parsed certificates in the cache
+MAX_DOWNLOADS = 4  # per device at a time: a model, a bundle, releases
+DEVICE_METADATA = "edgefl-device"  # the device's name in insecure mode, without certificates
 
-_STALLED = "nothing moved for too long, or newer transfers of this device took its place"
+_STALLED = "the transfer made no progress for too long, or newer transfers of this device replaced it"
 
 _log = logging.getLogger(__name__)
 
@@ -61,27 +61,27 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceParts:
-    """What the service works on."""
+    """The dependencies of the service."""
 
     rounds: OpenRounds
     jobs: Jobs
     blobs: BlobStore
     spool: Spool
     desired_for: Callable[[str], list[Signed]]
-    ended: Callable[[Sequence[str]], list[str]]  # of these jobs, those that are over
-    is_known: Callable[[str, str | None], bool]  # name and certificate's serial number
+    ended: Callable[[Sequence[str]], list[str]]  # returns those of these jobs that have ended
+    is_known: Callable[[str, str | None], bool]  # device name, serial number of its certificate
     broker_url: str
-    renewals: Renewals | None = None  # None = certificates are not renewed here
-    ca_pem: bytes = b""  # told with a renewed certificate
+    renewals: Renewals | None = None  # None = no renewals
+    ca_pem: bytes = b""  # sent with a renewed certificate
     insecure: bool = False
-    admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why there is no seat for a device's connection
-    pace: Callable[[str], float] = lambda _who: 0.0  # for how many seconds a call with this certificate has to wait
-    max_transfers: int = MAX_INSIDE  # uploads, and downloads, under way at a time
+    admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why a connection is refused; empty = it is not
+    pace: Callable[[str], float] = lambda _key: 0.0  # how long a call with this certificate must wait (s)
+    max_transfers: int = MAX_INSIDE  # concurrent uploads, and as many downloads
     storage: Storage = field(default_factory=Storage)
 
 
 def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
-    """Return the service for a gRPC server; chunks pass as bytes, see `edgefl.protocols.chunks`."""
+    """Return the handler for a gRPC server; chunks stay bytes, see `edgefl.protocols.chunks`."""
     to_state = pb.UploadState.SerializeToString
     registered = service.calls.registered
     methods = {
@@ -102,7 +102,7 @@ def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
 
 
 class FleetService:
-    """Implements `service Fleet`. Lives in the event loop; everything that blocks runs in `workers`."""
+    """Implements `service Fleet` in the event loop; everything that blocks runs in `workers`."""
 
     def __init__(self, parts: ServiceParts, workers: ThreadPoolExecutor) -> None:
         self._parts = parts
@@ -127,7 +127,7 @@ class FleetService:
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
         device = await self._device(context)
         if self._parts.renewals is None or not self._is_renewal_due(context):
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this certificate is good for a long time yet")
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this certificate need not be renewed yet")
         try:
             certificate = await self._run(self._parts.renewals.renew, device, request.csr)
         except (ProtocolError, EnrolmentRefused) as error:
@@ -144,7 +144,7 @@ class FleetService:
         try:
             path = sources[0] if sources else self._parts.blobs.path(request.sha256)
             async with self._downloads.turn(device) as transfer:
-                descriptor = os.open(path, os.O_RDONLY)  # in its turn: those that wait for theirs hold none
+                descriptor = os.open(path, os.O_RDONLY)  # within the turn, so that waiting downloads have no open file
                 try:
                     size = os.fstat(descriptor).st_size
                     offset = min(request.offset, size)
@@ -165,9 +165,9 @@ class FleetService:
 
     async def Resume(self, request: pb.UpdateKey, context: Context) -> pb.UploadState:  # noqa: N802
         device = await self._device(context)
-        opened, settled = self._find(request, device)
-        if settled is not None or opened is None:
-            return await self._unless_stopping(settled or _state("STALE"), context)
+        opened, final = self._find(request, device)
+        if final is not None or opened is None:
+            return await self._unless_stopping(final or _state("STALE"), context)
         offset = await self._run(self._parts.spool.received_bytes, request.job, request.round, device)
         return _state("PARTIAL", offset=offset)
 
@@ -179,17 +179,17 @@ class FleetService:
             async with self._uploads.turn(device) as transfer:
                 first = pb.UploadChunk.FromString(await anext(requests, b""))
                 if first.WhichOneof("part") != "header":
-                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its header")
-                opened, settled = self._find(first.header.key, device)
-                if settled is not None or opened is None:
-                    return await self._unless_stopping(settled or _state("STALE"), context)
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be the header")
+                opened, final = self._find(first.header.key, device)
+                if final is not None or opened is None:
+                    return await self._unless_stopping(final or _state("STALE"), context)
                 if fault := header_fault(first.header, opened.assignment.max_update_bytes):
                     return await self._run(self._refuse, opened, device, fault)
                 num_bytes = first.header.size - first.header.offset
                 state = await self._receive(_moving(requests, transfer), first.header, opened, device)
                 return await self._unless_stopping(state, context)
         except DecodeError:
-            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message of the upload is no UploadChunk")
+            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message is not an UploadChunk")
         except (UploadCutOff, TimeoutError) as error:
             return await context.abort(grpc.StatusCode.ABORTED, str(error) or _STALLED)
         except (OSError, SQLAlchemyError) as error:
@@ -206,9 +206,9 @@ class FleetService:
         return pb.FailureReply()
 
     async def _known(self, device: str, request: pb.NextRequest, context: Context) -> list[OpenRound]:
-        """Return what waits for a device, training first; answer for it where its agent does not know such work."""
+        """Return the rounds that wait for a device, training first; fail those whose kind its agent does not know."""
         known = []
-        agent = f"agent {one_line(request.agent_version, MAX_NAME_CHARS)} does not know work of the kind"
+        agent = f"agent {one_line(request.agent_version, MAX_NAME_CHARS)} does not know assignments of the kind"
         try:
             for opened in sorted(self._parts.rounds.waiting_for(device), key=_training_first):
                 if (kind := opened.assignment.kind) in request.knows:
@@ -220,7 +220,7 @@ class FleetService:
         return known
 
     async def _not_stored(self, error: Exception, device: str, context: Context, num_bytes: int = 0) -> NoReturn:
-        """End a call with a status that the device tries again after; the round's deadline waits for it."""
+        """Abort a call with a status after which the device retries; until then the round's deadline is paused."""
         if not self._parts.storage.refused(error, num_bytes):
             event(_log, logging.ERROR, "upload.not_stored", device=device, error=error)
         cause = getattr(error, "orig", None) or error
@@ -230,7 +230,7 @@ class FleetService:
     async def _receive(
         self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, device: str
     ) -> pb.UploadState:
-        """Write what comes; the last chunk together with all that follows from it."""
+        """Write the chunks; the last one is written and the update finished in one call of a worker."""
         key, size = header.key, header.offset
         if size and size > (here := await self._run(self._parts.spool.received_bytes, key.job, key.round, device)):
             return _state("PARTIAL", offset=here)
@@ -247,7 +247,7 @@ class FleetService:
                 arrival.last = data
             return await self._run(self._finish, arrival, header, opened, device)
         finally:
-            # In a worker: whoever writes is waited for. A file closed under its writer would be another's file.
+            # In a worker, which waits for a running write: its descriptor must not be closed and reused meanwhile.
             if not arrival.ended:
                 await asyncio.shield(self._run(arrival.end))
 
@@ -257,26 +257,26 @@ class FleetService:
             if incoming.size < header.size:
                 state = _state("PARTIAL", offset=incoming.size)
             else:
-                state = self._settle(opened, device, header, incoming)
+                state = self._accept(opened, device, header, incoming)
         finally:
             arrival.end()
         self._parts.storage.worked(header.size - header.offset)
         return state
 
     async def _unless_stopping(self, state: pb.UploadState, context: Context) -> pb.UploadState:
-        """Return the answer; but a cloud that stops does not say that a round is over which it will open again."""
+        """Return the state; but while the cloud is stopping, STALE would be wrong, because rounds will be resumed."""
         if state.status == pb.UploadState.STALE and self._parts.rounds.stopping:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds go on when it is back")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds continue later")
         return state
 
-    def _settle(self, opened: OpenRound, device: str, header: pb.UploadHeader, incoming: Incoming) -> pb.UploadState:
-        """Check, make durable, hand to the round; only then is it acknowledged."""
+    def _accept(self, opened: OpenRound, device: str, header: pb.UploadHeader, incoming: Incoming) -> pb.UploadState:
+        """Check an update, make it durable and hand it to its round; the caller then acknowledges it."""
         try:
             incoming.finish(header.blake3)
-            if isinstance(opened.assignment, Fit):  # else it is for the operator to read
+            if isinstance(opened.assignment, Fit):  # the operator reads replies to other assignments
                 SpooledTree(incoming.path)
         except ProtocolError as error:
-            if header.offset:  # perhaps the part that was here is damaged: once more, from its beginning
+            if header.offset:  # the stored part may be damaged: restart the upload
                 return _state("PARTIAL")
             return self._refuse(opened, device, str(error))
         answer = AnswerRow(device=device, file=incoming.name, weight=header.weight, metrics=dict(header.metrics))
@@ -288,16 +288,16 @@ class FleetService:
         return _state("STORED", offset=header.size) if opened.accept(answer, keep) else _state("STALE")
 
     def forget(self, device: str) -> None:
-        """Refuse what a device that was removed has under way, or waits to be folded. Called from any thread but ours.
+        """Refuse the answers of a removed device that are not aggregated yet, and abort its calls.
 
-        Its calls end soon after; they change nothing any more.
+        Call it in any thread but the event loop's. The calls end shortly after, without further changes.
         """
         for opened in self._parts.rounds.having(device):
             opened.forget(device, functools.partial(self._record, opened))
         self._loop.call_soon_threadsafe(self.calls.cut, device, REMOVED)
 
     def _refuse(self, opened: OpenRound, device: str, reason: str) -> pb.UploadState:
-        """Count the device as one without an update in this round."""
+        """Record that the device sends no update in this round."""
         reason = one_line(reason, MAX_REASON_CHARS)  # it may quote what the device sent
         job, number = opened.assignment.job, opened.assignment.round
         event(_log, logging.WARNING, "update.failed", job=job, round=number, device=device, reason=reason)
@@ -311,7 +311,7 @@ class FleetService:
         self._parts.jobs.record(opened.assignment.job, opened.assignment.round, answer)
 
     def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
-        """Return the open round that waits for this device, or what to tell it at once."""
+        """Return the open round that waits for this device, or the final state of its upload."""
         opened = self._parts.rounds.get(key.job, key.round)
         if opened is None:
             return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
@@ -322,22 +322,22 @@ class FleetService:
         return opened, None
 
     async def _device(self, context: Context) -> str:
-        """Return the caller's name; ends the call for one that is not, or no longer, of the fleet."""
+        """Return the caller's name; aborts the call if it is not, or no longer, enrolled."""
         resumed = self._parts.rounds.wait_resumed(0) or await self._run(self._parts.rounds.wait_resumed, RESUME_S)
         if not resumed:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud has just started and opens its rounds again")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is reopening its rounds after a restart; retry")
         name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
         self.calls.note(name)
-        who = name if serial is None else f"{name} {serial}"  # a former certificate of its name costs a device nothing
-        if (wait_s := self._parts.pace(who)) > 0:  # it has no more calls open than its connections have streams
+        key = name if serial is None else f"{name} {serial}"  # a revoked certificate has a share of its own
+        if (wait_s := self._parts.pace(key)) > 0:  # the number of waiting calls is bounded by the streams
             await asyncio.sleep(wait_s)
         if not await self._run(self._parts.is_known, name, serial):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
-                f"device {name!r} is not of this fleet, or not with this certificate; enrol it with a new token",
+                f"device {name!r} is not enrolled, or not with this certificate; enrol it with a new token",
             )
-        if no_seat := self._parts.admit(name, context.peer()):
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, no_seat)
+        if refusal := self._parts.admit(name, context.peer()):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
         return name
 
     def _is_renewal_due(self, context: Context) -> bool:
@@ -359,7 +359,7 @@ def _training_first(opened: OpenRound) -> tuple[bool, int]:
 
 
 def _certified_peer(context: Context) -> tuple[str, str]:
-    """Return the name and the serial number of the caller's certificate, which the TLS handshake has verified."""
+    """Return name and serial number of the caller's certificate, which the TLS handshake has verified."""
     return _names_in(_certificate(context))
 
 
@@ -385,4 +385,4 @@ async def _moving(requests: AsyncIterator[bytes], transfer: Transfer) -> AsyncIt
 
 
 def _overlong(size: int) -> str:
-    return f"more bytes came than the {size} that the update's header says"
+    return f"the upload has more than the {size} bytes in its header"

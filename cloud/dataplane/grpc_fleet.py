@@ -1,6 +1,6 @@
-"""The deployed fleet: plans announced over MQTT, models and updates over gRPC (see `FleetService`).
+"""The deployed fleet: plans are announced over MQTT, models and updates go over gRPC (see `FleetService`).
 
-Who is waited for is its exchange's to say (`edgefl.exchange`); a round's thread carries the instructions out.
+The exchange (`edgefl.exchange`) decides which devices are waited for; the job's thread executes its instructions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edgefl.records import Failure, Plan, Traffic, Update
 from edgefl.trees import SpooledTree, Tree, encoded_bytes
 from edgefl.trees.frozen import whole
 
-HEADER_SLACK_BYTES = 64 << 10  # another writer's header may be longer than ours
+HEADER_SLACK_BYTES = 64 << 10  # another safetensors writer may make a longer header than ours
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class FleetParts:
-    """What every job's fleet works on."""
+    """The dependencies of a job's fleet."""
 
     rounds: OpenRounds
     jobs: Jobs
@@ -46,33 +46,33 @@ class FleetParts:
 
 
 class GrpcFleet:
-    """The fleet of one job, as `run_rounds` sees it. Used from the job's own thread."""
+    """The fleet of one job, for `run_rounds`. Used in the job's thread only."""
 
     def __init__(self, job: JobRow, parts: FleetParts) -> None:
         self._job = job
         self._parts = parts
         self._took_part: set[str] = set()
-        self._begun_from: str | None = None  # the model of the round that is open
+        self._begun_from: str | None = None  # hash of the open round's model
 
     def clients(self) -> Sequence[str]:
-        """Return the devices online, once as many as wanted are there.
+        """Wait until enough devices are online, and return all that are.
 
-        The first round waits up to `rounds.wait_s` for them; later ones only `rounds.offline_grace_s`
-        where the quorum is there. Raises what the job was interrupted with.
+        The first round waits up to `rounds.wait_s`; later ones wait only `rounds.offline_grace_s` if the quorum is
+        online. Raises the error that interrupted the job.
         """
         link, stages = self._parts.link, gathering(self._job.config.rounds, is_first=not self._took_part)
 
-        def are_there(num_devices: int) -> bool:
+        def are_online(num_devices: int) -> bool:
             return self._parts.rounds.is_stopped(self._job.id) or len(link.online()) >= num_devices
 
-        any(link.wait_until(functools.partial(are_there, num_devices), wait_s) for num_devices, wait_s in stages)
+        any(link.wait_until(functools.partial(are_online, num_devices), wait_s) for num_devices, wait_s in stages)
         self._parts.rounds.refuse_stopped(self._job.id)
         return sorted(link.online())
 
     def keep(self, parameters: Tree) -> SpooledTree:
-        """Encode the parameters, once for all devices, and go on with the file: it is mapped when it is needed.
+        """Encode the parameters once for all devices; return the file's tree, which is mapped when needed.
 
-        Raises BlobDamaged where the file that the round began from, which they were computed of, has changed.
+        Raises BlobDamaged if the file of the round's model, from which they were computed, has changed.
         """
         if self._begun_from is not None:
             self._parts.blobs.check(self._begun_from)
@@ -80,7 +80,7 @@ class GrpcFleet:
         return SpooledTree(self._parts.blobs.path(ref.sha256))
 
     def assembled(self, parameters: Tree) -> BlobRef | None:
-        """Return the blob of a job's last model, whole; None where its parameters are that."""
+        """Return the blob of a job's last model with its frozen tensors; None if it has none."""
         if self._job.frozen is None:
             return None
         frozen = SpooledTree(self._parts.blobs.path(self._job.frozen.sha256))
@@ -88,28 +88,28 @@ class GrpcFleet:
         return self.insist(lambda: self._parts.blobs.put_tree(tensors), encoded_bytes(tensors))
 
     def insist(self, call: Callable[[], _T], num_bytes: int = 0) -> _T:
-        """Write something durable: waits while the disk is full; raises what the job was interrupted with."""
+        """Call a function that writes; retry while the disk is full. Raises the error that interrupted the job."""
         return self._parts.storage.insist(call, lambda: self._parts.rounds.refuse_stopped(self._job.id), num_bytes)
 
     def published(self, parameters: Tree) -> BlobRef:
-        """Return the blob that `keep` made of a round's parameters, or makes it."""
+        """Return the blob of a round's parameters; store them unless `keep` has."""
         kept = parameters if isinstance(parameters, SpooledTree) else self.keep(parameters)
         return BlobRef(sha256=kept.path.name, size=kept.path.stat().st_size)
 
     def collect(self, plan: Plan) -> Iterator[Update | Failure]:
-        """Announce the plan and yield what comes, first what had come before a restart."""
+        """Announce the plan and yield the answers as they arrive; first those from before a restart."""
         opened = self._open(plan)
         try:
-            while not isinstance(instruction := opened.next(self._who_is_there), Close):
+            while not isinstance(instruction := opened.next(self._presence), Close):
                 if isinstance(instruction, Yield):
                     yield self._as_record(opened.take(instruction.device), plan)
                 else:
-                    self._say(instruction, opened)
+                    self._execute(instruction, opened)
         finally:
             opened.close()
             self._parts.rounds.remove(opened)
             for left in opened.given_up():
-                self._say(left, opened)
+                self._execute(left, opened)
 
     def traffic(self) -> Traffic:
         return self._parts.rounds.traffic(self._job.id)
@@ -121,7 +121,7 @@ class GrpcFleet:
         self._parts.link.send_job(update.device, UpdateRefused(job=plan.job, round=plan.round, reason=reason))
 
     def end(self) -> None:
-        """Tell the devices that took part that no round will follow."""
+        """Tell all participants that the job has ended."""
         for device in sorted(self._took_part):
             ended = RoundClosed(job=self._job.id, round=self._job.config.rounds.count, job_ended=True)
             self._parts.link.send_job(device, ended)
@@ -146,24 +146,24 @@ class GrpcFleet:
             assignment, sorted(plan.clients), Terms.of_round(self._job.config.rounds, plan.deadline_s), around
         )
         for answer in self.insist(lambda: self._parts.jobs.open_round(plan.job, plan.round, plan.clients)):
-            opened.accept(answer, lambda _answer: None)  # it is durable already
+            opened.accept(answer, lambda _answer: None)  # it is already durable
         self._parts.rounds.add(opened)
         event(_log, logging.INFO, "round.open", job=plan.job, round=plan.round, cohort=len(plan.clients),
               waiting=len(opened.waiting()))  # fmt: skip
         opened.begin()
-        opened.note(self._who_is_there())  # who went before the round began, or with the last cloud
+        opened.note(self._presence())  # devices that went offline before
         self._took_part |= set(plan.clients)
         return opened
 
-    def _who_is_there(self) -> Presence:
+    def _presence(self) -> Presence:
         return Presence.of(self._parts.link)
 
-    def _say(self, instruction: Instruction, opened: OpenRound) -> None:
-        """Tell a device what it is asked, or that it is not waited for any more."""
+    def _execute(self, instruction: Instruction, opened: OpenRound) -> None:
+        """Send a device its assignment, or that its round is closed."""
         assignment, link = opened.assignment, self._parts.link
         if isinstance(instruction, Tell):
             link.send_job(instruction.device, assignment)
-        # Of an interrupted job nobody is told here: it is ended in `end`, or goes on with this very round.
+        # Not for an interrupted job: `end` tells all devices, or this round is resumed after a restart.
         elif isinstance(instruction, GiveUp) and not self._parts.rounds.is_stopped(assignment.job):
             closed = RoundClosed(job=assignment.job, round=assignment.round, job_ended=False)
             link.send_job(instruction.device, closed)

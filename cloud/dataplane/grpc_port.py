@@ -1,10 +1,10 @@
-"""Who holds connections to the gRPC port: few strangers for a short time, each device a few, and no more than fit.
+"""Limits connections to the gRPC port: unknown clients get few for a short time, each device a few, all a maximum.
 
-gRPC's C core accepts by itself and tells nobody of a connection before its first call. What it does itself is
-set in `options`: a hard limit on connections, a deadline for TLS, pings for the dead. The rest is done from
-outside: every second our own sockets of that port are looked up in /dev/fd. One that belongs to no
-admitted call waits, and is shut down (shutdown(2), through a duplicate of its descriptor, which cannot
-become another's meanwhile) when its time is over or others need the place.
+gRPC's C core accepts connections by itself, and has no callback before the first call. `options` has the limits
+that it enforces: the number of connections, a deadline for TLS, pings for dead ones. The rest is done from outside:
+every second we find our own sockets of the port in /dev/fd. A socket without an admitted call is *waiting*, and is
+shut down when its deadline has passed or its place is needed: by shutdown(2), on a duplicate of its descriptor, whose
+number cannot be reused meanwhile.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from edgefl.logs import event
 from edgefl.protocols.ports.connections import Connection, Connections, source_of
 from edgefl.protocols.ports.pacing import TokenBucket
 
-SWEEP_S, CROWDED_SWEEP_S = 1.0, 0.1  # the latter while many wait
+SWEEP_S, CROWDED_SWEEP_S = 1.0, 0.1  # the second while many are waiting
 CONNECTIONS_OF_A_DEVICE = 4
-CALLS_PER_S, CALLS_BURST = 300, 1000  # of one device: a round takes three
+CALLS_PER_S, CALLS_BURST = 300, 1000  # per device; a round needs three
 STREAMS_OF_A_CONNECTION = 32
 HANDSHAKE_S = 10
 _DESCRIPTORS = "/dev/fd"
@@ -42,46 +42,46 @@ class Found:
     """One of this process's sockets: an accepted connection of the port."""
 
     descriptor: int
-    inode: int  # the number alone may be another socket's by now
+    inode: int  # because the descriptor's number may have been reused
     peer: Peer
 
 
 @dataclass(slots=True)
 class _Device:
-    """What one device has: its share of calls, and its connections, the oldest first."""
+    """A device's share of calls, and its connections, the oldest first."""
 
     calls: TokenBucket
     peers: dict[Peer, None] = field(default_factory=dict)
 
 
 class GrpcPort:
-    """The connections of the gRPC port. Lives in the event loop."""
+    """The connections of the gRPC port. Used in the event loop only."""
 
     def __init__(self, share: PortShare, port: int, full: str, clock: Callable[[], float]) -> None:
         self._share, self._full, self._clock = share, full, clock
         self._scanner = Scanner(port)
         self._connections = Connections(share.limits(), clock)
-        self._places: dict[Peer, Connection] = {}  # of connections that were found
-        self._seats: dict[Peer, str] = {}  # whose they are
-        self._not_found: dict[Peer, int] = {}  # of these, the looks that did not find their connection
+        self._places: dict[Peer, Connection] = {}  # of the sockets that were found
+        self._seats: dict[Peer, str] = {}  # device of each admitted connection
+        self._not_found: dict[Peer, int] = {}  # admitted connections without a socket yet: scans so far
         self._devices: dict[str, _Device] = {}
 
     @property
     def options(self) -> list[tuple[str, int]]:
-        """What the C core is to do itself."""
+        """The server options with the limits that the C core enforces."""
         return [
             ("grpc.max_allowed_incoming_connections", self._share.limits().max_open),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
             ("grpc.max_concurrent_streams", STREAMS_OF_A_CONNECTION),
-            ("grpc.keepalive_time_ms", 60_000),  # a device asks twice a minute: one that does not is pinged
+            ("grpc.keepalive_time_ms", 60_000),  # devices call `Next` twice a minute
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
 
     def admit(self, device: str, peer: str) -> str:
-        """Give the connection of an enrolled device's call a seat; return why there is none, empty where there is.
+        """Give the connection of an enrolled device a seat; return why there is none, empty if there is.
 
-        A device that opens more connections than it needs loses its oldest.
+        If a device has too many connections, its oldest one is closed.
         """
         key = parse_peer(peer)
         if self._seats.get(key) == device:
@@ -93,7 +93,7 @@ class GrpcPort:
             return self._full
         if full or len(held) >= CONNECTIONS_OF_A_DEVICE:
             self._unseat(next(iter(held)))
-        self._forget(key)  # it was another device's
+        self._forget(key)  # the address may have been another device's
         self._seats[key] = device
         held[key] = None
         if key in self._places:
@@ -103,33 +103,33 @@ class GrpcPort:
         return ""
 
     def drop(self, device: str) -> None:
-        """Shut the connections of a device that was removed, when its calls have heard why."""
+        """Close the connections of a removed device at the next scan, after its calls were aborted."""
         if device in self._devices:
             for peer in list(self._devices[device].peers):
                 self._unseat(peer)
 
     def pace(self, device: str) -> float:
-        """Count a call of a device; return for how many seconds it has to wait."""
+        """Count a call of a device; return how long it must wait (s)."""
         return self._of(device).calls.take()
 
     async def watch(self) -> None:
-        """Look after the connections until cancelled."""
+        """Scan for connections periodically until cancelled."""
         while True:
             crowded = 2 * self._connections.num_waiting > self._share.waiting
             await asyncio.sleep(CROWDED_SWEEP_S if crowded else SWEEP_S)
-            self.update(*await asyncio.to_thread(self._scanner.look))
+            self.update(*await asyncio.to_thread(self._scanner.scan))
 
     def update(self, new: Sequence[Found], gone: Sequence[Found]) -> None:
-        """Take note of new and closed connections, and shut those that have to go."""
+        """Register new connections, forget closed ones, and shut down overdue ones."""
         for found in gone:
             if found.peer in self._places:
                 self._places.pop(found.peer).leave()
             self._forget(found.peer)
         for found in new:
             self._take(found)
-        for peer, looks in list(self._not_found.items()):
-            self._not_found[peer] = looks + 1
-            if looks >= 2:  # it came and went between two looks
+        for peer, scans in list(self._not_found.items()):
+            self._not_found[peer] = scans + 1
+            if scans >= 2:  # it was opened and closed between two scans
                 self._forget(peer)
         self._connections.close_overdue()
         for name in [name for name, one in self._devices.items() if not one.peers and one.calls.idle()]:
@@ -152,7 +152,7 @@ class GrpcPort:
     def _unseat(self, peer: Peer) -> None:
         self._forget(peer)
         if peer in self._places:
-            self._places[peer].wait(0.0)  # shut at the next look
+            self._places[peer].wait(0.0)  # shut down at the next scan
 
     def _forget(self, peer: Peer) -> None:
         self._not_found.pop(peer, None)
@@ -162,14 +162,14 @@ class GrpcPort:
 
 
 class Scanner:
-    """Finds this process's accepted connections of one port. One thread at a time."""
+    """Finds this process's accepted connections of one port. Not thread-safe."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._known: dict[tuple[int, int], Found | None] = {}  # by descriptor and inode; None: another socket
 
-    def look(self) -> tuple[list[Found], list[Found]]:
-        """Return the connections that are new since the last look, and those that are gone."""
+    def scan(self) -> tuple[list[Found], list[Found]]:
+        """Return the connections that are new since the last scan, and those that are closed."""
         before, self._known = self._known, {}
         for key in _sockets():
             self._known[key] = before[key] if key in before else _accepted(*key, self._port)
@@ -181,7 +181,7 @@ def _only_in(some: Mapping[tuple[int, int], Found | None], others: Container[tup
 
 
 def shut(found: Found) -> None:
-    """Shut a connection down, for both ends; nothing happens where it is closed already."""
+    """Shut down a connection in both directions; do nothing if it is already closed."""
     with contextlib.suppress(OSError), _duplicate(found.descriptor) as connection:
         if os.fstat(connection.fileno()).st_ino == found.inode:
             connection.shutdown(socket.SHUT_RDWR)
@@ -195,7 +195,7 @@ def parse_peer(peer: str) -> Peer:
 
 def _sockets() -> Iterator[tuple[int, int]]:
     for name in os.listdir(_DESCRIPTORS):  # noqa: PTH208 - a Path for each number, every second
-        with contextlib.suppress(OSError):  # closed since the list was made
+        with contextlib.suppress(OSError):  # closed in the meantime
             status = os.fstat(int(name))
             if stat.S_ISSOCK(status.st_mode):
                 yield int(name), status.st_ino
@@ -204,7 +204,7 @@ def _sockets() -> Iterator[tuple[int, int]]:
 def _accepted(descriptor: int, inode: int, port: int) -> Found | None:
     with contextlib.suppress(OSError), _duplicate(descriptor) as connection:
         if connection.family in {socket.AF_INET, socket.AF_INET6} and connection.getsockname()[1] == port:
-            address, number = connection.getpeername()[:2]  # the listening socket has none: an OSError
+            address, number = connection.getpeername()[:2]  # raises OSError for the listening socket
             return Found(descriptor, inode, (_plain(str(address)), int(number)))
     return None
 

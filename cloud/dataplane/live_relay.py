@@ -1,4 +1,4 @@
-"""One running relay: which of its messages wait for an answer, and which answers wait for its operator."""
+"""One running relay: the messages that wait for an answer, and the answers that wait for its operator."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from edgefl.exchange import Why
 from edgefl.exchange.terms import RETURN_S
 from edgefl.protocols.messages import BlobRef, Deliver, Signed
 
-MAX_MESSAGE_BYTES = (1 << 30) + (16 << 20)  # of what a message or a reply holds, and what surrounds it
+MAX_MESSAGE_BYTES = (1 << 30) + (16 << 20)  # content of a message or a reply, with its envelope
 
-Line = Mapping[str, Any]  # an answer as the operator hears of it
+Line = Mapping[str, Any]  # an answer, in the operator's stream of events
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
-    """How long whom is waited for, in seconds."""
+    """Timeouts of a relay, in seconds, and its clocks."""
 
-    operator_s: float = 60.0  # not heard of
-    device_s: float = 30.0  # offline
-    return_s: float = RETURN_S  # more, for a device that has not been heard of since the cloud's start
-    stream_s: float = 60.0  # an operator's stream ends and is asked for again: so a dead one is not taken for alive
+    operator_s: float = 60.0  # without a request of the operator, after which the relay fails
+    device_s: float = 30.0  # offline, after which a device is given up
+    return_s: float = RETURN_S  # more, for a device without a message since the cloud's start
+    stream_s: float = 60.0  # lifetime of an operator's stream; the operator reconnects, which shows that it is alive
     clock: Callable[[], float] = time.monotonic
-    time_of_day: Callable[[], float] = time.time  # seconds since 1970: a message's end is given so
+    time_of_day: Callable[[], float] = time.time  # seconds since 1970, as in `Message.expires_s`
 
 
 @dataclass(slots=True)
@@ -40,28 +40,28 @@ class SentMessage:
     number: int
     device: str
     opened: OpenRound
-    standing: Standing = Standing.ONLINE  # of its device, as the exchange was told last
-    given_up: Why | None = None  # by its exchange: the cloud answers for the device
+    standing: Standing = Standing.ONLINE  # of its device, as last passed to the exchange
+    given_up: Why | None = None  # set by its exchange; the cloud then answers for the device
 
 
 @dataclass(slots=True)
 class LiveRelay:
-    """The state of a relay, but for what is durable."""
+    """The state of a relay in memory."""
 
     id: str
     bundle: Signed
-    contents: BlobStore  # of what messages hold
-    heard_s: float  # of its operator
-    paused_before_s: float  # of pauses of the storage before it began here
-    waiting: dict[int, SentMessage] = field(default_factory=dict)  # for an answer
-    replies: dict[int, Line] = field(default_factory=dict)  # those that wait for the operator
+    contents: BlobStore  # of its messages
+    heard_s: float  # time of the operator's last request
+    paused_before_s: float  # total pauses of the storage before it started
+    waiting: dict[int, SentMessage] = field(default_factory=dict)  # messages without an answer
+    replies: dict[int, Line] = field(default_factory=dict)  # answers that the operator has not confirmed
     hashes: dict[str, tuple[BlobRef, str]] = field(default_factory=dict)
-    devices: set[str] = field(default_factory=set)  # that were sent something
+    devices: set[str] = field(default_factory=set)  # that were sent a message
     last: int = 0
-    resumed: bool = False  # after a restart: nobody knows who was sent something before
+    resumed: bool = False  # after a restart, so that `devices` is incomplete
 
     def assignment(self, message: Message, within_s: float) -> Deliver:
-        """Return what a device is sent; raises ConfigError where what the message holds is not here."""
+        """Return the assignment for a message; raises ConfigError if its content was not uploaded."""
         content, fast = self._content(message)
         return Deliver(
             job=self.id,
@@ -75,11 +75,11 @@ class LiveRelay:
         )
 
     def _content(self, message: Message) -> tuple[BlobRef, str]:
-        """Return what messages may share, hashed once."""
+        """Return a message's content; its hash is computed once, because messages may share it."""
         sha256 = message.content_sha256
         if sha256 not in self.hashes:
             path = self.contents.path(sha256)
             if not path.exists():
-                raise ConfigError(f"what message {message.number} holds, {sha256[:16]}..., is not here; send it first")
+                raise ConfigError(f"content {sha256[:16]}... of message {message.number} is missing; upload it first")
             self.hashes[sha256] = BlobRef(sha256=sha256, size=path.stat().st_size), blake3_of(path)
         return self.hashes[sha256]

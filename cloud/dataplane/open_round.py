@@ -1,8 +1,8 @@
-"""Rounds that wait for answers: where the network's threads, presence and time meet their exchange.
+"""Rounds that wait for answers: they pass answers, presence and time to their exchange.
 
-Invariant: an answer is accepted only while its round is open, once for each device of the cohort, and is in the
-database before it is yielded; both happen under the round's lock, so that the order in which answers are yielded is
-the database's, and nothing is acknowledged that the round will not see.
+Invariant: an answer is accepted only while its round is open, once per device of the cohort, and is in the database
+before it is yielded. Both happen under the round's lock, so answers are yielded in the database's order, and no
+answer is acknowledged that the round will not yield.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ Clock = Callable[[], float]  # seconds, monotonic
 
 
 class Standing(Enum):
-    """How it is with a device."""
+    """Whether a device is online."""
 
     ONLINE = "online"
     OFFLINE = "offline"
-    UNHEARD = "unheard"  # since the cloud's start
+    UNHEARD = "unheard"  # no message since the cloud's start
 
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """Who is there, at one moment."""
+    """The devices that are online at one time."""
 
     online: frozenset[str]
-    heard_of: frozenset[str]  # and said to be offline
-    is_known: bool  # without a broker nobody is known to be gone
+    heard_of: frozenset[str]  # devices that have reported, and are offline
+    is_known: bool  # False without a broker; then every device counts as online
 
     @classmethod
     def of(cls, link: CloudLink) -> Presence:
         return cls(link.online(), link.offline(), not link.reason)
 
     def standing(self, device: str) -> Standing:
-        """Return how it is with one device."""
+        """Return whether one device is online."""
         if not self.is_known or device in self.online:
             return Standing.ONLINE
         return Standing.OFFLINE if device in self.heard_of else Standing.UNHEARD
@@ -72,15 +72,15 @@ class Presence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Surroundings:
-    """Where a round has the time and pauses from, and who carries its instructions out."""
+    """A round's clock and storage, and what executes its instructions."""
 
     clock: Clock = time.monotonic
     storage: Storage = field(default_factory=Storage)
-    act: Callable[[Instruction], None] | None = None  # at once, under the round's lock; None = they wait in a queue
+    act: Callable[[Instruction], None] | None = None  # at once, under the round's lock; None = `next` returns them
 
 
 class OpenRound:
-    """One round of one job, or one message of a relay, while it collects."""
+    """One round of a job, or one message of a relay, until it is closed."""
 
     def __init__(
         self, assignment: Assignment, asked: Iterable[str], terms: Terms, around: Surroundings | None = None
@@ -89,15 +89,13 @@ class OpenRound:
         asked = tuple(asked)
         self.asked = frozenset(asked)
         self.up_bytes = self.down_bytes = 0
-        self.record: Callable[[AnswerRow], None] | None = (
-            None  # makes an answer durable; None = as an update of its job
-        )
-        self.source: Path | None = None  # of what a device fetches for it; None = it is a blob
+        self.record: Callable[[AnswerRow], None] | None = None  # makes an answer durable; None = `Jobs.record`
+        self.source: Path | None = None  # the file that devices download for it; None = blobs
         self._around = around or Surroundings()
-        self._lock = threading.RLock()  # whoever acts may ask
+        self._lock = threading.RLock()  # `act` may call methods of the round
         self._exchange = Exchange(asked, terms)
-        self._answers: dict[str, AnswerRow] = {}  # that were not taken yet
-        # Bounded by what is put in: a few instructions for each device, and calls to look that are merged.
+        self._answers: dict[str, AnswerRow] = {}  # accepted, not taken yet
+        # Bounded: it gets a few instructions per device, and `stir` puts in one None at a time.
         self._items: queue.SimpleQueue[Instruction | EdgeflError | None] = queue.SimpleQueue()
         self._act = self._around.act or self._items.put
         self._is_stirred = False
@@ -106,12 +104,12 @@ class OpenRound:
         self._paused_since_s: float | None = None
 
     def begin(self, *, is_told: bool = False) -> None:
-        """Begin to wait, and have the devices told, unless they are."""
+        """Start waiting for answers, and send the assignment unless the devices have it already (`is_told`)."""
         with self._lock:
             self._do(Begin(is_told=is_told, at_s=self._now_s()))
 
     def accept(self, answer: AnswerRow, make_durable: Callable[[AnswerRow], None]) -> bool:
-        """Take a device's answer, once; False where the round is over or has one from it."""
+        """Accept a device's answer once; False if the round is over, or has an answer of the device."""
         with self._lock:
             at_s = self._now_s()
             if not self._exchange.waits_for(answer.device, at_s):
@@ -120,7 +118,7 @@ class OpenRound:
             return True
 
     def forget(self, device: str, make_durable: Callable[[AnswerRow], None]) -> None:
-        """Refuse a device that was removed from the fleet, also where its answer waits to be taken."""
+        """Record a refusal for a device that was removed from the fleet, also if its answer is not taken yet."""
         refusal = AnswerRow(device=device, reason=REMOVED)
         with self._lock:
             at_s = self._now_s()
@@ -131,12 +129,12 @@ class OpenRound:
                 self._take(refusal, make_durable, at_s)
 
     def take(self, device: str) -> AnswerRow:
-        """Return the answer that is to be handed on, as it counts now."""
+        """Remove and return a device's answer."""
         with self._lock:
             return self._answers.pop(device)
 
     def note(self, presence: Presence) -> None:
-        """Hear who is there."""
+        """Pass changes of presence to the exchange."""
         with self._lock:
             at_s, exchange, online = self._now_s(), self._exchange, Standing.ONLINE
             back = [device for device in exchange.offline if presence.standing(device) is online]
@@ -145,22 +143,22 @@ class OpenRound:
             self._do(*(Offline(device, heard_of=device in presence.heard_of, at_s=at_s) for device in gone))
 
     def look(self) -> None:
-        """Look at the clock, and whether answers can be stored."""
+        """Pass the time, and pauses of the storage, to the exchange."""
         with self._lock:
             self._do(Tick(at_s=self._now_s()))
 
     def stir(self) -> None:
-        """Have whoever waits in `next` look again: at who is there, and at the disk."""
+        """Wake the thread in `next`, so that it checks presence and the disk."""
         if not self._is_stirred:
             self._is_stirred = True
             self._items.put(None)
 
     def interrupt(self, error: EdgeflError) -> None:
-        """Have `next` raise this."""
+        """Make `next` raise this error."""
         self._items.put(error)
 
-    def next(self, who_is_there: Callable[[], Presence]) -> Instruction:
-        """Wait for what is to be done next; raises what the round is interrupted with."""
+    def next(self, presence: Callable[[], Presence]) -> Instruction:
+        """Wait for the next instruction; raises the error that interrupts the round."""
         while True:
             try:
                 item = self._items.get(timeout=min(self.wait_s(), MAX_SECONDS))
@@ -173,28 +171,28 @@ class OpenRound:
             if item is not None:
                 return item
             self._is_stirred = False
-            self.note(who_is_there())
+            self.note(presence())
 
     def given_up(self) -> Iterator[GiveUp]:
-        """Yield whom nobody has told yet that the round, which is closed, is over."""
+        """Yield the pending instructions to give up a device, once the round is closed."""
         while not self._items.empty():
             if isinstance(item := self._items.get(), GiveUp):
                 yield item
 
     def wait_s(self) -> float:
-        """Return for how long there is nothing to look at: in a pause, not long."""
+        """Return the time until the next `look` is due (s), which is short in a pause."""
         with self._lock:
             if self._exchange.is_paused:
                 return LOOK_S
             return max(0.0, self._exchange.due_s - self._around.clock())
 
     def close(self) -> None:
-        """Accept nothing more, and give up whoever has not answered."""
+        """Accept no more answers, and give up the devices that have not answered."""
         with self._lock:
             self._do(Stop(at_s=self._now_s()))
 
     def waits_for(self, device: str) -> bool:
-        """Whether this device has not answered, and still can."""
+        """Whether the device has not answered yet, and the round is open."""
         return device in self._exchange.waiting
 
     def has_answered(self, device: str) -> bool:
@@ -210,10 +208,10 @@ class OpenRound:
         return self._exchange.is_paused
 
     def asks_for(self, sha256: str) -> bool:
-        """Whether a device needs this blob to take part."""
+        """Whether a device needs this blob for the assignment."""
         return any(ref.sha256 == sha256 for ref in self.assignment.blobs())
 
-    # With the lock.
+    # Below: the caller has the lock.
 
     def _take(self, answer: AnswerRow, make_durable: Callable[[AnswerRow], None], at_s: float) -> None:
         make_durable(answer)
@@ -222,14 +220,14 @@ class OpenRound:
         self._do(event(answer.device, at_s=at_s))
 
     def _now_s(self) -> float:
-        """Return the time, once the exchange knows of the pauses until then."""
+        """Return the time, after passing the pauses until now to the exchange."""
         now_s = self._around.clock()
         self._do(*self._pauses())
         self._seen_s = now_s
         return now_s
 
     def _pauses(self) -> Iterator[Event]:
-        """Yield what the storage has to tell since it was asked last: how long a pause took is what counts."""
+        """Yield the storage's pauses since the last call; those that are over as one pause of their total duration."""
         over_s, since_s = self._around.storage.pause_times()
         if (paused_s := over_s - self._paused_s) > 0:
             begin_s = self._seen_s if self._paused_since_s is None else self._paused_since_s

@@ -1,4 +1,4 @@
-"""All rounds that are open: found by job and number, by device, stirred and interrupted."""
+"""All open rounds: lookups by job, number or device, and calls to all of them."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ class OpenRounds:
         self._stopped: dict[str | None, EdgeflError] = {}  # None = all jobs
 
     def expect(self, jobs: Iterable[str]) -> None:
-        """Say which jobs are about to open again the round that they were in when the cloud ended."""
+        """Register jobs that will reopen their round after the cloud's restart."""
         with self._lock:
             self._resuming |= set(jobs)
 
     def resumed(self, job: str) -> None:
-        """Say that a job has its round open, or will not open it."""
+        """Report that a job has reopened its round, or never will."""
         with self._lock:
             self._resuming.discard(job)
             self._lock.notify_all()
 
     def wait_resumed(self, timeout_s: float) -> bool:
-        """Whether all expected rounds are open: until then nobody may be told that a round is over."""
+        """Wait for the expected rounds; until they are open, no device may be told that a round is over."""
         with self._lock:
             return self._lock.wait_for(lambda: not self._resuming, timeout_s)
 
     @property
     def stopping(self) -> bool:
-        """Whether all jobs were interrupted: a round that is not open now will be again."""
+        """Whether all jobs were interrupted; their rounds will be reopened."""
         with self._lock:
             return None in self._stopped
 
     def add(self, opened: OpenRound) -> None:
-        """Open a round; raises what its job was interrupted with."""
+        """Add an open round; raises the error that interrupted its job."""
         with self._lock:
             self._refuse_stopped(opened.assignment.job)
             self._open[opened.assignment.job, opened.assignment.round] = opened
@@ -70,18 +70,18 @@ class OpenRounds:
             return [one for one in self._open.values() if one.waits_for(device)]
 
     def having(self, device: str) -> list[OpenRound]:
-        """Return the open rounds whose cohort this device is in."""
+        """Return the open rounds that have this device in their cohort."""
         with self._lock:
             return [one for one in self._open.values() if device in one.asked]
 
     def stir(self) -> None:
-        """Have every open round look at who is there, and whether answers can be stored."""
+        """Make every open round check presence and the storage."""
         with self._lock:
             for one in self._open.values():
                 one.stir()
 
     def interrupt(self, error: EdgeflError, job: str | None = None) -> None:
-        """Make a job, or all, raise this error: in the open round, or before the next."""
+        """Make a job, or all jobs, raise this error, in the open round or before the next."""
         with self._lock:
             self._stopped[job] = error
             for one in self._open.values():
@@ -94,18 +94,18 @@ class OpenRounds:
             return not self._stopped.keys().isdisjoint({job, None})
 
     def refuse_stopped(self, job: str) -> None:
-        """Raise what the job was interrupted with, if it was."""
+        """Raise the error that interrupted the job, if any."""
         with self._lock:
             self._refuse_stopped(job)
 
     def refuse_stopping(self) -> None:
-        """Raise what all jobs were interrupted with, if they were."""
+        """Raise the error that interrupted all jobs, if any."""
         with self._lock:
             if (error := self._stopped.get(None)) is not None:
                 raise error
 
     def forget(self, job: str) -> None:
-        """The job has ended: it opens no round any more."""
+        """Drop a job's state, after the job has ended."""
         self.resumed(job)
         with self._lock:
             self._stopped.pop(job, None)

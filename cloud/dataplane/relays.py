@@ -1,9 +1,9 @@
-"""Relays: the messages of Flower apps between ServerApps, where operators are, and ClientApps on devices.
+"""Relays: messages of Flower apps between ServerApps, on operators' machines, and ClientApps, on devices.
 
-To the fleet a message is a round of one device: announced, downloaded, answered, spooled and resumed as rounds
-are. Its reply is not folded but kept until the operator has it. The cloud reads neither.
-Invariants: a message is answered once, by its device or, where that is lost or late, by the cloud; what a relay
-has in memory and on disk goes with it, and a relay whose operator is gone ends.
+For the fleet a message is a round of one device: it is announced, downloaded, answered, spooled and resumed like a
+round. Its reply is not aggregated, but kept until the operator confirms it. The cloud reads neither.
+Invariants: a message is answered once, by its device or, if that is lost or late, by the cloud; a relay that ends
+leaves nothing in memory or on disk, and a relay without an operator ends.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RelayParts:
-    """What relays work on."""
+    """The dependencies of the relays."""
 
     rows: RelayRows
     rounds: OpenRounds
     spool: Spool
     link: CloudLink
     sign: Callable[[Bundle], Signed]
-    folder: Path  # of what messages hold
+    folder: Path  # of the messages' contents
     storage: Storage = field(default_factory=Storage)
 
 
 class Relays:
-    """All relays of a home. Methods may be called from any thread; `watch` has one of its own."""
+    """All relays of a home. Methods may be called from any thread; `watch` needs its own thread."""
 
     def __init__(self, parts: RelayParts, patience: Patience | None = None) -> None:
         self._parts = parts
         self._patience = patience or Patience()
-        self._lock = threading.Lock()  # never held while a round's own lock is taken
+        self._lock = threading.Lock()  # not held while acquiring a round's lock
         self._arrived = threading.Condition(self._lock)  # a reply, or an end
-        self._times = threading.Condition(self._lock)  # what `watch` waits for may have changed
+        self._times = threading.Condition(self._lock)  # wakes `watch`
         self._sending = threading.Lock()
         self._live: dict[str, LiveRelay] = {}
         self._is_stirred = self._closed = False
@@ -70,7 +70,7 @@ class Relays:
     # For operators.
 
     def start(self, app: str, bundle: BlobRef, name: str | None = None) -> str:
-        """Begin a relay for a Flower app whose bundle is here, and return its id; `name` is for people."""
+        """Start a relay for a Flower app whose bundle is uploaded, and return its id; `name` is for display."""
         relay, signed = f"relay-{secrets.token_hex(4)}", self._parts.sign(Bundle(blob=bundle, task=app))
         self._parts.rows.create(relay, app, signed, name)
         self._enter(relay, signed)
@@ -78,45 +78,48 @@ class Relays:
         return relay
 
     def contents(self, relay: str) -> BlobStore:
-        """Return where a relay keeps what its messages hold, for as long as the operator wants it."""
+        """Return the store of a relay's message contents."""
         return self._running(relay).contents
 
     def send(self, relay: str, messages: Sequence[Message]) -> None:
-        """Take messages and announce them; those that are here already are left as they are."""
+        """Store and announce messages; known ones are ignored."""
         live = self._running(relay)
         with self._sending:
             if len(live.waiting) + len(messages) > MAX_OPEN:
-                raise ConfigError(f"{relay} has {len(live.waiting)} messages open; at most {MAX_OPEN} are carried")
+                raise ConfigError(
+                    f"{relay} has {len(live.waiting)} open messages and was sent {len(messages)} more; at most "
+                    f"{MAX_OPEN} are allowed"
+                )
             assignments = {one.number: live.assignment(one, self._within_s(one)) for one in messages}
             for assignment in assignments.values():
-                encode(assignment)  # raises where it is too large to be announced
+                encode(assignment)  # raises if it is too large to be announced
             new = self._parts.rows.add(relay, messages)
             for message in new:
                 self._open(live, message, assignments[message.number])
         self.stir()
 
     def lines(self, relay: str, heartbeat_s: float) -> Iterator[Line]:
-        """Yield each reply that the operator has not done with, as it comes; the relay's end, if that comes first."""
-        told: set[int] = set()
+        """Yield each answer that the operator has not confirmed, as it arrives, and the relay's end."""
+        sent: set[int] = set()
         end_s = self._patience.clock() + self._patience.stream_s
         while self._patience.clock() < end_s:
             with self._arrived:
-                self._wait_for_news(relay, told, heartbeat_s)
+                self._wait_for_news(relay, sent, heartbeat_s)
                 if self._closed:
                     return
                 live = self._live.get(relay)
-                new = [line for number, line in live.replies.items() if number not in told] if live else []
+                new = [line for number, line in live.replies.items() if number not in sent] if live else []
                 if live is not None:
                     live.heard_s = self._patience.clock()
             if live is None:
                 row = self._parts.rows.get(relay)
                 yield {"state": row["state"], "error": row["error"]}
                 return
-            told |= {line["number"] for line in new}
+            sent |= {line["number"] for line in new}
             yield from new or [{"heartbeat": True, **self._parts.storage.pauses(live.paused_before_s)}]
 
     def reply(self, relay: str, number: int) -> Path:
-        """Return the file of a reply; raises NotFound where there is none."""
+        """Return the file of a reply; raises NotFound if there is none."""
         live = self._running(relay)
         with self._lock:
             line = live.replies.get(number, {})
@@ -125,7 +128,7 @@ class Relays:
         return self._parts.spool.file(relay, number, line["device"])
 
     def done(self, relay: str, numbers: Sequence[int]) -> None:
-        """The operator has these replies, or no longer wants them."""
+        """Drop messages whose answers the operator has, or no longer needs."""
         live = self._running(relay)
         with self._lock:
             left = [live.waiting.pop(number) for number in numbers if number in live.waiting]
@@ -141,7 +144,7 @@ class Relays:
             self._parts.spool.drop_round(relay, number)
 
     def end(self, relay: str, state: str, error: str | None = None) -> None:
-        """End a relay, if it runs, and forget what it had."""
+        """End a relay if it is running, and delete its data."""
         if not self._parts.rows.end(relay, state, error):
             return
         with self._lock:
@@ -173,12 +176,12 @@ class Relays:
     # For the cloud.
 
     def running(self) -> list[str]:
-        """Return the relays that are not over."""
+        """Return the ids of the running relays."""
         with self._lock:
             return list(self._live)
 
     def resume(self) -> None:
-        """Go on, after a restart, with every message that is not answered."""
+        """After a restart, resume every message without an answer."""
         running = self._parts.rows.running()
         for relay, bundle in running.items():
             live = self._enter(relay, bundle)
@@ -194,20 +197,20 @@ class Relays:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def stir(self) -> None:
-        """Have `watch` look: a device came or went, or a pause of the storage began or ended."""
+        """Wake `watch`: the presence of a device or the state of the storage has changed."""
         with self._lock:
             self._is_stirred = True
             self._times.notify_all()
 
     def watch(self) -> None:
-        """Give up what is late, lost or forsaken; runs until `close`."""
+        """Give up late or lost messages, and relays without an operator; runs until `close`."""
         while not self._closed:
             wait_s = self.look()
             with self._times:
                 self._times.wait_for(lambda: self._is_stirred or self._closed, wait_s)
 
     def look(self) -> float:
-        """Give up what is late, lost or forsaken now; return for how many seconds there will be nothing."""
+        """Do the due work of `watch`; return the time until there is more (s)."""
         presence, now_s = Presence.of(self._parts.link), self._patience.clock()
         is_paused = not self._parts.storage.look()
         with self._lock:
@@ -225,14 +228,14 @@ class Relays:
                 wait_s = sent.opened.wait_s()
             waits_s.append(wait_s)
         acts = [functools.partial(self._answer_for, sent) for sent in waiting if sent.given_up is not None]
-        acts += [functools.partial(self._forsake, relay) for relay, end_s in ends_s.items() if end_s <= now_s]
+        acts += [functools.partial(self._end_abandoned, relay) for relay, end_s in ends_s.items() if end_s <= now_s]
         for act in acts:
-            with suppress(CloudStopping):  # it goes on at the next start
-                self._parts.storage.insist(act, self._refuse_closed)  # a full disk is waited for
+            with suppress(CloudStopping):  # repeated after the restart
+                self._parts.storage.insist(act, self._refuse_closed)  # waits while the disk is full
         return 0.0 if acts else min(waits_s)
 
     def close(self) -> None:
-        """End `watch`, and the waits of streams; the relays go on at the next start."""
+        """End `watch` and all streams; the relays continue at the next start."""
         with self._lock:
             self._closed = True
             self._times.notify_all()
@@ -241,18 +244,18 @@ class Relays:
     def _refuse_closed(self) -> None:
         with self._lock:
             if self._closed:
-                raise CloudStopping("the cloud is stopping; its relays go on at the next start")
+                raise CloudStopping("the cloud is stopping; its relays continue at the next start")
 
-    # With the lock.
+    # The caller has the lock.
 
-    def _wait_for_news(self, relay: str, told: set[int], timeout_s: float) -> None:
-        def is_there() -> bool:
+    def _wait_for_news(self, relay: str, sent: set[int], timeout_s: float) -> None:
+        def has_news() -> bool:
             live = self._live.get(relay)
-            return live is None or self._closed or not live.replies.keys() <= told
+            return live is None or self._closed or not live.replies.keys() <= sent
 
-        self._arrived.wait_for(is_there, timeout_s)
+        self._arrived.wait_for(has_news, timeout_s)
 
-    # Without it.
+    # The caller does not have the lock.
 
     def _running(self, relay: str) -> LiveRelay:
         with self._lock:
@@ -261,7 +264,7 @@ class Relays:
                 live.heard_s = self._patience.clock()
                 return live
         row = self._parts.rows.get(relay)
-        raise NotFound(f"{relay} is over: {row['state']}{', ' + row['error'] if row['error'] else ''}")
+        raise NotFound(f"{relay} has ended: {row['state']}{', ' + row['error'] if row['error'] else ''}")
 
     def _enter(self, relay: str, bundle: Signed) -> LiveRelay:
         contents, now_s = BlobStore(self._parts.folder / relay), self._patience.clock()
@@ -272,10 +275,12 @@ class Relays:
         return live
 
     def _open(self, live: LiveRelay, message: Message, assignment: Deliver, *, is_told: bool = False) -> None:
-        """Begin to wait for a message's answer; its device is told, unless it was before a restart."""
+        """Start waiting for a message's answer; send it to its device, unless that was done before a restart."""
         patience = self._patience
         terms = Terms(deadline_s=assignment.deadline_s, offline_grace_s=patience.device_s, return_s=patience.return_s)
-        around = Surroundings(clock=patience.clock, storage=self._parts.storage, act=lambda one: self._do(one, sent))
+        around = Surroundings(
+            clock=patience.clock, storage=self._parts.storage, act=lambda instruction: self._execute(instruction, sent)
+        )
         opened = OpenRound(assignment, (message.device,), terms, around)
         opened.source = live.contents.path(message.content_sha256)
         opened.record = functools.partial(self._parts.rows.answer, live.id, message.number, lost=False)
@@ -287,18 +292,18 @@ class Relays:
         self._parts.rounds.add(opened)
         opened.begin(is_told=is_told)
 
-    def _do(self, instruction: Instruction, sent: SentMessage) -> None:
-        """Carry out what a message's exchange says; under its round's lock."""
+    def _execute(self, instruction: Instruction, sent: SentMessage) -> None:
+        """Execute an instruction of a message's exchange, under its round's lock."""
         match instruction:
             case Tell():
                 self._parts.link.send_job(sent.device, sent.opened.assignment)
             case Yield():
-                self._hand_on(sent, sent.opened.take(sent.device), lost=False)
+                self._forward(sent, sent.opened.take(sent.device), lost=False)
             case GiveUp(why=why):
-                sent.given_up = why  # `look` answers for the device: what it writes may have to wait for the disk
+                sent.given_up = why  # `look` answers for the device, because that may have to wait for the disk
 
-    def _hand_on(self, sent: SentMessage, answer: AnswerRow, *, lost: bool) -> bool:
-        """Have the operator told of an answer that is durable; False where nobody waits for it any more."""
+    def _forward(self, sent: SentMessage, answer: AnswerRow, *, lost: bool) -> bool:
+        """Pass a durable answer to the operator's stream; False if it is no longer needed."""
         line = self._line(sent.relay, sent.number, answer, lost=lost)
         with self._arrived:
             live = self._live.get(sent.relay)
@@ -310,7 +315,7 @@ class Relays:
         return True
 
     def _answer_for(self, sent: SentMessage) -> None:
-        """Answer for a device that was given up, and tell it."""
+        """Answer in place of a device that was given up, and tell the device."""
         with self._lock:
             live = self._live.get(sent.relay)
             if live is None or sent.number not in live.waiting:
@@ -319,13 +324,13 @@ class Relays:
         reason = f"offline for {self._patience.device_s:g} s" if is_offline else "no reply in time"
         answer = AnswerRow(device=sent.device, reason=f"device {sent.device}: {reason}")
         self._parts.rows.answer(sent.relay, sent.number, answer, lost=True)
-        if self._hand_on(sent, answer, lost=True):
+        if self._forward(sent, answer, lost=True):
             event(_log, logging.WARNING, "message.lost", relay=sent.relay, number=sent.number, device=sent.device,
                   reason=reason)  # fmt: skip
             self._tell_closed(sent)
 
-    def _forsake(self, relay: str) -> None:
-        self.end(relay, "failed", f"its operator was not heard of for {self._patience.operator_s:g} s")
+    def _end_abandoned(self, relay: str) -> None:
+        self.end(relay, "failed", f"its operator sent no request for {self._patience.operator_s:g} s")
 
     def _within_s(self, message: Message) -> float:
         return max(1.0, message.expires_s - self._patience.time_of_day())

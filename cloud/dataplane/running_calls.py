@@ -1,7 +1,7 @@
-"""gRPC calls under way, by device, so that a device that is removed loses them at once.
+"""Running gRPC calls by device, so that the calls of a removed device are aborted at once.
 
-Invariant: a call is registered before its device is looked up in the registry. So whoever deletes a device
-and then cuts its calls leaves none behind.
+Invariant: a call is registered before its device is looked up in the registry. So deleting a device and then
+aborting its calls leaves none behind.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Method = Callable[[Any, Context], Awaitable[_T]]
 
 
 class RunningCalls:
-    """Belongs to one event loop."""
+    """All running calls. Used in one event loop only."""
 
     def __init__(self) -> None:
         self._devices: dict[asyncio.Task[Any], str] = {}
-        self._cut: dict[asyncio.Task[Any], str] = {}  # and what it is told
+        self._cut: dict[asyncio.Task[Any], str] = {}  # aborted calls, with the reason
 
     def registered(self, method: Method[_T]) -> Method[_T]:
-        """Return a method of the service whose calls can be cut."""
+        """Wrap a method of the service, so that its calls can be aborted."""
 
         async def call(request: Any, context: Context) -> _T:
             task = _this_task()
@@ -44,11 +44,11 @@ class RunningCalls:
         return call
 
     def note(self, device: str) -> None:
-        """Say whose call the running one is."""
+        """Register the device of the current call."""
         self._devices[_this_task()] = device
 
     def cut(self, device: str, reason: str) -> None:
-        """End a device's calls with PERMISSION_DENIED and a reason."""
+        """Abort a device's calls with PERMISSION_DENIED and a reason."""
         for task in [task for task, name in self._devices.items() if name == device]:
             self._cut[task] = reason
             task.cancel()
@@ -57,5 +57,5 @@ class RunningCalls:
 def _this_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     if task is None:
-        raise RuntimeError("a gRPC call is served by a task")
+        raise RuntimeError("a gRPC call runs in a task, but there is none")
     return task

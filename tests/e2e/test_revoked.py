@@ -70,8 +70,8 @@ def test_the_doctor_of_a_removed_device_says_so_at_the_broker_too(embedded_fleet
     embedded_fleet.command("devices", "remove", "removed", "--cloud", embedded_fleet.url)
     after = {check.check: check for check in examine(home, 1)}
     assert [after[name].state for name in ("cloud", "data plane", "broker")] == ["ok", "fail", "fail"]
-    assert "not of this fleet, or not with this certificate" in after["data plane"].seen
-    told = ("not of this fleet, or not with this certificate", "certificate as revoked")  # by the cloud, by the broker
+    assert "not enrolled, or not with this certificate" in after["data plane"].seen
+    told = ("not enrolled, or not with this certificate", "certificate as revoked")  # by the cloud, by the broker
     assert any(words in after["broker"].seen for words in told)
     for name in ("data plane", "broker"):
         assert "new token" in after[name].advice

@@ -38,16 +38,16 @@ def test_next_lists_the_rounds_that_wait_for_the_caller(plane):
     assert not plane.stub("c").Next(ASK, timeout=10).assignments
 
 
-def test_an_agent_that_does_not_know_such_work_is_answered_for_with_the_reason(plane):
+def test_an_assignment_of_a_kind_that_the_agent_does_not_know_fails_with_the_reason(plane):
     message, answers = a_message(plane)
     reply = plane.stub("a").Next(pb.NextRequest(agent_version="0.2", knows=["fit", "fly"]), timeout=10)
     assert unpack(reply) == [plane.round.assignment]
     [answer] = answers
-    assert answer.reason.startswith("agent 0.2 does not know work of the kind 'deliver'; update the agent")
+    assert answer.reason.startswith("agent 0.2 does not know assignments of the kind 'deliver'; update the agent")
     assert not message.waits_for("a")
     older = plane.stub("b").Next(pb.NextRequest(agent_version="0.1"), timeout=10)  # it names no kinds yet
     assert not older.assignments
-    assert plane.next_answer().reason.startswith("agent 0.1 does not know work of the kind 'fit'")
+    assert plane.next_answer().reason.startswith("agent 0.1 does not know assignments of the kind 'fit'")
 
 
 def a_message(plane, number=7, content=b"a message", device="a"):
@@ -129,7 +129,7 @@ def test_an_upload_that_was_cut_goes_on(plane):
     ("changes", "reason"),
     [
         ({"size": 100_000_000}, "has 100000000 bytes; at most"),
-        ({"size": 1_000_000}, "more bytes came than the 1000000"),
+        ({"size": 1_000_000}, "more than the 1000000 bytes"),
         ({"blake3": "0" * 64}, "BLAKE3"),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_device_that_was_removed_is_told_so(plane):
     with pytest.raises(grpc.RpcError) as error:
         stub.Next(pb.NextRequest(), timeout=10)
     assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
-    assert "'a' is not of this fleet" in error.value.details()
+    assert "'a' is not enrolled" in error.value.details()
 
 
 def test_a_certificate_of_another_ca_does_not_get_in(plane, tmp_path):

@@ -135,18 +135,18 @@ def test_peers_are_parsed(text, parsed):
 def test_the_scanner_finds_accepted_connections_of_its_port_and_shut_ends_them():
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as other:
         scanner = Scanner(listener.getsockname()[1])
-        assert scanner.look() == ([], [])
+        assert scanner.scan() == ([], [])
         with socket.create_connection(listener.getsockname()) as client, socket.create_connection(other.getsockname()):
             accepted, elsewhere = listener.accept()[0], other.accept()[0]
             with accepted, elsewhere:
-                (one,), gone = scanner.look()
+                (one,), gone = scanner.scan()
                 assert (one.descriptor, one.peer, gone) == (accepted.fileno(), client.getsockname(), [])
-                assert scanner.look() == ([], [])
+                assert scanner.scan() == ([], [])
                 shut(Found(elsewhere.fileno(), one.inode, one.peer))  # its number is another's by now
                 elsewhere.sendall(b"still here")
                 shut(one)
                 assert client.recv(1) == b""
-        assert scanner.look() == ([], [one])
+        assert scanner.scan() == ([], [one])
         shut(one)
 
 
@@ -187,7 +187,7 @@ def test_a_real_server_rids_itself_of_strangers_and_serves_devices(fleet_ca):
     asyncio.run(main())
 
 
-def test_a_removed_devices_connections_are_shut_at_the_next_look(shuts):
+def test_a_removed_devices_connections_are_closed_at_the_next_scan(shuts):
     port = make()
     for number, device in ((1, "cam-1"), (2, "cam-2"), (3, "cam-1")):
         assert port.admit(device, peer(number)) == ""

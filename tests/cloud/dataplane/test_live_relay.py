@@ -41,5 +41,5 @@ def test_what_messages_share_is_hashed_once(relay):
 
 
 def test_a_message_whose_content_was_not_sent_is_refused(relay):
-    with pytest.raises(ConfigError, match=r"what message 7 holds, 1{16}\.\.\., is not here; send it first"):
+    with pytest.raises(ConfigError, match=r"content 1{16}\.\.\. of message 7 is missing; upload it first"):
         relay.assignment(message(content_sha256="1" * 64), 30.0)

@@ -274,7 +274,7 @@ def test_the_end_of_a_relay_leaves_nothing(cloud):
     assert list((cloud.folder / "relays").iterdir()) == []
     assert [path.name for path in (cloud.folder / "spool").iterdir()] == [".free"]
     assert cloud.next_lines(relay) == [{"state": "done", "error": None}]
-    with pytest.raises(NotFound, match="is over: done"):
+    with pytest.raises(NotFound, match="has ended: done"):
         cloud.relays.send(relay, [message(3)])
 
 
@@ -287,7 +287,7 @@ def test_a_relay_whose_operator_is_gone_ends(cloud):
     cloud.clock.advance(1.0)
     cloud.relays.look()
     assert cloud.relays.running() == []
-    assert cloud.relays.get(relay)["error"] == "its operator was not heard of for 60 s"
+    assert cloud.relays.get(relay)["error"] == "its operator sent no request for 60 s"
 
 
 def test_a_stream_ends_by_itself_so_that_it_is_asked_for_again(cloud):
@@ -300,7 +300,7 @@ def test_a_stream_ends_by_itself_so_that_it_is_asked_for_again(cloud):
 @pytest.mark.parametrize(
     ("bad", "error", "said"),
     [
-        ({"content_sha256": "1" * 64}, ConfigError, "is not here; send it first"),
+        ({"content_sha256": "1" * 64}, ConfigError, "is missing; upload it first"),
         ({"envelope": "x" * 40_000}, ProtocolError, "Deliver has"),
     ],
 )
@@ -314,7 +314,7 @@ def test_what_cannot_be_sent_is_refused_before_anything_changes(cloud, bad, erro
 
 def test_too_many_messages_are_refused(cloud, monkeypatch):
     monkeypatch.setattr("cloud.dataplane.relays.MAX_OPEN", 1)
-    with pytest.raises(ConfigError, match="at most 1 are carried"):
+    with pytest.raises(ConfigError, match="at most 1 are allowed"):
         cloud.relays.send(cloud.begin(), [message(1), message(2)])
 
 

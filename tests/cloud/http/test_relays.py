@@ -59,7 +59,7 @@ def test_an_ended_relay_says_how(http, relay):
     ended = http.post(f"/v1/relays/{relay}/end", json={"state": "failed", "error": "why"}).json()
     assert (ended["state"], ended["error"]) == ("failed", "why")
     assert list(lines_of(http, relay)) == [{"state": "failed", "error": "why"}]
-    assert "is over: failed, why" in http.post(f"/v1/relays/{relay}/done", json={"numbers": [1]}).json()["error"]
+    assert "has ended: failed, why" in http.post(f"/v1/relays/{relay}/done", json={"numbers": [1]}).json()["error"]
 
 
 def test_a_relay_is_listed_shown_and_cancelled_as_a_job(http, relay):
@@ -78,7 +78,7 @@ def test_a_relay_is_listed_shown_and_cancelled_as_a_job(http, relay):
         ({"device": "x" * 300}, "device"),
         ({"envelope": ""}, "envelope"),
         ({"content": "../secret"}, "content"),
-        ({"content": "0" * 64}, "is not here; send it first"),
+        ({"content": "0" * 64}, "is missing; upload it first"),
         ({"within_s": float("inf")}, "within_s"),
         ({"colour": "red"}, "colour"),
     ],
