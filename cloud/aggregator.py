@@ -1,7 +1,7 @@
-"""The cloud, put together: opens the home, starts the servers, and runs each job in a thread of its own.
+"""The cloud process: opens the home, starts the servers, and runs each job in its own thread.
 
-From here to the averaging line: `_run_job` -> `edgefl.rounds.run_rounds` -> `run_round` -> `Rule.add`.
-After a kill at any moment the same home goes on where its database stands.
+From here to the averaging line: `run_job` -> `edgefl.rounds.run_rounds` -> `run_round` -> `Rule.add`.
+After a kill at any time, the next process on the same home continues from the state in the database.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ TLS_BUFFER_BYTES = 64 << 10
 
 _CHANNEL = (
     ("grpc.so_reuseport", 0),
-    # A window that does not grow bounds what devices send before their upload is let in (FleetService.Upload).
+    # A fixed window bounds what devices send before their upload gets its turn (FleetService.Upload).
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 512 << 10),
-    ("grpc.http2.max_frame_size", 1 << 20),  # one chunk a frame, not 64
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # agents ping more seldom
+    ("grpc.http2.max_frame_size", 1 << 20),  # one frame per chunk, not 64
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # agents ping less often
 )
 
 # mallopt(3) of glibc: see `keep_freed_memory`.
@@ -71,9 +71,9 @@ class Aggregator:
         self._relay_thread = ThreadPoolExecutor(1, "relays")
 
     def serve(self, on_ready: Callable[[str], None] = lambda _url: None) -> None:
-        """Serve until SIGTERM or SIGINT; raises HomeError for a home, ConfigError for a port that cannot be had.
+        """Serve until SIGTERM or SIGINT; raises HomeError for an unusable home, ConfigError for a port in use.
 
-        Raises PartFailed where a part has ended that could not be started again.
+        Raises PartFailed if a part failed and could not be restarted.
         """
         keep_freed_memory()
         shrink_tls_buffers()
@@ -88,7 +88,7 @@ class Aggregator:
             raise self._home.supervisor.failure
 
     def run_job(self, job_id: str) -> None:
-        """Run one job to its end, from wherever its rows say that it stands."""
+        """Run one job to its end, from its state in the database."""
         home = self._home
         fleet: GrpcFleet | None = None
         try:
@@ -110,22 +110,22 @@ class Aggregator:
             is_written = self._end(job_id, "cancelled", str(stopped))
         except (EdgeflError, OSError, SQLAlchemyError) as error:
             is_written = self._end(job_id, "failed", str(error))
-        except BaseException as defect:  # noqa: BLE001 - the thread's last line: nobody else would tell of the end
-            _log.critical("job.crashed job=%s", job_id, exc_info=defect)
-            reason = f"a defect of edgefl ended it, {defect!r:.500}; the cloud's log says more"
+        except BaseException as bug:  # noqa: BLE001 - the thread's outermost line
+            _log.critical("job.crashed job=%s", job_id, exc_info=bug)
+            reason = f"a bug in edgefl: {bug!r:.500}; see the cloud's log"
             is_written = self._end(job_id, "failed", reason)
         finally:
             home.rounds.forget(job_id)
-        if not is_written:  # it goes on at the next start, with the updates that are here
+        if not is_written:  # it continues at the next start, with the received updates
             return
         if fleet is not None:
             fleet.end()
         home.spool.drop_job(job_id)
 
     def _end(self, job_id: str, state: str, error: str | None = None, model: BlobRef | None = None) -> bool:
-        """Write a job's end down, as soon as the disk takes it; where the cloud stops first, the job is taken up again.
+        """Store a job's end as soon as the disk permits; False if the cloud stops first, which resumes the job later.
 
-        Raises what the database will never take: the process ends with it (`_report_crash`).
+        Raises permanent errors of the database, which stop the process (`_report_crash`).
         """
         level = logging.ERROR if state == "failed" else logging.INFO
         event(_log, level, f"job.{state}", job=job_id, error=error or "-")
@@ -137,11 +137,11 @@ class Aggregator:
         return True
 
     def _insist(self, call: Callable[[], _T]) -> _T:
-        """Call until the disk and the database take it; raises CloudStopping."""
+        """Call a function that writes; retry while the disk or database is unavailable. Raises CloudStopping."""
         return self._home.storage.insist(call, self._home.rounds.refuse_stopping)
 
     def _prepare(self, row: JobRow, fleet: GrpcFleet) -> Job:
-        """Return the job with the optimizer's state, and the cohort of the round that was open, if one was."""
+        """Return the job with the optimizer's state, and the cohort of the open round, if there is one."""
         step = ServerOptimizer(row.config.server, gradient=row.config.train.algorithm == "fedsgd", buffers=row.buffers)
         bundle = from_json(Bundle, json.loads(row.bundle.text))
         frozen_sha256 = row.frozen.sha256 if row.frozen is not None else None
@@ -161,7 +161,7 @@ class Aggregator:
         )
 
     def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, optimizer: Tree) -> None:
-        """Make a round's end durable; the model first, since the commit points to it."""
+        """Make a round's outcome durable; the model first, because the commit refers to it."""
         model = fleet.published(outcome.parameters)
         state = fleet.insist(lambda: self._home.blobs.put_tree(optimizer).sha256) if optimizer else None
         kept = max(self._options.kept_rounds, self._options.kept_models + 1)
@@ -186,7 +186,7 @@ class Aggregator:
         jobs.followers.expect_back(running)
         self._home.rounds.expect(job for job in running if jobs.has_open_round(job))
         async with self._home.broker(), self._grpc_server(), self._http_server():
-            supervisor.add_check("grpc", lambda: "")  # it ends with this block
+            supervisor.add_check("grpc", lambda: "")  # if it fails, this block ends
             supervisor.add_check("jobs", lambda: "")  # see `_report_crash`
             self._home.link.start()
             self._relay_thread.submit(supervisor.run, "relays", self._home.relays.watch)
@@ -204,7 +204,7 @@ class Aggregator:
     @contextlib.asynccontextmanager
     async def _grpc_server(self) -> AsyncIterator[None]:
         options, home = self._options, self._home
-        listen(options.host, options.grpc_port, "--grpc-port").close()  # gRPC says less of what is wrong
+        listen(options.host, options.grpc_port, "--grpc-port").close()  # its error is clearer than gRPC's
         sizes = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
         shares = home.shares
         loop = asyncio.get_running_loop()
@@ -237,8 +237,8 @@ class Aggregator:
         else:
             server.add_secure_port(address, grpc_server_credentials(home.identity))
         await server.start()
-        with _alone():
-            async with asyncio.TaskGroup() as tasks:  # if nobody watches the port any more, the cloud ends
+        with _unwrapped():
+            async with asyncio.TaskGroup() as tasks:  # if the watch fails, the cloud stops
                 watch = tasks.create_task(port.watch(), name="grpc-connections")
                 try:
                     yield
@@ -275,21 +275,21 @@ class Aggregator:
     def _start(self, job_id: str) -> None:
         try:
             self._job_threads.submit(self.run_job, job_id).add_done_callback(self._report_crash)
-        except RuntimeError as error:  # no thread could be started: one that runs may take it up, and finds it ended
-            self._end(job_id, "failed", f"the cloud could not begin it: {error}")
+        except RuntimeError as error:  # no new thread; if another one takes the job later, it has ended
+            self._end(job_id, "failed", f"the cloud could not start it: {error}")
 
     def _cancel(self, job_id: str) -> None:
         self._home.rounds.interrupt(JobCancelled("cancelled by its operator"), job_id)
         self._wake()
 
     def _ended(self, held: Sequence[str]) -> list[str]:
-        """Of the jobs of which a device keeps something, return those that are over."""
+        """Return those of the jobs held by a device that have ended."""
         if not held:
             return []
         return sorted(set(held) - set(self._home.relays.running()) - set(self._home.jobs.running()))
 
     def _stop_jobs(self) -> None:
-        self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs go on at the next start"))
+        self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs continue at the next start"))
         self._wake()
         self._home.relays.close()
         self._home.link.close()
@@ -301,14 +301,14 @@ class Aggregator:
         self._home.storage.wake()
 
     def _report_crash(self, future: Future[None]) -> None:
-        """End the process with a job that could not say that it ended."""
+        """Stop the process if a job's thread failed without storing the job's end."""
         if not future.cancelled() and (error := future.exception()) is not None:
             self._home.supervisor.report_failure("jobs", error)
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Raise what a task group wraps by itself, where it is one: a port that is taken is told as that."""
+def _unwrapped() -> Iterator[None]:
+    """Unwrap the error of a task group if it is only one, so that a port in use is reported as such."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -318,10 +318,10 @@ def _alone() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc reuse the chunks' buffers rather than give each back to the system.
+    """Make malloc reuse the chunks' buffers instead of returning each to the system.
 
-    glibc maps a buffer of megabytes anew each time, and the kernel clears its pages each time: half of
-    the data plane's CPU time. Where there is no mallopt (musl, macOS) nothing is lost but that.
+    By default glibc maps each buffer of megabytes anew, and the kernel clears its pages: half of the data plane's
+    CPU time. Without mallopt (musl, macOS) the cloud is slower, but works.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -330,5 +330,5 @@ def keep_freed_memory() -> None:
 
 
 def shrink_tls_buffers() -> None:
-    """Let each TLS connection of asyncio read 64 kB at a time, not 256: two thirds of what an idle device costs."""
+    """Let asyncio's TLS connections read 64 kB at a time instead of 256: an idle device needs a third of the memory."""
     sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES

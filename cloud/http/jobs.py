@@ -120,14 +120,14 @@ def events(
 
 def job_lines(here: Services, job: str, seen: int) -> Iterator[Mapping[str, Any]]:
     """Yield a job's rounds as they finish, then its end."""
-    with here.jobs.follow(job, seen) as has_come:
+    with here.jobs.follow(job, seen) as confirm:
         while True:
             row = here.jobs.row(job)  # before the rounds: where it has ended, they are all there
             while outcomes := here.jobs.rounds_after(job, seen, ROUNDS_AT_ONCE):
                 for outcome in outcomes:
                     seen = max(seen, int(outcome["round"]))
                     yield outcome
-                has_come(seen)
+                confirm(seen)
             if row["state"] != "running":
                 yield {"state": row["state"], "error": row["error"], "model": row["model"]}
                 return

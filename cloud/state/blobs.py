@@ -1,6 +1,6 @@
 """Content-addressed files: a blob's name is the SHA-256 of its bytes, and it never changes.
 
-A blob appears whole or not at all: it is written beside, flushed to disk, then renamed.
+A blob is complete or does not exist: it is written to a temporary file, flushed to disk, then renamed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgefl.protocols.messages import BlobRef
 from edgefl.trees import Tree, write_tree
 
 MAX_KNOWN = 1000
-_READ_BYTES = 256 << 10  # stay in the cache
+_READ_BYTES = 256 << 10  # fits into the CPU's cache
 
 
 class BlobStore:
@@ -29,13 +29,13 @@ class BlobStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._known: dict[str, str] = {}  # BLAKE3 by SHA-256, of blobs that were right
+        self._known: dict[str, str] = {}  # BLAKE3 by SHA-256, of checked blobs
         folder.mkdir(mode=0o700, exist_ok=True)
         for left_over in folder.glob(".incoming-*"):  # of a process that was killed while writing
             left_over.unlink()
 
     def path(self, sha256: str) -> Path:
-        """Return where a blob is, or would be; raises ProtocolError for what is no digest."""
+        """Return a blob's path, whether it exists or not; raises ProtocolError if `sha256` is not a digest."""
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise ProtocolError(f"{sha256[:80]!r} is not a SHA-256 in hex")
         return self._folder / sha256
@@ -44,9 +44,9 @@ class BlobStore:
         return self.path(sha256).exists()
 
     def check(self, sha256: str) -> str:
-        """Return a blob's BLAKE3; raises BlobDamaged where its bytes are not what its name says, NotFound for none.
+        """Check a blob's hash and return its BLAKE3; raises BlobDamaged for a wrong hash, NotFound if there is no blob.
 
-        SHA-256 is computed once; a blob whose BLAKE3 is known is held against that, in a quarter of the time.
+        SHA-256 is computed the first time only; later checks compare BLAKE3, in a quarter of the time.
         """
         path = self.path(sha256)
         with self._lock:
@@ -58,8 +58,8 @@ class BlobStore:
             raise NotFound(f"the cloud has no blob {sha256}") from cause
         if not right:
             raise BlobDamaged(
-                f"the bytes of blob {sha256[:16]}... on the cloud's disk are not what its name says: the disk or "
-                f"something else has changed {path}. Upload it again, or begin from another model"
+                f"blob {sha256[:16]}... on the cloud's disk does not have the hash in its name: the disk or another "
+                f"program has changed {path}. Upload it again, or start from another model"
             )
         self._remember(sha256, fast)
         return fast
@@ -83,7 +83,7 @@ class BlobStore:
         return ref
 
     def write(self, fill: Callable[[HashingFile], object], digest: Digest | None = None) -> BlobRef:
-        """Store what `fill` writes into the file that it is given."""
+        """Store the bytes that `fill` writes to its file."""
         descriptor, name = tempfile.mkstemp(prefix=".incoming-", dir=self._folder)
         temporary = Path(name)
         try:
@@ -100,7 +100,7 @@ class BlobStore:
         return ref
 
     def delete(self, sha256: str) -> None:
-        """Forget a blob; a reader that has it open reads on."""
+        """Delete a blob; a reader that has it open can continue."""
         self.path(sha256).unlink(missing_ok=True)
         with self._lock:
             self._known.pop(sha256, None)
@@ -121,7 +121,7 @@ class _Both:
 
 
 def blake3_of(path: Path) -> str:
-    """Hash by blocks: mapped, the file would count as this process's memory once more."""
+    """Return a file's BLAKE3, read in blocks: a mapped file would count as memory of this process."""
     digest, block = blake3(), memoryview(bytearray(_READ_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):

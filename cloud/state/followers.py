@@ -22,12 +22,12 @@ class Followers:
         self._clock = clock
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._seen: dict[str, dict[int, int]] = {}  # job -> reader -> the last round that it has
-        self._left: dict[int, float] = {}  # reader that went -> when its place is given up
-        self._resumed: dict[str, float] = {}  # job -> until when its readers, of before a restart, may come back
+        self._seen: dict[str, dict[int, int]] = {}  # job -> reader -> the last round it has read
+        self._left: dict[int, float] = {}  # disconnected reader -> when its position is dropped
+        self._resumed: dict[str, float] = {}  # job -> until when readers from before a restart may reconnect
 
     def expect_back(self, jobs: Iterable[str]) -> None:
-        """These jobs go on after a restart: whoever read them is to find its place again."""
+        """Keep all rounds of jobs that continue after a restart, until their readers have reconnected."""
         with self._lock:
             self._resumed = dict.fromkeys(jobs, self._clock() + GRACE_S)
 
@@ -38,19 +38,19 @@ class Followers:
             number = next(self._numbers)
             self._seen.setdefault(job, {})[number] = after
 
-        def has_come(to: int) -> None:
+        def confirm(to: int) -> None:
             with self._lock:
                 if number in self._seen.get(job, {}):  # else the job has ended, and its rows stay
                     self._seen[job][number] = to
 
         try:
-            yield has_come
+            yield confirm
         finally:
             with self._lock:
                 if number in self._seen.get(job, {}):
                     self._left[number] = self._clock() + GRACE_S
                 now_s = self._clock()
-                for of_job, readers in list(self._seen.items()):  # also of a job that had ended when it was read
+                for of_job, readers in list(self._seen.items()):  # also readers of jobs that had already ended
                     for gone in [one for one in readers if self._left.get(one, now_s) < now_s]:
                         del readers[gone], self._left[gone]
                     if not readers:
@@ -68,7 +68,7 @@ class Followers:
             return max(0, min([done, *readers.values()]) - kept)
 
     def forget(self, job: str) -> None:
-        """The job has ended: its rows stay as they are."""
+        """Drop the readers of a job that has ended; its rounds are no longer deleted."""
         with self._lock:
             self._resumed.pop(job, None)
             for number in self._seen.pop(job, {}):

@@ -1,6 +1,6 @@
-"""The cloud's home folder, opened: keys, database, blobs, and the parts that work on them.
+"""The cloud's home folder, opened: keys, database, blobs, and the parts of the cloud that use them.
 
-The first start makes the CA, the fleet's signing key and the operator's credentials; every key has
+The first start creates the CA, the fleet's signing key and the operator's credentials; every key has
 mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, blobs/, spool/, relays/.
 """
 
@@ -67,15 +67,15 @@ class AggregatorOptions:
     grpc_port: int = 9440
     http_port: int = 9480
     mqtt_port: int = 8883  # of the cloud's own broker
-    # The cloud's own: a mosquitto that it starts, where there is one, else the built-in one; `builtin`: that one in any
-    # case. Or mqtts://host:port, mqtt://host:port.
+    # `embedded`: the cloud's own broker, which is mosquitto if installed, otherwise the built-in one. `builtin`: always
+    # the built-in one. Otherwise the URL of another broker: mqtts://host:port, mqtt://host:port.
     broker: str = EMBEDDED
     insecure: bool = False
-    names: tuple[str, ...] = ()  # further names and addresses that devices reach this cloud by
-    broker_pid_file: Path | None = None  # of a mosquitto on this machine; None = where broker-config put it
-    certificate_days: float = LEAF_DAYS  # lifetime of certificates made from now on
-    kept_models: int = 3  # parameters of so many latest rounds stay, for evaluation
-    kept_rounds: int = 1000  # what so many latest rounds of a job came to stays; more while somebody still reads them
+    names: tuple[str, ...] = ()  # more names and addresses at which devices reach this cloud
+    broker_pid_file: Path | None = None  # of a mosquitto on this machine; None = as in its generated configuration
+    certificate_days: float = LEAF_DAYS  # lifetime of new certificates
+    kept_models: int = 3  # number of latest rounds whose parameters are kept, for evaluation
+    kept_rounds: int = 1000  # number of latest rounds whose outcomes are kept; more while a follower has not read them
 
     def __post_init__(self) -> None:
         if self.insecure and not is_loopback(self.host):
@@ -84,7 +84,7 @@ class AggregatorOptions:
             )
         url = urllib.parse.urlsplit(self.broker)
         if not self.has_own_broker and (url.scheme not in {"mqtt", "mqtts"} or not url.hostname or not url.port):
-            raise ConfigError(f"--broker={self.broker!r} is neither 'embedded', 'builtin' nor mqtts://host:port")
+            raise ConfigError(f"--broker={self.broker!r} is invalid; expected embedded, builtin or mqtts://host:port")
         if url.scheme == "mqtt" and not self.insecure:
             raise ConfigError(f"--broker={self.broker} is not encrypted; use mqtts://, or --insecure on loopback")
 
@@ -95,7 +95,7 @@ class AggregatorOptions:
 
 
 class CloudHome:
-    """Everything under one home. A context manager: holds the lock."""
+    """Everything in one home, which it locks, as a context manager."""
 
     def __init__(self, options: AggregatorOptions) -> None:
         self._options = options
@@ -110,7 +110,7 @@ class CloudHome:
         self._tls = home / "tls"
         self.identity = Identity.in_folder(self._tls)
         scheme = "http" if options.insecure else "https"
-        self.url = f"{scheme}://{_dialled(options.host)}:{options.http_port}"
+        self.url = f"{scheme}://{_reachable(options.host)}:{options.http_port}"
         self._make_keys()
         self._fleet_key = load_private_key(home / "fleet.key")
         engine = open_database(home / "cloud.db")
@@ -125,8 +125,8 @@ class CloudHome:
         self.supervisor = Supervisor()
         self.spool = Spool(home / "spool")
         self.rounds = OpenRounds()
-        self._renewed: list[Callable[[], object]] = []  # what has brokers show renewed certificates
-        self.cut: list[Callable[[str], object]] = []  # what ends the connections of a device that was removed
+        self._renewed: list[Callable[[], object]] = []  # make brokers reload their certificates
+        self.cut: list[Callable[[str], object]] = []  # end the connections of a removed device
         self.jobs = Jobs(engine, self.blobs, self._sign)
         self.jobs.waiting = self.storage.waiting
         self._make_link()
@@ -140,12 +140,12 @@ class CloudHome:
         )
         self._notes: Inbox[tuple[str, RolloutNote]] = Inbox("rollout-notes", lambda one: self.rollouts.note(*one))
         self._exit.callback(self._notes.close)
-        self._say_how_to_look(home)
+        self._add_health_checks(home)
 
     def __enter__(self) -> Self:
         self._notes.start()
         if not self._options.has_own_broker and not self._options.insecure:
-            mosquitto = self._hold(self._options.broker, self._options.home / "mosquitto")
+            mosquitto = self._mosquitto(self._options.broker, self._options.home / "mosquitto")
             mosquitto.begin()
             self.cut.append(mosquitto.drop)
             self._renewed.append(mosquitto.refresh)
@@ -158,7 +158,7 @@ class CloudHome:
 
     @contextlib.asynccontextmanager
     async def broker(self) -> AsyncIterator[None]:
-        """Run the cloud's own broker while the block lasts, where it has one; raises ConfigError if it cannot begin."""
+        """Run the cloud's own broker, if it has one, within the block; raises ConfigError if it does not start."""
         if not self._options.has_own_broker:
             yield
             return
@@ -169,14 +169,14 @@ class CloudHome:
             yield
 
     def renew_certificates(self) -> bool:
-        """Renew what runs out or does not fit; returns whether the cloud's own certificate is a new one."""
+        """Renew certificates if necessary; returns whether the cloud's own one was renewed."""
         renewed = self._renew_certificate()
         for refresh in self._renewed:
             refresh()
         return renewed
 
     def services(self) -> Services:
-        """Return what the HTTPS plane works on."""
+        """Return the parts that the HTTPS plane uses."""
         return Services(
             enrolment=self.enrolment,
             registry=self.registry,
@@ -209,10 +209,10 @@ class CloudHome:
         replace_file(folder / "ca.pem", self.identity.ca.read_bytes())
         replace_file(folder / CRL_FILE, self.enrolment.crl())
         renew_server(self._tls, Identity.in_folder(folder), _hosts(options), BROKER_NAME, options.certificate_days)
-        hold = self._hold(self._own_url, folder)
-        return MosquittoChild(self._program, folder, options.host, options.mqtt_port, hold)
+        control = self._mosquitto(self._own_url, folder)
+        return MosquittoChild(self._program, folder, options.host, options.mqtt_port, control)
 
-    def _hold(self, url: str, folder: Path) -> Mosquitto:
+    def _mosquitto(self, url: str, folder: Path) -> Mosquitto:
         return Mosquitto(
             MosquittoParts(
                 url=url,
@@ -229,8 +229,8 @@ class CloudHome:
         options = self._options
         scheme = "mqtt" if options.insecure else "mqtts"
         own = options.has_own_broker
-        self._own_url = f"{scheme}://{_dialled(options.host)}:{options.mqtt_port}" if own else options.broker
-        # Its own broker is where the cloud is: a device puts in the host that it knows the cloud by.
+        self._own_url = f"{scheme}://{_reachable(options.host)}:{options.mqtt_port}" if own else options.broker
+        # No host for its own broker: a device uses the one at which it reaches the cloud.
         self.broker_url = f"{scheme}://:{options.mqtt_port}" if own else options.broker
         callbacks = CloudLinkCallbacks(
             on_failure=lambda error: self.supervisor.report_failure("link", error),
@@ -248,15 +248,15 @@ class CloudHome:
         self._stir()
 
     def _stir(self) -> None:
-        """Have all who wait for devices look at who is there, and whether answers can be stored."""
+        """Make rounds and relays check presence and the storage."""
         self.rounds.stir()
         self.relays.stir()
 
     def _note_rollout(self, device: str, note: RolloutNote) -> None:
-        self._notes.put(device, (device, note))  # it writes to the database: in a thread of its own
+        self._notes.put(device, (device, note))  # in another thread, because it writes to the database
 
-    def _say_how_to_look(self, home: Path) -> None:
-        """Say how health looks at each part that is here."""
+    def _add_health_checks(self, home: Path) -> None:
+        """Register the health checks of the parts in this class."""
         self.supervisor.add_check("link", lambda: self.link.reason)
         if not self._options.has_own_broker:
             self.supervisor.add_check("broker", lambda: self.link.reason)
@@ -289,7 +289,7 @@ class CloudHome:
 
 @dataclass(frozen=True, slots=True)
 class _Presence:
-    """The link as the operator's plane sees it: who is removed is also cut off from every door."""
+    """The link for the HTTPS plane: `forget` also ends all connections of a removed device."""
 
     _link: CloudLink
     _cut: Sequence[Callable[[str], object]]
@@ -301,19 +301,19 @@ class _Presence:
         return self._link.telemetry(device)
 
     def forget(self, device: str) -> None:
-        with contextlib.ExitStack() as every:  # each of them, whatever becomes of another
-            every.callback(self._link.forget, device)  # last: the broker has sent the device's will
+        with contextlib.ExitStack() as every:  # all of them, even if one raises
+            every.callback(self._link.forget, device)  # last, after the broker has published the device's will
             for cut in reversed(self._cut):
                 every.callback(cut, device)
 
 
-def _dialled(host: str) -> str:
-    """Return the address by which this machine reaches its own server."""
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - named, not bound
+def _reachable(host: str) -> str:
+    """Return the address at which this machine reaches its own server."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - not bound
 
 
 def _hosts(options: AggregatorOptions) -> list[str]:
-    """Return every name and address the server's certificate is to be good for."""
+    """Return the names and addresses for the server's certificate."""
     local = [address.address for nic in psutil.net_if_addrs().values() for address in nic]
     addresses = [text.partition("%")[0] for text in local if _is_address(text.partition("%")[0])]
     named = [options.host, "localhost", socket.gethostname(), *options.names]

@@ -37,7 +37,7 @@ ENDED = frozenset({"done", "failed", "cancelled"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobRow:
-    """One job as the aggregator runs it."""
+    """One job, as stored, for the aggregator."""
 
     id: str
     state: str
@@ -47,17 +47,17 @@ class JobRow:
     rounds_done: int
     model: BlobRef
     optimizer_sha256: str | None
-    cohort: tuple[str, ...]  # of the round that was open, if one was
-    parted: bool = False  # whether `model` is just what is trained, and the buffers
-    frozen: BlobRef | None = None  # its other tensors
+    cohort: tuple[str, ...]  # of the open round, if there is one
+    parted: bool = False  # whether `model` has only the trained tensors and the buffers
+    frozen: BlobRef | None = None  # the model's other tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerRow:
-    """What one device answered in a round: a file with its update, or a reason for none."""
+    """One device's answer to an assignment, as stored: a file, or the reason why there is none."""
 
     device: str
-    file: str | None = None  # under the spool
+    file: str | None = None  # below the spool's folder
     weight: float = 0.0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     reason: str | None = None
@@ -80,11 +80,11 @@ class Jobs:
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
-        """Start a job; raises ConfigError for what could only fail in a round, ProtocolError for a bad tree.
+        """Start a job and return its id; raises ConfigError if it could only fail, ProtocolError for an invalid tree.
 
-        `key` names the request: where its answer was lost and it is sent again, the job is the same. Where the
-        tensors are `parted`, `parameters` are what is trained and the buffers, and `frozen` all others. `name` is what
-        people know the task by.
+        A request that is sent again with the same `key`, because its reply was lost, returns the same job. If the
+        tensors are `parted`, `parameters` has the trained tensors and the buffers, and `frozen` all others. `name` is
+        for display.
         """
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
@@ -129,7 +129,7 @@ class Jobs:
             return list(db.scalars(sa.select(jobs.c.id).where(jobs.c.state == "running").order_by(jobs.c.created_s)))
 
     def load(self, job: str) -> JobRow:
-        """Return a job as it stands."""
+        """Return a job's stored state."""
         with self._engine.begin() as db:
             row = db.execute(jobs.select().where(jobs.c.id == job)).mappings().one()
             open_round = (rounds.c.job == job) & rounds.c.outcome.is_(sa.null())
@@ -155,7 +155,7 @@ class Jobs:
             return db.scalar(sa.select(rounds.c.round).where(open_round)) is not None
 
     def open_round(self, job: str, number: int, cohort: Sequence[str]) -> list[AnswerRow]:
-        """Make the round's row unless it is there, and return the answers that came before a restart."""
+        """Create the round's row if it is missing, and return the answers from before a restart."""
         key = {"job": job, "round": number}
         with self._engine.begin() as db:
             here = (rounds.c.job == job) & (rounds.c.round == number)
@@ -182,9 +182,9 @@ class Jobs:
     def finish_round(
         self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None, kept_rounds: int = 0
     ) -> None:
-        """Close a round: its outcome, the model after it, and no answers any more, in one commit.
+        """Close a round: store its outcome and the model, and delete its answers, in one commit.
 
-        Of the rounds before, `kept_rounds` stay, and those that a reader has not had yet; 0 keeps all.
+        Also deletes older rounds, except the latest `kept_rounds` and those that a follower has not read; 0 keeps all.
         """
         pruned = self.followers.prunable(outcome.job, outcome.round, kept_rounds) if kept_rounds else 0
         shown = outcome.report().as_json() | {"model": model.sha256}
@@ -214,7 +214,7 @@ class Jobs:
         self._notify()
 
     def end(self, job: str, state: str, error: str | None = None, model: BlobRef | None = None) -> None:
-        """Mark a job as done, failed or cancelled; `model` is its last one, whole, where that was in parts."""
+        """Mark a job as done, failed or cancelled; `model` is the last one with all tensors, if the job was parted."""
         values: dict[str, Any] = {"state": state, "error": error, "ended_s": time.time()}
         if model is not None:
             values |= {"model_sha256": model.sha256, "model_size": model.size, "frozen_sha256": None}
@@ -258,16 +258,16 @@ class Jobs:
             return self._changed.wait_for(lambda: self._has_news(job, rounds_seen), timeout_s)
 
     def cancel(self, job: str) -> None:
-        """Stop a running job; one that has ended stays as it is. Raises NotFound for an unknown id.
+        """Stop a running job; do nothing if it has ended. Raises NotFound for an unknown id.
 
-        The job hears of it first: where the disk is full, it ends without another round, and its row follows.
+        The job's thread is interrupted before the row is changed, so that it stops even while the disk is full.
         """
         if self.row(job)["state"] == "running":
             self.cancelled(job)
             self.end(job, "cancelled", "cancelled by its operator")
 
     def forget_model_of(self, job: str, number: int) -> None:
-        """Delete the parameters after an old round, unless a job still stands on them."""
+        """Delete the parameters after an old round, unless a job still uses them."""
         at = (rounds.c.job == job) & (rounds.c.round == number)
         with self._engine.begin() as db:
             outcome = db.scalar(sa.select(rounds.c.outcome).where(at))
@@ -305,7 +305,7 @@ class Jobs:
 
 
 def _frozen_of(row: Any) -> BlobRef | None:
-    """Return what a job's model lacks, if it lacks something."""
+    """Return the blob of a job's frozen tensors, if it has any."""
     if row["frozen_sha256"] is None:
         return None
     return BlobRef(sha256=row["frozen_sha256"], size=row["frozen_size"])

@@ -1,12 +1,12 @@
-"""Where updates wait until they are folded: files that are written as the bytes arrive, hashed on the way.
+"""Files of updates until they are aggregated; they are written and hashed while the bytes arrive.
 
-An update is `<device>~part` until it is whole, checked and on disk; then it is renamed. A part's length is
-the offset at which an upload that was cut goes on. Files of finished rounds are kept for the next ones
-and overwritten (`<device>~reused` meanwhile, whose length says nothing): pages that the system has
-already cost a tenth of new ones. No device's name holds a `~`.
+An update is `<device>~part` until it is complete, checked and on disk; then it is renamed. The length of a part is
+the offset at which an interrupted upload resumes. Files of finished rounds are kept and overwritten by later ones
+(`<device>~reused` meanwhile, whose length has no meaning), because existing pages cost a tenth of new ones. Device
+names have no `~`.
 
-Invariant: one upload of an update writes at a time, and none to a file that is in its place. A newer one
-cuts off the older, whose connection is dead as a rule: what was checked is what is folded.
+Invariant: only one upload writes an update at a time, and none writes to a finished file, so the checked bytes are
+the aggregated ones. A newer upload cuts off the older one, whose connection is usually dead.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _PART, _REUSED = "~part", "~reused"
 
 
 class Spool:
-    """The updates of all open rounds, under one folder. Used from any thread."""
+    """The updates of all open rounds, in one folder. Methods may be called from any thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._free_folder = folder / ".free"
         shutil.rmtree(self._free_folder, ignore_errors=True)
         self._free_folder.mkdir(mode=0o700, parents=True)
-        for unfinished in folder.rglob(f"*{_REUSED}"):  # of a process that was killed: nobody knows its length
+        for unfinished in folder.rglob(f"*{_REUSED}"):  # of a killed process: its length is not known
             unfinished.unlink()
         self._lock = threading.Lock()
         self._free: list[Path] = []
@@ -45,27 +45,27 @@ class Spool:
         self._writing: dict[Path, Incoming] = {}  # by target
 
     def keep_only(self, jobs: Iterable[str]) -> None:
-        """Forget the updates of all jobs but these: of jobs that ended while the cloud was killed."""
+        """Delete the updates of all other jobs, which ended before a crash of the cloud."""
         kept = {self._free_folder.name, *jobs}
         for folder in self._folder.iterdir():
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def file(self, job: str, number: int, device: str) -> Path:
-        """Return where a device's whole update is."""
+        """Return the path of a device's complete update."""
         return self._folder / job / str(number) / device
 
     def received_bytes(self, job: str, number: int, device: str) -> int:
-        """Return how much of an update is here."""
+        """Return how many bytes of an incomplete update have been received."""
         part = _part(self.file(job, number, device))
         return part.stat().st_size if part.exists() else 0
 
     def path(self, name: str) -> Path:
-        """Return the file of a name that an `Incoming` has."""
+        """Return the path for the `name` of an `Incoming`."""
         return self._folder / name
 
     def incoming(self, job: str, number: int, device: str, offset: int) -> Incoming:
-        """Go on with an update at an offset up to `received_bytes`; raises UploadCutOff where they are no more."""
+        """Start or resume an update at an offset up to `received_bytes`; raises UploadCutOff if there are fewer."""
         target = self.file(job, number, device)
         with self._lock:
             if target in self._writing:
@@ -75,18 +75,18 @@ class Spool:
             incoming = Incoming(target, str(target.relative_to(self._folder)), reused)
             self._writing[target] = incoming
         if reused is None:
-            incoming.go_on_at(offset)
+            incoming.resume_at(offset)
         return incoming
 
     def done_with(self, incoming: Incoming) -> None:
-        """End an upload; what came is kept for a resumed one, unless it is in its place."""
+        """End an upload; an incomplete update is kept, so that it can be resumed."""
         incoming.stop()
         with self._lock:
             if self._writing.get(incoming.target) is incoming:
                 del self._writing[incoming.target]
 
     def drop_round(self, job: str, number: int) -> None:
-        """Forget a round's updates, whole or in part; keep some of the files for the next round."""
+        """Delete a round's updates, complete or not; keep some of the files for reuse."""
         folder = self._folder / job / str(number)
         with self._lock:
             self._cut_off_below(folder)
@@ -99,7 +99,7 @@ class Spool:
             shutil.rmtree(folder, ignore_errors=True)
 
     def drop_job(self, job: str) -> None:
-        """Forget a job's updates, and the files that were kept for its next round."""
+        """Delete a job's updates, and the files kept for reuse."""
         with self._lock:
             self._cut_off_below(self._folder / job)
             shutil.rmtree(self._folder / job, ignore_errors=True)
@@ -113,7 +113,7 @@ class Spool:
 
 
 class Incoming:
-    """One update on its way in. Blocking: called from worker threads, of which another may end it meanwhile."""
+    """One update while it is received. Methods block; a thread may stop it while another one writes."""
 
     def __init__(self, target: Path, name: str, reused: Path | None) -> None:
         self.target, self.name = target, name
@@ -127,20 +127,22 @@ class Incoming:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         self._open = True
 
-    def go_on_at(self, offset: int) -> None:
-        """Hash what is here up to the offset, and forget the rest."""
+    def resume_at(self, offset: int) -> None:
+        """Hash the existing bytes up to the offset, and drop the rest."""
         with self._lock:
             self._refuse_cut_off()
             while self.size < offset:
                 data = os.pread(self._file, min(offset - self.size, _READ_BYTES), self.size)
                 if not data:
-                    raise UploadCutOff(f"{self.size} bytes of {self.name} are here, not {offset}: ask where to go on")
+                    raise UploadCutOff(
+                        f"{self.name} has {self.size} bytes, expected {offset}; call Resume for the offset"
+                    )
                 self._digest.update(data)
                 self.size += len(data)
             os.ftruncate(self._file, offset)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Take the next bytes; raises UploadCutOff."""
+        """Write the next bytes; raises UploadCutOff."""
         left = memoryview(data)
         with self._lock:
             self._refuse_cut_off()
@@ -150,22 +152,22 @@ class Incoming:
                 self.size += written
                 left = left[written:]
 
-    def finish(self, wanted: str) -> None:
-        """Bring the update to disk; raises ProtocolError for a wrong hash, and keeps nothing then."""
+    def finish(self, expected: str) -> None:
+        """Flush the update to disk; raises ProtocolError for a wrong hash, and deletes the file then."""
         with self._lock:
             self._refuse_cut_off()
             os.ftruncate(self._file, self.size)
             os.fsync(self._file)
-            if self._digest.hexdigest() != wanted:
+            if self._digest.hexdigest() != expected:
                 self._close()
                 self.path.unlink()
                 raise ProtocolError(
-                    f"the update's bytes have BLAKE3 {self._digest.hexdigest()[:16]}..., its header says "
-                    f"{wanted[:16]}..."
+                    f"the update's bytes have BLAKE3 {self._digest.hexdigest()[:16]}..., expected {expected[:16]}... "
+                    "from its header"
                 )
 
     def place(self) -> None:
-        """Put a finished update where `Spool.path` says."""
+        """Move a finished update to its final path."""
         with self._lock:
             self._refuse_cut_off()
             self._close()
@@ -177,7 +179,7 @@ class Incoming:
             os.close(folder)
 
     def stop(self) -> None:
-        """Write no more; keep what came for a resumed upload. Harmless after `place`."""
+        """Close the file, and keep it for a resumed upload. Does nothing after `place`."""
         with self._lock:
             if self._open:
                 os.ftruncate(self._file, self.size)
@@ -186,7 +188,7 @@ class Incoming:
 
     def _refuse_cut_off(self) -> None:
         if not self._open:
-            raise UploadCutOff(f"a newer upload of {self.name} has begun, or its round is over")
+            raise UploadCutOff(f"the upload of {self.name} was cut off: a newer one has started, or the round is over")
 
     def _close(self) -> None:
         self._open = False
@@ -194,13 +196,13 @@ class Incoming:
 
 
 class Arrival:
-    """An upload's way into the spool: opened with its first write, one chunk behind what has come.
+    """One upload into the spool: opened at its first write, and one chunk behind the received ones.
 
-    So a small update is written, checked and put in its place in one go. From the event loop and worker threads.
+    So a small update is written, checked and moved in one call. Used in the event loop and in worker threads.
     """
 
     def __init__(self, spool: Spool, job: str, number: int, device: str, offset: int) -> None:
-        self.last = memoryview(b"")  # has come, and is not written yet
+        self.last = memoryview(b"")  # received, not written yet
         self.ended = False
         self._open = functools.partial(spool.incoming, job, number, device, offset)
         self._done_with = spool.done_with
@@ -208,14 +210,14 @@ class Arrival:
         self._lock = threading.Lock()
 
     def write(self) -> Incoming:
-        """Write what came last; raises UploadCutOff."""
+        """Write the last received chunk; raises UploadCutOff."""
         with self._lock:
             if self.ended:
-                raise UploadCutOff("this upload has ended")
+                raise UploadCutOff("the upload has ended")
             return self._write()
 
     def end(self) -> None:
-        """Let go of the file; what came is kept, as far as it can be: a resumed upload asks how far that is."""
+        """Close the file; received bytes are kept if possible, and a resumed upload asks for their number."""
         with self._lock:
             if self.ended:
                 return

@@ -1,8 +1,8 @@
 """Whether the home's disk and database can be written. A full disk pauses the work until there is space.
 
-Who cannot write says so (`refused`), or waits until it can (`insist`). From then on `waiting` tells what is waited
-for, and no deadline of a round runs, until something was written again or a trial shows that there is room.
-A file system tells nobody when it has space again: it is looked at, at most every LOOK_S seconds.
+Code whose write fails reports it (`refused`), or retries (`insist`). This starts a pause: `waiting` returns its reason,
+and the deadlines of rounds stand still, until a write or a trial succeeds.
+A file system does not notify us when it has space again, so it is tried at most every LOOK_S seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgefl.logs import event
 from edgefl.protocols.backoff import Backoff
 
 FIRST_PAUSE_S, LOOK_S = 0.1, 1.0
-LEAST_BYTES = 1 << 20  # what must be free before a disk is not full any more
+LEAST_BYTES = 1 << 20  # a disk with less free space counts as full
 DISK_SPACE = "disk space"
 
 _ERRNOS = {
@@ -52,7 +52,7 @@ _T = TypeVar("_T")
 
 
 def waits_for(error: BaseException) -> str:
-    """Return what an error of the disk or database will pass with; empty for one that will not pass."""
+    """Return what must become available after a temporary error of disk or database; empty if it is permanent."""
     if isinstance(error, DBAPIError):
         code = getattr(error.orig, "sqlite_errorcode", None)
         return "" if code is None or code in _DAMAGED else _SQLITE.get(code & 0xFF, "")
@@ -62,7 +62,7 @@ def waits_for(error: BaseException) -> str:
 
 
 class Storage:
-    """The disk below one home, as those who write to it find it. Used from any thread."""
+    """Pauses of one home's disk and database. Methods may be called from any thread."""
 
     def __init__(self, folder: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._clock = folder, clock
@@ -71,32 +71,32 @@ class Storage:
         self._why = ""
         self._needed_bytes = 0
         self._since_s = self._looked_s = 0.0
-        self._paused_s = 0.0  # in pauses that are over
-        self.changed: Callable[[], None] = lambda: None  # a pause has begun, or is over
+        self._paused_s = 0.0  # total duration of finished pauses
+        self.changed: Callable[[], None] = lambda: None  # called when a pause begins or ends
 
     def waiting(self) -> str:
-        """Return what is waited for, as people read it; empty where nothing is."""
+        """Return the reason of the pause as a text; empty if there is none."""
         self.look()
         with self._changed:
             where = f" in {self._folder.absolute()}" if self._folder and self._waits_for.startswith(DISK_SPACE) else ""
             return f"waiting for {self._waits_for}{where}: {self._why}" if self._waits_for else ""
 
     def paused_s(self) -> float:
-        """Return for how long there were pauses, with the one at hand."""
+        """Return the total duration of pauses (s), including the current one."""
         with self._changed:
             return self._paused_s + (self._clock() - self._since_s if self._waits_for else 0.0)
 
     def pauses(self, before_s: float) -> dict[str, Any]:
-        """Return what is waited for, and for how many seconds there were pauses beyond those before, as JSON."""
+        """Return the reason of the pause, and the duration of pauses in excess of `before_s`, as JSON."""
         return {"waiting": self.waiting() or None, "paused_s": self.paused_s() - before_s}
 
     def pause_times(self) -> tuple[float, float | None]:
-        """Return for how long there were pauses that are over (s), and since when the one at hand runs."""
+        """Return the total duration of finished pauses (s), and the start of the current one, if any."""
         with self._changed:
             return self._paused_s, self._since_s if self._waits_for else None
 
     def refused(self, error: BaseException, num_bytes: int = 0) -> bool:
-        """Begin or prolong a pause; False for an error that will not pass."""
+        """Start or extend a pause after an error; False if the error is permanent."""
         awaited = waits_for(error)
         if not awaited:
             return False
@@ -114,7 +114,7 @@ class Storage:
         return True
 
     def worked(self, num_bytes: int = LEAST_BYTES) -> None:
-        """So many bytes were written: a pause is over, unless more are waited for."""
+        """Report a successful write: it ends the pause, unless more bytes are needed."""
         with self._changed:
             if not self._waits_for or self._needed_bytes > max(num_bytes, LEAST_BYTES):
                 return
@@ -126,7 +126,7 @@ class Storage:
         self.changed()
 
     def look(self) -> bool:
-        """Whether there is no pause, or no longer: tries, where the last trial is long enough ago."""
+        """Whether there is no pause; ends it if a trial succeeds, at most one per LOOK_S."""
         with self._changed:
             if not self._waits_for:
                 return True
@@ -140,7 +140,7 @@ class Storage:
         return True
 
     def insist(self, call: Callable[[], _T], refuse_stopped: Callable[[], None], num_bytes: int = 0) -> _T:
-        """Call until the disk and the database take it; raises what will not pass, and what `refuse_stopped` raises."""
+        """Call, and retry after temporary errors; raises permanent ones, and those of `refuse_stopped`."""
         pauses = Backoff(FIRST_PAUSE_S, LOOK_S)
         while True:
             try:
@@ -162,7 +162,7 @@ class Storage:
             self._changed.notify_all()
 
     def _has_room(self, num_bytes: int) -> bool:
-        """Whether so many bytes could be written now. A trial, since quotas and reserves show in no number."""
+        """Whether so many bytes can be written now; tried, because free-space figures ignore quotas and reserves."""
         if self._folder is None:
             return True
         trial = self._folder / ".trial"

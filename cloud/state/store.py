@@ -1,8 +1,8 @@
 """The cloud's database: SQLAlchemy Core over SQLite (WAL, synchronous FULL) under the home.
 
-What is committed here survives kill -9 and power loss. Rows of jobs, rounds and updates together say
-exactly where a federation stands; `cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `renewal.py`,
-`registry.py` and `rollout.py` are the only modules that query them. Methods may be called from any thread.
+Commits survive kill -9 and power loss. The rows of jobs, rounds and updates are the complete state of all jobs;
+`cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `registry.py`, `rollout.py` and `cloud/trust/renewal.py` are
+the only modules that query them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ devices = sa.Table(
     "devices",
     TABLES,
     sa.Column("name", sa.String, primary_key=True),
-    sa.Column("serial", sa.String, nullable=False),  # of the certificate that is valid for it
+    sa.Column("serial", sa.String, nullable=False),  # of its current certificate
     sa.Column("tags", sa.JSON, nullable=False),
     sa.Column("enrolled_s", sa.Float, nullable=False),
 )
 
-renewals = sa.Table(  # certificates that devices have and have not used yet
+renewals = sa.Table(  # issued certificates that devices have not used yet
     "renewals",
     TABLES,
     sa.Column("device", sa.String, primary_key=True),
@@ -40,10 +40,10 @@ renewals = sa.Table(  # certificates that devices have and have not used yet
     sa.Column("issued_s", sa.Float, nullable=False),
 )
 
-revoked = sa.Table(  # certificates that are not accepted any more
+revoked = sa.Table(  # revoked certificates
     "revoked",
     TABLES,
-    sa.Column("number", sa.Integer, primary_key=True),  # rises: also of the list of those that are revoked
+    sa.Column("number", sa.Integer, primary_key=True),  # increasing: the order in the CRL
     sa.Column("serial", sa.String, nullable=False),
     sa.Column("device", sa.String, nullable=False),
     sa.Column("revoked_s", sa.Float, nullable=False),
@@ -56,7 +56,7 @@ jobs = sa.Table(
     sa.Column("task", sa.String, nullable=False),
     sa.Column("bundle", sa.JSON, nullable=False),  # messages.Signed
     sa.Column("config", sa.JSON, nullable=False),  # config.JobConfig
-    sa.Column("buffers", sa.JSON, nullable=False),  # names of tensors that move, but are not trained
+    sa.Column("buffers", sa.JSON, nullable=False),  # names of tensors that change, but are not trained
     sa.Column("state", sa.String, nullable=False),  # running | done | failed | cancelled
     sa.Column("rounds_done", sa.Integer, nullable=False),
     sa.Column("model_sha256", sa.String, nullable=False),  # parameters after `rounds_done`
@@ -65,10 +65,10 @@ jobs = sa.Table(
     sa.Column("error", sa.String),
     sa.Column("created_s", sa.Float, nullable=False),
     sa.Column("ended_s", sa.Float),
-    sa.Column("parted", sa.Boolean),  # whether parameters are what is trained and the buffers alone; NULL = not known
+    sa.Column("parted", sa.Boolean),  # whether parameters are only trained tensors and buffers; NULL = not known
     sa.Column("frozen_sha256", sa.String),  # all other tensors of the model, until the job is done
     sa.Column("frozen_size", sa.Integer),
-    sa.Column("name", sa.String),  # what people know the task by; NULL = `task`
+    sa.Column("name", sa.String),  # display name; NULL = `task`
 )
 
 rounds = sa.Table(
@@ -86,7 +86,7 @@ updates = sa.Table(
     sa.Column("job", sa.String, primary_key=True),
     sa.Column("round", sa.Integer, primary_key=True),
     sa.Column("device", sa.String, primary_key=True),
-    sa.Column("file", sa.String),  # under spool/; NULL where the device failed
+    sa.Column("file", sa.String),  # under spool/; NULL if the device failed
     sa.Column("weight", sa.Float),
     sa.Column("metrics", sa.JSON, nullable=False),
     sa.Column("reason", sa.String),  # why there is no update
@@ -99,15 +99,15 @@ relays = sa.Table(
     sa.Column("app", sa.String, nullable=False),
     sa.Column("bundle", sa.JSON, nullable=False),  # messages.Signed
     sa.Column("state", sa.String, nullable=False),  # running | done | failed | cancelled
-    sa.Column("sent", sa.Integer, nullable=False),  # messages taken so far: the number of the last
+    sa.Column("sent", sa.Integer, nullable=False),  # number of the last message
     sa.Column("answered", sa.Integer, nullable=False),
     sa.Column("error", sa.String),
     sa.Column("created_s", sa.Float, nullable=False),
     sa.Column("ended_s", sa.Float),
-    sa.Column("name", sa.String),  # what people know the app by; NULL = `app`
+    sa.Column("name", sa.String),  # display name; NULL = `app`
 )
 
-errands = sa.Table(  # of running relays: messages that the operator has not done with
+errands = sa.Table(  # messages of running relays that the operator has not confirmed
     "errands",
     TABLES,
     sa.Column("relay", sa.String, primary_key=True),
@@ -117,7 +117,7 @@ errands = sa.Table(  # of running relays: messages that the operator has not don
     sa.Column("content_sha256", sa.String, nullable=False),
     sa.Column("expires_s", sa.Float, nullable=False),  # seconds since 1970
     sa.Column("answered", sa.Boolean, nullable=False),
-    sa.Column("file", sa.String),  # of the reply, under spool/; NULL where there is none, or not yet
+    sa.Column("file", sa.String),  # of the reply, under spool/; NULL if there is none (yet)
     sa.Column("reason", sa.String),  # why there is no reply
     sa.Column("lost", sa.Boolean, nullable=False),  # the cloud gave the device up
 )
@@ -156,7 +156,7 @@ desired = sa.Table(
 
 
 def open_database(path: Path) -> sa.Engine:
-    """Open, or make, the SQLite database at a path."""
+    """Open the SQLite database at a path, or create it."""
     engine = sa.create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False, "timeout": 10})
     sa.event.listen(engine, "connect", _set_pragmas)
     TABLES.create_all(engine)
@@ -165,11 +165,11 @@ def open_database(path: Path) -> sa.Engine:
 
 
 def _add_new_columns(engine: sa.Engine) -> None:
-    """Give the tables of an older home the columns that came since; they hold NULL there."""
-    there = sa.inspect(engine)
+    """Add new columns to the tables of an older home; their values are NULL."""
+    inspector = sa.inspect(engine)
     with engine.begin() as db:
         for table in TABLES.sorted_tables:
-            known = {column["name"] for column in there.get_columns(table.name)}
+            known = {column["name"] for column in inspector.get_columns(table.name)}
             for column in table.columns:
                 if column.name not in known:
                     kind = column.type.compile(engine.dialect)

@@ -85,7 +85,7 @@ def test_a_defect_of_ours_ends_its_job_with_a_reason_and_the_cloud_goes_on(tmp_p
         data = ("--data", "delta=2", "--data", "weight=1", "--data", f"calls={tmp_path / 'a.calls'}")
         fleet.start_agent("a", *data).wait_for("mqtt.up")
         config = load_config(JobConfig, None, ["rounds.count=1"])
-        with pytest.raises(JobFailed, match=r"a defect of edgefl.*OverflowError.*too large"):
+        with pytest.raises(JobFailed, match=r"a bug in edgefl.*OverflowError.*too large"):
             run(str(NUMBERS), cloud=fleet.url, config=config, credentials=fleet.credentials)
         failed.append(json.loads(fleet.command("jobs", "list", "--json", "-")))
         assert run(str(NUMBERS), cloud=fleet.url, config=config, credentials=fleet.credentials).rounds

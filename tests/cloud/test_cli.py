@@ -110,7 +110,7 @@ def test_a_brokers_folder_uses_the_ca_that_is_there(home):
     ("arguments", "said"),
     [
         (["--insecure", "--host", "0.0.0.0"], "--insecure is for loopback only"),  # noqa: S104 - refused
-        (["--broker", "amqp://h:1"], "neither 'embedded', 'builtin' nor mqtts://host:port"),
+        (["--broker", "amqp://h:1"], "expected embedded, builtin or mqtts://host:port"),
         (["--broker", "mqtt://h:1883"], "is not encrypted"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_blob_with_one_other_bit_is_found_out(tmp_path, known):
     assert blobs.check(ref.sha256) == fast
     damage(blobs.path(ref.sha256), at=2000)
     for _ in range(2):
-        with pytest.raises(BlobDamaged, match=f"{ref.sha256[:16]}.* are not what its name says"):
+        with pytest.raises(BlobDamaged, match=f"{ref.sha256[:16]}.* does not have the hash in its name"):
             blobs.check(ref.sha256)
     assert blobs.put_tree({"w": np.zeros(1000, np.float32)}) == ref  # sent again, it is whole
     assert blobs.check(ref.sha256) == fast

@@ -52,9 +52,9 @@ def test_the_place_of_who_went_is_kept_for_a_while():
 
 def test_a_reader_goes_on_after_its_job_has_ended():
     followers = Followers(ManualClock())
-    with followers.reading("j", 0) as has_come:
+    with followers.reading("j", 0) as confirm:
         followers.forget("j")
-        has_come(3)  # the last rounds are still told
+        confirm(3)  # the last rounds are still told
     assert followers.prunable("j", done=5, kept=1) == 4  # nobody's place is kept
     assert followers._left == followers._seen == {}
 

@@ -61,8 +61,8 @@ def test_one_home_has_one_cloud_at_a_time(tmp_path):
     ("changes", "message"),
     [
         ({"insecure": True, "host": "0.0.0.0"}, "--insecure is for loopback only"),  # noqa: S104
-        ({"broker": "mqtts://host"}, "neither 'embedded', 'builtin' nor mqtts://host:port"),
-        ({"broker": "http://host:1"}, "neither 'embedded', 'builtin' nor mqtts://host:port"),
+        ({"broker": "mqtts://host"}, "expected embedded, builtin or mqtts://host:port"),
+        ({"broker": "http://host:1"}, "expected embedded, builtin or mqtts://host:port"),
         ({"broker": "mqtt://127.0.0.1:1883"}, "is not encrypted"),
     ],
 )

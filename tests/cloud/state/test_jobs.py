@@ -214,10 +214,10 @@ def test_the_latest_rounds_are_kept_and_those_that_are_still_read(home):
     jobs.open_round(other, 1, ("a",))
     jobs.finish_round(outcome(other, 1), model, None, 5)
     assert finish(range(1, 21)) == [16, 17, 18, 19, 20]
-    with jobs.follow(job, 20) as has_come:
+    with jobs.follow(job, 20) as confirm:
         assert finish(range(21, 31)) == list(range(16, 31))
         assert [one["round"] for one in jobs.rounds_after(job, 20, 3)] == [21, 22, 23]
-        has_come(30)
+        confirm(30)
         assert finish([31]) == list(range(26, 32))
     assert len(jobs.get(other)["rounds"]) == 1
     assert "rounds" not in jobs.row(job)

@@ -118,7 +118,7 @@ def test_a_newer_upload_cuts_the_older_off_and_what_was_placed_stays(tmp_path):
     old = spool.incoming("job", 1, "cam", 0)
     old.write(b"x" * 500)
     new = spool.incoming("job", 1, "cam", 0)
-    with pytest.raises(UploadCutOff, match="newer upload"):
+    with pytest.raises(UploadCutOff, match="a newer one has started"):
         old.write(b"x")
     spool.done_with(old)
     new.write(DATA)
@@ -146,7 +146,7 @@ def test_a_finished_upload_is_not_written_to_before_it_is_placed(tmp_path):
 
 def test_an_offset_beyond_what_is_here_ends_at_once(tmp_path):
     spool = Spool(tmp_path / "spool")
-    with pytest.raises(UploadCutOff, match="0 bytes of job/1/cam are here, not 5"):
+    with pytest.raises(UploadCutOff, match="job/1/cam has 0 bytes, expected 5"):
         spool.incoming("job", 1, "cam", 5)
 
 
@@ -155,7 +155,7 @@ def test_a_round_that_is_dropped_cuts_its_uploads_off(tmp_path):
     incoming = spool.incoming("job", 1, "cam", 0)
     incoming.write(DATA)
     spool.drop_round("job", 1)
-    with pytest.raises(UploadCutOff, match="its round is over"):
+    with pytest.raises(UploadCutOff, match="the round is over"):
         incoming.finish(sha(DATA))
     spool.done_with(incoming)
     assert not (tmp_path / "spool" / "job" / "1").exists()

@@ -115,7 +115,7 @@ def test_a_model_that_the_disk_has_changed_fails_its_job_when_the_cloud_is_back(
     fleet.start_cloud()
     run.popen.wait(60)
     assert run.stop() != 0
-    assert "are not what its name says" in run.log.read_text()
+    assert "does not have the hash in its name" in run.log.read_text()
     assert jobs(fleet)[0]["state"] == "failed"
     fleet.agents.pop("x").stop()
     three(fleet)
@@ -142,7 +142,7 @@ def test_a_model_that_changes_under_an_open_round_fails_it(fleet, three, tmp_pat
     flip(model, model.stat().st_size - 1)
     run.popen.wait(60)
     assert run.stop() != 0
-    assert "are not what its name says" in run.log.read_text()
+    assert "does not have the hash in its name" in run.log.read_text()
     fleet.agents.pop("x").stop()
     three(fleet)
     round_is_right(fleet)

@@ -113,7 +113,7 @@ def test_a_task_that_is_none_starts_nothing(http_plane, tmp_path):
 def test_a_download_that_is_not_what_was_asked_leaves_no_file(http_plane, client, tmp_path):
     ref = http_plane.blobs.put(b"right")
     http_plane.blobs.path(ref.sha256).write_bytes(b"wrong")
-    with pytest.raises(CloudRefused, match="are not what its name says"):
+    with pytest.raises(CloudRefused, match="does not have the hash in its name"):
         download(client, ref.sha256, tmp_path / "x")
     with (
         pytest.raises(BlobDamaged, match="came with SHA-256"),
