@@ -1,4 +1,4 @@
-"""Who is waited for, and who is given up: decided here alone, for rounds, relays and virtual time. See `exchange`."""
+"""Decides which devices are waited for and which are given up, for rounds, relays and simulations. See `exchange`."""
 
 from edgefl.exchange.events import (
     Answered,

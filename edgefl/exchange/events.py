@@ -1,6 +1,6 @@
-"""What can happen to an exchange, and what is then to be done: records, without a line of logic.
+"""The events of an exchange, and its instructions: records without logic.
 
-Every event carries its time in seconds, on whatever clock its driver has: monotonic or virtual.
+Every event has its time in seconds, on the driver's clock: monotonic or virtual.
 """
 
 from __future__ import annotations
@@ -11,50 +11,50 @@ from enum import Enum
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something happened at a time."""
+    """The base of all events."""
 
     at_s: float = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Begin(Event):
-    """From now on answers are waited for."""
+    """The exchange starts to wait for answers."""
 
-    is_told: bool = False  # whether the devices know already, e.g. from before a restart
+    is_told: bool = False  # whether the devices already have their assignments, e.g. from before a restart
 
 
 @dataclass(frozen=True, slots=True)
 class Answered(Event):
-    """A device sent what it was asked for."""
+    """A device sent an update, or a reply."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True)
 class Failed(Event):
-    """A device answered that it cannot."""
+    """A device answered without an update."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn(Event):
-    """What a device sent no longer counts towards the quorum."""
+    """The update of a device no longer counts towards the quorum."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True)
 class Offline(Event):
-    """A device is not there."""
+    """A device is offline."""
 
     device: str
-    heard_of: bool = True  # False = not since the asking side started: it may only be on its way back
+    heard_of: bool = True  # False = no message since the asking side started; it may be about to reconnect
 
 
 @dataclass(frozen=True, slots=True)
 class Back(Event):
-    """A device is there again."""
+    """A device is online again."""
 
     device: str
 
@@ -71,29 +71,29 @@ class Resumed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Tick(Event):
-    """Nothing but time has passed."""
+    """Time has passed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop(Event):
-    """Further answers are not wanted."""
+    """No more answers are needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What the driver is to do."""
+    """The base of all instructions to the driver."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tell(Instruction):
-    """Tell a device what it is asked."""
+    """Send a device its assignment."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True)
 class Yield(Instruction):
-    """Hand a device's answer on."""
+    """Yield a device's answer."""
 
     device: str
 
@@ -102,13 +102,13 @@ class Why(Enum):
     """Why a device is given up."""
 
     LATE = "late"  # the deadline has passed
-    OFFLINE = "offline"  # for the whole grace time, as everybody else who is missing
-    UNWANTED = "unwanted"  # the driver stopped it
+    OFFLINE = "offline"  # all missing devices have been offline for the grace time
+    UNWANTED = "unwanted"  # the driver stopped the exchange
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp(Instruction):
-    """A device's answer is not waited for any more: tell it."""
+    """Tell a device that its answer is no longer needed."""
 
     device: str
     why: Why
@@ -116,4 +116,4 @@ class GiveUp(Instruction):
 
 @dataclass(frozen=True, slots=True)
 class Close(Instruction):
-    """The exchange is over: no instruction follows."""
+    """The exchange is over; this is its last instruction."""

@@ -1,14 +1,13 @@
-"""One exchange: devices are asked for something, and answer, fail or are given up. A state machine without I/O.
+"""One exchange: devices get assignments, and each answers, fails or is given up. A state machine without I/O.
 
-Events go in, each with its time; instructions come out, which a driver carries out: the cloud's rounds
+Its input are events, each with its time; its output are instructions, which a driver executes: the cloud's rounds
 (`cloud/dataplane/grpc_fleet.py`), its relays (`relays.py`) and the virtual clock (`simulation/world/clock.py`).
-An exchange is over when every device has answered, at its deadline, or, once the quorum has sent updates, when
-all that are missing have been offline for the grace time.
-The manner is that of dask/distributed's `worker_state_machine.py`: so a test is a table of events.
+An exchange is over when every device has answered, at its deadline, or, after the quorum has sent updates, when
+all missing devices have been offline for the grace time.
+The design is that of dask/distributed's `worker_state_machine.py`, so that a test is a table of events.
 
 Invariants: it reads no clock, and the same events give the same instructions. An answer is yielded once, in the
-order of arrival, and never after `Close`. What happens at the very moment when a deadline ends still counts.
-While it is paused no time passes.
+order of arrival, and never after `Close`. An event exactly at the deadline still counts. A pause stops its time.
 """
 
 from __future__ import annotations
@@ -39,33 +38,33 @@ from edgefl.exchange.terms import Terms
 
 
 class Exchange:
-    """The state of one exchange. Not thread-safe: a driver owns it, or has a lock."""
+    """The state of one exchange. Not thread-safe."""
 
     def __init__(self, asked: Iterable[str], terms: Terms) -> None:
         self._terms = terms
-        self._missing = dict.fromkeys(asked)  # in the order in which they are told
-        self._updates: set[str] = set()  # whose answers count towards the quorum
-        self._now_s = -math.inf  # of the latest event
-        # Below: on the exchange's own time, which stands still in a pause.
+        self._missing = dict.fromkeys(asked)  # in the order of their `Tell`
+        self._updates: set[str] = set()  # devices whose updates count towards the quorum
+        self._now_s = -math.inf  # time of the latest event
+        # Below: times on the exchange's own clock, which is stopped in a pause.
         self._end_s = math.inf
-        self._offline_since_s: dict[str, float] = {}  # of the missing
+        self._offline_since_s: dict[str, float] = {}  # missing devices only
         self._paused_since_s: float | None = None
-        self._paused_s = 0.0  # in pauses that are over
-        self.closed_s: float | None = None  # when it ended, on the driver's clock
+        self._paused_s = 0.0  # total duration of finished pauses
+        self.closed_s: float | None = None  # when it closed, on the driver's clock
 
     @property
     def missing(self) -> Collection[str]:
-        """Who has not answered; of an exchange that is over, who never did."""
+        """The devices that have not answered, also after the exchange is over."""
         return self._missing.keys()
 
     @property
     def waiting(self) -> Collection[str]:
-        """Who is waited for."""
+        """The devices that are waited for."""
         return self._missing.keys() if self.closed_s is None else ()
 
     @property
     def offline(self) -> Collection[str]:
-        """Who of the missing is not there."""
+        """The missing devices that are offline."""
         return self._offline_since_s.keys()
 
     @property
@@ -74,21 +73,21 @@ class Exchange:
 
     @property
     def due_s(self) -> float:
-        """When time alone will end it, on the driver's clock: a `Tick` is wanted then. Infinite in a pause."""
+        """When the next `Tick` is needed, which ends the exchange, on the driver's clock. Infinite in a pause."""
         if self.closed_s is not None or self.is_paused:
             return math.inf
         return min(self._end_s, self._given_up_s()) + self._paused_s
 
     def waits_for(self, device: str, at_s: float) -> bool:
-        """Whether an answer of this device would count at this time."""
+        """Whether an answer of this device at this time would be accepted."""
         return device in self.waiting and at_s <= self.due_s
 
     def handle(self, *events: Event) -> list[Instruction]:
-        """Take events in, in their order, and return what is to be done."""
+        """Process events in order, and return the instructions."""
         instructions: list[Instruction] = []
         for event in events:
             if self.due_s < event.at_s:
-                instructions += self._end_in_time()
+                instructions += self._close_in_time()
             self._now_s = max(self._now_s, event.at_s)
             if self.closed_s is None:
                 instructions += self._take(event)
@@ -111,7 +110,7 @@ class Exchange:
             case Resumed():
                 return self._resume()
             case Tick():
-                return self._end_in_time() if self.due_s <= self._now_s else []
+                return self._close_in_time() if self.due_s <= self._now_s else []
             case Stop():
                 return self._close(Why.UNWANTED)
         return []
@@ -137,7 +136,7 @@ class Exchange:
             self._offline_since_s[event.device] = min(since_s, self._offline_since_s.get(event.device, since_s))
 
     def _resume(self) -> list[Instruction]:
-        """Tell again: those that gave up sending do not know that there is room."""
+        """Send the assignments again, because devices may have stopped trying to send."""
         if self._paused_since_s is None:
             return []
         self._paused_s += self._now_s - self._paused_since_s
@@ -152,13 +151,13 @@ class Exchange:
         return now_s - self._paused_s
 
     def _given_up_s(self) -> float:
-        """Return when the last missing device will have been offline for the grace time, on the exchange's own time."""
+        """Return when all missing devices have been offline for the grace time, on the exchange's own clock."""
         gone = self._offline_since_s
         if not gone or len(gone) < len(self._missing) or len(self._updates) < self._terms.quorum:
             return math.inf
         return max(gone.values()) + self._terms.offline_grace_s
 
-    def _end_in_time(self) -> list[Instruction]:
+    def _close_in_time(self) -> list[Instruction]:
         self._now_s = max(self._now_s, self.due_s)
         return self._close(Why.OFFLINE if self._given_up_s() <= self._end_s else Why.LATE)
 

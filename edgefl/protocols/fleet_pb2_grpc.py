@@ -70,42 +70,42 @@ class FleetServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Next(self, request, context):
-        """What this device should do now. Asked on every (re)connect: a lost MQTT message costs latency only.
+        """The current assignments of this device. Called on every (re)connect: a lost MQTT message costs latency only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Download(self, request, context):
-        """A blob's bytes from an offset on.
+        """A blob's bytes, starting at an offset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """How much of an update the cloud holds already: where an upload goes on.
+        """How much of an update the cloud already has: the offset to resume an upload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """One header, then data. The reply comes after the update is durable.
+        """One header, then data. The reply is sent after the update is durable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fail(self, request, context):
-        """This device will not send an update for that round, and why.
+        """Reports that this device sends no update for a round, and why.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Renew(self, request, context):
-        """A new certificate for a new key; the present one is good until the new one is first used.
+        """A new certificate for a new key; the current one is valid until the new one is first used.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,11 +1,11 @@
-"""One reconnecting MQTT link, the same for an agent and for the cloud: aiomqtt in the event loop that they have.
+"""A reconnecting MQTT link for the agent and the cloud: aiomqtt in their event loop.
 
-Each connection is a clean MQTT 3.1.1 session with a client of its own: a lost message costs latency only,
-since on each connect the owner asks over gRPC what is next.
+Each connection is a clean MQTT 3.1.1 session with a new client: a lost message costs latency only, because the agent
+calls `Next` over gRPC on each connect.
 
-Invariants: handlers run in the event loop and must return soon; `publish` never waits, and may be called from
-any thread; a message of QoS 1 leaves the queue when the broker has acknowledged it, so one may come twice;
-on_connect comes after the subscriptions are in force, on every connect.
+Invariants: callbacks run in the event loop and must return quickly; `publish` never blocks, and may be called from
+any thread; a message of QoS 1 stays queued until the broker has acknowledged it, so it may arrive twice; `on_connect`
+is called on every connect, after the subscriptions are acknowledged.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ except ImportError as cause:
 
 __all__ = ["LinkConfig", "MqttError", "MqttLink", "Will", "new_client", "parse_url"]
 
-MAX_QUEUED = 10_000  # messages that wait for the broker's acknowledgement
+MAX_QUEUED = 10_000  # messages that the broker has not acknowledged
 MAX_IN_FLIGHT = 200
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 2.0  # between attempts to connect; doubles
-MAX_FAULTS, FAULTS_S = 5, 60.0  # errors of our own that a link survives: fewer than so many within such a time
+MAX_FAULTS, FAULTS_S = 5, 60.0  # the link fails at this number of unexpected errors within this time
 ANSWER_S = 3.0  # for a CONNACK or a SUBACK
-END_S = 10.0  # for an attempt to connect that `close` finds
-SERVER_UNAVAILABLE = 0x88  # paho's number for a CONNACK's 3: there is no place
+END_S = 10.0  # `close` waits this long for an attempt to connect
+SERVER_UNAVAILABLE = 0x88  # paho's number for return code 3 of a CONNACK: no free place
 
 _log = logging.getLogger(__name__)
 _paho_log = logging.getLogger(f"{__name__}.paho")
-_paho_log.setLevel(logging.CRITICAL)  # why a link is down is said by the link, once
+_paho_log.setLevel(logging.CRITICAL)  # the link itself logs why it is down, once
 
 
 def _nothing(*_: object) -> None:
@@ -55,12 +55,11 @@ def _nothing(*_: object) -> None:
 
 
 class MqttLink:
-    """A connection that comes back, as a task of the event loop that `start` is called in.
+    """A reconnecting connection, as a task of the event loop in which `start` is called.
 
-    An error of `on_message` costs that message only: a ProtocolError is logged with its topic, any other,
-    which is a defect of ours, with its traceback. After an error anywhere else the link connects again; at
-    the MAX_FAULTS-th within FAULTS_S it ends, `on_failure` hears of it, and `publish` and `wait_connected`
-    raise it from then on.
+    An error in `on_message` affects that message only: a ProtocolError is logged with its topic, any other error,
+    which is a bug, with its traceback. After an error elsewhere the link reconnects; at the MAX_FAULTS-th within
+    FAULTS_S it fails: it calls `on_failure`, and `publish` and `wait_connected` raise the error from then on.
     """
 
     def __init__(
@@ -75,38 +74,38 @@ class MqttLink:
         self._task: asyncio.Task[None] | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._queue: deque[tuple[str, bytes, int, bool]] = deque()  # topic, payload, QoS, retained
-        self._queued, self._sent, self._leave, self._settled = (asyncio.Event() for _ in range(4))
+        self._queued, self._sent, self._leave, self._up_or_failed = (asyncio.Event() for _ in range(4))
         self._is_closed = False
         self._failure: BaseException | None = None
-        self._reason = ""  # why the link is down, or is to be
+        self._reason = ""  # why the link is down, or will be
         self._backoff = Backoff(FIRST_DELAY_S, LAST_DELAY_S, config.client_id)
         self._faults_s: deque[float] = deque(maxlen=MAX_FAULTS)
 
     @property
     def is_up(self) -> bool:
-        """Whether the subscriptions are in force."""
-        return self._settled.is_set() and self._failure is None
+        """Whether the link is connected, and its subscriptions are acknowledged."""
+        return self._up_or_failed.is_set() and self._failure is None
 
     @property
     def reason(self) -> str:
-        """Why the link is down, for a person to read; empty while it is up."""
+        """Why the link is down, as a text; empty while it is up."""
         return "" if self.is_up else self._reason or "it has not connected yet"
 
     def start(self) -> None:
-        """Begin to connect; returns at once."""
+        """Start connecting; returns at once."""
         self._loop = asyncio.get_running_loop()
         self._end_idle_threads(self._loop)
         self._task = self._loop.create_task(self._run(), name=f"mqtt-{self._client_id}")
 
     async def wait_connected(self, timeout_s: float) -> bool:
-        """Whether the link is up, now or within the time."""
+        """Wait until the link is up; False at the timeout."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._settled.wait(), timeout_s)
+            await asyncio.wait_for(self._up_or_failed.wait(), timeout_s)
         self._raise_failure()
         return self.is_up
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 1) -> None:
-        """Queue a message; QoS 1 survives a lost connection, QoS 0 is dropped where there is none.
+        """Queue a message. QoS 1 survives a lost connection; QoS 0 is dropped if there is no connection.
 
         Raises ProtocolError if it is too large, CloudUnreachable if the queue is full or the link closed.
         """
@@ -120,21 +119,21 @@ class MqttLink:
             return
         if len(self._queue) >= MAX_QUEUED:
             raise CloudUnreachable(
-                f"{self._client_id}: {MAX_QUEUED} messages wait for broker {self._config.url} ({self.reason}); "
-                f"the one on {topic} was not taken"
+                f"{self._client_id}: {MAX_QUEUED} messages are waiting for broker {self._config.url} ({self.reason}); "
+                f"the new one on {topic} was not queued"
             )
         self._queue.append((topic, payload, qos, retain))
         if self._loop is not None:
-            with suppress(RuntimeError):  # the loop has ended, and with it this process's work
+            with suppress(RuntimeError):  # the loop is closed, because the process is stopping
                 self._loop.call_soon_threadsafe(self._queued.set)
 
     def reconnect(self, reason: str) -> None:
-        """Leave the broker without a will and come back at once; what is queued is sent then."""
+        """Disconnect without a will and reconnect at once; queued messages are sent then."""
         self._reason = reason
         self._leave.set()
 
     async def close(self, flush_s: float = 2.0) -> None:
-        """Give what is queued `flush_s` to be acknowledged, say goodbye (no will), end the task."""
+        """Wait up to `flush_s` for acknowledgements, disconnect without a will, and end the task."""
         with suppress(TimeoutError):
             async with asyncio.timeout(flush_s):
                 while self._queue and self.is_up:
@@ -156,23 +155,23 @@ class MqttLink:
                     self._go_down()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._leave.wait(), self._backoff.next_s(full=is_full))
-        except Exception as failure:  # noqa: BLE001 - the task's outermost line: its owner is told
+        except Exception as failure:  # noqa: BLE001 - the task's outermost line
             self._failure = failure
-            self._settled.set()  # those who wait are told, too
+            self._up_or_failed.set()  # so that waiting callers raise it
             self._on_failure(failure)
 
     async def _connect_once(self) -> bool:
-        """Connect and converse until the connection ends; returns whether the broker has no place.
+        """Connect, and serve the connection until it ends; returns whether the broker has no free place.
 
-        An error of our own is survived, unless there were too many of late.
+        Unexpected errors are logged, unless there were too many recently.
         """
         try:
             tls, will = await asyncio.to_thread(self._prepare)
             async with new_client(self._config, tls, will) as client:
                 self._end_idle_threads(asyncio.get_running_loop())
-                await self._converse(client)
+                await self._serve(client)
         except MqttConnectError as refusal:
-            self._note_down(f"the broker refused {self._client_id!r}: {refusal.rc}")
+            self._note_down(f"the broker refused client {self._client_id!r}: {refusal.rc}")
             return getattr(refusal.rc, "value", 0) == SERVER_UNAVAILABLE
         except MqttError as lost:
             self._note_down(str(lost.__cause__ or lost))
@@ -181,26 +180,26 @@ class MqttLink:
             self._faults_s.append(now_s)
             if len(self._faults_s) == MAX_FAULTS and now_s - self._faults_s[0] < FAULTS_S:
                 raise
-            _log.exception("mqtt.fault client=%s: it connects again", self._client_id)
-            self._note_down(f"a fault of this program: {fault!r}")
+            _log.exception("mqtt.fault client=%s: it reconnects", self._client_id)
+            self._note_down(f"an error in this program: {fault!r}")
         return False
 
     def _prepare(self) -> tuple[ssl.SSLContext | None, tuple[str, bytes] | None]:
-        """Return our certificate as it is in its file now, for it may have been renewed, and the next will."""
+        """Return a TLS context from the certificate's file, which may have been renewed, and the next will."""
         identity, will = self._config.identity, self._config.will
         try:
             tls = client_context(identity.ca, identity) if identity else None
         except OSError as cause:
-            raise MqttError(f"our certificate cannot be used: {cause}") from None
+            raise MqttError(f"our own certificate cannot be used: {cause}") from None
         return tls, will() if will else None
 
-    async def _converse(self, client: aiomqtt.Client) -> None:
+    async def _serve(self, client: aiomqtt.Client) -> None:
         """Subscribe, then receive and send until the connection is lost or `_leave` is set."""
         if self._config.subscriptions:
             codes: Any = await client.subscribe(list(self._config.subscriptions))
             topics = (topic for topic, _ in self._config.subscriptions)
             if refused := [topic for topic, code in zip(topics, codes, strict=False) if code.is_failure]:
-                raise MqttError(f"the broker does not let it subscribe to {', '.join(refused)}")
+                raise MqttError(f"the broker refused subscriptions to {', '.join(refused)}")
         self._come_up()
         work = (self._receive(client), self._send(client), self._leave.wait())
         tasks = [asyncio.ensure_future(one) for one in work]
@@ -218,11 +217,11 @@ class MqttLink:
                 self._on_message(topic, payload)
             except ProtocolError as fault:
                 event(_log, logging.WARNING, "mqtt.bad_message", topic=topic, reason=fault)
-            except Exception:  # noqa: BLE001 - whatever a peer's message finds out about us costs that message only
+            except Exception:  # noqa: BLE001 - a bug costs only the message that triggers it
                 _log.critical("mqtt.message_lost topic=%r bytes=%d", topic, len(payload), exc_info=True)
 
     async def _send(self, client: aiomqtt.Client) -> None:
-        """Send what is queued, MAX_IN_FLIGHT at a time; what was acknowledged leaves the queue."""
+        """Send queued messages, MAX_IN_FLIGHT at a time; acknowledged ones leave the queue."""
         while True:
             self._queued.clear()
             while num := min(len(self._queue), MAX_IN_FLIGHT):
@@ -242,24 +241,24 @@ class MqttLink:
         event(_log, logging.INFO, "mqtt.up", client=self._client_id, broker=self._config.url)
         self._on_connect()
         self._reason = ""
-        self._settled.set()
+        self._up_or_failed.set()
 
     def _go_down(self) -> None:
         was_up = self.is_up
-        self._settled.clear()
+        self._up_or_failed.clear()
         self._sent.set()
         if was_up:
             self._on_disconnect()
 
     def _note_down(self, reason: str) -> None:
-        """Log why the link is down, each reason once; `_reason` is empty while it is up."""
+        """Log why the link is down, each reason once."""
         if not self._is_closed:
             level = logging.DEBUG if reason == self._reason else logging.WARNING
             self._reason = reason
             event(_log, level, "mqtt.down", client=self._client_id, broker=self._config.url, reason=reason)
 
     def _end_idle_threads(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let go of the thread that aiomqtt dialled in: the event loop's pool would keep it, the next one has none."""
+        """Replace the event loop's thread pool, to end the idle thread in which aiomqtt connected."""
         former, self._threads = self._threads, ThreadPoolExecutor(thread_name_prefix="asyncio")
         loop.set_default_executor(self._threads)
         if former is not None:
@@ -268,12 +267,12 @@ class MqttLink:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise CloudUnreachable(
-                f"{self._client_id}: a handler of the link to {self._config.url} failed: {self._failure!r}"
+                f"{self._client_id}: the link to {self._config.url} has failed: {self._failure!r}"
             ) from self._failure
 
 
 def new_client(config: LinkConfig, tls: ssl.SSLContext | None, will: tuple[str, bytes] | None = None) -> aiomqtt.Client:
-    """Return a client for one connection, as a context manager; it raises MqttError where that fails."""
+    """Return a client for one connection, as a context manager; it raises MqttError if it cannot connect."""
     host, port, _ = parse_url(config.url)
     client = aiomqtt.Client(
         host,
@@ -285,7 +284,7 @@ def new_client(config: LinkConfig, tls: ssl.SSLContext | None, will: tuple[str, 
         will=aiomqtt.Will(*will, qos=1, retain=True) if will else None,
         tls_context=tls,
         max_inflight_messages=MAX_IN_FLIGHT,
-        socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],  # no message waits for an ACK of TCP
+        socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],  # no message waits for a TCP ACK
         logger=_paho_log,
     )
     client.pending_calls_threshold = MAX_IN_FLIGHT

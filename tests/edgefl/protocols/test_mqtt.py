@@ -199,7 +199,7 @@ def test_a_full_queue_is_said_not_swallowed(free_port, monkeypatch) -> None:
     with Link(LinkConfig(url=f"mqtt://127.0.0.1:{free_port}", client_id="cam-1"), on_failure=pytest.fail) as link:
         for _ in range(3):
             link.publish(UP, b"kept")
-        with pytest.raises(CloudUnreachable, match="3 messages wait"):
+        with pytest.raises(CloudUnreachable, match="3 messages are waiting"):
             link.publish(UP, b"one too many")
         link.publish(UP, b"telemetry may be lost", qos=0)
 
