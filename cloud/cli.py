@@ -1,4 +1,4 @@
-"""`edgefl cloud`: start the cloud, make enrolment tokens, configure a broker of one's own."""
+"""`edgefl cloud`: start the cloud, make enrolment tokens, configure an external broker."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def cloud() -> None:
 @click.option("--http-port", default=9480, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--mqtt-port", default=8883, show_default=True, type=click.IntRange(1, 65535), help="Own broker's.")
 @click.option("--broker", default="embedded", show_default=True,
-              help="embedded: the cloud's own, which is a mosquitto that it starts where there is one, else the "
-                   "built-in one (builtin: that one in any case); or mqtts://HOST:PORT.")  # fmt: skip
+              help="embedded: the cloud's own, which is mosquitto if installed, otherwise the built-in one; builtin: "
+                   "always the built-in one; or the URL of another broker, mqtts://HOST:PORT.")  # fmt: skip
 @click.option("--broker-pid-file", type=click.Path(path_type=Path),
-              help="Of a mosquitto on this machine, which is told by SIGHUP to read its certificates again. "
+              help="Of a mosquitto on this machine, to which the cloud sends SIGHUP to reload certificates. "
                    "[default: HOME/mosquitto/mosquitto.pid]")  # fmt: skip
 @click.option("--name", "names", multiple=True, help="Another name or address at which devices reach this cloud.")
 @click.option("--certificate-days", default=397.0, show_default=True, type=click.FloatRange(0.001, 3650),
@@ -41,12 +41,12 @@ def cloud() -> None:
 @click.option("--kept-rounds", default=1000, show_default=True, type=click.IntRange(10, 10_000_000),
               help="How many of a job's latest rounds to keep for `edgefl jobs show`.")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="No TLS. For loopback only.")
-def start(  # noqa: PLR0913 - one a flag
+def start(  # noqa: PLR0913 - one parameter per option
     *, home: Path, host: str, grpc_port: int, http_port: int, mqtt_port: int, broker: str,
     broker_pid_file: Path | None, names: tuple[str, ...], certificate_days: float, kept_rounds: int,
     insecure: bool,
 ) -> None:  # fmt: skip
-    """Serve until Ctrl-C or SIGTERM. The first start makes the CA, the fleet's key and HOME/operator.json."""
+    """Serve until Ctrl-C or SIGTERM. The first start creates the CA, the fleet's key and HOME/operator.json."""
     from cloud.aggregator import Aggregator
     from cloud.state.home import AggregatorOptions
     from edgefl.logs import set_up_logging
@@ -110,9 +110,9 @@ def token(home: Path, valid_for_s: float, output: Output) -> None:
 @click.option("--name", "names", multiple=True, help="Another name or address at which devices reach the broker.")
 @json_option
 def broker_config(home: Path, host: str, port: int, names: tuple[str, ...], output: Output) -> None:
-    """Write what a mosquitto needs.
+    """Write the files for an external mosquitto.
 
-    HOME/mosquitto then has its configuration, topic rights, key and certificate.
+    HOME/mosquitto then has its configuration, access rights, key and certificate.
     """
     from cloud.broker.mosquitto_config import CRL_FILE, PID_FILE, write_broker_config
     from cloud.state.enrolment import Enrolment

@@ -24,7 +24,7 @@ FILES_OF_A_TRANSFER = 4  # two transfer limiters, and files that are opened twic
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PortShare:
-    """What one port for devices may hold."""
+    """The limits of one port for devices."""
 
     seats: int  # connections of enrolled devices
     waiting: int  # connections that are not authenticated yet
@@ -66,5 +66,5 @@ class Shares:
         return (
             f"the cloud holds the connections of {self.devices.seats} devices, the most that its limit of "
             f"{self.limit} open files allows; raise the limit (LimitNOFILE= in its unit, `ulimit -n`). This device "
-            "tries again by itself"
+            "retries by itself"
         )

@@ -39,10 +39,10 @@ def find_mosquitto() -> str | None:
     program = shutil.which("mosquitto", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
     if program is None:
         return None
-    said = subprocess.run([program, "-h"], capture_output=True, text=True, timeout=START_S, check=False).stdout
-    version = re.search(r"version (\d+)\.(\d+)", said)
+    output = subprocess.run([program, "-h"], capture_output=True, text=True, timeout=START_S, check=False).stdout
+    version = re.search(r"version (\d+)\.(\d+)", output)
     if version is None or tuple(map(int, version.groups())) < OLDEST:
-        event(_log, logging.WARNING, "broker.mosquitto_too_old", program=program, said=said[:60])
+        event(_log, logging.WARNING, "broker.mosquitto_too_old", program=program, said=output[:60])
         return None
     return program
 
@@ -63,7 +63,7 @@ class MosquittoChild:
         self.reason = "mosquitto has not started yet"
         self._running = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._said = ""  # the last line of its log
+        self._last_line = ""  # of its log
         self._backoff = Backoff(FIRST_DELAY_S, LAST_DELAY_S)
 
     async def __aenter__(self) -> Self:
@@ -100,17 +100,17 @@ class MosquittoChild:
             try:
                 await self._run()
             except OSError as fault:  # temporary: too many processes or descriptors
-                self._said = str(fault)
+                self._last_line = str(fault)
             status = await asyncio.to_thread(self._stop)
-            self.reason = f"mosquitto has exited with status {status}; the last line of its log: {self._said or 'none'}"
+            self.reason = f"mosquitto has exited with status {status}; its last log line: {self._last_line or 'none'}"
             if not self._running.is_set():
                 return  # it never served: `__aenter__` raises
-            event(_log, logging.ERROR, "broker.ended", status=status, said=self._said)
+            event(_log, logging.ERROR, "broker.ended", status=status, said=self._last_line)
             await asyncio.sleep(self._backoff.next_s())
 
     async def _run(self) -> None:
         """Start it, and copy its log to ours until it exits."""
-        self._said = ""
+        self._last_line = ""
         self._process = process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own needs a thread to wait for it
             gated(self._command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             start_new_session=True,  # so that Ctrl-C reaches the cloud only, which stops mosquitto last
@@ -122,12 +122,12 @@ class MosquittoChild:
         )
         try:
             async for line in log:
-                self._said = line.decode(errors="replace").strip().partition(": ")[2]
-                if self._said.endswith(" running"):
+                self._last_line = line.decode(errors="replace").strip().partition(": ")[2]
+                if self._last_line.endswith(" running"):
                     self.reason = ""
                     self._backoff.reset()
                     self._running.set()
-                event(_log, logging.INFO, "broker.said", mosquitto=self._said)
+                event(_log, logging.INFO, "broker.said", mosquitto=self._last_line)
         finally:
             transport.close()
 

@@ -163,10 +163,10 @@ class Sessions:
 
 def matches(filter_: str, topic: str) -> bool:
     """Whether a filter matches a topic; a leading wildcard does not match `$...`."""
-    wanted, levels = filter_.split("/"), topic.split("/")
-    if topic.startswith("$") and wanted[0] in {"+", "#"}:
+    pattern, levels = filter_.split("/"), topic.split("/")
+    if topic.startswith("$") and pattern[0] in {"+", "#"}:
         return False
-    if wanted[-1] == "#":
-        wanted.pop()
-        levels = levels[: len(wanted)]
-    return len(wanted) == len(levels) and all(one in {"+", level} for one, level in zip(wanted, levels, strict=True))
+    if pattern[-1] == "#":
+        pattern.pop()
+        levels = levels[: len(pattern)]
+    return len(pattern) == len(levels) and all(one in {"+", level} for one, level in zip(pattern, levels, strict=True))

@@ -70,7 +70,7 @@ def make_app(services: Services) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     for kind in (OSError, DBAPIError):
         app.add_exception_handler(kind, _not_stored)
-    app.add_exception_handler(Exception, _defect)
+    app.add_exception_handler(Exception, _bug)
     app.add_middleware(BodyLimit)
     app.add_middleware(EnrolmentLimit)
     app.add_middleware(OperatorFirst, token=services.operator_token)  # the last one added comes first
@@ -78,7 +78,7 @@ def make_app(services: Services) -> FastAPI:
 
 
 class BodyLimit:
-    """Refuses a body above MAX_BODY_BYTES before it is in memory; uploads have a cap of their own."""
+    """Refuses a body above MAX_BODY_BYTES before it is in memory; uploads have their own limit."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -105,7 +105,7 @@ def _is_upload(path: str) -> bool:
 
 
 async def _operator(request: Request) -> None:
-    """Let only the holder of the operator's token pass."""
+    """Refuse requests without the operator's token."""
     services: Services = request.app.state.services
     if not is_operator(request.headers.get("authorization", ""), services.operator_token):
         raise HTTPException(401, NEEDS_TOKEN, {"WWW-Authenticate": "Bearer"})
@@ -130,18 +130,18 @@ async def _invalid(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _not_stored(request: Request, error: Exception) -> JSONResponse:
-    """Say that a full disk or a busy database is worth another try; anything else of theirs is a defect."""
+    """Return 503 for a full disk or a busy database; other errors of disk and database are bugs."""
     awaited = waits_for(error)
     if not awaited:
         raise error
     services: Services = request.app.state.services
     await anyio.to_thread.run_sync(services.storage.refused, error)
     cause = getattr(error, "orig", None) or error
-    return _error(503, f"the cloud waits for {awaited} ({cause}); try again when there is some", {"Retry-After": "5"})
+    return _error(503, f"the cloud is waiting for {awaited} ({cause}); retry later", {"Retry-After": "5"})
 
 
-async def _defect(_request: Request, _raised: Exception) -> JSONResponse:
-    return _error(500, "the cloud has a defect; its log says more")  # the server logs the traceback
+async def _bug(_request: Request, _raised: Exception) -> JSONResponse:
+    return _error(500, "the request triggered a bug in the cloud; see its log")  # the server logs the traceback
 
 
 def _error(status: int, message: str, headers: Mapping[str, Any] | None = None) -> JSONResponse:

@@ -51,7 +51,7 @@ class JobService(Protocol):
         """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""
 
     def cancel(self, job: str) -> None:
-        """Stop a running job; one that has ended stays as it is."""
+        """Stop a running job; do nothing if it has ended."""
 
 
 class Link(Protocol):
@@ -61,7 +61,7 @@ class Link(Protocol):
         """Return a device's last reported state."""
 
     def telemetry(self, device: str) -> Telemetry | None:
-        """Return what a device that is online measured last."""
+        """Return the latest telemetry of an online device."""
 
     def forget(self, device: str) -> None:
         """Forget a device's state."""
@@ -69,7 +69,7 @@ class Link(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
-    """The parts of one cloud, and the facts that it tells devices and operators."""
+    """The parts of one cloud, and the data that it sends to devices and operators."""
 
     enrolment: Enrolment
     registry: Registry

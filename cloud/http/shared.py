@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 class Body(BaseModel):
-    """A request's JSON. An unknown key is a typo, and refused; so is what no layer below could hold."""
+    """A request's JSON. Unknown keys and values that no lower layer could hold are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,7 +54,7 @@ def as_json(value: Any) -> bytes:
 
 
 async def services_of(request: Request) -> Services:
-    """Return the services of the application that a request came to."""
+    """Return the services of a request's application."""
     services: Services = request.app.state.services
     return services
 
@@ -63,7 +63,7 @@ Here = Annotated[Services, Depends(services_of)]
 
 
 def known(find: Callable[[str], _T], key: str) -> _T:
-    """Find what a URL names; what is not there is a 404, by whichever error the finder says it."""
+    """Call `find` for an object in a URL; its errors for an unknown object become a 404."""
     try:
         return find(key)
     except ConfigError as absent:

@@ -39,7 +39,7 @@ class Device:
     """A device of the fleet."""
 
     name: str
-    serial: str  # of its certificate
+    serial: str  # of its current certificate
     tags: Mapping[str, str]
     enrolled_s: float  # seconds since 1970
 
@@ -70,14 +70,14 @@ class Enrolment:
     def enroll(self, secret: str, name: str, tags: Mapping[str, str], csr: bytes) -> bytes:
         """Admit a device and return its certificate (PEM).
 
-        Raises EnrolmentRefused for a token or name, ProtocolError for a request; the token stays good then.
+        Raises EnrolmentRefused for a token or name, ProtocolError for a request; the token stays valid then.
         """
         _refuse_name(name)
         _refuse_tags(tags)
         hashed, now_s = _hashed(secret), self._clock()
         good = (tokens.c.secret_sha256 == hashed) & tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > now_s)
         with self._engine.begin() as db:
-            # The write comes first, and takes the lock: of two devices with one token, one waits and is refused.
+            # This write takes the lock first: of two devices with one token, one waits and is refused.
             if db.execute(tokens.update().where(good).values(used_by=name)).rowcount != 1:
                 raise EnrolmentRefused(_why_refused(db, hashed))
             if db.scalar(sa.select(devices.c.name).where(devices.c.name == name)) is not None:
@@ -107,7 +107,7 @@ class Enrolment:
     def remove(self, name: str) -> None:
         """Remove a device and reject its certificate from now on.
 
-        Its updates that are not folded yet are refused in the same transaction.
+        Its updates that are not aggregated yet are refused in the same transaction.
         """
         with self._engine.begin() as db:
             serial = db.scalar(sa.select(devices.c.serial).where(devices.c.name == name))
@@ -126,14 +126,14 @@ class Enrolment:
             return list(db.scalars(sa.select(revoked.c.serial).order_by(revoked.c.number)))
 
     def removed_lately(self) -> list[str]:
-        """Return the devices that were removed within a day: their connections may have outlived the cloud."""
+        """Return the devices removed within a day, whose connections may still be open after a restart of the cloud."""
         lately = revoked.c.revoked_s > self._clock() - 24 * 3600
         with self._engine.connect() as db:
             names = set(db.scalars(sa.select(revoked.c.device).where(lately)))
             return sorted(names - set(db.scalars(sa.select(devices.c.name))))
 
     def crl(self) -> bytes:
-        """Return the list of revoked certificates (PEM), for a broker that cannot ask here."""
+        """Return the list of revoked certificates (PEM), for a broker."""
         return make_crl(self._ca_folder, self.revoked())
 
     def has_open_tokens(self) -> bool:
@@ -154,7 +154,7 @@ def _why_refused(db: sa.Connection, hashed: str) -> str:
         return f"the token is unknown to this cloud; copy it whole, or {_REMEDY}"
     if row.used_by is not None:
         return f"the token was used already, by device {row.used_by!r}; {_REMEDY}"
-    return f"the token has expired; {_REMEDY}, with a longer --valid-for if need be"
+    return f"the token has expired; {_REMEDY}, with a longer --valid-for if necessary"
 
 
 def _refuse_name(name: str) -> None:

@@ -1,7 +1,7 @@
 """The registry: versions of models, signed by the fleet's key.
 
-Invariant: the versions of one model are 1, 2, 3, ... without a gap, whoever publishes at the same
-time, and a published version never changes.
+Invariant: the versions of one model are 1, 2, 3, ... without a gap, even with concurrent publishers,
+and a published version never changes.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Registry:
         return signed
 
     def release(self, model: str, version: int | None = None) -> Release:
-        """Return a release, the newest where no version is named; raises NotFound."""
-        wanted = releases.c.model == model
+        """Return a release, by default the newest; raises NotFound."""
+        matching = releases.c.model == model
         if version is not None:
-            wanted &= releases.c.version == version
-        newest_first = sa.select(releases.c.signed).where(wanted).order_by(releases.c.version.desc()).limit(1)
+            matching &= releases.c.version == version
+        newest_first = sa.select(releases.c.signed).where(matching).order_by(releases.c.version.desc()).limit(1)
         with self._engine.connect() as db:
             found = db.scalar(newest_first)
         if found is None:

@@ -28,8 +28,8 @@ class Message:
 
     number: int
     device: str
-    envelope: str  # its metadata, for the two ends alone
-    content_sha256: str  # what it holds: a file that messages may share
+    envelope: str  # its metadata, which the cloud does not read
+    content_sha256: str  # of the file with its content, which messages may share
     expires_s: float  # seconds since 1970
     answer: AnswerRow | None = None
     lost: bool = False  # the cloud gave the device up and answered in its place
@@ -43,14 +43,14 @@ class RelayRows:
         self._clock = clock
 
     def create(self, relay: str, app: str, bundle: Signed, name: str | None = None) -> None:
-        """Make a running relay."""
+        """Create a running relay."""
         values = {"id": relay, "app": app, "name": name, "bundle": dataclasses.asdict(bundle), "state": "running",
                   "sent": 0, "answered": 0, "created_s": self._clock()}  # fmt: skip
         with self._engine.begin() as db:
             db.execute(relays.insert().values(values))
 
     def running(self) -> dict[str, Signed]:
-        """Return the bundles of the relays to go on with."""
+        """Return the bundles of the running relays, by id."""
         with self._engine.begin() as db:
             rows = db.execute(sa.select(relays.c.id, relays.c.bundle).where(relays.c.state == "running"))
             return {row.id: from_json(Signed, row.bundle) for row in rows}
@@ -62,7 +62,7 @@ class RelayRows:
             return [_message(row) for row in rows]
 
     def add(self, relay: str, messages: Sequence[Message]) -> list[Message]:
-        """Take messages, in rising order of their numbers; return those that were not here before."""
+        """Store messages in increasing order of their numbers; return the new ones."""
         with self._engine.begin() as db:
             sent = db.scalar(sa.select(relays.c.sent).where(relays.c.id == relay)) or 0
             new = [message for message in messages if message.number > sent]
@@ -81,12 +81,12 @@ class RelayRows:
             db.execute(relays.update().where(relays.c.id == relay).values(answered=relays.c.answered + 1))
 
     def drop(self, relay: str, numbers: Sequence[int]) -> None:
-        """Forget messages, answered or not."""
+        """Delete messages, answered or not."""
         with self._engine.begin() as db:
             db.execute(errands.delete().where((errands.c.relay == relay) & errands.c.number.in_(numbers)))
 
     def end(self, relay: str, state: str, error: str | None) -> bool:
-        """Close a relay, with all that waits in it; False where it was over already."""
+        """Mark a running relay as ended, and delete its messages; False if it had already ended."""
         running = (relays.c.id == relay) & (relays.c.state == "running")
         with self._engine.begin() as db:
             ended = db.execute(relays.update().where(running).values(state=state, error=error, ended_s=self._clock()))

@@ -46,13 +46,13 @@ class Rollouts:
         self._devices = devices
         self._send = send_desired
         self._clock = clock
-        self._changed = threading.Condition()  # also: one change of the table at a time
+        self._changed = threading.Condition()  # also serializes changes of the table
         self._revision = 0
 
     def start(
         self, model: str, version: int | None = None, to: Collection[str] = ("all",), *, rollback: bool = False
     ) -> str:
-        """Tell devices to serve a version, the newest where none is named, and return the rollout's id.
+        """Tell devices to serve a version (by default the newest), and return the rollout's id.
 
         `to` holds "all", "TAG=VALUE" and "name:DEVICE". Raises NotFound, ConfigError, ManifestRejected.
         """
@@ -66,16 +66,16 @@ class Rollouts:
                 if not rollback:
                     _refuse_older(release, before)
                 db.execute(rollouts.insert().values(facts | {"id": rollout}))
-                wishes = {name: self._wish(name, release, before.get(name), rollback=rollback) for name in names}
-                for name, signed in wishes.items():
+                documents = {name: self._sign(name, release, before.get(name), rollback=rollback) for name in names}
+                for name, signed in documents.items():
                     _put(db, rollout, release, before.get(name), name, signed)
-            self._tell()
-        for name, signed in wishes.items():
+            self._notify()
+        for name, signed in documents.items():
             self._send(name, signed)
         return rollout
 
     def note(self, device: str, note: RolloutNote) -> None:
-        """Record what a device reports; a report of another version, or one that comes again, changes nothing."""
+        """Record a device's report; a report of another version, or a repeated one, changes nothing."""
         if note.state not in {*PROGRESS, FAILED}:
             known = ", ".join([*PROGRESS, FAILED])
             raise ProtocolError(f"rollout state {note.state[:80]!r} of {device!r} is not one of: {known}")
@@ -85,11 +85,11 @@ class Rollouts:
         self._update(here, note.state, note.detail[:MAX_DETAIL_CHARS])
 
     def forget(self, device: str) -> None:
-        """Note that a device was removed: it serves nothing for this fleet any more, nor does its successor."""
+        """Note that a device was removed, so that a new device of the same name does not get its releases."""
         self._update(desired.c.device == device, FAILED, REMOVED)
 
     def status(self, rollout: str) -> dict[str, Any]:
-        """Return a rollout with its devices; those that a later rollout took over are no longer in it."""
+        """Return a rollout with its devices, without those that a later rollout includes."""
         of_rollout = desired.select().where(desired.c.rollout == rollout).order_by(desired.c.device)
         with self._engine.connect() as db:
             row = db.execute(rollouts.select().where(rollouts.c.id == rollout)).mappings().one_or_none()
@@ -118,7 +118,7 @@ class Rollouts:
             self._changed.wait_for(lambda: self._revision != seen, timeout_s)
             return self._revision
 
-    def _wish(self, device: str, release: Release, before: Mapping[str, Any] | None, *, rollback: bool) -> Signed:
+    def _sign(self, device: str, release: Release, before: Mapping[str, Any] | None, *, rollback: bool) -> Signed:
         sequence = before["sequence"] + 1 if before else 1
         return sign(Desired(device=device, release=release, sequence=sequence, rollback=rollback), self._key)
 
@@ -127,27 +127,27 @@ class Rollouts:
             with self._engine.begin() as db:
                 changed = db.execute(desired.update().where(where).values(state=state, detail=detail)).rowcount
             if changed:
-                self._tell()
+                self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._revision += 1
         self._changed.notify_all()
 
 
 def select_devices(devices: Sequence[Device], to: Collection[str]) -> list[str]:
-    """Return the names that the selectors match, together; raises ConfigError where one matches nothing."""
+    """Return the names that match any selector; raises ConfigError if a selector matches none."""
     chosen: set[str] = set()
     for selector in to:
         names = {device.name for device in devices if _matches(device, selector)}
         if not names:
             enrolled = ", ".join(device.name for device in devices) or "none"
-            raise ConfigError(f"no device matches {selector[:80]!r}; enrolled are: {enrolled}")
+            raise ConfigError(f"no device matches {selector[:80]!r}; enrolled devices: {enrolled}")
         chosen |= names
     return sorted(chosen)
 
 
 def overall(states: Collection[str]) -> str:
-    """Return running | failed | done, or superseded where no device is left in the rollout."""
+    """Return running | failed | done, or superseded if no device is left in the rollout."""
     if not states:
         return "superseded"
     if set(states) - {"active", FAILED}:

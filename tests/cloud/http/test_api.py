@@ -106,7 +106,10 @@ def test_a_defect_is_a_500_that_tells_no_secrets(http, http_plane, monkeypatch):
 
     monkeypatch.setattr(http_plane.enrolment, "devices", break_down)
     answer = http.get("/v1/devices", headers={"Authorization": f"Bearer {http_plane.services.operator_token}"})
-    assert (answer.status_code, answer.json()) == (500, {"error": "the cloud has a defect; its log says more"})
+    assert (answer.status_code, answer.json()) == (
+        500,
+        {"error": "the request triggered a bug in the cloud; see its log"},
+    )
 
 
 def test_a_client_that_does_not_know_the_ca_does_not_connect(http_plane, strange_ca):

@@ -74,7 +74,7 @@ def test_an_older_version_is_a_409_without_rollback(http, published):
 
 def test_a_selector_that_matches_nothing_is_a_400(http, published):
     answer = http.post("/v1/rollouts", json={"model": "m", "to": ["name:z"]})
-    assert (answer.status_code, "enrolled are: a, b" in answer.json()["error"]) == (400, True)
+    assert (answer.status_code, "enrolled devices: a, b" in answer.json()["error"]) == (400, True)
 
 
 @pytest.mark.parametrize("path", ["/v1/rollouts/r", "/v1/rollouts/r/events"])

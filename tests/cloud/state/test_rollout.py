@@ -202,7 +202,7 @@ def test_selectors(fleet, to, names):
 @pytest.mark.parametrize(
     ("selector", "said"),
     [
-        ("name:d", "no device matches 'name:d'; enrolled are: a, b, c"),
+        ("name:d", "no device matches 'name:d'; enrolled devices: a, b, c"),
         ("site=x", "no device matches"),
         ("a", "expected all"),
     ],
@@ -215,7 +215,7 @@ def test_a_selector_that_matches_nothing_is_refused(fleet, selector, said):
 
 def test_nobody_enrolled_is_said(fleet):
     fleet.devices = []
-    with pytest.raises(ConfigError, match="enrolled are: none"):
+    with pytest.raises(ConfigError, match="enrolled devices: none"):
         fleet.rollouts.start("m")
 
 
