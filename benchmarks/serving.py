@@ -25,7 +25,7 @@ from benchmarks.family import Family
 from benchmarks.report import Row, Target, command, installed, median
 from benchmarks.workload import RunFailedError
 from edge_agent.serving.api import bind
-from edge_agent.serving.predictions import Model, Predictions, PredictionsConfig, ServingCallbacks
+from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
 from edgefl.local_fleet import free_ports
 
 ROOT = Path(__file__).parents[1]
@@ -125,11 +125,11 @@ def _unit(case: Case) -> str:
 async def _ours(model: Path) -> AsyncIterator[int]:
     listener = bind("127.0.0.1", 0)
     port: int = listener.getsockname()[1]
-    news = ServingCallbacks(serving=lambda _serving: None, failing=lambda _model, _reason: None)
-    predictions = Predictions(listener, PredictionsConfig(memory_mb=0, load_s=START_S), news)
-    running = asyncio.create_task(predictions.run())
+    callbacks = ServingCallbacks(serving=lambda _serving: None, failing=lambda _model, _reason: None)
+    supervisor = ServingSupervisor(listener, ServingConfig(memory_mb=0, load_s=START_S), callbacks)
+    running = asyncio.create_task(supervisor.run())
     try:
-        (await predictions.prepare(Model(name="cnn", version=1, path=model), trial=True)).switch()
+        (await supervisor.prepare(ModelFile(name="cnn", version=1, path=model), trial=True)).switch()
         yield port
     finally:
         running.cancel()

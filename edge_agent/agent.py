@@ -23,14 +23,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.install.notify import keep_alive, notify
 from edge_agent.link.channel import CloudChannel
-from edge_agent.link.link import Link
+from edge_agent.link.link import CloudLink
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edge_agent.releases.updater import Updater, UpdaterParts
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
 from edge_agent.serving.access import Access
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.predictions import Model, Predictions, PredictionsConfig, ServingCallbacks
+from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
 from edge_agent.training.participant import Participant, ParticipantParts
@@ -126,9 +126,9 @@ class _Agent:
         self._url = url_of(listener, secure=config.serve_tls)
         self._store = Store(home)
         self._channel = CloudChannel(profile, home)
-        self._predictions = Predictions(
+        self._supervisor = ServingSupervisor(
             listener,
-            PredictionsConfig(
+            ServingConfig(
                 memory_mb=config.serve_memory_mb or default_serving_memory_mb(),
                 load_s=config.model_load_s,
                 token=config.access().token(),
@@ -141,7 +141,7 @@ class _Agent:
         self._outbox = Outbox(self._store, self._channel)
         self._revoked = self._revoked_list() if config.serve_tls else None
         on_reachable = self._revoked.refresh if self._revoked else _nothing
-        self._link = Link(home, profile, self._channel, self, on_reachable)
+        self._link = CloudLink(home, profile, self._channel, self, on_reachable)
         self._participant = Participant(
             ParticipantParts(
                 device=profile.device,
@@ -161,7 +161,7 @@ class _Agent:
                 home=home,
                 fleet_key=fleet_key,
                 channel=self._channel,
-                host=self._predictions,
+                host=self._supervisor,
                 tell=self._tell,
                 changed=self._announce,
             )
@@ -177,7 +177,7 @@ class _Agent:
             children = [
                 tasks.create_task(work, name=name)
                 for name, work in {
-                    "predictions": self._predictions.run(),
+                    "predictions": self._supervisor.run(),
                     "restore": self._restore(),
                     "link": self._link.run(),
                     "outbox": self._outbox.run(),
@@ -228,23 +228,23 @@ class _Agent:
             self._started = True
             notify("READY=1")
 
-    def _on_failing(self, model: Model, reason: str) -> None:
+    def _on_failing(self, model: ModelFile, reason: str) -> None:
         self._updater.handle_failing(model, reason)
 
     async def _restore(self) -> None:
         await self._updater.restore()
-        self._predictions.set_ready()
+        self._supervisor.set_ready()
 
     def _revoked_list(self) -> RevokedList:
         from edge_agent.serving.revoked import RevokedList  # lazy: loads httpx, needed with --serve-tls only
 
-        return RevokedList(self._config.home, self._profile, self._predictions.admit_anew)
+        return RevokedList(self._config.home, self._profile, self._supervisor.disconnect_clients)
 
     def _tell(self, note: RolloutNote) -> None:
         self._link.tell(note)
 
     def _announce(self) -> None:
-        self._link.serve(self._predictions.versions(), self._url)
+        self._link.serve(self._supervisor.versions(), self._url)
 
 
 def _nothing() -> None:

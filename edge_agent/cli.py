@@ -64,11 +64,11 @@ _HOME = click.option(
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A label, such as site=oslo. Repeatable.")
 def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -> None:
     """Enrol this device in a fleet."""
-    from edge_agent.link.enroll import Application
+    from edge_agent.link.enroll import EnrolmentRequest
     from edge_agent.link.enroll import enroll as apply
 
-    application = Application(cloud=cloud, token=token, name=name, tags=pairs_of("--tag", tags))
-    profile = apply(home, application)
+    request = EnrolmentRequest(cloud=cloud, token=token, name=name, tags=pairs_of("--tag", tags))
+    profile = apply(home, request)
     click.echo(f"{profile.device} is enrolled; start it with: edgefl agent start --home {home}")
 
 

@@ -1,7 +1,7 @@
-"""Models that are loaded and serve: ONNX Runtime sessions, each proven by a warm-up run before it counts.
+"""Loaded models: ONNX Runtime sessions, each tested by a warm-up run.
 
-onnxruntime and numpy are imported when the first release is there, not before: an agent without one
-stays small. Invariant: a swap replaces one reference; a request that has begun ends on the session it began on.
+onnxruntime and numpy are imported with the first release, so that a device without one uses little memory.
+Invariant: a new version replaces one reference; a running request finishes on the session that it started on.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from edge_agent.serving.board import label_of
 from edgefl.errors import ProtocolError
 from edgefl.models.session import new_session, ort_errors
 
-INLINE_S = 0.002  # a model that is slower than that runs outside the event loop
-THREADS_COST = 1.25  # what the event loop's runs may take longer on one thread: waking others costs the machine more
-SLOW_S = 0.02  # one that once takes so long there was misjudged
-WATCHED_RUNS = 20  # after a slow one
-MAX_WARM_UPS, WARM_UP_S = 10, 0.05  # the quickest counts: others may have our core meanwhile
-MAX_GROWTH = 64  # times the warm-up's elements are taken for as many times its time; not more, a model may be quadratic
-# Operators whose time depends on values, not on shapes, as they stand in a model's bytes (op_type is field 4).
+INLINE_S = 0.002  # a slower model runs outside the event loop
+MAX_SLOWDOWN = 1.25  # accepted for one thread instead of several, because waking threads costs the machine more
+SLOW_S = 0.02  # a run this slow in the event loop may mean that the model was misjudged
+WATCHED_RUNS = 20  # after a slow run
+MAX_WARM_UPS, WARM_UP_S = 10, 0.05  # the fastest run counts, because others may use our core
+MAX_GROWTH = 64  # times the warm-up's elements; time is assumed linear up to here, since a model may be quadratic
+# Operators whose time depends on values, not on shapes, as encoded in a model file (op_type is field 4).
 _BY_VALUE = (b"\x22\x04Loop", b"\x22\x04Scan", b"\x22\x05Range")
 _ORT_TYPES: Mapping[str, str] = {
     "tensor(bool)": "BOOL",
@@ -69,23 +69,23 @@ class TensorInfo:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
-class Pace:
-    """How much work of a model the event loop can do without anybody noticing. Only ever gets stricter.
+class InlineLimit:
+    """How large a model's requests may be to run in the event loop. The limit never rises.
 
-    A run that took long may only have waited for a core. Reading a thread's own time is dear, so it is read for
-    some runs after such a one: a model that computes for so long itself has had its last run there.
+    A slow run may only have waited for a core. Reading a thread's CPU time is expensive, so it is read only for some
+    runs after a slow one: if the computation itself was slow, the model does not run in the event loop any more.
     """
 
     def __init__(self, max_elements: int = 0) -> None:
         self.max_elements = max_elements  # of all inputs of a request
-        self._watched = 0  # runs whose own time is to be read
+        self._watched = 0  # number of next runs whose CPU time is read
 
     def begin(self) -> tuple[float, float]:
-        """A run in the event loop begins."""
+        """Record the start of a run in the event loop; pass the result to `end`."""
         return time.perf_counter(), time.thread_time() if self._watched else 0.0
 
     def end(self, start: tuple[float, float]) -> None:
-        """It is over."""
+        """Record the end of a run."""
         if self._watched:
             self._watched -= 1
             if start[1] and time.thread_time() - start[1] > SLOW_S:
@@ -94,30 +94,30 @@ class Pace:
             self._watched = WATCHED_RUNS
 
 
-class Stop:
-    """Ends a run from another thread: ONNX Runtime looks before each node of the graph."""
+class Cancellation:
+    """Cancels a run from another thread: ONNX Runtime checks it before each node of the graph."""
 
     def __init__(self) -> None:
         import onnxruntime as ort
 
         self.options = ort.RunOptions()
 
-    def set(self) -> None:
+    def cancel(self) -> None:
         self.options.terminate = True
 
 
 @dataclass(frozen=True)
-class Served:
-    """One version of a model, loaded."""
+class LoadedModel:
+    """A loaded version of a model."""
 
     name: str
     version: int
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    inline: bool  # quick enough to run in the event loop
+    inline: bool  # fast enough to run in the event loop
     session: Any  # an onnxruntime.InferenceSession; thread-safe
-    pace: Pace = field(default_factory=Pace)
-    quick: Any = None  # the session for the event loop: on one thread where that is as fast; None = `session`
+    inline_limit: InlineLimit = field(default_factory=InlineLimit)
+    inline_session: Any = None  # for the event loop: on one thread if that is as fast; None = `session`
 
     @cached_property
     def input_infos(self) -> Mapping[str, TensorInfo]:
@@ -130,72 +130,77 @@ class Served:
         return {one.name: one.datatype for one in self.outputs}
 
     @cached_property
-    def known_heads(self) -> dict[bytes, Any]:
-        """What `edge_agent.serving.inference` keeps of requests that it has checked."""
+    def cached_headers(self) -> dict[bytes, Any]:
+        """The cache of `edge_agent.serving.inference`: parsed JSON headers of binary requests."""
         return {}
 
     @cached_property
     def label(self) -> bytes:
-        """The name as it stands on the board of models at work."""
+        """The name as stored on the board of running models."""
         return label_of(self.name)
 
-    def is_quick(self, feeds: Mapping[str, Any]) -> bool:
-        """Whether the event loop can wait for a run on these."""
-        return self.inline and sum(value.size for value in feeds.values()) <= self.pace.max_elements
+    def runs_inline(self, feeds: Mapping[str, Any]) -> bool:
+        """Whether a run on these inputs is fast enough for the event loop."""
+        return self.inline and sum(value.size for value in feeds.values()) <= self.inline_limit.max_elements
 
-    def run(self, outputs: Sequence[str], feeds: Mapping[str, Any], stop: Stop | None = None) -> list[Any]:
-        """Compute outputs; raises ProtocolError where the model cannot take these values."""
-        start = self.pace.begin() if stop is None else None
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, Any], cancellation: Cancellation | None = None
+    ) -> list[Any]:
+        """Compute outputs; raises ProtocolError if the model cannot process these values."""
+        start = self.inline_limit.begin() if cancellation is None else None
         try:
-            session = self.quick if stop is None and self.quick is not None else self.session
-            result: list[Any] = session.run(list(outputs), dict(feeds), stop.options if stop else None)
+            session = self.session if cancellation is not None or self.inline_session is None else self.inline_session
+            result: list[Any] = session.run(list(outputs), dict(feeds), cancellation.options if cancellation else None)
         except _run_errors() as cause:
-            raise ProtocolError(f"model {self.name} version {self.version} cannot take this: {cause}") from cause
+            raise ProtocolError(
+                f"model {self.name} version {self.version} cannot process these values: {cause}"
+            ) from cause
         if start is not None:
-            self.pace.end(start)
+            self.inline_limit.end(start)
         return result
 
 
 class Models:
-    """The models that serve, by name."""
+    """The models being served, by name."""
 
     def __init__(self) -> None:
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, LoadedModel] = {}
 
-    def get(self, name: str) -> Served | None:
+    def get(self, name: str) -> LoadedModel | None:
         return self._served.get(name)
 
-    def put(self, served: Served) -> None:
-        """Begin to serve a version, in place of the one before it."""
+    def put(self, served: LoadedModel) -> None:
+        """Serve this version instead of the previous one."""
         self._served[served.name] = served
 
     def drop(self, name: str) -> None:
-        """Serve a model no longer."""
+        """Stop serving a model."""
         self._served.pop(name, None)
 
     def versions(self) -> dict[str, int]:
         return {name: served.version for name, served in self._served.items()}
 
 
-def load(name: str, version: int, path: Path) -> Served:
-    """Load and warm up a model; raises ProtocolError for one that does not run, MissingExtra without ORT."""
+def load(name: str, version: int, path: Path) -> LoadedModel:
+    """Load and warm up a model; raises ProtocolError if it does not run, MissingExtra without ORT."""
     try:
         session = new_session(path, keeps_memory=False)
         inputs = tuple(_info(name, version, one) for one in session.get_inputs())
         outputs = tuple(_info(name, version, one) for one in session.get_outputs())
         seconds = _warm_up(session, inputs)
-        inline, quick = seconds < INLINE_S and not _depends_on_values(path), session
+        inline, inline_session = seconds < INLINE_S and not _depends_on_values(path), session
         if inline:
             alone = new_session(path, threads=1, keeps_memory=False)
-            if (alone_s := _warm_up(alone, inputs)) < seconds * THREADS_COST:
-                quick, seconds = alone, alone_s
+            if (alone_s := _warm_up(alone, inputs)) < seconds * MAX_SLOWDOWN:
+                inline_session, seconds = alone, alone_s
     except _run_errors() as cause:
         raise ProtocolError(f"model {name} version {version} does not load: {cause}") from cause
     elements = sum(math.prod(max(size, 1) for size in one.shape) for one in inputs)
-    return Served(name, version, inputs, outputs, inline, session, Pace(_affordable(elements, seconds)), quick)
+    limit = InlineLimit(_max_inline_elements(elements, seconds))
+    return LoadedModel(name, version, inputs, outputs, inline, session, limit, inline_session)
 
 
-def _affordable(elements: int, seconds: float) -> int:
+def _max_inline_elements(elements: int, seconds: float) -> int:
     return int(elements * min(MAX_GROWTH, INLINE_S / max(seconds, 1e-9)))
 
 
@@ -208,21 +213,21 @@ def _info(name: str, version: int, one: Any) -> TensorInfo:
     datatype = _ORT_TYPES.get(one.type)
     if datatype is None:
         raise ProtocolError(
-            f"model {name} version {version} has {one.name!r} of type {one.type}; served are: {', '.join(NUMPY_TYPES)}"
+            f"model {name} version {version} has {one.name!r} of type {one.type}; expected: {', '.join(NUMPY_TYPES)}"
         )
     shape = tuple(size if isinstance(size, int) and size > 0 else -1 for size in one.shape)
     return TensorInfo(one.name, datatype, shape)
 
 
 def _warm_up(session: Any, inputs: Sequence[TensorInfo]) -> float:
-    """Run on zeros or on ones; returns the seconds of the quickest run after the first, which pays for all."""
+    """Run on zeros, or else on ones; return the duration of the fastest run but the first, which is slow."""
     try:
-        return _quickest(session, inputs, 0)
-    except _run_errors():  # a divisor, say
-        return _quickest(session, inputs, 1)
+        return _fastest_run_s(session, inputs, 0)
+    except _run_errors():  # e.g. a division by zero
+        return _fastest_run_s(session, inputs, 1)
 
 
-def _quickest(session: Any, inputs: Sequence[TensorInfo], value: int) -> float:
+def _fastest_run_s(session: Any, inputs: Sequence[TensorInfo], value: int) -> float:
     import numpy as np
 
     feeds = {
@@ -239,5 +244,5 @@ def _quickest(session: Any, inputs: Sequence[TensorInfo], value: int) -> float:
 
 
 def _run_errors() -> tuple[type[Exception], ...]:
-    """Return what a model may raise where it is loaded or run: ONNX Runtime's own, and what it lets through."""
+    """Return the exceptions of loading or running a model: ONNX Runtime's own, and those that it passes on."""
     return (*ort_errors(), RuntimeError, ValueError, MemoryError)

@@ -1,7 +1,7 @@
-"""`edgefl agent doctor`: checks everything that an agent needs, and says what is wrong and what to do.
+"""`edgefl agent doctor`: checks everything that an agent needs, and reports what is wrong and what to do.
 
-It changes nothing, and what cannot be looked at for want of something else is not guessed at: a home
-that is not enrolled names no cloud to try. Exit status 1 where something fails.
+It changes nothing. A check whose prerequisite is missing is skipped: a home that is not enrolled has no cloud to check.
+Exit status 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from edge_agent.install.probes import (
     MAX_SHOWN_CHARS,
     Check,
     Health,
-    ask_health,
-    greet,
-    look_at_port,
-    look_at_serving,
+    check_port,
+    check_serving,
+    check_tls,
+    fetch_health,
     peer,
 )
 from edge_agent.install.units import AGENT, settings_of
@@ -42,7 +42,7 @@ from edgefl.terminal.text import one_line
 
 SERVE_PORT = 8000
 LOW_DISK_MB, NO_DISK_MB = 1000, 100
-SKEW_WARN_S, AHEAD_FAIL_S = 60.0, 23 * 3600.0  # by a clock that is ahead, certificates end too early
+SKEW_WARN_S, AHEAD_FAIL_S = 60.0, 23 * 3600.0  # if the clock is ahead, certificates expire too early
 EXPIRY_WARN = datetime.timedelta(days=30)
 _ENROL_AGAIN = "Enrol again in another --home, with a new token."
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -57,7 +57,7 @@ def doctor(home: Path, serve_port: int, output: Output) -> None:
 
     Checks clock, disk, keys, certificate, cloud, broker, ports and service. Changes nothing.
     """
-    checks = list(examine(home, serve_port))
+    checks = list(run_checks(home, serve_port))
     failed = sum(check.state == "fail" for check in checks)
     rows = [(check.check, check.state, check.seen, check.advice) for check in checks]
     output.table(("check", "state", "seen", "what to do"), rows, "", _COLOURS)
@@ -68,8 +68,8 @@ def doctor(home: Path, serve_port: int, output: Output) -> None:
         raise click.exceptions.Exit(1)
 
 
-def examine(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
-    """Yield one check after another; those over the network take up to a few seconds each."""
+def run_checks(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
+    """Yield the checks one by one; a network check takes up to a few seconds."""
     try:
         profile = load_profile(home)
     except HomeError as error:
@@ -77,19 +77,19 @@ def examine(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
             check="home", state="fail", seen=str(error), advice="Enrol this device: `edgefl agent enroll --help`."
         )
         return
-    yield look_at_home(home, profile)
-    yield look_at_disk(home)
+    yield check_home(home, profile)
+    yield check_disk(home)
     identity = None if profile.insecure else tls.Identity.in_folder(home)
-    yield look_at_predictions(home, profile, identity, serve_port)
-    yield from look_at_service()
+    yield check_predictions(home, profile, identity, serve_port)
+    yield from check_service()
     if identity is not None:
-        yield look_at_certificate(identity, profile.device)
+        yield check_certificate(identity, profile.device)
     if identity is None or _loads(identity):
-        yield from look_at_cloud(profile, home, identity)
+        yield from check_cloud(profile, home, identity)
 
 
-def look_at_home(home: Path, profile: Profile) -> Check:
-    """Everything that enrolment made is there, and the private things are private."""
+def check_home(home: Path, profile: Profile) -> Check:
+    """Check that the files of the enrolment exist, and that only their owner can read them."""
     wanted = () if profile.insecure else ("key.pem", "cert.pem", "ca.pem", "fleet.pub")
     if missing := [name for name in wanted if not (home / name).exists()]:
         seen = f"{home} has no {', '.join(missing)}"
@@ -102,25 +102,25 @@ def look_at_home(home: Path, profile: Profile) -> Check:
     return Check(check="home", state="ok", seen=f"{home} is enrolled as {profile.device!r}, keys are private")
 
 
-def look_at_disk(home: Path) -> Check:
-    """There is room for models and updates."""
+def check_disk(home: Path) -> Check:
+    """Check that there is space for models and updates."""
     free_mb = shutil.disk_usage(home).free / 1e6
     state = "fail" if free_mb < NO_DISK_MB else "warn" if free_mb < LOW_DISK_MB else "ok"
-    advice = "" if state == "ok" else f"Make room on the disk of {home}: models and updates need {LOW_DISK_MB} MB."
+    advice = "" if state == "ok" else f"Free space on the disk of {home}: models and updates need {LOW_DISK_MB} MB."
     return Check(check="disk", state=state, seen=f"{free_mb:,.0f} MB free", advice=advice)
 
 
-def look_at_predictions(home: Path, profile: Profile, identity: tls.Identity | None, serve_port: int) -> Check:
-    """The port of predictions: the agent's own while it serves, else the one that it is to have."""
+def check_predictions(home: Path, profile: Profile, identity: tls.Identity | None, serve_port: int) -> Check:
+    """Check the port of predictions: that of the running agent, otherwise the one that it will use."""
     agent_runs = home_in_use(home)
     if agent_runs:
-        with suppress(FileNotFoundError):  # it does not serve at the moment
-            return look_at_serving((home / SERVING_FILE).read_text(encoding="ascii"), profile.device, identity)
-    return look_at_port(serve_port, agent_runs=agent_runs)
+        with suppress(FileNotFoundError):  # it is not serving now
+            return check_serving((home / SERVING_FILE).read_text(encoding="ascii"), profile.device, identity)
+    return check_port(serve_port, agent_runs=agent_runs)
 
 
-def look_at_certificate(identity: tls.Identity, device: str) -> Check:
-    """Our certificate is of our CA, for our name and key, and of today."""
+def check_certificate(identity: tls.Identity, device: str) -> Check:
+    """Check that the certificate is from the fleet's CA, for this device's name and key, and valid now."""
     again = _ENROL_AGAIN
     try:
         cert = x509.load_pem_x509_certificate(identity.cert.read_bytes())
@@ -132,74 +132,74 @@ def look_at_certificate(identity: tls.Identity, device: str) -> Check:
             check="certificate", state="fail", seen=f"key or certificate cannot be read: {error}", advice=again
         )
     except InvalidSignature:
-        return Check(check="certificate", state="fail", seen="the certificate is not of this fleet's CA", advice=again)
+        return Check(check="certificate", state="fail", seen="not signed by this fleet's CA", advice=again)
     if key.public_key() != cert.public_key():
         return Check(check="certificate", state="fail", seen="the certificate is for another key", advice=again)
     name = tls.common_name(cert.public_bytes(serialization.Encoding.DER))
     if name != device:
-        seen = f"the certificate names {name!r}, the home is of {device!r}"
+        seen = f"the certificate is for {name!r}, but the home is for {device!r}"
         return Check(check="certificate", state="fail", seen=seen, advice=again)
-    return _look_at_dates(cert, again)
+    return _check_dates(cert, again)
 
 
-def _look_at_dates(cert: x509.Certificate, again: str) -> Check:
+def _check_dates(cert: x509.Certificate, again: str) -> Check:
     now, end = datetime.datetime.now(datetime.UTC), cert.not_valid_after_utc
     if now < cert.not_valid_before_utc:
-        seen = f"by this clock the certificate begins only on {cert.not_valid_before_utc:%Y-%m-%d}"
-        advice = "Set this device's clock. The agent then gets a certificate that begins in 1970."
+        seen = f"by this clock the certificate is not valid before {cert.not_valid_before_utc:%Y-%m-%d}"
+        advice = "Set this device's clock. The agent then gets a certificate that is valid from 1970 on."
         return Check(check="certificate", state="fail", seen=seen, advice=advice)
     if now > end:
         seen = f"the certificate expired on {end:%Y-%m-%d}, if this clock is right"
         return Check(check="certificate", state="fail", seen=seen, advice=f"Check the clock. {again}")
     state = "warn" if end - now < EXPIRY_WARN else "ok"
-    soon = "It ends soon. The agent renews it by itself: start it, and see that the data plane answers."
+    soon = "It expires soon. The agent renews it automatically: start it, and check that the data plane answers."
     advice = soon if state == "warn" else ""
     return Check(check="certificate", state=state, seen=f"valid until {end:%Y-%m-%d}", advice=advice)
 
 
-def look_at_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -> Iterator[Check]:
-    """Check the cloud's three services: HTTPS, which also tells the time, gRPC, and the broker."""
-    health = ask_health(peer("cloud", profile.cloud_url, identity))
+def check_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -> Iterator[Check]:
+    """Check the cloud's three services: HTTPS (with the clock), gRPC, and the broker."""
+    health = fetch_health(peer("cloud", profile.cloud_url, identity))
     if isinstance(health, Health):
         seen = f"{profile.cloud_url} runs edgefl {health.version}"
         if health.ailing:
-            advice = "Its operator has to fix it; nothing is wrong with this device."
-            yield Check(check="cloud", state="warn", seen=f"{seen}, but not well: {health.ailing}", advice=advice)
+            advice = "The cloud's operator has to fix it; this device is all right."
+            yield Check(check="cloud", state="warn", seen=f"{seen}, but is not healthy: {health.ailing}", advice=advice)
         else:
             yield Check(check="cloud", state="ok", seen=seen)
-        yield look_at_clock(health.ahead_s)
+        yield check_clock(health.ahead_s)
     else:
         yield health
-    data_plane, refusal = look_at_data_plane(profile, home, identity)
+    data_plane, refusal = check_data_plane(profile, home, identity)
     yield data_plane
-    broker = greet(peer("broker", profile.broker, identity))
-    if broker.state == "ok" and refusal:  # its own look into the fleet's list comes after TLS
-        seen = f"{profile.broker} answers, but not to this device: {refusal}"
+    broker = check_tls(peer("broker", profile.broker, identity))
+    if broker.state == "ok" and refusal:  # it checks the list of devices after TLS
+        seen = f"{profile.broker} answers, but rejects this device: {refusal}"
         broker = Check(check="broker", state="fail", seen=seen, advice=_ENROL_AGAIN)
     yield broker
 
 
-def look_at_data_plane(profile: Profile, home: Path, identity: tls.Identity | None) -> tuple[Check, str]:
-    """Return how the gRPC port is, and why the cloud does not take this device; empty where it may."""
-    reached = greet(peer("data plane", profile.grpc, identity))
+def check_data_plane(profile: Profile, home: Path, identity: tls.Identity | None) -> tuple[Check, str]:
+    """Check the gRPC port; also return why the cloud rejects this device, empty if it does not."""
+    reached = check_tls(peer("data plane", profile.grpc, identity))
     if reached.state != "ok":
         return reached, ""
     answer, reason = asyncio.run(_ask_next(profile, home))
     match answer:
         case "OK":
-            return dataclasses.replace(reached, seen=f"{reached.seen}; the cloud knows this device"), ""
+            return dataclasses.replace(reached, seen=f"{reached.seen}; the cloud accepts this device"), ""
         case "PERMISSION_DENIED":
             return Check(check="data plane", state="fail", seen=reason, advice=_ENROL_AGAIN), reason
         case "RESOURCE_EXHAUSTED":
-            advice = "The agent tries again by itself; the cloud's operator can make room."
+            advice = "The agent retries automatically; the cloud's operator can raise its limits."
             return Check(check="data plane", state="warn", seen=reason, advice=advice), ""
-    seen = f"{profile.grpc} takes connections, but does not answer as a data plane does: {answer}, {reason}"
-    advice = "Check that this is the cloud's --grpc-port; its operator looks at its log."
+    seen = f"{profile.grpc} accepts connections, but does not answer like a data plane: {answer}, {reason}"
+    advice = "Check that this is the cloud's --grpc-port; its log may say more."
     return Check(check="data plane", state="fail", seen=seen, advice=advice), ""
 
 
 async def _ask_next(profile: Profile, home: Path) -> tuple[str, str]:
-    """Ask as the agent does; return the name of gRPC's status code, and what the cloud says to it."""
+    """Call `Next` as the agent does; return the name of gRPC's status code, and the cloud's reason."""
     import grpc
 
     from edge_agent.link.channel import CloudChannel
@@ -214,20 +214,20 @@ async def _ask_next(profile: Profile, home: Path) -> tuple[str, str]:
     return "OK", ""
 
 
-def look_at_clock(ahead_s: float) -> Check:
-    """The device's clock is near the cloud's."""
+def check_clock(ahead_s: float) -> Check:
+    """Check the difference between this device's clock and the cloud's."""
     if math.isnan(ahead_s):
-        return Check(check="clock", state="warn", seen="the cloud named no time to compare with", advice="Update it.")
+        return Check(check="clock", state="warn", seen="the cloud sent no time to compare", advice="Update it.")
     off_s = abs(ahead_s)
     state = "fail" if ahead_s > AHEAD_FAIL_S else "warn" if off_s > SKEW_WARN_S else "ok"
     seen = f"{off_s:,.1f} s {'ahead of' if ahead_s > 0 else 'behind'} the cloud"
-    why = "by a clock that is ahead, certificates end too early" if ahead_s > 0 else "log lines are dated wrongly"
+    why = "while it is ahead, certificates expire too early" if ahead_s > 0 else "log lines have wrong times"
     advice = "" if state == "ok" else f"Set it: `timedatectl set-ntp true`; {why}."
     return Check(check="clock", state=state, seen=seen, advice=advice)
 
 
-def look_at_service() -> Iterator[Check]:
-    """The systemd unit, where there is one."""
+def check_service() -> Iterator[Check]:
+    """Check the systemd unit, if there is one."""
     systemctl = shutil.which("systemctl")
     if systemctl is None or not Path("/run/systemd/system").is_dir():
         return
@@ -235,11 +235,11 @@ def look_at_service() -> Iterator[Check]:
         [systemctl, "show", AGENT, "--property=LoadState,ActiveState,NRestarts"],
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
-    yield read_service(settings_of(shown.stdout))
+    yield interpret_service(settings_of(shown.stdout))
 
 
-def read_service(facts: dict[str, str]) -> Check:
-    """Say what `systemctl show` means."""
+def interpret_service(facts: dict[str, str]) -> Check:
+    """Interpret the output of `systemctl show`."""
     if facts.get("LoadState") != "loaded":
         return Check(check="service", state="ok", seen="not installed as a service (`edgefl agent install` does it)")
     seen = f"{AGENT} is {facts.get('ActiveState', '?')}, restarted {facts.get('NRestarts', '?')} times"
@@ -249,7 +249,7 @@ def read_service(facts: dict[str, str]) -> Check:
 
 
 def _loads(identity: tls.Identity) -> bool:
-    """Whether TLS can start at all; where it cannot, the check of the certificate has said why."""
+    """Whether the certificate files can be loaded; if not, the check of the certificate has reported it."""
     try:
         tls.client_context(identity.ca, identity)
     except OSError:

@@ -8,19 +8,19 @@ import socket
 
 
 def notify(state: str) -> bool:
-    """Send a state such as `READY=1`; returns False where no systemd listens."""
+    """Send a state such as `READY=1`; returns False if systemd does not expect it."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return False
     if address.startswith("@"):
-        address = "\0" + address[1:]  # Linux's abstract names
+        address = "\0" + address[1:]  # a name in Linux's abstract namespace
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         sender.sendto(state.encode(), address)
     return True
 
 
 def watchdog_interval_s() -> float | None:
-    """Return how often systemd wants to hear from us (half of its limit), if it does."""
+    """Return the interval for watchdog messages (half of systemd's limit); None if there is no watchdog for us."""
     limit_us = os.environ.get("WATCHDOG_USEC", "")
     meant_for = os.environ.get("WATCHDOG_PID", str(os.getpid()))
     if not limit_us.isdecimal() or meant_for != str(os.getpid()):

@@ -16,7 +16,7 @@ from edgefl.protocols import tls
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """One agent, at one moment."""
+    """The status of an agent at one time."""
 
     device: str
     running: bool
@@ -31,7 +31,7 @@ class Status:
 
 
 def read_status(home: Path) -> Status:
-    """Look at a home without disturbing its agent; raises HomeError."""
+    """Read a home without affecting its agent; raises HomeError."""
     profile = load_profile(home)
     serving, contact, cert = home / SERVING_FILE, home / "contact", home / "cert.pem"
     running = home_in_use(home)
@@ -59,7 +59,7 @@ def _outbox(path: Path) -> tuple[int, int]:
         return 0, 0
     try:
         return _count(str(path))
-    except sqlite3.OperationalError:  # held by an agent whose disk is full, or too full for us: as it was last on disk
+    except sqlite3.OperationalError:  # the disk is full, for the agent or for us: read the file as it is
         return _count(f"{path.resolve().as_uri()}?immutable=1")
 
 

@@ -33,8 +33,8 @@ BUSY_ATTEMPTS, MAX_RETRY_AFTER_S = 6, 10.0  # while the cloud is too busy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Application:
-    """A device's request for enrolment."""
+class EnrolmentRequest:
+    """The options of `edgefl agent enroll`."""
 
     cloud: str  # https://host:port
     token: str
@@ -43,7 +43,7 @@ class Application:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Admission:
+class EnrolmentReply:
     """The cloud's answer to an enrolment: certificates and keys in PEM format, and addresses."""
 
     certificate: str = field(metadata=raw())
@@ -53,14 +53,14 @@ class Admission:
     broker: str  # mqtts://host:port, or mqtts://:port for the host of --cloud
 
 
-def enroll(home: Path, application: Application) -> Profile:
-    """Make `home` an enrolled agent's; raises EnrolmentRefused, CloudUnreachable, HomeError or ConfigError."""
-    host = cloud_host(application.cloud)
-    if not valid_device_name(application.name):
-        raise EnrolmentRefused(f"--name {application.name!r} must be 1 to 64 of a-z 0-9 . _ - and not a reserved word")
-    secret, ca_fingerprint = tls.parse_token(application.token)
+def enroll(home: Path, request: EnrolmentRequest) -> Profile:
+    """Enrol this device and create its home; raises EnrolmentRefused, CloudUnreachable, HomeError or ConfigError."""
+    host = cloud_host(request.cloud)
+    if not valid_device_name(request.name):
+        raise EnrolmentRefused(f"--name {request.name!r} must be 1 to 64 of a-z 0-9 . _ - and not a reserved word")
+    secret, ca_fingerprint = tls.parse_token(request.token)
     if (home / FILE).exists():
-        raise HomeError(f"{home} is enrolled already; choose another --home, or remove it to enrol anew")
+        raise HomeError(f"{home} is enrolled already; choose another --home, or delete it to enrol again")
     with ExitStack() as undo:
         new = not home.exists()
         create_home(home, "agent")
@@ -68,31 +68,31 @@ def enroll(home: Path, application: Application) -> Profile:
             undo.callback(shutil.rmtree, home)
         with tempfile.TemporaryDirectory(prefix=".enroll-", dir=home) as folder:
             keys = tls.Identity.in_folder(Path(folder))
-            admission = _apply(application, secret, ca_fingerprint, keys)
-            profile = _profile(application, admission, host)
-            _install(home, keys, admission)
+            reply = _apply(request, secret, ca_fingerprint, keys)
+            profile = _profile(request, reply, host)
+            _install(home, keys, reply)
         save_profile(home, profile)  # last: from here on the home is enrolled
         undo.pop_all()
     return profile
 
 
-def _apply(application: Application, secret: str, ca_fingerprint: str, keys: tls.Identity) -> Admission:
+def _apply(request: EnrolmentRequest, secret: str, ca_fingerprint: str, keys: tls.Identity) -> EnrolmentReply:
     """Ask the cloud for a certificate, over TLS pinned to the token's CA."""
-    _fetch_ca(application.cloud, ca_fingerprint, keys.ca)
-    request = tls.new_request(keys, application.name).decode()
-    body = {"secret": secret, "name": application.name, "tags": dict(application.tags), "csr": request}
+    _fetch_ca(request.cloud, ca_fingerprint, keys.ca)
+    csr = tls.new_request(keys, request.name).decode()
+    body = {"secret": secret, "name": request.name, "tags": dict(request.tags), "csr": csr}
     context = tls.client_context(keys.ca)
-    answer = _call("POST", f"{application.cloud.rstrip('/')}/v1/enroll", verify=context, json=body)
+    answer = _call("POST", f"{request.cloud.rstrip('/')}/v1/enroll", verify=context, json=body)
     try:
-        admission = from_json(Admission, answer.json())
-        _check(admission, application.name, ca_fingerprint)
+        reply = from_json(EnrolmentReply, answer.json())
+        _check(reply, request.name, ca_fingerprint)
     except (ValueError, ProtocolError, ManifestRejected) as cause:
-        raise EnrolmentRefused(f"{application.cloud} sent an invalid answer to the enrolment: {cause}") from cause
-    return admission
+        raise EnrolmentRefused(f"{request.cloud} sent an invalid answer to the enrolment: {cause}") from cause
+    return reply
 
 
 def _fetch_ca(cloud: str, ca_fingerprint: str, path: Path) -> None:
-    # Unverified on purpose: the fingerprint in the token is what tells whose CA this is.
+    # Unverified on purpose: the CA is verified by the fingerprint in the token.
     answer = _call("GET", f"{cloud.rstrip('/')}/v1/ca", verify=False)
     try:
         seen = tls.fingerprint(answer.content)
@@ -100,8 +100,8 @@ def _fetch_ca(cloud: str, ca_fingerprint: str, path: Path) -> None:
         raise EnrolmentRefused(f"{cloud}/v1/ca did not answer with a certificate; is it an edgefl cloud?") from cause
     if seen != ca_fingerprint:
         raise EnrolmentRefused(
-            f"{cloud} has the CA {seen[:16]}..., the token is for {ca_fingerprint[:16]}...: another server answers "
-            "at that address, or the token is another fleet's. Ask for a new token and check --cloud."
+            f"{cloud} has the CA {seen[:16]}..., but the token is for {ca_fingerprint[:16]}...: another server answers "
+            "at that address, or the token belongs to another fleet. Ask for a new token and check --cloud."
         )
     path.write_bytes(answer.content)
 
@@ -148,32 +148,32 @@ def _error_text(answer: httpx.Response) -> str:
         return f"{answer.request.url} answered {answer.status_code} {answer.reason_phrase}"
 
 
-def _check(admission: Admission, name: str, ca_fingerprint: str) -> None:
-    certificate = admission.certificate.encode()
+def _check(reply: EnrolmentReply, name: str, ca_fingerprint: str) -> None:
+    certificate = reply.certificate.encode()
     if tls.common_name(certificate) != name:
         raise ProtocolError(f"its certificate names {tls.common_name(certificate)!r}, not {name!r}")
-    if tls.fingerprint(admission.ca.encode()) != ca_fingerprint:
-        raise ProtocolError("its CA is not the token's")
-    load_public_key(admission.fleet_key.encode())
+    if tls.fingerprint(reply.ca.encode()) != ca_fingerprint:
+        raise ProtocolError("its CA is not the one that the token names")
+    load_public_key(reply.fleet_key.encode())
 
 
-def _profile(application: Application, admission: Admission, host: str) -> Profile:
+def _profile(request: EnrolmentRequest, reply: EnrolmentReply, host: str) -> Profile:
     try:
-        broker = with_host(admission.broker, host)
+        broker = with_host(reply.broker, host)
     except ValueError as cause:
-        raise EnrolmentRefused(f"{application.cloud} answered with a broker that cannot be used: {cause}") from cause
+        raise EnrolmentRefused(f"{request.cloud} answered with an unusable broker URL: {cause}") from cause
     return Profile(
-        device=application.name,
-        cloud_url=application.cloud.rstrip("/"),
-        grpc=f"{bracketed(host)}:{admission.grpc_port}",
+        device=request.name,
+        cloud_url=request.cloud.rstrip("/"),
+        grpc=f"{bracketed(host)}:{reply.grpc_port}",
         broker=broker,
-        tags=application.tags,
+        tags=request.tags,
     )
 
 
-def _install(home: Path, keys: tls.Identity, admission: Admission) -> None:
+def _install(home: Path, keys: tls.Identity, reply: EnrolmentReply) -> None:
     """Move the new files into the home; files of an interrupted attempt are overwritten."""
-    keys.cert.write_text(admission.certificate, encoding="ascii")
-    (keys.cert.parent / "fleet.pub").write_text(admission.fleet_key, encoding="ascii")
+    keys.cert.write_text(reply.certificate, encoding="ascii")
+    (keys.cert.parent / "fleet.pub").write_text(reply.fleet_key, encoding="ascii")
     for file in keys.cert.parent.iterdir():
         file.replace(home / file.name)

@@ -1,9 +1,9 @@
-"""The one link to the fleet: MQTT for small facts, gRPC for the rest, each coming back by itself.
+"""The agent's link to the cloud: MQTT for small messages, gRPC for the rest; both reconnect by themselves.
 
-A lost MQTT message costs latency, never correctness: the agent asks `Next` over gRPC whenever either
-side is back, and now and then in between. So it works with the broker gone, and without a cloud it waits.
-Presence: every connect to the broker has a session number of its own, above all before it, in its
-birth and its will, so that a will that comes late is known to be old.
+A lost MQTT message costs latency, never correctness: the agent calls `Next` over gRPC after each reconnect of either
+side, and at intervals. So it works without a broker, and waits without a cloud.
+Presence: each connection to the broker has a session number, higher than all before it, in its first message and in
+its will. So the cloud can ignore a will of an old connection that arrives late.
 """
 
 from __future__ import annotations
@@ -34,68 +34,68 @@ from edgefl.protocols.messages import Assignment, DeviceState, JobMessage, Rollo
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
 from edgefl.protocols.tls import Identity
 
-ASK_EVERY_S = 30.0  # the safety net under lost messages
-ASK_AGAIN_S = 2.0  # after `Next` failed; more where the cloud has no place
+ASK_EVERY_S = 30.0  # interval of `Next`, in case MQTT messages are lost
+RETRY_S = 2.0  # after `Next` failed; longer if the cloud is full
 TELEMETRY_EVERY_S = 30.0
-MAX_SESSION = 2**62  # a damaged file must not bring it near to what a message can hold
+MAX_SESSION = 2**62  # a damaged file must not cause a number that a message cannot hold
 
 _log = logging.getLogger(__name__)
 
 
 class AgentLinkCallbacks(Protocol):
-    """What the link's news are for. Called in the event loop."""
+    """Callbacks of the link. Called in the event loop."""
 
     def on_job(self, message: JobMessage) -> None:
-        """Hear what came on down/<device>/job."""
+        """Handle a message from topic down/<device>/job."""
 
     def on_desired(self, signed: Signed) -> None:
-        """Hear what this device should serve; not verified yet."""
+        """Handle a release that this device should serve; its signature is not verified yet."""
 
     def before_next(self) -> tuple[list[str], Callable[[list[Assignment], list[str]], None]]:
-        """`Next` is about to be asked: return the jobs with a state here, and what takes its work and ended jobs."""
+        """Called before `Next`: return the jobs with data here, and a callback for assignments and ended jobs."""
 
 
-class Link:
-    """The agent's connections, owned by `run`."""
+class CloudLink:
+    """The agent's connections to broker and cloud; `run` opens and closes them."""
 
     def __init__(
         self, home: Path, profile: Profile, channel: CloudChannel, callbacks: AgentLinkCallbacks,
         on_reachable: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._home, self._profile, self._channel, self._callbacks = home, profile, channel, callbacks
-        self._on_reachable = on_reachable  # each time that the cloud is so again
+        self._on_reachable = on_reachable  # called each time the cloud becomes reachable
         self._ask = asyncio.Event()
-        self._backoff = Backoff(ASK_AGAIN_S, ASK_AGAIN_S, profile.device)
-        self._no_place = False  # the cloud said so
-        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._backoff = Backoff(RETRY_S, RETRY_S, profile.device)
+        self._is_full = False  # the cloud, by its last answer
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._session = _Session(home / "session")
         self._serving: tuple[Mapping[str, int], str] = ({}, "")
-        self._refusal = ""  # why the cloud did not answer `Next`: each reason is a line once
+        self._last_error = ""  # of `Next`; logged as a warning when it changes
         self._mqtt = self._new_mqtt()
         self._renewal = Renewal(home, profile.device, channel, lambda: self._mqtt.reconnect("the certificate is new"))
 
     async def run(self) -> None:
-        """Keep the link until cancelled; then say that the device is going."""
+        """Keep the link up until cancelled; then publish that the device is offline."""
         self._mqtt.start()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._channel.watch(self._reached), name="cloud-watch")
                 tasks.create_task(self._ask_next(), name="next")
                 tasks.create_task(self._send_telemetry(), name="telemetry")
-                await self._broken  # an MQTT link that has ended ends the agent
+                await self._failure  # a failure of the MQTT link stops the agent
         finally:
             self._publish("state", self._state(online=False), retain=True)
             await self._mqtt.close()
             await self._channel.close()
 
     def serve(self, models: Mapping[str, int], url: str) -> None:
-        """Tell the fleet which model versions this device serves, and where."""
+        """Publish which model versions this device serves, and at which URL."""
         self._serving = (dict(models), url)
         if self._mqtt.is_up:
             self._publish("state", self._state(online=True), retain=True)
 
     def tell(self, note: RolloutNote) -> None:
-        """Report how far a release is."""
+        """Report the progress of a release."""
         self._publish("rollout", note)
 
     def _reached(self) -> None:
@@ -113,10 +113,10 @@ class Link:
                 self._backoff.reset()
                 wait_s = ASK_EVERY_S
             else:
-                wait_s = self._backoff.next_s(full=self._no_place)
+                wait_s = self._backoff.next_s(full=self._is_full)
 
     async def _next(self) -> bool:
-        self._no_place = False
+        self._is_full = False
         try:
             holding, take = self._callbacks.before_next()
             reply = await self._channel.next(__version__, holding)
@@ -125,27 +125,27 @@ class Link:
                 self._callbacks.on_desired(messages.decode(Signed, signed))
             await self._follow_broker(reply.broker)
             if reply.renew and await self._renewal.renew():
-                self._ask.set()  # the first use of the new certificate
+                self._ask.set()  # use the new certificate once, so that the cloud sees it
         except grpc.aio.AioRpcError as error:
-            self._no_place = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            told, self._refusal = self._refusal, error.details() or ""
-            is_news = error.code() is not grpc.StatusCode.UNAVAILABLE and self._refusal != told
+            self._is_full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            last, self._last_error = self._last_error, error.details() or ""
+            is_news = error.code() is not grpc.StatusCode.UNAVAILABLE and self._last_error != last
             level = logging.WARNING if is_news else logging.DEBUG
             event(_log, level, "next.failed", code=error.code().name, reason=error.details())
             return False
         except (ProtocolError, ConfigError) as error:
             event(_log, logging.WARNING, "next.unreadable", reason=error)
             return True
-        except (HomeError, OSError) as error:  # a full disk, a locked database: they pass
+        except (HomeError, OSError) as error:  # temporary: a full disk, a locked database
             event(_log, logging.ERROR, "next.put_off", reason=error)
             return False
-        self._refusal = ""
-        with suppress(OSError):  # a full disk: `edgefl agent status` shows an older contact, no more
+        self._last_error = ""
+        with suppress(OSError):  # full disk: only `edgefl agent status` shows an older contact then
             (self._home / "contact").touch()
         return True
 
     async def _follow_broker(self, url: str) -> None:
-        """Move to the broker that the cloud names, where that has changed."""
+        """Switch to the broker that the cloud names, if it has changed."""
         profile = with_broker(self._profile, url)
         if profile == self._profile:
             return
@@ -153,7 +153,7 @@ class Link:
         event(_log, logging.INFO, "broker.moved", broker=profile.broker)
         try:
             save_profile(self._home, profile)
-        except OSError as error:  # a full disk: each `Next` says it again
+        except OSError as error:  # full disk: each `Next` names the broker again
             event(_log, logging.ERROR, "broker.not_saved", reason=error)
         self._profile = profile
         await self._mqtt.close()
@@ -164,7 +164,7 @@ class Link:
         while True:
             try:
                 self._publish("telemetry", measure(self._home), qos=0)
-            except (ProtocolError, OSError, psutil.Error) as error:  # what the system told made no sense, or it did not
+            except (ProtocolError, OSError, psutil.Error) as error:  # unusable or missing values of the system
                 event(_log, logging.WARNING, "telemetry.not_measured", reason=error)
             await asyncio.sleep(TELEMETRY_EVERY_S)
 
@@ -197,9 +197,9 @@ class Link:
         )
         return MqttLink(config, on_message=self._on_message, on_connect=self._on_connect, on_failure=self._on_failure)
 
-    # Below: called by the MQTT link.
+    # The methods below are called by the MQTT link.
 
-    def _will(self) -> tuple[str, bytes]:  # in a thread: it writes a file
+    def _will(self) -> tuple[str, bytes]:  # called in a thread, because it writes a file
         self._session.advance()
         return topics.up(self._profile.device, "state"), messages.encode(self._state(online=False))
 
@@ -208,18 +208,18 @@ class Link:
         self._ask.set()
 
     def _on_failure(self, failure: BaseException) -> None:
-        if not self._broken.done():
-            self._broken.set_exception(failure)
+        if not self._failure.done():
+            self._failure.set_exception(failure)
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         if topic.endswith("/job"):
             self._callbacks.on_job(messages.decode_job(payload))
-        elif payload:  # an empty one clears what the broker retained
+        elif payload:  # an empty payload only clears the retained message
             self._callbacks.on_desired(messages.decode(Signed, payload))
 
 
 class _Session:
-    """A number that only rises, through restarts and whatever the clock does."""
+    """A number that only increases, also after restarts and when the clock is set back."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -234,5 +234,5 @@ class _Session:
         self.number = max(time.time_ns() // 1_000_000, self.number + 1)
         try:
             replace_file(self._path, str(self.number).encode())
-        except OSError as error:  # a full disk: the clock rises too
+        except OSError as error:  # full disk: after a restart, the number still follows the clock
             event(_log, logging.ERROR, "session.not_saved", reason=error)

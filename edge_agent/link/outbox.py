@@ -1,7 +1,6 @@
-"""Sends the stored updates and failures until the cloud has received, or does not want, each of them.
+"""Sends the stored updates and failures to the cloud, until each is acknowledged or no longer needed.
 
-Invariant: an update leaves the store after the cloud has said that it is stored, stale or refused, or
-that its round is closed; never before.
+Invariant: an update stays in the store until the cloud reports it as stored, stale or refused, or its round as closed.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from edgefl.errors import CloudUnreachable, HomeError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 
-AGAIN_S = 5.0  # after an error of this device's disk or database
+RETRY_S = 5.0  # after an error of this device's disk or database
 
 _log = logging.getLogger(__name__)
 
@@ -28,21 +27,21 @@ Key = tuple[str, int]  # job, round
 
 
 class Outbox:
-    """The agent's only sender. A new answer wakes it, and so does a cloud that becomes reachable."""
+    """Sends updates and failures. Woken by each new one, and when the cloud becomes reachable."""
 
     def __init__(self, store: Store, channel: CloudChannel) -> None:
         self._store, self._channel = store, channel
         self._wake = asyncio.Event()
-        self._begun = {(update.job, update.round) for update in store.outbox()}  # perhaps, by the process before us
+        self._started = {(update.job, update.round) for update in store.outbox()}  # perhaps by an earlier process
         self._sending: tuple[Key, asyncio.Task[None]] | None = None
         self.wake()
 
     def wake(self) -> None:
-        """Try to send: there may be something new, or the cloud may be reachable again."""
+        """Try to send now."""
         self._wake.set()
 
     def put(self, update: Outgoing, state: Path | None = None) -> None:
-        """Take an update whose path is a draft that is written and synced, and the state that goes with it."""
+        """Add an update, whose path is a complete and synced draft, and the client's new state."""
         self._store.put(update, state)
         self.wake()
 
@@ -66,9 +65,9 @@ class Outbox:
             except (CloudUnreachable, grpc.aio.AioRpcError) as error:
                 reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
                 event(_log, logging.WARNING, "outbox.waits", reason=reason)
-            except HomeError as error:  # a locked database, a disk that cannot be read: they pass
+            except HomeError as error:  # temporary: a locked database, an unreadable disk
                 event(_log, logging.ERROR, "outbox.waits", reason=error)
-                asyncio.get_running_loop().call_later(AGAIN_S, self.wake)
+                asyncio.get_running_loop().call_later(RETRY_S, self.wake)
 
     async def _send_all(self) -> None:
         for note in self._store.failures():
@@ -83,14 +82,14 @@ class Outbox:
     async def _send(self, key: Key, update: Outgoing) -> None:
         start_s = time.monotonic()
         try:
-            state = await upload(self._channel, update, resume=key in self._begun)
+            state = await upload(self._channel, update, resume=key in self._started)
         except FileNotFoundError:
-            return  # dropped meanwhile
+            return  # dropped in the meantime
         except (CloudUnreachable, OSError) as error:
-            self._begun.add(key)
+            self._started.add(key)
             event(_log, logging.WARNING, "outbox.waits", job=key[0], round=key[1], reason=error)
-            if isinstance(error, OSError):  # of this device: no news of the cloud will wake us
-                asyncio.get_running_loop().call_later(AGAIN_S, self.wake)
+            if isinstance(error, OSError):  # of this device: a reachable cloud does not wake the outbox again
+                asyncio.get_running_loop().call_later(RETRY_S, self.wake)
             return
         level = logging.WARNING if state.status == pb.UploadState.REFUSED else logging.INFO
         event(_log, level, f"update.{pb.UploadState.Status.Name(state.status).lower()}", job=key[0], round=key[1],
@@ -100,8 +99,8 @@ class Outbox:
     def _mark_answered(self, key: Key) -> None:
         try:
             self._store.mark_answered(*key)
-        except HomeError as error:  # the disk is full: when it is asked again, the cloud says the same
-            self._begun.add(key)
+        except HomeError as error:  # full disk: sent again, the cloud gives the same answer
+            self._started.add(key)
             event(_log, logging.ERROR, "outbox.not_settled", job=key[0], round=key[1], reason=error)
         else:
-            self._begun.discard(key)
+            self._started.discard(key)

@@ -1,8 +1,8 @@
-"""A device's key and certificate, replaced together in one step.
+"""Replaces a device's key and certificate together, atomically.
 
-`key.pem` and `cert.pem` of a home are files of its enrolment, and from the first renewal on links into the
-folder that `pair` is a link to. So a reader of both, also after a crash at any moment, sees the old pair or
-the new one.
+Enrolment writes `key.pem` and `cert.pem` as files. The first renewal replaces them with symbolic links through
+`pair`, itself a link to the folder of the current pair. So a reader sees either the old pair or the new one, also
+after a crash at any moment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMES = ("key.pem", "cert.pem")
 
 
 def replace_pair(home: Path, key_pem: bytes, cert_pem: bytes) -> None:
-    """Make these the key and the certificate of a home; the former ones are deleted."""
+    """Replace a home's key and certificate, and delete the old ones."""
     _become_links(home)
     _point(home / LINK, _written(home, key_pem, cert_pem))
     _sync(home)
@@ -30,7 +30,7 @@ def replace_pair(home: Path, key_pem: bytes, cert_pem: bytes) -> None:
 
 
 def _become_links(home: Path) -> None:
-    """Have a home's key and certificate be links, with the contents that they have."""
+    """Turn a home's key and certificate files into links with the same contents."""
     identity = Identity.in_folder(home)
     if identity.key.is_symlink() and identity.cert.is_symlink():
         return
@@ -40,9 +40,9 @@ def _become_links(home: Path) -> None:
 
 
 def _written(home: Path, key_pem: bytes, cert_pem: bytes) -> str:
-    """Write a pair into a folder of its own, durably, and return the folder's name."""
+    """Write a pair into a new folder, synced to disk; return the folder's name."""
     folder = home / f"pair-{serial_number(cert_pem)}"
-    with contextlib.suppress(FileNotFoundError):  # left by an attempt that was cut off
+    with contextlib.suppress(FileNotFoundError):  # left by an interrupted attempt
         shutil.rmtree(folder)
     folder.mkdir(mode=0o700)
     for name, data in zip(NAMES, (key_pem, cert_pem), strict=True):
@@ -53,7 +53,7 @@ def _written(home: Path, key_pem: bytes, cert_pem: bytes) -> str:
 
 
 def _point(link: Path, target: str) -> None:
-    """Make a link, or a file, point somewhere else in one step."""
+    """Atomically replace a file or link with a link to `target`."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

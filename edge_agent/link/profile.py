@@ -1,6 +1,6 @@
-"""The device's name and its cloud's addresses: `agent.json` in its home, written once, by enrolment.
+"""The device's name and its cloud's addresses: `agent.json` in its home, written by enrolment.
 
-Invariant: a home with an `agent.json` is enrolled; one without is not, whatever else lies in it.
+Invariant: a home is enrolled if and only if it has an `agent.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgefl.protocols.messages import from_json
 from edgefl.terminal.text import is_safe
 
 FILE = "agent.json"
-SERVING_FILE = "serving"  # beside it: the URL, while predictions are served
+SERVING_FILE = "serving"  # in the home: the URL of predictions, while they are served
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ def load_profile(home: Path) -> Profile:
 
 
 def save_profile(home: Path, profile: Profile) -> None:
-    """Write `agent.json` in one step."""
+    """Write `agent.json` atomically."""
     replace_file(home / FILE, json.dumps(dataclasses.asdict(profile), indent=2).encode())
 
 
@@ -69,7 +69,7 @@ def cloud_host(cloud_url: str) -> str:
 
 
 def with_host(url: str, host: str) -> str:
-    """Return a broker URL whose empty host is filled in: mqtts://:8883 -> mqtts://host:8883."""
+    """Return a broker URL with an empty host filled in: mqtts://:8883 -> mqtts://host:8883."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -83,7 +83,7 @@ def with_host(url: str, host: str) -> str:
 
 
 def with_broker(profile: Profile, url: str) -> Profile:
-    """Return the profile with the broker that the cloud names now; an empty URL changes nothing."""
+    """Return the profile with this broker URL from the cloud; an empty URL changes nothing."""
     if not url:
         return profile
     return dataclasses.replace(profile, broker=with_host(url, cloud_host(profile.cloud_url)))

@@ -54,12 +54,12 @@ class Renewal:
         return request_for(saved_key(self._home / NEXT_KEY), self._device)
 
     def _install(self, certificate: bytes, ca: bytes) -> None:
-        """Check what the cloud sent, then replace key, certificate and, where it is renewed too, the CA's."""
+        """Check the cloud's reply, then replace key, certificate and, if it was renewed too, the CA's certificate."""
         key, home = saved_key(self._home / NEXT_KEY), Identity.in_folder(self._home)
         held = load_certificate(home.ca.read_bytes())
         _check_certificate(certificate, self._device, held)
         if load_certificate(certificate).public_key() != key.public_key():
-            raise ProtocolError("the cloud's certificate is for another key than ours")
+            raise ProtocolError("the cloud's certificate is not for this device's key")
         replace_pair(self._home, (self._home / NEXT_KEY).read_bytes(), certificate)
         (self._home / NEXT_KEY).unlink()
         event(_log, logging.INFO, "certificate.renewed", ends=f"{expires(certificate):%Y-%m-%d}")
@@ -85,4 +85,4 @@ def _check_ca(ca_pem: bytes, held: x509.Certificate) -> None:
     except (ValueError, TypeError, InvalidSignature) as cause:
         raise ProtocolError("the CA's new certificate is not signed by the CA") from cause
     if ca.public_key() != held.public_key():
-        raise ProtocolError("the CA's new certificate is for another key; this device keeps the one that it has")
+        raise ProtocolError("the CA's new certificate is for another key; this device keeps the old certificate")

@@ -28,8 +28,8 @@ from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
 from edgefl.protocols.messages import BlobRef
 
 STALL_S = 120.0  # a transfer without progress for this long is restarted
-MAX_IDLE_ATTEMPTS = 6  # in a row without progress; then it is given up until the next `Next` lists it again
-_PASSING = frozenset({
+MAX_IDLE_ATTEMPTS = 6  # in a row without progress; then give up until `Next` lists it again
+_TRANSIENT = frozenset({
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED,
 })  # fmt: skip
@@ -41,30 +41,30 @@ async def download(
 ) -> None:
     """Download a blob to `path`, completely or not at all; raises CloudUnreachable, ManifestRejected, DiskFull.
 
-    Checked by its BLAKE3 where that is given, a quarter of the time that SHA-256 takes.
-    `reuse` is a file that is not needed any more: if it has the right size, it is overwritten.
+    `fast_hash` is its BLAKE3, checked instead of SHA-256 because it takes a quarter of the time.
+    `reuse` is a file that is no longer needed: if it has the right size, it is overwritten.
     """
     part = path.with_name(path.name + ".part")
     reused = reuse is not None and _take_over(reuse, part, ref.size)
     with space_for(part, ref.size, f"the download of {ref.sha256[:16]}..."):
-        for from_zero in (reused, True):  # bytes left by an earlier attempt may be damaged: then once more
-            with _Incoming(part, ref, fast_hash, from_zero=from_zero) as incoming:
+        for from_zero in (reused, True):  # an earlier attempt may have left damaged bytes: then start again
+            with _IncomingBlob(part, ref, fast_hash, from_zero=from_zero) as incoming:
                 await _until_done(
                     f"the download of {ref.sha256[:16]}...", lambda: _receive(channel, incoming), incoming
                 )
-                if incoming.is_right():
+                if incoming.is_valid():
                     part.replace(path)
                     return
     part.unlink()
-    raise ManifestRejected(f"the cloud's blob {ref.sha256[:16]}... has other bytes than its hash says")
+    raise ManifestRejected(f"the cloud's blob {ref.sha256[:16]}... does not match its hash")
 
 
 async def upload(channel: CloudChannel, update: Outgoing, *, resume: bool) -> pb.UploadState:
     """Send an update until the cloud has it or refuses it; raises CloudUnreachable.
 
-    `resume` says that an earlier attempt may have brought a part of it there.
+    `resume`: an earlier attempt may have sent a part of it, so ask the cloud first.
     """
-    sending = _Sending(channel, update, ask=resume)
+    sending = _OutgoingUpdate(channel, update, ask=resume)
     await _until_done(f"the upload of round {update.round} of job {update.job}", sending.attempt, sending)
     return sending.state
 
@@ -75,13 +75,13 @@ class _Progress:
     offset: int = 0
 
 
-class _Incoming(_Progress):
-    """A blob on its way in: bytes on disk up to `offset`, and their hash."""
+class _IncomingBlob(_Progress):
+    """A blob being downloaded: bytes on disk up to `offset`, and their hash."""
 
     def __init__(self, path: Path, ref: BlobRef, fast: str, *, from_zero: bool) -> None:
         self.ref = ref
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._wanted = fast or ref.sha256
+        self._expected_hash = fast or ref.sha256
         self._hash = blake3() if fast else hashlib.sha256()
         self.offset = 0
         here = 0 if from_zero else os.fstat(self._file).st_size
@@ -105,23 +105,23 @@ class _Incoming(_Progress):
             self.offset += written
             data = data[written:]
 
-    def is_right(self) -> bool:
+    def is_valid(self) -> bool:
         os.ftruncate(self._file, self.ref.size)
-        return self._hash.hexdigest() == self._wanted
+        return self._hash.hexdigest() == self._expected_hash
 
 
-class _Sending(_Progress):
-    """An update on its way out."""
+class _OutgoingUpdate(_Progress):
+    """An update being uploaded."""
 
     def __init__(self, channel: CloudChannel, update: Outgoing, *, ask: bool) -> None:
         self.state = pb.UploadState()
         self._channel, self._update, self._ask = channel, update, ask
 
     async def attempt(self) -> bool:
-        """Send what the cloud lacks; returns whether it needs no more.
+        """Send what the cloud lacks; return whether it has everything.
 
-        gRPC may report a write into a call that the cloud has just answered as an error, and lose the
-        answer; the next attempt asks for it.
+        If the cloud answers while we write, gRPC may report the write as an error and lose the answer; the next
+        attempt asks for it.
         """
         if self._ask:
             self.state = await self._channel.resume(self._update.job, self._update.round)
@@ -130,7 +130,7 @@ class _Sending(_Progress):
             self._ask = True  # whatever happens now, ask before the next attempt
             self.offset = min(self.state.offset, self._update.size)
             self.state = await self._send(self.offset)
-            self._ask = False  # it has just said where to go on
+            self._ask = False  # the reply says where to resume
             _refuse_unknown(self.state)
         self.offset = self.state.offset
         return bool(self.state.status != pb.UploadState.PARTIAL)
@@ -142,7 +142,7 @@ class _Sending(_Progress):
             async with asyncio.timeout(STALL_S):
                 state: pb.UploadState = await call
         finally:
-            call.cancel()  # of a call that has ended, this does nothing
+            call.cancel()  # no effect on a finished call
         return state
 
     async def _write(self, call: grpc.aio.StreamUnaryCall[bytes, pb.UploadState], start: int) -> None:
@@ -168,11 +168,11 @@ class _Sending(_Progress):
                     await _write_in_time(call, message)
                 await call.done_writing()
             except asyncio.InvalidStateError:
-                return  # the cloud has answered before the end
+                return  # the cloud answered before it received everything
 
 
-async def _receive(channel: CloudChannel, incoming: _Incoming) -> bool:
-    """Read a blob from where we are to its end."""
+async def _receive(channel: CloudChannel, incoming: _IncomingBlob) -> bool:
+    """Read the rest of a blob."""
     if incoming.offset == incoming.ref.size:
         return True
     call = channel.download(incoming.ref.sha256, incoming.offset)
@@ -188,7 +188,7 @@ async def _receive(channel: CloudChannel, incoming: _Incoming) -> bool:
 
 
 async def _until_done(what: str, attempt: Callable[[], Awaitable[bool]], progress: _Progress) -> None:
-    """Retry an interrupted transfer until it is complete or makes no progress any more."""
+    """Retry an interrupted transfer until it is complete or no longer makes progress."""
     idle, pauses = 0, Backoff(0.05, 2.0)
     while True:
         before = progress.offset
@@ -197,10 +197,10 @@ async def _until_done(what: str, attempt: Callable[[], Awaitable[bool]], progres
                 return
             reason = "the cloud closed it before all bytes were sent"
         except TimeoutError:
-            reason = f"nothing moved for {STALL_S:g} s"
+            reason = f"no progress for {STALL_S:g} s"
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
-            if error.code() not in _PASSING:
+            if error.code() not in _TRANSIENT:
                 raise CloudUnreachable(f"{what} was refused, {reason}") from error
         idle = 0 if progress.offset > before else idle + 1
         if idle == MAX_IDLE_ATTEMPTS:
@@ -209,7 +209,7 @@ async def _until_done(what: str, attempt: Callable[[], Awaitable[bool]], progres
             )
         if idle == 0:
             pauses.reset()
-        await asyncio.sleep(pauses.next_s())  # spares a cloud that is up, but failing
+        await asyncio.sleep(pauses.next_s())  # do not flood a cloud that answers with errors
 
 
 def _refuse_unknown(state: pb.UploadState) -> None:
@@ -223,7 +223,7 @@ async def _write_in_time(call: grpc.aio.StreamUnaryCall[bytes, pb.UploadState], 
 
 
 def _take_over(old: Path, part: Path, size: int) -> bool:
-    """Make an unwanted file the part to write into, if it has the size; else remove it."""
+    """Reuse an old file as the partial download if it has the right size; otherwise delete it."""
     if not old.exists():
         return False
     if old.stat().st_size != size or part.exists():

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.transfer import download
 from edge_agent.releases.slots import Installed, ModelSlots, SlotState, held_models, open_slots
-from edge_agent.serving.predictions import Model
+from edge_agent.serving.supervisor import ModelFile
 from edgefl.errors import CloudUnreachable, EdgeflError, ManifestRejected, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols.manifest import Desired, check_blob, check_version, verify
@@ -53,9 +53,9 @@ class PreparedModel(Protocol):
 
 
 class Host(Protocol):
-    """The process that loads and serves models; implemented by `edge_agent.serving.predictions`."""
+    """The process that loads and serves models; implemented by `edge_agent.serving.supervisor`."""
 
-    async def prepare(self, model: Model, *, trial: bool) -> PreparedModel:
+    async def prepare(self, model: ModelFile, *, trial: bool) -> PreparedModel:
         """Load a model while others serve, with `trial` in a separate process first; raises ProtocolError."""
 
     def drop(self, name: str) -> None:
@@ -83,7 +83,7 @@ class Updater:
         self._folder = parts.home / "models"
         self._slots: dict[str, ModelSlots] = {}
         self._wanted: dict[str, Desired] = {}  # by model
-        self._failing: dict[str, tuple[Model, str]] = {}  # by model: the release that crashes the process, and why
+        self._failing: dict[str, tuple[ModelFile, str]] = {}  # by model: the release that crashes the process, and why
         self._held = held_models(self._folder)  # installed by an earlier process, not loaded yet
         self._jobs: dict[str, _Job] = {}  # running work, at most one per model
         self._cut: set[str] = set()  # models whose restore is not finished; a newer `Desired` may have cancelled it
@@ -109,7 +109,7 @@ class Updater:
                 event(_log, logging.INFO, "release.superseded", model=model, sequence=job.sequence)
                 job.work.cancel()
 
-    def handle_failing(self, model: Model, reason: str) -> None:
+    def handle_failing(self, model: ModelFile, reason: str) -> None:
         """Accept the report that a release crashes the serving process again and again."""
         self._failing[model.name] = (model, reason)
         self._wake.set()
@@ -212,7 +212,7 @@ class Updater:
     def _note_start(self, slots: ModelSlots, starts: int) -> None:
         slots.note(dataclasses.replace(slots.state, starts=starts))
 
-    async def _fall_back(self, slots: ModelSlots, failed: Model, reason: str) -> None:
+    async def _fall_back(self, slots: ModelSlots, failed: ModelFile, reason: str) -> None:
         """Serve the previous release instead of one that crashes the serving process again and again."""
         state = slots.state
         serving = state.serving
@@ -232,9 +232,9 @@ class Updater:
             ready.switch()
         self._parts.changed()
 
-    def _model(self, slots: ModelSlots, slot: str) -> Model:
+    def _model(self, slots: ModelSlots, slot: str) -> ModelFile:
         state = slots.state
-        return Model(name=state.model, version=state.slots[slot].version, path=slots.path(slot))
+        return ModelFile(name=state.model, version=state.slots[slot].version, path=slots.path(slot))
 
     async def _consider(self, desired: Desired) -> None:
         slots = self._slots_of(desired.release.model)
@@ -265,7 +265,7 @@ class Updater:
             check_version(desired, before.version if before else None)
             self._count_try(slots, desired)
             slot = await self._fetch(slots, desired)
-            model = Model(name=release.model, version=release.version, path=slots.path(slot))
+            model = ModelFile(name=release.model, version=release.version, path=slots.path(slot))
             ready = await self._parts.host.prepare(model, trial=True)
             self._tell(desired, "installed")
             filled = {**slots.state.slots, slot: Installed(version=release.version, blob=release.blob)}

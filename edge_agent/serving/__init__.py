@@ -1,6 +1,6 @@
-"""Predictions on the device, in a process of their own: the Open Inference Protocol.
+"""Predictions on the device, in a separate process, by the Open Inference Protocol.
 
-The agent imports parts of this package and no web framework, so its two public names are imported when first used.
+The two public names are imported on first use, because the agent imports parts of this package but no web framework.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Who may request predictions: any client on this machine; others need a token or a certificate of the fleet.
 
-With mutual TLS the device shows its own certificate, which names it `NAME.device.edgefl.internal`, and
-clients show one of the same CA that is not on the fleet's list of revoked ones (`edge_agent/serving/revoked.py`).
-A renewed certificate and a new list count from the next connection on.
+With mutual TLS the device presents its own certificate, for `NAME.device.edgefl.internal`. Clients present one that
+the same CA signed and that is not on the list of revoked certificates (`edge_agent/serving/revoked.py`).
+A renewed certificate or a new list takes effect with the next connection.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from edgefl.protocols.addresses import is_loopback
 if TYPE_CHECKING:
     from edgefl.protocols import tls
 
-REVOKED_FILE = "revoked.pem"  # in a home: the list of revoked certificates (CRL), once there is one
+REVOKED_FILE = "revoked.pem"  # in a home: the list of revoked certificates (CRL), once downloaded
 MIN_TOKEN_CHARS = 16
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/=-]+")  # RFC 6750
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Access:
-    """How the serving port is guarded; raises ConfigError where it would be open to a network."""
+    """How the serving port is protected; raises ConfigError if a network could use it without a token or TLS."""
 
     host: str
     token_file: Path | None = None
@@ -36,14 +36,14 @@ class Access:
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.token_file is None and not self.mutual_tls:
             raise ConfigError(
-                f"--serve-host {self.host} opens predictions to the network, and nothing would guard them. Add "
-                "--serve-tls (clients then need a certificate of this fleet), or --serve-token-file FILE (clients "
-                "then send what the file holds as a bearer token; put TLS in front), or serve on 127.0.0.1"
+                f"--serve-host {self.host} opens predictions to the network without protection. Add "
+                "--serve-tls (clients then need a certificate of this fleet) or --serve-token-file FILE (clients "
+                "then send the file's content as a bearer token; put TLS in front), or serve on 127.0.0.1"
             )
         self.token()
 
     def token(self) -> str:
-        """Return the token that clients have to send; empty = none is asked for. Raises ConfigError."""
+        """Return the token that clients must send; empty = none. Raises ConfigError."""
         if self.token_file is None:
             return ""
         try:
@@ -52,16 +52,16 @@ class Access:
             raise ConfigError(f"--serve-token-file {self.token_file} cannot be read: {cause.strerror}") from cause
         if len(text) < MIN_TOKEN_CHARS or _TOKEN.fullmatch(text) is None:
             raise ConfigError(
-                f"--serve-token-file {self.token_file} must hold one token of at least {MIN_TOKEN_CHARS} letters, "
+                f"--serve-token-file {self.token_file} must contain one token of at least {MIN_TOKEN_CHARS} letters, "
                 "digits or ._~+/=-; `openssl rand -hex 32` makes one"
             )
         return text.decode()
 
 
 def server_contexts(home: Path) -> Callable[[], ssl.SSLContext]:
-    """Return what gives mutual TLS for a connection, by a home's certificate and list of revoked ones as they are then.
+    """Return a function that returns the TLS context for a new connection, with the home's current files.
 
-    It raises OSError while one of the files cannot be read: all clients are refused then.
+    It raises OSError while one of the files cannot be read: then all clients are refused.
     """
     from edgefl.protocols import tls
 
@@ -86,7 +86,7 @@ def _server_context(identity: tls.Identity, revoked: Path) -> ssl.SSLContext:
     from edgefl.protocols import tls
 
     context = tls.server_context(identity, client_certificates=True)
-    context.num_tickets = 0  # a session that is taken up again shows no certificate, which may be revoked by then
+    context.num_tickets = 0  # a resumed session presents no certificate, which may have been revoked since
     if revoked.exists():
         context.load_verify_locations(revoked)
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
@@ -95,7 +95,7 @@ def _server_context(identity: tls.Identity, revoked: Path) -> ssl.SSLContext:
 
 def _stamp(path: Path) -> tuple[int, int] | None:
     try:
-        seen = path.stat()  # of the file that a link leads to
+        seen = path.stat()  # follows links
     except FileNotFoundError:
         return None
     return seen.st_ino, seen.st_mtime_ns

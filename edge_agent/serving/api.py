@@ -1,9 +1,9 @@
 """Predictions on the device: the Open Inference Protocol (v2) over REST.
 
-Any client of Triton or KServe can ask. It runs in the serving process (`edge_agent.serving.serving_main`), never in
-the agent. A quick model runs in the event loop; a slower one, a large body and a large answer in a worker
-thread, so that `live` is answered meanwhile (ONNX Runtime computes outside the interpreter's lock).
-Invariant: every answer is the protocol's JSON or binary data; 4xx where the client has to change something.
+Clients of Triton and KServe work unchanged. It runs in the serving process (`edge_agent.serving.serving_main`), never
+in the agent. Fast models run in the event loop; slow models, large requests and large responses are handled in worker
+threads, so that `live` is answered in the meantime (ONNX Runtime releases the GIL).
+Invariant: every response is the protocol's JSON or binary data; 4xx means that the client has to change the request.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edge_agent.serving.board import Board
-from edge_agent.sessions import Models, Served, Stop
+from edge_agent.sessions import Cancellation, LoadedModel, Models
 from edgefl.errors import ProtocolError
 from edgefl.process.version import __version__
 from edgefl.protocols.addresses import bracketed
 from edgefl.protocols.ports.listener import listen
 
 if TYPE_CHECKING:
-    from edge_agent.serving.inference import Request, Response
+    from edge_agent.serving.inference import InferenceRequest, InferenceResponse
 
 MAX_BODY_BYTES = 64 << 20
-MAX_RECEIVED_BYTES = 4 * MAX_BODY_BYTES  # of all bodies that are being received
-MAX_WAITING = 64  # requests that wait for a worker
+MAX_RECEIVED_BYTES = 4 * MAX_BODY_BYTES  # of all bodies being received
+MAX_WAITING = 64  # requests waiting for a worker
 NUM_WORKERS = 2
-BODY_S = 30.0  # for a body to arrive
-REQUEST_S = 60.0  # for a prediction; then the computation is stopped
-STOP_S = 5.0  # for a stopped computation to end; one that does not is stuck in a kernel
+BODY_S = 30.0  # time limit to receive a body
+REQUEST_S = 60.0  # time limit for a prediction; then it is cancelled
+STOP_S = 5.0  # for a cancelled computation to stop; otherwise it is stuck in a kernel
 RETRY_AFTER_S = 1
 
 _Scope = MutableMapping[str, Any]
@@ -53,8 +53,8 @@ class _HttpResponse:
     headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
 
 
-class _Refused(Exception):
-    """The request is answered with an error; ends the work on it."""
+class _HttpError(Exception):
+    """Stops the processing of a request; its status and message become the response."""
 
     def __init__(self, status: int, reason: str, *headers: tuple[bytes, bytes]) -> None:
         super().__init__(reason)
@@ -62,80 +62,82 @@ class _Refused(Exception):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the port to serve on (0 = any that is free); raises ConfigError where it cannot be had."""
-    # Who connects before the first answer waits, instead of being refused.
+    """Listen on the serving port (0 = any free port); raises ConfigError if it is not available.
+
+    Clients that connect before the server runs wait instead of being refused.
+    """
     return listen(host, port, "--serve-port", "--serve-host")
 
 
 def url_of(listener: socket.socket, *, secure: bool = False) -> str:
-    """Return where clients reach a listener."""
+    """Return the URL of a listener."""
     host, port = listener.getsockname()[:2]
     return f"{'https' if secure else 'http'}://{bracketed(host)}:{port}"
 
 
 class Serving:
-    """The HTTP server over the models that serve."""
+    """The HTTP server of predictions."""
 
     def __init__(self, models: Models, listener: socket.socket, board: Board | None = None) -> None:
         self._models, self._listener = models, listener
         self._board = board or Board()
-        self._lanes = threading.local()  # of the board: the event loop's is 0
+        self._lanes = threading.local()  # each worker's lane of the board; lane 0 is the event loop's
         lanes = itertools.count(1)
         self._workers = ThreadPoolExecutor(
             NUM_WORKERS, "inference", initializer=lambda: setattr(self._lanes, "number", next(lanes))
         )
         self._waiting = self._received = 0
-        self.token = ""  # that clients have to send; empty = none
-        self.context: Callable[[], ssl.SSLContext] | None = None  # gives that of a connection; None = plain
-        self.ready = False  # set once the releases that the device holds are loaded
-        self._part_with_clients: Callable[[], None] = lambda: None  # before it serves there are none
+        self.token = ""  # that clients must send; empty = none
+        self.context: Callable[[], ssl.SSLContext] | None = None  # for each new connection; None = no TLS
+        self.ready = False  # true once the installed releases are loaded
+        self._disconnect_clients: Callable[[], None] = lambda: None  # not serving yet
         self.on_stuck: Callable[[str], None] = lambda model: None  # noqa: ARG005 - a computation cannot be stopped
 
     async def run(self) -> None:
-        """Serve until cancelled; requests that have begun are answered."""
+        """Serve until cancelled; requests in progress are answered first."""
         from edge_agent.serving.http_server import make_server, serve
-        from edge_agent.serving.known_requests import KnownRequests
+        from edge_agent.serving.request_cache import RequestCache
 
         server = make_server(self.app(), self.context)
-        server.shortcut = KnownRequests(self._models.get, self._run, self._allows)
-        self._part_with_clients = server.part_with_clients
+        server.shortcut = RequestCache(self._models.get, self._run, self._allows)
+        self._disconnect_clients = server.disconnect_clients
         try:
             await serve(server, self._listener)
         finally:
             self._workers.shutdown(wait=False, cancel_futures=True)
             self._listener.close()
 
-    def part_with_clients(self) -> None:
-        """Have every client connect anew, since who may ask has changed."""
-        self._part_with_clients()
+    def disconnect_clients(self) -> None:
+        """Make all clients reconnect, because access rights have changed."""
+        self._disconnect_clients()
 
     def app(self) -> App:
         """Return the ASGI application."""
 
-        async def app(scope: _Scope, receive: _Receive, send: _Send) -> None:  # servers look for a function
+        async def app(scope: _Scope, receive: _Receive, send: _Send) -> None:  # servers expect a function
             await self._call(scope, receive, send)
 
         return app
 
     async def _call(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
-            await _greet(scope, receive, send)
+            await _handle_other_scope(scope, receive, send)
             return
         try:
             answer = await self._answer(scope, receive)
-        except _Refused as refused:
-            answer = _error(refused.status, str(refused), *refused.headers)
+        except _HttpError as error:
+            answer = _error(error.status, str(error), *error.headers)
         except ProtocolError as error:
             answer = _error(400, str(error))
         except MemoryError:
             answer = _error(503, "this request needs more memory than predictions may use here; send fewer rows")
         except Exception:
-            await _reply(scope, send, _error(500, "a fault of this server; its log says more"))
+            await _reply(scope, send, _error(500, "internal error of this server; see its log"))
             raise  # the server logs it
         await _reply(scope, send, answer)
 
     async def _answer(self, scope: _Scope, receive: _Receive) -> _HttpResponse:
-        if self.token and not scope["path"].startswith("/v2/health/"):  # those who only watch have no token
+        if self.token and not scope["path"].startswith("/v2/health/"):  # health checks send no token
             self._check_token(scope)
         match [part for part in scope["path"].split("/") if part]:
             case ["v2", "models", name, "infer"]:
@@ -144,19 +146,19 @@ class Serving:
                 return await self._infer(scope, receive, name, version)
             case rest:
                 _allow(scope, b"GET, HEAD", "GET", "HEAD", known=_is_known(rest))
-                return self._look(rest)
+                return self._get(rest)
 
     def _allows(self, scope: Mapping[str, Any]) -> bool:
-        """Whether a request comes with the token, where one is wanted."""
+        """Whether a request has the token, if one is required."""
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return not self.token or hmac.compare_digest(sent, b"Bearer " + self.token.encode())
 
     def _check_token(self, scope: _Scope) -> None:
         if not self._allows(scope):
-            raise _Refused(401, "send the token of this device: `Authorization: Bearer …`", _CHALLENGE)
+            raise _HttpError(401, "send the token of this device: `Authorization: Bearer …`", _CHALLENGE)
 
-    def _look(self, path: list[str]) -> _HttpResponse:
-        """Answer what needs no computation."""
+    def _get(self, path: list[str]) -> _HttpResponse:
+        """Answer a GET request."""
         match path[1:]:
             case []:
                 return _json({"name": "edgefl", "version": __version__, "extensions": ["binary_tensor_data"]})
@@ -168,79 +170,87 @@ class Serving:
         return _json({"name": served.name, "ready": True}) if path[-1] == "ready" and len(path) > 3 else _about(served)
 
     async def _infer(self, scope: _Scope, receive: _Receive, name: str, version: str | None) -> _HttpResponse:
-        from edge_agent.serving.inference import answers_at_once, encode_response, is_small, parse_request
+        from edge_agent.serving.inference import encode_response, is_small_request, is_small_response, parse_request
 
         _allow(scope, b"POST", "POST", known=True)
         served = self._find(name, version)
         body, length = await self._body(scope, receive)
-        if not is_small(body, length):
-            return _sent(await self._in_thread(partial(self._all, served, body, length), served))
+        if not is_small_request(body, length):
+            return _sent(await self._in_thread(partial(self._parse_and_run, served, body, length), served))
         request = parse_request(served, body, length)
-        if not served.is_quick(request.feeds):
-            return _sent(await self._in_thread(partial(self._rest, served, request), served))
+        if not served.runs_inline(request.feeds):
+            return _sent(await self._in_thread(partial(self._run_and_encode, served, request), served))
         results = self._run(served, request)
-        if answers_at_once(request, results):
+        if is_small_response(request, results):
             return _sent(encode_response(served, request, results))
-        return _sent(await self._in_thread(lambda _stop: encode_response(served, request, results), served))
+        return _sent(await self._in_thread(lambda _cancellation: encode_response(served, request, results), served))
 
-    async def _in_thread(self, work: Callable[[Stop], Response], served: Served) -> Response:
+    async def _in_thread(
+        self, work: Callable[[Cancellation], InferenceResponse], served: LoadedModel
+    ) -> InferenceResponse:
         if self._waiting >= MAX_WAITING:
-            raise _Refused(503, f"{MAX_WAITING} predictions wait already; ask again", _retry())
-        stop = Stop()
+            raise _HttpError(503, f"{MAX_WAITING} predictions are waiting already; try again", _retry())
+        cancellation = Cancellation()
         self._waiting += 1
-        done = asyncio.get_running_loop().run_in_executor(self._workers, work, stop)
+        done = asyncio.get_running_loop().run_in_executor(self._workers, work, cancellation)
         done.add_done_callback(self._left)
         try:
             async with asyncio.timeout(REQUEST_S):
                 return await asyncio.shield(done)
         except TimeoutError as cause:
-            raise _Refused(504, f"the prediction took longer than {REQUEST_S:g} s; send fewer rows") from cause
+            raise _HttpError(504, f"the prediction took longer than {REQUEST_S:g} s; send fewer rows") from cause
         finally:
             if not done.done():
-                stop.set()
+                cancellation.cancel()
                 asyncio.get_running_loop().call_later(STOP_S, self._check_stopped, done, served.name)
 
-    def _all(self, served: Served, body: bytes, length: str | None, stop: Stop) -> Response:
+    def _parse_and_run(
+        self, served: LoadedModel, body: bytes, length: str | None, cancellation: Cancellation
+    ) -> InferenceResponse:
         from edge_agent.serving.inference import parse_request
 
-        return self._rest(served, parse_request(served, body, length), stop)
+        return self._run_and_encode(served, parse_request(served, body, length), cancellation)
 
-    def _rest(self, served: Served, request: Request, stop: Stop) -> Response:
+    def _run_and_encode(
+        self, served: LoadedModel, request: InferenceRequest, cancellation: Cancellation
+    ) -> InferenceResponse:
         from edge_agent.serving.inference import encode_response
 
-        return encode_response(served, request, self._run(served, request, stop))
+        return encode_response(served, request, self._run(served, request, cancellation))
 
-    def _run(self, served: Served, request: Request, stop: Stop | None = None) -> list[Any]:
-        lane = 0 if stop is None else self._lanes.number
+    def _run(
+        self, served: LoadedModel, request: InferenceRequest, cancellation: Cancellation | None = None
+    ) -> list[Any]:
+        lane = 0 if cancellation is None else self._lanes.number
         self._board.enter(lane, served.label)
         try:
-            return served.run(tuple(request.outputs), request.feeds, stop)
+            return served.run(tuple(request.outputs), request.feeds, cancellation)
         finally:
             self._board.leave(lane)
 
-    def _left(self, done: asyncio.Future[Response]) -> None:
+    def _left(self, done: asyncio.Future[InferenceResponse]) -> None:
         self._waiting -= 1
         if not done.cancelled():
-            done.exception()  # told to whoever still waits; nobody else wants it
+            done.exception()  # mark it as retrieved, even if no caller is waiting
 
-    def _check_stopped(self, done: asyncio.Future[Response], model: str) -> None:
+    def _check_stopped(self, done: asyncio.Future[InferenceResponse], model: str) -> None:
         if not done.done():
             self.on_stuck(model)
 
     async def _body(self, scope: _Scope, receive: _Receive) -> tuple[bytes, str | None]:
-        """Return the body and its header length; raises _Refused for one that is too large, or late."""
+        """Return the body and its header length; raises _HttpError if it is too large or too slow."""
         header_length: str | None = None
         for name, value in scope["headers"]:
             if name == b"inference-header-content-length":
                 header_length = value.decode("latin-1")
             elif name == b"content-encoding" and value != b"identity":
-                raise ProtocolError(f"the request is compressed ({value[:40].decode('latin-1')}); send it as it is")
+                raise ProtocolError(f"the request is compressed ({value[:40].decode('latin-1')}); send it uncompressed")
             elif name == b"content-length" and int(value[:18]) > MAX_BODY_BYTES:
                 raise _too_large()
         message = await receive()
         if not message.get("more_body", False):
             if message["type"] == "http.disconnect":
-                raise _Refused(400, "the client went before its request was whole")
+                raise _HttpError(400, "the client disconnected before its request was complete")
             body: bytes = message.get("body", b"")
             if len(body) > MAX_BODY_BYTES:
                 raise _too_large()
@@ -254,7 +264,7 @@ class Serving:
             async with asyncio.timeout(BODY_S):
                 while True:
                     if message["type"] == "http.disconnect":
-                        raise _Refused(400, "the client went before its request was whole")
+                        raise _HttpError(400, "the client disconnected before its request was complete")
                     part = message.get("body", b"")
                     parts.append(part)
                     size += len(part)
@@ -262,23 +272,23 @@ class Serving:
                     if size > MAX_BODY_BYTES:
                         raise _too_large()
                     if self._received > MAX_RECEIVED_BYTES:
-                        raise _Refused(503, "too many large requests arrive at once; ask again", _CLOSE, _retry())
+                        raise _HttpError(503, "too many large requests at once; try again", _CLOSE, _retry())
                     if not message.get("more_body", False):
                         return b"".join(parts)
                     message = await receive()
         except TimeoutError as cause:
-            raise _Refused(408, f"the request was not whole within {BODY_S:g} s", _CLOSE) from cause
+            raise _HttpError(408, f"the request was incomplete after {BODY_S:g} s", _CLOSE) from cause
         finally:
             self._received -= size
 
-    def _find(self, name: str, version: str | None) -> Served:
+    def _find(self, name: str, version: str | None) -> LoadedModel:
         served = self._models.get(name)
         if served is None:
             if not self.ready:
-                raise _Refused(503, f"model {name[:80]!r} may still be loading; ask again", _retry())
-            raise _Refused(404, f"model {name[:80]!r} is not on this device; it serves: {self._names()}")
+                raise _HttpError(503, f"model {name[:80]!r} may still be loading; try again", _retry())
+            raise _HttpError(404, f"model {name[:80]!r} is not on this device; it serves: {self._names()}")
         if version is not None and version != str(served.version):
-            raise _Refused(404, f"model {name!r} has version {served.version} here, not {version[:80]!r}")
+            raise _HttpError(404, f"model {name!r} has version {served.version} here, not {version[:80]!r}")
         return served
 
     def _names(self) -> str:
@@ -295,12 +305,12 @@ async def _reply(scope: _Scope, send: _Send, answer: _HttpResponse) -> None:
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else answer.body})
 
 
-def _sent(response: Response) -> _HttpResponse:
+def _sent(response: InferenceResponse) -> _HttpResponse:
     headers = tuple([(name.lower().encode(), value.encode()) for name, value in response.headers.items()])
     return _HttpResponse(200, response.body, headers)
 
 
-def _about(served: Served) -> _HttpResponse:
+def _about(served: LoadedModel) -> _HttpResponse:
     return _json(
         {
             "name": served.name,
@@ -324,13 +334,13 @@ def _is_known(path: list[str]) -> bool:
 
 def _allow(scope: _Scope, allowed: bytes, *methods: str, known: bool) -> None:
     if not known:
-        raise _Refused(404, "Not Found")
+        raise _HttpError(404, "Not Found")
     if scope["method"] not in methods:
-        raise _Refused(405, "Method Not Allowed", (b"allow", allowed))
+        raise _HttpError(405, "Method Not Allowed", (b"allow", allowed))
 
 
-def _too_large() -> _Refused:
-    return _Refused(413, f"the request has more than {MAX_BODY_BYTES} bytes", _CLOSE)
+def _too_large() -> _HttpError:
+    return _HttpError(413, f"the request has more than {MAX_BODY_BYTES} bytes", _CLOSE)
 
 
 def _retry() -> tuple[bytes, bytes]:
@@ -347,8 +357,8 @@ def _error(status: int, text: str, *headers: tuple[bytes, bytes]) -> _HttpRespon
     )
 
 
-async def _greet(scope: _Scope, receive: _Receive, send: _Send) -> None:
-    """Answer what is no request: the server's start and end, and web sockets, which the protocol has not."""
+async def _handle_other_scope(scope: _Scope, receive: _Receive, send: _Send) -> None:
+    """Handle ASGI scopes other than HTTP: the server's lifespan, and web sockets, which are closed."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1000})
         return

@@ -1,6 +1,7 @@
-"""uvicorn over a listening socket of ours, within limits: half a request, or none, costs only its sender.
+"""uvicorn on our listening socket, with limits: a slow or incomplete request affects only its own sender.
 
-uvicorn writes an answer's head and body apart, which is two system calls and two packets; here they leave together.
+uvicorn writes the head and the body of a response separately, in two system calls and packets; here they are sent
+together.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _HEAD, _CONTINUE = b"HTTP/1.1 ", b"HTTP/1.1 100"
 
 
 class Cork:
-    """A transport that keeps an answer's head until the body comes."""
+    """A transport that holds back the head of a response until its body is written (compare TCP_CORK)."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._head = b""
 
     def write(self, data: bytes) -> None:
-        """Send, or keep what is a head."""
+        """Send data, but hold back a head."""
         if not self._head and data.startswith(_HEAD) and not data.startswith(_CONTINUE):
             self._head = data
         else:
@@ -37,12 +38,12 @@ class Cork:
             self._head = b""
 
     def flush(self) -> None:
-        """Send a head that no body follows."""
+        """Send a head without a body."""
         if self._head:
             self.write(b"")
 
     def close(self) -> None:
-        """Close, after all that was written."""
+        """Close, after everything written is sent."""
         self.flush()
         self._transport.close()
 
@@ -51,15 +52,15 @@ class Cork:
 
 
 class CorkedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uvicorn chooses it at run time
-    """uvicorn's protocol, httptools' or h11's, with a cork on its transport."""
+    """uvicorn's protocol (httptools or h11) on a corked transport."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Hear of the connection."""
+        """Wrap the new connection's transport."""
         self._cork = Cork(transport)
         super().connection_made(self._cork)
 
     def on_response_complete(self) -> None:
-        """Hear that an answer is whole."""
+        """Send the head of a response that has no body."""
         self._cork.flush()
         super().on_response_complete()
 
@@ -67,7 +68,7 @@ class CorkedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # uvi
 def make_server(
     app: Any, context: Callable[[], ssl.SSLContext] | None = None, limits: HttpLimits = LIMITS
 ) -> LimitedServer:
-    """Return a server that does not run yet; `context` is asked for the TLS of each connection, None = plain."""
+    """Return a server, not started; `context` returns the TLS context of each new connection, None = no TLS."""
     config = uvicorn.Config(
         app,
         http=CorkedProtocol,
@@ -85,7 +86,7 @@ def make_server(
 
 
 async def serve(server: LimitedServer, listener: socket.socket) -> None:
-    """Serve until cancelled; requests that have begun are answered."""
+    """Serve until cancelled; requests in progress are answered first."""
     task = asyncio.create_task(server.serve(sockets=[listener]), name="uvicorn")
     try:
         await asyncio.shield(task)

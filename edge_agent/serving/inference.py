@@ -1,10 +1,9 @@
-"""The Open Inference Protocol's tensors, as JSON and as binary data, from and to numpy.
+"""Converts the Open Inference Protocol's tensors, JSON or binary, to numpy and back.
 
-https://github.com/kserve/open-inference-protocol (REST) and Triton's binary tensor data extension:
-a body is JSON, or JSON of `Inference-Header-Content-Length` bytes and then the tensors' raw bytes in
-the order in which the JSON names them. Everything that does not fit the model raises ProtocolError,
-which says what was seen and what is expected. A member that is null counts as absent, as clients that
-write every optional member expect. In JSON a result that is not finite is null; binary data carries it.
+https://github.com/kserve/open-inference-protocol (REST) and Triton's binary tensor data extension: a body is JSON, or
+`Inference-Header-Content-Length` bytes of JSON followed by the raw tensors in the order of the JSON. Anything that
+does not fit the model raises ProtocolError with what was seen and what is expected. A null member counts as absent,
+since some clients send null for each optional member. In JSON, NaN and infinities become null; binary data keeps them.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edge_agent.serving.json_numbers import read_numbers, write_numbers
-from edge_agent.serving.json_request import SMALL_BYTES, Cut, parse_object
-from edge_agent.sessions import NUMPY_TYPES, Served, TensorInfo
+from edge_agent.serving.json_request import SMALL_BYTES, UnparsedArray, parse_object
+from edge_agent.sessions import NUMPY_TYPES, LoadedModel, TensorInfo
 from edgefl.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -27,76 +26,82 @@ if TYPE_CHECKING:
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_ELEMENTS = 16 << 20  # of one tensor, in or out
-MAX_OUTPUT_BYTES = 64 << 20  # of one answer's tensors
-MAX_JSON_ELEMENTS = 4 << 20  # of one answer in JSON: twenty bytes each, and more
-SMALL_ELEMENTS = 8192  # written as JSON in a millisecond or two
+MAX_OUTPUT_BYTES = 64 << 20  # of the tensors in one response
+MAX_JSON_ELEMENTS = 4 << 20  # of one JSON response: twenty bytes or more for each
+SMALL_ELEMENTS = 8192  # written as JSON in one or two milliseconds
 MAX_ID_CHARS = 1024
-MAX_KEPT_BYTES, MAX_KEPT = 4096, 64  # of a head that is remembered, and how many are
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it, no encoding can carry it
+MAX_CACHED_BYTES, MAX_CACHED = 4096, 64  # of a cached header; number of cached headers
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it, but UTF-8 cannot encode it
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class InferenceRequest:
     """A request that fits its model."""
 
     id: str
     feeds: Mapping[str, Array]
-    outputs: Mapping[str, bool]  # name -> whether it is wanted as binary data
-    head: KnownHead | None = None
+    outputs: Mapping[str, bool]  # name -> whether to send it as binary data
+    head: CachedHeader | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Response:
-    """A body, and the headers that say how to read it."""
+class InferenceResponse:
+    """A response body, and the HTTP headers that describe it."""
 
     body: bytes
     headers: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class KnownHead:
-    """What the JSON before binary tensors said, checked once: a client sends the same before each of its requests."""
+class CachedHeader:
+    """The parsed and checked JSON before binary tensors. Clients send the same JSON with each request."""
 
     outputs: Mapping[str, bool]
     inputs: tuple[tuple[str, Any, int, int, tuple[int, ...]], ...]  # name, dtype, elements, offset, shape
     num_bytes: int  # of JSON and tensors
-    answers: dict[tuple[tuple[int, ...], ...], tuple[bytes, Mapping[str, str]]]  # by shapes: the JSON of an answer
+    answers: dict[
+        tuple[tuple[int, ...], ...], tuple[bytes, Mapping[str, str]]
+    ]  # by output shapes: the JSON and headers of the response
 
-    def read(self, body: bytes) -> Request:
-        """Return the request of a body that begins with this head."""
+    def read(self, body: bytes) -> InferenceRequest:
+        """Return the request in a body that begins with this JSON."""
         import numpy as np
 
         feeds = {
             name: np.frombuffer(body, dtype, elements, offset).reshape(shape)
             for name, dtype, elements, offset, shape in self.inputs
         }
-        return Request("", feeds, self.outputs, self)
+        return InferenceRequest("", feeds, self.outputs, self)
 
 
-def is_small(body: bytes, header_length: str | None) -> bool:
-    """Whether a request is read so fast that nobody else needs a turn meanwhile."""
+def is_small_request(body: bytes, header_length: str | None) -> bool:
+    """Whether a request can be parsed in the event loop without delaying others."""
     return len(body) <= SMALL_BYTES or (
         header_length is not None and len(header_length) <= len(str(SMALL_BYTES)) and len(body) <= MAX_ELEMENTS
     )
 
 
-def parse_request(served: Served, body: bytes, header_length: str | None) -> Request:
-    """Read a request for this model; raises ProtocolError."""
+def parse_request(served: LoadedModel, body: bytes, header_length: str | None) -> InferenceRequest:
+    """Parse a request for this model; raises ProtocolError."""
     size = _header_size(body, header_length)
-    known: KnownHead | None = served.known_heads.get(body[:size]) if header_length and size <= MAX_KEPT_BYTES else None
+    known: CachedHeader | None = (
+        served.cached_headers.get(body[:size]) if header_length and size <= MAX_CACHED_BYTES else None
+    )
     if known is not None and len(body) == known.num_bytes:
         return known.read(body)
     view = memoryview(body)
     head = parse_object(view[:size])
     feeds = _feeds(served, _objects(head, "inputs"), view[size:])
-    request = Request(_id(head), feeds, _wanted_outputs(served, head))
-    if header_length and size <= MAX_KEPT_BYTES and not request.id:
+    request = InferenceRequest(_id(head), feeds, _wanted_outputs(served, head))
+    if header_length and size <= MAX_CACHED_BYTES and not request.id:
         _keep(served, body[:size], head["inputs"], request, len(body))
     return request
 
 
-def _keep(served: Served, text: bytes, tensors: Sequence[Mapping[str, Any]], request: Request, num_bytes: int) -> None:
-    """Remember a head all of whose tensors are binary, and of types in which every value is right."""
+def _keep(
+    served: LoadedModel, text: bytes, tensors: Sequence[Mapping[str, Any]], request: InferenceRequest, num_bytes: int
+) -> None:
+    """Cache the JSON if all tensors are binary, and of a type in which all bytes are valid values."""
     inputs, offset = [], len(text)
     for tensor in tensors:
         value = request.feeds[tensor["name"]]
@@ -104,31 +109,33 @@ def _keep(served: Served, text: bytes, tensors: Sequence[Mapping[str, Any]], req
             return
         inputs.append((tensor["name"], value.dtype, value.size, offset, value.shape))
         offset += value.nbytes
-    if len(served.known_heads) >= MAX_KEPT:
-        served.known_heads.clear()
-    served.known_heads[text] = KnownHead(request.outputs, tuple(inputs), num_bytes, {})
+    if len(served.cached_headers) >= MAX_CACHED:
+        served.cached_headers.clear()
+    served.cached_headers[text] = CachedHeader(request.outputs, tuple(inputs), num_bytes, {})
 
 
-def answers_at_once(request: Request, results: Sequence[Array]) -> bool:
-    """Whether an answer is written so fast that nobody else needs a turn meanwhile."""
+def is_small_response(request: InferenceRequest, results: Sequence[Array]) -> bool:
+    """Whether a response can be written in the event loop without delaying others."""
     return sum(result.size for result in results) <= SMALL_ELEMENTS or all(request.outputs.values())
 
 
-def encode_response(served: Served, request: Request, results: Sequence[Array]) -> Response:
-    """Write the results of `request.outputs`, in its order; raises ProtocolError where they are too large."""
+def encode_response(served: LoadedModel, request: InferenceRequest, results: Sequence[Array]) -> InferenceResponse:
+    """Encode the results of `request.outputs`, in this order; raises ProtocolError if they are too large."""
     _check_size(request, results)
     if request.head is not None and all(request.outputs.values()):
         return _encode_binary(served, request, results, request.head)
     return _encode(served, request, results)
 
 
-def _encode_binary(served: Served, request: Request, results: Sequence[Array], head: KnownHead) -> Response:
-    """Write an answer whose JSON depends on shapes alone."""
+def _encode_binary(
+    served: LoadedModel, request: InferenceRequest, results: Sequence[Array], head: CachedHeader
+) -> InferenceResponse:
+    """Encode a response whose JSON depends on the shapes only."""
     shapes = tuple(result.shape for result in results)
     known = head.answers.get(shapes)
     if known is None:
         whole = _encode(served, request, results)
-        if len(head.answers) < MAX_KEPT:
+        if len(head.answers) < MAX_CACHED:
             head.answers[shapes] = (whole.body[: int(whole.headers[HEADER_LENGTH])], whole.headers)
         return whole
     text, headers = known
@@ -137,10 +144,10 @@ def _encode_binary(served: Served, request: Request, results: Sequence[Array], h
         result.astype(NUMPY_TYPES[types[name]], copy=False).tobytes()
         for name, result in zip(request.outputs, results, strict=True)
     ]
-    return Response(b"".join((text, *binary)), headers)
+    return InferenceResponse(b"".join((text, *binary)), headers)
 
 
-def _encode(served: Served, request: Request, results: Sequence[Array]) -> Response:
+def _encode(served: LoadedModel, request: InferenceRequest, results: Sequence[Array]) -> InferenceResponse:
     outputs: list[str] = []
     binary: list[bytes] = []
     for (name, as_binary), result in zip(request.outputs.items(), results, strict=True):
@@ -156,25 +163,25 @@ def _encode(served: Served, request: Request, results: Sequence[Array]) -> Respo
     names = f'"model_name":{json.dumps(served.name)},"model_version":"{served.version}"'
     text = f'{{{names},{own_id}"outputs":[{",".join(outputs)}]}}'.encode()
     if not binary:
-        return Response(text, {"content-type": "application/json"})
-    return Response(
+        return InferenceResponse(text, {"content-type": "application/json"})
+    return InferenceResponse(
         b"".join((text, *binary)), {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     )
 
 
-def _check_size(request: Request, results: Sequence[Array]) -> None:
+def _check_size(request: InferenceRequest, results: Sequence[Array]) -> None:
     num_bytes = in_json = 0
     for binary, result in zip(request.outputs.values(), results, strict=True):
         num_bytes += result.nbytes
         in_json += 0 if binary else result.size
     if num_bytes > MAX_OUTPUT_BYTES:
         raise ProtocolError(
-            f"the answer has {num_bytes} bytes; at most {MAX_OUTPUT_BYTES} are sent. Ask for fewer rows or outputs"
+            f"the response has {num_bytes} bytes; at most {MAX_OUTPUT_BYTES} are sent. Request fewer rows or outputs"
         )
     if in_json > MAX_JSON_ELEMENTS:
         raise ProtocolError(
-            f"the answer has {in_json} numbers; at most {MAX_JSON_ELEMENTS} are sent as JSON. "
-            "Ask for binary data (binary_data_output), or for fewer rows"
+            f"the response has {in_json} numbers; at most {MAX_JSON_ELEMENTS} are sent as JSON. "
+            "Request binary data (binary_data_output), or fewer rows"
         )
 
 
@@ -192,7 +199,7 @@ def _id(head: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     if not isinstance(value, str) or len(value) > MAX_ID_CHARS or _SURROGATE.search(value):
-        raise ProtocolError(f"'id' is {_shown(value)}; expected a text of at most {MAX_ID_CHARS} characters")
+        raise ProtocolError(f"'id' is {_shown(value)}; expected a string of at most {MAX_ID_CHARS} characters")
     return value
 
 
@@ -223,7 +230,7 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     return value
 
 
-def _feeds(served: Served, tensors: Sequence[Mapping[str, Any]], binary: memoryview) -> dict[str, Array]:
+def _feeds(served: LoadedModel, tensors: Sequence[Mapping[str, Any]], binary: memoryview) -> dict[str, Array]:
     wanted = served.input_infos
     feeds: dict[str, Array] = {}
     for tensor in tensors:
@@ -238,7 +245,9 @@ def _feeds(served: Served, tensors: Sequence[Mapping[str, Any]], binary: memoryv
             feeds[name] = _from_json(wanted[name], shape, tensor)
         else:
             if type(size) is not int or not 0 <= size <= len(binary):
-                raise ProtocolError(f"input {name!r} says {_shown(size)} bytes of binary data; {len(binary)} are left")
+                raise ProtocolError(
+                    f"input {name!r} declares {_shown(size)} bytes of binary data; {len(binary)} are left"
+                )
             if tensor.get("data") is not None:
                 raise ProtocolError(f"input {name!r} has data in JSON and {size} bytes of binary data; send one")
             feeds[name] = _from_bytes(wanted[name], shape, binary[:size])
@@ -246,7 +255,7 @@ def _feeds(served: Served, tensors: Sequence[Mapping[str, Any]], binary: memoryv
     if len(feeds) != len(wanted):
         raise ProtocolError(f"inputs missing: {', '.join(name for name in wanted if name not in feeds)}")
     if len(binary):
-        raise ProtocolError(f"the body has {len(binary)} bytes more than its inputs say")
+        raise ProtocolError(f"the body has {len(binary)} bytes more than its inputs declare")
     return feeds
 
 
@@ -257,7 +266,7 @@ def _checked_shape(wanted: TensorInfo, tensor: Mapping[str, Any]) -> tuple[int, 
         seen = _shown(datatype, plain=True)
         raise ProtocolError(f"input {wanted.name!r} has datatype {seen}, the model takes {wanted.datatype}{hint}")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ProtocolError(f"input {wanted.name!r} has shape {_shown(shape)}, which is no list of sizes")
+        raise ProtocolError(f"input {wanted.name!r} has shape {_shown(shape)}, which is not a list of sizes")
     fits = len(shape) == len(wanted.shape) and all(
         there in {-1, size} for size, there in zip(shape, wanted.shape, strict=True)
     )
@@ -283,12 +292,12 @@ def _from_bytes(wanted: TensorInfo, shape: tuple[int, ...], data: memoryview) ->
         )
     values = np.frombuffer(data, dtype)
     if dtype.kind == "b" and data.nbytes and values.view("u1").max() > 1:
-        raise ProtocolError(f"input {wanted.name!r} holds bytes other than 0 and 1; its datatype is BOOL")
+        raise ProtocolError(f"input {wanted.name!r} contains bytes other than 0 and 1; its datatype is BOOL")
     return values.reshape(shape)
 
 
 def _from_json(wanted: TensorInfo, shape: tuple[int, ...], tensor: Mapping[str, Any]) -> Array:
-    """Read nested or flat numbers; nothing is cast that would lose something."""
+    """Convert nested or flat numbers; lossy conversions are refused."""
     data = tensor.get("data")
     try:
         values = read_numbers(data, NUMPY_TYPES[wanted.datatype])
@@ -301,7 +310,7 @@ def _from_json(wanted: TensorInfo, shape: tuple[int, ...], tensor: Mapping[str, 
     return values.reshape(shape)
 
 
-def _wanted_outputs(served: Served, head: Mapping[str, Any]) -> dict[str, bool]:
+def _wanted_outputs(served: LoadedModel, head: Mapping[str, Any]) -> dict[str, bool]:
     default = _flag(_parameters(head), "binary_data_output", default=False)
     known = served.output_types
     asked = _objects(head, "outputs")
@@ -313,14 +322,14 @@ def _wanted_outputs(served: Served, head: Mapping[str, Any]) -> dict[str, bool]:
         if not isinstance(name, str) or name not in known:
             raise ProtocolError(f"output {_shown(name)} is unknown; model {served.name} has: {', '.join(known)}")
         if name in wanted:
-            raise ProtocolError(f"output {name!r} is asked for twice")
+            raise ProtocolError(f"output {name!r} is requested twice")
         wanted[name] = _flag(_parameters(output), "binary_data", default=default)
     return wanted
 
 
 def _shown(value: object, *, plain: bool = False) -> str:
-    """Return what a client sent, short, whatever it is."""
-    if isinstance(value, Cut):
+    """Return a short representation of any value that a client sent."""
+    if isinstance(value, UnparsedArray):
         return "a long array"
     if plain and isinstance(value, str):
         return value[:40]

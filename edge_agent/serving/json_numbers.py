@@ -1,9 +1,8 @@
-"""Numbers between JSON and numpy, both ways, exactly or not at all.
+"""Converts numbers from JSON to numpy and back, exactly or not at all.
 
-Nothing is cast that would lose something: no fraction for an integer, no integer beyond its type, no
-number beyond the floats. Large arrays pass in blocks, so that other threads get their turn in between.
-JSON has no NaN and no Infinity: in an answer they are null, as other servers of the protocol write them;
-binary tensor data carries them as they are.
+Lossy values are refused: a fraction for an integer type, a value outside its type's range. Large arrays are converted
+in blocks, so that other threads can run in between. JSON has no NaN and no Infinity: in responses they become null, as
+in other servers of this protocol; binary tensor data keeps them.
 """
 
 from __future__ import annotations
@@ -16,25 +15,25 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from edge_agent.serving.json_request import Cut, parse_array
+from edge_agent.serving.json_request import UnparsedArray, parse_array
 from edgefl.errors import ProtocolError
 
 if TYPE_CHECKING:
     from edgefl.trees import Array
 
-BLOCK_BYTES = 64 << 10  # of JSON read at once
+BLOCK_BYTES = 64 << 10  # of JSON parsed at once
 BLOCK_VALUES = 8192  # written at once
-MAX_NESTING = 32  # numpy has no more dimensions
+MAX_NESTING = 32  # numpy's limit of dimensions
 _KINDS: dict[str, set[type]] = {"b": {bool}, "u": {bool, int}, "i": {bool, int}, "f": {bool, int, float}}
 _SPACE = b" \t\r\n"
 
 
 def read_numbers(data: Any, numpy_type: str) -> Array:
-    """Return flat values of nested or flat JSON numbers; raises ProtocolError, which says what is wrong with them."""
+    """Return the flat values of nested or flat JSON numbers; raises ProtocolError with the reason."""
     import numpy as np
 
     dtype = np.dtype(numpy_type)
-    if isinstance(data, Cut):
+    if isinstance(data, UnparsedArray):
         parts, rows = [], set()
         for block in _blocks(data.text):
             flat, row = _flat(parse_array(block))
@@ -49,7 +48,7 @@ def read_numbers(data: Any, numpy_type: str) -> Array:
 
 
 def write_numbers(values: Array) -> Iterator[str]:
-    """Yield the JSON of flat values, piece by piece; what is not finite is null."""
+    """Yield the JSON of flat values, piece by piece; NaN and infinities become null."""
     import numpy as np
 
     infinite = values.dtype.kind == "f" and not np.isfinite(values).all()
@@ -91,7 +90,7 @@ def _typed(values: list[Any], dtype: Any) -> Array:
 
 
 def _floats(values: list[Any], dtype: Any) -> Array:
-    """`array` takes numbers only, and faster than numpy, which would also read texts."""
+    """Convert with `array`: it is faster than numpy and accepts numbers only, where numpy would also parse strings."""
     import numpy as np
 
     try:
@@ -112,7 +111,7 @@ def _strange(types: set[type]) -> ProtocolError:
 
 
 def _blocks(text: memoryview) -> Iterator[bytes]:
-    """Yield an array's elements in arrays of about BLOCK_BYTES, cut between its outermost elements."""
+    """Split an array's text between its outermost elements into arrays of about BLOCK_BYTES."""
     whole = bytes(text)
     if len(whole) <= BLOCK_BYTES:
         yield whole
@@ -131,6 +130,6 @@ def _blocks(text: memoryview) -> Iterator[bytes]:
 
 
 def _whole(block: bytes) -> bytes:
-    if not block.strip(_SPACE):  # it would read as an empty array: a comma too many
+    if not block.strip(_SPACE):  # an extra comma: it would be parsed as an empty array
         raise ProtocolError("the data is not JSON: a value is missing")
     return block

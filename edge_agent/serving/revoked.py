@@ -1,12 +1,12 @@
-"""The fleet's list of revoked certificates (CRL), kept for a serving port that asks clients for a certificate.
+"""Keeps the fleet's list of revoked certificates (CRL), for a serving port that requires client certificates.
 
-The cloud's HTTPS plane has it (`GET /v1/crl`). It is fetched whenever the cloud is reachable again and every
-REFRESH_S in between, checked against the fleet's CA, and kept in the home. So a device that is offline serves on, for
-as long as it may be, and refuses those who were removed before; until the first list, nobody is refused for that.
-A list does not age: one that ends before the CA does is not taken, since TLS refuses everybody by a list that has
-ended. Which of two lists is newer is not asked: TLS says that it is the cloud who gives it, and the numbers of a cloud
-that was restored from a backup begin again lower. RFC 5280, sections 5 and 6.3.
-Invariant: what lies in the home under REVOKED_FILE is a list that the fleet's CA has signed.
+The list comes from the cloud's HTTPS plane (`GET /v1/crl`). It is fetched whenever the cloud becomes reachable and
+every REFRESH_S, checked against the fleet's CA, and stored in the home. So an offline device continues to serve for
+any length of time and refuses devices that were removed earlier; before the first list no certificate is refused.
+A list that expires before the CA does is not accepted, since TLS refuses all clients under an expired list. CRL numbers
+are not compared: TLS authenticates the cloud, and a cloud restored from a backup counts from a lower number again.
+RFC 5280, sections 5 and 6.3.
+Invariant: REVOKED_FILE in the home is a list signed by the fleet's CA.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from edgefl.protocols import tls
 from edgefl.protocols.backoff import Backoff
 
 REFRESH_S = 300.0
-AGAIN_FIRST_S, AGAIN_LAST_S = 5.0, 60.0  # after a failure; more where the cloud has no place
+FIRST_RETRY_S, MAX_RETRY_S = 5.0, 60.0  # after a failure; longer if the cloud is full
 FETCH_S = 20.0
 MAX_LIST_BYTES = 16 << 20  # a quarter of a million certificates
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
@@ -49,9 +49,9 @@ class RevokedList:
         self._url = f"{profile.cloud_url}/v1/crl"
         self._changed = changed
         self._wanted = asyncio.Event()
-        self._backoff = Backoff(AGAIN_FIRST_S, AGAIN_LAST_S, profile.device)
-        self._told = ""  # why there is no new list; each reason is logged once
-        self._held = self._load()  # without its signature, which has other bytes each time that it is made
+        self._backoff = Backoff(FIRST_RETRY_S, MAX_RETRY_S, profile.device)
+        self._last_error = ""  # logged as a warning when it changes
+        self._held = self._load()  # without its signature, which differs each time
 
     def refresh(self) -> None:
         """Fetch the list soon, because the cloud is reachable."""
@@ -77,11 +77,11 @@ class RevokedList:
                 self._changed()
         except (ProtocolError, CloudRefused, httpx.HTTPError, TimeoutError, OSError) as error:
             full = isinstance(error, CloudRefused) and error.status in _BUSY
-            told, self._told = self._told, str(error) or type(error).__name__
-            level = logging.WARNING if self._told != told else logging.DEBUG
-            event(_log, level, "revoked.not_fetched", url=self._url, reason=self._told)
+            last, self._last_error = self._last_error, str(error) or type(error).__name__
+            level = logging.WARNING if self._last_error != last else logging.DEBUG
+            event(_log, level, "revoked.not_fetched", url=self._url, reason=self._last_error)
             return self._backoff.next_s(full=full)
-        self._told = ""
+        self._last_error = ""
         self._backoff.reset()
         return REFRESH_S
 
@@ -92,7 +92,7 @@ class RevokedList:
             client.stream("GET", self._url) as answer,
         ):
             if answer.status_code != HTTPStatus.OK:
-                raise CloudRefused(f"the cloud answers {answer.status_code}; expected 200", answer.status_code)
+                raise CloudRefused(f"the cloud answered {answer.status_code}; expected 200", answer.status_code)
             fetched = bytearray()
             async for part in answer.aiter_bytes():
                 fetched += part
@@ -101,7 +101,7 @@ class RevokedList:
             return bytes(fetched)
 
     def _keep(self, fetched: bytes) -> bool:
-        """Keep a list that is good; return whether it is another than before. Raises ProtocolError, OSError."""
+        """Check and store a list; return whether it has changed. Raises ProtocolError, OSError."""
         revoked = check_list(fetched, self._ca.read_bytes())
         if self._path.exists() and revoked.tbs_certlist_bytes == self._held:
             return False
@@ -111,11 +111,11 @@ class RevokedList:
         return True
 
     def _load(self) -> bytes:
-        """Return what the list in the home says. One that the disk has damaged is removed: TLS refuses all by it."""
+        """Return the content of the stored list. A damaged one is deleted, because TLS would refuse all clients."""
         try:
             return check_list(self._path.read_bytes(), self._ca.read_bytes()).tbs_certlist_bytes
         except FileNotFoundError:
-            reason = "removed devices are let in until the cloud answers"
+            reason = "removed devices are accepted until the cloud answers"
             event(_log, logging.WARNING, "revoked.none_yet", reason=reason)
         except ProtocolError as error:
             event(_log, logging.ERROR, "revoked.damaged", path=self._path, reason=error)
@@ -124,7 +124,7 @@ class RevokedList:
 
 
 def check_list(pem: bytes, ca_pem: bytes) -> x509.CertificateRevocationList:
-    """Return the list in a PEM text; raises ProtocolError unless this CA has signed it, to last as long as the CA."""
+    """Parse a PEM list; raises ProtocolError unless this CA signed it and it is valid as long as the CA."""
     ca = tls.load_certificate(ca_pem)
     key = ca.public_key()
     try:
@@ -133,15 +133,17 @@ def check_list(pem: bytes, ca_pem: bytes) -> x509.CertificateRevocationList:
         raise ProtocolError(f"not a list of revoked certificates in PEM: {cause}") from cause
     if revoked.issuer != ca.subject or not isinstance(key, ec.EllipticCurvePublicKey):
         raise ProtocolError(
-            f"the list is by {revoked.issuer.rfc4514_string()!r}, not by {ca.subject.rfc4514_string()!r}"
+            f"the issuer is {revoked.issuer.rfc4514_string()!r}, not by {ca.subject.rfc4514_string()!r}"
         )
     try:
         signed = revoked.is_signature_valid(key)
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # by a key of another kind
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # signed by another type of key
         signed = False
     if not signed:
         raise ProtocolError("the list of revoked certificates is not signed by this fleet's CA")
     end = revoked.next_update_utc
     if end is not None and end < ca.not_valid_after_utc:
-        raise ProtocolError(f"the list ends on {end:%Y-%m-%d}, before its CA does ({ca.not_valid_after_utc:%Y-%m-%d})")
+        raise ProtocolError(
+            f"the list expires on {end:%Y-%m-%d}, before its CA does ({ca.not_valid_after_utc:%Y-%m-%d})"
+        )
     return revoked

@@ -1,10 +1,10 @@
-"""The serving process: it owns the port and the models, so that a crash in a model does not affect the agent.
+"""The serving process: it has the port and the models, so that a crash in a model does not affect the agent.
 
     python -P -m edge_agent.serving.serving_main --control N --listen N --board N --memory-mb N
 
-A child of the agent, which it tells what is loaded (`edge_agent.serving.wire`); it ends when the agent does.
-Its data is bounded, and the kernel takes it first where the machine's memory runs out. Each model loads in
-a thread of its own, beside what serves.
+A child of the agent, controlled by messages (`edge_agent.serving.wire`); it exits when the agent does. Its memory is
+limited, and the kernel kills it before the agent if the machine runs out of memory. Each model is loaded in a separate
+thread, while others are served.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edge_agent.serving import wire
 from edge_agent.serving.access import server_contexts
 from edge_agent.serving.api import Serving
 from edge_agent.serving.board import Board
-from edge_agent.sessions import Models, Served, load
+from edge_agent.sessions import LoadedModel, Models, load
 from edgefl.errors import EdgeflError, ProtocolError
 from edgefl.logs import set_up_logging
 
@@ -36,11 +36,11 @@ class ServingProcess:
     def __init__(self, control: socket.socket, listener: socket.socket, board: Board) -> None:
         self._control, self._listener = control, listener
         self._models, self._board = Models(), board
-        self._loaded: dict[int, Served] = {}
+        self._loaded: dict[int, LoadedModel] = {}
         self._loading: set[int] = set()
 
     async def run(self) -> None:
-        """Serve until SIGTERM; requests that have begun are answered then."""
+        """Serve until SIGTERM; requests in progress are answered first."""
         reader, self._writer = await asyncio.open_connection(sock=self._control, limit=wire.MAX_LINE_BYTES)
         self._loop = asyncio.get_running_loop()
         serving = asyncio.create_task(self._serve(reader), name="serving")
@@ -51,62 +51,62 @@ class ServingProcess:
 
     async def _serve(self, reader: asyncio.StreamReader) -> None:
         first = wire.parse(await reader.readline())
-        if not isinstance(first, wire.Start):
-            raise ProtocolError(f"the agent began with {type(first).__name__}; expected Start")
+        if not isinstance(first, wire.StartServing):
+            raise ProtocolError(f"the agent's first message is {type(first).__name__}; expected StartServing")
         set_up_logging(first.log_level)
         self._serving = Serving(self._models, self._listener, self._board)
         self._serving.token = first.token
         self._serving.context = server_contexts(Path(first.tls_home)) if first.tls_home else None
-        self._serving.on_stuck = lambda model: self._say(wire.Stuck(model=model))
-        obeying = asyncio.create_task(self._obey(reader), name="agent")
-        self._say(wire.Up(pid=os.getpid()))
+        self._serving.on_stuck = lambda model: self._send(wire.ModelStuck(model=model))
+        receiving = asyncio.create_task(self._receive(reader), name="agent")
+        self._send(wire.ServingUp(pid=os.getpid()))
         try:
             await self._serving.run()
         finally:
-            obeying.cancel()
+            receiving.cancel()
 
-    async def _obey(self, reader: asyncio.StreamReader) -> None:
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
         while text := await reader.readline():
-            self._take(wire.parse(text))
+            self._handle(wire.parse(text))
         os._exit(0)  # the agent is gone, and a computation may never return
 
-    def _take(self, message: wire.Message) -> None:
+    def _handle(self, message: wire.Message) -> None:
         match message:
-            case wire.Load():
+            case wire.LoadModel():
                 self._loading.add(message.id)
                 thread = threading.Thread(target=self._load, args=(message,), name=f"load-{message.id}", daemon=True)
                 thread.start()
-            case wire.Switch() if message.id in self._loaded:
+            case wire.SwitchModel() if message.id in self._loaded:
                 self._models.put(self._loaded.pop(message.id))
-            case wire.Forget():
+            case wire.ForgetModel():
                 self._loaded.pop(message.id, None)
                 self._loading.discard(message.id)
-            case wire.Drop():
+            case wire.DropModel():
                 self._models.drop(message.name)
-            case wire.Ready():
+            case wire.SetReady():
                 self._serving.ready = message.ready
-            case wire.AdmitAnew():
-                self._serving.part_with_clients()
+            case wire.DisconnectClients():
+                self._serving.disconnect_clients()
             case _:
-                raise ProtocolError(f"the agent said {message}")
+                raise ProtocolError(f"unexpected message from the agent: {message}")
 
-    def _load(self, asked: wire.Load) -> None:
-        """Runs in a thread: ONNX Runtime works outside the interpreter's lock."""
+    def _load(self, request: wire.LoadModel) -> None:
+        """Load a model; runs in a thread, as ONNX Runtime releases the GIL."""
         try:
-            served = load(asked.name, asked.version, Path(asked.path))
+            served = load(request.name, request.version, Path(request.path))
         except (EdgeflError, OSError) as error:
-            self._loop.call_soon_threadsafe(self._keep, asked.id, None, str(error) or type(error).__name__)
+            self._loop.call_soon_threadsafe(self._keep, request.id, None, str(error) or type(error).__name__)
         else:
-            self._loop.call_soon_threadsafe(self._keep, asked.id, served, "")
+            self._loop.call_soon_threadsafe(self._keep, request.id, served, "")
 
-    def _keep(self, number: int, served: Served | None, error: str) -> None:
+    def _keep(self, number: int, served: LoadedModel | None, error: str) -> None:
         if number in self._loading:
             self._loading.discard(number)
             if served is not None:
                 self._loaded[number] = served
-            self._say(wire.Loaded(id=number, error=error[: wire.MAX_ERROR_CHARS]))
+            self._send(wire.ModelLoaded(id=number, error=error[: wire.MAX_ERROR_CHARS]))
 
-    def _say(self, message: wire.Message) -> None:
+    def _send(self, message: wire.Message) -> None:
         self._writer.write(wire.line(message))
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="edgefl-serving", description="The agent's serving process.")
     for name in ("control", "listen", "board"):
         parser.add_argument(f"--{name}", type=int, required=True, help="a descriptor that the agent passes")
-    parser.add_argument("--memory-mb", type=int, default=0, help="limit of its data; 0 = none")
+    parser.add_argument("--memory-mb", type=int, default=0, help="memory limit; 0 = none")
     arguments = parser.parse_args()
     die_with_parent()
     limit_own_memory(arguments.memory_mb)
@@ -139,7 +139,7 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
         return None
     try:
         import uvloop
-    except ImportError:  # no wheel for this machine: asyncio's own loop is slower, and right
+    except ImportError:  # no wheel for this machine: use asyncio's slower loop
         return None
     return uvloop.Loop
 

@@ -1,15 +1,15 @@
 """The protocol between the agent and its serving process: one line of JSON per message, over a socket pair.
 
     process: up {pid}
-    agent:   start {log_level, token, tls_home}                         once, before all else
-             load {id, name, version, path}                load and warm up, beside what serves
-             switch {id} | forget {id}                      what was loaded serves, or is dropped
+    agent:   start {log_level, token, tls_home}     first message, sent once
+             load {id, name, version, path}         load and warm up; models being served are not affected
+             switch {id} | forget {id}              serve the loaded model, or unload it
              drop {name} | ready {ready}
-             admit_anew {}                                  clients shake hands again: who may ask has changed
-    process: loaded {id, error}                             error is empty where it can serve
-             stuck {model}                                  a computation cannot be stopped
+             admit_anew {}                          disconnect all clients, because access rights have changed
+    process: loaded {id, error}                     the error is empty if the model can serve
+             stuck {model}                          a computation cannot be stopped
 
-No prediction passes here: the process has the listening socket.
+Predictions do not pass here: the process has the listening socket.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_ERROR_CHARS = 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Up:
+class ServingUp:
     """The process has started and serves the port."""
 
     pid: int
@@ -35,17 +35,17 @@ class Up:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
-    """How to serve."""
+class StartServing:
+    """Start serving with these settings."""
 
     log_level: int
-    token: str = ""  # that clients have to send; empty = none
-    tls_home: str = ""  # the folder whose certificate is shown, and one of its CA is expected; empty = no TLS
+    token: str = ""  # that clients must send; empty = none
+    tls_home: str = ""  # home with the certificate to present and the CA of clients; empty = no TLS
     kind: str = "start"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
+class LoadModel:
     """Load a model and run it once."""
 
     id: int
@@ -56,8 +56,8 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
-    """What a `Load` came to."""
+class ModelLoaded:
+    """The result of a `LoadModel`."""
 
     id: int
     error: str = ""
@@ -65,23 +65,23 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Switch:
-    """Serve what was loaded, in place of the version before it."""
+class SwitchModel:
+    """Serve the loaded model instead of the previous version."""
 
     id: int
     kind: str = "switch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forget:
-    """Drop what was loaded, or is being loaded."""
+class ForgetModel:
+    """Unload a model that was loaded or is being loaded."""
 
     id: int
     kind: str = "forget"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drop:
+class DropModel:
     """Stop serving this model."""
 
     name: str
@@ -89,50 +89,61 @@ class Drop:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
-    """Whether every release of the device has been loaded, or given up."""
+class SetReady:
+    """Whether every installed release has been loaded or has failed."""
 
     ready: bool
     kind: str = "ready"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdmitAnew:
+class DisconnectClients:
     """Close all client connections; new ones are checked against the current certificates and revocation list."""
 
     kind: str = "admit_anew"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stuck:
+class ModelStuck:
     """A computation of this model cannot be stopped after its time limit."""
 
     model: str
     kind: str = "stuck"
 
 
-Message = Up | Start | Load | Loaded | Switch | Forget | Drop | Ready | AdmitAnew | Stuck
+Message = (
+    ServingUp
+    | StartServing
+    | LoadModel
+    | ModelLoaded
+    | SwitchModel
+    | ForgetModel
+    | DropModel
+    | SetReady
+    | DisconnectClients
+    | ModelStuck
+)
 _KINDS: Mapping[str, type[Any]] = {
-    "up": Up,
-    "start": Start,
-    "load": Load,
-    "loaded": Loaded,
-    "switch": Switch,
-    "forget": Forget,
-    "drop": Drop,
-    "ready": Ready,
-    "admit_anew": AdmitAnew,
-    "stuck": Stuck,
+    "up": ServingUp,
+    "start": StartServing,
+    "load": LoadModel,
+    "loaded": ModelLoaded,
+    "switch": SwitchModel,
+    "forget": ForgetModel,
+    "drop": DropModel,
+    "ready": SetReady,
+    "admit_anew": DisconnectClients,
+    "stuck": ModelStuck,
 }
 
 
 def line(message: Message) -> bytes:
-    """Return a message's bytes."""
+    """Encode a message as one line."""
     return json.dumps(dataclasses.asdict(message)).encode() + b"\n"
 
 
 def parse(text: bytes) -> Message:
-    """Return the message of a line; raises ProtocolError."""
+    """Decode a line; raises ProtocolError."""
     try:
         value = json.loads(text)
         message: Message = _KINDS[value["kind"]](**value)

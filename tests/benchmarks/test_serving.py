@@ -10,9 +10,9 @@ import pytest
 from benchmarks import serving
 from benchmarks.serving_load import Client, request
 from edge_agent.serving.inference import parse_request
-from edge_agent.sessions import Served, TensorInfo
+from edge_agent.sessions import LoadedModel, TensorInfo
 
-MODEL = Served(
+MODEL = LoadedModel(
     "cnn", 1, (TensorInfo("input", "FP32", (-1, 1, 28, 28)),), (TensorInfo("output", "FP32", (-1, 10)),),
     inline=True, session=None,
 )  # fmt: skip

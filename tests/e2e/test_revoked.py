@@ -6,7 +6,7 @@ import ssl
 import httpx
 import pytest
 
-from edge_agent.install.doctor import examine
+from edge_agent.install.doctor import run_checks
 from edgefl.protocols import tls
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - what a guard is for
@@ -65,10 +65,10 @@ def test_a_removed_device_is_refused_from_the_next_contact_on_and_while_the_clou
 
 def test_the_doctor_of_a_removed_device_says_so_at_the_broker_too(embedded_fleet):
     home = embedded_fleet.enroll("removed")
-    before = {check.check: check for check in examine(home, 1)}
+    before = {check.check: check for check in run_checks(home, 1)}
     assert [before[name].state for name in ("cloud", "data plane", "broker")] == ["ok", "ok", "ok"]
     embedded_fleet.command("devices", "remove", "removed", "--cloud", embedded_fleet.url)
-    after = {check.check: check for check in examine(home, 1)}
+    after = {check.check: check for check in run_checks(home, 1)}
     assert [after[name].state for name in ("cloud", "data plane", "broker")] == ["ok", "fail", "fail"]
     assert "not enrolled, or not with this certificate" in after["data plane"].seen
     told = ("not enrolled, or not with this certificate", "certificate as revoked")  # by the cloud, by the broker

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from edge_agent import sessions
-from edge_agent.sessions import Models, Stop, TensorInfo, load
+from edge_agent.sessions import Cancellation, Models, TensorInfo, load
 from edgefl.errors import ProtocolError
 from edgefl.models.session import new_session
 from tests import onnx_models
@@ -44,7 +44,7 @@ def test_what_does_not_load_says_so(path, damage):
 
 def test_values_that_a_model_cannot_take(path):
     served = load("affine", 4, path)
-    with pytest.raises(ProtocolError, match="cannot take this"):
+    with pytest.raises(ProtocolError, match="cannot process these values"):
         served.run(["y"], {"x": np.ones((2, 2), np.float32)})
 
 
@@ -54,12 +54,12 @@ def test_a_model_that_cannot_take_zeros_is_warmed_up_with_ones(path):
     assert served.run(["y"], {"a": np.array([[8]], np.int32), "b": np.array([[2]], np.int32)})[0].tolist() == [[4]]
 
 
-def test_only_what_is_quick_runs_in_the_event_loop(path):
+def test_only_a_fast_model_runs_in_the_event_loop(path):
     served = load("affine", 4, path)
-    assert served.is_quick({"x": np.zeros((1, 3), np.float32)})
-    assert not served.is_quick({"x": np.zeros((100_000, 3), np.float32)})
+    assert served.runs_inline({"x": np.zeros((1, 3), np.float32)})
+    assert not served.runs_inline({"x": np.zeros((100_000, 3), np.float32)})
     path.write_bytes(onnx_models.counter())
-    assert not load("counter", 1, path).is_quick({"times": np.array(1)})  # its time depends on values
+    assert not load("counter", 1, path).runs_inline({"times": np.array(1)})  # its time depends on values
 
 
 def test_a_model_that_was_misjudged_once_is_not_for_the_event_loop_any_more(path, monkeypatch):
@@ -67,18 +67,18 @@ def test_a_model_that_was_misjudged_once_is_not_for_the_event_loop_any_more(path
     monkeypatch.setattr(sessions, "SLOW_S", 0.0)
     feeds = {"x": np.zeros((1, 3), np.float32)}
     served.run(["y"], feeds)
-    assert served.is_quick(feeds)  # perhaps others had the core
+    assert served.runs_inline(feeds)  # perhaps others had the core
     served.run(["y"], feeds)
-    assert not served.is_quick(feeds)
+    assert not served.runs_inline(feeds)
 
 
 def test_a_run_can_be_stopped_from_another_thread(path):
     path.write_bytes(onnx_models.counter())
     served = load("counter", 1, path)
-    stop = Stop()
+    cancellation = Cancellation()
     with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(served.run, ["counted"], {"times": np.array(2**40)}, stop)
-        stop.set()
+        running = thread.submit(served.run, ["counted"], {"times": np.array(2**40)}, cancellation)
+        cancellation.cancel()
         with pytest.raises(ProtocolError):
             running.result(60)
 
@@ -100,7 +100,7 @@ def test_a_model_with_strings_is_refused(tmp_path):
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", info[:1], info[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     (tmp_path / "m").write_bytes(model.SerializeToString())
-    with pytest.raises(ProtocolError, match=r"'x' of type tensor\(string\); served are: BOOL"):
+    with pytest.raises(ProtocolError, match=r"'x' of type tensor\(string\); expected: BOOL"):
         load("names", 1, tmp_path / "m")
 
 
@@ -120,14 +120,14 @@ def test_a_quick_model_runs_on_one_thread_in_the_event_loop_and_on_all_elsewhere
         return opened[threads]
 
     monkeypatch.setattr(sessions, "new_session", watched)
-    monkeypatch.setattr(sessions, "THREADS_COST", float("inf"))
+    monkeypatch.setattr(sessions, "MAX_SLOWDOWN", float("inf"))
     served = load("affine", 1, path)
-    assert (served.quick, served.session) == (opened[1], opened[0])
+    assert (served.inline_session, served.session) == (opened[1], opened[0])
     feeds = {"x": np.ones((1, 3), np.float32)}
-    [here], [there] = served.run(["y"], feeds), served.run(["y"], feeds, Stop())
+    [here], [there] = served.run(["y"], feeds), served.run(["y"], feeds, Cancellation())
     assert here.tolist() == there.tolist()
-    monkeypatch.setattr(sessions, "THREADS_COST", 0.0)
-    assert load("affine", 1, path).quick is opened[0]
+    monkeypatch.setattr(sessions, "MAX_SLOWDOWN", 0.0)
+    assert load("affine", 1, path).inline_session is opened[0]
 
 
 def test_a_slow_model_is_loaded_once(path, monkeypatch):

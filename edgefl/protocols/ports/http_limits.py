@@ -111,7 +111,7 @@ class LimitedServer(uvicorn.Server):
                 raise PartFailed(f"{self._name}: connections are not accepted any more: {fault!r}") from fault
         return await super().on_tick(counter)
 
-    def part_with_clients(self) -> None:
+    def disconnect_clients(self) -> None:
         """Make every client reconnect: idle connections are closed now, others after their current answer."""
         for one in list(self.server_state.connections):
             one.shutdown()

@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from edge_agent.install import doctor as doctoring
 from edge_agent.install import probes
-from edge_agent.install.doctor import doctor, examine, look_at_clock, look_at_disk, read_service
+from edge_agent.install.doctor import check_clock, check_disk, doctor, interpret_service, run_checks
 from edge_agent.install.probes import Check
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile, save_profile
 from edgefl.process.home import create_home, lock_home
@@ -78,7 +78,7 @@ def data_plane(identity: Identity, code: grpc.StatusCode = grpc.StatusCode.OK, r
 
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(probes, "REFUSAL_S", 0.05)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
 
 def diagnose(home: Path, port: int) -> dict[str, Check]:
-    return {check.check: check for check in examine(home, port)}
+    return {check.check: check for check in run_checks(home, port)}
 
 
 def invoke(home: Path, port: int, *more: str) -> Result:
@@ -124,7 +124,7 @@ def test_a_healthy_device_passes(home: Path, serve_port: int) -> None:
     assert not bad
     assert {"home", "disk", "serving port", "certificate", "cloud", "clock", "data plane", "broker"} <= set(found)
     assert found["cloud"].seen.endswith("runs edgefl 9.9")
-    assert found["data plane"].seen.endswith("the cloud knows this device")
+    assert found["data plane"].seen.endswith("the cloud accepts this device")
 
 
 def test_the_table_names_each_check(home: Path, serve_port: int) -> None:
@@ -199,7 +199,7 @@ def issue(home: Path, ca: Path, name: str = "pi-4") -> None:
 
 def test_a_certificate_of_another_name_is_told(home: Path, serve_port: int, tmp_path: Path) -> None:
     issue(home, tmp_path / "cloud", "pi-5")
-    assert "the certificate names 'pi-5'" in diagnose(home, serve_port)["certificate"].seen
+    assert "the certificate is for 'pi-5'" in diagnose(home, serve_port)["certificate"].seen
 
 
 def test_a_certificate_of_another_fleet_is_told_by_us_and_by_them(home: Path, serve_port: int, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_certificate_of_another_fleet_is_told_by_us_and_by_them(home: Path, se
     tls.create_ca(tmp_path / "other")
     issue(home, tmp_path / "other")
     found = diagnose(home, serve_port)
-    assert found["certificate"].seen == "the certificate is not of this fleet's CA"
+    assert found["certificate"].seen == "not signed by this fleet's CA"
     assert "refuses this device's certificate as of another fleet" in found["broker"].seen
 
 
@@ -215,7 +215,7 @@ def test_a_certificate_of_another_fleet_is_told_by_us_and_by_them(home: Path, se
     ("begins_in_days", "days", "state", "seen"),
     [
         (-3, -1, "fail", "the certificate expired on"),
-        (2, 10, "fail", "by this clock the certificate begins only on"),
+        (2, 10, "fail", "by this clock the certificate is not valid before"),
         (-1, 20, "warn", "valid until"),
         (-1, 90, "ok", "valid until"),
     ],
@@ -240,7 +240,7 @@ def test_a_cloud_that_is_down_is_told_at_every_door(home: Path, serve_port: int)
     )
     found = diagnose(home, serve_port)
     for name in ("cloud", "data plane", "broker"):
-        assert found[name].seen == f"nothing listens at {address}"
+        assert found[name].seen == f"nothing listens on {address}"
     assert "clock" not in found
 
 
@@ -258,7 +258,7 @@ def test_a_loopback_trial_needs_no_certificate(home: Path, serve_port: int) -> N
 def doors(home: Path, port: int) -> dict[str, Check]:
     """What the doctor says of the cloud's doors, with its data plane at another port."""
     profile = dataclasses.replace(load_profile(home), grpc=f"localhost:{port}")
-    return {check.check: check for check in doctoring.look_at_cloud(profile, home, Identity.in_folder(home))}
+    return {check.check: check for check in doctoring.check_cloud(profile, home, Identity.in_folder(home))}
 
 
 def test_a_device_that_was_removed_is_told_at_both_doors_that_look_into_the_list(home: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_device_that_was_removed_is_told_at_both_doors_that_look_into_the_list
         found = doors(home, port)
     assert [found[name].state for name in ("cloud", "data plane", "broker")] == ["ok", "fail", "fail"]
     assert found["data plane"].seen == reason
-    assert found["broker"].seen == f"{load_profile(home).broker} answers, but not to this device: {reason}"
+    assert found["broker"].seen == f"{load_profile(home).broker} answers, but rejects this device: {reason}"
     assert "new token" in found["data plane"].advice
     assert "new token" in found["broker"].advice
 
@@ -283,7 +283,7 @@ def test_a_port_that_is_no_data_plane_is_told(home: Path, tmp_path: Path) -> Non
     with cloud_of(Identity.in_folder(tmp_path / "cloud")) as port:  # HTTPS, which takes our certificate too
         found = doors(home, port)
     assert found["data plane"].state == "fail"
-    assert "does not answer as a data plane does: UNAVAILABLE" in found["data plane"].seen
+    assert "does not answer like a data plane: UNAVAILABLE" in found["data plane"].seen
     assert "--grpc-port" in found["data plane"].advice
 
 
@@ -291,7 +291,7 @@ def test_an_agent_that_serves_is_looked_for_where_it_noted_it(home: Path, serve_
     (home / SERVING_FILE).write_text(f"http://127.0.0.1:{serve_port}")
     assert diagnose(home, serve_port)["serving port"].seen == f"{serve_port} is free"  # of an agent that has ended
     with lock_home(home):
-        assert "which gives no answer" in diagnose(home, 1)["serving port"].seen
+        assert "which does not answer" in diagnose(home, 1)["serving port"].seen
 
 
 def test_the_doctor_does_not_hold_the_home(home: Path, serve_port: int) -> None:
@@ -309,11 +309,11 @@ def test_the_doctor_does_not_hold_the_home(home: Path, serve_port: int) -> None:
         (90, "warn", "90.0 s ahead of the cloud"),
         (-1.7e9, "warn", "1,700,000,000.0 s behind the cloud"),
         (86400, "fail", "86,400.0 s ahead of the cloud"),
-        (math.nan, "warn", "named no time"),
+        (math.nan, "warn", "sent no time"),
     ],
 )
 def test_the_clock(ahead_s: float, state: str, seen: str) -> None:
-    check = look_at_clock(ahead_s)
+    check = check_clock(ahead_s)
     assert (check.state, bool(check.advice)) == (state, state != "ok")
     assert seen in check.seen
 
@@ -322,7 +322,7 @@ def test_the_clock(ahead_s: float, state: str, seen: str) -> None:
 def test_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low_mb: float, none_mb: float, state: str) -> None:
     monkeypatch.setattr(doctoring, "LOW_DISK_MB", low_mb)
     monkeypatch.setattr(doctoring, "NO_DISK_MB", none_mb)
-    check = look_at_disk(tmp_path)
+    check = check_disk(tmp_path)
     assert (check.state, bool(check.advice)) == (state, state != "ok")
 
 
@@ -337,5 +337,5 @@ def test_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low_mb: float
     ],
 )
 def test_the_service(facts: dict[str, str], state: str) -> None:
-    check = read_service(facts)
+    check = interpret_service(facts)
     assert (check.state, bool(check.advice)) == (state, state != "ok")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from edge_agent.install import probes
-from edge_agent.install.probes import Check, Health, Peer, ask_health, greet, look_at_port, look_at_serving, peer
+from edge_agent.install.probes import Check, Health, Peer, check_port, check_serving, check_tls, fetch_health, peer
 from edge_agent.serving.api import Serving, bind, url_of
 from edge_agent.sessions import Models
 from edgefl.protocols import tls
@@ -144,7 +144,7 @@ def test_addresses_as_a_home_holds_them(address: str, host: str, port: int) -> N
 def test_our_cloud_is_well(fleet: tuple[Identity, Identity]) -> None:
     cloud, device = fleet
     with health_server(tls.server_context(cloud, client_certificates=False)) as port:
-        health = ask_health(at(port, device))
+        health = fetch_health(at(port, device))
     assert isinstance(health, Health)
     assert health.version == "9.9"
     assert abs(health.ahead_s) < 2
@@ -152,7 +152,7 @@ def test_our_cloud_is_well(fleet: tuple[Identity, Identity]) -> None:
 
 def test_a_loopback_trial_has_no_tls() -> None:
     with health_server(None) as port:
-        assert isinstance(ask_health(at(port, None)), Health)
+        assert isinstance(fetch_health(at(port, None)), Health)
 
 
 def iso(offset_s: float) -> str:
@@ -165,7 +165,7 @@ def iso(offset_s: float) -> str:
 )
 def test_a_wrong_clock_is_measured(stated: Any, ahead_s: float) -> None:
     with health_server(None, time=stated()) as port:
-        health = ask_health(at(port, None))
+        health = fetch_health(at(port, None))
     assert isinstance(health, Health)
     assert health.ahead_s == pytest.approx(ahead_s, abs=5, nan_ok=True)
 
@@ -179,44 +179,46 @@ def test_a_clock_years_off_is_told_as_a_wrong_clock_and_no_bad_certificate(
     cloud, device = new_fleet(tmp_path)
     month_s = 30 * 86400
     with health_server(tls.server_context(cloud, client_certificates=False), time=time.time() + month_s) as port:
-        health = ask_health(at(port, device))
+        health = fetch_health(at(port, device))
         assert isinstance(health, Health)
         assert health.ahead_s == pytest.approx(-month_s, abs=5)
-        assert "not yet valid by this device's clock" in failure(greet(at(port, device)))
+        assert "not yet valid by this device's clock" in failure(check_tls(at(port, device)))
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"null", b'{"status":"ok"}'])
 def test_another_web_server_is_no_cloud(body: bytes) -> None:
     with health_server(None, body=body) as port:
-        assert "not as an edgefl cloud does" in failure(ask_health(at(port, None)))
+        assert "not like an edgefl cloud" in failure(fetch_health(at(port, None)))
 
 
 def test_what_speaks_no_http_is_no_cloud() -> None:
     with tls_server(None, speaks=b"SSH-2.0-OpenSSH\r\n\r\n") as port:
-        assert "speaks no HTTP" in failure(ask_health(at(port, None)))
+        assert "does not speak HTTP" in failure(fetch_health(at(port, None)))
 
 
 # --- every door -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("probe", [ask_health, greet])
+@pytest.mark.parametrize("probe", [fetch_health, check_tls])
 def test_another_fleets_cloud_is_told(probe: Any, fleet: Any, other: Any) -> None:
     with tls_server(tls.server_context(other[0], client_certificates=False)) as port:
-        assert "a certificate that this fleet's CA did not make" in failure(probe(at(port, fleet[1])))
+        assert "a certificate that this fleet's CA did not sign" in failure(probe(at(port, fleet[1])))
 
 
-@pytest.mark.parametrize("probe", [ask_health, greet])
+@pytest.mark.parametrize("probe", [fetch_health, check_tls])
 def test_a_closed_port_is_told(probe: Any, fleet: Any) -> None:
     port = closed_port()
-    assert failure(probe(at(port, fleet[1]))) == f"nothing listens at localhost:{port}"
+    assert failure(probe(at(port, fleet[1]))) == f"nothing listens on localhost:{port}"
 
 
-@pytest.mark.parametrize("probe", [ask_health, greet])
+@pytest.mark.parametrize("probe", [fetch_health, check_tls])
 def test_an_unknown_name_is_told(probe: Any, fleet: Any) -> None:
-    assert "the name 'no-such-host.invalid' is not known" in failure(probe(at(1, fleet[1], "no-such-host.invalid")))
+    assert "the name 'no-such-host.invalid' cannot be resolved" in failure(
+        probe(at(1, fleet[1], "no-such-host.invalid"))
+    )
 
 
-@pytest.mark.parametrize("probe", [ask_health, greet])
+@pytest.mark.parametrize("probe", [fetch_health, check_tls])
 def test_a_mute_port_costs_one_deadline(probe: Any, fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "DEADLINE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
@@ -224,13 +226,13 @@ def test_a_mute_port_costs_one_deadline(probe: Any, fleet: Any, monkeypatch: pyt
         assert "did not answer within 0.2 s" in failure(probe(at(port, fleet[1])))
 
 
-@pytest.mark.parametrize("probe", [ask_health, greet])
+@pytest.mark.parametrize("probe", [fetch_health, check_tls])
 def test_a_port_without_tls_is_told(probe: Any, fleet: Any) -> None:
     with tls_server(None, speaks=b"220 mail ready\r\n") as port:
-        assert "speaks no TLS that we accept" in failure(probe(at(port, fleet[1])))
+        assert f"TLS with localhost:{port} failed" in failure(probe(at(port, fleet[1])))
 
 
-@pytest.mark.parametrize("probe", [ask_health, greet])
+@pytest.mark.parametrize("probe", [fetch_health, check_tls])
 def test_a_certificate_for_another_host_is_told(probe: Any, tmp_path: Path) -> None:
     cloud, device = new_fleet(tmp_path, "elsewhere.example")
     with tls_server(tls.server_context(cloud, client_certificates=False)) as port:
@@ -244,26 +246,28 @@ def test_a_certificate_for_another_host_is_told(probe: Any, tmp_path: Path) -> N
 def test_a_service_that_takes_our_certificate_is_well(fleet: Any, speaks: bytes) -> None:
     cloud, device = fleet
     with tls_server(tls.server_context(cloud, client_certificates=True), speaks=speaks) as port:
-        check = greet(at(port, device))
+        check = check_tls(at(port, device))
     assert check.state == "ok", check
-    assert check.seen.startswith(f"localhost:{port} takes this device's certificate, TLSv1.3, ")
+    assert check.seen.startswith(f"localhost:{port} accepts this device's certificate, TLSv1.3, ")
 
 
 def test_a_service_that_hangs_up_after_the_handshake_is_not_well(fleet: Any) -> None:
     with tls_server(tls.server_context(fleet[0], client_certificates=True), hangs_up=True) as port:
-        seen = failure(greet(at(port, fleet[1])))
+        seen = failure(check_tls(at(port, fleet[1])))
     assert seen.startswith(f"localhost:{port} closes the connection without an error")
 
 
 def test_a_service_without_tls_is_well_on_loopback() -> None:
     with tls_server(None) as port:
-        assert greet(at(port, None)) == Check(check="cloud", state="ok", seen=f"localhost:{port} answers, without TLS")
+        assert check_tls(at(port, None)) == Check(
+            check="cloud", state="ok", seen=f"localhost:{port} answers, without TLS"
+        )
 
 
 def test_a_service_that_does_not_know_us_is_told(fleet: Any, other: Any) -> None:
     posing = Identity(key=other[1].key, cert=other[1].cert, ca=fleet[1].ca)
     with tls_server(tls.server_context(fleet[0], client_certificates=True)) as port:
-        seen = failure(greet(at(port, posing)))
+        seen = failure(check_tls(at(port, posing)))
     assert seen == f"localhost:{port} refuses this device's certificate as of another fleet"
 
 
@@ -275,7 +279,7 @@ def test_an_expired_certificate_of_ours_is_told(tmp_path: Path, monkeypatch: pyt
     late.cert.write_bytes(tls.sign_request(tmp_path / "cloud", tls.new_request(late, "pi-4"), "pi-4"))
     expired = Identity(key=late.key, cert=late.cert, ca=device.ca)
     with tls_server(tls.server_context(cloud, client_certificates=True)) as port:
-        assert failure(greet(at(port, expired))).endswith("refuses this device's certificate as expired")
+        assert failure(check_tls(at(port, expired))).endswith("refuses this device's certificate as expired")
 
 
 def test_an_expired_certificate_of_the_clouds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +287,7 @@ def test_an_expired_certificate_of_the_clouds_is_told(tmp_path: Path, monkeypatc
     cloud, device = new_fleet(tmp_path)
     monkeypatch.undo()
     with tls_server(tls.server_context(cloud, client_certificates=False)) as port:
-        assert failure(greet(at(port, device))) == (
+        assert failure(check_tls(at(port, device))) == (
             f"the certificate of localhost:{port} is expired by this device's clock"
         )
 
@@ -293,24 +297,24 @@ def test_an_expired_certificate_of_the_clouds_is_told(tmp_path: Path, monkeypatc
 
 def test_a_free_port_is_free() -> None:
     port = closed_port()
-    assert look_at_port(port, agent_runs=False) == Check(check="serving port", state="ok", seen=f"{port} is free")
+    assert check_port(port, agent_runs=False) == Check(check="serving port", state="ok", seen=f"{port} is free")
 
 
 def test_our_own_agent_may_have_it() -> None:
     with health_server(None, body=b'{"name":"edgefl"}') as port:
-        assert look_at_port(port, agent_runs=True).state == "ok"
-        assert f"{port} is taken by edgefl" in failure(look_at_port(port, agent_runs=False))
+        assert check_port(port, agent_runs=True).state == "ok"
+        assert f"{port} is used by edgefl" in failure(check_port(port, agent_runs=False))
 
 
 @pytest.mark.parametrize("body", [b'{"name":"triton"}', b"<html>", b"[]"])
 def test_another_program_may_not(body: bytes) -> None:
     with health_server(None, body=body) as port:
-        assert f"{port} is taken by " in failure(look_at_port(port, agent_runs=True))
+        assert f"{port} is used by " in failure(check_port(port, agent_runs=True))
 
 
 def test_a_program_that_speaks_something_else_may_not() -> None:
     with tls_server(None, speaks=b"220 mail ready\r\n\r\n") as port:
-        assert f"{port} is taken by another program" in failure(look_at_port(port, agent_runs=True))
+        assert f"{port} is used by another program" in failure(check_port(port, agent_runs=True))
 
 
 def test_a_port_that_asks_for_a_token_is_our_agents() -> None:
@@ -320,7 +324,7 @@ def test_a_port_that_asks_for_a_token_is_our_agents() -> None:
         serving = Serving(Models(), listener)
         serving.token = "a-token-of-this-device"  # noqa: S105 - of a test
         running = asyncio.create_task(serving.run())
-        seen = await asyncio.to_thread(look_at_port, port, agent_runs=True)
+        seen = await asyncio.to_thread(check_port, port, agent_runs=True)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         return seen
@@ -339,7 +343,7 @@ def test_an_agent_that_serves_is_found_where_it_noted_it(fleet: Any, secure: boo
         if secure:
             serving.context = lambda: tls.server_context(fleet[1], client_certificates=True)
         running = asyncio.create_task(serving.run())
-        seen = await asyncio.to_thread(look_at_serving, url_of(listener, secure=secure), "pi-4", fleet[1])
+        seen = await asyncio.to_thread(check_serving, url_of(listener, secure=secure), "pi-4", fleet[1])
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         return seen
@@ -351,24 +355,24 @@ def test_an_agent_that_serves_is_found_where_it_noted_it(fleet: Any, secure: boo
 
 def test_an_agent_that_serves_elsewhere_than_it_noted_is_told(fleet: Any) -> None:
     url = f"http://127.0.0.1:{closed_port()}"
-    assert failure(look_at_serving(url, "pi-4", None)).startswith(f"the agent serves at {url}, which gives no answer")
+    assert failure(check_serving(url, "pi-4", None)).startswith(f"the agent serves at {url}, which does not answer")
     with health_server(None, body=b'{"name":"triton"}') as port:
         url = f"http://127.0.0.1:{port}"
-        assert failure(look_at_serving(url, "pi-4", None)) == f"the agent serves at {url}, where triton answers"
+        assert failure(check_serving(url, "pi-4", None)) == f"the agent serves at {url}, but triton answers there"
 
 
 def test_a_port_that_takes_connections_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "DEADLINE_S", 0.2)
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        assert "does not answer within 0.2 s" in failure(look_at_port(port, agent_runs=True))
-        assert f"{port} is taken by another program" in failure(look_at_port(port, agent_runs=False))
+        assert "does not answer within 0.2 s" in failure(check_port(port, agent_runs=True))
+        assert f"{port} is used by another program" in failure(check_port(port, agent_runs=False))
 
 
 def test_a_cloud_that_is_not_well_is_said_on_one_line() -> None:
     parts = {"link": {"ok": True, "reason": ""}, "disk": {"ok": False, "reason": "3 MB\x1b[2J\nare free"}}
     with health_server(None, parts=parts) as port:
-        health = ask_health(peer("cloud", f"http://127.0.0.1:{port}", None))
+        health = fetch_health(peer("cloud", f"http://127.0.0.1:{port}", None))
     assert isinstance(health, Health)
     assert health.ailing == "disk: 3 MB\\x1b[2J are free"
 
@@ -376,4 +380,4 @@ def test_a_cloud_that_is_not_well_is_said_on_one_line() -> None:
 @pytest.mark.parametrize("facts", [{"parts": []}, {"parts": {"link": 3}}, {"time": 10**400}, {"body": b"[" * 50_000}])
 def test_no_answer_of_a_cloud_trips_the_doctor(facts: dict[str, Any]) -> None:
     with health_server(None, **facts) as port:
-        assert isinstance(ask_health(peer("cloud", f"http://127.0.0.1:{port}", None)), Health | Check)
+        assert isinstance(fetch_health(peer("cloud", f"http://127.0.0.1:{port}", None)), Health | Check)

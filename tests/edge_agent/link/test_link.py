@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent.link import link as link_module
 from edge_agent.link.channel import CloudChannel
-from edge_agent.link.link import Link, _Session
+from edge_agent.link.link import CloudLink, _Session
 from edge_agent.link.profile import load_profile
 from edgefl.errors import HomeError
 from edgefl.protocols import messages, tls, topics
@@ -42,7 +42,7 @@ def with_link(fleet, tmp_path):
         async def inside():
             profile = load_profile(home)
             callbacks = AgentLinkCallbacks()
-            link = Link(home, profile, CloudChannel(profile, home), callbacks)
+            link = CloudLink(home, profile, CloudChannel(profile, home), callbacks)
             running = asyncio.create_task(link.run())
             try:
                 async with asyncio.timeout(30):
@@ -224,7 +224,7 @@ def test_no_broker_that_the_cloud_names_ends_the_link(fleet, with_link, monkeypa
 
 
 def test_a_database_that_is_locked_for_a_while_puts_next_off(fleet, with_link, monkeypatch, until):
-    monkeypatch.setattr(link_module, "ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(link_module, "RETRY_S", 0.01)
     faults = [HomeError("locked"), OSError(28, "full")]
 
     async def run(_link, callbacks):
@@ -251,7 +251,7 @@ def test_a_damaged_session_number_is_begun_anew(tmp_path, saved):
 
 
 def test_a_cloud_that_turns_this_device_away_is_a_line_once(with_link, fleet, monkeypatch, until, caplog):
-    monkeypatch.setattr(link_module, "ASK_AGAIN_S", 0.02)
+    monkeypatch.setattr(link_module, "RETRY_S", 0.02)
     fleet.turned_away = "removed"
 
     async def run(_link, _callbacks):

@@ -121,7 +121,7 @@ def test_a_round_that_was_never_answered_can_be_dropped(with_sender):
 
 
 def test_a_database_that_cannot_be_read_for_a_while_is_asked_again(fleet, with_sender, monkeypatch):
-    monkeypatch.setattr(outbox_module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(outbox_module, "RETRY_S", 0.01)
 
     async def run(sender):
         read, faults = sender.store.failures, [HomeError("locked")] * 3
@@ -140,7 +140,7 @@ def test_a_database_that_cannot_be_read_for_a_while_is_asked_again(fleet, with_s
 
 
 def test_an_update_that_cannot_be_read_for_a_while_is_sent_later(fleet, with_sender, monkeypatch):
-    monkeypatch.setattr(outbox_module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(outbox_module, "RETRY_S", 0.01)
     faults = [OSError(24, "Too many open files")] * 3
 
     async def send(*arguments, **named):

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from edge_agent.releases.slots import ModelSlots
-from edge_agent.serving.predictions import Model
+from edge_agent.serving.supervisor import ModelFile
 from edgefl.protocols.manifest import new_fleet_key
 from tests.edge_agent.updater_device import Device
 
@@ -303,7 +303,7 @@ def test_a_release_that_keeps_ending_the_serving_process_makes_way_for_the_one_b
     async def run(device):
         await device.install(versions(1), versions(2))
         active = ModelSlots(home / "models", "digits").state.active
-        failing = Model(name="digits", version=2, path=home / f"models/digits/{active}/model.onnx")
+        failing = ModelFile(name="digits", version=2, path=home / f"models/digits/{active}/model.onnx")
         device.updater.handle_failing(failing, "it died")
         await device.until(lambda: device.predict() == 2)
         assert device.states()[-1] == (2, "failed")

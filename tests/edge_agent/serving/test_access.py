@@ -33,7 +33,7 @@ def test_a_network_needs_one(host, tmp_path):
 @pytest.mark.parametrize("text", ["", "short", "with a space in the middle", "caf\u00e9-caf\u00e9-caf\u00e9-caf\u00e9"])
 def test_what_is_no_token(text, tmp_path):
     (tmp_path / "token").write_text(text)
-    with pytest.raises(ConfigError, match="must hold one token of at least 16"):
+    with pytest.raises(ConfigError, match="must contain one token of at least 16"):
         Access(host="127.0.0.1", token_file=tmp_path / "token")
     with pytest.raises(ConfigError, match="cannot be read"):
         Access(host="127.0.0.1", token_file=tmp_path / "none")

@@ -230,12 +230,12 @@ def test_hostile_requests_are_answered_in_json(serve, model, content):
 
 
 def test_a_fault_of_ours_is_answered_in_json_and_logged(serve, model, caplog):
-    broken = dataclasses.replace(model(), session=None, quick=None)
+    broken = dataclasses.replace(model(), session=None, inline_session=None)
 
     async def run(client, _models):
         answer = await client.post("/v2/models/affine/infer", json=request())
         assert answer.status_code == 500
-        assert answer.json() == {"error": "a fault of this server; its log says more"}
+        assert answer.json() == {"error": "internal error of this server; see its log"}
 
     serve(run, broken)
     assert "AttributeError" in caplog.text
@@ -301,7 +301,7 @@ def test_half_a_body_has_a_deadline(serve, model, monkeypatch):
         answer = await reader.read()
         writer.close()
         assert answer.startswith(b"HTTP/1.1 408 ")
-        assert b'{"error": "the request was not whole within 0.1 s"}' in answer
+        assert b'{"error": "the request was incomplete after 0.1 s"}' in answer
         assert (await client.post("/v2/models/affine/infer", json=request())).status_code == 200
 
     serve(run, model())

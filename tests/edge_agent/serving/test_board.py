@@ -13,14 +13,14 @@ def test_what_is_at_work_is_seen_through_another_map_of_the_page():
     descriptor = new_descriptor()
     reader, writer = Board(descriptor), Board(descriptor)
     os.close(descriptor)
-    assert reader.at_work() == set()
+    assert reader.running() == set()
     writer.enter(0, label_of("digits"))
     writer.enter(3, label_of("faces"))
-    assert reader.at_work() == {"digits", "faces"}
+    assert reader.running() == {"digits", "faces"}
     writer.leave(0)
-    assert reader.at_work() == {"faces"}
+    assert reader.running() == {"faces"}
     writer.clear()
-    assert reader.at_work() == set()
+    assert reader.running() == set()
 
 
 @pytest.mark.parametrize("name", ["a", "x" * 64, "x" * 100, "é" * 40])
@@ -28,6 +28,6 @@ def test_a_label_fills_its_lane_and_no_more(name):
     board = Board()
     board.enter(1, label_of(name))
     assert len(label_of(name)) == LANE_BYTES
-    assert all(name.startswith(one) for one in board.at_work())
+    assert all(name.startswith(one) for one in board.running())
     board.leave(1)
-    assert board.at_work() == set()
+    assert board.running() == set()

@@ -55,7 +55,7 @@ def test_clients_that_are_parted_with_connect_anew_after_the_answer_under_way():
         assert (await idle[0].readuntil(b"ok")).startswith(b"HTTP/1.1 200")
         busy[1].write(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n")
         await begun.wait()
-        server.part_with_clients()
+        server.disconnect_clients()
         assert await idle[0].read() == b""
         go_on.set()
         assert (await busy[0].read()).endswith(b"ok")  # and then its end

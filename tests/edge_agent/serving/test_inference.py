@@ -7,15 +7,15 @@ import json
 import numpy as np
 import pytest
 
-from edge_agent.serving.inference import HEADER_LENGTH, Request, encode_response, parse_request
-from edge_agent.sessions import NUMPY_TYPES, Served, TensorInfo
+from edge_agent.serving.inference import HEADER_LENGTH, InferenceRequest, encode_response, parse_request
+from edge_agent.sessions import NUMPY_TYPES, LoadedModel, TensorInfo
 from edgefl.errors import ProtocolError
 
 Y = TensorInfo("y", "FP32", (-1, 2))
 
 
-def served(*inputs: TensorInfo, outputs=(Y,)) -> Served:
-    return Served("m", 7, inputs or (TensorInfo("x", "FP32", (-1, 2)),), outputs, inline=True, session=None)
+def served(*inputs: TensorInfo, outputs=(Y,)) -> LoadedModel:
+    return LoadedModel("m", 7, inputs or (TensorInfo("x", "FP32", (-1, 2)),), outputs, inline=True, session=None)
 
 
 def tensor(data=None, name="x", shape=(1, 2), datatype="FP32", **parameters) -> dict:
@@ -81,8 +81,8 @@ def test_an_empty_batch():
         (body(tensor(["a", "b"], datatype="BYTES")), None, "BYTES tensors are not served"),
         (body(tensor([1, 2, 3], shape=(1, 3))), None, r"has shape \[1, 3\], the model takes \[-1, 2\]"),
         (body(tensor([1, 2], shape=(2,))), None, r"has shape \[2\], the model takes"),
-        (body(tensor([1, 2], shape=(-1, 2))), None, "which is no list of sizes"),
-        (body({**tensor([1, 2]), "shape": None}), None, "which is no list of sizes"),
+        (body(tensor([1, 2], shape=(-1, 2))), None, "which is not a list of sizes"),
+        (body({**tensor([1, 2]), "shape": None}), None, "which is not a list of sizes"),
         (body(tensor([1, 2, 3])), None, r"has 3 values of data; shape \[1, 2\] has 2"),
         (body(tensor(["1", "2"])), None, "holds str"),
         (body(tensor([[1], [2, 3]])), None, "cannot be read as FP32"),
@@ -91,33 +91,33 @@ def test_an_empty_batch():
         (body(tensor([[1, 2], 3])), None, "its rows differ in length"),
         (body(tensor([1e39, 2])), None, "holds values outside"),
         (body(tensor([10**400, 2])), None, "holds values outside"),
-        (body(tensor([float("nan"), 2])), None, "the request holds NaN, which is not JSON"),
-        (body(tensor([1, float("-inf")])), None, "the request holds -Infinity, which is not JSON"),
+        (body(tensor([float("nan"), 2])), None, "the request contains NaN, which is not JSON"),
+        (body(tensor([1, float("-inf")])), None, "the request contains -Infinity, which is not JSON"),
         (b"[" * 100_000, None, "nested too deeply"),
         (b'{"a":' * 100_000, None, "nested too deeply"),
-        (b'{"inputs": [], "inputs": []}', None, "names the member 'inputs' twice"),
+        (b'{"inputs": [], "inputs": []}', None, "has the key 'inputs' twice"),
         (body(tensor([1, 2], name=[])), None, r"input \[\] is unknown"),
         (body(tensor([1, 2], name="\ud800")), None, "is unknown"),
         (body(tensor([1, 2], datatype=[])), None, r"has datatype \[\], the model takes"),
         (body(tensor([1, 2], shape=(10**4000, 2))), None, "values of data|more than"),
         (body(tensor([1, 2], shape=(10**9, 2))), None, "more than 16777216 elements"),
-        (body(tensor(shape=(1, 2), binary_data_size=True)), None, "says True bytes"),
+        (body(tensor(shape=(1, 2), binary_data_size=True)), None, "declares True bytes"),
         (body(tensor([1, 2], binary_data_size=0)), None, "send one"),
         (body(tensor([1, 2]), outputs=[{"name": []}]), None, r"output \[\] is unknown"),
-        (body(tensor([1, 2]), outputs=[{"name": "y"}, {"name": "y"}]), None, "output 'y' is asked for twice"),
+        (body(tensor([1, 2]), outputs=[{"name": "y"}, {"name": "y"}]), None, "output 'y' is requested twice"),
         (
             body(tensor([1, 2]), outputs=[{"name": "y", "parameters": {"binary_data": 1}}]),
             None,
             "expected true or false",
         ),
-        (body(tensor([1, 2]), id=7), None, "'id' is 7; expected a text"),
-        (body(tensor([1, 2]), id="\ud800"), None, "expected a text"),
+        (body(tensor([1, 2]), id=7), None, "'id' is 7; expected a string"),
+        (body(tensor([1, 2]), id="\ud800"), None, "expected a string"),
         (body(tensor([1, 2])), "9" * 5000, "Inference-Header-Content-Length is '999"),
         (body(tensor([1, 2])), "\u0663", "Inference-Header-Content-Length is"),
         (body(tensor(binary_data_size=8)) + b"1234", str(len(body(tensor(binary_data_size=8)))), "4 are left"),
         (body(tensor(binary_data_size=4)) + b"1234", str(len(body(tensor(binary_data_size=4)))), "has 4 bytes of data"),
-        (body(tensor(binary_data_size="8")), None, "says '8' bytes"),
-        (body(tensor([1, 2])) + b"1234", str(len(body(tensor([1, 2])))), "4 bytes more than its inputs say"),
+        (body(tensor(binary_data_size="8")), None, "declares '8' bytes"),
+        (body(tensor([1, 2])) + b"1234", str(len(body(tensor([1, 2])))), "4 bytes more than its inputs declare"),
         (body(tensor([1, 2])), "900", "Inference-Header-Content-Length is '900'"),
         (body(tensor([1, 2])), "-1", "Inference-Header-Content-Length is '-1'"),
         (body(tensor([1, 2]), outputs=[{"name": "q"}]), None, "output 'q' is unknown; model m has: y"),
@@ -160,9 +160,9 @@ def test_null_is_as_if_it_were_not_there():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_null_in_json_and_itself_in_binary(value):
     results = [np.array([[value, 1]], np.float32)]
-    plain = encode_response(served(), Request("", {}, {"y": False}), results)
+    plain = encode_response(served(), InferenceRequest("", {}, {"y": False}), results)
     assert json.loads(plain.body, parse_constant=pytest.fail)["outputs"][0]["data"] == [None, 1.0]
-    binary = encode_response(served(), Request("", {}, {"y": True}), results)
+    binary = encode_response(served(), InferenceRequest("", {}, {"y": True}), results)
     assert binary.body.endswith(results[0].tobytes())
 
 
@@ -185,18 +185,18 @@ def test_a_large_request_is_read_as_a_small_one(rows, nested):
 
 
 def test_an_answer_has_a_limit(monkeypatch):
-    request = Request("", {}, {"y": False})
+    request = InferenceRequest("", {}, {"y": False})
     results = [np.zeros((4, 2), np.float32)]
     monkeypatch.setattr("edge_agent.serving.inference.MAX_JSON_ELEMENTS", 7)
     with pytest.raises(ProtocolError, match="8 numbers; at most 7 are sent as JSON"):
         encode_response(served(), request, results)
     monkeypatch.setattr("edge_agent.serving.inference.MAX_OUTPUT_BYTES", 31)
     with pytest.raises(ProtocolError, match="32 bytes; at most 31"):
-        encode_response(served(), Request("", {}, {"y": True}), results)
+        encode_response(served(), InferenceRequest("", {}, {"y": True}), results)
 
 
 def test_a_response_in_json():
-    request = Request("a7", {}, {"y": False})
+    request = InferenceRequest("a7", {}, {"y": False})
     response = encode_response(served(), request, [np.array([[1, 2]], np.float32)])
     assert json.loads(response.body) == {
         "model_name": "m",
@@ -209,7 +209,7 @@ def test_a_response_in_json():
 
 def test_a_response_in_binary_and_json_by_turns():
     outputs = (TensorInfo("a", "FP32", (2,)), TensorInfo("b", "INT64", (1,)), TensorInfo("c", "BOOL", (2,)))
-    request = Request("", {}, {"a": True, "b": False, "c": True})
+    request = InferenceRequest("", {}, {"a": True, "b": False, "c": True})
     results = [np.array([1, 2], np.float32), np.array([9]), np.array([True, False])]
     response = encode_response(served(outputs=outputs), request, results)
     size = int(response.headers[HEADER_LENGTH])
@@ -241,7 +241,7 @@ def test_a_head_that_was_seen_before_is_read_and_answered_alike():
         request = parse_request(model, head + data.tobytes(), str(len(head)))
         assert request.feeds["x"].tolist() == [values]
         answers.append(encode_response(model, request, [request.feeds["x"] * 2]))
-    assert len(model.known_heads) == 1
+    assert len(model.cached_headers) == 1
     first, *others = [int(answer.headers[HEADER_LENGTH]) for answer in answers]
     assert others == [first, first]
     assert len({answer.body[:first] for answer in answers}) == 1
@@ -259,10 +259,10 @@ def test_only_heads_that_say_all_are_kept_and_not_too_many():
     for number in range(200):
         head = body(tensor(shape=(1, 2), binary_data_size=8), note=number)
         parse_request(model, head + data, str(len(head)))
-    assert 0 < len(model.known_heads) <= 64
-    model.known_heads.clear()
+    assert 0 < len(model.cached_headers) <= 64
+    model.cached_headers.clear()
     head = body(tensor(shape=(1, 2), binary_data_size=8), id="7")
     assert parse_request(model, head + data, str(len(head))).id == "7"
     plain = body(tensor([1, 2]))
     parse_request(model, plain, str(len(plain)))
-    assert model.known_heads == {}
+    assert model.cached_headers == {}

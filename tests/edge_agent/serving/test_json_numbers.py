@@ -9,12 +9,12 @@ import pytest
 
 from edge_agent.serving import json_numbers
 from edge_agent.serving.json_numbers import read_numbers, write_numbers
-from edge_agent.serving.json_request import Cut
+from edge_agent.serving.json_request import UnparsedArray
 from edgefl.errors import ProtocolError
 
 
-def cut(text: str) -> Cut:
-    return Cut(memoryview(text.encode()))
+def cut(text: str) -> UnparsedArray:
+    return UnparsedArray(memoryview(text.encode()))
 
 
 @pytest.fixture(autouse=True)

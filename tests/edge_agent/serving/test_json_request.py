@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from edge_agent.serving.json_request import SMALL_BYTES, Cut, parse_array, parse_object
+from edge_agent.serving.json_request import SMALL_BYTES, UnparsedArray, parse_array, parse_object
 from edgefl.errors import ProtocolError
 
 LONG = list(range(SMALL_BYTES // 4))
@@ -35,7 +35,7 @@ def test_long_arrays_are_cut_out_in_their_order():
 def test_other_data_in_a_large_request(data):
     value = parse(f'{{"pad": "{"x" * SMALL_BYTES}", "data" : {data}, "after": [1]}}')
     got = value["data"]
-    assert (json.loads(bytes(got.text)) if isinstance(got, Cut) else got) == json.loads(data)
+    assert (json.loads(bytes(got.text)) if isinstance(got, UnparsedArray) else got) == json.loads(data)
     assert value["after"] == [1]
 
 
@@ -69,7 +69,7 @@ def test_what_is_not_json_is_refused_small_and_large(text):
 
 
 def test_json_beside_the_tensors_is_bounded():
-    with pytest.raises(ProtocolError, match="bytes of JSON beside its tensors' data"):
+    with pytest.raises(ProtocolError, match="bytes of JSON besides its tensors' data"):
         parse(json.dumps({"id": "x" * (2 << 20)}))
 
 
@@ -87,5 +87,5 @@ def test_an_array_is_strict_too(text):
 def test_numbers_are_read_to_the_same_bit_by_either_parser(monkeypatch):
     text = json.dumps([random.Random(1).uniform(-1, 1) * 10.0**power for power in range(-300, 300)]).encode()
     quick = parse_array(text)
-    monkeypatch.setattr("edge_agent.serving.json_request._quickly", lambda _text: None)
+    monkeypatch.setattr("edge_agent.serving.json_request._parse_fast", lambda _text: None)
     assert quick == parse_array(text) == json.loads(text)

@@ -88,7 +88,7 @@ def test_it_is_fetched_now_and_then_too(http_plane, home, until, monkeypatch):
 
 
 def test_a_cloud_that_does_not_answer_leaves_the_list_and_is_asked_again(http_plane, home, until, monkeypatch, caplog):
-    monkeypatch.setattr(revoked, "AGAIN_FIRST_S", 0.01)
+    monkeypatch.setattr(revoked, "FIRST_RETRY_S", 0.01)
     held = make_crl(http_plane.ca.folder, ["ff"])
     (home / REVOKED_FILE).write_bytes(held)
 
@@ -103,7 +103,7 @@ def test_a_cloud_that_does_not_answer_leaves_the_list_and_is_asked_again(http_pl
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("path", "reason"), [("/v1/ca", "not a list"), ("/v1/none", "answers 404; expected 200")])
+@pytest.mark.parametrize(("path", "reason"), [("/v1/ca", "not a list"), ("/v1/none", "answered 404; expected 200")])
 def test_what_is_no_list_leaves_the_one_that_is_kept(http_plane, home, until, caplog, path, reason):
     held = make_crl(http_plane.ca.folder, ["ff"])
     (home / REVOKED_FILE).write_bytes(held)
@@ -170,5 +170,5 @@ def test_a_list_that_would_end_while_a_device_is_offline_is_not_taken(fleet_ca):
         .next_update(tls.BEGIN + datetime.timedelta(days=1))
         .sign(key, hashes.SHA256())
     )
-    with pytest.raises(ProtocolError, match="ends on 1970-01-02, before its CA does"):
+    with pytest.raises(ProtocolError, match="expires on 1970-01-02, before its CA does"):
         check_list(crl.public_bytes(serialization.Encoding.PEM), ca.public_bytes(serialization.Encoding.PEM))

@@ -62,27 +62,27 @@ def infer(url, version=None):
 
 
 def test_it_loads_switches_forgets_and_drops(process, tmp_path):
-    process.say(wire.Start(log_level=20))
-    assert process.receive() == wire.Up(pid=process.popen.pid)
+    process.say(wire.StartServing(log_level=20))
+    assert process.receive() == wire.ServingUp(pid=process.popen.pid)
     assert infer(process.url).status_code == 503  # not ready: it may come
     for version in (1, 2):
         (tmp_path / f"{version}").write_bytes(onnx_models.affine(float(version)))
-        process.say(wire.Load(id=version, name="m", version=version, path=str(tmp_path / f"{version}")))
-        assert process.receive() == wire.Loaded(id=version)
-    process.say(wire.Switch(id=1))
-    process.say(wire.Forget(id=2))
-    process.say(wire.Ready(ready=True))
-    process.say(wire.Load(id=3, name="m", version=3, path=str(tmp_path / "none")))
+        process.say(wire.LoadModel(id=version, name="m", version=version, path=str(tmp_path / f"{version}")))
+        assert process.receive() == wire.ModelLoaded(id=version)
+    process.say(wire.SwitchModel(id=1))
+    process.say(wire.ForgetModel(id=2))
+    process.say(wire.SetReady(ready=True))
+    process.say(wire.LoadModel(id=3, name="m", version=3, path=str(tmp_path / "none")))
     assert "none" in process.receive().error
     assert infer(process.url, 1).json()["outputs"][0]["data"] == [2.0, 3.0, 4.0]
-    process.say(wire.Drop(name="m"))
-    process.say(wire.Load(id=4, name="m", version=3, path=str(tmp_path / "none")))
+    process.say(wire.DropModel(name="m"))
+    process.say(wire.LoadModel(id=4, name="m", version=3, path=str(tmp_path / "none")))
     process.receive()  # so that the drop was read
     assert infer(process.url).status_code == 404
 
 
 def test_sigterm_ends_it_in_order(process):
-    process.say(wire.Start(log_level=20))
+    process.say(wire.StartServing(log_level=20))
     process.receive()
     assert httpx.get(f"{process.url}/v2/health/live", trust_env=False).status_code == 200
     process.popen.send_signal(signal.SIGTERM)
@@ -90,7 +90,7 @@ def test_sigterm_ends_it_in_order(process):
 
 
 def test_an_agent_that_hangs_up_ends_it(process):
-    process.say(wire.Start(log_level=20))
+    process.say(wire.StartServing(log_level=20))
     process.receive()
     process.hang_up()
     assert process.popen.wait(30) == 0

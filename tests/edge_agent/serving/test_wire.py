@@ -11,16 +11,16 @@ from edgefl.errors import ProtocolError
 @pytest.mark.parametrize(
     "message",
     [
-        wire.Up(pid=7),
-        wire.Start(log_level=20),
-        wire.Load(id=1, name="digits", version=3, path="/a b/\n.onnx"),
-        wire.Loaded(id=1, error="no"),
-        wire.Switch(id=1),
-        wire.Forget(id=1),
-        wire.Drop(name="digits"),
-        wire.Ready(ready=True),
-        wire.AdmitAnew(),
-        wire.Stuck(model="digits"),
+        wire.ServingUp(pid=7),
+        wire.StartServing(log_level=20),
+        wire.LoadModel(id=1, name="digits", version=3, path="/a b/\n.onnx"),
+        wire.ModelLoaded(id=1, error="no"),
+        wire.SwitchModel(id=1),
+        wire.ForgetModel(id=1),
+        wire.DropModel(name="digits"),
+        wire.SetReady(ready=True),
+        wire.DisconnectClients(),
+        wire.ModelStuck(model="digits"),
     ],
 )
 def test_a_message_is_one_line_and_comes_back(message):

@@ -202,7 +202,7 @@ def test_a_task_that_hangs_is_stopped_and_reported_before_the_deadline(fleet, on
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [("signature", "the bundle is not signed by the fleet's key"), ("bytes", "has other bytes than its hash says"),
+    [("signature", "the bundle is not signed by the fleet's key"), ("bytes", "does not match its hash"),
      ("zip", "is not a complete zip"), ("code", "fit_nothing"), ("attribute", "has no attribute 'task'")],
 )  # fmt: skip
 def test_a_bad_bundle_is_reported_and_nothing_runs(fleet, on_device, damage, said):

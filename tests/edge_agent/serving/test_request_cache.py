@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge_agent.serving import Serving, bind
-from edge_agent.serving.known_requests import MAX_KEPT, KnownRequests
+from edge_agent.serving.request_cache import MAX_CACHED, RequestCache
 from edge_agent.sessions import Models, load
 
 PATH = "/v2/models/affine/infer"
@@ -180,7 +180,7 @@ def test_a_request_in_parts_and_several_at_once_are_for_the_server(wired):
 def test_a_head_that_is_not_plain_is_not_learned(wired, headers):
     async def run(wire: Wire) -> None:
         serving, request = wire.serving, in_json(1.0, 2.0, 3.0, headers=headers)
-        learned = KnownRequests(lambda _name: None, lambda _served, _request: [], serving._allows)
+        learned = RequestCache(lambda _name: None, lambda _served, _request: [], serving._allows)
         end = request.index(b"\r\n\r\n") + 4
         lines = request[: end - 4].decode().split("\r\n")[1:]
         pairs = [(name.lower().encode(), value.encode()) for name, value in (line.split(": ", 1) for line in lines)]
@@ -210,7 +210,7 @@ def test_what_is_not_quick_is_for_the_server(wired):
         served = wire.models.get("affine")
         assert served is not None
         await wire.ask(good)
-        served.pace.max_elements = 2
+        served.inline_limit.max_elements = 2
         assert computed((await wire.ask(good))[2]) == [3.0, 5.0, 7.0]
         assert wire.read == 2
 
@@ -218,9 +218,9 @@ def test_what_is_not_quick_is_for_the_server(wired):
 
 
 def test_heads_are_few_and_short():
-    known = KnownRequests(lambda _name: None, lambda _served, _request: [], lambda _scope: True)
-    for number in range(3 * MAX_KEPT):
+    known = RequestCache(lambda _name: None, lambda _served, _request: [], lambda _scope: True)
+    for number in range(3 * MAX_CACHED):
         request = in_json(1.0, 2.0, 3.0, headers=(f"X-Id: {number}",))
         pairs = [(b"host", b"x"), (b"x-id", b"%d" % number), (LENGTH, re.findall(rb"Length: (\d+)", request)[0])]
         known.learn(request, {"method": "POST", "http_version": "1.1", "path": PATH, "headers": pairs})
-        assert 1 <= len(known._heads) <= MAX_KEPT
+        assert 1 <= len(known._heads) <= MAX_CACHED

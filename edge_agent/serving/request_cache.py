@@ -1,10 +1,10 @@
-"""Requests whose head came before, byte for byte: answered without reading it again.
+"""A cache of parsed HTTP heads: a request with a cached head is answered without parsing it again.
 
-A client sends the same request line and headers before each of its requests. The server has read them once, so they
-are known to say the same again: what is left is to find the model and to compute, in the very call that brings the
-bytes. Reading HTTP, a task and its turn in the event loop are a third of what a small request costs.
-Invariant: a request is answered here as the server would answer it; whatever is not plain and quick, or goes wrong,
-is left to the server.
+A client sends the same request line and headers with each request. If a head is byte for byte equal to one that the
+server has parsed, the model is found and run directly in the call that delivers the bytes. HTTP parsing, a task and
+another turn of the event loop are a third of the cost of a small request.
+Invariant: a response from here equals the server's own. Requests that are unusual or slow, and all errors, are left to
+the server.
 """
 
 from __future__ import annotations
@@ -13,19 +13,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_agent.serving.inference import Request, Response, answers_at_once, encode_response, is_small, parse_request
-from edge_agent.sessions import Served
+from edge_agent.serving.inference import (
+    InferenceRequest,
+    InferenceResponse,
+    encode_response,
+    is_small_request,
+    is_small_response,
+    parse_request,
+)
+from edge_agent.sessions import LoadedModel
 from edgefl.protocols.ports.http_limits import Answered
 
-MAX_KEPT, MAX_HEAD_BYTES = 64, 4096
+MAX_CACHED, MAX_HEAD_BYTES = 64, 4096  # number of heads, size of one
 _END = b"\r\n\r\n"
 _LENGTH, _HEADER_LENGTH = b"content-length", b"inference-header-content-length"
 _NOT_PLAIN = frozenset({b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"})
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """What a head says."""
+class _ParsedHead:
+    """The relevant content of a head."""
 
     model: str
     version: str | None
@@ -33,24 +40,24 @@ class _Known:
     num_bytes: int  # of the body
 
 
-class _TooLong(Exception):
-    """An answer takes too long to be written in the event loop."""
+class _ResponseTooLarge(Exception):
+    """A response is too large to be written in the event loop."""
 
 
-class KnownRequests:
-    """The shortcut of a server for predictions."""
+class RequestCache:
+    """The `shortcut` of a server of predictions."""
 
     def __init__(
         self,
-        find: Callable[[str], Served | None],
-        run: Callable[[Served, Request], list[Any]],
+        find: Callable[[str], LoadedModel | None],
+        run: Callable[[LoadedModel, InferenceRequest], list[Any]],
         allows: Callable[[Mapping[str, Any]], bool],
     ) -> None:
         self._find, self._run, self._allows = find, run, allows
-        self._heads: dict[bytes, _Known | None] = {}  # None = its answers are too long to be written at once
+        self._heads: dict[bytes, _ParsedHead | None] = {}  # None = its responses are too large for the event loop
 
     def answer(self, data: bytes) -> Answered | None:
-        """Return the headers and body that answer one whole request; None where it is for the server."""
+        """Return headers and body of the response to one complete request; None to leave it to the server."""
         end = data.find(_END, 0, MAX_HEAD_BYTES) + len(_END)
         known = self._heads.get(data[:end])
         if known is None or len(data) - end != known.num_bytes:
@@ -60,38 +67,38 @@ class KnownRequests:
             return None
         try:
             response = self._computed(served, data[end:], known.header_length)
-        except _TooLong:
+        except _ResponseTooLarge:
             self._heads[data[:end]] = None
             return None
-        except Exception:  # noqa: BLE001 - the server meets it too: it answers it, and logs a fault of ours
+        except Exception:  # noqa: BLE001 - the server runs into it too: it responds, and logs errors of ours
             return None
         if response is None:
             return None
         return [(name.lower().encode(), value.encode()) for name, value in response.headers.items()], response.body
 
-    def _computed(self, served: Served, body: bytes, header_length: str | None) -> Response | None:
-        request = parse_request(served, body, header_length) if is_small(body, header_length) else None
-        if request is None or not served.is_quick(request.feeds):
+    def _computed(self, served: LoadedModel, body: bytes, header_length: str | None) -> InferenceResponse | None:
+        request = parse_request(served, body, header_length) if is_small_request(body, header_length) else None
+        if request is None or not served.runs_inline(request.feeds):
             return None
         results = self._run(served, request)
-        if not answers_at_once(request, results):
-            raise _TooLong
+        if not is_small_response(request, results):
+            raise _ResponseTooLarge
         return encode_response(served, request, results)
 
     def learn(self, data: bytes, scope: Mapping[str, Any]) -> None:
-        """Remember the head of a whole request that the server has read."""
+        """Cache the head of a complete request that the server has parsed."""
         end = data.find(_END, 0, MAX_HEAD_BYTES) + len(_END)
         head = data[:end]
-        if end < len(_END) or head in self._heads or (known := _known(head, scope)) is None:
+        if end < len(_END) or head in self._heads or (known := _parsed(head, scope)) is None:
             return
         if known.num_bytes == len(data) - end and self._allows(scope):
-            if len(self._heads) >= MAX_KEPT:
+            if len(self._heads) >= MAX_CACHED:
                 self._heads.clear()
             self._heads[head] = known
 
 
-def _known(head: bytes, scope: Mapping[str, Any]) -> _Known | None:
-    """Return what a head says; None for one that is not for here."""
+def _parsed(head: bytes, scope: Mapping[str, Any]) -> _ParsedHead | None:
+    """Return the content of a head; None if such requests are left to the server."""
     headers = scope["headers"]
     names = [name for name, _ in headers]
     num_lines = len(headers) + 2  # the request line, and the empty one
@@ -113,4 +120,4 @@ def _known(head: bytes, scope: Mapping[str, Any]) -> _Known | None:
             return None
     values = dict(headers)
     header_length = values[_HEADER_LENGTH].decode("latin-1") if _HEADER_LENGTH in values else None
-    return _Known(model, version, header_length, int(values[_LENGTH]))
+    return _ParsedHead(model, version, header_length, int(values[_LENGTH]))

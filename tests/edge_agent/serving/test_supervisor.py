@@ -10,9 +10,9 @@ import signal
 import httpx
 import pytest
 
-from edge_agent.serving import predictions as module
+from edge_agent.serving import supervisor as module
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.predictions import Model, Predictions, PredictionsConfig, ServingCallbacks
+from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
 from edgefl.errors import ProtocolError
 from tests import onnx_models
 
@@ -27,18 +27,18 @@ class Agent:
         self.heard, self.failing = [], []
         listener = bind("127.0.0.1", 0)
         self.url = url_of(listener)
-        news = ServingCallbacks(
+        callbacks = ServingCallbacks(
             serving=self.heard.append, failing=lambda model, reason: self.failing.append((model, reason))
         )
-        self.predictions = Predictions(listener, PredictionsConfig(memory_mb=2000, load_s=load_s), news)
+        self.supervisor = ServingSupervisor(listener, ServingConfig(memory_mb=2000, load_s=load_s), callbacks)
 
     def model(self, content, name="m", version=1):
         path = self.folder / f"{name}-{version}.onnx"
         path.write_bytes(content)
-        return Model(name=name, version=version, path=path)
+        return ModelFile(name=name, version=version, path=path)
 
     async def serve(self, content, *, trial=False, **names):
-        staged = await self.predictions.prepare(self.model(content, **names), trial=trial)
+        staged = await self.supervisor.prepare(self.model(content, **names), trial=trial)
         staged.switch()
 
     async def ask(self, data=(1.0,) * 3, name="m"):
@@ -72,7 +72,7 @@ def on_device(tmp_path, until):
     def run(function, **options):
         async def inside():
             agent = Agent(tmp_path, until, **options)
-            running = asyncio.create_task(agent.predictions.run())
+            running = asyncio.create_task(agent.supervisor.run())
             try:
                 async with asyncio.timeout(100):
                     await function(agent)
@@ -80,7 +80,7 @@ def on_device(tmp_path, until):
                 running.cancel()
                 [ended] = await asyncio.gather(running, return_exceptions=True)
             assert isinstance(ended, asyncio.CancelledError), ended
-            assert agent.predictions.pid is None
+            assert agent.supervisor.pid is None
 
         asyncio.run(inside())
 
@@ -91,11 +91,11 @@ def test_it_is_started_for_a_model_and_ends_with_its_owner(on_device, alive):
     pids = []
 
     async def run(agent):
-        assert agent.predictions.pid is None
+        assert agent.supervisor.pid is None
         await agent.serve(onnx_models.affine(), trial=True)
-        pids.append(agent.predictions.pid)
+        pids.append(agent.supervisor.pid)
         assert (await agent.ask()).json()["outputs"][0]["data"] == [3.0] * 3
-        assert agent.predictions.versions() == {"m": 1}
+        assert agent.supervisor.versions() == {"m": 1}
 
     on_device(run)
     assert not alive(pids[0])
@@ -103,7 +103,7 @@ def test_it_is_started_for_a_model_and_ends_with_its_owner(on_device, alive):
 
 def test_it_is_started_for_whoever_asks(on_device):
     async def run(agent):
-        agent.predictions.set_ready()
+        agent.supervisor.set_ready()
         async with httpx.AsyncClient(base_url=agent.url, trust_env=False, timeout=30) as client:
             assert (await client.get("/v2/health/live")).json() == {"live": True}
             assert (await client.get("/v2/health/ready")).status_code == 200
@@ -115,15 +115,15 @@ def test_killed_it_comes_back_with_the_same_models_on_the_same_port(on_device):
     async def run(agent):
         await agent.serve(onnx_models.affine(1.0))
         await agent.serve(onnx_models.affine(2.0), name="other", version=7)
-        agent.predictions.set_ready()
+        agent.supervisor.set_ready()
         for _ in range(2):
-            killed = agent.predictions.pid
+            killed = agent.supervisor.pid
             os.kill(killed, signal.SIGKILL)
-            await agent.until(lambda killed=killed: agent.predictions.pid not in {None, killed})
+            await agent.until(lambda killed=killed: agent.supervisor.pid not in {None, killed})
             await agent.answers(2.0)
             await agent.answers(3.0, name="other")
         assert agent.heard[-2:] == [False, True]
-        assert agent.predictions.versions() == {"m": 1, "other": 7}
+        assert agent.supervisor.versions() == {"m": 1, "other": 7}
         assert agent.failing == []
 
     on_device(run)
@@ -157,7 +157,7 @@ def test_a_release_that_keeps_ending_it_is_told_of(on_device, monkeypatch):
                 continue
         [(model, reason)] = agent.failing
         assert (model.name, model.version) == ("d", 4)
-        assert reason == "the serving process died 2 times soon after its start, at work on model d version 4"
+        assert reason == "the serving process died 2 times soon after its start, while it ran model d version 4"
         await agent.answers(3.0)
 
     on_device(run)
@@ -171,7 +171,7 @@ def test_one_that_crashes_while_it_loads_is_given_up(on_device):
         await agent.answers(3.0)
         with pytest.raises(ProtocolError, match="was killed by SIGFPE"):
             await agent.serve(onnx_models.crash_at_start(), name="bad", trial=True)
-        assert agent.predictions.versions() == {"m": 1}
+        assert agent.supervisor.versions() == {"m": 1}
 
     on_device(run)
 
@@ -181,11 +181,11 @@ def test_one_that_began_to_crash_is_dropped_at_a_restart_and_the_others_serve(on
         await agent.serve(onnx_models.affine())
         await agent.serve(onnx_models.affine(), name="bad", version=2)
         agent.model(onnx_models.crash_at_start(), name="bad", version=2)  # the same file, other bytes
-        os.kill(agent.predictions.pid, signal.SIGKILL)
+        os.kill(agent.supervisor.pid, signal.SIGKILL)
         await agent.until(lambda: agent.failing)
         assert agent.failing[0][1] == "the serving process died 2 times while it loaded model bad version 2"
         await agent.answers(3.0)
-        assert agent.predictions.versions() == {"m": 1}
+        assert agent.supervisor.versions() == {"m": 1}
 
     on_device(run)
 
@@ -205,12 +205,12 @@ def test_one_that_does_not_end_loading_holds_up_nobody(on_device):
 
 def test_what_is_staged_can_be_forgotten(on_device):
     async def run(agent):
-        staged = await agent.predictions.prepare(agent.model(onnx_models.affine()), trial=False)
+        staged = await agent.supervisor.prepare(agent.model(onnx_models.affine()), trial=False)
         staged.forget()
         await agent.serve(onnx_models.affine(5.0), version=2)
         await agent.answers(6.0)
-        agent.predictions.drop("m")
-        await agent.until(lambda: agent.predictions.versions() == {})
+        agent.supervisor.drop("m")
+        await agent.until(lambda: agent.supervisor.versions() == {})
         while (await agent.ask()).status_code == 200:
             pass
 
@@ -220,10 +220,10 @@ def test_what_is_staged_can_be_forgotten(on_device):
 def test_staged_in_a_process_that_died_it_is_loaded_into_the_next(on_device):
     async def run(agent):
         await agent.serve(onnx_models.affine(1.0))
-        staged = await agent.predictions.prepare(agent.model(onnx_models.affine(4.0), version=2), trial=False)
-        killed = agent.predictions.pid
+        staged = await agent.supervisor.prepare(agent.model(onnx_models.affine(4.0), version=2), trial=False)
+        killed = agent.supervisor.pid
         os.kill(killed, signal.SIGKILL)
-        await agent.until(lambda: agent.predictions.pid not in {None, killed})
+        await agent.until(lambda: agent.supervisor.pid not in {None, killed})
         staged.switch()
         while (await agent.ask()).json().get("model_version") != "2":
             pass
@@ -233,7 +233,7 @@ def test_staged_in_a_process_that_died_it_is_loaded_into_the_next(on_device):
 
 
 def test_where_it_cannot_be_started_it_is_tried_again(on_device, monkeypatch):
-    real, refused = module.Predictions._start, []
+    real, refused = module.ServingSupervisor._start, []
 
     def start(self, descriptor, board):
         if not refused:
@@ -241,7 +241,7 @@ def test_where_it_cannot_be_started_it_is_tried_again(on_device, monkeypatch):
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         return real(self, descriptor, board)
 
-    monkeypatch.setattr(module.Predictions, "_start", start)
+    monkeypatch.setattr(module.ServingSupervisor, "_start", start)
 
     async def run(agent):
         await agent.serve(onnx_models.affine())
