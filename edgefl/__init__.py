@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from edgefl.simulation.world.population import PopulationConfig
     from edgefl.simulation.world.settings import EngineConfig, SimulationConfig
     from edgefl.task import FitResult, Task
+    from edgefl.training.metrics import WholeSet
 
 _NAMES = {
     "edgefl.config": ("AggregationConfig", "JobConfig", "RoundsConfig", "ServerConfig", "TrainConfig", "load_config"),
@@ -104,6 +105,7 @@ _NAMES = {
     "edgefl.simulation.world.population": ("PopulationConfig",),
     "edgefl.simulation.world.settings": ("EngineConfig", "SimulationConfig"),
     "edgefl.task": ("FitResult", "Task"),
+    "edgefl.training.metrics": ("WholeSet",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -161,6 +163,7 @@ __all__ = [
     "Variant",
     "VariantResult",
     "Watching",
+    "WholeSet",
     "load_config",
     "run",
     "simulate",

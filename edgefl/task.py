@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from edgefl.errors import ConfigError, TaskError
 from edgefl.terminal import debug
 from edgefl.terminal.extras import extra_of, install_command
+from edgefl.training.metrics import direction, refuse_metrics
 from edgefl.training.randomness import seeded
 from edgefl.trees import Tree
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgefl.config import TrainConfig
+    from edgefl.training.metrics import Metric
 
 MAX_QUOTED = 1000  # characters of the user's own message that an error repeats
 
@@ -60,7 +62,9 @@ class Task:
 
     `train_data(**options)` returns (inputs, targets), arrays or tensors of equal first dimension: this
     device's own data; the options come from `edgefl agent start --data k=v`, as strings.
-    `loss(outputs, targets)` is a mean over the batch. A metric maps (outputs, targets) to a mean too.
+    `loss(outputs, targets)` is a mean over the batch. A metric is a function of (outputs, targets) that is a mean
+    over the batch, too, or an object with torchmetrics' `update`, `compute` and `reset`; it is of the held-out data.
+    `higher_is_better` says of a metric which way is better, if neither its attribute of this name nor its name does.
     """
 
     name: str
@@ -68,21 +72,45 @@ class Task:
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     train_data: Callable[..., tuple[Any, Any]] | None = None
     test_data: Callable[..., tuple[Any, Any]] | None = None  # held-out data, evaluated on the operator's machine
-    metrics: Mapping[str, Callable[[torch.Tensor, torch.Tensor], float]] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
     optimizer: Callable[..., torch.optim.Optimizer] | None = None  # (parameters, lr[, config or round])
     initial: Callable[[], Tree] | None = None
     fit: Callable[[Tree, TrainConfig, Mapping[str, str]], FitResult] | None = None
     trained: Collection[str] | None = None  # the names that `fit` trains and returns; None = all
+    evaluate: Callable[[Tree], Mapping[str, Any]] | None = None  # held-out metrics of a task with `fit`
 
     def __post_init__(self) -> None:
         torch_task = self.model is not None and self.loss is not None and self.train_data is not None
         if torch_task == (self.initial is not None and self.fit is not None):
             raise ConfigError(f"task {self.name!r} must have either model, loss and train_data, or initial and fit")
+        self._check_evaluation(torch_task=torch_task)
         if self.trained is not None and (torch_task or isinstance(self.trained, str)):
             raise ConfigError(
                 f"task {self.name!r}: trained={self.trained!r:.200} belongs to a task with fit, and lists names of "
                 "tensors; of a model, the parameters that require a gradient are trained"
             )
+
+    def _check_evaluation(self, *, torch_task: bool) -> None:
+        if torch_task and self.evaluate is not None:
+            raise ConfigError(
+                f"task {self.name!r}: evaluate belongs to a task with fit; one with a model has test_data and metrics"
+            )
+        if not torch_task and (self.metrics or self.test_data is not None):
+            raise ConfigError(
+                f"task {self.name!r}: metrics and test_data belong to a task with model and loss; one with fit is "
+                "evaluated by its own evaluate(parameters)"
+            )
+        refuse_metrics(self.name, self.metrics)
+        if torch_task and (strange := self.higher_is_better.keys() - self.metrics.keys()):
+            raise ConfigError(
+                f"task {self.name!r}: higher_is_better names {min(strange)!r}, which is no metric of it: "
+                f"{', '.join(self.metrics) or 'it has none'}"
+            )
+
+    def direction_of(self, metric: str) -> bool | None:
+        """Return whether a higher value of a metric is better; None if nothing says so."""
+        return self.higher_is_better.get(metric, direction(metric, self.metrics.get(metric)))
 
     def optimizer_of(self, parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
         """Make this task's optimizer for a round; it gets `round` or `config` if it has such a parameter.

@@ -1,4 +1,4 @@
-"""Evaluation of parameters: the loss and the task's metrics on its held-out test data, as means over the samples.
+"""Evaluation of parameters: the loss and the task's metrics on its held-out test data.
 
 Used by runs and simulations after each round, by a task's Flower app, when a model is published, and by the gate
 for compressed files (`edgefl.models.gate`).
@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from edgefl.errors import TaskError
 from edgefl.task import Task, UserCode
 from edgefl.training.local import loss_of, make_model, set_parameters
+from edgefl.training.metrics import Evaluation, numbers
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import Samples, test_samples
 from edgefl.trees import Tree
@@ -23,7 +25,7 @@ EVALUATION_BATCH = 128
 
 
 class Judge:
-    """Evaluates parameters on the task's test data; returns no metrics if there is none.
+    """Evaluates parameters on the task's test data, or by its own `evaluate`; without either there are no metrics.
 
     `options` are for the loader; `computing` is a context around each evaluation, e.g. to use more threads.
     """
@@ -40,10 +42,13 @@ class Judge:
     @property
     def can(self) -> bool:
         """Whether the task can be evaluated."""
-        return self._tools is not None
+        return self._tools is not None or self._task.evaluate is not None
 
     def __call__(self, parameters: Tree) -> dict[str, float]:
-        """Return `loss` and each metric; empty if the task has no model or no test data."""
+        """Return `loss` and each metric, or what the task's `evaluate` returns; empty if it has neither."""
+        if self._task.evaluate is not None:
+            with self._computing():
+                return _by_itself(self._task, parameters)
         if self._tools is None:
             return {}
         model, samples = self._tools
@@ -57,17 +62,23 @@ def evaluate(task: Task, parameters: Tree, options: Mapping[str, str] | None = N
     return Judge(task, options)(parameters)
 
 
+def _by_itself(task: Task, parameters: Tree) -> dict[str, float]:
+    with seeded(0), UserCode(task.name, "evaluate"):
+        found = task.evaluate(parameters) if task.evaluate is not None else {}
+    if not isinstance(found, Mapping):
+        raise TaskError(f"task {task.name!r}: evaluate returned a {type(found).__name__}; expected metrics by name")
+    named = {str(name): value for name, value in found.items()}
+    return {key: one for name, value in named.items() for key, one in numbers(task.name, name, value).items()}
+
+
 def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict[str, float]:
-    """Return `loss` and each metric as means over the samples."""
+    """Return `loss`, a mean over the samples, and each metric of the task over all of them."""
     import torch
 
-    totals: dict[str, float] = {}
     model.eval()
     with torch.no_grad(), seeded(0), UserCode(task.name, "evaluation"):
+        evaluation = Evaluation(task.name, task.metrics)
         for chunk in samples.chunks(EVALUATION_BATCH):
             outputs = model(chunk.inputs)
-            values = {"loss": float(loss_of(task, outputs, chunk.targets))}
-            values |= {name: float(metric(outputs, chunk.targets)) for name, metric in task.metrics.items()}
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value * len(chunk)
-    return {name: total / len(samples) for name, total in totals.items()}
+            evaluation.add(outputs, chunk.targets, float(loss_of(task, outputs, chunk.targets)), len(chunk))
+        return evaluation.result()

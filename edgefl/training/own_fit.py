@@ -29,12 +29,20 @@ def fit_of(
         raise TaskError(f"task {task.name!r}: fit returned a {type(result).__name__}, not an edgefl.FitResult")
     tree = arrays_of(task, "fit", result.tree)
     try:
-        weight, metrics = float(result.weight), {str(name): float(value) for name, value in result.metrics.items()}
+        weight, metrics = (
+            float(result.weight),
+            {_of_training(str(name)): float(value) for name, value in result.metrics.items()},
+        )
     except (TypeError, ValueError, AttributeError) as cause:
         raise TaskError(f"task {task.name!r}: fit's weight and metrics must be numbers: {cause}") from cause
     if fault := wrong_spec(spec_of(tree), spec_of(parameters)) or wrong_weight(weight):
         raise TaskError(f"task {task.name!r}: fit returned what cannot be an update: {fault}")
     return FitResult(tree=tree, weight=weight, metrics=metrics)
+
+
+def _of_training(name: str) -> str:
+    """Return a name that says that the number comes from training, on the devices' own samples."""
+    return name if name.startswith("train_") else f"train_{name}"
 
 
 def arrays_of(task: Task, what: str, tree: object) -> dict[str, Array]:

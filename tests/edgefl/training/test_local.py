@@ -299,7 +299,7 @@ def test_a_fit_of_the_users_own():
         )
 
     result = train(fit_task(fit), options={"n": "3"}, lr=0.5)
-    assert (result.tree["w"].tolist(), result.weight, result.metrics) == ([0.5, 0.5], 3.0, {"m": 1.0})
+    assert (result.tree["w"].tolist(), result.weight, result.metrics) == ([0.5, 0.5], 3.0, {"train_m": 1.0})
     assert buffer_names(fit_task(fit)) == ()
 
 

@@ -11,6 +11,7 @@ from edgefl.config import TrainConfig
 from edgefl.task import FitResult, Task, load_task
 from edgefl.training.evaluation import evaluate
 from edgefl.training.local import initial_parameters, train_locally
+from edgefl.training.metrics import WholeSet
 from edgefl.training.randomness import Drawn, kept, seeded
 
 
@@ -92,7 +93,12 @@ def fit(parameters, config, options):
 
 
 TASK = Task(
-    name="draws", model=Net, loss=loss, train_data=load, test_data=load, metrics={"m": lambda *_: np.random.normal()}
+    name="draws",
+    model=Net,
+    loss=loss,
+    train_data=load,
+    test_data=load,
+    metrics={"m": WholeSet(lambda *_: np.random.normal())},
 )
 OWN = Task(name="own", initial=lambda: {"w": np.array(draw())}, fit=fit)
 
@@ -103,7 +109,7 @@ def test_what_a_device_does_depends_on_seed_round_and_client_alone(task):
         draw()  # the caller's own
         start = initial_parameters(task, seed)
         done = train_locally(task, start, TrainConfig(seed=seed), options={}, round=round, client=client)
-        values = [*start.values(), *done.tree.values(), done.metrics["train_loss" if task is TASK else "drawn"]]
+        values = [*start.values(), *done.tree.values(), done.metrics["train_loss" if task is TASK else "train_drawn"]]
         return np.concatenate([np.ravel(one) for one in values])
 
     np.testing.assert_array_equal(once(), once())
