@@ -2,7 +2,8 @@
 
     EdgeflError
     |-- ConfigError          a configuration, option or task reference that cannot be used
-    |   `-- NotFound         a job, model, device, rollout or blob that the cloud does not have
+    |   |-- NotFound         a job, model, device, rollout or blob that the cloud does not have
+    |   `-- NotMeasurable    a model for which the cost of compression cannot be measured
     |-- MissingExtra         an optional dependency that this installation lacks
     |-- TaskError            the user's task raised, hung, or returned something that cannot be an update
     |-- TrainerLost          the trainer was killed or could not be started, not because of the task; it is retried
@@ -44,6 +45,10 @@ class EdgeflError(Exception):
 
 class ConfigError(EdgeflError, ValueError):
     """A configuration, option or task reference that cannot be used."""
+
+
+class NotMeasurable(ConfigError):
+    """What compression costs a model cannot be measured: there is no test data, or it has learned nothing yet."""
 
 
 class MissingExtra(EdgeflError, ImportError):
@@ -107,7 +112,7 @@ class ParityError(EdgeflError):
 
 
 class AccuracyGateFailed(EdgeflError):
-    """A compressed model loses more accuracy than the gate allows."""
+    """A compressed model loses more of its measure than the gate allows."""
 
 
 class RolloutFailed(EdgeflError):

@@ -42,7 +42,7 @@ class CompressReport:
 
     source_bytes: int
     target_bytes: int
-    measure: str  # what the gate measured: accuracy | loss
+    measure: str  # what the gate measured: a metric of the task, accuracy or loss
     before: float
     after: float
     drop: float  # the fraction lost; for accuracy before - after; negative if the compressed model is better
@@ -51,10 +51,20 @@ class CompressReport:
     accuracy_after: float | None = None
 
 
-def check_max_drop(max_drop: float) -> None:
-    """Raise ConfigError for a value that is not a fraction."""
-    if not 0 <= max_drop <= 1:  # also if it is NaN
-        raise ConfigError(f"--max-drop {max_drop:g} must be in 0..1; 0.01 is one percentage point of accuracy")
+def parse_max_drop(max_drop: float | str) -> tuple[float, bool]:
+    """Return what `--max-drop` allows, and whether it is relative: 0.01 is absolute, "1%" is of the value before.
+
+    Raises ConfigError for a value that is not a fraction.
+    """
+    text = str(max_drop)
+    relative = text.endswith("%")
+    try:
+        value = float(text.removesuffix("%")) / (100 if relative else 1)
+    except ValueError:
+        raise ConfigError(f"--max-drop {text!r} is not a number; expected one such as 0.01, or 1%") from None
+    if not 0 <= value <= 1:  # also if it is NaN
+        raise ConfigError(f"--max-drop {max_drop} must be in 0..1; 0.01 is one percentage point of accuracy")
+    return value, relative
 
 
 def compress(
@@ -69,7 +79,7 @@ def compress(
     measure = measure or Measure()
     if len(calibration) == 0:
         raise ConfigError("compression needs at least one calibration input, got 0")
-    check_max_drop(max_drop)
+    parse_max_drop(max_drop)
     start_s = time.monotonic()
     before = evaluate(source)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
@@ -79,8 +89,8 @@ def compress(
         if not drop <= max_drop + _ROUNDING:  # also if it is NaN
             raise AccuracyGateFailed(
                 f"{source.name}: {measure.name} goes from {before:.4f} to {after:.4f} in int8, by {drop:.4f}"
-                f"{measure.unit}; allowed: {max_drop:g}. Give more calibration data, allow more, or publish it "
-                "uncompressed."
+                f"{measure.unit}; allowed: {max_drop:g}. Allow more with --max-drop, or publish it uncompressed "
+                "with --compress none."
             )
         half.replace(target)
     is_accuracy = measure.name == "accuracy"

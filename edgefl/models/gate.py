@@ -1,13 +1,15 @@
-"""The measure of a compressed model: accuracy for a classification, otherwise the task's own loss.
+"""The gate: what a compressed model is judged by, and how much of it may be lost.
 
-A task is a classification if its test targets are class indices: integers in 0..C-1, for outputs of
-C scores. Every other task is measured by its loss, as a fraction of what the model has learned:
+The measure is one of the task's own metrics: the one that is asked for, else its first with a known direction, else
+accuracy if the task is a classification, else its loss. A task is a classification if its test targets are class
+indices: integers in 0..C-1, for outputs of C scores. What is lost of a metric that should be high is the difference.
+Of one that should be low, it is a fraction of what the model has learned:
 
     drop = (r(after) - r(before)) / (r(blind) - r(before))
 
-`blind` is the loss of the source's mean output, which a model that ignores its input would return. r is
-the square root for a squared error, so that errors have the targets' unit, and the identity otherwise.
-Invariant: a number is called accuracy only if it is the fraction of right answers.
+`blind` is the value for the source's mean output, which a model that ignores its input would return. r is the square
+root for a squared error, so that errors have the targets' unit, and the identity otherwise.
+Invariant: a number is called accuracy only if it is the task's own metric or the fraction of right answers.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, NotMeasurable
 from edgefl.models.compress import Measure
 from edgefl.models.session import input_name, open_session
 from edgefl.task import Task
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     import torch
 
 ACCURACY, LOSS = "accuracy", "loss"
+MAX_CALIBRATION = 256
+CALIBRATION_SHARE = 5  # one sample in five calibrates, the others judge
+_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,24 +45,71 @@ class Gate:
 
     measure: Measure
     evaluate: Callable[[Path], Mapping[str, float]]  # all metrics of a file, including the measure
+    calibration: Array  # inputs that are not among those that `evaluate` uses
 
 
-def gate_of(task: Task, source: Path) -> Gate:
-    """Return the gate for compressed forms of a file; raises ConfigError if nothing can be measured."""
+def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bool = False) -> Gate:
+    """Return the gate for compressed forms of a file, by the metric that is named, or by the task's own choice.
+
+    `relative`: what is lost is a fraction of the value before. Raises NotMeasurable if the cost of compression cannot
+    be measured, ConfigError for a metric that the task does not have or whose direction is not known.
+    """
     if task.test_data is None:
-        raise ConfigError(
-            f"task {task.name!r} has no test_data, so the cost of compression cannot be measured. Add test_data, or "
-            "publish with --compress none"
-        )
-    samples = test_samples(task, {})
-    if all(is_classified(outputs, targets) for outputs, targets in _outputs(source, samples)):
+        raise NotMeasurable(f"task {task.name!r} has no test_data, so the cost of compression cannot be measured")
+    calibration, samples = split(test_samples(task, {}))
+    kept = calibration.inputs.cpu().numpy()
+    is_classification = all(is_classified(outputs, targets) for outputs, targets in _outputs(source, samples))
+    name = metric or _own_choice(task, is_classification=is_classification)
+    if name == ACCURACY and ACCURACY not in task.metrics and is_classification:
         inputs, targets = samples.inputs.cpu().numpy(), samples.targets.cpu().numpy()
+        before = {ACCURACY: accuracy_of(source, inputs, targets)}
         return Gate(
-            measure=Measure(),
-            evaluate=lambda path: {ACCURACY: accuracy_of(path, inputs, targets)},
+            measure=_relative(task, ACCURACY, before[ACCURACY], 1) if relative else Measure(),
+            evaluate=lambda path: {**measured(task, path, samples), ACCURACY: accuracy_of(path, inputs, targets)},
+            calibration=kept,
         )
-    share_lost = Measure(name=LOSS, drop=_share_lost(task, source, samples), unit=" of what the model has learned")
-    return Gate(measure=share_lost, evaluate=lambda path: measured(task, path, samples))
+    before = measured(task, source, samples)
+    if name not in before:
+        raise ConfigError(f"task {task.name!r} has no metric {name!r} to judge by; it has {', '.join(before)}")
+    if (higher := task.direction_of(name)) is None:
+        raise ConfigError(
+            f"task {task.name!r}: whether a higher {name} is better is not known. Say it in the task: "
+            f"higher_is_better={{{name!r}: True}}, or judge by another metric"
+        )
+    if not math.isfinite(before[name]):
+        raise NotMeasurable(f"task {task.name!r}: {name} is {before[name]} before compression")
+    measure = Measure(name=name)
+    if relative:
+        measure = _relative(task, name, before[name], 1 if higher else -1)
+    elif not higher:
+        share = _share_lost(task, source, samples, name, before[name])
+        measure = Measure(name=name, drop=share, unit=" of what the model has learned")
+    return Gate(measure=measure, evaluate=lambda path: measured(task, path, samples), calibration=kept)
+
+
+def split(samples: Samples) -> tuple[Samples, Samples]:
+    """Return samples for calibration and for the gate, drawn with a fixed seed; both are all of fewer than ten."""
+    import torch
+
+    if len(samples) < 2 * CALIBRATION_SHARE:
+        return samples, samples
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(_SEED)).to(samples.inputs.device)
+    count = min(MAX_CALIBRATION, len(samples) // CALIBRATION_SHARE)
+    first, rest = order[:count], order[count:].sort().values
+    return Samples(samples.inputs[first], samples.targets[first]), Samples(samples.inputs[rest], samples.targets[rest])
+
+
+def _relative(task: Task, name: str, before: float, sign: int) -> Measure:
+    if before == 0:
+        raise NotMeasurable(f"task {task.name!r}: {name} is 0 before compression: there is no fraction of it")
+    return Measure(
+        name=name, drop=lambda before, after: sign * (before - after) / abs(before), unit=f" of the {name} before"
+    )
+
+
+def _own_choice(task: Task, *, is_classification: bool) -> str:
+    known = (name for name in task.metrics if task.direction_of(name) is not None)
+    return next(known, ACCURACY if is_classification else LOSS)
 
 
 def measured(task: Task, path: Path, samples: Samples) -> dict[str, float]:
@@ -91,22 +143,22 @@ def accuracy_of(path: Path, inputs: Array, targets: Array) -> float:
     return right / np.asarray(targets).size
 
 
-def _share_lost(task: Task, source: Path, samples: Samples) -> Callable[[float, float], float]:
+def _share_lost(
+    task: Task, source: Path, samples: Samples, name: str, before: float
+) -> Callable[[float, float], float]:
     mean = _mean_output(source, samples)
-    before = measured(task, source, samples)[LOSS]
-    blind = evaluate_model(task, _answering(lambda inputs: np.repeat(mean, len(inputs), axis=0)), samples)[LOSS]
+    blind = evaluate_model(task, _answering(lambda inputs: np.repeat(mean, len(inputs), axis=0)), samples)[name]
     if not before < blind:  # also if it is NaN
-        raise ConfigError(
-            f"task {task.name!r}: its loss on the test data is {before:.4g}, and {blind:.4g} for a model that "
-            "ignores its input. It has learned nothing yet that compression could lose: train it, or publish "
-            "with --compress none"
+        raise NotMeasurable(
+            f"task {task.name!r}: its {name} on the test data is {before:.4g}, and {blind:.4g} for a model that "
+            "ignores its input. It has learned nothing yet that compression could lose: train it"
         )
-    root = math.sqrt if _is_squared(task, mean, samples) else float
+    root = math.sqrt if _is_squared(task, mean, samples, name) else float
     return lambda before, after: (root(after) - root(before)) / (root(blind) - root(before))
 
 
-def _is_squared(task: Task, mean: Array, samples: Samples) -> bool:
-    """Whether the loss is a squared error: half the distance from the targets gives a quarter of it."""
+def _is_squared(task: Task, mean: Array, samples: Samples, name: str) -> bool:
+    """Whether a measure is a squared error: half the distance from the targets gives a quarter of it."""
     import torch
 
     targets = samples.targets[:EVALUATION_BATCH]
@@ -115,10 +167,10 @@ def _is_squared(task: Task, mean: Array, samples: Samples) -> bool:
     few = Samples(samples.inputs[:EVALUATION_BATCH], targets)
     far = torch.from_numpy(mean).to(targets) - targets
 
-    def loss_at(share: float) -> float:
-        return evaluate_model(task, _answering(lambda _inputs: (targets + share * far).numpy()), few)[LOSS]
+    def at(share: float) -> float:
+        return evaluate_model(task, _answering(lambda _inputs: (targets + share * far).numpy()), few)[name]
 
-    return math.isclose(loss_at(0.5), loss_at(1.0) / 4, rel_tol=1e-3)
+    return math.isclose(at(0.5), at(1.0) / 4, rel_tol=1e-3)
 
 
 def _mean_output(source: Path, samples: Samples) -> Array:

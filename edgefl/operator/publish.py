@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgefl.errors import ConfigError, ProtocolError
-from edgefl.models.compress import check_max_drop
+from edgefl.errors import ConfigError, NotMeasurable, ProtocolError
+from edgefl.models.compress import parse_max_drop
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.run import download_parameters, upload_file
 from edgefl.protocols.manifest import check_model_name
 from edgefl.task import Task
 from edgefl.terminal.output import counted
 
-COMPRESSIONS = ("int8", "none")
-MAX_CALIBRATION = 256
+COMPRESSIONS = ("auto", "int8", "none")
+BEFORE = "before/"  # begins the names of a release's metrics as they were before compression
 ENDED_AS = {"done": "is done", "failed": "failed", "cancelled": "was cancelled", "running": "is still running,"}
 
 
@@ -32,12 +32,13 @@ class Exported:
     path: Path
     metrics: Mapping[str, float] = field(default_factory=dict)
     report: Json | None = None
+    note: str = ""  # why it is not compressed although it was to be
 
 
-def check_request(model: str, max_drop: float, *files: Path | None) -> None:
+def check_request(model: str, max_drop: float | str, *files: Path | None) -> None:
     """Raise ConfigError early for a wrong model name, a wrong `max_drop` or a missing file."""
     check_model_name(model)
-    check_max_drop(max_drop)
+    parse_max_drop(max_drop)
     for file in files:
         if file is not None and not file.is_file():
             raise ConfigError(f"{file}: there is no such file; give the path of an existing file")
@@ -84,8 +85,14 @@ def parameters_of(client: CloudClient, job: Json, folder: Path) -> Path:
     return path
 
 
-def export(task: Task, parameters: Path, folder: Path, *, compression: str, max_drop: float) -> Exported:
-    """Make the ONNX file for publishing; raises ConfigError, ParityError and AccuracyGateFailed."""
+def export(
+    task: Task, parameters: Path, folder: Path, *, compression: str, max_drop: float | str, gate: str | None = None
+) -> Exported:  # fmt: skip
+    """Make the ONNX file for publishing; raises ConfigError, ParityError and AccuracyGateFailed.
+
+    `compression` "auto" is int8 where that can be judged. `gate` names the metric that judges, None = the task's own
+    choice (`edgefl.models.gate`). `max_drop` is absolute, or as a text such as "2%" a share of its value before.
+    """
     from edgefl.models.export import export_task
     from edgefl.training.evaluation import evaluate
     from edgefl.trees import SpooledTree
@@ -98,16 +105,25 @@ def export(task: Task, parameters: Path, folder: Path, *, compression: str, max_
         raise ConfigError(f"{parameters} does not hold parameters in safetensors format: {cause}") from cause
     exported = folder / "model.onnx"
     export_task(task, tree, exported)
-    metrics = evaluate(task, tree)
+    whole = Exported(path=exported, metrics=evaluate(task, tree))
     if compression == "none":
-        return Exported(path=exported, metrics=metrics)
-    return _compressed(task, Exported(path=exported, metrics=metrics), max_drop)
+        return whole
+    try:
+        compressed = compress_under_gate(task, exported, max_drop, gate)
+    except NotMeasurable as reason:
+        if compression == "int8":
+            raise NotMeasurable(f"{reason}; or publish with --compress none") from reason
+        return dataclasses.replace(whole, note=f"not compressed: {reason}")
+    before, after = exported.stat().st_size, compressed.path.stat().st_size
+    if after >= before:
+        return dataclasses.replace(whole, note=f"not compressed: int8 has {after} bytes, not fewer than the {before}")
+    return compressed
 
 
 def publish(client: CloudClient, model: str, exported: Exported) -> Json:
     """Upload and sign; return the release with the compression's report."""
     release = client.publish(model, upload_file(client, exported.path), exported.metrics)
-    return release | {"compression": exported.report}
+    return release | {"compression": exported.report, "note": exported.note}
 
 
 def publish_onnx(client: CloudClient, model: str, path: Path) -> Json:
@@ -118,25 +134,26 @@ def publish_onnx(client: CloudClient, model: str, path: Path) -> Json:
     return publish(client, model, Exported(path=path))
 
 
-def _compressed(task: Task, source: Exported, max_drop: float) -> Exported:
+def compress_under_gate(task: Task, source: Path, max_drop: float | str, metric: str | None) -> Exported:
+    """Return an exported file in int8, with its metrics and those before; arguments and errors as of `export`."""
     from edgefl.models.compress import compress
     from edgefl.models.gate import gate_of
-    from edgefl.training.samples import test_samples
 
-    gate = gate_of(task, source.path)
-    calibration = test_samples(task, {}).inputs[:MAX_CALIBRATION].cpu().numpy()  # for value ranges; no labels
+    allowed, relative = parse_max_drop(max_drop)
+    gate = gate_of(task, source, metric, relative=relative)
     seen: dict[Path, Mapping[str, float]] = {}
 
     def evaluate(path: Path) -> float:
         seen[path] = gate.evaluate(path)
         return seen[path][gate.measure.name]
 
-    target = source.path.with_name("model.int8.onnx")
+    target = source.with_name("model.int8.onnx")
     report = compress(
-        source.path, target, calibration=calibration, evaluate=evaluate, max_drop=max_drop, measure=gate.measure
+        source, target, calibration=gate.calibration, evaluate=evaluate, max_drop=allowed, measure=gate.measure
     )
-    of_target = list(seen.values())[-1]
-    lost = (
-        {"accuracy_drop": report.drop} if report.measure == "accuracy" else {"loss_rise": report.after - report.before}
-    )
-    return Exported(path=target, metrics={**of_target, **lost}, report=dataclasses.asdict(report))
+    before, after = seen.values()
+    lost = {
+        "accuracy": {"accuracy_drop": report.drop}, "loss": {"loss_rise": report.after - report.before}
+    }.get(report.measure, {})  # fmt: skip
+    told = {f"{BEFORE}{name}": value for name, value in before.items()}
+    return Exported(path=target, metrics={**after, **lost, **told}, report=dataclasses.asdict(report))

@@ -152,9 +152,9 @@ class Evaluation:
             if not math.isfinite(whole) or math.isclose(mean, whole, rel_tol=_REL_TOLERANCE, abs_tol=_ABS_TOLERANCE):
                 continue
             raise TaskError(
-                f"task {self._task!r}: metric {name!r} is not a mean over samples: it is {whole:.4g} for {few} samples, "
-                f"but {mean:.4g} on average for pairs of them. Give an object with update, compute and reset, such as "
-                "one of torchmetrics, or edgefl.WholeSet(function)"
+                f"task {self._task!r}: metric {name!r} is not a mean over samples: it is {whole:.4g} for {few} "
+                f"samples, but {mean:.4g} on average for pairs of them. Give an object with update, compute and reset, "
+                "such as one of torchmetrics, or edgefl.WholeSet(function)"
             )
 
 

@@ -227,6 +227,14 @@ def torch_task(tmp_path):
 
 
 @pytest.fixture
+def wide_task(tmp_path):
+    """`torch_task` with a model that is large enough to be smaller in int8."""
+    wide = "nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))"
+    code = TORCH_TASK.replace("torch.nn.Linear(4, 2)", wide.replace("nn.", "torch.nn."))
+    return write_task(tmp_path / "torch_task", code, "signs_task")
+
+
+@pytest.fixture
 def plain_task(tmp_path):
     return write_task(tmp_path / "plain_task", PLAIN_TASK, "plain_task")
 

@@ -11,6 +11,7 @@ from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.operator.follow import follow_rollout
+from edgefl.operator.publish import BEFORE
 from edgefl.terminal.output import INTERRUPTED, Output, counted, example, json_option, metrics_text, time_text
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -32,14 +33,17 @@ def models() -> None:
 @click.option("--parameters", type=FILE, help="The trained parameters: the --out of `edgefl run`.")
 @click.option("--job", help="Instead of --parameters: the job that trained them.")
 @click.option("--onnx", type=FILE, help="Instead of a task: a finished ONNX file.")
-@click.option("--compress", "compression", type=click.Choice(["int8", "none"]), default="int8", show_default=True)
-@click.option("--max-drop", default=0.02, show_default=True,
-              help="Allowed loss: 0.02 = 2 points of accuracy, or 2% of what the model has learned.")  # fmt: skip
+@click.option("--compress", "compression", type=click.Choice(["auto", "int8", "none"]), default="auto",
+              show_default=True, help="auto: int8 if its cost can be measured.")  # fmt: skip
+@click.option("--gate", metavar="METRIC", help="What int8 is judged by; by default the task's first metric.")
+@click.option("--max-drop", default="0.02", show_default=True,
+              help="Allowed loss: 0.02 = 2 points of accuracy, or 2% of what the model has learned; "
+                   "2% = of the metric's value before.")  # fmt: skip
 @connected
 @json_option
 def publish(  # noqa: PLR0913 - one a flag
     *, name: str, task: str | None, parameters: Path | None, job: str | None, onnx: Path | None, compression: str,
-    max_drop: float, connection: CloudConnection, output: Output,
+    gate: str | None, max_drop: str, connection: CloudConnection, output: Output,
 ) -> None:  # fmt: skip
     """Publish a model as the next version of NAME.
 
@@ -64,7 +68,9 @@ def publish(  # noqa: PLR0913 - one a flag
             else:
                 client.jobs()  # an unreachable cloud or a wrong token is reported before the work
             loaded = load_task(str(task))
-            exported = publishing.export(loaded, parameters, folder, compression=compression, max_drop=max_drop)
+            exported = publishing.export(
+                loaded, parameters, folder, compression=compression, max_drop=max_drop, gate=gate
+            )
             release = publishing.publish(client, name, exported)
     _say_published(release, output)
     output.result(release)
@@ -170,7 +176,9 @@ def _waited(client: CloudClient, status: Json, wait_s: float, output: Output) ->
 
 
 def _say_published(release: Json, output: Output) -> None:
-    output.line(f"{release['model']} version {release['version']}: {metrics_text(release['metrics'])}".rstrip(": "))
+    output.line(f"{release['model']} version {release['version']}: {_metrics(release)}".rstrip(": "))
+    if release["note"]:
+        output.line(release["note"])
     if report := release["compression"]:
         output.line(
             f"int8: {report['source_bytes'] / 1024:.0f} -> {report['target_bytes'] / 1024:.0f} KiB, "
@@ -179,9 +187,13 @@ def _say_published(release: Json, output: Output) -> None:
     output.line(f"deliver it to the devices: edgefl rollout start {release['model']} --version {release['version']}")
 
 
+def _metrics(release: Json) -> str:
+    return metrics_text({name: value for name, value in release["metrics"].items() if not name.startswith(BEFORE)})
+
+
 def _table(releases: list[Json], output: Output) -> None:
     rows = [
-        (one["model"], one["version"], f"{one['blob']['size'] / 1024:.0f} KiB", metrics_text(one["metrics"]),
+        (one["model"], one["version"], f"{one['blob']['size'] / 1024:.0f} KiB", _metrics(one),
          time_text(one["created_s"]))
         for one in releases
     ]  # fmt: skip

@@ -1,23 +1,29 @@
-"""What a compressed model is judged by: accuracy is one only for classes, all else is judged by the loss."""
+"""What a compressed model is judged by: the task's own metrics and their directions, accuracy, or the loss."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+import torchmetrics
 from onnx import TensorProto, helper
+from sklearn.metrics import mean_absolute_error, r2_score
 from torch import nn
 
 from edgefl import Task
-from edgefl.errors import AccuracyGateFailed, ConfigError
-from edgefl.models.gate import accuracy_of, gate_of
-from edgefl.operator.publish import export
+from edgefl.errors import AccuracyGateFailed, ConfigError, NotMeasurable
+from edgefl.models.gate import accuracy_of, gate_of, split
+from edgefl.operator.publish import compress_under_gate, export
 from edgefl.training.local import initial_parameters
+from edgefl.training.samples import test_samples as held_out
 from edgefl.trees import write_tree
 
 RNG = np.random.default_rng(0)
-INPUTS = RNG.normal(size=(64, 4)).astype(np.float32)
+INPUTS = RNG.normal(size=(512, 4)).astype(np.float32)
 
 
 def linear(*rows):
@@ -36,11 +42,16 @@ def task(model, loss, targets, inputs=INPUTS, **more):
     )  # fmt: skip
 
 
-def exported(made, folder: Path, compression="none", max_drop=0.02):
+def exported(made, folder: Path, compression="none"):
     parameters = folder / "p.safetensors"
     with parameters.open("wb") as file:
         write_tree(initial_parameters(made), file)
-    return export(made, parameters, folder, compression=compression, max_drop=max_drop)
+    return export(made, parameters, folder, compression=compression, max_drop=1)
+
+
+def in_int8(made, folder: Path, max_drop=0.02, gate=None):
+    """The model in int8, although one so small does not become smaller."""
+    return compress_under_gate(made, exported(made, folder).path, max_drop, gate)
 
 
 REGRESSION = task(
@@ -49,18 +60,79 @@ REGRESSION = task(
 )  # fmt: skip
 
 
-def test_a_regression_is_judged_by_its_loss_and_published_with_what_was_measured(tmp_path):
-    small = exported(REGRESSION, tmp_path, "int8", max_drop=0.05)
-    assert (small.report["measure"], small.report["accuracy_before"]) == ("loss", None)
-    assert small.metrics.keys() == {"loss", "mae", "loss_rise"}
-    outputs = np.asarray(gate_of(REGRESSION, small.path).evaluate(small.path)["mae"])
-    assert small.metrics["mae"] == pytest.approx(float(outputs))
+def judged_by_hand(path: Path, made, score):
+    """A metric of what a file computes, on the samples that its gate uses."""
+    _, samples = split(held_out(made, {}))
+    inputs, targets = samples.inputs.numpy(), samples.targets.numpy()
+    session = onnxruntime.InferenceSession(path)
+    outputs = np.concatenate([session.run(None, {"input": inputs[n : n + 1]})[0] for n in range(len(inputs))])
+    return score(targets, outputs)
+
+
+def test_a_regression_is_judged_by_its_first_metric_and_published_with_what_was_measured(tmp_path):
+    small = in_int8(REGRESSION, tmp_path, 0.05)
+    assert (small.report["measure"], small.report["accuracy_before"]) == ("mae", None)
+    assert small.metrics.keys() == {"loss", "mae", "before/loss", "before/mae"}
+    assert small.metrics["mae"] == pytest.approx(judged_by_hand(small.path, REGRESSION, mean_absolute_error), rel=1e-5)
+    before = judged_by_hand(tmp_path / "model.onnx", REGRESSION, mean_absolute_error)
+    assert small.metrics["before/mae"] == small.report["before"] == pytest.approx(before, rel=1e-5)
     assert 0.08 < small.metrics["mae"] < 0.15  # 0.1 by construction
 
 
+R2 = replace(REGRESSION, metrics={"r2": torchmetrics.R2Score(), "mae": REGRESSION.metrics["mae"]})
+RUINED = (RNG.normal(size=(256, 4)) * [1e4, 1e-2, 1, 1]).astype(np.float32)  # int8 cannot hold both ranges
+
+
+def test_r2_is_that_of_the_served_file_and_a_ruined_one_is_refused(tmp_path):
+    small = in_int8(R2, tmp_path, 0.01)
+    assert small.report["measure"] == "r2"
+    assert small.metrics["r2"] == pytest.approx(judged_by_hand(small.path, R2, r2_score), abs=1e-5)
+    assert small.report["drop"] == small.report["before"] - small.report["after"]
+    made = replace(
+        task(lambda: linear([0.0, 100.0, 0.0, 0.0]), nn.functional.mse_loss, RUINED[:, 1:2] * 100, inputs=RUINED),
+        metrics=R2.metrics,
+    )
+    with pytest.raises(AccuracyGateFailed, match=r"r2 goes from 1\.0000 to -?0\.0"):
+        in_int8(made, tmp_path)
+
+
+def test_the_metric_to_judge_by_can_be_named_and_what_is_lost_be_a_share_of_it(tmp_path):
+    small = in_int8(R2, tmp_path, "20%", gate="mae")
+    assert small.report["measure"] == "mae"
+    assert small.report["drop"] == pytest.approx(small.report["after"] / small.report["before"] - 1)
+    with pytest.raises(AccuracyGateFailed, match=r"by .* of the mae before; allowed: 1e-09"):
+        in_int8(R2, tmp_path, "0.0000001%", gate="mae")
+    with pytest.raises(ConfigError, match="has no metric 'f1' to judge by; it has loss, r2, mae"):
+        in_int8(R2, tmp_path, gate="f1")
+    with pytest.raises(ConfigError, match="whether a higher use is better is not known"):
+        in_int8(replace(R2, metrics={"use": R2.metrics["mae"]}), tmp_path, gate="use")
+
+
+def test_a_metric_without_a_direction_is_passed_over(tmp_path):
+    made = replace(R2, metrics={"use": R2.metrics["mae"], "r2": torchmetrics.R2Score()})
+    assert gate_of(made, exported(made, tmp_path).path).measure.name == "r2"
+
+
+def test_what_calibrates_does_not_judge_and_few_samples_do_both():
+    samples = held_out(R2, {})
+    calibration, judging = split(samples)
+    assert (len(calibration), len(judging)) == (102, 410)
+    both = torch.cat([calibration.inputs, judging.inputs])
+    assert torch.equal(both.sort(0).values, samples.inputs.sort(0).values)
+    few = next(samples.chunks(9))
+    assert split(few) == (few, few)
+
+
+def test_a_file_that_int8_does_not_make_smaller_stays_as_it_is_and_says_so(tmp_path):
+    found = exported(REGRESSION, tmp_path, "auto")
+    assert found.path.name == "model.onnx"
+    assert re.fullmatch(r"not compressed: int8 has \d+ bytes, not fewer than the \d+", found.note)
+
+
 def test_the_share_lost_is_of_errors_in_the_targets_unit_by_hand(tmp_path):
-    gate = gate_of(REGRESSION, exported(REGRESSION, tmp_path).path)
-    blind = float(np.std(INPUTS[:, 0]))  # the error of the mean output, but for the 0.1
+    gate = gate_of(REGRESSION, exported(REGRESSION, tmp_path).path, "loss")
+    judging = split(held_out(REGRESSION, {}))[1].inputs.numpy()
+    blind = float(np.std(judging[:, 0]))  # the error of the mean output, but for the 0.1
     before, after = 0.1**2, 0.3**2
     share = (0.3 - 0.1) / (np.sqrt(blind**2 + 0.1**2) - 0.1)
     assert gate.measure.drop(before, after) == pytest.approx(share, rel=1e-3)
@@ -70,15 +142,15 @@ def test_the_share_lost_is_of_errors_in_the_targets_unit_by_hand(tmp_path):
 def test_a_loss_that_is_no_square_is_taken_as_it_is(tmp_path):
     made = task(lambda: linear([1.0, 0.0, 0.0, 0.0]), nn.functional.l1_loss, INPUTS[:, :1])
     gate = gate_of(made, exported(made, tmp_path).path)
-    blind = float(np.abs(INPUTS[:, 0] - INPUTS[:, 0].mean()).mean())
+    judging = split(held_out(made, {}))[1].inputs.numpy()
+    blind = float(np.abs(judging[:, 0] - judging[:, 0].mean()).mean())
     assert gate.measure.drop(0.0, 0.5 * blind) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_a_regression_that_int8_ruins_is_refused(tmp_path):
-    inputs = (RNG.normal(size=(256, 4)) * [1e4, 1e-2, 1, 1]).astype(np.float32)
-    made = task(lambda: linear([0.0, 100.0, 0.0, 0.0]), nn.functional.mse_loss, inputs[:, 1:2] * 100, inputs=inputs)
+    made = task(lambda: linear([0.0, 100.0, 0.0, 0.0]), nn.functional.mse_loss, RUINED[:, 1:2] * 100, inputs=RUINED)
     with pytest.raises(AccuracyGateFailed, match=r"loss goes from 0\.0000 to .* of what the model has learned"):
-        exported(made, tmp_path, "int8")
+        in_int8(made, tmp_path)
 
 
 def test_whole_numbers_are_no_classes_where_the_model_gives_one_number(tmp_path):
@@ -91,7 +163,7 @@ def test_whole_numbers_are_no_classes_where_the_model_gives_one_number(tmp_path)
 def test_many_yes_and_no_answers_are_judged_by_their_loss(tmp_path):
     targets = (INPUTS[:, :2] > 0).astype(np.float32)
     made = task(lambda: linear([5.0, 0, 0, 0], [0, 5.0, 0, 0]), nn.functional.binary_cross_entropy_with_logits, targets)
-    assert exported(made, tmp_path, "int8", 0.2).metrics.keys() == {"loss", "loss_rise"}
+    assert in_int8(made, tmp_path, 0.2).metrics.keys() == {"loss", "loss_rise", "before/loss"}
 
 
 def test_the_accuracy_of_pictures_is_a_share_of_their_pixels(tmp_path):
@@ -105,7 +177,7 @@ def test_the_accuracy_of_pictures_is_a_share_of_their_pixels(tmp_path):
         return layer
 
     made = task(model, nn.functional.cross_entropy, (pictures[:, 0] > 0).astype(np.int64), inputs=pictures)
-    small = exported(made, tmp_path, "int8", 0.1)
+    small = in_int8(made, tmp_path, 0.1)
     assert small.report["accuracy_before"] == 1.0
     assert 0.9 <= small.metrics["accuracy"] <= 1
 
@@ -114,16 +186,18 @@ def test_pixels_that_do_not_count_leave_it_to_the_loss(tmp_path):
     targets = (INPUTS[:, 0] > 0).astype(np.int64)
     targets[0] = -100
     made = task(lambda: linear([-3.0, 0, 0, 0], [3.0, 0, 0, 0]), nn.functional.cross_entropy, targets)
-    assert exported(made, tmp_path, "int8", 0.2).report["measure"] == "loss"
+    assert in_int8(made, tmp_path, 0.2).report["measure"] == "loss"
 
 
 def test_what_cannot_be_judged_is_refused_in_words(tmp_path):
     blind = task(lambda: linear([0.0, 0.0, 0.0, 0.0]), nn.functional.mse_loss, INPUTS[:, :1])
-    with pytest.raises(ConfigError, match="has learned nothing yet"):
+    with pytest.raises(NotMeasurable, match=r"has learned nothing yet.*or publish with --compress none"):
         exported(blind, tmp_path, "int8")
+    assert "has learned nothing yet" in exported(blind, tmp_path, "auto").note
     without = Task(name="t", model=REGRESSION.model, loss=REGRESSION.loss, train_data=REGRESSION.train_data)
-    with pytest.raises(ConfigError, match="has no test_data"):
+    with pytest.raises(NotMeasurable, match="has no test_data"):
         exported(without, tmp_path, "int8")
+    assert "has no test_data" in exported(without, tmp_path, "auto").note
     assert exported(without, tmp_path).metrics == {}
 
 

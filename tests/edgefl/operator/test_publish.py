@@ -24,56 +24,56 @@ def client(http_plane):
 
 
 @pytest.fixture
-def trained(client, trainers, torch_task, tmp_path):
-    job = submit(client, str(torch_task), load_task(str(torch_task)), CONFIG)
+def trained(client, trainers, wide_task, tmp_path):
+    job = submit(client, str(wide_task), load_task(str(wide_task)), CONFIG)
     watch(client, job)
     return parameters_of(client, trained_job(client, job), tmp_path)
 
 
-def test_int8_is_published_with_its_accuracy_and_report(client, http_plane, torch_task, trained, tmp_path):
-    exported = export(load_task(str(torch_task)), trained, tmp_path, compression="int8", max_drop=0.1)
+def test_int8_is_published_with_its_accuracy_and_report(client, http_plane, wide_task, trained, tmp_path):
+    exported = export(load_task(str(wide_task)), trained, tmp_path, compression="int8", max_drop=0.1)
     release = publish(client, "signs", exported)
     assert (release["model"], release["version"]) == ("signs", 1)
-    assert release["metrics"].keys() == {"accuracy", "accuracy_drop"}
+    assert release["metrics"].keys() == {"accuracy", "accuracy_drop", "loss", "before/accuracy", "before/loss"}
     assert release["compression"]["accuracy_after"] == release["metrics"]["accuracy"]
     assert http_plane.blobs.path(release["blob"]["sha256"]).read_bytes() == exported.path.read_bytes()
 
 
-def test_uncompressed_is_published_with_the_tasks_metrics(client, torch_task, trained, tmp_path):
+def test_uncompressed_is_published_with_the_tasks_metrics(client, wide_task, trained, tmp_path):
     release = publish(
-        client, "signs", export(load_task(str(torch_task)), trained, tmp_path, compression="none", max_drop=0)
+        client, "signs", export(load_task(str(wide_task)), trained, tmp_path, compression="none", max_drop=0)
     )
     assert release["metrics"].keys() == {"loss", "accuracy"}
     assert release["compression"] is None
 
 
-def test_a_finished_onnx_file_is_published_as_it_is(client, http_plane, torch_task, trained, tmp_path):
-    path = export(load_task(str(torch_task)), trained, tmp_path, compression="none", max_drop=0).path
+def test_a_finished_onnx_file_is_published_as_it_is(client, http_plane, wide_task, trained, tmp_path):
+    path = export(load_task(str(wide_task)), trained, tmp_path, compression="none", max_drop=0).path
     release = publish_onnx(client, "signs", path)
     assert http_plane.blobs.path(release["blob"]["sha256"]).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("content", [None, b"no tensors at all"])
-def test_parameters_that_are_none_are_named(torch_task, tmp_path, content):
+def test_parameters_that_are_none_are_named(wide_task, tmp_path, content):
     path = tmp_path / "notes.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"notes\.txt does not hold parameters in safetensors format"):
-        export(load_task(str(torch_task)), path, tmp_path, compression="none", max_drop=0)
+        export(load_task(str(wide_task)), path, tmp_path, compression="none", max_drop=0)
 
 
-def test_a_drop_above_the_gate_publishes_nothing(torch_task, trained, tmp_path, monkeypatch):
+def test_a_drop_above_the_gate_publishes_nothing(wide_task, trained, tmp_path, monkeypatch):
     from edgefl.models import gate
 
-    monkeypatch.setattr(gate, "accuracy_of", lambda path, *_: 0.5 if "int8" in path.name else 0.9)
+    monkeypatch.setattr(gate, "measured", lambda _task, path, _: {"accuracy": 0.5 if "int8" in path.name else 0.9})
     with pytest.raises(AccuracyGateFailed, match=r"from 0\.9000 to 0\.5000"):
-        export(load_task(str(torch_task)), trained, tmp_path, compression="int8", max_drop=0.02)
+        export(load_task(str(wide_task)), trained, tmp_path, compression="int8", max_drop=0.02)
 
 
-def test_parameters_of_another_model_are_refused(plain_task, torch_task, http_plane, tmp_path):
+def test_parameters_of_another_model_are_refused(plain_task, wide_task, http_plane, tmp_path):
     other = http_plane.blobs.path(http_plane.blobs.put_tree({}).sha256)
     with pytest.raises(TaskError, match="not the parameters"):
-        export(load_task(str(torch_task)), other, tmp_path, compression="none", max_drop=0)
+        export(load_task(str(wide_task)), other, tmp_path, compression="none", max_drop=0)
     with pytest.raises(TaskError, match="no model"):
         export(load_task(str(plain_task)), other, tmp_path, compression="none", max_drop=0)
 
@@ -89,7 +89,7 @@ def test_what_is_no_onnx_file_is_refused(client, http_plane, tmp_path):
     ("model", "max_drop", "said"),
     [
         ("My Model", 0.1, "'My Model' cannot be a model's name: expected 1 to 64 of a-z"),
-        ("m", 2.0, "--max-drop 2 must be in 0..1"),
+        ("m", 2.0, "--max-drop 2.0 must be in 0..1"),
         ("m", float("nan"), "--max-drop nan must be in 0..1"),
     ],
 )
@@ -110,8 +110,8 @@ def test_a_relay_has_no_model_to_publish(client, http_plane):
         trained_job(client, relay)
 
 
-def test_an_unknown_compression_or_job_is_refused(client, torch_task, tmp_path):
+def test_an_unknown_compression_or_job_is_refused(client, wide_task, tmp_path):
     with pytest.raises(ConfigError, match=r"int4.*int8, none"):
-        export(load_task(str(torch_task)), tmp_path, tmp_path, compression="int4", max_drop=0)
+        export(load_task(str(wide_task)), tmp_path, tmp_path, compression="int4", max_drop=0)
     with pytest.raises(NotFound):
         trained_job(client, "job-0")

@@ -48,18 +48,18 @@ def answer(plane, **states):
     plane.rollouts._send = send
 
 
-def test_a_job_becomes_a_release(edgefl, trainers, torch_task, tmp_path):
+def test_a_job_becomes_a_release(edgefl, trainers, wide_task, tmp_path):
     out = tmp_path / "m.safetensors"
-    ran = edgefl("run", torch_task, "--rounds", 1, "--out", out, "--json", "-")
+    ran = edgefl("run", wide_task, "--rounds", 1, "--out", out, "--json", "-")
     job = json.loads(ran.stdout)["job"]
-    done = edgefl("models", "publish", "signs", "--task", torch_task, "--job", job, "--max-drop", 0.2)
+    done = edgefl("models", "publish", "signs", "--task", wide_task, "--job", job, "--max-drop", 0.2)
     assert done.exit_code == 0, done.exception
     first, second, third = done.stdout.splitlines()
     assert first.startswith("signs version 1: accuracy=")
     assert second.startswith("int8: ")
     assert "(drop " in second
     assert third == "deliver it to the devices: edgefl rollout start signs --version 1"
-    arguments = ["models", "publish", "signs", "--task", torch_task, "--parameters", out, "--compress", "none"]
+    arguments = ["models", "publish", "signs", "--task", wide_task, "--parameters", out, "--compress", "none"]
     release = json.loads(edgefl(*arguments, "--json", "-").stdout)
     assert (release["version"], release["compression"]) == (2, None)
     listed = edgefl("models", "list").stdout.splitlines()
