@@ -15,7 +15,7 @@ def test_fedavg_is_the_weighted_mean_worked_out_by_hand(fleet, tmp_path):
     np.testing.assert_allclose(model["w"], np.full(3, 2 * mean), rtol=1e-6)
     assert model["n"] == 2
     assert [entry["admitted"] for entry in result["rounds"]] == [3, 3]
-    assert result["rounds"][0]["metrics"]["delta"] == mean
+    assert result["rounds"][0]["metrics"]["train_delta"] == mean
 
 
 def test_one_fedsgd_step_is_one_centralised_full_batch_step(embedded_fleet, monkeypatch):

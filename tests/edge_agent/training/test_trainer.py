@@ -117,7 +117,7 @@ def test_one_child_trains_plan_after_plan(bench):
     first, *others = bench.run(run)
     assert {done.weight for done in others} == {first.weight}
     assert first.weight != os.getpid()
-    assert first.metrics["nice"] >= 10
+    assert first.metrics["train_nice"] >= 10
     assert read_tree((bench.folder / "out").read_bytes())["w"].tolist() == [1.0] * 4
 
 
