@@ -10,7 +10,7 @@ from benchmarks.report import Row, machine, shown
 BEGIN, END = "<!-- simulation-table -->", "<!-- /simulation-table -->"
 _JUDGED = ("clients a second", "100 rounds")  # metrics with an accuracy in the same row
 _SHOWN = ("torch", "flwr", "ray", "pfl")
-_HEAD = ("workload", "", "edgefl", "beside", "", "times", "to reach", "accuracy, both")
+_HEAD = ("workload", "metric", "edgefl", "compared with", "its value", "ratio", "target", "accuracy of both")
 
 
 def write_readme(rows: Sequence[Row], file: Path) -> None:
@@ -44,8 +44,8 @@ def _cells(row: Row, accuracies: Mapping[tuple[str, str | None], Row]) -> list[s
     target = " and ".join(str(target) for target in row.targets).replace("ratio ", "").replace("ours ", "")
     same = accuracies.get((row.workload, row.rival)) if row.metric in _JUDGED else None
     both = f"{_percent(same.ours)} / {_percent(same.theirs)}" if same else ""
-    ours, theirs, times = (shown(value) for value in (row.ours, row.theirs, row.ratio))
-    return [row.workload, measure, ours, row.rival or "", theirs, times, f"{target}{met}", both]
+    ours, theirs, ratio = (shown(value) for value in (row.ours, row.theirs, row.ratio))
+    return [row.workload, measure, ours, row.rival or "", theirs, ratio, f"{target}{met}", both]
 
 
 def _percent(share: float | None) -> str:
