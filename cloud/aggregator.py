@@ -21,8 +21,8 @@ from typing import TypeVar
 import grpc
 from sqlalchemy.exc import SQLAlchemyError
 
-from cloud.dataplane.fleet_service import FleetService, ServiceParts, handler
-from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet
+from cloud.dataplane.fleet_service import FleetService, ServiceDependencies, handler
+from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.dataplane.grpc_port import GrpcPort
 from cloud.http.api import make_app, serve_http
 from cloud.state.home import AggregatorOptions, CloudHome
@@ -95,8 +95,8 @@ class Aggregator:
             row = self._insist(lambda: home.jobs.load(job_id))
             if row.state != "running":
                 return
-            parts = FleetParts(home.rounds, home.jobs, home.blobs, home.spool, home.link, home.storage)
-            fleet = GrpcFleet(row, parts)
+            deps = FleetDependencies(home.rounds, home.jobs, home.blobs, home.spool, home.link, home.storage)
+            fleet = GrpcFleet(row, deps)
             job = self._prepare(row, fleet)
             parameters: Tree = SpooledTree(home.blobs.path(row.model.sha256))
             for outcome in run_rounds(job, fleet, parameters):
@@ -211,7 +211,7 @@ class Aggregator:
         port = GrpcPort(shares.devices, options.grpc_port, shares.full(), loop.time)
         server = grpc.aio.server(options=[*sizes, *_CHANNEL, *port.options])
         workers = ThreadPoolExecutor(8, "data-plane")
-        parts = ServiceParts(
+        deps = ServiceDependencies(
             rounds=home.rounds,
             jobs=home.jobs,
             blobs=home.blobs,
@@ -228,7 +228,7 @@ class Aggregator:
             pace=port.pace,
             max_transfers=shares.transfers,
         )
-        service = FleetService(parts, workers)
+        service = FleetService(deps, workers)
         home.cut += [service.forget, lambda device: loop.call_soon_threadsafe(port.drop, device)]
         server.add_generic_rpc_handlers((handler(service),))
         address = f"{options.host}:{options.grpc_port}"

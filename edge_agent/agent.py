@@ -26,14 +26,14 @@ from edge_agent.link.channel import CloudChannel
 from edge_agent.link.link import CloudLink
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
-from edge_agent.releases.updater import Updater, UpdaterParts
+from edge_agent.releases.updater import Updater, UpdaterDependencies
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
 from edge_agent.serving.access import Access
 from edge_agent.serving.api import bind, url_of
 from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
-from edge_agent.training.participant import Participant, ParticipantParts
+from edge_agent.training.participant import Participant, ParticipantDependencies
 from edge_agent.training.trainer import IDLE_S, Trainer
 from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
 from edgefl.logs import event
@@ -143,7 +143,7 @@ class _Agent:
         on_reachable = self._revoked.refresh if self._revoked else _nothing
         self._link = CloudLink(home, profile, self._channel, self, on_reachable)
         self._participant = Participant(
-            ParticipantParts(
+            ParticipantDependencies(
                 device=profile.device,
                 home=home,
                 options=config.data,
@@ -156,7 +156,7 @@ class _Agent:
             )
         )
         self._updater = Updater(
-            UpdaterParts(
+            UpdaterDependencies(
                 device=profile.device,
                 home=home,
                 fleet_key=fleet_key,

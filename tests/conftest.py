@@ -20,9 +20,9 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from cloud.broker.mosquitto_config import CRL_FILE, write_broker_config
-from cloud.dataplane.live_relay import Patience
+from cloud.dataplane.live_relay import RelayTiming
 from cloud.dataplane.open_rounds import OpenRounds
-from cloud.dataplane.relays import RelayParts, Relays
+from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.http.api import make_app, serve_http
 from cloud.http.services import Services
 from cloud.state.blobs import BlobStore
@@ -272,11 +272,11 @@ class HttpPlane:
         )  # fmt: skip
         self.rounds, self.spool = OpenRounds(), Spool(folder / "spool")
         self.relays = Relays(
-            RelayParts(
+            RelayDependencies(
                 RelayRows(self.engine), self.rounds, self.spool, self.link, lambda bundle: sign(bundle, self.key),
                 folder / "relays",
             ),
-            Patience(clock=self.clock),
+            RelayTiming(clock=self.clock),
         )  # fmt: skip
         self.services = Services(
             enrolment=self.enrolment, registry=self.registry, rollouts=self.rollouts, jobs=self.jobs, blobs=self.blobs,

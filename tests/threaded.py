@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import pytest
 
 from cloud.broker.builtin import BuiltinBroker
-from cloud.broker.link import CloudLink, CloudLinkCallbacks
+from cloud.broker.link import DeviceLink, DeviceLinkCallbacks
 from cloud.shares import PortShare
 from edgefl.protocols.mqtt import LinkConfig, MqttLink
 from edgefl.protocols.tls import Identity
@@ -91,10 +91,10 @@ class Link:
         self._thread.call(self._link.reconnect, reason)
 
 
-class ThreadedCloudLink(CloudLink):
-    """A CloudLink in a thread of its own."""
+class ThreadedDeviceLink(DeviceLink):
+    """A DeviceLink in a thread of its own."""
 
-    def __init__(self, url: str, identity: Identity | None, callbacks: CloudLinkCallbacks) -> None:
+    def __init__(self, url: str, identity: Identity | None, callbacks: DeviceLinkCallbacks) -> None:
         super().__init__(url, identity, callbacks)
         self._thread = LoopThread("cloud-link")
 

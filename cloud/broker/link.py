@@ -49,7 +49,7 @@ def _always(_device: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CloudLinkCallbacks:
+class DeviceLinkCallbacks:
     """Callbacks of the link. All but `on_failure` are called in the inbox's thread, and must return quickly."""
 
     on_failure: Callable[[BaseException], None]  # the link has failed for good
@@ -58,10 +58,10 @@ class CloudLinkCallbacks:
     is_known: Callable[[str], bool] = _always  # whether a device is enrolled
 
 
-class CloudLink:
+class DeviceLink:
     """Presence and messages through any broker. Methods may be called from any thread, except `start`."""
 
-    def __init__(self, url: str, identity: Identity | None, callbacks: CloudLinkCallbacks) -> None:
+    def __init__(self, url: str, identity: Identity | None, callbacks: DeviceLinkCallbacks) -> None:
         self._callbacks = callbacks
         self._changed = threading.Condition()
         self._states: dict[str, DeviceState] = {}

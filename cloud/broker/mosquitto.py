@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MosquittoParts:
+class MosquittoSettings:
     """Where mosquitto is, and the data for its files."""
 
     url: str  # mqtts://host:port
@@ -52,10 +52,10 @@ class MosquittoParts:
 class Mosquitto:
     """Controls one mosquitto. Methods block for seconds at most; do not call them in an event loop."""
 
-    def __init__(self, parts: MosquittoParts) -> None:
-        self._parts = parts
+    def __init__(self, settings: MosquittoSettings) -> None:
+        self._settings = settings
         self._lock = threading.Lock()  # one writer of the folder at a time
-        self._uncut = set(parts.removed)
+        self._uncut = set(settings.removed)
         self._num_listed = -1  # entries in the written CRL
         self._is_starting = False  # mosquitto was starting at the last change, and gets the signal later
         self._signalled = True  # whether mosquitto got a signal after the last change
@@ -73,10 +73,10 @@ class Mosquitto:
         Logs a warning if an older edgefl configured mosquitto without a CRL.
         """
         self._update(even_unchanged=True)
-        config = _content(self._parts.folder / CONFIG_FILE)
+        config = _content(self._settings.folder / CONFIG_FILE)
         if config and b"\ncrlfile " not in config:
             advice = "mosquitto accepts revoked certificates: run `edgefl cloud broker-config` again, and restart it"
-            event(_log, logging.WARNING, "broker.config_old", file=self._parts.folder / CONFIG_FILE, advice=advice)
+            event(_log, logging.WARNING, "broker.config_old", file=self._settings.folder / CONFIG_FILE, advice=advice)
 
     def drop(self, device: str) -> None:
         """End the connection of a removed device, whose certificate is revoked.
@@ -90,38 +90,38 @@ class Mosquitto:
 
     def _update(self, *, even_unchanged: bool) -> None:
         with self._lock:
-            if self._parts.folder.is_dir() and (self._write(even_unchanged=even_unchanged) or self._is_starting):
+            if self._settings.folder.is_dir() and (self._write(even_unchanged=even_unchanged) or self._is_starting):
                 self._signalled = self._reload()
 
     def _write(self, *, even_unchanged: bool) -> bool:
-        folder, ca = self._parts.folder, self._parts.ca_folder / "ca.pem"
+        folder, ca = self._settings.folder, self._settings.ca_folder / "ca.pem"
         changed = False
         if _content(folder / "ca.pem") != ca.read_bytes():
             replace_file(folder / "ca.pem", ca.read_bytes())
             changed = even_unchanged = True
-        serials = self._parts.revoked()
+        serials = self._settings.revoked()
         if even_unchanged or len(serials) != self._num_listed:
-            replace_file(folder / CRL_FILE, make_crl(self._parts.ca_folder, serials))
+            replace_file(folder / CRL_FILE, make_crl(self._settings.ca_folder, serials))
             self._num_listed = len(serials)
             changed = True
         return self._renew() or changed
 
     def _renew(self) -> bool:
         """Renew the broker's certificate for its present hosts, if necessary; returns whether it was renewed."""
-        identity = Identity.in_folder(self._parts.folder)
+        identity = Identity.in_folder(self._settings.folder)
         try:
             hosts = hosts_of(x509.load_pem_x509_certificate(identity.cert.read_bytes()))
         except (OSError, ValueError) as fault:
             event(_log, logging.ERROR, "broker.no_certificate", file=identity.cert, reason=fault,
                   advice="run `edgefl cloud broker-config` again, and restart mosquitto")  # fmt: skip
             return False
-        renewed = renew_server(self._parts.ca_folder, identity, hosts, BROKER_NAME, self._parts.certificate_days)
+        renewed = renew_server(self._settings.ca_folder, identity, hosts, BROKER_NAME, self._settings.certificate_days)
         if renewed:
             event(_log, logging.INFO, "broker.certificate_renewed", file=identity.cert)
         return renewed
 
     def _reload(self) -> bool:
-        path = self._parts.pid_file or self._parts.folder / PID_FILE
+        path = self._settings.pid_file or self._settings.folder / PID_FILE
         try:
             pid = int(path.read_text(encoding="ascii"))
             if psutil.Process(pid).name() != "mosquitto":
@@ -139,12 +139,12 @@ class Mosquitto:
 
     def _take_over(self, device: str) -> bool:
         """Connect as this device, so that the broker ends its other connection, and disconnect."""
-        ca = self._parts.ca_folder
+        ca = self._settings.ca_folder
         try:
             with tempfile.TemporaryDirectory(prefix=".take-over-", dir=ca) as folder:
                 identity = Identity(Path(folder, "key.pem"), Path(folder, "cert.pem"), ca / "ca.pem")
                 identity.cert.write_bytes(sign_request(ca, new_request(identity, device), device, TAKE_OVER_DAYS))
-                asyncio.run(_connect_once(LinkConfig(url=self._parts.url, client_id=device, identity=identity)))
+                asyncio.run(_connect_once(LinkConfig(url=self._settings.url, client_id=device, identity=identity)))
         except (OSError, ConfigError, MqttError) as fault:
             self._uncut.add(device)  # `refresh` tries again
             event(_log, logging.WARNING, "broker.not_dropped", device=device, reason=fault)

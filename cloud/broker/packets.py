@@ -17,7 +17,7 @@ SUBACK, UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT = range(9, 15)
 DUP = 8  # flag of a PUBLISH that is sent again
 
 
-class Message(NamedTuple):
+class MqttMessage(NamedTuple):
     """A message to publish, or a will."""
 
     topic: str
@@ -33,7 +33,7 @@ class Connect(NamedTuple):
     user: str
     clean: bool
     keepalive_s: int
-    will: Message | None
+    will: MqttMessage | None
 
 
 def packet(kind: int, body: bytes = b"", flags: int = 0) -> bytes:
@@ -50,7 +50,7 @@ def acknowledgement(kind: int, number: int) -> bytes:
     return packet(kind, number.to_bytes(2), 2 if kind == PUBREL else 0)
 
 
-def publish(message: Message, qos: int, number: int, *, retain: bool) -> bytes:
+def publish(message: MqttMessage, qos: int, number: int, *, retain: bool) -> bytes:
     """Return a PUBLISH."""
     topic = message.topic.encode()
     body = len(topic).to_bytes(2) + topic + (number.to_bytes(2) if qos else b"") + message.payload
@@ -121,7 +121,7 @@ def parse_connect(body: bytes) -> Connect:
     flags, keepalive_s, client_id, will = fields.number(1), fields.number(), fields.text(), None
     if flags & 4:
         topic, payload = fields.text(), fields.take(fields.number())
-        will = Message(checked_topic(topic), payload, checked_qos(flags >> 3), bool(flags & 0x20))
+        will = MqttMessage(checked_topic(topic), payload, checked_qos(flags >> 3), bool(flags & 0x20))
     user = fields.text() if flags & 0x80 else ""
     if flags & 0x40:
         fields.take(fields.number())  # the password is ignored
@@ -130,12 +130,12 @@ def parse_connect(body: bytes) -> Connect:
     return Connect(client_id, user, bool(flags & 2), keepalive_s, will)
 
 
-def parse_publish(flags: int, body: bytes) -> tuple[Message, int]:
+def parse_publish(flags: int, body: bytes) -> tuple[MqttMessage, int]:
     """Return the message and the packet id (0 for QoS 0) of a PUBLISH."""
     fields, qos = Fields(body), checked_qos(flags >> 1)
     topic = checked_topic(fields.text())
     number = fields.number() if qos else 0
-    return Message(topic, fields.take(fields.left), qos, bool(flags & 1)), number
+    return MqttMessage(topic, fields.take(fields.left), qos, bool(flags & 1)), number
 
 
 def parse_subscribe(body: bytes, *, with_qos: bool) -> tuple[int, list[tuple[str, int]]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from cloud.broker.packets import DUP, PUBLISH, PUBREC, PUBREL, Message, acknowledgement, publish
+from cloud.broker.packets import DUP, PUBLISH, PUBREC, PUBREL, MqttMessage, acknowledgement, publish
 
 MAX_IN_FLIGHT = 200  # unacknowledged packets of QoS 1 and 2 per client
 MAX_QUEUED = 100_000  # messages behind them: one retained state per device of a large fleet
@@ -27,10 +27,10 @@ class Session:
         self.received: set[int] = set()  # packet ids of QoS 2 that the client has not released
         self._write: Callable[[bytes], None] | None = None  # None: not connected, or its send buffer is full
         self._unacknowledged: dict[int, bytes] = {}
-        self._queue: deque[tuple[Message, int, bool]] = deque()
+        self._queue: deque[tuple[MqttMessage, int, bool]] = deque()
         self._number = 0
 
-    def deliver(self, message: Message, qos: int, *, retain: bool = False) -> None:
+    def deliver(self, message: MqttMessage, qos: int, *, retain: bool = False) -> None:
         """Send a message or queue it; QoS 0 is never queued, and a message for a full queue is dropped."""
         if not qos:
             if self._write is not None:
@@ -87,7 +87,7 @@ class Sessions:
 
     def __init__(self) -> None:
         self._by_name: dict[str, Session] = {}
-        self._retained: dict[str, Message] = {}
+        self._retained: dict[str, MqttMessage] = {}
         self._root = _Node()
 
     def open(self, name: str, *, clean: bool) -> tuple[Session, bool]:
@@ -103,7 +103,7 @@ class Sessions:
             for filter_ in tuple(session.filters):
                 self.unsubscribe(session, filter_)
 
-    def publish(self, message: Message) -> None:
+    def publish(self, message: MqttMessage) -> None:
         """Deliver a message to its subscribers, and store it if it is a retained message."""
         if message.retain and message.payload:
             self._retained[message.topic] = message

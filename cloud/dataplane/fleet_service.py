@@ -60,7 +60,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServiceParts:
+class ServiceDependencies:
     """The dependencies of the service."""
 
     rounds: OpenRounds
@@ -104,45 +104,45 @@ def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
 class FleetService:
     """Implements `service Fleet` in the event loop; everything that blocks runs in `workers`."""
 
-    def __init__(self, parts: ServiceParts, workers: ThreadPoolExecutor) -> None:
-        self._parts = parts
+    def __init__(self, deps: ServiceDependencies, workers: ThreadPoolExecutor) -> None:
+        self._deps = deps
         self._workers = workers
         self._loop = asyncio.get_running_loop()
         self.calls = RunningCalls()
-        self._uploads = TransferLimiter(max_inside=parts.max_transfers)
-        self._downloads = TransferLimiter(max_inside=parts.max_transfers, max_each=MAX_DOWNLOADS)
+        self._uploads = TransferLimiter(max_inside=deps.max_transfers)
+        self._downloads = TransferLimiter(max_inside=deps.max_transfers, max_each=MAX_DOWNLOADS)
 
     async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self._device(context)
-        desired = await self._run(self._parts.desired_for, device)
+        desired = await self._run(self._deps.desired_for, device)
         waiting = await self._known(device, request, context)
         return pb.NextReply(
             assignments=[pack(one.assignment) for one in waiting[:MAX_ASSIGNMENTS]],
             desired=[encode(signed) for signed in desired],
-            broker=self._parts.broker_url,
-            ended=await self._run(self._parts.ended, request.holding[:MAX_HOLDING]),
+            broker=self._deps.broker_url,
+            ended=await self._run(self._deps.ended, request.holding[:MAX_HOLDING]),
             renew=self._is_renewal_due(context),
         )
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
         device = await self._device(context)
-        if self._parts.renewals is None or not self._is_renewal_due(context):
+        if self._deps.renewals is None or not self._is_renewal_due(context):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this certificate need not be renewed yet")
         try:
-            certificate = await self._run(self._parts.renewals.renew, device, request.csr)
+            certificate = await self._run(self._deps.renewals.renew, device, request.csr)
         except (ProtocolError, EnrolmentRefused) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         event(_log, logging.INFO, "device.renewed", device=device)
-        return pb.RenewReply(certificate=certificate, ca=self._parts.ca_pem)
+        return pb.RenewReply(certificate=certificate, ca=self._deps.ca_pem)
 
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Context
     ) -> None:
         device = await self._device(context)
-        opened = [one for one in self._parts.rounds.waiting_for(device) if one.asks_for(request.sha256)]
+        opened = [one for one in self._deps.rounds.waiting_for(device) if one.asks_for(request.sha256)]
         sources = [one.source for one in opened if one.source is not None]
         try:
-            path = sources[0] if sources else self._parts.blobs.path(request.sha256)
+            path = sources[0] if sources else self._deps.blobs.path(request.sha256)
             async with self._downloads.turn(device) as transfer:
                 descriptor = os.open(path, os.O_RDONLY)  # within the turn, so that waiting downloads have no open file
                 try:
@@ -168,7 +168,7 @@ class FleetService:
         opened, final = self._find(request, device)
         if final is not None or opened is None:
             return await self._unless_stopping(final or _state("STALE"), context)
-        offset = await self._run(self._parts.spool.received_bytes, request.job, request.round, device)
+        offset = await self._run(self._deps.spool.received_bytes, request.job, request.round, device)
         return _state("PARTIAL", offset=offset)
 
     async def Upload(  # noqa: N802
@@ -210,7 +210,7 @@ class FleetService:
         known = []
         agent = f"agent {one_line(request.agent_version, MAX_NAME_CHARS)} does not know assignments of the kind"
         try:
-            for opened in sorted(self._parts.rounds.waiting_for(device), key=_training_first):
+            for opened in sorted(self._deps.rounds.waiting_for(device), key=_training_first):
                 if (kind := opened.assignment.kind) in request.knows:
                     known.append(opened)
                 else:
@@ -221,7 +221,7 @@ class FleetService:
 
     async def _not_stored(self, error: Exception, device: str, context: Context, num_bytes: int = 0) -> NoReturn:
         """Abort a call with a status after which the device retries; until then the round's deadline is paused."""
-        if not self._parts.storage.refused(error, num_bytes):
+        if not self._deps.storage.refused(error, num_bytes):
             event(_log, logging.ERROR, "upload.not_stored", device=device, error=error)
         cause = getattr(error, "orig", None) or error
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it now: {cause}")
@@ -232,9 +232,9 @@ class FleetService:
     ) -> pb.UploadState:
         """Write the chunks; the last one is written and the update finished in one call of a worker."""
         key, size = header.key, header.offset
-        if size and size > (here := await self._run(self._parts.spool.received_bytes, key.job, key.round, device)):
+        if size and size > (here := await self._run(self._deps.spool.received_bytes, key.job, key.round, device)):
             return _state("PARTIAL", offset=here)
-        arrival = Arrival(self._parts.spool, key.job, key.round, device, header.offset)
+        arrival = Arrival(self._deps.spool, key.job, key.round, device, header.offset)
         try:
             async for message in requests:
                 data = upload_data(message)
@@ -260,12 +260,12 @@ class FleetService:
                 state = self._accept(opened, device, header, incoming)
         finally:
             arrival.end()
-        self._parts.storage.worked(header.size - header.offset)
+        self._deps.storage.worked(header.size - header.offset)
         return state
 
     async def _unless_stopping(self, state: pb.UploadState, context: Context) -> pb.UploadState:
         """Return the state; but while the cloud is stopping, STALE would be wrong, because rounds will be resumed."""
-        if state.status == pb.UploadState.STALE and self._parts.rounds.stopping:
+        if state.status == pb.UploadState.STALE and self._deps.rounds.stopping:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds continue later")
         return state
 
@@ -292,7 +292,7 @@ class FleetService:
 
         Call it in any thread but the event loop's. The calls end shortly after, without further changes.
         """
-        for opened in self._parts.rounds.having(device):
+        for opened in self._deps.rounds.having(device):
             opened.forget(device, functools.partial(self._record, opened))
         self._loop.call_soon_threadsafe(self.calls.cut, device, REMOVED)
 
@@ -308,11 +308,11 @@ class FleetService:
         if opened.record is not None:
             opened.record(answer)
             return
-        self._parts.jobs.record(opened.assignment.job, opened.assignment.round, answer)
+        self._deps.jobs.record(opened.assignment.job, opened.assignment.round, answer)
 
     def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
         """Return the open round that waits for this device, or the final state of its upload."""
-        opened = self._parts.rounds.get(key.job, key.round)
+        opened = self._deps.rounds.get(key.job, key.round)
         if opened is None:
             return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
         if device not in opened.asked:
@@ -323,27 +323,27 @@ class FleetService:
 
     async def _device(self, context: Context) -> str:
         """Return the caller's name; aborts the call if it is not, or no longer, enrolled."""
-        resumed = self._parts.rounds.wait_resumed(0) or await self._run(self._parts.rounds.wait_resumed, RESUME_S)
+        resumed = self._deps.rounds.wait_resumed(0) or await self._run(self._deps.rounds.wait_resumed, RESUME_S)
         if not resumed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is reopening its rounds after a restart; retry")
-        name, serial = self._insecure_peer(context) if self._parts.insecure else _certified_peer(context)
+        name, serial = self._insecure_peer(context) if self._deps.insecure else _certified_peer(context)
         self.calls.note(name)
         key = name if serial is None else f"{name} {serial}"  # a revoked certificate has a share of its own
-        if (wait_s := self._parts.pace(key)) > 0:  # the number of waiting calls is bounded by the streams
+        if (wait_s := self._deps.pace(key)) > 0:  # the number of waiting calls is bounded by the streams
             await asyncio.sleep(wait_s)
-        if not await self._run(self._parts.is_known, name, serial):
+        if not await self._run(self._deps.is_known, name, serial):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"device {name!r} is not enrolled, or not with this certificate; enrol it with a new token",
             )
-        if refusal := self._parts.admit(name, context.peer()):
+        if refusal := self._deps.admit(name, context.peer()):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
         return name
 
     def _is_renewal_due(self, context: Context) -> bool:
-        if self._parts.renewals is None or self._parts.insecure:
+        if self._deps.renewals is None or self._deps.insecure:
             return False
-        return self._parts.renewals.is_due(_certificate(context))
+        return self._deps.renewals.is_due(_certificate(context))
 
     @staticmethod
     def _insecure_peer(context: Context) -> tuple[str, None]:

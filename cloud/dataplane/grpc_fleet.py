@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from cloud.broker.link import CloudLink
+from cloud.broker.link import DeviceLink
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
@@ -33,14 +33,14 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class FleetParts:
+class FleetDependencies:
     """The dependencies of a job's fleet."""
 
     rounds: OpenRounds
     jobs: Jobs
     blobs: BlobStore
     spool: Spool
-    link: CloudLink
+    link: DeviceLink
     storage: Storage = field(default_factory=Storage)
     clock: Callable[[], float] = time.monotonic
 
@@ -48,9 +48,9 @@ class FleetParts:
 class GrpcFleet:
     """The fleet of one job, for `run_rounds`. Used in the job's thread only."""
 
-    def __init__(self, job: JobRow, parts: FleetParts) -> None:
+    def __init__(self, job: JobRow, deps: FleetDependencies) -> None:
         self._job = job
-        self._parts = parts
+        self._deps = deps
         self._took_part: set[str] = set()
         self._begun_from: str | None = None  # hash of the open round's model
 
@@ -60,13 +60,13 @@ class GrpcFleet:
         The first round waits up to `rounds.wait_s`; later ones wait only `rounds.offline_grace_s` if the quorum is
         online. Raises the error that interrupted the job.
         """
-        link, stages = self._parts.link, gathering(self._job.config.rounds, is_first=not self._took_part)
+        link, stages = self._deps.link, gathering(self._job.config.rounds, is_first=not self._took_part)
 
         def are_online(num_devices: int) -> bool:
-            return self._parts.rounds.is_stopped(self._job.id) or len(link.online()) >= num_devices
+            return self._deps.rounds.is_stopped(self._job.id) or len(link.online()) >= num_devices
 
         any(link.wait_until(functools.partial(are_online, num_devices), wait_s) for num_devices, wait_s in stages)
-        self._parts.rounds.refuse_stopped(self._job.id)
+        self._deps.rounds.refuse_stopped(self._job.id)
         return sorted(link.online())
 
     def keep(self, parameters: Tree) -> SpooledTree:
@@ -75,21 +75,21 @@ class GrpcFleet:
         Raises BlobDamaged if the file of the round's model, from which they were computed, has changed.
         """
         if self._begun_from is not None:
-            self._parts.blobs.check(self._begun_from)
-        ref = self.insist(lambda: self._parts.blobs.put_tree(parameters), encoded_bytes(parameters))
-        return SpooledTree(self._parts.blobs.path(ref.sha256))
+            self._deps.blobs.check(self._begun_from)
+        ref = self.insist(lambda: self._deps.blobs.put_tree(parameters), encoded_bytes(parameters))
+        return SpooledTree(self._deps.blobs.path(ref.sha256))
 
     def assembled(self, parameters: Tree) -> BlobRef | None:
         """Return the blob of a job's last model with its frozen tensors; None if it has none."""
         if self._job.frozen is None:
             return None
-        frozen = SpooledTree(self._parts.blobs.path(self._job.frozen.sha256))
+        frozen = SpooledTree(self._deps.blobs.path(self._job.frozen.sha256))
         tensors = whole(parameters, frozen)
-        return self.insist(lambda: self._parts.blobs.put_tree(tensors), encoded_bytes(tensors))
+        return self.insist(lambda: self._deps.blobs.put_tree(tensors), encoded_bytes(tensors))
 
     def insist(self, call: Callable[[], _T], num_bytes: int = 0) -> _T:
         """Call a function that writes; retry while the disk is full. Raises the error that interrupted the job."""
-        return self._parts.storage.insist(call, lambda: self._parts.rounds.refuse_stopped(self._job.id), num_bytes)
+        return self._deps.storage.insist(call, lambda: self._deps.rounds.refuse_stopped(self._job.id), num_bytes)
 
     def published(self, parameters: Tree) -> BlobRef:
         """Return the blob of a round's parameters; store them unless `keep` has."""
@@ -107,24 +107,24 @@ class GrpcFleet:
                     self._execute(instruction, opened)
         finally:
             opened.close()
-            self._parts.rounds.remove(opened)
+            self._deps.rounds.remove(opened)
             for left in opened.given_up():
                 self._execute(left, opened)
 
     def traffic(self) -> Traffic:
-        return self._parts.rounds.traffic(self._job.id)
+        return self._deps.rounds.traffic(self._job.id)
 
     def refuse(self, plan: Plan, update: Update, reason: str) -> None:
         """Log a guard's refusal and tell the device."""
         event(_log, logging.WARNING, "update.refused", job=plan.job, round=plan.round, device=update.device,
               reason=reason)  # fmt: skip
-        self._parts.link.send_job(update.device, UpdateRefused(job=plan.job, round=plan.round, reason=reason))
+        self._deps.link.send_job(update.device, UpdateRefused(job=plan.job, round=plan.round, reason=reason))
 
     def end(self) -> None:
         """Tell all participants that the job has ended."""
         for device in sorted(self._took_part):
             ended = RoundClosed(job=self._job.id, round=self._job.config.rounds.count, job_ended=True)
-            self._parts.link.send_job(device, ended)
+            self._deps.link.send_job(device, ended)
 
     def _open(self, plan: Plan) -> OpenRound:
         model = self.published(plan.parameters)
@@ -133,7 +133,7 @@ class GrpcFleet:
             job=plan.job,
             round=plan.round,
             model=model,
-            model_blake3=self._parts.blobs.check(model.sha256),
+            model_blake3=self._deps.blobs.check(model.sha256),
             bundle=self._job.bundle,
             train=plan.train,
             deadline_s=plan.deadline_s,
@@ -141,13 +141,13 @@ class GrpcFleet:
             frozen=self._job.frozen,
             parted=self._job.parted,
         )
-        around = Surroundings(clock=self._parts.clock, storage=self._parts.storage)
+        around = Surroundings(clock=self._deps.clock, storage=self._deps.storage)
         opened = OpenRound(
             assignment, sorted(plan.clients), Terms.of_round(self._job.config.rounds, plan.deadline_s), around
         )
-        for answer in self.insist(lambda: self._parts.jobs.open_round(plan.job, plan.round, plan.clients)):
+        for answer in self.insist(lambda: self._deps.jobs.open_round(plan.job, plan.round, plan.clients)):
             opened.accept(answer, lambda _answer: None)  # it is already durable
-        self._parts.rounds.add(opened)
+        self._deps.rounds.add(opened)
         event(_log, logging.INFO, "round.open", job=plan.job, round=plan.round, cohort=len(plan.clients),
               waiting=len(opened.waiting()))  # fmt: skip
         opened.begin()
@@ -156,15 +156,15 @@ class GrpcFleet:
         return opened
 
     def _presence(self) -> Presence:
-        return Presence.of(self._parts.link)
+        return Presence.of(self._deps.link)
 
     def _execute(self, instruction: Instruction, opened: OpenRound) -> None:
         """Send a device its assignment, or that its round is closed."""
-        assignment, link = opened.assignment, self._parts.link
+        assignment, link = opened.assignment, self._deps.link
         if isinstance(instruction, Tell):
             link.send_job(instruction.device, assignment)
         # Not for an interrupted job: `end` tells all devices, or this round is resumed after a restart.
-        elif isinstance(instruction, GiveUp) and not self._parts.rounds.is_stopped(assignment.job):
+        elif isinstance(instruction, GiveUp) and not self._deps.rounds.is_stopped(assignment.job):
             closed = RoundClosed(job=assignment.job, round=assignment.round, job_ended=False)
             link.send_job(instruction.device, closed)
 
@@ -172,5 +172,5 @@ class GrpcFleet:
         job, number, device = plan.job, plan.round, answer.device
         if answer.file is None:
             return Failure(job=job, round=number, device=device, reason=answer.reason or "no reason given")
-        tree = SpooledTree(self._parts.spool.path(answer.file))
+        tree = SpooledTree(self._deps.spool.path(answer.file))
         return Update(job=job, round=number, device=device, tree=tree, weight=answer.weight, metrics=answer.metrics)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloud.dataplane.open_round import OpenRound, Standing
+from cloud.dataplane.open_round import OnlineState, OpenRound
 from cloud.state.blobs import BlobStore, blake3_of
-from cloud.state.relay_rows import Message
+from cloud.state.relay_rows import RelayMessage
 from edgefl.errors import ConfigError
 from edgefl.exchange import Why
 from edgefl.exchange.terms import RETURN_S
@@ -21,7 +21,7 @@ Line = Mapping[str, Any]  # an answer, in the operator's stream of events
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
+class RelayTiming:
     """Timeouts of a relay, in seconds, and its clocks."""
 
     operator_s: float = 60.0  # without a request of the operator, after which the relay fails
@@ -29,7 +29,7 @@ class Patience:
     return_s: float = RETURN_S  # more, for a device without a message since the cloud's start
     stream_s: float = 60.0  # lifetime of an operator's stream; the operator reconnects, which shows that it is alive
     clock: Callable[[], float] = time.monotonic
-    time_of_day: Callable[[], float] = time.time  # seconds since 1970, as in `Message.expires_s`
+    time_of_day: Callable[[], float] = time.time  # seconds since 1970, as in `RelayMessage.expires_s`
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class SentMessage:
     number: int
     device: str
     opened: OpenRound
-    standing: Standing = Standing.ONLINE  # of its device, as last passed to the exchange
+    online_state: OnlineState = OnlineState.ONLINE  # of its device, as last passed to the exchange
     given_up: Why | None = None  # set by its exchange; the cloud then answers for the device
 
 
@@ -60,7 +60,7 @@ class LiveRelay:
     last: int = 0
     resumed: bool = False  # after a restart, so that `devices` is incomplete
 
-    def assignment(self, message: Message, within_s: float) -> Deliver:
+    def assignment(self, message: RelayMessage, within_s: float) -> Deliver:
         """Return the assignment for a message; raises ConfigError if its content was not uploaded."""
         content, fast = self._content(message)
         return Deliver(
@@ -74,7 +74,7 @@ class LiveRelay:
             max_update_bytes=MAX_MESSAGE_BYTES,
         )
 
-    def _content(self, message: Message) -> tuple[BlobRef, str]:
+    def _content(self, message: RelayMessage) -> tuple[BlobRef, str]:
         """Return a message's content; its hash is computed once, because messages may share it."""
         sha256 = message.content_sha256
         if sha256 not in self.hashes:

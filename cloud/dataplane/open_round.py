@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from cloud.broker.link import CloudLink
+from cloud.broker.link import DeviceLink
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import AnswerRow
 from cloud.state.storage import LOOK_S, Storage
@@ -43,12 +43,12 @@ from edgefl.protocols.messages import Assignment
 Clock = Callable[[], float]  # seconds, monotonic
 
 
-class Standing(Enum):
+class OnlineState(Enum):
     """Whether a device is online."""
 
     ONLINE = "online"
     OFFLINE = "offline"
-    UNHEARD = "unheard"  # no message since the cloud's start
+    UNKNOWN = "unknown"  # no message since the cloud's start
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,14 @@ class Presence:
     is_known: bool  # False without a broker; then every device counts as online
 
     @classmethod
-    def of(cls, link: CloudLink) -> Presence:
+    def of(cls, link: DeviceLink) -> Presence:
         return cls(link.online(), link.offline(), not link.reason)
 
-    def standing(self, device: str) -> Standing:
+    def online_state(self, device: str) -> OnlineState:
         """Return whether one device is online."""
         if not self.is_known or device in self.online:
-            return Standing.ONLINE
-        return Standing.OFFLINE if device in self.heard_of else Standing.UNHEARD
+            return OnlineState.ONLINE
+        return OnlineState.OFFLINE if device in self.heard_of else OnlineState.UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,9 +136,9 @@ class OpenRound:
     def note(self, presence: Presence) -> None:
         """Pass changes of presence to the exchange."""
         with self._lock:
-            at_s, exchange, online = self._now_s(), self._exchange, Standing.ONLINE
-            back = [device for device in exchange.offline if presence.standing(device) is online]
-            gone = [device for device in exchange.waiting if presence.standing(device) is not online]
+            at_s, exchange, online = self._now_s(), self._exchange, OnlineState.ONLINE
+            back = [device for device in exchange.offline if presence.online_state(device) is online]
+            gone = [device for device in exchange.waiting if presence.online_state(device) is not online]
             self._do(*(Back(device, at_s=at_s) for device in back))
             self._do(*(Offline(device, heard_of=device in presence.heard_of, at_s=at_s) for device in gone))
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cloud.broker.link import CloudLink
-from cloud.dataplane.live_relay import Line, LiveRelay, Patience, SentMessage
+from cloud.broker.link import DeviceLink
+from cloud.dataplane.live_relay import Line, LiveRelay, RelayTiming, SentMessage
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow
-from cloud.state.relay_rows import Message, RelayRows, Rows
+from cloud.state.relay_rows import RelayMessage, RelayRows, Rows
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from edgefl.errors import CloudStopping, ConfigError, NotFound
@@ -41,13 +41,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class RelayParts:
+class RelayDependencies:
     """The dependencies of the relays."""
 
     rows: RelayRows
     rounds: OpenRounds
     spool: Spool
-    link: CloudLink
+    link: DeviceLink
     sign: Callable[[Bundle], Signed]
     folder: Path  # of the messages' contents
     storage: Storage = field(default_factory=Storage)
@@ -56,23 +56,23 @@ class RelayParts:
 class Relays:
     """All relays of a home. Methods may be called from any thread; `watch` needs its own thread."""
 
-    def __init__(self, parts: RelayParts, patience: Patience | None = None) -> None:
-        self._parts = parts
-        self._patience = patience or Patience()
+    def __init__(self, deps: RelayDependencies, timing: RelayTiming | None = None) -> None:
+        self._deps = deps
+        self._timing = timing or RelayTiming()
         self._lock = threading.Lock()  # not held while acquiring a round's lock
         self._arrived = threading.Condition(self._lock)  # a reply, or an end
         self._times = threading.Condition(self._lock)  # wakes `watch`
         self._sending = threading.Lock()
         self._live: dict[str, LiveRelay] = {}
         self._is_stirred = self._closed = False
-        parts.folder.mkdir(mode=0o700, exist_ok=True)
+        deps.folder.mkdir(mode=0o700, exist_ok=True)
 
     # For operators.
 
     def start(self, app: str, bundle: BlobRef, name: str | None = None) -> str:
         """Start a relay for a Flower app whose bundle is uploaded, and return its id; `name` is for display."""
-        relay, signed = f"relay-{secrets.token_hex(4)}", self._parts.sign(Bundle(blob=bundle, task=app))
-        self._parts.rows.create(relay, app, signed, name)
+        relay, signed = f"relay-{secrets.token_hex(4)}", self._deps.sign(Bundle(blob=bundle, task=app))
+        self._deps.rows.create(relay, app, signed, name)
         self._enter(relay, signed)
         event(_log, logging.INFO, "relay.started", relay=relay, app=app)
         return relay
@@ -81,7 +81,7 @@ class Relays:
         """Return the store of a relay's message contents."""
         return self._running(relay).contents
 
-    def send(self, relay: str, messages: Sequence[Message]) -> None:
+    def send(self, relay: str, messages: Sequence[RelayMessage]) -> None:
         """Store and announce messages; known ones are ignored."""
         live = self._running(relay)
         with self._sending:
@@ -93,7 +93,7 @@ class Relays:
             assignments = {one.number: live.assignment(one, self._within_s(one)) for one in messages}
             for assignment in assignments.values():
                 encode(assignment)  # raises if it is too large to be announced
-            new = self._parts.rows.add(relay, messages)
+            new = self._deps.rows.add(relay, messages)
             for message in new:
                 self._open(live, message, assignments[message.number])
         self.stir()
@@ -101,8 +101,8 @@ class Relays:
     def lines(self, relay: str, heartbeat_s: float) -> Iterator[Line]:
         """Yield each answer that the operator has not confirmed, as it arrives, and the relay's end."""
         sent: set[int] = set()
-        end_s = self._patience.clock() + self._patience.stream_s
-        while self._patience.clock() < end_s:
+        end_s = self._timing.clock() + self._timing.stream_s
+        while self._timing.clock() < end_s:
             with self._arrived:
                 self._wait_for_news(relay, sent, heartbeat_s)
                 if self._closed:
@@ -110,13 +110,13 @@ class Relays:
                 live = self._live.get(relay)
                 new = [line for number, line in live.replies.items() if number not in sent] if live else []
                 if live is not None:
-                    live.heard_s = self._patience.clock()
+                    live.heard_s = self._timing.clock()
             if live is None:
-                row = self._parts.rows.get(relay)
+                row = self._deps.rows.get(relay)
                 yield {"state": row["state"], "error": row["error"]}
                 return
             sent |= {line["number"] for line in new}
-            yield from new or [{"heartbeat": True, **self._parts.storage.pauses(live.paused_before_s)}]
+            yield from new or [{"heartbeat": True, **self._deps.storage.pauses(live.paused_before_s)}]
 
     def reply(self, relay: str, number: int) -> Path:
         """Return the file of a reply; raises NotFound if there is none."""
@@ -125,7 +125,7 @@ class Relays:
             line = live.replies.get(number, {})
         if not line.get("size"):
             raise NotFound(f"{relay} has no reply to message {number}")
-        return self._parts.spool.file(relay, number, line["device"])
+        return self._deps.spool.file(relay, number, line["device"])
 
     def done(self, relay: str, numbers: Sequence[int]) -> None:
         """Drop messages whose answers the operator has, or no longer needs."""
@@ -134,18 +134,18 @@ class Relays:
             left = [live.waiting.pop(number) for number in numbers if number in live.waiting]
             for number in numbers:
                 live.replies.pop(number, None)
-        self._parts.rows.drop(relay, numbers)
+        self._deps.rows.drop(relay, numbers)
         for sent in left:
             sent.opened.close()
-            self._parts.rounds.remove(sent.opened)
+            self._deps.rounds.remove(sent.opened)
             if not sent.opened.has_answered(sent.device):
                 self._tell_closed(sent)
         for number in numbers:
-            self._parts.spool.drop_round(relay, number)
+            self._deps.spool.drop_round(relay, number)
 
     def end(self, relay: str, state: str, error: str | None = None) -> None:
         """End a relay if it is running, and delete its data."""
-        if not self._parts.rows.end(relay, state, error):
+        if not self._deps.rows.end(relay, state, error):
             return
         with self._lock:
             live = self._live.pop(relay, None)
@@ -154,24 +154,24 @@ class Relays:
         if live is not None:
             for sent in live.waiting.values():
                 sent.opened.close()
-                self._parts.rounds.remove(sent.opened)
-            for device in sorted(live.devices | (self._parts.link.online() if live.resumed else frozenset())):
-                self._parts.link.send_job(device, RoundClosed(job=relay, round=live.last, job_ended=True))
-        self._parts.rounds.forget(relay)
-        self._parts.spool.drop_job(relay)
-        shutil.rmtree(self._parts.folder / relay, ignore_errors=True)
+                self._deps.rounds.remove(sent.opened)
+            for device in sorted(live.devices | (self._deps.link.online() if live.resumed else frozenset())):
+                self._deps.link.send_job(device, RoundClosed(job=relay, round=live.last, job_ended=True))
+        self._deps.rounds.forget(relay)
+        self._deps.spool.drop_job(relay)
+        shutil.rmtree(self._deps.folder / relay, ignore_errors=True)
 
     def rows(self) -> Rows:
         """Return every relay, the newest first."""
-        return [self._shown(row) for row in self._parts.rows.list()]
+        return [self._shown(row) for row in self._deps.rows.list()]
 
     def get(self, relay: str) -> dict[str, Any]:
         """Return one relay; raises NotFound for an unknown id."""
-        return self._shown(self._parts.rows.get(relay))
+        return self._shown(self._deps.rows.get(relay))
 
     def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
         live = self._live.get(row["id"])
-        return row if live is None else row | self._parts.storage.pauses(live.paused_before_s)
+        return row if live is None else row | self._deps.storage.pauses(live.paused_before_s)
 
     # For the cloud.
 
@@ -182,17 +182,17 @@ class Relays:
 
     def resume(self) -> None:
         """After a restart, resume every message without an answer."""
-        running = self._parts.rows.running()
+        running = self._deps.rows.running()
         for relay, bundle in running.items():
             live = self._enter(relay, bundle)
             live.resumed = True
-            for message in self._parts.rows.messages(relay):
+            for message in self._deps.rows.messages(relay):
                 if message.answer is None:
                     self._open(live, message, live.assignment(message, self._within_s(message)), is_told=True)
                 else:
                     live.last = message.number
                     live.replies[message.number] = self._line(relay, message.number, message.answer, lost=message.lost)
-        for folder in self._parts.folder.iterdir():
+        for folder in self._deps.folder.iterdir():
             if folder.name not in running:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -211,16 +211,16 @@ class Relays:
 
     def look(self) -> float:
         """Do the due work of `watch`; return the time until there is more (s)."""
-        presence, now_s = Presence.of(self._parts.link), self._patience.clock()
-        is_paused = not self._parts.storage.look()
+        presence, now_s = Presence.of(self._deps.link), self._timing.clock()
+        is_paused = not self._deps.storage.look()
         with self._lock:
             self._is_stirred = False
             waiting = [sent for live in self._live.values() for sent in live.waiting.values()]
-            ends_s = {live.id: live.heard_s + self._patience.operator_s for live in self._live.values()}
+            ends_s = {live.id: live.heard_s + self._timing.operator_s for live in self._live.values()}
         waits_s = [LONGEST_WAIT_S, *(end_s - now_s for end_s in ends_s.values())]
         for sent in waiting:
-            if sent.standing != (standing := presence.standing(sent.device)):
-                sent.standing = standing
+            if sent.online_state != (online_state := presence.online_state(sent.device)):
+                sent.online_state = online_state
                 sent.opened.note(presence)
             wait_s = sent.opened.wait_s()
             if wait_s <= 0 or sent.opened.is_paused is not is_paused:
@@ -231,7 +231,7 @@ class Relays:
         acts += [functools.partial(self._end_abandoned, relay) for relay, end_s in ends_s.items() if end_s <= now_s]
         for act in acts:
             with suppress(CloudStopping):  # repeated after the restart
-                self._parts.storage.insist(act, self._refuse_closed)  # waits while the disk is full
+                self._deps.storage.insist(act, self._refuse_closed)  # waits while the disk is full
         return 0.0 if acts else min(waits_s)
 
     def close(self) -> None:
@@ -261,42 +261,42 @@ class Relays:
         with self._lock:
             live = self._live.get(relay)
             if live is not None:
-                live.heard_s = self._patience.clock()
+                live.heard_s = self._timing.clock()
                 return live
-        row = self._parts.rows.get(relay)
+        row = self._deps.rows.get(relay)
         raise NotFound(f"{relay} has ended: {row['state']}{', ' + row['error'] if row['error'] else ''}")
 
     def _enter(self, relay: str, bundle: Signed) -> LiveRelay:
-        contents, now_s = BlobStore(self._parts.folder / relay), self._patience.clock()
-        paused_s = self._parts.storage.paused_s()
+        contents, now_s = BlobStore(self._deps.folder / relay), self._timing.clock()
+        paused_s = self._deps.storage.paused_s()
         with self._lock:
             live = self._live[relay] = LiveRelay(relay, bundle, contents, now_s, paused_s)
         self.stir()
         return live
 
-    def _open(self, live: LiveRelay, message: Message, assignment: Deliver, *, is_told: bool = False) -> None:
+    def _open(self, live: LiveRelay, message: RelayMessage, assignment: Deliver, *, is_told: bool = False) -> None:
         """Start waiting for a message's answer; send it to its device, unless that was done before a restart."""
-        patience = self._patience
-        terms = Terms(deadline_s=assignment.deadline_s, offline_grace_s=patience.device_s, return_s=patience.return_s)
+        timing = self._timing
+        terms = Terms(deadline_s=assignment.deadline_s, offline_grace_s=timing.device_s, return_s=timing.return_s)
         around = Surroundings(
-            clock=patience.clock, storage=self._parts.storage, act=lambda instruction: self._execute(instruction, sent)
+            clock=timing.clock, storage=self._deps.storage, act=lambda instruction: self._execute(instruction, sent)
         )
         opened = OpenRound(assignment, (message.device,), terms, around)
         opened.source = live.contents.path(message.content_sha256)
-        opened.record = functools.partial(self._parts.rows.answer, live.id, message.number, lost=False)
+        opened.record = functools.partial(self._deps.rows.answer, live.id, message.number, lost=False)
         sent = SentMessage(live.id, message.number, message.device, opened)
         with self._lock:
             live.waiting[message.number] = sent
             live.devices.add(message.device)
             live.last = message.number
-        self._parts.rounds.add(opened)
+        self._deps.rounds.add(opened)
         opened.begin(is_told=is_told)
 
     def _execute(self, instruction: Instruction, sent: SentMessage) -> None:
         """Execute an instruction of a message's exchange, under its round's lock."""
         match instruction:
             case Tell():
-                self._parts.link.send_job(sent.device, sent.opened.assignment)
+                self._deps.link.send_job(sent.device, sent.opened.assignment)
             case Yield():
                 self._forward(sent, sent.opened.take(sent.device), lost=False)
             case GiveUp(why=why):
@@ -311,7 +311,7 @@ class Relays:
                 return False
             live.replies[sent.number] = line
             self._arrived.notify_all()
-        self._parts.rounds.remove(sent.opened)
+        self._deps.rounds.remove(sent.opened)
         return True
 
     def _answer_for(self, sent: SentMessage) -> None:
@@ -321,24 +321,24 @@ class Relays:
             if live is None or sent.number not in live.waiting:
                 return
         is_offline = sent.given_up is Why.OFFLINE
-        reason = f"offline for {self._patience.device_s:g} s" if is_offline else "no reply in time"
+        reason = f"offline for {self._timing.device_s:g} s" if is_offline else "no reply in time"
         answer = AnswerRow(device=sent.device, reason=f"device {sent.device}: {reason}")
-        self._parts.rows.answer(sent.relay, sent.number, answer, lost=True)
+        self._deps.rows.answer(sent.relay, sent.number, answer, lost=True)
         if self._forward(sent, answer, lost=True):
             event(_log, logging.WARNING, "message.lost", relay=sent.relay, number=sent.number, device=sent.device,
                   reason=reason)  # fmt: skip
             self._tell_closed(sent)
 
     def _end_abandoned(self, relay: str) -> None:
-        self.end(relay, "failed", f"its operator sent no request for {self._patience.operator_s:g} s")
+        self.end(relay, "failed", f"its operator sent no request for {self._timing.operator_s:g} s")
 
-    def _within_s(self, message: Message) -> float:
-        return max(1.0, message.expires_s - self._patience.time_of_day())
+    def _within_s(self, message: RelayMessage) -> float:
+        return max(1.0, message.expires_s - self._timing.time_of_day())
 
     def _tell_closed(self, sent: SentMessage) -> None:
-        self._parts.link.send_job(sent.device, RoundClosed(job=sent.relay, round=sent.number, job_ended=False))
+        self._deps.link.send_job(sent.device, RoundClosed(job=sent.relay, round=sent.number, job_ended=False))
 
     def _line(self, relay: str, number: int, answer: AnswerRow, *, lost: bool) -> Line:
-        path = self._parts.spool.file(relay, number, answer.device) if answer.file is not None else None
+        path = self._deps.spool.file(relay, number, answer.device) if answer.file is not None else None
         size = path.stat().st_size if path is not None else 0
         return {"number": number, "device": answer.device, "size": size, "reason": answer.reason, "lost": lost}

@@ -16,7 +16,7 @@ from pydantic import Field
 from cloud.dataplane.live_relay import MAX_MESSAGE_BYTES
 from cloud.http.jobs import MAX_NAME_CHARS, store_body
 from cloud.http.shared import Body, Here, stream_lines
-from cloud.state.relay_rows import Message
+from cloud.state.relay_rows import RelayMessage
 from edgefl.errors import ConfigError
 from edgefl.protocols.messages import BlobRef
 
@@ -93,7 +93,7 @@ def send(relay: str, body: Messages, here: Here) -> dict[str, int]:
     here.relays.send(
         relay,
         [
-            Message(
+            RelayMessage(
                 number=one.number,
                 device=one.device,
                 envelope=one.envelope,

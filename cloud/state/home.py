@@ -25,11 +25,11 @@ import psutil
 from cloud.broker.builtin import BuiltinBroker
 from cloud.broker.child import MosquittoChild, find_mosquitto
 from cloud.broker.inbox import Inbox
-from cloud.broker.link import CloudLink, CloudLinkCallbacks
-from cloud.broker.mosquitto import Mosquitto, MosquittoParts
+from cloud.broker.link import DeviceLink, DeviceLinkCallbacks
+from cloud.broker.mosquitto import Mosquitto, MosquittoSettings
 from cloud.broker.mosquitto_config import CRL_FILE
 from cloud.dataplane.open_rounds import OpenRounds
-from cloud.dataplane.relays import RelayParts, Relays
+from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.http.services import Services
 from cloud.shares import Shares
 from cloud.state.blobs import BlobStore
@@ -131,7 +131,9 @@ class CloudHome:
         self.jobs.waiting = self.storage.waiting
         self._make_link()
         self.relays = Relays(
-            RelayParts(RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays", self.storage)
+            RelayDependencies(
+                RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays", self.storage
+            )
         )
         self.storage.changed = self._stir
         self.registry = Registry(engine, self.blobs, self._fleet_key)
@@ -214,7 +216,7 @@ class CloudHome:
 
     def _mosquitto(self, url: str, folder: Path) -> Mosquitto:
         return Mosquitto(
-            MosquittoParts(
+            MosquittoSettings(
                 url=url,
                 folder=folder,
                 ca_folder=self._tls,
@@ -232,13 +234,13 @@ class CloudHome:
         self._own_url = f"{scheme}://{_reachable(options.host)}:{options.mqtt_port}" if own else options.broker
         # No host for its own broker: a device uses the one at which it reaches the cloud.
         self.broker_url = f"{scheme}://:{options.mqtt_port}" if own else options.broker
-        callbacks = CloudLinkCallbacks(
+        callbacks = DeviceLinkCallbacks(
             on_failure=lambda error: self.supervisor.report_failure("link", error),
             on_state=self._note_presence,
             on_note=self._note_rollout,
             is_known=self.enrolment.is_known,
         )
-        self.link = CloudLink(self._own_url, None if options.insecure else self.identity, callbacks)
+        self.link = DeviceLink(self._own_url, None if options.insecure else self.identity, callbacks)
         self._exit.callback(self.link.close)
 
     def _sign(self, bundle: Bundle) -> Signed:
@@ -291,7 +293,7 @@ class CloudHome:
 class _Presence:
     """The link for the HTTPS plane: `forget` also ends all connections of a removed device."""
 
-    _link: CloudLink
+    _link: DeviceLink
     _cut: Sequence[Callable[[str], object]]
 
     def state(self, device: str) -> DeviceState | None:

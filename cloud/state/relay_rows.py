@@ -23,7 +23,7 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
+class RelayMessage:
     """One message on its way to a device. The operator numbers a relay's messages from 1."""
 
     number: int
@@ -55,13 +55,13 @@ class RelayRows:
             rows = db.execute(sa.select(relays.c.id, relays.c.bundle).where(relays.c.state == "running"))
             return {row.id: from_json(Signed, row.bundle) for row in rows}
 
-    def messages(self, relay: str) -> list[Message]:
+    def messages(self, relay: str) -> list[RelayMessage]:
         """Return a relay's messages, in order."""
         with self._engine.begin() as db:
             rows = db.execute(errands.select().where(errands.c.relay == relay).order_by(errands.c.number)).mappings()
             return [_message(row) for row in rows]
 
-    def add(self, relay: str, messages: Sequence[Message]) -> list[Message]:
+    def add(self, relay: str, messages: Sequence[RelayMessage]) -> list[RelayMessage]:
         """Store messages in increasing order of their numbers; return the new ones."""
         with self._engine.begin() as db:
             sent = db.scalar(sa.select(relays.c.sent).where(relays.c.id == relay)) or 0
@@ -107,15 +107,15 @@ class RelayRows:
         return _shown(row)
 
 
-def _row(relay: str, message: Message) -> dict[str, Any]:
+def _row(relay: str, message: RelayMessage) -> dict[str, Any]:
     kept = ("number", "device", "envelope", "content_sha256", "expires_s")
     values = {name: getattr(message, name) for name in kept}
     return values | {"relay": relay, "answered": False, "file": None, "reason": None, "lost": False}
 
 
-def _message(row: Any) -> Message:
+def _message(row: Any) -> RelayMessage:
     answer = AnswerRow(device=row["device"], file=row["file"], reason=row["reason"]) if row["answered"] else None
-    return Message(
+    return RelayMessage(
         number=row["number"],
         device=row["device"],
         envelope=row["envelope"],

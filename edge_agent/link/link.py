@@ -42,7 +42,7 @@ MAX_SESSION = 2**62  # a damaged file must not cause a number that a message can
 _log = logging.getLogger(__name__)
 
 
-class AgentLinkCallbacks(Protocol):
+class CloudLinkCallbacks(Protocol):
     """Callbacks of the link. Called in the event loop."""
 
     def on_job(self, message: JobMessage) -> None:
@@ -59,7 +59,7 @@ class CloudLink:
     """The agent's connections to broker and cloud; `run` opens and closes them."""
 
     def __init__(
-        self, home: Path, profile: Profile, channel: CloudChannel, callbacks: AgentLinkCallbacks,
+        self, home: Path, profile: Profile, channel: CloudChannel, callbacks: CloudLinkCallbacks,
         on_reachable: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._home, self._profile, self._channel, self._callbacks = home, profile, channel, callbacks

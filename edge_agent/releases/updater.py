@@ -63,8 +63,8 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UpdaterParts:
-    """The parts that an updater uses."""
+class UpdaterDependencies:
+    """The dependencies of an updater."""
 
     device: str
     home: Path
@@ -78,9 +78,9 @@ class UpdaterParts:
 class Updater:
     """The releases of one agent. Used from its event loop."""
 
-    def __init__(self, parts: UpdaterParts) -> None:
-        self._parts = parts
-        self._folder = parts.home / "models"
+    def __init__(self, deps: UpdaterDependencies) -> None:
+        self._deps = deps
+        self._folder = deps.home / "models"
         self._slots: dict[str, ModelSlots] = {}
         self._wanted: dict[str, Desired] = {}  # by model
         self._failing: dict[str, tuple[ModelFile, str]] = {}  # by model: the release that crashes the process, and why
@@ -93,11 +93,11 @@ class Updater:
     def handle(self, signed: Signed) -> None:
         """Accept a signed `Desired`; ignored unless the fleet's key signed it. A newer one cancels work on an older."""
         try:
-            desired = verify(signed, Desired, self._parts.fleet_key)
+            desired = verify(signed, Desired, self._deps.fleet_key)
         except ManifestRejected as error:
             event(_log, logging.WARNING, "release.rejected", reason=error)
             return
-        if desired.device != self._parts.device:
+        if desired.device != self._deps.device:
             event(_log, logging.WARNING, "release.rejected", reason=f"it is for device {desired.device}, not this one")
             return
         model = desired.release.model
@@ -132,7 +132,7 @@ class Updater:
         opened = [slots for slots in map(self._slots_of, names) if slots is not None]
         await asyncio.gather(*(self._alone(slots.state.model, slots.state.sequence, self._start(slots))
                                for slots in opened))  # fmt: skip
-        self._parts.changed()
+        self._deps.changed()
 
     async def _see_to(self, model: str) -> None:
         """Process everything that is pending for one model."""
@@ -191,7 +191,7 @@ class Updater:
             await asyncio.to_thread(
                 check_blob, f"{state.model} version {installed.version}", installed.blob, slots.path(slot)
             )
-            ready = await self._parts.host.prepare(self._model(slots, slot), trial=tries > 1)
+            ready = await self._deps.host.prepare(self._model(slots, slot), trial=tries > 1)
         except asyncio.CancelledError:
             self._note_start(slots, tries - 1)
             raise
@@ -206,7 +206,7 @@ class Updater:
         ready.switch()
         self._note_start(slots, 0)
         event(_log, logging.INFO, "release.serves", model=state.model, version=installed.version, slot=slot)
-        self._parts.changed()
+        self._deps.changed()
         return True
 
     def _note_start(self, slots: ModelSlots, starts: int) -> None:
@@ -224,13 +224,13 @@ class Updater:
         self._report(slots.state)
         if state.spare in state.slots:
             try:
-                ready = await self._parts.host.prepare(self._model(slots, state.spare), trial=True)
+                ready = await self._deps.host.prepare(self._model(slots, state.spare), trial=True)
             except (EdgeflError, OSError) as error:
                 event(_log, logging.ERROR, "release.damaged", model=failed.name, slot=state.spare, reason=error)
                 return
             slots.note(dataclasses.replace(slots.state, active=state.spare))
             ready.switch()
-        self._parts.changed()
+        self._deps.changed()
 
     def _model(self, slots: ModelSlots, slot: str) -> ModelFile:
         state = slots.state
@@ -266,7 +266,7 @@ class Updater:
             self._count_try(slots, desired)
             slot = await self._fetch(slots, desired)
             model = ModelFile(name=release.model, version=release.version, path=slots.path(slot))
-            ready = await self._parts.host.prepare(model, trial=True)
+            ready = await self._deps.host.prepare(model, trial=True)
             self._tell(desired, "installed")
             filled = {**slots.state.slots, slot: Installed(version=release.version, blob=release.blob)}
             slots.save(dataclasses.replace(slots.state, active=slot, slots=filled, starts=0))
@@ -279,7 +279,7 @@ class Updater:
         ready.switch()
         self._cut.discard(release.model)
         self._finish(slots, desired, "active")
-        self._parts.changed()
+        self._deps.changed()
 
     def _count_try(self, slots: ModelSlots, desired: Desired) -> None:
         state = slots.state
@@ -301,7 +301,7 @@ class Updater:
         left = {slot: installed for slot, installed in state.slots.items() if slot != state.spare}
         slots.save(dataclasses.replace(state, slots=left))
         path = slots.path(state.spare)
-        await download(self._parts.channel, release.blob, path, reuse=path)  # the old file is overwritten
+        await download(self._deps.channel, release.blob, path, reuse=path)  # the old file is overwritten
         check_blob(name, release.blob, path)
         _sync(path)
         return state.spare
@@ -318,12 +318,12 @@ class Updater:
             level = logging.WARNING if state.outcome.state == "failed" else logging.INFO
             event(_log, level, f"release.{state.outcome.state}", model=state.model, version=state.outcome.version,
                   detail=state.outcome.detail or "-")  # fmt: skip
-            self._parts.tell(state.outcome)
+            self._deps.tell(state.outcome)
 
     def _tell(self, desired: Desired, state: str) -> None:
         release = desired.release
         event(_log, logging.INFO, f"release.{state}", model=release.model, version=release.version)
-        self._parts.tell(RolloutNote(model=release.model, version=release.version, state=state))
+        self._deps.tell(RolloutNote(model=release.model, version=release.version, state=state))
 
 
 def _sync(path: Path) -> None:

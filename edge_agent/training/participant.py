@@ -42,8 +42,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParticipantParts:
-    """The parts and settings that a participant uses."""
+class ParticipantDependencies:
+    """The dependencies and settings of a participant."""
 
     device: str
     home: Path
@@ -59,18 +59,18 @@ class ParticipantParts:
 class Participant:
     """The rounds of one agent. Used from its event loop."""
 
-    def __init__(self, parts: ParticipantParts) -> None:
-        self._parts = parts
+    def __init__(self, deps: ParticipantDependencies) -> None:
+        self._deps = deps
         self._waiting: dict[tuple[str, int], Assignment] = {}  # by `_place`
         self._newest: dict[str, int] = {}  # job -> round of its newest training
         self._current: Assignment | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._job_ended = False  # release memory as soon as no other job has work
-        self._models = parts.home / "work"
+        self._models = deps.home / "work"
         self._models.mkdir(mode=0o700, exist_ok=True)
         self._model: Path | None = None  # the file whose hash this process has checked
-        self._frozen = FrozenParts(parts.home, parts.channel)
+        self._frozen = FrozenParts(deps.home, deps.channel)
 
     @property
     def current(self) -> Assignment | None:
@@ -92,8 +92,8 @@ class Participant:
     def offer(self, work: Assignment) -> None:
         """Queue a work, unless it is known already."""
         at_work, waiting = self._current, self._waiting.get(_place(work))
-        if self._parts.store.is_answered(work.job, work.round):
-            self._parts.outbox.wake()
+        if self._deps.store.is_answered(work.job, work.round):
+            self._deps.outbox.wake()
             return
         if any(one and _place(one) == _place(work) and one.round >= work.round for one in (at_work, waiting)):
             return
@@ -114,7 +114,7 @@ class Participant:
                 del self._waiting[place]
         if self._current is not None and _is_over(self._current, closed):
             self._cancel("the round is over")
-        self._parts.outbox.drop(closed.job, closed.round)
+        self._deps.outbox.drop(closed.job, closed.round)
         if closed.job_ended:
             self._newest.pop(closed.job, None)
             self.forget([closed.job])
@@ -133,7 +133,7 @@ class Participant:
             self._cancel("the cloud no longer waits for it")
         for work in assignments:
             try:
-                self._parts.store.reopen(work.job, work.round, answered_until)
+                self._deps.store.reopen(work.job, work.round, answered_until)
             except HomeError as error:
                 event(_log, logging.ERROR, "plan.deferred", job=work.job, round=work.round, reason=error)
                 continue
@@ -141,13 +141,13 @@ class Participant:
 
     def holding(self) -> list[str]:
         """Return the jobs that keep state or frozen tensors on this device."""
-        return sorted({*self._parts.store.jobs_with_state(), *self._frozen.jobs()})
+        return sorted({*self._deps.store.jobs_with_state(), *self._frozen.jobs()})
 
     def forget(self, jobs: Sequence[str]) -> None:
         """Delete the state and the frozen tensors of jobs that have ended."""
         for job in jobs:
             try:
-                self._parts.store.forget_state(job)
+                self._deps.store.forget_state(job)
                 self._frozen.forget(job)
             except (HomeError, OSError) as error:  # full disk: the next answer to `Next` names the job again
                 event(_log, logging.ERROR, "state.not_forgotten", job=job, reason=error)
@@ -172,10 +172,10 @@ class Participant:
         try:
             for file in self._models.iterdir():
                 file.unlink()
-            self._parts.store.drop_spare()
+            self._deps.store.drop_spare()
         except OSError as error:  # disk error; the next rounds overwrite or delete what is left
             event(_log, logging.ERROR, "work.not_removed", reason=error)
-        await self._parts.trainer.end()
+        await self._deps.trainer.end()
         give_back_memory()
 
     async def _take_part(self, work: Assignment) -> None:
@@ -185,7 +185,7 @@ class Participant:
         try:
             async with asyncio.timeout(limit_s):
                 update, state = await self._answer(work)
-            self._parts.outbox.put(update, state)
+            self._deps.outbox.put(update, state)
         except CloudUnreachable as error:
             event(_log, logging.WARNING, "plan.put_off", job=work.job, round=work.round, reason=error)
         except TimeoutError:
@@ -202,8 +202,8 @@ class Participant:
 
     async def _answer(self, work: Assignment) -> tuple[Outgoing, Path | None]:
         """Download the inputs while the trainer starts, then have it work; return the update and the new state."""
-        parts, job, number = self._parts, work.job, work.round
-        starting = asyncio.create_task(parts.trainer.prepare(), name="trainer-start")
+        deps, job, number = self._deps, work.job, work.round
+        starting = asyncio.create_task(deps.trainer.prepare(), name="trainer-start")
         try:
             request = await self._fetched(work)
             with suppress(TrainerLost):  # `_insist` starts it again
@@ -211,12 +211,12 @@ class Participant:
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)  # its error was raised above
-        draft, state = parts.store.draft(job, number), parts.store.state_draft(job, number)
+        draft, state = deps.store.draft(job, number), deps.store.state_draft(job, number)
         try:
             done = await self._insist(work, dataclasses.replace(request, out=str(draft)))
             _refuse_too_large(done.size, work)
         except BaseException:
-            parts.store.discard(draft)
+            deps.store.discard(draft)
             state.unlink(missing_ok=True)
             raise
         update = Outgoing(
@@ -232,7 +232,7 @@ class Participant:
 
     async def _fetched(self, work: Assignment) -> wire.FitRequest | wire.DeliverRequest:
         """Download what an assignment names; return the trainer's request for it, with paths in place of hashes."""
-        bundle, task = await self._parts.bundles.get(work.bundle)
+        bundle, task = await self._deps.bundles.get(work.bundle)
         match work:
             case Fit():
                 return await self._fit_request(work, bundle, task)
@@ -240,40 +240,40 @@ class Participant:
                 return await self._deliver_request(work, bundle, task)
 
     async def _fit_request(self, work: Fit, bundle: Path, task: str) -> wire.FitRequest:
-        parts = self._parts
+        deps = self._deps
         frozen = await self._frozen.get(work.job, work.frozen) if work.frozen is not None else None
         model = await self._fetch(work.model, work.model_blake3)
-        parts.store.require_space(work.model.size)  # an update is about as large as the model; fail now, not later
+        deps.store.require_space(work.model.size)  # an update is about as large as the model; fail now, not later
         return wire.FitRequest(
             job=work.job,
             round=work.round,
-            client=parts.device,
+            client=deps.device,
             train=work.train,
             model=str(model),
             frozen=str(frozen or ""),
             parted=work.parted,
             bundle=str(bundle),
             task=task,
-            options=parts.options,
+            options=deps.options,
             out="",  # see `_answer`
-            memory_limit_mb=parts.memory_limit_mb,
-            folder=str(work_folder(parts.home, bundle)),
+            memory_limit_mb=deps.memory_limit_mb,
+            folder=str(work_folder(deps.home, bundle)),
         )
 
     async def _deliver_request(self, work: Deliver, bundle: Path, app: str) -> wire.DeliverRequest:
-        parts = self._parts
+        deps = self._deps
         content = await self._fetch(work.content, work.content_blake3)
         return wire.DeliverRequest(
             app=app,
             order=str(content),
             envelope=work.envelope,
             bundle=str(bundle),
-            options=parts.options,
-            state=str(parts.store.state(work.job) or ""),
-            state_out=str(parts.store.state_draft(work.job, work.round)),
+            options=deps.options,
+            state=str(deps.store.state(work.job) or ""),
+            state_out=str(deps.store.state_draft(work.job, work.round)),
             out="",  # see `_answer`
-            memory_limit_mb=parts.memory_limit_mb,
-            folder=str(work_folder(parts.home, bundle)),
+            memory_limit_mb=deps.memory_limit_mb,
+            folder=str(work_folder(deps.home, bundle)),
         )
 
     async def _insist(self, work: Assignment, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone:
@@ -281,11 +281,11 @@ class Participant:
         pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         for tries in range(1, MAX_TRIES):
             try:
-                return await self._parts.trainer.run_request(request)
+                return await self._deps.trainer.run_request(request)
             except TrainerLost as error:
                 event(_log, logging.WARNING, "trainer.lost", job=work.job, round=work.round, tries=tries, reason=error)
             await asyncio.sleep(pauses.next_s())  # until the machine has free memory again
-        return await self._parts.trainer.run_request(request)
+        return await self._deps.trainer.run_request(request)
 
     async def _fetch(self, ref: BlobRef, blake3: str) -> Path:
         """Return the file of the parameters or a message's content; that of an earlier round is overwritten."""
@@ -301,14 +301,14 @@ class Participant:
         others = [file for file in self._models.iterdir() if file != part]
         for file in others[1:]:
             file.unlink()
-        await download(self._parts.channel, ref, path, fast_hash=blake3, reuse=others[0] if others else None)
+        await download(self._deps.channel, ref, path, fast_hash=blake3, reuse=others[0] if others else None)
         self._model = path
         return path
 
     def _fail(self, work: Assignment, reason: str) -> None:
         event(_log, logging.WARNING, "round.failed", job=work.job, round=work.round, reason=reason)
         try:
-            self._parts.outbox.put_failure(FailureNote(job=work.job, round=work.round, reason=reason))
+            self._deps.outbox.put_failure(FailureNote(job=work.job, round=work.round, reason=reason))
         except HomeError as error:  # full disk: serving continues, and `Next` brings the work back
             event(_log, logging.ERROR, "round.not_noted", job=work.job, round=work.round, reason=error)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from cloud.dataplane.fleet_service import FleetService, ServiceParts, handler
+from cloud.dataplane.fleet_service import FleetService, ServiceDependencies, handler
 from cloud.dataplane.open_round import OpenRound, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
@@ -61,7 +61,7 @@ class Plane:
 
     async def _serve(self, identity):
         workers = ThreadPoolExecutor(4)
-        parts = ServiceParts(
+        deps = ServiceDependencies(
             rounds=self.rounds, jobs=self.jobs, blobs=self.blobs, spool=self.spool, desired_for=lambda _device: [],
             ended=lambda held: [job for job in held if job != self.job],
             is_known=lambda name, _serial: name in self.known, broker_url="mqtts://:8883", renewals=self.renewals,
@@ -69,7 +69,7 @@ class Plane:
             ca_pem=(self.folder / "ca.pem").read_bytes(),
         )  # fmt: skip
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", 8 << 20)])
-        self.service = FleetService(parts, workers)
+        self.service = FleetService(deps, workers)
         server.add_generic_rpc_handlers((handler(self.service),))
         self.port = server.add_secure_port("localhost:0", tls.grpc_server_credentials(identity))
         await server.start()

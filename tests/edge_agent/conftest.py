@@ -27,7 +27,7 @@ from edge_agent.link.outbox import Outbox
 from edge_agent.link.profile import Profile, load_profile, save_profile
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
-from edge_agent.training.participant import Participant, ParticipantParts
+from edge_agent.training.participant import Participant, ParticipantDependencies
 from edge_agent.training.trainer import Trainer
 from edgefl.config import TrainConfig
 from edgefl.process.home import create_home
@@ -342,7 +342,7 @@ class Device:
         self.outbox = Outbox(self.store, self.channel)
         self.trainer = Trainer()
         self.participant = Participant(
-            ParticipantParts(
+            ParticipantDependencies(
                 device="cam-1", home=home, options={"log": str(self.log), **options}, memory_limit_mb=2000,
                 store=self.store, outbox=self.outbox, trainer=self.trainer,
                 bundles=Bundles(home, manifest.load_public_key((home / "fleet.pub").read_bytes()), self.channel),

@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.profile import load_profile
-from edge_agent.releases.updater import Updater, UpdaterParts
+from edge_agent.releases.updater import Updater, UpdaterDependencies
 from edge_agent.sessions import Models, load
 from edgefl.protocols.manifest import load_public_key
 
@@ -43,7 +43,7 @@ class Device:
         self.models = self.host.models
         self.channel = CloudChannel(load_profile(home), home)
         self.updater = Updater(
-            UpdaterParts(
+            UpdaterDependencies(
                 device="cam-1", home=home, fleet_key=load_public_key((home / "fleet.pub").read_bytes()),
                 channel=self.channel, host=self.host, tell=self.notes.append,
                 changed=lambda: self.changes.append(self.models.versions()),

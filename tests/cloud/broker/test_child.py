@@ -11,7 +11,7 @@ import pytest
 
 from cloud.broker import child as child_module
 from cloud.broker.child import MosquittoChild, find_mosquitto
-from cloud.broker.mosquitto import Mosquitto, MosquittoParts
+from cloud.broker.mosquitto import Mosquitto, MosquittoSettings
 from cloud.broker.mosquitto_config import CONFIG_FILE, CRL_FILE
 from cloud.trust.crl import make_crl
 from edgefl.errors import ConfigError
@@ -32,10 +32,10 @@ def child(fleet_ca, free_port, monkeypatch):
     url = f"mqtts://127.0.0.1:{free_port}"
 
     def make(program=PROGRAM):
-        parts = MosquittoParts(
+        settings = MosquittoSettings(
             url=url, folder=fleet_ca.folder, ca_folder=fleet_ca.folder, revoked=list, certificate_days=397.0
         )
-        return MosquittoChild(str(program), fleet_ca.folder, "127.0.0.1", free_port, Mosquitto(parts))
+        return MosquittoChild(str(program), fleet_ca.folder, "127.0.0.1", free_port, Mosquitto(settings))
 
     make.url = url
     return make

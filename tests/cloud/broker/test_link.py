@@ -13,7 +13,7 @@ import threading
 import pytest
 import sqlalchemy as sa
 
-from cloud.broker.link import CloudLink, CloudLinkCallbacks
+from cloud.broker.link import DeviceLink, DeviceLinkCallbacks
 from edgefl.errors import ProtocolError
 from edgefl.protocols import topics
 from edgefl.protocols.messages import (
@@ -27,7 +27,7 @@ from edgefl.protocols.messages import (
     decode_job,
     encode,
 )
-from tests.threaded import ThreadedCloudLink
+from tests.threaded import ThreadedDeviceLink
 
 NOTE = RolloutNote(model="digits", version=2, state="active")
 TELEMETRY = Telemetry(
@@ -41,7 +41,7 @@ def state(session: int, *, online: bool = True) -> bytes:
 
 @dataclasses.dataclass
 class Received:
-    link: CloudLink
+    link: DeviceLink
     states: queue.Queue
     notes: queue.Queue
     known: set
@@ -51,20 +51,20 @@ class Received:
 def cloud(broker, fleet_ca):
     states, notes = queue.Queue(), queue.Queue()
     known = {"cam-1", "cam-2"}
-    callbacks = CloudLinkCallbacks(
+    callbacks = DeviceLinkCallbacks(
         on_failure=pytest.fail,
         on_state=lambda *one: states.put(one),
         on_note=lambda *one: notes.put(one),
         is_known=known.__contains__,
     )
-    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, callbacks)
+    link = ThreadedDeviceLink(broker.url, fleet_ca.cloud, callbacks)
     link.start()
     assert link.wait_connected(5)
     yield Received(link, states, notes, known)
     link.close()
 
 
-def online_is(link: CloudLink, *names: str, timeout_s: float = 5.0) -> bool:
+def online_is(link: DeviceLink, *names: str, timeout_s: float = 5.0) -> bool:
     return link.wait_until(lambda: link.online() == set(names), timeout_s)
 
 
@@ -231,7 +231,7 @@ def test_a_cloud_that_comes_later_learns_who_is_there(broker, fleet_ca, peer) ->
         device.link.publish(topics.up(name, "state"), state(1), retain=True)
     device.link.publish(topics.up("cam-2", "state"), state(1, online=False), retain=True)
     device.link.close()
-    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, CloudLinkCallbacks(on_failure=pytest.fail))
+    link = ThreadedDeviceLink(broker.url, fleet_ca.cloud, DeviceLinkCallbacks(on_failure=pytest.fail))
     link.start()
     assert online_is(link, "cam-1")
     assert link.wait_until(lambda: link.offline() == {"cam-2"}, 5)
@@ -318,8 +318,8 @@ def test_a_database_that_is_locked_for_a_while_loses_no_message(broker, fleet_ca
             raise faults.pop()
         return True
 
-    callbacks = CloudLinkCallbacks(on_failure=pytest.fail, on_state=lambda *one: states.put(one), is_known=is_known)
-    link = ThreadedCloudLink(broker.url, fleet_ca.cloud, callbacks)
+    callbacks = DeviceLinkCallbacks(on_failure=pytest.fail, on_state=lambda *one: states.put(one), is_known=is_known)
+    link = ThreadedDeviceLink(broker.url, fleet_ca.cloud, callbacks)
     link.start()
     assert link.wait_connected(5)
     peer("cam-1").link.publish(topics.up("cam-1", "state"), state(1))

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from cloud.broker.mosquitto import Mosquitto, MosquittoParts, catches_hangup
+from cloud.broker.mosquitto import Mosquitto, MosquittoSettings, catches_hangup
 from edgefl.protocols import tls
 from edgefl.protocols.mqtt import LinkConfig
 from tests.threaded import Link
@@ -25,7 +25,7 @@ def mosquitto(broker, fleet_ca):
             "url": broker.url, "folder": fleet_ca.folder, "ca_folder": fleet_ca.folder, "certificate_days": 397.0,
             "revoked": lambda: list(revoked),
         }  # fmt: skip
-        return Mosquitto(MosquittoParts(**facts | changes))
+        return Mosquitto(MosquittoSettings(**facts | changes))
 
     return hold, revoked
 

@@ -12,7 +12,7 @@ from cloud.broker.packets import (
     MAX_PACKET_BYTES,
     Connect,
     Fields,
-    Message,
+    MqttMessage,
     acknowledgement,
     cut,
     parse_connect,
@@ -28,7 +28,7 @@ FULL = b"\0\4MQTT\4\xee\0\x3c\0\3cam\0\1t\0\2by\0\2me\0\4pass"
 
 def test_a_connect_by_hand() -> None:
     assert parse_connect(BARE) == Connect("cam", "", True, 10, None)
-    assert parse_connect(FULL) == Connect("cam", "me", True, 60, Message("t", b"by", 1, True))
+    assert parse_connect(FULL) == Connect("cam", "me", True, 60, MqttMessage("t", b"by", 1, True))
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_whatever_the_bytes_there_is_an_answer() -> None:
 
 
 def test_a_publish_by_hand_there_and_back() -> None:
-    message = Message("t", b"x", 1, True)
+    message = MqttMessage("t", b"x", 1, True)
     assert publish(message, 1, 7, retain=False) == b"\x32\x06\0\1t\0\x07x"
     assert publish(message, 0, 0, retain=True) == b"\x31\x04\0\1tx"
     assert parse_publish(0b0011, b"\0\1t\0\x07x") == (message, 7)
-    assert parse_publish(0, b"\0\1t") == (Message("t", b"", 0, False), 0)
+    assert parse_publish(0, b"\0\1t") == (MqttMessage("t", b"", 0, False), 0)
 
 
 def test_acknowledgements_by_hand() -> None:

@@ -7,12 +7,12 @@ import itertools
 import pytest
 
 from cloud.broker import sessions as sessions_module
-from cloud.broker.packets import PUBACK, PUBCOMP, PUBREC, Message, acknowledgement, publish
+from cloud.broker.packets import PUBACK, PUBCOMP, PUBREC, MqttMessage, acknowledgement, publish
 from cloud.broker.sessions import Session, Sessions, matches
 
 
-def message(topic: str = "a/b", payload: bytes = b"x", qos: int = 1, *, retain: bool = False) -> Message:
-    return Message(topic, payload, qos, retain)
+def message(topic: str = "a/b", payload: bytes = b"x", qos: int = 1, *, retain: bool = False) -> MqttMessage:
+    return MqttMessage(topic, payload, qos, retain)
 
 
 class Client:

@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from cloud.broker.link import CloudLinkCallbacks
-from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet
+from cloud.broker.link import DeviceLinkCallbacks
+from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.dataplane.open_round import Presence
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
@@ -26,7 +26,7 @@ from edgefl.protocols.mqtt import LinkConfig
 from edgefl.records import Failure, Plan
 from edgefl.testing import ManualClock, make_update
 from edgefl.trees import SpooledTree, write_tree
-from tests.threaded import Broker, Link, ThreadedCloudLink
+from tests.threaded import Broker, Link, ThreadedDeviceLink
 
 PARAMETERS = {"w": np.zeros(2, np.float32)}
 
@@ -62,8 +62,8 @@ class Centre:
         self.blobs, self.spool, self.rounds = BlobStore(folder / "blobs"), Spool(folder / "spool"), OpenRounds()
         key = new_fleet_key()
         self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key))
-        callbacks = CloudLinkCallbacks(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.stir())
-        self.link = ThreadedCloudLink(self.broker.url, ca.cloud, callbacks)
+        callbacks = DeviceLinkCallbacks(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.stir())
+        self.link = ThreadedDeviceLink(self.broker.url, ca.cloud, callbacks)
         self.link.start()
         assert self.link.wait_connected(5)
         self.devices = {name: Device(self.broker, ca.device(name), name) for name in ("a", "b")}
@@ -75,8 +75,8 @@ class Centre:
         self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), parameters, (), config)
         clock = clock or ManualClock()
         storage = storage or Storage(None, clock)
-        parts = FleetParts(self.rounds, self.jobs, self.blobs, self.spool, self.link, storage, clock)
-        return GrpcFleet(self.jobs.load(self.job), parts)
+        deps = FleetDependencies(self.rounds, self.jobs, self.blobs, self.spool, self.link, storage, clock)
+        return GrpcFleet(self.jobs.load(self.job), deps)
 
     def plan(self, **changes):
         facts = {

@@ -7,7 +7,7 @@ from blake3 import blake3
 
 from cloud.dataplane.live_relay import MAX_MESSAGE_BYTES, LiveRelay
 from cloud.state.blobs import BlobStore
-from cloud.state.relay_rows import Message
+from cloud.state.relay_rows import RelayMessage
 from edgefl.errors import ConfigError
 from edgefl.protocols.messages import Signed
 
@@ -24,7 +24,7 @@ def relay(tmp_path):
 
 def message(**changes):
     facts = {"number": 7, "device": "a", "envelope": "e", "content_sha256": SHA256, "expires_s": 9.0}
-    return Message(**facts | changes)
+    return RelayMessage(**facts | changes)
 
 
 def test_a_plan_names_what_the_message_holds_and_how_long_it_is_wanted(relay):

@@ -9,11 +9,11 @@ import threading
 import pytest
 from blake3 import blake3
 
-from cloud.dataplane.live_relay import Patience
+from cloud.dataplane.live_relay import RelayTiming
 from cloud.dataplane.open_rounds import OpenRounds
-from cloud.dataplane.relays import RelayParts, Relays
+from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.state.jobs import AnswerRow
-from cloud.state.relay_rows import Message, RelayRows
+from cloud.state.relay_rows import RelayMessage, RelayRows
 from cloud.state.spool import Spool
 from cloud.state.storage import LOOK_S, Storage
 from cloud.state.store import open_database
@@ -42,11 +42,11 @@ class Cloud:
         self.rounds, self.spool = OpenRounds(), Spool(self.folder / "spool")
         rows = RelayRows(self.engine)
         self.storage = Storage(self.folder, self.clock)
-        parts = RelayParts(
+        deps = RelayDependencies(
             rows, self.rounds, self.spool, self.link, lambda one: sign(one, self.key), self.folder / "relays",
             self.storage,
         )  # fmt: skip
-        self.relays = Relays(parts, Patience(clock=self.clock, time_of_day=lambda: BEGAN_S + self.clock()))
+        self.relays = Relays(deps, RelayTiming(clock=self.clock, time_of_day=lambda: BEGAN_S + self.clock()))
         self.relays.resume()
 
     def stop(self):
@@ -91,7 +91,7 @@ def cloud(tmp_path):
 
 
 def message(number=1, device="a", within_s=60.0):
-    return Message(
+    return RelayMessage(
         number=number, device=device, envelope="envelope", content_sha256=SHA256, expires_s=BEGAN_S + within_s
     )
 

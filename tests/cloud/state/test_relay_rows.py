@@ -3,7 +3,7 @@
 import pytest
 
 from cloud.state.jobs import AnswerRow
-from cloud.state.relay_rows import Message, RelayRows
+from cloud.state.relay_rows import RelayMessage, RelayRows
 from cloud.state.store import open_database
 from edgefl.errors import NotFound
 from edgefl.protocols.messages import Signed
@@ -21,7 +21,7 @@ def rows(tmp_path):
 
 
 def message(number, device="a"):
-    return Message(number=number, device=device, envelope="e", content_sha256="0" * 64, expires_s=200.0)
+    return RelayMessage(number=number, device=device, envelope="e", content_sha256="0" * 64, expires_s=200.0)
 
 
 def test_messages_are_taken_once_by_their_numbers(rows):

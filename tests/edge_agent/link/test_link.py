@@ -16,7 +16,7 @@ from edgefl.protocols import messages, tls, topics
 from edgefl.protocols.messages import DeviceState, RolloutNote, RoundClosed, Telemetry
 
 
-class AgentLinkCallbacks:
+class CloudLinkCallbacks:
     """Records the calls of the link's callbacks."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ def with_link(fleet, tmp_path):
 
         async def inside():
             profile = load_profile(home)
-            callbacks = AgentLinkCallbacks()
+            callbacks = CloudLinkCallbacks()
             link = CloudLink(home, profile, CloudChannel(profile, home), callbacks)
             running = asyncio.create_task(link.run())
             try:

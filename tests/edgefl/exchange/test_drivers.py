@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 
-from cloud.dataplane.grpc_fleet import FleetParts, GrpcFleet
-from cloud.dataplane.live_relay import Patience
+from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
+from cloud.dataplane.live_relay import RelayTiming
 from cloud.dataplane.open_round import Presence
 from cloud.dataplane.open_rounds import OpenRounds
-from cloud.dataplane.relays import RelayParts, Relays
+from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, Jobs
-from cloud.state.relay_rows import Message, RelayRows
+from cloud.state.relay_rows import RelayMessage, RelayRows
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database
@@ -97,13 +97,13 @@ class Cloud:
         self.row = self.jobs.load(job)
         with (folder / "spool" / "update").open("wb") as file:
             write_tree(PARAMETERS, file)
-        parts = RelayParts(
+        deps = RelayDependencies(
             RelayRows(self.engine), self.rounds, self.spool, self.link, lambda bundle: sign(bundle, key),
             folder / "relays", self.storage,
         )  # fmt: skip
         self.relays = Relays(
-            parts,
-            Patience(clock=self.clock, time_of_day=self.clock, device_s=GRACE_S, operator_s=EVER_S, stream_s=EVER_S),
+            deps,
+            RelayTiming(clock=self.clock, time_of_day=self.clock, device_s=GRACE_S, operator_s=EVER_S, stream_s=EVER_S),
         )
 
     def begin(self, trace: Trace) -> None:
@@ -145,12 +145,12 @@ class Cloud:
         self.begin(trace)
         config = RoundsConfig(quorum=trace.terms.quorum, offline_grace_s=trace.terms.offline_grace_s)
         row = dataclasses.replace(self.row, config=JobConfig(rounds=config))
-        parts = FleetParts(self.rounds, self.jobs, self.blobs, self.spool, self.link, self.storage, self.clock)
+        deps = FleetDependencies(self.rounds, self.jobs, self.blobs, self.spool, self.link, self.storage, self.clock)
         plan = Plan(
             job=self.row.id, round=self.number, parameters=PARAMETERS, clients=trace.devices,
             train=row.config.train, deadline_s=trace.terms.deadline_s,
         )  # fmt: skip
-        fleet, came = GrpcFleet(row, parts), list[str]()
+        fleet, came = GrpcFleet(row, deps), list[str]()
         thread = threading.Thread(target=lambda: came.extend(one.device for one in fleet.collect(plan)), name="job")
         thread.start()
         assert self.told.wait(10)
@@ -180,7 +180,7 @@ class Cloud:
         self.relays.send(
             relay,
             [
-                Message(number=number, device=device, envelope="e", content_sha256=sha256,
+                RelayMessage(number=number, device=device, envelope="e", content_sha256=sha256,
                         expires_s=trace.terms.deadline_s)
                 for number, device in enumerate(trace.devices, 1)
             ],
