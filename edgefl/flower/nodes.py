@@ -20,6 +20,7 @@ from edgefl.flower.apps.app import KIND, RunConfigValue
 from edgefl.flower.inside import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode, error_reply, with_own_metadata
 from edgefl.flower.records import copy_message, copy_records
 from edgefl.task import UserCode
+from edgefl.training.own_randomness import OwnRandomness
 
 FIRST_NODE_ID = 1000  # 0 and 1 have a meaning in Flower
 
@@ -96,18 +97,22 @@ def node_name(node_id: int) -> str:
 
 
 class InProcess:
-    """Runs one client at a time, in this process. Thread-safe."""
+    """Runs one client at a time, in this process, with random states other than the ServerApp's. Thread-safe."""
 
-    def __init__(self, app: str, client_app: ClientApp, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, app: str, client_app: ClientApp, clock: Callable[[], float], randomness: OwnRandomness | None = None
+    ) -> None:
         self._app, self._client_app, self._clock = app, client_app, clock
-        self._turn = threading.Lock()  # clients share this process's random state, so they take turns
+        self._randomness = randomness or OwnRandomness()
+        self._turn = threading.Lock()  # clients share these states, so they take turns
 
     def run(self, deliveries: Iterable[Delivery], within_s: float) -> Iterator[NodeReply]:
         """Yield answers in the order of the deliveries, without those of clients that took longer than `within_s`."""
         for delivery in deliveries:
             with self._turn:
                 start_s = self._clock()
-                answer = execute(self._app, self._client_app, _own(delivery))
+                with self._randomness.used():
+                    answer = execute(self._app, self._client_app, _own(delivery))
                 answer = replace(answer, reply=copy_message(answer.reply))  # the ClientApp may keep a reference to it
                 late = self._clock() - start_s >= within_s
             if not late:

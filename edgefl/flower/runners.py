@@ -30,7 +30,7 @@ class Runners:
             raise ConfigError(f"workers={workers} must be 0 (only this process) or more")
         self._app, self._clock = app, clock
         self._number = num_cores() if workers is None else workers
-        self._here = InProcess(app.name, app.client_app, clock)
+        self._here = InProcess(app.name, app.client_app, clock, app.clients_randomness)
         self._left_s = math.inf if workers == 0 or self._number == 1 else START_S  # work left to do in this process
         if workers:
             self._left_s = 0.0

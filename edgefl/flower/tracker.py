@@ -33,8 +33,8 @@ class TrackedRound:
     end_s: float = 0.0
     up_bytes: int = 0
     down_bytes: int = 0
-    asked: dict[str, set[str]] = field(default_factory=dict)  # category -> nodes
-    done: dict[str, set[str]] = field(default_factory=dict)
+    asked: dict[str, dict[str, str]] = field(default_factory=dict)  # category -> node -> id of its last message
+    done: dict[str, set[str]] = field(default_factory=dict)  # category -> nodes that answered their last message
     failed: dict[str, str] = field(default_factory=dict)  # node -> reason
     _sums: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)  # (weighted sum, weight)
 
@@ -45,8 +45,27 @@ class TrackedRound:
 
     @property
     def participants(self) -> set[str]:
-        """Clients that answered with content; in a round with training, to the training message."""
-        return self.done.get("train", set()) if "train" in self.asked else self._all(self.done)
+        """Clients that answered with content; in a round with training, to their last training message.
+
+        Secure aggregation sends several in a round: who leaves between two of them has not taken part.
+        """
+        return self.done.get("train", set()) if "train" in self.asked else set().union(*self.done.values())
+
+    @property
+    def missing(self) -> set[str]:
+        """Clients whose last message, of any category, has no reply."""
+        silent = (nodes.keys() - self.done.get(category, set()) for category, nodes in self.asked.items())
+        return set().union(*silent) - self.failed.keys()
+
+    def ask(self, category: str, node: str, message_id: str) -> None:
+        """Record a message to a node; from now on, only the answer to this one counts."""
+        self.asked.setdefault(category, {})[node] = message_id
+        self.done.get(category, set()).discard(node)
+
+    def answer(self, category: str, node: str, message_id: str) -> None:
+        """Record an answer with content."""
+        if self.asked.get(category, {}).get(node) == message_id:
+            self.done.setdefault(category, set()).add(node)
 
     def count(self, category: str, metrics: Mapping[str, MetricRecord]) -> None:
         """Fold a reply's metrics into the weighted means of its category."""
@@ -66,24 +85,19 @@ class TrackedRound:
 
     def report(self, metrics: Mapping[str, float] | None = None) -> RoundReport:
         """Return the public report of the round, with a strategy's own `metrics`."""
-        missing = self._all(self.asked) - self._all(self.done) - self.failed.keys()
         seen = merged(self.metrics("evaluate"), {}, self.metrics("train"))
         return RoundReport(
             round=self.number,
             admitted=self.num_admitted,
             rejected=0,
             failed=len(self.failed),
-            missing=len(missing),
+            missing=len(self.missing),
             reasons=dict(self.failed),
             seconds=self.end_s - self.start_s,
             up_bytes=self.up_bytes,
             down_bytes=self.down_bytes,
             metrics=seen if metrics is None else {**seen, **metrics},
         )
-
-    @staticmethod
-    def _all(nodes: Mapping[str, set[str]]) -> set[str]:
-        return set().union(*nodes.values())
 
 
 class RoundTracker:
@@ -139,12 +153,15 @@ class RoundTracker:
             self._asked.update(map(_category, messages))
             if messages:
                 self._enter(self._number(messages[0]))
+            seen = self._rounds.get(self._open)
             for message in messages:
-                if message.metadata.message_id:
-                    self._round_of[message.metadata.message_id] = self._open
-                if (seen := self._rounds.get(self._open)) is not None:
-                    seen.asked.setdefault(_category(message), set()).add(self._name(message.metadata.dst_node_id))
-                    seen.down_bytes += message_bytes(message)
+                metadata = message.metadata
+                if metadata.message_id:
+                    self._round_of[metadata.message_id] = self._open
+                if seen is not None:
+                    seen.ask(_category(message), self._name(metadata.dst_node_id), metadata.message_id)
+            if seen is not None:  # last, as it may fail
+                seen.down_bytes += sum(map(message_bytes, messages))
 
     def answered(self, request: Message, reply: Message) -> None:
         """Record a reply, in the round of its request."""
@@ -161,7 +178,7 @@ class RoundTracker:
                 self._reasons.append(f"{node}: {reason}")
                 seen.failed.setdefault(node, reason)
                 return
-            seen.done.setdefault(category, set()).add(node)
+            seen.answer(category, node, request.metadata.message_id)
             seen.up_bytes += message_bytes(reply)
             seen.count(category, reply.content.metric_records)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.task import UserCode, forget_modules, import_from
 from edgefl.terminal.pairs import pair_of
+from edgefl.training.own_randomness import OwnRandomness, state_digests
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -38,6 +39,7 @@ class FlowerApp:
     client_app: ClientApp
     config: Mapping[str, RunConfigValue]  # its defaults, flat: {"a.b": 1}
     num_supernodes: int = DEFAULT_SUPERNODES  # from its default federation, if it has one
+    clients_randomness: OwnRandomness = field(default_factory=OwnRandomness)  # of its clients in this process
 
 
 def is_flower_app(folder: str | Path) -> bool:
@@ -60,6 +62,7 @@ def load_flower_app(folder: str | Path) -> FlowerApp:
     config = flatten(app.get("config", {}), where=f"{folder / 'pyproject.toml'}: [tool.flwr.app.config]")
     server, _ = _reference(folder, app, "serverapp"), _reference(folder, app, "clientapp")
     forget_modules(folder)
+    before = state_digests()
     return FlowerApp(
         name=folder.name,
         folder=folder,
@@ -67,6 +70,7 @@ def load_flower_app(folder: str | Path) -> FlowerApp:
         client_app=load_client_app(folder),
         config=config,
         num_supernodes=_num_supernodes(table) or DEFAULT_SUPERNODES,
+        clients_randomness=OwnRandomness(before),  # after the imports, which may seed
     )
 
 

@@ -1,6 +1,7 @@
 """What an app may count on in Flower, it may count on here: in simulation, and (by played devices) on a fleet."""
 
 import operator
+import random
 
 import numpy as np
 import pytest
@@ -148,6 +149,74 @@ def test_secure_aggregation_gives_the_mean_that_it_hides(anywhere, tmp_path):
     # Three clients add 1, 2 and 3 in each of two rounds; 40 / 2**22 is a step of the quantisation.
     np.testing.assert_allclose(SpooledTree(tmp_path / "m.safetensors")["0"], [4, 4], atol=1e-4)
     assert result.final["loss"] == pytest.approx(4, abs=1e-4)
+
+
+def test_secure_aggregation_goes_on_without_a_client_that_leaves_in_its_midst(anywhere, tmp_path):
+    leaves = SECURE_CLIENT.replace(
+        "return [", "if self.part == 0:\n                raise OSError('unplugged')\n            return [", 1
+    )
+    result = anywhere(SECURE, leaves, 2, nodes=3, out=tmp_path / "m.safetensors")
+    assert [(one.admitted, one.failed, one.missing) for one in result.rounds] == [(2, 1, 0)] * 2
+    np.testing.assert_allclose(SpooledTree(tmp_path / "m.safetensors")["0"], [5, 5], atol=1e-4)  # 2.5 a round
+
+
+DRAWS = (  # between its clients' messages
+    IMPORTS
+    + """
+    import random
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        drawn, heard = [], []
+        for turn in range(context.run_config["rounds"]):
+            drawn += [random.random(), np.random.normal()]
+            asked = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+            heard += [one.content["a"]["drawn"] for one in grid.send_and_receive(asked)]
+        context.state["seen"] = MetricRecord({"server": drawn, "clients": heard})
+"""
+)
+DRAWING_CLIENT = (
+    IMPORTS
+    + """
+    import random
+    SEED
+    app = ClientApp()
+
+    @app.query()
+    def query(message, context):
+        drawn = MetricRecord({"drawn": random.random() + np.random.normal()})
+        return Message(RecordDict({"a": drawn}), reply_to=message)
+"""
+)
+IN_ITS_PROCESS = (0, 1)  # as `workers`: with the ServerApp, or without it
+
+
+@pytest.mark.parametrize("workers", IN_ITS_PROCESS)
+def test_what_clients_draw_and_seed_changes_nothing_that_the_server_draws(make_app, workers):
+    seed = "random.seed(7); np.random.seed(7)"
+    server = DRAWS.replace("drawn, heard =", f"{seed}; drawn, heard =")
+    client = DRAWING_CLIENT.replace("SEED", "").replace("drawn =", f"{seed}; drawn =")
+    result = run_flower_app(load_flower_app(make_app(server, client)), 2, {"rounds": 2}, workers=workers)
+    python, legacy = random.Random(7), np.random.RandomState(7)
+    first = [python.random(), legacy.normal()]
+    assert result.state["seen"]["server"] == [*first, python.random(), legacy.normal()]
+    assert result.state["seen"]["clients"] == [sum(first)] * 4
+
+
+@pytest.mark.parametrize("workers", IN_ITS_PROCESS)
+def test_clients_of_an_app_that_seeds_as_it_is_imported_begin_with_that_seed(make_app, workers):
+    client = DRAWING_CLIENT.replace("SEED", "random.seed(7); np.random.seed(7)")
+    result = run_flower_app(load_flower_app(make_app(DRAWS, client)), 1, {"rounds": 3}, workers=workers)
+    python, legacy = random.Random(7), np.random.RandomState(7)
+    assert result.state["seen"]["clients"] == [python.random() + legacy.normal() for _ in range(3)]
+
+
+def test_clients_in_the_servers_process_do_not_draw_what_it_draws(make_app):
+    app = load_flower_app(make_app(DRAWS, DRAWING_CLIENT.replace("SEED", "")))
+    seen = run_flower_app(app, 1, {"rounds": 3}, workers=0).state["seen"]
+    server = np.reshape(seen["server"], (3, 2)).sum(1)
+    assert not set(seen["clients"]) & set(server)
 
 
 def test_who_answers_too_late_leaves_no_success(make_app, adder_client):

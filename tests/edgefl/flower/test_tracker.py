@@ -3,7 +3,7 @@
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from edgefl.flower.inside import task_identity
+from edgefl.flower.inside import give_id, task_identity
 from edgefl.flower.tracker import RoundTracker, merged
 from edgefl.testing import ManualClock
 
@@ -16,6 +16,11 @@ def tracker():
 
 def ask(node=1000, kind="train", group_id="", **config):
     return Message(RecordDict({"config": ConfigRecord(config)}), node, kind, group_id=group_id)
+
+
+def with_id(message, message_id):
+    give_id(message, message_id)
+    return message
 
 
 def answer(tracker, request, **metrics):
@@ -54,6 +59,21 @@ def test_metrics_are_weighted_means_and_failures_have_reasons(tracker):
     assert told.reasons == {"partition-2": "broken"}
     assert told.metrics == {"loss": 1.75}
     assert list(tracker.failures()) == ["partition-2: broken"]
+
+
+def test_who_leaves_between_two_training_messages_of_a_round_is_missing(tracker):
+    first, second = ([with_id(ask(1000 + part, group_id="1"), f"{turn}-{part}") for part in range(3)] for turn in "ab")
+    tracker.sent(first)
+    for request in first:
+        answer(tracker, request)
+    tracker.sent(second)
+    answer(tracker, second[0])
+    answer(tracker, first[1])  # once more, too late
+    tracker.sent([ask(1002, kind="evaluate", group_id="1")])
+    answer(tracker, ask(1002, kind="evaluate", group_id="1"))
+    report = tracker.rounds[0].report()
+    assert (report.admitted, report.failed, report.missing) == (1, 0, 2)
+    assert tracker.rounds[0].participants == {"partition-0"}
 
 
 def test_unanswered_training_is_reported_even_if_other_messages_were_answered(tracker):
