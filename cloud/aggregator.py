@@ -275,7 +275,7 @@ class Aggregator:
     def _start(self, job_id: str) -> None:
         try:
             self._job_threads.submit(self.run_job, job_id).add_done_callback(self._report_crash)
-        except RuntimeError as error:  # no new thread; if another one takes the job later, it has ended
+        except RuntimeError as error:  # no new thread; a running one may take the job later and finds it ended
             self._end(job_id, "failed", f"the cloud could not start it: {error}")
 
     def _cancel(self, job_id: str) -> None:

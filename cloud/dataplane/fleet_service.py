@@ -2,7 +2,7 @@
 
 A device is identified by its certificate. An upload is acknowledged after it is checked, on disk and in the
 database. Files are read and written in worker threads, and transfers are limited (`cloud.dataplane.transfer_limiter`).
-A call in a worker thread costs as much as its work, so a small update needs only two of them, and a small model two.
+Handing work to a thread costs as much as the work itself, so a small update or model is handed over twice only.
 """
 
 from __future__ import annotations

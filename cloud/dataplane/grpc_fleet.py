@@ -19,7 +19,7 @@ from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
-from edgefl.exchange import Close, GiveUp, Instruction, Tell, Terms, Yield, gathering
+from edgefl.exchange import Announce, Close, GiveUp, Instruction, Terms, Yield, gathering
 from edgefl.logs import event
 from edgefl.protocols.messages import BlobRef, Fit, RoundClosed, UpdateRefused
 from edgefl.records import Failure, Plan, Traffic, Update
@@ -52,7 +52,7 @@ class GrpcFleet:
         self._job = job
         self._deps = deps
         self._took_part: set[str] = set()
-        self._begun_from: str | None = None  # hash of the open round's model
+        self._model_sha256: str | None = None  # hash of the open round's model
 
     def clients(self) -> Sequence[str]:
         """Wait until enough devices are online, and return all that are.
@@ -74,8 +74,8 @@ class GrpcFleet:
 
         Raises BlobDamaged if the file of the round's model, from which they were computed, has changed.
         """
-        if self._begun_from is not None:
-            self._deps.blobs.check(self._begun_from)
+        if self._model_sha256 is not None:
+            self._deps.blobs.check(self._model_sha256)
         ref = self.insist(lambda: self._deps.blobs.put_tree(parameters), encoded_bytes(parameters))
         return SpooledTree(self._deps.blobs.path(ref.sha256))
 
@@ -128,7 +128,7 @@ class GrpcFleet:
 
     def _open(self, plan: Plan) -> OpenRound:
         model = self.published(plan.parameters)
-        self._begun_from = model.sha256
+        self._model_sha256 = model.sha256
         assignment = Fit(
             job=plan.job,
             round=plan.round,
@@ -161,7 +161,7 @@ class GrpcFleet:
     def _execute(self, instruction: Instruction, opened: OpenRound) -> None:
         """Send a device its assignment, or that its round is closed."""
         assignment, link = opened.assignment, self._deps.link
-        if isinstance(instruction, Tell):
+        if isinstance(instruction, Announce):
             link.send_job(instruction.device, assignment)
         # Not for an interrupted job: `end` tells all devices, or this round is resumed after a restart.
         elif isinstance(instruction, GiveUp) and not self._deps.rounds.is_stopped(assignment.job):

@@ -11,7 +11,7 @@ from cloud.dataplane.open_round import OnlineState, OpenRound
 from cloud.state.blobs import BlobStore, blake3_of
 from cloud.state.relay_rows import RelayMessage
 from edgefl.errors import ConfigError
-from edgefl.exchange import Why
+from edgefl.exchange import GiveUpReason
 from edgefl.exchange.terms import RETURN_S
 from edgefl.protocols.messages import BlobRef, Deliver, Signed
 
@@ -41,7 +41,7 @@ class SentMessage:
     device: str
     opened: OpenRound
     online_state: OnlineState = OnlineState.ONLINE  # of its device, as last passed to the exchange
-    given_up: Why | None = None  # set by its exchange; the cloud then answers for the device
+    given_up: GiveUpReason | None = None  # set by its exchange; the cloud then answers for the device
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class LiveRelay:
     id: str
     bundle: Signed
     contents: BlobStore  # of its messages
-    heard_s: float  # time of the operator's last request
+    last_request_s: float  # time of the operator's last request
     paused_before_s: float  # total pauses of the storage before it started
     waiting: dict[int, SentMessage] = field(default_factory=dict)  # messages without an answer
     replies: dict[int, Line] = field(default_factory=dict)  # answers that the operator has not confirmed

@@ -56,8 +56,8 @@ class Presence:
     """The devices that are online at one time."""
 
     online: frozenset[str]
-    heard_of: frozenset[str]  # devices that have reported, and are offline
-    is_known: bool  # False without a broker; then every device counts as online
+    offline: frozenset[str]  # devices that have reported, and are not online
+    is_connected: bool  # to the broker; if not, every device counts as online
 
     @classmethod
     def of(cls, link: DeviceLink) -> Presence:
@@ -65,9 +65,9 @@ class Presence:
 
     def online_state(self, device: str) -> OnlineState:
         """Return whether one device is online."""
-        if not self.is_known or device in self.online:
+        if not self.is_connected or device in self.online:
             return OnlineState.ONLINE
-        return OnlineState.OFFLINE if device in self.heard_of else OnlineState.UNKNOWN
+        return OnlineState.OFFLINE if device in self.offline else OnlineState.UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,18 +95,18 @@ class OpenRound:
         self._lock = threading.RLock()  # `act` may call methods of the round
         self._exchange = Exchange(asked, terms)
         self._answers: dict[str, AnswerRow] = {}  # accepted, not taken yet
-        # Bounded: it gets a few instructions per device, and `stir` puts in one None at a time.
+        # Bounded: it gets a few instructions per device, and `wake` puts in one None at a time.
         self._items: queue.SimpleQueue[Instruction | EdgeflError | None] = queue.SimpleQueue()
         self._act = self._around.act or self._items.put
-        self._is_stirred = False
+        self._is_woken = False
         self._seen_s = self._around.clock()
         self._paused_s: float = self._around.storage.pause_times()[0]
         self._paused_since_s: float | None = None
 
-    def begin(self, *, is_told: bool = False) -> None:
-        """Start waiting for answers, and send the assignment unless the devices have it already (`is_told`)."""
+    def begin(self, *, is_announced: bool = False) -> None:
+        """Start waiting for answers, and send the assignment unless the devices have it already (`is_announced`)."""
         with self._lock:
-            self._do(Begin(is_told=is_told, at_s=self._now_s()))
+            self._do(Begin(is_announced=is_announced, at_s=self._now_s()))
 
     def accept(self, answer: AnswerRow, make_durable: Callable[[AnswerRow], None]) -> bool:
         """Accept a device's answer once; False if the round is over, or has an answer of the device."""
@@ -140,17 +140,17 @@ class OpenRound:
             back = [device for device in exchange.offline if presence.online_state(device) is online]
             gone = [device for device in exchange.waiting if presence.online_state(device) is not online]
             self._do(*(Back(device, at_s=at_s) for device in back))
-            self._do(*(Offline(device, heard_of=device in presence.heard_of, at_s=at_s) for device in gone))
+            self._do(*(Offline(device, was_seen=device in presence.offline, at_s=at_s) for device in gone))
 
     def look(self) -> None:
         """Pass the time, and pauses of the storage, to the exchange."""
         with self._lock:
             self._do(Tick(at_s=self._now_s()))
 
-    def stir(self) -> None:
+    def wake(self) -> None:
         """Wake the thread in `next`, so that it checks presence and the disk."""
-        if not self._is_stirred:
-            self._is_stirred = True
+        if not self._is_woken:
+            self._is_woken = True
             self._items.put(None)
 
     def interrupt(self, error: EdgeflError) -> None:
@@ -170,7 +170,7 @@ class OpenRound:
                 raise item
             if item is not None:
                 return item
-            self._is_stirred = False
+            self._is_woken = False
             self.note(presence())
 
     def given_up(self) -> Iterator[GiveUp]:

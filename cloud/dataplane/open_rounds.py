@@ -74,11 +74,11 @@ class OpenRounds:
         with self._lock:
             return [one for one in self._open.values() if device in one.asked]
 
-    def stir(self) -> None:
+    def wake(self) -> None:
         """Make every open round check presence and the storage."""
         with self._lock:
             for one in self._open.values():
-                one.stir()
+                one.wake()
 
     def interrupt(self, error: EdgeflError, job: str | None = None) -> None:
         """Make a job, or all jobs, raise this error, in the open round or before the next."""

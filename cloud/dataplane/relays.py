@@ -29,7 +29,7 @@ from cloud.state.relay_rows import RelayMessage, RelayRows, Rows
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from edgefl.errors import CloudStopping, ConfigError, NotFound
-from edgefl.exchange import GiveUp, Instruction, Tell, Terms, Why, Yield
+from edgefl.exchange import Announce, GiveUp, GiveUpReason, Instruction, Terms, Yield
 from edgefl.logs import event
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, Deliver, RoundClosed, Signed, encode
@@ -64,7 +64,7 @@ class Relays:
         self._times = threading.Condition(self._lock)  # wakes `watch`
         self._sending = threading.Lock()
         self._live: dict[str, LiveRelay] = {}
-        self._is_stirred = self._closed = False
+        self._is_woken = self._closed = False
         deps.folder.mkdir(mode=0o700, exist_ok=True)
 
     # For operators.
@@ -96,7 +96,7 @@ class Relays:
             new = self._deps.rows.add(relay, messages)
             for message in new:
                 self._open(live, message, assignments[message.number])
-        self.stir()
+        self.wake()
 
     def lines(self, relay: str, heartbeat_s: float) -> Iterator[Line]:
         """Yield each answer that the operator has not confirmed, as it arrives, and the relay's end."""
@@ -110,7 +110,7 @@ class Relays:
                 live = self._live.get(relay)
                 new = [line for number, line in live.replies.items() if number not in sent] if live else []
                 if live is not None:
-                    live.heard_s = self._timing.clock()
+                    live.last_request_s = self._timing.clock()
             if live is None:
                 row = self._deps.rows.get(relay)
                 yield {"state": row["state"], "error": row["error"]}
@@ -188,7 +188,7 @@ class Relays:
             live.resumed = True
             for message in self._deps.rows.messages(relay):
                 if message.answer is None:
-                    self._open(live, message, live.assignment(message, self._within_s(message)), is_told=True)
+                    self._open(live, message, live.assignment(message, self._within_s(message)), is_announced=True)
                 else:
                     live.last = message.number
                     live.replies[message.number] = self._line(relay, message.number, message.answer, lost=message.lost)
@@ -196,10 +196,10 @@ class Relays:
             if folder.name not in running:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def stir(self) -> None:
+    def wake(self) -> None:
         """Wake `watch`: the presence of a device or the state of the storage has changed."""
         with self._lock:
-            self._is_stirred = True
+            self._is_woken = True
             self._times.notify_all()
 
     def watch(self) -> None:
@@ -207,16 +207,16 @@ class Relays:
         while not self._closed:
             wait_s = self.look()
             with self._times:
-                self._times.wait_for(lambda: self._is_stirred or self._closed, wait_s)
+                self._times.wait_for(lambda: self._is_woken or self._closed, wait_s)
 
     def look(self) -> float:
         """Do the due work of `watch`; return the time until there is more (s)."""
         presence, now_s = Presence.of(self._deps.link), self._timing.clock()
         is_paused = not self._deps.storage.look()
         with self._lock:
-            self._is_stirred = False
+            self._is_woken = False
             waiting = [sent for live in self._live.values() for sent in live.waiting.values()]
-            ends_s = {live.id: live.heard_s + self._timing.operator_s for live in self._live.values()}
+            ends_s = {live.id: live.last_request_s + self._timing.operator_s for live in self._live.values()}
         waits_s = [LONGEST_WAIT_S, *(end_s - now_s for end_s in ends_s.values())]
         for sent in waiting:
             if sent.online_state != (online_state := presence.online_state(sent.device)):
@@ -261,7 +261,7 @@ class Relays:
         with self._lock:
             live = self._live.get(relay)
             if live is not None:
-                live.heard_s = self._timing.clock()
+                live.last_request_s = self._timing.clock()
                 return live
         row = self._deps.rows.get(relay)
         raise NotFound(f"{relay} has ended: {row['state']}{', ' + row['error'] if row['error'] else ''}")
@@ -271,10 +271,10 @@ class Relays:
         paused_s = self._deps.storage.paused_s()
         with self._lock:
             live = self._live[relay] = LiveRelay(relay, bundle, contents, now_s, paused_s)
-        self.stir()
+        self.wake()
         return live
 
-    def _open(self, live: LiveRelay, message: RelayMessage, assignment: Deliver, *, is_told: bool = False) -> None:
+    def _open(self, live: LiveRelay, message: RelayMessage, assignment: Deliver, *, is_announced: bool = False) -> None:
         """Start waiting for a message's answer; send it to its device, unless that was done before a restart."""
         timing = self._timing
         terms = Terms(deadline_s=assignment.deadline_s, offline_grace_s=timing.device_s, return_s=timing.return_s)
@@ -290,17 +290,17 @@ class Relays:
             live.devices.add(message.device)
             live.last = message.number
         self._deps.rounds.add(opened)
-        opened.begin(is_told=is_told)
+        opened.begin(is_announced=is_announced)
 
     def _execute(self, instruction: Instruction, sent: SentMessage) -> None:
         """Execute an instruction of a message's exchange, under its round's lock."""
         match instruction:
-            case Tell():
+            case Announce():
                 self._deps.link.send_job(sent.device, sent.opened.assignment)
             case Yield():
                 self._forward(sent, sent.opened.take(sent.device), lost=False)
-            case GiveUp(why=why):
-                sent.given_up = why  # `look` answers for the device, because that may have to wait for the disk
+            case GiveUp(reason=reason):
+                sent.given_up = reason  # `look` answers for the device, because that may have to wait for the disk
 
     def _forward(self, sent: SentMessage, answer: AnswerRow, *, lost: bool) -> bool:
         """Pass a durable answer to the operator's stream; False if it is no longer needed."""
@@ -320,7 +320,7 @@ class Relays:
             live = self._live.get(sent.relay)
             if live is None or sent.number not in live.waiting:
                 return
-        is_offline = sent.given_up is Why.OFFLINE
+        is_offline = sent.given_up is GiveUpReason.OFFLINE
         reason = f"offline for {self._timing.device_s:g} s" if is_offline else "no reply in time"
         answer = AnswerRow(device=sent.device, reason=f"device {sent.device}: {reason}")
         self._deps.rows.answer(sent.relay, sent.number, answer, lost=True)

@@ -135,7 +135,7 @@ class CloudHome:
                 RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays", self.storage
             )
         )
-        self.storage.changed = self._stir
+        self.storage.changed = self._wake_waiting
         self.registry = Registry(engine, self.blobs, self._fleet_key)
         self.rollouts = Rollouts(
             engine, self.registry, self._fleet_key, devices=self.enrolment.devices, send_desired=self.link.send_desired
@@ -247,12 +247,12 @@ class CloudHome:
         return sign(bundle, self._fleet_key)
 
     def _note_presence(self, _device: str, _state: DeviceState) -> None:
-        self._stir()
+        self._wake_waiting()
 
-    def _stir(self) -> None:
+    def _wake_waiting(self) -> None:
         """Make rounds and relays check presence and the storage."""
-        self.rounds.stir()
-        self.relays.stir()
+        self.rounds.wake()
+        self.relays.wake()
 
     def _note_rollout(self, device: str, note: RolloutNote) -> None:
         self._notes.put(device, (device, note))  # in another thread, because it writes to the database

@@ -1,6 +1,7 @@
 """Decides which devices are waited for and which are given up, for rounds, relays and simulations. See `exchange`."""
 
 from edgefl.exchange.events import (
+    Announce,
     Answered,
     Back,
     Begin,
@@ -8,14 +9,13 @@ from edgefl.exchange.events import (
     Event,
     Failed,
     GiveUp,
+    GiveUpReason,
     Instruction,
     Offline,
     Paused,
     Resumed,
     Stop,
-    Tell,
     Tick,
-    Why,
     Withdrawn,
     Yield,
 )
@@ -23,6 +23,25 @@ from edgefl.exchange.exchange import Exchange
 from edgefl.exchange.terms import Terms, cohort_size, gathering
 
 __all__ = [
-    "Answered", "Back", "Begin", "Close", "Event", "Exchange", "Failed", "GiveUp", "Instruction", "Offline", "Paused",
-    "Resumed", "Stop", "Tell", "Terms", "Tick", "Why", "Withdrawn", "Yield", "cohort_size", "gathering",
+    "Announce",
+    "Answered",
+    "Back",
+    "Begin",
+    "Close",
+    "Event",
+    "Exchange",
+    "Failed",
+    "GiveUp",
+    "GiveUpReason",
+    "Instruction",
+    "Offline",
+    "Paused",
+    "Resumed",
+    "Stop",
+    "Terms",
+    "Tick",
+    "Withdrawn",
+    "Yield",
+    "cohort_size",
+    "gathering",
 ]  # fmt: skip

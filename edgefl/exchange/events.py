@@ -20,7 +20,7 @@ class Event:
 class Begin(Event):
     """The exchange starts to wait for answers."""
 
-    is_told: bool = False  # whether the devices already have their assignments, e.g. from before a restart
+    is_announced: bool = False  # whether the devices already have their assignments, e.g. from before a restart
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Offline(Event):
     """A device is offline."""
 
     device: str
-    heard_of: bool = True  # False = no message since the asking side started; it may be about to reconnect
+    was_seen: bool = True  # False = no message since the asking side started; it may be about to reconnect
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Instruction:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell(Instruction):
+class Announce(Instruction):
     """Send a device its assignment."""
 
     device: str
@@ -98,12 +98,12 @@ class Yield(Instruction):
     device: str
 
 
-class Why(Enum):
+class GiveUpReason(Enum):
     """Why a device is given up."""
 
     LATE = "late"  # the deadline has passed
     OFFLINE = "offline"  # all missing devices have been offline for the grace time
-    UNWANTED = "unwanted"  # the driver stopped the exchange
+    STOPPED = "stopped"  # the driver stopped the exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class GiveUp(Instruction):
     """Tell a device that its answer is no longer needed."""
 
     device: str
-    why: Why
+    reason: GiveUpReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Collection, Iterable
 
 from edgefl.exchange.events import (
+    Announce,
     Answered,
     Back,
     Begin,
@@ -23,14 +24,13 @@ from edgefl.exchange.events import (
     Event,
     Failed,
     GiveUp,
+    GiveUpReason,
     Instruction,
     Offline,
     Paused,
     Resumed,
     Stop,
-    Tell,
     Tick,
-    Why,
     Withdrawn,
     Yield,
 )
@@ -42,7 +42,7 @@ class Exchange:
 
     def __init__(self, asked: Iterable[str], terms: Terms) -> None:
         self._terms = terms
-        self._missing = dict.fromkeys(asked)  # in the order of their `Tell`
+        self._missing = dict.fromkeys(asked)  # in the order of their `Announce`
         self._updates: set[str] = set()  # devices whose updates count towards the quorum
         self._now_s = -math.inf  # time of the latest event
         # Below: times on the exchange's own clock, which is stopped in a pause.
@@ -112,14 +112,14 @@ class Exchange:
             case Tick():
                 return self._close_in_time() if self.due_s <= self._now_s else []
             case Stop():
-                return self._close(Why.UNWANTED)
+                return self._close(GiveUpReason.STOPPED)
         return []
 
     def _begin(self, event: Begin) -> list[Instruction]:
         self._end_s = self._own_s() + self._terms.deadline_s
         if not self._missing:
-            return self._close(Why.UNWANTED)
-        return [] if event.is_told else self._tell()
+            return self._close(GiveUpReason.STOPPED)
+        return [] if event.is_announced else self._announce()
 
     def _answer(self, event: Answered | Failed) -> list[Instruction]:
         if event.device not in self._missing:
@@ -128,11 +128,11 @@ class Exchange:
         self._offline_since_s.pop(event.device, None)
         if isinstance(event, Answered):
             self._updates.add(event.device)
-        return [Yield(event.device), *(() if self._missing else self._close(Why.UNWANTED))]
+        return [Yield(event.device), *(() if self._missing else self._close(GiveUpReason.STOPPED))]
 
     def _note_offline(self, event: Offline) -> None:
         if event.device in self._missing:
-            since_s = self._own_s() + (0.0 if event.heard_of else self._terms.return_s)
+            since_s = self._own_s() + (0.0 if event.was_seen else self._terms.return_s)
             self._offline_since_s[event.device] = min(since_s, self._offline_since_s.get(event.device, since_s))
 
     def _resume(self) -> list[Instruction]:
@@ -141,10 +141,10 @@ class Exchange:
             return []
         self._paused_s += self._now_s - self._paused_since_s
         self._paused_since_s = None
-        return self._tell()
+        return self._announce()
 
-    def _tell(self) -> list[Instruction]:
-        return [Tell(device) for device in self._missing]
+    def _announce(self) -> list[Instruction]:
+        return [Announce(device) for device in self._missing]
 
     def _own_s(self) -> float:
         now_s = self._now_s if self._paused_since_s is None else self._paused_since_s
@@ -159,8 +159,8 @@ class Exchange:
 
     def _close_in_time(self) -> list[Instruction]:
         self._now_s = max(self._now_s, self.due_s)
-        return self._close(Why.OFFLINE if self._given_up_s() <= self._end_s else Why.LATE)
+        return self._close(GiveUpReason.OFFLINE if self._given_up_s() <= self._end_s else GiveUpReason.LATE)
 
-    def _close(self, why: Why) -> list[Instruction]:
+    def _close(self, reason: GiveUpReason) -> list[Instruction]:
         self.closed_s = self._now_s
-        return [*(GiveUp(device, why) for device in self._missing), Close()]
+        return [*(GiveUp(device, reason) for device in self._missing), Close()]

@@ -22,7 +22,7 @@ def ignore(_answer):
 
 
 def nobody_is_gone():
-    return Presence(frozenset(), frozenset(), is_known=False)
+    return Presence(frozenset(), frozenset(), is_connected=False)
 
 
 class FakeLink:

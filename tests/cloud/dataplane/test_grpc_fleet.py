@@ -62,7 +62,7 @@ class Centre:
         self.blobs, self.spool, self.rounds = BlobStore(folder / "blobs"), Spool(folder / "spool"), OpenRounds()
         key = new_fleet_key()
         self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key))
-        callbacks = DeviceLinkCallbacks(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.stir())
+        callbacks = DeviceLinkCallbacks(on_failure=pytest.fail, on_state=lambda _device, _state: self.rounds.wake())
         self.link = ThreadedDeviceLink(self.broker.url, ca.cloud, callbacks)
         self.link.start()
         assert self.link.wait_connected(5)
@@ -312,7 +312,7 @@ def test_after_a_pause_the_plan_is_told_again(centre, tmp_path):
     storage.refused(OSError(errno.ENOSPC, "full"))
     clock.advance(500.0)
     storage.worked()
-    centre.rounds.stir()
+    centre.rounds.wake()
     assert centre.devices["a"].next() == plan
     assert centre.answer("a")
     assert [answer.device for answer in collected()] == ["b", "a"]

@@ -9,7 +9,7 @@ from cloud.dataplane.open_round import Presence
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import AnswerRow
 from cloud.state.storage import LOOK_S, Storage
-from edgefl.exchange import Close, GiveUp, Tell, Why, Yield
+from edgefl.exchange import Announce, Close, GiveUp, GiveUpReason, Yield
 from edgefl.testing import ManualClock
 from tests.cloud.dataplane.rounds import ignore, nobody_is_gone, opened
 
@@ -48,7 +48,7 @@ def test_a_closed_round_takes_nothing():
     round_ = opened(act=done.append)
     round_.accept(AnswerRow(device="a", file="f"), ignore)
     round_.close()
-    assert done == [Yield("a"), GiveUp("b", Why.UNWANTED), Close()]
+    assert done == [Yield("a"), GiveUp("b", GiveUpReason.STOPPED), Close()]
     assert (round_.has_answered("a"), round_.has_answered("b"), round_.waits_for("b")) == (True, False, False)
     assert not round_.accept(AnswerRow(device="b", file="f"), ignore)
 
@@ -88,7 +88,7 @@ def test_what_a_removed_device_sent_makes_no_quorum():
     clock, done = ManualClock(), []
     round_ = opened(clock=clock, act=done.append)
     round_.begin()
-    round_.note(Presence(frozenset({"a"}), frozenset({"b"}), is_known=True))
+    round_.note(Presence(frozenset({"a"}), frozenset({"b"}), is_connected=True))
     round_.accept(AnswerRow(device="a", file="f"), ignore)
     round_.forget("a", ignore)
     clock.advance(99.0)
@@ -102,19 +102,19 @@ def test_presence_is_of_those_who_are_waited_for():
     round_.begin()
     round_.accept(AnswerRow(device="a", file="f"), ignore)
     del done[:]
-    round_.note(Presence(frozenset(), frozenset({"b"}), is_known=True))  # c was not heard of since the start
+    round_.note(Presence(frozenset(), frozenset({"b"}), is_connected=True))  # no message of c since the start
     assert round_.wait_s() == 25.0
     clock.advance(1.0)
-    round_.note(Presence(frozenset({"b"}), frozenset(), is_known=True))
+    round_.note(Presence(frozenset({"b"}), frozenset(), is_connected=True))
     assert round_.wait_s() == 99.0
-    round_.note(Presence(frozenset({"c"}), frozenset({"b"}), is_known=True))
+    round_.note(Presence(frozenset({"c"}), frozenset({"b"}), is_connected=True))
     round_.note(nobody_is_gone())  # the broker is lost
     assert round_.wait_s() == 99.0
-    round_.note(Presence(frozenset(), frozenset({"b", "c"}), is_known=True))
+    round_.note(Presence(frozenset(), frozenset({"b", "c"}), is_connected=True))
     clock.advance(5.0)
     assert round_.wait_s() == 0.0
     round_.look()
-    assert done == [GiveUp("b", Why.OFFLINE), GiveUp("c", Why.OFFLINE), Close()]
+    assert done == [GiveUp("b", GiveUpReason.OFFLINE), GiveUp("c", GiveUpReason.OFFLINE), Close()]
     round_.note(nobody_is_gone())
 
 
@@ -123,7 +123,7 @@ def test_no_time_passes_while_nothing_can_be_stored_and_the_plan_is_told_again(t
     storage = Storage(tmp_path, clock)
     round_ = opened(cohort=("a",), clock=clock, storage=storage, act=done.append)
     round_.begin()
-    assert done == [Tell("a")]
+    assert done == [Announce("a")]
     clock.advance(90.0)
     storage.refused(OSError(errno.ENOSPC, "full"))
     clock.advance(1000.0)
@@ -134,7 +134,7 @@ def test_no_time_passes_while_nothing_can_be_stored_and_the_plan_is_told_again(t
     clock.advance(10.0)
     assert storage.look()  # the disk has room
     round_.look()
-    assert done == [Tell("a"), Tell("a")]
+    assert done == [Announce("a"), Announce("a")]
     assert round_.wait_s() == 10.0
 
 
@@ -160,10 +160,10 @@ def test_the_queue_gives_what_is_to_be_done_and_after_the_end_whom_nobody_has_to
     clock = ManualClock()
     round_ = opened(cohort=("a", "b", "c"), clock=clock)
     round_.begin()
-    assert [round_.next(nobody_is_gone) for _ in "abc"] == [Tell("a"), Tell("b"), Tell("c")]
+    assert [round_.next(nobody_is_gone) for _ in "abc"] == [Announce("a"), Announce("b"), Announce("c")]
     round_.accept(AnswerRow(device="a", file="f"), ignore)
     clock.advance(100.0)
     assert round_.next(nobody_is_gone) == Yield("a")
-    assert round_.next(nobody_is_gone) == GiveUp("b", Why.LATE)
+    assert round_.next(nobody_is_gone) == GiveUp("b", GiveUpReason.LATE)
     round_.close()
-    assert list(round_.given_up()) == [GiveUp("c", Why.LATE)]
+    assert list(round_.given_up()) == [GiveUp("c", GiveUpReason.LATE)]

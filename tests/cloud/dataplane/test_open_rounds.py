@@ -5,7 +5,7 @@ import pytest
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.jobs import AnswerRow
 from edgefl.errors import CloudStopping, JobCancelled
-from edgefl.exchange import Tell
+from edgefl.exchange import Announce
 from edgefl.records import Traffic
 from tests.cloud.dataplane.rounds import ignore, nobody_is_gone, opened
 
@@ -37,8 +37,8 @@ def test_calls_to_look_are_merged_and_an_interrupt_reaches_its_job_only():
     rounds, mine, other = OpenRounds(), opened("mine"), opened("other")
     rounds.add(mine)
     rounds.add(other)
-    rounds.stir()
-    rounds.stir()
+    rounds.wake()
+    rounds.wake()
     rounds.interrupt(JobCancelled("stop"), "mine")
     looks = []
 
@@ -50,7 +50,7 @@ def test_calls_to_look_are_merged_and_an_interrupt_reaches_its_job_only():
         mine.next(who_is_there)
     assert looks == ["look"]
     other.begin()
-    assert other.next(who_is_there) == Tell("a")
+    assert other.next(who_is_there) == Announce("a")
     assert looks == ["look"] * 2
 
 

@@ -244,7 +244,7 @@ def test_the_watch_looks_when_it_is_stirred_and_ends_when_it_is_closed(cloud, mo
     watcher = threading.Thread(target=cloud.relays.watch, name="relays")
     watcher.start()
     looks.get(timeout=10)
-    cloud.relays.stir()
+    cloud.relays.wake()
     cloud.relays.close()
     watcher.join(10)
     assert not watcher.is_alive()

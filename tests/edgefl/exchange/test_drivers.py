@@ -29,7 +29,7 @@ from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database
 from edgefl.config import JobConfig, RoundsConfig
-from edgefl.exchange import Answered, Back, Event, Failed, Offline, Paused, Resumed, Terms, Why
+from edgefl.exchange import Answered, Back, Event, Failed, GiveUpReason, Offline, Paused, Resumed, Terms
 from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import BlobRef, RoundClosed
 from edgefl.records import Failure, Plan, Traffic, Update
@@ -116,7 +116,7 @@ class Cloud:
         match event:
             case Offline():
                 self.link.here.discard(event.device)
-                (self.link.gone.add if event.heard_of else self.link.gone.discard)(event.device)
+                (self.link.gone.add if event.was_seen else self.link.gone.discard)(event.device)
             case Back():
                 self.link.here.add(event.device)
             case Paused():
@@ -269,5 +269,5 @@ def test_one_device_beside_a_quorum_ends_as_a_message_does(cloud: Cloud, drawn: 
     trace = Trace((*alone.devices, "other"), quorum, (Answered("other", at_s=0.0), *alone.events))
     message, reasons = cloud.messages(trace)
     assert message == cloud.round(trace) == in_virtual_time(trace) == fate(trace)
-    said = {Why.LATE: "no reply in time", Why.OFFLINE: f"offline for {GRACE_S:g} s"}
+    said = {GiveUpReason.LATE: "no reply in time", GiveUpReason.OFFLINE: f"offline for {GRACE_S:g} s"}
     assert reasons == {f"device {device}: {said[why]}" for device, why in end_of(trace).given_up}

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgefl.exchange import (
+    Announce,
     Answered,
     Back,
     Begin,
@@ -16,14 +17,13 @@ from edgefl.exchange import (
     Exchange,
     Failed,
     GiveUp,
+    GiveUpReason,
     Offline,
     Paused,
     Resumed,
     Stop,
-    Tell,
     Terms,
     Tick,
-    Why,
     Withdrawn,
     Yield,
 )
@@ -34,7 +34,7 @@ TERMS = Terms(deadline_s=100.0, offline_grace_s=5.0, quorum=1, return_s=20.0)
 
 def begun(*devices: str, terms: Terms = TERMS) -> Exchange:
     exchange = Exchange(devices, terms)
-    assert exchange.handle(Begin(at_s=0.0)) == [Tell(device) for device in devices]
+    assert exchange.handle(Begin(at_s=0.0)) == [Announce(device) for device in devices]
     return exchange
 
 
@@ -59,7 +59,7 @@ def test_the_deadline_gives_up_all_who_are_missing_and_its_very_moment_still_cou
     assert exchange.waits_for("a", 100.0)
     assert not exchange.waits_for("a", 100.1)
     assert exchange.handle(Answered("a", at_s=100.0)) == [Yield("a")]
-    late = [GiveUp("b", Why.LATE), GiveUp("c", Why.LATE), Close()]
+    late = [GiveUp("b", GiveUpReason.LATE), GiveUp("c", GiveUpReason.LATE), Close()]
     assert exchange.handle(Answered("b", at_s=100.1)) == late
     assert exchange.closed_s == 100.0
 
@@ -71,7 +71,11 @@ def test_once_the_quorum_is_there_the_offline_are_not_waited_for() -> None:
     exchange.handle(Answered("a", at_s=2.0))
     assert exchange.due_s == 9.0  # c went last
     assert exchange.handle(Tick(at_s=8.9)) == []
-    assert exchange.handle(Tick(at_s=9.0)) == [GiveUp("b", Why.OFFLINE), GiveUp("c", Why.OFFLINE), Close()]
+    assert exchange.handle(Tick(at_s=9.0)) == [
+        GiveUp("b", GiveUpReason.OFFLINE),
+        GiveUp("c", GiveUpReason.OFFLINE),
+        Close(),
+    ]
 
 
 def test_a_failure_is_no_update_and_a_withdrawn_one_no_longer() -> None:
@@ -91,12 +95,12 @@ def test_one_who_is_back_is_waited_for_and_its_grace_begins_anew() -> None:
     exchange.handle(Back("a", at_s=4.0))
     assert exchange.due_s == 100.0
     exchange.handle(Offline("a", at_s=10.0))
-    assert exchange.handle(Tick(at_s=15.0)) == [GiveUp("a", Why.OFFLINE), Close()]
+    assert exchange.handle(Tick(at_s=15.0)) == [GiveUp("a", GiveUpReason.OFFLINE), Close()]
 
 
 def test_one_not_heard_of_may_be_on_its_way_back() -> None:
     exchange = begun("a", terms=dataclasses.replace(TERMS, quorum=0))
-    exchange.handle(Offline("a", heard_of=False, at_s=0.0))
+    exchange.handle(Offline("a", was_seen=False, at_s=0.0))
     assert exchange.due_s == 25.0
     exchange.handle(Offline("a", at_s=2.0))  # now it is said
     assert exchange.due_s == 7.0
@@ -108,7 +112,7 @@ def test_while_it_is_paused_no_time_passes_and_afterwards_all_are_told_again() -
     assert exchange.is_paused
     assert exchange.handle(Paused(at_s=11.0), Tick(at_s=5000.0)) == []
     assert exchange.waits_for("a", 5000.0)
-    assert exchange.handle(Resumed(at_s=5010.0)) == [Tell("a")]
+    assert exchange.handle(Resumed(at_s=5010.0)) == [Announce("a")]
     assert exchange.handle(Resumed(at_s=5010.0)) == []
     assert exchange.due_s == 5013.0  # of five seconds two had passed
     exchange.handle(Back("a", at_s=5011.0))
@@ -117,10 +121,10 @@ def test_while_it_is_paused_no_time_passes_and_afterwards_all_are_told_again() -
 
 def test_what_was_answered_before_it_begins_is_not_asked_again() -> None:
     exchange = Exchange(("a", "b"), TERMS)
-    assert exchange.handle(Answered("a", at_s=50.0), Begin(at_s=60.0)) == [Yield("a"), Tell("b")]
+    assert exchange.handle(Answered("a", at_s=50.0), Begin(at_s=60.0)) == [Yield("a"), Announce("b")]
     assert exchange.due_s == 160.0
     told = Exchange(("a",), TERMS)
-    assert told.handle(Begin(is_told=True, at_s=0.0)) == []
+    assert told.handle(Begin(is_announced=True, at_s=0.0)) == []
     assert told.waits_for("a", 1.0)
 
 
@@ -131,7 +135,7 @@ def test_an_exchange_with_nobody_is_over_when_it_begins() -> None:
 def test_whoever_is_missing_is_given_up_when_it_is_stopped() -> None:
     exchange = begun("a", "b")
     exchange.handle(Answered("a", at_s=1.0))
-    assert exchange.handle(Stop(at_s=2.0)) == [GiveUp("b", Why.UNWANTED), Close()]
+    assert exchange.handle(Stop(at_s=2.0)) == [GiveUp("b", GiveUpReason.STOPPED), Close()]
     assert exchange.handle(Stop(at_s=3.0)) == []
 
 

@@ -17,12 +17,12 @@ from edgefl.exchange import (
     Exchange,
     Failed,
     GiveUp,
+    GiveUpReason,
     Offline,
     Paused,
     Resumed,
     Terms,
     Tick,
-    Why,
     Yield,
 )
 
@@ -47,7 +47,7 @@ class End:
     """How an exchange ended."""
 
     yielded: tuple[str, ...]
-    given_up: tuple[tuple[str, Why], ...]
+    given_up: tuple[tuple[str, GiveUpReason], ...]
     closed_s: float | None
 
 
@@ -57,7 +57,7 @@ def run(exchange: Exchange, events: Iterator[Event]) -> End:
     while exchange.closed_s is None:
         instructions += exchange.handle(Tick(at_s=exchange.due_s))
     yielded = tuple(one.device for one in instructions if isinstance(one, Yield))
-    given_up = tuple((one.device, one.why) for one in instructions if isinstance(one, GiveUp))
+    given_up = tuple((one.device, one.reason) for one in instructions if isinstance(one, GiveUp))
     return End(yielded, given_up, exchange.closed_s)
 
 
@@ -70,7 +70,7 @@ _KINDS: tuple[Callable[[str, float], Event], ...] = (
     lambda device, at_s: Answered(device, at_s=at_s),
     lambda device, at_s: Failed(device, at_s=at_s),
     lambda device, at_s: Offline(device, at_s=at_s),
-    lambda device, at_s: Offline(device, heard_of=False, at_s=at_s),
+    lambda device, at_s: Offline(device, was_seen=False, at_s=at_s),
     lambda device, at_s: Back(device, at_s=at_s),
 )
 _times = st.integers(0, LONGEST_S)
