@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgefl.errors import ConfigError, QuorumNotMet, TaskError
-from edgefl.flower.apps.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, require_flower
+from edgefl.flower.apps.app import KIND, FlowerApp, RunConfigValue, fuse_run_config, is_flower_app, require_flower
 from edgefl.measure import peak_rss_mb
 from edgefl.records import Counts, RoundReport, clients_by_rounds, count_clients, no_counts
 from edgefl.task import UserCode
@@ -83,9 +83,9 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
 
     `run_config` overrides the app's; `on_round` is called with each round, as derived from its messages. `workers`
     is the number of processes that train: 0 for only this one; None for only this one at first, and one per core
-    after as much work as their start costs. `out` is the path for the model (safetensors); `node_config` is what each
-    node's Context holds in addition to its partition. Ctrl-C ends the round with the answers so far; the strategy then
-    returns its result so far, and so does this function.
+    after as much work as their start costs; an app that was made in memory trains in this process. `out` is the path
+    for the model (safetensors); `node_config` is what each node's Context holds in addition to its partition. Ctrl-C
+    ends the round with the answers so far; the strategy then returns its result so far, and so does this function.
     Raises ConfigError, TaskError if the ServerApp raises, QuorumNotMet if no training message was answered.
     """
     require_flower("a Flower app")
@@ -100,7 +100,7 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
     run_id, tracker, stop = next(_RUN_IDS), RoundTracker(clock, on_round), threading.Event()
     number = app.num_supernodes if num_supernodes is None else num_supernodes
     nodes = Nodes(run_id, number, config, node_config or {})
-    runners = Runners(app, workers, clock)
+    runners = Runners(app, _workers_for(app, workers), clock)
     grid = LocalGrid(run_id, nodes, runners, tracker, stop)
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
     start_s = clock()
@@ -135,6 +135,18 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
         model=model,
         interrupted=stop.is_set(),
     )
+
+
+def _workers_for(app: FlowerApp, workers: int | None) -> int | None:
+    """Return the number of processes; a worker imports the app from its folder, so one made in memory has none."""
+    if is_flower_app(app.folder):
+        return workers
+    if workers:
+        raise ConfigError(
+            f"Flower app {app.name!r} was made in memory, with no folder from which {workers} worker processes could "
+            "import it; run it with workers=0, or write it as an app with a pyproject.toml"
+        )
+    return 0
 
 
 @contextmanager

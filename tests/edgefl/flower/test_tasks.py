@@ -1,5 +1,6 @@
 """A task of ours through Flower's ServerApp and ClientApp is the same federation as our own rounds."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,18 @@ def by_our_rounds(task, job_config):
     step = ServerOptimizer(job_config.server, gradient=job_config.train.algorithm == "fedsgd")
     fleet = ScriptedFleet({str(part): client(part) for part in range(PARTS)})
     return list(run_rounds(Job(id="j", config=job_config, step=step), fleet, initial_parameters(task)))
+
+
+def test_an_app_made_in_memory_trains_in_this_process_however_slow_it_is():
+    server_app, client_app = make_apps(make_task(), config(rounds={"count": 3, "deadline_s": 86400}))
+    app = FlowerApp(
+        name="line", folder=Path(), server_app=server_app, client_app=client_app, config={}, num_supernodes=PARTS
+    )
+    slow = itertools.count(0, 10)
+    result = run_flower_app(app, clock=lambda: float(next(slow)))  # so slow that one of a folder gets workers
+    assert (result.num_workers, [one.admitted for one in result.rounds]) == (0, [PARTS] * 3)
+    with pytest.raises(ConfigError, match="'line' was made in memory, with no folder from which 2 worker processes"):
+        run_flower_app(app, workers=2)
 
 
 @pytest.mark.parametrize(
