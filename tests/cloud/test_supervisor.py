@@ -65,6 +65,7 @@ def test_the_first_failure_is_the_reason() -> None:
 
 def test_nothing_is_started_again_while_the_process_ends(monkeypatch) -> None:
     monkeypatch.setattr(supervisor_module, "FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr(supervisor_module, "LONGEST_PAUSE_S", 60.0)
     supervisor, raised = Supervisor(), threading.Event()
 
     def work() -> None:
