@@ -162,7 +162,7 @@ class _Agent:
                 fleet_key=fleet_key,
                 channel=self._channel,
                 host=self._supervisor,
-                tell=self._tell,
+                report=self._report,
                 changed=self._announce,
             )
         )
@@ -213,7 +213,7 @@ class _Agent:
             self._participant.reconcile(assignments, current, answered_until)
             self._outbox.wake()
 
-        return self._participant.holding(), take
+        return self._participant.jobs_with_data(), take
 
     def _on_serving(self, serving: bool) -> None:  # noqa: FBT001 - a callback has no names
         path = self._config.home / SERVING_FILE
@@ -240,8 +240,8 @@ class _Agent:
 
         return RevokedList(self._config.home, self._profile, self._supervisor.disconnect_clients)
 
-    def _tell(self, note: RolloutNote) -> None:
-        self._link.tell(note)
+    def _report(self, note: RolloutNote) -> None:
+        self._link.report(note)
 
     def _announce(self) -> None:
         self._link.serve(self._supervisor.versions(), self._url)

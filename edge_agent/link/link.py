@@ -94,7 +94,7 @@ class CloudLink:
         if self._mqtt.is_up:
             self._publish("state", self._state(online=True), retain=True)
 
-    def tell(self, note: RolloutNote) -> None:
+    def report(self, note: RolloutNote) -> None:
         """Report the progress of a release."""
         self._publish("rollout", note)
 

@@ -29,7 +29,7 @@ from edgefl.protocols.manifest import Desired, check_blob, check_version, verify
 from edgefl.protocols.messages import RolloutNote, Signed
 
 MAX_DETAIL_CHARS = 1000
-MAX_TRIES = 2  # to load a new release, if the agent dies meanwhile
+MAX_TRIES = 2  # to load a new release, if the agent dies in the meantime
 MAX_STARTS = 3  # the same for a release that has served before
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class UpdaterDependencies:
     fleet_key: Ed25519PublicKey
     channel: CloudChannel
     host: Host
-    tell: Callable[[RolloutNote], None]  # sends a report to the cloud
+    report: Callable[[RolloutNote], None]  # sends a report to the cloud
     changed: Callable[[], None]  # called when other versions serve than before
 
 
@@ -318,12 +318,12 @@ class Updater:
             level = logging.WARNING if state.outcome.state == "failed" else logging.INFO
             event(_log, level, f"release.{state.outcome.state}", model=state.model, version=state.outcome.version,
                   detail=state.outcome.detail or "-")  # fmt: skip
-            self._deps.tell(state.outcome)
+            self._deps.report(state.outcome)
 
     def _tell(self, desired: Desired, state: str) -> None:
         release = desired.release
         event(_log, logging.INFO, f"release.{state}", model=release.model, version=release.version)
-        self._deps.tell(RolloutNote(model=release.model, version=release.version, state=state))
+        self._deps.report(RolloutNote(model=release.model, version=release.version, state=state))
 
 
 def _sync(path: Path) -> None:

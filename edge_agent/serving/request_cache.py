@@ -70,7 +70,7 @@ class RequestCache:
         except _ResponseTooLarge:
             self._heads[data[:end]] = None
             return None
-        except Exception:  # noqa: BLE001 - the server runs into it too: it responds, and logs errors of ours
+        except Exception:  # noqa: BLE001 - the server runs into it too: it responds, and logs our errors
             return None
         if response is None:
             return None

@@ -1,4 +1,4 @@
-"""Takes part: fetches what an assignment names, runs the trainer, and puts the update into the outbox.
+"""Takes part in rounds: downloads an assignment's inputs, runs the trainer, puts the update into the outbox.
 
 One assignment at a time. A newer `Fit` of a job replaces an older one; one of each other job waits. A `Deliver` is a
 message to a Flower app's ClientApp; every such message is answered.
@@ -61,7 +61,7 @@ class Participant:
 
     def __init__(self, deps: ParticipantDependencies) -> None:
         self._deps = deps
-        self._waiting: dict[tuple[str, int], Assignment] = {}  # by `_place`
+        self._waiting: dict[tuple[str, int], Assignment] = {}  # by `_queue_key`
         self._newest: dict[str, int] = {}  # job -> round of its newest training
         self._current: Assignment | None = None
         self._task: asyncio.Task[None] | None = None
@@ -74,7 +74,7 @@ class Participant:
 
     @property
     def current(self) -> Assignment | None:
-        """The work that is being worked on."""
+        """The running assignment; None if there is none."""
         return self._current
 
     def handle(self, message: JobMessage) -> None:
@@ -89,29 +89,33 @@ class Participant:
                 event(_log, logging.WARNING, "update.refused", job=message.job, round=message.round,
                       reason=message.reason)  # fmt: skip
 
-    def offer(self, work: Assignment) -> None:
-        """Queue a work, unless it is known already."""
-        at_work, waiting = self._current, self._waiting.get(_place(work))
-        if self._deps.store.is_answered(work.job, work.round):
+    def offer(self, assignment: Assignment) -> None:
+        """Queue an assignment, unless it is queued, running or answered already."""
+        current, waiting = self._current, self._waiting.get(_queue_key(assignment))
+        if self._deps.store.is_answered(assignment.job, assignment.round):
             self._deps.outbox.wake()
             return
-        if any(one and _place(one) == _place(work) and one.round >= work.round for one in (at_work, waiting)):
+        if any(
+            one and _queue_key(one) == _queue_key(assignment) and one.round >= assignment.round
+            for one in (current, waiting)
+        ):
             return
         if waiting is None and len(self._waiting) >= MAX_WAITING:
-            event(_log, logging.WARNING, "plan.deferred", job=work.job, round=work.round, waiting=len(self._waiting))
+            event(_log, logging.WARNING, "plan.deferred", job=assignment.job, round=assignment.round,
+                  waiting=len(self._waiting))  # fmt: skip
             return  # the answer to `Next` lists it again
-        self._waiting[_place(work)] = work
-        if work.replaces_older:
-            self._newest[work.job] = work.round
-        if at_work and _place(at_work) == _place(work):
+        self._waiting[_queue_key(assignment)] = assignment
+        if assignment.replaces_older:
+            self._newest[assignment.job] = assignment.round
+        if current and _queue_key(current) == _queue_key(assignment):
             self._cancel("a newer round has started")
         self._wake.set()
 
     def close(self, closed: RoundClosed) -> None:
         """Stop working for a round that is over."""
-        for place, waiting in list(self._waiting.items()):
+        for key, waiting in list(self._waiting.items()):
             if _is_over(waiting, closed):
-                del self._waiting[place]
+                del self._waiting[key]
         if self._current is not None and _is_over(self._current, closed):
             self._cancel("the round is over")
         self._deps.outbox.drop(closed.job, closed.round)
@@ -124,22 +128,22 @@ class Participant:
     def reconcile(self, assignments: Sequence[Assignment], before: Assignment | None, answered_until: int) -> None:
         """Handle the answer to `Next`: the given assignments are all that are open.
 
-        `before` and `answered_until` are the work at work and `Store.last_answered` from before the request: if
+        `before` and `answered_until` are the running assignment and `Store.last_answered` from before the request: if
         `before` is not open any more, it is cancelled. A round that is open although it was marked as answered by
         then is trained again: the cloud was killed before the end of that round was durable.
         """
-        still_open = {(work.job, work.round) for work in assignments}
+        still_open = {(assignment.job, assignment.round) for assignment in assignments}
         if before is not None and before is self._current and (before.job, before.round) not in still_open:
             self._cancel("the cloud no longer waits for it")
-        for work in assignments:
+        for assignment in assignments:
             try:
-                self._deps.store.reopen(work.job, work.round, answered_until)
+                self._deps.store.reopen(assignment.job, assignment.round, answered_until)
             except HomeError as error:
-                event(_log, logging.ERROR, "plan.deferred", job=work.job, round=work.round, reason=error)
+                event(_log, logging.ERROR, "plan.deferred", job=assignment.job, round=assignment.round, reason=error)
                 continue
-            self.offer(work)
+            self.offer(assignment)
 
-    def holding(self) -> list[str]:
+    def jobs_with_data(self) -> list[str]:
         """Return the jobs that keep state or frozen tensors on this device."""
         return sorted({*self._deps.store.jobs_with_state(), *self._frozen.jobs()})
 
@@ -158,10 +162,12 @@ class Participant:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                work = self._waiting.pop(next(iter(self._waiting)))
+                assignment = self._waiting.pop(next(iter(self._waiting)))
                 async with asyncio.TaskGroup() as tasks:
-                    self._current = work
-                    self._task = tasks.create_task(self._take_part(work), name=f"round-{work.job}-{work.round}")
+                    self._current = assignment
+                    self._task = tasks.create_task(
+                        self._execute(assignment), name=f"round-{assignment.job}-{assignment.round}"
+                    )
                 self._current = self._task = None
             if self._job_ended:
                 self._job_ended = False
@@ -178,43 +184,45 @@ class Participant:
         await self._deps.trainer.end()
         give_back_memory()
 
-    async def _take_part(self, work: Assignment) -> None:
+    async def _execute(self, assignment: Assignment) -> None:
         start_s = time.monotonic()
-        event(_log, logging.INFO, "plan.taken", job=work.job, round=work.round, deadline_s=work.deadline_s)
-        limit_s = work.deadline_s - min(LEAD_S, LEAD_SHARE * work.deadline_s)
+        event(_log, logging.INFO, "plan.taken", job=assignment.job, round=assignment.round,
+              deadline_s=assignment.deadline_s)  # fmt: skip
+        limit_s = assignment.deadline_s - min(LEAD_S, LEAD_SHARE * assignment.deadline_s)
         try:
             async with asyncio.timeout(limit_s):
-                update, state = await self._answer(work)
+                update, state = await self._answer(assignment)
             self._deps.outbox.put(update, state)
         except CloudUnreachable as error:
-            event(_log, logging.WARNING, "plan.put_off", job=work.job, round=work.round, reason=error)
+            event(_log, logging.WARNING, "plan.put_off", job=assignment.job, round=assignment.round, reason=error)
         except TimeoutError:
             self._fail(
-                work, f"stopped after {limit_s:g} s, shortly before the round's deadline ({work.deadline_s:g} s)"
+                assignment,
+                f"stopped after {limit_s:g} s, shortly before the round's deadline ({assignment.deadline_s:g} s)",
             )
         except EdgeflError as error:
-            self._fail(work, str(error))
+            self._fail(assignment, str(error))
         except OSError as error:
-            self._fail(work, f"an operating system error on the device: {error}")
+            self._fail(assignment, f"an operating system error on the device: {error}")
         else:
-            event(_log, logging.INFO, "update.made", job=work.job, round=work.round, bytes=update.size,
+            event(_log, logging.INFO, "update.made", job=assignment.job, round=assignment.round, bytes=update.size,
                   weight=update.weight, seconds=time.monotonic() - start_s)  # fmt: skip
 
-    async def _answer(self, work: Assignment) -> tuple[Outgoing, Path | None]:
-        """Download the inputs while the trainer starts, then have it work; return the update and the new state."""
-        deps, job, number = self._deps, work.job, work.round
+    async def _answer(self, assignment: Assignment) -> tuple[Outgoing, Path | None]:
+        """Download the inputs while the trainer starts, then run the request; return the update and the new state."""
+        deps, job, number = self._deps, assignment.job, assignment.round
         starting = asyncio.create_task(deps.trainer.prepare(), name="trainer-start")
         try:
-            request = await self._fetched(work)
-            with suppress(TrainerLost):  # `_insist` starts it again
+            request = await self._fetched(assignment)
+            with suppress(TrainerLost):  # `_run_with_retries` starts it again
                 await starting
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)  # its error was raised above
         draft, state = deps.store.draft(job, number), deps.store.state_draft(job, number)
         try:
-            done = await self._insist(work, dataclasses.replace(request, out=str(draft)))
-            _refuse_too_large(done.size, work)
+            done = await self._run_with_retries(assignment, dataclasses.replace(request, out=str(draft)))
+            _refuse_too_large(done.size, assignment)
         except BaseException:
             deps.store.discard(draft)
             state.unlink(missing_ok=True)
@@ -230,28 +238,28 @@ class Participant:
         )
         return update, state if done.changed else None
 
-    async def _fetched(self, work: Assignment) -> wire.FitRequest | wire.DeliverRequest:
+    async def _fetched(self, assignment: Assignment) -> wire.FitRequest | wire.DeliverRequest:
         """Download what an assignment names; return the trainer's request for it, with paths in place of hashes."""
-        bundle, task = await self._deps.bundles.get(work.bundle)
-        match work:
+        bundle, task = await self._deps.bundles.get(assignment.bundle)
+        match assignment:
             case Fit():
-                return await self._fit_request(work, bundle, task)
+                return await self._fit_request(assignment, bundle, task)
             case Deliver():
-                return await self._deliver_request(work, bundle, task)
+                return await self._deliver_request(assignment, bundle, task)
 
-    async def _fit_request(self, work: Fit, bundle: Path, task: str) -> wire.FitRequest:
+    async def _fit_request(self, assignment: Fit, bundle: Path, task: str) -> wire.FitRequest:
         deps = self._deps
-        frozen = await self._frozen.get(work.job, work.frozen) if work.frozen is not None else None
-        model = await self._fetch(work.model, work.model_blake3)
-        deps.store.require_space(work.model.size)  # an update is about as large as the model; fail now, not later
+        frozen = await self._frozen.get(assignment.job, assignment.frozen) if assignment.frozen is not None else None
+        model = await self._fetch(assignment.model, assignment.model_blake3)
+        deps.store.require_space(assignment.model.size)  # an update is about as large as the model; fail now, not later
         return wire.FitRequest(
-            job=work.job,
-            round=work.round,
+            job=assignment.job,
+            round=assignment.round,
             client=deps.device,
-            train=work.train,
+            train=assignment.train,
             model=str(model),
             frozen=str(frozen or ""),
-            parted=work.parted,
+            parted=assignment.parted,
             bundle=str(bundle),
             task=task,
             options=deps.options,
@@ -260,30 +268,33 @@ class Participant:
             folder=str(work_folder(deps.home, bundle)),
         )
 
-    async def _deliver_request(self, work: Deliver, bundle: Path, app: str) -> wire.DeliverRequest:
+    async def _deliver_request(self, assignment: Deliver, bundle: Path, app: str) -> wire.DeliverRequest:
         deps = self._deps
-        content = await self._fetch(work.content, work.content_blake3)
+        content = await self._fetch(assignment.content, assignment.content_blake3)
         return wire.DeliverRequest(
             app=app,
             order=str(content),
-            envelope=work.envelope,
+            envelope=assignment.envelope,
             bundle=str(bundle),
             options=deps.options,
-            state=str(deps.store.state(work.job) or ""),
-            state_out=str(deps.store.state_draft(work.job, work.round)),
+            state=str(deps.store.state(assignment.job) or ""),
+            state_out=str(deps.store.state_draft(assignment.job, assignment.round)),
             out="",  # see `_answer`
             memory_limit_mb=deps.memory_limit_mb,
             folder=str(work_folder(deps.home, bundle)),
         )
 
-    async def _insist(self, work: Assignment, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone:
+    async def _run_with_retries(
+        self, assignment: Assignment, request: wire.FitRequest | wire.DeliverRequest
+    ) -> wire.WorkDone:
         """Run a request in the trainer; if the system kills the trainer, try again, at most MAX_TRIES times."""
         pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         for tries in range(1, MAX_TRIES):
             try:
                 return await self._deps.trainer.run_request(request)
             except TrainerLost as error:
-                event(_log, logging.WARNING, "trainer.lost", job=work.job, round=work.round, tries=tries, reason=error)
+                event(_log, logging.WARNING, "trainer.lost", job=assignment.job, round=assignment.round, tries=tries,
+                      reason=error)  # fmt: skip
             await asyncio.sleep(pauses.next_s())  # until the machine has free memory again
         return await self._deps.trainer.run_request(request)
 
@@ -305,12 +316,12 @@ class Participant:
         self._model = path
         return path
 
-    def _fail(self, work: Assignment, reason: str) -> None:
-        event(_log, logging.WARNING, "round.failed", job=work.job, round=work.round, reason=reason)
+    def _fail(self, assignment: Assignment, reason: str) -> None:
+        event(_log, logging.WARNING, "round.failed", job=assignment.job, round=assignment.round, reason=reason)
         try:
-            self._deps.outbox.put_failure(FailureNote(job=work.job, round=work.round, reason=reason))
-        except HomeError as error:  # full disk: serving continues, and `Next` brings the work back
-            event(_log, logging.ERROR, "round.not_noted", job=work.job, round=work.round, reason=error)
+            self._deps.outbox.put_failure(FailureNote(job=assignment.job, round=assignment.round, reason=reason))
+        except HomeError as error:  # full disk: serving continues, and `Next` brings the assignment back
+            event(_log, logging.ERROR, "round.not_noted", job=assignment.job, round=assignment.round, reason=error)
 
     def _cancel(self, reason: str) -> None:
         if self._task is not None and self._current is not None:
@@ -319,18 +330,18 @@ class Participant:
             self._task.cancel()
 
 
-def _place(work: Assignment) -> tuple[str, int]:
+def _queue_key(assignment: Assignment) -> tuple[str, int]:
     """Return an assignment's key in the queue: one key for all training rounds of a job, one for each message."""
-    return work.job, 0 if work.replaces_older else work.round
+    return assignment.job, 0 if assignment.replaces_older else assignment.round
 
 
-def _is_over(work: Assignment, closed: RoundClosed) -> bool:
-    if work.job != closed.job:
+def _is_over(assignment: Assignment, closed: RoundClosed) -> bool:
+    if assignment.job != closed.job:
         return False
-    is_older = work.replaces_older and work.round < closed.round
-    return closed.job_ended or work.round == closed.round or is_older
+    is_older = assignment.replaces_older and assignment.round < closed.round
+    return closed.job_ended or assignment.round == closed.round or is_older
 
 
-def _refuse_too_large(size: int, work: Assignment) -> None:
-    if size > work.max_update_bytes:
-        raise TaskError(f"the update has {size} bytes; this round accepts at most {work.max_update_bytes}")
+def _refuse_too_large(size: int, assignment: Assignment) -> None:
+    if size > assignment.max_update_bytes:
+        raise TaskError(f"the update has {size} bytes; this round accepts at most {assignment.max_update_bytes}")

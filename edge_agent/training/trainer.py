@@ -133,7 +133,7 @@ class _TrainerChild:
         self._pidfd = -1
         self._dead = asyncio.Event()
 
-    async def greet(self) -> None:
+    async def wait_for_hello(self) -> None:
         """Wait for the process's hello message; from then on its end is noticed."""
         if self._process is not None:
             self._watch(self.pid)
@@ -238,7 +238,7 @@ async def _start(socket_path: Path | None) -> _TrainerChild:
     except OSError as cause:
         raise TrainerLost(f"the trainer could not be started: {cause}") from cause
     try:
-        await child.greet()
+        await child.wait_for_hello()
     except (EOFError, OSError, ProtocolError) as cause:  # TimeoutError is an OSError
         error = await child.death_error(
             f"before it could start to work ({cause or f'no hello message within {HELLO_S:g} s'})"

@@ -44,7 +44,7 @@ class FitRequest(Checked):
     client: str
     train: TrainConfig
     model: str = field(metadata=raw())  # path of the parameters, a safetensors file
-    bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked beside it
+    bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked next to it
     task: str  # module:attribute in the bundle
     options: Mapping[str, str] = field(metadata=raw())
     out: str = field(metadata=raw())  # path to write the update to; an existing file is overwritten
@@ -62,7 +62,7 @@ class DeliverRequest(Checked):
     app: str  # module:attribute of its ClientApp
     order: str = field(metadata=raw())  # path of the message's content
     envelope: str  # the message's metadata
-    bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked beside it
+    bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked next to it
     options: Mapping[str, str] = field(metadata=raw())
     state: str = field(metadata=raw())  # path of the client's state; empty = none yet
     state_out: str = field(metadata=raw())  # path to write the client's next state to

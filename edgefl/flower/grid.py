@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 
 from edgefl.errors import ConfigError
 from edgefl.flower.apps.error_boundary import ErrorBoundary
-from edgefl.flower.inside import Interrupted, Run, RunNotRunningException, give_id, with_own_metadata
+from edgefl.flower.internals import Interrupted, Run, RunNotRunningException, give_id, with_own_metadata
 from edgefl.flower.nodes import Delivery, Nodes, Runner
 from edgefl.flower.records import copy_records
 from edgefl.flower.tracker import RoundTracker

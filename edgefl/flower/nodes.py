@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.apps.app import KIND, RunConfigValue
-from edgefl.flower.inside import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode, error_reply, with_own_metadata
+from edgefl.flower.internals import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode, error_reply, with_own_metadata
 from edgefl.flower.records import copy_message, copy_records
 from edgefl.task import UserCode
 from edgefl.training.own_randomness import OwnRandomness

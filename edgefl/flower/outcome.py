@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from edgefl.errors import ConfigError
-from edgefl.flower.inside import History, Result, Returned, legacy_arrays
+from edgefl.flower.internals import History, Result, ResultSource, legacy_arrays
 from edgefl.flower.records import tree_of
 from edgefl.flower.tracker import merged
 from edgefl.trees import write_tree
@@ -19,10 +19,10 @@ Json = dict[str, Any]
 ByRound = dict[int, dict[str, float]]
 
 
-def metrics_of(heard: Iterable[Returned]) -> ByRound:
+def metrics_of(sources: Iterable[ResultSource]) -> ByRound:
     """Return the metrics of each round; if there are several results, the last one wins."""
     rounds: ByRound = {}
-    for one in heard:
+    for one in sources:
         if not isinstance(one, (Result, History)):
             continue
         server, evaluate, train = _of_result(one) if isinstance(one, Result) else _of_history(one)
@@ -31,9 +31,9 @@ def metrics_of(heard: Iterable[Returned]) -> ByRound:
     return rounds
 
 
-def arrays_of(heard: Sequence[Returned]) -> ArrayRecord | None:
+def arrays_of(sources: Sequence[ResultSource]) -> ArrayRecord | None:
     """Return the last model: from a strategy's Result, a legacy server, or a legacy workflow."""
-    models = (_arrays(one) for one in reversed(heard))
+    models = (_arrays(one) for one in reversed(sources))
     return next((arrays for arrays in models if arrays), None)
 
 
@@ -47,7 +47,7 @@ def write_arrays(arrays: ArrayRecord, out: Path) -> Json:
         raise ConfigError(f"cannot write the model to {out}: {cause.strerror}") from cause
 
 
-def _arrays(one: Returned) -> ArrayRecord | None:
+def _arrays(one: ResultSource) -> ArrayRecord | None:
     if isinstance(one, Result):
         return one.arrays
     return None if isinstance(one, History) else legacy_arrays(one)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from edgefl.flower.inside import twin_of, with_own_metadata
+from edgefl.flower.internals import twin_of, with_own_metadata
 from edgefl.trees import Array as NumpyArray
 from edgefl.trees import Tree
 

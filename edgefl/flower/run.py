@@ -26,7 +26,7 @@ from edgefl.terminal.interrupt import set_by_interrupt
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
 
-    from edgefl.flower.inside import Returned
+    from edgefl.flower.internals import ResultSource
     from edgefl.flower.tracker import RoundTracker
 
 Json = dict[str, Any]
@@ -105,7 +105,7 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
     start_s = clock()
     with ExitStack() as stack:
-        heard = stack.enter_context(serving(run_id))
+        sources = stack.enter_context(serving(run_id))
         stack.enter_context(runners)
         stack.callback(grid.close)
         stack.enter_context(set_by_interrupt(stop))
@@ -118,14 +118,16 @@ def run_flower_app(  # noqa: PLR0913 - the first three are the app's, the others
         except TaskError as error:
             grid.boundary.raise_fault(app.name)
             if not stop.is_set():
-                keep_model(heard, out)
+                keep_model(sources, out)
                 raise_with_reasons(app, tracker, error)
             _log.warning("after the interrupt: %s", error)  # the app did not expect that its strategy ended early
         grid.boundary.raise_fault(app.name)
         tracker.finish()
         seconds = clock() - start_s
-    result = result_of(app, tracker, heard, took_part(tracker, len(nodes.ids()), _partition), interrupted=stop.is_set())
-    model = keep_model(heard, out)
+    result = result_of(
+        app, tracker, sources, took_part(tracker, len(nodes.ids()), _partition), interrupted=stop.is_set()
+    )
+    model = keep_model(sources, out)
     return replace(
         result,
         seconds=seconds,
@@ -150,22 +152,22 @@ def _workers_for(app: FlowerApp, workers: int | None) -> int | None:
 
 
 @contextmanager
-def serving(run_id: int) -> Iterator[list[Returned]]:
+def serving(run_id: int) -> Iterator[list[ResultSource]]:
     """A context in which one ServerApp runs in this process; collects the results of its strategies."""
     from edgefl.flower.apps.app_log import app_log
-    from edgefl.flower.inside import listening, task_identity
+    from edgefl.flower.internals import collecting_results, task_identity
 
     if not _RUNNING.acquire(blocking=False):
         raise ConfigError("a Flower app is already running in this process; start another process for the next")
     try:
-        with task_identity(run_id), app_log(), listening() as heard:
-            yield heard
+        with task_identity(run_id), app_log(), collecting_results() as sources:
+            yield sources
     finally:
         _RUNNING.release()
 
 
 def result_of(
-    app: FlowerApp, tracker: RoundTracker, heard: Sequence[Returned], counts: Counts, *, interrupted: bool
+    app: FlowerApp, tracker: RoundTracker, sources: Sequence[ResultSource], counts: Counts, *, interrupted: bool
 ) -> FlowerRunResult:
     """Return a run's result, from its messages and strategies; raises QuorumNotMet if no message was answered."""
     from edgefl.flower.apps.error_boundary import BestEffort
@@ -175,7 +177,7 @@ def result_of(
         refuse_silence(app, tracker)
     reported: dict[int, dict[str, float]] = {}
     with BestEffort("the results of the app's strategies"):
-        reported = metrics_of(heard)
+        reported = metrics_of(sources)
     rounds = tuple(seen.report(reported.get(seen.number)) for seen in tracker.rounds)
     last = reported[max(reported)] if reported else {}
     return FlowerRunResult(
@@ -186,7 +188,7 @@ def result_of(
         num_clients=sum(seen.num_admitted for seen in tracker.rounds),
         num_workers=0,
         peak_rss_mb=peak_rss_mb(),
-        arrays=arrays_of(heard),
+        arrays=arrays_of(sources),
         took_part=counts,
     )
 
@@ -203,11 +205,11 @@ def _partition(node: str) -> int:
     return int(node.rpartition("-")[2])
 
 
-def keep_model(heard: Sequence[Returned], out: Path | None) -> Json | None:
+def keep_model(sources: Sequence[ResultSource], out: Path | None) -> Json | None:
     """Write the model to a file, if there is a model and a path."""
     from edgefl.flower.outcome import arrays_of, write_arrays
 
-    arrays = arrays_of(heard) if out is not None else None
+    arrays = arrays_of(sources) if out is not None else None
     return None if out is None or arrays is None else write_arrays(arrays, out)
 
 

@@ -1,7 +1,7 @@
 """Where a run's ClientApps are executed: in this process, in worker processes, or first here and then in workers.
 
 Starting workers takes seconds, and the length of a run is not known in advance. So a run starts in this process.
-If it lasts longer, it starts workers, continues here meanwhile, and moves to them once they are ready.
+If it lasts longer, it starts workers, continues here in the meantime, and moves to them once they are ready.
 """
 
 from __future__ import annotations

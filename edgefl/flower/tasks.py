@@ -34,7 +34,7 @@ except ImportError as cause:
     raise MissingExtra("a task as a Flower app", "flower") from cause
 
 from edgefl.flower.grid import streamed
-from edgefl.flower.inside import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
+from edgefl.flower.internals import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 from edgefl.flower.records import message_bytes, record_of, tree_of
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError, TaskError
 from edgefl.flower.apps.app import FlowerApp, load_client_app
-from edgefl.flower.inside import ErrorCode, error_reply, without_content
+from edgefl.flower.internals import ErrorCode, error_reply, without_content
 from edgefl.flower.nodes import Delivery, NodeReply, execute
 from edgefl.process.workers.pool import MAX_LOSSES, MAX_STARTS, ItemAnswered, NoWorkerLeft, RunTerms, WorkerPool
 from edgefl.process.workers.process import ONE_THREAD, WorkerProcess, wait_for_processes

@@ -45,7 +45,7 @@ class Device:
         self.updater = Updater(
             UpdaterDependencies(
                 device="cam-1", home=home, fleet_key=load_public_key((home / "fleet.pub").read_bytes()),
-                channel=self.channel, host=self.host, tell=self.notes.append,
+                channel=self.channel, host=self.host, report=self.notes.append,
                 changed=lambda: self.changes.append(self.models.versions()),
             )
         )  # fmt: skip

@@ -41,7 +41,7 @@ def deliver(given: NodeMessage) -> Outcome:
     from flwr.app import Context
 
     from edgefl.flower.fleet import wire
-    from edgefl.flower.inside import ErrorCode, with_own_metadata
+    from edgefl.flower.internals import ErrorCode, with_own_metadata
     from edgefl.flower.nodes import Delivery, attempt, failed
 
     message, run_config = wire.open_order(given.order.read_bytes(), given.envelope)

@@ -21,7 +21,7 @@ from edgefl.errors import ConfigError, ProtocolError
 from edgefl.flower.apps.app import RunConfigValue
 from edgefl.flower.fleet import wire
 from edgefl.flower.grid import Replies, RunGrid, checked_messages
-from edgefl.flower.inside import ErrorCode, RunNotRunningException, error_reply, give_id, without_content
+from edgefl.flower.internals import ErrorCode, RunNotRunningException, error_reply, give_id, without_content
 from edgefl.flower.tracker import RoundTracker
 from edgefl.operator.relay import Relay
 
@@ -47,7 +47,7 @@ class _Timeout:
         self.next_s = self._end_s  # when to ask the cloud next
 
     def is_over(self) -> bool:
-        """Whether the timeout is over; asks the cloud whether it has paused meanwhile."""
+        """Whether the timeout is over; asks the cloud whether it has paused in the meantime."""
         paused_s, is_paused = self._relay.paused_s()
         # A restarted cloud counts from 0 again.
         end_s = self._end_s + (paused_s - self._before_s if paused_s >= self._before_s else paused_s)

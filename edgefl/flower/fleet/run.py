@@ -28,7 +28,7 @@ from edgefl.task import Located, UserCode
 _log = logging.getLogger(__name__)
 
 
-def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
+def run_on_fleet(  # noqa: PLR0913 - most are callbacks
     app: FlowerApp, client: Callable[[], CloudClient], run_config: Mapping[str, RunConfigValue] | None = None, *,
     on_start: Callable[[str, int], None] | None = None, on_round: Callable[[RoundReport], None] | None = None,
     on_waiting: Callable[[str], None] | None = None, out: Path | None = None,
@@ -63,7 +63,7 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
         if on_start is not None:
             on_start(relay.id, len(devices.online()))
         context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config))
-        heard = stack.enter_context(serving(run_id))
+        sources = stack.enter_context(serving(run_id))
         start_s = time.monotonic()
         try:
             with _stopped_by_interrupt(relay, interrupted), UserCode(app.name, "its ServerApp", KIND):
@@ -73,7 +73,7 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
             interrupted.set()
         except TaskError as error:
             grid.boundary.raise_fault(app.name)
-            keep_model(heard, out)
+            keep_model(sources, out)
             if relay.fault is None:
                 raise_with_reasons(app, tracker, error)
             if interrupted.is_set():  # the app did not expect that its strategy ended early
@@ -85,8 +85,8 @@ def run_on_fleet(  # noqa: PLR0913 - what is heard of a run
         seconds = time.monotonic() - start_s
         positions = devices.positions()
         counts = took_part(tracker, len(positions), positions.__getitem__)
-        result = result_of(app, tracker, heard, counts, interrupted=interrupted.is_set())
-    model = keep_model(heard, out)
+        result = result_of(app, tracker, sources, counts, interrupted=interrupted.is_set())
+    model = keep_model(sources, out)
     return replace(
         result, engine="fleet", job=relay.id, seconds=seconds, state=context.state, model=model,
         interrupted=interrupted.is_set(),
@@ -99,7 +99,7 @@ def _stopped_by_interrupt(relay: Relay, interrupted: threading.Event) -> Iterato
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    from edgefl.flower.inside import Interrupted
+    from edgefl.flower.internals import Interrupted
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,7 +20,7 @@ from flwr.app import Message, RecordDict
 from google.protobuf.message import DecodeError
 
 from edgefl.errors import ConfigError, ProtocolError
-from edgefl.flower import inside
+from edgefl.flower import internals
 from edgefl.flower.apps.app import RunConfigValue
 from edgefl.flower.records import records_bytes
 
@@ -34,8 +34,8 @@ def pack_order(run_config: Mapping[str, RunConfigValue], content: RecordDict) ->
     size = records_bytes(content)
     if size > MAX_MESSAGE_BYTES:  # check before copying
         raise ConfigError(f"a message of {size} bytes; at most {MAX_MESSAGE_BYTES} are allowed. Send less per message")
-    config = inside.config_bytes(run_config)
-    return b"".join((_HEAD.pack(len(config)), config, inside.records_bytes(content)))
+    config = internals.config_bytes(run_config)
+    return b"".join((_HEAD.pack(len(config)), config, internals.records_bytes(content)))
 
 
 def open_order(data: bytes, envelope: str) -> tuple[Message, dict[str, RunConfigValue]]:
@@ -45,14 +45,14 @@ def open_order(data: bytes, envelope: str) -> tuple[Message, dict[str, RunConfig
         start = _HEAD.size + length
         if start > len(data):
             raise ProtocolError(f"a Flower message of {len(data)} bytes whose run config alone has {length}")
-        run_config = inside.config_from(data[_HEAD.size : start])
-        content = inside.records_from(data[start:])
-        return inside.message_of(base64.b64decode(envelope, validate=True), content), run_config
+        run_config = internals.config_from(data[_HEAD.size : start])
+        content = internals.records_from(data[start:])
+        return internals.message_of(base64.b64decode(envelope, validate=True), content), run_config
 
 
 def pack_envelope(message: Message) -> str:
     """Return a message's metadata as text; raises ConfigError if it is too long."""
-    envelope = base64.b64encode(inside.metadata_bytes(message)).decode()
+    envelope = base64.b64encode(internals.metadata_bytes(message)).decode()
     if len(envelope) > MAX_ENVELOPE_CHARS:
         raise ConfigError(
             f"the metadata of a message take {len(envelope)} characters; at most {MAX_ENVELOPE_CHARS} are allowed. "
@@ -63,24 +63,24 @@ def pack_envelope(message: Message) -> str:
 
 def pack_reply(reply: Message) -> bytes:
     """Return a reply's bytes."""
-    return inside.message_bytes(reply)
+    return internals.message_bytes(reply)
 
 
 def open_reply(data: bytes, request: Message) -> Message:
     """Return a device's reply to this request, whatever its own metadata claims; raises ProtocolError."""
     with _foreign_bytes("a reply"):
-        return inside.reply_from(data, request)
+        return internals.reply_from(data, request)
 
 
 def pack_state(state: RecordDict) -> bytes:
     """Return a node's state as bytes; no bytes for an empty state."""
-    return inside.records_bytes(state)
+    return internals.records_bytes(state)
 
 
 def open_state(data: bytes) -> RecordDict:
     """Return what `pack_state` packed; raises ProtocolError."""
     with _foreign_bytes("a node's state"):
-        return inside.records_from(data)
+        return internals.records_from(data)
 
 
 def node_id(device: str) -> int:
@@ -91,7 +91,7 @@ def node_id(device: str) -> int:
 
 def node_config(options: Mapping[str, str], parse: Callable[[str], RunConfigValue]) -> dict[str, RunConfigValue]:
     """Return a device's data options as Flower's node config; `part` and `parts` get Flower's names."""
-    names = {"part": inside.PARTITION_ID_KEY, "parts": inside.NUM_PARTITIONS_KEY}
+    names = {"part": internals.PARTITION_ID_KEY, "parts": internals.NUM_PARTITIONS_KEY}
     return {names.get(key, key): parse(value) for key, value in options.items()}
 
 

@@ -150,7 +150,7 @@ def test_notes_and_telemetry_have_their_topics(shared_ca, broker, peer, with_lin
 
     async def run(link, callbacks):
         await until(lambda: len(callbacks.nexts) > 1)  # once for each connection
-        link.tell(note)
+        link.report(note)
         link._publish("telemetry", link_module.measure(link._home), qos=0)
         heard = dict([await asyncio.to_thread(cloud.next, 10) for _ in range(2)])
         assert messages.decode(RolloutNote, heard[topics.up("cam-1", "rollout")]) == note
@@ -204,7 +204,7 @@ def test_a_certificate_is_renewed_when_the_cloud_says_so_and_nothing_is_lost(
         first, fleet.is_due = fleet.serials[0], True
         link._ask.set()
         await until(lambda: fleet.serials[-1] != first)  # the new certificate's first use
-        link.tell(RolloutNote(model="m", version=1, state="active"))
+        link.report(RolloutNote(model="m", version=1, state="active"))
         while (await asyncio.to_thread(cloud.next, 10))[0] != topics.up("cam-1", "rollout"):
             pass
 

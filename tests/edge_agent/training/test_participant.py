@@ -352,9 +352,9 @@ def test_what_is_frozen_is_fetched_once_and_kept_while_the_job_lasts(fleet, home
             await device.until(lambda number=number: ("j1", number) in fleet.updates and not device.store.outbox())
             assert {name: array.tolist() for name, array in fleet.tree("j1", number).items()} == {"w": [5.0] * 4}
         assert len([call for call in fleet.calls if call.startswith("download")]) == 4  # bundle, two models, frozen
-        assert device.participant.holding() == ["j1"]
+        assert device.participant.jobs_with_data() == ["j1"]
         device.participant.forget(["j1"])  # as `Next` says where the job has ended unheard
-        assert device.participant.holding() == []
+        assert device.participant.jobs_with_data() == []
 
     on_device(run)
     assert not list((home / "frozen").iterdir())

@@ -11,7 +11,7 @@ from blake3 import blake3
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from edgefl.flower.fleet import wire
-from edgefl.flower.inside import give_id, task_identity
+from edgefl.flower.internals import give_id, task_identity
 from edgefl.protocols.manifest import Bundle, sign
 from edgefl.protocols.messages import Deliver, RoundClosed
 

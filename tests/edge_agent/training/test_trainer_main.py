@@ -18,7 +18,7 @@ from edge_agent.training import trainer_wire as wire
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.flower.fleet import wire as wire_of_flower
-from edgefl.flower.inside import give_id, task_identity
+from edgefl.flower.internals import give_id, task_identity
 from edgefl.task import FitResult
 from edgefl.trees import read_tree
 

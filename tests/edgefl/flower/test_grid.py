@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError, EdgeflError
 from edgefl.flower.grid import LocalGrid, Replies, streamed
-from edgefl.flower.inside import Run, task_identity
+from edgefl.flower.internals import Run, task_identity
 from edgefl.flower.nodes import InProcess, Nodes
 from edgefl.flower.tracker import RoundTracker
 from edgefl.testing import ManualClock

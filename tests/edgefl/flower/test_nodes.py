@@ -4,7 +4,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError
-from edgefl.flower.inside import give_id, task_identity
+from edgefl.flower.internals import give_id, task_identity
 from edgefl.flower.nodes import Delivery, InProcess, NodeReply, Nodes, node_name
 from edgefl.testing import ManualClock
 

@@ -5,7 +5,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord
 
 from edgefl.errors import ConfigError
-from edgefl.flower.inside import History, Result
+from edgefl.flower.internals import History, Result
 from edgefl.flower.outcome import arrays_of, metrics_of, write_arrays
 from edgefl.trees import SpooledTree
 

@@ -38,9 +38,9 @@ ASKS = (  # a ServerApp that sends each node a query and keeps what comes back
 
 
 def run(folder, nodes=2, **config):
-    heard = []
-    result = run_flower_app(load_flower_app(folder), nodes, config, on_round=heard.append)
-    assert [one.round for one in heard] == [one.round for one in result.rounds]
+    sources = []
+    result = run_flower_app(load_flower_app(folder), nodes, config, on_round=sources.append)
+    assert [one.round for one in sources] == [one.round for one in result.rounds]
     return result
 
 

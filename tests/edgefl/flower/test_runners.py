@@ -3,7 +3,7 @@ from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from edgefl.errors import ConfigError
-from edgefl.flower.inside import give_id, task_identity
+from edgefl.flower.internals import give_id, task_identity
 from edgefl.flower.nodes import Delivery, Nodes
 from edgefl.flower.runners import Runners
 from edgefl.testing import ManualClock

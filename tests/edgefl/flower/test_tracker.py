@@ -3,7 +3,7 @@
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from edgefl.flower.inside import give_id, task_identity
+from edgefl.flower.internals import give_id, task_identity
 from edgefl.flower.tracker import RoundTracker, merged
 from edgefl.testing import ManualClock
 

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from edgefl.flower import load_flower_app, run_flower_app
 from edgefl.flower import workers as workers_module
-from edgefl.flower.inside import ErrorCode, give_id, task_identity
+from edgefl.flower.internals import ErrorCode, give_id, task_identity
 from edgefl.flower.nodes import Delivery
 from edgefl.flower.runners import Runners
 from edgefl.flower.workers import Workers

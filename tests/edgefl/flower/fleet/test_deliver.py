@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from edgefl.errors import MissingExtra, ProtocolError, TaskError
 from edgefl.flower.fleet import wire
 from edgefl.flower.fleet.deliver import NodeMessage, deliver
-from edgefl.flower.inside import ErrorCode, give_id, task_identity
+from edgefl.flower.internals import ErrorCode, give_id, task_identity
 
 COUNTS = """
     from flwr.app import ConfigRecord, Message, RecordDict

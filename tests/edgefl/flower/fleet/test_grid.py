@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from edgefl.errors import ConfigError
 from edgefl.flower.fleet import wire
 from edgefl.flower.fleet.grid import FleetDevices, FleetGrid
-from edgefl.flower.inside import ErrorCode, RunNotRunningException, give_id, task_identity
+from edgefl.flower.internals import ErrorCode, RunNotRunningException, give_id, task_identity
 from edgefl.flower.tracker import RoundTracker
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.relay import Relay

@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.flower.apps.app import parse_value
 from edgefl.flower.fleet import wire
-from edgefl.flower.inside import error_reply, give_id, task_identity
+from edgefl.flower.internals import error_reply, give_id, task_identity
 
 CONFIG = {"rate": 0.5, "name": "a b", "count": 3, "on": True}
 

@@ -3,7 +3,7 @@
 - A `Message` can only be made in a process that has a task identity (`flwr.supercore.task_identity`).
 - The grid that carries a message sets its id, through the metadata's `__dict__`.
 - Flower's protobuf messages, and the functions that convert to and from them.
-- The results of `Strategy.start` or of the legacy server stay inside the user's main; wrappers record them.
+- The results of `Strategy.start` or of the legacy server are local to the user's main; wrappers record them.
 Invariant: after a run, Flower is as it was before.
 """
 
@@ -38,7 +38,7 @@ __all__ = [
     "RunNotRunningException", "Server",
 ]  # fmt: skip
 
-Returned = Result | History | Server | LegacyContext
+ResultSource = Result | History | Server | LegacyContext  # objects that hold a strategy's results
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,71 +57,71 @@ def task_identity(run_id: int) -> Iterator[None]:
 
 
 @contextmanager
-def listening() -> Iterator[list[Returned]]:
+def collecting_results() -> Iterator[list[ResultSource]]:
     """Collect the results of strategies inside the context, also of those that Ctrl-C interrupts."""
-    collected = _Collected()
+    collector = _ResultCollector()
     with (
-        _wrapped(Strategy, "start", collected.keeping),
-        _wrapped(server_app, "start_grid", collected.keeping),
-        _wrapped(sys.modules[Strategy.__module__], "Result", collected.noting),
-        _wrapped(server, "History", collected.noting),
-        _wrapped(legacy_context, "History", collected.noting),
-        _wrapped(Server, "fit", collected.noting_self),
-        _wrapped(LegacyContext, "__init__", collected.noting_self),
+        _wrapped(Strategy, "start", collector.wrap_function),
+        _wrapped(server_app, "start_grid", collector.wrap_function),
+        _wrapped(sys.modules[Strategy.__module__], "Result", collector.wrap_constructor),
+        _wrapped(server, "History", collector.wrap_constructor),
+        _wrapped(legacy_context, "History", collector.wrap_constructor),
+        _wrapped(Server, "fit", collector.wrap_method),
+        _wrapped(LegacyContext, "__init__", collector.wrap_method),
     ):
-        yield collected.all
+        yield collector.sources
 
 
-class _Collected:
-    """The collected objects, in order, and the wrappers that collect them."""
+class _ResultCollector:
+    """Collects result sources, in order, by wrapping the functions that create or use them."""
 
     def __init__(self) -> None:
-        self.all: list[Returned] = []
+        self.sources: list[ResultSource] = []
 
-    def collect(self, one: Returned) -> None:
-        if not any(one is other for other in self.all):
-            self.all.append(one)
+    def add(self, one: ResultSource) -> None:
+        if not any(one is other for other in self.sources):
+            self.sources.append(one)
 
-    def noting(self, made: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_constructor(self, made: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a constructor: record what it returns."""
 
-        def make(*arguments: Any, **options: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
             one = made(*arguments, **options)
-            self.collect(one)
+            self.add(one)
             return one
 
-        return make
+        return wrapped
 
-    def noting_self(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_method(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a method: record the object that it is called on."""
 
         @functools.wraps(method)
-        def noted(one: Any, *arguments: Any, **options: Any) -> Any:
-            self.collect(one)
+        def wrapped(one: Any, *arguments: Any, **options: Any) -> Any:
+            self.add(one)
             return method(one, *arguments, **options)
 
-        return noted
+        return wrapped
 
-    def keeping(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function: record what it returns; if Ctrl-C ended a strategy, return its result so far, if any."""
 
         @functools.wraps(function)
-        def kept(*arguments: Any, **options: Any) -> Any:
-            before = len(self.all)
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            before = len(self.sources)
             try:
                 returned = function(*arguments, **options)
             except Interrupted:
-                if (returned := _with_arrays(self.all[before:])) is None:
+                if (returned := _with_arrays(self.sources[before:])) is None:
                     raise
             if isinstance(returned, (Result, History)):
-                self.collect(returned)
+                self.add(returned)
             return returned
 
-        return kept
+        return wrapped
 
 
-def _with_arrays(collected: Sequence[Returned]) -> Result | None:
-    return next((one for one in reversed(collected) if isinstance(one, Result) and one.arrays), None)
+def _with_arrays(sources: Sequence[ResultSource]) -> Result | None:
+    return next((one for one in reversed(sources) if isinstance(one, Result) and one.arrays), None)
 
 
 def legacy_arrays(one: Server | LegacyContext) -> ArrayRecord | None:
