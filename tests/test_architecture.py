@@ -93,10 +93,10 @@ def test_no_source_file_is_too_long() -> None:
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
-def test_a_class_of_the_simulation_or_of_flower_has_a_name_of_its_own() -> None:
-    """Whoever looks for `Worker` finds one, and by its name knows whose."""
+def test_each_class_has_a_distinct_name() -> None:
+    """A search for a class name finds one class."""
     places: dict[str, list[str]] = {}
-    for path in sources("edgefl/simulation", "edgefl/flower", "edgefl/process", "edgefl/exchange", "edgefl/app"):
+    for path in sources(*PACKAGES):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(relative(path))

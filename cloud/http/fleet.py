@@ -12,7 +12,7 @@ from pydantic import Field
 
 from cloud.http.services import Services
 from cloud.http.shared import Body, CleanJSON, Here, known
-from cloud.state.enrolment import VALID_FOR_S, Device
+from cloud.state.enrolment import VALID_FOR_S, EnrolledDevice
 from edgefl.process.version import __version__
 
 public = APIRouter()
@@ -91,7 +91,7 @@ def new_token(body: TokenRequest, here: Here) -> dict[str, Any]:
     return {"token": here.enrolment.new_token(body.valid_for_s), "valid_for_s": body.valid_for_s}
 
 
-def _shown(here: Services, device: Device) -> dict[str, Any]:
+def _shown(here: Services, device: EnrolledDevice) -> dict[str, Any]:
     state = here.link.state(device.name)
     said: dict[str, Any] = dataclasses.asdict(state) if state else {"online": False, "models": {}, "serving_url": ""}
     said.pop("session", None)

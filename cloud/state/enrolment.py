@@ -35,7 +35,7 @@ _REMEDY = "make a new one with `edgefl cloud token`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
+class EnrolledDevice:
     """A device of the fleet."""
 
     name: str
@@ -99,10 +99,10 @@ class Enrolment:
             return valid is not None
         return self.renewals.first_use(name, serial)
 
-    def devices(self) -> list[Device]:
+    def devices(self) -> list[EnrolledDevice]:
         """Return the fleet by name."""
         with self._engine.connect() as db:
-            return [Device(**row) for row in db.execute(devices.select().order_by(devices.c.name)).mappings()]
+            return [EnrolledDevice(**row) for row in db.execute(devices.select().order_by(devices.c.name)).mappings()]
 
     def remove(self, name: str) -> None:
         """Remove a device and reject its certificate from now on.

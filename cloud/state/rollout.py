@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cloud.state.enrolment import REMOVED, Device
+from cloud.state.enrolment import REMOVED, EnrolledDevice
 from cloud.state.registry import Registry
 from cloud.state.store import desired, rollouts
 from edgefl.errors import ConfigError, ManifestRejected, NotFound, ProtocolError
@@ -38,7 +38,8 @@ class Rollouts:
 
     def __init__(
         self, engine: sa.Engine, registry: Registry, fleet_key: Ed25519PrivateKey, *,
-        devices: Callable[[], Sequence[Device]], send_desired: SendDesired, clock: Callable[[], float] = time.time,
+        devices: Callable[[], Sequence[EnrolledDevice]], send_desired: SendDesired,
+        clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._engine = engine
         self._registry = registry
@@ -134,7 +135,7 @@ class Rollouts:
         self._changed.notify_all()
 
 
-def select_devices(devices: Sequence[Device], to: Collection[str]) -> list[str]:
+def select_devices(devices: Sequence[EnrolledDevice], to: Collection[str]) -> list[str]:
     """Return the names that match any selector; raises ConfigError if a selector matches none."""
     chosen: set[str] = set()
     for selector in to:
@@ -155,7 +156,7 @@ def overall(states: Collection[str]) -> str:
     return FAILED if FAILED in states else "done"
 
 
-def _matches(device: Device, selector: str) -> bool:
+def _matches(device: EnrolledDevice, selector: str) -> bool:
     if selector == "all":
         return True
     if selector.startswith("name:"):

@@ -47,15 +47,15 @@ class TrackedRound:
     def participants(self) -> set[str]:
         """Clients that answered with content; in a round with training, to their last training message.
 
-        Secure aggregation sends several in a round: who leaves between two of them has not taken part.
+        Secure aggregation sends several in a round: a client that leaves between two of them has not taken part.
         """
         return self.done.get("train", set()) if "train" in self.asked else set().union(*self.done.values())
 
     @property
     def missing(self) -> set[str]:
-        """Clients whose last message, of any category, has no reply."""
+        """Clients that did not take part because their last message, of any category, has no reply."""
         silent = (nodes.keys() - self.done.get(category, set()) for category, nodes in self.asked.items())
-        return set().union(*silent) - self.failed.keys()
+        return set().union(*silent) - self.failed.keys() - self.participants
 
     def ask(self, category: str, node: str, message_id: str) -> None:
         """Record a message to a node; from now on, only the answer to this one counts."""

@@ -42,8 +42,8 @@ class DevicesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
-    """One machine."""
+class SimulatedDevice:
+    """The speed, memory and links of one client's machine."""
 
     speed: float  # samples/s
     memory_mb: float
@@ -78,11 +78,13 @@ class Devices:
             if any(device.windows is not None for device in self._trace):
                 self._availability = TracedAvailability(self._trace, period_s)
 
-    def device(self, client: str) -> Device:
+    def device(self, client: str) -> SimulatedDevice:
         """Return a client's machine."""
         index = self.names.index(client)
         traced = self._trace[index % len(self._trace)].numbers if self._trace else {}
-        return Device(**{name: traced[name] if name in traced else self._draw(name, index) for name in NUMBERS})
+        return SimulatedDevice(
+            **{name: traced[name] if name in traced else self._draw(name, index) for name in NUMBERS}
+        )
 
     def delay_s(self, client: str, round_number: int) -> float:
         """Return a client's delay in this round before it trains."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from edgefl.records import Plan
-from edgefl.simulation.world.devices import Device, Devices
+from edgefl.simulation.world.devices import Devices, SimulatedDevice
 from edgefl.trees import encoded_bytes
 
 MODEL_COPIES = 4  # in a device's memory: weights, gradients, the optimizer's state, the update
@@ -73,7 +73,7 @@ def _silent_s(devices: Devices, client: str, round_number: int, start_s: float, 
     return leaves_s if leaves_s < answer_s else None
 
 
-def _too_small(device: Device, model_bytes: int, frozen_bytes: int) -> str | None:
+def _too_small(device: SimulatedDevice, model_bytes: int, frozen_bytes: int) -> str | None:
     what = "what is trained, and what is frozen once" if frozen_bytes else "the model"
     needed_mb = (MODEL_COPIES * model_bytes + frozen_bytes) / MIB
     if needed_mb <= device.memory_mb:

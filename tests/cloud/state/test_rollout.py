@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from cloud.state.blobs import BlobStore
-from cloud.state.enrolment import Device
+from cloud.state.enrolment import EnrolledDevice
 from cloud.state.registry import Registry
 from cloud.state.rollout import Rollouts, overall, select_devices
 from cloud.state.store import open_database
@@ -20,7 +20,7 @@ KEY = new_fleet_key()
 
 
 def device(name, **tags):
-    return Device(name=name, serial="1", tags=tags, enrolled_s=0.0)
+    return EnrolledDevice(name=name, serial="1", tags=tags, enrolled_s=0.0)
 
 
 class Fleet:

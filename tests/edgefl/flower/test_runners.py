@@ -7,12 +7,14 @@ from edgefl.flower.internals import give_id, task_identity
 from edgefl.flower.nodes import Delivery, Nodes
 from edgefl.flower.runners import Runners
 from edgefl.testing import ManualClock
+from edgefl.training.own_randomness import OwnRandomness
 
 
 class App:
-    """What a runner needs of an app: its name and its ClientApp."""
+    """The parts of an app that a runner uses."""
 
     name = "app"
+    clients_randomness = OwnRandomness()
 
     def __init__(self):
         self.client_app = ClientApp()

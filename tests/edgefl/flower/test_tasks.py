@@ -58,7 +58,7 @@ def through_flower(task, job_config, client_app=None, run_config=None):
         config=run_config or {},
         num_supernodes=PARTS,
     )
-    return outcomes, run_flower_app(app)
+    return outcomes, run_flower_app(app, workers=0)  # its folder cannot be loaded in a worker
 
 
 def by_our_rounds(task, job_config):

@@ -78,7 +78,7 @@ def test_replies_arrive_while_others_are_awaited(grid, nodes, http_plane):
 
 def test_the_timeout_stands_still_while_the_cloud_can_store_nothing(grid, nodes, http_plane, tmp_path):
     nodes.held["a"] = threading.Event()
-    relay, storage = grid._relay, http_plane.relays._parts.storage
+    relay, storage = grid._relay, http_plane.relays._deps.storage
     storage._folder = tmp_path
     ask = relay.paused_s
 
