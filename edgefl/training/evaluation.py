@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import TaskError
 from edgefl.task import Task, UserCode
+from edgefl.training.broadcast import refuse_broadcast
 from edgefl.training.local import loss_of, make_model, set_parameters
 from edgefl.training.metrics import Evaluation, numbers
 from edgefl.training.randomness import seeded
@@ -80,5 +81,7 @@ def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict
         evaluation = Evaluation(task.name, task.metrics)
         for chunk in samples.chunks(EVALUATION_BATCH):
             outputs = model(chunk.inputs)
+            if task.loss is not None:
+                refuse_broadcast(task.name, task.loss, outputs, chunk.targets)
             evaluation.add(outputs, chunk.targets, float(loss_of(task, outputs, chunk.targets)), len(chunk))
         return evaluation.result()

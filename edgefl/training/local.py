@@ -20,6 +20,7 @@ from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.guards import wrong_spec
 from edgefl.task import FitResult, Task, UserCode
+from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
 from edgefl.training.own_fit import arrays_of, fit_of
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import Samples, computing_device, require_torch, train_samples
@@ -77,6 +78,7 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
         lay_out(model)
     samples = train_samples(task, options, seed=data_seed(config.seed, client))
     seed = derive_seed(config.seed, round, client)
+    _refuse_broadcast(task, model, samples)
     if config.algorithm == "fedsgd":
         loss = accumulate_gradient(task, model, samples, batch_size=config.batch_size, seed=seed)
         tree = gradient_of(task, model, parameters)
@@ -87,6 +89,16 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     if frozen:
         refuse_moved(task.name, views_of(task, model, frozen), frozen)
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
+
+
+def _refuse_broadcast(task: Task, model: torch.nn.Module, samples: Samples) -> None:
+    import torch
+
+    model.eval()  # what batch norm has counted is left alone
+    few = next(samples.chunks(MAX_SAMPLES))
+    with torch.no_grad(), seeded(0), UserCode(task.name, "local training"):
+        if task.loss is not None:
+            refuse_broadcast(task.name, task.loss, model(few.inputs), few.targets)
 
 
 def derive_seed(seed: int, round_number: int, client: str) -> int:
