@@ -43,16 +43,16 @@ class _Job(NamedTuple):
 
 
 class PreparedModel(Protocol):
-    """A model that is loaded and can take over at once."""
+    """A loaded model that is not served yet."""
 
     def switch(self) -> None:
-        """Serve this model instead of the version before it."""
+        """Serve this model instead of the previous version."""
 
     def forget(self) -> None:
         """Unload this model: it will not be served."""
 
 
-class Host(Protocol):
+class ModelHost(Protocol):
     """The process that loads and serves models; implemented by `edge_agent.serving.supervisor`."""
 
     async def prepare(self, model: ModelFile, *, trial: bool) -> PreparedModel:
@@ -70,9 +70,9 @@ class UpdaterDependencies:
     home: Path
     fleet_key: Ed25519PublicKey
     channel: CloudChannel
-    host: Host
+    host: ModelHost
     report: Callable[[RolloutNote], None]  # sends a report to the cloud
-    changed: Callable[[], None]  # called when other versions serve than before
+    changed: Callable[[], None]  # called when the served versions have changed
 
 
 class Updater:
@@ -82,12 +82,14 @@ class Updater:
         self._deps = deps
         self._folder = deps.home / "models"
         self._slots: dict[str, ModelSlots] = {}
-        self._wanted: dict[str, Desired] = {}  # by model
+        self._desired: dict[str, Desired] = {}  # by model
         self._failing: dict[str, tuple[ModelFile, str]] = {}  # by model: the release that crashes the process, and why
         self._held = held_models(self._folder)  # installed by an earlier process, not loaded yet
         self._jobs: dict[str, _Job] = {}  # running work, at most one per model
-        self._cut: set[str] = set()  # models whose restore is not finished; a newer `Desired` may have cancelled it
-        self._told: set[tuple[str, int]] = set()  # (model, sequence) whose outcome this process has reported
+        self._unfinished: set[str] = (
+            set()
+        )  # models whose restore is not finished; a newer `Desired` may have cancelled it
+        self._reported: set[tuple[str, int]] = set()  # (model, sequence) whose outcome this process has reported
         self._wake = asyncio.Event()
 
     def handle(self, signed: Signed) -> None:
@@ -101,8 +103,8 @@ class Updater:
             event(_log, logging.WARNING, "release.rejected", reason=f"it is for device {desired.device}, not this one")
             return
         model = desired.release.model
-        if model not in self._wanted or self._wanted[model].sequence < desired.sequence:
-            self._wanted[model] = desired
+        if model not in self._desired or self._desired[model].sequence < desired.sequence:
+            self._desired[model] = desired
             self._wake.set()
             job = self._jobs.get(model)
             if job is not None and job.sequence < desired.sequence:
@@ -110,31 +112,31 @@ class Updater:
                 job.work.cancel()
 
     def handle_failing(self, model: ModelFile, reason: str) -> None:
-        """Accept the report that a release crashes the serving process again and again."""
+        """Accept the report that a release crashes the serving process repeatedly."""
         self._failing[model.name] = (model, reason)
         self._wake.set()
 
     async def run(self) -> None:
         """Install desired releases, each model in its own task, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            at_work: dict[str, asyncio.Task[None]] = {}
+            running: dict[str, asyncio.Task[None]] = {}
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                for model in {*self._wanted, *self._failing}:
-                    if model not in at_work or at_work[model].done():
-                        at_work[model] = tasks.create_task(self._see_to(model), name=f"release {model}")
+                for model in {*self._desired, *self._failing}:
+                    if model not in running or running[model].done():
+                        running[model] = tasks.create_task(self._process(model), name=f"release {model}")
 
     async def restore(self) -> None:
         """Load the installed releases, in parallel; return when each of them serves or has failed."""
         names, self._held = self._held, []
-        self._cut.update(names)
+        self._unfinished.update(names)
         opened = [slots for slots in map(self._slots_of, names) if slots is not None]
         await asyncio.gather(*(self._alone(slots.state.model, slots.state.sequence, self._start(slots))
                                for slots in opened))  # fmt: skip
         self._deps.changed()
 
-    async def _see_to(self, model: str) -> None:
+    async def _process(self, model: str) -> None:
         """Process everything that is pending for one model."""
         while True:
             if (job := self._jobs.get(model)) is not None:  # its releases are being restored
@@ -145,18 +147,18 @@ class Updater:
                 slots = self._slots_of(model)
                 if slots is not None:
                     await self._alone(model, slots.state.sequence, self._fall_back(slots, failed, reason))
-            elif model in self._wanted:
-                desired = self._wanted[model]
+            elif model in self._desired:
+                desired = self._desired[model]
                 await self._alone(model, desired.sequence, self._consider(desired))
-                if self._wanted.get(model) is desired:
-                    del self._wanted[model]
+                if self._desired.get(model) is desired:
+                    del self._desired[model]
                     await self._make_up(model)
             else:
                 return
 
     async def _make_up(self, model: str) -> None:
         """Serve the installed release, if the `Desired` that cancelled its restore did not replace it."""
-        if model in self._cut and (slots := self._slots_of(model)) is not None:
+        if model in self._unfinished and (slots := self._slots_of(model)) is not None:
             await self._alone(model, slots.state.sequence, self._start(slots))
 
     async def _alone(self, model: str, sequence: int, work: Coroutine[None, None, None]) -> None:
@@ -178,7 +180,7 @@ class Updater:
         for slot in filter(None, (before.active, before.spare)):
             if slot in slots.state.slots and await self._start_slot(slots, slot):
                 break
-        self._cut.discard(before.model)
+        self._unfinished.discard(before.model)
 
     async def _start_slot(self, slots: ModelSlots, slot: str) -> bool:
         state = slots.state
@@ -213,7 +215,7 @@ class Updater:
         slots.note(dataclasses.replace(slots.state, starts=starts))
 
     async def _fall_back(self, slots: ModelSlots, failed: ModelFile, reason: str) -> None:
-        """Serve the previous release instead of one that crashes the serving process again and again."""
+        """Serve the previous release instead of one that crashes the serving process repeatedly."""
         state = slots.state
         serving = state.serving
         if serving is None or slots.path(state.active or "") != failed.path or serving.version != failed.version:
@@ -245,7 +247,7 @@ class Updater:
             event(_log, logging.WARNING, "release.replayed", model=state.model, sequence=desired.sequence,
                   known=state.sequence)  # fmt: skip
         elif desired.sequence == state.sequence:
-            if state.outcome and (state.model, state.sequence) not in self._told:
+            if state.outcome and (state.model, state.sequence) not in self._reported:
                 self._report(state)  # the report of an earlier process may have been lost
         else:
             await self._install(slots, desired)
@@ -277,7 +279,7 @@ class Updater:
             self._finish(slots, desired, "failed", str(error))
             return
         ready.switch()
-        self._cut.discard(release.model)
+        self._unfinished.discard(release.model)
         self._finish(slots, desired, "active")
         self._deps.changed()
 
@@ -314,7 +316,7 @@ class Updater:
 
     def _report(self, state: SlotState) -> None:
         if state.outcome is not None:
-            self._told.add((state.model, state.sequence))
+            self._reported.add((state.model, state.sequence))
             level = logging.WARNING if state.outcome.state == "failed" else logging.INFO
             event(_log, level, f"release.{state.outcome.state}", model=state.model, version=state.outcome.version,
                   detail=state.outcome.detail or "-")  # fmt: skip

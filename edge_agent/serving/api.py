@@ -99,7 +99,7 @@ class Serving:
         from edge_agent.serving.request_cache import RequestCache
 
         server = make_server(self.app(), self.context)
-        server.shortcut = RequestCache(self._models.get, self._run, self._allows)
+        server.fast_path = RequestCache(self._models.get, self._run, self._allows)
         self._disconnect_clients = server.disconnect_clients
         try:
             await serve(server, self._listener)

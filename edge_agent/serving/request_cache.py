@@ -22,7 +22,7 @@ from edge_agent.serving.inference import (
     parse_request,
 )
 from edge_agent.sessions import LoadedModel
-from edgefl.protocols.ports.http_limits import Answered
+from edgefl.protocols.ports.http_limits import HeadersAndBody
 
 MAX_CACHED, MAX_HEAD_BYTES = 64, 4096  # number of heads, size of one
 _END = b"\r\n\r\n"
@@ -45,7 +45,7 @@ class _ResponseTooLarge(Exception):
 
 
 class RequestCache:
-    """The `shortcut` of a server of predictions."""
+    """The `FastPath` of the server of predictions."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class RequestCache:
         self._find, self._run, self._allows = find, run, allows
         self._heads: dict[bytes, _ParsedHead | None] = {}  # None = its responses are too large for the event loop
 
-    def answer(self, data: bytes) -> Answered | None:
+    def respond(self, data: bytes) -> HeadersAndBody | None:
         """Return headers and body of the response to one complete request; None to leave it to the server."""
         end = data.find(_END, 0, MAX_HEAD_BYTES) + len(_END)
         known = self._heads.get(data[:end])
@@ -85,7 +85,7 @@ class RequestCache:
             raise _ResponseTooLarge
         return encode_response(served, request, results)
 
-    def learn(self, data: bytes, scope: Mapping[str, Any]) -> None:
+    def add(self, data: bytes, scope: Mapping[str, Any]) -> None:
         """Cache the head of a complete request that the server has parsed."""
         end = data.find(_END, 0, MAX_HEAD_BYTES) + len(_END)
         head = data[:end]

@@ -63,4 +63,4 @@ class Device:
             await self.settled()
 
     async def settled(self) -> None:
-        await self.until(lambda: not self.updater._wanted)
+        await self.until(lambda: not self.updater._desired)

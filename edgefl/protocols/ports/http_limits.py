@@ -58,17 +58,17 @@ class HttpLimits:
         )
 
 
-Answered = tuple[Sequence[tuple[bytes, bytes]], bytes]  # headers but its length, and body, of a 200
+HeadersAndBody = tuple[Sequence[tuple[bytes, bytes]], bytes]  # of a 200; without content-length
 
 
-class Shortcut(Protocol):
-    """Answers requests whose bytes came at once, to a connection that waits for one, before HTTP is read."""
+class FastPath(Protocol):
+    """Responds to complete requests before HTTP is parsed, if they arrive in one read, between requests."""
 
-    def answer(self, data: bytes) -> Answered | None:
-        """Return the answer to a whole request; None where it is to be read."""
+    def respond(self, data: bytes) -> HeadersAndBody | None:
+        """Return the response to a complete request; None if the request has to be parsed."""
 
-    def learn(self, data: bytes, scope: Mapping[str, Any]) -> None:
-        """See a whole request that was read."""
+    def add(self, data: bytes, scope: Mapping[str, Any]) -> None:
+        """Called with each complete request that was parsed."""
 
 
 class LimitedServer(uvicorn.Server):
@@ -83,7 +83,7 @@ class LimitedServer(uvicorn.Server):
         self.servers: Any = []
         self._protocol_class: Any = None
         self.held: Connections | None = None  # set when it serves
-        self.shortcut: Shortcut | None = None
+        self.fast_path: FastPath | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ class LimitedServer(uvicorn.Server):
             config=self.config, server_state=self.server_state, app_state=state
         )
         protocol.take_place(place, self._limits)
-        protocol.shortcut = self.shortcut
+        protocol.fast_path = self.fast_path
         return protocol
 
 
@@ -140,7 +140,7 @@ class LimitedProtocol(_HttpProtocol):
     _body_began_s = 0.0  # 0 = the headers are not complete
     _body_bytes = 0
     _stalled: asyncio.TimerHandle | None = None
-    shortcut: Shortcut | None = None
+    fast_path: FastPath | None = None
 
     def take_place(self, place: Connection, limits: HttpLimits) -> None:
         """Set this connection's place. Called once, before anything else."""
@@ -157,9 +157,9 @@ class LimitedProtocol(_HttpProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        shortcut = self.shortcut if self._is_between_requests() else None
-        if shortcut is not None and (answered := shortcut.answer(data)) is not None:
-            self._write_answer(*answered)
+        fast_path = self.fast_path if self._is_between_requests() else None
+        if fast_path is not None and (response := fast_path.respond(data)) is not None:
+            self._write_answer(*response)
             return
         super().data_received(data)
         cycle = self.cycle
@@ -171,8 +171,8 @@ class LimitedProtocol(_HttpProtocol):
             self._take_body(len(data))
         else:
             self._place.serve()
-            if shortcut is not None:
-                shortcut.learn(data, self.scope)
+            if fast_path is not None:
+                fast_path.add(data, self.scope)
 
     def on_response_complete(self) -> None:
         self._asked, self._body_began_s, self._body_bytes = False, 0.0, 0

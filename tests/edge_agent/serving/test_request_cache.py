@@ -1,4 +1,4 @@
-"""The shortcut for requests whose head is known: the same answers, by another way; all else is the server's."""
+"""The fast path for requests with a cached head: the same responses as the server's; all others are left to it."""
 
 from __future__ import annotations
 
@@ -185,9 +185,9 @@ def test_a_head_that_is_not_plain_is_not_learned(wired, headers):
         lines = request[: end - 4].decode().split("\r\n")[1:]
         pairs = [(name.lower().encode(), value.encode()) for name, value in (line.split(": ", 1) for line in lines)]
         scope = {"method": "POST", "http_version": "1.1", "path": PATH, "headers": pairs}
-        learned.learn(request, scope)
+        learned.add(request, scope)
         assert not learned._heads
-        learned.learn(in_json(1.0, 2.0, 3.0), scope | {"headers": [p for p in pairs if p[0] in {b"host", LENGTH}]})
+        learned.add(in_json(1.0, 2.0, 3.0), scope | {"headers": [p for p in pairs if p[0] in {b"host", LENGTH}]})
         assert len(learned._heads) == 1
 
     wired(run)
@@ -222,5 +222,5 @@ def test_heads_are_few_and_short():
     for number in range(3 * MAX_CACHED):
         request = in_json(1.0, 2.0, 3.0, headers=(f"X-Id: {number}",))
         pairs = [(b"host", b"x"), (b"x-id", b"%d" % number), (LENGTH, re.findall(rb"Length: (\d+)", request)[0])]
-        known.learn(request, {"method": "POST", "http_version": "1.1", "path": PATH, "headers": pairs})
+        known.add(request, {"method": "POST", "http_version": "1.1", "path": PATH, "headers": pairs})
         assert 1 <= len(known._heads) <= MAX_CACHED
