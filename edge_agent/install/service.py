@@ -107,7 +107,7 @@ def install_files(installation: Installation, root: Path) -> None:
     else:
         _run("systemctl", "daemon-reload")
         _run("systemctl", "enable", *_ENABLED)
-        _run("systemctl", "restart", *_ENABLED)  # a repeated install takes up what changed
+        _run("systemctl", "restart", *_ENABLED)  # so that a repeated install applies changes
 
 
 def uninstall_files(root: Path, *, purge: bool) -> list[str]:
@@ -155,7 +155,7 @@ def _require_host(root: Path) -> None:
 
 
 def _require_runnable(installation: Installation, owner: tuple[int, int]) -> None:
-    """Raise InstallError where the service's user could not run what this user runs."""
+    """Raise InstallError if the service's user cannot run this Python."""
     probe = [str(installation.python), "-P", "-c", "import edge_agent.training.trainer_main"]
     try:
         done = subprocess.run(

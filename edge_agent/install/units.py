@@ -58,7 +58,7 @@ class Installation:
 
 
 def render(installation: Installation) -> dict[Path, str]:
-    """Return every file that an installation consists of: where it goes, and its text."""
+    """Return the files of an installation: path and content."""
     values = _values(installation)
     rendered = {UNIT_FOLDER / name: _fill(name, values) for name in UNITS}
     return {**rendered, SYSUSERS: _fill(SYSUSERS.name, values)}
@@ -70,7 +70,7 @@ def settings_of(text: str) -> dict[str, str]:
 
 
 def quote(word: str) -> str:
-    """Return a word as systemd's command lines take it whole; raises ConfigError for control characters."""
+    """Quote a word for a command line of systemd; raises ConfigError for control characters."""
     if not word.isprintable():
         raise ConfigError(f"{word!r} contains control characters, which a systemd unit cannot hold; remove them")
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")

@@ -2,7 +2,7 @@
 
 A blob is `<path>.part` until its hash is verified; then it is renamed. For speed, a chunk goes from gRPC's buffer to
 the file, and from the mapped file into one message, without protobuf objects (two more copies), and a file of the
-right size is overwritten instead of created (ten times cheaper where memory pages are slow).
+right size is overwritten instead of created (ten times cheaper if new memory pages are slow).
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class _TrainerChild:
         self._dead = asyncio.Event()
 
     async def wait_for_hello(self) -> None:
-        """Wait for the process's hello message; from then on its end is noticed."""
+        """Wait for the process's hello message; from then on its death is noticed."""
         if self._process is not None:
             self._watch(self.pid)
         async with asyncio.timeout(HELLO_S):

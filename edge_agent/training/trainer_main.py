@@ -200,7 +200,7 @@ def main() -> None:
     if arguments.listen_fds:
         connection = _accept()
     else:
-        die_with_parent()  # even where a task never lets the reading thread run
+        die_with_parent()  # even if the task never lets the reading thread run
         connection = socket.socket(fileno=arguments.fd)
     connection.set_inheritable(False)  # a process that the task starts must not keep it open
     here = os.getpriority(os.PRIO_PROCESS, 0)

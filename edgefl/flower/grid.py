@@ -134,7 +134,7 @@ class LocalGrid(RunGrid):
         return list(self._nodes.ids())
 
     def _refuse_endless_wait(self) -> None:
-        """Raise if the app asks for nodes again and again without sending: it waits for nodes that never come."""
+        """Raise if the app keeps asking for nodes without sending: it waits for nodes that never come."""
         if threading.current_thread() is not threading.main_thread():  # threads of the legacy server poll
             return
         self._looks.append(self._tracker.clock())

@@ -28,7 +28,7 @@ _OF_RAY = re.compile("backend|verbose|init-args-.*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Federation:
-    """Settings of a simulated federation; None where not set."""
+    """Settings of a simulated federation; None = not set."""
 
     num_supernodes: int | None = None
     client_cpus: int | None = None  # CPUs for each running client
