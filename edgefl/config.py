@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 import dacite
 
@@ -187,6 +187,44 @@ def load_config(schema: type[_T], file: Path | None = None, settings: Iterable[s
             raise ConfigError(f"{file} is not TOML: {cause}") from cause
     for setting in settings:
         _apply(data, setting)
+    return from_dict(schema, data)
+
+
+Config: TypeAlias = JobConfig | Mapping[str, Any] | str | Path | None
+
+
+def config_of(schema: type[JobConfig], config: Config, settings: Mapping[str, Any] | None = None) -> JobConfig:
+    """Return a configuration from a dataclass (as it is), a TOML file's path or a mapping of sections; None = default.
+
+    `settings` such as {"train.lr": 0.1} override it. Raises ConfigError.
+    """
+    if config is None:
+        made = schema()
+    elif isinstance(config, JobConfig):
+        made = config
+    elif isinstance(config, (str, Path)):
+        made = load_config(schema, Path(config))
+    elif isinstance(config, Mapping):
+        made = from_dict(schema, config)
+    else:
+        raise ConfigError(
+            f"config is a {type(config).__name__}; expected a JobConfig, the path of a TOML file, or a mapping such as "
+            '{"train": {"lr": 0.1}}'
+        )
+    return with_settings(schema, made, settings) if settings else made
+
+
+def with_settings(schema: type[_T], config: Any, settings: Mapping[str, Any]) -> _T:
+    """Return a configuration, overridden by `{"train.lr": 0.1}`; raises ConfigError with the wrong key."""
+    data = dataclasses.asdict(config)
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        section: Any = data
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}={value!r}: the configuration has no section {name!r}")
+        section[last] = value
     return from_dict(schema, data)
 
 

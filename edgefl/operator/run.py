@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from edgefl.aggregation import rule_kind
 from edgefl.bundle import pack_bundle
-from edgefl.config import JobConfig
+from edgefl.config import Config, JobConfig, config_of
 from edgefl.errors import BlobDamaged, JobCancelled, JobFailed, NotFound
 from edgefl.measure import peak_rss_mb
 from edgefl.operator.client import CloudClient, Json, Patience, insist, load_credentials
@@ -70,18 +70,21 @@ class RunResult:
         }
 
 
-def run(
-    task: str, *, cloud: str | None = None, config: JobConfig | None = None, credentials: Path | None = None,
-    on_round: OnRound | None = None, out: Path | None = None,
+def run(  # noqa: PLR0913 - one a thing to choose, all with a default
+    task: str, *, cloud: str | None = None, config: Config = None,
+    set: Mapping[str, Any] | None = None,  # noqa: A002 - as the command's --set
+    credentials: Path | None = None, on_round: OnRound | None = None, out: Path | None = None,
 ) -> RunResult:  # fmt: skip
     """Train a task on the fleet of a cloud, from submission to the last model.
 
-    `task` is `package.module:attribute` or a folder; `out` is the path for the model (safetensors).
+    `task` is `package.module:attribute` or a folder. `config` is a configuration, a TOML file's path or a mapping such
+    as {"train": {"lr": 0.1}}, which `set`, such as {"train.lr": 0.1}, overrides. `out` is the path for the model
+    (safetensors).
     Raises JobFailed, JobCancelled, CloudUnreachable, ConfigError and TaskError.
     """
-    loaded = load_task(task)
+    chosen, loaded = config_of(JobConfig, config, set), load_task(task)
     with CloudClient(cloud, load_credentials(credentials)) as client:
-        job = submit(client, task, loaded, config or JobConfig())
+        job = submit(client, task, loaded, chosen)
         return watch(client, job, loaded, WatchCallbacks(on_round=on_round or _ignore), out=out)
 
 

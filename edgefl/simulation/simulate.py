@@ -12,11 +12,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig
+from edgefl.config import Config, JobConfig, config_of
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
@@ -62,15 +63,18 @@ class Watching:
 
 def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     task: Task | str | Path, *, clients: int | None = None, rounds: int | None = None, engine: str = AUTO,
-    config: JobConfig | None = None, data: Mapping[str, str] | None = None, population: PopulationMaker | None = None,
+    config: Config = None, set: Mapping[str, Any] | None = None,  # noqa: A002 - as the command's --set
+    data: Mapping[str, str] | None = None, population: PopulationMaker | None = None,
     evaluate_every: int = 1, out: Path | None = None, watching: Watching | None = None,
     checkpoint: Path | str | None = None, checkpoint_every: int = 1, resume: Path | str | None = None,
     address: str | None = None, going_on: Checkpoint | None = None,
 ) -> SimulationResult:  # fmt: skip
     """Train a task over simulated clients and return the result.
 
-    `task` is a Task, `package.module:attribute` or a folder. The clients come from `population`, or from the
-    configuration's `[population]` (a `SimulationConfig`), which `clients` and the loader's `data` options override.
+    `task` is a Task, `package.module:attribute` or a folder. `config` is a configuration, a TOML file's path or a
+    mapping such as {"train": {"lr": 0.1}}, which `set`, such as {"train.lr": 0.1}, overrides. The clients come from
+    `population`, or from the configuration's `[population]` (a `SimulationConfig`), which `clients` and the loader's
+    `data` options override.
     Ctrl-C ends the round and returns the result so far. `checkpoint` is a folder for the state after each
     `checkpoint_every`-th round; `resume` continues from such a folder, and keeps the state there.
     `address` is the Ray cluster for the engine `ray`, which otherwise starts one. `going_on` is a state from
@@ -83,7 +87,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     watching = watching or Watching()
     if population is not None and (clients is not None or data):
         raise ConfigError("a population has its own clients and data; drop `clients` and `data`")
-    settings = with_arguments(config or JobConfig(), clients=clients, rounds=rounds, data=data)
+    settings = with_arguments(config_of(SimulationConfig, config, set), clients=clients, rounds=rounds, data=data)
     folder, before = (None if one is None else Path(one) for one in (checkpoint, resume))
     with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
         saved = going_on or (None if before is None else read_checkpoint(before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgefl.config import JobConfig, from_dict, load_config
+from edgefl.config import JobConfig, TrainConfig, config_of, from_dict, load_config
 from edgefl.errors import ConfigError
 from edgefl.rounds import select_clients
 
@@ -141,3 +142,29 @@ def test_a_file_that_python_cannot_read_is_no_traceback(tmp_path: Path) -> None:
         (tmp_path / "job.toml").write_text(text)
         with pytest.raises(ConfigError, match="is not TOML"):
             load_config(JobConfig, tmp_path / "job.toml")
+
+
+def test_a_configuration_the_same_way_at_every_door(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[train]\nlr = 0.25\n")
+    for given in (file, str(file), {"train": {"lr": 0.25}}, JobConfig(train=TrainConfig(lr=0.25))):
+        assert config_of(JobConfig, given).train.lr == 0.25
+        chosen = config_of(JobConfig, given, {"train.epochs": 3, "rounds.count": 7})
+        assert (chosen.train.lr, chosen.train.epochs, chosen.rounds.count) == (0.25, 3, 7)
+    assert config_of(JobConfig, None) == JobConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "words"),
+    [
+        (3, {}, "config is a int; expected a JobConfig, the path of a TOML file, or a mapping"),
+        ("nowhere.toml", {}, "cannot read the configuration nowhere.toml"),
+        ({"train": {"rate": 1}}, {}, "unknown configuration key 'train.rate'"),
+        (None, {"train.rate": 1}, "unknown configuration key 'train.rate'"),
+        (None, {"nothing.lr": 1}, "the configuration has no section 'nothing'"),
+        (None, {"train.lr": "high"}, "train.lr='high' must be of type float"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_says_why(given, settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        config_of(JobConfig, given, settings)

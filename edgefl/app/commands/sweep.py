@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from edgefl.app.commands.request import SimulateRequest
-from edgefl.config import load_config
+from edgefl.config import load_config, with_settings
 from edgefl.records import RoundReport
 from edgefl.simulation.isolation.messages import Order
 from edgefl.simulation.isolation.process import OwnProcess
@@ -19,7 +19,7 @@ from edgefl.simulation.simulate import Watching
 from edgefl.simulation.study.report import SimulationResult
 from edgefl.simulation.study.sweep import SweepResult, SweepWatching, sweep
 from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
-from edgefl.simulation.world.settings import SimulationConfig, with_settings
+from edgefl.simulation.world.settings import SimulationConfig
 from edgefl.terminal.output import INTERRUPTED, Output, counted
 
 FAILED = 1
@@ -30,7 +30,7 @@ def sweep_task(request: SimulateRequest, output: Output) -> None:
     base = load_config(SimulationConfig, request.config, request.over())
     over, options = parse_sweep(request.sweep), request.options()
     variants = variants_of(over)
-    counts = [with_settings(base, variant.settings).rounds.count for variant in variants]
+    counts = [with_settings(SimulationConfig, base, variant.settings).rounds.count for variant in variants]
     with (
         OwnProcess(to_stderr=output.json_alone) as process,
         watched(request, output, SweepProgress(variants, counts)) as watching,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgefl.aggregation import rule_kind
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig
+from edgefl.config import Config, config_of, with_settings
 from edgefl.errors import ConfigError, EdgeflError, MissingExtra
 from edgefl.records import Counts, RoundReport
 from edgefl.simulation.engines.auto import AUTO, ENGINES
@@ -21,7 +21,7 @@ from edgefl.simulation.screen.plot import draw_rounds
 from edgefl.simulation.simulate import Watching, refuse_more_than_there_are, simulate
 from edgefl.simulation.study.report import Json, frame_rows
 from edgefl.simulation.study.variants import Variant, variants_of
-from edgefl.simulation.world.settings import SimulationConfig, with_arguments, with_settings
+from edgefl.simulation.world.settings import SimulationConfig, with_arguments
 from edgefl.task import Task, load_task
 from edgefl.training.samples import require_torch
 
@@ -115,7 +115,8 @@ class SweepWatching:
 
 def sweep(  # noqa: PLR0913 - as `simulate`
     task: Task | str | Path, over: Mapping[str, Sequence[Any]], *, clients: int | None = None,
-    rounds: int | None = None, engine: str = AUTO, config: JobConfig | None = None,
+    rounds: int | None = None, engine: str = AUTO, config: Config = None,
+    set: Mapping[str, Any] | None = None,  # noqa: A002 - as the command's --set
     data: Mapping[str, str] | None = None, evaluate_every: int = 1, watching: SweepWatching | None = None,
     address: str | None = None, simulation: Simulation | None = None,
 ) -> SweepResult:  # fmt: skip
@@ -127,13 +128,13 @@ def sweep(  # noqa: PLR0913 - as `simulate`
     """
     require_torch("simulation", "sim")
     watching = watching or SweepWatching()
-    base = with_arguments(config or JobConfig(), clients=clients, rounds=rounds, data=data)
+    base = with_arguments(config_of(SimulationConfig, config, set), clients=clients, rounds=rounds, data=data)
     variants = variants_of(over)
-    configs = [with_settings(base, variant.settings) for variant in variants]
+    configs = [with_settings(SimulationConfig, base, variant.settings) for variant in variants]
     if engine not in {AUTO, *ENGINES}:
         raise ConfigError(f"engine {engine!r} is not one of: {', '.join([AUTO, *ENGINES])}")
     _refuse_unfit(task if isinstance(task, Task) else load_task(str(task)), configs)
-    config_of = dict(zip((variant.name for variant in variants), configs, strict=True))
+    configs_by_name = dict(zip((variant.name for variant in variants), configs, strict=True))
 
     def run(variant: Variant, on_round: OnRound) -> Finished:
         def on_engine(name: str, reason: str) -> None:
@@ -141,9 +142,9 @@ def sweep(  # noqa: PLR0913 - as `simulate`
 
         watching_one = Watching(on_engine=on_engine, on_round=on_round)
         if simulation is not None:
-            return simulation(config_of[variant.name], watching_one)
+            return simulation(configs_by_name[variant.name], watching_one)
         return simulate(
-            task, engine=engine, config=config_of[variant.name], evaluate_every=evaluate_every, address=address,
+            task, engine=engine, config=configs_by_name[variant.name], evaluate_every=evaluate_every, address=address,
             watching=watching_one,
         )  # fmt: skip
 

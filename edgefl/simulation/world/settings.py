@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgefl.config import JobConfig, from_dict
+from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.rounds import Fleet
 from edgefl.simulation.engines.fleets import SimulationSetup
@@ -62,20 +62,6 @@ def with_arguments(
     if rounds is not None:
         sections["rounds"] = dataclasses.replace(config.rounds, count=rounds)
     return SimulationConfig(**sections, population=population)
-
-
-def with_settings(config: SimulationConfig, settings: Mapping[str, Any]) -> SimulationConfig:
-    """Return the configuration, overridden by `{"train.lr": 0.1}`; raises ConfigError with the wrong key."""
-    data = dataclasses.asdict(config)
-    for key, value in settings.items():
-        *sections, last = key.split(".")
-        section: Any = data
-        for name in sections:
-            section = section.get(name) if isinstance(section, dict) else None
-            if not isinstance(section, dict):
-                raise ConfigError(f"{key}={value!r}: the configuration has no section {name!r}")
-        section[last] = value
-    return from_dict(SimulationConfig, data)
 
 
 @dataclass(frozen=True, slots=True)
