@@ -185,11 +185,12 @@ import sys
 from pathlib import Path
 
 from edgefl.config import load_config, JobConfig
-from edgefl.flower import make_apps
 from edgefl.task import load_task
 
-assert "flwr" not in sys.modules
 task = load_task(sys.argv[1])
+assert "flwr" not in sys.modules
+from edgefl.flower import make_apps
+
 config = load_config(JobConfig, Path(sys.argv[1]) / "config.toml", ["rounds.count=2"])
 server_app, client_app = make_apps(task, config)
 

@@ -153,7 +153,10 @@ def wrong_clock(clock):
     if library is None:
         pytest.skip("faketime is not installed; deploy/system-packages.sh installs it")
     shift = f"-{int(time.time() / 86400) - 2}d" if clock == "1970" else clock
-    return {"LD_PRELOAD": str(library), "FAKETIME": shift, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    return {
+        "LD_PRELOAD": str(library), "FAKETIME": shift, "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "PYTHONPATH": str(Path(__file__).with_name("wrong_clock")),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
