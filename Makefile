@@ -4,6 +4,7 @@
 #   make demo DEMO_FLAGS="--devices 5"    the whole cycle on this machine, with real processes
 #   make test TEST_FLAGS="-k tls"         all tests except the slow ones, one process per core (-n 0: all in one)
 #   make soak                             the slow ones, with TensorFlow for examples/keras_app
+#   make docs                             the documentation, into site/; warnings are errors
 #   make check                            lint, format, types, import contracts: as in CI
 #   make bench BENCH_FLAGS=--quick        the README's numbers, with the other systems
 #   make lock                             update all versions in requirements.lock
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/pip install $(PIP_FLAGS) --constraint requirements.lock --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak bench lock
+.PHONY: help demo test check soak bench lock docs
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -34,6 +35,9 @@ test: $(VENV)/dev.stamp
 soak: $(VENV)/soak.stamp
 	sh deploy/system-packages.sh
 	$(BIN)/python -m pytest -m soak --timeout 3600 $(TEST_FLAGS)
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m mkdocs build --strict
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -63,10 +67,14 @@ $(VENV)/dev.stamp: $(VENV)/tools.stamp
 	$(BIN)/pip check
 	touch $@ $(VENV)/demo.stamp
 
+$(VENV)/docs.stamp: $(VENV)/tools.stamp
+	$(INSTALL) '.[docs]'
+	touch $@
+
 $(VENV)/soak.stamp: $(VENV)/tools.stamp
-	$(INSTALL) '.[dev,keras]'
+	$(INSTALL) '.[dev,docs,keras]'
 	$(BIN)/pip check
-	touch $@ $(VENV)/dev.stamp $(VENV)/demo.stamp
+	touch $@ $(VENV)/dev.stamp $(VENV)/demo.stamp $(VENV)/docs.stamp
 
 $(VENV)/bench.stamp: $(VENV)/tools.stamp
 	$(INSTALL) '.[bench]'

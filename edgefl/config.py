@@ -84,11 +84,11 @@ def _shown(value: object) -> str:
 class RoundsConfig:
     """How rounds are formed and when they end."""
 
-    count: int = 10
+    count: int = 10  # rounds of the job
     clients: int = 0  # updates to collect per round; 0 = from every client
     quorum: int = 1  # with fewer admitted updates than this, the job fails
     over_selection: float = 0.0  # the fraction of clients to ask in addition
-    deadline_s: float = 600.0
+    deadline_s: float = 600.0  # a round ends after so long; later updates do not count
     offline_grace_s: float = 5.0  # after so long offline, a device is no longer waited for
     wait_s: float = 60.0  # how long to wait until enough clients are online
 
@@ -111,16 +111,16 @@ class TrainConfig:
     """What a client does in a round."""
 
     algorithm: str = "fedavg"  # fedavg: local epochs, sends a delta; fedsgd: one exact gradient
-    epochs: int = 1
-    batch_size: int = 32
+    epochs: int = 1  # passes over the client's samples per round
+    batch_size: int = 32  # samples per training step
     lr: float = 0.1  # learning rate of the local optimizer
     proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 = off
-    seed: int = 0
-    schedule: str = "constant"  # of lr over the rounds: constant | cosine | step, see `edgefl.aggregation.schedules`
+    seed: int = 0  # of the first parameters and of all training
+    schedule: str = "constant"  # of lr over the rounds: constant | cosine | step, after the warm-up
     warmup_rounds: int = 0  # lr rises until it has its full value in this round
     end_factor: float = 0.0  # cosine: the final lr, as a fraction of lr
     step_rounds: int = 10  # step: after so many rounds lr is multiplied by step_factor
-    step_factor: float = 0.1
+    step_factor: float = 0.1  # step: see step_rounds
     round: int = 0  # number of the round, from 1; set in each round's plan, never by the user
 
     def __post_init__(self) -> None:
@@ -144,9 +144,9 @@ class TrainConfig:
 class ServerConfig:
     """The server's step: a `torch.optim` optimizer over the aggregated update."""
 
-    optimizer: str = "SGD"  # any name in torch.optim; plain SGD needs no torch
-    lr: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)  # e.g. momentum = 0.9
+    optimizer: str = "SGD"  # any name in `torch.optim`; plain SGD needs no torch
+    lr: float = 1.0  # learning rate of the server's optimizer
+    options: Mapping[str, Any] = field(default_factory=dict)  # other arguments of the optimizer, e.g. `momentum = 0.9`
 
     def __post_init__(self) -> None:
         _printable("server.optimizer", self.optimizer)
@@ -159,7 +159,7 @@ class ServerConfig:
 class AggregationConfig:
     """Which rule aggregates the updates."""
 
-    rule: str = "mean"
+    rule: str = "mean"  # mean: weighted by the clients' numbers of samples
 
     def __post_init__(self) -> None:
         _printable("aggregation.rule", self.rule)

@@ -53,7 +53,7 @@ class FitResult:
 
     tree: Tree  # delta or gradient: names, shapes and dtypes as in the trained parameters
     weight: float  # number of samples
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the training, reported as `train_NAME`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,16 +67,16 @@ class Task:
     `higher_is_better` says of a metric which way is better, if neither its attribute of this name nor its name does.
     """
 
-    name: str
-    model: Callable[[], torch.nn.Module] | None = None
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    train_data: Callable[..., tuple[Any, Any]] | None = None
+    name: str  # of the task, in messages and results
+    model: Callable[[], torch.nn.Module] | None = None  # makes a new model
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None  # (outputs, targets)
+    train_data: Callable[..., tuple[Any, Any]] | None = None  # (**data options): the inputs and targets of one device
     test_data: Callable[..., tuple[Any, Any]] | None = None  # held-out data, evaluated on the operator's machine
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
-    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)  # of the held-out data
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)  # metric -> its direction
     optimizer: Callable[..., torch.optim.Optimizer] | None = None  # (parameters, lr[, config or round])
-    initial: Callable[[], Tree] | None = None
-    fit: Callable[[Tree, TrainConfig, Mapping[str, str]], FitResult] | None = None
+    initial: Callable[[], Tree] | None = None  # the parameters of the first round, of a task with `fit`
+    fit: Callable[[Tree, TrainConfig, Mapping[str, str]], FitResult] | None = None  # (parameters, config, options)
     trained: Collection[str] | None = None  # the names that `fit` trains and returns; None = all
     evaluate: Callable[[Tree], Mapping[str, Any]] | None = None  # held-out metrics of a task with `fit`
 
@@ -115,8 +115,7 @@ class Task:
     def optimizer_of(self, parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
         """Make this task's optimizer for a round; it gets `round` or `config` if it has such a parameter.
 
-        def optimizer(parameters, lr, round): ...
-        def optimizer(parameters, lr, *, config): ...  # an `edgefl.config.TrainConfig`
+        `def optimizer(parameters, lr, round)`, or `(parameters, lr, *, config)` with an `edgefl.TrainConfig`.
         """
         if self.optimizer is None:
             raise ConfigError(f"task {self.name!r} has no optimizer of its own")

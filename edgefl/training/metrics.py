@@ -52,7 +52,7 @@ class StreamingMetric(Protocol):
 class WholeSet:
     """A streaming metric of a function of all outputs and targets, both (N, ...).
 
-    WholeSet(lambda outputs, targets: ((outputs - targets) ** 2).mean().sqrt(), higher_is_better=False)
+    `WholeSet(lambda outputs, targets: ((outputs - targets) ** 2).mean().sqrt(), higher_is_better=False)`
     """
 
     def __init__(self, function: Callable[[Any, Any], Any], *, higher_is_better: bool | None = None) -> None:

@@ -29,10 +29,10 @@ class AvailabilityConfig:
     A device's window is centred on `centre_s`, shifted by up to `scatter` / 2 of a period in either direction.
     """
 
-    kind: str = "always"
+    kind: str = "always"  # always | diurnal | battery
     dropout: float = 0.0  # the fraction of trainings in which a device goes offline, for every kind
-    period_s: float = 86_400.0
-    share: float = 1 / 3
+    period_s: float = 86_400.0  # a day
+    share: float = 1 / 3  # of the period in which a device can take part, or charges
     centre_s: float = 10_800.0  # 3 a.m., when phones charge
     scatter: float = 0.25  # 1 = spread over the whole period
     low: float = 0.1  # battery: level at the end of a period without training

@@ -26,13 +26,13 @@ class DevicesConfig:
     """The devices' properties. Defaults: an average phone on a home network, always available."""
 
     speed: Spread = field(default_factory=lambda: Spread(mean=1000.0))  # samples/s, forward and backward
-    memory_mb: Spread = field(default_factory=lambda: Spread(mean=4096.0))
-    downlink_mbps: Spread = field(default_factory=lambda: Spread(mean=50.0))
-    uplink_mbps: Spread = field(default_factory=lambda: Spread(mean=10.0))
-    rtt_s: Spread = field(default_factory=lambda: Spread(mean=0.05))
-    delay_s: Spread = field(default_factory=Spread)  # drawn again in each round, before the training
+    memory_mb: Spread = field(default_factory=lambda: Spread(mean=4096.0))  # MB
+    downlink_mbps: Spread = field(default_factory=lambda: Spread(mean=50.0))  # megabits/s
+    uplink_mbps: Spread = field(default_factory=lambda: Spread(mean=10.0))  # megabits/s
+    rtt_s: Spread = field(default_factory=lambda: Spread(mean=0.05))  # added to each download and upload
+    delay_s: Spread = field(default_factory=Spread)  # before the training, drawn again in each round
     availability: AvailabilityConfig = field(default_factory=AvailabilityConfig)
-    trace: str = ""  # a file of real devices; overrides the spreads
+    trace: str = ""  # a file of real devices; overrides the distributions
 
     def __post_init__(self) -> None:
         for name in NUMBERS:

@@ -62,11 +62,11 @@ class Spread:
     quantity itself, not of its logarithm). Values outside `min`..`max` are clipped.
     """
 
-    kind: str = "constant"
-    mean: float = 0.0
-    std: float = 0.0
-    min: float = 0.0
-    max: float = math.inf
+    kind: str = "constant"  # constant | uniform | normal | lognormal
+    mean: float = 0.0  # constant, normal and lognormal
+    std: float = 0.0  # normal and lognormal
+    min: float = 0.0  # the smallest value
+    max: float = math.inf  # the largest value
 
     def __post_init__(self) -> None:
         told = (

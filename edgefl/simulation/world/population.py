@@ -45,15 +45,15 @@ class PopulationConfig:
     natural (by the id of each sample, from the file `ids`: .npy, or text with one line per sample).
     """
 
-    clients: int = 0  # 0: one per id (natural), or DEFAULT_CLIENTS
-    partitioner: str = "task"
-    alpha: float = 0.5  # of the Dirichlet distribution; smaller is more skewed
-    shards_per_client: int = 2
+    clients: int = 0  # 0: one per id (natural), or else 100
+    partitioner: str = "task"  # task | iid | dirichlet | shards | size_skew | natural
+    alpha: float = 0.5  # dirichlet: of the distribution; smaller is more skewed
+    shards_per_client: int = 2  # shards: of samples sorted by label
     samples_per_client: int = 0  # 0: each sample has one owner; above 0: clients share samples
     min_samples: int = 0  # clients with the most samples give to those with fewer
-    seed: int = 0
-    ids: str = ""
-    data: Mapping[str, str] = field(default_factory=dict)  # further options of `train_data`
+    seed: int = 0  # of the partition, and of the devices' properties
+    ids: str = ""  # natural: the file with the id of each sample
+    data: Mapping[str, str] = field(default_factory=dict)  # further options of the task's `train_data`
     devices: DevicesConfig = field(default_factory=DevicesConfig)
 
     def __post_init__(self) -> None:
