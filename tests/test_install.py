@@ -46,6 +46,7 @@ COMMANDS = {
     "models list": (NOWHERE, ""),
     "models publish": (("m", "--task", DIGITS, "--parameters", "none.safetensors", *NOWHERE), "train,examples"),
     "models show": (("m", *NOWHERE), ""),
+    "new": (("a_task",), ""),
     "rollout start": (("m", *NOWHERE), ""),
     "rollout status": (NOWHERE, ""),
     "run": ((DIGITS, *NOWHERE), "train,examples"),

@@ -24,6 +24,7 @@ OWN: Mapping[str, str] = {
     "devices": "edgefl.app.commands.fleet:devices",
     "jobs": "edgefl.app.commands.fleet:jobs",
     "models": "edgefl.app.commands.models:models",
+    "new": "edgefl.app.commands.new:new",
     "rollout": "edgefl.app.commands.models:rollout",
     "run": "edgefl.app.commands.run:run",
     "simulate": "edgefl.app.commands.simulate:simulate",
