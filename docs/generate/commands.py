@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Iterator
 
 import click
@@ -61,9 +62,10 @@ def _described(command: click.Command, context: click.Context) -> Iterator[str]:
     if records:
         rows = [(f"`{option}`", prose(" ".join(text.split()))) for option, text in records]
         yield table(("option", "what it does"), rows)
-    if command.epilog:
-        _, _, example = command.epilog.partition("Example:\n")
-        yield fenced(inspect.cleandoc(example), "sh")
+    for part in filter(None, (command.epilog or "").replace("\b\n", "").split("\n\n")):
+        title, _, lines = part.partition("\n")
+        text = textwrap.dedent(lines)
+        yield fenced(text, "sh") if title == "Example:" else f"{title}\n\n{fenced(text, 'text')}"
 
 
 def _help(command: click.Command) -> str:

@@ -45,7 +45,7 @@ def test_each_command_and_each_of_its_options_is_on_the_page() -> None:
         assert f"{context.command_path} [OPTIONS]" in page
         for one in command.params:
             assert all(option in page for option in one.opts if option.startswith("--"))
-    assert "edgefl rollout start digits --version 3 --rollback" in page  # an example
+    assert "```sh\nedgefl new wine\nedgefl new camera --kind image\n```\n\nKinds:\n\n```text\nimage " in page
 
 
 def test_each_public_name_is_on_the_page_and_the_ungrouped_ones_are_errors() -> None:
