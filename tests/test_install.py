@@ -117,6 +117,7 @@ def test_a_command_that_lacks_an_extra_names_it(
     bare.install(*LOCK, f"{wheel}[{extra}]" if extra else wheel)
     cwd = tmp_path / "elsewhere"
     cwd.mkdir()
+    (cwd / "none.safetensors").touch()  # a missing file is told before a missing extra
     tls.create_ca(cwd)
     write_operator_credentials(cwd, "https://127.0.0.1:1", "t", (cwd / "ca.pem").read_bytes())
     for name, (arguments, needed) in [*COMMANDS.items(), *MORE.items()]:
