@@ -63,11 +63,19 @@ def test_its_model_can_be_published(kind, tmp_path):
     from edgefl.operator.publish import export
     from edgefl.task import load_task
 
-    invoke("first-try", "--kind", kind)
-    task = load_task("first-try")
+    invoke(f"try-{kind}", "--kind", kind)  # a name per kind: the folder stays importable in this process
+    task = load_task(f"try-{kind}")
     edgefl.simulate(task, clients=10, rounds=5, engine="loop", out=tmp_path / "out")
     exported = export(task, tmp_path / "out", tmp_path, compression="int8", max_drop=0.02)
     assert exported.metrics[KINDS[kind].metric] > 0.8
+
+
+@pytest.mark.soak
+def test_the_flower_app_is_one_to_flower():
+    invoke("first-try", "--kind", "flower")
+    flwr = Path(sys.executable).with_name("flwr")
+    done = subprocess.run([flwr, "build"], capture_output=True, text=True, timeout=60, check=False, cwd="first-try")
+    assert len(list(Path("first-try").glob("*.fab"))) == 1, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
