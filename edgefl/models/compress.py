@@ -127,7 +127,8 @@ def _quantise(source: Path, folder: Path, calibration: Array) -> Path:
 
     prepared, quantised = folder / "prepared.onnx", folder / "int8.onnx"
     with _silence():
-        quant_pre_process(str(source), str(prepared))
+        # The exporter has written every shape; inferring them again fails on some models, such as adaptive max pooling.
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
             str(quantised),

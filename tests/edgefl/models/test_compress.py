@@ -60,6 +60,20 @@ def test_a_tiny_model_is_compressed_though_it_gains_nothing(tmp_path, samples):
     assert report.target_bytes == (tmp_path / "q.onnx").stat().st_size
 
 
+def test_a_model_whose_shapes_cannot_be_inferred_again(tmp_path):
+    """ONNX Runtime's symbolic shape inference raises a TypeError at the Squeeze after adaptive max pooling."""
+    import torch
+    from torch import nn
+
+    from edgefl.models.export import export_onnx
+
+    inputs = torch.arange(4 * 3 * 16, dtype=torch.float32).reshape(4, 3, 16) / 192
+    model = nn.Sequential(nn.Conv1d(3, 32, 3), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(32, 2))
+    export_onnx(model, inputs, tmp_path / "m.onnx")
+    compress(tmp_path / "m.onnx", tmp_path / "q.onnx", calibration=inputs.numpy(), evaluate=lambda _: 1.0, max_drop=0.0)
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node}
+
+
 @pytest.mark.parametrize("after", [0.90, float("nan")])
 def test_the_gate_says_the_numbers_and_leaves_no_file(tmp_path, samples, after):
     source = dense_model(tmp_path / "m.onnx")
