@@ -166,7 +166,7 @@ def seconds_of(rounds: list[dict[str, Any]], workload: Workload) -> tuple[float,
     if any(one["admitted"] != workload.clients for one in rounds):
         raise RunFailedError(f"{workload}: not every agent was in every round: {[one['admitted'] for one in rounds]}")
     said = tuple(float(one["seconds"]) for one in rounds)
-    fits_s = [float(one["metrics"]["fit_s"]) for one in rounds]  # means over the agents
+    fits_s = [float(one["metrics"]["train_fit_s"]) for one in rounds]  # means over the agents
     by_clock = tuple(after - before for before, after in pairwise(fits_s))
     return said[0], max(said[1:], by_clock, key=statistics.median)
 

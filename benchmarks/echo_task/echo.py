@@ -24,7 +24,7 @@ def initial() -> dict[str, Any]:
 
 
 def fit(parameters: Mapping[str, Any], _train: TrainConfig, _options: Mapping[str, str]) -> FitResult:
-    return FitResult(tree=parameters, weight=1.0, metrics={"fit_s": time.monotonic()})
+    return FitResult(tree=parameters, weight=1.0, metrics={"train_fit_s": time.monotonic()})
 
 
 task = Task(name="echo", initial=initial, fit=fit)

@@ -19,4 +19,4 @@ def test_the_echo_task_returns_what_it_got(tmp_path) -> None:
     first, second = (task.fit(parameters, TrainConfig(), {}) for _ in range(2))
     assert first.tree is parameters
     assert first.weight == 1
-    assert second.metrics["fit_s"] >= first.metrics["fit_s"]
+    assert second.metrics["train_fit_s"] >= first.metrics["train_fit_s"]

@@ -66,11 +66,12 @@ def test_each_return_of_the_cloud_is_told_once(fleet, home, until):
         for number in (1, 2):
             await until(lambda number=number: len(told) == number)
             await channel.next("0.1")
+            assert told == [True] * number
             await asyncio.to_thread(fleet.stop)
             await until(lambda: not channel.reachable)
-            await asyncio.to_thread(fleet.start)
+            if number == 1:
+                await asyncio.to_thread(fleet.start)
         watching.cancel()
-        assert told == [True, True]
 
     over(home, run)
 

@@ -157,7 +157,9 @@ def test_secure_aggregation_goes_on_without_a_client_that_leaves_in_its_midst(an
     )
     result = anywhere(SECURE, leaves, 2, nodes=3, out=tmp_path / "m.safetensors")
     assert [(one.admitted, one.failed, one.missing) for one in result.rounds] == [(2, 1, 0)] * 2
-    np.testing.assert_allclose(SpooledTree(tmp_path / "m.safetensors")["0"], [5, 5], atol=1e-4)  # 2.5 a round
+    np.testing.assert_allclose(
+        SpooledTree(tmp_path / "m.safetensors")["0"], [5, 5], atol=1e-3
+    )  # 2.5 a round, rounded at random
 
 
 DRAWS = (  # between its clients' messages

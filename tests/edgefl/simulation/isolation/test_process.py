@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from edgefl import Task
+from edgefl import Task, WholeSet
 
 HERE = Path(__file__).parent
 
@@ -50,7 +50,7 @@ def accuracy(outputs, targets):
     return 1.0
 
 task = Task(name="deadly", model=lambda: nn.Linear(4, 2), loss=nn.functional.cross_entropy, train_data=load,
-            test_data=held_out, metrics={"accuracy": accuracy})
+            test_data=held_out, metrics={"accuracy": WholeSet(accuracy)})  # once in each evaluation
 """
 
 
