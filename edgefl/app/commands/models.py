@@ -55,10 +55,11 @@ def publish(  # noqa: PLR0913 - one a flag
     if sum(source is not None for source in (parameters, job, onnx)) != 1 or (task is None) == (onnx is None):
         raise ConfigError("name one source: --task with --parameters or --job, or --onnx alone")
     publishing.check_request(name, max_drop, parameters, onnx)
+    loaded = None if onnx is not None else load_task(str(task))  # a missing extra is told before the cloud is asked
     with connection.open() as client, tempfile.TemporaryDirectory(prefix="edgefl-publish-") as made:
         if onnx is not None:
             release = publishing.publish_onnx(client, name, onnx)
-        else:
+        elif loaded is not None:
             folder = Path(made)
             if parameters is None:
                 found = publishing.trained_job(client, str(job))
@@ -67,7 +68,6 @@ def publish(  # noqa: PLR0913 - one a flag
                 parameters = publishing.parameters_of(client, found, folder)
             else:
                 client.jobs()  # an unreachable cloud or a wrong token is reported before the work
-            loaded = load_task(str(task))
             exported = publishing.export(
                 loaded, parameters, folder, compression=compression, max_drop=max_drop, gate=gate
             )
