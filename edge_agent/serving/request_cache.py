@@ -9,6 +9,7 @@ the server.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,15 @@ from edge_agent.serving.inference import (
     parse_request,
 )
 from edge_agent.sessions import LoadedModel
+from edgefl.errors import ProtocolError
 from edgefl.protocols.ports.http_limits import HeadersAndBody
 
 MAX_CACHED, MAX_HEAD_BYTES = 64, 4096  # number of heads, size of one
 _END = b"\r\n\r\n"
 _LENGTH, _HEADER_LENGTH = b"content-length", b"inference-header-content-length"
 _NOT_PLAIN = frozenset({b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"})
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +69,15 @@ class RequestCache:
         served = self._find(known.model)
         if served is None or not served.inline or known.version not in {None, str(served.version)}:
             return None
+        response = None
         try:
             response = self._computed(served, data[end:], known.header_length)
         except _ResponseTooLarge:
             self._heads[data[:end]] = None
-            return None
-        except Exception:  # noqa: BLE001 - the server runs into it too: it responds, and logs our errors
-            return None
+        except (ProtocolError, MemoryError):
+            pass  # the server runs into it too, and responds with the reason
+        except Exception:  # noqa: BLE001 - an error of this shortcut alone costs nothing but time
+            _log.exception("serving.fast_path_failed model=%s: the server takes the request", known.model)
         if response is None:
             return None
         return [(name.lower().encode(), value.encode()) for name, value in response.headers.items()], response.body

@@ -15,6 +15,7 @@ import pytest
 from edge_agent.serving import Serving, bind
 from edge_agent.serving.request_cache import MAX_CACHED, RequestCache
 from edge_agent.sessions import Models, load
+from edgefl.errors import ProtocolError
 
 PATH = "/v2/models/affine/infer"
 LENGTH = b"content-length"
@@ -224,3 +225,24 @@ def test_heads_are_few_and_short():
         pairs = [(b"host", b"x"), (b"x-id", b"%d" % number), (LENGTH, re.findall(rb"Length: (\d+)", request)[0])]
         known.add(request, {"method": "POST", "http_version": "1.1", "path": PATH, "headers": pairs})
         assert 1 <= len(known._heads) <= MAX_CACHED
+
+
+@pytest.mark.parametrize(("raised", "is_logged"), [(ZeroDivisionError, True), (ProtocolError, False)])
+def test_an_error_of_the_shortcut_alone_is_logged_and_the_request_left_to_the_server(
+    tmp_path, onnx_model, caplog, raised, is_logged
+):
+    def run(*_: Any) -> list[Any]:
+        raise raised("here")
+
+    path = tmp_path / "1.onnx"
+    path.write_bytes(onnx_model(2.0))
+    cache = RequestCache({"affine": load("affine", 1, path)}.get, run, lambda _: True)
+    request = in_json(1.0, 2.0, 3.0)
+    headers = [
+        tuple(part.strip() for part in line.lower().split(b":", 1))
+        for line in request.split(b"\r\n\r\n")[0].split(b"\r\n")[1:]
+    ]
+    cache.add(request, {"method": "POST", "http_version": "1.1", "path": PATH, "headers": headers})
+    assert cache._heads
+    assert cache.respond(request) is None
+    assert ("fast_path_failed" in caplog.text) == is_logged
