@@ -62,9 +62,8 @@ def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bo
     name = metric or _own_choice(task, is_classification=is_classification)
     if name == ACCURACY and ACCURACY not in task.metrics and is_classification:
         inputs, targets = samples.inputs.cpu().numpy(), samples.targets.cpu().numpy()
-        before = {ACCURACY: accuracy_of(source, inputs, targets)}
         return Gate(
-            measure=_relative(task, ACCURACY, before[ACCURACY], 1) if relative else Measure(),
+            measure=_relative(task, name, accuracy_of(source, inputs, targets), 1) if relative else Measure(),
             evaluate=lambda path: {**measured(task, path, samples), ACCURACY: accuracy_of(path, inputs, targets)},
             calibration=kept,
         )
