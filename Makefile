@@ -3,7 +3,7 @@
 #
 #   make demo DEMO_FLAGS="--devices 5"    the whole cycle on this machine, with real processes
 #   make test TEST_FLAGS="-k tls"         all tests except the slow ones, one process per core (-n 0: all in one)
-#   make soak                             the slow ones, with TensorFlow for examples/keras_app
+#   make soak                             the slow ones, with TensorFlow for examples/keras-app
 #   make docs                             the documentation, into site/; warnings are errors
 #   make check                            lint, format, types, import contracts: as in CI
 #   make bench BENCH_FLAGS=--quick        the README's numbers, with the other systems

@@ -30,7 +30,7 @@ CORES = 2  # processes or threads of each system
 REPEATS = 2  # of systems with a target, and of edgefl
 _FLOWER = ("flwr", "ray")
 MILLION = 1_000_000
-FLOWER_APP = ROOT / "examples" / "flower_app"
+FLOWER_APP = ROOT / "examples" / "flower-app"
 APP_NODES, APP_ROUNDS, APP_QUICK_ROUNDS = 100, 16, 3
 MNIST_ROUNDS = 100  # number of rounds in its figure
 

@@ -21,7 +21,7 @@ from tests.environments import LOCK, ROOT, Environment
 pytestmark = [pytest.mark.soak]
 
 EXTRAS = tuple(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
-DIGITS, APP = str(ROOT / "examples" / "digits"), str(ROOT / "examples" / "flower_app")
+DIGITS, APP = str(ROOT / "examples" / "digits"), str(ROOT / "examples" / "flower-app")
 HOME = ("--home", "home")
 NOWHERE = ("--cloud", "https://127.0.0.1:1")  # nobody listens there
 

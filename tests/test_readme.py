@@ -88,7 +88,7 @@ def test_the_readme_makes_a_fleet_that_trains_publishes_and_predicts(
 def test_the_hint_of_a_missing_extra_can_be_run_as_it_stands(tmp_path: Path) -> None:
     bare = Environment(tmp_path / "venv")
     bare.install(*LOCK, "pip", ROOT)
-    said = bare.edgefl("simulate", str(ROOT / "examples" / "flower_app"), cwd=tmp_path).stderr
+    said = bare.edgefl("simulate", str(ROOT / "examples" / "flower-app"), cwd=tmp_path).stderr
     hint = said.partition("extra: ")[2].strip()
     assert hint.startswith(f"{bare.python.parent}")
     subprocess.run(f"{hint} --dry-run --quiet", shell=True, check=True, timeout=600)  # noqa: S602 - our own hint

@@ -22,7 +22,7 @@ TOML = list(blocks(PAGES, "toml"))
 PYTHON = list(blocks({**PAGES, **others()}, "python"))
 SECTIONS = ("rounds", "train", "server", "aggregation", "population", "engine")
 KEY = re.compile(rf"`(?:--set )?((?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+)(?: ?= ?([^`]+))?`")
-FLOWER_APPS = {"examples/flower_app", "examples/sklearn_app", "examples/keras_app"}
+FLOWER_APPS = {"examples/flower-app", "examples/sklearn-app", "examples/keras-app"}
 
 
 def parsed(words: list[str]) -> dict[str, Any]:

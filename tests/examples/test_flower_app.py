@@ -1,5 +1,8 @@
 """The two Flower apps of the examples run unmodified and give what plain computation gives."""
 
+import os
+import shutil
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +29,9 @@ def one_thread(monkeypatch):
 def run(name, **config):
     assert is_flower_app(EXAMPLES / name)
     app = load_flower_app(EXAMPLES / name)
-    return run_flower_app(app, PARTS, {"num-server-rounds": ROUNDS, **config}, workers=0), import_module(f"{name}.task")
+    return run_flower_app(app, PARTS, {"num-server-rounds": ROUNDS, **config}, workers=0), import_module(
+        f"{name.replace('-', '_')}.task"
+    )
 
 
 def averaged(parts):
@@ -36,7 +41,7 @@ def averaged(parts):
 
 
 def test_pytorch_by_hand():
-    result, task = run("flower_app")
+    result, task = run("flower-app")
     model = task.make_model(0)
     for _ in range(ROUNDS):
         parts = []
@@ -55,12 +60,12 @@ def test_pytorch_by_hand():
 
 
 def test_pytorch_learns():
-    result, _ = run("flower_app", **{"num-server-rounds": 5, "local-epochs": 2, "fraction-evaluate": 0.0})
+    result, _ = run("flower-app", **{"num-server-rounds": 5, "local-epochs": 2, "fraction-evaluate": 0.0})
     assert result.final["accuracy"] > 0.9
 
 
 def test_scikit_learn_by_hand():
-    result, task = run("sklearn_app")
+    result, task = run("sklearn-app")
     weights = None
     for _ in range(ROUNDS):
         parts = []
@@ -71,3 +76,16 @@ def test_scikit_learn_by_hand():
     for seen, wanted in zip(result.arrays.to_numpy_ndarrays(), weights, strict=True):
         np.testing.assert_allclose(seen, wanted, atol=1e-6)
     assert result.final["accuracy"] == task.make_model(weights).score(*task.load_held_out()) > 0.9
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["flower-app", "sklearn-app", "keras-app"])
+def test_flowers_own_command_takes_it(name, tmp_path):
+    copy = tmp_path / name
+    shutil.copytree(EXAMPLES / name, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    flwr = Path(sys.executable).with_name("flwr")
+    environment = {**os.environ, "FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0"}
+    done = subprocess.run(
+        [flwr, "build"], cwd=copy, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert len(list(copy.glob("*.fab"))) == 1, done.stdout + done.stderr

@@ -31,16 +31,16 @@ def both(app, folder, tolerance):
 
 
 def test_scikit_learn(tmp_path):
-    both("sklearn_app", tmp_path, 1e-6)
+    both("sklearn-app", tmp_path, 1e-6)
 
 
 @pytest.mark.soak
 def test_pytorch(tmp_path):
-    both("flower_app", tmp_path, 1e-6)
+    both("flower-app", tmp_path, 1e-6)
 
 
 @pytest.mark.soak
 @pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs TensorFlow: pip install '.[keras]'")
 def test_keras(tmp_path):
     """Replies are summed in the order in which they come; float32 rounds that, and training makes more of it."""
-    both("keras_app", tmp_path, 1e-4)
+    both("keras-app", tmp_path, 1e-4)

@@ -62,7 +62,7 @@ def test_the_command_keeps_what_there_is(tasks, tmp_path, engine):
 
 @pytest.mark.parametrize("engine", ["loop", "pool"])
 def test_a_flower_app_keeps_what_there_is(tmp_path, engine):
-    app = Path(__file__).parents[3] / "examples" / "flower_app"
+    app = Path(__file__).parents[3] / "examples" / "flower-app"
     said = pressed_in_mid_run([app, "--clients", "3", "--engine", engine], tmp_path)
     assert said["interrupted"]
     assert "accuracy" in said["rounds"][0]["metrics"]  # what the server evaluated by itself

@@ -13,7 +13,7 @@ from edgefl.app.commands.simulate import simulate
 from edgefl.errors import ConfigError
 from edgefl.trees import SpooledTree
 
-APP = Path(__file__).parents[4] / "examples" / "flower_app"
+APP = Path(__file__).parents[4] / "examples" / "flower-app"
 
 
 SERVER = """

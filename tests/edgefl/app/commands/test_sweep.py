@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from edgefl.app.commands.simulate import simulate
 from edgefl.errors import ConfigError
 
-APP = Path(__file__).parents[4] / "examples" / "flower_app"
+APP = Path(__file__).parents[4] / "examples" / "flower-app"
 
 
 def invoke(*arguments):
