@@ -1,6 +1,8 @@
 """A device's samples: call the user's loader, check its result and convert it to tensors.
 
-Invariant: a `Samples` has at least one sample, and as many targets as inputs.
+Inputs and targets are one array each, or structures of arrays (`edgefl.training.structures`): a tuple or a dict is a
+structure, while a list is one array, sample by sample, as numpy reads it.
+Invariant: a `Samples` has at least one sample, and all its tensors have the same first dimension.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from edgefl.errors import MissingExtra, TaskError
 from edgefl.task import Task, UserCode
 from edgefl.training.randomness import seeded
+from edgefl.training.structures import INPUT, TARGET, Structure, described, leaves, mapped
 from edgefl.trees import is_float
 from edgefl.trees.tensors import tensor_of
 
@@ -29,16 +32,26 @@ _NUMBERS = "fiub"  # numpy kinds: floats, integers, booleans
 class Samples:
     """Inputs and targets of equal first dimension, on the device that computes."""
 
-    inputs: torch.Tensor  # (N, ...)
-    targets: torch.Tensor  # (N, ...)
+    inputs: Structure  # of tensors, (N, ...) each
+    targets: Structure  # of tensors, (N, ...) each
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(leaves(self.inputs)[0])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors."""
+        device: torch.device = leaves(self.inputs)[0].device
+        return device
+
+    def chosen(self, which: torch.Tensor | slice) -> Samples:
+        """Return the samples at these positions, an integer tensor on `device`, or of this slice."""
+        return Samples(mapped(lambda one: one[which], self.inputs), mapped(lambda one: one[which], self.targets))
 
     def chunks(self, size: int) -> Iterator[Samples]:
         """Yield the samples in order, `size` at a time."""
         for start in range(0, len(self), size):
-            yield Samples(self.inputs[start : start + size], self.targets[start : start + size])
+            yield self.chosen(slice(start, start + size))
 
 
 def require_torch(feature: str, extra: str = "train") -> None:
@@ -82,10 +95,14 @@ def _load(task: Task, loader: Callable[..., Any], what: str, options: Mapping[st
     if not isinstance(loaded, (tuple, list)) or len(loaded) != 2:
         seen = f"{len(loaded)} values" if isinstance(loaded, (tuple, list)) else type(loaded).__name__
         raise TaskError(f"task {task.name!r}: {what} returned {seen}, not (inputs, targets)")
-    inputs, targets = (_tensor(task, f"{what}'s {name}", value) for name, value in zip(_PARTS, loaded, strict=True))
-    if len(inputs) != len(targets):
-        raise TaskError(f"task {task.name!r}: {what} returned {len(inputs)} inputs but {len(targets)} targets")
-    if len(inputs) == 0:
+    inputs, targets = (_structure(task, f"{what}'s {name}", value) for name, value in zip(_PARTS, loaded, strict=True))
+    num_inputs, num_targets = _number_of(task, what, inputs, INPUT), _number_of(task, what, targets, TARGET)
+    if num_inputs != num_targets:
+        raise TaskError(
+            f"task {task.name!r}: {what} returned {num_inputs} inputs but {num_targets} targets: "
+            f"{described(inputs, INPUT)}; {described(targets, TARGET)}"
+        )
+    if num_inputs == 0:
         told = ", ".join(f"{key}={value}" for key, value in options.items()) or "none"
         raise TaskError(
             f"task {task.name!r}: the device has no data: {what} returned 0 samples (options: {told}). "
@@ -95,6 +112,17 @@ def _load(task: Task, loader: Callable[..., Any], what: str, options: Mapping[st
 
 
 _PARTS = ("inputs", "targets")
+
+
+def _number_of(task: Task, what: str, structure: Structure, base: str) -> int:
+    """Return the first dimension that all tensors have; raises TaskError if they differ."""
+    numbers = {len(one) for one in leaves(structure)}
+    if len(numbers) == 1:
+        return numbers.pop()
+    raise TaskError(
+        f"task {task.name!r}: {what} returned {described(structure, base)}: the first dimension counts the samples, "
+        "and must be the same for all"
+    )
 
 
 def _is_in_float64(task: Task) -> bool:
@@ -131,6 +159,27 @@ def _refuse_options(task: Task, loader: Callable[..., Any], what: str, options: 
             f"task {task.name!r}: {what}{signature} cannot take the data options {dict(options)}: {cause}. "
             "Check `edgefl agent start --data`."
         ) from cause
+
+
+def _structure(task: Task, what: str, value: Any) -> Structure:
+    """Return the structure of tensors that a loader returned as arrays."""
+    if isinstance(value, Mapping):
+        if not value:
+            raise TaskError(f"task {task.name!r}: {what} are an empty dict, without any tensor")
+        return {key: _structure(task, f"{what}[{key!r}]", one) for key, one in value.items()}
+    if isinstance(value, tuple) and _has_arrays(value):
+        parts = [_structure(task, f"{what}[{n}]", one) for n, one in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return _tensor(task, what, value)
+
+
+def _has_arrays(value: tuple[Any, ...]) -> bool:
+    """Whether a tuple is a structure, and not one array written in numbers."""
+    return any(
+        _has_arrays(one) if isinstance(one, tuple) else isinstance(one, Mapping) or hasattr(one, "__array__")
+        for one in value
+        if not isinstance(one, np.generic)
+    )
 
 
 def _tensor(task: Task, what: str, value: Any) -> torch.Tensor:

@@ -29,6 +29,9 @@ from edgefl.task import Task
 from edgefl.training.local import data_seed
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import Samples, train_samples
+from edgefl.training.structures import TARGET, described, leaves
+from edgefl.trees import Array
+from edgefl.trees.tensors import array_of
 
 PARTITIONERS = ("task", "iid", "dirichlet", "shards", "size_skew", "natural")
 BY_LABEL = ("dirichlet", "shards")
@@ -136,8 +139,7 @@ class PartedPopulation:
             raise TaskError(
                 f"client {client!r} has no data: the partition gave it none of {len(self.everything)} samples"
             )
-        chosen = torch.from_numpy(indices).to(self.everything.inputs.device)
-        return Samples(self.everything.inputs[chosen], self.everything.targets[chosen])
+        return self.everything.chosen(torch.from_numpy(indices).to(self.everything.device))
 
     def num_samples(self, client: str) -> int:
         return self._partition.size(self._names.index(client))
@@ -167,13 +169,14 @@ def _labels(everything: Samples, partitioner: str) -> Indices:
     """Return one label per sample, (N,); zeros if the partitioner does not use labels."""
     if partitioner not in BY_LABEL:
         return np.zeros(len(everything), np.int64)
-    targets = everything.targets.cpu().numpy()
-    if targets.ndim != 1 or targets.dtype.kind not in "iub":
-        raise ConfigError(
-            f"population.partitioner={partitioner!r} needs one integer label per sample; the task's targets are "
-            f"{targets.dtype} of shape {list(targets.shape)}. Use iid, size_skew, natural or task."
-        )
-    return targets.astype(np.int64)
+    if len(parts := leaves(everything.targets)) == 1:
+        targets: Array = array_of(parts[0])
+        if targets.ndim == 1 and targets.dtype.kind in "iub":
+            return targets.astype(np.int64)
+    raise ConfigError(
+        f"population.partitioner={partitioner!r} needs one integer label per sample; the task's targets are "
+        f"{described(everything.targets, TARGET)}. Use iid, size_skew, natural or task."
+    )
 
 
 def _natural(everything: Samples, config: PopulationConfig) -> PartedPopulation:

@@ -149,3 +149,44 @@ def test_what_is_no_real_number_is_refused_by_name(dtype):
         TaskError, match=r"train_data's inputs are .* and not numbers \(real ones, integers or booleans\)"
     ):
         loaded(np.zeros((2, 1), dtype), np.zeros(2))
+
+
+def test_tuples_and_dicts_of_arrays_become_structures_of_tensors():
+    inputs = {"table": np.ones((3, 2)), "images": (np.zeros((3, 4, 4), np.uint8), torch.ones(3, dtype=torch.float64))}
+    samples = loaded(inputs, (np.arange(3), [0.5, 1.5, 2.5]))
+    assert len(samples) == 3
+    assert (samples.inputs["table"].dtype, samples.inputs["images"][0].dtype) == (torch.float32, torch.uint8)
+    assert isinstance(samples.inputs["images"], tuple)
+    assert samples.targets[1].tolist() == [0.5, 1.5, 2.5]
+    assert [chunk.targets[0].tolist() for chunk in samples.chunks(2)] == [[0, 1], [2]]
+    last = samples.chosen(torch.tensor([2, 0]))
+    assert (last.targets[0].tolist(), last.inputs["table"].shape) == ([2, 0], (2, 2))
+    assert samples.device.type == computing_device().type
+
+
+@pytest.mark.parametrize("value", [(1, 2), ((1, 2), (3, 4)), (np.float32(1), np.float32(2)), [np.ones(3), np.ones(3)]])
+def test_numbers_in_tuples_and_arrays_in_lists_are_one_array(value):
+    assert isinstance(loaded(value, (0, 1)).inputs, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "said"),
+    [
+        (
+            {"a": np.ones((3, 2)), "b": np.ones((4, 2))},
+            np.ones(3),
+            r"returned a float32 \(3, 2\), b float32 \(4, 2\): the first",
+        ),
+        (
+            (np.ones((3, 2)), np.ones(3)),
+            np.ones(2),
+            r"3 inputs but 2 targets: input_0 float32 \(3, 2\), input_1 float32 \(3,\); targ",
+        ),
+        ({"a": {}}, np.ones(3), r"inputs\['a'\] are an empty dict, without any tensor"),
+        (({"a": np.float32(1)},), np.ones(1), r"inputs\[0\]\['a'\] are a single number"),
+        ({"words": np.array(["x", "y"])}, np.ones(2), r"inputs\['words'\] are <U1 and not numbers"),
+    ],
+)
+def test_structures_that_cannot_be_samples_are_refused_by_name(inputs, targets, said):
+    with pytest.raises(TaskError, match=said):
+        loaded(inputs, targets)
