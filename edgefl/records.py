@@ -6,6 +6,7 @@ take 4 MB.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -148,12 +149,16 @@ class RoundReport:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> RoundReport:
-        """Read the result of `as_json`; ignores other keys. Raises ProtocolError for anything else."""
+        """Read the result of `as_json`; ignores other keys. Raises ProtocolError for anything else.
+
+        A metric that is null, because it was not a finite number, is NaN.
+        """
         known = {one.name: said[one.name] for one in fields(cls) if one.name in said}
         try:
+            known["metrics"] = {name: math.nan if one is None else one for name, one in said["metrics"].items()}
             return cls(**known)
-        except TypeError as cause:
-            raise ProtocolError(f"not a round: {cause}") from cause
+        except (AttributeError, KeyError, TypeError) as cause:
+            raise ProtocolError(f"not a round: {cause!r}") from cause
 
 
 def no_counts(num_clients: int) -> Counts:

@@ -31,6 +31,7 @@ from cloud.state.storage import Storage
 from edgefl.errors import CloudStopping, ConfigError, NotFound
 from edgefl.exchange import Announce, GiveUp, GiveUpReason, Instruction, Terms, Yield
 from edgefl.logs import event
+from edgefl.protocols.labels import check_label
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, Deliver, RoundClosed, Signed, encode
 
@@ -69,10 +70,14 @@ class Relays:
 
     # For operators.
 
-    def start(self, app: str, bundle: BlobRef, name: str | None = None) -> str:
-        """Start a relay for a Flower app whose bundle is uploaded, and return its id; `name` is for display."""
+    def start(self, app: str, bundle: BlobRef, name: str | None = None, label: str | None = None) -> str:
+        """Start a relay for a Flower app whose bundle is uploaded, and return its id.
+
+        `name` is the app's, `label` the run's; both are for people.
+        """
+        check_label(label)
         relay, signed = f"relay-{secrets.token_hex(4)}", self._deps.sign(Bundle(blob=bundle, task=app))
-        self._deps.rows.create(relay, app, signed, name)
+        self._deps.rows.create(relay, app, signed, name, label)
         self._enter(relay, signed)
         event(_log, logging.INFO, "relay.started", relay=relay, app=app)
         return relay

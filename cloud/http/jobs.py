@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import anyio.from_thread
 import anyio.to_thread
-from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi import APIRouter, HTTPException, Path, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import Field
 from starlette.requests import ClientDisconnect
@@ -22,6 +22,7 @@ from cloud.state.blobs import BlobStore
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.hashing import HashingFile
+from edgefl.protocols.labels import meant_by
 from edgefl.protocols.messages import BlobRef
 
 MAX_NAME_CHARS = 500
@@ -40,10 +41,17 @@ class JobRequest(Body):
     parted: bool = False  # the parameters are what is trained and the buffers, and `frozen` all other tensors
     frozen: BlobRef | None = None
     name: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the task, for people
+    label: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the job, for people
     config: dict[str, Any] = Field(default_factory=dict)
     key: str | None = Field(
         default=None, pattern="^[0-9a-f]{32}$"
     )  # of this request: sent again, it starts nothing new
+
+
+class RoundMetrics(Body):
+    """Metrics of the model after a round; null = not a finite number."""
+
+    metrics: dict[Annotated[str, Field(max_length=MAX_NAME_CHARS)], Annotated[float, Field(strict=True)] | None]
 
 
 @operator.put(UPLOAD_PATH)
@@ -78,15 +86,16 @@ def submit(body: JobRequest, here: Here) -> dict[str, str]:
     config = from_dict(JobConfig, body.config)
     job = here.jobs.submit(
         body.task, body.bundle, body.parameters, body.buffers, config, body.key, parted=body.parted,
-        frozen=body.frozen, name=body.name,
+        frozen=body.frozen, name=body.name, label=body.label,
     )  # fmt: skip
     return {"id": job}
 
 
 @operator.get("/v1/jobs")
-def jobs(here: Here) -> list[dict[str, Any]]:
-    """Return every job and relay, the newest first."""
+def jobs(here: Here, named: str | None = None) -> list[dict[str, Any]]:
+    """Return every job and relay, the newest first; with `named`, those that it may mean (see `meant_by`)."""
     found = [*here.jobs.list(), *here.relays.rows()]
+    found = found if named is None else meant_by(named, found)
     return sorted(found, key=lambda row: row["created_s"], reverse=True)
 
 
@@ -105,6 +114,17 @@ def cancel(job: str, here: Here) -> dict[str, Any]:
         return {"id": job, "state": here.relays.get(job)["state"]}
     known(here.jobs.cancel, job)
     return {"id": job, "state": here.jobs.row(job)["state"]}
+
+
+@operator.put("/v1/jobs/{job}/rounds/{number}/metrics")
+def keep_metrics(
+    job: str, number: Annotated[int, Path(ge=0, lt=1 << 31)], body: RoundMetrics, here: Here
+) -> dict[str, bool]:
+    """Store metrics that an operator measured of the model after a round; the last value of a name is kept."""
+    if _is_relay(job):
+        raise ConfigError(f"{job} relays a Flower app's messages; its metrics are its ServerApp's")
+    known(here.jobs.row, job)
+    return {"kept": here.jobs.keep_metrics(job, number, body.metrics)}
 
 
 @operator.get("/v1/jobs/{job}/events")

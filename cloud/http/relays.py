@@ -33,6 +33,7 @@ class RelayRequest(Body):
     app: str = Field(max_length=500)  # module:attribute of its ClientApp
     bundle: BlobRef
     name: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the app, for people
+    label: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the run, for people
 
 
 class OneMessage(Body):
@@ -69,7 +70,7 @@ def start(body: RelayRequest, here: Here) -> dict[str, str]:
     """Begin a relay."""
     if not here.blobs.has(body.bundle.sha256):
         raise ConfigError(f"the app's bundle {body.bundle.sha256[:16]}... is not in the cloud; upload it first")
-    return {"id": here.relays.start(body.app, body.bundle, body.name)}
+    return {"id": here.relays.start(body.app, body.bundle, body.name, body.label)}
 
 
 @operator.put("/{relay}/contents/{sha256}")

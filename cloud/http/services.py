@@ -29,6 +29,7 @@ class JobService(Protocol):
     def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
+        label: str | None = None,
     ) -> str:  # fmt: skip
         """Start a job and return its id; raises ConfigError or ProtocolError for what cannot be run."""
 
@@ -46,6 +47,9 @@ class JobService(Protocol):
 
     def rounds_after(self, job: str, number: int, limit: int | None = None) -> Rows:
         """Return the outcomes of the finished rounds above `number`, in order, at most `limit`."""
+
+    def keep_metrics(self, job: str, number: int, metrics: Mapping[str, float | None]) -> bool:
+        """Store evaluated metrics of a finished round; False if the round is no longer kept."""
 
     def wait(self, job: str, rounds_seen: int, timeout_s: float) -> bool:
         """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""

@@ -11,7 +11,7 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from edgefl.aggregation import rule_kind
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, NotFound
+from edgefl.protocols.labels import check_label
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 from edgefl.records import RoundOutcome
@@ -32,6 +33,7 @@ from edgefl.trees import SpooledTree
 
 Rows = list[dict[str, Any]]
 
+MAX_EVALUATED = 200  # evaluated metrics of one round
 ENDED = frozenset({"done", "failed", "cancelled"})
 
 
@@ -71,6 +73,7 @@ class Jobs:
         self._blobs = blobs
         self._sign = sign
         self._changed = threading.Condition()
+        self._evaluating = threading.Lock()
         self.started: Callable[[str], None] = lambda _job: None
         self.cancelled: Callable[[str], None] = lambda _job: None
         self.followers = Followers()
@@ -79,13 +82,15 @@ class Jobs:
     def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
+        label: str | None = None,
     ) -> str:  # fmt: skip
         """Start a job and return its id; raises ConfigError if it could only fail, ProtocolError for an invalid tree.
 
         A request that is sent again with the same `key`, because its reply was lost, returns the same job. If the
         tensors are `parted`, `parameters` has the trained tensors and the buffers, and `frozen` all others. `name` is
-        for display.
+        the task's, `label` the job's; both are for people.
         """
+        check_label(label)
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
             return job
@@ -106,6 +111,7 @@ class Jobs:
             "id": job,
             "task": task,
             "name": name,
+            "label": label,
             "bundle": dataclasses.asdict(self._sign(Bundle(blob=bundle, task=task))),
             "config": dataclasses.asdict(config),
             "buffers": list(buffers),
@@ -225,10 +231,14 @@ class Jobs:
         self._notify()
 
     def list(self) -> Rows:
-        """Return every job as the REST plane shows it, the newest first."""
+        """Return every job as the REST plane shows it, the newest first, with the metrics of its last round."""
+        last = (rounds.c.job == jobs.c.id) & (rounds.c.round == jobs.c.rounds_done)
+        found = sa.select(jobs, rounds.c.outcome, rounds.c.evaluated).join_from(jobs, rounds, last, isouter=True)
         with self._engine.begin() as db:
-            found = db.execute(jobs.select().order_by(jobs.c.created_s.desc())).mappings()
-            return [self._shown(row) for row in found]
+            return [
+                self._shown(row) | {"metrics": _round_json(row)["metrics"] if row["outcome"] else {}}
+                for row in db.execute(found.order_by(jobs.c.created_s.desc())).mappings()
+            ]
 
     def get(self, job: str) -> dict[str, Any]:
         """Return one job with the rounds that are kept; raises NotFound for an unknown id."""
@@ -247,10 +257,36 @@ class Jobs:
         return self.followers.reading(job, after)
 
     def rounds_after(self, job: str, number: int, limit: int | None = None) -> Rows:
-        """Return the outcomes of the finished rounds above `number`, at most `limit`."""
+        """Return the outcomes of the finished rounds above `number`, with what was evaluated; at most `limit`."""
         later = (rounds.c.job == job) & (rounds.c.round > number) & rounds.c.outcome.is_not(sa.null())
+        columns = sa.select(rounds.c.outcome, rounds.c.evaluated)
         with self._engine.begin() as db:
-            return Rows(db.scalars(sa.select(rounds.c.outcome).where(later).order_by(rounds.c.round).limit(limit)))
+            found = db.execute(columns.where(later).order_by(rounds.c.round).limit(limit)).mappings()
+            return [_round_json(row) for row in found]
+
+    def keep_metrics(self, job: str, number: int, metrics: Mapping[str, float | None]) -> bool:
+        """Store metrics of the model after a finished round, beside those that the round itself has.
+
+        Called again, the last value of a name is kept; None = not a finite number. Returns False for a round that is
+        no longer kept. Raises NotFound for an unknown job, ConfigError for a round that is not finished, and for more
+        than MAX_EVALUATED names.
+        """
+        done = int(self.row(job)["rounds_done"])
+        if not 1 <= number <= done:
+            raise ConfigError(f"job {job} has finished {done} rounds; round {number} has no model to evaluate yet")
+        here = (rounds.c.job == job) & (rounds.c.round == number)
+        with self._evaluating, self._engine.begin() as db:
+            row = db.execute(sa.select(rounds.c.evaluated).where(here)).one_or_none()
+            if row is None:
+                return False
+            kept = {**(row.evaluated or {}), **metrics}
+            if len(kept) > MAX_EVALUATED:
+                raise ConfigError(
+                    f"round {number} of job {job} would have {len(kept)} evaluated metrics; at most {MAX_EVALUATED} "
+                    "are kept"
+                )
+            db.execute(rounds.update().where(here).values(evaluated=kept))
+        return True
 
     def wait(self, job: str, rounds_seen: int, timeout_s: float) -> bool:
         """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""
@@ -293,6 +329,7 @@ class Jobs:
             | {name: row[name] for name in names}
             | {
                 "name": row["name"] or row["task"],
+                "label": row["label"],
                 "waiting": (self.waiting() or None) if row["state"] == "running" else None,
                 "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
                 "frozen": None if (frozen := _frozen_of(row)) is None else dataclasses.asdict(frozen),
@@ -302,6 +339,14 @@ class Jobs:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+def _round_json(row: Any) -> dict[str, Any]:
+    """Return a finished round with all its metrics; `evaluated` names those that an operator measured."""
+    outcome: dict[str, Any] = row["outcome"]
+    if not row["evaluated"]:
+        return outcome
+    return outcome | {"metrics": {**outcome["metrics"], **row["evaluated"]}, "evaluated": list(row["evaluated"])}
 
 
 def _frozen_of(row: Any) -> BlobRef | None:

@@ -42,10 +42,10 @@ class RelayRows:
         self._engine = engine
         self._clock = clock
 
-    def create(self, relay: str, app: str, bundle: Signed, name: str | None = None) -> None:
+    def create(self, relay: str, app: str, bundle: Signed, name: str | None = None, label: str | None = None) -> None:
         """Create a running relay."""
-        values = {"id": relay, "app": app, "name": name, "bundle": dataclasses.asdict(bundle), "state": "running",
-                  "sent": 0, "answered": 0, "created_s": self._clock()}  # fmt: skip
+        values = {"id": relay, "app": app, "name": name, "label": label, "bundle": dataclasses.asdict(bundle),
+                  "state": "running", "sent": 0, "answered": 0, "created_s": self._clock()}  # fmt: skip
         with self._engine.begin() as db:
             db.execute(relays.insert().values(values))
 
@@ -128,5 +128,5 @@ def _message(row: Any) -> RelayMessage:
 
 def _shown(row: Any) -> dict[str, Any]:
     names = ("id", "state", "sent", "answered", "error", "created_s", "ended_s")
-    shown = {"kind": "relay", "task": row["app"], "name": row["name"] or row["app"]}
+    shown = {"kind": "relay", "task": row["app"], "name": row["name"] or row["app"], "label": row["label"]}
     return shown | {name: row[name] for name in names}

@@ -68,7 +68,8 @@ jobs = sa.Table(
     sa.Column("parted", sa.Boolean),  # whether parameters are only trained tensors and buffers; NULL = not known
     sa.Column("frozen_sha256", sa.String),  # all other tensors of the model, until the job is done
     sa.Column("frozen_size", sa.Integer),
-    sa.Column("name", sa.String),  # display name; NULL = `task`
+    sa.Column("name", sa.String),  # display name of the task; NULL = `task`
+    sa.Column("label", sa.String),  # the name that its operator gave it (--name), if any
 )
 
 rounds = sa.Table(
@@ -78,6 +79,7 @@ rounds = sa.Table(
     sa.Column("round", sa.Integer, primary_key=True),
     sa.Column("cohort", sa.JSON, nullable=False),
     sa.Column("outcome", sa.JSON),  # RoundOutcome.as_json() and the model after it; NULL = open
+    sa.Column("evaluated", sa.JSON),  # metrics of the model after it, from operators; null = not a finite number
 )
 
 updates = sa.Table(
@@ -104,7 +106,8 @@ relays = sa.Table(
     sa.Column("error", sa.String),
     sa.Column("created_s", sa.Float, nullable=False),
     sa.Column("ended_s", sa.Float),
-    sa.Column("name", sa.String),  # display name; NULL = `app`
+    sa.Column("name", sa.String),  # display name of the app; NULL = `app`
+    sa.Column("label", sa.String),  # the name that its operator gave it (--name), if any
 )
 
 errands = sa.Table(  # messages of running relays that the operator has not confirmed

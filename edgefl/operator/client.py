@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from edgefl.config import JobConfig
-from edgefl.errors import BlobDamaged, CloudRefused, CloudUnreachable, NotFound, ProtocolError
+from edgefl.errors import BlobDamaged, CloudRefused, CloudUnreachable, ConfigError, NotFound, ProtocolError
 from edgefl.operator.credentials import Credentials, load_credentials, tls_context, write_operator_credentials
 from edgefl.protocols.addresses import other_scheme
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.fields import from_json, parse_json
+from edgefl.protocols.labels import meant_by
 from edgefl.protocols.messages import BlobRef
 from edgefl.terminal.text import for_json, one_line
 
@@ -37,6 +39,8 @@ CONNECT_S = 10.0
 ANSWER_S = 60.0  # timeout for the next bytes of an answer; streams send heartbeats far more often
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+MAX_TOLD = 8  # jobs in a message
+NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 
 _NOT_WELL = 503
 _PASSING = range(502, 505)
@@ -147,22 +151,43 @@ class CloudClient:
     def submit_job(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
+        label: str | None = None,
     ) -> str:  # fmt: skip
         """Start a job from uploaded parts, and return its id; repeated calls with the same `key` start one job.
 
-        `name` is the task's name for people.
+        `name` is the task's name, `label` the job's; both are for people.
 
         If `parted`, `parameters` holds the trained tensors and the buffers, and `frozen` all others.
         """
         body = {"task": task, "bundle": bundle, "parameters": parameters, "buffers": buffers, "config": config}
         body |= {} if key is None else {"key": key}
         body |= {} if name is None else {"name": name}
+        body |= {} if label is None else {"label": label}
         body |= {"parted": True, "frozen": frozen} if parted else {}
         return str(self._json("POST", "/v1/jobs", body)["id"])
 
     def jobs(self) -> list[Json]:
         """Return every job, the newest first."""
         return self._list("/v1/jobs")
+
+    def find_job(self, word: str) -> str:
+        """Return the id of the job that is meant by its id, the beginning of its id, or its name (`run --name`).
+
+        Raises NotFound if there is none, ConfigError if there are several.
+        """
+        found = meant_by(word, self._list("/v1/jobs", {"named": word}))  # a cloud that does not know `named` sends all
+        if len(found) == 1:
+            return str(found[0]["id"])
+        if not found:
+            raise NotFound(f"there is no job {word!r}; list them with `edgefl jobs list`")
+        several = ", ".join(f"{one['id']} ({one.get('label') or one['name']})" for one in found[:MAX_TOLD])
+        more = f" and {len(found) - MAX_TOLD} more" if len(found) > MAX_TOLD else ""
+        raise ConfigError(f"{word!r} may be any of these jobs: {several}{more}. Give the id of one")
+
+    def keep_metrics(self, job: str, number: int, metrics: Mapping[str, float]) -> None:
+        """Store metrics of a job's model after a round; the last value of a name is kept."""
+        body = {"metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()}}
+        self._json("PUT", f"/v1/jobs/{quote(job, safe='')}/rounds/{number}/metrics", body)
 
     def job(self, job: str) -> Json:
         """Return a job with its rounds."""
@@ -176,9 +201,10 @@ class CloudClient:
         """Yield the rounds after number `after` as they finish, then the job's end; over one connection."""
         return self._lines(f"/v1/jobs/{quote(job, safe='')}/events", {"after": after})
 
-    def start_relay(self, app: str, bundle: BlobRef, name: str | None = None) -> str:
+    def start_relay(self, app: str, bundle: BlobRef, name: str | None = None, label: str | None = None) -> str:
         """Start a relay for a Flower app from its uploaded bundle, and return its id."""
         body = {"app": app, "bundle": bundle} | ({} if name is None else {"name": name})
+        body |= {} if label is None else {"label": label}
         return str(self._json("POST", "/v1/relays", body)["id"])
 
     def put_content(self, relay: str, data: bytes, sha256: str) -> None:
@@ -257,9 +283,9 @@ class CloudClient:
             answer = self._http.request(method, path, content=content, headers={"Content-Type": "application/json"})
         return _record(_decoded(answer))
 
-    def _list(self, path: str) -> list[Json]:
+    def _list(self, path: str, params: Mapping[str, str] = NO_PARAMS) -> list[Json]:
         with self._deadline():
-            answer = self._http.get(path)
+            answer = self._http.get(path, params=dict(params))
         value = _decoded(answer)
         if not isinstance(value, list):
             raise ProtocolError(_STRANGE.format(url=answer.request.url))

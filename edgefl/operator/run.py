@@ -18,10 +18,11 @@ from typing import Any
 from edgefl.aggregation import rule_kind
 from edgefl.bundle import pack_bundle
 from edgefl.config import Config, JobConfig, config_of
-from edgefl.errors import BlobDamaged, JobCancelled, JobFailed, NotFound
+from edgefl.errors import BlobDamaged, CloudRefused, JobCancelled, JobFailed, NotFound
 from edgefl.measure import peak_rss_mb
 from edgefl.operator.client import CloudClient, Json, Patience, insist, load_credentials
 from edgefl.operator.follow import follow_job
+from edgefl.protocols.labels import check_label
 from edgefl.protocols.messages import BlobRef
 from edgefl.records import RoundReport
 from edgefl.task import Task, load_task
@@ -43,6 +44,7 @@ class WatchCallbacks:
 
     on_round: OnRound = _ignore
     on_waiting: Callable[[str], None] = _ignore  # gets what the cloud waits for; empty when the wait is over
+    on_note: Callable[[str], None] = _ignore  # gets what else the operator should know, once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,30 +76,32 @@ def run(  # noqa: PLR0913 - one a thing to choose, all with a default
     task: str, *, cloud: str | None = None, config: Config = None,
     set: Mapping[str, Any] | None = None,  # noqa: A002 - as the command's --set
     credentials: Path | None = None, on_round: OnRound | None = None, out: Path | None = None,
+    name: str | None = None,
 ) -> RunResult:  # fmt: skip
     """Train a task on the fleet of a cloud, from submission to the last model.
 
     `task` is `package.module:attribute` or a folder. `config` is a configuration, a TOML file's path or a mapping such
     as {"train": {"lr": 0.1}}, which `set`, such as {"train.lr": 0.1}, overrides. `out` is the path for the model
-    (safetensors).
+    (safetensors). `name` is a name for the job, for `edgefl jobs`.
     Raises JobFailed, JobCancelled, CloudUnreachable, ConfigError and TaskError.
     """
     chosen, loaded = config_of(JobConfig, config, set), load_task(task)
     with CloudClient(cloud, load_credentials(credentials)) as client:
-        job = submit(client, task, loaded, chosen)
+        job = submit(client, task, loaded, chosen, label=name)
         return watch(client, job, loaded, WatchCallbacks(on_round=on_round or _ignore), out=out)
 
 
-def submit(
+def submit(  # noqa: PLR0913 - one a thing that may be chosen
     client: CloudClient, reference: str, task: Task, config: JobConfig, patience: Patience | None = None, *,
-    on_ask: Callable[[], None] = _ignore,
+    label: str | None = None, on_ask: Callable[[], None] = _ignore,
 ) -> str:  # fmt: skip
     """Upload a task and its first parameters, start the job and return its id; survives restarts of the cloud.
 
     `on_ask` is called when all is uploaded: from then on the job may run, even if this process ends. An unknown
-    aggregation rule raises ConfigError before anything is uploaded.
+    aggregation rule, or a `label` that is no name for a job, raises ConfigError before anything is uploaded.
     """
     rule_kind(config.aggregation.rule)
+    check_label(label)
     packed = pack_bundle(reference)
     parts = parts_of(task, config.train.seed)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
@@ -107,7 +111,7 @@ def submit(
     on_ask()
     return insist(
         lambda: client.submit_job(packed.task, bundle, tree, parts.buffers, config, key, parted=True, frozen=frozen,
-                                  name=packed.name),
+                                  name=packed.name, label=label),
         patience,
     )  # fmt: skip
 
@@ -117,8 +121,9 @@ def watch(
     out: Path | None = None, patience: Patience | None = None,
 ) -> RunResult:  # fmt: skip
     """Follow a job to its end, also over restarts of the cloud; raises JobFailed or JobCancelled."""
-    judge = JobJudge(client, task, patience) if task is not None else None
     callbacks = callbacks or WatchCallbacks()
+    judge = JobJudge(client, task, patience) if task is not None else None
+    keeper = MetricsKeeper(client, job, patience, callbacks.on_note)
     rounds: list[RoundReport] = []
     end: Json = {}
     for event in follow_job(client, job, patience=patience, on_waiting=callbacks.on_waiting):
@@ -127,6 +132,7 @@ def watch(
             continue
         outcome = RoundReport.from_json(event)
         judged = judge(outcome) if judge is not None else {}
+        keeper.keep(outcome.round, judged)
         rounds.append(replace(outcome, metrics={**outcome.metrics, **judged}))
         callbacks.on_round(rounds[-1])
     if end["state"] == "cancelled":
@@ -144,6 +150,26 @@ def watch(
         seconds=float(times["ended_s"]) - float(times["created_s"]),
         model=model,
     )
+
+
+class MetricsKeeper:
+    """Stores what is evaluated here with the job's rounds in the cloud; a cloud that refuses is told once."""
+
+    def __init__(
+        self, client: CloudClient, job: str, patience: Patience | None = None, tell: Callable[[str], None] = _ignore
+    ) -> None:
+        self._client, self._job, self._patience, self._tell = client, job, patience, tell
+        self._refused = False
+
+    def keep(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Store a round's metrics, if there are any; raises CloudUnreachable when patience ends."""
+        if not metrics or self._refused:
+            return
+        try:
+            insist(lambda: self._client.keep_metrics(self._job, number, metrics), self._patience)
+        except (NotFound, CloudRefused) as error:
+            self._refused = True
+            self._tell(f"the cloud does not keep the evaluated metrics: {error}. An older cloud cannot; update it")
 
 
 class JobJudge:

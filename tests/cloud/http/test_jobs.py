@@ -200,3 +200,40 @@ def test_a_job_that_is_not_there_is_a_404(http, method, path):
 
 def test_events_after_a_negative_round_are_refused(http):
     assert http.get("/v1/jobs/j/events", params={"after": -1}).status_code == 400
+
+
+def test_metrics_of_a_round_are_stored_by_the_operator_alone(http, http_plane):
+    http_plane.jobs.started = lambda _job: None
+    job = http.post("/v1/jobs", json=job_body(http_plane)).json()["id"]
+    finish_round(http_plane, job, 1)
+    path = f"/v1/jobs/{job}/rounds/1/metrics"
+    assert http.put(path, json={"metrics": {"accuracy": 0.5, "f1": None}}).json() == {"kept": True}
+    shown = {"train_loss": 0.5, "accuracy": 0.5, "f1": None}
+    assert http.get(f"/v1/jobs/{job}").json()["rounds"][0]["metrics"] == shown
+    assert http.get("/v1/jobs").json()[0]["metrics"] == shown
+    assert http.put(path, json={"metrics": {}}, headers={"Authorization": "Bearer x"}).status_code == 401
+    assert http.put("/v1/jobs/job-0/rounds/1/metrics", json={"metrics": {}}).status_code == 404
+    assert http.put(f"/v1/jobs/{job}/rounds/2/metrics", json={"metrics": {}}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    ['{"a": NaN}', '{"a": Infinity}', '{"a": "0.5"}', '{"a": true}', '{"a\\u0007": 1.0}', f'{{"{"x" * 501}": 1.0}}',
+     "[1.0]", "{" + ",".join(f'"{number}": 1.0' for number in range(201)) + "}"],
+)  # fmt: skip
+def test_metrics_that_could_not_be_shown_are_refused(http, http_plane, metrics):
+    http_plane.jobs.started = lambda _job: None
+    job = http.post("/v1/jobs", json=job_body(http_plane)).json()["id"]
+    finish_round(http_plane, job, 1)
+    answer = http.put(f"/v1/jobs/{job}/rounds/1/metrics", content=f'{{"metrics": {metrics}}}')
+    assert answer.status_code == 400, answer.text
+    assert http_plane.jobs.get(job)["rounds"][0]["metrics"] == {"train_loss": 0.5}
+
+
+def test_jobs_are_found_by_what_an_operator_calls_them(http, http_plane):
+    http_plane.jobs.started = lambda _job: None
+    job = http.post("/v1/jobs", json=job_body(http_plane, label="first try")).json()["id"]
+    relay = http_plane.relays.start("app:app", http_plane.blobs.put(b"zip"), label="first try")
+    for word, found in {"first try": {job, relay}, job: {job}, relay[:8]: {relay}, "none": set()}.items():
+        assert {one["id"] for one in http.get("/v1/jobs", params={"named": word}).json()} == found
+    assert http.post("/v1/jobs", json=job_body(http_plane, label="a\nb")).status_code == 400

@@ -221,3 +221,48 @@ def test_the_latest_rounds_are_kept_and_those_that_are_still_read(home):
         assert finish([31]) == list(range(26, 32))
     assert len(jobs.get(other)["rounds"]) == 1
     assert "rounds" not in jobs.row(job)
+
+
+def test_evaluated_metrics_are_kept_with_their_round_beside_its_own(home):
+    jobs, blobs, _ = home
+    job = submit(jobs, blobs)
+    for number in (1, 2):
+        jobs.open_round(job, number, ("a", "b"))
+        jobs.finish_round(outcome(job, number), blobs.put_tree({"w": np.full(2, number)}), None)
+    assert jobs.keep_metrics(job, 1, {"accuracy": 0.5, "f1": None})
+    assert jobs.keep_metrics(job, 1, {"accuracy": 0.75})  # the last value of a name is kept
+    first, second = jobs.get(job)["rounds"]
+    assert first["metrics"] == {"loss": 0.5, "accuracy": 0.75, "f1": None}
+    assert first["evaluated"] == ["accuracy", "f1"]
+    assert (second["metrics"], "evaluated" in second) == ({"loss": 0.5}, False)
+    assert jobs.rounds_after(job, 0, 1) == [first]
+    assert jobs.list()[0]["metrics"] == {"loss": 0.5}
+    jobs.keep_metrics(job, 2, {"loss": 0.25})  # shown in place of the round's own, which stays as it was
+    assert jobs.list()[0]["metrics"] == {"loss": 0.25}
+
+
+def test_metrics_of_a_round_that_is_not_kept_or_not_finished_are_not_stored(home):
+    jobs, blobs, _ = home
+    job = submit(jobs, blobs)
+    assert jobs.list()[0]["metrics"] == {}
+    with pytest.raises(NotFound):
+        jobs.keep_metrics("job-0", 1, {"a": 1.0})
+    for number in (0, 1):
+        with pytest.raises(ConfigError, match="has finished 0 rounds"):
+            jobs.keep_metrics(job, number, {"a": 1.0})
+    for number in (1, 2):
+        jobs.open_round(job, number, ("a", "b"))
+        jobs.finish_round(outcome(job, number), blobs.put_tree({"w": np.full(2, number)}), None, kept_rounds=1)
+    assert jobs.keep_metrics(job, 1, {"a": 1.0}) is False
+    with pytest.raises(ConfigError, match="at most 200"):
+        jobs.keep_metrics(job, 2, {str(number): 1.0 for number in range(201)})
+    assert jobs.get(job)["rounds"][0]["metrics"] == {"loss": 0.5}
+
+
+def test_a_job_keeps_the_name_that_its_operator_gave_it(home):
+    jobs, blobs, _ = home
+    parts = blobs.put(b"zip"), blobs.put_tree({"w": np.zeros(1, np.float32)})
+    jobs.submit("t:t", *parts, (), JobConfig(), name="digits", label="first try")
+    assert [(one["name"], one["label"]) for one in jobs.list()] == [("digits", "first try")]
+    with pytest.raises(ConfigError, match="--name"):
+        jobs.submit("t:t", *parts, (), JobConfig(), label="job-1")

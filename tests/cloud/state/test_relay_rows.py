@@ -54,8 +54,8 @@ def test_a_relay_ends_once_with_all_that_waits_in_it(rows):
     assert rows.messages("relay-1") == []
     assert rows.list() == [rows.get("relay-1")]
     assert rows.get("relay-1") == {
-        "kind": "relay", "task": "app:app", "name": "app:app", "id": "relay-1", "state": "failed", "sent": 1,
-        "answered": 0,
+        "kind": "relay", "task": "app:app", "name": "app:app", "label": None, "id": "relay-1",
+        "state": "failed", "sent": 1, "answered": 0,
         "error": "why", "created_s": 100.0, "ended_s": 100.0,
     }  # fmt: skip
 

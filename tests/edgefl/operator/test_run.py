@@ -10,7 +10,7 @@ import pytest
 
 import edgefl
 from edgefl.config import JobConfig, RoundsConfig, TrainConfig
-from edgefl.errors import BlobDamaged, CloudRefused, ConfigError, JobCancelled, JobFailed
+from edgefl.errors import BlobDamaged, CloudRefused, ConfigError, JobCancelled, JobFailed, NotFound
 from edgefl.operator.client import CloudClient, Patience, load_credentials
 from edgefl.operator.follow import follow_job
 from edgefl.operator.run import WatchCallbacks, download, submit, watch
@@ -180,3 +180,55 @@ def test_parameters_arrive_as_they_were(http_plane, trainers, plain_task, client
     job = submit(client, str(plain_task), load_task(str(plain_task)), CONFIG)
     tree = SpooledTree(http_plane.blobs.path(http_plane.jobs.load(job).model.sha256))
     np.testing.assert_array_equal(tree["w"], np.zeros(2, np.float32))
+
+
+def test_what_is_evaluated_is_kept_with_the_job_in_the_cloud(http_plane, trainers, torch_task, client):
+    result = edgefl.run(str(torch_task), credentials=http_plane.credentials, config=CONFIG, name="first try")
+    assert [one["metrics"] for one in http_plane.jobs.get(result.job)["rounds"]] == [
+        dict(one.metrics) for one in result.rounds
+    ]
+    assert client.jobs()[0]["metrics"] == result.final
+    assert client.find_job("first try") == result.job
+    assert watch(client, result.job).final == result.final  # without the task: what an operator measured before
+
+
+def test_a_metric_that_is_not_finite_is_kept_as_null(http_plane, trainers, plain_task, client):
+    job = edgefl.run(str(plain_task), credentials=http_plane.credentials, config=CONFIG).job
+    client.keep_metrics(job, 1, {"r2": float("nan"), "f1": 0.5})
+    assert http_plane.jobs.get(job)["rounds"][0]["metrics"] == {"train_loss": 0.5, "r2": None, "f1": 0.5}
+    first = watch(client, job).rounds[0].metrics
+    assert (first["f1"], np.isnan(first["r2"])) == (0.5, True)
+
+
+class KeepsNone(CloudClient):
+    """A cloud from before it kept metrics."""
+
+    def keep_metrics(self, job, number, metrics):
+        self._json("PUT", "/v1/not-there", {})
+
+
+def test_a_cloud_that_cannot_keep_metrics_costs_one_line(http_plane, trainers, torch_task):
+    said = []
+    with KeepsNone(None, load_credentials(http_plane.credentials)) as client:
+        task = load_task(str(torch_task))
+        job = submit(client, str(torch_task), task, CONFIG)
+        result = watch(client, job, task, WatchCallbacks(on_note=said.append))
+    assert result.final["accuracy"] > 0.9
+    assert [one[:45] for one in said] == ["the cloud does not keep the evaluated metrics"]
+
+
+def test_a_name_that_is_none_starts_nothing(http_plane, trainers, plain_task):
+    with pytest.raises(ConfigError, match="--name 'job-1'"):
+        edgefl.run(str(plain_task), credentials=http_plane.credentials, config=CONFIG, name="job-1")
+    assert (http_plane.jobs.list(), list((http_plane.folder / "blobs").iterdir())) == ([], [])
+
+
+def test_a_word_for_several_jobs_is_told_with_their_ids(http_plane, trainers, plain_task, client):
+    jobs = [
+        edgefl.run(str(plain_task), credentials=http_plane.credentials, config=CONFIG, name="twice").job for _ in "ab"
+    ]
+    with pytest.raises(ConfigError, match="'twice' may be any of these jobs") as told:
+        client.find_job("twice")
+    assert all(job in str(told.value) for job in jobs)
+    with pytest.raises(NotFound, match="there is no job 'once'"):
+        client.find_job("once")
