@@ -1,8 +1,10 @@
 """Static quantisation to int8, under a gate.
 
 Pre-processing first (shapes inferred, batch norm folded), then QDQ with unsigned activations and
-signed weights per channel: x86 has kernels for this form (S8S8 is fused far less often). The caller's
-function (`edgefl.models.gate`) measures the loss in quality before anything is published.
+signed weights per channel: x86 has kernels for this form (S8S8 is fused far less often). Weights use 7 of the 8 bits:
+x86 without VNNI adds pairs of products in 16 bits, which saturate with 8, and then outputs differ between CPUs
+(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html#when-and-why-do-i-need-to-try-u8u8).
+The caller's function (`edgefl.models.gate`) measures the loss in quality before anything is published.
 Invariant: the target file exists only if the drop was within `max_drop`.
 """
 
@@ -137,6 +139,7 @@ def _quantise(source: Path, folder: Path, calibration: Array) -> Path:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            reduce_range=True,
         )
     return quantised
 

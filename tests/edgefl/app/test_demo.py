@@ -30,7 +30,7 @@ def test_the_whole_loop(tmp_path, broker):
         command,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=500,
         check=False,
         env=environment(tmp_path),
     )

@@ -112,3 +112,27 @@ def test_a_source_that_is_no_model(tmp_path, samples):
     (tmp_path / "m.onnx").write_bytes(b"?")
     with pytest.raises(ConfigError, match="not a model"):
         compress(tmp_path / "m.onnx", tmp_path / "q", calibration=samples[0], evaluate=lambda _: 1.0, max_drop=0.1)
+
+
+def test_integer_kernels_do_not_saturate_on_any_cpu(tmp_path):
+    """Without VNNI, x86 adds pairs of 8-bit products in 16 bits: two of 255 * 127 are more than those hold."""
+    import onnxruntime
+
+    inputs = np.ones((100, FEATURES), np.float32)
+    up, down = np.ones((FEATURES, WIDTH), np.float32), np.ones((WIDTH, CLASSES), np.float32)
+    source, target = dense_model(tmp_path / "m.onnx"), tmp_path / "q.onnx"
+    model = onnx.load(source)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([numpy_helper.from_array(up, "up"), numpy_helper.from_array(down, "down")])
+    onnx.save(model, source)
+    compress(source, target, calibration=inputs, evaluate=lambda _: 1.0, max_drop=0.0)
+    in_floats = onnxruntime.SessionOptions()
+    in_floats.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    by_integers, by_floats = (
+        onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"]).run(
+            None, {"input": inputs}
+        )[0]
+        for options in (onnxruntime.SessionOptions(), in_floats)
+    )
+    np.testing.assert_allclose(by_floats, FEATURES * WIDTH, rtol=0.01)
+    np.testing.assert_allclose(by_integers, by_floats, rtol=0.01)

@@ -27,7 +27,7 @@ from edgefl.errors import ConfigError, MissingExtra
 from edgefl.measure import num_cores
 
 CONNECT_S = 5.0
-HEALTH_S = 15.0  # mostly for the import of Ray
+HEALTH_S = 60.0  # mostly for the import of Ray
 MAX_SOCKET_FOLDER = 40  # characters; Ray creates sockets below it, whose paths are limited to 107
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

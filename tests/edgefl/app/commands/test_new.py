@@ -30,7 +30,7 @@ def invoke(*arguments):
 
 def run(*command, cwd=None):
     command = [sys.executable, "-m", *map(str, command)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=cwd)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
