@@ -21,8 +21,8 @@ from edgefl.terminal.output import INTERRUPTED
 _GROUP = "edgefl.commands"
 OWN: Mapping[str, str] = {
     "demo": "edgefl.app.demo:demo",
-    "devices": "edgefl.app.commands.fleet:devices",
-    "jobs": "edgefl.app.commands.fleet:jobs",
+    "devices": "edgefl.app.commands.devices:devices",
+    "jobs": "edgefl.app.commands.jobs:jobs",
     "models": "edgefl.app.commands.models:models",
     "new": "edgefl.app.commands.new:new",
     "rollout": "edgefl.app.commands.models:rollout",

@@ -46,7 +46,8 @@ def check_request(model: str, max_drop: float | str, *files: Path | None) -> Non
 
 def trained_job(client: CloudClient, job: str) -> Json:
     """Return a job whose model was trained for at least one round; raises ConfigError otherwise, or NotFound."""
-    found = client.job(job)
+    found = client.job(client.find_job(job))
+    job = found["id"]
     if found["kind"] == "relay":
         raise ConfigError(
             f"{job} carries a Flower app's messages, so the cloud has no model of it; `edgefl run --out` wrote the "

@@ -31,11 +31,11 @@ _T = TypeVar("_T")
 class Relay:
     """One running relay. A context manager: leaving it ends the relay as done, failed or cancelled. Thread-safe."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one a thing that may be chosen
         self, client: Callable[[], CloudClient], app: str, bundle: BlobRef, patience: Patience | None = None, *,
-        name: str | None = None, on_waiting: Callable[[str], None] | None = None,
+        name: str | None = None, label: str | None = None, on_waiting: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
-        self._open, self._app, self._bundle, self._name = client, app, bundle, name
+        self._open, self._app, self._bundle, self._name, self._label = client, app, bundle, name, label
         self._waits = Waits(on_waiting)
         self.told_paused_s = 0.0  # as last reported by the cloud: for how long its timeouts were paused
         self._patience = patience or Patience()
@@ -51,7 +51,9 @@ class Relay:
     def __enter__(self) -> Self:
         with ExitStack() as undo:
             self._client = undo.enter_context(self._open())
-            self.id = insist(lambda: self._client.start_relay(self._app, self._bundle, self._name), self._patience)
+            self.id = insist(
+                lambda: self._client.start_relay(self._app, self._bundle, self._name, self._label), self._patience
+            )
             undo.pop_all()
         self._listener = threading.Thread(target=self._listen, name=f"replies of {self.id}", daemon=True)
         self._listener.start()

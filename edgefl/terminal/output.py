@@ -29,6 +29,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 INTERRUPTED = 130  # exit status after SIGINT, as in shells
+GAP_CHARS = 2  # between the columns of a table
+WRAPPED_CHARS = 10  # a column whose cells may be wrapped needs this much
 NO_STYLES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -52,26 +54,54 @@ class Output:
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str,
-        styles: Mapping[str, str] = NO_STYLES,
+        styles: Mapping[str, str] = NO_STYLES, *, whole: Sequence[str] = (), spare: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """Print a table: drawn on a terminal, with `styles` for words in it; elsewhere one line per row, with tabs."""
+        """Print a table: drawn on a terminal, with `styles` for words in it; elsewhere one line per row, with tabs.
+
+        On a terminal, cells of the columns `whole`, which people copy, stay on one line; others are wrapped. If there
+        is not enough room, the columns `spare` are left out, in this order, with a note.
+        """
         if not rows:
             self.line(empty)
             return
         texts = [[_shown(cell) for cell in row] for row in rows]
-        stream = sys.stderr if self._to_stderr else sys.stdout
-        if not stream.isatty():
+        if not (sys.stderr if self._to_stderr else sys.stdout).isatty():
             for row in [list(columns), *texts]:
                 self.line("\t".join(row))
             return
+        self._draw(columns, texts, styles, whole, spare)
+
+    def _draw(
+        self, columns: Sequence[str], texts: Sequence[Sequence[str]], styles: Mapping[str, str],
+        whole: Sequence[str], spare: Sequence[str],
+    ) -> None:  # fmt: skip
+        from rich.cells import cell_len
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        console = Console(file=sys.stderr if self._to_stderr else sys.stdout, markup=False, highlight=False)
+        widths = {
+            name: max(cell_len(text) for text in (name, *(row[at] for row in texts))) for at, name in enumerate(columns)
+        }
+        least = {name: width if name in whole else min(width, WRAPPED_CHARS) for name, width in widths.items()}
+        left_out: list[str] = []
+        for name in spare:
+            shown = [one for one in columns if one not in left_out]
+            if sum(least[one] for one in shown) + GAP_CHARS * (len(shown) - 1) <= console.width:
+                break
+            left_out.append(name)
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP_CHARS, 0, 0))
+        for name in columns:
+            if name not in left_out:
+                kept = name in whole
+                table.add_column(name, no_wrap=kept, min_width=widths[name] if kept else None, overflow="fold")
         for row in texts:
-            table.add_row(*(Text(text, styles.get(text, "")) for text in row))
-        Console(file=stream, markup=False, highlight=False).print(table)
+            cells = [text for name, text in zip(columns, row, strict=True) if name not in left_out]
+            table.add_row(*(Text(text, styles.get(text, "")) for text in cells))
+        console.print(table, crop=False)
+        if left_out:
+            self.line(f"(no room for: {', '.join(left_out)}; --json - and wider windows have them)")
 
     def result(self, value: Any) -> None:
         """Write the result to the target of `--json`, if it was given."""
@@ -146,6 +176,14 @@ def counted(number: int, noun: str) -> str:
 def time_text(seconds: float | None) -> str:
     """Return a time of day by this machine's clock; a dash for None."""
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def ago_text(seconds: float) -> str:
+    """Return how long ago something was: `5 s ago`, `3 min ago`, `2 h ago`, `4 d ago`."""
+    for unit_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit_s or (seconds >= unit_s and unit == "min"):
+            return f"{seconds // unit_s:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} s ago"
 
 
 def metrics_text(metrics: Mapping[str, float | None]) -> str:

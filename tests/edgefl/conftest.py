@@ -5,6 +5,11 @@ Its rounds are real, over the tasks' own local training, in a thread, behind the
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import re
+import subprocess
 import sys
 import textwrap
 import threading
@@ -294,3 +299,26 @@ def trainers(http_plane) -> Iterator[Trainers]:
     one.gate.set()
     for thread in one.threads:
         thread.join(20)
+
+
+@pytest.fixture
+def on_terminal(http_plane) -> Callable[..., str]:
+    """`on_terminal(*command, columns=80)`: what `edgefl` prints on a terminal of this width, without its styles."""
+
+    def run(*command: object, columns: int = 80) -> str:
+        ours, theirs = pty.openpty()
+        env = {"EDGEFL_CREDENTIALS": str(http_plane.credentials), "COLUMNS": str(columns), "TERM": "xterm"}
+        arguments = [sys.executable, "-P", "-m", "edgefl", *map(str, command)]
+        with subprocess.Popen(
+            arguments, stdin=theirs, stdout=theirs, stderr=subprocess.STDOUT, env=os.environ | env
+        ) as process:
+            os.close(theirs)
+            shown = b""
+            with contextlib.suppress(OSError):  # EIO: the process has closed the terminal
+                while part := os.read(ours, 1 << 16):
+                    shown += part
+            os.close(ours)
+        assert process.returncode == 0, shown
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
+
+    return run

@@ -13,6 +13,7 @@ from edgefl.config import JobConfig, load_config
 from edgefl.errors import ConfigError
 from edgefl.flower import is_flower_app
 from edgefl.operator.connection import CloudConnection, connected
+from edgefl.protocols.labels import check_label
 from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, refuse_no_folder
 
 
@@ -23,6 +24,7 @@ from edgefl.terminal.output import Output, counted, example, json_option, metric
 )
 @click.argument("task")
 @connected
+@click.option("--name", help="A name for the job, for `edgefl jobs`.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting; overrides the file.")
@@ -31,8 +33,9 @@ from edgefl.terminal.output import Output, counted, example, json_option, metric
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the model (safetensors).")
 @json_option
 def run(  # noqa: PLR0913 - one a flag
-    *, task: str, connection: CloudConnection, rounds: int | None, config: Path | None, settings: tuple[str, ...],
-    run_config: tuple[str, ...], federation_config: tuple[str, ...], out: Path | None, output: Output,
+    *, task: str, connection: CloudConnection, name: str | None, rounds: int | None, config: Path | None,
+    settings: tuple[str, ...], run_config: tuple[str, ...], federation_config: tuple[str, ...], out: Path | None,
+    output: Output,
 ) -> None:  # fmt: skip
     """Train a task on the fleet.
 
@@ -46,10 +49,11 @@ def run(  # noqa: PLR0913 - one a flag
         from edgefl.task import load_task
 
         refuse_no_folder(out, "--out")
+        check_label(name)
         if is_flower_app(task):
             asked = FlowerRun(
                 folder=Path(task), rounds=rounds, settings=settings, run_config=run_config, out=out,
-                federation_config=federation_config, task_flags={"--config": config},
+                federation_config=federation_config, label=name, task_flags={"--config": config},
             )  # fmt: skip
             run_flower(asked, connection, output)
             return
@@ -59,10 +63,14 @@ def run(  # noqa: PLR0913 - one a flag
         job_config = load_config(JobConfig, config, over)
         loaded = load_task(task)
         with connection.open() as client:
-            job = standing.job = submit(client, task, loaded, job_config, patience(output.line), on_ask=standing.ask)
+            job = standing.job = submit(
+                client, task, loaded, job_config, patience(output.line), label=name, on_ask=standing.ask
+            )
             output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
             with round_progress(output, job_config.rounds.count) as screen:
-                callbacks = WatchCallbacks(on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job))
+                callbacks = WatchCallbacks(
+                    on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job), on_note=screen.line
+                )
                 result = watch(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if out is not None:

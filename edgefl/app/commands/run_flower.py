@@ -30,6 +30,7 @@ class FlowerRun:
     run_config: Sequence[str]  # the same in Flower's syntax; `settings` override them
     federation_config: Sequence[str]
     out: Path | None
+    label: str | None = None  # the run's name, for `edgefl jobs`
     task_flags: Mapping[str, object]  # given flags that mean nothing for a Flower app
 
 
@@ -68,6 +69,7 @@ def run_flower(asked: FlowerRun, connection: CloudConnection, output: Output) ->
             result = run_on_fleet(
                 app, connection.open, overrides, on_start=on_start, on_round=screen.on_round,
                 on_waiting=lambda waiting: screen.tell_waiting(started or app.name, waiting), out=asked.out,
+                label=asked.label,
             )  # fmt: skip
     except KeyboardInterrupt:  # before its ServerApp began, or a second Ctrl-C
         if not started:

@@ -31,13 +31,14 @@ _log = logging.getLogger(__name__)
 def run_on_fleet(  # noqa: PLR0913 - most are callbacks
     app: FlowerApp, client: Callable[[], CloudClient], run_config: Mapping[str, RunConfigValue] | None = None, *,
     on_start: Callable[[str, int], None] | None = None, on_round: Callable[[RoundReport], None] | None = None,
-    on_waiting: Callable[[str], None] | None = None, out: Path | None = None,
+    on_waiting: Callable[[str], None] | None = None, out: Path | None = None, label: str | None = None,
 ) -> FlowerRunResult:  # fmt: skip
     """Run an app's ServerApp to its end, with the devices that are online as its nodes.
 
     `client` opens a connection to the cloud; `run_config` overrides the app's. Callbacks: `on_start` gets the relay's
     id and the number of devices online; `on_round` each round; `on_waiting` what the cloud waits for, such as disk
-    space, and an empty text when the wait is over. `out` is the path for the last strategy's arrays (safetensors).
+    space, and an empty text when the wait is over. `out` is the path for the last strategy's arrays (safetensors);
+    `label` is a name for the run, for `edgefl jobs`.
     Ctrl-C ends the run with the rounds so far. Raises ConfigError, TaskError if the ServerApp raises, QuorumNotMet if
     all training failed, JobCancelled and JobFailed if the relay ended.
     """
@@ -54,7 +55,9 @@ def run_on_fleet(  # noqa: PLR0913 - most are callbacks
         bundle = uploading.put_blob(packed.data, hashlib.sha256(packed.data).hexdigest())
     interrupted = threading.Event()
     with ExitStack() as stack:
-        relay = stack.enter_context(Relay(client, reference, bundle, name=packed.name, on_waiting=on_waiting))
+        relay = stack.enter_context(
+            Relay(client, reference, bundle, name=packed.name, label=label, on_waiting=on_waiting)
+        )
         devices = FleetDevices(relay)
         tracker = RoundTracker(time.monotonic, on_round, devices.name)
         run_id = int(relay.id.rpartition("-")[2], 16)

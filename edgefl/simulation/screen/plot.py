@@ -61,14 +61,14 @@ def require_matplotlib() -> None:
         raise MissingExtra("a plot", "sim") from cause
 
 
-def refuse_unknown_format(path: Path) -> None:
+def refuse_unknown_format(path: Path, flag: str = "--plot") -> None:
     """Raise ConfigError for a file whose extension is not a supported image format."""
     require_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
-        raise ConfigError(f"--plot {path}: the extension must be one of: .{', .'.join(known)}")
+        raise ConfigError(f"{flag} {path}: the extension must be one of: .{', .'.join(known)}")
 
 
 def draw_rounds(runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NOBODY) -> Figure:
@@ -104,7 +104,7 @@ def write_plot(runs: Mapping[str, Rounds], path: Path, took_part: Mapping[str, C
     try:
         draw_rounds(runs, took_part).savefig(path)
     except (OSError, ValueError) as cause:
-        raise ConfigError(f"cannot write --plot {path}: {cause}") from cause
+        raise ConfigError(f"cannot write the plot {path}: {cause}") from cause
 
 
 def _numbers(rounds: Rounds) -> Sequence[float]:

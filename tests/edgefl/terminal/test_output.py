@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from edgefl.errors import ConfigError
 from edgefl.terminal.output import (
     Output,
+    ago_text,
     counted,
     example,
     json_option,
@@ -154,3 +155,20 @@ def test_nothing_that_is_printed_moves_a_cursor(capsys):
 
 def test_a_metric_that_json_had_no_number_for_is_a_dash():
     assert metrics_text({"loss": None, "\x1b": 1.0}) == "\\x1b=1 loss=-"
+
+
+def test_on_a_narrow_terminal_what_is_copied_stays_whole_and_spare_columns_are_left_out(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")  # the width of a dumb one is not asked
+    columns, row = ("id", "text", "error"), ("job-0123456789abcdef", "a text of many words", "broken " * 20)
+    for width, left_out in ((80, False), (30, True), (12, True)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        Output().table(columns, [row], "nothing", whole=("id",), spare=("error",))
+        shown = capsys.readouterr().out
+        assert "job-0123456789abcdef" in shown
+        assert ("no room for: error" in shown) is left_out
+
+
+def test_how_long_ago():
+    said = [ago_text(seconds) for seconds in (-5, 59, 60, 7199, 7200, 172_799, 172_800)]
+    assert said == ["0 s ago", "59 s ago", "1 min ago", "119 min ago", "2 h ago", "47 h ago", "2 d ago"]

@@ -1,0 +1,187 @@
+"""`edgefl jobs`: list, show, compare, draw, follow and cancel the trainings of a fleet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import click
+
+from edgefl.app.commands.job_text import ended_text, print_comparison, print_job, progress_text
+from edgefl.app.commands.progress import left_running, patience, round_progress
+from edgefl.errors import ConfigError
+from edgefl.operator.client import CloudClient, Json
+from edgefl.operator.connection import CloudConnection, connected
+from edgefl.operator.history import compared, curves_of, headline, reasons_of
+from edgefl.records import RoundReport
+from edgefl.terminal.output import (
+    Output,
+    ago_text,
+    example,
+    json_option,
+    metrics_text,
+    refuse_no_folder,
+    time_text,
+)
+
+
+@click.group()
+def jobs() -> None:
+    """Federated trainings, running and ended.
+
+    JOB is a job's id, the beginning of its id, or its name (`edgefl run --name`).
+    """
+
+
+@jobs.command("list", epilog=example("edgefl jobs list"))
+@connected
+@json_option
+def list_jobs(connection: CloudConnection, output: Output) -> None:
+    """List every job, the newest first, with a metric of its last round."""
+    with connection.open() as client:
+        found = client.jobs()
+    when = _ago if sys.stdout.isatty() else time_text
+    rows = [
+        (one["id"], one.get("label"), one["name"], one["state"], progress_text(one), _metric(one),
+         when(one["created_s"]), one["error"])
+        for one in found
+    ]  # fmt: skip
+    columns = ("id", "name", "task", "state", "rounds", "metric", "started", "error")
+    output.table(columns, rows, "no job yet; `edgefl run` starts one", whole=("id",), spare=("error", "task"))
+    output.result(found)
+
+
+@jobs.command(epilog=example("edgefl jobs show job-1a2b3c4d", "edgefl jobs show 'first try' --json -"))
+@click.argument("job")
+@connected
+@json_option
+def show(job: str, connection: CloudConnection, output: Output) -> None:
+    """Show a job's settings, the curve of each metric, and why answers were refused.
+
+    The JSON has every round, with all metrics, and `curves` and `refusals`.
+    """
+    with connection.open() as client:
+        found = client.job(client.find_job(job))
+    print_job(found, output)
+    curves = {curve.name: curve.as_json() for curve in curves_of(found)}
+    output.result(found | {"curves": curves, "refusals": reasons_of(found)})
+
+
+@jobs.command(epilog=example("edgefl jobs compare job-1a2b3c4d 'first try'"))
+@click.argument("first", metavar="JOB")
+@click.argument("others", metavar="JOB...", nargs=-1, required=True)
+@connected
+@json_option
+def compare(first: str, others: Sequence[str], connection: CloudConnection, output: Output) -> None:
+    """Compare jobs: the settings that differ, and the metrics side by side."""
+    with connection.open() as client:
+        result = compared(_found(client, (first, *others)))
+    print_comparison(result, output)
+    output.result(result)
+
+
+@jobs.command(epilog=example("edgefl jobs plot job-1a2b3c4d -o job.png"))
+@click.argument("names", metavar="JOB...", nargs=-1, required=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False),
+              help="File for the image: png, svg, pdf, ... [default: ID.png of the first job]")  # fmt: skip
+@connected
+@json_option
+def plot(names: Sequence[str], out: Path | None, connection: CloudConnection, output: Output) -> None:
+    """Draw the rounds of one job, or of several in the same axes, as `edgefl simulate --plot` does."""
+    from edgefl.simulation.screen.plot import refuse_unknown_format, require_matplotlib, write_plot
+
+    require_matplotlib()
+    if out is not None:
+        refuse_no_folder(out, "--out")
+        refuse_unknown_format(out, "--out")
+    with connection.open() as client:
+        found = _found(client, names)
+    runs = {}
+    for one in found:
+        rounds = tuple(RoundReport.from_json(outcome) for outcome in one.get("rounds", ()))
+        if not rounds:
+            raise ConfigError(f"{one['id']} has no rounds to draw{_why_none(one)}")
+        runs[str(one["id"] if not one.get("label") else f"{one['label']} ({one['id']})")] = rounds
+    path = out or Path(f"{found[0]['id']}.png")
+    refuse_no_folder(path, "--out")
+    write_plot(runs, path)
+    output.line(f"plot: {path}")
+    output.result({"jobs": [one["id"] for one in found], "plot": str(path)})
+
+
+@jobs.command(epilog=example("edgefl jobs cancel job-1a2b3c4d"))
+@click.argument("job")
+@connected
+@json_option
+def cancel(job: str, connection: CloudConnection, output: Output) -> None:
+    """Stop a job. Its model so far is kept. Fails if the job has already ended by itself."""
+    with connection.open() as client:
+        job = client.find_job(job)
+        before = client.job(job)
+        state = client.cancel_job(job)["state"]
+        ended = client.job(job) if state != "cancelled" else before
+    if state != "cancelled":
+        raise ConfigError(f"job {job} has already ended, nothing is cancelled: {ended_text(ended)}")
+    if before["state"] == "cancelled":
+        output.line(f"job {job} has already ended: {ended_text(before)}")
+    else:
+        output.line(f"job {job} is cancelled")
+    output.result({"id": job, "state": state})
+
+
+@jobs.command(epilog=example("edgefl jobs watch job-1a2b3c4d --task examples/digits"))
+@click.argument("job")
+@click.option("--task", help="Evaluate each model on this task's test data, as `edgefl run` does.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the model (safetensors).")
+@connected
+@json_option
+def watch(job: str, task: str | None, out: Path | None, connection: CloudConnection, output: Output) -> None:
+    """Follow a job to its end. Ctrl-C stops watching, not the job.
+
+    Metrics that were evaluated before, by whoever ran the job, are shown without --task.
+    """
+    with left_running(output, job) as standing:
+        from edgefl.operator.run import WatchCallbacks
+        from edgefl.operator.run import watch as watch_job
+        from edgefl.task import load_task
+
+        refuse_no_folder(out, "--out")
+        loaded = load_task(task) if task is not None else None
+        with connection.open() as client:
+            job = standing.job = client.find_job(job)
+            found = client.job(job)
+            if found["kind"] == "relay":
+                raise ConfigError(f"{job} carries a Flower app's messages; its rounds are shown by its `edgefl run`")
+            with round_progress(output, int(found["config"]["rounds"]["count"])) as screen:
+                callbacks = WatchCallbacks(
+                    on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job), on_note=screen.line
+                )
+                result = watch_job(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
+    output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    output.result(result.as_json())
+
+
+def _found(client: CloudClient, words: Sequence[str]) -> list[Json]:
+    """Return the jobs that these words mean, each once."""
+    ids = [client.find_job(word) for word in words]
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"a job is named twice: {', '.join(ids)}; name each once")
+    return [client.job(one) for one in ids]
+
+
+def _why_none(job: Json) -> str:
+    if job["kind"] == "relay":
+        return ": the rounds of a Flower app are its ServerApp's, and are in the output of its `edgefl run`"
+    return f": {job['error']}" if job["error"] else "; wait for its first"
+
+
+def _metric(job: Json) -> str:
+    found = headline(job.get("metrics") or {})
+    return "" if found is None else metrics_text(dict([found]))
+
+
+def _ago(seconds: float) -> str:
+    return ago_text(time.time() - seconds)
