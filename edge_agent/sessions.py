@@ -17,7 +17,8 @@ from typing import Any
 
 from edge_agent.serving.board import label_of
 from edgefl.errors import ProtocolError
-from edgefl.models.session import new_session, ort_errors
+from edgefl.models.session import new_session, run_errors
+from edgefl.models.tensors import NUMPY_TYPES, TensorInfo, described
 
 INLINE_S = 0.002  # a slower model runs outside the event loop
 MAX_SLOWDOWN = 1.25  # accepted for one thread instead of several, because waking threads costs the machine more
@@ -25,48 +26,9 @@ SLOW_S = 0.02  # a run this slow in the event loop may mean that the model was m
 WATCHED_RUNS = 20  # after a slow run
 MAX_WARM_UPS, WARM_UP_S = 10, 0.05  # the fastest run counts, because others may use our core
 MAX_GROWTH = 64  # times the warm-up's elements; time is assumed linear up to here, since a model may be quadratic
+__all__ = ["NUMPY_TYPES", "Cancellation", "InlineLimit", "LoadedModel", "Models", "TensorInfo", "load"]
 # Operators whose time depends on values, not on shapes, as encoded in a model file (op_type is field 4).
 _BY_VALUE = (b"\x22\x04Loop", b"\x22\x04Scan", b"\x22\x05Range")
-_ORT_TYPES: Mapping[str, str] = {
-    "tensor(bool)": "BOOL",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-}
-NUMPY_TYPES: Mapping[str, str] = {
-    "BOOL": "?",
-    "UINT8": "u1",
-    "UINT16": "<u2",
-    "UINT32": "<u4",
-    "UINT64": "<u8",
-    "INT8": "i1",
-    "INT16": "<i2",
-    "INT32": "<i4",
-    "INT64": "<i8",
-    "FP16": "<f2",
-    "FP32": "<f4",
-    "FP64": "<f8",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One input or output as the Open Inference Protocol describes it; -1 = any size."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-    def as_json(self) -> dict[str, object]:
-        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
 class InlineLimit:
@@ -151,7 +113,7 @@ class LoadedModel:
         try:
             session = self.session if cancellation is not None or self.inline_session is None else self.inline_session
             result: list[Any] = session.run(list(outputs), dict(feeds), cancellation.options if cancellation else None)
-        except _run_errors() as cause:
+        except run_errors() as cause:
             raise ProtocolError(
                 f"model {self.name} version {self.version} cannot process these values: {cause}"
             ) from cause
@@ -181,23 +143,47 @@ class Models:
         return {name: served.version for name, served in self._served.items()}
 
 
-def load(name: str, version: int, path: Path) -> LoadedModel:
-    """Load and warm up a model; raises ProtocolError if it does not run, MissingExtra without ORT."""
+def load(name: str, version: int, path: Path, sample: Path | None = None) -> LoadedModel:
+    """Load and warm up a model; raises ProtocolError if it does not run, MissingExtra without ORT.
+
+    With a release's sample, it is run on that, and must compute what the sample says; without, on zeros or ones.
+    """
+    who = f"model {name} version {version}"
     try:
         session = new_session(path, keeps_memory=False)
-        inputs = tuple(_info(name, version, one) for one in session.get_inputs())
-        outputs = tuple(_info(name, version, one) for one in session.get_outputs())
-        seconds = _warm_up(session, inputs)
+        inputs, outputs = described(who, session.get_inputs()), described(who, session.get_outputs())
+        feeds = None if sample is None else _checked_feeds(who, session, sample, inputs, outputs)
+        seconds = _warm_up(session, inputs, feeds)
         inline, inline_session = seconds < INLINE_S and not _depends_on_values(path), session
         if inline:
             alone = new_session(path, threads=1, keeps_memory=False)
-            if (alone_s := _warm_up(alone, inputs)) < seconds * MAX_SLOWDOWN:
+            if (alone_s := _warm_up(alone, inputs, feeds)) < seconds * MAX_SLOWDOWN:
                 inline_session, seconds = alone, alone_s
-    except _run_errors() as cause:
-        raise ProtocolError(f"model {name} version {version} does not load: {cause}") from cause
+    except ProtocolError:  # a ValueError, too
+        raise
+    except run_errors() as cause:
+        raise ProtocolError(f"{who} does not load: {cause}") from cause
     elements = sum(math.prod(max(size, 1) for size in one.shape) for one in inputs)
+    if feeds is not None:
+        elements = sum(value.size for value in feeds.values())
     limit = InlineLimit(_max_inline_elements(elements, seconds))
     return LoadedModel(name, version, inputs, outputs, inline, session, limit, inline_session)
+
+
+def _checked_feeds(
+    who: str, session: Any, path: Path, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]
+) -> Mapping[str, Any]:
+    """Check a model on its sample; return the inputs of the smallest case."""
+    from edgefl.models.sample import check_sample, read_sample
+
+    sample = read_sample(path, who)
+    try:
+        check_sample(who, sample, lambda feeds: session.run(None, dict(feeds)), inputs, [one.name for one in outputs])
+    except ProtocolError:
+        raise
+    except run_errors() as cause:
+        raise ProtocolError(f"{who} does not run on its sample: {cause}") from cause
+    return sample.cases[0].inputs
 
 
 def _max_inline_elements(elements: int, seconds: float) -> int:
@@ -209,31 +195,27 @@ def _depends_on_values(path: Path) -> bool:
         return any(text.find(operator) >= 0 for operator in _BY_VALUE)
 
 
-def _info(name: str, version: int, one: Any) -> TensorInfo:
-    datatype = _ORT_TYPES.get(one.type)
-    if datatype is None:
-        raise ProtocolError(
-            f"model {name} version {version} has {one.name!r} of type {one.type}; expected: {', '.join(NUMPY_TYPES)}"
-        )
-    shape = tuple(size if isinstance(size, int) and size > 0 else -1 for size in one.shape)
-    return TensorInfo(one.name, datatype, shape)
-
-
-def _warm_up(session: Any, inputs: Sequence[TensorInfo]) -> float:
-    """Run on zeros, or else on ones; return the duration of the fastest run but the first, which is slow."""
+def _warm_up(session: Any, inputs: Sequence[TensorInfo], feeds: Mapping[str, Any] | None) -> float:
+    """Return the duration of the fastest run but the first, which is slow. Without feeds, on zeros, or else on ones."""
+    if feeds is not None:
+        return _fastest_run_s(session, feeds)
     try:
-        return _fastest_run_s(session, inputs, 0)
-    except _run_errors():  # e.g. a division by zero
-        return _fastest_run_s(session, inputs, 1)
+        return _fastest_run_s(session, _constant(inputs, 0))
+    except run_errors():  # e.g. a division by zero
+        return _fastest_run_s(session, _constant(inputs, 1))
 
 
-def _fastest_run_s(session: Any, inputs: Sequence[TensorInfo], value: int) -> float:
+def _constant(inputs: Sequence[TensorInfo], value: int) -> Mapping[str, Any]:
     import numpy as np
 
-    feeds = {
+    return {
         one.name: np.full([size if size > 0 else 1 for size in one.shape], value, NUMPY_TYPES[one.datatype])
         for one in inputs
     }
+
+
+def _fastest_run_s(session: Any, feeds: Mapping[str, Any]) -> float:
+    feeds = dict(feeds)
     session.run(None, feeds)
     runs_s: list[float] = []
     while not runs_s or (len(runs_s) < MAX_WARM_UPS and sum(runs_s) < WARM_UP_S):
@@ -241,8 +223,3 @@ def _fastest_run_s(session: Any, inputs: Sequence[TensorInfo], value: int) -> fl
         session.run(None, feeds)
         runs_s.append(time.perf_counter() - start_s)
     return min(runs_s)
-
-
-def _run_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of loading or running a model: ONNX Runtime's own, and those that it passes on."""
-    return (*ort_errors(), RuntimeError, ValueError, MemoryError)

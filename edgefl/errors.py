@@ -3,7 +3,8 @@
     EdgeflError
     |-- ConfigError          a configuration, option or task reference that cannot be used
     |   |-- NotFound         a job, model, device, rollout or blob that the cloud does not have
-    |   `-- NotMeasurable    a model for which the cost of compression cannot be measured
+    |   |-- NotMeasurable    a model for which the cost of compression cannot be measured
+    |   `-- SignatureChanged a release with other inputs or outputs than the version before, without consent
     |-- MissingExtra         an optional dependency that this installation lacks
     |-- TaskError            the user's task raised, hung, or returned something that cannot be an update
     |-- TrainerLost          the trainer was killed or could not be started, not because of the task; it is retried
@@ -49,6 +50,10 @@ class ConfigError(EdgeflError, ValueError):
 
 class NotMeasurable(ConfigError):
     """What compression costs a model cannot be measured: there is no test data, or it has learned nothing yet."""
+
+
+class SignatureChanged(ConfigError):
+    """A release has other inputs or outputs than the version before, so its clients would have to change."""
 
 
 class MissingExtra(EdgeflError, ImportError):

@@ -36,6 +36,7 @@ from edgefl.errors import (
     ManifestRejected,
     NotFound,
     ProtocolError,
+    SignatureChanged,
 )
 from edgefl.process.version import __version__
 
@@ -44,6 +45,7 @@ __all__ = ["make_app", "serve_http"]
 MAX_BODY_BYTES = 1 << 20  # of everything but blobs
 _STATUS: Mapping[type[EdgeflError], int] = {
     NotFound: 404,
+    SignatureChanged: 409,
     ConfigError: 400,
     ProtocolError: 400,
     EnrolmentRefused: 403,

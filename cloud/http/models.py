@@ -14,6 +14,7 @@ from pydantic import Field
 
 from cloud.http.services import Services
 from cloud.http.shared import HEARTBEAT, Body, Here, known, stream_lines
+from cloud.state.registry import Tensors
 from edgefl.errors import NotFound
 from edgefl.protocols.messages import BlobRef
 
@@ -21,10 +22,14 @@ operator = APIRouter()
 
 
 class ReleaseRequest(Body):
-    """An uploaded ONNX file and its metrics."""
+    """An uploaded ONNX file, its metrics and its sample, and the datatype and shape of its inputs and outputs."""
 
     blob: BlobRef
     metrics: dict[str, float] = Field(default_factory=dict)
+    sample: BlobRef | None = None  # older clients send none of these
+    inputs: dict[str, str] = Field(default_factory=dict)
+    outputs: dict[str, str] = Field(default_factory=dict)
+    new_signature: bool = False  # allows other inputs and outputs than those of the version before
 
 
 class RolloutRequest(Body):
@@ -39,7 +44,8 @@ class RolloutRequest(Body):
 @operator.post("/v1/models/{name}/releases")
 def publish(name: str, body: ReleaseRequest, here: Here) -> dict[str, Any]:
     """Sign an uploaded model as the next version."""
-    signed = here.registry.publish(name, body.blob, body.metrics)
+    tensors = Tensors(sample=body.sample, inputs=body.inputs, outputs=body.outputs)
+    signed = here.registry.publish(name, body.blob, body.metrics, tensors, new_signature=body.new_signature)
     facts: dict[str, Any] = json.loads(signed.text)
     return facts
 

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,12 +20,22 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloud.state.blobs import BlobStore
 from cloud.state.store import releases
 from edgefl.errors import ConfigError, NotFound
-from edgefl.protocols.manifest import Release, check_model_name, sign, verify
+from edgefl.models.sample import MAX_SAMPLE_BYTES
+from edgefl.protocols.manifest import Release, check_model_name, check_same_signature, sign, verify
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 
 Rows = list[dict[str, Any]]
 
 MAX_METRICS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensors:
+    """What a model takes and returns; older clients send none of it."""
+
+    sample: BlobRef | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)  # datatype and shape by name
+    outputs: Mapping[str, str] = field(default_factory=dict)
 
 
 class Registry:
@@ -40,15 +51,32 @@ class Registry:
         self._clock = clock
         self._publishing = threading.Lock()
 
-    def publish(self, model: str, blob: BlobRef, metrics: Mapping[str, float]) -> Signed:
-        """Sign a stored ONNX file as the model's next version; raises ConfigError."""
+    def publish(
+        self, model: str, blob: BlobRef, metrics: Mapping[str, float], tensors: Tensors | None = None, *,
+        new_signature: bool = False,
+    ) -> Signed:  # fmt: skip
+        """Sign a stored ONNX file as the model's next version; raises ConfigError.
+
+        Raises SignatureChanged if its inputs or outputs differ from those of the version before, unless
+        `new_signature` allows it.
+        """
         _refuse(model, metrics)
-        self._refuse_blob(blob)
-        newest = sa.select(sa.func.max(releases.c.version)).where(releases.c.model == model)
+        tensors = tensors or Tensors()
+        self._refuse_blob("file", blob)
+        if tensors.sample is not None:
+            self._refuse_blob("sample", tensors.sample, MAX_SAMPLE_BYTES)
+        newest = sa.select(releases.c.signed).where(releases.c.model == model)
         with self._publishing, self._engine.begin() as db:
-            version = (db.scalar(newest) or 0) + 1
-            signed = sign(Release(model=model, version=version, blob=blob, metrics=dict(metrics)), self._key)
-            row = {"model": model, "version": version, "signed": dataclasses.asdict(signed)}
+            found = db.scalar(newest.order_by(releases.c.version.desc()).limit(1))
+            before = None if found is None else self._verified(found)
+            release = Release(
+                model=model, version=before.version + 1 if before else 1, blob=blob, metrics=dict(metrics),
+                sample=tensors.sample, inputs=dict(tensors.inputs), outputs=dict(tensors.outputs),
+            )  # fmt: skip
+            if before is not None and not new_signature:
+                check_same_signature(release, before)
+            signed = sign(release, self._key)
+            row = {"model": model, "version": release.version, "signed": dataclasses.asdict(signed)}
             db.execute(releases.insert().values(row | {"created_s": self._clock()}))
         return signed
 
@@ -77,12 +105,14 @@ class Registry:
     def _verified(self, signed: Mapping[str, Any]) -> Release:
         return verify(from_json(Signed, signed), Release, self._key.public_key())
 
-    def _refuse_blob(self, blob: BlobRef) -> None:
+    def _refuse_blob(self, what: str, blob: BlobRef, max_bytes: int | None = None) -> None:
         if not self._blobs.has(blob.sha256):
-            raise ConfigError(f"the model's file {blob.sha256[:16]}... is not in the cloud; upload it first")
+            raise ConfigError(f"the model's {what} {blob.sha256[:16]}... is not in the cloud; upload it first")
         size = self._blobs.path(blob.sha256).stat().st_size
         if size != blob.size:
-            raise ConfigError(f"the model's file {blob.sha256[:16]}... has {size} bytes, not {blob.size}")
+            raise ConfigError(f"the model's {what} {blob.sha256[:16]}... has {size} bytes, not {blob.size}")
+        if max_bytes is not None and size > max_bytes:
+            raise ConfigError(f"the model's {what} has {size} bytes, allowed: {max_bytes}; publish a smaller one")
 
 
 def _refuse(model: str, metrics: Mapping[str, float]) -> None:

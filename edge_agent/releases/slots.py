@@ -31,6 +31,7 @@ class Installed:
 
     version: int
     blob: BlobRef
+    sample: BlobRef | None = None  # older releases have none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +73,10 @@ class ModelSlots:
     def path(self, slot: str) -> Path:
         """Return the path of a slot's model file."""
         return self._folder / slot / "model.onnx"
+
+    def sample_path(self, slot: str) -> Path:
+        """Return the path of the sample of a slot's model."""
+        return self._folder / slot / "sample.safetensors"
 
     def save(self, state: SlotState) -> None:
         """Replace the state, first on disk, then in memory."""

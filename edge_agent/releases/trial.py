@@ -1,9 +1,9 @@
 """Tries a release in a separate process, before it may replace the one that serves.
 
-    python -P -m edge_agent.releases.trial --name N --version V --path FILE --memory-mb N --say N
+    python -P -m edge_agent.releases.trial --name N --version V --path FILE [--sample FILE] --memory-mb N --say N
 
-It loads the model and runs it once, with a deadline and a memory limit. A crash in a native kernel, a load that
-never ends, or a model that needs too much memory ends the trial only.
+It loads the model and runs it on its sample, with a deadline and a memory limit. A crash in a native kernel, a load
+that never ends, or a model that needs too much memory ends the trial only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ MAX_REASON_BYTES = 4000
 _NICENESS = 5  # the serving process has priority
 
 
-async def try_model(name: str, version: int, path: Path, *, memory_mb: int, within_s: float) -> None:
-    """Load a model in a separate process and run it once; raises ProtocolError. Cancelling kills the process."""
+async def try_model(
+    name: str, version: int, path: Path, sample: Path | None = None, *, memory_mb: int, within_s: float
+) -> None:
+    """Load a model in a separate process and run it; raises ProtocolError. Cancelling kills the process."""
     ours, theirs = os.pipe()
     try:
-        arguments = ("--name", name, "--version", str(version), "--path", str(path), "--memory-mb", str(memory_mb))
+        arguments = ["--name", name, "--version", str(version), "--path", str(path), "--memory-mb", str(memory_mb)]
+        arguments += [] if sample is None else ["--sample", str(sample)]
         child = Child("edge_agent.releases.trial", *arguments, "--say", str(theirs), descriptors=[theirs])
     finally:
         os.close(theirs)
@@ -43,10 +46,11 @@ async def try_model(name: str, version: int, path: Path, *, memory_mb: int, with
 
 
 def main() -> None:
-    """Load the model, run it once, report an error, and exit."""
-    parser = argparse.ArgumentParser(prog="edgefl-trial", description="Loads a model and runs it once.")
+    """Load the model, run it, report an error, and exit."""
+    parser = argparse.ArgumentParser(prog="edgefl-trial", description="Loads a model and runs it.")
     parser.add_argument("--name", required=True)
     parser.add_argument("--path", type=Path, required=True)
+    parser.add_argument("--sample", type=Path)
     for option in ("--version", "--memory-mb", "--say"):
         parser.add_argument(option, type=int, required=True)
     arguments = parser.parse_args()
@@ -54,7 +58,7 @@ def main() -> None:
     limit_own_memory(arguments.memory_mb)
     os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     try:
-        load(arguments.name, arguments.version, arguments.path)
+        load(arguments.name, arguments.version, arguments.path, arguments.sample)
     except (EdgeflError, OSError) as error:
         os.write(arguments.say, str(error).encode()[:MAX_REASON_BYTES])
         os._exit(1)

@@ -1,8 +1,8 @@
 """Installs the release that the cloud desires, while a working one keeps serving.
 
 Verify the signature, check that it is newer, download into the spare slot, check hash and size, load it and run
-it once in a separate process, switch. If a step before the switch fails, the old release keeps serving, and the
-failure is reported. Models are independent: a slow one delays no other, and a newer `Desired` cancels an older one.
+it on its sample in a separate process, switch. If a step before the switch fails, the old release keeps serving, and
+the failure is reported. Models are independent: a slow one delays no other, and a newer `Desired` cancels an older one.
 """
 
 from __future__ import annotations
@@ -190,9 +190,7 @@ class Updater:
             if tries > MAX_STARTS:
                 raise ProtocolError(f"the agent died {MAX_STARTS} times while it loaded this release")
             self._note_start(slots, tries)
-            await asyncio.to_thread(
-                check_blob, f"{state.model} version {installed.version}", installed.blob, slots.path(slot)
-            )
+            await asyncio.to_thread(_check_files, slots, slot, f"{state.model} version {installed.version}", installed)
             ready = await self._deps.host.prepare(self._model(slots, slot), trial=tries > 1)
         except asyncio.CancelledError:
             self._note_start(slots, tries - 1)
@@ -235,8 +233,9 @@ class Updater:
         self._deps.changed()
 
     def _model(self, slots: ModelSlots, slot: str) -> ModelFile:
-        state = slots.state
-        return ModelFile(name=state.model, version=state.slots[slot].version, path=slots.path(slot))
+        installed = slots.state.slots[slot]
+        sample = None if installed.sample is None else slots.sample_path(slot)
+        return ModelFile(name=slots.state.model, version=installed.version, path=slots.path(slot), sample=sample)
 
     async def _consider(self, desired: Desired) -> None:
         slots = self._slots_of(desired.release.model)
@@ -267,10 +266,12 @@ class Updater:
             check_version(desired, before.version if before else None)
             self._count_try(slots, desired)
             slot = await self._fetch(slots, desired)
-            model = ModelFile(name=release.model, version=release.version, path=slots.path(slot))
+            sample = None if release.sample is None else slots.sample_path(slot)
+            model = ModelFile(name=release.model, version=release.version, path=slots.path(slot), sample=sample)
             ready = await self._deps.host.prepare(model, trial=True)
             self._tell(desired, "installed")
-            filled = {**slots.state.slots, slot: Installed(version=release.version, blob=release.blob)}
+            installed = Installed(version=release.version, blob=release.blob, sample=release.sample)
+            filled = {**slots.state.slots, slot: installed}
             slots.save(dataclasses.replace(slots.state, active=slot, slots=filled, starts=0))
         except (CloudUnreachable, asyncio.CancelledError):
             slots.note(dataclasses.replace(slots.state, trying=-1, tries=0))
@@ -295,9 +296,9 @@ class Updater:
         release, state = desired.release, slots.state
         name = f"{release.model} version {release.version}"
         for slot, installed in state.slots.items():
-            if installed.blob == release.blob:
+            if (installed.blob, installed.sample) == (release.blob, release.sample):
                 with suppress(ManifestRejected, OSError):  # damaged: download it again
-                    check_blob(name, release.blob, slots.path(slot))
+                    _check_files(slots, slot, name, installed)
                     return slot
         self._tell(desired, "downloading")
         left = {slot: installed for slot, installed in state.slots.items() if slot != state.spare}
@@ -306,6 +307,11 @@ class Updater:
         await download(self._deps.channel, release.blob, path, reuse=path)  # the old file is overwritten
         check_blob(name, release.blob, path)
         _sync(path)
+        if release.sample is not None:
+            sample = slots.sample_path(state.spare)
+            await download(self._deps.channel, release.sample, sample, reuse=sample)
+            check_blob(f"the sample of {name}", release.sample, sample)
+            _sync(sample)
         return state.spare
 
     def _finish(self, slots: ModelSlots, desired: Desired, state: str, detail: str = "") -> None:
@@ -326,6 +332,13 @@ class Updater:
         release = desired.release
         event(_log, logging.INFO, f"release.{state}", model=release.model, version=release.version)
         self._deps.report(RolloutNote(model=release.model, version=release.version, state=state))
+
+
+def _check_files(slots: ModelSlots, slot: str, name: str, installed: Installed) -> None:
+    """Raise ManifestRejected or OSError unless a slot's files are those that were signed."""
+    check_blob(name, installed.blob, slots.path(slot))
+    if installed.sample is not None:
+        check_blob(f"the sample of {name}", installed.sample, slots.sample_path(slot))
 
 
 def _sync(path: Path) -> None:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_agent.serving.json_numbers import read_numbers, write_numbers
 from edge_agent.serving.json_request import SMALL_BYTES, UnparsedArray, parse_object
-from edge_agent.sessions import NUMPY_TYPES, LoadedModel, TensorInfo
+from edge_agent.sessions import LoadedModel
 from edgefl.errors import ProtocolError
+from edgefl.models.tensors import NUMPY_TYPES, TensorInfo
 
 if TYPE_CHECKING:
     from edgefl.trees import Array

@@ -93,7 +93,8 @@ class ServingProcess:
     def _load(self, request: wire.LoadModel) -> None:
         """Load a model; runs in a thread, as ONNX Runtime releases the GIL."""
         try:
-            served = load(request.name, request.version, Path(request.path))
+            sample = Path(request.sample) if request.sample else None
+            served = load(request.name, request.version, Path(request.path), sample)
         except (EdgeflError, OSError) as error:
             self._loop.call_soon_threadsafe(self._keep, request.id, None, str(error) or type(error).__name__)
         else:

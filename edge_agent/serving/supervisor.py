@@ -54,6 +54,7 @@ class ModelFile:
     name: str
     version: int
     path: Path
+    sample: Path | None = None  # it is run on this; older releases have none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,8 +126,9 @@ class ServingSupervisor:
         """Load a model while others are served, with `trial` in a separate process first; raises ProtocolError."""
         if trial:
             await try_model(
-                model.name, model.version, model.path, memory_mb=self._config.memory_mb, within_s=self._config.load_s
-            )
+                model.name, model.version, model.path, model.sample,
+                memory_mb=self._config.memory_mb, within_s=self._config.load_s,
+            )  # fmt: skip
         try:
             return await self._load(model)
         except _ChildDied:  # possibly for another reason
@@ -145,7 +147,10 @@ class ServingSupervisor:
         loaded = asyncio.get_running_loop().create_future()
         self._loads[number] = (model, loaded)
         try:
-            self._send(wire.LoadModel(id=number, name=model.name, version=model.version, path=str(model.path)))
+            sample = "" if model.sample is None else str(model.sample)
+            self._send(
+                wire.LoadModel(id=number, name=model.name, version=model.version, path=str(model.path), sample=sample)
+            )
             async with asyncio.timeout(self._config.load_s):
                 await loaded
         except TimeoutError as cause:

@@ -2,7 +2,7 @@
 
     process: up {pid}
     agent:   start {log_level, token, tls_home}     first message, sent once
-             load {id, name, version, path}         load and warm up; models being served are not affected
+             load {id, name, version, path, sample} load and warm up; models being served are not affected
              switch {id} | forget {id}              serve the loaded model, or unload it
              drop {name} | ready {ready}
              admit_anew {}                          disconnect all clients, because access rights have changed
@@ -46,12 +46,13 @@ class StartServing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadModel:
-    """Load a model and run it once."""
+    """Load a model and run it."""
 
     id: int
     name: str
     version: int
     path: str
+    sample: str = ""  # path of the release's sample; empty = it has none
     kind: str = "load"
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgefl.errors import MissingExtra, ParityError, TaskError
+from edgefl.models.sample import BATCHES
 from edgefl.models.session import INPUT, OUTPUT, open_session, ort_errors
 from edgefl.task import Task, UserCode
 from edgefl.training.local import make_model
@@ -33,14 +34,17 @@ PARITY_BATCHES = (1, 2, 3)
 TOLERANCE = 1e-4  # relative to the largest output, or to 1 if all outputs are smaller
 
 
-def export_task(task: Task, parameters: Tree, path: Path) -> None:
+def export_task(task: Task, parameters: Tree, path: Path) -> list[Tree]:
     """Export the task's model with these parameters; the example inputs come from its test or training data.
 
+    Returns inputs for the release's sample: by name, in batches of `edgefl.models.sample.BATCHES`.
     Raises TaskError if there is no model or data, ParityError if the export computes something else.
     """
     model = make_model(task, parameters)
     samples = test_samples(task, {}) if task.test_data is not None else train_samples(task, {})
-    export_onnx(model, samples.inputs[: max(PARITY_BATCHES)], path)
+    examples = samples.inputs[: max(PARITY_BATCHES)]
+    export_onnx(model, examples, path)
+    return [{INPUT: _batch(examples.detach().cpu(), batch).numpy()} for batch in BATCHES]
 
 
 def export_onnx(model: torch.nn.Module, example_inputs: torch.Tensor, path: Path) -> None:

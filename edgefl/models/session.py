@@ -50,6 +50,11 @@ def ort_errors() -> tuple[type[Exception], ...]:
     return tuple(one for one in vars(state).values() if isinstance(one, type) and issubclass(one, Exception))
 
 
+def run_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of loading or running a model: ONNX Runtime's own, and those that it passes on."""
+    return (*ort_errors(), RuntimeError, ValueError, MemoryError)
+
+
 def input_name(session: Any) -> str:
     """Return the name of a session's only input."""
     names = [node.name for node in session.get_inputs()]

@@ -237,9 +237,12 @@ class CloudClient:
         """End a relay."""
         self._json("POST", f"/v1/relays/{relay}/end", {"state": state, "error": error})
 
-    def publish(self, model: str, blob: BlobRef, metrics: Mapping[str, float]) -> Json:
-        """Publish an uploaded model as the next version, and return the release."""
-        body = {"blob": blob, "metrics": dict(metrics)}
+    def publish(self, model: str, blob: BlobRef, metrics: Mapping[str, float], **more: Any) -> Json:
+        """Publish an uploaded model as the next version, and return the release.
+
+        `more`: its sample, inputs, outputs and new_signature, as in `cloud.http.models.ReleaseRequest`.
+        """
+        body = {"blob": blob, "metrics": dict(metrics), **more}
         return self._json("POST", f"/v1/models/{quote(model, safe='')}/releases", body)
 
     def models(self) -> list[Json]:

@@ -1,24 +1,32 @@
-"""From trained parameters to a release: export to ONNX, compress under a gate, upload, sign.
+"""From trained parameters, or an ONNX file, to a release: export, compress under a gate, try, upload, sign.
 
-Invariant: a model is published only if it computes the same as its source (parity) and loses no more than
-allowed by the task's measure; published metrics were measured on the file itself, or, for an uncompressed
-file, on the model that it was compared with.
+Invariant: a model is published only if it computes the same as its source (parity), loses no more than allowed by
+the task's measure, and runs on its sample as devices will run it; published metrics were measured on the file itself,
+or, for an uncompressed file, on the model that it was compared with. Those of a foreign file are the publisher's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgefl.errors import ConfigError, NotMeasurable, ProtocolError
+from edgefl.errors import ConfigError, NotFound, NotMeasurable, ProtocolError
 from edgefl.models.compress import parse_max_drop
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.run import download_parameters, upload_file
-from edgefl.protocols.manifest import check_model_name
+from edgefl.protocols.manifest import Release, check_model_name, check_same_signature
+from edgefl.protocols.messages import from_json
 from edgefl.task import Task
 from edgefl.terminal.output import counted
+
+if TYPE_CHECKING:
+    from edgefl.models.acceptance import Accepted
+    from edgefl.trees import Tree
 
 COMPRESSIONS = ("auto", "int8", "none")
 BEFORE = "before/"  # begins the names of a release's metrics as they were before compression
@@ -33,6 +41,7 @@ class Exported:
     metrics: Mapping[str, float] = field(default_factory=dict)
     report: Json | None = None
     note: str = ""  # why it is not compressed although it was to be
+    accepted: Accepted | None = None  # None = not tried yet; then its sample is made from the declared types
 
 
 def check_request(model: str, max_drop: float | str, *files: Path | None) -> None:
@@ -42,6 +51,11 @@ def check_request(model: str, max_drop: float | str, *files: Path | None) -> Non
     for file in files:
         if file is not None and not file.is_file():
             raise ConfigError(f"{file}: there is no such file; give the path of an existing file")
+
+
+def refuse_unreachable(client: CloudClient) -> None:
+    """Raise CloudUnreachable or CloudRefused before the work for a cloud that does not answer or a wrong token."""
+    client.jobs()
 
 
 def trained_job(client: CloudClient, job: str) -> Json:
@@ -105,12 +119,19 @@ def export(
     except (OSError, ProtocolError) as cause:
         raise ConfigError(f"{parameters} does not hold parameters in safetensors format: {cause}") from cause
     exported = folder / "model.onnx"
-    export_task(task, tree, exported)
-    whole = Exported(path=exported, metrics=evaluate(task, tree))
+    cases = export_task(task, tree, exported)
+    made = _compressed(task, exported, evaluate(task, tree), compression, (max_drop, gate))
+    return dataclasses.replace(made, accepted=_accepted(made.path, folder, cases))
+
+
+def _compressed(
+    task: Task, exported: Path, metrics: Mapping[str, float], compression: str, limit: tuple[float | str, str | None]
+) -> Exported:
+    whole = Exported(path=exported, metrics=metrics)
     if compression == "none":
         return whole
     try:
-        compressed = compress_under_gate(task, exported, max_drop, gate)
+        compressed = compress_under_gate(task, exported, *limit)
     except NotMeasurable as reason:
         if compression == "int8":
             raise NotMeasurable(f"{reason}; or publish with --compress none") from reason
@@ -121,18 +142,92 @@ def export(
     return compressed
 
 
-def publish(client: CloudClient, model: str, exported: Exported) -> Json:
-    """Upload and sign; return the release with the compression's report."""
-    release = client.publish(model, upload_file(client, exported.path), exported.metrics)
-    return release | {"compression": exported.report, "note": exported.note}
+def publish(client: CloudClient, model: str, exported: Exported, *, new_signature: bool = False) -> Json:
+    """Upload and sign; return the release with the compression's report.
+
+    `new_signature` allows other inputs and outputs than those of the version before. Raises SignatureChanged.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgefl-sample-") as folder:
+        accepted = exported.accepted or _accepted(exported.path, Path(folder), [])
+        if not new_signature:
+            _check_signature(client, model, accepted)
+        release = client.publish(
+            model, upload_file(client, exported.path), exported.metrics, sample=upload_file(client, accepted.sample),
+            inputs=dict(accepted.inputs), outputs=dict(accepted.outputs), new_signature=new_signature,
+        )  # fmt: skip
+    notes = [note for note in (exported.note, *accepted.notes) if note]
+    return release | {"compression": exported.report, "note": "; ".join(notes)}
 
 
-def publish_onnx(client: CloudClient, model: str, path: Path) -> Json:
-    """Publish an ONNX file made elsewhere; raises ConfigError if ONNX Runtime cannot open it."""
-    from edgefl.models.session import open_session
+def publish_onnx(
+    client: CloudClient, model: str, path: Path, *, sample: Path | None = None,
+    metrics: Mapping[str, float] | None = None, new_signature: bool = False,
+) -> Json:  # fmt: skip
+    """Publish an ONNX file made elsewhere; raises ConfigError, in words, if a device would refuse it.
 
-    open_session(path)
-    return publish(client, model, Exported(path=path))
+    `sample` is an .npz file with one array for each input; without it, inputs are made.
+    """
+    from edgefl.models.packing import packed
+
+    with tempfile.TemporaryDirectory(prefix="edgefl-onnx-") as name:
+        folder = Path(name)
+        file = packed(path, folder)
+        accepted = _accepted(file, folder, [] if sample is None else [read_npz(sample)])
+        exported = Exported(path=file, metrics=metrics or {}, accepted=accepted)
+        return publish(client, model, exported, new_signature=new_signature)
+
+
+def read_npz(path: Path) -> Tree:
+    """Return the arrays of an .npz file by name; raises ConfigError for anything else."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise ConfigError(f"--sample {path} holds one array without a name; make it with numpy.savez")
+        with found as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as cause:
+        if isinstance(cause, ConfigError):
+            raise
+        raise ConfigError(
+            f"--sample {path} is not an .npz file of arrays: {cause}. Make it with numpy.savez(FILE, INPUT=array, ...)"
+        ) from cause
+
+
+def parse_metrics(texts: Sequence[str]) -> dict[str, float]:
+    """Return metrics given as NAME=NUMBER; raises ConfigError."""
+    metrics: dict[str, float] = {}
+    for text in texts:
+        name, is_given, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not name or not is_given or not math.isfinite(number):
+            raise ConfigError(f"--metrics {text!r} is not NAME=NUMBER with a finite number, such as accuracy=0.97")
+        if name in metrics:
+            raise ConfigError(f"--metrics {name} is given twice")
+        metrics[name] = number
+    return metrics
+
+
+def _accepted(path: Path, folder: Path, cases: Sequence[Tree]) -> Accepted:
+    from edgefl.models.acceptance import accept
+
+    return accept(path, folder / "sample.safetensors", cases)
+
+
+def _check_signature(client: CloudClient, model: str, accepted: Accepted) -> None:
+    """Raise SignatureChanged before the upload; the cloud checks it again when it signs."""
+    try:
+        newest = client.model(model)[0]
+    except NotFound:
+        return
+    before = from_json(Release, newest)
+    check_same_signature(dataclasses.replace(before, inputs=accepted.inputs, outputs=accepted.outputs), before)
 
 
 def compress_under_gate(task: Task, source: Path, max_drop: float | str, metric: str | None) -> Exported:

@@ -22,7 +22,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from edgefl.errors import ConfigError, ManifestRejected, ProtocolError
+from edgefl.errors import ConfigError, ManifestRejected, ProtocolError, SignatureChanged
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json
 from edgefl.protocols.messages import MAX_NAME_CHARS, BlobRef, Signed
 
@@ -49,6 +49,9 @@ class Release(Checked):
     version: int = field(metadata=limited(least=0))  # from 1
     blob: BlobRef  # the ONNX file
     metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. accuracy, accuracy_drop
+    sample: BlobRef | None = None  # inputs and expected outputs (`edgefl.models.sample`); None in older releases
+    inputs: Mapping[str, str] = field(default_factory=dict)  # datatype and shape by name; empty = not known
+    outputs: Mapping[str, str] = field(default_factory=dict)
     kind: str = "release"
 
 
@@ -70,6 +73,23 @@ def check_model_name(name: str) -> None:
             f"{name[:80]!r} cannot be a model's name: expected 1 to 64 of a-z 0-9 . _ -, with first and last a "
             "letter or digit"
         )
+
+
+def check_same_signature(release: Release, before: Release) -> None:
+    """Raise SignatureChanged if a release takes or returns other tensors than the version before it.
+
+    Of an older release, or from an older client, they are not known.
+    """
+    for what, now, then in (("inputs", release.inputs, before.inputs), ("outputs", release.outputs, before.outputs)):
+        if now != then and now and then:
+            raise SignatureChanged(
+                f"the {what} of {release.model} would change: version {before.version} has {_told(then)}; this file "
+                f"has {_told(now)}. Its clients may fail. Publish it under another name, or allow it: --new-signature"
+            )
+
+
+def _told(tensors: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {text}" for name, text in sorted(tensors.items()))
 
 
 def new_fleet_key() -> Ed25519PrivateKey:

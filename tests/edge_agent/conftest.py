@@ -158,8 +158,9 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         return plan
 
     def release(self, onnx: bytes, version: int, *, sequence: int, rollback: bool = False, device: str = "cam-1",
-                model: str = "digits") -> Signed:  # fmt: skip
-        release = manifest.Release(model=model, version=version, blob=self.blob(onnx))
+                model: str = "digits", sample: bytes | None = None) -> Signed:  # fmt: skip
+        known = None if sample is None else self.blob(sample)
+        release = manifest.Release(model=model, version=version, blob=self.blob(onnx), sample=known)
         desired = manifest.Desired(device=device, release=release, sequence=sequence, rollback=rollback)
         return manifest.sign(desired, self.key)
 

@@ -25,7 +25,7 @@ class Here:
         self.trials.append((model.version, trial))
         if self.before_load is not None:
             await self.before_load(model)
-        served = await asyncio.to_thread(load, model.name, model.version, model.path)
+        served = await asyncio.to_thread(load, model.name, model.version, model.path, model.sample)
         return SimpleNamespace(
             switch=lambda: self.models.put(served), forget=lambda: self.forgotten.append(model.version)
         )

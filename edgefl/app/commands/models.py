@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient, Json
@@ -14,6 +15,7 @@ from edgefl.operator.follow import follow_rollout
 from edgefl.operator.publish import BEFORE
 from edgefl.terminal.output import INTERRUPTED, Output, counted, example, json_option, metrics_text, time_text
 
+_SIDES = ("inputs", "outputs")
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -25,7 +27,7 @@ def models() -> None:
 @models.command(
     epilog=example(
         "edgefl models publish digits --task examples/digits --job job-1a2b3c4d",
-        "edgefl models publish digits --onnx digits.onnx",
+        "edgefl models publish digits --onnx digits.onnx --sample digits.npz --metrics accuracy=0.97",
     )
 )
 @click.argument("name")
@@ -39,26 +41,37 @@ def models() -> None:
 @click.option("--max-drop", default="0.02", show_default=True,
               help="Allowed loss: 0.02 = 2 points of accuracy, or 2% of what the model has learned; "
                    "2% = of the metric's value before.")  # fmt: skip
+@click.option("--sample", type=FILE, help="With --onnx: an .npz file with an array for each input, to try it on.")
+@click.option("--metrics", multiple=True, metavar="NAME=NUMBER", help="With --onnx: metrics to publish; repeatable.")
+@click.option("--new-signature", is_flag=True,
+              help="Allow other inputs and outputs than those of the version before.")  # fmt: skip
 @connected
 @json_option
 def publish(  # noqa: PLR0913 - one a flag
     *, name: str, task: str | None, parameters: Path | None, job: str | None, onnx: Path | None, compression: str,
-    gate: str | None, max_drop: str, connection: CloudConnection, output: Output,
+    gate: str | None, max_drop: str, sample: Path | None, metrics: tuple[str, ...], new_signature: bool,
+    connection: CloudConnection, output: Output,
 ) -> None:  # fmt: skip
     """Publish a model as the next version of NAME.
 
-    A task's parameters are exported to ONNX, compared with what they came from, and compressed; the cloud signs them.
+    A task's parameters are exported to ONNX, compared with what they came from, and compressed. The file is loaded
+    and run as on a device, in a process of its own; then the cloud signs it.
     """
     from edgefl.operator import publish as publishing
     from edgefl.task import load_task
 
     if sum(source is not None for source in (parameters, job, onnx)) != 1 or (task is None) == (onnx is None):
         raise ConfigError("name one source: --task with --parameters or --job, or --onnx alone")
-    publishing.check_request(name, max_drop, parameters, onnx)
+    publishing.check_request(name, max_drop, parameters, onnx, sample)
+    _refuse_useless_flags(is_onnx=onnx is not None)
+    measured = publishing.parse_metrics(metrics)
     loaded = None if onnx is not None else load_task(str(task))  # a missing extra is told before the cloud is asked
     with connection.open() as client, tempfile.TemporaryDirectory(prefix="edgefl-publish-") as made:
         if onnx is not None:
-            release = publishing.publish_onnx(client, name, onnx)
+            publishing.refuse_unreachable(client)
+            release = publishing.publish_onnx(
+                client, name, onnx, sample=sample, metrics=measured, new_signature=new_signature
+            )
         elif loaded is not None:
             folder = Path(made)
             if parameters is None:
@@ -67,11 +80,11 @@ def publish(  # noqa: PLR0913 - one a flag
                     output.line(note)
                 parameters = publishing.parameters_of(client, found, folder)
             else:
-                client.jobs()  # an unreachable cloud or a wrong token is reported before the work
+                publishing.refuse_unreachable(client)
             exported = publishing.export(
                 loaded, parameters, folder, compression=compression, max_drop=max_drop, gate=gate
             )
-            release = publishing.publish(client, name, exported)
+            release = publishing.publish(client, name, exported, new_signature=new_signature)
     _say_published(release, output)
     output.result(release)
 
@@ -175,6 +188,28 @@ def _waited(client: CloudClient, status: Json, wait_s: float, output: Output) ->
     return status
 
 
+def _refuse_useless_flags(*, is_onnx: bool) -> None:
+    """Raise ConfigError for flags that are typed and would do nothing."""
+    context = click.get_current_context()
+    typed = {
+        one.name: one.opts[0]
+        for one in context.command.params
+        if one.name and context.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
+    }
+    if is_onnx:
+        others = ("gate", "max_drop", *(["compression"] if context.params["compression"] != "none" else []))
+        why = "an ONNX file is published as it is: there is no task whose data could judge a compressed form"
+    elif context.params["compression"] == "none":
+        others, why = (
+            ("gate", "max_drop", "sample", "metrics"),
+            ("with --compress none nothing is judged, and a task's data give the sample and the metrics"),
+        )
+    else:
+        others, why = ("sample", "metrics"), "a task's own data give the sample and the metrics"
+    if useless := [typed[name] for name in others if name in typed]:
+        raise ConfigError(f"{', '.join(useless)} would do nothing here: {why}. Leave it out")
+
+
 def _say_published(release: Json, output: Output) -> None:
     output.line(f"{release['model']} version {release['version']}: {_metrics(release)}".rstrip(": "))
     if release["note"]:
@@ -191,13 +226,19 @@ def _metrics(release: Json) -> str:
     return metrics_text({name: value for name, value in release["metrics"].items() if not name.startswith(BEFORE)})
 
 
+def _signature(release: Json) -> str:
+    """Return what a model takes and returns in one text; empty for a release of an older version of edgefl."""
+    sides = [", ".join(f"{name} {text}" for name, text in release.get(side, {}).items()) for side in _SIDES]
+    return " -> ".join(sides) if any(sides) else ""
+
+
 def _table(releases: list[Json], output: Output) -> None:
     rows = [
         (one["model"], one["version"], f"{one['blob']['size'] / 1024:.0f} KiB", _metrics(one),
-         time_text(one["created_s"]))
+         time_text(one["created_s"]), _signature(one))
         for one in releases
     ]  # fmt: skip
-    columns = ("model", "version", "size", "metrics", "published")
+    columns = ("model", "version", "size", "metrics", "published", "signature")
     output.table(columns, rows, "no model yet; `edgefl models publish` publishes one")
     output.result(releases)
 

@@ -46,6 +46,16 @@ def test_a_metric_that_is_no_number_is_a_400(http, http_plane, metrics):
     assert (answer.status_code, "not a finite number" in answer.json()["error"]) == (400, True)
 
 
+def test_another_signature_is_a_409_without_consent(http, http_plane):
+    blob = dataclasses.asdict(http_plane.blobs.put(b"v"))
+    body = {"blob": blob, "sample": blob, "inputs": {"x": "FP32[-1,3]"}, "outputs": {"y": "FP32[-1,2]"}}
+    assert http.post("/v1/models/m/releases", json=body).json()["sample"] == blob
+    other = body | {"outputs": {"z": "FP32[-1,2]"}}
+    answer = http.post("/v1/models/m/releases", json=other)
+    assert (answer.status_code, "allow it: --new-signature" in answer.json()["error"]) == (409, True)
+    assert http.post("/v1/models/m/releases", json=other | {"new_signature": True}).json()["version"] == 2
+
+
 def test_a_release_of_nothing_is_a_400(http):
     answer = http.post("/v1/models/m/releases", json={"blob": {"sha256": "0" * 64, "size": 1}})
     assert (answer.status_code, "upload it first" in answer.json()["error"]) == (400, True)

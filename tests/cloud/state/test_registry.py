@@ -8,9 +8,9 @@ import pytest
 import sqlalchemy as sa
 
 from cloud.state.blobs import BlobStore
-from cloud.state.registry import Registry
+from cloud.state.registry import Registry, Tensors
 from cloud.state.store import open_database, releases
-from edgefl.errors import ConfigError, ManifestRejected, NotFound
+from edgefl.errors import ConfigError, ManifestRejected, NotFound, SignatureChanged
 from edgefl.protocols.manifest import Release, new_fleet_key, verify
 from edgefl.protocols.messages import BlobRef
 from edgefl.testing import ManualClock
@@ -42,6 +42,38 @@ def test_a_release_comes_back_as_it_was_signed(registry, blobs):
     registry.publish("digits", blobs.put(b"better"), {"accuracy": 0.98})
     assert registry.release("digits", 1) == Release(model="digits", version=1, blob=blob, metrics={"accuracy": 0.97})
     assert registry.release("digits").version == 2
+
+
+def test_a_release_carries_its_sample_and_signature(registry, blobs):
+    tensors = Tensors(sample=blobs.put(b"sample"), inputs={"x": "FP32[-1,3]"}, outputs={"y": "FP32[-1,2]"})
+    registry.publish("m", blobs.put(b"onnx"), {}, tensors)
+    found = registry.release("m")
+    assert (found.sample, found.inputs, found.outputs) == (tensors.sample, tensors.inputs, tensors.outputs)
+
+
+def test_a_sample_that_is_not_there_or_too_large_is_refused(registry, blobs, monkeypatch):
+    with pytest.raises(ConfigError, match=r"the model's sample 0+\.\.\. is not in the cloud"):
+        registry.publish("m", blobs.put(b"onnx"), {}, Tensors(sample=BlobRef(sha256="0" * 64, size=4)))
+    monkeypatch.setattr("cloud.state.registry.MAX_SAMPLE_BYTES", 5)
+    with pytest.raises(ConfigError, match="sample has 6 bytes, allowed: 5"):
+        registry.publish("m", blobs.put(b"onnx"), {}, Tensors(sample=blobs.put(b"sample")))
+
+
+def test_another_signature_needs_consent(registry, blobs):
+    blob = blobs.put(b"onnx")
+    first, other = Tensors(inputs={"x": "FP32[-1,3]"}), Tensors(inputs={"x": "FP32[-1,4]"})
+    registry.publish("m", blob, {}, first)
+    registry.publish("m", blob, {}, first)
+    with pytest.raises(
+        SignatureChanged, match=r"inputs of m would change: version 2 has x FP32\[-1,3\]; this file has x FP32\[-1,4\]"
+    ):
+        registry.publish("m", blob, {}, other)
+    assert registry.release("m").version == 2
+    registry.publish("m", blob, {}, other, new_signature=True)
+    registry.publish("m", blob, {})  # an older client, which sends none
+    registry.publish("m", blob, {}, first)  # nothing is known of the one before
+    registry.publish("n", blob, {}, other)
+    assert registry.release("m").version == 5
 
 
 def test_list_shows_the_newest_first(registry, blobs):

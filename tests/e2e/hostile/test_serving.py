@@ -15,6 +15,7 @@ import pytest
 
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.publish import publish_onnx
+from edgefl.operator.run import upload_file
 from tests import onnx_models
 
 LEAST = -(2**31)
@@ -33,11 +34,15 @@ class Devices:
         self.fleet, self.folder = fleet, folder
         self.client = CloudClient(fleet.url, load_credentials(fleet.credentials))
 
-    def release(self, name, content, *, wait="active"):
-        """Publish a model for device a; wait until it is there, or failed."""
+    def release(self, name, content, *, wait="active", is_tried=True):
+        """Publish a model for device a; wait until it is there, or failed. Older clients publish what they have not
+        tried, and without a sample."""
         path = self.folder / f"{name}-{time.monotonic_ns()}.onnx"
         path.write_bytes(content)
-        version = publish_onnx(self.client, name, path)["version"]
+        if is_tried:
+            version = publish_onnx(self.client, name, path)["version"]
+        else:
+            version = self.client.publish(name, upload_file(self.client, path), {})["version"]
         self.roll_out(name, version, wait=wait)
         return version
 
@@ -128,10 +133,10 @@ def test_a_crash_in_a_native_kernel_and_kill_9(devices, round_is_right):
 
 
 def test_releases_that_crash_or_never_end_while_they_load(devices, round_is_right):
-    rollout = devices.release("affine", onnx_models.crash_at_start(), wait="failed")
+    rollout = devices.release("affine", onnx_models.crash_at_start(), wait="failed", is_tried=False)
     assert rollout
     devices.predicts(3.0)
-    hanging = devices.release("slow", onnx_models.endless_start(), wait=None)
+    hanging = devices.release("slow", onnx_models.endless_start(), wait=None, is_tried=False)
     devices.until(lambda: trials(devices.agent), "the trial")
     devices.release("quick", onnx_models.affine(4.0))  # nobody waits for the slow one
     devices.predicts(5.0, "quick")

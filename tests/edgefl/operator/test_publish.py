@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgefl.config import JobConfig, RoundsConfig, TrainConfig
-from edgefl.errors import AccuracyGateFailed, ConfigError, NotFound, TaskError
+from edgefl.errors import AccuracyGateFailed, ConfigError, NotFound, SignatureChanged, TaskError
+from edgefl.models.sample import read_sample
+from edgefl.models.session import open_session
 from edgefl.operator.client import CloudClient, load_credentials
-from edgefl.operator.publish import check_request, export, parameters_of, publish, publish_onnx, trained_job
+from edgefl.operator.publish import (
+    check_request,
+    export,
+    parameters_of,
+    parse_metrics,
+    publish,
+    publish_onnx,
+    trained_job,
+)  # fmt: skip
 from edgefl.operator.run import submit, watch
 from edgefl.task import load_task
+from edgefl.training.samples import test_samples as held_out
+from tests import onnx_models
 
 CONFIG = JobConfig(rounds=RoundsConfig(count=2), train=TrainConfig(lr=0.5))
 
@@ -51,6 +65,70 @@ def test_a_finished_onnx_file_is_published_as_it_is(client, http_plane, wide_tas
     path = export(load_task(str(wide_task)), trained, tmp_path, compression="none", max_drop=0).path
     release = publish_onnx(client, "signs", path)
     assert http_plane.blobs.path(release["blob"]["sha256"]).read_bytes() == path.read_bytes()
+
+
+def test_a_release_carries_a_sample_of_the_tasks_data_and_of_the_file_itself(
+    client, http_plane, wide_task, trained, tmp_path
+):
+    task = load_task(str(wide_task))
+    exported = export(task, trained, tmp_path, compression="int8", max_drop=0.5)
+    release = publish(client, "signs", exported)
+    sample = read_sample(http_plane.blobs.path(release["sample"]["sha256"]), "signs")
+    rows = held_out(task, {}).inputs.numpy()
+    session = open_session(exported.path)
+    for case, count in zip(sample.cases, (1, 3), strict=True):
+        assert case.inputs["input"].tolist() == rows[:count].tolist()
+        assert np.allclose(case.outputs["output"], session.run(None, {"input": rows[:count]})[0], atol=1e-6)
+    assert release["inputs"] == {"input": f"FP32[-1,{rows.shape[1]}]"}
+    assert http_plane.registry.release("signs").sample.sha256 == release["sample"]["sha256"]
+
+
+def test_a_foreign_file_is_published_with_its_packed_data_its_sample_and_metrics(client, http_plane, tmp_path):
+    path, rows = tmp_path / "m.onnx", np.ones((2, 3), np.float32)
+    path.write_bytes(onnx_models.affine())
+    np.savez(tmp_path / "s.npz", x=rows)
+    release = publish_onnx(client, "m", path, sample=tmp_path / "s.npz", metrics={"r2": 0.5})
+    assert (release["metrics"], release["note"]) == ({"r2": 0.5}, "")
+    sample = read_sample(http_plane.blobs.path(release["sample"]["sha256"]), "m")
+    assert [case.outputs["y"].tolist() for case in sample.cases] == [[[3.0] * 3] * n for n in (1, 2, 3)]
+
+
+def test_another_signature_needs_consent_before_anything_is_uploaded(client, http_plane, tmp_path):
+    for features in (3, 4):
+        (tmp_path / f"{features}.onnx").write_bytes(onnx_models.affine(features=features))
+    publish_onnx(client, "m", tmp_path / "3.onnx")
+    with pytest.raises(SignatureChanged, match=r"x FP32\[-1,3\]; this file has x FP32\[-1,4\]"):
+        publish_onnx(client, "m", tmp_path / "4.onnx")
+    assert publish_onnx(client, "m", tmp_path / "4.onnx", new_signature=True)["version"] == 2
+
+
+def npy(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("save", "said"),
+    [
+        (lambda path: path.write_bytes(b"no zip"), "is not an .npz file of arrays"),
+        (lambda path: path.touch(), "is not an .npz file"),
+        (lambda path: path.write_bytes(npy(np.ones(3))), "holds one array without a name"),
+        (lambda path: np.savez(path, x=np.array([{}])), "is not an .npz file of arrays: Object arrays"),
+    ],
+)
+def test_what_is_no_npz_is_refused(client, tmp_path, save, said):
+    (tmp_path / "m.onnx").write_bytes(onnx_models.affine())
+    save(tmp_path / "s.npz")
+    with pytest.raises(ConfigError, match=said):
+        publish_onnx(client, "m", tmp_path / "m.onnx", sample=tmp_path / "s.npz")
+
+
+def test_metrics_are_names_and_finite_numbers():
+    assert parse_metrics(["a=0.5", "b=-1e3"]) == {"a": 0.5, "b": -1000.0}
+    for wrong in (["a"], ["=1"], ["a=x"], ["a=nan"], ["a=1", "a=2"]):
+        with pytest.raises(ConfigError, match="--metrics"):
+            parse_metrics(wrong)
 
 
 @pytest.mark.parametrize("content", [None, b"no tensors at all"])

@@ -9,12 +9,13 @@ from click.testing import CliRunner
 
 from edgefl.app.cli import cli
 from edgefl.config import JobConfig, RoundsConfig
-from edgefl.errors import CloudRefused, ConfigError, NotFound
+from edgefl.errors import CloudRefused, ConfigError, NotFound, SignatureChanged
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.run import submit
 from edgefl.protocols.messages import RolloutNote
 from edgefl.records import RoundOutcome
 from edgefl.task import load_task
+from tests import onnx_models
 
 
 @pytest.fixture
@@ -81,6 +82,38 @@ def test_one_source_is_named(edgefl, arguments):
     done = edgefl("models", "publish", "m", *arguments)
     assert isinstance(done.exception, ConfigError)
     assert "name one source" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--onnx", "M", "--gate", "r2"], "--gate would do nothing here: an ONNX file is published as it is"),
+        (["--onnx", "M", "--compress", "int8", "--max-drop", "0.1"], "--max-drop, --compress would do nothing here"),
+        (["--task", "t:t", "--parameters", "M", "--sample", "M"], "--sample would do nothing here: a task's own data"),
+        (["--task", "t:t", "--parameters", "M", "--compress", "none", "--gate", "r2"], "with --compress none nothing"),
+        (["--onnx", "M", "--metrics", "r2"], "--metrics 'r2' is not NAME=NUMBER"),
+        (["--onnx", "M", "--sample", "none.npz"], "none.npz: there is no such file"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(edgefl, tmp_path, arguments, said):
+    (tmp_path / "m").touch()
+    done = edgefl("models", "publish", "m", *(str(tmp_path / "m") if one == "M" else one for one in arguments))
+    assert (done.exit_code, type(done.exception)) == (1, ConfigError)
+    assert said in str(done.exception)
+
+
+def test_a_file_is_published_and_its_signature_shown(edgefl, tmp_path):
+    for features in (3, 4):
+        (tmp_path / f"{features}.onnx").write_bytes(onnx_models.affine(features=features))
+    done = edgefl("models", "publish", "m", "--onnx", tmp_path / "3.onnx", "--compress", "none", "--metrics", "r2=0.5")
+    assert done.stdout.splitlines() == [
+        "m version 1: r2=0.5", "deliver it to the devices: edgefl rollout start m --version 1",
+    ]  # fmt: skip
+    other = ["models", "publish", "m", "--onnx", tmp_path / "4.onnx"]
+    assert type(edgefl(*other).exception) is SignatureChanged
+    assert edgefl(*other, "--new-signature").exit_code == 0
+    listed = [line.split("\t")[-1] for line in edgefl("models", "show", "m").stdout.splitlines()]
+    assert listed == ["signature", "x FP32[-1,4] -> y FP32[-1,4]", "x FP32[-1,3] -> y FP32[-1,3]"]
 
 
 def submitted(plane, task, rounds_done, **end):
