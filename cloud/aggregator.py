@@ -25,12 +25,12 @@ from cloud.dataplane.fleet_service import FleetService, ServiceDependencies, han
 from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.dataplane.grpc_port import GrpcPort
 from cloud.http.api import make_app, serve_http
-from cloud.state.home import AggregatorOptions, CloudHome
+from cloud.state.home import LOG_FILE, AggregatorOptions, CloudHome
 from cloud.state.jobs import JobRow
 from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled
-from edgefl.logs import event
+from edgefl.logs import event, logging_to
 from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, from_json
@@ -77,7 +77,7 @@ class Aggregator:
         """
         keep_freed_memory()
         shrink_tls_buffers()
-        with self._home:
+        with self._home, logging_to(self._options.home / LOG_FILE):
             try:
                 asyncio.run(self._serve(on_ready))
             except Exception as error:
@@ -227,6 +227,7 @@ class Aggregator:
             admit=port.admit,
             pace=port.pace,
             max_transfers=shares.transfers,
+            logs=home.device_logs,
         )
         service = FleetService(deps, workers)
         home.cut += [service.forget, lambda device: loop.call_soon_threadsafe(port.drop, device)]

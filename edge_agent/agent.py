@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_agent.install.notify import keep_alive, notify
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.link import CloudLink
+from edge_agent.link.log_sender import LOG_FILE, LogSender
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edge_agent.releases.updater import Updater, UpdaterDependencies
@@ -36,10 +37,10 @@ from edge_agent.training.bundles import Bundles
 from edge_agent.training.participant import Participant, ParticipantDependencies
 from edge_agent.training.trainer import IDLE_S, Trainer
 from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
-from edgefl.logs import event
+from edgefl.logs import event, logging_to
 from edgefl.process.home import lock_home, replace_file
 from edgefl.protocols.manifest import load_public_key
-from edgefl.protocols.messages import Assignment, JobMessage, RolloutNote, Signed
+from edgefl.protocols.messages import Assignment, JobMessage, LogWanted, RolloutNote, Signed
 from edgefl.terminal.text import one_line
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ async def run_agent(config: AgentConfig) -> None:
     """
     config = dataclasses.replace(config, home=config.home.absolute())  # a task has its own working folder
     profile = load_profile(config.home)
-    with lock_home(config.home):
+    with lock_home(config.home), logging_to(config.home / LOG_FILE):
         agent = _Agent(config, profile)
         try:
             await agent.run()
@@ -138,6 +139,7 @@ class _Agent:
         )
         self._started = False
         self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
+        self._logs = LogSender(home, self._channel)
         self._outbox = Outbox(self._store, self._channel)
         self._revoked = self._revoked_list() if config.serve_tls else None
         on_reachable = self._revoked.refresh if self._revoked else _nothing
@@ -184,6 +186,7 @@ class _Agent:
                     "rounds": self._participant.run(),
                     "trainer": self._trainer.run(),
                     "updater": self._updater.run(),
+                    "logs": self._logs.run(),
                     "watchdog": keep_alive(),
                     **({"revoked": self._revoked.run()} if self._revoked else {}),
                 }.items()
@@ -201,6 +204,9 @@ class _Agent:
 
     def on_job(self, message: JobMessage) -> None:
         self._participant.handle(message)
+
+    def on_command(self, command: LogWanted) -> None:
+        self._logs.handle(command)
 
     def on_desired(self, signed: Signed) -> None:
         self._updater.handle(signed)

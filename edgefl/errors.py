@@ -25,6 +25,7 @@
     |-- EnrolmentRefused     a token or device name that the cloud does not accept
     |-- CloudUnreachable     the cloud or its broker did not answer in time, or a transfer with it was given up
     |-- CloudRefused         the cloud answered with a refusal
+    |-- DeviceUnavailable    a device that is offline, or did not answer a request of the cloud
     |-- CloudStopping        the cloud is stopping; its jobs continue when it is started again
     |-- DiskFull             a disk with too little free space
     |-- PartFailed           a part of a running program that ended and could not be started again
@@ -154,6 +155,10 @@ class DiskFull(EdgeflError):
 
 class PartFailed(EdgeflError):
     """A part of a running program ended and could not be started again, so the program ends."""
+
+
+class DeviceUnavailable(EdgeflError):
+    """A device is offline, cannot do what was asked, or did not answer in time."""
 
 
 class CloudStopping(EdgeflError):

@@ -10,14 +10,17 @@ event (or per place in a library's code) and per client.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import logging.handlers
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgefl.terminal.text import is_safe, lines, one_line
 
@@ -28,6 +31,7 @@ LINES_OF_ONE = 10  # per window, for one event of one device or address
 LINES_OF_ALL = 200  # per window, for one event of all devices and addresses
 MAX_KEYS = 10_000  # kept in memory
 OURS = ("edgefl", "cloud", "edge_agent")
+FILE_BYTES = 1 << 20  # of a log file in a home, before it becomes FILE.1
 CAUSED_BY = ("device", "peer", "source")  # fields that name the client that caused a line
 
 Key = tuple[str, ...]
@@ -40,6 +44,33 @@ def set_up_logging(level: int = logging.INFO) -> None:
     handler = LimitedHandler(logging.StreamHandler(sys.stderr))
     logging.basicConfig(handlers=[handler], level=level, force=True)
     handler.setFormatter(LineFormatter(FORM))
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Log to a file, too, within the block, if `set_up_logging` was called; it has two parts of FILE_BYTES at most.
+
+    A full disk costs lines of the file only: stderr has them all.
+    """
+    limited = next((one for one in logging.getLogger().handlers if isinstance(one, LimitedHandler)), None)
+    if limited is None:
+        yield
+        return
+    handler = _LogFile(path, maxBytes=FILE_BYTES, backupCount=1, delay=True, encoding="utf-8", errors="replace")
+    handler.setFormatter(LineFormatter(FORM))
+    limited.add_target(handler)
+    try:
+        yield
+    finally:
+        limited.remove_target(handler)
+        handler.close()
+
+
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A log file whose errors, such as a full disk, cost only the line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
 
 
 class LineFormatter(logging.Formatter):
@@ -86,7 +117,7 @@ class LimitedHandler(logging.Handler):
 
     def __init__(self, target: logging.Handler, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._target, self._clock = target, clock
+        self._targets, self._clock = [target], clock
         self._counts: dict[Key, _Count] = {}
         self._next_end_s = 0.0
 
@@ -96,19 +127,34 @@ class LimitedHandler(logging.Handler):
         if now_s >= self._next_end_s:
             self._write_summaries(now_s)
         if all(self._passes(key, most, record, now_s) for key, most in _limits_of(record)):
-            self._target.handle(record)
+            self._write(record)
+
+    def add_target(self, target: logging.Handler) -> None:
+        """Pass records to another handler, too."""
+        self._targets = [*self._targets, target]
+
+    def remove_target(self, target: logging.Handler) -> None:
+        """Pass records to this handler no longer."""
+        self._targets = [one for one in self._targets if one is not target]
 
     def close(self) -> None:
         """Write the counts of suppressed records, and close."""
         self._write_summaries(float("inf"))
-        self._target.close()
+        for target in self._targets:
+            target.close()
         super().close()
 
     def flush(self) -> None:
-        self._target.flush()
+        for target in self._targets:
+            target.flush()
 
     def setFormatter(self, fmt: logging.Formatter | None) -> None:  # noqa: N802 - logging's name
-        self._target.setFormatter(fmt)
+        for target in self._targets:
+            target.setFormatter(fmt)
+
+    def _write(self, record: logging.LogRecord) -> None:
+        for target in self._targets:
+            target.handle(record)
 
     def _passes(self, key: Key, most: int, record: logging.LogRecord, now_s: float) -> bool:
         count = self._counts.get(key)
@@ -128,7 +174,7 @@ class LimitedHandler(logging.Handler):
             if count.ends_s <= now_s:
                 del self._counts[key]
                 if count.held_back:
-                    self._target.handle(_summary(count))
+                    self._write(_summary(count))
         self._next_end_s = min((one.ends_s for one in self._counts.values()), default=0.0)
 
 

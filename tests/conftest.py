@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from cloud.broker.mosquitto_config import CRL_FILE, write_broker_config
+from cloud.dataplane.device_logs import DeviceLogs
 from cloud.dataplane.live_relay import RelayTiming
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayDependencies, Relays
@@ -38,7 +39,7 @@ from edgefl.operator.client import write_operator_credentials
 from edgefl.process.guardian import gated, guardian, open_gate
 from edgefl.protocols import tls
 from edgefl.protocols.manifest import new_fleet_key, public_pem, sign
-from edgefl.protocols.messages import Deliver, DeviceState, RoundClosed, Signed, Telemetry
+from edgefl.protocols.messages import Deliver, DeviceState, LogWanted, RoundClosed, Signed, Telemetry
 from edgefl.protocols.mqtt import LinkConfig, Will
 from edgefl.protocols.tls import Identity
 from edgefl.testing import ManualClock
@@ -197,6 +198,7 @@ class HeardLink:
         self.sent: list[tuple[str, Signed]] = []
         self.told: list[tuple[str, Deliver | RoundClosed]] = []
         self.reason = ""
+        self.logs: DeviceLogs | None = None  # which gets the log of each device that is asked for it
 
     def state(self, device: str) -> DeviceState | None:
         return self.states.get(device)
@@ -212,6 +214,10 @@ class HeardLink:
 
     def send_job(self, device: str, message: Deliver | RoundClosed) -> None:
         self.told.append((device, message))
+
+    def send_command(self, device: str, command: LogWanted) -> None:
+        if self.logs is not None:
+            self.logs.receive(device, command.request, b"one\n    two", cut=False)
 
     def online(self) -> frozenset[str]:
         return frozenset(name for name, state in self.states.items() if state.online)
@@ -278,12 +284,13 @@ class HttpPlane:
             ),
             RelayTiming(clock=self.clock),
         )  # fmt: skip
+        self.link.logs = self.logs = DeviceLogs(self.link)
         self.services = Services(
             enrolment=self.enrolment, registry=self.registry, rollouts=self.rollouts, jobs=self.jobs, blobs=self.blobs,
             relays=self.relays,
             link=self.link, ca_pem=self.ca.cloud.ca.read_bytes(), fleet_key_pem=public_pem(self.key), grpc_port=9440,
             broker_url="mqtts://:8883", operator_token=OPERATOR, max_blob_bytes=5 << 20, heartbeat_s=0.1,
-            chunk_deadline_s=0.5,
+            chunk_deadline_s=0.5, device_logs=self.logs, log_file=folder / "cloud.log",
         )  # fmt: skip
         self.credentials = write_operator_credentials(
             folder, self.url, self.services.operator_token, self.services.ca_pem

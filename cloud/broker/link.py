@@ -26,6 +26,7 @@ from edgefl.protocols import topics
 from edgefl.protocols.messages import (
     DeviceState,
     JobMessage,
+    LogWanted,
     RolloutNote,
     Signed,
     Telemetry,
@@ -133,6 +134,10 @@ class DeviceLink:
     def send_job(self, device: str, message: JobMessage) -> None:
         """Send a job message; a device that misses it calls `Next` when it reconnects."""
         self._send(topics.down(device, "job"), encode(message))
+
+    def send_command(self, device: str, command: LogWanted) -> None:
+        """Send a command; the caller notices by itself if it is lost."""
+        self._send(topics.down(device, "command"), encode(command))
 
     def send_desired(self, device: str, signed: Signed) -> None:
         """Send the release that a device should serve; the broker retains it."""

@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
+from cloud.dataplane.device_logs import DeviceLogs, receive_log
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
@@ -78,6 +79,7 @@ class ServiceDependencies:
     pace: Callable[[str], float] = lambda _key: 0.0  # how long a call with this certificate must wait (s)
     max_transfers: int = MAX_INSIDE  # concurrent uploads, and as many downloads
     storage: Storage = field(default_factory=Storage)
+    logs: DeviceLogs | None = None  # None = nobody asks for logs
 
 
 def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
@@ -93,6 +95,9 @@ def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
         "Upload": grpc.stream_unary_rpc_method_handler(registered(service.Upload), None, to_state),
         "Renew": grpc.unary_unary_rpc_method_handler(
             registered(service.Renew), pb.RenewRequest.FromString, pb.RenewReply.SerializeToString
+        ),
+        "SendLog": grpc.unary_unary_rpc_method_handler(
+            registered(service.SendLog), pb.LogReport.FromString, pb.LogReply.SerializeToString
         ),
         "Fail": grpc.unary_unary_rpc_method_handler(
             registered(service.Fail), pb.FailureReport.FromString, pb.FailureReply.SerializeToString
@@ -204,6 +209,10 @@ class FleetService:
             except (OSError, SQLAlchemyError) as error:
                 await self._not_stored(error, device, context)
         return pb.FailureReply()
+
+    async def SendLog(self, request: pb.LogReport, context: Context) -> pb.LogReply:  # noqa: N802
+        await receive_log(self._deps.logs, await self._device(context), request, context)
+        return pb.LogReply()
 
     async def _known(self, device: str, request: pb.NextRequest, context: Context) -> list[OpenRound]:
         """Return the rounds that wait for a device, training first; fail those whose kind its agent does not know."""

@@ -31,6 +31,7 @@ from cloud.state.storage import waits_for
 from edgefl.errors import (
     CloudStopping,
     ConfigError,
+    DeviceUnavailable,
     EdgeflError,
     EnrolmentRefused,
     ManifestRejected,
@@ -51,6 +52,7 @@ _STATUS: Mapping[type[EdgeflError], int] = {
     EnrolmentRefused: 403,
     ManifestRejected: 409,
     CloudStopping: 503,
+    DeviceUnavailable: 409,
 }
 
 

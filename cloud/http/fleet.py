@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from cloud.http.services import Services
 from cloud.http.shared import Body, CleanJSON, Here, known
 from cloud.state.enrolment import VALID_FOR_S, EnrolledDevice
+from edgefl.errors import ConfigError, NotFound
+from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.process.version import __version__
 
 public = APIRouter()
@@ -85,6 +87,19 @@ def remove(name: str, here: Here) -> dict[str, Any]:
     return {"removed": name}
 
 
+@operator.get("/v1/devices/{name}/log")
+def device_log(
+    name: str, here: Here, lines: Annotated[int, Query(ge=1, le=MAX_RECORDS)] = 200, job: str = ""
+) -> dict[str, Any]:
+    """Return the end of a device's own log, which the device uploads now; with `job`, what it says of that job."""
+    if not here.enrolment.is_known(name):
+        raise NotFound(f"there is no device {name!r}; list them with `edgefl devices list`")
+    if here.device_logs is None:
+        raise ConfigError("this cloud does not fetch the logs of devices")
+    found = here.device_logs.fetch(name, lines, job)
+    return {"device": name, "lines": found.lines, "cut": found.cut}
+
+
 @operator.post("/v1/tokens")
 def new_token(body: TokenRequest, here: Here) -> dict[str, Any]:
     """Make a one-time enrolment token."""
@@ -94,7 +109,8 @@ def new_token(body: TokenRequest, here: Here) -> dict[str, Any]:
 def _shown(here: Services, device: EnrolledDevice) -> dict[str, Any]:
     state = here.link.state(device.name)
     said: dict[str, Any] = dataclasses.asdict(state) if state else {"online": False, "models": {}, "serving_url": ""}
-    said.pop("session", None)
+    for internal in ("session", "commands"):
+        said.pop(internal, None)
     telemetry = here.link.telemetry(device.name)
     said["telemetry"] = dataclasses.asdict(telemetry) if telemetry is not None else None
     return dataclasses.asdict(device) | said | {"tags": {**device.tags, **said.get("tags", {})}}

@@ -22,6 +22,7 @@ from cloud.state.blobs import BlobStore
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.hashing import HashingFile
+from edgefl.process.log_tail import MAX_RECORDS, LogTail, of_job, read_tail
 from edgefl.protocols.labels import meant_by
 from edgefl.protocols.messages import BlobRef
 
@@ -103,6 +104,14 @@ def jobs(here: Here, named: str | None = None) -> list[dict[str, Any]]:
 def job(job: str, here: Here) -> dict[str, Any]:
     """Return a job with its rounds, or a relay."""
     return known(here.relays.get if _is_relay(job) else here.jobs.get, job)
+
+
+@operator.get("/v1/jobs/{job}/log")
+def job_log(job: str, here: Here, lines: Annotated[int, Query(ge=1, le=MAX_RECORDS)] = 200) -> dict[str, Any]:
+    """Return the last lines of the cloud's log about a job or a relay."""
+    known(here.relays.get if _is_relay(job) else here.jobs.row, job)
+    found = LogTail([], cut=False) if here.log_file is None else read_tail(here.log_file, lines, of_job(job))
+    return {"job": job, "lines": found.lines, "cut": found.cut}
 
 
 @operator.post("/v1/jobs/{job}/cancel")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
+from cloud.dataplane.device_logs import DeviceLogs
 from cloud.dataplane.relays import Relays
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
@@ -91,5 +93,7 @@ class Services:
     max_blob_bytes: int = 4 << 30
     heartbeat_s: float = 5.0  # of event streams in which nothing happens
     chunk_deadline_s: float = 60.0  # for the next bytes of an upload
+    device_logs: DeviceLogs | None = None  # None = devices are not asked for their logs
+    log_file: Path | None = None  # of the cloud itself
     broker: str = "builtin"  # which program it is: mosquitto (the cloud's child), builtin, or external
     health: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is unhealthy; empty = it is healthy

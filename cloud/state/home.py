@@ -1,7 +1,7 @@
 """The cloud's home folder, opened: keys, database, blobs, and the parts of the cloud that use them.
 
 The first start creates the CA, the fleet's signing key and the operator's credentials; every key has
-mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, blobs/, spool/, relays/.
+mode 0600. Layout: tls/, fleet.key, operator.json, cloud.db, cloud.log, blobs/, spool/, relays/.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from cloud.broker.inbox import Inbox
 from cloud.broker.link import DeviceLink, DeviceLinkCallbacks
 from cloud.broker.mosquitto import Mosquitto, MosquittoSettings
 from cloud.broker.mosquitto_config import CRL_FILE
+from cloud.dataplane.device_logs import DeviceLogs
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.http.services import Services
@@ -54,6 +55,7 @@ from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, Telemetr
 from edgefl.protocols.tls import BROKER_NAME, CLOUD_NAME, LEAF_DAYS, Identity, create_ca
 
 EMBEDDED, BUILTIN = "embedded", "builtin"
+LOG_FILE = "cloud.log"
 
 _log = logging.getLogger(__name__)
 
@@ -135,6 +137,7 @@ class CloudHome:
                 RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays", self.storage
             )
         )
+        self.device_logs = DeviceLogs(self.link)
         self.storage.changed = self._wake_waiting
         self.registry = Registry(engine, self.blobs, self._fleet_key)
         self.rollouts = Rollouts(
@@ -195,6 +198,8 @@ class CloudHome:
             operator_token=self._operator_token,
             health=self.supervisor.reasons,
             broker=self.broker_name,
+            device_logs=self.device_logs,
+            log_file=self._options.home / LOG_FILE,
         )
 
     def _own_broker(self) -> BuiltinBroker | MosquittoChild:

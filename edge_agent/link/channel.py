@@ -75,6 +75,9 @@ class CloudChannel:
         self._resume: Any = self._channel.unary_unary(
             f"{_SERVICE}/Resume", pb.UpdateKey.SerializeToString, pb.UploadState.FromString
         )
+        self._send_log: Any = self._channel.unary_unary(
+            f"{_SERVICE}/SendLog", pb.LogReport.SerializeToString, pb.LogReply.FromString
+        )
         self._fail: Any = self._channel.unary_unary(
             f"{_SERVICE}/Fail", pb.FailureReport.SerializeToString, pb.FailureReply.FromString
         )
@@ -136,6 +139,11 @@ class CloudChannel:
             self._resume(key, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True)
         )
         return state
+
+    async def send_log(self, request: str, text: bytes, *, cut: bool) -> None:
+        """Upload the end of this agent's log, as the cloud asked with this request."""
+        report = pb.LogReport(request=request, text=text, cut=cut)
+        await self._begin(self._send_log(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata))
 
     async def fail(self, job: str, number: int, reason: str) -> None:
         """Report to the cloud that there will be no update for a round."""

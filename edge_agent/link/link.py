@@ -30,7 +30,7 @@ from edgefl.process.version import __version__
 from edgefl.protocols import messages, topics
 from edgefl.protocols.assignments import unpack
 from edgefl.protocols.backoff import Backoff
-from edgefl.protocols.messages import Assignment, DeviceState, JobMessage, RolloutNote, Signed
+from edgefl.protocols.messages import Assignment, DeviceState, JobMessage, LogWanted, RolloutNote, Signed
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
 from edgefl.protocols.tls import Identity
 
@@ -50,6 +50,9 @@ class CloudLinkCallbacks(Protocol):
 
     def on_desired(self, signed: Signed) -> None:
         """Handle a release that this device should serve; its signature is not verified yet."""
+
+    def on_command(self, command: LogWanted) -> None:
+        """Handle a command from topic down/<device>/command."""
 
     def before_next(self) -> tuple[list[str], Callable[[list[Assignment], list[str]], None]]:
         """Called before `Next`: return the jobs with data here, and a callback for assignments and ended jobs."""
@@ -183,6 +186,7 @@ class CloudLink:
             models=models,
             tags=self._profile.tags,
             serving_url=url,
+            commands=list(messages.COMMANDS),
         )
 
     def _new_mqtt(self) -> MqttLink:
@@ -192,7 +196,7 @@ class CloudLink:
             url=profile.broker,
             client_id=device,
             identity=Identity.in_folder(self._home) if secure else None,
-            subscriptions=((topics.down(device, "job"), 1), (topics.down(device, "desired"), 1)),
+            subscriptions=[(topics.down(device, kind), 1) for kind in ("job", "desired", "command")],
             will=self._will,
         )
         return MqttLink(config, on_message=self._on_message, on_connect=self._on_connect, on_failure=self._on_failure)
@@ -214,6 +218,8 @@ class CloudLink:
     def _on_message(self, topic: str, payload: bytes) -> None:
         if topic.endswith("/job"):
             self._callbacks.on_job(messages.decode_job(payload))
+        elif topic.endswith("/command"):
+            self._callbacks.on_command(messages.decode_command(payload))
         elif payload:  # an empty payload only clears the retained message
             self._callbacks.on_desired(messages.decode(Signed, payload))
 

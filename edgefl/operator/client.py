@@ -130,6 +130,11 @@ class CloudClient:
         """Remove a device from the fleet."""
         self._json("DELETE", f"/v1/devices/{quote(name, safe='')}")
 
+    def device_log(self, name: str, num_lines: int, job: str = "") -> Json:
+        """Return the end of a device's own log (`lines`, `cut`), which it uploads now; only about `job`, if given."""
+        params = {"lines": str(num_lines)} | ({"job": job} if job else {})
+        return self._get(f"/v1/devices/{quote(name, safe='')}/log", params)
+
     def new_token(self, valid_for_s: float) -> str:
         """Make a one-time enrolment token."""
         return str(self._json("POST", "/v1/tokens", {"valid_for_s": valid_for_s})["token"])
@@ -192,6 +197,10 @@ class CloudClient:
     def job(self, job: str) -> Json:
         """Return a job with its rounds."""
         return self._json("GET", f"/v1/jobs/{quote(job, safe='')}")
+
+    def job_log(self, job: str, num_lines: int) -> Json:
+        """Return the end of what the cloud's log says of a job (`lines`, `cut`)."""
+        return self._get(f"/v1/jobs/{quote(job, safe='')}/log", {"lines": str(num_lines)})
 
     def cancel_job(self, job: str) -> Json:
         """Stop a job, and return its state."""
@@ -284,6 +293,11 @@ class CloudClient:
         with self._deadline():
             content = None if body is None else json.dumps(body, default=_plain)
             answer = self._http.request(method, path, content=content, headers={"Content-Type": "application/json"})
+        return _record(_decoded(answer))
+
+    def _get(self, path: str, params: Mapping[str, str]) -> Json:
+        with self._deadline():
+            answer = self._http.get(path, params=dict(params))
         return _record(_decoded(answer))
 
     def _list(self, path: str, params: Mapping[str, str] = NO_PARAMS) -> list[Json]:

@@ -126,6 +126,20 @@ class FailureReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class LogReport(_message.Message):
+    __slots__ = ("request", "text", "cut")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    request: str
+    text: bytes
+    cut: bool
+    def __init__(self, request: _Optional[str] = ..., text: _Optional[bytes] = ..., cut: _Optional[bool] = ...) -> None: ...
+
+class LogReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class RenewRequest(_message.Message):
     __slots__ = ("csr",)
     CSR_FIELD_NUMBER: _ClassVar[int]

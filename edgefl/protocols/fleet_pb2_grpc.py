@@ -64,6 +64,11 @@ class FleetStub:
                 request_serializer=edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.SerializeToString,
                 response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.RenewReply.FromString,
                 _registered_method=True)
+        self.SendLog = channel.unary_unary(
+                '/edgefl.v1.Fleet/SendLog',
+                request_serializer=edgefl_dot_protocols_dot_fleet__pb2.LogReport.SerializeToString,
+                response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.LogReply.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -111,6 +116,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendLog(self, request, context):
+        """The end of this device's own log, as an operator asked by a command over MQTT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +155,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.FromString,
                     response_serializer=edgefl_dot_protocols_dot_fleet__pb2.RenewReply.SerializeToString,
+            ),
+            'SendLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendLog,
+                    request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.LogReport.FromString,
+                    response_serializer=edgefl_dot_protocols_dot_fleet__pb2.LogReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +324,33 @@ class Fleet:
             '/edgefl.v1.Fleet/Renew',
             edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.SerializeToString,
             edgefl_dot_protocols_dot_fleet__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/edgefl.v1.Fleet/SendLog',
+            edgefl_dot_protocols_dot_fleet__pb2.LogReport.SerializeToString,
+            edgefl_dot_protocols_dot_fleet__pb2.LogReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,17 +8,19 @@ agent; a missing key or a wrong value raises ProtocolError.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
+from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw, to_json
 
 __all__ = [
-    "ASSIGNMENTS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Deliver", "DeviceState", "Fit", "JobMessage",
-    "RolloutNote", "RoundClosed", "Signed", "Telemetry", "UpdateRefused", "decode", "decode_job", "encode", "from_json",
+    "ASSIGNMENTS", "COMMANDS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Deliver", "DeviceState", "Fit",
+    "JobMessage", "LogWanted", "RolloutNote", "RoundClosed", "Signed", "Telemetry", "UpdateRefused", "decode",
+    "decode_command", "decode_job", "encode", "from_json",
 ]  # fmt: skip
 
 MAX_MESSAGE_BYTES = 32 << 10
@@ -126,6 +128,20 @@ class DeviceState(Checked):
     models: Mapping[str, int] = field(default_factory=dict)  # model -> version that the device serves
     tags: Mapping[str, str] = field(default_factory=dict, metadata=limited(max_items=MAX_TAGS, max_chars=MAX_TAG_CHARS))
     serving_url: str = field(default="", metadata=limited(max_chars=MAX_NAME_CHARS))
+    # Kinds of commands that the agent follows; older agents follow none.
+    commands: Sequence[str] = field(default_factory=list, metadata=limited(max_items=MAX_TAGS, max_chars=MAX_TAG_CHARS))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogWanted(Checked):
+    """A device is asked for the end of its own log, which it uploads by `SendLog` (down/<device>/command)."""
+
+    kind_name: ClassVar[str] = "log"
+
+    request: str = field(metadata=limited(max_chars=MAX_TAG_CHARS))  # its id, which the upload repeats
+    lines: int = field(metadata=limited(least=1, most=MAX_RECORDS))
+    job: str = field(default="", metadata=limited(max_chars=MAX_NAME_CHARS))  # only lines about this job; empty = all
+    kind: str = "log"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +172,7 @@ Assignment = Fit | Deliver  # what one device is asked
 JobMessage = Assignment | RoundClosed | UpdateRefused  # what comes on down/<device>/job
 
 ASSIGNMENTS: Mapping[str, type[Assignment]] = {"fit": Fit, "deliver": Deliver}  # as fleet.proto names them
+COMMANDS: Mapping[str, type[LogWanted]] = {LogWanted.kind_name: LogWanted}
 JOB_MESSAGES: Mapping[str, type[JobMessage]] = {**ASSIGNMENTS, "closed": RoundClosed, "refused": UpdateRefused}
 
 
@@ -179,6 +196,15 @@ def decode_job(data: bytes) -> JobMessage:
     if not isinstance(kind, str) or kind not in JOB_MESSAGES:
         raise ProtocolError(f"job message of kind {kind!r:.100} is not one of: {', '.join(JOB_MESSAGES)}")
     return from_json(JOB_MESSAGES[kind], value)
+
+
+def decode_command(data: bytes) -> LogWanted:
+    """Return a message of down/<device>/command, by its kind; raises ProtocolError."""
+    value = _parse(data)
+    kind = value.get("kind")
+    if not isinstance(kind, str) or kind not in COMMANDS:
+        raise ProtocolError(f"command of kind {kind!r:.100} is not one of: {', '.join(COMMANDS)}; update the agent")
+    return from_json(COMMANDS[kind], value)
 
 
 def _parse(data: bytes) -> dict[str, Any]:

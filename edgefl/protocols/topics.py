@@ -25,7 +25,7 @@ def up(device: str, kind: str) -> str:
 
 
 def down(device: str, kind: str) -> str:
-    """Topic that a device reads: job or desired (retained)."""
+    """Topic that a device reads: job, command or desired (retained)."""
     return f"{ROOT}/down/{device}/{kind}"
 
 

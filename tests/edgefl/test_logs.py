@@ -131,3 +131,31 @@ def test_a_traceback_is_counted_too(log):
     log.handler.close()
     assert sum("Traceback" in line for line in log.lines()) == LINES_OF_ONE
     assert log.lines()[-1] == "... 90 more of this in 60 s, the last: Exception in ASGI application"
+
+
+def test_the_log_in_a_home_has_what_stderr_has_and_is_bounded(tmp_path):
+    path = tmp_path / "agent.log"
+    script = (
+        "import logging, sys; from pathlib import Path; from edgefl import logs; logs.FILE_BYTES = 2000\n"
+        "logs.set_up_logging()\n"
+        "with logs.logging_to(Path(sys.argv[1])):\n"
+        "    for number in range(100): logging.getLogger('edgefl').info('line %d', number)\n"
+        "logging.getLogger('edgefl').info('after')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    kept = path.with_name("agent.log.1").read_text() + path.read_text()
+    assert done.stderr.endswith(" after\n")
+    assert kept.endswith("line 99\n")
+    assert kept.rstrip() in done.stderr
+    assert path.stat().st_size <= 2000
+
+
+def test_a_log_that_cannot_be_written_costs_nothing_else(tmp_path):
+    script = (
+        "import logging, sys; from pathlib import Path; from edgefl import logs; logs.set_up_logging()\n"
+        "with logs.logging_to(Path('/no/such/folder/x.log')): logging.getLogger('edgefl').info('said')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.count("\n") == 1

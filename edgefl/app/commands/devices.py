@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from edgefl.app.commands.log_text import LINES, print_log
 from edgefl.operator.client import Json
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.terminal.output import Output, example, json_option, time_text
@@ -44,6 +45,22 @@ def remove(name: str, connection: CloudConnection, output: Output) -> None:
         client.remove_device(name)
     output.line(f"device {name} is removed from the fleet")
     output.result({"removed": name})
+
+
+@devices.command(epilog=example("edgefl devices logs cam-1 --lines 50"))
+@click.argument("name")
+@LINES
+@connected
+@json_option
+def logs(name: str, num_lines: int, connection: CloudConnection, output: Output) -> None:
+    """Show the end of a device's own log, which the device uploads now; at most 256 kB.
+
+    The device keeps the log of its agent, also over restarts, as agent.log in its home.
+    """
+    with connection.open() as client:
+        found = client.device_log(name, num_lines)
+    print_log(found, output)
+    output.result(found)
 
 
 def _telemetry(seen: Json | None) -> tuple[str, str, str]:

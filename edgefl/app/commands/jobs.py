@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from edgefl.app.commands.job_text import ended_text, print_comparison, print_job, progress_text
+from edgefl.app.commands.log_text import LINES, print_log
 from edgefl.app.commands.progress import left_running, patience, round_progress
 from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient, Json
@@ -110,6 +111,21 @@ def plot(names: Sequence[str], out: Path | None, connection: CloudConnection, ou
     write_plot(runs, path)
     output.line(f"plot: {path}")
     output.result({"jobs": [one["id"] for one in found], "plot": str(path)})
+
+
+@jobs.command(epilog=example("edgefl jobs logs job-1a2b3c4d", "edgefl jobs logs 'first try' --device cam-3"))
+@click.argument("job")
+@click.option("--device", help="What this device's own log says of the job, instead of the cloud's.")
+@LINES
+@connected
+@json_option
+def logs(job: str, device: str | None, num_lines: int, connection: CloudConnection, output: Output) -> None:
+    """Show the end of what the cloud's log says of a job, or a device's log; at most 256 kB."""
+    with connection.open() as client:
+        job = client.find_job(job)
+        found = client.job_log(job, num_lines) if device is None else client.device_log(device, num_lines, job)
+    print_log(found, output)
+    output.result(found | {"job": job})
 
 
 @jobs.command(epilog=example("edgefl jobs cancel job-1a2b3c4d"))

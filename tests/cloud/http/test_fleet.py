@@ -219,3 +219,16 @@ def test_no_address_is_a_defect_of_ours(http, path):
     answer = http.get(path)
     assert answer.status_code in {400, 404}
     assert is_safe(answer.text)
+
+
+def test_the_log_of_a_device_is_for_the_operator_and_says_why_there_is_none(http, http_plane):
+    http_plane.enroll("a")
+    path = "/v1/devices/a/log"
+    http_plane.link.states["a"] = DeviceState(session=1, online=False, agent_version="0")
+    offline = http.get(path)
+    assert (offline.status_code, "device a is offline" in offline.json()["error"]) == (409, True)
+    assert http.get("/v1/devices/ghost/log").status_code == 404
+    assert http.get(path, params={"lines": 0}).status_code == 400
+    assert http.get(path, headers={"Authorization": "Bearer x"}).status_code == 401
+    http_plane.link.states["a"] = DeviceState(session=2, online=True, agent_version="0", commands=["log"])
+    assert http.get(path).json() == {"device": "a", "lines": ["one", "    two"], "cut": False}

@@ -15,12 +15,14 @@ from edgefl.protocols.messages import (
     Deliver,
     DeviceState,
     Fit,
+    LogWanted,
     RolloutNote,
     RoundClosed,
     Signed,
     Telemetry,
     UpdateRefused,
     decode,
+    decode_command,
     decode_job,
     encode,
 )
@@ -41,7 +43,8 @@ JOB_MESSAGES = [
     UpdateRefused(job="job", round=3, reason="tensor 'w' holds NaN"),
 ]
 OTHERS = [
-    DeviceState(session=1, online=True, agent_version="0.1.0", models={"digits": 3}, tags={"site": "b"}),
+    DeviceState(session=1, online=True, agent_version="0.1.0", models={"digits": 3}, tags={"a": "b"}, commands=["log"]),
+    LogWanted(request="r", lines=5, job="job-1"),
     RolloutNote(model="digits", version=3, state="active"),
     Telemetry(
         cpu_count=4, cpu_percent=12.5, load_1m=0.5, ram_total_mb=1e3, ram_available_mb=5e2, disk_free_mb=1e4,
@@ -125,3 +128,22 @@ def test_a_reason_is_cleaned_and_cut_not_refused() -> None:
     assert refused.reason.startswith("\\x1b[31mred forged=line xxx")
     assert len(refused.reason) < 2020
     assert decode_job(encode(refused)) == refused
+
+
+def test_a_command_says_its_kind_and_others_are_refused() -> None:
+    wanted = LogWanted(request="r", lines=5)
+    assert decode_command(encode(wanted)) == wanted
+    for data, said in {
+        b'{"kind":"reboot"}': "update the agent",
+        b'{"kind":"log","request":"r"}': "lines is missing",
+    }.items():
+        with pytest.raises(ProtocolError, match=said):
+            decode_command(data)
+    for lines in (0, 10_001):
+        with pytest.raises(ProtocolError, match="lines"):
+            LogWanted(request="r", lines=lines)
+
+
+def test_an_agent_that_names_no_commands_follows_none() -> None:
+    old = b'{"session":1,"online":true,"agent_version":"0.1.0"}'
+    assert decode(DeviceState, old).commands == []

@@ -42,3 +42,11 @@ def test_devices_are_listed_and_removed(edgefl, http_plane):
 def test_a_device_that_is_not_there(edgefl):
     done = edgefl("devices", "remove", "ghost")
     assert (done.exit_code, type(done.exception)) == (1, NotFound)
+
+
+def test_the_log_of_a_device_is_shown_as_it_is(edgefl, http_plane):
+    http_plane.enroll("a")
+    http_plane.link.states["a"] = DeviceState(session=1, online=True, agent_version="0", commands=["log"])
+    assert edgefl("devices", "logs", "a").stdout == "one\n    two\n"
+    again = edgefl("devices", "logs", "a")
+    assert (again.exit_code, "a moment ago" in str(again.exception)) == (1, True)

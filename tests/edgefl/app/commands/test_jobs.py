@@ -167,3 +167,13 @@ def test_no_id_is_cut_on_a_terminal(on_terminal, named):
     assert all(one in narrow for one in ids)
     page = on_terminal("jobs", "show", "fast")
     assert all(len(line.rstrip()) <= 80 for line in page.splitlines()), page
+
+
+def test_the_clouds_log_of_a_job_and_a_devices(edgefl, job, http_plane):
+    (http_plane.folder / "cloud.log").write_text(f"one job={job}\n    trace\ntwo job=other\nthree job={job}\n")
+    assert edgefl("jobs", "logs", job).stdout == f"one job={job}\n    trace\nthree job={job}\n"
+    assert json.loads(edgefl("jobs", "logs", job, "--lines", 1, "--json", "-").stdout) == {
+        "job": job, "lines": [f"three job={job}"], "cut": True,
+    }  # fmt: skip
+    http_plane.enroll("a")
+    assert "device a is offline" in str(edgefl("jobs", "logs", job, "--device", "a").exception)
