@@ -92,7 +92,7 @@ def unpack_bundle(path: Path, folder: Path) -> None:
 
 def load_bundle(folder: Path, task: str) -> Task:
     """Import the task of an unpacked bundle; raises ConfigError or TaskError as `load_task` does."""
-    return import_task(task, folder)
+    return import_task(task, folder, unpacked=True)
 
 
 def _files_of(located: Located) -> Iterator[tuple[str, Path]]:

@@ -23,6 +23,7 @@ from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.exchange import cohort_size
 from edgefl.guards import RoundGuard, integer_moves, refuse_unsound
 from edgefl.records import Answer, Failure, Partial, Plan, RoundOutcome, Traffic, Update
+from edgefl.terminal.text import grouped
 from edgefl.trees import Tree
 
 Clock = Callable[[], float]  # seconds, monotonic
@@ -207,9 +208,10 @@ class _Tally:
         return tuple(client for client in plan.clients if client not in answered)
 
     def under_quorum(self, plan: Plan, quorum: int) -> str:
-        reasons = [f"{device}: {reason}" for device, reason in {**self.rejected, **self.failed}.items()]
-        reasons += [f"{device}: no answer within {plan.deadline_s:g} s" for device in self.missing(plan)]
+        late = dict.fromkeys(self.missing(plan), f"no answer within {plan.deadline_s:g} s")
+        reasons = {**self.rejected, **self.failed, **late}
         return (
             f"round {plan.round} of job {plan.job}: {len(self.admitted)} of {len(plan.clients)} updates "
-            f"admitted, the quorum is {quorum}. " + "; ".join(reasons)
+            f"admitted, the quorum is {quorum}. "
+            + grouped({client: reasons[client] for client in plan.clients if client in reasons})
         )

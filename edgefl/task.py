@@ -14,21 +14,19 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import sysconfig
 import threading
 import tomllib
-import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module, invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType, ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import ConfigError, TaskError
-from edgefl.terminal import debug
 from edgefl.terminal.extras import extra_of, install_command
+from edgefl.terminal.user_code import MAX_QUOTED, BundleFolder, TaskFolder, UserCode
 from edgefl.training.metrics import direction, refuse_metrics
 from edgefl.training.randomness import seeded
 from edgefl.trees import Tree
@@ -39,10 +37,12 @@ if TYPE_CHECKING:
     from edgefl.config import TrainConfig
     from edgefl.training.metrics import Metric
 
-MAX_QUOTED = 1000  # characters of the user's own message that an error repeats
+__all__ = [
+    "MAX_QUOTED", "FitResult", "Located", "Task", "UserCode", "forget_modules", "import_from", "import_task",
+    "load_task", "locate_task", "see_working_folder",
+]  # fmt: skip
 
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
-_OURS = Path(__file__).parent
 _NEVER_REPLACED = sys.stdlib_module_names | {"edgefl", "edge_agent", "cloud"}
 _IMPORTING = threading.RLock()  # sys.path and sys.modules belong to the whole process
 
@@ -166,12 +166,13 @@ def locate_task(reference: str) -> Located:
     return Located(reference)
 
 
-def import_task(task: str, folder: Path | None = None) -> Task:
+def import_task(task: str, folder: Path | None = None, *, unpacked: bool = False) -> Task:
     """Import `module:attribute`, from `folder` if one is given.
 
     One folder is current at a time: its modules hide modules of the same name elsewhere, and the
     modules of the previous folder are removed from sys.modules (a Task object that was returned keeps working).
     If tasks alternate in one process, call this again at each change, so that late imports find the right files.
+    `unpacked`: the folder was made from a bundle, and messages name its files by their names there.
     """
     match = _REFERENCE.fullmatch(task)
     if match is None:
@@ -181,45 +182,15 @@ def import_task(task: str, folder: Path | None = None) -> Task:
         if folder is None:
             see_working_folder(module_name.partition(".")[0])
         else:
-            _enter(folder.resolve(), module_name)
+            _enter(folder.resolve(), module_name, unpacked=unpacked)
         module = _import(task, module_name)
     return _task_in(module, attribute)
 
 
-class UserCode:
-    """A context for calls of the user's code: an exception inside becomes a TaskError with its file and line.
-
-    `on_change` is called with what the user's code is asked to do, and with "" when it returns: a process that
-    watches this one uses it to say what ended it.
-    """
-
-    on_change: ClassVar[Callable[[str], None] | None] = None
-    _now: ClassVar[str] = ""
-
-    def __init__(self, task: str, doing: str, kind: str = "task") -> None:
-        self._task, self._doing, self._kind = task, doing, kind
-        self._before = ""
-
-    def __enter__(self) -> None:
-        if UserCode.on_change is not None:
-            self._before, UserCode._now = UserCode._now, self._doing
-            UserCode.on_change(self._doing)
-
-    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> None:
-        if UserCode.on_change is not None:
-            UserCode._now = self._before
-            UserCode.on_change(self._before)
-        if isinstance(raised, TaskError) or not isinstance(raised, (Exception, SystemExit)):
-            return
-        debug.show(raised)  # other processes get only its text
-        said = f"{type(raised).__name__}: {raised}".rstrip(": ")[:MAX_QUOTED]
-        raise TaskError(f"{self._kind} {self._task!r}: {self._doing} raised {said}{_place(raised)}") from raised
-
-
-def import_from(folder: Path, module_name: str) -> ModuleType:
+def import_from(folder: Path, module_name: str, *, unpacked: bool = False) -> ModuleType:
     """Import a module of a folder, which becomes the current one as in `import_task`; does not convert errors."""
     with _IMPORTING:
-        _enter(folder.resolve(), module_name)
+        _enter(folder.resolve(), module_name, unpacked=unpacked)
         return import_module(module_name)
 
 
@@ -249,22 +220,17 @@ def _task_of(folder: Path) -> str:
     return task
 
 
-class _TaskFolder(str):
-    """An entry that edgefl has added to sys.path."""
-
-    __slots__ = ()
-
-
-def _enter(folder: Path, module_name: str) -> None:
+def _enter(folder: Path, module_name: str, *, unpacked: bool) -> None:
     names = _modules_in(folder)
     if (top := module_name.partition(".")[0]) not in names:
         raise ConfigError(f"{folder} has no module {top!r}, which its task names")
-    before = [entry for entry in sys.path if isinstance(entry, _TaskFolder) and entry != str(folder)]
+    before = [entry for entry in sys.path if isinstance(entry, TaskFolder) and entry != str(folder)]
     names = names.union(*(_modules_in(Path(entry)) for entry in before)) - _NEVER_REPLACED
     for name, module in sys.modules.copy().items():
         if name.partition(".")[0] in names and not _comes_from(module, folder):
             del sys.modules[name]
-    sys.path[:] = [_TaskFolder(folder), *(entry for entry in sys.path if not isinstance(entry, _TaskFolder))]
+    entry_of = BundleFolder if unpacked else TaskFolder
+    sys.path[:] = [entry_of(folder), *(entry for entry in sys.path if not isinstance(entry, TaskFolder))]
     invalidate_caches()  # the files may be seconds old
 
 
@@ -311,19 +277,3 @@ def _task_in(module: ModuleType, attribute: str) -> Task:
     if not isinstance(task, Task):
         raise ConfigError(f"{attribute!r} in {where} is of type {type(task).__name__}, not an edgefl.Task")
     return task
-
-
-def _place(raised: BaseException) -> str:
-    """Return the place in the user's files where it was raised; empty if none of the user's code was running."""
-    if isinstance(raised, SyntaxError):
-        return f" ({raised.filename}:{raised.lineno})"
-    stdlib, *packages = (Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib"))
-    places = []  # (file, line, installed)
-    for frame, line in traceback.walk_tb(raised.__traceback__):
-        file = Path(frame.f_code.co_filename)
-        installed = any(file.is_relative_to(folder) for folder in packages)
-        if file.is_absolute() and not file.is_relative_to(_OURS) and (installed or not file.is_relative_to(stdlib)):
-            places.append((file, line, installed))
-    # The deepest line in the user's own files; for an installed task, the line that edgefl called.
-    chosen = [place for place in places if not place[2]][-1:] or places[:1]
-    return "".join(f" ({file}:{line})" for file, line, _ in chosen)

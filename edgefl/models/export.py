@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,9 @@ from edgefl.errors import MissingExtra, ParityError, TaskError
 from edgefl.models.sample import BATCHES
 from edgefl.models.session import INPUT, OUTPUT, open_session, ort_errors
 from edgefl.task import Task, UserCode
+from edgefl.terminal.user_code import place_of, quoted
 from edgefl.training.local import make_model
+from edgefl.training.quiet import quiet_tracing
 from edgefl.training.samples import require_torch, test_samples, train_samples
 from edgefl.trees import Array, Tree
 
@@ -53,9 +54,13 @@ def export_onnx(model: torch.nn.Module, example_inputs: torch.Tensor, path: Path
     Raises ParityError if the exported graph computes something else; then no file is left.
     """
     require_torch("export to ONNX")
+    import torch
+
     evaluated = copy.deepcopy(model).cpu().eval()  # the caller's model keeps its mode and device
     example = _batch(example_inputs.detach().cpu(), max(2, len(example_inputs)))
     half = path.with_name(f".{path.name}.half")
+    with torch.no_grad(), UserCode(type(model).__name__, "the model"):
+        evaluated(example)  # an error of its own is told as it is, and not as the exporter meets it
     try:
         _trace(evaluated, example, half)
         check_parity(evaluated, half, example)
@@ -129,21 +134,18 @@ def _trace(model: torch.nn.Module, example: torch.Tensor, path: Path) -> None:
         root: BaseException = cause
         while root.__cause__ is not None:
             root = root.__cause__
-        raise ParityError(f"the model cannot be exported to ONNX: {type(root).__name__}: {str(root)[:1000]}") from cause
+        raise ParityError(f"the model cannot be exported to ONNX: {quoted(root)}{place_of(root)}") from cause
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Silence the exporter, which prints, warns about its internals and logs what it skips."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx")]
-    levels = [logger.level for logger in loggers]
     talk = io.StringIO()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with (
+        quiet_tracing(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(talk),
+        contextlib.redirect_stderr(talk),
+    ):
+        warnings.simplefilter("ignore")
+        yield

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MAX_NAMES = 3  # that share a reason and are named
+
 _UNSAFE = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _BLANKS = re.compile("[\t-\r\x85\u2028\u2029]+ *")  # line ends and tabs
 _BAD = re.compile(f"[{_UNSAFE}]")
@@ -39,6 +41,18 @@ def lines(text: str) -> str:
     return _BAD_ON_LINES.sub(_escaped, text.replace("\r\n", "\n"))
 
 
+def grouped(reasons: Mapping[str, str], most: int | None = None) -> str:
+    """Return each reason once, after the names that have it: `cam-1, cam-2 and 7 more: no data; cam-4: ...`."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    told = list(names.items())[:most]
+    texts = [f"{_listed(having)}: {reason}" for reason, having in told]
+    if more := len(reasons) - sum(len(having) for _, having in told):
+        texts.append(f"and {more} more")
+    return "; ".join(texts)
+
+
 def for_json(value: Any) -> Any:
     """Return a value for strict JSON: text on one line, null for a number that is not finite."""
     if isinstance(value, str):
@@ -55,3 +69,9 @@ def for_json(value: Any) -> Any:
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= MAX_NAMES + 1:  # "and 1 more" would be no shorter
+        return ", ".join(names)
+    return f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES} more"

@@ -115,6 +115,12 @@ def test_under_quorum_the_round_is_loud_and_says_every_reason() -> None:
         assert reason in message
 
 
+def test_a_reason_of_many_clients_is_told_once() -> None:
+    fleet = ScriptedFleet({name: fails(name) for name in ("b", "a", "c")})
+    with pytest.raises(QuorumNotMet, match=r"\. a, b, c: no data$"):
+        one_round(fleet, config())
+
+
 @pytest.mark.parametrize("answer", [fails("a"), silent, sends("a", math.nan)])
 def test_a_federation_whose_every_client_fails_does_not_succeed(answer: ScriptedClient) -> None:
     with pytest.raises(QuorumNotMet):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgefl.errors import ConfigError, TaskError
-from edgefl.task import Task, UserCode, import_task, load_task, locate_task
+from edgefl.task import Task, import_task, load_task, locate_task
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 TASK = """
@@ -147,29 +147,6 @@ def test_a_broken_section_in_pyproject(tmp_path):
 def test_what_the_users_module_raises_is_told_with_its_line(tmp_path, code, message):
     with pytest.raises(TaskError, match=message):
         load_task(str(make_folder(tmp_path / "a", code=code)))
-
-
-def test_user_code_names_the_deepest_line_of_the_users_and_not_a_librarys():
-    import json
-
-    with (
-        pytest.raises(TaskError, match=rf"train_data raised JSONDecodeError: .* \({__file__}:\d+\)"),
-        UserCode("t", "train_data"),
-    ):
-        json.loads("{")
-
-
-def test_user_code_lets_interrupts_and_task_errors_pass():
-    with pytest.raises(KeyboardInterrupt), UserCode("t", "x"):
-        raise KeyboardInterrupt
-    with pytest.raises(TaskError, match=r"^mine$"), UserCode("t", "x"):
-        raise TaskError("mine")
-
-
-def test_user_code_shortens_a_long_message():
-    with pytest.raises(TaskError) as caught, UserCode("t", "x"):
-        raise ValueError("y" * 100_000)
-    assert len(str(caught.value)) < 2000
 
 
 def test_a_task_is_either_of_torch_or_of_its_own():

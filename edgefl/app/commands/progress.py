@@ -13,7 +13,7 @@ from edgefl.errors import CloudUnreachable
 from edgefl.operator.client import Patience
 from edgefl.records import RoundReport
 from edgefl.terminal.output import INTERRUPTED, Output, metrics_text
-from edgefl.terminal.text import one_line
+from edgefl.terminal.text import grouped, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,5 +107,5 @@ def round_text(outcome: RoundReport, count: int | None) -> str:
     of = "" if count is None else f"/{count}"
     text = f"round {outcome.round}{of}: {outcome.counts_text()} in {outcome.seconds:.2f} s "
     text += metrics_text(outcome.metrics)
-    reasons = "; ".join(f"{device}: {reason}" for device, reason in outcome.reasons.items())
+    reasons = grouped(outcome.reasons)
     return one_line(f"{text.rstrip()} ({reasons})" if reasons else text.rstrip())

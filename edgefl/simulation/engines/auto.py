@@ -20,7 +20,7 @@ from edgefl.simulation.engines.fleets import Engine, SimulationSetup
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.pool.fleet import PoolFleet
 from edgefl.simulation.engines.ray.fleet import RayFleet
-from edgefl.simulation.engines.stackable import why_not_stacked
+from edgefl.simulation.engines.stackable import why_not_chosen
 from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.training.parts import parts_of
 
@@ -82,7 +82,7 @@ class _Choice:
         best = Chosen(LoopFleet(self._setup), LOOP, "")
         self._shorten_plan(best.engine, FEWEST)
         self._measure(LOOP, best.engine)
-        if reason := why_not_stacked(self._setup):
+        if reason := why_not_chosen(self._setup):
             self._ruled_out["stacked"] = reason
         else:
             best = self._with_stacks(best)

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.errors import TaskError
-from edgefl.records import Failure, Partial, Plan
+from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import select_clients
 from edgefl.simulation.engines.fallback import Attempt
 from edgefl.simulation.engines.fleets import SimulationSetup
@@ -19,6 +19,7 @@ from edgefl.simulation.engines.stacked import StackTrainer, kind_of
 from edgefl.simulation.engines.trainer import LocalTrainer
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
+from edgefl.terminal.user_code import place_of, quoted
 from edgefl.training.local import make_model
 from edgefl.training.parts import parts_of
 from edgefl.training.randomness import Drawn, seeded
@@ -34,11 +35,22 @@ ULPS = 4  # allowed difference of a parameter, in units in the last place
 
 
 def why_not_stacked(setup: SimulationSetup) -> str | None:
-    """Return why the task cannot be stacked, or None if it can."""
+    """Return why the task cannot be stacked, or None if it can.
+
+    Raises TaskError if a client of the trial fails in the loop, too: then the task is at fault and not the stacks.
+    """
     if reason := _of_the_task(setup):
         return reason
     model = make_model(setup.task)
     return _of_the_model(model) or _of_a_trial(setup, model)
+
+
+def why_not_chosen(setup: SimulationSetup) -> str | None:
+    """Return the same for a choice of engines: an error of the task is left for the round to tell."""
+    try:
+        return why_not_stacked(setup)
+    except TaskError:
+        return "in a trial, a client fails in the loop, too"
 
 
 def _of_the_task(setup: SimulationSetup) -> str | None:
@@ -68,7 +80,7 @@ def _of_the_model(model: torch.nn.Module) -> str | None:
 
 
 def _of_a_trial(setup: SimulationSetup, model: torch.nn.Module) -> str | None:
-    """Train a few clients both ways, and compare."""
+    """Train a few clients both ways, and compare; raises TaskError as `why_not_stacked` does."""
     parts = parts_of(setup.task, setup.config.train.seed)
     plan = Plan(
         job="trial",
@@ -79,26 +91,37 @@ def _of_a_trial(setup: SimulationSetup, model: torch.nn.Module) -> str | None:
         deadline_s=setup.config.rounds.deadline_s,
         frozen=parts.frozen,
     )
-    held = _some_samples(setup, plan)
+    held, failed = _some_samples(setup, plan), ""
     if not held:
         return "no client of the first cohort has data for a trial"
     with Attempt("stacked") as attempt:
-        try:
-            return _not_a_mean(setup.task, model, list(held.values())) or _differs(setup, plan, held)
-        except TaskError as error:
-            return f"torch.func cannot map it over clients: {error}"
+        plan, held = _shortened(plan, held)
+        singles = _alone(setup, plan, held)
+        failed = next((one.reason for one in singles.values() if isinstance(one, Failure)), "")
+        if not failed:
+            updates = {client: one for client, one in singles.items() if isinstance(one, Update)}
+            try:
+                return _not_a_mean(setup.task, model, list(held.values())) or _differs(setup, plan, held, updates)
+            except TaskError as error:
+                cause = error.__cause__
+                why = str(error) if cause is None else f"{quoted(cause)}{place_of(cause)}"
+                return f"torch.func cannot map it over clients: {why}"
+    if failed:
+        raise TaskError(failed)
     return f"in a trial {attempt.fault}"
 
 
 def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples]:
-    """Return the samples of the first few clients that have some, of one kind."""
+    """Return the samples of the first few clients that have some, of one kind; raises TaskError if none can load."""
     import torch
 
     held: dict[str, Samples] = {}
+    first: TaskError | None = None
     for client in plan.clients[: 4 * NUM_TRIED]:
         try:
             samples = samples_of(setup.population, client, plan.train.seed)
-        except TaskError:
+        except TaskError as error:
+            first = first or error
             continue  # reported in its own round
         if not torch.isfinite(samples.inputs).all():
             continue  # a guard will refuse it; it cannot be compared
@@ -106,6 +129,8 @@ def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples]:
             held[client] = samples
         if len(held) == NUM_TRIED:
             break
+    if first is not None and not held:
+        raise first
     return held
 
 
@@ -116,7 +141,7 @@ def _not_a_mean(task: Task, model: torch.nn.Module, samples: list[Samples]) -> s
     inputs = torch.cat([one.inputs[:NUM_TRIED] for one in samples])
     targets = torch.cat([one.targets[:NUM_TRIED] for one in samples])
     model.train()
-    with seeded(0), torch.no_grad(), UserCode(task.name, "loss"):
+    with seeded(0), torch.no_grad(), UserCode(task.name, "the loss of a single sample"):
         drawn = Drawn()
         together = _loss(task, model, inputs, targets)
         singles = [_loss(task, model, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
@@ -148,25 +173,28 @@ class _Tried:
         return self._held[client]
 
 
-def _differs(setup: SimulationSetup, plan: Plan, held: dict[str, Samples]) -> str | None:
-    """Compare after a full and a ragged step: after many steps, some models differ by rounding alone."""
+def _shortened(plan: Plan, held: dict[str, Samples]) -> tuple[Plan, dict[str, Samples]]:
+    """Return a trial of a full and a ragged step: after many steps, some models differ by rounding alone."""
     plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1))
     few = plan.train.batch_size + max(1, plan.train.batch_size // 2)
-    held = {client: Samples(one.inputs[:few], one.targets[:few]) for client, one in held.items()}
-    stacks, loop = (
-        StackTrainer(setup.task, _Tried(held), setup.method),
-        LocalTrainer(setup.task, _Tried(held), setup.method),
-    )
-    stacks.begin(plan)
+    return plan, {client: Samples(one.inputs[:few], one.targets[:few]) for client, one in held.items()}
+
+
+def _alone(setup: SimulationSetup, plan: Plan, held: dict[str, Samples]) -> dict[str, Update | Failure]:
+    """Train each client in the loop."""
+    loop = LocalTrainer(setup.task, _Tried(held), setup.method)
     loop.begin(plan)
+    return {client: loop.train(client) for client in held}
+
+
+def _differs(setup: SimulationSetup, plan: Plan, held: dict[str, Samples], singles: Mapping[str, Update]) -> str | None:
+    stacks = StackTrainer(setup.task, _Tried(held), setup.method)
+    stacks.begin(plan)
     stack, sums, noise = stacks.train(held), WeightedMean(plan.parameters), _noise_of(stacks.start)
     for client, stacked in stack.updates(plan):
-        single = loop.train(client)
-        if isinstance(single, Failure):
-            return f"the trial failed: {single.reason}"
-        if reason := _difference(stacked.tree, single.tree, noise):
+        if reason := _difference(stacked.tree, singles[client].tree, noise):
             return reason
-        sums.add(single)
+        sums.add(singles[client])
     of_all = sums.partial()
     noise = {name: of_all.weight * one for name, one in noise.items()}
     seen = (_difference(one.total, of_all.total, noise) for one in stack.summed(plan) if isinstance(one, Partial))

@@ -14,7 +14,7 @@ from edgefl.simulation.engines.stacked import StackTrainer
 
 
 class StackedFleet:
-    """Trains a cohort stack by stack; raises ConfigError for a task that cannot be stacked."""
+    """Trains a cohort stack by stack; raises ConfigError if a task cannot be stacked, TaskError if it is faulty."""
 
     def __init__(self, setup: SimulationSetup) -> None:
         if reason := why_not_stacked(setup):

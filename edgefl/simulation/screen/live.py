@@ -19,7 +19,7 @@ from edgefl.simulation.study.report import Json
 from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult
 from edgefl.simulation.study.variants import Variant
 from edgefl.terminal.output import Output, metrics_text
-from edgefl.terminal.text import one_line
+from edgefl.terminal.text import grouped, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -229,10 +229,8 @@ def line_text(outcome: RoundReport, cells: tuple[str, ...]) -> str:
 
 
 def reasons_text(outcome: RoundReport) -> str:
-    """Return the reasons of the first few failed and refused clients."""
-    reasons = [one_line(f"{device}: {reason}") for device, reason in list(outcome.reasons.items())[:REASONS]]
-    more = len(outcome.reasons) - len(reasons)
-    return "; ".join([*reasons, *([f"and {more} more"] if more else [])])
+    """Return the first few reasons of failed and refused clients, each once."""
+    return one_line(grouped(outcome.reasons, REASONS))
 
 
 def size_text(num_bytes: float) -> str:

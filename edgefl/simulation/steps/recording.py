@@ -26,6 +26,7 @@ from edgefl.simulation.steps.factored import FactoredGradients, OutputIndices, f
 from edgefl.simulation.steps.simplify import simplify, specialize
 from edgefl.task import MAX_QUOTED, Task, UserCode
 from edgefl.training.local import Autograd, Descent, has_channels_last, laid_out, loss_of
+from edgefl.training.quiet import quiet_tracing
 from edgefl.training.randomness import Drawn
 
 if TYPE_CHECKING:
@@ -241,7 +242,8 @@ def record(
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.graph import CodeGen
 
-    module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+    with quiet_tracing():
+        module = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
     simplify(module.graph)
     module.graph.set_codegen(CodeGen())  # plain arguments, no nested structures
     indices = factor_gradients(module.graph, parameters)

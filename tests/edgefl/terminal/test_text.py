@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 
-from edgefl.terminal.text import for_json, is_safe, lines, one_line
+from edgefl.terminal.text import for_json, grouped, is_safe, lines, one_line
 
 EVERY = [chr(code) for code in range(sys.maxunicode + 1)]
 
@@ -64,3 +64,12 @@ def test_json_is_strict_and_clean_at_every_depth() -> None:
     clean = for_json(value)
     assert clean == {"a\\x1b": ["b", {"c": None}, ["\\ud800", 1, True, None, 1.5]], "d": None}
     assert json.loads(json.dumps(clean, allow_nan=False, ensure_ascii=False).encode()) == clean
+
+
+def test_a_reason_is_told_once_with_the_names_that_have_it():
+    reasons = {"a": "no data", "b": "late", "c": "no data"}
+    assert grouped(reasons) == "a, c: no data; b: late"
+    assert grouped(dict.fromkeys("abcd", "late")) == "a, b, c, d: late"
+    assert grouped(dict.fromkeys("abcde", "late")) == "a, b, c and 2 more: late"
+    assert grouped({str(n): f"reason {n}" for n in range(9)}, 2) == "0: reason 0; 1: reason 1; and 7 more"
+    assert grouped({}) == ""

@@ -18,7 +18,7 @@ from edgefl.rounds import MetricSums
 from edgefl.simulation.engines.fallback import Attempt
 from edgefl.simulation.engines.fleets import Population, SimulationSetup, TrainingMethod
 from edgefl.simulation.engines.pool.messages import Chunk, Done, Flush, Summed, Tried
-from edgefl.simulation.engines.stackable import why_not_stacked
+from edgefl.simulation.engines.stackable import why_not_chosen
 from edgefl.simulation.engines.stacked import StackTrainer
 from edgefl.simulation.engines.trainer import LocalTrainer
 from edgefl.task import Task
@@ -48,7 +48,7 @@ class ChunkTrainer:
 
     def try_stacks(self, method: TrainingMethod) -> Tried:
         """Return why clients cannot be trained in stacks, if so."""
-        return Tried(why_not_stacked(dataclasses.replace(self._setup, method=method)))
+        return Tried(why_not_chosen(dataclasses.replace(self._setup, method=method)))
 
     def answer(self, message: Chunk | Flush) -> Done | Summed:
         if isinstance(message, Chunk):

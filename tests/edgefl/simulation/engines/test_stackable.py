@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from edgefl.config import JobConfig, load_config
+from edgefl.errors import TaskError
 from edgefl.simulation.engines.fleets import SimulationSetup
-from edgefl.simulation.engines.stackable import why_not_stacked
+from edgefl.simulation.engines.stackable import why_not_chosen, why_not_stacked
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import load_task
 
@@ -72,7 +73,22 @@ def test_what_only_a_look_inside_or_a_trial_shows(set_up, kind, reason):
 
 
 def test_nobody_to_try_it_with(set_up):
-    assert "no client" in (why_not_stacked(set_up(clients=1, data={"empty": "0"})) or "")
+    setup = set_up(clients=1, data={"empty": "0"})
+    with pytest.raises(TaskError, match="the device has no data"):
+        why_not_stacked(setup)
+    assert why_not_chosen(setup) == "in a trial, a client fails in the loop, too"
+
+
+def test_an_error_of_the_task_is_told_as_in_the_loop_and_not_as_one_of_stacks(set_up):
+    def loss(outputs, targets):
+        return outputs + "a"
+
+    setup = set_up()
+    broken = dataclasses.replace(setup, task=dataclasses.replace(setup.task, loss=loss))
+    line = loss.__code__.co_firstlineno + 1
+    with pytest.raises(TaskError, match=rf"local training raised TypeError: .* \({__file__}:{line}\)$"):
+        why_not_stacked(broken)
+    assert why_not_chosen(broken) == "in a trial, a client fails in the loop, too"
 
 
 def test_rounding_that_many_steps_make_larger_is_no_reason():

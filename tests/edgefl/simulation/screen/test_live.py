@@ -41,7 +41,7 @@ def test_a_terminal_sees_a_table():
     text = console.export_text()
     assert "engine stacked: measured: [fast]" in text
     assert "accuracy=0.5" in text
-    assert "round 1: c0: no data; c1: no data; c2: no data; and 2 more" in text
+    assert "round 1: c0, c1, c2 and 2 more: no data" in text
 
 
 def test_elsewhere_there_is_a_line_a_round(capsys):
@@ -51,7 +51,7 @@ def test_elsewhere_there_is_a_line_a_round(capsys):
     engine, line = capsys.readouterr().out.splitlines()
     assert engine == "engine loop: it was asked for"
     assert line.startswith("round 1/2: 8 admitted, 1 rejected, 1 failed, 4 clients/s, 1.5 MB moved, ")
-    assert line.endswith("accuracy=0.5 (c0: no data; c1: no data; c2: no data; and 2 more)")
+    assert line.endswith("accuracy=0.5 (c0, c1, c2 and 2 more: no data)")
 
 
 def test_a_terminal_is_updated(monkeypatch, capsys):
