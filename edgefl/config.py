@@ -26,6 +26,7 @@ MAX_SECONDS = 366 * 86_400.0  # limit of a wait: locks, sockets and event loops 
 MAX_SEED = 2**63 - 1
 MAX_RATE = 3.4028234663852886e38  # the largest float32: a larger value would be infinity where it is used
 
+MAX_WORKERS = 64  # limit of processes that read a Dataset
 MAX_NAME_CHARS = 200
 _MAX_SHOWN_BITS = 256
 
@@ -121,6 +122,7 @@ class TrainConfig:
     end_factor: float = 0.0  # cosine: the final lr, as a fraction of lr
     step_rounds: int = 10  # step: after so many rounds lr is multiplied by step_factor
     step_factor: float = 0.1  # step: see step_rounds
+    workers: int = 0  # processes in which a device reads a Dataset ahead of the training; 0 = in the training's own
     round: int = 0  # number of the round, from 1; set in each round's plan, never by the user
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ class TrainConfig:
         require_within("train.end_factor", self.end_factor, 0, 1)
         require_within("train.step_rounds", self.step_rounds, 1, MAX_COUNT)
         require_within("train.step_factor", self.step_factor, 0, 1)
+        require_within("train.workers", self.workers, 0, MAX_WORKERS)
         require_within("train.round", self.round, 0, MAX_COUNT)
 
 

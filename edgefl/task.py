@@ -60,8 +60,11 @@ class FitResult:
 class Task:
     """A learning task. Give `model` and `loss` (PyTorch), or `initial` and `fit` (anything else).
 
-    `train_data(**options)` returns (inputs, targets), arrays or tensors of equal first dimension: this
-    device's own data; the options come from `edgefl agent start --data k=v`, as strings.
+    `train_data(**options)` returns this device's own data; the options come from `edgefl agent start --data k=v`, as
+    strings. It is (inputs, targets): each one array or tensor, or a tuple or dict of them to any depth, all of equal
+    first dimension. A model's `forward` gets the parts of a tuple as its arguments, and those of a dict by name, if its
+    signature accepts them. Or it is a map-style `torch.utils.data.Dataset`, which is read batch by batch; its items are
+    (inputs, targets), or whatever `collate` makes (inputs, targets) of.
     `loss(outputs, targets)` is a mean over the batch. A metric is a function of (outputs, targets) that is a mean
     over the batch, too, or an object with torchmetrics' `update`, `compute` and `reset`; it is of the held-out data.
     `higher_is_better` says of a metric which way is better, if neither its attribute of this name nor its name does.
@@ -70,8 +73,9 @@ class Task:
     name: str  # of the task, in messages and results
     model: Callable[[], torch.nn.Module] | None = None  # makes a new model
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None  # (outputs, targets)
-    train_data: Callable[..., tuple[Any, Any]] | None = None  # (**data options): the inputs and targets of one device
-    test_data: Callable[..., tuple[Any, Any]] | None = None  # held-out data, evaluated on the operator's machine
+    train_data: Callable[..., Any] | None = None  # (**data options): (inputs, targets) of one device, or a Dataset
+    test_data: Callable[..., Any] | None = None  # held-out data, evaluated on the operator's machine
+    collate: Callable[[list[Any]], tuple[Any, Any]] | None = None  # (items of a Dataset): (inputs, targets) of a batch
     metrics: Mapping[str, Metric] = field(default_factory=dict)  # of the held-out data
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)  # metric -> its direction
     optimizer: Callable[..., torch.optim.Optimizer] | None = None  # (parameters, lr[, config or round])

@@ -43,7 +43,7 @@ def export_task(task: Task, parameters: Tree, path: Path) -> list[Tree]:
     """
     model = make_model(task, parameters)
     samples = test_samples(task, {}) if task.test_data is not None else train_samples(task, {})
-    examples = samples.inputs[: max(PARITY_BATCHES)]
+    examples = samples.first(max(PARITY_BATCHES)).inputs
     export_onnx(model, examples, path)
     return [{INPUT: _batch(examples.detach().cpu(), batch).numpy()} for batch in BATCHES]
 

@@ -56,7 +56,8 @@ def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bo
     """
     if task.test_data is None:
         raise NotMeasurable(f"task {task.name!r} has no test_data, so the cost of compression cannot be measured")
-    calibration, samples = split(test_samples(task, {}))
+    held_out = test_samples(task, {})
+    calibration, samples = split(held_out.first(len(held_out)))
     kept = calibration.inputs.cpu().numpy()
     is_classification = all(is_classified(outputs, targets) for outputs, targets in _outputs(source, samples))
     name = metric or _own_choice(task, is_classification=is_classification)
@@ -92,10 +93,10 @@ def split(samples: Samples) -> tuple[Samples, Samples]:
 
     if len(samples) < 2 * CALIBRATION_SHARE:
         return samples, samples
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(_SEED)).to(samples.inputs.device)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(_SEED)).to(samples.device)
     count = min(MAX_CALIBRATION, len(samples) // CALIBRATION_SHARE)
     first, rest = order[:count], order[count:].sort().values
-    return Samples(samples.inputs[first], samples.targets[first]), Samples(samples.inputs[rest], samples.targets[rest])
+    return samples.chosen(first), samples.chosen(rest)
 
 
 def _relative(task: Task, name: str, before: float, sign: int) -> Measure:

@@ -16,7 +16,8 @@ from edgefl.training.broadcast import refuse_broadcast
 from edgefl.training.local import loss_of, make_model, set_parameters
 from edgefl.training.metrics import Evaluation, numbers
 from edgefl.training.randomness import seeded
-from edgefl.training.samples import Samples, test_samples
+from edgefl.training.samples import SampleSet, test_samples
+from edgefl.training.structures import call
 from edgefl.trees import Tree
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _by_itself(task: Task, parameters: Tree) -> dict[str, float]:
     return {key: one for name, value in named.items() for key, one in numbers(task.name, name, value).items()}
 
 
-def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict[str, float]:
+def evaluate_model(task: Task, model: torch.nn.Module, samples: SampleSet) -> dict[str, float]:
     """Return `loss`, a mean over the samples, and each metric of the task over all of them."""
     import torch
 
@@ -80,7 +81,7 @@ def evaluate_model(task: Task, model: torch.nn.Module, samples: Samples) -> dict
     with torch.no_grad(), seeded(0), UserCode(task.name, "evaluation"):
         evaluation = Evaluation(task.name, task.metrics)
         for chunk in samples.chunks(EVALUATION_BATCH):
-            outputs = model(chunk.inputs)
+            outputs = call(model, chunk.inputs)
             if task.loss is not None:
                 refuse_broadcast(task.name, task.loss, outputs, chunk.targets)
             evaluation.add(outputs, chunk.targets, float(loss_of(task, outputs, chunk.targets)), len(chunk))

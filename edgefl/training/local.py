@@ -23,7 +23,8 @@ from edgefl.task import FitResult, Task, UserCode
 from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
 from edgefl.training.own_fit import arrays_of, fit_of
 from edgefl.training.randomness import seeded
-from edgefl.training.samples import Samples, computing_device, require_torch, train_samples
+from edgefl.training.samples import SampleSet, computing_device, require_torch, train_samples
+from edgefl.training.structures import Structure, call, mapped
 from edgefl.trees import Array, Tree, spec_of, subtract, why_not_sent
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 from edgefl.trees.tensors import array_of, tensor_of
@@ -76,7 +77,7 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
         refuse_other_parts(task.name, model, frozen)
     if has_channels_last(model):
         lay_out(model)
-    samples = train_samples(task, options, seed=data_seed(config.seed, client))
+    samples = train_samples(task, options, seed=data_seed(config.seed, client), workers=config.workers)
     seed = derive_seed(config.seed, round, client)
     _refuse_broadcast(task, model, samples)
     if config.algorithm == "fedsgd":
@@ -91,14 +92,14 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
 
 
-def _refuse_broadcast(task: Task, model: torch.nn.Module, samples: Samples) -> None:
+def _refuse_broadcast(task: Task, model: torch.nn.Module, samples: SampleSet) -> None:
     import torch
 
     model.eval()  # what batch norm has counted is left alone
-    few = next(samples.chunks(MAX_SAMPLES))
+    few = samples.first(MAX_SAMPLES)
     with torch.no_grad(), seeded(0), UserCode(task.name, "local training"):
         if task.loss is not None:
-            refuse_broadcast(task.name, task.loss, model(few.inputs), few.targets)
+            refuse_broadcast(task.name, task.loss, call(model, few.inputs), few.targets)
 
 
 def derive_seed(seed: int, round_number: int, client: str) -> int:
@@ -188,9 +189,7 @@ class BatchGradient(Protocol):
     def trained(self) -> Sequence[torch.nn.Parameter]:
         """The parameters that are trained."""
 
-    def __call__(
-        self, inputs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
+    def __call__(self, inputs: Structure, targets: Structure) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
         """Return the gradients of `trained` (None if the loss does not depend on a parameter), and the loss, 0-d."""
 
 
@@ -201,12 +200,10 @@ class Autograd:
         self._task, self._model, self._channels_last = task, model, has_channels_last(model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def __call__(
-        self, inputs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
+    def __call__(self, inputs: Structure, targets: Structure) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
         import torch
 
-        outputs = self._model(laid_out(inputs) if self._channels_last else inputs)
+        outputs = call(self._model, laid_out(inputs) if self._channels_last else inputs)
         loss = loss_of(self._task, outputs, targets)
         return torch.autograd.grad(loss, self.trained, allow_unused=True), loss.detach()
 
@@ -224,7 +221,7 @@ class Descent:
         self._anchors = [parameter.detach().clone() for parameter in trained] if self._mu else []
         self._step = _optimizer_step(self._task, trained, config)
 
-    def take(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def take(self, inputs: Structure, targets: Structure) -> torch.Tensor:
         """Take a step in place; returns the batch's loss before it, 0-d."""
         gradients, loss = self._gradient(inputs, targets)
         self._step(_pulled(gradients, self._gradient.trained, self._anchors, self._mu) if self._mu else gradients)
@@ -232,7 +229,7 @@ class Descent:
 
 
 def train_epochs(
-    task: Task, model: torch.nn.Module, samples: Samples, config: TrainConfig, seed: int, descent: Descent
+    task: Task, model: torch.nn.Module, samples: SampleSet, config: TrainConfig, seed: int, descent: Descent
 ) -> float:
     """Train in place for `config.epochs`; returns the mean loss over all samples seen.
 
@@ -244,29 +241,29 @@ def train_epochs(
     with seeded(seed), UserCode(task.name, "local training"):
         descent.begin(config)
         shuffle = torch.Generator().manual_seed(seed)
-        for _ in range(config.epochs):
-            order = torch.randperm(len(samples), generator=shuffle).to(samples.inputs.device)
-            for chosen in _batches(order, config.batch_size, model):
-                losses.append(descent.take(samples.inputs[chosen], samples.targets[chosen]))
-                counts.append(len(chosen))
+        orders = (torch.randperm(len(samples), generator=shuffle).to(samples.device) for _ in range(config.epochs))
+        order = (chosen for one in orders for chosen in _batches(one, config.batch_size, model))
+        for batch in samples.batches(order, seed):
+            losses.append(descent.take(batch.inputs, batch.targets))
+            counts.append(len(batch))
     return float(np.dot(torch.stack(losses).double().cpu().numpy(), counts)) / (config.epochs * len(samples))
 
 
-def accumulate_gradient(task: Task, model: torch.nn.Module, samples: Samples, *, batch_size: int, seed: int) -> float:
+def accumulate_gradient(task: Task, model: torch.nn.Module, samples: SampleSet, *, batch_size: int, seed: int) -> float:
     """Compute the gradient of the mean loss over all samples into the model; returns that loss.
 
     Exact for any chunk size, except with batch norm, whose statistics are computed per chunk.
     """
     import torch
 
-    total, order, last = 0.0, torch.arange(len(samples), device=samples.inputs.device), has_channels_last(model)
+    total, order, last = 0.0, torch.arange(len(samples), device=samples.device), has_channels_last(model)
     model.train()
     model.zero_grad()
     with seeded(seed), UserCode(task.name, "local training"):
-        for chosen in _batches(order, batch_size, model):
-            share = len(chosen) / len(samples)  # the loss is a mean over its chunk
-            inputs = laid_out(samples.inputs[chosen]) if last else samples.inputs[chosen]
-            loss = loss_of(task, model(inputs), samples.targets[chosen]) * share
+        for batch in samples.batches(_batches(order, batch_size, model), seed):
+            share = len(batch) / len(samples)  # the loss is a mean over its chunk
+            inputs = laid_out(batch.inputs) if last else batch.inputs
+            loss = loss_of(task, call(model, inputs), batch.targets) * share
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
             total += float(loss.detach())
     return total
@@ -316,11 +313,15 @@ def lay_out(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def laid_out(inputs: torch.Tensor) -> torch.Tensor:
-    """Return images (N, C, H, W) with channels last; for one channel, this is the same memory."""
+def laid_out(inputs: Structure) -> Structure:
+    """Return the images (N, C, H, W) among the inputs with channels last; for one channel, this is the same memory."""
+    return mapped(_laid_out, inputs)
+
+
+def _laid_out(inputs: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if inputs.dim() != 4:
+    if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
         return inputs
     _, channels, height, width = inputs.shape
     if channels > 1:
@@ -349,7 +350,7 @@ def _batches(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator
     yield from batches
 
 
-def loss_of(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_of(task: Task, outputs: Structure, targets: Structure) -> torch.Tensor:
     """Return the loss of a batch, 0-d; raises TaskError if it is not a single number."""
     import torch
 

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from edgefl.errors import ConfigError, TaskError
+from edgefl.training.structures import OUTPUT, TARGET, Structure, described, leaves, mapped, rows
 
 if TYPE_CHECKING:
-    import torch
-
-    Metric: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], Any] | StreamingMetric"
+    Metric: TypeAlias = "Callable[[Structure, Structure], Any] | StreamingMetric"
 
 MAX_COMPARED = 16  # samples for which a function is checked to be a mean
 MAX_NUMBERS = 100  # of one metric, such as a confusion matrix
@@ -50,7 +49,7 @@ class StreamingMetric(Protocol):
 
 
 class WholeSet:
-    """A streaming metric of a function of all outputs and targets, both (N, ...).
+    """A streaming metric of a function of all outputs and targets, structures of tensors (N, ...).
 
     `WholeSet(lambda outputs, targets: ((outputs - targets) ** 2).mean().sqrt(), higher_is_better=False)`
     """
@@ -60,20 +59,34 @@ class WholeSet:
         self._function = function
         self.reset()
 
-    def update(self, outputs: torch.Tensor, targets: torch.Tensor, /) -> None:
+    def update(self, outputs: Structure, targets: Structure, /) -> None:
         """Keep one batch."""
         self._batches.append((outputs, targets))
 
     def compute(self) -> Any:
-        """Return the function's value for all batches together."""
-        import torch
-
-        outputs, targets = (torch.cat(part) for part in zip(*self._batches, strict=True))
+        """Return the function's value for all batches together; raises TaskError if they do not fit together."""
+        outputs, targets = (_joined(part, name) for part, name in zip(zip(*self._batches, strict=True),
+                                                                      (OUTPUT, TARGET), strict=True))  # fmt: skip
         return self._function(outputs, targets)
 
     def reset(self) -> None:
         """Drop the batches."""
-        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._batches: list[tuple[Structure, Structure]] = []
+
+
+def _joined(batches: Sequence[Structure], base: str) -> Structure:
+    """Return the batches one after another."""
+    import torch
+
+    first, *others = batches
+    try:
+        return mapped(lambda *parts: torch.cat(parts), first, *others)
+    except (RuntimeError, ValueError, TypeError) as cause:
+        shapes = "; ".join(dict.fromkeys(described(one, base) for one in batches))
+        raise TaskError(
+            f"WholeSet needs all {base}s in one tensor, and the batches do not fit together: {shapes:.500}. Give an "
+            "object with update, compute and reset instead"
+        ) from cause
 
 
 def direction(name: str, metric: object) -> bool | None:
@@ -141,12 +154,12 @@ class Evaluation:
     def _refuse_no_means(self, outputs: Any, targets: Any, count: int) -> None:
         """Compare each function's value for a few samples with the mean of its values for pairs of them."""
         few = min(count, MAX_COMPARED) // 2 * 2
-        if few <= 2 or not all(hasattr(part, "shape") and len(part) == count for part in (outputs, targets)):
+        if few <= 2 or not all(_has_rows(one, count) for part in (outputs, targets) for one in leaves(part)):
             return
         for name, metric in self._means.items():
             whole, *pairs = (
-                _number(self._task, name, metric(outputs[part], targets[part]))
-                for part in (slice(0, few), *(slice(n, n + 2) for n in range(0, few, 2)))
+                _number(self._task, name, metric(*(rows(part, which) for part in (outputs, targets))))
+                for which in (slice(0, few), *(slice(n, n + 2) for n in range(0, few, 2)))
             )
             mean = sum(pairs) / len(pairs)
             if not math.isfinite(whole) or math.isclose(mean, whole, rel_tol=_REL_TOLERANCE, abs_tol=_ABS_TOLERANCE):
@@ -156,6 +169,10 @@ class Evaluation:
                 f"samples, but {mean:.4g} on average for pairs of them. Give an object with update, compute and reset, "
                 "such as one of torchmetrics, or edgefl.WholeSet(function)"
             )
+
+
+def _has_rows(leaf: Any, count: int) -> bool:
+    return bool(getattr(leaf, "ndim", 0)) and len(leaf) == count
 
 
 def numbers(task: str, name: str, value: Any) -> dict[str, float]:

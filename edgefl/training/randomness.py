@@ -28,11 +28,11 @@ class _Keeper:
 def seeded(seed: int) -> Iterator[None]:
     """Seed every global state inside, and restore it afterwards."""
     if _Keeper.depth:
-        _seed(seed)
+        seed_all(seed)
         yield
         return
     with kept():
-        _seed(seed)
+        seed_all(seed)
         yield
 
 
@@ -76,7 +76,8 @@ def _numpy_state() -> tuple[Any, ...]:
     return tuple(np.random.get_state())  # noqa: NPY002 - users draw from it, whatever we do
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
+    """Seed every global state, and restore none."""
     random.seed(seed)
     np.random.seed(seed & _MASK)  # noqa: NPY002 - as above
     torch: Any = sys.modules.get("torch")

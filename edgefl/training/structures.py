@@ -8,7 +8,7 @@ Invariant: `unnamed(named(structure, base), structure, base)` is the structure a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,11 +26,7 @@ def leaves(structure: Structure) -> list[Any]:
     """Return the leaves in order: tensors, and whatever else is no tuple, list or dict."""
     import torch
 
-    if isinstance(structure, torch.Tensor):
-        return [structure]
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_leaves(structure, is_leaf=_is_leaf)
+    return [structure] if isinstance(structure, torch.Tensor) else flattened(structure)[0]
 
 
 def mapped(function: Callable[..., Any], structure: Structure, *others: Structure) -> Structure:
@@ -71,12 +67,7 @@ def unnamed(tensors: Mapping[str, Any], like: Structure, base: str, names: Seque
     wanted = list(named(like, base, names))
     if missing := [name for name in wanted if name not in tensors]:
         raise TaskError(f"{', '.join(missing)} is missing; there are {', '.join(tensors) or 'no tensors'}")
-    if _is_leaf(like):
-        return tensors[wanted[0]]
-    from torch.utils import _pytree as pytree
-
-    _, form = pytree.tree_flatten(like, is_leaf=_is_leaf)
-    return pytree.tree_unflatten([tensors[name] for name in wanted], form)
+    return restored([tensors[name] for name in wanted], flattened(like)[1])
 
 
 def call(model: torch.nn.Module, inputs: Structure) -> Structure:
@@ -114,6 +105,34 @@ def argument_names(model: torch.nn.Module, inputs: Structure) -> tuple[str, ...]
 def described(structure: Structure, base: str) -> str:
     """Return the names, shapes and dtypes of the leaves for a message: `tokens int64 (4, 7), mask bool (4, 6)`."""
     return ", ".join(f"{name} {_seen(leaf)}" for name, leaf in _named(structure, base)) or f"{base} is empty"
+
+
+def rows(structure: Structure, which: torch.Tensor | slice) -> Structure:
+    """Return the structure of these rows of each tensor: an integer tensor of positions, or a slice."""
+    return mapped(lambda one: one[which], structure)
+
+
+def num_rows(leaf: Any) -> int:
+    """Return a leaf's first dimension, which counts the samples; of a packed sequence, the number of sequences."""
+    import torch
+
+    if isinstance(leaf, torch.nn.utils.rnn.PackedSequence):
+        return int(leaf.batch_sizes[0])
+    return len(leaf)
+
+
+def flattened(structure: Structure) -> tuple[list[Any], Any]:
+    """Return the leaves, and the form: what structures have in common that differ in their leaves only; hashable."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_flatten(structure, is_leaf=_is_leaf)
+
+
+def restored(tensors: Iterable[Any], form: Any) -> Structure:
+    """Return the structure of this form with these leaves: the inverse of `flattened`."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_unflatten(tensors, form)
 
 
 def _seen(leaf: Any) -> str:

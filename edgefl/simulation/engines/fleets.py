@@ -18,7 +18,7 @@ from edgefl.config import JobConfig
 from edgefl.records import Answer, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
 from edgefl.task import Task
-from edgefl.training.samples import Samples, require_torch
+from edgefl.training.samples import SampleSet, require_torch
 from edgefl.trees import encoded_bytes
 
 
@@ -28,7 +28,7 @@ class Population(Protocol):
     def names(self) -> Sequence[str]:
         """Return every client's name, sorted; the sequence need not store them."""
 
-    def samples(self, client: str) -> Samples:
+    def samples(self, client: str) -> SampleSet:
         """Return a client's own samples; raises TaskError if it has none."""
 
 

@@ -15,7 +15,7 @@ from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import select_clients
 from edgefl.simulation.engines.fallback import Attempt
 from edgefl.simulation.engines.fleets import SimulationSetup
-from edgefl.simulation.engines.stacked import StackTrainer, kind_of
+from edgefl.simulation.engines.stacked import NOT_IN_MEMORY, StackTrainer, joined, kind_of
 from edgefl.simulation.engines.trainer import LocalTrainer
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
@@ -24,6 +24,7 @@ from edgefl.training.local import make_model
 from edgefl.training.parts import parts_of
 from edgefl.training.randomness import Drawn, seeded
 from edgefl.training.samples import Samples
+from edgefl.training.structures import call, leaves
 from edgefl.trees import Tree
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ def _of_a_trial(setup: SimulationSetup, model: torch.nn.Module) -> str | None:
         frozen=parts.frozen,
     )
     held, failed = _some_samples(setup, plan), ""
-    if not held:
-        return "no client of the first cohort has data for a trial"
+    if isinstance(held, str):
+        return held
     with Attempt("stacked") as attempt:
         plan, held = _shortened(plan, held)
         singles = _alone(setup, plan, held)
@@ -111,8 +112,11 @@ def _of_a_trial(setup: SimulationSetup, model: torch.nn.Module) -> str | None:
     return f"in a trial {attempt.fault}"
 
 
-def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples]:
-    """Return the samples of the first few clients that have some, of one kind; raises TaskError if none can load."""
+def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples] | str:
+    """Return the samples of the first few clients that have some, of one kind; or why none can be stacked.
+
+    Raises TaskError if none can load.
+    """
     import torch
 
     held: dict[str, Samples] = {}
@@ -123,7 +127,9 @@ def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples]:
         except TaskError as error:
             first = first or error
             continue  # reported in its own round
-        if not torch.isfinite(samples.inputs).all():
+        if not isinstance(samples, Samples):
+            return NOT_IN_MEMORY
+        if not all(torch.isfinite(one).all() for one in leaves(samples.inputs)):
             continue  # a guard will refuse it; it cannot be compared
         if not held or kind_of(samples) == kind_of(next(iter(held.values()))):
             held[client] = samples
@@ -131,33 +137,32 @@ def _some_samples(setup: SimulationSetup, plan: Plan) -> dict[str, Samples]:
             break
     if first is not None and not held:
         raise first
-    return held
+    return held or "no client of the first cohort has data for a trial"
 
 
 def _not_a_mean(task: Task, model: torch.nn.Module, samples: list[Samples]) -> str | None:
     """Compare the loss of a batch with the mean of its samples' losses: masking relies on it."""
     import torch
 
-    inputs = torch.cat([one.inputs[:NUM_TRIED] for one in samples])
-    targets = torch.cat([one.targets[:NUM_TRIED] for one in samples])
+    few = joined([one.first(NUM_TRIED) for one in samples])
     model.train()
     with seeded(0), torch.no_grad(), UserCode(task.name, "the loss of a single sample"):
         drawn = Drawn()
-        together = _loss(task, model, inputs, targets)
-        singles = [_loss(task, model, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
+        together = _loss(task, model, few)
+        singles = [_loss(task, model, one) for one in few.chunks(1)]
         if drawn.since():
             return "its model or loss draws from Python's or numpy's random state, and a stack has none for each client"
     mean = float(sum(singles) / len(singles))
     within = max(TOLERANCE, ULPS * torch.finfo(together.dtype).eps)
     if math.isclose(together, mean, rel_tol=within, abs_tol=within):
         return None
-    return f"the loss of {len(inputs)} samples is {together:.6g}, the mean of their losses {mean:.6g}; expected a mean"
+    return f"the loss of {len(few)} samples is {together:.6g}, the mean of their losses {mean:.6g}; expected a mean"
 
 
-def _loss(task: Task, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss(task: Task, model: torch.nn.Module, samples: Samples) -> torch.Tensor:
     if task.loss is None:
         raise TaskError(f"task {task.name!r} has no loss")
-    return task.loss(model(inputs), targets)
+    return task.loss(call(model, samples.inputs), samples.targets)
 
 
 class _Tried:
@@ -177,7 +182,7 @@ def _shortened(plan: Plan, held: dict[str, Samples]) -> tuple[Plan, dict[str, Sa
     """Return a trial of a full and a ragged step: after many steps, some models differ by rounding alone."""
     plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1))
     few = plan.train.batch_size + max(1, plan.train.batch_size // 2)
-    return plan, {client: Samples(one.inputs[:few], one.targets[:few]) for client, one in held.items()}
+    return plan, {client: one.first(few) for client, one in held.items()}
 
 
 def _alone(setup: SimulationSetup, plan: Plan, held: dict[str, Samples]) -> dict[str, Update | Failure]:

@@ -22,11 +22,12 @@ from edgefl.errors import TaskError
 from edgefl.guards import MAX_METRIC
 from edgefl.records import Answer, Failure, Partial, Plan, Update
 from edgefl.simulation.engines.fleets import Population, TrainingMethod
-from edgefl.simulation.steps import FactoredGradients, make_stacked_step
+from edgefl.simulation.steps import Batch, FactoredGradients, StackedStep, make_stacked_step
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
 from edgefl.training.local import derive_seed, make_model, set_parameters
 from edgefl.training.samples import Samples
+from edgefl.training.structures import Structure, arguments, flattened, mapped
 from edgefl.trees.frozen import whole
 from edgefl.trees.tensors import array_of
 
@@ -40,10 +41,13 @@ STACK_BYTES = 24 << 20  # of parameters: larger stacks exceed the caches and are
 _Tensors = dict[str, Any]  # tensors by name; of a stack: (K, ...)
 
 
+NOT_IN_MEMORY = "its samples are a Dataset, read batch by batch; stacked are samples in memory"
+
+
 def kind_of(samples: Samples) -> tuple[object, ...]:
-    """Return the properties that must be equal for samples in one tensor."""
-    inputs, targets = samples.inputs, samples.targets
-    return inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype
+    """Return the properties that must be equal for samples in one stack."""
+    tensors, form = flattened((samples.inputs, samples.targets))
+    return (form, *((one.shape[1:], one.dtype) for one in tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,12 @@ class StackTrainer:
             except TaskError as error:
                 failed[client] = str(error)
             else:
-                held.setdefault(kind_of(samples), {})[client] = samples
+                if isinstance(samples, Samples):
+                    held.setdefault(kind_of(samples), {})[client] = samples
+                else:
+                    failed[client] = (
+                        f"client {client!r} cannot be stacked: {NOT_IN_MEMORY}. Use the engine loop or pool"
+                    )
         stacks = [self.train(one) for one in held.values()]
         if sums:
             yield from (answer for stack in stacks for answer in stack.summed(plan))
@@ -225,30 +234,34 @@ class _StepOf:
 
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._fixed = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
-        self._task, self._model = task, model
+        self._task, self._model, self._method = task, model, method
         self._full, self._masked = (
-            make_stacked_step(
-                task,
-                self._flat(vmap(grad_and_value(mean), randomness="error")),
-                len(self.trained),
-                compiled=method.compiled,
-                recorded=method.recorded,
-            )
-            for mean in (self._mean, self._masked_mean)
+            vmap(grad_and_value(mean), randomness="error") for mean in (self._mean, self._masked_mean)
         )
+        self._steps: dict[object, StackedStep] = {}
 
     def __call__(self, parameters: Sequence[torch.Tensor], step: Step) -> FactoredGradients:
         """Return the gradients of `trained`, (K, ...) each, and the losses, (K,)."""
-        if step.mask is None:
-            return self._full(*parameters, step.inputs, step.targets)
-        return self._masked(*parameters, step.inputs, step.targets, step.mask, step.counts)
+        batch = Batch.of(step.inputs, step.targets)
+        key = (batch.form, step.mask is None)
+        if key not in self._steps:
+            self._steps[key] = make_stacked_step(
+                self._task,
+                self._flat(self._full if step.mask is None else self._masked, batch),
+                len(self.trained),
+                compiled=self._method.compiled,
+                recorded=self._method.recorded,
+            )
+        masks = () if step.mask is None else (step.mask, step.counts)
+        return self._steps[key](*parameters, *batch.tensors, *masks)
 
-    def _flat(self, mapped: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    def _flat(self, over_clients: Callable[..., Any], like: Batch) -> Callable[..., tuple[Any, ...]]:
         """Turn (parameters by name, batch) -> (gradients by name, losses) into a function from tensors to tensors."""
+        first, last = len(self.trained), len(self.trained) + len(like.tensors)
 
         def step(*tensors: Any) -> tuple[Any, ...]:
-            named, batch = tensors[: len(self.trained)], tensors[len(self.trained) :]
-            gradients, losses = mapped(dict(zip(self.trained, named, strict=True)), *batch)
+            named = dict(zip(self.trained, tensors[:first], strict=True))
+            gradients, losses = over_clients(named, *like.structures(tensors[first:last]), *tensors[last:])
             return (*(gradients[name] for name in self.trained), losses)
 
         return step
@@ -259,14 +272,14 @@ class _StepOf:
     def _masked_mean(self, parameters: _Tensors, inputs: Any, targets: Any, mask: Any, count: Any) -> Any:
         import torch
 
-        each = torch.func.vmap(lambda output, target: self._loss(output[None], target[None]))
+        each = torch.func.vmap(lambda output, target: self._loss(mapped(_as_batch, output), mapped(_as_batch, target)))
         losses = each(self._outputs(parameters, inputs), targets)  # (B,)
         return torch.where(mask, losses, 0.0).sum() / count
 
     def _outputs(self, parameters: _Tensors, inputs: Any) -> Any:
         import torch
 
-        return torch.func.functional_call(self._model, (parameters, self._fixed), (inputs,))
+        return torch.func.functional_call(self._model, (parameters, self._fixed), *arguments(self._model, inputs))
 
     def _loss(self, outputs: Any, targets: Any) -> Any:
         if self._task.loss is None:
@@ -274,12 +287,16 @@ class _StepOf:
         return self._task.loss(outputs, targets).reshape(())
 
 
+def _as_batch(one: torch.Tensor) -> torch.Tensor:
+    return one[None]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One batch of each of the first K clients."""
 
-    inputs: torch.Tensor  # (K, B, ...)
-    targets: torch.Tensor  # (K, B, ...)
+    inputs: Structure  # of tensors, (K, B, ...) each
+    targets: Structure  # of tensors, (K, B, ...) each
     mask: torch.Tensor | None  # (K, B); None where every batch is full
     counts: torch.Tensor  # (K,) number of valid samples
 
@@ -293,8 +310,7 @@ class StackedBatches:
     def __init__(self, samples: Sequence[Samples], seeds: Sequence[int], config: TrainConfig) -> None:
         import torch
 
-        self._inputs = torch.cat([one.inputs for one in samples])
-        self._targets = torch.cat([one.targets for one in samples])
+        self._samples = joined(samples)
         self._num_steps = [config.epochs * math.ceil(len(one) / config.batch_size) for one in samples]
         shape = (self._num_steps[0], len(samples), min(config.batch_size, len(samples[0])))
         self._indices = torch.zeros(shape, dtype=torch.int32)  # (S, K, B)
@@ -327,11 +343,20 @@ class StackedBatches:
     def _step(self, indices: torch.Tensor, counts: torch.Tensor) -> Step:
         import torch
 
-        device, widest = self._inputs.device, int(counts.max())
+        device, widest = self._samples.device, int(counts.max())
         chosen = indices[:, :widest].long().to(device)
         ragged = bool((counts < widest).any())
         mask = (torch.arange(widest) < counts[:, None]).to(device) if ragged else None
-        return Step(self._inputs[chosen], self._targets[chosen], mask, counts.to(device))
+        batch = self._samples.chosen(chosen)
+        return Step(batch.inputs, batch.targets, mask, counts.to(device))
+
+
+def joined(samples: Sequence[Samples]) -> Samples:
+    """Return the samples of several sets of one kind, one after another."""
+    import torch
+
+    inputs, targets = ([one.inputs for one in samples], [one.targets for one in samples])
+    return Samples(*(mapped(lambda *parts: torch.cat(parts), first, *others) for first, *others in (inputs, targets)))
 
 
 def _orders(length: int, seeds: Sequence[int], epochs: int, shuffle: torch.Generator) -> torch.Tensor:

@@ -30,7 +30,7 @@ from edgefl.training.local import (
     train_locally,
     views_of,
 )
-from edgefl.training.samples import Samples
+from edgefl.training.samples import SampleSet
 from edgefl.trees import Tree
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 
@@ -106,7 +106,7 @@ class _Model:
         self.flat = FlatModel(self.module, channels_last=channels_last, still=frozen or {})
         self._step = make_step(task, self.module, recorded=method.recorded, compiled=method.compiled)
 
-    def trained(self, samples: Samples, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
+    def trained(self, samples: SampleSet, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
         """Return a client's update, and its loss."""
         self.flat.reset()
         if plan.train.algorithm == "fedsgd":

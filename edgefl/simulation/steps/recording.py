@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any, cast
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.logs import event
+from edgefl.simulation.steps.batch import Batch
 from edgefl.simulation.steps.factored import FactoredGradients, OutputIndices, factor_gradients, unfactored
 from edgefl.simulation.steps.simplify import simplify, specialize
 from edgefl.task import MAX_QUOTED, Task, UserCode
 from edgefl.training.local import Autograd, Descent, has_channels_last, laid_out, loss_of
 from edgefl.training.quiet import quiet_tracing
 from edgefl.training.randomness import Drawn
+from edgefl.training.structures import Structure, arguments
 
 if TYPE_CHECKING:
     import torch
@@ -74,49 +76,64 @@ class RecordedGradient:
             *(one.data for one in self.trained),
             *self._others.values(),
         ]  # changed in place
-        self._recordings: dict[tuple[object, ...], Recording | None] = {}
+        self._recordings: dict[object, Recording | None] = {}
+        self._widths: set[object] = set()  # the dimensions of batches, without the first
+        self._seen: Counter[object] = Counter()  # batches without a recording
         self.why_not = ""  # why autograd is used, if it is
         if len(self.trained) > MAX_PARAMETERS:
             self.why_not = f"task {task.name!r}: its model has {len(self.trained)} parameters, too many to record"
 
-    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[_Tensors, torch.Tensor]:
+    def __call__(self, inputs: Structure, targets: Structure) -> tuple[_Tensors, torch.Tensor]:
         """Return the gradients, None for a parameter that the loss does not depend on, and the loss, 0-d."""
         gradients = self.factored(inputs, targets)
         return gradients.materialized(), gradients.loss
 
-    def factored(self, inputs: torch.Tensor, targets: torch.Tensor) -> FactoredGradients:
+    def factored(self, inputs: Structure, targets: Structure) -> FactoredGradients:
         """Return factored gradients, for callers that only apply them."""
         if self._channels_last:
             inputs = laid_out(inputs)
-        key = (inputs.shape, inputs.stride(), inputs.dtype, targets.shape, targets.dtype)
-        if key in self._recordings:
-            recording = self._recordings[key]
-        elif self.why_not or len(self._recordings) >= MAX_RECORDINGS:
-            recording = None
-        else:
-            recording = self._recordings[key] = self._record(inputs, targets)
+        batch = Batch.of(inputs, targets)
+        recording = self._recording_of(batch)
         if recording is not None:
-            return recording(inputs, targets)
+            return recording(*batch.tensors)
         gradients, loss = self._by_autograd(inputs, targets)
         return FactoredGradients((*gradients, loss), unfactored(len(gradients)))
 
-    def _step(self, *arguments: Any) -> tuple[Any, ...]:
+    def _recording_of(self, batch: Batch) -> Recording | None:
+        """Return the recording for batches of this kind, made now if it is worth it; None if there is none."""
+        key = batch.key()
+        if key in self._recordings:
+            return self._recordings[key]
+        if self.why_not or len(self._recordings) >= MAX_RECORDINGS or not self._is_worth_it(batch, key):
+            return None
+        recording = self._recordings[key] = self._record(batch)
+        return recording
+
+    def _is_worth_it(self, batch: Batch, key: object) -> bool:
+        """Whether batches of this kind are likely to come again: sequences have many lengths."""
+        self._widths.add(batch.width())
+        self._seen[key] += 1
+        return batch.is_tensors() and (len(self._widths) == 1 or self._seen[key] >= RECORD_AT)
+
+    def _step(self, like: Batch, *tensors: Any) -> tuple[Any, ...]:
         """Compute the same as `_by_autograd`, as a function of all tensors that it uses."""
         import torch
 
-        *state, inputs, targets = arguments
+        state = tensors[: len(self._state)]
+        inputs, targets = like.structures(tensors[len(self._state) :])
         leaves = [one.detach().requires_grad_() for one in state[: len(self._names)]]
-        tensors = dict(zip((*self._names, *self._others), (*leaves, *state[len(leaves) :]), strict=True))
-        loss = loss_of(self._task, torch.func.functional_call(self._model, tensors, (inputs,)), targets)
+        named = dict(zip((*self._names, *self._others), (*leaves, *state[len(leaves) :]), strict=True))
+        outputs = torch.func.functional_call(self._model, named, *arguments(self._model, inputs))
+        loss = loss_of(self._task, outputs, targets)
         return (*torch.autograd.grad(loss, leaves, allow_unused=True), loss.detach())
 
-    def _record(self, inputs: torch.Tensor, targets: torch.Tensor) -> Recording | None:
+    def _record(self, batch: Batch) -> Recording | None:
         """Record the step for batches of this shape; returns None and sets `why_not` if that is impossible."""
         before, drawn = _own_state(self._model), Drawn()
-        arguments = [*self._state, inputs, targets]
+        arguments = [*self._state, *batch.tensors]
         try:
             with UserCode(self._task.name, "recording a step"):
-                module, indices = record(self._step, arguments, len(self.trained))
+                module, indices = record(partial(self._step, batch), arguments, len(self.trained))
         except TaskError as error:
             self.why_not = str(error)
             drawn.put_back()
@@ -130,21 +147,21 @@ class RecordedGradient:
             return None
         for run in _runnable(self._task.name, module, arguments, self._state, compiled=self._compiled):
             recording = Recording(run, indices)
-            self.why_not = self._fault_of(recording, inputs, targets)
+            self.why_not = self._fault_of(recording, batch)
             if not self.why_not:
                 return recording
         return None
 
-    def _fault_of(self, recording: Recording, inputs: torch.Tensor, targets: torch.Tensor) -> str:
+    def _fault_of(self, recording: Recording, batch: Batch) -> str:
         """Take one step with each from the same state, restore it, and return how they differ; empty if they agree."""
         import torch
 
         buffers, random = [one.clone() for one in self._others.values()], torch.get_rng_state()
-        expected, loss = self._by_autograd(inputs, targets)
+        expected, loss = self._by_autograd(*batch.structures(batch.tensors))
         after = [one.clone() for one in self._others.values()]
         self._restore(buffers, random)
         try:
-            seen = recording(inputs, targets)
+            seen = recording(*batch.tensors)
             gradients = seen.materialized()
         except (TypeError, RuntimeError) as error:
             return f"task {self._task.name!r}: a recorded step failed: {error}"
@@ -176,7 +193,7 @@ class RecordedDescent(Descent):
         if self._plain_lr is None:
             super().begin(config)
 
-    def take(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def take(self, inputs: Structure, targets: Structure) -> torch.Tensor:
         if self._plain_lr is None:
             return super().take(inputs, targets)
         gradients = self._recorded.factored(inputs, targets)

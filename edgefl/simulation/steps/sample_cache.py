@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgefl.training.samples import Samples
+from edgefl.training.structures import leaves, mapped
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,13 @@ class SampleCache:
 
     def put(self, client: str, samples: Samples) -> Samples:
         """Store a copy, and return it."""
-        size = _aligned(samples.inputs.nbytes) + _aligned(samples.targets.nbytes)
+        size = sum(_aligned(one.nbytes) for part in (samples.inputs, samples.targets) for one in leaves(part))
         if not self._blocks or self._blocks[-1].left < size:
-            self._add_block(max(size, self._block_bytes), samples.inputs.device)
+            self._add_block(max(size, self._block_bytes), samples.device)
         block = self._blocks[-1]
         block.clients.append(client)
-        self._kept[client] = kept = Samples(block.put(samples.inputs), block.put(samples.targets))
+        kept = Samples(mapped(block.put, samples.inputs), mapped(block.put, samples.targets))
+        self._kept[client] = kept
         return kept
 
     def _add_block(self, size: int, device: torch.device) -> None:

@@ -26,9 +26,10 @@ from edgefl.simulation.world.partition import Cut, Disjoint, Partition, filled, 
 from edgefl.simulation.world.schedule import NumSamples
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.task import Task
+from edgefl.training.data.dataset import DatasetSamples
 from edgefl.training.local import data_seed
 from edgefl.training.randomness import seeded
-from edgefl.training.samples import Samples, train_samples
+from edgefl.training.samples import Samples, SampleSet, train_samples
 from edgefl.training.structures import TARGET, described, leaves
 from edgefl.trees import Array
 from edgefl.trees.tensors import array_of
@@ -104,7 +105,7 @@ def make_population(task: Task, config: PopulationConfig, seed: int = 0) -> Popu
     return PartedPopulation(everything, names, Disjoint(owner, cut.clients, config.seed))
 
 
-def samples_of(population: Population, client: str, seed: int) -> Samples:
+def samples_of(population: Population, client: str, seed: int) -> SampleSet:
     """Return a client's samples; raises TaskError if it has none, or must not be tried again.
 
     A user's own population may draw random numbers: the states are seeded by the job's seed and the client.
@@ -119,7 +120,7 @@ def samples_of(population: Population, client: str, seed: int) -> Samples:
 class PartedPopulation:
     """All samples, once in memory, and a partition of them."""
 
-    def __init__(self, everything: Samples, names: Sequence[str], partition: Partition) -> None:
+    def __init__(self, everything: SampleSet, names: Sequence[str], partition: Partition) -> None:
         self.everything = everything
         self._names = names
         self._partition = partition
@@ -131,7 +132,7 @@ class PartedPopulation:
         """Return the positions of a client's samples in `everything`; empty for a client without any."""
         return self._partition.indices(self._names.index(client))
 
-    def samples(self, client: str) -> Samples:
+    def samples(self, client: str) -> SampleSet:
         import torch
 
         indices = self.indices(client)
@@ -165,10 +166,12 @@ def sizes_of(task: Task, population: Population, seed: int = 0) -> NumSamples:
     return count
 
 
-def _labels(everything: Samples, partitioner: str) -> Indices:
+def _labels(everything: SampleSet, partitioner: str) -> Indices:
     """Return one label per sample, (N,); zeros if the partitioner does not use labels."""
     if partitioner not in BY_LABEL:
         return np.zeros(len(everything), np.int64)
+    if not isinstance(everything, Samples):
+        return _labels_of_dataset(everything, partitioner)
     if len(parts := leaves(everything.targets)) == 1:
         targets: Array = array_of(parts[0])
         if targets.ndim == 1 and targets.dtype.kind in "iub":
@@ -179,7 +182,24 @@ def _labels(everything: Samples, partitioner: str) -> Indices:
     )
 
 
-def _natural(everything: Samples, config: PopulationConfig) -> PartedPopulation:
+def _labels_of_dataset(everything: SampleSet, partitioner: str) -> Indices:
+    """Return the labels that a Dataset has as its `targets`, as torchvision's have: nothing else is read for them."""
+    dataset = everything.source.dataset if isinstance(everything, DatasetSamples) else everything
+    labels = getattr(dataset, "targets", None)
+    seen = "has no attribute `targets`"
+    if labels is not None:
+        array = np.asarray(labels)
+        if array.ndim == 1 and array.dtype.kind in "iub" and len(array) == len(everything):
+            return array.astype(np.int64)
+        seen = f"has `targets` of {array.dtype} and shape {list(array.shape)}"
+    raise ConfigError(
+        f"population.partitioner={partitioner!r} needs the label of each of the {len(everything)} samples, and the "
+        f"{type(dataset).__name__} of train_data {seen}. Give it that attribute: one integer per sample, so that not "
+        "all samples have to be read for their labels; or use iid, size_skew, natural or task."
+    )
+
+
+def _natural(everything: SampleSet, config: PopulationConfig) -> PartedPopulation:
     ids = _read_ids(Path(config.ids))
     if len(ids) != len(everything):
         raise ConfigError(

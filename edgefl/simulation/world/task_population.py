@@ -1,7 +1,7 @@
 """Clients with data from the task's own loader: client i of N gets `part=i, parts=N`, as on devices.
 
-Samples are cached while they fit into `CACHE_BYTES`; beyond that the oldest are dropped and loaded again
-when needed.
+Samples in memory are cached while they fit into `CACHE_BYTES`; beyond that the oldest are dropped and loaded again
+when needed. A Dataset is asked for each time, as on a device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from edgefl.simulation.steps import SampleCache
 from edgefl.simulation.world.names import Names
 from edgefl.task import Task
 from edgefl.training.local import data_seed
-from edgefl.training.samples import Samples, train_samples
+from edgefl.training.samples import Samples, SampleSet, train_samples
 
 CACHE_BYTES = 1 << 30
 
@@ -38,12 +38,13 @@ class TaskPopulation:
         """Return the data options of one client, as for a device."""
         return {**self._options, "part": str(self._names.index(client)), "parts": str(len(self._names))}
 
-    def samples(self, client: str) -> Samples:
+    def samples(self, client: str) -> SampleSet:
         kept = self._cache.get(client)
         if kept is not None:
             return kept
         seed = data_seed(self._seed, client)
-        return self._cache.put(client, train_samples(self._task, self.options(client), seed=seed))
+        samples = train_samples(self._task, self.options(client), seed=seed)
+        return self._cache.put(client, samples) if isinstance(samples, Samples) else samples
 
 
 def _refuse_partless(task: Task) -> None:

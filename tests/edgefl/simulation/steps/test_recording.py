@@ -13,6 +13,7 @@ from edgefl.simulation.engines.fleets import TrainingMethod
 from edgefl.simulation.engines.loop import LoopFleet
 from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.simulation.steps import recording
+from edgefl.simulation.steps.batch import Batch
 from edgefl.simulation.steps.recording import RecordedDescent, RecordedFunction, RecordedGradient, has_compiler
 from edgefl.training.local import Autograd, Descent, train_locally
 
@@ -80,7 +81,7 @@ def test_random_layers_and_buffers_move_as_they_do_by_autograd(compiled):
 def test_recording_leaves_the_model_and_the_random_state_as_they_were():
     model, gradient, _, inputs, targets = gradients(deep)
     before, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
-    gradient._record(inputs, targets)
+    gradient._record(Batch.of(inputs, targets))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
 
