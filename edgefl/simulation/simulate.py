@@ -22,8 +22,7 @@ from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
 from edgefl.rounds import Job, run_rounds
-from edgefl.simulation.engines.auto import AUTO, LOOP, Chosen, make_engine
-from edgefl.simulation.engines.fallback import Sheltered
+from edgefl.simulation.engines.auto import AUTO, AutoFleet, Chosen, make_engine
 from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod, torch_threads
 from edgefl.simulation.engines.ray.fleet import RayFleet
 from edgefl.simulation.study.checkpoint import (
@@ -94,8 +93,6 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
         setup = _set_up(task, settings, population, saved)
         with set_by_interrupt(setup.stop):
             chosen = _make_engine(engine, setup, saved, address)
-            if engine == AUTO:
-                chosen = dataclasses.replace(chosen, engine=Sheltered(setup, chosen.engine, chosen.name))
             with closing(chosen.engine):
                 watching.on_engine(chosen.name, chosen.reason)
                 virtual = virtual_time(setup, settings, chosen.engine, saved)
@@ -185,8 +182,8 @@ class _Run:
     def begin(self, start_s: float, checkpoints: Checkpoints | None, saved: Checkpoint | None) -> None:
         """Set the start time, the folder for the state, and the state to continue from."""
         self._start_s, self._checkpoints = start_s, checkpoints
-        if isinstance(self._chosen.engine, Sheltered):
-            self._chosen.engine.on_fallback = self._fell_back
+        if isinstance(self._chosen.engine, AutoFleet):
+            self._chosen.engine.on_engine = self._changed
         if saved is None:
             return
         self._start_s = start_s - saved.seconds
@@ -222,7 +219,7 @@ class _Run:
         return SimulationResult(
             task=self._setup.task.name,
             engine=self._chosen.name,
-            engine_reason=self._chosen.reason,
+            engine_reason=getattr(self._chosen.engine, "reason", "") or self._chosen.reason,
             rounds=tuple(self._rounds),
             final=self._rounds[-1].metrics if self._rounds else {},
             seconds=time.perf_counter() - self._start_s,
@@ -249,10 +246,10 @@ class _Run:
         self._keep(outcome, last=last)
         self._watching.on_round(self._rounds[-1])
 
-    def _fell_back(self, why: str) -> None:
-        """Record and report that the loop replaced the engine."""
-        self._chosen = dataclasses.replace(self._chosen, name=LOOP, reason=f"{self._chosen.reason}; {why}")
-        self._watching.on_engine(self._chosen.name, self._chosen.reason)
+    def _changed(self, name: str, reason: str) -> None:
+        """Record and report which engine trains from now on."""
+        self._chosen = dataclasses.replace(self._chosen, name=name, reason=reason)
+        self._watching.on_engine(name, reason)
 
     def _keep(self, outcome: RoundOutcome, *, last: bool) -> None:
         """Pass on and write the state; never after a round that Ctrl-C may have ended early."""

@@ -33,7 +33,7 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.argument("task")
 @click.option("--clients", type=click.IntRange(min=1), help="Short for --set population.clients=N.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
-@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="auto measures.")
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="auto finds the fastest.")
 @click.option("--address", metavar="HOST:PORT|auto", help="Ray cluster for --engine ray; without it, one is started.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting; overrides the file.")

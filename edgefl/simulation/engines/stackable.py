@@ -13,7 +13,7 @@ from edgefl.aggregation.mean import WeightedMean
 from edgefl.errors import TaskError
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import select_clients
-from edgefl.simulation.engines.fallback import Attempt
+from edgefl.simulation.engines.attempt import Attempt
 from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.engines.stacked import NOT_IN_MEMORY, StackTrainer, joined, kind_of
 from edgefl.simulation.engines.trainer import LocalTrainer

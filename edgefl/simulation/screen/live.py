@@ -50,9 +50,10 @@ class Progress:
         self._rows: deque[tuple[str, ...]] = deque(maxlen=ROWS)
 
     def begin(self, engine: str, reason: str = "", *, now_s: float) -> None:
-        """Record that the first round begins."""
+        """Record which engine begins, or goes on; the first call also begins the first round."""
         self._engine, self._reason = engine, reason
-        self._ends_s.append(now_s)
+        if not self._ends_s:
+            self._ends_s.append(now_s)
 
     def note(self, outcome: RoundReport, *, now_s: float) -> tuple[str, ...]:
         """Return a round's cells: round, clients, clients/s, bytes, time left, metrics."""

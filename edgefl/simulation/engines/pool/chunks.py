@@ -15,7 +15,7 @@ from edgefl.errors import UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Answer, Failure, Partial, Plan, Update
 from edgefl.rounds import MetricSums
-from edgefl.simulation.engines.fallback import Attempt
+from edgefl.simulation.engines.attempt import Attempt
 from edgefl.simulation.engines.fleets import Population, SimulationSetup, TrainingMethod
 from edgefl.simulation.engines.pool.messages import Chunk, Done, Flush, Summed, Tried
 from edgefl.simulation.engines.stackable import why_not_chosen
