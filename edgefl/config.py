@@ -6,6 +6,7 @@ type that holds it later (a lock's timeout, a database's integer, a float32), so
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import tomllib
@@ -178,9 +179,14 @@ class JobConfig:
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
 
 
-def load_config(schema: type[_T], file: Path | None = None, settings: Iterable[str] = ()) -> _T:
-    """Build `schema` from a TOML file; `a.b=c` settings override it. Raises ConfigError."""
-    data: dict[str, Any] = {}
+def load_config(
+    schema: type[_T], file: Path | None = None, settings: Iterable[str] = (), *, base: Mapping[str, Any] | None = None
+) -> _T:
+    """Build `schema` from a TOML file, else from `base`, its sections; `a.b=c` settings override it.
+
+    Raises ConfigError.
+    """
+    data: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if file is not None:
         try:
             data = tomllib.loads(file.read_text(encoding="utf-8"))

@@ -31,6 +31,7 @@ from edgefl.simulation.study.checkpoint import (
     flat_settings,
     open_checkpoints,
     read_checkpoint,
+    read_settings,
     refuse_another,
     refuse_other_shapes,
 )
@@ -75,7 +76,8 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     `population`, or from the configuration's `[population]` (a `SimulationConfig`), which `clients` and the loader's
     `data` options override.
     Ctrl-C ends the round and returns the result so far. `checkpoint` is a folder for the state after each
-    `checkpoint_every`-th round; `resume` continues from such a folder, and keeps the state there.
+    `checkpoint_every`-th round; `resume` continues from such a folder, and keeps the state there;
+    its settings hold if no `config` is given.
     `address` is the Ray cluster for the engine `ray`, which otherwise starts one. `going_on` is a state from
     `Watching.on_state` to continue from. User code runs in this process; the command uses a separate one.
     Raises ConfigError, TaskError, and CutShort if a round ends with too few updates, or with parameters that are
@@ -86,8 +88,10 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     watching = watching or Watching()
     if population is not None and (clients is not None or data):
         raise ConfigError("a population has its own clients and data; drop `clients` and `data`")
-    settings = with_arguments(config_of(SimulationConfig, config, set), clients=clients, rounds=rounds, data=data)
     folder, before = (None if one is None else Path(one) for one in (checkpoint, resume))
+    if before is not None and config is None:
+        config = read_settings(before)
+    settings = with_arguments(config_of(SimulationConfig, config, set), clients=clients, rounds=rounds, data=data)
     with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
         saved = going_on or (None if before is None else read_checkpoint(before))
         setup = _set_up(task, settings, population, saved)
@@ -177,7 +181,7 @@ class _Run:
         self._step = ServerOptimizer(config.server, gradient=gradient, buffers=self._parts.buffers)
         self._start_s = time.perf_counter()
         self._checkpoints: Checkpoints | None = None
-        self._settings = flat_settings(config)
+        self._settings, self._resumed = flat_settings(config), False
 
     def begin(self, start_s: float, checkpoints: Checkpoints | None, saved: Checkpoint | None) -> None:
         """Set the start time, the folder for the state, and the state to continue from."""
@@ -186,6 +190,7 @@ class _Run:
             self._chosen.engine.on_engine = self._changed
         if saved is None:
             return
+        self._resumed = True
         self._start_s = start_s - saved.seconds
         self._parts = self._parts.split(saved.parameters)
         self._parameters, self._rounds = self._parts.moving, list(saved.rounds)
@@ -219,7 +224,7 @@ class _Run:
         return SimulationResult(
             task=self._setup.task.name,
             engine=self._chosen.name,
-            engine_reason=getattr(self._chosen.engine, "reason", "") or self._chosen.reason,
+            engine_reason=self._chosen.reason if self._resumed else self._reason(),
             rounds=tuple(self._rounds),
             final=self._rounds[-1].metrics if self._rounds else {},
             seconds=time.perf_counter() - self._start_s,
@@ -245,6 +250,11 @@ class _Run:
         self._rounds.append(said)
         self._keep(outcome, last=last)
         self._watching.on_round(self._rounds[-1])
+
+    def _reason(self) -> str:
+        """Return why the engine was chosen, with what was measured until now."""
+        engine = self._chosen.engine
+        return (engine.reason if isinstance(engine, AutoFleet) else "") or self._chosen.reason
 
     def _changed(self, name: str, reason: str) -> None:
         """Record and report which engine trains from now on."""

@@ -47,7 +47,12 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--tensorboard", type=_FOLDER, metavar="DIR", help="Write event files for TensorBoard.")
 @click.option("--checkpoint", type=_FOLDER, metavar="DIR", help="Save the state here, to continue from it.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS")
-@click.option("--resume", type=_FOLDER, metavar="DIR", help="Continue from a --checkpoint, and save the state there.")
+@click.option(
+    "--resume",
+    type=_FOLDER,
+    metavar="DIR",
+    help="Continue from a --checkpoint with its settings, and save the state there.",
+)
 @json_option
 def simulate(*, output: Output, **flags: Any) -> None:
     """Simulate TASK: package.module:attribute, or a folder whose pyproject.toml names its task.
@@ -78,10 +83,12 @@ def _simulate_task(request: SimulateRequest, output: Output) -> None:
     with OwnProcess(to_stderr=output.json_alone) as process, ExitStack() as stack:
         from edgefl.simulation.isolation.messages import Order
         from edgefl.simulation.simulate import Watching
+        from edgefl.simulation.study.checkpoint import read_settings
         from edgefl.simulation.study.report import CutShort, ProcessLost
         from edgefl.simulation.world.settings import SimulationConfig
 
-        job = load_config(SimulationConfig, request.config, request.over())
+        before = read_settings(request.resume) if request.resume is not None and request.config is None else None
+        job = load_config(SimulationConfig, request.config, request.over(), base=before)
         screen = stack.enter_context(live_rounds(output, Progress(job.rounds.count)))
         callbacks = [screen.on_round]
         if request.tensorboard is not None:

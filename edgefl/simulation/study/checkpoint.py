@@ -82,8 +82,8 @@ def open_checkpoints(folder: Path | None, resume: Path | None, every: int = 1) -
 
     Raises ConfigError for a folder that another process has locked, or with a checkpoint that is not resumed.
     """
-    if resume is not None and not (resume / FILE).is_file():
-        raise ConfigError(f"{resume} has no checkpoint ({FILE}); --checkpoint {resume} makes them")
+    if resume is not None:
+        refuse_no_checkpoint(resume)
     folder = folder if folder is not None else resume
     if folder is None:
         yield None
@@ -124,6 +124,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ConfigError(
             f"{path} is damaged, or not a checkpoint of a simulation: {cause}. Start again without it"
         ) from cause
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of a checkpoint by section, as in a TOML file; raises ConfigError if there is none."""
+    refuse_no_checkpoint(folder)
+    nested: dict[str, Any] = {}
+    for key, value in read_checkpoint(folder).settings.items():
+        *sections, last = key.split(".")
+        inner = nested
+        for name in sections:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return nested
+
+
+def refuse_no_checkpoint(folder: Path) -> None:
+    """Raise ConfigError if a folder has no checkpoint."""
+    if not (folder / FILE).is_file():
+        raise ConfigError(f"{folder} has no checkpoint ({FILE}); --checkpoint {folder} makes them")
 
 
 def refuse_another(saved: Checkpoint, task: str, config: JobConfig) -> None:

@@ -43,6 +43,15 @@ def facts(result):
     return [{key: value for key, value in one.as_json().items() if key != "seconds"} for one in result.rounds]
 
 
+def test_resuming_needs_no_settings_and_takes_new_ones(tasks, tmp_path):
+    sections = {"server": ADAM, "population": {"clients": 12, "devices": PHONES}, "train": {"lr": 0.02}}
+    whole = simulate(tasks("task"), engine="loop", config=config(5, **sections))
+    simulate(tasks("task"), engine="loop", config=config(2, **sections), checkpoint=tmp_path)
+    assert facts(simulate(tasks("task"), rounds=5, resume=tmp_path)) == facts(whole)
+    with pytest.raises(ConfigError, match=r"was made with train.lr=0.02, now it is 0.5"):
+        simulate(tasks("task"), set={"train.lr": 0.5}, resume=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("engine", "sections"),
     [
@@ -60,7 +69,7 @@ def test_the_result_is_that_of_an_undisturbed_run(tasks, tmp_path, engine, secti
     assert result.virtual_seconds == whole.virtual_seconds
     assert result.took_part.tolist() == whole.took_part.tolist()
     assert (result.engine, result.engine_reason) == (engine, "resumed after round 5 of 9")
-    again = simulate(tasks("task"), config=config(9, **sections), resume=tmp_path)
+    again = simulate(tasks("task"), resume=tmp_path)
     assert facts(again) == facts(whole)
     assert not again.interrupted
 
