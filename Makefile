@@ -6,7 +6,7 @@
 #   make soak                             the slow ones, with TensorFlow for examples/keras-app
 #   make docs                             the documentation, into site/; warnings are errors
 #   make check                            lint, format, types, import contracts: as in CI
-#   make bench BENCH_FLAGS=--quick        the README's numbers, with the other systems
+#   make bench BENCH_FLAGS=--quick        the numbers of docs/numbers.md, with the other systems
 #   make lock                             update all versions in requirements.lock
 #
 #   PYTHON=python3.12     the interpreter to build .venv with

@@ -5,7 +5,7 @@ order (`benchmarks.simulation_workloads`), and two cores. All take turns; rates 
 the limit is centralised SGD over the same number of samples. Accuracy is on held-out samples after the same
 number of rounds. Memory is the resident memory of all processes of a system, sampled in a separate run.
 
-    python -m benchmarks.simulation [--quick] [--json F] [--only digits-cnn] [--readme README.md]
+    python -m benchmarks.simulation [--quick] [--json F] [--only digits-cnn] [--readme docs/numbers.md]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the table of simulations in the README, between its two markers: one row per measured row."""
+"""Write the table of simulations in docs/numbers.md, between its two markers: one row per measured row."""
 
 from __future__ import annotations
 
