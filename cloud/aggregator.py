@@ -25,7 +25,7 @@ from cloud.dataplane.fleet_service import FleetService, ServiceDependencies, han
 from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.dataplane.grpc_port import GrpcPort
 from cloud.http.api import make_app, serve_http
-from cloud.state.home import LOG_FILE, AggregatorOptions, CloudHome
+from cloud.state.home import LOG_FILE, MAX_JOBS, AggregatorOptions, CloudHome
 from cloud.state.jobs import JobRow
 from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
@@ -41,7 +41,6 @@ from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, run_rounds
 from edgefl.trees import SpooledTree, Tree
 
-MAX_JOBS = 8
 STOP_GRACE_S = 5.0
 TLS_BUFFER_BYTES = 64 << 10
 

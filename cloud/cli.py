@@ -1,15 +1,22 @@
-"""`edgefl cloud`: start the cloud, make enrolment tokens, configure an external broker."""
+"""`edgefl cloud`: start the cloud, look at it, make and revoke enrolment tokens, configure an external broker."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from edgefl.terminal.output import Output, example, json_option
+from edgefl.terminal.output import Output, example, json_option, time_text
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 HOME = click.option(
     "--home", type=click.Path(path_type=Path), required=True, help="The cloud's folder: keys, database, models."
@@ -79,21 +86,92 @@ def _next_steps(home: Path, url: str) -> str:
 @cloud.command(epilog=example("edgefl cloud token --home /var/lib/edgefl-cloud --valid-for 3600"))
 @HOME
 @click.option("--valid-for", "valid_for_s", default=24 * 3600.0, show_default=True, help="Seconds.")
+@click.option("--label", help="What the token is for, shown by `edgefl cloud tokens list`.")
 @json_option
-def token(home: Path, valid_for_s: float, output: Output) -> None:
+def token(home: Path, valid_for_s: float, label: str | None, output: Output) -> None:
     """Print a one-time token that enrols one device. Works whether or not the cloud runs."""
     from cloud.state.enrolment import Enrolment
+
+    with _database(home) as engine:
+        text = Enrolment(engine, home / "tls").new_token(valid_for_s, label)
+    output.line(text)
+    output.result({"token": text, "valid_for_s": valid_for_s})
+
+
+@cloud.group()
+def tokens() -> None:
+    """Enrolment tokens: list and revoke. They are named by an id; a token itself is never shown again."""
+
+
+@tokens.command("list", epilog=example("edgefl cloud tokens list --home /var/lib/edgefl-cloud"))
+@HOME
+@json_option
+def list_tokens(home: Path, output: Output) -> None:
+    """List every token, the newest first. Works whether or not the cloud runs."""
+    from cloud.state.enrolment_tokens import EnrolmentTokens
+
+    with _database(home) as engine:
+        found = EnrolmentTokens(engine).list()
+    rows = [
+        (one.id, one.state, one.label, one.used_by, time_text(one.made_s), time_text(one.expires_s)) for one in found
+    ]
+    columns = ("id", "state", "label", "device", "made", "expires")
+    output.table(columns, rows, "no token; `edgefl cloud token` makes one", whole=("id", "device"), spare=("made",))
+    output.result([dataclasses.asdict(one) for one in found])
+
+
+@tokens.command(epilog=example("edgefl cloud tokens revoke 3f9a0c --home /var/lib/edgefl-cloud"))
+@click.argument("token_id", metavar="TOKEN")
+@HOME
+@json_option
+def revoke(token_id: str, home: Path, output: Output) -> None:
+    """Revoke a token that no device has used. TOKEN is its id, the beginning of its id, or its label."""
+    from cloud.state.enrolment_tokens import EnrolmentTokens
+
+    with _database(home) as engine:
+        revoked = EnrolmentTokens(engine).revoke(token_id)
+    output.line(f"token {revoked.id} is revoked")
+    output.result(dataclasses.asdict(revoked))
+
+
+@cloud.command(epilog=example("edgefl cloud status --home /var/lib/edgefl-cloud --json -"))
+@HOME
+@json_option
+def status(home: Path, output: Output) -> None:
+    """Show whether the cloud runs and is healthy: parts, ports, devices, jobs, disk, certificates.
+
+    Exit status 0 only if it runs and all its parts are healthy.
+    """
+    from cloud.status import read_cloud_status
+
+    found = read_cloud_status(home)
+    for name, value in dataclasses.asdict(found).items():
+        output.line(f"{name.replace('_', ' '):20} {_shown(name, value)}")
+    output.result(dataclasses.asdict(found))
+    if not found.healthy:
+        raise click.exceptions.Exit(1)
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        value = ", ".join(f"{key} {one or 'ok'}" if name == "parts" else f"{key} {one}" for key, one in value.items())
+    return f"{value:.0f}" if isinstance(value, float) else str(value) or "-"
+
+
+@contextmanager
+def _database(home: Path) -> Iterator[sa.Engine]:
+    """Open the database of a cloud's home; raises HomeError if the folder is none."""
     from cloud.state.store import open_database
     from edgefl.process.home import check_home
 
     check_home(home, "cloud")
     engine = open_database(home / "cloud.db")
     try:
-        text = Enrolment(engine, home / "tls").new_token(valid_for_s)
+        yield engine
     finally:
         engine.dispose()
-    output.line(text)
-    output.result({"token": text, "valid_for_s": valid_for_s})
 
 
 @cloud.command(

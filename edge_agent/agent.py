@@ -27,6 +27,7 @@ from edge_agent.link.link import CloudLink
 from edge_agent.link.log_sender import LOG_FILE, LogSender
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
+from edge_agent.live import LiveFile, LiveState
 from edge_agent.releases.updater import Updater, UpdaterDependencies
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
 from edge_agent.serving.access import Access
@@ -144,6 +145,7 @@ class _Agent:
         self._revoked = self._revoked_list() if config.serve_tls else None
         on_reachable = self._revoked.refresh if self._revoked else _nothing
         self._link = CloudLink(home, profile, self._channel, self, on_reachable)
+        self._live = LiveFile(home, self._live_state)
         self._participant = Participant(
             ParticipantDependencies(
                 device=profile.device,
@@ -155,8 +157,10 @@ class _Agent:
                 trainer=self._trainer,
                 bundles=Bundles(home, fleet_key, self._channel),
                 channel=self._channel,
+                on_change=self._live.note_change,
             )
         )
+        self._channel.on_change = self._link.on_change = self._live.note_change
         self._updater = Updater(
             UpdaterDependencies(
                 device=profile.device,
@@ -187,6 +191,7 @@ class _Agent:
                     "trainer": self._trainer.run(),
                     "updater": self._updater.run(),
                     "logs": self._logs.run(),
+                    "live": self._live.run(),
                     "watchdog": keep_alive(),
                     **({"revoked": self._revoked.run()} if self._revoked else {}),
                 }.items()
@@ -245,6 +250,16 @@ class _Agent:
         from edge_agent.serving.revoked import RevokedList  # lazy: loads httpx, needed with --serve-tls only
 
         return RevokedList(self._config.home, self._profile, self._supervisor.disconnect_clients)
+
+    def _live_state(self) -> LiveState:
+        current = self._participant.current
+        return LiveState(
+            pid=os.getpid(),
+            cloud_reachable=self._channel.reachable,
+            broker_fault=self._link.broker_fault,
+            training_job="" if current is None else current.job,
+            training_round=0 if current is None else current.round,
+        )
 
     def _report(self, note: RolloutNote) -> None:
         self._link.report(note)

@@ -8,12 +8,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TextIO
 
 import click
 
+from edgefl.errors import ConfigError
 from edgefl.logs import set_up_logging
 from edgefl.terminal.output import Output, example, json_option
 from edgefl.terminal.pairs import pairs_of
+
+MAX_TOKEN_CHARS = 4096
 
 _ELSEWHERE = {  # command -> module that has it
     "install": "edge_agent.install.service",
@@ -54,22 +58,31 @@ _HOME = click.option(
 
 @agent.command(
     epilog=example(
-        "edgefl agent enroll --home ~/edgefl --cloud https://cloud.example:9480 --token efl1... --name cam-3"
+        "edgefl agent enroll --home ~/edgefl --cloud https://cloud.example:9480 --token-file token.txt --name cam-3",
+        "edgefl cloud token --home HOME | ssh cam-3 edgefl agent enroll --home ~/edgefl --cloud URL --token-file - "
+        "--name cam-3",
     )
 )
 @_HOME
 @click.option("--cloud", required=True, metavar="URL", help="The cloud's address, https://host:9480.")
-@click.option("--token", required=True, help="A one-time token; `edgefl cloud token` prints one.")
+@click.option("--token", help="A one-time token; `edgefl cloud token` prints one. Others on this machine can see it in "
+                              "the list of processes: prefer --token-file.")  # fmt: skip
+@click.option("--token-file", type=click.File(encoding="utf-8"), help="File with the token; - for stdin.")
 @click.option("--name", required=True, help="The device's name: 1 to 64 of a-z 0-9 . _ -")
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="A label, such as site=oslo. Repeatable.")
-def enroll(home: Path, cloud: str, token: str, name: str, tags: Sequence[str]) -> None:
-    """Enrol this device in a fleet."""
+@json_option
+def enroll(  # noqa: PLR0913 - one a flag
+    *, home: Path, cloud: str, token: str | None, token_file: TextIO | None, name: str, tags: Sequence[str],
+    output: Output,
+) -> None:  # fmt: skip
+    """Enrol this device in a fleet, with a token by --token-file or --token."""
     from edge_agent.link.enroll import EnrolmentRequest
     from edge_agent.link.enroll import enroll as apply
 
-    request = EnrolmentRequest(cloud=cloud, token=token, name=name, tags=pairs_of("--tag", tags))
+    request = EnrolmentRequest(cloud=cloud, token=_token(token, token_file), name=name, tags=pairs_of("--tag", tags))
     profile = apply(home, request)
-    click.echo(f"{profile.device} is enrolled; start it with: edgefl agent start --home {home}")
+    output.line(f"{profile.device} is enrolled; start it with: edgefl agent start --home {home}")
+    output.result({"device": profile.device, "home": str(home), "cloud": profile.cloud_url})
 
 
 @agent.command(epilog=example("edgefl agent start --home ~/edgefl --data part=0"))
@@ -116,9 +129,9 @@ def start(log_level: str, data: Sequence[str], **options: object) -> None:
 @_HOME
 @json_option
 def status(home: Path, output: Output) -> None:
-    """Show what an agent serves, what it still has to send, and when it last reached the cloud.
+    """Show whether an agent runs, is connected and trains, what it serves, and its last error.
 
-    Works whether or not the agent runs.
+    Exit status 0 only if it runs and reaches the cloud.
     """
     from edge_agent.install.status import read_status
 
@@ -126,6 +139,19 @@ def status(home: Path, output: Output) -> None:
     for name, value in facts.items():
         output.line(f"{name.replace('_', ' '):20} {_shown(value)}")
     output.result(facts)
+    if not facts["healthy"]:
+        raise click.exceptions.Exit(1)
+
+
+def _token(token: str | None, file: TextIO | None) -> str:
+    if (token is None) == (file is None):
+        raise ConfigError("give the token once: --token-file FILE, --token-file - for stdin, or --token TOKEN")
+    if token is not None:
+        return token
+    text = "" if file is None else file.read(MAX_TOKEN_CHARS).strip()
+    if not text:
+        raise ConfigError("--token-file is empty; `edgefl cloud token` prints a token")
+    return text
 
 
 def _shown(value: object) -> str:

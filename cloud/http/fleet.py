@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
@@ -34,6 +35,7 @@ class TokenRequest(Body):
     """How long the new token is valid."""
 
     valid_for_s: float = VALID_FOR_S
+    label: str | None = None
 
 
 @public.get("/v1/health")
@@ -72,6 +74,22 @@ def enroll(body: EnrolRequest, here: Here) -> dict[str, Any]:
     }
 
 
+@operator.get("/v1/status")
+def status(here: Here) -> dict[str, Any]:
+    """Return how the cloud is: health of its parts, ports, devices, jobs."""
+    known_devices = here.enrolment.devices()
+    online = [one for one in known_devices if (state := here.link.state(one.name)) is not None and state.online]
+    running = sum(row["state"] == "running" for row in here.jobs.list())
+    return {
+        "version": __version__,
+        "parts": dict(here.health()),
+        "broker": here.broker,
+        "ports": {"grpc": here.grpc_port, "broker": urlsplit(here.broker_url).port or 0},
+        "devices": {"known": len(known_devices), "online": len(online)},
+        "jobs": {"running": min(running, here.max_jobs), "queued": max(0, running - here.max_jobs)},
+    }
+
+
 @operator.get("/v1/devices")
 def devices(here: Here) -> list[dict[str, Any]]:
     """Return every device with its last reported state."""
@@ -103,7 +121,7 @@ def device_log(
 @operator.post("/v1/tokens")
 def new_token(body: TokenRequest, here: Here) -> dict[str, Any]:
     """Make a one-time enrolment token."""
-    return {"token": here.enrolment.new_token(body.valid_for_s), "valid_for_s": body.valid_for_s}
+    return {"token": here.enrolment.new_token(body.valid_for_s, body.label), "valid_for_s": body.valid_for_s}
 
 
 def _shown(here: Services, device: EnrolledDevice) -> dict[str, Any]:

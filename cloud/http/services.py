@@ -95,5 +95,6 @@ class Services:
     chunk_deadline_s: float = 60.0  # for the next bytes of an upload
     device_logs: DeviceLogs | None = None  # None = devices are not asked for their logs
     log_file: Path | None = None  # of the cloud itself
+    max_jobs: int = 8  # that run at the same time; others wait
     broker: str = "builtin"  # which program it is: mosquitto (the cloud's child), builtin, or external
     health: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is unhealthy; empty = it is healthy

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from cloud.state.enrolment_tokens import check_token_label
 from cloud.state.store import devices, revoked, tokens, updates
 from cloud.trust.crl import make_crl
 from cloud.trust.renewal import Renewals, forget_next
@@ -57,12 +58,17 @@ class Enrolment:
         self._certificate_days = certificate_days
         self.renewals = Renewals(engine, ca_folder, clock, certificate_days)
 
-    def new_token(self, valid_for_s: float = VALID_FOR_S) -> str:
-        """Make a one-time token. It contains the CA's fingerprint, so that a device can verify the cloud."""
+    def new_token(self, valid_for_s: float = VALID_FOR_S, label: str | None = None) -> str:
+        """Make a one-time token. It contains the CA's fingerprint, so that a device can verify the cloud.
+
+        `label` says to people what it is for.
+        """
+        check_token_label(label)
         if not 0 < valid_for_s <= 366 * 24 * 3600:
             raise ConfigError(f"a token valid for {valid_for_s:g} s: expected above 0 s and at most a year")
         secret = secrets.token_urlsafe(TOKEN_BYTES)
-        row = {"secret_sha256": _hashed(secret), "expires_s": self._clock() + valid_for_s}
+        now_s = self._clock()
+        row = {"secret_sha256": _hashed(secret), "expires_s": now_s + valid_for_s, "made_s": now_s, "label": label}
         with self._engine.begin() as db:
             db.execute(tokens.insert().values(row))
         return token_for(secret, (self._ca_folder / "ca.pem").read_bytes())
@@ -75,7 +81,7 @@ class Enrolment:
         _refuse_name(name)
         _refuse_tags(tags)
         hashed, now_s = _hashed(secret), self._clock()
-        good = (tokens.c.secret_sha256 == hashed) & tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > now_s)
+        good = (tokens.c.secret_sha256 == hashed) & _is_open(now_s)
         with self._engine.begin() as db:
             # This write takes the lock first: of two devices with one token, one waits and is refused.
             if db.execute(tokens.update().where(good).values(used_by=name)).rowcount != 1:
@@ -138,9 +144,13 @@ class Enrolment:
 
     def has_open_tokens(self) -> bool:
         """Whether there is an unused token that is still valid."""
-        is_open = tokens.c.used_by.is_(sa.null()) & (tokens.c.expires_s > self._clock())
         with self._engine.connect() as db:
-            return db.scalar(sa.select(tokens.c.secret_sha256).where(is_open).limit(1)) is not None
+            return db.scalar(sa.select(tokens.c.secret_sha256).where(_is_open(self._clock())).limit(1)) is not None
+
+
+def _is_open(now_s: float) -> sa.ColumnElement[bool]:
+    """Return the condition for a token that can be used."""
+    return tokens.c.used_by.is_(sa.null()) & tokens.c.revoked_s.is_(sa.null()) & (tokens.c.expires_s > now_s)
 
 
 def _hashed(secret: str) -> str:
@@ -148,12 +158,14 @@ def _hashed(secret: str) -> str:
 
 
 def _why_refused(db: sa.Connection, hashed: str) -> str:
-    found = sa.select(tokens.c.used_by).where(tokens.c.secret_sha256 == hashed)
+    found = sa.select(tokens.c.used_by, tokens.c.revoked_s).where(tokens.c.secret_sha256 == hashed)
     row = db.execute(found).one_or_none()
     if row is None:
         return f"the token is unknown to this cloud; copy it whole, or {_REMEDY}"
     if row.used_by is not None:
         return f"the token was used already, by device {row.used_by!r}; {_REMEDY}"
+    if row.revoked_s is not None:
+        return f"the token was revoked; {_REMEDY}"
     return f"the token has expired; {_REMEDY}, with a longer --valid-for if necessary"
 
 

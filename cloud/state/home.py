@@ -56,6 +56,7 @@ from edgefl.protocols.tls import BROKER_NAME, CLOUD_NAME, LEAF_DAYS, Identity, c
 
 EMBEDDED, BUILTIN = "embedded", "builtin"
 LOG_FILE = "cloud.log"
+MAX_JOBS = 8  # that run at the same time
 
 _log = logging.getLogger(__name__)
 
@@ -200,6 +201,7 @@ class CloudHome:
             broker=self.broker_name,
             device_logs=self.device_logs,
             log_file=self._options.home / LOG_FILE,
+            max_jobs=MAX_JOBS,
         )
 
     def _own_broker(self) -> BuiltinBroker | MosquittoChild:

@@ -1,8 +1,8 @@
 """The cloud's database: SQLAlchemy Core over SQLite (WAL, synchronous FULL) under the home.
 
 Commits survive kill -9 and power loss. The rows of jobs, rounds and updates are the complete state of all jobs;
-`cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `registry.py`, `rollout.py` and `cloud/trust/renewal.py` are
-the only modules that query them.
+`cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `enrolment_tokens.py`, `registry.py`, `rollout.py` and
+`cloud/trust/renewal.py` are the only modules that query them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ tokens = sa.Table(
     sa.Column("secret_sha256", sa.String, primary_key=True),  # the secret itself is never kept
     sa.Column("expires_s", sa.Float, nullable=False),  # seconds since 1970
     sa.Column("used_by", sa.String),  # device; NULL = not used yet
+    sa.Column("label", sa.String),  # for people
+    sa.Column("made_s", sa.Float),  # NULL = by an older cloud
+    sa.Column("revoked_s", sa.Float),  # NULL = it is not revoked
 )
 
 devices = sa.Table(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import re
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.link.log_sender import LOG_FILE
 from edge_agent.link.profile import SERVING_FILE, load_profile
+from edge_agent.live import LiveState, read_live
 from edge_agent.releases.slots import installed_models
-from edgefl.process.home import home_in_use
+from edgefl.errors import HomeError
+from edgefl.process.home import home_holder
+from edgefl.process.log_tail import read_tail
 from edgefl.protocols import tls
+
+_FAULT = re.compile(r"^\S+ \S+ (?:WARNING|ERROR|CRITICAL) ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,12 +27,19 @@ class Status:
 
     device: str
     running: bool
+    pid: int  # 0 while it does not run
+    since: str  # ISO 8601, UTC; empty while it does not run
+    healthy: bool  # it runs and reaches the cloud
     cloud: str
+    connected: bool  # it reaches the cloud by gRPC
     broker: str
+    broker_fault: str  # why it has no connection to the broker; without one, it polls the cloud by gRPC
+    training: str  # job and round that it works for now; empty = none
     serving_url: str  # empty while it does not run
-    last_contact: str  # ISO 8601, UTC; empty = never
-    certificate_expires: str  # ISO 8601, UTC; empty without TLS
     models: dict[str, int]  # model -> version that is installed and active
+    last_contact: str  # ISO 8601, UTC; empty = never
+    last_error: str  # the last warning or error in its log, with its time
+    certificate_expires: str  # ISO 8601, UTC; empty without TLS
     outbox_updates: int
     outbox_bytes: int
 
@@ -34,24 +48,44 @@ def read_status(home: Path) -> Status:
     """Read a home without affecting its agent; raises HomeError."""
     profile = load_profile(home)
     serving, contact, cert = home / SERVING_FILE, home / "contact", home / "cert.pem"
-    running = home_in_use(home)
+    holder = home_holder(home)
+    live = None if holder is None else read_live(home, holder.pid)
     updates, size = _outbox(home / "agent.db")
+    connected = live is not None and live.cloud_reachable
     return Status(
         device=profile.device,
-        running=running,
+        running=holder is not None,
+        pid=0 if holder is None else holder.pid,
+        since="" if holder is None else _iso(holder.since_s),
+        healthy=connected,
         cloud=profile.cloud_url,
+        connected=connected,
         broker=profile.broker,
-        serving_url=serving.read_text(encoding="ascii") if running and serving.exists() else "",
-        last_contact=_iso(contact.stat().st_mtime) if contact.exists() else "",
-        certificate_expires=tls.expires(cert.read_bytes()).isoformat() if cert.exists() else "",
+        broker_fault="" if live is None else live.broker_fault,
+        training=_training(live),
+        serving_url=serving.read_text(encoding="ascii") if holder is not None and serving.exists() else "",
         models={
             slots.state.model: slots.state.serving.version
             for slots in installed_models(home / "models")
             if slots.state.serving
         },
+        last_contact=_iso(contact.stat().st_mtime) if contact.exists() else "",
+        last_error=_last_error(home / LOG_FILE),
+        certificate_expires=tls.expires(cert.read_bytes()).isoformat() if cert.exists() else "",
         outbox_updates=updates,
         outbox_bytes=size,
     )
+
+
+def _training(live: LiveState | None) -> str:
+    return "" if live is None or not live.training_job else f"{live.training_job} round {live.training_round}"
+
+
+def _last_error(path: Path) -> str:
+    try:
+        return next(iter(read_tail(path, 1, lambda line: _FAULT.match(line) is not None).lines), "")
+    except OSError:
+        return ""
 
 
 def _outbox(path: Path) -> tuple[int, int]:
@@ -60,7 +94,12 @@ def _outbox(path: Path) -> tuple[int, int]:
     try:
         return _count(str(path))
     except sqlite3.OperationalError:  # the disk is full, for the agent or for us: read the file as it is
-        return _count(f"{path.resolve().as_uri()}?immutable=1")
+        try:
+            return _count(f"{path.resolve().as_uri()}?immutable=1")
+        except sqlite3.OperationalError as cause:
+            if "no such table" in str(cause):  # the agent starts for the first time
+                return 0, 0
+            raise HomeError(f"{path} cannot be read: {cause}") from cause
 
 
 def _count(database: str) -> tuple[int, int]:

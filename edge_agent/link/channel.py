@@ -56,6 +56,7 @@ class CloudChannel:
         self._reopened = asyncio.Event()
         self._former: dict[grpc.aio.Channel, asyncio.Task[None]] = {}  # replaced channels; each task closes one
         self.reachable = False
+        self.on_change: Callable[[], None] = lambda: None  # called when `reachable` changes
         self._open()
 
     def _open(self) -> None:
@@ -101,10 +102,11 @@ class CloudChannel:
             self._reopened.clear()
             state = self._channel.get_state(try_to_connect=True)
             ready = state is grpc.ChannelConnectivity.READY
-            if ready and not self.reachable:
-                self.reachable = True
+            was, self.reachable = self.reachable, ready
+            if ready and not was:
                 on_reachable()
-            self.reachable = ready
+            if ready is not was:
+                self.on_change()
             await self._changed(state)
 
     async def _changed(self, state: grpc.ChannelConnectivity) -> None:

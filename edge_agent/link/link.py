@@ -70,6 +70,7 @@ class CloudLink:
         self._ask = asyncio.Event()
         self._backoff = Backoff(RETRY_S, RETRY_S, profile.device)
         self._is_full = False  # the cloud, by its last answer
+        self.on_change: Callable[[], None] = lambda: None  # called when the connection to the broker changes
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._session = _Session(home / "session")
         self._serving: tuple[Mapping[str, int], str] = ({}, "")
@@ -90,6 +91,11 @@ class CloudLink:
             self._publish("state", self._state(online=False), retain=True)
             await self._mqtt.close()
             await self._channel.close()
+
+    @property
+    def broker_fault(self) -> str:
+        """Why there is no connection to the broker; empty if there is one."""
+        return self._mqtt.reason
 
     def serve(self, models: Mapping[str, int], url: str) -> None:
         """Publish which model versions this device serves, and at which URL."""
@@ -199,7 +205,10 @@ class CloudLink:
             subscriptions=[(topics.down(device, kind), 1) for kind in ("job", "desired", "command")],
             will=self._will,
         )
-        return MqttLink(config, on_message=self._on_message, on_connect=self._on_connect, on_failure=self._on_failure)
+        return MqttLink(
+            config, on_message=self._on_message, on_connect=self._on_connect, on_failure=self._on_failure,
+            on_disconnect=self._on_disconnect,
+        )  # fmt: skip
 
     # The methods below are called by the MQTT link.
 
@@ -210,6 +219,10 @@ class CloudLink:
     def _on_connect(self) -> None:
         self._publish("state", self._state(online=True), retain=True)
         self._ask.set()
+        self.on_change()
+
+    def _on_disconnect(self) -> None:
+        self.on_change()
 
     def _on_failure(self, failure: BaseException) -> None:
         if not self._failure.done():

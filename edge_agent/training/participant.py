@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ class ParticipantDependencies:
     trainer: Trainer
     bundles: Bundles
     channel: CloudChannel
+    on_change: Callable[[], None] = lambda: None  # called when `Participant.current` changes
 
 
 class Participant:
@@ -168,7 +169,9 @@ class Participant:
                     self._task = tasks.create_task(
                         self._execute(assignment), name=f"round-{assignment.job}-{assignment.round}"
                     )
+                    self._deps.on_change()
                 self._current = self._task = None
+                self._deps.on_change()
             if self._job_ended:
                 self._job_ended = False
                 await self._release_memory()

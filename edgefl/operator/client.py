@@ -122,6 +122,10 @@ class CloudClient:
         not_well = answer.status_code == _NOT_WELL and _is_health(answer)
         return _record(_parsed(answer, answer.content) if not_well else _decoded(answer))
 
+    def status(self) -> Json:
+        """Return how the cloud is: version, parts, broker, ports, devices, jobs."""
+        return self._get("/v1/status", NO_PARAMS)
+
     def devices(self) -> list[Json]:
         """Return the devices of the fleet, with the presence of each."""
         return self._list("/v1/devices")

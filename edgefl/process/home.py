@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -85,16 +86,31 @@ def lock_home(folder: Path) -> IO[str]:
     return file
 
 
-def home_in_use(folder: Path) -> bool:
-    """Whether a process has locked the home; does not lock it."""
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that uses a home."""
+
+    pid: int  # 0 = not known, because the disk was full
+    since_s: float  # seconds since 1970
+
+
+def home_holder(folder: Path) -> Holder | None:
+    """Return the process that has locked the home, None if there is none; does not lock it."""
     try:
         with (folder / "lock").open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = file.read().strip()
+                return Holder(int(pid) if pid.isdecimal() else 0, os.fstat(file.fileno()).st_mtime)
     except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+        return None
+    return None
+
+
+def home_in_use(folder: Path) -> bool:
+    """Whether a process has locked the home; does not lock it."""
+    return home_holder(folder) is not None
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -16,17 +16,17 @@ MAX_LABEL_CHARS = 100
 KINDS = ("job-", "relay-")  # how ids begin
 
 
-def check_label(label: str | None) -> None:
+def check_label(label: str | None, flag: str = "--name") -> None:
     """Raise ConfigError for a name that cannot be shown on one line, or that looks like an id."""
     if label is None:
         return
     if not label.strip() or label != label.strip() or len(label) > MAX_LABEL_CHARS or not is_safe(label):
         raise ConfigError(
-            f"--name {label[:MAX_LABEL_CHARS]!r}: expected 1 to {MAX_LABEL_CHARS} characters on one line, without "
+            f"{flag} {label[:MAX_LABEL_CHARS]!r}: expected 1 to {MAX_LABEL_CHARS} characters on one line, without "
             "blanks at the ends"
         )
     if label.startswith(KINDS):
-        raise ConfigError(f"--name {label!r}: names that begin with {' or '.join(KINDS)} are for ids; choose another")
+        raise ConfigError(f"{flag} {label!r}: names that begin with {' or '.join(KINDS)} are for ids; choose another")
 
 
 def meant_by(word: str, jobs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -119,3 +119,22 @@ def test_a_cloud_that_would_not_be_safe_does_not_start(tmp_path, arguments, said
     assert (done.exit_code, type(done.exception)) == (1, ConfigError)
     assert said in str(done.exception)
     assert not (tmp_path / "home").exists()
+
+
+def test_tokens_are_listed_by_id_and_revoked(home):
+    token = invoke("token", "--home", home, "--label", "for cam-1").stdout.strip()
+    [row] = json.loads(invoke("tokens", "list", "--home", home, "--json", "-").stdout)
+    assert (row["state"], row["label"]) == ("open", "for cam-1")
+    shown = invoke("tokens", "list", "--home", home).stdout
+    assert row["id"] in shown
+    assert tls.parse_token(token)[0] not in shown
+    assert invoke("tokens", "revoke", row["id"][:6], "--home", home).stdout == f"token {row['id']} is revoked\n"
+    again = invoke("tokens", "revoke", row["id"], "--home", home)
+    assert "it is revoked" in str(again.exception)
+
+
+def test_the_status_of_a_cloud_that_does_not_run(home):
+    done = invoke("status", "--home", home)
+    assert done.exit_code == 1
+    assert "fault                it does not run" in done.stdout
+    assert json.loads(invoke("status", "--home", home, "--json", "-").stdout)["running"] is False

@@ -121,7 +121,7 @@ def test_a_restarted_cloud_is_found_again(fleet, home, start_agent):
 
 def test_the_status_tells(fleet, home, start_agent, eventually):
     start_agent(home)
-    eventually((home / "contact").exists, "the contact")
+    eventually(lambda: read_status(home).healthy and read_status(home).last_contact, "the contact")
     command = [sys.executable, "-m", "edgefl", "agent", "status", "--home", str(home), "--json", "-"]
     facts = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     assert facts["running"]

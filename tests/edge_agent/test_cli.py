@@ -43,7 +43,7 @@ def test_a_home_that_is_not_enrolled_ends_with_one_line(tmp_path):
 
 def test_status_in_words(home):
     result = CliRunner().invoke(agent, ["status", "--home", str(home)])
-    assert result.exit_code == 0
+    assert result.exit_code == 1  # it does not run
     assert "device               cam-1" in result.output
     assert "last contact         -" in result.output
     assert isinstance(CliRunner().invoke(agent, ["status", "--home", str(home.parent)]).exception, HomeError)
@@ -62,3 +62,21 @@ def test_a_relative_path_of_the_data_is_where_the_agent_was_started(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     options = {"path": "./pictures", "part": "0", "url": "s3://bucket/x", "absolute": "/proc"}
     assert _located(options) == options | {"path": str(tmp_path / "pictures")}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [([], "give the token once"), (["--token", "t", "--token-file", "-"], "give the token once"),
+     (["--token-file", "-"], "--token-file is empty")],
+)  # fmt: skip
+def test_a_token_is_given_once(tmp_path, options, said):
+    arguments = ["enroll", "--home", str(tmp_path / "h"), "--cloud", "https://127.0.0.1:1", "--name", "a", *options]
+    result = CliRunner().invoke(agent, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert said in str(result.exception)
+
+
+def test_a_token_comes_from_stdin(tmp_path):
+    arguments = ["enroll", "--home", str(tmp_path), "--cloud", "https://127.0.0.1:1", "--name", "a"]
+    result = CliRunner().invoke(agent, [*arguments, "--token-file", "-"], input="not.a.token\n")
+    assert "the token is not of the form efl1" in str(result.exception)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import json
+import os
 
 import pytest
 
@@ -33,7 +35,8 @@ def test_a_home_with_a_past(home):
     (home / "serving").write_text("http://127.0.0.1:8000")
     with lock_home(home):
         status = read_status(home)
-    assert status.running
+    assert (status.running, status.pid, status.since[:2]) == (True, os.getpid(), "20")
+    assert (status.healthy, status.connected, status.training) == (False, False, "")  # it has not written it yet
     assert status.serving_url == "http://127.0.0.1:8000"
     assert status.last_contact
     assert (status.outbox_updates, status.outbox_bytes, status.models) == (1, 5, {"digits": 4})
@@ -41,6 +44,30 @@ def test_a_home_with_a_past(home):
     store.close()
 
 
+def test_what_a_running_agent_does_now(home):
+    facts = {"pid": os.getpid(), "cloud_reachable": True, "training_job": "job-1", "training_round": 3}
+    (home / "live.json").write_text(json.dumps(facts))
+    (home / "agent.log").write_text(
+        "2026-11-29 17:21:03,713 WARNING edge_agent.x mqtt.down reason=a\n"
+        "2026-11-29 17:21:04,713 ERROR   edge_agent.x round.failed reason=b\n    Traceback\n"
+        "2026-11-29 17:21:05,713 INFO    edge_agent.x said ERROR level\n"
+    )
+    with lock_home(home):
+        status = read_status(home)
+    assert (status.healthy, status.training, status.broker_fault) == (True, "job-1 round 3", "")
+    assert status.last_error == "2026-11-29 17:21:04,713 ERROR   edge_agent.x round.failed reason=b"
+    later = read_status(home)  # without its agent: only the log still counts
+    assert (later.healthy, later.connected, later.training, later.pid) == (False, False, "", 0)
+    (home / "live.json").write_text("damaged")
+    with lock_home(home):
+        assert not read_status(home).healthy
+
+
 def test_no_home(tmp_path):
     with pytest.raises(HomeError):
         read_status(tmp_path)
+
+
+def test_a_database_that_is_just_being_made(home):
+    (home / "agent.db").touch()
+    assert read_status(home).outbox_updates == 0
