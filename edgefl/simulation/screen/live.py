@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from edgefl.records import RoundReport
 from edgefl.simulation.study.report import Json
-from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult
+from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult, last_metrics
 from edgefl.simulation.study.variants import Variant
 from edgefl.terminal.output import Output, metrics_text
 from edgefl.terminal.text import grouped, one_line
@@ -188,17 +188,21 @@ def _drawn(table: Callable[[], Table], *, transient: bool = False) -> Iterator[C
 def compare(result: SweepResult, output: Output) -> None:
     """Print one row per variant, and the errors of failed variants."""
     said = [one.as_json() for one in result.variants]
-    metrics = sorted({name for one in said for name in _last_metrics(one)})
+    metrics = sorted({name for one in said for name in last_metrics(one)})
     virtual = any(one.get("virtual_seconds") is not None for one in said)
     columns = ["variant", "", "rounds", *metrics, "clients/s", "moved", "seconds", *(["virtual seconds"] * virtual)]
-    rows = []
+    rows, best = [], result.best
     for one, ended in zip(said, result.variants, strict=True):
-        values = [f"{_last_metrics(one)[name]:.4g}" if name in _last_metrics(one) else None for name in metrics]
+        last = last_metrics(one)
+        marks = {name: " *" if best.get(name) == one["name"] else "" for name in metrics}
+        values = [f"{last[name]:.4g}{marks[name]}" if name in last else None for name in metrics]
         moved = size_text(sum(outcome.up_bytes + outcome.down_bytes for outcome in ended.rounds))
         times = [_number(one, "seconds", ".1f"), *([_number(one, "virtual_seconds", ".0f")] * virtual)]
         rate = _number(one, "clients_per_second", ".0f")
         rows.append([one["name"], state_of(ended), len(ended.rounds), *values, rate, moved, *times])
     output.table(columns, rows, "no variant was run", _STYLES)
+    if best:
+        output.line("* the best value of a metric")
     for ended in result.failed:
         error = str(ended.error)
         output.line(f"{ended.variant.name}: {error if len(error) <= _MAX_ERROR else error[:_MAX_ERROR] + ' ...'}")
@@ -209,12 +213,6 @@ def state_of(ended: VariantResult) -> str:
     if ended.result is None:
         return "failed"
     return "interrupted" if ended.result.interrupted else "done"
-
-
-def _last_metrics(said: Json) -> Json:
-    """Return the final metrics; for a failed variant, those of its last finished round."""
-    final: Json | None = said.get("final")
-    return final if final is not None else said["rounds"][-1]["metrics"] if said["rounds"] else {}
 
 
 def _number(said: Json, key: str, form: str) -> str | None:

@@ -6,7 +6,8 @@ Drawing needs no display and no global state of pyplot, so it works in any threa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.records import Counts, RoundReport, no_counts
+from edgefl.simulation.screen.scales import limits_without_outliers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,12 +37,13 @@ _DIVERGED = 1e4  # ratio of losses above which the axis is logarithmic
 _LOG_FROM = 200  # ratio of bars above which the axis is logarithmic
 NOBODY: Mapping[str, Counts] = MappingProxyType({})
 
-_INCHES = (11, 13)
+_WIDTH_INCHES, _ROW_INCHES = 11, 3.25
 _PIXELS_PER_INCH = 110
 _UNITS_S = ((2 * 86_400, 86_400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"))
 _COLORS = 10  # in matplotlib's cycle; more runs use colours of a gradient
 _STEPS = (1, 2, 5, 10)  # between ticks of counts
 _LEGEND_LETTERS = 110  # per line of the legend
+_NOTE_LETTERS = 60  # of a note in a panel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,23 +83,49 @@ def draw_rounds(runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NO
         Run(name=name, rounds=rounds, color=color, took_part=took_part.get(name, no_counts(0)))
         for (name, rounds), color in zip(runs.items(), _colors(len(runs)), strict=True)
     ]
-    figure = Figure(figsize=_INCHES, dpi=_PIXELS_PER_INCH, layout="constrained")
-    panels = figure.subplots(4, 2, sharey="row", gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     over_time, time_label = _time_axis(drawn)
-    for row, draw in enumerate((draw_metrics, draw_losses, draw_bytes)):
-        draw(panels[row][0], drawn, _numbers)
-        draw(panels[row][1], drawn, over_time)
-        panels[row][0].set_xlabel("round")
-        panels[row][1].set_xlabel(time_label)
-        panels[row][1].set_ylabel("")
-    panels[3][1].remove()  # its neighbour counts something else, so they cannot share an axis
-    counted = figure.add_subplot(4, 2, 8)
-    draw_outcomes(panels[3][0], drawn)
-    draw_participation(counted, drawn)
-    panels[3][0].set_xlabel("round")
-    _finish([*(panels[row][0] for row in range(4)), counted], [panels[row][1] for row in range(3)], len(drawn))
+    lines = [draw_metrics, draw_losses, *([draw_bytes] if _differ(drawn, _moved) else [])]
+    counts = [draw for draw, of in ((draw_outcomes, _admitted), (draw_participation, _took_part)) if _differ(drawn, of)]
+    height = _ROW_INCHES * (len(lines) + bool(counts))
+    figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_PIXELS_PER_INCH, layout="constrained")
+    grid = figure.add_gridspec(len(lines) + bool(counts), 2, wspace=0.04, hspace=0.04)
+    counted, timed = [], []
+    for row, draw in enumerate(lines):
+        left = figure.add_subplot(grid[row, 0])
+        right = figure.add_subplot(grid[row, 1], sharey=left)
+        right.tick_params(labelleft=False)
+        draw(left, drawn, _numbers)
+        draw(right, drawn, over_time)
+        left.set_xlabel("round")
+        right.set_xlabel(time_label)
+        right.set_ylabel("")
+        counted.append(left)
+        timed.append(right)
+    of_clients = []
+    for place, draw_counts in enumerate(counts):
+        axes = figure.add_subplot(grid[len(lines), place] if len(counts) == 2 else grid[len(lines), :])
+        draw_counts(axes, drawn)
+        of_clients.append(axes)
+    _finish(counted, of_clients, timed, len(drawn))
     _title(figure, drawn)
     return figure
+
+
+def _differ(runs: Sequence[Run], of: Callable[[Run], object]) -> bool:
+    """Whether a panel says something: it is of one run, or of several that differ in it."""
+    return len(runs) < 2 or any(of(run) != of(runs[0]) for run in runs)
+
+
+def _moved(run: Run) -> list[int]:
+    return [one.down_bytes + one.up_bytes for one in run.rounds]
+
+
+def _admitted(run: Run) -> list[int]:
+    return [one.admitted for one in run.rounds]
+
+
+def _took_part(run: Run) -> list[int]:
+    return sorted(run.took_part.tolist())
 
 
 def write_plot(runs: Mapping[str, Rounds], path: Path, took_part: Mapping[str, Counts] = NOBODY) -> None:
@@ -134,21 +163,21 @@ def _colors(number: int) -> Sequence[object]:
     return [colormaps["viridis"](index / (number - 1)) for index in range(number)]
 
 
-def _finish(counted: Sequence[Axes], timed: Sequence[Axes], num_runs: int) -> None:
+def _finish(counted: Sequence[Axes], clients: Sequence[Axes], timed: Sequence[Axes], num_runs: int) -> None:
     """Set integer ticks on axes of counts, a grid, and a legend if one run has several lines."""
     from matplotlib.ticker import MaxNLocator
 
-    for axes in counted:
+    for axes in (*counted, *clients):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_STEPS))
-    for axes in counted[-2:]:  # clients: integer counts
+    for axes in clients:
         if axes.get_yscale() == "linear":
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=_STEPS))
     for axes in timed:
         axes.set_xlim(left=0)
-    for axes in (*counted, *timed):
+    for axes in (*counted, *clients, *timed):
         axes.grid(visible=True, alpha=0.3)
         axes.set_axisbelow(True)
-    for axes in counted if num_runs == 1 else ():
+    for axes in (*counted, *clients) if num_runs == 1 else ():
         if len(axes.get_legend_handles_labels()[0]) > 1:
             bars = axes.get_ylabel().startswith("clients")
             axes.legend(fontsize="small", loc="upper center" if bars else "best", ncols=4 if bars else 1)
@@ -178,6 +207,7 @@ def draw_metrics(axes: Axes, runs: Sequence[Run], along: Along) -> None:
             style = _STYLES[index % len(_STYLES)] if len(runs) > 1 else "-"
             color = run.color if len(runs) > 1 or len(shown) == 1 else None
             _line(axes, run.rounds, name, along, ls=style, color=color, label=name)
+    _leave_outliers_outside(axes, runs, shown)
     _say_if_empty(axes, "no metrics: the task has no test data")
 
 
@@ -188,6 +218,8 @@ def draw_losses(axes: Axes, runs: Sequence[Run], along: Along) -> None:
         for name, style in LOSSES.items():
             label = {"loss": "test", "train_loss": "training"}[name]
             _line(axes, run.rounds, name, along, ls=style, color=run.color, label=label)
+    if _leave_outliers_outside(axes, runs, LOSSES):
+        return
     seen = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]
     if seen and 0 < _DIVERGED * min(seen) < max(seen):
         axes.set_yscale("log")
@@ -214,6 +246,7 @@ def draw_bytes(axes: Axes, runs: Sequence[Run], along: Along) -> None:
 
 def draw_outcomes(axes: Axes, runs: Sequence[Run]) -> None:
     """Draw the outcome of each round's clients: stacked bars for one run, the admitted clients for several."""
+    axes.set_xlabel("round")
     axes.set_ylabel("clients per round" if len(runs) == 1 else "clients admitted")
     for index, run in enumerate(runs):
         numbers = [one.round for one in run.rounds]
@@ -255,6 +288,23 @@ def draw_participation(axes: Axes, runs: Sequence[Run]) -> None:
         axes.set_ylim(bottom=0.7)
     if not tallest:
         _say(axes, "participation was not recorded")
+
+
+def _leave_outliers_outside(axes: Axes, runs: Sequence[Run], metrics: Iterable[str]) -> bool:
+    """Limit an axis to the runs that did not diverge, and name the others; whether there were any."""
+    values = {
+        run.name: [one.metrics[name] for one in run.rounds for name in metrics if name in one.metrics] for run in runs
+    }
+    if (found := limits_without_outliers(values)) is None:
+        return False
+    limits, outside = found
+    axes.set_ylim(*limits)
+    text = "outside: " + ", ".join(outside)
+    axes.text(
+        0.99, 0.97, textwrap.shorten(text, _NOTE_LETTERS, placeholder=" ..."), transform=axes.transAxes, ha="right",
+        va="top", fontsize="small", color="gray",
+    )  # fmt: skip
+    return True
 
 
 def _line(axes: Axes, rounds: Rounds, name: str, along: Along, **look: Any) -> None:

@@ -6,6 +6,7 @@ that fails keeps its finished rounds, and the others continue.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from edgefl.simulation.study.report import Json, frame_rows
 from edgefl.simulation.study.variants import Variant, variants_of
 from edgefl.simulation.world.settings import SimulationConfig, with_arguments
 from edgefl.task import Task, load_task
+from edgefl.training.metrics import direction
 from edgefl.training.samples import require_torch
 
 if TYPE_CHECKING:
@@ -79,7 +81,23 @@ class SweepResult:
 
     def as_json(self) -> Json:
         """Return all variants, with the keys common to all engines."""
-        return {"variants": [one.as_json() for one in self.variants], "interrupted": self.interrupted}
+        variants = [one.as_json() for one in self.variants]
+        return {"variants": variants, "best": self.best, "interrupted": self.interrupted}
+
+    @property
+    def best(self) -> dict[str, str]:
+        """Return the name of the best variant by each metric whose direction is known, if there are several.
+
+        Only variants that ended count, by their last round; the first of equal ones.
+        """
+        ended = {one.variant.name: last_metrics(one.as_json()) for one in self.variants if one.error is None}
+        found = {}
+        for name in sorted({name for metrics in ended.values() for name in metrics}):
+            higher = direction(name, None)
+            values = {variant: one[name] for variant, one in ended.items() if math.isfinite(one.get(name, math.nan))}
+            if higher is not None and len(values) > 1:
+                found[name] = max(values, key=values.__getitem__) if higher else min(values, key=values.__getitem__)
+        return found
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a frame with one row per variant and round, the settings as columns; needs pandas."""
@@ -101,6 +119,12 @@ class SweepResult:
     def took_part(self) -> dict[str, Counts]:
         """Return how often each client took part, by the variant's name."""
         return {one.variant.name: one.result.took_part for one in self.variants if one.result is not None}
+
+
+def last_metrics(said: Json) -> Json:
+    """Return the final metrics of a variant's JSON; for a failed one, those of its last finished round."""
+    final: Json | None = said.get("final")
+    return final if final is not None else said["rounds"][-1]["metrics"] if said["rounds"] else {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """A sweep on the screen."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -14,6 +15,7 @@ from edgefl.terminal.output import Output
 from edgefl.testing import make_report
 
 OUTCOME = make_report(admitted=8, seconds=2.0, up_bytes=1_000_000, down_bytes=500_000, metrics={"accuracy": 0.5})
+BETTER = {"accuracy": 0.75}
 SLOW, FAST = Variant({"train.lr": 0.1}), Variant({"train.lr": 0.9})
 
 
@@ -66,6 +68,17 @@ def test_a_terminal_is_updated(monkeypatch, capsys):
         watching.on_round(SLOW, OUTCOME)
         watching.on_end(done())
     assert "train.lr=0.1" in capsys.readouterr().err
+
+
+def test_the_best_value_of_each_metric_is_marked(capsys):
+    other = dataclasses.replace(SLOW, settings={"train.lr": 0.3})
+    better = VariantResult(variant=other, rounds=[OUTCOME], result=dataclasses.replace(result(), final=BETTER))
+    swept = SweepResult(variants=[done(), better, FAILED])
+    compare(swept, Output())
+    _, first, second, _, what, _ = capsys.readouterr().out.splitlines()
+    assert ("0.5" in first.split("\t"), "0.75 *" in second.split("\t")) == (True, True)
+    assert what == "* the best value of a metric"
+    assert swept.as_json()["best"] == {"accuracy": "train.lr=0.3"}
 
 
 def test_the_comparison_has_every_metric_and_why_one_failed(capsys):

@@ -53,13 +53,34 @@ def test_several_runs_have_one_legend():
     assert len({str(line.get_color()) for line in figure.axes[0].lines}) == 12
 
 
+def test_panels_in_which_all_runs_are_equal_are_left_out():
+    counts = np.array([3, 3, 0], np.uint32)
+    figure = draw_rounds({"a": rounds(accuracy=0.3), "b": rounds(accuracy=0.2)}, {"a": counts, "b": counts})
+    assert labels(figure) == [
+        ("round", "accuracy"), ("time in rounds (seconds)", ""),
+        ("round", "loss (dotted: in training)"), ("time in rounds (seconds)", ""),
+    ]  # fmt: skip
+    more = draw_rounds({"a": rounds(accuracy=0.3), "b": rounds(4, accuracy=0.2)}, {"a": counts, "b": counts[:2]})
+    assert [label for _, label in labels(more)][4:] == [
+        "transferred so far, up and down (MB)", "", "clients admitted", "clients",
+    ]  # fmt: skip
+
+
+def test_a_diverged_run_is_named_and_flattens_nothing():
+    figure = draw_rounds({"a": rounds(loss=1.0), "b": rounds(loss=1.2), "wild": rounds(loss=1e5)})
+    axes = figure.axes[2]
+    assert axes.get_ylim()[1] < 5
+    assert [text.get_text() for text in axes.texts] == ["outside: wild"]
+    assert axes.get_yscale() == "linear"
+
+
 def test_it_is_written_by_the_files_name(tmp_path):
     write_plot({"digits": rounds(accuracy=0.3)}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     write_plot({"nothing": []}, tmp_path / "b.svg")
-    with pytest.raises(ConfigError, match="cannot write --plot"):
+    with pytest.raises(ConfigError, match="cannot write the plot"):
         write_plot({}, Path(tmp_path / "no" / "c.png"))
-    with pytest.raises(ConfigError, match="cannot write --plot"):
+    with pytest.raises(ConfigError, match="cannot write the plot"):
         write_plot({}, tmp_path / "c.what")
 
 
