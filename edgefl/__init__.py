@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from edgefl.simulation.world.draws import Spread
     from edgefl.simulation.world.population import PopulationConfig
     from edgefl.simulation.world.settings import EngineConfig, SimulationConfig
-    from edgefl.task import FitResult, Task
+    from edgefl.task import EvalResult, FitResult, Task
     from edgefl.training.metrics import WholeSet
 
 _NAMES = {
@@ -110,7 +110,7 @@ _NAMES = {
     "edgefl.simulation.world.draws": ("Spread",),
     "edgefl.simulation.world.population": ("PopulationConfig",),
     "edgefl.simulation.world.settings": ("EngineConfig", "SimulationConfig"),
-    "edgefl.task": ("FitResult", "Task"),
+    "edgefl.task": ("EvalResult", "FitResult", "Task"),
     "edgefl.training.metrics": ("WholeSet",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
@@ -131,6 +131,7 @@ __all__ = [
     "EdgeflError",
     "EngineConfig",
     "EnrolmentRefused",
+    "EvalResult",
     "FitResult",
     "FlowerRunResult",
     "HomeError",

@@ -93,6 +93,7 @@ class RoundsConfig:
     deadline_s: float = 600.0  # a round ends after so long; later updates do not count
     offline_grace_s: float = 5.0  # after so long offline, a device is no longer waited for
     wait_s: float = 60.0  # how long to wait until enough clients are online
+    evaluate_every: int = 1  # devices evaluate in every k-th round and the last, if the task can; 0 = never
 
     def __post_init__(self) -> None:
         require_within("rounds.count", self.count, 1, MAX_COUNT)
@@ -106,6 +107,12 @@ class RoundsConfig:
         _above_zero("rounds.deadline_s", self.deadline_s, MAX_SECONDS)
         require_within("rounds.offline_grace_s", self.offline_grace_s, 0, MAX_SECONDS)
         require_within("rounds.wait_s", self.wait_s, 0, MAX_SECONDS)
+        require_within("rounds.evaluate_every", self.evaluate_every, 0, MAX_COUNT)
+
+    def evaluates_in(self, round_number: int) -> bool:
+        """Whether devices evaluate the parameters that they receive in this round."""
+        every = self.evaluate_every
+        return every > 0 and (round_number % every == 0 or round_number == self.count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

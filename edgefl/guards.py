@@ -10,16 +10,23 @@ infinity in float32, and an integer wraps around silently.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 
 import numpy as np
 
 from edgefl.errors import StepFailed, UpdateRejected
-from edgefl.records import Partial, Plan, Update
+from edgefl.records import DeviceEvaluation, EvaluationSpec, Partial, Plan, Update
+from edgefl.terminal.text import is_safe
 from edgefl.trees import BLOCK_ELEMENTS, Array, TensorSpec, Tree, blocks, is_float, spec_of
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
 MAX_METRIC = 1e200  # absolute value; its products with weights cannot overflow either
+MAX_EVALUATED_VALUE = 1e100  # absolute value of an evaluated metric: it is squared, too
+MAX_EVALUATED = 200  # metrics of one device
+MAX_NAME_CHARS = 200
+
+DEVICES = "devices/"  # begins the names of federated evaluation
+COUNT, STD, WORST_TENTH = "count", "std", "worst_tenth"
 
 
 class RoundGuard:
@@ -53,6 +60,7 @@ class RoundGuard:
             or wrong_metrics(
                 {n: total / weight if weight > 0 else math.nan for n, (total, weight) in partial.metrics.items()}
             )
+            or _wrong_evaluations(partial)
             or wrong_spec(spec_of(partial.total), wanted)
             or not_finite_tree(partial.total)
         )
@@ -92,6 +100,84 @@ def wrong_metrics(metrics: Mapping[str, float]) -> str | None:
     for name, value in metrics.items():
         if not math.isfinite(value) or abs(value) > MAX_METRIC:
             return f"metric {name!r} is {value}, not a finite number of at most {MAX_METRIC:g}"
+        if name.startswith(DEVICES):
+            return f"metric {name!r} begins with {DEVICES}, as federated evaluation does; it is of the training"
+    return None
+
+
+def wrong_evaluation(evaluation: DeviceEvaluation, spec: EvaluationSpec) -> str | None:
+    """Say why a device's evaluation cannot count, if it cannot; its update is not affected."""
+    if evaluation.fault:
+        return evaluation.fault
+    metrics = evaluation.metrics
+    if not 0 < len(metrics) <= MAX_EVALUATED:
+        fault: str | None = f"it has {len(metrics)} metrics; expected at least one and at most {MAX_EVALUATED}"
+    else:
+        fault = (
+            wrong_weight(evaluation.weight)
+            or next((one for name in metrics if (one := _wrong_name(name, spec))), None)
+            or wrong_evaluated(metrics)
+            or same_name(metrics)
+        )
+    return None if fault is None else f"evaluation: {fault}"
+
+
+def wrong_evaluated(metrics: Mapping[str, float]) -> str | None:
+    """Say which evaluated metric is not a finite number, if any."""
+    for name, value in metrics.items():
+        if not abs(value) <= MAX_EVALUATED_VALUE:  # NaN fails here too
+            return f"metric {name!r} is {value}, not a finite number of at most {MAX_EVALUATED_VALUE:g}"
+    return None
+
+
+def _wrong_name(name: str, spec: EvaluationSpec) -> str | None:
+    if len(name) > MAX_NAME_CHARS or not is_safe(name):
+        return (
+            f"a metric's name is {name!r:.80}; expected at most {MAX_NAME_CHARS} characters, without control characters"
+        )
+    if spec.declared and base_of(name, spec.directions) is None:
+        return f"metric {name!r} is not one of the task's: {', '.join(spec.directions)}"
+    return None
+
+
+def _wrong_evaluations(partial: Partial) -> str | None:
+    """Say why the evaluations of a partial sum cannot be those of its contributors, if so."""
+    found = partial.evaluations
+    if found is None:
+        return None
+    if strangers := found.faults.keys() - set(partial.contributors):
+        return f"evaluations: {min(strangers)} is not a contributor"
+    if not 0 <= found.count <= len(partial.contributors) - len(found.faults):
+        return f"evaluations: {found.count} devices and {len(found.faults)} faults of {len(partial.contributors)}"
+    for name, (values, weights) in found.values.items():
+        if not 0 < len(values) == len(weights) <= found.count:
+            return f"evaluations: metric {name!r:.80} has {len(values)} values and {len(weights)} weights"
+        faults = (
+            wrong_weight(weight) or wrong_evaluated({name: value})
+            for value, weight in zip(values, weights, strict=True)
+        )
+        if fault := next(filter(None, faults), None):
+            return f"evaluations: {fault}"
+    return None
+
+
+def base_of(name: str, known: Container[str]) -> str | None:
+    """Return the known metric that a name belongs to: `f1` for `f1/2`, one number of several; None = to none."""
+    while name not in known:
+        name, parted, _ = name.rpartition("/")
+        if not parted:
+            return None
+    return name
+
+
+def same_name(metrics: Collection[str]) -> str | None:
+    """Say which two numbers of federated evaluation would get one name, if any."""
+    for name in metrics:
+        if name == COUNT:
+            return f"a metric is named {COUNT!r}, but {DEVICES}{COUNT} is the number of devices; choose another name"
+        for derived in (f"{name}/{STD}", f"{name}/{WORST_TENTH}"):
+            if derived in metrics:
+                return f"metrics {name!r} and {derived!r} would both be {DEVICES}{derived}; choose another name"
     return None
 
 

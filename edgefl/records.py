@@ -7,7 +7,7 @@ take 4 MB.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -32,6 +32,34 @@ class Plan:
     train: TrainConfig
     deadline_s: float  # a duration from the announcement, not a time of day
     frozen: Tree | None = None  # the model's other tensors, which do not change; None = not known
+    evaluate: bool = False  # whether clients also evaluate `parameters`, on their own held-out samples
+    fit: bool = True  # False: clients only evaluate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSpec:
+    """Which metrics the devices of a job report in federated evaluation."""
+
+    directions: Mapping[str, bool | None]  # metric -> whether higher is better; None = unknown
+    declared: bool = True  # whether these are all metrics; False: the task's own function names them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceEvaluation:
+    """What one device measured of the parameters that it received, on its own held-out samples; or why nothing."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 0.0  # usually the number of samples
+    fault: str = ""  # why it has no metrics; empty = it has
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluations:
+    """The evaluations of several devices."""
+
+    values: Mapping[str, tuple[Sequence[float], Sequence[float]]]  # metric -> values and weights, one each per device
+    count: int  # devices that evaluated
+    faults: Mapping[str, str]  # device -> why its evaluation does not count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +72,17 @@ class Update:
     tree: Tree
     weight: float  # usually the number of samples
     metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation: DeviceEvaluation | None = None  # if the plan asked for one
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """What a client sends back if a plan only asks to evaluate."""
+
+    job: str
+    round: int
+    device: str
+    evaluation: DeviceEvaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +103,10 @@ class Partial:
     weight: float
     contributors: tuple[str, ...]
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # (sum of weight * value, of weights)
+    evaluations: Evaluations | None = None  # if the plan asked for them
 
 
-Answer = Update | Failure | Partial  # what a fleet yields for a plan
+Answer = Update | Failure | Partial | Evaluated  # what a fleet yields for a plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,10 +135,11 @@ class RoundOutcome:
     failed: Mapping[str, str]  # device -> why it sent no update
     missing: tuple[str, ...]  # no answer before the round's end
     weight: float  # sum over the admitted
-    metrics: Mapping[str, float]  # weighted means over the admitted
+    metrics: Mapping[str, float]  # weighted means over the admitted; `devices/..` of the parameters before the round
     seconds: float
     up_bytes: int
     down_bytes: int
+    not_evaluated: Mapping[str, str] = field(default_factory=dict)  # device -> why its evaluation does not count
 
     def report(self) -> RoundReport:
         """Return the public report of this round."""
@@ -113,6 +154,7 @@ class RoundOutcome:
             up_bytes=self.up_bytes,
             down_bytes=self.down_bytes,
             metrics=dict(self.metrics),
+            not_evaluated=dict(self.not_evaluated),
         )
 
 
@@ -134,6 +176,7 @@ class RoundReport:
     virtual_end_s: float | None = None  # since the simulation's first round, in virtual time
     model: str | None = None  # on a fleet: SHA-256 of the parameters after it
     frozen: str | None = None  # SHA-256 of the frozen tensors, if `model` lacks them
+    not_evaluated: Mapping[str, str] = field(default_factory=dict)  # client -> why its evaluation does not count
 
     def counts_text(self) -> str:
         """Return `3 admitted, 1 failed`: the counts above 0."""
@@ -143,8 +186,10 @@ class RoundReport:
     def as_json(self) -> dict[str, Any]:
         """Return the round as public JSON: counts and reasons, without missing values."""
         said = {one.name: getattr(self, one.name) for one in fields(self)}
+        del said["not_evaluated"]
         return {name: value for name, value in said.items() if value is not None} | {
             "reasons": dict(self.reasons), "metrics": dict(self.metrics),
+            **({"not_evaluated": dict(self.not_evaluated)} if self.not_evaluated else {}),
         }  # fmt: skip
 
     @classmethod

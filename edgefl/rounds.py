@@ -10,24 +10,37 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from edgefl.aggregation import make_rule
+from edgefl.aggregation.evaluations import FederatedEvaluation
 from edgefl.aggregation.rule import Rule
 from edgefl.aggregation.schedules import of_round, server_factor
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.exchange import cohort_size
-from edgefl.guards import RoundGuard, integer_moves, refuse_unsound
-from edgefl.records import Answer, Failure, Partial, Plan, RoundOutcome, Traffic, Update
+from edgefl.guards import DEVICES, RoundGuard, integer_moves, refuse_unsound
+from edgefl.records import (
+    Answer,
+    DeviceEvaluation,
+    Evaluated,
+    EvaluationSpec,
+    Failure,
+    Partial,
+    Plan,
+    RoundOutcome,
+    Traffic,
+    Update,
+)
 from edgefl.terminal.text import grouped
 from edgefl.trees import Tree
 
 Clock = Callable[[], float]  # seconds, monotonic
 OnRefusal = Callable[[Plan, Update, str], None]
+NO_EVALUATION = DeviceEvaluation(fault="it sent no evaluation; an agent of an older version cannot. Update it")
 
 
 class Fleet(Protocol):
@@ -60,6 +73,20 @@ class Job:
     on_refusal: OnRefusal = field(default=lambda _plan, _update, _reason: None)
     keep: Callable[[Tree], Tree] = field(default=lambda parameters: parameters)  # e.g. to memory-mapped files
     frozen: Tree | None = None  # see `Plan`
+    evaluation: EvaluationSpec | None = None  # what devices evaluate; None = the task has no evaluation on devices
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LastEvaluation:
+    """The devices' evaluation of a job's last parameters, after its last round."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)  # `devices/..`; empty = no device evaluated
+    not_evaluated: Mapping[str, str] = field(default_factory=dict)  # device -> why its evaluation does not count
+    reason: str = ""  # why no device was asked
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return {"metrics": dict(self.metrics), "not_evaluated": dict(self.not_evaluated), "reason": self.reason}
 
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
@@ -74,6 +101,7 @@ def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcom
             train=of_round(job.config, number),
             deadline_s=job.config.rounds.deadline_s,
             frozen=job.frozen,
+            evaluate=job.evaluation is not None and job.config.rounds.evaluates_in(number),
         )
         outcome = run_round(job, fleet, plan)
         yield outcome
@@ -85,11 +113,11 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
     start_s, before = job.clock(), fleet.traffic()
     wanted = job.config.rounds.clients or len(plan.clients)
     guard, rule = RoundGuard(plan), make_rule(job.config.aggregation.rule, plan.parameters)
-    tally = _Tally()
+    tally = _Tally(evaluation=FederatedEvaluation(job.evaluation) if plan.evaluate and job.evaluation else None)
     answer: Answer | None = None
     for answer in fleet.collect(plan):
-        if isinstance(answer, Failure):
-            tally.failed[answer.device] = answer.reason
+        if isinstance(answer, Failure | Evaluated):
+            tally.failed[answer.device] = answer.reason if isinstance(answer, Failure) else "it sent no update"
             continue
         try:
             if isinstance(answer, Partial):
@@ -124,7 +152,45 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
         seconds=job.clock() - start_s,
         up_bytes=moved.up_bytes,
         down_bytes=moved.down_bytes,
+        not_evaluated={} if tally.evaluation is None else tally.evaluation.faults,
     )
+
+
+def evaluate_last(job: Job, fleet: Fleet, parameters: Tree) -> LastEvaluation:
+    """Let a cohort of devices evaluate the parameters after the last round, as the round after it, without training.
+
+    Devices that fail are reported: the training is done, so a lack of evaluations is no error.
+    """
+    rounds = job.config.rounds
+    if job.evaluation is None or rounds.evaluate_every == 0:
+        return LastEvaluation()
+    number = rounds.count + 1
+    try:  # a job that was resumed after its last round may have announced it already
+        cohort = job.cohort if job.first_round == number else ()
+        clients = cohort or select_clients(fleet.clients(), job.config, number)
+    except QuorumNotMet as few:
+        return LastEvaluation(reason=str(few))
+    plan = Plan(
+        job=job.id, round=number, parameters=parameters, clients=clients, train=job.config.train,
+        deadline_s=rounds.deadline_s, frozen=job.frozen, evaluate=True, fit=False,
+    )  # fmt: skip
+    evaluation, left, wanted = FederatedEvaluation(job.evaluation), set(clients), rounds.clients or len(clients)
+    for answer in fleet.collect(plan):
+        if isinstance(answer, Partial) or answer.device not in left or answer.round != number:
+            continue  # not asked for, or a second time
+        left.remove(answer.device)
+        if isinstance(answer, Evaluated):
+            evaluation.add(answer.device, answer.evaluation)
+        else:
+            evaluation.faults[answer.device] = (
+                answer.reason if isinstance(answer, Failure) else "it sent an update, but was asked to evaluate"
+            )
+        if evaluation.count >= wanted:
+            break
+    if evaluation.count < wanted:
+        late = f"no answer within {plan.deadline_s:g} s"
+        evaluation.faults.update((client, late) for client in clients if client in left)
+    return LastEvaluation(metrics=evaluation.metrics(), not_evaluated=evaluation.faults)
 
 
 def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
@@ -157,6 +223,11 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
     return tuple(ordered[i] for i in sorted(rng.choice(len(ordered), wanted, replace=False)))
 
 
+def without_devices(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return a round's metrics that are of the parameters after it: all but those of federated evaluation."""
+    return {name: value for name, value in metrics.items() if not name.startswith(DEVICES)}
+
+
 @dataclass(slots=True)
 class MetricSums:
     """Weighted means of metrics, kept as sums that can be added in any order, also across regions."""
@@ -183,6 +254,7 @@ class _Tally:
     rejected: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     weight: float = 0.0
+    evaluation: FederatedEvaluation | None = None  # None: the plan asks for none
     _metrics: MetricSums = field(default_factory=MetricSums)
 
     def count(self, answer: Update | Partial) -> None:
@@ -190,9 +262,13 @@ class _Tally:
         if isinstance(answer, Partial):
             self.admitted.extend(answer.contributors)
             self._metrics.merge(answer.metrics)
+            if self.evaluation is not None and answer.evaluations is not None:
+                self.evaluation.merge(answer.evaluations)
         else:
             self.admitted.append(answer.device)
             self._metrics.add(answer.weight, answer.metrics)
+            if self.evaluation is not None:
+                self.evaluation.add(answer.device, answer.evaluation or NO_EVALUATION)
 
     def refuse(self, answer: Update | Partial, reason: str) -> None:
         """Record a refusal; for a partial sum, of each contributor that was not admitted otherwise."""
@@ -201,7 +277,7 @@ class _Tally:
         self.rejected |= {name: reason for name in names if name not in counted}
 
     def metrics(self) -> dict[str, float]:
-        return self._metrics.means()
+        return {**self._metrics.means(), **(self.evaluation.metrics() if self.evaluation is not None else {})}
 
     def missing(self, plan: Plan) -> tuple[str, ...]:
         answered = {*self.admitted, *self.rejected, *self.failed}

@@ -25,9 +25,10 @@ from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import ConfigError, TaskError
+from edgefl.guards import DEVICES, same_name
 from edgefl.terminal.extras import extra_of, install_command
 from edgefl.terminal.user_code import MAX_QUOTED, BundleFolder, TaskFolder, UserCode
-from edgefl.training.metrics import direction, refuse_metrics
+from edgefl.training.metrics import LOSS, direction, refuse_metrics
 from edgefl.training.randomness import seeded
 from edgefl.trees import Tree
 
@@ -57,6 +58,14 @@ class FitResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvalResult:
+    """The result of a user's `Task.evaluate_locally`."""
+
+    metrics: Mapping[str, Any]  # by name; numbers, or mappings or arrays of them
+    weight: float  # number of samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """A learning task. Give `model` and `loss` (PyTorch), or `initial` and `fit` (anything else).
 
@@ -68,6 +77,10 @@ class Task:
     `loss(outputs, targets)` is a mean over the batch. A metric is a function of (outputs, targets) that is a mean
     over the batch, too, or an object with torchmetrics' `update`, `compute` and `reset`; it is of the held-out data.
     `higher_is_better` says of a metric which way is better, if neither its attribute of this name nor its name does.
+
+    Federated evaluation: `eval_data(**options)` returns this device's own held-out samples, as `train_data` returns
+    those for training. Each device evaluates the parameters that it receives, with the loss and the metrics. A task
+    with `fit` has `evaluate_locally(parameters, options)` instead, which returns an `EvalResult`.
     """
 
     name: str  # of the task, in messages and results
@@ -83,6 +96,8 @@ class Task:
     fit: Callable[[Tree, TrainConfig, Mapping[str, str]], FitResult] | None = None  # (parameters, config, options)
     trained: Collection[str] | None = None  # the names that `fit` trains and returns; None = all
     evaluate: Callable[[Tree], Mapping[str, Any]] | None = None  # held-out metrics of a task with `fit`
+    eval_data: Callable[..., tuple[Any, Any]] | None = None  # (**data options): held-out samples of one device
+    evaluate_locally: Callable[[Tree, Mapping[str, str]], EvalResult] | None = None  # the same for a task with `fit`
 
     def __post_init__(self) -> None:
         torch_task = self.model is not None and self.loss is not None and self.train_data is not None
@@ -105,7 +120,20 @@ class Task:
                 f"task {self.name!r}: metrics and test_data belong to a task with model and loss; one with fit is "
                 "evaluated by its own evaluate(parameters)"
             )
+        if torch_task and self.evaluate_locally is not None:
+            raise ConfigError(
+                f"task {self.name!r}: evaluate_locally belongs to a task with fit; one with a model has eval_data"
+            )
+        if not torch_task and self.eval_data is not None:
+            raise ConfigError(
+                f"task {self.name!r}: eval_data belongs to a task with model and loss; one with fit is evaluated on "
+                "devices by its own evaluate_locally(parameters, options)"
+            )
         refuse_metrics(self.name, self.metrics)
+        if odd := next((name for name in self.metrics if name.startswith(DEVICES)), None):
+            raise ConfigError(f"task {self.name!r}: metric {odd!r} begins with {DEVICES}, as federated evaluation does")
+        if self.eval_data is not None and (fault := same_name((LOSS, *self.metrics))):
+            raise ConfigError(f"task {self.name!r}: {fault}")
         if torch_task and (strange := self.higher_is_better.keys() - self.metrics.keys()):
             raise ConfigError(
                 f"task {self.name!r}: higher_is_better names {min(strange)!r}, which is no metric of it: "

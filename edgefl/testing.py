@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgefl.records import Failure, Plan, RoundReport, Traffic, Update
+from edgefl.records import Evaluated, Failure, Plan, RoundReport, Traffic, Update
 from edgefl.trees import tree_bytes
 
 __all__ = ["ManualClock", "ScriptedFleet", "make_report", "make_update"]
 
-ScriptedClient = Callable[[Plan], Update | Failure | None]
+ScriptedClient = Callable[[Plan], Update | Failure | Evaluated | None]
 
 
 def make_report(**changes: Any) -> RoundReport:
@@ -61,7 +61,7 @@ class ScriptedFleet:
     def clients(self) -> Sequence[str]:
         return tuple(self.script)
 
-    def collect(self, plan: Plan) -> Iterator[Update | Failure]:
+    def collect(self, plan: Plan) -> Iterator[Update | Failure | Evaluated]:
         self.plans.append(plan)
         try:
             for client in plan.clients:

@@ -16,7 +16,7 @@ Every name on this page can be imported from `edgefl`, those of Flower apps from
 it is first used, so `import edgefl` takes no time. All other modules may change from one version to the next.
 """
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Tasks": ("Task", "FitResult", "WholeSet"),
+    "Tasks": ("Task", "FitResult", "EvalResult", "WholeSet"),
     "On a fleet": ("run", "RunResult", "RoundReport"),
     "Simulations": (
         "simulate", "SimulationResult", "Watching", "sweep", "SweepResult", "VariantResult", "Variant",

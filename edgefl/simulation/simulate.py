@@ -21,7 +21,7 @@ from edgefl.config import Config, JobConfig, config_of
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
-from edgefl.rounds import Job, run_rounds
+from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds, without_devices
 from edgefl.simulation.engines.auto import AUTO, AutoFleet, Chosen, make_engine
 from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod, torch_threads
 from edgefl.simulation.engines.ray.fleet import RayFleet
@@ -42,6 +42,7 @@ from edgefl.task import Task, load_task
 from edgefl.terminal.interrupt import set_by_interrupt
 from edgefl.training.evaluation import Judge
 from edgefl.training.local import initial_parameters
+from edgefl.training.local_evaluation import evaluation_spec
 from edgefl.training.parts import parts_of
 from edgefl.training.randomness import kept, seeded
 from edgefl.training.samples import require_torch
@@ -182,6 +183,7 @@ class _Run:
         self._start_s = time.perf_counter()
         self._checkpoints: Checkpoints | None = None
         self._settings, self._resumed = flat_settings(config), False
+        self._last = LastEvaluation()
 
     def begin(self, start_s: float, checkpoints: Checkpoints | None, saved: Checkpoint | None) -> None:
         """Set the start time, the folder for the state, and the state to continue from."""
@@ -204,7 +206,7 @@ class _Run:
         first = len(self._rounds) + 1
         job = Job(
             id=self._setup.task.name, config=config, step=self._step, clock=clock, first_round=first,
-            frozen=self._parts.frozen,
+            frozen=self._parts.frozen, evaluation=evaluation_spec(self._setup.task),
         )  # fmt: skip
         start_s = time.perf_counter()
         try:
@@ -213,6 +215,7 @@ class _Run:
                 start_s = time.perf_counter()
                 if self._setup.stop.is_set():
                     return
+            self._last = evaluate_last(job, fleet, self._parameters)
         except QuorumNotMet:
             if not self._setup.stop.is_set():
                 raise
@@ -226,7 +229,8 @@ class _Run:
             engine=self._chosen.name,
             engine_reason=self._chosen.reason if self._resumed else self._reason(),
             rounds=tuple(self._rounds),
-            final=self._rounds[-1].metrics if self._rounds else {},
+            final={**without_devices(self._rounds[-1].metrics), **self._last.metrics} if self._rounds else {},
+            last_evaluation=self._last,
             seconds=time.perf_counter() - self._start_s,
             virtual_seconds=self._virtual.clock() if self._virtual is not None else None,
             round_seconds=sum(one.seconds for one in self._rounds),

@@ -73,12 +73,14 @@ def _by_itself(task: Task, parameters: Tree) -> dict[str, float]:
     return {key: one for name, value in named.items() for key, one in numbers(task.name, name, value).items()}
 
 
-def evaluate_model(task: Task, model: torch.nn.Module, samples: SampleSet) -> dict[str, float]:
+def evaluate_model(
+    task: Task, model: torch.nn.Module, samples: SampleSet, doing: str = "evaluation"
+) -> dict[str, float]:
     """Return `loss`, a mean over the samples, and each metric of the task over all of them."""
     import torch
 
     model.eval()
-    with torch.no_grad(), seeded(0), UserCode(task.name, "evaluation"):
+    with torch.no_grad(), seeded(0), UserCode(task.name, doing):
         evaluation = Evaluation(task.name, task.metrics)
         for chunk in samples.chunks(EVALUATION_BATCH):
             outputs = call(model, chunk.inputs)

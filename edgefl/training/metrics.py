@@ -13,10 +13,10 @@ A metric is one of:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+from edgefl.aggregation.directions import direction_of_name
 from edgefl.errors import ConfigError, TaskError
 from edgefl.training.structures import OUTPUT, TARGET, Structure, described, leaves, mapped, rows
 
@@ -27,11 +27,6 @@ MAX_COMPARED = 16  # samples for which a function is checked to be a mean
 MAX_NUMBERS = 100  # of one metric, such as a confusion matrix
 LOSS = "loss"
 _REL_TOLERANCE, _ABS_TOLERANCE = 1e-3, 1e-5  # sums in float32 differ
-_HIGHER = {
-    "accuracy", "acc", "auc", "auroc", "ap", "map", "dice", "f1", "iou", "jaccard", "kappa", "ndcg", "precision",
-    "psnr", "r2", "recall", "specificity", "ssim", "top",
-}  # fmt: skip
-_LOWER = {LOSS, "cer", "err", "error", "mae", "mape", "mse", "nll", "perplexity", "rmse", "wer"}
 
 
 @runtime_checkable
@@ -93,10 +88,7 @@ def direction(name: str, metric: object) -> bool | None:
     """Return whether higher is better: by the metric's attribute `higher_is_better`, else its name; None = unknown."""
     if isinstance(said := getattr(metric, "higher_is_better", None), bool):
         return said
-    words = set(re.findall(r"[a-z]+\d?", name.lower()))
-    if words & _LOWER:
-        return False
-    return True if words & _HIGHER else None
+    return direction_of_name(name)
 
 
 def refuse_metrics(task: str, metrics: Mapping[str, object]) -> None:
@@ -146,7 +138,10 @@ class Evaluation:
         means = {name: total / self._count for name, total in self._totals.items()}
         for name, metric in self._streaming.items():
             try:
-                means |= numbers(self._task, name, metric.compute())
+                found = numbers(self._task, name, metric.compute())
+                if twice := sorted(found.keys() & means.keys()):
+                    raise TaskError(f"task {self._task!r}: two metrics return the number {twice[0]!r}; rename one")
+                means |= found
             finally:
                 metric.reset()  # what it kept is freed
         return {name: means[name] for name in _ordered(means, self._metrics)}

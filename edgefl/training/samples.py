@@ -21,7 +21,7 @@ from edgefl.training.data.sample_set import Samples, SampleSet, computing_device
 from edgefl.training.randomness import seeded
 from edgefl.training.structures import mapped
 
-__all__ = ["SampleSet", "Samples", "computing_device", "require_torch", "test_samples", "train_samples"]
+__all__ = ["SampleSet", "Samples", "computing_device", "eval_samples", "require_torch", "test_samples", "train_samples"]
 
 
 def require_torch(feature: str, extra: str = "train") -> None:
@@ -50,6 +50,14 @@ def test_samples(task: Task, options: Mapping[str, str], *, workers: int = 0) ->
         raise TaskError(f"task {task.name!r} has no test_data")
     with seeded(0):
         return _load(task, task.test_data, "test_data", options, workers)
+
+
+def eval_samples(task: Task, options: Mapping[str, str], *, seed: int = 0, workers: int = 0) -> SampleSet:
+    """Return this device's own held-out samples; raises TaskError if there are none or they cannot be used."""
+    if task.eval_data is None:
+        raise TaskError(f"task {task.name!r} has no eval_data")
+    with seeded(seed):
+        return _load(task, task.eval_data, "eval_data", options, workers)
 
 
 def _load(task: Task, loader: Callable[..., Any], what: str, options: Mapping[str, str], workers: int) -> SampleSet:

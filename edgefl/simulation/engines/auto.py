@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from edgefl.errors import ConfigError
 from edgefl.measure import give_back_memory, num_cores
-from edgefl.records import Answer, Failure, Partial, Plan, Traffic
+from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic
 from edgefl.simulation.engines.attempt import Attempt
 from edgefl.simulation.engines.chooser import FEWEST, Chooser
 from edgefl.simulation.engines.fleets import Engine, SimulationSetup
@@ -93,6 +93,9 @@ class AutoFleet:
 
     def collect(self, plan: Plan) -> Iterator[Answer]:
         """Divide a cohort among the ways that are tried or chosen; one whose answers stay single is not divided."""
+        if not plan.fit:
+            yield from self._evaluated(plan)
+            return
         whole, left = not self._setup.takes_sums(plan), plan.clients
         while left and not self._setup.stop.is_set():
             way, count = self._chooser.next(len(left), self._later(plan), cohort=len(plan.clients), whole=whole)
@@ -155,6 +158,13 @@ class AutoFleet:
             self._chooser.fewest(way, FEWEST * pool.num_workers)
         if STACKS in ways and (reason := pool.why_not_stacked()):
             self._chooser.rule_out(STACKS, reason)
+
+    def _evaluated(self, plan: Plan) -> Iterator[Answer]:
+        """Evaluate without training by the best way so far; it says nothing of how fast a way trains."""
+        best = self._chooser.best
+        way = best if self._is_open(best) else self._first
+        self.open(way)
+        yield from self._engines[POOL if way == STACKS else way].collect(plan)
 
     def _trained(self, way: str, plan: Plan, answered: set[str]) -> Iterator[Answer]:
         """Yield a part's answers, and note how long they took; on a fault, `answered` are those that count."""
@@ -221,4 +231,4 @@ def _count(answer: Answer, answered: set[str]) -> float:
         answered.add(answer.device)
         return 0.0
     answered.update(answer.contributors if isinstance(answer, Partial) else (answer.device,))
-    return answer.weight
+    return 0.0 if isinstance(answer, Evaluated) else answer.weight

@@ -9,13 +9,13 @@ as on a device; so all engines agree.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from edgefl.config import JobConfig
-from edgefl.records import Answer, Failure, Partial, Plan, Traffic
+from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
 from edgefl.task import Task
 from edgefl.training.samples import SampleSet, require_torch
@@ -30,6 +30,22 @@ class Population(Protocol):
 
     def samples(self, client: str) -> SampleSet:
         """Return a client's own samples; raises TaskError if it has none."""
+
+
+@runtime_checkable
+class WithOptions(Protocol):
+    """A population whose clients have data options, which a task with its own `fit` reads."""
+
+    def options(self, client: str) -> Mapping[str, str]:
+        """Return one client's data options."""
+
+
+@runtime_checkable
+class WithEvalSamples(Protocol):
+    """A population whose clients have held-out samples of their own, for federated evaluation."""
+
+    def eval_samples(self, client: str) -> SampleSet:
+        """Return a client's held-out samples; raises TaskError if it has none."""
 
 
 PopulationMaker = Callable[[Task], Population]  # picklable, so that a worker process can create its own
@@ -85,7 +101,7 @@ class Meter:
     def count(self, answer: Answer) -> None:
         """Count the models sent for an answer, and the updates in it."""
         clients = answer.contributors if isinstance(answer, Partial) else (answer.device,)
-        up = 0 if isinstance(answer, Failure) else len(clients)
+        up = 0 if isinstance(answer, Failure | Evaluated) else len(clients)
         down_bytes = len(clients) * self._bytes + self._once(clients)
         self._traffic += Traffic(up_bytes=up * self._bytes, down_bytes=down_bytes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from edgefl.records import Failure, Plan, Traffic, Update
+from edgefl.records import Evaluated, Failure, Plan, Traffic, Update
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup, torch_threads
 from edgefl.simulation.engines.trainer import LocalTrainer
 
@@ -20,14 +20,14 @@ class LoopFleet:
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()
 
-    def collect(self, plan: Plan) -> Iterator[Update | Failure]:
+    def collect(self, plan: Plan) -> Iterator[Update | Failure | Evaluated]:
         self._meter.begin(plan)
         with torch_threads(1):
             self._trainer.begin(plan)
             for client in plan.clients:
                 if self._setup.stop.is_set():
                     return
-                answer = self._trainer.train(client)
+                answer = self._trainer.answer(client)
                 self._meter.count(answer)
                 yield answer
 

@@ -23,6 +23,7 @@ from edgefl.guards import MAX_METRIC
 from edgefl.records import Answer, Failure, Partial, Plan, Update
 from edgefl.simulation.engines.fleets import Population, TrainingMethod
 from edgefl.simulation.steps import Batch, FactoredGradients, StackedStep, make_stacked_step
+from edgefl.simulation.world.evaluation import ClientEvaluations
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
 from edgefl.training.local import derive_seed, make_model, set_parameters
@@ -139,6 +140,7 @@ class StackTrainer:
         self._step = _StepOf(task, self._model, method or TrainingMethod())
         self._start: _Tensors = {}
         self._plan: Plan | None = None
+        self._evaluations = ClientEvaluations(task, population)
 
     @property
     def start(self) -> Mapping[str, torch.Tensor]:
@@ -148,6 +150,7 @@ class StackTrainer:
     def begin(self, plan: Plan) -> None:
         """Start with a plan; raises TaskError if its parameters do not match the model."""
         set_parameters(self._task, self._model, whole(plan.parameters, plan.frozen))
+        self._evaluations.begin(plan)
         self._model.train()
         state = self._model.state_dict()
         self._start = {name: state[name].clone() for name in plan.parameters}
@@ -162,8 +165,17 @@ class StackTrainer:
             yield clients[k * len(clients) // num_stacks : (k + 1) * len(clients) // num_stacks]
 
     def answers(self, clients: Sequence[str], *, sums: bool) -> Iterator[Answer]:
-        """Train one stack; yields partial sums and failures, or each client's answer in order."""
+        """Train one stack; yields partial sums and failures, or each client's answer in order.
+
+        If the plan asks for evaluations, clients evaluate one after another: their models are the same.
+        """
         plan = self._begun()
+        if not plan.fit:
+            yield from map(self._evaluations.alone, clients)
+            return
+        yield from map(self._evaluations.added_to, self._trained(plan, clients, sums=sums))
+
+    def _trained(self, plan: Plan, clients: Sequence[str], *, sums: bool) -> Iterator[Answer]:
         held: dict[tuple[object, ...], dict[str, Samples]] = {}
         failed: dict[str, str] = {}
         for client in clients:

@@ -9,13 +9,13 @@ whole gradient (with an optimizer or a proximal term), else up to a few units in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
 
 from edgefl.errors import ConfigError, TaskError
-from edgefl.records import Failure, Plan, Update
-from edgefl.simulation.engines.fleets import Population, TrainingMethod
+from edgefl.records import Evaluated, Failure, Plan, Update
+from edgefl.simulation.engines.fleets import Population, TrainingMethod, WithOptions
 from edgefl.simulation.isolation.at_work import turn_of
 from edgefl.simulation.steps import FlatModel, make_step
+from edgefl.simulation.world.evaluation import ClientEvaluations
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task
 from edgefl.training.local import (
@@ -35,14 +35,6 @@ from edgefl.trees import Tree
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 
 
-@runtime_checkable
-class WithOptions(Protocol):
-    """A population whose clients have data options, which a task with its own `fit` reads."""
-
-    def options(self, client: str) -> Mapping[str, str]:
-        """Return one client's data options."""
-
-
 class LocalTrainer:
     """Trains clients of one population; call `begin` for each plan."""
 
@@ -53,11 +45,13 @@ class LocalTrainer:
         self._method = method or TrainingMethod()
         self._model: _Model | None = None
         self._plan: Plan | None = None
+        self._evaluations = ClientEvaluations(task, population)
 
     def begin(self, plan: Plan) -> None:
         """Start with a plan; raises TaskError if its parameters do not match the model."""
         self._plan = plan
-        if self._task.fit is not None:
+        self._evaluations.begin(plan)
+        if self._task.fit is not None or not plan.fit:
             return
         self._model = self._model or _Model(self._task, plan.frozen, self._method)
         set_parameters(self._task, self._model.module, whole(plan.parameters, plan.frozen))
@@ -69,15 +63,25 @@ class LocalTrainer:
 
         A borrowed update is in the trainer's own memory: it is valid only until the next client trains.
         """
-        plan = self._plan
-        if plan is None:
-            raise RuntimeError("begin comes before train")
+        plan = self._begun()
         try:
             turn_of(client)
             tree, weight, metrics = self._fit(plan, client, borrow=borrow)
         except TaskError as error:
             return Failure(job=plan.job, round=plan.round, device=client, reason=str(error))
-        return Update(job=plan.job, round=plan.round, device=client, tree=tree, weight=weight, metrics=metrics)
+        return Update(
+            job=plan.job, round=plan.round, device=client, tree=tree, weight=weight, metrics=metrics,
+            evaluation=self._evaluations.of(client) if plan.evaluate else None,
+        )  # fmt: skip
+
+    def answer(self, client: str) -> Update | Failure | Evaluated:
+        """Return what the plan asks of a client: an update, or only an evaluation."""
+        return self.train(client) if self._begun().fit else self._evaluations.alone(client)
+
+    def _begun(self) -> Plan:
+        if self._plan is None:
+            raise RuntimeError("begin comes before train")
+        return self._plan
 
     def _fit(self, plan: Plan, client: str, *, borrow: bool) -> tuple[Tree, float, Mapping[str, float]]:
         if self._model is None:

@@ -27,6 +27,7 @@ from typing import Any, Self
 from edgefl import errors
 from edgefl.measure import how_ended, own_peak_mb
 from edgefl.records import RoundReport
+from edgefl.rounds import without_devices
 from edgefl.simulation.isolation.at_work import AtWork, Cell
 from edgefl.simulation.isolation.messages import Chose, End, Message, Order, Refused, RoundDone, SimulationInterrupted
 from edgefl.simulation.simulate import Watching
@@ -248,7 +249,7 @@ class _Story:
             engine=self._engine,
             engine_reason=self._why(),
             rounds=state.rounds,
-            final=state.rounds[-1].metrics,
+            final=without_devices(state.rounds[-1].metrics),
             seconds=state.seconds,
             round_seconds=sum(one.seconds for one in state.rounds),
             peak_rss_mb=own_peak_mb(),

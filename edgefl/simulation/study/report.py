@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgefl.errors import JobFailed, MissingExtra
 from edgefl.process.home import replace_file
 from edgefl.records import Counts, RoundReport, clients_by_rounds, no_counts
+from edgefl.rounds import LastEvaluation
 from edgefl.simulation.screen.plot import draw_rounds
 from edgefl.trees import Tree, write_tree
 
@@ -30,7 +31,7 @@ class SimulationResult:
     engine: str
     engine_reason: str
     rounds: Sequence[RoundReport]
-    final: Mapping[str, float]  # metrics of the last round
+    final: Mapping[str, float]  # metrics of the last parameters; `devices/..`: evaluated after the last round
     seconds: float  # total: choice of the engine, rounds, evaluation
     round_seconds: float  # only the rounds
     peak_rss_mb: float  # including worker processes
@@ -38,6 +39,7 @@ class SimulationResult:
     model: Json  # sha256, and the path if it was written
     virtual_seconds: float | None = None  # virtual time, if devices are configured
     interrupted: bool = False  # ended before its last round
+    last_evaluation: LastEvaluation = field(default_factory=LastEvaluation)  # by the devices, after the last round
     took_part: Counts = field(
         default_factory=lambda: no_counts(0)
     )  # number of rounds of each client, in the order of the names
@@ -112,6 +114,6 @@ def model_of(parameters: Tree, out: Path | None) -> Json:
 def frame_rows(rounds: Sequence[RoundReport]) -> list[Json]:
     """Return one flat row per round: counts and metrics, without the reasons."""
     return [
-        {k: v for k, v in one.as_json().items() if k not in {"metrics", "reasons"}} | dict(one.metrics)
+        {k: v for k, v in one.as_json().items() if k not in {"metrics", "reasons", "not_evaluated"}} | dict(one.metrics)
         for one in rounds
     ]

@@ -76,7 +76,14 @@ class VirtualFleet:
         return there
 
     def collect(self, plan: Plan) -> Iterator[Answer]:
-        """Yield answers in virtual order, each at its time; late and lost clients never answer."""
+        """Yield answers in virtual order, each at its time; late and lost clients never answer.
+
+        Evaluation takes no virtual time: not beside the training, and not after the last round.
+        """
+        if not plan.fit:
+            self._count(down_bytes=len(plan.clients) * encoded_bytes(plan.parameters))
+            yield from self._asked(plan, plan.clients)
+            return
         self._next_round = plan.round + 1
         start_s = self._clock()
         have = {client for job, client in self._served if job == plan.job} if plan.frozen else set()

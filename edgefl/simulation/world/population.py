@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from edgefl.simulation.engines.fleets import Population
 from edgefl.simulation.isolation.at_work import turn_of
 from edgefl.simulation.world.devices import DevicesConfig
 from edgefl.simulation.world.draws import Indices
+from edgefl.simulation.world.evaluation import HeldOut
 from edgefl.simulation.world.names import KnownNames, Names
 from edgefl.simulation.world.partition import Cut, Disjoint, Partition, filled, owners, shared
 from edgefl.simulation.world.schedule import NumSamples
@@ -29,7 +30,7 @@ from edgefl.task import Task
 from edgefl.training.data.dataset import DatasetSamples
 from edgefl.training.local import data_seed
 from edgefl.training.randomness import seeded
-from edgefl.training.samples import Samples, SampleSet, train_samples
+from edgefl.training.samples import Samples, SampleSet, eval_samples, train_samples
 from edgefl.training.structures import TARGET, described, leaves
 from edgefl.trees import Array
 from edgefl.trees.tensors import array_of
@@ -47,6 +48,9 @@ class PopulationConfig:
     `partitioner`: task (the task's own `train_data`, called with the options part and parts), or a partition of
     all samples of `train_data`: iid, dirichlet (skewed labels), shards (few labels), size_skew,
     natural (by the id of each sample, from the file `ids`: .npy, or text with one line per sample).
+
+    Of the task's `eval_data`, each client of a partition draws held-out samples with the labels of its own samples,
+    in proportion to their number; clients may share them. A natural partition has none.
     """
 
     clients: int = 0  # 0: one per id (natural), or else 100
@@ -97,12 +101,16 @@ def make_population(task: Task, config: PopulationConfig, seed: int = 0) -> Popu
         samples_per_client=config.samples_per_client,
     )
     labels = _labels(everything, config.partitioner)
+    held_out = HeldOut(
+        lambda: eval_samples(task, config.data, seed=seed), partial(_labels, partitioner=config.partitioner), labels,
+        config.seed,
+    )  # fmt: skip
     if config.samples_per_client:
-        return PartedPopulation(everything, names, shared(config.partitioner, labels, cut))
+        return PartedPopulation(everything, names, shared(config.partitioner, labels, cut), held_out)
     owner = owners(config.partitioner, labels, cut)
     if config.min_samples:
         owner = filled(owner, cut.clients, config.min_samples)
-    return PartedPopulation(everything, names, Disjoint(owner, cut.clients, config.seed))
+    return PartedPopulation(everything, names, Disjoint(owner, cut.clients, config.seed), held_out)
 
 
 def samples_of(population: Population, client: str, seed: int) -> SampleSet:
@@ -120,10 +128,13 @@ def samples_of(population: Population, client: str, seed: int) -> SampleSet:
 class PartedPopulation:
     """All samples, once in memory, and a partition of them."""
 
-    def __init__(self, everything: SampleSet, names: Sequence[str], partition: Partition) -> None:
+    def __init__(
+        self, everything: SampleSet, names: Sequence[str], partition: Partition, held_out: HeldOut | None = None
+    ) -> None:
         self.everything = everything
         self._names = names
         self._partition = partition
+        self._held_out = held_out
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -141,6 +152,15 @@ class PartedPopulation:
                 f"client {client!r} has no data: the partition gave it none of {len(self.everything)} samples"
             )
         return self.everything.chosen(torch.from_numpy(indices).to(self.everything.device))
+
+    def eval_samples(self, client: str) -> SampleSet:
+        """Return held-out samples with the labels of the client's own ones (see `HeldOut`)."""
+        if self._held_out is None:
+            raise TaskError(
+                "population.partitioner='natural': population.ids has no ids for eval_data, so it cannot be split. Use "
+                "partitioner='task', or rounds.evaluate_every=0"
+            )
+        return self._held_out.draw(self._names.index(client), self.indices(client))
 
     def num_samples(self, client: str) -> int:
         return self._partition.size(self._names.index(client))

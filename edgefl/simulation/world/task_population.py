@@ -14,9 +14,9 @@ from edgefl.simulation.steps import SampleCache
 from edgefl.simulation.world.names import Names
 from edgefl.task import Task
 from edgefl.training.local import data_seed
-from edgefl.training.samples import Samples, SampleSet, train_samples
+from edgefl.training.samples import Samples, SampleSet, eval_samples, train_samples
 
-CACHE_BYTES = 1 << 30
+CACHE_BYTES, EVAL_CACHE_BYTES = 1 << 30, 1 << 28
 
 
 class TaskPopulation:
@@ -29,7 +29,7 @@ class TaskPopulation:
         self._task, self._seed = task, seed
         self._names = Names(num_clients)
         self._options = dict(options)
-        self._cache = SampleCache(CACHE_BYTES)
+        self._cache, self._eval_cache = SampleCache(CACHE_BYTES), SampleCache(EVAL_CACHE_BYTES)
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -46,18 +46,28 @@ class TaskPopulation:
         samples = train_samples(self._task, self.options(client), seed=seed)
         return self._cache.put(client, samples) if isinstance(samples, Samples) else samples
 
+    def eval_samples(self, client: str) -> SampleSet:
+        """Return a client's held-out samples, from the task's `eval_data`."""
+        kept = self._eval_cache.get(client)
+        if kept is not None:
+            return kept
+        seed = data_seed(self._seed, client)
+        samples = eval_samples(self._task, self.options(client), seed=seed)
+        return self._eval_cache.put(client, samples) if isinstance(samples, Samples) else samples
+
 
 def _refuse_partless(task: Task) -> None:
     """A task with `fit` reads its options itself; a loader must take `part` and `parts`."""
-    if task.train_data is None:
-        return
-    try:
-        signature = inspect.signature(task.train_data)
-    except ValueError:  # some builtins have no signature
-        return
-    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.parameters.values())
-    if not anything and not {"part", "parts"} <= signature.parameters.keys():
-        raise ConfigError(
-            f"task {task.name!r}: train_data{signature} takes no `part` and `parts`, so its data cannot be split "
-            "between simulated clients. Add both (strings: this client's number from 0, and the number of clients)."
-        )
+    for what, loader in (("train_data", task.train_data), ("eval_data", task.eval_data)):
+        if loader is None:
+            continue
+        try:
+            signature = inspect.signature(loader)
+        except ValueError:  # some builtins have no signature
+            continue
+        anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.parameters.values())
+        if not anything and not {"part", "parts"} <= signature.parameters.keys():
+            raise ConfigError(
+                f"task {task.name!r}: {what}{signature} takes no `part` and `parts`, so its data cannot be split "
+                "between simulated clients. Add both (strings: this client's number from 0, and the number of clients)."
+            )

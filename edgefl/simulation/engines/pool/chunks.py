@@ -9,12 +9,13 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from edgefl.aggregation import Rule, make_rule
+from edgefl.aggregation.evaluations import FederatedEvaluation
 from edgefl.aggregation.rule import Merging
 from edgefl.config import JobConfig
 from edgefl.errors import UpdateRejected
 from edgefl.guards import RoundGuard
-from edgefl.records import Answer, Failure, Partial, Plan, Update
-from edgefl.rounds import MetricSums
+from edgefl.records import Answer, Evaluated, EvaluationSpec, Failure, Partial, Plan, Update
+from edgefl.rounds import NO_EVALUATION, MetricSums
 from edgefl.simulation.engines.attempt import Attempt
 from edgefl.simulation.engines.fleets import Population, SimulationSetup, TrainingMethod
 from edgefl.simulation.engines.pool.messages import Chunk, Done, Flush, Summed, Tried
@@ -22,6 +23,7 @@ from edgefl.simulation.engines.stackable import why_not_chosen
 from edgefl.simulation.engines.stacked import StackTrainer
 from edgefl.simulation.engines.trainer import LocalTrainer
 from edgefl.task import Task
+from edgefl.training.local_evaluation import evaluation_spec
 
 
 class ChunkTrainer:
@@ -43,7 +45,8 @@ class ChunkTrainer:
     def begin(self, plan: Plan, *, sums: bool, method: TrainingMethod | None = None) -> None:
         """Begin a round, and forget the previous one."""
         self._plan, self._method = plan, method or TrainingMethod()
-        self._running = _RunningSum(plan, self._rule_name) if sums else None
+        spec = evaluation_spec(self._task) if plan.evaluate else None
+        self._running = _RunningSum(plan, self._rule_name, spec) if sums else None
         self._begin()
 
     def try_stacks(self, method: TrainingMethod) -> Tried:
@@ -63,7 +66,7 @@ class ChunkTrainer:
         if self._trainer is None:
             raise RuntimeError("begin comes before a chunk")
         if self._running is None:
-            return Done(tuple(map(self._trainer.train, chunk.clients)))
+            return Done(tuple(map(self._trainer.answer, chunk.clients)))
         return self._take(self._trainer.train(client, borrow=True) for client in chunk.clients)
 
     def _in_stacks(self, trainer: StackTrainer, clients: Sequence[str]) -> Done:
@@ -108,12 +111,14 @@ class ChunkTrainer:
 class _RunningSum:
     """The sum of a round so far."""
 
-    def __init__(self, plan: Plan, rule: str) -> None:
-        self._plan, self._rule_name = plan, rule
+    def __init__(self, plan: Plan, rule: str, spec: EvaluationSpec | None) -> None:
+        self._plan, self._rule_name, self._spec = plan, rule, spec
         self._reset()
 
     def take(self, answer: Answer) -> None:
         """Fold what the guard admits; keep separately what the server must see as single answers."""
+        if isinstance(answer, Evaluated):
+            raise TypeError("an evaluation without an update cannot be summed")
         if isinstance(answer, Failure):
             self._aside.append(answer)
             return
@@ -121,6 +126,8 @@ class _RunningSum:
             self._guard.admit_partial(answer)
             self._rule.merge(answer)
             self._metrics.merge(answer.metrics)
+            if self._evaluation is not None and answer.evaluations is not None:
+                self._evaluation.merge(answer.evaluations)
             self._any = True
             return
         try:
@@ -131,12 +138,15 @@ class _RunningSum:
             return
         self._rule.add(answer)
         self._metrics.add(answer.weight, answer.metrics)
+        if self._evaluation is not None:
+            self._evaluation.add(answer.device, answer.evaluation or NO_EVALUATION)
         self._any = True
 
     def flush(self) -> Summed:
         partial = self._rule.partial() if self._any and isinstance(self._rule, Merging) else None
         if partial is not None:
-            partial = dataclasses.replace(partial, metrics=self._metrics.sums)
+            evaluations = self._evaluation.partial() if self._evaluation is not None else None
+            partial = dataclasses.replace(partial, metrics=self._metrics.sums, evaluations=evaluations)
         summed = Summed(partial, tuple(self._aside))
         self._reset()
         return summed
@@ -145,5 +155,6 @@ class _RunningSum:
         self._guard = RoundGuard(self._plan)
         self._rule: Rule = make_rule(self._rule_name, self._plan.parameters)
         self._metrics = MetricSums()
+        self._evaluation = FederatedEvaluation(self._spec) if self._spec is not None else None
         self._aside: list[Update | Failure] = []
         self._any = False

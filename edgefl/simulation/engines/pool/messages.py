@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 
 from edgefl.errors import ConfigError
-from edgefl.records import Failure, Partial, Plan, Update
+from edgefl.records import Evaluated, Failure, Partial, Plan, Update
 from edgefl.simulation.engines.fleets import SimulationSetup, TrainingMethod
 from edgefl.task import Task
 
@@ -51,7 +51,7 @@ class Tried:
 class Done:
     """A chunk is trained. If updates are summed, its answers come with the sum."""
 
-    answers: tuple[Update | Failure, ...] = ()
+    answers: tuple[Update | Failure | Evaluated, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

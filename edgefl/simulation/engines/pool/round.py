@@ -20,7 +20,7 @@ from edgefl.aggregation import rule_kind
 from edgefl.errors import ConfigError
 from edgefl.process.workers.pool import MAX_LOSSES, ItemAnswered, ItemGivenUp, NoWorkerLeft, RunTerms, WorkerPool
 from edgefl.process.workers.work_queue import WorkQueue
-from edgefl.records import Answer, Failure, Plan, Update
+from edgefl.records import Answer, Evaluated, Failure, Plan, Update
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup
 from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done, Flush, Summed
 from edgefl.trees import Tree
@@ -57,9 +57,9 @@ class Round:
         self, setup: SimulationSetup, plan: Plan, pool: WorkerPool[Any, Any], history: PoolHistory
     ) -> None:  # fmt: skip
         self._plan, self._pool, self._history = plan, pool, history
-        self._sums = rule_kind(setup.config.aggregation.rule).merges and setup.takes_sums(plan)
+        self._sums = plan.fit and rule_kind(setup.config.aggregation.rule).merges and setup.takes_sums(plan)
         self._method = dataclasses.replace(setup.method, stacks=self._sums and setup.method.stacks)
-        self._held: dict[str, Update | Failure] = {}  # single answers that wait for earlier ones
+        self._held: dict[str, Update | Failure | Evaluated] = {}  # single answers that wait for earlier ones
         self._order = deque(() if self._sums else plan.clients)
         chunks = self._chunks(tuple(client for client in plan.clients if client not in history.deadly))
         self._work = WorkQueue(
@@ -117,7 +117,7 @@ class Round:
             self._history.deadly |= dict.fromkeys(event.message.clients, f"{why}, each of {MAX_LOSSES} times")
         yield from self._failed(event.message.clients, why)
 
-    def _in_order(self, answers: Sequence[Update | Failure]) -> Iterator[Update | Failure]:
+    def _in_order(self, answers: Sequence[Update | Failure | Evaluated]) -> Iterator[Update | Failure | Evaluated]:
         self._held |= {answer.device: answer for answer in answers}
         while self._order and self._order[0] in self._held:
             yield self._held.pop(self._order.popleft())
