@@ -17,6 +17,7 @@ from typing import Any
 
 from edgefl.aggregation import rule_kind
 from edgefl.bundle import pack_bundle
+from edgefl.bundle.selection import left_out_text
 from edgefl.config import Config, JobConfig, config_of
 from edgefl.errors import BlobDamaged, CloudRefused, JobCancelled, JobFailed, NotFound
 from edgefl.measure import peak_rss_mb
@@ -93,16 +94,19 @@ def run(  # noqa: PLR0913 - one a thing to choose, all with a default
 
 def submit(  # noqa: PLR0913 - one a thing that may be chosen
     client: CloudClient, reference: str, task: Task, config: JobConfig, patience: Patience | None = None, *,
-    label: str | None = None, on_ask: Callable[[], None] = _ignore,
+    label: str | None = None, on_ask: Callable[[], None] = _ignore, on_note: Callable[[str], None] = _ignore,
 ) -> str:  # fmt: skip
     """Upload a task and its first parameters, start the job and return its id; survives restarts of the cloud.
 
-    `on_ask` is called when all is uploaded: from then on the job may run, even if this process ends. An unknown
-    aggregation rule, or a `label` that is no name for a job, raises ConfigError before anything is uploaded.
+    `on_ask` is called when all is uploaded: from then on the job may run, even if this process ends. `on_note` gets
+    what the operator should know, such as files that are not sent. An unknown aggregation rule, or a `label` that is
+    no name for a job, raises ConfigError before anything is uploaded.
     """
     rule_kind(config.aggregation.rule)
     check_label(label)
     packed = pack_bundle(reference)
+    if packed.left_out:
+        on_note(left_out_text(packed.left_out))
     parts = parts_of(task, config.train.seed)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
     bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)

@@ -64,7 +64,14 @@ def run(  # noqa: PLR0913 - one a flag
         loaded = load_task(task)
         with connection.open() as client:
             job = standing.job = submit(
-                client, task, loaded, job_config, patience(output.line), label=name, on_ask=standing.ask
+                client,
+                task,
+                loaded,
+                job_config,
+                patience(output.line),
+                label=name,
+                on_ask=standing.ask,
+                on_note=output.line,
             )
             output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
             with round_progress(output, job_config.rounds.count) as screen:

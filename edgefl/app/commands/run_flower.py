@@ -69,7 +69,7 @@ def run_flower(asked: FlowerRun, connection: CloudConnection, output: Output) ->
             result = run_on_fleet(
                 app, connection.open, overrides, on_start=on_start, on_round=screen.on_round,
                 on_waiting=lambda waiting: screen.tell_waiting(started or app.name, waiting), out=asked.out,
-                label=asked.label,
+                label=asked.label, on_note=output.line,
             )  # fmt: skip
     except KeyboardInterrupt:  # before its ServerApp began, or a second Ctrl-C
         if not started:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from edgefl.bundle import pack_located
+from edgefl.bundle.selection import left_out_text
 from edgefl.errors import JobCancelled, TaskError
 from edgefl.flower.apps.app import KIND, FlowerApp, RunConfigValue, client_reference, fuse_run_config, require_flower
 from edgefl.flower.run import FlowerRunResult, keep_model, raise_with_reasons, result_of, serving, took_part
@@ -32,13 +33,14 @@ def run_on_fleet(  # noqa: PLR0913 - most are callbacks
     app: FlowerApp, client: Callable[[], CloudClient], run_config: Mapping[str, RunConfigValue] | None = None, *,
     on_start: Callable[[str, int], None] | None = None, on_round: Callable[[RoundReport], None] | None = None,
     on_waiting: Callable[[str], None] | None = None, out: Path | None = None, label: str | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> FlowerRunResult:  # fmt: skip
     """Run an app's ServerApp to its end, with the devices that are online as its nodes.
 
     `client` opens a connection to the cloud; `run_config` overrides the app's. Callbacks: `on_start` gets the relay's
     id and the number of devices online; `on_round` each round; `on_waiting` what the cloud waits for, such as disk
     space, and an empty text when the wait is over. `out` is the path for the last strategy's arrays (safetensors);
-    `label` is a name for the run, for `edgefl jobs`.
+    `label` is a name for the run, for `edgefl jobs`; `on_note` gets what else the operator should know.
     Ctrl-C ends the run with the rounds so far. Raises ConfigError, TaskError if the ServerApp raises, QuorumNotMet if
     all training failed, JobCancelled and JobFailed if the relay ended.
     """
@@ -51,6 +53,8 @@ def run_on_fleet(  # noqa: PLR0913 - most are callbacks
     config = fuse_run_config(app, run_config or {})
     reference = client_reference(app.folder)
     packed = pack_located(Located(reference, app.folder), str(app.folder))
+    if packed.left_out and on_note is not None:
+        on_note(left_out_text(packed.left_out))
     with client() as uploading:
         bundle = uploading.put_blob(packed.data, hashlib.sha256(packed.data).hexdigest())
     interrupted = threading.Event()

@@ -102,8 +102,8 @@ def test_a_linked_folder_is_refused(folder, tmp_path):
 
 def test_a_folder_above_the_cap_names_its_largest_file(folder, monkeypatch):
     monkeypatch.setattr(bundle, "MAX_BUNDLE_BYTES", 1 << 20)
-    (folder / "huge.csv").write_bytes(bytes(2 << 20))
-    with pytest.raises(ConfigError, match=r"2\.0 MiB in 4 files.*largest: huge\.csv"):
+    (folder / "huge.py").write_bytes(bytes(2 << 20))
+    with pytest.raises(ConfigError, match=r"2\.0 MiB in 4 files.*largest: huge\.py \(2\.1 MB\), "):
         pack_bundle(str(folder))
 
 

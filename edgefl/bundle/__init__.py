@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
+from edgefl.bundle.selection import LeftOut, Selection, select_files, size_text, walk
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.task import Located, Task, import_task, locate_task, see_working_folder
 from edgefl.terminal.text import is_safe
@@ -40,20 +41,22 @@ class PackedBundle:
     data: bytes
     task: str  # module:attribute
     name: str  # for people: the folder's or the module's name
+    left_out: tuple[LeftOut, ...] = ()  # files of the folder that stay behind
 
 
 def pack_bundle(reference: str) -> PackedBundle:
     """Pack the folder of a task, or the package (or single module) of a `package.module:attribute`.
 
-    Hidden files, caches and virtual environments are left out. Raises ConfigError for a reference that
-    cannot be found, and for files beyond the limits.
+    What is left out of a folder, `edgefl.bundle.selection` says. Raises ConfigError for a reference that cannot be
+    found, and for files beyond the limits.
     """
     return pack_located(locate_task(reference), reference)
 
 
 def pack_located(located: Located, reference: str) -> PackedBundle:
     """Pack a task that is already located, as `pack_bundle` does; error messages name `reference`."""
-    files = dict(sorted(_files_of(located)))
+    selected = select_files(located.folder) if located.folder is not None else Selection(dict(_files_of(located)))
+    files = dict(sorted(selected.files.items()))
     top = located.top_module
     if not any(name == f"{top}.py" or (name.startswith(f"{top}/") and name.endswith(".py")) for name in files):
         raise ConfigError(f"{located.folder} has no module {top!r}, which its task names")
@@ -65,7 +68,7 @@ def pack_located(located: Located, reference: str) -> PackedBundle:
             entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3
             entry.external_attr = (stat.S_IFREG | 0o644) << 16
             archive.writestr(entry, path.read_bytes())
-    return PackedBundle(buffer.getvalue(), located.task, located.name)
+    return PackedBundle(buffer.getvalue(), located.task, located.name, selected.left_out)
 
 
 def unpack_bundle(path: Path, folder: Path) -> None:
@@ -96,10 +99,7 @@ def load_bundle(folder: Path, task: str) -> Task:
 
 
 def _files_of(located: Located) -> Iterator[tuple[str, Path]]:
-    """Yield (name in the bundle, file)."""
-    if located.folder is not None:
-        yield from _walk(located.folder, PurePosixPath())
-        return
+    """Yield (name in the bundle, file) of a module that is not in a task's folder."""
     top = located.top_module
     see_working_folder(top)
     spec = find_spec(top) if top != "__main__" else None
@@ -107,35 +107,18 @@ def _files_of(located: Located) -> Iterator[tuple[str, Path]]:
         raise ConfigError(f"task {located.task!r}: there is no module {top!r} here to pack")
     homes = list(spec.submodule_search_locations or ())
     if len(homes) == 1:
-        yield from _walk(Path(homes[0]), PurePosixPath(top))
+        yield from walk(Path(homes[0]), PurePosixPath(top))
     elif spec.origin is not None and spec.origin.endswith(".py"):
         yield f"{top}.py", Path(spec.origin)
     else:
         raise ConfigError(f"task {located.task!r}: {top!r} is not in one folder or .py file, so it cannot be packed")
 
 
-def _walk(root: Path, inside: PurePosixPath) -> Iterator[tuple[str, Path]]:
-    for here, folders, files in os.walk(root):
-        base = Path(here)
-        folders[:] = sorted(name for name in folders if _travels(base / name))
-        for name in folders:
-            if (base / name).is_symlink():
-                raise ConfigError(f"{base / name} is a link to a folder; copy the files themselves into the task")
-        for name in files:
-            path = base / name
-            if not name.startswith(".") and path.suffix != ".pyc" and path.is_file():
-                yield str(inside / path.relative_to(root).as_posix()), path
-
-
-def _travels(folder: Path) -> bool:
-    made = folder.name == "__pycache__" or folder.suffix == ".egg-info" or (folder / "pyvenv.cfg").exists()
-    return not made and not folder.name.startswith(".")
-
-
 def _refuse_too_much(reference: str, files: dict[str, Path]) -> None:
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if sum(sizes.values()) > MAX_BUNDLE_BYTES or len(sizes) > MAX_BUNDLE_FILES:
-        largest = ", ".join(sorted(sizes, key=lambda name: -sizes[name])[:3])
+        names = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        largest = ", ".join(f"{name} ({size_text(sizes[name])})" for name in names)
         raise ConfigError(
             f"task {reference!r} has {sum(sizes.values()) / 2**20:.1f} MiB in {len(sizes)} files; a bundle may hold "
             f"{MAX_BUNDLE_BYTES >> 20} MiB in {MAX_BUNDLE_FILES}. Keep data outside the folder; largest: {largest}"
