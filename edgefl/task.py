@@ -98,6 +98,7 @@ class Task:
     evaluate: Callable[[Tree], Mapping[str, Any]] | None = None  # held-out metrics of a task with `fit`
     eval_data: Callable[..., tuple[Any, Any]] | None = None  # (**data options): held-out samples of one device
     evaluate_locally: Callable[[Tree, Mapping[str, str]], EvalResult] | None = None  # the same for a task with `fit`
+    export: Callable[[Tree], Any] | None = None  # the ONNX model of a task with `fit`, see `edgefl.models.own_export`
 
     def __post_init__(self) -> None:
         torch_task = self.model is not None and self.loss is not None and self.train_data is not None
@@ -115,6 +116,8 @@ class Task:
             raise ConfigError(
                 f"task {self.name!r}: evaluate belongs to a task with fit; one with a model has test_data and metrics"
             )
+        if torch_task and self.export is not None:
+            raise ConfigError(f"task {self.name!r}: export belongs to a task with fit; a model is exported by edgefl")
         if not torch_task and (self.metrics or self.test_data is not None):
             raise ConfigError(
                 f"task {self.name!r}: metrics and test_data belong to a task with model and loss; one with fit is "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgefl.errors import MissingExtra, ParityError, TaskError
+from edgefl.models.own_export import export_own
 from edgefl.models.sample import BATCHES
 from edgefl.models.session import INPUT, OUTPUT, open_session, ort_errors
 from edgefl.task import Task, UserCode
@@ -38,9 +39,13 @@ TOLERANCE = 1e-4  # relative to the largest output, or to 1 if all outputs are s
 def export_task(task: Task, parameters: Tree, path: Path) -> list[Tree]:
     """Export the task's model with these parameters; the example inputs come from its test or training data.
 
+    A task with its own `fit` makes the file itself, see `edgefl.models.own_export`.
+
     Returns inputs for the release's sample: by name, in batches of `edgefl.models.sample.BATCHES`.
     Raises TaskError if there is no model or data, ParityError if the export computes something else.
     """
+    if task.model is None:
+        return export_own(task, parameters, path)
     model = make_model(task, parameters)
     samples = test_samples(task, {}) if task.test_data is not None else train_samples(task, {})
     examples = samples.first(max(PARITY_BATCHES)).inputs

@@ -82,6 +82,6 @@ def run(  # noqa: PLR0913 - one a flag
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if out is not None:
         output.line(f"model: {out}")
-    if loaded.model is not None:  # what `models publish` can export
+    if loaded.model is not None or loaded.export is not None:  # what `models publish` can export
         output.line(f"publish it: edgefl models publish NAME --task {task} --job {job}")
     output.result(result.as_json())
