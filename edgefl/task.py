@@ -76,6 +76,8 @@ class Task:
     (inputs, targets), or whatever `collate` makes (inputs, targets) of.
     `loss(outputs, targets)` is a mean over the batch. A metric is a function of (outputs, targets) that is a mean
     over the batch, too, or an object with torchmetrics' `update`, `compute` and `reset`; it is of the held-out data.
+    `dynamic` names the dimensions of the inputs that may have any size when the model is served: `{"tokens": [1]}`,
+    with names for those of one size `{"tokens": {1: "length"}, "mask": {1: "length"}}`, or torch's `dynamic_shapes`.
     `higher_is_better` says of a metric which way is better, if neither its attribute of this name nor its name does.
 
     Federated evaluation: `eval_data(**options)` returns this device's own held-out samples, as `train_data` returns
@@ -91,6 +93,7 @@ class Task:
     collate: Callable[[list[Any]], tuple[Any, Any]] | None = None  # (items of a Dataset): (inputs, targets) of a batch
     metrics: Mapping[str, Metric] = field(default_factory=dict)  # of the held-out data
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)  # metric -> its direction
+    dynamic: Any = None  # dimensions of the inputs that are free in the exported model, beside the batch
     optimizer: Callable[..., torch.optim.Optimizer] | None = None  # (parameters, lr[, config or round])
     initial: Callable[[], Tree] | None = None  # the parameters of the first round, of a task with `fit`
     fit: Callable[[Tree, TrainConfig, Mapping[str, str]], FitResult] | None = None  # (parameters, config, options)

@@ -14,7 +14,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 
 from edgefl.errors import AccuracyGateFailed, ConfigError, MissingExtra
 from edgefl.models.session import input_name, open_session
-from edgefl.trees import Array
+from edgefl.trees import Array, Tree
 
 CALIBRATION_BATCH = 32
 _ROUNDING = 1e-9  # 0.97 - 0.96 is above 0.01 in floats
@@ -70,22 +70,23 @@ def parse_max_drop(max_drop: float | str) -> tuple[float, bool]:
 
 
 def compress(
-    source: Path, target: Path, *, calibration: Array, evaluate: Callable[[Path], float], max_drop: float,
+    source: Path, target: Path, *, calibration: Array | Tree, evaluate: Callable[[Path], float], max_drop: float,
     measure: Measure | None = None,
 ) -> CompressReport:  # fmt: skip
-    """Quantise an ONNX file to int8, with ranges measured on the calibration inputs.
+    """Quantise an ONNX file to int8, with ranges measured on the calibration inputs: by name, or of its only input.
 
     `evaluate` maps an ONNX file to its accuracy, or to another measure. Raises AccuracyGateFailed if more than
     `max_drop` of it is lost; then no file is left.
     """
     measure = measure or Measure()
-    if len(calibration) == 0:
+    feeds = calibration if isinstance(calibration, Mapping) else {input_name(open_session(source)): calibration}
+    if any(len(one) == 0 for one in feeds.values()):
         raise ConfigError("compression needs at least one calibration input, got 0")
     parse_max_drop(max_drop)
     start_s = time.monotonic()
     before = evaluate(source)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        half = _quantise(source, Path(folder), np.asarray(calibration))
+        half = _quantise(source, Path(folder), feeds)
         after = evaluate(half)
         drop = measure.drop(before, after)
         if not drop <= max_drop + _ROUNDING:  # also if it is NaN
@@ -109,23 +110,24 @@ def compress(
     )
 
 
-def _quantise(source: Path, folder: Path, calibration: Array) -> Path:
+def _quantise(source: Path, folder: Path, calibration: Tree) -> Path:
     try:
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as cause:
         raise MissingExtra("compression", "train") from cause
 
-    name = input_name(open_session(source))
+    count = max(len(one) for one in calibration.values())
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
-            starts = range(0, len(calibration), CALIBRATION_BATCH)
-            self._batches = iter([calibration[start : start + CALIBRATION_BATCH] for start in starts])
+            self._starts = iter(range(0, count, CALIBRATION_BATCH))
 
         def get_next(self) -> dict[str, Array] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {name: batch}
+            start = next(self._starts, None)
+            if start is None:
+                return None
+            return {name: np.asarray(one[start : start + CALIBRATION_BATCH]) for name, one in calibration.items()}
 
     prepared, quantised = folder / "prepared.onnx", folder / "int8.onnx"
     with _silence():

@@ -18,17 +18,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgefl.errors import ConfigError, NotMeasurable
 from edgefl.models.compress import Measure
+from edgefl.models.dtypes import array_for_file
 from edgefl.models.session import input_name, open_session
-from edgefl.task import Task
+from edgefl.task import Task, UserCode
 from edgefl.training.evaluation import EVALUATION_BATCH, evaluate_model
+from edgefl.training.local import make_model
+from edgefl.training.randomness import seeded
 from edgefl.training.samples import Samples, test_samples
-from edgefl.trees import Array
+from edgefl.training.structures import OUTPUT, Structure, call, leaves, mapped, named, unnamed
+from edgefl.trees import Array, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +41,7 @@ ACCURACY, LOSS = "accuracy", "loss"
 MAX_CALIBRATION = 256
 CALIBRATION_SHARE = 5  # one sample in five calibrates, the others judge
 _SEED = 0
+_FEW = 2  # samples that show the form of the outputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +50,7 @@ class Gate:
 
     measure: Measure
     evaluate: Callable[[Path], Mapping[str, float]]  # all metrics of a file, including the measure
-    calibration: Array  # inputs that are not among those that `evaluate` uses
+    calibration: Tree  # inputs by name, (N, ...) each, that are not among those that `evaluate` uses
 
 
 def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bool = False) -> Gate:
@@ -58,17 +63,20 @@ def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bo
         raise NotMeasurable(f"task {task.name!r} has no test_data, so the cost of compression cannot be measured")
     held_out = test_samples(task, {})
     calibration, samples = split(held_out.first(len(held_out)))
-    kept = calibration.inputs.cpu().numpy()
-    is_classification = all(is_classified(outputs, targets) for outputs, targets in _outputs(source, samples))
+    file = _File(task, samples)
+    kept = file.feeds(open_session(source), calibration)
+    is_classification = file.form == 0 and all(
+        isinstance(targets, np.ndarray) and is_classified(outputs, targets)
+        for (outputs,), targets in file.outputs(source, samples)
+    )
     name = metric or _own_choice(task, is_classification=is_classification)
     if name == ACCURACY and ACCURACY not in task.metrics and is_classification:
-        inputs, targets = samples.inputs.cpu().numpy(), samples.targets.cpu().numpy()
         return Gate(
-            measure=_relative(task, name, accuracy_of(source, inputs, targets), 1) if relative else Measure(),
-            evaluate=lambda path: {**measured(task, path, samples), ACCURACY: accuracy_of(path, inputs, targets)},
+            measure=_relative(task, name, file.accuracy(source, samples), 1) if relative else Measure(),
+            evaluate=lambda path: {**file.measured(path, samples), ACCURACY: file.accuracy(path, samples)},
             calibration=kept,
         )
-    before = measured(task, source, samples)
+    before = file.measured(source, samples)
     if name not in before:
         raise ConfigError(f"task {task.name!r} has no metric {name!r} to judge by; it has {', '.join(before)}")
     if (higher := task.direction_of(name)) is None:
@@ -82,9 +90,9 @@ def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bo
     if relative:
         measure = _relative(task, name, before[name], 1 if higher else -1)
     elif not higher:
-        share = _share_lost(task, source, samples, name, before[name])
+        share = _share_lost(file, source, samples, name, before[name])
         measure = Measure(name=name, drop=share, unit=" of what the model has learned")
-    return Gate(measure=measure, evaluate=lambda path: measured(task, path, samples), calibration=kept)
+    return Gate(measure=measure, evaluate=lambda path: file.measured(path, samples), calibration=kept)
 
 
 def split(samples: Samples) -> tuple[Samples, Samples]:
@@ -112,9 +120,55 @@ def _own_choice(task: Task, *, is_classification: bool) -> str:
     return next(known, ACCURACY if is_classification else LOSS)
 
 
-def measured(task: Task, path: Path, samples: Samples) -> dict[str, float]:
-    """Return the loss and the task's metrics of an ONNX file on these samples."""
-    return evaluate_model(task, _answering(_runner(path)), samples)
+class _File:
+    """How ONNX files of one task are run on its samples."""
+
+    def __init__(self, task: Task, samples: Samples) -> None:
+        import torch
+
+        self.task = task
+        few = next(samples.chunks(_FEW)).inputs
+        model = make_model(task).eval()
+        with torch.no_grad(), seeded(0), UserCode(task.name, "the model"):
+            self.form = mapped(lambda _: 0, call(model, few))  # of the outputs; 0 = one tensor
+
+    def feeds(self, session: Any, samples: Samples) -> dict[str, Array]:
+        """Return samples' inputs by the names that a file has for them."""
+        names = [node.name for node in session.get_inputs()]
+        arrays = [array_for_file(one) for one in leaves(samples.inputs)]
+        if len(names) != len(arrays):
+            raise ConfigError(f"the file has the inputs {', '.join(names)}; the task has {len(arrays)}")
+        return dict(zip(names, arrays, strict=True))
+
+    def outputs(self, path: Path, samples: Samples) -> Iterator[tuple[list[Array], Array | None]]:
+        """Yield a file's outputs in order, with the targets if those are one tensor; chunk by chunk."""
+        session = open_session(path)
+        for chunk in samples.chunks(EVALUATION_BATCH):
+            is_one = len(leaves(chunk.targets)) == 1
+            targets = leaves(chunk.targets)[0].cpu().numpy() if is_one else None
+            yield session.run(None, self.feeds(session, chunk)), targets
+
+    def accuracy(self, path: Path, samples: Samples) -> float:
+        """Return the fraction of targets that are the index of the largest output."""
+        right = total = 0
+        for (outputs,), targets in self.outputs(path, samples):
+            right += int((outputs.argmax(axis=1) == targets).sum())
+            total += 0 if targets is None else targets.size
+        return right / total
+
+    def measured(self, path: Path, samples: Samples) -> dict[str, float]:
+        """Return the loss and the task's metrics of a file on these samples."""
+        session = open_session(path)
+
+        def run(inputs: Structure) -> list[Array]:
+            found: list[Array] = session.run(None, self.feeds(session, Samples(inputs, inputs)))
+            return found
+
+        return self.evaluated(run, samples)
+
+    def evaluated(self, run: Callable[[Structure], list[Array]], samples: Samples) -> dict[str, float]:
+        """Return the loss and the task's metrics of a function from inputs to the outputs' arrays."""
+        return evaluate_model(self.task, _answering(run, self.form), samples)
 
 
 def is_classified(outputs: Array, targets: Array) -> bool:
@@ -144,69 +198,64 @@ def accuracy_of(path: Path, inputs: Array, targets: Array) -> float:
 
 
 def _share_lost(
-    task: Task, source: Path, samples: Samples, name: str, before: float
+    file: _File, source: Path, samples: Samples, name: str, before: float
 ) -> Callable[[float, float], float]:
-    mean = _mean_output(source, samples)
-    blind = evaluate_model(task, _answering(lambda inputs: np.repeat(mean, len(inputs), axis=0)), samples)[name]
+    task, means = file.task, _mean_outputs(file, source, samples)
+
+    def ignoring(inputs: Structure) -> list[Array]:
+        return [np.repeat(mean, len(leaves(inputs)[0]), axis=0) for mean in means]
+
+    blind = file.evaluated(ignoring, samples)[name]
     if not before < blind:  # also if it is NaN
         raise NotMeasurable(
             f"task {task.name!r}: its {name} on the test data is {before:.4g}, and {blind:.4g} for a model that "
             "ignores its input. It has learned nothing yet that compression could lose: train it"
         )
-    root = math.sqrt if _is_squared(task, mean, samples, name) else float
+    root = math.sqrt if file.form == 0 and _is_squared(file, means[0], samples, name) else float
     return lambda before, after: (root(after) - root(before)) / (root(blind) - root(before))
 
 
-def _is_squared(task: Task, mean: Array, samples: Samples, name: str) -> bool:
+def _is_squared(file: _File, mean: Array, samples: Samples, name: str) -> bool:
     """Whether a measure is a squared error: half the distance from the targets gives a quarter of it."""
     import torch
 
-    targets = samples.targets[:EVALUATION_BATCH]
-    if not targets.is_floating_point() or targets.shape[1:] != mean.shape[1:]:
+    few = next(samples.chunks(EVALUATION_BATCH))
+    targets = few.targets
+    if not isinstance(targets, torch.Tensor) or not targets.is_floating_point():
         return False
-    few = Samples(samples.inputs[:EVALUATION_BATCH], targets)
+    if targets.shape[1:] != mean.shape[1:]:
+        return False
     far = torch.from_numpy(mean).to(targets) - targets
 
     def at(share: float) -> float:
-        return evaluate_model(task, _answering(lambda _inputs: (targets + share * far).numpy()), few)[name]
+        return file.evaluated(lambda _inputs: [array_for_file(targets + share * far)], few)[name]
 
     return math.isclose(at(0.5), at(1.0) / 4, rel_tol=1e-3)
 
 
-def _mean_output(source: Path, samples: Samples) -> Array:
-    """Return the mean of a file's outputs, (1, ...)."""
-    total: Array | float = 0.0
-    for outputs, _ in _outputs(source, samples):
-        total = total + outputs.sum(axis=0, keepdims=True, dtype=np.float64)
-    return np.asarray(total / len(samples), np.float32)
+def _mean_outputs(file: _File, source: Path, samples: Samples) -> list[Array]:
+    """Return the mean of each of a file's outputs, (1, ...), in its own dtype."""
+    totals: list[Any] = []
+    dtypes: list[Any] = []
+    for outputs, _ in file.outputs(source, samples):
+        sums = [one.sum(axis=0, keepdims=True, dtype=np.float64) for one in outputs]
+        totals = [total + one for total, one in zip(totals, sums, strict=True)] if totals else sums
+        dtypes = [one.dtype if one.dtype.kind == "f" else np.dtype(np.float32) for one in outputs]
+    return [np.asarray(total / len(samples), dtype) for total, dtype in zip(totals, dtypes, strict=True)]
 
 
-def _outputs(path: Path, samples: Samples) -> Iterator[tuple[Array, Array]]:
-    run = _runner(path)
-    for chunk in samples.chunks(EVALUATION_BATCH):
-        yield run(chunk.inputs.cpu().numpy()), chunk.targets.cpu().numpy()
-
-
-def _runner(path: Path) -> Callable[[Array], Array]:
-    session = open_session(path)
-    name = input_name(session)
-
-    def run(inputs: Array) -> Array:
-        outputs = session.run(None, {name: inputs})
-        if len(outputs) != 1:
-            raise ConfigError(f"{path.name} has {len(outputs)} outputs; a gate needs a model with one")
-        return np.asarray(outputs[0])
-
-    return run
-
-
-def _answering(run: Callable[[Array], Array]) -> torch.nn.Module:
-    """Wrap a function of arrays as a torch module."""
+def _answering(run: Callable[[Structure], list[Array]], form: Structure) -> torch.nn.Module:
+    """Wrap a function from inputs to the arrays of its outputs as a torch module with outputs of this form."""
     import torch
 
     class Answering(torch.nn.Module):
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(run(inputs.cpu().numpy())).to(inputs.device)
+        def forward(self, inputs: Structure, /) -> Structure:
+            device = leaves(inputs)[0].device
+            tensors = [torch.from_numpy(np.asarray(one)).to(device) for one in run(inputs)]
+            names = list(named(form, OUTPUT))
+            if len(names) != len(tensors):
+                raise ConfigError(f"the file has {len(tensors)} outputs, and the task's model {len(names)}")
+            return unnamed(dict(zip(names, tensors, strict=True)), form, OUTPUT)
 
     return Answering()
 

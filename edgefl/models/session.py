@@ -10,8 +10,6 @@ from typing import Any
 
 from edgefl.errors import ConfigError, MissingExtra
 
-INPUT, OUTPUT = "input", "output"  # the names in our exports
-
 
 def open_session(path: Path) -> Any:
     """Open a model to evaluate it; raises ConfigError if the file is not a model, MissingExtra without onnxruntime."""

@@ -74,9 +74,9 @@ class DependsOnData(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-class TwoOutputs(nn.Module):
+class NoTensor(nn.Module):
     def forward(self, x):
-        return x, x
+        return x, len(x)
 
 
 class NeedsPairs(nn.Module):
@@ -98,7 +98,7 @@ class NeedsPairs(nn.Module):
             TaskError,
             "task 'Linear': the model raised RuntimeError: .*2x3 and 4x1",
         ),
-        (TwoOutputs(), (ParityError, TaskError), "expected one tensor|cannot be exported"),
+        (NoTensor(), ParityError, "the model returns other than tensors: output_1 is a int; expected tensors"),
         (NeedsPairs(), (ParityError, TaskError), "at batch 1"),
     ],
 )
@@ -131,3 +131,114 @@ def test_a_task_is_exported_with_its_parameters_quietly(tmp_path, capfd):
 def test_a_task_without_a_model_cannot_be_exported(tmp_path):
     with pytest.raises(TaskError, match="has no model"):
         export_task(Task(name="own", initial=dict, fit=lambda *_: None), {}, tmp_path / "t.onnx")
+
+
+class TwoInputs(nn.Module):
+    """A mean of embeddings over the tokens that count, and how many these are."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens, mask):
+        weights = mask.unsqueeze(-1)
+        mean = (self.embedding(tokens) * weights).sum(1) / weights.sum(1)
+        return {"scores": self.head(mean), "count": mask.sum(1)}
+
+
+def pair(length=6, batch=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 20, (batch, length), generator=generator), torch.ones(batch, length)
+
+
+def as_dict(length=6, batch=3):
+    return dict(zip(("tokens", "mask"), pair(length, batch), strict=True))
+
+
+def ends(path):
+    session = open_session(path)
+    return [[(one.name, [size if isinstance(size, int) else -1 for size in one.shape]) for one in side]
+            for side in (session.get_inputs(), session.get_outputs())]  # fmt: skip
+
+
+@pytest.mark.parametrize("examples", [pair, as_dict])
+def test_several_inputs_and_outputs_keep_their_names(tmp_path, examples):
+    cases = export_onnx(TwoInputs(), examples(), tmp_path / "m.onnx")
+    assert ends(tmp_path / "m.onnx") == [
+        [("tokens", [-1, 6]), ("mask", [-1, 6])], [("scores", [-1, 3]), ("count", [-1])],
+    ]  # fmt: skip
+    assert [{name: one.shape for name, one in case.items()} for case in cases] == [
+        {"tokens": (1, 6), "mask": (1, 6)}, {"tokens": (3, 6), "mask": (3, 6)},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "dynamic",
+    [
+        {"tokens": [0, 1], "mask": [1]},
+        {"tokens": {1: "length"}, "mask": {1: "length"}},
+        {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("n")}, "mask": {1: torch.export.Dim("n")}},
+    ],
+)
+def test_a_dynamic_dimension_is_free_in_the_file(tmp_path, dynamic):
+    model = TwoInputs().eval()
+    export_onnx(model, pair(), tmp_path / "m.onnx", dynamic=dynamic)
+    assert ends(tmp_path / "m.onnx")[0] == [("tokens", [-1, -1]), ("mask", [-1, -1])]
+    tokens, mask = pair(11, 5)
+    with torch.no_grad():
+        wanted = model(tokens, mask)["scores"]
+    seen = open_session(tmp_path / "m.onnx").run(["scores"], {"tokens": tokens.numpy(), "mask": mask.numpy()})[0]
+    assert np.allclose(seen, wanted, atol=1e-5)
+
+
+class Counts(nn.Module):
+    """Its second dimension becomes a number while it is traced."""
+
+    def forward(self, x):
+        return x * int(x.shape[1])
+
+
+class Rolls(nn.Module):
+    """A table of the size that it was made with."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return x + self.table
+
+
+def test_a_dimension_that_the_exporter_froze_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ParityError, match=r"dimension 1 of input 'input' is declared dynamic, but the exporter froze"):
+        export_onnx(Counts(), torch.ones(3, 6), tmp_path / "m.onnx", dynamic={"input": [1]})
+    with pytest.raises(TaskError, match=r"'length' \(dimension 1 of input 'input'\) is .* runs at size 6 only"):
+        export_onnx(Rolls(), torch.ones(3, 6), tmp_path / "m.onnx", dynamic={"input": {1: "length"}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_in_float16_and_float64_stay_what_they_are(tmp_path):
+    for dtype, exact in ((torch.float16, np.float16), (torch.float64, np.float64)):
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to(dtype)
+        [case, _] = export_onnx(model, torch.ones(3, 4, dtype=dtype), tmp_path / "m.onnx")
+        [output] = open_session(tmp_path / "m.onnx").run(None, case)
+        assert (case["input"].dtype, output.dtype) == (exact, exact)
+
+
+def test_weights_in_bfloat16_are_stored_as_such_and_computed_in_float32(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    export_onnx(model, torch.ones(3, 64), tmp_path / "whole.onnx")
+    half = model.to(torch.bfloat16)
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    [_, case] = export_onnx(half, inputs, tmp_path / "half.onnx")
+    [output] = open_session(tmp_path / "half.onnx").run(None, case)
+    assert (case["input"].dtype, output.dtype) == (np.float32, np.float32)
+    assert (tmp_path / "half.onnx").stat().st_size < 0.6 * (tmp_path / "whole.onnx").stat().st_size
+    with torch.no_grad():
+        assert np.allclose(output, half(inputs).float(), atol=0.02)
+
+
+def test_what_onnx_runtime_cannot_compute_in_float64_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ParityError, match=r"ONNX Runtime cannot run .*Conv.* Keep the model in float32 instead of flo"):
+        export_onnx(nn.Conv1d(1, 2, 2).double(), torch.ones(3, 1, 4).double(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
