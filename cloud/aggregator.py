@@ -38,7 +38,7 @@ from edgefl.protocols.ports.http_limits import HttpLimits
 from edgefl.protocols.ports.listener import listen
 from edgefl.protocols.tls import grpc_server_credentials, reloading, server_context
 from edgefl.records import RoundOutcome
-from edgefl.rounds import Job, run_rounds
+from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds
 from edgefl.trees import SpooledTree, Tree
 
 STOP_GRACE_S = 5.0
@@ -101,7 +101,8 @@ class Aggregator:
             for outcome in run_rounds(job, fleet, parameters):
                 self._commit(outcome, fleet, job.step.state())
                 parameters = outcome.parameters
-            is_written = self._end(job_id, "done", model=fleet.assembled(parameters))
+            last = evaluate_last(job, fleet, parameters)
+            is_written = self._end(job_id, "done", model=fleet.assembled(parameters), last=last)
         except CloudStopping:
             event(_log, logging.INFO, "job.paused", job=job_id)
             return
@@ -121,7 +122,10 @@ class Aggregator:
             fleet.end()
         home.spool.drop_job(job_id)
 
-    def _end(self, job_id: str, state: str, error: str | None = None, model: BlobRef | None = None) -> bool:
+    def _end(
+        self, job_id: str, state: str, error: str | None = None, model: BlobRef | None = None,
+        last: LastEvaluation | None = None,
+    ) -> bool:  # fmt: skip
         """Store a job's end as soon as the disk permits; False if the cloud stops first, which resumes the job later.
 
         Raises permanent errors of the database, which stop the process (`_report_crash`).
@@ -129,7 +133,7 @@ class Aggregator:
         level = logging.ERROR if state == "failed" else logging.INFO
         event(_log, level, f"job.{state}", job=job_id, error=error or "-")
         try:
-            self._insist(lambda: self._home.jobs.end(job_id, state, error, model))
+            self._insist(lambda: self._home.jobs.end(job_id, state, error, model, last))
         except CloudStopping:
             event(_log, logging.WARNING, "job.end_not_written", job=job_id, state=state)
             return False
@@ -157,6 +161,7 @@ class Aggregator:
             cohort=row.cohort,
             on_refusal=fleet.refuse,
             keep=fleet.keep,
+            evaluation=row.evaluation,
         )
 
     def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, optimizer: Tree) -> None:

@@ -23,15 +23,17 @@ from pathlib import Path
 
 from edge_agent.disk import require_space
 from edgefl.errors import HomeError
+from edgefl.protocols.fields import to_json
+from edgefl.records import DeviceEvaluation
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LOW_DISK_BYTES = 64 << 20  # with less free space no spare file is kept
 MAX_ANSWERED = 10_000  # answered rounds to remember; the cloud never sends plans older than that again
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
   job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, blake3 TEXT NOT NULL, weight REAL NOT NULL,
-  metrics TEXT NOT NULL, PRIMARY KEY (job, round));
+  metrics TEXT NOT NULL, evaluation TEXT, PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS failures (job TEXT, round INTEGER, reason TEXT NOT NULL, PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS answered (
   id INTEGER PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, UNIQUE (job, round));
@@ -50,6 +52,7 @@ class Outgoing:
     blake3: str
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation: DeviceEvaluation | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,9 +146,11 @@ class Store:
             if state is not None:
                 self._db.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (update.job, state.name))
             self._db.execute(
-                "INSERT OR REPLACE INTO outbox VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO outbox (job, round, file, size, blake3, weight, metrics, evaluation) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (update.job, update.round, path.name, update.size, update.blake3, update.weight,
-                 json.dumps(dict(update.metrics))),
+                 json.dumps(dict(update.metrics)),
+                 None if update.evaluation is None else json.dumps(to_json(update.evaluation))),
             )  # fmt: skip
 
     def outbox(self) -> list[Outgoing]:
@@ -283,6 +288,8 @@ def _connect(path: Path, *, locking: str) -> sqlite3.Connection:
             )
         if version < SCHEMA_VERSION:
             db.executescript(_SCHEMA)
+            if "evaluation" not in {row["name"] for row in db.execute("PRAGMA table_info(outbox)")}:  # version 1
+                db.execute("ALTER TABLE outbox ADD COLUMN evaluation TEXT")
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         undo.pop_all()
     return db
@@ -297,6 +304,7 @@ def _outgoing(folder: Path, row: sqlite3.Row) -> Outgoing:
         blake3=row["blake3"],
         weight=row["weight"],
         metrics=json.loads(row["metrics"]),
+        evaluation=None if row["evaluation"] is None else DeviceEvaluation(**json.loads(row["evaluation"])),
     )
 
 

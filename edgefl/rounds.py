@@ -88,6 +88,11 @@ class LastEvaluation:
         """Return it as JSON data."""
         return {"metrics": dict(self.metrics), "not_evaluated": dict(self.not_evaluated), "reason": self.reason}
 
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> LastEvaluation:
+        """Read the result of `as_json`; ignores other keys."""
+        return cls(**{name: said[name] for name in ("metrics", "not_evaluated", "reason") if name in said})
+
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
     """Run the job's rounds and yield each outcome; raises QuorumNotMet and StepFailed."""

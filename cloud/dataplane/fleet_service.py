@@ -25,7 +25,7 @@ from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, TransferLimiter
-from cloud.dataplane.upload_header import header_fault
+from cloud.dataplane.upload_header import answer_of, header_fault
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import AnswerRow, Jobs
@@ -119,6 +119,7 @@ class FleetService:
 
     async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self._device(context)
+        self._deps.rounds.note_kinds(device, request.knows)
         desired = await self._run(self._deps.desired_for, device)
         waiting = await self._known(device, request, context)
         return pb.NextReply(
@@ -288,7 +289,7 @@ class FleetService:
             if header.offset:  # the stored part may be damaged: restart the upload
                 return _state("PARTIAL")
             return self._refuse(opened, device, str(error))
-        answer = AnswerRow(device=device, file=incoming.name, weight=header.weight, metrics=dict(header.metrics))
+        answer = answer_of(header, device, incoming.name)
 
         def keep(one: AnswerRow) -> None:
             incoming.place()

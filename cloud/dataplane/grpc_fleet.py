@@ -21,8 +21,10 @@ from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from edgefl.exchange import Announce, Close, GiveUp, Instruction, Terms, Yield, gathering
 from edgefl.logs import event
-from edgefl.protocols.messages import BlobRef, Fit, RoundClosed, UpdateRefused
-from edgefl.records import Failure, Plan, Traffic, Update
+from edgefl.protocols.assignments import UPDATE_AGENT
+from edgefl.protocols.messages import BlobRef, Evaluate, Fit, RoundClosed, UpdateRefused
+from edgefl.records import Evaluated, Failure, Plan, Traffic, Update
+from edgefl.rounds import NO_EVALUATION
 from edgefl.trees import SpooledTree, Tree, encoded_bytes
 from edgefl.trees.frozen import whole
 
@@ -96,7 +98,7 @@ class GrpcFleet:
         kept = parameters if isinstance(parameters, SpooledTree) else self.keep(parameters)
         return BlobRef(sha256=kept.path.name, size=kept.path.stat().st_size)
 
-    def collect(self, plan: Plan) -> Iterator[Update | Failure]:
+    def collect(self, plan: Plan) -> Iterator[Update | Evaluated | Failure]:
         """Announce the plan and yield the answers as they arrive; first those from before a restart."""
         opened = self._open(plan)
         try:
@@ -129,24 +131,14 @@ class GrpcFleet:
     def _open(self, plan: Plan) -> OpenRound:
         model = self.published(plan.parameters)
         self._model_sha256 = model.sha256
-        assignment = Fit(
-            job=plan.job,
-            round=plan.round,
-            model=model,
-            model_blake3=self._deps.blobs.check(model.sha256),
-            bundle=self._job.bundle,
-            train=plan.train,
-            deadline_s=plan.deadline_s,
-            max_update_bytes=encoded_bytes(plan.parameters) + HEADER_SLACK_BYTES,
-            frozen=self._job.frozen,
-            parted=self._job.parted,
-        )
+        assignment = self._assignment(plan, model)
         around = Surroundings(clock=self._deps.clock, storage=self._deps.storage)
         opened = OpenRound(
             assignment, sorted(plan.clients), Terms.of_round(self._job.config.rounds, plan.deadline_s), around
         )
         for answer in self.insist(lambda: self._deps.jobs.open_round(plan.job, plan.round, plan.clients)):
             opened.accept(answer, lambda _answer: None)  # it is already durable
+        self._fail_older_agents(opened)
         self._deps.rounds.add(opened)
         event(_log, logging.INFO, "round.open", job=plan.job, round=plan.round, cohort=len(plan.clients),
               waiting=len(opened.waiting()))  # fmt: skip
@@ -154,6 +146,43 @@ class GrpcFleet:
         opened.note(self._presence())  # devices that went offline before
         self._took_part |= set(plan.clients)
         return opened
+
+    def _assignment(self, plan: Plan, model: BlobRef) -> Fit | Evaluate:
+        job, model_blake3 = self._job, self._deps.blobs.check(model.sha256)
+        if not plan.fit:
+            return Evaluate(
+                job=plan.job,
+                round=plan.round,
+                model=model,
+                model_blake3=model_blake3,
+                bundle=job.bundle,
+                seed=plan.train.seed,
+                deadline_s=plan.deadline_s,
+                max_update_bytes=HEADER_SLACK_BYTES,
+                frozen=job.frozen,
+                parted=job.parted,
+            )
+        return Fit(
+            job=plan.job,
+            round=plan.round,
+            model=model,
+            model_blake3=model_blake3,
+            bundle=job.bundle,
+            train=plan.train,
+            deadline_s=plan.deadline_s,
+            max_update_bytes=encoded_bytes(plan.parameters) + HEADER_SLACK_BYTES,
+            frozen=job.frozen,
+            parted=job.parted,
+            evaluate=plan.evaluate,
+        )
+
+    def _fail_older_agents(self, opened: OpenRound) -> None:
+        """Do not wait for devices whose agents do not know this kind of assignment."""
+        assignment, lacks = opened.assignment, self._deps.rounds.lacks
+        reason = f"its agent does not know assignments of the kind {assignment.kind!r}; {UPDATE_AGENT}"
+        record = functools.partial(self._deps.jobs.record, assignment.job, assignment.round)
+        for device in sorted(one for one in opened.waiting() if lacks(one, assignment.kind)):
+            self.insist(functools.partial(opened.accept, AnswerRow(device=device, reason=reason), record))
 
     def _presence(self) -> Presence:
         return Presence.of(self._deps.link)
@@ -168,9 +197,14 @@ class GrpcFleet:
             closed = RoundClosed(job=assignment.job, round=assignment.round, job_ended=False)
             link.send_job(instruction.device, closed)
 
-    def _as_record(self, answer: AnswerRow, plan: Plan) -> Update | Failure:
+    def _as_record(self, answer: AnswerRow, plan: Plan) -> Update | Evaluated | Failure:
         job, number, device = plan.job, plan.round, answer.device
         if answer.file is None:
             return Failure(job=job, round=number, device=device, reason=answer.reason or "no reason given")
+        if not plan.fit:
+            return Evaluated(job=job, round=number, device=device, evaluation=answer.evaluation or NO_EVALUATION)
         tree = SpooledTree(self._deps.spool.path(answer.file))
-        return Update(job=job, round=number, device=device, tree=tree, weight=answer.weight, metrics=answer.metrics)
+        return Update(
+            job=job, round=number, device=device, tree=tree, weight=answer.weight, metrics=answer.metrics,
+            evaluation=answer.evaluation,
+        )  # fmt: skip

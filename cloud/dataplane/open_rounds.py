@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 from cloud.dataplane.open_round import OpenRound
 from edgefl.errors import EdgeflError
+from edgefl.protocols.messages import ASSIGNMENTS
 from edgefl.records import Traffic
+
+_KINDS = frozenset(ASSIGNMENTS)
 
 
 class OpenRounds:
@@ -19,6 +22,7 @@ class OpenRounds:
         self._open: dict[tuple[str, int], OpenRound] = {}
         self._traffic: dict[str, Traffic] = {}
         self._stopped: dict[str | None, EdgeflError] = {}  # None = all jobs
+        self._kinds: dict[str, frozenset[str]] = {}  # device -> the kinds of assignment that its agent knows
 
     def expect(self, jobs: Iterable[str]) -> None:
         """Register jobs that will reopen their round after the cloud's restart."""
@@ -73,6 +77,16 @@ class OpenRounds:
         """Return the open rounds that have this device in their cohort."""
         with self._lock:
             return [one for one in self._open.values() if device in one.asked]
+
+    def note_kinds(self, device: str, kinds: Iterable[str]) -> None:
+        """Record which kinds of assignment a device's agent knows, as far as the cloud knows them, too."""
+        with self._lock:
+            self._kinds[device] = _KINDS.intersection(kinds)
+
+    def lacks(self, device: str, kind: str) -> bool:
+        """Whether a device's agent said that it knows other kinds of assignment only; False if it said nothing yet."""
+        with self._lock:
+            return kind not in self._kinds.get(device, _KINDS)
 
     def wake(self) -> None:
         """Make every open round check presence and the storage."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 
+from cloud.state.jobs import AnswerRow
+from edgefl.guards import MAX_EVALUATED, MAX_NAME_CHARS
 from edgefl.protocols import fleet_pb2 as pb
-from edgefl.terminal.text import is_safe
+from edgefl.records import DeviceEvaluation
+from edgefl.terminal.text import is_safe, one_line
 
+MAX_FAULT_CHARS = 2000
 MAX_METRICS, MAX_METRIC_CHARS = 100, 200  # per update, because they are kept with the round
 
 
@@ -29,3 +33,33 @@ def header_fault(header: pb.UploadHeader, most: int) -> str | None:
                 "characters"
             )
     return None
+
+
+def answer_of(header: pb.UploadHeader, device: str, file: str) -> AnswerRow:
+    """Return a device's answer with these facts, whose update is in a file of the spool."""
+    return AnswerRow(
+        device=device, file=file, weight=header.weight, metrics=dict(header.metrics), evaluation=evaluation_in(header)
+    )
+
+
+def evaluation_in(header: pb.UploadHeader) -> DeviceEvaluation | None:
+    """Return the header's evaluation, if it has one; one that cannot be stored becomes the reason why not.
+
+    The update counts all the same. Whether the metrics are those of the task is checked in its round.
+    """
+    if not header.HasField("evaluation"):
+        return None
+    sent = header.evaluation
+    if sent.fault:
+        return DeviceEvaluation(fault=one_line(sent.fault, MAX_FAULT_CHARS))
+    longest = max(map(len, sent.metrics), default=0)
+    if len(sent.metrics) > MAX_EVALUATED or longest > MAX_NAME_CHARS:
+        return DeviceEvaluation(
+            fault=f"evaluation: it has {len(sent.metrics)} metrics, with names of up to {longest} characters; at most "
+            f"{MAX_EVALUATED} metrics with names of {MAX_NAME_CHARS} characters are allowed"
+        )
+    if not all(map(math.isfinite, (sent.weight, *sent.metrics.values()))) or not all(map(is_safe, sent.metrics)):
+        return DeviceEvaluation(
+            fault="evaluation: a number is not finite, or the name of a metric has control characters"
+        )
+    return DeviceEvaluation(metrics=dict(sent.metrics), weight=sent.weight)

@@ -21,15 +21,25 @@ from cloud.http.shared import HEARTBEAT, UPLOAD_PATH, Body, Here, known, stream_
 from cloud.state.blobs import BlobStore
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, ProtocolError
+from edgefl.guards import MAX_EVALUATED
+from edgefl.guards import MAX_NAME_CHARS as MAX_METRIC_CHARS
 from edgefl.hashing import HashingFile
 from edgefl.process.log_tail import MAX_RECORDS, LogTail, of_job, read_tail
 from edgefl.protocols.labels import meant_by
 from edgefl.protocols.messages import BlobRef
+from edgefl.records import EvaluationSpec
 
 MAX_NAME_CHARS = 500
 ROUNDS_AT_ONCE = 200  # read into memory at once, for a reader that is behind
 
 operator = APIRouter()
+
+
+class EvaluationRequest(Body):
+    """What the devices of a job evaluate: see `records.EvaluationSpec`."""
+
+    directions: dict[Annotated[str, Field(max_length=MAX_METRIC_CHARS)], bool | None] = Field(max_length=MAX_EVALUATED)
+    declared: bool = True
 
 
 class JobRequest(Body):
@@ -43,6 +53,7 @@ class JobRequest(Body):
     frozen: BlobRef | None = None
     name: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the task, for people
     label: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the job, for people
+    evaluation: EvaluationRequest | None = None  # None = devices do not evaluate
     config: dict[str, Any] = Field(default_factory=dict)
     key: str | None = Field(
         default=None, pattern="^[0-9a-f]{32}$"
@@ -88,6 +99,7 @@ def submit(body: JobRequest, here: Here) -> dict[str, str]:
     job = here.jobs.submit(
         body.task, body.bundle, body.parameters, body.buffers, config, body.key, parted=body.parted,
         frozen=body.frozen, name=body.name, label=body.label,
+        evaluation=None if body.evaluation is None else EvaluationSpec(**body.evaluation.model_dump()),
     )  # fmt: skip
     return {"id": job}
 
@@ -158,7 +170,7 @@ def job_lines(here: Services, job: str, seen: int) -> Iterator[Mapping[str, Any]
                     yield outcome
                 confirm(seen)
             if row["state"] != "running":
-                yield {"state": row["state"], "error": row["error"], "model": row["model"]}
+                yield {name: row[name] for name in ("state", "error", "model", "last_evaluation")}
                 return
             if not here.jobs.wait(job, seen, here.heartbeat_s):
                 yield {**HEARTBEAT, "waiting": here.jobs.row(job)["waiting"]}

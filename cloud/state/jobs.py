@@ -28,7 +28,8 @@ from edgefl.errors import ConfigError, NotFound
 from edgefl.protocols.labels import check_label
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, Signed, from_json
-from edgefl.records import RoundOutcome
+from edgefl.records import DeviceEvaluation, EvaluationSpec, RoundOutcome
+from edgefl.rounds import LastEvaluation
 from edgefl.trees import SpooledTree
 
 Rows = list[dict[str, Any]]
@@ -52,6 +53,7 @@ class JobRow:
     cohort: tuple[str, ...]  # of the open round, if there is one
     parted: bool = False  # whether `model` has only the trained tensors and the buffers
     frozen: BlobRef | None = None  # the model's other tensors
+    evaluation: EvaluationSpec | None = None  # what devices evaluate; None = nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +65,7 @@ class AnswerRow:
     weight: float = 0.0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     reason: str | None = None
+    evaluation: DeviceEvaluation | None = None
 
 
 class Jobs:
@@ -82,7 +85,7 @@ class Jobs:
     def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
-        label: str | None = None,
+        label: str | None = None, evaluation: EvaluationSpec | None = None,
     ) -> str:  # fmt: skip
         """Start a job and return its id; raises ConfigError if it could only fail, ProtocolError for an invalid tree.
 
@@ -123,6 +126,7 @@ class Jobs:
             "parted": parted or frozen is not None,
             "frozen_sha256": frozen.sha256 if frozen is not None else None,
             "frozen_size": frozen.size if frozen is not None else None,
+            "evaluation": sa.null() if evaluation is None else dataclasses.asdict(evaluation),
         }
         with self._engine.begin() as db:
             db.execute(jobs.insert().values(values))
@@ -152,6 +156,7 @@ class Jobs:
             cohort=tuple(cohort or ()),
             parted=bool(row["parted"]),
             frozen=_frozen_of(row),
+            evaluation=None if row["evaluation"] is None else EvaluationSpec(**row["evaluation"]),
         )
 
     def has_open_round(self, job: str) -> bool:
@@ -176,6 +181,7 @@ class Jobs:
                     weight=row["weight"] or 0.0,
                     metrics=row["metrics"],
                     reason=row["reason"],
+                    evaluation=None if row["evaluation"] is None else DeviceEvaluation(**row["evaluation"]),
                 )
                 for row in found
             ]
@@ -219,14 +225,26 @@ class Jobs:
             self._blobs.delete(former)
         self._notify()
 
-    def end(self, job: str, state: str, error: str | None = None, model: BlobRef | None = None) -> None:
-        """Mark a job as done, failed or cancelled; `model` is the last one with all tensors, if the job was parted."""
+    def end(
+        self, job: str, state: str, error: str | None = None, model: BlobRef | None = None,
+        last: LastEvaluation | None = None,
+    ) -> None:  # fmt: skip
+        """Mark a job as done, failed or cancelled.
+
+        `model` is the last one with all tensors, if the job was parted; `last` its evaluation by devices, whose own
+        answers are deleted in the same commit.
+        """
         values: dict[str, Any] = {"state": state, "error": error, "ended_s": time.time()}
         if model is not None:
             values |= {"model_sha256": model.sha256, "model_size": model.size, "frozen_sha256": None}
+        if last is not None:
+            values["last_evaluation"] = last.as_json()
         with self._engine.begin() as db:
             running = (jobs.c.id == job) & (jobs.c.state == "running")
             db.execute(jobs.update().where(running).values(values))
+            if last is not None:
+                db.execute(updates.delete().where(updates.c.job == job))
+                db.execute(rounds.delete().where((rounds.c.job == job) & rounds.c.outcome.is_(sa.null())))
         self.followers.forget(job)
         self._notify()
 
@@ -332,6 +350,7 @@ class Jobs:
                 "label": row["label"],
                 "waiting": (self.waiting() or None) if row["state"] == "running" else None,
                 "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
+                "last_evaluation": row["last_evaluation"],
                 "frozen": None if (frozen := _frozen_of(row)) is None else dataclasses.asdict(frozen),
             }
         )

@@ -71,6 +71,8 @@ jobs = sa.Table(
     sa.Column("parted", sa.Boolean),  # whether parameters are only trained tensors and buffers; NULL = not known
     sa.Column("frozen_sha256", sa.String),  # all other tensors of the model, until the job is done
     sa.Column("frozen_size", sa.Integer),
+    sa.Column("evaluation", sa.JSON),  # records.EvaluationSpec; NULL = devices do not evaluate
+    sa.Column("last_evaluation", sa.JSON),  # rounds.LastEvaluation.as_json(), once the job is done
     sa.Column("name", sa.String),  # display name of the task; NULL = `task`
     sa.Column("label", sa.String),  # the name that its operator gave it (--name), if any
 )
@@ -95,6 +97,7 @@ updates = sa.Table(
     sa.Column("weight", sa.Float),
     sa.Column("metrics", sa.JSON, nullable=False),
     sa.Column("reason", sa.String),  # why there is no update
+    sa.Column("evaluation", sa.JSON(none_as_null=True)),  # records.DeviceEvaluation; NULL = none
 )
 
 relays = sa.Table(

@@ -25,6 +25,7 @@ from edgefl.errors import CloudUnreachable, ManifestRejected
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
+from edgefl.protocols.fields import to_json
 from edgefl.protocols.messages import BlobRef
 
 STALL_S = 120.0  # a transfer without progress for this long is restarted
@@ -154,6 +155,7 @@ class _OutgoingUpdate(_Progress):
             blake3=update.blake3,
             weight=update.weight,
             metrics=dict(update.metrics),
+            evaluation=None if update.evaluation is None else pb.Evaluation(**to_json(update.evaluation)),
         )
         with (
             update.path.open("rb") as file,

@@ -30,7 +30,17 @@ from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolErro
 from edgefl.logs import event
 from edgefl.measure import give_back_memory
 from edgefl.protocols.backoff import Backoff
-from edgefl.protocols.messages import Assignment, BlobRef, Deliver, Fit, JobMessage, RoundClosed, UpdateRefused
+from edgefl.protocols.messages import (
+    Assignment,
+    BlobRef,
+    Deliver,
+    Evaluate,
+    Fit,
+    JobMessage,
+    RoundClosed,
+    UpdateRefused,
+)
+from edgefl.records import DeviceEvaluation
 
 MAX_WAITING = 64  # assignments; the answer to `Next` lists the others again
 LEAD_S, LEAD_SHARE = 2.0, 0.05  # stop this long before the deadline, so that a failure reaches the cloud in time
@@ -72,6 +82,7 @@ class Participant:
         self._models.mkdir(mode=0o700, exist_ok=True)
         self._model: Path | None = None  # the file whose hash this process has checked
         self._frozen = FrozenParts(deps.home, deps.channel)
+        self._told: dict[str, str] = {}  # job -> why it was not evaluated, as logged last
 
     @property
     def current(self) -> Assignment | None:
@@ -81,7 +92,7 @@ class Participant:
     def handle(self, message: JobMessage) -> None:
         """Handle a message from topic down/<device>/job."""
         match message:
-            case Fit() | Deliver():
+            case Fit() | Deliver() | Evaluate():
                 if message.round >= self._newest.get(message.job, 0):  # an older round is over
                     self.offer(message)
             case RoundClosed():
@@ -151,6 +162,7 @@ class Participant:
     def forget(self, jobs: Sequence[str]) -> None:
         """Delete the state and the frozen tensors of jobs that have ended."""
         for job in jobs:
+            self._told.pop(job, None)
             try:
                 self._deps.store.forget_state(job)
                 self._frozen.forget(job)
@@ -238,15 +250,19 @@ class Participant:
             blake3=done.blake3,
             weight=done.weight,
             metrics=done.metrics,
+            evaluation=done.evaluation,
         )
+        self._tell_fault(job, done.evaluation)
         return update, state if done.changed else None
 
-    async def _fetched(self, assignment: Assignment) -> wire.FitRequest | wire.DeliverRequest:
+    async def _fetched(self, assignment: Assignment) -> wire.Request:
         """Download what an assignment names; return the trainer's request for it, with paths in place of hashes."""
         bundle, task = await self._deps.bundles.get(assignment.bundle)
         match assignment:
             case Fit():
                 return await self._fit_request(assignment, bundle, task)
+            case Evaluate():
+                return await self._evaluate_request(assignment, bundle, task)
             case Deliver():
                 return await self._deliver_request(assignment, bundle, task)
 
@@ -263,6 +279,7 @@ class Participant:
             model=str(model),
             frozen=str(frozen or ""),
             parted=assignment.parted,
+            evaluate=assignment.evaluate,
             bundle=str(bundle),
             task=task,
             options=deps.options,
@@ -270,6 +287,29 @@ class Participant:
             memory_limit_mb=deps.memory_limit_mb,
             folder=str(work_folder(deps.home, bundle)),
         )
+
+    async def _evaluate_request(self, assignment: Evaluate, bundle: Path, task: str) -> wire.EvaluateRequest:
+        deps = self._deps
+        frozen = await self._frozen.get(assignment.job, assignment.frozen) if assignment.frozen is not None else None
+        return wire.EvaluateRequest(
+            client=deps.device,
+            seed=assignment.seed,
+            model=str(await self._fetch(assignment.model, assignment.model_blake3)),
+            frozen=str(frozen or ""),
+            parted=assignment.parted,
+            bundle=str(bundle),
+            task=task,
+            options=deps.options,
+            out="",  # see `_answer`
+            memory_limit_mb=deps.memory_limit_mb,
+            folder=str(work_folder(deps.home, bundle)),
+        )
+
+    def _tell_fault(self, job: str, evaluation: DeviceEvaluation | None) -> None:
+        """Log why there is no evaluation, once for a job and a reason."""
+        if evaluation is not None and evaluation.fault and self._told.get(job) != evaluation.fault:
+            self._told[job] = evaluation.fault
+            event(_log, logging.WARNING, "evaluation.failed", job=job, reason=evaluation.fault)
 
     async def _deliver_request(self, assignment: Deliver, bundle: Path, app: str) -> wire.DeliverRequest:
         deps = self._deps
@@ -287,9 +327,7 @@ class Participant:
             folder=str(work_folder(deps.home, bundle)),
         )
 
-    async def _run_with_retries(
-        self, assignment: Assignment, request: wire.FitRequest | wire.DeliverRequest
-    ) -> wire.WorkDone:
+    async def _run_with_retries(self, assignment: Assignment, request: wire.Request) -> wire.WorkDone:
         """Run a request in the trainer; if the system kills the trainer, try again, at most MAX_TRIES times."""
         pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         for tries in range(1, MAX_TRIES):

@@ -74,7 +74,7 @@ class Trainer:
             self._child = await _start(self._socket_path)
             event(_log, logging.INFO, "trainer.started", pid=self._child.pid)
 
-    async def run_request(self, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone:
+    async def run_request(self, request: wire.Request) -> wire.WorkDone:
         """Train or deliver a message; raises TaskError, or TrainerLost if the task did not cause the failure.
 
         Cancelling this cancels the work in the process too.
@@ -149,7 +149,7 @@ class _TrainerChild:
     def gone(self) -> bool:
         return self._dead.is_set() or self._reader.at_eof()
 
-    async def send(self, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone | wire.WorkFailed:
+    async def send(self, request: wire.Request) -> wire.WorkDone | wire.WorkFailed:
         """Send a request and return its answer; raises EOFError if the process died."""
         self._writer.write(wire.frame(request))
         await self._writer.drain()

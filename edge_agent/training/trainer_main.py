@@ -14,6 +14,7 @@ SIGINT cancels the current request; what the task prints goes to stderr.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import os
 import queue
@@ -34,9 +35,12 @@ from edgefl.bundle import load_bundle, unpack_bundle
 from edgefl.errors import EdgeflError, TaskError, out_of_memory
 from edgefl.guards import not_finite, wrong_metrics, wrong_spec, wrong_weight
 from edgefl.hashing import HashingFile
-from edgefl.records import Update
+from edgefl.protocols.fields import MAX_PROSE_CHARS
+from edgefl.records import DeviceEvaluation, Update
 from edgefl.task import FitResult
+from edgefl.terminal.text import one_line
 from edgefl.training.local import train_locally
+from edgefl.training.local_evaluation import evaluate_locally
 from edgefl.trees import SpooledTree, Tree, spec_of, write_tree
 
 NICENESS = 10
@@ -52,7 +56,7 @@ class TrainerProcess:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._requests: queue.SimpleQueue[wire.FitRequest | wire.DeliverRequest] = queue.SimpleQueue()  # one at a time
+        self._requests: queue.SimpleQueue[wire.Request] = queue.SimpleQueue()  # one at a time
         self._fitting = False
 
     def run(self) -> None:
@@ -72,7 +76,7 @@ class TrainerProcess:
                 message = wire.parse(
                     _receive(self._connection, wire.body_bytes(_receive(self._connection, wire.HEAD_BYTES)))
                 )
-                if isinstance(message, wire.FitRequest | wire.DeliverRequest):
+                if isinstance(message, wire.Request):
                     self._requests.put(message)
         except (OSError, EOFError, EdgeflError):
             os._exit(0)  # the agent is gone, and the task may never return
@@ -82,12 +86,12 @@ class TrainerProcess:
             self._fitting = False
             raise _Cancelled
 
-    def _answer(self, request: wire.FitRequest | wire.DeliverRequest) -> wire.WorkDone | wire.WorkFailed:
+    def _answer(self, request: wire.Request) -> wire.WorkDone | wire.WorkFailed:
         try:
             self._fitting = True
             if request.folder:
                 os.chdir(request.folder)
-            done = train(request) if isinstance(request, wire.FitRequest) else deliver_message(request)
+            done = work(request)
             self._fitting = False
         except _Cancelled:
             return wire.WorkFailed(reason="the round is over")
@@ -97,17 +101,56 @@ class TrainerProcess:
         return done
 
 
+def work(request: wire.Request) -> wire.WorkDone:
+    """Do what is requested; raises TaskError, and the errors of loading a task."""
+    match request:
+        case wire.FitRequest():
+            return train(request)
+        case wire.EvaluateRequest():
+            return evaluate(request)
+        case wire.DeliverRequest():
+            return deliver_message(request)
+
+
 def train(fit: wire.FitRequest) -> wire.WorkDone:
-    """Train, check the update and write it; raises TaskError, and the errors of loading a task."""
+    """Train, check the update and write it, then evaluate if that is asked for; a failed evaluation is no error."""
     limit_memory(fit.memory_limit_mb)
     parameters = SpooledTree(Path(fit.model))
     task = load_bundle(_unpacked(fit.bundle), fit.task)
-    frozen: Tree | None = SpooledTree(Path(fit.frozen)) if fit.frozen else {} if fit.parted else None
+    frozen = _frozen_of(fit)
     result = train_locally(
         task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen
     )
     check(task.name, result, parameters, fit)
-    return write(result, Path(fit.out))
+    done = write(result, Path(fit.out))
+    if not fit.evaluate:
+        return done
+    del result  # its memory is needed
+    evaluation = evaluate_locally(
+        task, parameters, options=fit.options, client=fit.client, seed=fit.train.seed, frozen=frozen
+    )
+    return dataclasses.replace(done, evaluation=_tellable(evaluation))
+
+
+def evaluate(request: wire.EvaluateRequest) -> wire.WorkDone:
+    """Evaluate the parameters, and write an update without tensors."""
+    limit_memory(request.memory_limit_mb)
+    task = load_bundle(_unpacked(request.bundle), request.task)
+    evaluation = evaluate_locally(
+        task, SpooledTree(Path(request.model)), options=request.options, client=request.client, seed=request.seed,
+        frozen=_frozen_of(request),
+    )  # fmt: skip
+    done = write(FitResult(tree={}, weight=0.0), Path(request.out))
+    return dataclasses.replace(done, evaluation=_tellable(evaluation))
+
+
+def _frozen_of(request: wire.FitRequest | wire.EvaluateRequest) -> Tree | None:
+    return SpooledTree(Path(request.frozen)) if request.frozen else {} if request.parted else None
+
+
+def _tellable(evaluation: DeviceEvaluation) -> DeviceEvaluation:
+    """Return an evaluation whose fault is one line of limited length: it may quote the user's error."""
+    return dataclasses.replace(evaluation, fault=one_line(evaluation.fault, MAX_PROSE_CHARS))
 
 
 def deliver_message(request: wire.DeliverRequest) -> wire.WorkDone:

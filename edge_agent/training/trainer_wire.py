@@ -1,11 +1,13 @@
 """The protocol between the agent and its trainer process: length-prefixed JSON over a socket.
 
     child:  hello {pid}
-    parent: fit {job, round, client, train, model, frozen, bundle, task, options, out, memory_limit_mb,
-            folder} | deliver {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb, folder}
-    child:  done {size, blake3, weight, metrics, changed} | failed {reason, spent}
+    parent: fit {job, round, client, train, evaluate, model, frozen, bundle, task, options, out, memory_limit_mb,
+            folder} | evaluate {client, seed, model, .. as in fit} | deliver {app, order, envelope, bundle, options,
+            state, state_out, out, memory_limit_mb, folder}
+    child:  done {size, blake3, weight, metrics, changed, evaluation} | failed {reason, spent}
 
-`fit` asks for a round of training, `deliver` hands one message to a Flower app's ClientApp; one request at a time.
+`fit` asks for a round of training, `evaluate` for an evaluation without training, `deliver` hands one message to a
+Flower app's ClientApp; one request at a time.
 `spent` means that the child ran out of memory, cannot be used any more, and exits.
 """
 
@@ -21,6 +23,7 @@ from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw, to_json
 from edgefl.protocols.messages import MAX_ROUND
+from edgefl.records import DeviceEvaluation
 
 MAX_FRAME_BYTES = 1 << 20
 _HEAD = struct.Struct(">I")
@@ -52,7 +55,26 @@ class FitRequest(Checked):
     folder: str = ""  # the task's working folder, which exists; empty = the child's
     frozen: str = ""  # path of the model's frozen tensors; empty = there are none
     parted: bool = False  # whether `model` has only the trained tensors and the buffers
+    evaluate: bool = False  # also evaluate the parameters on held-out samples
     kind: str = "fit"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateRequest(Checked):
+    """Evaluate parameters without training; `out` gets an update without tensors."""
+
+    client: str
+    seed: int  # of the job
+    model: str = field(metadata=raw())  # as in `FitRequest`, like the fields below
+    bundle: str = field(metadata=raw())
+    task: str
+    options: Mapping[str, str] = field(metadata=raw())
+    out: str = field(metadata=raw())
+    memory_limit_mb: int
+    folder: str = ""
+    frozen: str = ""
+    parted: bool = False
+    kind: str = "evaluate"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +103,7 @@ class WorkDone(Checked):
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     changed: bool = False
+    evaluation: DeviceEvaluation | None = None  # if the request asks for one
     kind: str = "done"
 
 
@@ -96,12 +119,14 @@ class WorkFailed(Checked):
 _KINDS: Mapping[str, type[Any]] = {
     "hello": Hello,
     "fit": FitRequest,
+    "evaluate": EvaluateRequest,
     "deliver": DeliverRequest,
     "done": WorkDone,
     "failed": WorkFailed,
 }
 
-Message = Hello | FitRequest | DeliverRequest | WorkDone | WorkFailed
+Request = FitRequest | EvaluateRequest | DeliverRequest
+Message = Hello | Request | WorkDone | WorkFailed
 
 
 def frame(message: Message) -> bytes:

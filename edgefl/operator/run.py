@@ -10,7 +10,7 @@ import hashlib
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from edgefl.operator.follow import follow_job
 from edgefl.protocols.labels import check_label
 from edgefl.protocols.messages import BlobRef
 from edgefl.records import RoundReport
+from edgefl.rounds import LastEvaluation, without_devices
 from edgefl.task import Task, load_task
 from edgefl.training.evaluation import Judge
+from edgefl.training.local_evaluation import evaluation_spec
 from edgefl.training.parts import parts_of
 from edgefl.trees import SpooledTree, Tree, write_tree
 from edgefl.trees.frozen import whole
@@ -54,9 +56,10 @@ class RunResult:
 
     job: str
     rounds: tuple[RoundReport, ...]
-    final: dict[str, float]  # metrics of the last model on the task's test data, if any
+    final: dict[str, float]  # of the last model: the last round's metrics, and `devices/..` evaluated after it
     seconds: float  # by the cloud's clock
     model: Json  # sha256, and the path if it was downloaded
+    last_evaluation: LastEvaluation = field(default_factory=LastEvaluation)  # by the devices, after the last round
 
     def as_json(self) -> Json:
         """Return the result with the keys common to all engines."""
@@ -112,10 +115,11 @@ def submit(  # noqa: PLR0913 - one a thing that may be chosen
     bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)
     tree = upload_tree(client, parts.moving, patience)
     frozen = upload_tree(client, parts.frozen, patience) if parts.frozen else None
+    evaluation = evaluation_spec(task) if config.rounds.evaluate_every else None
     on_ask()
     return insist(
         lambda: client.submit_job(packed.task, bundle, tree, parts.buffers, config, key, parted=True, frozen=frozen,
-                                  name=packed.name, label=label),
+                                  name=packed.name, label=label, evaluation=evaluation),
         patience,
     )  # fmt: skip
 
@@ -147,10 +151,12 @@ def watch(
     if out is not None:
         insist(lambda: download(client, model["sha256"], out), patience)
     times = insist(lambda: client.job(job), patience)
+    last = LastEvaluation.from_json(end.get("last_evaluation") or {})
     return RunResult(
         job=job,
         rounds=tuple(rounds),
-        final=dict(rounds[-1].metrics) if rounds else {},
+        final={**without_devices(rounds[-1].metrics), **last.metrics} if rounds else {},
+        last_evaluation=last,
         seconds=float(times["ended_s"]) - float(times["created_s"]),
         model=model,
     )

@@ -34,12 +34,14 @@ class NextReply(_message.Message):
     def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ..., renew: _Optional[bool] = ..., assignments: _Optional[_Iterable[_Union[Assignment, _Mapping]]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("fit", "deliver")
+    __slots__ = ("fit", "deliver", "evaluate")
     FIT_FIELD_NUMBER: _ClassVar[int]
     DELIVER_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
     fit: bytes
     deliver: bytes
-    def __init__(self, fit: _Optional[bytes] = ..., deliver: _Optional[bytes] = ...) -> None: ...
+    evaluate: bytes
+    def __init__(self, fit: _Optional[bytes] = ..., deliver: _Optional[bytes] = ..., evaluate: _Optional[bytes] = ...) -> None: ...
 
 class DownloadRequest(_message.Message):
     __slots__ = ("sha256", "offset")
@@ -64,7 +66,7 @@ class UpdateKey(_message.Message):
     def __init__(self, job: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("key", "offset", "size", "blake3", "weight", "metrics")
+    __slots__ = ("key", "offset", "size", "blake3", "weight", "metrics", "evaluation")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -78,13 +80,32 @@ class UploadHeader(_message.Message):
     BLAKE3_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
     key: UpdateKey
     offset: int
     size: int
     blake3: str
     weight: float
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, key: _Optional[_Union[UpdateKey, _Mapping]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., blake3: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    evaluation: Evaluation
+    def __init__(self, key: _Optional[_Union[UpdateKey, _Mapping]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., blake3: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
+
+class Evaluation(_message.Message):
+    __slots__ = ("weight", "metrics", "fault")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    weight: float
+    metrics: _containers.ScalarMap[str, float]
+    fault: str
+    def __init__(self, weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("header", "data")

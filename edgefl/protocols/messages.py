@@ -18,8 +18,8 @@ from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw, to_json
 
 __all__ = [
-    "ASSIGNMENTS", "COMMANDS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Deliver", "DeviceState", "Fit",
-    "JobMessage", "LogWanted", "RolloutNote", "RoundClosed", "Signed", "Telemetry", "UpdateRefused", "decode",
+    "ASSIGNMENTS", "COMMANDS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Deliver", "DeviceState", "Evaluate",
+    "Fit", "JobMessage", "LogWanted", "RolloutNote", "RoundClosed", "Signed", "Telemetry", "UpdateRefused", "decode",
     "decode_command", "decode_job", "encode", "from_json",
 ]  # fmt: skip
 
@@ -67,7 +67,31 @@ class Fit(Checked):
     max_update_bytes: int = field(metadata=limited(least=0))
     frozen: BlobRef | None = None  # safetensors: the model's frozen tensors, the same in every round of the job
     parted: bool = False  # whether `model` holds only the trained tensors and the buffers
+    evaluate: bool = False  # also evaluate `model` on the device's held-out samples
     kind: str = "fit"
+
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Return what a device fetches for it, beside the bundle."""
+        return (self.model,) if self.frozen is None else (self.model, self.frozen)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate(Checked):
+    """A device is asked to evaluate a job's last parameters, without training (down/<device>/job and `Next`)."""
+
+    replaces_older: ClassVar[bool] = True
+
+    job: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    round: int = field(metadata=limited(least=0, most=MAX_ROUND))  # the one after the last
+    model: BlobRef  # as in `Fit`, like the fields below
+    model_blake3: str = field(metadata=limited(max_chars=64))
+    bundle: Signed
+    seed: int = field(metadata=limited(least=0))  # of the job, for the task's loader
+    deadline_s: float = field(metadata=limited(least=0, most=MAX_SECONDS))
+    max_update_bytes: int = field(metadata=limited(least=0))  # of the answer, which has no tensors
+    frozen: BlobRef | None = None
+    parted: bool = False
+    kind: str = "evaluate"
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """Return what a device fetches for it, beside the bundle."""
@@ -168,10 +192,14 @@ class Telemetry(Checked):
     on_mains: bool | None = None
 
 
-Assignment = Fit | Deliver  # what one device is asked
+Assignment = Fit | Deliver | Evaluate  # what one device is asked
 JobMessage = Assignment | RoundClosed | UpdateRefused  # what comes on down/<device>/job
 
-ASSIGNMENTS: Mapping[str, type[Assignment]] = {"fit": Fit, "deliver": Deliver}  # as fleet.proto names them
+ASSIGNMENTS: Mapping[str, type[Assignment]] = {
+    "fit": Fit,
+    "deliver": Deliver,
+    "evaluate": Evaluate,
+}  # as fleet.proto names them
 COMMANDS: Mapping[str, type[LogWanted]] = {LogWanted.kind_name: LogWanted}
 JOB_MESSAGES: Mapping[str, type[JobMessage]] = {**ASSIGNMENTS, "closed": RoundClosed, "refused": UpdateRefused}
 

@@ -9,6 +9,7 @@ import pytest
 
 from edge_agent.store import FailureNote, Outgoing, Store
 from edgefl.errors import HomeError
+from edgefl.records import DeviceEvaluation
 
 
 @pytest.fixture
@@ -196,3 +197,20 @@ def test_a_database_that_cannot_be_read_now_is_named(tmp_path):
         with pytest.raises(HomeError, match=r"agent\.db cannot be read: no such table"):
             store.failures()
     store.close()
+
+
+def test_an_evaluation_survives_with_its_update_also_in_a_store_of_version_1(tmp_path):
+    db = sqlite3.connect(tmp_path / "agent.db")
+    db.executescript(
+        "CREATE TABLE outbox (job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, blake3 TEXT NOT "
+        "NULL, weight REAL NOT NULL, metrics TEXT NOT NULL, PRIMARY KEY (job, round)); PRAGMA user_version = 1;"
+    )
+    db.close()
+    with contextlib.closing(Store(tmp_path)) as store:
+        put(store)
+        draft = store.draft("j", 2)
+        draft.write_bytes(b"update")
+        found = DeviceEvaluation(metrics={"accuracy": 0.5}, weight=4.0)
+        store.put(Outgoing(job="j", round=2, path=draft, size=6, blake3="00", weight=1.0, evaluation=found))
+    with contextlib.closing(Store(tmp_path)) as again:
+        assert [one.evaluation for one in again.outbox()] == [None, found]

@@ -17,6 +17,7 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
 from edgefl.protocols.assignments import unpack
 from edgefl.protocols.messages import ASSIGNMENTS, BlobRef, Deliver
+from edgefl.records import DeviceEvaluation
 from edgefl.terminal.text import is_safe
 from edgefl.trees import write_tree
 
@@ -111,6 +112,26 @@ def test_an_upload_is_durable_in_the_queue_and_acknowledged_once(plane):
     assert plane.upload(stub, data).status == Status.STORED  # a replay is acknowledged, not folded
     assert plane.done.empty()
     assert not stub.Next(ASK, timeout=10).assignments
+
+
+def test_an_evaluation_is_durable_with_its_update_and_counts_once(plane):
+    stub, data = plane.stub("a"), update_bytes()
+    evaluation = pb.Evaluation(weight=4.0, metrics={"accuracy": 0.5})
+    assert plane.upload(stub, data, evaluation=evaluation).status == Status.STORED
+    answer = plane.next_answer()
+    assert answer.evaluation == DeviceEvaluation(metrics={"accuracy": 0.5}, weight=4.0)
+    assert plane.jobs.open_round(plane.job, 1, ()) == [answer]
+    again = pb.Evaluation(weight=9.0, metrics={"accuracy": 1.0})
+    assert plane.upload(stub, data, evaluation=again).status == Status.STORED
+    assert plane.jobs.open_round(plane.job, 1, ()) == [answer]
+
+
+def test_the_kinds_that_an_agent_knows_are_noted(plane):
+    assert not plane.rounds.lacks("a", "evaluate")  # it has said nothing yet
+    plane.stub("a").Next(pb.NextRequest(knows=["fit", "deliver", "fly"]), timeout=10)
+    assert plane.rounds.lacks("a", "evaluate")
+    plane.stub("a").Next(ASK, timeout=10)
+    assert not plane.rounds.lacks("a", "evaluate")
 
 
 def test_an_upload_that_was_cut_goes_on(plane):

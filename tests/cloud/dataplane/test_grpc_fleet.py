@@ -21,9 +21,9 @@ from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.protocols import topics
 from edgefl.protocols.manifest import new_fleet_key, sign
-from edgefl.protocols.messages import DeviceState, Fit, RoundClosed, UpdateRefused, decode_job, encode
+from edgefl.protocols.messages import DeviceState, Evaluate, Fit, RoundClosed, UpdateRefused, decode_job, encode
 from edgefl.protocols.mqtt import LinkConfig
-from edgefl.records import Failure, Plan
+from edgefl.records import DeviceEvaluation, Evaluated, Failure, Plan
 from edgefl.testing import ManualClock, make_update
 from edgefl.trees import SpooledTree, write_tree
 from tests.threaded import Broker, Link, ThreadedDeviceLink
@@ -316,3 +316,28 @@ def test_after_a_pause_the_plan_is_told_again(centre, tmp_path):
     assert centre.devices["a"].next() == plan
     assert centre.answer("a")
     assert [answer.device for answer in collected()] == ["b", "a"]
+
+
+def test_an_evaluation_without_training_is_an_assignment_of_its_own(centre):
+    fleet = centre.fleet(quorum=1)
+    centre.rounds.note_kinds("b", ["fit", "deliver"])  # an older agent
+    collected = in_thread(lambda: fleet.collect(centre.plan(fit=False, evaluate=True)))
+    asked = centre.devices["a"].next()
+    assert isinstance(asked, Evaluate)
+    assert (asked.seed, asked.max_update_bytes) == (JobConfig().train.seed, 64 << 10)
+    assert SpooledTree(centre.blobs.path(asked.model.sha256))["w"].tolist() == [0, 0]
+    found = DeviceEvaluation(metrics={"accuracy": 0.5}, weight=4.0)
+    answer = AnswerRow(device="a", file="none", evaluation=found)
+    centre.rounds.get(centre.job, 1).accept(answer, lambda one: centre.jobs.record(centre.job, 1, one))
+    older, evaluated = collected()
+    assert older.reason.startswith("its agent does not know assignments of the kind 'evaluate'; update the agent")
+    assert evaluated == Evaluated(job=centre.job, round=1, device="a", evaluation=found)
+
+
+def test_a_round_asks_for_evaluations_as_its_plan_says(centre):
+    fleet = centre.fleet(quorum=1)
+    collected = in_thread(lambda: fleet.collect(centre.plan(evaluate=True, clients=("a",))))
+    assert centre.devices["a"].next().evaluate
+    centre.answer("a")
+    [update] = collected()
+    assert update.evaluation is None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edgefl.protocols import tls
-from edgefl.records import RoundOutcome
+from edgefl.records import EvaluationSpec, RoundOutcome
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_events_stream_rounds_heartbeats_and_the_end(http, http_plane):
     }  # fmt: skip
     rest = [one for one in seen[1:] if one != quiet]
     assert rest[0]["model"] == second.sha256
-    assert rest[1] == {"state": "done", "error": None, "model": spelled(second)}
+    assert rest[1] == {"state": "done", "error": None, "model": spelled(second), "last_evaluation": None}
 
 
 def test_heartbeats_say_what_a_job_waits_for(http, http_plane):
@@ -237,3 +237,11 @@ def test_jobs_are_found_by_what_an_operator_calls_them(http, http_plane):
     for word, found in {"first try": {job, relay}, job: {job}, relay[:8]: {relay}, "none": set()}.items():
         assert {one["id"] for one in http.get("/v1/jobs", params={"named": word}).json()} == found
     assert http.post("/v1/jobs", json=job_body(http_plane, label="a\nb")).status_code == 400
+
+
+def test_a_job_says_what_its_devices_evaluate(http, http_plane):
+    body = job_body(http_plane, evaluation={"directions": {"loss": False, "calls": None}})
+    job = http.post("/v1/jobs", json=body).json()["id"]
+    assert http_plane.jobs.load(job).evaluation == EvaluationSpec(directions={"loss": False, "calls": None})
+    for wrong in ({"directions": {"m" * 201: None}}, {"directions": {str(n): True for n in range(201)}}, {}):
+        assert http.post("/v1/jobs", json=body | {"evaluation": wrong}).status_code == 400

@@ -10,7 +10,8 @@ from edgefl.config import JobConfig, ServerConfig, TrainConfig
 from edgefl.errors import ConfigError, MissingExtra, NotFound, ProtocolError
 from edgefl.protocols.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef
-from edgefl.records import RoundOutcome
+from edgefl.records import DeviceEvaluation, EvaluationSpec, RoundOutcome
+from edgefl.rounds import LastEvaluation
 
 
 @pytest.fixture
@@ -266,3 +267,23 @@ def test_a_job_keeps_the_name_that_its_operator_gave_it(home):
     assert [(one["name"], one["label"]) for one in jobs.list()] == [("digits", "first try")]
     with pytest.raises(ConfigError, match="--name"):
         jobs.submit("t:t", *parts, (), JobConfig(), label="job-1")
+
+
+def test_what_devices_evaluate_is_kept_with_the_job_and_their_last_evaluation_with_its_end(home):
+    jobs, blobs, _ = home
+    spec = EvaluationSpec(directions={"loss": False, "calls": None})
+    bundle, parameters = blobs.put(b"zip"), blobs.put_tree({"w": np.zeros(2, np.float32)})
+    job = jobs.submit("t:t", bundle, parameters, (), JobConfig(), evaluation=spec)
+    assert jobs.load(job).evaluation == spec
+    assert jobs.load(submit(jobs, blobs)).evaluation is None
+    found = DeviceEvaluation(metrics={"loss": 0.5}, weight=2.0)
+    jobs.open_round(job, 11, ("a", "b"))
+    for answer in (AnswerRow(device="a", file="f", evaluation=found), AnswerRow(device="b", reason="why")):
+        jobs.record(job, 11, answer)
+    assert [one.evaluation for one in jobs.open_round(job, 11, ())] == [found, None]
+    assert jobs.load(job).cohort == ("a", "b")
+    last = LastEvaluation(metrics={"devices/loss": 0.5}, not_evaluated={"b": "why"})
+    jobs.end(job, "done", last=last)
+    assert jobs.row(job)["last_evaluation"] == last.as_json()
+    assert jobs.get(job)["rounds"] == []
+    assert not jobs.has_open_round(job)

@@ -19,8 +19,9 @@ from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.flower.fleet import wire as wire_of_flower
 from edgefl.flower.internals import give_id, task_identity
+from edgefl.records import DeviceEvaluation
 from edgefl.task import FitResult
-from edgefl.trees import read_tree
+from edgefl.trees import read_tree, write_tree
 
 PARAMETERS = {"w": np.zeros((2, 3), np.float32)}
 
@@ -154,3 +155,51 @@ def test_a_message_that_runs_out_of_memory_spends_the_trainer(request_for, tmp_p
         child.deliver_message(request_for("train")[0])
     assert child.failure(raised.value, 50).spent
     assert not (tmp_path / "state").exists()
+
+
+EVALUATED = """
+import numpy as np
+from edgefl import EvalResult, FitResult, Task
+
+def fit(parameters, config, options):
+    return FitResult(tree={"w": np.ones(1, np.float32)}, weight=2.0)
+
+def evaluate_locally(parameters, options):
+    if options:
+        raise ValueError("no\\ncard")
+    return EvalResult(metrics={"gain": float(parameters["w"][0])}, weight=3)
+
+task = Task(name="t", initial=lambda: {"w": np.zeros(1, np.float32)}, fit=fit, evaluate_locally=evaluate_locally)
+"""
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Return a function that makes the fields of a request for a task that evaluates parameters of 5."""
+    bundle, model = tmp_path / "bundle.zip", tmp_path / "model"
+    with zipfile.ZipFile(bundle, "w") as archive:
+        archive.writestr("evaluated_task.py", EVALUATED)
+    with model.open("wb") as file:
+        write_tree({"w": np.full(1, 5, np.float32)}, file)
+    return {"model": str(model), "bundle": str(bundle), "task": "evaluated_task:task", "out": str(tmp_path / "out")}
+
+
+def test_an_evaluation_comes_with_the_update_and_its_failure_costs_no_update(evaluated, tmp_path):
+    done = child.work(fit_of(**evaluated))
+    assert (done.weight, done.evaluation) == (2.0, None)
+    done = child.work(fit_of(**evaluated, evaluate=True))
+    assert done.evaluation == DeviceEvaluation(metrics={"gain": 5.0}, weight=3.0)
+    done = child.work(fit_of(**evaluated | {"options": {"card": "none"}}, evaluate=True))
+    assert "evaluate_locally raised ValueError: no card" in done.evaluation.fault
+    assert wire.parse(wire.frame(done)[wire.HEAD_BYTES :]) == done
+    assert read_tree((tmp_path / "out").read_bytes())["w"].tolist() == [1.0]
+
+
+def test_an_evaluation_alone_is_an_update_without_tensors(evaluated, tmp_path):
+    request = wire.EvaluateRequest(client="c", seed=0, options={}, memory_limit_mb=0, **evaluated)
+    assert wire.parse(wire.frame(request)[wire.HEAD_BYTES :]) == request
+    done = child.work(request)
+    data = (tmp_path / "out").read_bytes()
+    assert (done.size, done.blake3, done.weight) == (len(data), blake3(data).hexdigest(), 0.0)
+    assert not read_tree(data)
+    assert done.evaluation == DeviceEvaluation(metrics={"gain": 5.0}, weight=3.0)

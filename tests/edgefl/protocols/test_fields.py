@@ -156,6 +156,11 @@ EVERY: dict[type, dict[str, Any]] = {
         "job": "j", "round": 1, "content": PIECE, "content_blake3": "00", "envelope": "e", "deadline_s": 6.0,
         "bundle": {"text": "{}", "key_id": "k", "signature": "s"}, "max_update_bytes": 9,
     },
+    messages.Evaluate: {
+        "job": "j", "round": 1, "model": PIECE, "model_blake3": "00", "seed": 1, "deadline_s": 6.0,
+        "bundle": {"text": "{}", "key_id": "k", "signature": "s"}, "max_update_bytes": 9,
+    },
+    messages.LogWanted: {"request": "r", "lines": 5, "job": "j"},
     messages.RoundClosed: {"job": "j", "round": 1, "job_ended": True},
     messages.UpdateRefused: {"job": "j", "round": 1, "reason": "r"},
     messages.DeviceState: {
@@ -257,5 +262,6 @@ def test_every_message_of_the_project_is_in_the_table() -> None:
                 assert issubclass(one, Checked), one
     assert found - set(EVERY) == {
         trainer_wire.FitRequest,
+        trainer_wire.EvaluateRequest,
         trainer_wire.DeliverRequest,
     }  # they go from the agent to its own child
