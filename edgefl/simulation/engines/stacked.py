@@ -28,7 +28,7 @@ from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
 from edgefl.training.local import derive_seed, make_model, set_parameters
 from edgefl.training.samples import Samples
-from edgefl.training.structures import Structure, arguments, flattened, mapped
+from edgefl.training.structures import Structure, arguments, mapped
 from edgefl.trees.frozen import whole
 from edgefl.trees.tensors import array_of
 
@@ -47,8 +47,13 @@ NOT_IN_MEMORY = "its samples are a Dataset, read batch by batch; stacked are sam
 
 def kind_of(samples: Samples) -> tuple[object, ...]:
     """Return the properties that must be equal for samples in one stack."""
-    tensors, form = flattened((samples.inputs, samples.targets))
-    return (form, *((one.shape[1:], one.dtype) for one in tensors))
+    import torch
+
+    inputs, targets = samples.inputs, samples.targets
+    if isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor):  # asked for each client of a round
+        return inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype
+    batch = Batch.of(inputs, targets)
+    return (batch.form, batch.width(), *(one.dtype for one in batch.tensors))
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,9 @@ class Samples:
     targets: Structure  # of tensors, (N, ...) each
 
     def __len__(self) -> int:
-        return num_rows(leaves(self.inputs)[0])
+        if isinstance(self.inputs, (tuple, dict)):
+            return num_rows(leaves(self.inputs)[0])
+        return len(self.inputs)  # one tensor: asked for often
 
     @property
     def device(self) -> torch.device:
