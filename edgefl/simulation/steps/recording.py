@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_RECORDINGS = 64  # shapes; autograd computes batches of further shapes
 MAX_PARAMETERS = 1000  # tensors; recording takes milliseconds per tensor, too long for models with very many
+RECORD_RAGGED_AT = 50  # steps of the same shapes before recording, if batches have many widths
 RECORD_AT = 3  # steps of the same shapes in a stack before recording, which costs as much as tens of steps
 TOLERANCE = 1e-3  # relative to the largest gradient: rounding is far below, a wrong computation far above
 
@@ -113,7 +114,7 @@ class RecordedGradient:
         """Whether batches of this kind are likely to come again: sequences have many lengths."""
         self._widths.add(batch.width())
         self._seen[key] += 1
-        return batch.is_tensors() and (len(self._widths) == 1 or self._seen[key] >= RECORD_AT)
+        return batch.is_tensors() and (len(self._widths) == 1 or self._seen[key] >= RECORD_RAGGED_AT)
 
     def _step(self, like: Batch, *tensors: Any) -> tuple[Any, ...]:
         """Compute the same as `_by_autograd`, as a function of all tensors that it uses."""

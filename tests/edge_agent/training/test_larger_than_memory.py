@@ -27,18 +27,20 @@ TASK = """
     WIDTH = 1 << 18
 
     class Lazy(torch.utils.data.Dataset):
-        def __init__(self, number):
-            self.number = number
+        def __init__(self, number, how):
+            self.number, self.how = number, how
 
         def __len__(self):
             return self.number
 
         def __getitem__(self, n):
+            if self.how == "eats":
+                np.ones(1 << 28)  # 2 GB
             return np.full(WIDTH, n % 7, np.float32), np.full(1, n % 7, np.float32)
 
     def load(megabytes, how):
-        dataset = Lazy(int(megabytes))
-        if how == "dataset":
+        dataset = Lazy(int(megabytes), how)
+        if how != "arrays":
             return dataset
         inputs, targets = zip(*(dataset[n] for n in range(len(dataset))))
         return np.stack(inputs), np.stack(targets)
@@ -97,6 +99,12 @@ def test_a_dataset_larger_than_the_limit_trains(tmp_path, workers):
 def test_the_same_data_as_arrays_exceed_the_limit(tmp_path):
     with pytest.raises(TaskError, match=r"the task exceeded its memory limit of 1024 MB"):
         asyncio.run(run(request(tmp_path, LIMIT_MB + 256, "arrays")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_item_that_exceeds_the_limit_is_told_as_such(tmp_path, workers):
+    with pytest.raises(TaskError, match=r"the task exceeded its memory limit of 1024 MB"):
+        asyncio.run(run(request(tmp_path, 16, "eats", workers=workers)))
 
 
 @pytest.mark.soak

@@ -13,7 +13,7 @@ from edgefl.simulation.engines.fleets import SimulationSetup, TrainingMethod
 from edgefl.simulation.engines.stackable import why_not_stacked
 from edgefl.simulation.engines.stacked import StackTrainer
 from edgefl.simulation.engines.trainer import LocalTrainer
-from edgefl.simulation.steps.recording import RecordedGradient
+from edgefl.simulation.steps.recording import RECORD_RAGGED_AT, RecordedGradient
 from edgefl.simulation.world.population import PopulationConfig, make_population
 from edgefl.simulation.world.task_population import TaskPopulation
 from edgefl.training.local import make_model, train_locally
@@ -105,7 +105,7 @@ def test_a_model_with_sequences_of_many_lengths_records_those_that_come_again():
     model = torch.nn.Linear(2, 1)
     task = dataclasses.replace(made.plain, model=lambda: model)
     gradient = RecordedGradient(task, make_model(task))
-    for length in (3, 4, 5, 4, 4, 4):
+    for length in (3, 4, 5, *[4] * RECORD_RAGGED_AT):
         gradient(torch.ones(2, length, 2), torch.zeros(2, length, 1))
     widths = [key[0][1] for key, recording in gradient._recordings.items() if recording is not None]
-    assert widths == [3, 4]  # the first, as no other was known, and the one that came three times
+    assert widths == [3, 4]  # the first, as no other was known, and the one that came often
