@@ -107,7 +107,12 @@ def enroll(  # noqa: PLR0913 - one a flag
 @click.option("--serve-memory-mb", default=0, help="Memory limit for predictions; 0 = a third of the machine's.")
 @click.option("--model-load-s", default=60.0, show_default=True, help="Time limit to load a release.")
 @click.option("--trainer-memory-mb", default=0, help="Memory limit for training; 0 = three quarters of the machine's.")
-@click.option("--trainer-idle-s", default=60.0, show_default=True, help="Stop an idle trainer process after this time.")
+@click.option(
+    "--trainer-idle-s",
+    default=60.0,
+    show_default=True,
+    help="Keep an idle trainer process, also for the next job of the same task, for this time.",
+)
 @click.option(
     "--trainer-socket",
     type=click.Path(path_type=Path),

@@ -22,7 +22,7 @@ from edge_agent.link.profile import load_profile
 from edge_agent.serving.access import Access
 from edgefl.errors import ConfigError, HomeError, InstallError
 from edgefl.process.home import check_home, replace_file
-from edgefl.terminal.output import example
+from edgefl.terminal.output import Output, example, json_option
 from edgefl.terminal.pairs import pairs_of
 
 COMMAND_TIMEOUT_S = 120
@@ -54,7 +54,8 @@ _ROOT_OPTION = click.option(
 @click.option("--cpu-quota", default="", help="Most processor time training may use: 150% is one and a half.")
 @click.option("--dry-run", is_flag=True, help="Print the files and change nothing.")
 @_ROOT_OPTION
-def install(*, dry_run: bool, root: Path, **options: object) -> None:
+@json_option
+def install(*, dry_run: bool, root: Path, output: Output, **options: object) -> None:
     """Make the enrolled agent a systemd service.
 
     It starts now, and at every boot of this machine.
@@ -63,22 +64,30 @@ def install(*, dry_run: bool, root: Path, **options: object) -> None:
     guarded = installation.serve_tls or installation.serve_token_file is not None
     Access(host=installation.serve_host, mutual_tls=guarded)  # the file itself is the agent's to read
     if dry_run:
-        for path, text in render(installation).items():
-            click.echo(f"# ---- {path}\n{text}")
+        files = {str(path): text for path, text in render(installation).items()}
+        for path, text in files.items():
+            output.line(f"# ---- {path}\n{text}")
+        output.result({"files": files})
         return
     install_files(installation, root)
-    click.echo(f"The agent is installed and starts with {root}." if _is_image(root) else "The agent is running.")
-    click.echo("  state:  systemctl status edgefl-agent      log:  journalctl -u edgefl-agent -u edgefl-trainer")
-    click.echo(f"  check:  edgefl agent doctor --home {installation.home}      undo:  edgefl agent uninstall")
+    output.line(f"The agent is installed and starts with {root}." if _is_image(root) else "The agent is running.")
+    output.line("  state:  systemctl status edgefl-agent")
+    output.line("  log:    journalctl -u edgefl-agent -u edgefl-trainer")
+    output.line(f"  check:  edgefl agent doctor --home {installation.home}")
+    output.line("  undo:   edgefl agent uninstall")
+    output.result({"home": str(installation.home), "root": str(root), "units": list(UNITS)})
 
 
 @click.command(epilog=example("edgefl agent uninstall --purge"))
 @click.option("--purge", is_flag=True, help="Remove the home and the user as well: keys, certificate, models.")
 @_ROOT_OPTION
-def uninstall(*, purge: bool, root: Path) -> None:
+@json_option
+def uninstall(*, purge: bool, root: Path, output: Output) -> None:
     """Stop the service and undo `install`. The home stays, unless --purge is given."""
-    for line in uninstall_files(root, purge=purge):
-        click.echo(line)
+    done = uninstall_files(root, purge=purge)
+    for line in done:
+        output.line(line)
+    output.result({"done": done})
 
 
 def install_files(installation: Installation, root: Path) -> None:

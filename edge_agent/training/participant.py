@@ -186,9 +186,9 @@ class Participant:
                 self._deps.on_change()
             if self._job_ended:
                 self._job_ended = False
-                await self._release_memory()
+                self._release_memory()
 
-    async def _release_memory(self) -> None:
+    def _release_memory(self) -> None:
         self._model = None
         try:
             for file in self._models.iterdir():
@@ -196,7 +196,7 @@ class Participant:
             self._deps.store.drop_spare()
         except OSError as error:  # disk error; the next rounds overwrite or delete what is left
             event(_log, logging.ERROR, "work.not_removed", reason=error)
-        await self._deps.trainer.end()
+        self._deps.trainer.keep_spare()
         give_back_memory()
 
     async def _execute(self, assignment: Assignment) -> None:
@@ -226,7 +226,7 @@ class Participant:
     async def _answer(self, assignment: Assignment) -> tuple[Outgoing, Path | None]:
         """Download the inputs while the trainer starts, then run the request; return the update and the new state."""
         deps, job, number = self._deps, assignment.job, assignment.round
-        starting = asyncio.create_task(deps.trainer.prepare(), name="trainer-start")
+        starting = asyncio.create_task(deps.trainer.prepare(assignment.bundle.text), name="trainer-start")
         try:
             request = await self._fetched(assignment)
             with suppress(TrainerLost):  # `_run_with_retries` starts it again

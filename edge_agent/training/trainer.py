@@ -1,8 +1,8 @@
 """The agent's side of training: starts the trainer process, sends it requests, cancels them, and restarts it.
 
-The process stays alive between plans, so that torch is loaded once. It is stopped when the job ends or after an
-idle minute, so that an idle agent uses little memory. It is a child process on a socket pair, or a systemd
-service that starts when the agent connects to its socket, in a slice of its own.
+The process stays alive between plans, and between jobs of the same task, so that torch is loaded once. It is stopped
+after it was idle for a time, so that an idle agent uses little memory, and before another task uses it. It is a child
+process on a socket pair, or a systemd service that starts when the agent connects to its socket, in a slice of its own.
 Invariant: a request ends with a `WorkDone`, a TaskError, a TrainerLost or a cancellation; then the next one can start.
 """
 
@@ -42,6 +42,8 @@ class Trainer:
         self._abandoning: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._used = asyncio.Event()
+        self._task = ""  # the signed bundle of the running process's last request
+        self._is_spare = False  # the job that used the process has ended
 
     @property
     def pid(self) -> int | None:
@@ -62,12 +64,19 @@ class Trainer:
         finally:
             await self._drop()
 
-    async def prepare(self) -> None:
-        """Start the process, if none runs, so that it imports torch while the model is being downloaded."""
+    async def prepare(self, task: str = "") -> None:
+        """Start the process, if none runs, so that it imports torch while the model is being downloaded.
+
+        `task` identifies what will be run: a process that has run another one for a job that has ended is replaced.
+        """
         self._used.set()
         async with self._starting:
             if self._abandoning is not None:  # its caller may have been cancelled a second time and not awaited it
                 await asyncio.wait([self._abandoning])
+            if task:
+                if self._is_spare and task != self._task:
+                    await self.end()
+                self._task, self._is_spare = task, False
             if self._child is not None and not self._child.gone:
                 return
             await self._drop()
@@ -107,6 +116,10 @@ class Trainer:
     async def _abandon(self, child: _TrainerChild) -> None:
         if not await child.cancel_request():
             await self._drop()
+
+    def keep_spare(self) -> None:
+        """Note that the job has ended: the process waits for another job of its task until it has been idle."""
+        self._is_spare = True
 
     async def end(self) -> None:
         """Stop the process if it is idle; while it works, nothing happens."""

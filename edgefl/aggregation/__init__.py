@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.aggregation.rule import Rule, RuleKind
+from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.trees import Tree
 
-__all__ = ["RULES", "Rule", "RuleKind", "WeightedMean", "make_rule", "rule_kind"]
+__all__ = ["RULES", "Rule", "RuleKind", "WeightedMean", "make_rule", "refuse_unusable", "rule_kind"]
 
 RULES: Mapping[str, RuleKind] = {"mean": WeightedMean}
 
@@ -23,6 +25,12 @@ def rule_kind(name: str) -> RuleKind:
     if name not in RULES:
         raise ConfigError(f"aggregation.rule={name!r} is not one of: {', '.join(sorted(RULES))}")
     return RULES[name]
+
+
+def refuse_unusable(config: JobConfig) -> None:
+    """Raise ConfigError for a rule or a server optimizer that no round could use; MissingExtra without torch."""
+    rule_kind(config.aggregation.rule)
+    ServerOptimizer(config.server, gradient=False)
 
 
 def make_rule(name: str, like: Tree) -> Rule:

@@ -10,16 +10,17 @@ import hashlib
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
-from edgefl.aggregation import rule_kind
+from edgefl.aggregation import refuse_unusable
 from edgefl.bundle import pack_bundle
 from edgefl.bundle.selection import left_out_text
 from edgefl.config import Config, JobConfig, config_of
-from edgefl.errors import BlobDamaged, CloudRefused, JobCancelled, JobFailed, NotFound
+from edgefl.errors import BlobDamaged, CloudRefused, JobCancelled, JobFailed, MissingExtra, NotFound
 from edgefl.measure import peak_rss_mb
 from edgefl.operator.client import CloudClient, Json, Patience, insist, load_credentials
 from edgefl.operator.follow import follow_job
@@ -102,11 +103,12 @@ def submit(  # noqa: PLR0913 - one a thing that may be chosen
     """Upload a task and its first parameters, start the job and return its id; survives restarts of the cloud.
 
     `on_ask` is called when all is uploaded: from then on the job may run, even if this process ends. `on_note` gets
-    what the operator should know, such as files that are not sent. An unknown aggregation rule, or a `label` that is
-    no name for a job, raises ConfigError before anything is uploaded.
+    what the operator should know, such as files that are not sent. An unknown aggregation rule or server optimizer, or
+    a `label` that is no name for a job, raises ConfigError before anything is uploaded.
     """
-    rule_kind(config.aggregation.rule)
     check_label(label)
+    with suppress(MissingExtra):  # without torch here, the cloud checks the optimizer
+        refuse_unusable(config)
     packed = pack_bundle(reference)
     if packed.left_out:
         on_note(left_out_text(packed.left_out))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edgefl.aggregation import refuse_unusable
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import Config, JobConfig, config_of
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
@@ -93,6 +94,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     if before is not None and config is None:
         config = read_settings(before)
     settings = with_arguments(config_of(SimulationConfig, config, set), clients=clients, rounds=rounds, data=data)
+    refuse_unusable(settings)
     with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
         saved = going_on or (None if before is None else read_checkpoint(before))
         setup = _set_up(task, settings, population, saved)

@@ -171,6 +171,8 @@ def show_status(rollout_id: str | None, connection: CloudConnection, output: Out
             ("id", "model", "version", "state", "devices", "started"),
             rows,
             "no rollout yet; `edgefl rollout start` starts one",
+            whole=("id", "model"),
+            spare=("started",),
         )
     output.result(found)
 
@@ -239,10 +241,14 @@ def _table(releases: list[Json], output: Output) -> None:
         for one in releases
     ]  # fmt: skip
     columns = ("model", "version", "size", "metrics", "published", "signature")
-    output.table(columns, rows, "no model yet; `edgefl models publish` publishes one")
+    output.table(
+        columns, rows, "no model yet; `edgefl models publish` publishes one", whole=("model",),
+        spare=("signature", "published", "size"),
+    )  # fmt: skip
     output.result(releases)
 
 
 def _devices(status: Json, output: Output) -> None:
     rows = [(one["device"], one["state"], one["detail"]) for one in status["devices"]]
-    output.table(("device", "state", "detail"), rows, "no device is left in it: a later rollout replaced it")
+    output.table(("device", "state", "detail"), rows, "no device is left in it: a later rollout replaced it",
+                 whole=("device",))  # fmt: skip

@@ -15,6 +15,8 @@ from edgefl.records import RoundReport
 from edgefl.terminal.output import INTERRUPTED, Output, metrics_text
 from edgefl.terminal.text import grouped, one_line
 
+WAITING = "waiting for devices"  # until the first round is finished
+
 
 @dataclass(frozen=True, slots=True)
 class Screen:
@@ -38,8 +40,12 @@ def patience(line: Callable[[str], None]) -> Patience:
 
 @contextmanager
 def round_progress(output: Output, count: int | None) -> Iterator[Screen]:
-    """Yield the callbacks that show each round; `count` None: the number of rounds is unknown."""
+    """Yield the callbacks that show each round; `count` None: the number of rounds is unknown.
+
+    Without a terminal: one line per round, and one for each other state that a terminal would show.
+    """
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        output.line(WAITING)
         yield Screen(lambda outcome: output.line(round_text(outcome, count)), output.line)
         return
     from rich.console import Console
@@ -48,7 +54,7 @@ def round_progress(output: Output, count: int | None) -> Iterator[Screen]:
     text = TextColumn("{task.description}", markup=False)
     console = Console(stderr=True, markup=False, highlight=False)
     with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console) as progress:
-        bar = progress.add_task("waiting for devices", total=count)
+        bar = progress.add_task(WAITING, total=count)
 
         def show(outcome: RoundReport) -> None:
             console.print(round_text(outcome, count))

@@ -45,6 +45,7 @@ def run(  # noqa: PLR0913 - one a flag
     --set key=value changes its run-config.
     """
     with left_running(output) as standing:  # from here on: what is imported next takes seconds
+        from edgefl.aggregation import rule_kind
         from edgefl.operator.run import WatchCallbacks, submit, watch
         from edgefl.task import load_task
 
@@ -61,6 +62,7 @@ def run(  # noqa: PLR0913 - one a flag
             raise ConfigError("--run-config is for Flower apps; configure a task with --set a.b=c or --config FILE")
         over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
         job_config = load_config(JobConfig, config, over)
+        rule_kind(job_config.aggregation.rule)
         loaded = load_task(task)
         with connection.open() as client:
             job = standing.job = submit(

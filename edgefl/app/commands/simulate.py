@@ -81,6 +81,7 @@ def _simulate_task(request: SimulateRequest, output: Output) -> None:
     from edgefl.simulation.isolation.process import OwnProcess
 
     with OwnProcess(to_stderr=output.json_alone) as process, ExitStack() as stack:
+        from edgefl.aggregation import rule_kind
         from edgefl.simulation.isolation.messages import Order
         from edgefl.simulation.simulate import Watching
         from edgefl.simulation.study.checkpoint import read_settings
@@ -89,6 +90,7 @@ def _simulate_task(request: SimulateRequest, output: Output) -> None:
 
         before = read_settings(request.resume) if request.resume is not None and request.config is None else None
         job = load_config(SimulationConfig, request.config, request.over(), base=before)
+        rule_kind(job.aggregation.rule)
         screen = stack.enter_context(live_rounds(output, Progress(job.rounds.count)))
         callbacks = [screen.on_round]
         if request.tensorboard is not None:

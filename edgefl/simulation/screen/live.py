@@ -200,7 +200,10 @@ def compare(result: SweepResult, output: Output) -> None:
         times = [_number(one, "seconds", ".1f"), *([_number(one, "virtual_seconds", ".0f")] * virtual)]
         rate = _number(one, "clients_per_second", ".0f")
         rows.append([one["name"], state_of(ended), len(ended.rounds), *values, rate, moved, *times])
-    output.table(columns, rows, "no variant was run", _STYLES)
+    output.table(
+        columns, rows, "no variant was run", _STYLES, whole=("variant",),
+        spare=("moved", "clients/s", "virtual seconds", "seconds", "rounds"),
+    )  # fmt: skip
     if best:
         output.line("* the best value of a metric")
     for ended in result.failed:

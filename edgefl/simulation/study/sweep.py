@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgefl.aggregation import rule_kind
-from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.aggregation import refuse_unusable
 from edgefl.config import Config, config_of, with_settings
 from edgefl.errors import ConfigError, EdgeflError, MissingExtra
 from edgefl.records import Counts, RoundReport
@@ -157,6 +156,8 @@ def sweep(  # noqa: PLR0913 - as `simulate`
     configs = [with_settings(SimulationConfig, base, variant.settings) for variant in variants]
     if engine not in {AUTO, *ENGINES}:
         raise ConfigError(f"engine {engine!r} is not one of: {', '.join([AUTO, *ENGINES])}")
+    for one in configs:
+        refuse_unusable(one)
     _refuse_unfit(task if isinstance(task, Task) else load_task(str(task)), configs)
     configs_by_name = dict(zip((variant.name for variant in variants), configs, strict=True))
 
@@ -209,13 +210,11 @@ def _run_one(
 
 
 def _refuse_unfit(task: Task, configs: Sequence[SimulationConfig]) -> None:
-    """Raise ConfigError for an invalid rule, optimizer or cohort; makes each population once to count its clients."""
+    """Raise ConfigError for a cohort that is too large; makes each population once to count its clients."""
     from edgefl.simulation.world.population import make_population
 
     there: dict[str, int] = {}
     for config in configs:
-        rule_kind(config.aggregation.rule)
-        ServerOptimizer(config.server, gradient=False)
         key = repr(config.population)
         if key not in there:
             there[key] = len(make_population(task, config.population).names())

@@ -277,3 +277,23 @@ def test_a_fit_that_is_cancelled_twice_leaves_a_trainer_that_works(bench, until)
         assert (await trainer.run_request(bench.fit("pid"))).weight > 0
 
     bench.run(run)
+
+
+def test_the_child_is_kept_for_the_next_job_of_the_same_task_and_no_other(bench, until):
+    async def run(trainer):
+        async def pid_for(task):
+            await trainer.prepare(task)
+            return (await trainer.run_request(bench.fit("pid"))).weight
+
+        first = await pid_for("a")
+        assert await pid_for("b") == first  # two jobs that run at the same time share it
+        assert await pid_for("a") == first
+        trainer.keep_spare()
+        assert await pid_for("a") == first
+        trainer.keep_spare()
+        assert await pid_for("b") != first
+        trainer.keep_spare()
+        await until(lambda: trainer.pid is None)  # idle for long enough
+        assert await pid_for("b")
+
+    bench.run(run, idle_s=1.0)

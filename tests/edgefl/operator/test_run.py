@@ -232,3 +232,14 @@ def test_a_word_for_several_jobs_is_told_with_their_ids(http_plane, trainers, pl
     assert all(job in str(told.value) for job in jobs)
     with pytest.raises(NotFound, match="there is no job 'once'"):
         client.find_job("once")
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [({"server.optimizer": "Nope"}, "server.optimizer='Nope'"), ({"aggregation.rule": "nope"}, "aggregation.rule"),
+     ({"server.optimizer": "Adam", "server.options": {"bogus": 1}}, "bogus")],
+)  # fmt: skip
+def test_what_no_round_could_use_is_refused_before_anything_is_uploaded(http_plane, plain_task, over, said):
+    with pytest.raises(ConfigError, match=said):
+        edgefl.run(str(plain_task), credentials=http_plane.credentials, set=over)
+    assert list((http_plane.folder / "blobs").iterdir()) == []

@@ -50,3 +50,16 @@ def test_the_log_of_a_device_is_shown_as_it_is(edgefl, http_plane):
     assert edgefl("devices", "logs", "a").stdout == "one\n    two\n"
     again = edgefl("devices", "logs", "a")
     assert (again.exit_code, "a moment ago" in str(again.exception)) == (1, True)
+
+
+def test_names_and_urls_are_whole_on_a_terminal(on_terminal, http_plane):
+    name, url = "a-device-with-a-long-name.in-the-hall", "https://192.168.100.100:8000"
+    http_plane.enroll(name, site="north-of-the-river", line="3")
+    http_plane.link.states[name] = DeviceState(
+        session=1, online=True, agent_version="0", models={"digits": 12, "sounds": 3}, serving_url=url
+    )
+    shown = on_terminal("devices", "list")
+    assert name in shown
+    assert url in shown
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines()[:-1]), shown
+    assert "no room for" in shown

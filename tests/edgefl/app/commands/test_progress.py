@@ -27,7 +27,7 @@ def test_a_round_by_hand():
 def test_a_line_a_round_off_a_terminal(capsys):
     with round_progress(Output(), 5) as screen:
         screen.on_round(ROUND)
-    assert capsys.readouterr().out == TEXT + "\n"
+    assert capsys.readouterr().out == f"waiting for devices\n{TEXT}\n"
 
 
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
