@@ -84,6 +84,12 @@ class LastEvaluation:
     not_evaluated: Mapping[str, str] = field(default_factory=dict)  # device -> why its evaluation does not count
     reason: str = ""  # why no device was asked
 
+    @property
+    def fault(self) -> str:
+        """Why the last parameters have no evaluation by devices; empty if they have one, or none was asked for."""
+        why = self.reason or ("" if self.metrics else grouped(self.not_evaluated))
+        return f"the last model was not evaluated on devices: {why}" if why else ""
+
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
         return {"metrics": dict(self.metrics), "not_evaluated": dict(self.not_evaluated), "reason": self.reason}

@@ -70,6 +70,7 @@ class RunResult:
             "job": self.job,
             "rounds": [one.as_json() for one in self.rounds],
             "final": self.final,
+            **({"last_evaluation": last.as_json()} if (last := self.last_evaluation) != LastEvaluation() else {}),
             "seconds": self.seconds,
             "clients_per_second": admitted / self.seconds if self.seconds > 0 else 0.0,
             "peak_rss_mb": peak_rss_mb(),

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from edgefl.process.home import replace_file
 from edgefl.terminal.text import lines, one_line
 
 _P = ParamSpec("_P")
+_DEVICES = "devices/"  # begins the names of federated evaluation
 _T = TypeVar("_T")
 
 INTERRUPTED = 130  # exit status after SIGINT, as in shells
@@ -187,9 +188,25 @@ def ago_text(seconds: float) -> str:
 
 
 def metrics_text(metrics: Mapping[str, float | None]) -> str:
-    """Return metrics as `accuracy=0.97 loss=0.1`; a dash for a metric that is null in JSON."""
-    shown = {name: "-" if value is None else f"{value:.4g}" for name, value in sorted(metrics.items())}
+    """Return metrics as `accuracy=0.97 loss=0.1`; a dash for a metric that is null in JSON.
+
+    Those of federated evaluation are shortened to `devices/accuracy=0.9±0.05 (worst tenth 0.8)`, and their loss and
+    the number of devices left out if there are others.
+    """
+    devices = {name: value for name, value in metrics.items() if name.startswith(_DEVICES)}
+    known = {name: "-" if value is None else f"{value:.4g}" for name, value in sorted(metrics.items())}
+    shown = {name: text for name, text in known.items() if name not in devices} | _on_devices(devices, known)
     return " ".join(f"{one_line(name)}={value}" for name, value in shown.items())
+
+
+def _on_devices(names: Collection[str], known: Mapping[str, str]) -> dict[str, str]:
+    """Return the text of each metric of federated evaluation."""
+    means = [name for name in known if f"{name}/std" in names]
+    shown = {}
+    for name in [name for name in means if name != f"{_DEVICES}loss"] or means:
+        worst = known.get(f"{name}/worst_tenth")
+        shown[name] = f"{known[name]}±{known[f'{name}/std']}" + (f" (worst tenth {worst})" if worst else "")
+    return shown
 
 
 def _shown(cell: object) -> str:

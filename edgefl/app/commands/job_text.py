@@ -10,8 +10,9 @@ from typing import Any
 
 from edgefl.operator.client import Json
 from edgefl.operator.history import changed_settings, curves_of, reasons_of, seconds_of
+from edgefl.rounds import LastEvaluation
 from edgefl.terminal.curve import curve_text
-from edgefl.terminal.output import Output, counted, time_text
+from edgefl.terminal.output import Output, counted, metrics_text, time_text
 from edgefl.terminal.text import one_line
 
 MAX_DEVICES = 3  # named with a reason
@@ -48,7 +49,17 @@ def print_job(job: Json, output: Output) -> None:
     if rounds := job.get("rounds", ()):
         _print_rounds(rounds, output)
     _print_curves(job, output)
+    if last := job.get("last_evaluation"):
+        _print_last_evaluation(LastEvaluation.from_json(last), output)
     _print_reasons(job, output)
+
+
+def _print_last_evaluation(last: LastEvaluation, output: Output) -> None:
+    if last.metrics:
+        output.line("")
+        output.line(f"the last model on devices: {metrics_text(last.metrics)}")
+    if last.fault:
+        output.line(last.fault)
 
 
 def _print_settings(job: Json, output: Output) -> None:

@@ -18,6 +18,7 @@ from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.operator.history import compared, curves_of, headline, reasons_of
 from edgefl.records import RoundReport
+from edgefl.rounds import LastEvaluation
 from edgefl.terminal.output import (
     Output,
     ago_text,
@@ -100,15 +101,16 @@ def plot(names: Sequence[str], out: Path | None, connection: CloudConnection, ou
         refuse_unknown_format(out, "--out")
     with connection.open() as client:
         found = _found(client, names)
-    runs = {}
+    runs, finals = {}, {}
     for one in found:
         rounds = tuple(RoundReport.from_json(outcome) for outcome in one.get("rounds", ()))
         if not rounds:
             raise ConfigError(f"{one['id']} has no rounds to draw{_why_none(one)}")
-        runs[str(one["id"] if not one.get("label") else f"{one['label']} ({one['id']})")] = rounds
+        name = str(one["id"] if not one.get("label") else f"{one['label']} ({one['id']})")
+        runs[name], finals[name] = rounds, LastEvaluation.from_json(one.get("last_evaluation") or {}).metrics
     path = out or Path(f"{found[0]['id']}.png")
     refuse_no_folder(path, "--out")
-    write_plot(runs, path)
+    write_plot(runs, path, finals=finals)
     output.line(f"plot: {path}")
     output.result({"jobs": [one["id"] for one in found], "plot": str(path)})
 
@@ -177,6 +179,8 @@ def watch(job: str, task: str | None, out: Path | None, connection: CloudConnect
                 )
                 result = watch_job(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    if result.last_evaluation.fault:
+        output.line(result.last_evaluation.fault)
     output.result(result.as_json())
 
 

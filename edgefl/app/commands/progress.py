@@ -12,6 +12,7 @@ import click
 from edgefl.errors import CloudUnreachable
 from edgefl.operator.client import Patience
 from edgefl.records import RoundReport
+from edgefl.terminal.once import Once
 from edgefl.terminal.output import INTERRUPTED, Output, metrics_text
 from edgefl.terminal.text import grouped, one_line
 
@@ -44,9 +45,19 @@ def round_progress(output: Output, count: int | None) -> Iterator[Screen]:
 
     Without a terminal: one line per round, and one for each other state that a terminal would show.
     """
+    once = Once()
+
+    def lines(outcome: RoundReport) -> list[str]:
+        not_evaluated = once.text(outcome.not_evaluated)
+        return [round_text(outcome, count), *([f"not evaluated: {not_evaluated}"] if not_evaluated else [])]
+
+    def print_lines(outcome: RoundReport) -> None:
+        for line in lines(outcome):
+            output.line(line)
+
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         output.line(WAITING)
-        yield Screen(lambda outcome: output.line(round_text(outcome, count)), output.line)
+        yield Screen(print_lines, output.line)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -57,7 +68,8 @@ def round_progress(output: Output, count: int | None) -> Iterator[Screen]:
         bar = progress.add_task(WAITING, total=count)
 
         def show(outcome: RoundReport) -> None:
-            console.print(round_text(outcome, count))
+            for line in lines(outcome):
+                console.print(line)
             progress.update(bar, completed=outcome.round, description="rounds")
 
         yield Screen(show, lambda said: console.print(one_line(said)))

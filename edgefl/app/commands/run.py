@@ -82,6 +82,8 @@ def run(  # noqa: PLR0913 - one a flag
                 )
                 result = watch(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    if result.last_evaluation.fault:
+        output.line(result.last_evaluation.fault)
     if out is not None:
         output.line(f"model: {out}")
     if loaded.model is not None or loaded.export is not None:  # what `models publish` can export

@@ -41,7 +41,8 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--federation-config", multiple=True, metavar="'K=V K=V'", help="For a Flower app: num-supernodes=N, ..")
 @click.option("--sweep", multiple=True, metavar="A.B=C,D,..", help="Run once per value (of several: per combination).")
 @click.option("--data", multiple=True, metavar="K=V", help="Data option for every client's loader, or node config.")
-@click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS")
+@click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS",
+              help="On the test data; for clients: --set rounds.evaluate_every=N.")  # fmt: skip
 @click.option("--out", type=_FILE, help="File for the model (safetensors).")
 @click.option("--plot", type=_FILE, help="Plot the rounds into a .png or .svg.")
 @click.option("--tensorboard", type=_FOLDER, metavar="DIR", help="Write event files for TensorBoard.")
@@ -125,9 +126,13 @@ def _tell(result: SimulationResult, request: SimulateRequest, output: Output) ->
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {result.clients_per_second:.0f} clients/s, "
         f"at most {result.peak_rss_mb:.0f} MB: {metrics_text(result.final) or 'no metrics'}"
     )
+    if result.last_evaluation.fault:
+        output.line(result.last_evaluation.fault)
     if request.plot is not None:
         from edgefl.simulation.screen.plot import write_plot
 
-        write_plot({result.task: result.rounds}, request.plot, {result.task: result.took_part})
+        write_plot(
+            {result.task: result.rounds}, request.plot, {result.task: result.took_part}, {result.task: result.final}
+        )
         output.line(f"plot: {request.plot}")
     output.result(result.as_json())

@@ -18,6 +18,7 @@ from edgefl.records import RoundReport
 from edgefl.simulation.study.report import Json
 from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult, last_metrics
 from edgefl.simulation.study.variants import Variant
+from edgefl.terminal.once import Once
 from edgefl.terminal.output import Output, metrics_text
 from edgefl.terminal.text import grouped, one_line
 
@@ -46,6 +47,8 @@ class Progress:
     def __init__(self, count: int | None) -> None:  # None: unknown number of rounds
         self._count, self._engine = count, "being chosen"
         self._reason = self._lost = ""
+        self._once = Once()
+        self.news = ""  # of the latest round: which clients did not evaluate, and why, if that was not said before
         self._ends_s: deque[float] = deque(maxlen=ROWS)  # end times of the latest rounds, and the start
         self._rows: deque[tuple[str, ...]] = deque(maxlen=ROWS)
 
@@ -70,7 +73,9 @@ class Progress:
             metrics_text(outcome.metrics),
         )
         self._rows.append(cells)
-        if reasons := reasons_text(outcome):
+        not_evaluated = self._once.text(outcome.not_evaluated, REASONS)
+        self.news = f"not evaluated: {not_evaluated}" if not_evaluated else ""
+        if reasons := "; ".join(filter(None, (reasons_text(outcome), self.news))):
             self._lost = f"round {done}: {reasons}"
         return cells
 
@@ -140,7 +145,12 @@ def live_rounds(output: Output, progress: Progress) -> Iterator[RoundCallbacks]:
 
         def on_round(outcome: RoundReport) -> None:
             cells = progress.note(outcome, now_s=time.perf_counter())
-            draw() if draw is not None else output.line(line_text(outcome, cells))
+            if draw is not None:
+                draw()
+                return
+            output.line(line_text(outcome, cells))
+            if progress.news:
+                output.line(progress.news)
 
         yield RoundCallbacks(on_engine, on_round)
 

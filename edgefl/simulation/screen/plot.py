@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgefl.errors import ConfigError, MissingExtra
+from edgefl.guards import DEVICES
 from edgefl.records import Counts, RoundReport, no_counts
+from edgefl.rounds import without_devices
+from edgefl.simulation.screen.on_devices import draw_on_devices, evaluated_names
 from edgefl.simulation.screen.scales import limits_without_outliers
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ _HEADROOM = 1.15  # above the bars, for their legend
 _DIVERGED = 1e4  # ratio of losses above which the axis is logarithmic
 _LOG_FROM = 200  # ratio of bars above which the axis is logarithmic
 NOBODY: Mapping[str, Counts] = MappingProxyType({})
+NOTHING: Mapping[str, float] = MappingProxyType({})
+NO_FINALS: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 _WIDTH_INCHES, _ROW_INCHES = 11, 3.25
 _PIXELS_PER_INCH = 110
@@ -54,6 +59,7 @@ class Run:
     rounds: Rounds
     color: Any
     took_part: Counts = field(default_factory=lambda: no_counts(0))
+    final: Mapping[str, float] = field(default_factory=dict)  # of the last parameters
 
 
 def require_matplotlib() -> None:
@@ -74,13 +80,25 @@ def refuse_unknown_format(path: Path, flag: str = "--plot") -> None:
         raise ConfigError(f"{flag} {path}: the extension must be one of: .{', .'.join(known)}")
 
 
-def draw_rounds(runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NOBODY) -> Figure:
-    """Draw each run's rounds, and how often its clients took part; raises MissingExtra without matplotlib."""
+def draw_rounds(
+    runs: Mapping[str, Rounds], took_part: Mapping[str, Counts] = NOBODY,
+    finals: Mapping[str, Mapping[str, float]] = NO_FINALS,
+) -> Figure:  # fmt: skip
+    """Draw each run's rounds, how often its clients took part, and what devices evaluated of its last parameters.
+
+    Raises MissingExtra without matplotlib.
+    """
     require_matplotlib()
     from matplotlib.figure import Figure
 
     drawn = [
-        Run(name=name, rounds=rounds, color=color, took_part=took_part.get(name, no_counts(0)))
+        Run(
+            name=name,
+            rounds=rounds,
+            color=color,
+            took_part=took_part.get(name, no_counts(0)),
+            final=finals.get(name, NOTHING),
+        )
         for (name, rounds), color in zip(runs.items(), _colors(len(runs)), strict=True)
     ]
     over_time, time_label = _time_axis(drawn)
@@ -128,10 +146,13 @@ def _took_part(run: Run) -> list[int]:
     return sorted(run.took_part.tolist())
 
 
-def write_plot(runs: Mapping[str, Rounds], path: Path, took_part: Mapping[str, Counts] = NOBODY) -> None:
+def write_plot(
+    runs: Mapping[str, Rounds], path: Path, took_part: Mapping[str, Counts] = NOBODY,
+    finals: Mapping[str, Mapping[str, float]] = NO_FINALS,
+) -> None:  # fmt: skip
     """Draw into a file, in the format of its extension; raises ConfigError if it cannot be written."""
     try:
-        draw_rounds(runs, took_part).savefig(path)
+        draw_rounds(runs, took_part, finals).savefig(path)
     except (OSError, ValueError) as cause:
         raise ConfigError(f"cannot write the plot {path}: {cause}") from cause
 
@@ -198,8 +219,9 @@ def _title(figure: Figure, runs: Sequence[Run]) -> None:
 
 
 def draw_metrics(axes: Axes, runs: Sequence[Run], along: Along) -> None:
-    """Draw the metrics on the test data: only accuracy, if there is one."""
-    names = {name for run in runs for one in run.rounds for name in one.metrics} - LOSSES.keys()
+    """Draw the metrics on the test data and on devices: only accuracy, if there is one."""
+    names = {name for run in runs for one in run.rounds for name in without_devices(one.metrics)} - LOSSES.keys()
+    names = names or {name for run in runs for name in evaluated_names(run.rounds)} - LOSSES.keys()
     shown = ["accuracy"] if "accuracy" in names else sorted(names)
     axes.set_ylabel(shown[0] if len(shown) == 1 else "metrics")
     for run in runs:
@@ -207,17 +229,22 @@ def draw_metrics(axes: Axes, runs: Sequence[Run], along: Along) -> None:
             style = _STYLES[index % len(_STYLES)] if len(runs) > 1 else "-"
             color = run.color if len(runs) > 1 or len(shown) == 1 else None
             _line(axes, run.rounds, name, along, ls=style, color=color, label=name)
-    _leave_outliers_outside(axes, runs, shown)
-    _say_if_empty(axes, "no metrics: the task has no test data")
+            draw_on_devices(
+                axes, run.rounds, run.final, name, along, color=color or (axes.lines[-1].get_color() if axes.lines else
+                None), spread=len(runs) == len(shown) == 1,
+            )  # fmt: skip
+    _leave_outliers_outside(axes, runs, [*shown, *(DEVICES + name for name in shown)])
+    _say_if_empty(axes, "no metrics: the task has no test data, and devices do not evaluate")
 
 
 def draw_losses(axes: Axes, runs: Sequence[Run], along: Along) -> None:
-    """Draw the loss on the test data, and the training loss."""
+    """Draw the loss on the test data and on devices, and the training loss."""
     axes.set_ylabel("loss" if len(runs) == 1 else "loss (dotted: in training)")
     for run in runs:
         for name, style in LOSSES.items():
             label = {"loss": "test", "train_loss": "training"}[name]
             _line(axes, run.rounds, name, along, ls=style, color=run.color, label=label)
+        draw_on_devices(axes, run.rounds, run.final, "loss", along, color=run.color, spread=len(runs) == 1)
     if _leave_outliers_outside(axes, runs, LOSSES):
         return
     seen = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]

@@ -1,7 +1,8 @@
 """Rounds as TensorBoard event files: one folder per run, one scalar per round and figure.
 
 Tags: each metric by its name, clients/admitted .., bytes/up, bytes/down, seconds, virtual_seconds; the step is the
-round, so that `tensorboard --logdir DIR` compares runs.
+round, so that `tensorboard --logdir DIR` compares runs. The step of `devices/..` is the round before, whose parameters
+the devices evaluated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgefl.errors import ConfigError, MissingExtra
+from edgefl.guards import DEVICES
 from edgefl.records import RoundReport
 
 if TYPE_CHECKING:
@@ -79,5 +81,5 @@ def scalars(outcome: RoundReport) -> Mapping[str, float]:
 
 def _write(writer: SummaryWriter, outcome: RoundReport) -> None:
     for tag, value in scalars(outcome).items():
-        writer.add_scalar(tag, value, outcome.round)
+        writer.add_scalar(tag, value, outcome.round - tag.startswith(DEVICES))
     writer.flush()

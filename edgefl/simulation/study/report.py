@@ -58,6 +58,7 @@ class SimulationResult:
             "engine_reason": self.engine_reason,
             "rounds": [one.as_json() for one in self.rounds],
             "final": dict(self.final),
+            **({"last_evaluation": last.as_json()} if (last := self.last_evaluation) != LastEvaluation() else {}),
             "seconds": self.seconds,
             "round_seconds": self.round_seconds,
             "virtual_seconds": self.virtual_seconds,
@@ -79,7 +80,7 @@ class SimulationResult:
 
     def figure(self) -> Figure:
         """Draw accuracy, loss and bytes over rounds and over time, and participation; needs matplotlib."""
-        return draw_rounds({self.task: self.rounds}, {self.task: self.took_part})
+        return draw_rounds({self.task: self.rounds}, {self.task: self.took_part}, {self.task: self.final})
 
 
 class CutShort(JobFailed):

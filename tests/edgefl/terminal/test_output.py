@@ -172,3 +172,16 @@ def test_on_a_narrow_terminal_what_is_copied_stays_whole_and_spare_columns_are_l
 def test_how_long_ago():
     said = [ago_text(seconds) for seconds in (-5, 59, 60, 7199, 7200, 172_799, 172_800)]
     assert said == ["0 s ago", "59 s ago", "1 min ago", "119 min ago", "2 h ago", "47 h ago", "2 d ago"]
+
+
+def test_metrics_of_devices_are_short() -> None:
+    metrics = {
+        "devices/count": 3.0, "devices/loss": 0.5, "devices/loss/std": 0.1, "devices/loss/worst_tenth": 0.7,
+        "accuracy": 0.95, "devices/accuracy": 0.9, "devices/accuracy/std": 0.05, "devices/accuracy/worst_tenth": 0.8,
+        "devices/gain": 1.0, "devices/gain/std": 0.0, "train_loss": 0.4,
+    }  # fmt: skip
+    assert metrics_text(metrics) == (
+        "accuracy=0.95 train_loss=0.4 devices/accuracy=0.9±0.05 (worst tenth 0.8) devices/gain=1±0"
+    )
+    loss = {name: value for name, value in metrics.items() if name.startswith("devices/loss")}
+    assert metrics_text(loss) == "devices/loss=0.5±0.1 (worst tenth 0.7)"

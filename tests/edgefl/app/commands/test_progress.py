@@ -107,3 +107,10 @@ def test_a_reason_stays_on_its_line():
     shown = round_text(outcome, 3)
     assert shown.endswith("a\\x1b=- (cam : \\x1b[2J[red]boom round 2: 9 admitted)")
     assert "\n" not in shown
+
+
+def test_why_a_device_did_not_evaluate_is_said_once(capsys):
+    with round_progress(Output(None), 2) as screen:
+        for number in (1, 2):
+            screen.on_round(make_report(round=number, not_evaluated={"cam-1": "no card", "cam-2": "no card"}))
+    assert capsys.readouterr().out.count("not evaluated: cam-1, cam-2: no card") == 1
