@@ -24,7 +24,7 @@ from edgefl.errors import HostError, ProcessFailed
 from edgefl.process.guardian import gated, guardian, open_gate
 
 STOP_S = 10.0
-START_S = 60.0
+START_S = 180.0  # also on a slow and busy machine
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",

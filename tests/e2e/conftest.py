@@ -43,7 +43,7 @@ class Fleet(LocalFleet):
         agent.wait_for("mqtt.up")
         return agent
 
-    def run_task(self, task, *settings, rounds=1, config=None, timeout_s=90):
+    def run_task(self, task, *settings, rounds=1, config=None, timeout_s=500):
         """Run a task to its end; return its JSON and its final parameters."""
         result, out = self.folder / "result.json", self.folder / "model.safetensors"
         options = [part for setting in settings for part in ("--set", setting)]
@@ -64,7 +64,7 @@ class Fleet(LocalFleet):
         )  # fmt: skip
         return self.runner
 
-    def finish_run(self, process, timeout_s=90):
+    def finish_run(self, process, timeout_s=500):
         process.popen.wait(timeout_s)
         assert process.stop() == 0, process.log.read_text()
         return json.loads(self.result.read_text()), SpooledTree(self.out)

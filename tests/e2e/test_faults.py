@@ -12,7 +12,7 @@ def calls(path):
     return path.read_text().count("fit") if path.exists() else 0
 
 
-def wait_for_calls(path, wanted, timeout_s=30):
+def wait_for_calls(path, wanted, timeout_s=120):
     end = time.monotonic() + timeout_s
     while calls(path) < wanted:
         assert time.monotonic() < end, f"{path} has {calls(path)} calls, not {wanted}"

@@ -41,7 +41,7 @@ def start_agent(fleet, name, **data):
 def run(fleet, app, *options):
     """Run an app to its end; return its JSON and its last arrays."""
     result, out = fleet.folder / "result.json", fleet.folder / "model.safetensors"
-    fleet.command("run", app, "--cloud", fleet.url, *options, "--json", result, "--out", out, timeout_s=90)
+    fleet.command("run", app, "--cloud", fleet.url, *options, "--json", result, "--out", out, timeout_s=500)
     return json.loads(result.read_text()), SpooledTree(out)
 
 
@@ -123,7 +123,7 @@ def counts(tmp_path):
     return folder
 
 
-def wait_until(condition, timeout_s=30):
+def wait_until(condition, timeout_s=120):
     end_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end_s

@@ -60,7 +60,7 @@ def precise_digits(tmp_path):
     return folder
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("engines", [("loop", "pool"), pytest.param(("stacked", "ray"), marks=pytest.mark.soak)])
 def test_engines_give_what_agents_give(embedded_fleet, precise_digits, engines):
     for part, name in enumerate(CLIENTS):

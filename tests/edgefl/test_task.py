@@ -197,7 +197,7 @@ def test_a_task_runs_in_flowers_own_engine_and_gives_what_ours_gives(tmp_path):
     (tmp_path / "app.py").write_text(FLOWER)
     command = [sys.executable, tmp_path / "app.py", DIGITS, tmp_path / "rounds.json"]
     done = subprocess.run(
-        command, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=100, check=False
+        command, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     theirs = json.loads((tmp_path / "rounds.json").read_text())

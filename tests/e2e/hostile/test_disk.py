@@ -57,7 +57,7 @@ def jobs(fleet):
     return json.loads(shown.read_text())
 
 
-def until(condition, timeout_s=30):
+def until(condition, timeout_s=120):
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
