@@ -163,7 +163,9 @@ class _Story:
     def handle(self, message: Chose | RoundDone) -> None:
         """Process a message."""
         if isinstance(message, Chose):
-            self._engine, self._reason = message.name, self._reason or message.reason
+            self._engine = message.name
+            if not (self._reason and self._notes):  # what another process continues, was chosen before
+                self._reason = message.reason
             self._watching.on_engine(message.name, self._why())
             return
         self._in_a_row = 0
