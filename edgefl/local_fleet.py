@@ -136,11 +136,20 @@ class LocalFleet:
         self.credentials = self.home / "operator.json"
         self._broker_kind = broker
         self._insecure = ("--insecure",) if insecure else ()
-        self.grpc_port, self.http_port, self.mqtt_port = free_ports(3)
-        self.url = f"{'http' if insecure else 'https'}://127.0.0.1:{self.http_port}"
+        self.use_ports(free_ports(3))
         self.cloud: LoggedProcess | None = None
         self.broker: LoggedProcess | None = None
         self.agents: dict[str, LoggedProcess] = {}
+
+    @property
+    def ports(self) -> list[int]:
+        """The cloud's ports: gRPC, HTTPS, MQTT."""
+        return [self.grpc_port, self.http_port, self.mqtt_port]
+
+    def use_ports(self, ports: Sequence[int]) -> None:
+        """Set the cloud's ports, as in `ports`, before it starts."""
+        self.grpc_port, self.http_port, self.mqtt_port = ports
+        self.url = f"{'http' if self._insecure else 'https'}://127.0.0.1:{self.http_port}"
 
     def __enter__(self) -> Self:
         return self

@@ -6,14 +6,11 @@ accuracy gate; rolls out a signed release to every agent; and asks each for pred
 
 from __future__ import annotations
 
-import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -27,6 +24,7 @@ from edgefl.operator.client import CloudClient, Json, load_credentials
 from edgefl.operator.publish import export, publish
 from edgefl.operator.run import run
 from edgefl.task import load_task
+from edgefl.terminal.interrupt import ended_by_sigterm
 from edgefl.terminal.output import Output, example, json_option
 from edgefl.training.local import set_threads
 
@@ -70,7 +68,7 @@ def demo(devices: int, rounds: int | None, broker: str, output: Output) -> None:
     )
     names = tuple(f"device-{number}" for number in range(devices))
     with (
-        _ended_by_sigterm(),
+        ended_by_sigterm(),
         tempfile.TemporaryDirectory(prefix="edgefl-demo-") as folder,
         LocalFleet(Path(folder), broker=broker) as fleet,
     ):
@@ -184,17 +182,3 @@ def find_example(name: str) -> Path:
         if (folder / "pyproject.toml").exists():
             return folder
     raise ConfigError(f"the example {name!r} is neither next to the package nor inside it; install edgefl again")
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the demo as Ctrl-C does, so that it cleans up after itself."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

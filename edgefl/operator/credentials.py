@@ -43,8 +43,19 @@ def write_operator_credentials(home: Path, url: str, token: str, ca_pem: bytes) 
 
 
 def default_credentials() -> Path:
-    """Return the default path of the credentials."""
-    return Path(os.environ.get(ENVIRONMENT) or "~/.config/edgefl/operator.json").expanduser()
+    """Return the path of the credentials that are used by default.
+
+    $EDGEFL_CREDENTIALS, or the user's file; without either, those of the local fleet, if there is one.
+    """
+    if given := os.environ.get(ENVIRONMENT):
+        return Path(given).expanduser()
+    own, local = Path("~/.config/edgefl/operator.json").expanduser(), local_home() / "cloud" / FILE
+    return local if local.exists() and not own.exists() else own
+
+
+def local_home() -> Path:
+    """Return the home of this user's local fleet (`edgefl local`)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "edgefl" / "local"
 
 
 def load_credentials(path: Path | None = None) -> Credentials:

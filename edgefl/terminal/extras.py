@@ -23,6 +23,7 @@ OF_COMMANDS: Mapping[str, str] = {
     "agent": "agent",
     "cloud": "cloud",
     "demo": "agent,train,cloud,examples",
+    "local": "agent,cloud",
 }
 # Import name -> the extras that provide it, the smallest first.
 OF_MODULES: Mapping[str, tuple[str, ...]] = {

@@ -25,6 +25,9 @@ from edgefl.terminal.output import Output, counted, example, json_option, metric
 @click.argument("task")
 @connected
 @click.option("--name", help="A name for the job, for `edgefl jobs`.")
+@click.option(
+    "--local", type=click.IntRange(1, 32), metavar="N", help="Start N devices on this machine (edgefl local)."
+)
 @click.option("--rounds", type=click.IntRange(min=1), help="Short for --set rounds.count=N.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One setting; overrides the file.")
@@ -33,9 +36,9 @@ from edgefl.terminal.output import Output, counted, example, json_option, metric
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the model (safetensors).")
 @json_option
 def run(  # noqa: PLR0913 - one a flag
-    *, task: str, connection: CloudConnection, name: str | None, rounds: int | None, config: Path | None,
-    settings: tuple[str, ...], run_config: tuple[str, ...], federation_config: tuple[str, ...], out: Path | None,
-    output: Output,
+    *, task: str, connection: CloudConnection, name: str | None, local: int | None, rounds: int | None,
+    config: Path | None, settings: tuple[str, ...], run_config: tuple[str, ...], federation_config: tuple[str, ...],
+    out: Path | None, output: Output,
 ) -> None:  # fmt: skip
     """Train a task on the fleet.
 
@@ -51,6 +54,8 @@ def run(  # noqa: PLR0913 - one a flag
 
         refuse_no_folder(out, "--out")
         check_label(name)
+        if local is not None:
+            connection = _local_fleet(local, connection, output)
         if is_flower_app(task):
             asked = FlowerRun(
                 folder=Path(task), rounds=rounds, settings=settings, run_config=run_config, out=out,
@@ -89,3 +94,14 @@ def run(  # noqa: PLR0913 - one a flag
     if loaded.model is not None or loaded.export is not None:  # what `models publish` can export
         output.line(f"publish it: edgefl models publish NAME --task {task} --job {job}")
     output.result(result.as_json())
+
+
+def _local_fleet(devices: int, connection: CloudConnection, output: Output) -> CloudConnection:
+    """Start the local fleet, unless it runs; return the connection to it."""
+    if connection.cloud is not None or connection.credentials is not None:
+        raise ConfigError("--local is a fleet of its own on this machine; drop --cloud and --credentials, or --local")
+    from edgefl.app.local import start
+    from edgefl.operator.credentials import local_home
+
+    output.line(f"local fleet of {counted(devices, 'device')}: it runs until `edgefl local stop`")
+    return CloudConnection(None, Path(start(local_home(), devices).credentials))
