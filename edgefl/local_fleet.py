@@ -131,6 +131,7 @@ class LocalFleet:
     """
 
     def __init__(self, folder: Path, *, broker: str = "embedded", insecure: bool = False) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
         self.home = folder / "cloud"
         self.credentials = self.home / "operator.json"

@@ -65,8 +65,3 @@ def test_a_fleet_that_cannot_start_says_why(edgefl):
     (edgefl.home / "cloud").write_text("a file")
     assert "cloud" in edgefl("local", "start", "--devices", "1", status=1)
     assert home_holder(edgefl.home) is None
-
-
-def test_run_local_excludes_another_cloud(edgefl):
-    said = edgefl("run", "task", "--local", "1", "--cloud", "https://cloud:9480", status=1)
-    assert "--local is a fleet of its own on this machine" in said
