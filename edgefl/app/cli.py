@@ -23,7 +23,7 @@ OWN: Mapping[str, str] = {
     "demo": "edgefl.app.demo:demo",
     "devices": "edgefl.app.commands.devices:devices",
     "jobs": "edgefl.app.commands.jobs:jobs",
-    "local": "edgefl.app.commands.local:local",
+    "local": "edgefl.app.local.cli:local",
     "models": "edgefl.app.commands.models:models",
     "new": "edgefl.app.commands.new:new",
     "rollout": "edgefl.app.commands.models:rollout",

@@ -100,7 +100,7 @@ def _local_fleet(devices: int, connection: CloudConnection, output: Output) -> C
     """Start the local fleet, unless it runs; return the connection to it."""
     if connection.cloud is not None or connection.credentials is not None:
         raise ConfigError("--local is a fleet of its own on this machine; drop --cloud and --credentials, or --local")
-    from edgefl.app.local import start
+    from edgefl.app.local.holder import start
     from edgefl.operator.credentials import local_home
 
     output.line(f"local fleet of {counted(devices, 'device')}: it runs until `edgefl local stop`")

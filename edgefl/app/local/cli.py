@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgefl.app.local import LocalState, hold, running, start, stop
+from edgefl.app.local.holder import LocalState, hold, running, start, stop
 from edgefl.operator.credentials import local_home
 from edgefl.process.home import home_in_use
 from edgefl.terminal.output import Output, example, json_option

@@ -1,4 +1,4 @@
-"""`edgefl local`: what the commands say and how they end; tests/edgefl/app/test_local.py has the fleet itself."""
+"""`edgefl local`: what the commands say and how they end; test_holder.py has the fleet itself."""
 
 import json
 

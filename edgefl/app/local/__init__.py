@@ -1,0 +1,1 @@
+"""`edgefl local`: a fleet on this machine that stays until it is stopped."""
