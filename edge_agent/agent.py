@@ -35,6 +35,7 @@ from edge_agent.serving.api import bind, url_of
 from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
+from edge_agent.training.environments import Environments
 from edge_agent.training.participant import Participant, ParticipantDependencies
 from edge_agent.training.trainer import IDLE_S, Trainer
 from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
@@ -70,6 +71,7 @@ class AgentConfig:
     trainer_memory_mb: int = 0  # 0 = three quarters of the machine's
     trainer_socket: Path | None = None  # of a trainer run by systemd; None = our child process
     trainer_idle_s: float = IDLE_S
+    install_dependencies: bool = False  # whether packages that a task needs may be installed, for the trainer only
 
     def __post_init__(self) -> None:
         if not 0 <= self.serve_port <= 65535:
@@ -140,6 +142,7 @@ class _Agent:
         )
         self._started = False
         self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
+        self._environments = Environments(home, may_install=config.install_dependencies)
         self._logs = LogSender(home, self._channel)
         self._outbox = Outbox(self._store, self._channel)
         self._revoked = self._revoked_list() if config.serve_tls else None
@@ -156,6 +159,7 @@ class _Agent:
                 outbox=self._outbox,
                 trainer=self._trainer,
                 bundles=Bundles(home, fleet_key, self._channel),
+                environments=self._environments,
                 channel=self._channel,
                 on_change=self._live.note_change,
             )
@@ -189,6 +193,7 @@ class _Agent:
                     "outbox": self._outbox.run(),
                     "rounds": self._participant.run(),
                     "trainer": self._trainer.run(),
+                    "environments": self._environments.run(),
                     "updater": self._updater.run(),
                     "logs": self._logs.run(),
                     "live": self._live.run(),

@@ -118,6 +118,10 @@ def enroll(  # noqa: PLR0913 - one a flag
     type=click.Path(path_type=Path),
     help="Socket of a trainer run by systemd.",
 )
+@click.option(
+    "--install-dependencies", is_flag=True,
+    help="Install packages that a task needs and this device lacks, with pip, for the trainer only.",
+)  # fmt: skip
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def start(log_level: str, data: Sequence[str], **options: object) -> None:
     """Run the agent until SIGTERM or Ctrl-C."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import ConfigError, TaskError
 from edgefl.guards import DEVICES, same_name
+from edgefl.process.requirements import refuse_unmet
 from edgefl.terminal.extras import extra_of, install_command
 from edgefl.terminal.user_code import MAX_QUOTED, BundleFolder, TaskFolder, UserCode
 from edgefl.training.metrics import LOSS, direction, refuse_metrics
@@ -185,9 +186,12 @@ class Located:
 def load_task(reference: str) -> Task:
     """Return the task of `package.module:attribute` or of a folder.
 
-    Raises ConfigError for a reference that cannot be found, TaskError if the user's module raises.
+    Raises ConfigError for a reference that cannot be found and for dependencies of a folder that are not installed,
+    TaskError if the user's module raises.
     """
     located = locate_task(reference)
+    if located.folder is not None:
+        refuse_unmet(located.name, located.folder)
     return import_task(located.task, located.folder)
 
 

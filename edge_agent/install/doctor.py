@@ -10,8 +10,10 @@ import asyncio
 import dataclasses
 import datetime
 import math
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -35,9 +37,10 @@ from edge_agent.install.units import AGENT, settings_of
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edgefl.errors import HomeError
 from edgefl.process.home import home_in_use
+from edgefl.process.requirements import needs, requirement_in, requirements_in, unmet
 from edgefl.process.version import __version__
 from edgefl.protocols import tls
-from edgefl.terminal.output import Output, example, json_option
+from edgefl.terminal.output import Output, counted, example, json_option
 from edgefl.terminal.text import one_line
 
 SERVE_PORT = 8000
@@ -51,13 +54,15 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.command(epilog=example("edgefl agent doctor --home /var/lib/edgefl"))
 @click.option("--home", type=click.Path(path_type=Path), required=True)
 @click.option("--serve-port", default=SERVE_PORT, show_default=True, help="Where the agent serves predictions.")
+@click.option("--task", type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="A task's folder: are the packages here that it needs?")  # fmt: skip
 @json_option
-def doctor(home: Path, serve_port: int, output: Output) -> None:
+def doctor(home: Path, serve_port: int, task: Path | None, output: Output) -> None:
     """Check this device and say what to do.
 
     Checks clock, disk, keys, certificate, cloud, broker, ports and service. Changes nothing.
     """
-    checks = list(run_checks(home, serve_port))
+    checks = [*run_checks(home, serve_port), *([check_task(task)] if task is not None else [])]
     failed = sum(check.state == "fail" for check in checks)
     rows = [(check.check, check.state, check.seen, check.advice) for check in checks]
     output.table(("check", "state", "seen", "what to do"), rows, "", _COLOURS)
@@ -86,6 +91,16 @@ def run_checks(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
         yield check_certificate(identity, profile.device)
     if identity is None or _loads(identity):
         yield from check_cloud(profile, home, identity)
+
+
+def check_task(folder: Path) -> Check:
+    """Check that the packages are installed that a task needs."""
+    requirements = requirements_in(folder)
+    if missing := unmet(requirements):
+        wanted = " ".join(shlex.quote(requirement_in(one)) for one in missing)
+        advice = f"{sys.executable} -m pip install {wanted}, or start the agent with --install-dependencies."
+        return Check(check="task", state="fail", seen=needs(missing), advice=advice)
+    return Check(check="task", state="ok", seen=f"{folder.name}: {counted(len(requirements), 'requirement')} met")
 
 
 def check_home(home: Path, profile: Profile) -> Check:

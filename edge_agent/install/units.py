@@ -40,6 +40,7 @@ class Installation:
     serve_port: int = 8000
     serve_tls: bool = False
     serve_token_file: Path | None = None
+    install_dependencies: bool = False
     memory_max: str = "80%"  # of training, as systemd says it; above the trainer's own limit, which fails more gently
     agent_memory_max: str = "40%"
     cpu_quota: str = ""  # of training: 150% is one and a half processors; empty = no limit
@@ -97,8 +98,10 @@ def _values(installation: Installation) -> dict[str, str]:
 
 def _guards(installation: Installation) -> str:
     token = installation.serve_token_file
-    return (" --serve-tls" if installation.serve_tls else "") + (
-        f" --serve-token-file {quote(str(token))}" if token else ""
+    return (
+        (" --serve-tls" if installation.serve_tls else "")
+        + (f" --serve-token-file {quote(str(token))}" if token else "")
+        + (" --install-dependencies" if installation.install_dependencies else "")
     )
 
 

@@ -24,6 +24,7 @@ from edge_agent.link.transfer import download
 from edge_agent.store import FailureNote, Outgoing, Store
 from edge_agent.training import trainer_wire as wire
 from edge_agent.training.bundles import Bundles, work_folder
+from edge_agent.training.environments import Environments
 from edge_agent.training.frozen_parts import FrozenParts
 from edge_agent.training.trainer import Trainer
 from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError, TrainerLost
@@ -63,6 +64,7 @@ class ParticipantDependencies:
     outbox: Outbox
     trainer: Trainer
     bundles: Bundles
+    environments: Environments
     channel: CloudChannel
     on_change: Callable[[], None] = lambda: None  # called when `Participant.current` changes
 
@@ -268,6 +270,7 @@ class Participant:
 
     async def _fit_request(self, assignment: Fit, bundle: Path, task: str) -> wire.FitRequest:
         deps = self._deps
+        packages = await deps.environments.get(bundle)  # before the model is downloaded
         frozen = await self._frozen.get(assignment.job, assignment.frozen) if assignment.frozen is not None else None
         model = await self._fetch(assignment.model, assignment.model_blake3)
         deps.store.require_space(assignment.model.size)  # an update is about as large as the model; fail now, not later
@@ -286,10 +289,12 @@ class Participant:
             out="",  # see `_answer`
             memory_limit_mb=deps.memory_limit_mb,
             folder=str(work_folder(deps.home, bundle)),
+            packages=packages,
         )
 
     async def _evaluate_request(self, assignment: Evaluate, bundle: Path, task: str) -> wire.EvaluateRequest:
         deps = self._deps
+        packages = await deps.environments.get(bundle)
         frozen = await self._frozen.get(assignment.job, assignment.frozen) if assignment.frozen is not None else None
         return wire.EvaluateRequest(
             client=deps.device,
@@ -303,6 +308,7 @@ class Participant:
             out="",  # see `_answer`
             memory_limit_mb=deps.memory_limit_mb,
             folder=str(work_folder(deps.home, bundle)),
+            packages=packages,
         )
 
     def _tell_fault(self, job: str, evaluation: DeviceEvaluation | None) -> None:

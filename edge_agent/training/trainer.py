@@ -88,11 +88,14 @@ class Trainer:
 
         Cancelling this cancels the work in the process too.
         """
+        packages = "" if isinstance(request, wire.DeliverRequest) else request.packages
+        if self._child is not None and self._child.packages not in {None, packages}:
+            await self._drop()  # a module that was imported cannot be replaced by another version
         await self.prepare()
         child = self._child
         if child is None:
             raise TrainerLost("the trainer was stopped before it could start to work")
-        child.busy = True
+        child.busy, child.packages = True, packages
         try:
             answer = await child.send(request)
         except asyncio.CancelledError:
@@ -141,6 +144,7 @@ class _TrainerChild:
     ) -> None:
         self.pid = process.pid if process else 0
         self.busy = False
+        self.packages: str | None = None  # the folder of packages that its tasks use; None = no task yet
         self._process = process
         self._reader, self._writer = reader, writer
         self._pidfd = -1

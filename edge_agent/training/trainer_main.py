@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from importlib import invalidate_caches
 from pathlib import Path
 from types import FrameType
 
@@ -37,7 +38,7 @@ from edgefl.guards import not_finite, wrong_metrics, wrong_spec, wrong_weight
 from edgefl.hashing import HashingFile
 from edgefl.protocols.fields import MAX_PROSE_CHARS
 from edgefl.records import DeviceEvaluation, Update
-from edgefl.task import FitResult
+from edgefl.task import FitResult, Task
 from edgefl.terminal.text import one_line
 from edgefl.training.local import train_locally
 from edgefl.training.local_evaluation import evaluate_locally
@@ -115,8 +116,7 @@ def work(request: wire.Request) -> wire.WorkDone:
 def train(fit: wire.FitRequest) -> wire.WorkDone:
     """Train, check the update and write it, then evaluate if that is asked for; a failed evaluation is no error."""
     limit_memory(fit.memory_limit_mb)
-    parameters = SpooledTree(Path(fit.model))
-    task = load_bundle(_unpacked(fit.bundle), fit.task)
+    parameters, task = SpooledTree(Path(fit.model)), _loaded(fit)
     frozen = _frozen_of(fit)
     result = train_locally(
         task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen
@@ -135,13 +135,22 @@ def train(fit: wire.FitRequest) -> wire.WorkDone:
 def evaluate(request: wire.EvaluateRequest) -> wire.WorkDone:
     """Evaluate the parameters, and write an update without tensors."""
     limit_memory(request.memory_limit_mb)
-    task = load_bundle(_unpacked(request.bundle), request.task)
+    task = _loaded(request)
     evaluation = evaluate_locally(
         task, SpooledTree(Path(request.model)), options=request.options, client=request.client, seed=request.seed,
         frozen=_frozen_of(request),
     )  # fmt: skip
     done = write(FitResult(tree={}, weight=0.0), Path(request.out))
     return dataclasses.replace(done, evaluation=_tellable(evaluation))
+
+
+def _loaded(request: wire.FitRequest | wire.EvaluateRequest) -> Task:
+    """Import the request's task, with its packages before the agent's own."""
+    if request.packages and request.packages not in sys.path:  # the agent starts another process for others
+        sys.path.insert(0, request.packages)
+        os.environ["PYTHONPATH"] = request.packages  # for processes that the task starts
+        invalidate_caches()
+    return load_bundle(_unpacked(request.bundle), request.task)
 
 
 def _frozen_of(request: wire.FitRequest | wire.EvaluateRequest) -> Tree | None:

@@ -2,8 +2,8 @@
 
     child:  hello {pid}
     parent: fit {job, round, client, train, evaluate, model, frozen, bundle, task, options, out, memory_limit_mb,
-            folder} | evaluate {client, seed, model, .. as in fit} | deliver {app, order, envelope, bundle, options,
-            state, state_out, out, memory_limit_mb, folder}
+            folder, packages} | evaluate {client, seed, model, .. as in fit} | deliver {app, order, envelope, bundle,
+            options, state, state_out, out, memory_limit_mb, folder}
     child:  done {size, blake3, weight, metrics, changed, evaluation} | failed {reason, spent}
 
 `fit` asks for a round of training, `evaluate` for an evaluation without training, `deliver` hands one message to a
@@ -56,6 +56,7 @@ class FitRequest(Checked):
     frozen: str = ""  # path of the model's frozen tensors; empty = there are none
     parted: bool = False  # whether `model` has only the trained tensors and the buffers
     evaluate: bool = False  # also evaluate the parameters on held-out samples
+    packages: str = field(default="", metadata=raw())  # a folder of packages beside the agent's own; empty = none
     kind: str = "fit"
 
 
@@ -74,6 +75,7 @@ class EvaluateRequest(Checked):
     folder: str = ""
     frozen: str = ""
     parted: bool = False
+    packages: str = field(default="", metadata=raw())
     kind: str = "evaluate"
 
 

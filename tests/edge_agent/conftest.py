@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from edge_agent.link.outbox import Outbox
 from edge_agent.link.profile import Profile, load_profile, save_profile
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
+from edge_agent.training.environments import Environments
 from edge_agent.training.participant import Participant, ParticipantDependencies
 from edge_agent.training.trainer import Trainer
 from edgefl.config import TrainConfig
@@ -132,10 +133,12 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         self.blobs[digest] = data
         return BlobRef(sha256=digest, size=len(data))
 
-    def bundle(self, code: str = FIT) -> Signed:
+    def bundle(self, code: str = FIT, dependencies: Sequence[str] = ()) -> Signed:
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr(zipfile.ZipInfo("user_task.py"), textwrap.dedent(code))
+            if dependencies:
+                archive.writestr(zipfile.ZipInfo("pyproject.toml"), f"[project]\ndependencies = {list(dependencies)}\n")
         return manifest.sign(manifest.Bundle(blob=self.blob(file.getvalue()), task="user_task:task"), self.key)
 
     def plan(self, number: int = 1, *, job: str = "j1", code: str = FIT, size: int = 4, deadline_s: float = 60.0,
@@ -335,19 +338,20 @@ def onnx_model() -> Callable[..., bytes]:
 class Device:
     """A participant and all it needs, but no link: tests play the link."""
 
-    def __init__(self, fleet, home, until, **options) -> None:
+    def __init__(self, fleet, home, until, *, may_install=False, **options) -> None:
         self.until = until
         self.fleet, self.log = fleet, home / "fits"
         self.store = Store(home)
         self.channel = CloudChannel(load_profile(home), home)
         self.outbox = Outbox(self.store, self.channel)
         self.trainer = Trainer()
+        self.environments = Environments(home, may_install=may_install)
         self.participant = Participant(
             ParticipantDependencies(
                 device="cam-1", home=home, options={"log": str(self.log), **options}, memory_limit_mb=2000,
                 store=self.store, outbox=self.outbox, trainer=self.trainer,
                 bundles=Bundles(home, manifest.load_public_key((home / "fleet.pub").read_bytes()), self.channel),
-                channel=self.channel,
+                environments=self.environments, channel=self.channel,
             )
         )  # fmt: skip
 
@@ -355,7 +359,7 @@ class Device:
         return self.log.read_text().strip() if self.log.exists() else ""
 
     async def __aenter__(self):
-        parts = (self.outbox, self.participant, self.trainer)
+        parts = (self.outbox, self.participant, self.trainer, self.environments)
         self._tasks = [asyncio.create_task(part.run()) for part in parts]
         return self
 

@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from edge_agent.install import doctor as doctoring
 from edge_agent.install import probes
-from edge_agent.install.doctor import check_clock, check_disk, doctor, interpret_service, run_checks
+from edge_agent.install.doctor import check_clock, check_disk, check_task, doctor, interpret_service, run_checks
 from edge_agent.install.probes import Check
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile, save_profile
 from edgefl.process.home import create_home, lock_home
@@ -339,3 +339,12 @@ def test_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low_mb: float
 def test_the_service(facts: dict[str, str], state: str) -> None:
     check = interpret_service(facts)
     assert (check.state, bool(check.advice)) == (state, state != "ok")
+
+
+def test_what_a_task_needs(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[project]\ndependencies = ['numpy>=1', 'nosuch-package>=2,<3']\n")
+    check = check_task(tmp_path)
+    assert (check.state, check.seen) == ("fail", "needs nosuch-package>=2,<3, has none")
+    assert "-m pip install 'nosuch-package>=2,<3', or start the agent with --install-dependencies" in check.advice
+    (tmp_path / "pyproject.toml").write_text("[project]\ndependencies = ['numpy>=1']\n")
+    assert (check_task(tmp_path).state, check_task(tmp_path).seen) == ("ok", f"{tmp_path.name}: 1 requirement met")

@@ -61,6 +61,11 @@ def test_what_guards_the_serving_port_is_passed_on() -> None:
     ]  # fmt: skip
 
 
+def test_whether_packages_may_be_installed_is_passed_on() -> None:
+    assert "--install-dependencies" not in command_line(AGENT)
+    assert command_line(AGENT, install_dependencies=True).count("--install-dependencies") == 1
+
+
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="systemd is not installed here")
 def test_systemd_can_hand_the_trainer_its_socket(tmp_path: Path) -> None:
     """The trainer unit's own command, behind a listening socket of systemd's: it answers who connects."""
