@@ -16,9 +16,12 @@ def test_logs_of_a_device_and_of_a_job(embedded_fleet, tmp_path):
     fleet.add_agent("cam-1", **data)
     result, _ = fleet.run_task("numbers", rounds=2)
     job = result["job"]
-    said = fleet.command("devices", "logs", "cam-1", "--lines", "500")
-    assert "agent.started device=cam-1" in said
-    assert "efl1." not in said
+    fleet.run_task("numbers", rounds=1)
+    assert fleet.command("devices", "logs", "cam-1").count("trainer.started") == 1  # one process for both jobs
+    fleet.cloud.wait_for("job.done", after=fleet.cloud.wait_for("job.done"))
+    said = json.loads(fleet.command("devices", "logs", "cam-1", "--lines", "500", "--json", "-"))["lines"]
+    assert [line for line in said if "agent.started device=cam-1" in line]
+    assert not [line for line in said if "efl1." in line]
     assert stat.S_IMODE(fleet.home.stat().st_mode) == 0o700  # nobody else reads the logs in it
     about = json.loads(fleet.command("jobs", "logs", job, "--json", "-"))
     assert [line for line in about["lines"] if "round.done" in line and "round=2" in line]
