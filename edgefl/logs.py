@@ -67,10 +67,17 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A log file whose errors, such as a full disk, cost only the line."""
+    """A log file whose errors, such as a full disk, cost only the line; the next line opens the file again."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        pass
+    def handleError(self, _record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        stream, self.stream = self.stream, None  # FileHandler opens it again
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # it may hold what could not be written
+                stream.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class LineFormatter(logging.Formatter):

@@ -159,3 +159,26 @@ def test_a_log_that_cannot_be_written_costs_nothing_else(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_costs_lines_of_the_file_and_no_exit_status(tmp_path):
+    full = tmp_path / "full.log"
+    full.symlink_to("/dev/full")
+    script = (
+        "import logging, os, sys; from pathlib import Path; from edgefl import logs; logs.set_up_logging()\n"
+        "path = Path(sys.argv[1]); log = logging.getLogger('edgefl')\n"
+        "with logs.logging_to(path):\n"
+        "    log.info('lost')\n"
+        "    path.unlink()\n"  # there is space again
+        "    log.info('kept')\n"
+        "    path.unlink(); path.symlink_to('/dev/full')\n"
+        "    logging.getLogger().handlers[0]._targets[-1].stream.close()\n"
+        "    log.info('lost, too')\n"
+        "    path.unlink()\n"
+        "    log.info('kept, too')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(full)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr.count("\n") == 4
+    assert [line.split()[-2:] for line in full.read_text().splitlines()] == [["kept,", "too"]]
