@@ -52,7 +52,10 @@ def make_engine(name: str, setup: SimulationSetup) -> Chosen:
     The workers of a pool train clients in stacks if that turns out to be faster.
     """
     if name == AUTO:
-        return Chosen(AutoFleet(setup, (LOOP, STACKED, POOL, STACKS)), LOOP, "the others are tried in the run")
+        auto = AutoFleet(setup, (LOOP, STACKED, POOL, STACKS))
+        return Chosen(
+            auto, LOOP, "; ".join(["the others are tried in the run", *([auto.reason] if auto.reason else [])])
+        )
     if name not in ENGINES:
         raise ConfigError(f"engine {name!r} is not one of: {', '.join([AUTO, *ENGINES])}")
     if name != POOL:

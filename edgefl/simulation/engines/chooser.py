@@ -18,8 +18,9 @@ MEASURE_S = 0.5  # of each trial: its clients are as many as the best way known 
 FEWEST = 4  # clients of a part of a trial
 NOT_DIVIDED = 4  # a cohort of no more than so many parts is tried whole: stacks of another size are recorded anew
 WARM_UPS = 2  # parts of a trial that are not measured
-MEASURED = 2  # parts of a trial that are; the faster counts, because other programs may disturb one
-HOPELESS = 3.0  # a way so many times slower than the best is not measured to the end
+FEW_PARTS = 2  # parts of the fewest clients before those, for a way that may be much slower than the best
+MEASURED = 2  # parts of a trial that are measured; the faster counts, because other programs may disturb one
+HOPELESS, HOPELESS_WITH_FEW = 3.0, 10.0  # a way so many times slower than the best is not tried to the end
 SHIFT = 1.5  # the chosen way is so many times faster or slower than when it was chosen: try the others again
 AGAIN_AFTER_SHIFT, AGAIN = 4.0, 20.0  # not sooner than after so many times what the last trial took, times its lag
 WORTH = 2.0  # what is left of the run must take so many times the cost of a trial
@@ -40,7 +41,8 @@ class _Method:
 @dataclass(slots=True)
 class _Trial:
     way: _Method
-    size: int = 0  # clients of each part; 0 = not known yet
+    few_parts: int = 0  # still to come, before all others
+    size: int = 0  # clients of each later part; 0 = not known yet
     warm_ups: int = WARM_UPS
     rates: list[float] = field(default_factory=list)
     cost_s: float = 0.0
@@ -106,6 +108,10 @@ class Chooser:
         size = self._trial.size or self._size_of_parts(self._trial.way, cohort, whole=whole)
         if self._recent:  # else this is the very first part, a guess
             self._trial.size = size
+        if whole or size <= self._trial.way.fewest:
+            self._trial.few_parts = 0
+        if self._trial.few_parts:
+            size = self._trial.way.fewest
         if num_here < size:  # the rest of a cohort
             self._in_trial = False
             return self._best.name, num_here
@@ -124,16 +130,20 @@ class Chooser:
                 self._recent = (self._recent + rate) / 2 if self._recent else rate
             return
         self._trial.cost_s += seconds
+        if self._trial.few_parts:
+            self._trial.few_parts -= 1
+            if self._trial.few_parts == 0 and rate * HOPELESS_WITH_FEW < self._best.rate:
+                self._end(self._trial, rate)
+            return
         if self._trial.warm_ups:
             self._trial.warm_ups -= 1
-            hopeless = self._trial.warm_ups == 0 and rate * HOPELESS < self._best.rate
             if used.rate == 0 and used is self._first:
                 self._recent = rate  # the first guess of how many clients a trial needs
-            if not hopeless:
+            if self._trial.warm_ups or rate * HOPELESS >= self._best.rate:
                 return
         self._trial.rates.append(rate)
         if rate * HOPELESS < self._best.rate or len(self._trial.rates) == MEASURED:
-            self._end(self._trial)
+            self._end(self._trial, max(self._trial.rates))
 
     def started(self, ways: Sequence[str], seconds: float) -> None:
         """Record what it took to start what these ways need."""
@@ -162,9 +172,9 @@ class Chooser:
         is_small = bool(self._recent) and cohort <= NOT_DIVIDED * size
         return cohort if whole or is_small else size
 
-    def _end(self, trial: _Trial) -> None:
+    def _end(self, trial: _Trial, rate: float) -> None:
         way, self._trial = trial.way, None
-        way.rate, way.tried_at_s = max(trial.rates), self._spent_s
+        way.rate, way.tried_at_s = rate, self._spent_s
         way.cost_s = max(way.cost_s, trial.cost_s)  # what it starts may have been there already
         if way is self._best or way.rate > self._best.rate:
             self._take(way)
@@ -183,7 +193,7 @@ class Chooser:
                 continue
             if self._is_worth(way, num_left):
                 self._best.rate = self._at_choice = self._recent  # both are compared as they are now
-                return _Trial(way)
+                return _Trial(way, few_parts=FEW_PARTS)
         return None
 
     def _is_worth(self, way: _Method, num_left: int) -> bool:

@@ -129,9 +129,13 @@ def draw_rounds(
     return figure
 
 
-def _differ(runs: Sequence[Run], of: Callable[[Run], object]) -> bool:
-    """Whether a panel says something: it is of one run, or of several that differ in it."""
-    return len(runs) < 2 or any(of(run) != of(runs[0]) for run in runs)
+def _differ(runs: Sequence[Run], of: Callable[[Run], Sequence[int]]) -> bool:
+    """Whether a panel says something: it is of one run, or of several that differ as far as each of them went."""
+    if len(runs) < 2:
+        return True
+    seen = [found for run in runs if len(found := of(run))]
+    shortest = min(map(len, seen), default=0)
+    return any(list(one[:shortest]) != list(seen[0][:shortest]) for one in seen)
 
 
 def _moved(run: Run) -> list[int]:
@@ -329,7 +333,7 @@ def _leave_outliers_outside(axes: Axes, runs: Sequence[Run], metrics: Iterable[s
     text = "outside: " + ", ".join(outside)
     axes.text(
         0.99, 0.97, textwrap.shorten(text, _NOTE_LETTERS, placeholder=" ..."), transform=axes.transAxes, ha="right",
-        va="top", fontsize="small", color="gray",
+        va="top", fontsize="small", color="gray", bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
     )  # fmt: skip
     return True
 

@@ -6,30 +6,31 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-FAR = 10.0  # a run whose values span so many times what is usual among the runs is left outside
+FAR = 10.0  # a run that is so many times further from the middle than is usual is left outside
 MARGIN = 0.05  # of the height, above and below
 
 
 def limits_without_outliers(values: Mapping[str, Sequence[float]]) -> tuple[tuple[float, float], list[str]] | None:
     """Return the limits that show all runs but those far outside, and the names of these; None if there are none.
 
-    A run is far outside if its values, together with what the usual runs have, span `FAR` times as much as the usual
-    runs do. The usual runs are the half (at least one) with the smallest spans.
+    The middle is the median of the runs' medians, of two middle ones the smaller in magnitude. A run's distance is that
+    of its furthest value from the middle. It is far outside if its distance is `FAR` times the median distance, or
+    the middle's own magnitude if that is larger: runs that stay constant say nothing about the scale.
     """
-    finite = {name: [one for one in line if np.isfinite(one)] for name, line in values.items()}
-    lines = {name: (min(line), max(line)) for name, line in finite.items() if line}
+    lines = {name: [one for one in line if np.isfinite(one)] for name, line in values.items()}
+    lines = {name: line for name, line in lines.items() if line}
     if len(lines) < 2:
         return None
-    by_span = sorted(lines, key=lambda name: lines[name][1] - lines[name][0])
-    usual = by_span[: (len(by_span) + 1) // 2]
-    low, high = min(lines[name][0] for name in usual), max(lines[name][1] for name in usual)
-    span = high - low
-    if span <= 0:
+    middle = _lower_median(sorted((float(np.median(line)) for line in lines.values()), key=abs))
+    distances = {name: max(abs(one - middle) for one in line) for name, line in lines.items()}
+    usual = max(abs(middle), _lower_median(sorted(distances.values())))
+    outside = [name for name, distance in distances.items() if distance > FAR * usual > 0]
+    if not outside or len(outside) == len(lines):
         return None
-    outside = [name for name in lines if max(high, lines[name][1]) - min(low, lines[name][0]) > FAR * span]
-    if not outside:
-        return None
-    shown = [bounds for name, bounds in lines.items() if name not in outside]
-    low, high = min(bounds[0] for bounds in shown), max(bounds[1] for bounds in shown)
-    pad = MARGIN * (high - low)
-    return (low - pad, high + pad), outside
+    shown = [one for name, line in lines.items() if name not in outside for one in line]
+    pad = MARGIN * (max(shown) - min(shown) or usual)
+    return (min(shown) - pad, max(shown) + pad), outside
+
+
+def _lower_median(ordered: Sequence[float]) -> float:
+    return ordered[(len(ordered) - 1) // 2]

@@ -1,5 +1,6 @@
 """The picture of the rounds."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -60,7 +61,10 @@ def test_panels_in_which_all_runs_are_equal_are_left_out():
         ("round", "accuracy"), ("time in rounds (seconds)", ""),
         ("round", "loss (dotted: in training)"), ("time in rounds (seconds)", ""),
     ]  # fmt: skip
-    more = draw_rounds({"a": rounds(accuracy=0.3), "b": rounds(4, accuracy=0.2)}, {"a": counts, "b": counts[:2]})
+    shorter = draw_rounds({"a": rounds(accuracy=0.3), "b": rounds(2, accuracy=0.2)}, {"a": counts})
+    assert labels(shorter) == labels(figure)
+    other = [dataclasses.replace(one, admitted=4, up_bytes=9) for one in rounds(accuracy=0.2)]
+    more = draw_rounds({"a": rounds(accuracy=0.3), "b": other}, {"a": counts, "b": counts + 1})
     assert [label for _, label in labels(more)][4:] == [
         "transferred so far, up and down (MB)", "", "clients admitted", "clients",
     ]  # fmt: skip

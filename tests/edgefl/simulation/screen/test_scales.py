@@ -25,12 +25,20 @@ def test_below_as_well_as_above_and_the_usual_ones_stay():
         {"a": [1.0, 100.0]},
         {"a": [0.1, 0.9], "b": [0.2, 0.5]},
         {"a": [0.5, 0.5], "b": [0.5, 0.9]},
+        {"a": [0.1, 0.28], "b": [0.1, 0.1], "c": [0.1, 0.62], "failed": [0.108], "failed too": [0.1055]},
         {"a": [], "b": [math.nan, math.inf]},
         {},
     ],
 )
 def test_nothing_is_hidden_without_need(values):
     assert limits_without_outliers(values) is None
+
+
+@pytest.mark.parametrize("wild", [[2.0, 1e5], [-1e6, -1e9], [1e30]])
+def test_of_two_runs_the_smaller_one_is_shown(wild):
+    limits, outside = limits_without_outliers({"wild": wild, "a": [2.0, 1.0]})
+    assert outside == ["wild"]
+    assert limits == pytest.approx((0.95, 2.05))
 
 
 def test_values_that_are_not_finite_are_no_span():
