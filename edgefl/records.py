@@ -1,7 +1,7 @@
 """The records of a round: plan, update, failure, partial sum, outcome; and how often each client took part.
 
 They are frozen and validate themselves. Participation is one counter of 4 bytes per client, so a million clients
-take 4 MB.
+take 4 MB. An idle agent has this module in memory, so it imports no numpy until clients are counted.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError
-from edgefl.trees import Tree
 
-Counts = npt.NDArray[np.uint32]  # (clients,) rounds in which each was admitted
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgefl.trees import Tree
+
+Counts: TypeAlias = "npt.NDArray[np.uint32]"  # (clients,) rounds in which each was admitted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,15 +210,21 @@ class RoundReport:
 
 def no_counts(num_clients: int) -> Counts:
     """Return one zero per client; memory pages that are never written take no space."""
+    import numpy as np
+
     return np.zeros(num_clients, np.uint32)
 
 
 def count_clients(counts: Counts, positions: Iterable[int]) -> None:
     """Add one to the counters of a round's clients, given by their positions in the population."""
+    import numpy as np
+
     np.add.at(counts, np.fromiter(positions, np.int64), 1)
 
 
 def clients_by_rounds(counts: Counts) -> dict[str, int]:
     """Return how many clients took part in how many rounds: {"0": 900, "1": 100}."""
+    import numpy as np
+
     rounds, clients = np.unique(counts, return_counts=True)
     return {str(number): int(many) for number, many in zip(rounds.tolist(), clients.tolist(), strict=True)}

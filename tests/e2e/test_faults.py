@@ -76,7 +76,6 @@ def test_a_quorum_that_is_not_met_fails_the_run_with_every_reason(embedded_fleet
 @pytest.mark.parametrize("plane", ["grpc", "http", "mqtt"])
 def test_a_port_in_use_is_named(embedded_fleet, tmp_path, plane):
     second = LocalFleet(tmp_path / "second")
-    (tmp_path / "second").mkdir()
     port = getattr(embedded_fleet, f"{plane}_port")
     setattr(second, f"{plane}_port", port)
     with second, pytest.raises(Exception, match=rf"error: .*cannot listen on 127.0.0.1:{port}.*--{plane}-port"):

@@ -18,7 +18,9 @@ def http(http_plane):
 
 
 GUARDED = [
+    ("GET", "/v1/status"),
     ("GET", "/v1/devices"),
+    ("GET", "/v1/devices/a/log"),
     ("DELETE", "/v1/devices/a"),
     ("POST", "/v1/tokens"),
     ("PUT", "/v1/blobs"),
@@ -26,6 +28,8 @@ GUARDED = [
     ("POST", "/v1/jobs"),
     ("GET", "/v1/jobs"),
     ("GET", "/v1/jobs/j"),
+    ("GET", "/v1/jobs/j/log"),
+    ("PUT", "/v1/jobs/j/rounds/1/metrics"),
     ("GET", "/v1/jobs/j/events"),
     ("POST", "/v1/jobs/j/cancel"),
     ("POST", "/v1/models/m/releases"),

@@ -13,7 +13,8 @@ import pytest
 from docs.generate.commands import leaves
 from edgefl.app.cli import cli
 
-RUN_UNTIL_STOPPED = {"edgefl agent start", "edgefl cloud start"}  # their results are `agent status`, `cloud status`
+# Their results are those of `agent status`, `cloud status` and `local status`.
+RUN_UNTIL_STOPPED = {"edgefl agent start", "edgefl cloud start", "edgefl local hold"}
 
 
 def test_every_command_that_yields_a_result_writes_it_as_json() -> None:

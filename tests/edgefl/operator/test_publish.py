@@ -143,7 +143,10 @@ def test_parameters_that_are_none_are_named(wide_task, tmp_path, content):
 def test_a_drop_above_the_gate_publishes_nothing(wide_task, trained, tmp_path, monkeypatch):
     from edgefl.models import gate
 
-    monkeypatch.setattr(gate, "measured", lambda _task, path, _: {"accuracy": 0.5 if "int8" in path.name else 0.9})
+    def measured(_file, path, _samples):
+        return {"accuracy": 0.5 if "int8" in path.name else 0.9}
+
+    monkeypatch.setattr(gate._File, "measured", measured)
     with pytest.raises(AccuracyGateFailed, match=r"from 0\.9000 to 0\.5000"):
         export(load_task(str(wide_task)), trained, tmp_path, compression="int8", max_drop=0.02)
 
