@@ -330,11 +330,8 @@ def _leave_outliers_outside(axes: Axes, runs: Sequence[Run], metrics: Iterable[s
         return False
     limits, outside = found
     axes.set_ylim(*limits)
-    text = "outside: " + ", ".join(outside)
-    axes.text(
-        0.99, 0.97, textwrap.shorten(text, _NOTE_LETTERS, placeholder=" ..."), transform=axes.transAxes, ha="right",
-        va="top", fontsize="small", color="gray", bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
-    )  # fmt: skip
+    text = textwrap.shorten("outside: " + "; ".join(outside), _NOTE_LETTERS, placeholder=" ...")
+    axes.set_title(text, loc="right", fontsize="small", color="gray")
     return True
 
 
