@@ -26,4 +26,8 @@ class Kind:
         return self.task.partition(":")[2]
 
 
-KINDS = (Kind(title="classification", task="tables:classification"),)
+KINDS = (
+    Kind(title="classification", task="tables:classification"),
+    Kind(title="multi-label classification", task="tables:multi_label", lr=0.5),
+    Kind(title="regression", task="tables:regression", lr=0.1),
+)
