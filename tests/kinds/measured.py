@@ -48,8 +48,8 @@ def start_devices(fleet: LocalFleet) -> None:
 
 
 def refusal(error: Exception, folder: Path) -> str:
-    """Return a refusal's words, without what differs from machine to machine: paths and numbers of bytes."""
-    text = str(error).replace(f"{folder}/", "")
+    """Return a refusal's words, without what differs from machine to machine: paths, bytes, digits of what was lost."""
+    text = re.sub(r"\d+\.\d{4}", "N", str(error).replace(f"{folder}/", ""))
     return re.sub(r"\d+(?= bytes|$)", "N", " ".join(text.replace("`", "'").split()))
 
 
