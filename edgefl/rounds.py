@@ -40,6 +40,7 @@ from edgefl.trees import Tree
 
 Clock = Callable[[], float]  # seconds, monotonic
 OnRefusal = Callable[[Plan, Update, str], None]
+MAX_REASONS = 5  # different ones, in the message of a round under its quorum
 NO_EVALUATION = DeviceEvaluation(fault="it sent no evaluation; an agent of an older version cannot. Update it")
 
 
@@ -300,5 +301,5 @@ class _Tally:
         return (
             f"round {plan.round} of job {plan.job}: {len(self.admitted)} of {len(plan.clients)} updates "
             f"admitted, the quorum is {quorum}. "
-            + grouped({client: reasons[client] for client in plan.clients if client in reasons})
+            + grouped({client: reasons[client] for client in plan.clients if client in reasons}, MAX_REASONS)
         )

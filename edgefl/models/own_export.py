@@ -18,6 +18,7 @@ from edgefl.errors import ConfigError, ParityError, TaskError
 from edgefl.models.sample import BATCHES
 from edgefl.models.session import open_session, run_errors
 from edgefl.task import Task, UserCode
+from edgefl.terminal.extras import extra_of, install_command
 from edgefl.trees import Array, Tree
 
 TOLERANCE = 1e-4  # of floats, relative to the largest prediction, or to 1 if all are smaller
@@ -62,8 +63,14 @@ def export_own(task: Task, parameters: Tree, path: Path) -> list[Tree]:
 
 def made(task: Task, export: Callable[[Tree], Any], parameters: Tree) -> OwnModel:
     """Call a task's `export`, and check the types of what it returns."""
-    with UserCode(task.name, "export"):
-        returned = export(parameters)
+    try:
+        with UserCode(task.name, "export"):
+            returned = export(parameters)
+    except TaskError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and (extra := extra_of(cause.name)):
+            raise TaskError(f"{error}. Install it: {install_command(extra)}") from cause
+        raise
     is_tuple = isinstance(returned, tuple)
     if is_tuple and len(returned) != 3:
         raise TaskError(

@@ -36,18 +36,21 @@ OF_MODULES: Mapping[str, tuple[str, ...]] = {
     "grpc": ("agent", "cloud"),
     "matplotlib": ("sim",),
     "onnx": ("train",),
+    "onnxmltools": ("examples",),
     "onnxruntime": ("agent", "train"),
     "onnxscript": ("train",),
     "pandas": ("sim",),
     "psutil": ("agent", "cloud"),
     "pyarrow": ("examples",),
     "ray": ("ray",),
+    "skl2onnx": ("examples",),
     "sklearn": ("examples",),
     "sqlalchemy": ("cloud",),
     "starlette": ("agent", "cloud"),
     "tensorboard": ("tensorboard",),
     "torch": ("train", "sim"),
     "uvicorn": ("agent", "cloud"),
+    "xgboost": ("examples",),
 }
 
 

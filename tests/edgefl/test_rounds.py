@@ -119,6 +119,9 @@ def test_a_reason_of_many_clients_is_told_once() -> None:
     fleet = ScriptedFleet({name: fails(name) for name in ("b", "a", "c")})
     with pytest.raises(QuorumNotMet, match=r"\. a, b, c: no data$"):
         one_round(fleet, config())
+    fleet = ScriptedFleet({name: fails(name, f"no {name}") for name in "abcdefgh"})
+    with pytest.raises(QuorumNotMet, match=r"a: no a; .*; e: no e; and 3 more$"):
+        one_round(fleet, config())
 
 
 @pytest.mark.parametrize("answer", [fails("a"), silent, sends("a", math.nan)])

@@ -61,7 +61,7 @@ KINDS: Mapping[str, TemplateKind] = {
     ),
     "sklearn": TemplateKind(
         summary="A scikit-learn model with its own fit.", metric="accuracy",
-        folders=("sklearn",), dependencies=(DISTRIBUTION, _SKLEARN), modules=("sklearn",),
+        folders=("sklearn",), dependencies=(DISTRIBUTION, _SKLEARN), modules=("sklearn", "skl2onnx"),
     ),
     "flower": TemplateKind(
         summary="A Flower app in PyTorch, without any edgefl code.", metric="accuracy",

@@ -82,6 +82,14 @@ def test_an_error_in_export_is_the_users(tmp_path):
         export_task(task_with(lambda tree: tree["bias"]), WEIGHTS, tmp_path / "m.onnx")
 
 
+def test_a_library_that_is_missing_is_told_with_how_to_install_it(tmp_path):
+    def export(_tree):
+        raise ModuleNotFoundError("No module named 'skl2onnx'", name="skl2onnx")
+
+    with pytest.raises(TaskError, match=r"export raised ModuleNotFoundError.*\. Install it: .*pip install .*examples"):
+        export_task(task_with(export), WEIGHTS, tmp_path / "m.onnx")
+
+
 def test_export_belongs_to_a_task_with_fit():
     with pytest.raises(ConfigError, match="export belongs to a task with fit"):
         Task(name="t", model=dict, loss=print, train_data=print, export=print)  # type: ignore[arg-type]

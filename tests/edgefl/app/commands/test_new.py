@@ -57,7 +57,7 @@ def test_its_own_tests_pass(kind):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "torch" in KINDS[kind].folders])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "flower"])
 def test_its_model_can_be_published(kind, tmp_path):
     import edgefl
     from edgefl.operator.publish import export
@@ -66,7 +66,8 @@ def test_its_model_can_be_published(kind, tmp_path):
     invoke(f"try-{kind}", "--kind", kind)  # a name per kind: the folder stays importable in this process
     task = load_task(f"try-{kind}")
     edgefl.simulate(task, clients=10, rounds=5, engine="loop", out=tmp_path / "out")
-    exported = export(task, tmp_path / "out", tmp_path, compression="int8", max_drop=0.02)
+    compression = "none" if kind == "sklearn" else "int8"
+    exported = export(task, tmp_path / "out", tmp_path, compression=compression, max_drop=0.02)
     assert exported.metrics[KINDS[kind].metric] > 0.8
 
 
