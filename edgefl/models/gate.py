@@ -145,7 +145,7 @@ class _File:
         session = open_session(path)
         for chunk in samples.chunks(EVALUATION_BATCH):
             is_one = len(leaves(chunk.targets)) == 1
-            targets = leaves(chunk.targets)[0].cpu().numpy() if is_one else None
+            targets = array_for_file(leaves(chunk.targets)[0]) if is_one else None
             yield session.run(None, self.feeds(session, chunk)), targets
 
     def accuracy(self, path: Path, samples: Samples) -> float:

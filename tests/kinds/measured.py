@@ -37,12 +37,15 @@ REFUSALS = (AccuracyGateFailed, ConfigError, JobFailed, ParityError, RolloutFail
 
 
 def start_devices(fleet: LocalFleet) -> None:
-    """Start a cloud and two devices, which hold the two parts of every kind's data."""
+    """Start a cloud and two devices, which hold the two parts of every kind's data.
+
+    They have the names of simulated clients, by which the random numbers of training are drawn.
+    """
     fleet.start()
     for part in range(CLIENTS):
-        fleet.enroll(f"device-{part}")
+        fleet.enroll(f"client-{part}")
         options = ("--data", f"part={part}", "--data", f"parts={CLIENTS}")
-        fleet.start_agent(f"device-{part}", *options, env={"OMP_NUM_THREADS": "1"})
+        fleet.start_agent(f"client-{part}", *options, env={"OMP_NUM_THREADS": "1"})
     for agent in fleet.agents.values():
         agent.wait_for("mqtt.up")
 

@@ -79,6 +79,14 @@ def test_a_regression_is_judged_by_its_first_metric_and_published_with_what_was_
     assert 0.08 < small.metrics["mae"] < 0.15  # 0.1 by construction
 
 
+def test_targets_in_bfloat16_are_judged_too(tmp_path):
+    inputs, targets = (torch.from_numpy(one).bfloat16() for one in (INPUTS, INPUTS[:, :1] + np.float32(0.1)))
+    made = task(lambda: linear([1.0, 0.0, 0.0, 0.0]).bfloat16(), nn.functional.mse_loss, targets, inputs=inputs)
+    small = in_int8(made, tmp_path, 0.05)
+    assert small.report["measure"] == "loss"
+    assert small.metrics["before/loss"] == pytest.approx(0.01, rel=0.1)  # 0.1 squared, by construction
+
+
 R2 = replace(REGRESSION, metrics={"r2": torchmetrics.R2Score(), "mae": REGRESSION.metrics["mae"]})
 RUINED = (RNG.normal(size=(256, 4)) * [1e4, 1e-2, 1, 1]).astype(np.float32)  # int8 cannot hold both ranges
 
