@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from edgefl.terminal import debug
 
+_SLOW_IN_STACKS = "There is a performance drop because we have not yet implemented the batching rule"
 _LOGGERS = ("torch.onnx", "torch.fx", "torch.export", "torch._export", "torch._dynamo", "torch._subclasses.fake_tensor")
 
 
@@ -23,3 +25,12 @@ def quiet_tracing() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def quiet_stacks() -> None:
+    """Ignore torch.func's warning of an operation that is slow over a stack, unless --debug is set.
+
+    Whoever asks for stacks cannot change it, and `auto` measures what it costs.
+    """
+    if not debug.wanted():
+        warnings.filterwarnings("ignore", _SLOW_IN_STACKS)

@@ -27,6 +27,7 @@ from edgefl.simulation.world.evaluation import ClientEvaluations
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
 from edgefl.training.local import derive_seed, make_model, set_parameters
+from edgefl.training.quiet import quiet_stacks
 from edgefl.training.samples import Samples
 from edgefl.training.structures import Structure, arguments, mapped
 from edgefl.trees.frozen import whole
@@ -249,6 +250,7 @@ class _StepOf:
     def __init__(self, task: Task, model: torch.nn.Module, method: TrainingMethod) -> None:
         from torch.func import grad_and_value, vmap
 
+        quiet_stacks()
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._fixed = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
         self._task, self._model, self._method = task, model, method
