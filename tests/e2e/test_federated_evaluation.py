@@ -56,7 +56,9 @@ def test_devices_evaluate_as_simulated_ones_whatever_is_killed(embedded_fleet, t
 
         def disturb(outcome):
             if outcome.round == 2:  # the last model is being evaluated, or soon will be
+                end_s = time.monotonic() + 120
                 while not marks[0].exists():
+                    assert time.monotonic() < end_s, "no device evaluates the last model"
                     time.sleep(0.05)
                 fleet.cloud.kill()
                 fleet.start_cloud()
