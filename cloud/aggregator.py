@@ -14,9 +14,10 @@ import json
 import logging
 import signal
 from asyncio import sslproto
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
 
 import grpc
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,33 +26,23 @@ from cloud.dataplane.fleet_service import FleetService, ServiceDependencies, han
 from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.dataplane.grpc_port import GrpcPort
 from cloud.http.api import make_app, serve_http
+from cloud.region.service import TierDependencies, TierService, tier_handler
+from cloud.servers import serve_grpc
 from cloud.state.home import LOG_FILE, MAX_JOBS, AggregatorOptions, CloudHome
 from cloud.state.jobs import JobRow
 from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled
 from edgefl.logs import event, logging_to
-from edgefl.protocols.chunks import MAX_MESSAGE_BYTES
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, from_json
 from edgefl.protocols.ports.http_limits import HttpLimits
-from edgefl.protocols.ports.listener import listen
-from edgefl.protocols.tls import grpc_server_credentials, reloading, server_context
+from edgefl.protocols.tls import reloading, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds
 from edgefl.trees import SpooledTree, Tree
 
-STOP_GRACE_S = 5.0
 TLS_BUFFER_BYTES = 64 << 10
-
-_CHANNEL = (
-    ("grpc.so_reuseport", 0),
-    # A fixed window bounds what devices send before their upload gets its turn (FleetService.Upload).
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 512 << 10),
-    ("grpc.http2.max_frame_size", 1 << 20),  # one frame per chunk, not 64
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # agents ping less often
-)
 
 # mallopt(3) of glibc: see `keep_freed_memory`.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -205,52 +196,42 @@ class Aggregator:
             supervisor.close()
             await asyncio.to_thread(self._stop_jobs)
 
-    @contextlib.asynccontextmanager
-    async def _grpc_server(self) -> AsyncIterator[None]:
+    def _grpc_server(self) -> AbstractAsyncContextManager[None]:
         options, home = self._options, self._home
-        listen(options.host, options.grpc_port, "--grpc-port").close()  # its error is clearer than gRPC's
-        sizes = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
-        shares = home.shares
         loop = asyncio.get_running_loop()
-        port = GrpcPort(shares.devices, options.grpc_port, shares.full(), loop.time)
-        server = grpc.aio.server(options=[*sizes, *_CHANNEL, *port.options])
-        workers = ThreadPoolExecutor(8, "data-plane")
-        deps = ServiceDependencies(
-            rounds=home.rounds,
-            jobs=home.jobs,
-            blobs=home.blobs,
-            spool=home.spool,
-            desired_for=home.rollouts.desired_for,
-            ended=self._ended,
-            is_known=home.enrolment.is_known,
-            storage=home.storage,
-            broker_url=home.broker_url,
-            renewals=home.enrolment.renewals,
-            ca_pem=home.identity.ca.read_bytes(),
-            insecure=options.insecure,
-            admit=port.admit,
-            pace=port.pace,
-            max_transfers=shares.transfers,
-            logs=home.device_logs,
-        )
-        service = FleetService(deps, workers)
-        home.cut += [service.forget, lambda device: loop.call_soon_threadsafe(port.drop, device)]
-        server.add_generic_rpc_handlers((handler(service),))
-        address = f"{options.host}:{options.grpc_port}"
-        if options.insecure:
-            server.add_insecure_port(address)
-        else:
-            server.add_secure_port(address, grpc_server_credentials(home.identity))
-        await server.start()
-        with _unwrapped():
-            async with asyncio.TaskGroup() as tasks:  # if the watch fails, the cloud stops
-                watch = tasks.create_task(port.watch(), name="grpc-connections")
-                try:
-                    yield
-                finally:
-                    watch.cancel()
-                    await server.stop(STOP_GRACE_S)
-                    workers.shutdown(wait=True)
+
+        def handlers(port: GrpcPort, workers: ThreadPoolExecutor) -> list[grpc.GenericRpcHandler[Any, Any]]:
+            deps = ServiceDependencies(
+                rounds=home.rounds,
+                jobs=home.jobs,
+                blobs=home.blobs,
+                spool=home.spool,
+                desired_for=home.rollouts.desired_for,
+                ended=self._ended,
+                is_known=home.enrolment.is_known,
+                storage=home.storage,
+                broker_url=home.broker_url,
+                renewals=home.enrolment.renewals,
+                ca_pem=home.identity.ca.read_bytes(),
+                insecure=options.insecure,
+                admit=port.admit,
+                pace=port.pace,
+                max_transfers=home.shares.transfers,
+                logs=home.device_logs,
+            )
+            service = FleetService(deps, workers)
+            home.cut += [service.forget, lambda device: loop.call_soon_threadsafe(port.drop, device)]
+            tier = TierService(
+                TierDependencies(
+                    children=home.children, callers=service.callers, calls=service.calls, rounds=home.rounds,
+                    jobs=home.jobs, blobs=home.blobs, spool=home.spool, storage=home.storage,
+                ),
+                workers,
+            )  # fmt: skip
+            return [handler(service), tier_handler(tier)]
+
+        identity = None if options.insecure else home.identity
+        return serve_grpc(options.host, options.grpc_port, identity, home.shares, handlers)
 
     @contextlib.asynccontextmanager
     async def _http_server(self) -> AsyncIterator[None]:
@@ -309,17 +290,6 @@ class Aggregator:
         """Stop the process if a job's thread failed without storing the job's end."""
         if not future.cancelled() and (error := future.exception()) is not None:
             self._home.supervisor.report_failure("jobs", error)
-
-
-@contextlib.contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Unwrap the error of a task group if it is only one, so that a port in use is reported as such."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) == 1:
-            raise group.exceptions[0] from group.exceptions[0].__cause__
-        raise
 
 
 def keep_freed_memory() -> None:

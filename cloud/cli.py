@@ -87,13 +87,14 @@ def _next_steps(home: Path, url: str) -> str:
 @HOME
 @click.option("--valid-for", "valid_for_s", default=24 * 3600.0, show_default=True, help="Seconds.")
 @click.option("--label", help="What the token is for, shown by `edgefl cloud tokens list`.")
+@click.option("--role", type=click.Choice(["device", "region"]), default="device", show_default=True)
 @json_option
-def token(home: Path, valid_for_s: float, label: str | None, output: Output) -> None:
-    """Print a one-time token that enrols one device. Works whether or not the cloud runs."""
+def token(home: Path, valid_for_s: float, label: str | None, role: str, output: Output) -> None:
+    """Print a one-time token that enrols one device, or one region. Works whether or not the cloud runs."""
     from cloud.state.enrolment import Enrolment
 
     with _database(home) as engine:
-        text = Enrolment(engine, home / "tls").new_token(valid_for_s, label)
+        text = Enrolment(engine, home / "tls").new_token(valid_for_s, label, role)
     output.line(text)
     output.result({"token": text, "valid_for_s": valid_for_s})
 

@@ -32,10 +32,11 @@ COUNT, STD, WORST_TENTH = "count", "std", "worst_tenth"
 class RoundGuard:
     """Admits each device of one plan once, with a finite update of the plan's shapes and dtypes."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, any_device: bool = False) -> None:
+        """Check updates for a plan; with `any_device`, the caller knows that they are of its cohort."""
         self._plan = plan
         self._spec = spec_of(plan.parameters)
-        self._cohort = frozenset(plan.clients)
+        self._cohort = None if any_device else frozenset(plan.clients)
         self._admitted: set[str] = set()
 
     def admit(self, update: Update) -> None:
@@ -71,7 +72,7 @@ class RoundGuard:
     def _wrong_contributors(self, contributors: Sequence[str]) -> str | None:
         if not contributors:
             return "it names no contributors"
-        if strangers := sorted(set(contributors) - self._cohort):
+        if self._cohort is not None and (strangers := sorted(set(contributors) - self._cohort)):
             return f"{', '.join(strangers):.500} are not in the cohort of round {self._plan.round}"
         if len(set(contributors)) < len(contributors) or self._admitted & set(contributors):
             return f"a device is counted twice in round {self._plan.round}"
@@ -81,7 +82,7 @@ class RoundGuard:
         plan = self._plan
         if (update.job, update.round) != (plan.job, plan.round):
             return f"it is for round {update.round} of job {update.job!r}; open is round {plan.round} of {plan.job!r}"
-        if update.device not in self._cohort:
+        if self._cohort is not None and update.device not in self._cohort:
             return f"the device is not in the cohort of round {plan.round}"
         if update.device in self._admitted:
             return f"the device was already admitted in round {plan.round}"

@@ -141,6 +141,8 @@ class LocalFleet:
         self.cloud: LoggedProcess | None = None
         self.broker: LoggedProcess | None = None
         self.agents: dict[str, LoggedProcess] = {}
+        self.regions: dict[str, LoggedProcess] = {}
+        self._region_ports: dict[str, list[int]] = {}
 
     @property
     def ports(self) -> list[int]:
@@ -160,6 +162,7 @@ class LocalFleet:
     ) -> None:
         everything = [
             *self.agents.values(),
+            *self.regions.values(),
             *([self.cloud] if self.cloud else []),
             *([self.broker] if self.broker else []),
         ]
@@ -203,12 +206,34 @@ class LocalFleet:
         """Return a new one-time enrolment token."""
         return self.command("cloud", "token", "--home", self.home).strip()
 
-    def enroll(self, name: str, *options: str) -> Path:
-        """Enrol a device; return its home."""
+    def url_of(self, region: str) -> str:
+        """Return where a region serves; empty = the cloud."""
+        return f"https://127.0.0.1:{self._region_ports[region][1]}" if region else self.url
+
+    def start_region(self, name: str, *options: str, parent: str = "") -> None:
+        """Start a region below another one, or below the cloud, and wait until it serves and is connected.
+
+        It has the same home and ports as before if it was started before.
+        """
+        enrol: tuple[str | Path, ...] = ()
+        if name not in self._region_ports:
+            self._region_ports[name] = free_ports(3)
+            token = self.command("cloud", "token", "--home", self.home, "--role", "region").strip()
+            enrol = ("--parent", self.url_of(parent), "--token", token, "--name", name)
+        grpc_port, http_port, mqtt_port = self._region_ports[name]
+        self.regions[name] = self.spawn(
+            f"{name}.log", "region", "start", "--home", self.folder / name, "--grpc-port", grpc_port,
+            "--http-port", http_port, "--mqtt-port", mqtt_port, *enrol, *options,
+        )  # fmt: skip
+        self.regions[name].wait_for("uplink.up")
+
+    def enroll(self, name: str, *options: str, region: str = "") -> Path:
+        """Enrol a device with the cloud, or with a region; return its home."""
         home = self.folder / name
         self.command(
-            "agent", "enroll", "--home", home, "--cloud", self.url, "--token", self.token(), "--name", name, *options
-        )
+            "agent", "enroll", "--home", home, "--cloud", self.url_of(region), "--token", self.token(),
+            "--name", name, *options,
+        )  # fmt: skip
         return home
 
     def start_agent(self, name: str, *options: str, env: Mapping[str, str] | None = None) -> LoggedProcess:

@@ -95,6 +95,7 @@ class Failure:
     round: int
     device: str
     reason: str
+    refused: bool = False  # it sent one, and the guard of its region refused it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +106,9 @@ class Partial:
     weight: float
     contributors: tuple[str, ...]
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # (sum of weight * value, of weights)
-    evaluations: Evaluations | None = None  # if the plan asked for them
+    evaluations: Evaluations | None = None  # if the plan asked for them; checked by whoever sends them
+    device_evaluations: Mapping[str, DeviceEvaluation] = field(default_factory=dict)  # the same, not checked
+    weights: Mapping[str, float] = field(default_factory=dict)  # of each contributor, if it is known
 
 
 Answer = Update | Failure | Partial | Evaluated  # what a fleet yields for a plan

@@ -129,7 +129,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
     answer: Answer | None = None
     for answer in fleet.collect(plan):
         if isinstance(answer, Failure | Evaluated):
-            tally.failed[answer.device] = answer.reason if isinstance(answer, Failure) else "it sent no update"
+            tally.note_failure(answer)
             continue
         try:
             if isinstance(answer, Partial):
@@ -188,21 +188,33 @@ def evaluate_last(job: Job, fleet: Fleet, parameters: Tree) -> LastEvaluation:
     )  # fmt: skip
     evaluation, left, wanted = FederatedEvaluation(job.evaluation), set(clients), rounds.clients or len(clients)
     for answer in fleet.collect(plan):
-        if isinstance(answer, Partial) or answer.device not in left or answer.round != number:
-            continue  # not asked for, or a second time
-        left.remove(answer.device)
-        if isinstance(answer, Evaluated):
-            evaluation.add(answer.device, answer.evaluation)
-        else:
-            evaluation.faults[answer.device] = (
-                answer.reason if isinstance(answer, Failure) else "it sent an update, but was asked to evaluate"
-            )
+        if not isinstance(answer, Partial) and answer.round != number:
+            continue  # not asked for
+        for device, one in _evaluations_in(answer).items():
+            if device not in left:
+                continue  # a second time
+            left.remove(device)
+            if isinstance(one, str):
+                evaluation.faults[device] = one
+            else:
+                evaluation.add(device, one)
         if evaluation.count >= wanted:
             break
     if evaluation.count < wanted:
         late = f"no answer within {plan.deadline_s:g} s"
         evaluation.faults.update((client, late) for client in clients if client in left)
     return LastEvaluation(metrics=evaluation.metrics(), not_evaluated=evaluation.faults)
+
+
+def _evaluations_in(answer: Answer) -> Mapping[str, DeviceEvaluation | str]:
+    """Return what each device of an answer measured, or why it did not."""
+    if isinstance(answer, Partial):
+        return answer.device_evaluations
+    if isinstance(answer, Evaluated):
+        return {answer.device: answer.evaluation}
+    return {
+        answer.device: answer.reason if isinstance(answer, Failure) else "it sent an update, but was asked to evaluate"
+    }
 
 
 def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
@@ -276,11 +288,19 @@ class _Tally:
             self._metrics.merge(answer.metrics)
             if self.evaluation is not None and answer.evaluations is not None:
                 self.evaluation.merge(answer.evaluations)
+            if self.evaluation is not None:
+                for device, one in answer.device_evaluations.items():
+                    self.evaluation.add(device, one)
         else:
             self.admitted.append(answer.device)
             self._metrics.add(answer.weight, answer.metrics)
             if self.evaluation is not None:
                 self.evaluation.add(answer.device, answer.evaluation or NO_EVALUATION)
+
+    def note_failure(self, answer: Failure | Evaluated) -> None:
+        refused = isinstance(answer, Failure) and answer.refused
+        why = answer.reason if isinstance(answer, Failure) else "it sent no update"
+        (self.rejected if refused else self.failed)[answer.device] = why
 
     def refuse(self, answer: Update | Partial, reason: str) -> None:
         """Record a refusal; for a partial sum, of each contributor that was not admitted otherwise."""

@@ -215,6 +215,9 @@ class HeardLink:
     def send_job(self, device: str, message: Deliver | RoundClosed) -> None:
         self.told.append((device, message))
 
+    def close_round(self, job: str, number: int) -> None:
+        pass
+
     def send_command(self, device: str, command: LogWanted) -> None:
         if self.logs is not None:
             self.logs.receive(device, command.request, b"one\n    two", cut=False)

@@ -47,13 +47,14 @@ class BuiltinBroker:
     program = "builtin"
     reason = ""  # never unhealthy: if it fails, the cloud stops
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a broker
         self, identity: Identity | None, host: str, port: int, *, is_known: Callable[[str, str | None], bool],
-        share: PortShare, on_failure: Callable[[BaseException], None],
+        share: PortShare, on_failure: Callable[[BaseException], None], owner: str = CLOUD_NAME,
     ) -> None:  # fmt: skip
         if identity is None and not is_loopback(host):
             raise ConfigError(f"a broker without TLS may listen on loopback only, not on {host!r}; drop --insecure")
         self.port, self.is_known, self.max_devices = port, is_known, share.seats
+        self.owner = owner  # the cloud, or the region whose broker this is: it may publish and read everything
         self.sessions = Sessions()
         self.open: dict[str, _Client] = {}
         self.all: set[_Client] = set()  # also those without a name yet
@@ -179,7 +180,7 @@ class _Client(asyncio.Protocol):
         try:
             while not self._is_paused and (found := packets.cut(self._data, first=self._connect is None)):
                 self._take(*found)
-                wait_s = 0.0 if self._name == CLOUD_NAME else self._share.take(2 + len(found[2]))
+                wait_s = 0.0 if self._name == self._broker.owner else self._share.take(2 + len(found[2]))
                 if wait_s > 0 and not self._is_paused:
                     self._pause()
                     self._loop.call_later(wait_s, self._resume)
@@ -231,13 +232,13 @@ class _Client(asyncio.Protocol):
     async def _admit(self, connect: Connect) -> None:
         self._name, serial = self._identify(connect)
         reason = await self._refusal(connect, serial)
-        seats = self._broker.open.keys() - {CLOUD_NAME}
+        seats = self._broker.open.keys() - {self._broker.owner}
         if reason:
             event(_log, logging.WARNING, "broker.refused", device=self._name, peer=self._place.source, reason=reason)
             self._refuse(NOT_AUTHORIZED)
         elif not connect.client_id and not connect.clean:
             self._refuse(WRONG_ID)
-        elif self._name not in {CLOUD_NAME, *seats} and len(seats) >= self._broker.max_devices:
+        elif self._name not in {self._broker.owner, *seats} and len(seats) >= self._broker.max_devices:
             event(_log, logging.WARNING, "device.no_seat", device=self._name, seats=self._broker.max_devices)
             self._refuse(NO_PLACE)
         elif not self._transport.is_closing():
@@ -245,11 +246,11 @@ class _Client(asyncio.Protocol):
 
     async def _refusal(self, connect: Connect, serial: str | None) -> str:
         """Return why this client may not connect; empty if it may."""
-        if self._name != CLOUD_NAME and not valid_device_name(self._name):
+        if self._name != self._broker.owner and not valid_device_name(self._name):
             return f"{self._name!r} is not a valid device name"
-        if connect.will is not None and not allowed(self._name, connect.will.topic, publish=True):
+        if connect.will is not None and not self._may(connect.will.topic, publish=True):
             return f"it may not publish its will on {connect.will.topic!r}"
-        if self._name != CLOUD_NAME and not await asyncio.to_thread(self._broker.is_known, self._name, serial):
+        if self._name != self._broker.owner and not await asyncio.to_thread(self._broker.is_known, self._name, serial):
             return "the device is not enrolled, or not with this certificate; enrol it again"
         return ""
 
@@ -289,7 +290,7 @@ class _Client(asyncio.Protocol):
 
     def _publish(self, session: Session, flags: int, body: bytes) -> None:
         message, number = packets.parse_publish(flags, body)
-        if not allowed(self._name, message.topic, publish=True):  # acknowledged, because MQTT 3.1.1 has no refusal
+        if not self._may(message.topic, publish=True):  # acknowledged, because MQTT 3.1.1 has no refusal
             event(_log, logging.WARNING, "broker.refused", device=self._name, action="publish", topic=message.topic)
         elif message.qos < 2 or number not in session.received:
             self._broker.sessions.publish(message)
@@ -302,9 +303,9 @@ class _Client(asyncio.Protocol):
     def _subscribe(self, session: Session, body: bytes) -> None:
         number, filters = packets.parse_subscribe(body, with_qos=True)
         self._num_filters += len(filters)
-        if self._name != CLOUD_NAME and self._num_filters > MAX_FILTERS:
+        if self._name != self._broker.owner and self._num_filters > MAX_FILTERS:
             raise ProtocolError(f"it subscribed to more than {MAX_FILTERS} filters; a device needs two")
-        may = [allowed(self._name, filter_, publish=False) for filter_, _ in filters]
+        may = [self._may(filter_, publish=False) for filter_, _ in filters]
         if refused := [filter_ for (filter_, _), yes in zip(filters, may, strict=True) if not yes]:
             event(
                 _log, logging.WARNING, "broker.refused", device=self._name, action="subscribe", topic=",".join(refused)
@@ -314,6 +315,10 @@ class _Client(asyncio.Protocol):
         for (filter_, qos), yes in zip(filters, may, strict=True):
             if yes:
                 self._broker.sessions.subscribe(session, filter_, qos)
+
+    def _may(self, topic: str, *, publish: bool) -> bool:
+        name = CLOUD_NAME if self._name == self._broker.owner else self._name
+        return allowed(name, topic, publish=publish)
 
     def _send(self, data: bytes) -> None:
         if not self._transport.is_closing():

@@ -17,7 +17,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from cloud.broker.inbox import Inbox
 from edgefl.errors import CloudUnreachable, ProtocolError
@@ -49,6 +49,22 @@ def _always(_device: str) -> bool:
     return True
 
 
+class Children(Protocol):
+    """The regions below, through which devices are reached, too."""
+
+    def send_job(self, region: str, device: str, message: JobMessage) -> None:
+        """Pass a job message for a device to its region."""
+
+    def send_desired(self, device: str, signed: Signed) -> None:
+        """Pass the release that a device should serve to all regions to which it may connect."""
+
+    def moved(self, device: str, region: str) -> None:
+        """Note that a device is reached through another region now; empty = directly."""
+
+    def close_round(self, job: str, number: int) -> None:
+        """Ask no region any more for its part in a round."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceLinkCallbacks:
     """Callbacks of the link. All but `on_failure` are called in the inbox's thread, and must return quickly."""
@@ -62,19 +78,33 @@ class DeviceLinkCallbacks:
 class DeviceLink:
     """Presence and messages through any broker. Methods may be called from any thread, except `start`."""
 
-    def __init__(self, url: str, identity: Identity | None, callbacks: DeviceLinkCallbacks) -> None:
+    def __init__(
+        self,
+        url: str,
+        identity: Identity | None,
+        callbacks: DeviceLinkCallbacks,
+        name: str = CLOUD_NAME,
+        server_name: str = "",
+    ) -> None:
         self._callbacks = callbacks
         self._changed = threading.Condition()
         self._states: dict[str, DeviceState] = {}
         self._telemetry: dict[str, Telemetry] = {}  # of devices that are online
         config = LinkConfig(
-            url=url, client_id=CLOUD_NAME, identity=identity, subscriptions=[(topics.EVERY_UP, 1)], keepalive_s=10
+            url=url,
+            client_id=name,
+            identity=identity,
+            server_name=server_name,
+            subscriptions=[(topics.EVERY_UP, 1)],
+            keepalive_s=10,
         )
-        self._inbox: Inbox[tuple[str, bytes] | None] = Inbox("mqtt-inbox", self._process)
+        self._via: dict[str, str] = {}  # device -> the region through which it is reached; missing = directly
+        self.children: Children | None = None  # the regions below, if there can be any
+        self._inbox: Inbox[tuple[str, bytes, str] | None] = Inbox("mqtt-inbox", self._process)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link = MqttLink(
             config,
-            on_message=lambda topic, payload: self._inbox.put(topic, (topic, payload)),
+            on_message=lambda topic, payload: self._inbox.put(topic, (topic, payload, "")),
             on_disconnect=lambda: self._inbox.put("", None),
             on_failure=callbacks.on_failure,
         )
@@ -131,8 +161,26 @@ class DeviceLink:
         with self._changed:
             self._changed.notify_all()
 
+    def hear(self, region: str, device: str, kind: str, payload: bytes) -> None:
+        """Take what a device said to the region through which it is connected; empty = it is no longer there."""
+        topic = topics.up(device, kind)
+        self._inbox.put(f"{region} {topic}", (topic, payload, region))
+
+    def via(self, device: str) -> str:
+        """Return the region through which a device is reached; empty = directly."""
+        with self._changed:
+            return self._via.get(device, "")
+
+    def close_round(self, job: str, number: int) -> None:
+        """Ask no region any more for its part in a round."""
+        if self.children is not None:
+            self.children.close_round(job, number)
+
     def send_job(self, device: str, message: JobMessage) -> None:
         """Send a job message; a device that misses it calls `Next` when it reconnects."""
+        if self.children is not None and (region := self.via(device)):
+            self.children.send_job(region, device, message)
+            return
         self._send(topics.down(device, "job"), encode(message))
 
     def send_command(self, device: str, command: LogWanted) -> None:
@@ -141,6 +189,8 @@ class DeviceLink:
 
     def send_desired(self, device: str, signed: Signed) -> None:
         """Send the release that a device should serve; the broker retains it."""
+        if self.children is not None:
+            self.children.send_desired(device, signed)
         self._send(topics.down(device, "desired"), encode(signed), retain=True)
 
     def forget(self, device: str) -> None:
@@ -150,6 +200,7 @@ class DeviceLink:
         with self._changed:
             self._states.pop(device, None)
             self._telemetry.pop(device, None)
+            self._via.pop(device, None)
             self._changed.notify_all()
 
     def _send(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
@@ -160,45 +211,56 @@ class DeviceLink:
 
     # In the inbox's thread.
 
-    def _process(self, item: tuple[str, bytes] | None) -> None:
+    def _process(self, item: tuple[str, bytes, str] | None) -> None:
         """Process a message; None means that the connection to the broker was lost."""
         if item is None:
             self._note_broker_lost()
         else:
             self._receive(*item)
 
-    def _receive(self, topic: str, payload: bytes) -> None:
+    def _receive(self, topic: str, payload: bytes, region: str) -> None:
         device, kind = topics.parse_up(topic)
+        if not payload and region:
+            if kind == "state":
+                self._note_region_lost(region, device)
+            return
         if not payload and kind == "state":
             return  # our own `forget`
         try:
-            self._dispatch(device, kind, payload)
+            self._dispatch(device, kind, payload, region)
         except ProtocolError as fault:
             event(_log, logging.WARNING, "device.bad_message", device=device, kind=kind, reason=fault)
 
-    def _dispatch(self, device: str, kind: str, payload: bytes) -> None:
+    def _dispatch(self, device: str, kind: str, payload: bytes, region: str) -> None:
         if not self._callbacks.is_known(device):
             raise ProtocolError("the device is not enrolled")
         message = decode(_KINDS[kind], payload)
         if isinstance(message, DeviceState):
-            self._note_state(device, message)
+            self._note_state(device, message, region)
         elif isinstance(message, RolloutNote):
             self._callbacks.on_note(device, message)
         else:
             self._note_telemetry(device, message)
 
-    def _note_state(self, device: str, state: DeviceState) -> None:
+    def _note_state(self, device: str, state: DeviceState, region: str) -> None:
         with self._changed:
-            held = self._states.get(device)
+            held, former = self._states.get(device), self._via.get(device, "")
             if held is not None and _order(state) < _order(held):
                 event(_log, logging.DEBUG, "device.old_state", device=device, session=state.session, held=held.session)
                 return
             self._states[device] = state
+            if region:
+                self._via[device] = region
+            else:
+                self._via.pop(device, None)
             if not state.online:
                 self._telemetry.pop(device, None)
             self._changed.notify_all()
         if held is None or held.online != state.online:
-            event(_log, logging.INFO, "device.online" if state.online else "device.offline", device=device)
+            event(_log, logging.INFO, "device.online" if state.online else "device.offline", device=device,
+                  region=region or "-")  # fmt: skip
+        if self.children is not None and state.online and (former != region or held is None or not held.online):
+            self.children.moved(device, region)
         self._callbacks.on_state(device, state)
 
     def _note_telemetry(self, device: str, telemetry: Telemetry) -> None:
@@ -206,11 +268,24 @@ class DeviceLink:
             if (state := self._states.get(device)) is not None and state.online:
                 self._telemetry[device] = telemetry
 
+    def _note_region_lost(self, region: str, device: str) -> None:
+        """A device is not reached through this region any more."""
+        with self._changed:
+            held = self._states.get(device)
+            if held is None or self._via.get(device) != region:
+                return  # it is elsewhere
+            state = self._states[device] = dataclasses.replace(held, online=False, session=0)
+            self._telemetry.pop(device, None)
+            self._changed.notify_all()
+        self._callbacks.on_state(device, state)
+
     def _note_broker_lost(self) -> None:
         with self._changed:
-            lost = {name: dataclasses.replace(one, online=False, session=0) for name, one in self._states.items()}
+            here = {name: one for name, one in self._states.items() if name not in self._via}
+            lost = {name: dataclasses.replace(one, online=False, session=0) for name, one in here.items()}
             self._states.update(lost)
-            self._telemetry.clear()
+            for name in lost:
+                self._telemetry.pop(name, None)
             self._changed.notify_all()
         for device, state in lost.items():
             self._callbacks.on_state(device, state)

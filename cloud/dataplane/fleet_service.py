@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
+from cloud.dataplane.callers import CallerChecks, Callers, certificate_of
 from cloud.dataplane.device_logs import DeviceLogs, receive_log
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
@@ -38,17 +39,13 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.assignments import UPDATE_AGENT, pack
 from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk, upload_data
 from edgefl.protocols.messages import MAX_NAME_CHARS, Deliver, Fit, Signed, encode
-from edgefl.protocols.tls import common_name, serial_number
 from edgefl.terminal.text import one_line
 from edgefl.trees import SpooledTree
 
-RESUME_S = 10.0
 MAX_REASON_CHARS = 2000
 MAX_HOLDING = 10_000  # jobs per device for which it keeps a state
 MAX_ASSIGNMENTS = 24  # per reply to `Next`, to stay below 1 MB
-MAX_CERTIFICATES = 4096  # parsed certificates in the cache
 MAX_DOWNLOADS = 4  # per device at a time: a model, a bundle, releases
-DEVICE_METADATA = "edgefl-device"  # the device's name in insecure mode, without certificates
 
 _STALLED = "the transfer made no progress for too long, or newer transfers of this device replaced it"
 
@@ -80,6 +77,8 @@ class ServiceDependencies:
     max_transfers: int = MAX_INSIDE  # concurrent uploads, and as many downloads
     storage: Storage = field(default_factory=Storage)
     logs: DeviceLogs | None = None  # None = nobody asks for logs
+    is_over: Callable[[str, int], bool] = lambda _job, _round: True  # of a round that is not open
+    fetch: Callable[[str], Awaitable[None]] | None = None  # in a region: gets a blob that it lacks from its parent
 
 
 def handler(service: FleetService) -> grpc.GenericRpcHandler[Any, Any]:
@@ -114,11 +113,13 @@ class FleetService:
         self._workers = workers
         self._loop = asyncio.get_running_loop()
         self.calls = RunningCalls()
+        checks = CallerChecks(is_known=deps.is_known, insecure=deps.insecure, admit=deps.admit, pace=deps.pace)
+        self.callers = Callers(checks, deps.rounds, self.calls, workers)
         self._uploads = TransferLimiter(max_inside=deps.max_transfers)
         self._downloads = TransferLimiter(max_inside=deps.max_transfers, max_each=MAX_DOWNLOADS)
 
     async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
-        device = await self._device(context)
+        device = await self.callers.device(context)
         self._deps.rounds.note_kinds(device, request.knows)
         desired = await self._run(self._deps.desired_for, device)
         waiting = await self._known(device, request, context)
@@ -131,7 +132,7 @@ class FleetService:
         )
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
-        device = await self._device(context)
+        device = await self.callers.device(context)
         if self._deps.renewals is None or not self._is_renewal_due(context):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this certificate need not be renewed yet")
         try:
@@ -144,11 +145,13 @@ class FleetService:
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Context
     ) -> None:
-        device = await self._device(context)
+        device = await self.callers.any(context)
         opened = [one for one in self._deps.rounds.waiting_for(device) if one.asks_for(request.sha256)]
         sources = [one.source for one in opened if one.source is not None]
         try:
             path = sources[0] if sources else self._deps.blobs.path(request.sha256)
+            if self._deps.fetch is not None:
+                await self._deps.fetch(request.sha256)
             async with self._downloads.turn(device) as transfer:
                 descriptor = os.open(path, os.O_RDONLY)  # within the turn, so that waiting downloads have no open file
                 try:
@@ -156,7 +159,7 @@ class FleetService:
                     offset = min(request.offset, size)
                     while offset < size and (data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset)):
                         offset += len(data)
-                        for one in opened:
+                        for one in opened or self._deps.rounds.asking_for(request.sha256)[:1]:  # of a region
                             one.down_bytes += len(data)
                         await context.write(encode_chunk(data))
                         transfer.moved()
@@ -170,17 +173,17 @@ class FleetService:
             await context.abort(grpc.StatusCode.ABORTED, _STALLED)
 
     async def Resume(self, request: pb.UpdateKey, context: Context) -> pb.UploadState:  # noqa: N802
-        device = await self._device(context)
+        device = await self.callers.device(context)
         opened, final = self._find(request, device)
         if final is not None or opened is None:
-            return await self._unless_stopping(final or _state("STALE"), context)
+            return await self._unless_stopping(final or _state("STALE"), request, context)
         offset = await self._run(self._deps.spool.received_bytes, request.job, request.round, device)
         return _state("PARTIAL", offset=offset)
 
     async def Upload(  # noqa: N802
         self, requests: AsyncIterator[bytes], context: Context
     ) -> pb.UploadState:
-        device, num_bytes = await self._device(context), 0
+        device, num_bytes = await self.callers.device(context), 0
         try:
             async with self._uploads.turn(device) as transfer:
                 first = pb.UploadChunk.FromString(await anext(requests, b""))
@@ -188,12 +191,12 @@ class FleetService:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be the header")
                 opened, final = self._find(first.header.key, device)
                 if final is not None or opened is None:
-                    return await self._unless_stopping(final or _state("STALE"), context)
+                    return await self._unless_stopping(final or _state("STALE"), first.header.key, context)
                 if fault := header_fault(first.header, opened.assignment.max_update_bytes):
                     return await self._run(self._refuse, opened, device, fault)
                 num_bytes = first.header.size - first.header.offset
                 state = await self._receive(_moving(requests, transfer), first.header, opened, device)
-                return await self._unless_stopping(state, context)
+                return await self._unless_stopping(state, first.header.key, context)
         except DecodeError:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message is not an UploadChunk")
         except (UploadCutOff, TimeoutError) as error:
@@ -202,7 +205,7 @@ class FleetService:
             return await self._not_stored(error, device, context, num_bytes)
 
     async def Fail(self, request: pb.FailureReport, context: Context) -> pb.FailureReply:  # noqa: N802
-        device = await self._device(context)
+        device = await self.callers.device(context)
         opened, _ = self._find(request.key, device)
         if opened is not None:
             try:
@@ -212,7 +215,7 @@ class FleetService:
         return pb.FailureReply()
 
     async def SendLog(self, request: pb.LogReport, context: Context) -> pb.LogReply:  # noqa: N802
-        await receive_log(self._deps.logs, await self._device(context), request, context)
+        await receive_log(self._deps.logs, await self.callers.device(context), request, context)
         return pb.LogReply()
 
     async def _known(self, device: str, request: pb.NextRequest, context: Context) -> list[OpenRound]:
@@ -273,8 +276,10 @@ class FleetService:
         self._deps.storage.worked(header.size - header.offset)
         return state
 
-    async def _unless_stopping(self, state: pb.UploadState, context: Context) -> pb.UploadState:
+    async def _unless_stopping(self, state: pb.UploadState, key: pb.UpdateKey, context: Context) -> pb.UploadState:
         """Return the state; but while the cloud is stopping, STALE would be wrong, because rounds will be resumed."""
+        if state.status == pb.UploadState.STALE and not self._deps.is_over(key.job, key.round):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this region has not been asked for this round yet")
         if state.status == pb.UploadState.STALE and self._deps.rounds.stopping:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds continue later")
         return state
@@ -331,34 +336,10 @@ class FleetService:
             return None, _state("STORED")
         return opened, None
 
-    async def _device(self, context: Context) -> str:
-        """Return the caller's name; aborts the call if it is not, or no longer, enrolled."""
-        resumed = self._deps.rounds.wait_resumed(0) or await self._run(self._deps.rounds.wait_resumed, RESUME_S)
-        if not resumed:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is reopening its rounds after a restart; retry")
-        name, serial = self._insecure_peer(context) if self._deps.insecure else _certified_peer(context)
-        self.calls.note(name)
-        key = name if serial is None else f"{name} {serial}"  # a revoked certificate has a share of its own
-        if (wait_s := self._deps.pace(key)) > 0:  # the number of waiting calls is bounded by the streams
-            await asyncio.sleep(wait_s)
-        if not await self._run(self._deps.is_known, name, serial):
-            await context.abort(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"device {name!r} is not enrolled, or not with this certificate; enrol it with a new token",
-            )
-        if refusal := self._deps.admit(name, context.peer()):
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
-        return name
-
     def _is_renewal_due(self, context: Context) -> bool:
         if self._deps.renewals is None or self._deps.insecure:
             return False
-        return self._deps.renewals.is_due(_certificate(context))
-
-    @staticmethod
-    def _insecure_peer(context: Context) -> tuple[str, None]:
-        name = dict(context.invocation_metadata() or ()).get(DEVICE_METADATA, "")
-        return str(name), None
+        return self._deps.renewals.is_due(certificate_of(context))
 
     async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
@@ -366,22 +347,6 @@ class FleetService:
 
 def _training_first(opened: OpenRound) -> tuple[bool, int]:
     return isinstance(opened.assignment, Deliver), opened.assignment.round
-
-
-def _certified_peer(context: Context) -> tuple[str, str]:
-    """Return name and serial number of the caller's certificate, which the TLS handshake has verified."""
-    return _names_in(_certificate(context))
-
-
-@functools.lru_cache(MAX_CERTIFICATES)
-def _names_in(certificate: bytes) -> tuple[str, str]:
-    return common_name(certificate), serial_number(certificate)
-
-
-def _certificate(context: Context) -> bytes:
-    """Return the caller's certificate (PEM)."""
-    certificate: bytes = next(iter(context.auth_context()["x509_pem_cert"]))
-    return certificate
 
 
 def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:

@@ -8,22 +8,25 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cloud.broker.link import DeviceLink
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
+from cloud.region.sums import partial_of
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from edgefl.exchange import Announce, Close, GiveUp, Instruction, Terms, Yield, gathering
 from edgefl.logs import event
+from edgefl.protocols import tiers
 from edgefl.protocols.assignments import UPDATE_AGENT
 from edgefl.protocols.messages import BlobRef, Evaluate, Fit, RoundClosed, UpdateRefused
-from edgefl.records import Evaluated, Failure, Plan, Traffic, Update
+from edgefl.protocols.tiers import SumNote
+from edgefl.records import Answer, Evaluated, Failure, Plan, Traffic, Update
 from edgefl.rounds import NO_EVALUATION
 from edgefl.trees import SpooledTree, Tree, encoded_bytes
 from edgefl.trees.frozen import whole
@@ -98,20 +101,33 @@ class GrpcFleet:
         kept = parameters if isinstance(parameters, SpooledTree) else self.keep(parameters)
         return BlobRef(sha256=kept.path.name, size=kept.path.stat().st_size)
 
-    def collect(self, plan: Plan) -> Iterator[Update | Evaluated | Failure]:
+    def collect(self, plan: Plan) -> Iterator[Answer]:
         """Announce the plan and yield the answers as they arrive; first those from before a restart."""
         opened = self._open(plan)
+        sums: set[str] = set()
         try:
             while not isinstance(instruction := opened.next(self._presence), Close):
                 if isinstance(instruction, Yield):
-                    yield self._as_record(opened.take(instruction.device), plan)
+                    yield from self.records([opened.take(instruction.device)], plan, sums)
                 else:
                     self._execute(instruction, opened)
         finally:
             opened.close()
             self._deps.rounds.remove(opened)
+            self._deps.link.close_round(plan.job, plan.round)
             for left in opened.given_up():
                 self._execute(left, opened)
+
+    def records(self, answers: Iterable[AnswerRow], plan: Plan, sums: set[str] | None = None) -> Iterator[Answer]:
+        """Yield the records of stored answers; `sums` has the files of sums that were yielded."""
+        sums = set() if sums is None else sums
+        for answer in answers:
+            if answer.region is None or answer.file is None:
+                yield self._as_record(answer, plan)
+            elif answer.file not in sums:  # one record for all its devices
+                sums.add(answer.file)
+                note = tiers.unpack(SumNote, self._deps.jobs.sum_note(plan.job, plan.round, answer.file).encode())
+                yield partial_of(note, SpooledTree(self._deps.spool.path(answer.file)))
 
     def traffic(self) -> Traffic:
         return self._deps.rounds.traffic(self._job.id)
@@ -133,9 +149,7 @@ class GrpcFleet:
         self._model_sha256 = model.sha256
         assignment = self._assignment(plan, model)
         around = Surroundings(clock=self._deps.clock, storage=self._deps.storage)
-        opened = OpenRound(
-            assignment, sorted(plan.clients), Terms.of_round(self._job.config.rounds, plan.deadline_s), around
-        )
+        opened = OpenRound(assignment, sorted(plan.clients), self._terms(plan), around)
         for answer in self.insist(lambda: self._deps.jobs.open_round(plan.job, plan.round, plan.clients)):
             opened.accept(answer, lambda _answer: None)  # it is already durable
         self._fail_older_agents(opened)
@@ -176,6 +190,9 @@ class GrpcFleet:
             evaluate=plan.evaluate,
         )
 
+    def _terms(self, plan: Plan) -> Terms:
+        return Terms.of_round(self._job.config.rounds, plan.deadline_s)
+
     def _fail_older_agents(self, opened: OpenRound) -> None:
         """Do not wait for devices whose agents do not know this kind of assignment."""
         assignment, lacks = opened.assignment, self._deps.rounds.lacks
@@ -200,7 +217,8 @@ class GrpcFleet:
     def _as_record(self, answer: AnswerRow, plan: Plan) -> Update | Evaluated | Failure:
         job, number, device = plan.job, plan.round, answer.device
         if answer.file is None:
-            return Failure(job=job, round=number, device=device, reason=answer.reason or "no reason given")
+            reason = answer.reason or "no reason given"
+            return Failure(job=job, round=number, device=device, reason=reason, refused=bool(answer.refused))
         if not plan.fit:
             return Evaluated(job=job, round=number, device=device, evaluation=answer.evaluation or NO_EVALUATION)
         tree = SpooledTree(self._deps.spool.path(answer.file))

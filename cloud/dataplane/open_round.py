@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -30,6 +30,7 @@ from edgefl.exchange import (
     Failed,
     GiveUp,
     Instruction,
+    Joined,
     Offline,
     Paused,
     Resumed,
@@ -88,6 +89,7 @@ class OpenRound:
         self.assignment = assignment
         asked = tuple(asked)
         self.asked = frozenset(asked)
+        self.terms = terms
         self.up_bytes = self.down_bytes = 0
         self.record: Callable[[AnswerRow], None] | None = None  # makes an answer durable; None = `Jobs.record`
         self.source: Path | None = None  # the file that devices download for it; None = blobs
@@ -116,6 +118,27 @@ class OpenRound:
                 return False
             self._take(answer, make_durable, at_s)
             return True
+
+    def accept_all(
+        self, answers: Sequence[AnswerRow], make_durable: Callable[[Sequence[AnswerRow]], None]
+    ) -> list[str]:
+        """Accept the answers of several devices, or none of them; return the devices whose answers are not awaited."""
+        with self._lock:
+            at_s = self._now_s()
+            if others := [one.device for one in answers if not self._exchange.waits_for(one.device, at_s)]:
+                return others
+            make_durable(answers)
+            for answer in answers:
+                self._answers[answer.device] = answer
+            self._do(*(_event_of(answer)(answer.device, at_s=at_s) for answer in answers))
+        return []
+
+    def join(self, devices: Iterable[str]) -> None:
+        """Ask more devices, unless the round is over."""
+        with self._lock:
+            more = [one for one in devices if one not in self.asked]
+            self.asked |= frozenset(more)
+            self._do(*(Joined(device, at_s=self._now_s()) for device in more))
 
     def forget(self, device: str, make_durable: Callable[[AnswerRow], None]) -> None:
         """Record a refusal for a device that was removed from the fleet, also if its answer is not taken yet."""
@@ -186,6 +209,11 @@ class OpenRound:
                 return LOOK_S
             return max(0.0, self._exchange.due_s - self._around.clock())
 
+    def left_s(self) -> float:
+        """Return how long answers are accepted from now on (s), if nothing ends the round earlier."""
+        with self._lock:
+            return max(0.0, self._exchange.end_s - self._around.clock())
+
     def close(self) -> None:
         """Accept no more answers, and give up the devices that have not answered."""
         with self._lock:
@@ -216,8 +244,7 @@ class OpenRound:
     def _take(self, answer: AnswerRow, make_durable: Callable[[AnswerRow], None], at_s: float) -> None:
         make_durable(answer)
         self._answers[answer.device] = answer
-        event = Answered if answer.file is not None else Failed
-        self._do(event(answer.device, at_s=at_s))
+        self._do(_event_of(answer)(answer.device, at_s=at_s))
 
     def _now_s(self) -> float:
         """Return the time, after passing the pauses until now to the exchange."""
@@ -240,3 +267,7 @@ class OpenRound:
     def _do(self, *events: Event) -> None:
         for instruction in self._exchange.handle(*events):
             self._act(instruction)
+
+
+def _event_of(answer: AnswerRow) -> type[Answered | Failed]:
+    return Answered if answer.file is not None else Failed

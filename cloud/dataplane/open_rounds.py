@@ -73,6 +73,11 @@ class OpenRounds:
         with self._lock:
             return [one for one in self._open.values() if one.waits_for(device)]
 
+    def asking_for(self, sha256: str) -> list[OpenRound]:
+        """Return the open rounds whose devices need this blob."""
+        with self._lock:
+            return [one for one in self._open.values() if one.asks_for(sha256)]
+
     def having(self, device: str) -> list[OpenRound]:
         """Return the open rounds that have this device in their cohort."""
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Query
@@ -13,10 +13,11 @@ from pydantic import Field
 
 from cloud.http.services import Services
 from cloud.http.shared import Body, CleanJSON, Here, known
-from cloud.state.enrolment import VALID_FOR_S, EnrolledDevice
-from edgefl.errors import ConfigError, NotFound
+from cloud.state.enrolment import DEVICE, VALID_FOR_S, EnrolledDevice
+from edgefl.errors import ConfigError, EnrolmentRefused, NotFound
 from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.process.version import __version__
+from edgefl.protocols.tls import CLOUD_NAME
 
 public = APIRouter()
 operator = APIRouter()
@@ -29,6 +30,8 @@ class EnrolRequest(Body):
     name: str = Field(max_length=200)
     tags: dict[str, str] = Field(default_factory=dict)
     csr: str = Field(max_length=16 << 10)
+    role: str = Field(default=DEVICE, max_length=20)
+    parent: str = Field(default=CLOUD_NAME, max_length=200)  # the region that passed the request on
 
 
 class TokenRequest(Body):
@@ -36,6 +39,7 @@ class TokenRequest(Body):
 
     valid_for_s: float = VALID_FOR_S
     label: str | None = None
+    role: Literal["device", "region"] = "device"
 
 
 @public.get("/v1/health")
@@ -64,13 +68,19 @@ def crl(here: Here) -> Response:
 @public.post("/v1/enroll", response_class=JSONResponse)  # PEM has several lines
 def enroll(body: EnrolRequest, here: Here) -> dict[str, Any]:
     """Turn a one-time token and a signing request into a certificate."""
-    certificate = here.enrolment.enroll(body.secret, body.name, body.tags, body.csr.encode())
+    if body.parent != CLOUD_NAME and not here.members.is_region(body.parent):
+        raise EnrolmentRefused(f"{body.parent!r} is not a region of this fleet. The token is still good.")
+    certificate = here.enrolment.enroll(
+        body.secret, body.name, body.tags, body.csr.encode(), role=body.role, parent=body.parent
+    )
+    here.members.note_change()
     return {
         "certificate": certificate.decode(),
         "ca": here.ca_pem.decode(),
         "fleet_key": here.fleet_key_pem.decode(),
         "grpc_port": here.grpc_port,
         "broker": here.broker_url,
+        "server": "",
     }
 
 
@@ -100,6 +110,7 @@ def devices(here: Here) -> list[dict[str, Any]]:
 def remove(name: str, here: Here) -> dict[str, Any]:
     """Remove a device and reject its certificate from now on."""
     known(here.enrolment.remove, name)
+    here.members.note_change()
     here.rollouts.forget(name)
     here.link.forget(name)
     return {"removed": name}
@@ -121,7 +132,7 @@ def device_log(
 @operator.post("/v1/tokens")
 def new_token(body: TokenRequest, here: Here) -> dict[str, Any]:
     """Make a one-time enrolment token."""
-    return {"token": here.enrolment.new_token(body.valid_for_s, body.label), "valid_for_s": body.valid_for_s}
+    return {"token": here.enrolment.new_token(body.valid_for_s, body.label, body.role), "valid_for_s": body.valid_for_s}
 
 
 def _shown(here: Services, device: EnrolledDevice) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from cloud.dataplane.device_logs import DeviceLogs
 from cloud.dataplane.relays import Relays
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
+from cloud.state.members import Members
 from cloud.state.registry import Registry
 from cloud.state.rollout import Rollouts
 from cloud.state.storage import Storage
@@ -79,6 +80,7 @@ class Services:
     """The parts of one cloud, and the data that it sends to devices and operators."""
 
     enrolment: Enrolment
+    members: Members
     registry: Registry
     rollouts: Rollouts
     jobs: JobService

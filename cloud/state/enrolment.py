@@ -21,7 +21,15 @@ from cloud.state.store import devices, revoked, tokens, updates
 from cloud.trust.crl import make_crl
 from cloud.trust.renewal import Renewals, forget_next
 from edgefl.errors import ConfigError, EnrolmentRefused, NotFound
-from edgefl.protocols.tls import LEAF_DAYS, serial_number, sign_request, token_for
+from edgefl.protocols.tls import (
+    CLOUD_NAME,
+    DEVICE_DOMAIN,
+    LEAF_DAYS,
+    REGION_DOMAIN,
+    serial_number,
+    sign_request,
+    token_for,
+)
 from edgefl.protocols.topics import valid_device_name
 from edgefl.terminal.text import is_safe
 
@@ -29,6 +37,7 @@ TOKEN_BYTES = 32
 VALID_FOR_S = 24 * 3600.0
 MAX_TAGS = 32
 MAX_TAG_CHARS = 64
+DEVICE, REGION = "device", "region"  # roles
 
 REMOVED = "the device was removed from the fleet"
 
@@ -43,6 +52,7 @@ class EnrolledDevice:
     serial: str  # of its current certificate
     tags: Mapping[str, str]
     enrolled_s: float  # seconds since 1970
+    parents: tuple[str, ...] = (CLOUD_NAME,)  # where it connects: the first that it reaches
 
 
 class Enrolment:
@@ -58,23 +68,27 @@ class Enrolment:
         self._certificate_days = certificate_days
         self.renewals = Renewals(engine, ca_folder, clock, certificate_days)
 
-    def new_token(self, valid_for_s: float = VALID_FOR_S, label: str | None = None) -> str:
+    def new_token(self, valid_for_s: float = VALID_FOR_S, label: str | None = None, role: str = DEVICE) -> str:
         """Make a one-time token. It contains the CA's fingerprint, so that a device can verify the cloud.
 
-        `label` says to people what it is for.
+        `label` says to people what it is for; `role` is what it enrols, DEVICE or REGION.
         """
         check_token_label(label)
         if not 0 < valid_for_s <= 366 * 24 * 3600:
             raise ConfigError(f"a token valid for {valid_for_s:g} s: expected above 0 s and at most a year")
         secret = secrets.token_urlsafe(TOKEN_BYTES)
         now_s = self._clock()
-        row = {"secret_sha256": _hashed(secret), "expires_s": now_s + valid_for_s, "made_s": now_s, "label": label}
+        row = {"secret_sha256": _hashed(secret), "expires_s": now_s + valid_for_s, "made_s": now_s, "label": label,
+               "role": None if role == DEVICE else role}  # fmt: skip
         with self._engine.begin() as db:
             db.execute(tokens.insert().values(row))
         return token_for(secret, (self._ca_folder / "ca.pem").read_bytes())
 
-    def enroll(self, secret: str, name: str, tags: Mapping[str, str], csr: bytes) -> bytes:
-        """Admit a device and return its certificate (PEM).
+    def enroll(
+        self, secret: str, name: str, tags: Mapping[str, str], csr: bytes, *, role: str = DEVICE,
+        parent: str = CLOUD_NAME,
+    ) -> bytes:  # fmt: skip
+        """Admit a device, or a region below `parent`, and return its certificate (PEM).
 
         Raises EnrolmentRefused for a token or name, ProtocolError for a request; the token stays valid then.
         """
@@ -86,13 +100,21 @@ class Enrolment:
             # This write takes the lock first: of two devices with one token, one waits and is refused.
             if db.execute(tokens.update().where(good).values(used_by=name)).rowcount != 1:
                 raise EnrolmentRefused(_why_refused(db, hashed))
+            if (meant := db.scalar(sa.select(tokens.c.role).where(tokens.c.secret_sha256 == hashed)) or DEVICE) != role:
+                raise EnrolmentRefused(
+                    f"the token is for a {meant}, and {name!r} enrols as a {role}; {_REMEDY} --role {role}. "
+                    "This one is still good"
+                )
             if db.scalar(sa.select(devices.c.name).where(devices.c.name == name)) is not None:
                 raise EnrolmentRefused(
                     f"a device named {name!r} is enrolled already. Take another --name, or `edgefl devices remove "
                     f"{name}` first; this token is still good."
                 )
-            certificate = sign_request(self._ca_folder, csr, name, self._certificate_days)
-            row = {"name": name, "serial": serial_number(certificate), "tags": dict(tags), "enrolled_s": now_s}
+            domain = REGION_DOMAIN if role == REGION else DEVICE_DOMAIN
+            certificate = sign_request(self._ca_folder, csr, name, self._certificate_days, domain)
+            row = {"name": name, "serial": serial_number(certificate), "tags": dict(tags), "enrolled_s": now_s,
+                   "role": None if role == DEVICE else role,
+                   "parents": None if parent == CLOUD_NAME else [parent]}  # fmt: skip
             db.execute(devices.insert().values(row))
         return certificate
 
@@ -105,10 +127,21 @@ class Enrolment:
             return valid is not None
         return self.renewals.first_use(name, serial)
 
-    def devices(self) -> list[EnrolledDevice]:
-        """Return the fleet by name."""
+    def is_device(self, name: str) -> bool:
+        """Whether a name is that of an enrolled device, not of a region."""
+        found = sa.select(devices.c.name).where((devices.c.name == name) & devices.c.role.is_(sa.null()))
         with self._engine.connect() as db:
-            return [EnrolledDevice(**row) for row in db.execute(devices.select().order_by(devices.c.name)).mappings()]
+            return db.scalar(found) is not None
+
+    def devices(self) -> list[EnrolledDevice]:
+        """Return the fleet's devices by name."""
+        columns = [devices.c[name] for name in ("name", "serial", "tags", "enrolled_s", "parents")]
+        found = sa.select(*columns).where(devices.c.role.is_(sa.null())).order_by(devices.c.name)
+        with self._engine.connect() as db:
+            return [
+                EnrolledDevice(**{**row, "parents": tuple(row["parents"] or (CLOUD_NAME,))})
+                for row in db.execute(found).mappings()
+            ]
 
     def remove(self, name: str) -> None:
         """Remove a device and reject its certificate from now on.

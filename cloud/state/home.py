@@ -32,10 +32,12 @@ from cloud.dataplane.device_logs import DeviceLogs
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.http.services import Services
+from cloud.region.children import Children, ChildrenDependencies
 from cloud.shares import Shares
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
 from cloud.state.jobs import Jobs
+from cloud.state.members import Members
 from cloud.state.registry import Registry
 from cloud.state.relay_rows import RelayRows
 from cloud.state.rollout import Rollouts
@@ -139,11 +141,25 @@ class CloudHome:
             )
         )
         self.device_logs = DeviceLogs(self.link)
+        self.members = Members(engine)
         self.storage.changed = self._wake_waiting
         self.registry = Registry(engine, self.blobs, self._fleet_key)
         self.rollouts = Rollouts(
             engine, self.registry, self._fleet_key, devices=self.enrolment.devices, send_desired=self.link.send_desired
         )
+        self.children = Children(
+            ChildrenDependencies(
+                name=CLOUD_NAME,
+                rounds=self.rounds,
+                members=self.members,
+                crl=self.enrolment.crl,
+                desired_for=self.rollouts.desired_for,
+                running=lambda: [*self.jobs.running(), *self.relays.running()],
+                heard=self.link.hear,
+            )
+        )
+        self.members.changed.append(self.children.refresh)
+        self.link.children = self.children
         self._notes: Inbox[tuple[str, RolloutNote]] = Inbox("rollout-notes", lambda one: self.rollouts.note(*one))
         self._exit.callback(self._notes.close)
         self._add_health_checks(home)
@@ -185,6 +201,7 @@ class CloudHome:
         """Return the parts that the HTTPS plane uses."""
         return Services(
             enrolment=self.enrolment,
+            members=self.members,
             registry=self.registry,
             rollouts=self.rollouts,
             jobs=self.jobs,
@@ -245,7 +262,7 @@ class CloudHome:
             on_failure=lambda error: self.supervisor.report_failure("link", error),
             on_state=self._note_presence,
             on_note=self._note_rollout,
-            is_known=self.enrolment.is_known,
+            is_known=self.enrolment.is_device,
         )
         self.link = DeviceLink(self._own_url, None if options.insecure else self.identity, callbacks)
         self._exit.callback(self.link.close)

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from cloud.state.blobs import BlobStore
 from cloud.state.followers import Followers
-from cloud.state.store import jobs, rounds, updates
+from cloud.state.store import jobs, rounds, sums, updates
 from edgefl.aggregation import rule_kind
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, from_dict
@@ -66,6 +66,8 @@ class AnswerRow:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     reason: str | None = None
     evaluation: DeviceEvaluation | None = None
+    region: str | None = None  # that sent the answer, within a sum; its file and its number are the sum's
+    refused: bool | None = None  # by the guard of its region
 
 
 class Jobs:
@@ -182,6 +184,8 @@ class Jobs:
                     metrics=row["metrics"],
                     reason=row["reason"],
                     evaluation=None if row["evaluation"] is None else DeviceEvaluation(**row["evaluation"]),
+                    region=row["region"],
+                    refused=row["refused"],
                 )
                 for row in found
             ]
@@ -190,6 +194,25 @@ class Jobs:
         """Make an answer durable, before it is acknowledged."""
         with self._engine.begin() as db:
             db.execute(updates.insert().values({"job": job, "round": number} | dataclasses.asdict(answer)))
+
+    def record_sum(self, job: str, number: int, file: str, note: str, answers: Sequence[AnswerRow]) -> None:
+        """Make the sum of a region durable, with the answers of all its devices; `note` is its SumNote as JSON."""
+        key = {"job": job, "round": number}
+        with self._engine.begin() as db:
+            db.execute(sums.insert().values(key | {"file": file, "note": note}))
+            db.execute(updates.insert(), [key | dataclasses.asdict(one) for one in answers])
+
+    def sum_note(self, job: str, number: int, file: str) -> str:
+        """Return what `record_sum` stored."""
+        here = (sums.c.job == job) & (sums.c.round == number) & (sums.c.file == file)
+        with self._engine.begin() as db:
+            return str(db.scalar(sa.select(sums.c.note).where(here)))
+
+    def forget_round(self, job: str, number: int) -> None:
+        """Delete an open round and its answers: in a region, after its parent has closed it."""
+        with self._engine.begin() as db:
+            for table in (updates, sums, rounds):
+                db.execute(table.delete().where((table.c.job == job) & (table.c.round == number)))
 
     def finish_round(
         self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None, kept_rounds: int = 0
@@ -207,6 +230,7 @@ class Jobs:
             at = (rounds.c.job == in_job) & (rounds.c.round == outcome.round)
             db.execute(rounds.update().where(at).values(outcome=shown))
             db.execute(updates.delete().where(updates.c.job == in_job))
+            db.execute(sums.delete().where(sums.c.job == in_job))
             if pruned:
                 db.execute(rounds.delete().where((rounds.c.job == in_job) & (rounds.c.round <= pruned)))
             former = db.scalar(sa.select(jobs.c.optimizer_sha256).where(jobs.c.id == in_job))
@@ -244,6 +268,7 @@ class Jobs:
             db.execute(jobs.update().where(running).values(values))
             if last is not None:
                 db.execute(updates.delete().where(updates.c.job == job))
+                db.execute(sums.delete().where(sums.c.job == job))
                 db.execute(rounds.delete().where((rounds.c.job == job) & rounds.c.outcome.is_(sa.null())))
         self.followers.forget(job)
         self._notify()

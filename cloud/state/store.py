@@ -1,8 +1,8 @@
 """The cloud's database: SQLAlchemy Core over SQLite (WAL, synchronous FULL) under the home.
 
 Commits survive kill -9 and power loss. The rows of jobs, rounds and updates are the complete state of all jobs;
-`cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `enrolment_tokens.py`, `registry.py`, `rollout.py` and
-`cloud/trust/renewal.py` are the only modules that query them.
+`cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `enrolment_tokens.py`, `members.py`, `registry.py`,
+`rollout.py` and `cloud/trust/renewal.py` are the only modules that query them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ tokens = sa.Table(
     sa.Column("label", sa.String),  # for people
     sa.Column("made_s", sa.Float),  # NULL = by an older cloud
     sa.Column("revoked_s", sa.Float),  # NULL = it is not revoked
+    sa.Column("role", sa.String),  # what it enrols: NULL = a device, or `region`
 )
 
 devices = sa.Table(
@@ -32,6 +33,8 @@ devices = sa.Table(
     sa.Column("serial", sa.String, nullable=False),  # of its current certificate
     sa.Column("tags", sa.JSON, nullable=False),
     sa.Column("enrolled_s", sa.Float, nullable=False),
+    sa.Column("role", sa.String),  # NULL = a device, or `region`
+    sa.Column("parents", sa.JSON(none_as_null=True)),  # where it connects, in this order; NULL = the cloud
 )
 
 renewals = sa.Table(  # issued certificates that devices have not used yet
@@ -98,6 +101,17 @@ updates = sa.Table(
     sa.Column("metrics", sa.JSON, nullable=False),
     sa.Column("reason", sa.String),  # why there is no update
     sa.Column("evaluation", sa.JSON(none_as_null=True)),  # records.DeviceEvaluation; NULL = none
+    sa.Column("region", sa.String),  # that sent it, within a sum; NULL = the device itself
+    sa.Column("refused", sa.Boolean),  # by the guard of its region
+)
+
+sums = sa.Table(  # of regions, accepted
+    "sums",
+    TABLES,
+    sa.Column("job", sa.String, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("file", sa.String, primary_key=True),  # under spool/
+    sa.Column("note", sa.String, nullable=False),  # tiers.SumNote
 )
 
 relays = sa.Table(

@@ -65,7 +65,9 @@ class CloudChannel:
             self._channel = grpc.aio.insecure_channel(self._profile.grpc, options=_OPTIONS)
         else:
             credentials = tls.grpc_channel_credentials(tls.Identity.in_folder(self._home))
-            self._channel = grpc.aio.secure_channel(self._profile.grpc, credentials, options=_OPTIONS)
+            name = self._profile.server_name
+            named = (("grpc.ssl_target_name_override", name),) if name else ()
+            self._channel = grpc.aio.secure_channel(self._profile.grpc, credentials, options=(*_OPTIONS, *named))
         self._calls: weakref.WeakSet[Any] = weakref.WeakSet()  # weak, so that gRPC cancels a call that nobody holds
         self._next: Any = self._channel.unary_unary(
             f"{_SERVICE}/Next", pb.NextRequest.SerializeToString, pb.NextReply.FromString

@@ -202,6 +202,7 @@ class CloudLink:
             url=profile.broker,
             client_id=device,
             identity=Identity.in_folder(self._home) if secure else None,
+            server_name=profile.server_name,
             subscriptions=[(topics.down(device, kind), 1) for kind in ("job", "desired", "command")],
             will=self._will,
         )

@@ -16,6 +16,7 @@ from edgefl.errors import ConfigError, HomeError, ProtocolError
 from edgefl.process.home import check_home, replace_file
 from edgefl.protocols.addresses import bracketed, is_loopback
 from edgefl.protocols.messages import from_json
+from edgefl.protocols.tls import REGION_DOMAIN
 from edgefl.terminal.text import is_safe
 
 FILE = "agent.json"
@@ -31,6 +32,12 @@ class Profile:
     grpc: str  # host:port of the data plane
     broker: str  # mqtts://host:port
     tags: Mapping[str, str] = field(default_factory=dict)
+    region: str = ""  # whose addresses these are; empty = the cloud's
+
+    @property
+    def server_name(self) -> str:
+        """The name that the servers' certificates must have; empty = their host's."""
+        return self.region + REGION_DOMAIN if self.region else ""
 
     @property
     def insecure(self) -> bool:

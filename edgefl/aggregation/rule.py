@@ -35,7 +35,7 @@ class RuleKind(Protocol):
 
 
 @runtime_checkable
-class Merging(Protocol):
+class Merging(Rule, Protocol):
     """What a rule that merges has in addition: the sum so far, for the next tier."""
 
     def partial(self) -> Partial:

@@ -24,6 +24,13 @@ class Begin(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Joined(Event):
+    """One more device is asked."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answered(Event):
     """A device sent an update, or a reply."""
 

@@ -26,6 +26,7 @@ from edgefl.exchange.events import (
     GiveUp,
     GiveUpReason,
     Instruction,
+    Joined,
     Offline,
     Paused,
     Resumed,
@@ -72,6 +73,11 @@ class Exchange:
         return self._paused_since_s is not None
 
     @property
+    def end_s(self) -> float:
+        """The deadline, on the driver's clock, if there is no further pause."""
+        return self._end_s + self._paused_s
+
+    @property
     def due_s(self) -> float:
         """When the next `Tick` is needed, which ends the exchange, on the driver's clock. Infinite in a pause."""
         if self.closed_s is not None or self.is_paused:
@@ -99,6 +105,8 @@ class Exchange:
                 return self._begin(event)
             case Answered() | Failed():
                 return self._answer(event)
+            case Joined() | Resumed():
+                return self._ask(event)
             case Withdrawn():
                 self._updates.discard(event.device)
             case Offline():
@@ -107,8 +115,6 @@ class Exchange:
                 self._offline_since_s.pop(event.device, None)
             case Paused():
                 self._paused_since_s = self._now_s if self._paused_since_s is None else self._paused_since_s
-            case Resumed():
-                return self._resume()
             case Tick():
                 return self._close_in_time() if self.due_s <= self._now_s else []
             case Stop():
@@ -135,8 +141,11 @@ class Exchange:
             since_s = self._own_s() + (0.0 if event.was_seen else self._terms.return_s)
             self._offline_since_s[event.device] = min(since_s, self._offline_since_s.get(event.device, since_s))
 
-    def _resume(self) -> list[Instruction]:
-        """Send the assignments again, because devices may have stopped trying to send."""
+    def _ask(self, event: Joined | Resumed) -> list[Instruction]:
+        """Send a device its assignment; after a pause to all again, because they may have stopped trying to send."""
+        if isinstance(event, Joined):
+            self._missing[event.device] = None
+            return [] if self.is_paused else [Announce(event.device)]
         if self._paused_since_s is None:
             return []
         self._paused_s += self._now_s - self._paused_since_s

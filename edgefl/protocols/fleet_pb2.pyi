@@ -7,6 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class TierItem(_message.Message):
+    __slots__ = ("key", "value", "deleted", "complete")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    value: bytes
+    deleted: bool
+    complete: bool
+    def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ..., deleted: _Optional[bool] = ..., complete: _Optional[bool] = ...) -> None: ...
+
 class NextRequest(_message.Message):
     __slots__ = ("agent_version", "holding", "knows")
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -58,15 +70,17 @@ class Chunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class UpdateKey(_message.Message):
-    __slots__ = ("job", "round")
+    __slots__ = ("job", "round", "sum")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
     job: str
     round: int
-    def __init__(self, job: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
+    sum: int
+    def __init__(self, job: _Optional[str] = ..., round: _Optional[int] = ..., sum: _Optional[int] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("key", "offset", "size", "blake3", "weight", "metrics", "evaluation")
+    __slots__ = ("key", "offset", "size", "blake3", "weight", "metrics", "evaluation", "sum")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +95,7 @@ class UploadHeader(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
     key: UpdateKey
     offset: int
     size: int
@@ -88,7 +103,8 @@ class UploadHeader(_message.Message):
     weight: float
     metrics: _containers.ScalarMap[str, float]
     evaluation: Evaluation
-    def __init__(self, key: _Optional[_Union[UpdateKey, _Mapping]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., blake3: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
+    sum: bytes
+    def __init__(self, key: _Optional[_Union[UpdateKey, _Mapping]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., blake3: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., sum: _Optional[bytes] = ...) -> None: ...
 
 class Evaluation(_message.Message):
     __slots__ = ("weight", "metrics", "fault")
@@ -116,24 +132,28 @@ class UploadChunk(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UploadState(_message.Message):
-    __slots__ = ("status", "offset", "reason")
+    __slots__ = ("status", "offset", "reason", "without")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PARTIAL: _ClassVar[UploadState.Status]
         STORED: _ClassVar[UploadState.Status]
         STALE: _ClassVar[UploadState.Status]
         REFUSED: _ClassVar[UploadState.Status]
+        REFOLD: _ClassVar[UploadState.Status]
     PARTIAL: UploadState.Status
     STORED: UploadState.Status
     STALE: UploadState.Status
     REFUSED: UploadState.Status
+    REFOLD: UploadState.Status
     STATUS_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_FIELD_NUMBER: _ClassVar[int]
     status: UploadState.Status
     offset: int
     reason: str
-    def __init__(self, status: _Optional[_Union[UploadState.Status, str]] = ..., offset: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    without: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, status: _Optional[_Union[UploadState.Status, str]] = ..., offset: _Optional[int] = ..., reason: _Optional[str] = ..., without: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FailureReport(_message.Message):
     __slots__ = ("key", "reason")

@@ -360,3 +360,167 @@ class Fleet:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class TierStub:
+    """Between a region and its parent. A region downloads blobs by `Fleet.Download`.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Attach = channel.stream_stream(
+                '/edgefl.v1.Tier/Attach',
+                request_serializer=edgefl_dot_protocols_dot_fleet__pb2.TierItem.SerializeToString,
+                response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.TierItem.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/edgefl.v1.Tier/Resume',
+                request_serializer=edgefl_dot_protocols_dot_fleet__pb2.UpdateKey.SerializeToString,
+                response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.UploadState.FromString,
+                _registered_method=True)
+        self.Upload = channel.stream_unary(
+                '/edgefl.v1.Tier/Upload',
+                request_serializer=edgefl_dot_protocols_dot_fleet__pb2.UploadChunk.SerializeToString,
+                response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.UploadState.FromString,
+                _registered_method=True)
+
+
+class TierServicer:
+    """Between a region and its parent. A region downloads blobs by `Fleet.Download`.
+    """
+
+    def Attach(self, request_iterator, context):
+        """Keeps both informed of each other, as long as the region is connected.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """How much of a partial sum the parent already has: the offset to resume an upload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Upload(self, request_iterator, context):
+        """One header with `sum`, then data. The reply is sent after the sum is durable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TierServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Attach': grpc.stream_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.TierItem.FromString,
+                    response_serializer=edgefl_dot_protocols_dot_fleet__pb2.TierItem.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.UpdateKey.FromString,
+                    response_serializer=edgefl_dot_protocols_dot_fleet__pb2.UploadState.SerializeToString,
+            ),
+            'Upload': grpc.stream_unary_rpc_method_handler(
+                    servicer.Upload,
+                    request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.UploadChunk.FromString,
+                    response_serializer=edgefl_dot_protocols_dot_fleet__pb2.UploadState.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'edgefl.v1.Tier', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('edgefl.v1.Tier', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Tier:
+    """Between a region and its parent. A region downloads blobs by `Fleet.Download`.
+    """
+
+    @staticmethod
+    def Attach(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/edgefl.v1.Tier/Attach',
+            edgefl_dot_protocols_dot_fleet__pb2.TierItem.SerializeToString,
+            edgefl_dot_protocols_dot_fleet__pb2.TierItem.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/edgefl.v1.Tier/Resume',
+            edgefl_dot_protocols_dot_fleet__pb2.UpdateKey.SerializeToString,
+            edgefl_dot_protocols_dot_fleet__pb2.UploadState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Upload(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/edgefl.v1.Tier/Upload',
+            edgefl_dot_protocols_dot_fleet__pb2.UploadChunk.SerializeToString,
+            edgefl_dot_protocols_dot_fleet__pb2.UploadState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -22,6 +22,7 @@ class LinkConfig:
     url: str  # mqtts://host:port, or mqtt://host:port on the loopback interface
     client_id: str  # the device's id, or `cloud`; also the user name if there are no certificates
     identity: Identity | None = None  # None only with mqtt://
+    server_name: str = ""  # that the broker's certificate must have; empty = the host of the URL
     subscriptions: Sequence[tuple[str, int]] = ()  # topic filter, QoS
     will: Will | None = None  # called before each connect; sent with QoS 1, retained
     keepalive_s: int = 10

@@ -188,7 +188,7 @@ class MqttLink:
         """Return a TLS context from the certificate's file, which may have been renewed, and the next will."""
         identity, will = self._config.identity, self._config.will
         try:
-            tls = client_context(identity.ca, identity) if identity else None
+            tls = client_context(identity.ca, identity, self._config.server_name) if identity else None
         except OSError as cause:
             raise MqttError(f"our own certificate cannot be used: {cause}") from None
         return tls, will() if will else None

@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -37,6 +37,7 @@ NO_END = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
 LEAF_DAYS = 397.0
 # A device is a server only by a name in this domain: its own name may be that of another host.
 DEVICE_DOMAIN = ".device.edgefl.internal"
+REGION_DOMAIN = ".region.edgefl.internal"  # of a region's servers: the only name in its certificate
 _WRITTEN = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)  # a clock before this day is wrong
 
 CLOUD_NAME = "cloud"
@@ -122,8 +123,12 @@ def request_for(key: ec.EllipticCurvePrivateKey, device: str) -> bytes:
     return request.public_bytes(serialization.Encoding.PEM)
 
 
-def sign_request(ca_folder: Path, request_pem: bytes, device: str, days: float | None = None) -> bytes:
+def sign_request(
+    ca_folder: Path, request_pem: bytes, device: str, days: float | None = None, domain: str = DEVICE_DOMAIN
+) -> bytes:
     """Return the certificate (PEM) of a device's request; its CN is `device` whatever the request says.
+
+    `domain` says what it is: a device, or with REGION_DOMAIN a region.
 
     Raises ProtocolError for an invalid request, or one that is not signed with its own key.
     """
@@ -134,7 +139,7 @@ def sign_request(ca_folder: Path, request_pem: bytes, device: str, days: float |
         raise ProtocolError(f"the signing request is not PKCS #10: {cause}") from cause
     if not proven or not isinstance(key, ec.EllipticCurvePublicKey):
         raise ProtocolError("the signing request must hold an EC key and be signed by it")
-    return _sign_leaf(ca_folder, device, key, (device + DEVICE_DOMAIN,), days)
+    return _sign_leaf(ca_folder, device, key, (device + domain,), days)
 
 
 def fingerprint(cert_pem: bytes) -> str:
@@ -159,6 +164,16 @@ def common_name(cert: bytes) -> str:
     return str(names[0].value) if names else ""
 
 
+def is_region(cert: bytes) -> bool:
+    """Whether a certificate in PEM or DER is that of a region."""
+    loaded = load_certificate(cert)
+    try:
+        names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return False
+    return common_name(cert) + REGION_DOMAIN in names.get_values_for_type(x509.DNSName)
+
+
 def expires(cert_pem: bytes) -> datetime.datetime:
     """Return when a certificate expires (UTC)."""
     return x509.load_pem_x509_certificate(cert_pem).not_valid_after_utc
@@ -175,9 +190,26 @@ def server_context(identity: Identity, *, client_certificates: bool) -> ssl.SSLC
     return context
 
 
-def client_context(ca: Path, identity: Identity | None = None) -> ssl.SSLContext:
-    """TLS 1.3 for a client of a server of our CA, with a client certificate if `identity` is given."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+class _NamedContext(ssl.SSLContext):
+    """Expects one name of the server, whatever its address: a region's certificate has no addresses."""
+
+    server_name: str
+
+    def wrap_socket(self, *arguments: Any, **named: Any) -> ssl.SSLSocket:
+        return super().wrap_socket(*arguments, **{**named, "server_hostname": self.server_name})
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        return super().wrap_bio(*arguments, **{**named, "server_hostname": self.server_name})
+
+
+def client_context(ca: Path, identity: Identity | None = None, server_name: str = "") -> ssl.SSLContext:
+    """TLS 1.3 for a client of a server of our CA, with a client certificate if `identity` is given.
+
+    The server's certificate must have its host's name or address, or else `server_name`, if that is given.
+    """
+    context = (_NamedContext if server_name else ssl.SSLContext)(ssl.PROTOCOL_TLS_CLIENT)
+    if isinstance(context, _NamedContext):
+        context.server_name = server_name
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(ca)
     if identity is not None:

@@ -40,5 +40,8 @@ class FakeLink:
     def send_job(self, device, message):
         self.told.append((device, message))
 
+    def close_round(self, job, number):
+        pass
+
     def closed(self):
         return [(device, one.round, one.job_ended) for device, one in self.told if isinstance(one, RoundClosed)]

@@ -1,0 +1,246 @@
+"""The regions that are connected to this cloud, or to this region: what they are told, and what they say.
+
+Everything is the latest state of an entry (`edgefl.protocols.mirror`), so a region that reconnects, or is killed and
+started again, knows what it has to know after the first entries of its new stream.
+Invariant: a region is heard only about devices that may connect below it; what else it says costs that entry only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import logging
+import threading
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from cloud.dataplane.open_rounds import OpenRounds
+from cloud.state.members import Membership, below, children
+from edgefl.errors import ProtocolError
+from edgefl.logs import event
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols import tiers
+from edgefl.protocols.messages import Evaluate, Fit, JobMessage, RoundClosed, Signed, encode
+from edgefl.protocols.mirror import Mirror, MirrorCopy
+from edgefl.protocols.tiers import Member, RegionState, Work
+
+LEAD_S, LEAD_SHARE = 1.0, 0.1  # a region's deadline is this much before the round's: it has to send its sum
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChildrenDependencies:
+    """What the regions are told from, and who hears what they say."""
+
+    name: str  # of this cloud or region
+    rounds: OpenRounds
+    members: Membership
+    crl: Callable[[], bytes]
+    desired_for: Callable[[str], list[Signed]]
+    running: Callable[[], Iterable[str]]  # jobs that have not ended
+    heard: Callable[[str, str, str, bytes], None]  # region, device, kind, what the device said; b"" = it is gone
+    told: Callable[[str, bytes | None], None] = lambda _key, _value: None  # entries about regions, for the own parent
+
+
+class Children:
+    """All regions directly below. Methods may be called from any thread, except `attach`."""
+
+    def __init__(self, deps: ChildrenDependencies) -> None:
+        self._deps = deps
+        self._lock = threading.RLock()
+        self._mirrors: dict[str, Mirror] = {}
+        self._copies: dict[str, MirrorCopy] = {}
+        self._streams: dict[str, object] = {}  # the newest of each region
+        self._devices: dict[tuple[str, int], dict[str, dict[str, None]]] = {}  # job, round -> region -> its devices
+        self._states: dict[str, RegionState] = {}
+        self._members: Mapping[str, Member] = {}
+        self.refresh()
+
+    def regions(self) -> dict[str, RegionState]:
+        """Return the regions below that are connected, also indirectly, as they say themselves."""
+        with self._lock:
+            return dict(self._states)
+
+    def refresh(self) -> None:
+        """Tell the regions who belongs to them; called when the fleet has changed."""
+        members = self._deps.members.members()
+        crl = self._deps.crl()
+        with self._lock:
+            self._members = members
+            for region in children(self._deps.name, members):
+                mirror = self._mirrors.setdefault(region, Mirror())
+                inside = below(region, members)
+                mirror.replace("member/", {f"member/{name}": tiers.pack(one) for name, one in inside.items()})
+                mirror.set("revoked", crl)
+            for gone in self._mirrors.keys() - set(children(self._deps.name, members)):
+                del self._mirrors[gone]
+
+    def note_running(self) -> None:
+        """Tell the regions which jobs have not ended."""
+        data = json.dumps(sorted(self._deps.running())).encode()
+        for mirror in self._all().values():
+            mirror.set("running", data)
+
+    def send_desired(self, device: str, signed: Signed) -> None:
+        """Tell the regions to which a device may connect which release it should serve."""
+        key = f"desired/{device}/{json.loads(signed.text)['release']['model']}"
+        for region, mirror in self._all().items():
+            if self.speaks_for(region, device):
+                mirror.set(key, encode(signed))
+
+    async def attach(
+        self, region: str, requests: AsyncIterable[pb.TierItem], write: Callable[[pb.TierItem], Awaitable[object]]
+    ) -> None:
+        """Serve one stream of a region until it ends, or a newer one of the region begins."""
+        mirror = await asyncio.to_thread(self._prepare, region)
+        copy = self._copies.setdefault(region, MirrorCopy(functools.partial(self._take, region)))
+        stream = self._streams[region] = object()
+        copy.begin()
+        event(_log, logging.INFO, "region.connected", region=region)
+
+        async def read() -> None:
+            async for item in requests:
+                if self._streams.get(region) is not stream:
+                    return
+                copy.take(item)
+
+        async def send() -> None:
+            async for item in mirror.items():
+                await write(item)
+
+        tasks = [asyncio.ensure_future(read()), asyncio.ensure_future(send())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            if self._streams.get(region) is stream:
+                del self._streams[region]
+                copy.clear()  # its devices are offline, as far as this side knows
+                event(_log, logging.INFO, "region.disconnected", region=region)
+
+    def send_job(self, region: str, device: str, message: JobMessage) -> None:
+        """Tell a region what one of its devices is asked, or that it is asked no longer."""
+        if isinstance(message, Fit | Evaluate):
+            with self._lock:
+                regions = self._devices.setdefault((message.job, message.round), {})
+                regions.setdefault(region, {})[device] = None
+            self._tell(message.job, message.round, region)
+        elif isinstance(message, RoundClosed):
+            self.withdraw(device, message.job, message.round)
+
+    def withdraw(self, device: str, job: str, number: int) -> None:
+        """No region is asked for this device's answer any more."""
+        with self._lock:
+            regions = self._devices.get((job, number), {})
+            asked = [region for region, devices in regions.items() if device in devices]
+            for region in asked:
+                del regions[region][device]
+        for region in asked:
+            self._tell(job, number, region)
+
+    def moved(self, device: str, region: str) -> None:
+        """A device is now to be reached through `region`; empty = directly. Ask there for what it has not answered."""
+        for opened in self._deps.rounds.waiting_for(device):
+            assignment = opened.assignment
+            with self._lock:
+                regions = self._devices.get((assignment.job, assignment.round), {})
+                here = device in regions.get(region, {})
+            if not here:
+                self.withdraw(device, assignment.job, assignment.round)
+                if region:
+                    self.send_job(region, device, assignment)
+
+    def close_round(self, job: str, number: int) -> None:
+        """A round is over: no region is asked for anything of it."""
+        with self._lock:
+            regions = list(self._devices.pop((job, number), {}))
+        for region in regions:
+            if (mirror := self._mirror(region)) is not None:
+                mirror.delete(f"work/{job}/{number}")
+
+    def speaks_for(self, region: str, device: str) -> bool:
+        """Whether a device may be connected below a region."""
+        with self._lock:
+            return device in below(region, self._members)
+
+    def _prepare(self, region: str) -> Mirror:
+        self.refresh()
+        mirror = self._mirror(region)
+        if mirror is None:
+            raise ProtocolError(f"{region} is not a region below {self._deps.name}")
+        mirror.set("running", json.dumps(sorted(self._deps.running())).encode())
+        with self._lock:
+            devices = [name for name, one in below(region, self._members).items() if not one.is_region]
+        desired = {}
+        for device in devices:
+            for signed in self._deps.desired_for(device):
+                model = json.loads(signed.text)["release"]["model"]
+                desired[f"desired/{device}/{model}"] = encode(signed)
+        mirror.replace("desired/", {**desired})
+        return mirror
+
+    def _take(self, region: str, key: str, value: bytes | None) -> None:
+        """Take an entry that a region has set, or deleted (None)."""
+        kind, _, rest = key.partition("/")
+        name = rest.partition("/")[0]
+        try:
+            if name != region and not self.speaks_for(region, name):
+                fault = f"it speaks for {name[:80]!r}, which may not connect below it"
+            elif kind == "region":
+                fault = ""
+                self._take_region(name, key, value)
+            elif kind in {"state", "telemetry", "note"}:
+                fault = ""
+                self._deps.heard(region, name, "rollout" if kind == "note" else kind, value or b"")
+            else:
+                fault = "an entry of an unknown kind"
+        except ProtocolError as error:
+            fault = str(error)
+        if fault:
+            event(_log, logging.WARNING, "region.bad_entry", region=region, key=key[:80], reason=fault)
+
+    def _take_region(self, name: str, key: str, value: bytes | None) -> None:
+        state = None if value is None else tiers.unpack(RegionState, value)
+        with self._lock:
+            if state is None:
+                self._states.pop(name, None)
+            else:
+                self._states[name] = state
+        self._deps.told(key, value)
+
+    def _tell(self, job: str, number: int, region: str) -> None:
+        if (mirror := self._mirror(region)) is not None:
+            mirror.set(f"work/{job}/{number}", functools.partial(self._work, job, number, region))
+
+    def _work(self, job: str, number: int, region: str) -> bytes:
+        """Return a region's work as it is now; called when it is sent."""
+        opened = self._deps.rounds.get(job, number)
+        with self._lock:
+            devices = list(self._devices.get((job, number), {}).get(region, {}))
+        if opened is None or not isinstance(opened.assignment, Fit | Evaluate):
+            return tiers.pack(Work(devices=[]))
+        left_s = opened.left_s()
+        asked = dataclasses.replace(opened.assignment, deadline_s=left_s - max(LEAD_S, LEAD_SHARE * left_s))
+        return tiers.pack(
+            Work(
+                fit=asked if isinstance(asked, Fit) else None,
+                evaluate=asked if isinstance(asked, Evaluate) else None,
+                devices=sorted(devices),
+                offline_grace_s=opened.terms.offline_grace_s,
+            )
+        )
+
+    def _mirror(self, region: str) -> Mirror | None:
+        with self._lock:
+            return self._mirrors.get(region)
+
+    def _all(self) -> dict[str, Mirror]:
+        with self._lock:
+            return dict(self._mirrors)

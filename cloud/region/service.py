@@ -1,0 +1,214 @@
+"""The gRPC service for regions: their stream, and their partial sums (`service Tier` of fleet.proto).
+
+A sum is refused or sent back to be folded again by its header, before its bytes are received.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from sqlalchemy.exc import SQLAlchemyError
+
+from cloud.dataplane.callers import Callers, Context
+from cloud.dataplane.open_round import OpenRound
+from cloud.dataplane.open_rounds import OpenRounds
+from cloud.dataplane.running_calls import RunningCalls
+from cloud.dataplane.transfer_limiter import TransferLimiter
+from cloud.region.children import Children
+from cloud.region.sums import answers_of, refused_devices, sum_fault
+from cloud.state.blobs import BlobStore
+from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.spool import Arrival, Incoming, Spool
+from cloud.state.storage import Storage
+from edgefl.errors import ProtocolError, UploadCutOff
+from edgefl.logs import event
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols import tiers
+from edgefl.protocols.chunks import upload_data
+from edgefl.protocols.messages import Fit
+from edgefl.protocols.tiers import SumNote
+from edgefl.terminal.text import one_line
+from edgefl.trees import SpooledTree, TensorSpec, spec_of
+
+MAX_REASON_CHARS = 2000
+TWICE = 2.1  # a mean in float32 or float64 has at most twice the bytes of the parameters
+
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierDependencies:
+    """The dependencies of the service."""
+
+    children: Children
+    callers: Callers
+    calls: RunningCalls
+    rounds: OpenRounds
+    jobs: Jobs
+    blobs: BlobStore
+    spool: Spool
+    storage: Storage
+
+
+def tier_handler(service: TierService) -> grpc.GenericRpcHandler[Any, Any]:
+    """Return the handler for a gRPC server."""
+    to_state = pb.UploadState.SerializeToString
+    registered = service.deps.calls.registered
+    methods = {
+        "Attach": grpc.stream_stream_rpc_method_handler(
+            registered(service.Attach), pb.TierItem.FromString, pb.TierItem.SerializeToString
+        ),
+        "Resume": grpc.unary_unary_rpc_method_handler(registered(service.Resume), pb.UpdateKey.FromString, to_state),
+        "Upload": grpc.stream_unary_rpc_method_handler(registered(service.Upload), None, to_state),
+    }
+    return grpc.method_handlers_generic_handler("edgefl.v1.Tier", methods)
+
+
+class TierService:
+    """Implements `service Tier` in the event loop; everything that blocks runs in `workers`."""
+
+    def __init__(self, deps: TierDependencies, workers: ThreadPoolExecutor) -> None:
+        self.deps = deps
+        self._workers = workers
+        self._uploads = TransferLimiter(max_each=4)
+
+    async def Attach(self, requests: AsyncIterator[pb.TierItem], context: Context) -> None:  # noqa: N802 - gRPC's name
+        region = await self.deps.callers.region(context)
+        try:
+            await self.deps.children.attach(region, requests, context.write)
+        except ProtocolError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def Resume(self, request: pb.UpdateKey, context: Context) -> pb.UploadState:  # noqa: N802
+        region = await self.deps.callers.region(context)
+        name = _spooled(region, request.sum)
+        if self.deps.rounds.get(request.job, request.round) is None:
+            return await self._unless_stopping(pb.UploadState(status="STALE"), context)
+        offset = await self._run(self.deps.spool.received_bytes, request.job, request.round, name)
+        return pb.UploadState(status="PARTIAL", offset=offset)
+
+    async def Upload(self, requests: AsyncIterator[bytes], context: Context) -> pb.UploadState:  # noqa: N802
+        region = await self.deps.callers.region(context)
+        try:
+            async with self._uploads.turn(region) as transfer:
+                first = pb.UploadChunk.FromString(await anext(requests, b""))
+                header = first.header
+                opened = self.deps.rounds.get(header.key.job, header.key.round)
+                if opened is None:
+                    return await self._unless_stopping(pb.UploadState(status="STALE"), context)
+                note = tiers.unpack(SumNote, header.sum)
+                if (state := await self._run(self._refusal, opened, region, header, note)) is not None:
+                    return await self._unless_stopping(state, context)
+                arrival = Arrival(
+                    self.deps.spool, header.key.job, header.key.round, _spooled(region, header.key.sum), header.offset
+                )
+                try:
+                    async for message in requests:
+                        data = upload_data(message)
+                        opened.up_bytes += len(data)
+                        if arrival.last:
+                            await self._run(arrival.write)
+                        arrival.last = data
+                        transfer.moved()
+                    state = await self._run(self._finish, arrival, header, opened, region, note)
+                    return await self._unless_stopping(state, context)
+                finally:
+                    if not arrival.ended:
+                        await asyncio.shield(self._run(arrival.end))
+        except (DecodeError, ProtocolError) as error:
+            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, one_line(str(error), MAX_REASON_CHARS))
+        except (UploadCutOff, TimeoutError) as error:
+            return await context.abort(grpc.StatusCode.ABORTED, str(error) or "the transfer made no progress")
+        except (OSError, SQLAlchemyError) as error:
+            self.deps.storage.refused(error, header.size)
+            return await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it now: {error}")
+
+    def _refusal(self, opened: OpenRound, region: str, header: pb.UploadHeader, note: SumNote) -> pb.UploadState | None:
+        """Return why a sum is not received; None if it is."""
+        children = self.deps.children
+        mine = [name for name in note.devices if children.speaks_for(region, name)]
+        most = TWICE * opened.assignment.max_update_bytes
+        fault = refused_devices(note, opened, mine)
+        if header.size > most:
+            fault = fault or f"the sum has {header.size} bytes; at most {most:.0f} are allowed in this round"
+        if fault:
+            return self._refuse(opened, region, fault)
+        waiting = opened.waiting()
+        if not waiting:
+            return pb.UploadState(status="STALE", reason="the round is over")
+        if counted := sorted(note.devices - waiting):
+            return pb.UploadState(status="REFOLD", without=counted)
+        return None
+
+    def _finish(
+        self, arrival: Arrival, header: pb.UploadHeader, opened: OpenRound, region: str, note: SumNote
+    ) -> pb.UploadState:
+        try:
+            incoming = arrival.write()
+            if incoming.size < header.size:
+                return pb.UploadState(status="PARTIAL", offset=incoming.size)
+            return self._accept(incoming, header, opened, region, note)
+        finally:
+            arrival.end()
+
+    def _accept(
+        self, incoming: Incoming, header: pb.UploadHeader, opened: OpenRound, region: str, note: SumNote
+    ) -> pb.UploadState:
+        """Check a sum, make it durable with the answers of all its devices, and hand it to its round."""
+        assignment = opened.assignment
+        try:
+            incoming.finish(header.blake3)
+            spec = spec_of(SpooledTree(incoming.path))
+        except ProtocolError as error:
+            return pb.UploadState(status="PARTIAL") if header.offset else self._refuse(opened, region, str(error))
+        wanted: Mapping[str, TensorSpec] = {}
+        if isinstance(assignment, Fit):
+            wanted = spec_of(SpooledTree(self.deps.blobs.path(assignment.model.sha256)))
+        if fault := sum_fault(note, spec, wanted if note.weights else {}):
+            incoming.path.unlink()
+            return self._refuse(opened, region, fault)
+        answers = answers_of(note, region, incoming.name)
+
+        def keep(rows: Sequence[AnswerRow]) -> None:
+            incoming.place()
+            self.deps.jobs.record_sum(assignment.job, assignment.round, incoming.name, tiers.pack(note).decode(), rows)
+
+        counted = opened.accept_all(answers, keep)
+        if counted:
+            over = not opened.waiting()
+            return pb.UploadState(status="STALE") if over else pb.UploadState(status="REFOLD", without=counted)
+        for device in note.devices:
+            self.deps.children.withdraw(device, assignment.job, assignment.round)
+        event(_log, logging.INFO, "sum.stored", job=assignment.job, round=assignment.round, region=region,
+              contributors=len(note.weights), failed=len(note.failed), bytes=header.size)  # fmt: skip
+        return pb.UploadState(status="STORED", offset=header.size)
+
+    def _refuse(self, opened: OpenRound, region: str, fault: str) -> pb.UploadState:
+        reason = one_line(fault, MAX_REASON_CHARS)
+        event(_log, logging.WARNING, "sum.refused", job=opened.assignment.job, round=opened.assignment.round,
+              region=region, reason=reason)  # fmt: skip
+        return pb.UploadState(status="REFUSED", reason=reason)
+
+    async def _unless_stopping(self, state: pb.UploadState, context: Context) -> pb.UploadState:
+        if state.status == pb.UploadState.STALE and self.deps.rounds.stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds continue later")
+        return state
+
+    async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        call = functools.partial(function, *arguments, **named)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, call)
+
+
+def _spooled(region: str, number: int) -> str:
+    """Return the name under which a sum is spooled: no device has a `+`."""
+    return f"{region}+{number}"

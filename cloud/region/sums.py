@@ -1,0 +1,194 @@
+"""Partial sums between tiers: what a region sends up for all of its devices, and how its parent accepts it.
+
+A sum travels as the weighted mean of the updates, float32 for tensors of at most 32 bits, otherwise float64, with the
+weight of each contributor: half the bytes of a sum in float64, and the flat mean to 1e-6, whatever the tiers.
+Hierarchical averaging with exact weights: Liu et al. 2020, "Client-Edge-Cloud Hierarchical Federated Learning".
+Invariant: of each device in a sum the parent has no answer yet; otherwise the sum is not accepted, and the region folds
+it again without those devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cloud.dataplane.open_round import OpenRound
+from cloud.state.jobs import AnswerRow
+from edgefl.aggregation import make_rule
+from edgefl.aggregation.rule import Merging
+from edgefl.errors import ProtocolError, UpdateRejected
+from edgefl.guards import RoundGuard
+from edgefl.protocols.messages import Evaluate
+from edgefl.protocols.tiers import SumNote
+from edgefl.records import Answer, DeviceEvaluation, Evaluated, Failure, Partial, Plan
+from edgefl.rounds import NO_EVALUATION, MetricSums
+from edgefl.trees import Array, TensorSpec, Tree, is_float
+
+TOLERANCE = 1e-9  # of the sum of weights, relative
+
+
+class ScaledTree(Mapping[str, Array]):
+    """A tree of means as sums in float64: each tensor is multiplied by the weight when it is read."""
+
+    def __init__(self, mean: Tree, weight: float) -> None:
+        self._mean, self._weight = mean, weight
+
+    def __getitem__(self, name: str) -> Array:
+        return np.multiply(self._mean[name], self._weight, dtype=np.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mean)
+
+    def __len__(self) -> int:
+        return len(self._mean)
+
+
+def sum_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the dtype in which the mean of a tensor with this dtype travels."""
+    return np.dtype(np.float32 if is_float(dtype) and dtype.itemsize <= 4 else np.float64)
+
+
+def sum_fault(note: SumNote, spec: Mapping[str, TensorSpec], parameters: Mapping[str, TensorSpec]) -> str:
+    """Return what is wrong with a sum for these parameters; empty if nothing is."""
+    if any(not math.isfinite(one) or one <= 0 for one in note.weights.values()):
+        return "a contributor's weight is not finite and above 0"
+    if not note.weights:
+        return "" if not spec else "it has tensors, but no contributor"
+    wanted = {name: TensorSpec(one.shape, sum_dtype(one.dtype)) for name, one in parameters.items()}
+    if dict(spec) != wanted:
+        odd = sorted(name for name in {*spec, *wanted} if spec.get(name) != wanted.get(name))
+        return f"tensor {odd[0]!r} is {spec.get(odd[0])}, expected {wanted.get(odd[0])}"
+    for name, (_, weight) in note.metrics.items():
+        if weight > sum(note.weights.values()) * (1 + TOLERANCE):
+            return f"metric {name!r} has a weight of {weight:g}, its contributors {sum(note.weights.values()):g}"
+    return ""
+
+
+def answers_of(note: SumNote, region: str, file: str) -> list[AnswerRow]:
+    """Return the answers of the devices in a sum, as the parent stores them."""
+    return [
+        *(AnswerRow(device=name, file=file, weight=weight, region=region) for name, weight in note.weights.items()),
+        *(AnswerRow(device=name, reason=why, region=region) for name, why in note.failed.items()),
+        *(AnswerRow(device=name, reason=why, region=region, refused=True) for name, why in note.rejected.items()),
+    ]
+
+
+def partial_of(note: SumNote, mean: Tree) -> Partial:
+    """Return the record of an accepted sum, for the round."""
+    weight = math.fsum(note.weights.values())
+    return Partial(
+        total=ScaledTree(mean, weight),
+        weight=weight,
+        contributors=tuple(note.weights),
+        weights=note.weights,
+        metrics={name: (pair[0], pair[1]) for name, pair in note.metrics.items()},
+        device_evaluations={
+            name: DeviceEvaluation(
+                metrics=note.evaluations.get(name, {}),
+                weight=note.evaluation_weights.get(name, 0.0),
+                fault=note.evaluation_faults.get(name, ""),
+            )
+            for name in {*note.evaluations, *note.evaluation_faults}
+        },
+    )
+
+
+@dataclass(slots=True)
+class Folding:
+    """A region's sum while its devices answer."""
+
+    plan: Plan
+    rule_name: str = "mean"
+    failed: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    evaluation_weights: dict[str, float] = field(default_factory=dict)
+    evaluation_faults: dict[str, str] = field(default_factory=dict)
+    _metrics: MetricSums = field(default_factory=MetricSums)
+    _guard: RoundGuard | None = None
+    _rule: Merging | None = None
+
+    def add(self, answer: Answer) -> None:
+        """Add a device's answer, or the sum of a region below."""
+        guard, rule = self._parts()
+        if isinstance(answer, Partial):
+            self._add_sum(answer)
+        elif isinstance(answer, Failure):
+            (self.rejected if answer.refused else self.failed)[answer.device] = answer.reason
+        elif isinstance(answer, Evaluated):
+            self.weights[answer.device] = 1.0
+            self._add_evaluation(answer.device, answer.evaluation)
+        else:
+            try:
+                guard.admit(answer)
+                rule.add(answer)
+            except UpdateRejected as refusal:
+                self.rejected[answer.device] = refusal.reason
+                return
+            self.weights[answer.device] = answer.weight
+            self._metrics.add(answer.weight, answer.metrics)
+            if self.plan.evaluate:
+                self._add_evaluation(answer.device, answer.evaluation or NO_EVALUATION)
+
+    def note(self) -> SumNote:
+        return SumNote(
+            weights=self.weights, failed=self.failed, rejected=self.rejected,
+            metrics={name: list(pair) for name, pair in self._metrics.sums.items()},
+            evaluations=self.evaluations, evaluation_weights=self.evaluation_weights,
+            evaluation_faults=self.evaluation_faults,
+        )  # fmt: skip
+
+    def mean(self) -> Tree:
+        """Return the weighted mean, in the dtypes of `sum_dtype`; empty without an update."""
+        _, rule = self._parts()
+        if not self.weights or not self.plan.fit:
+            return {}
+        partial = rule.partial()
+        return {
+            name: (total / partial.weight).astype(sum_dtype(self.plan.parameters[name].dtype))
+            for name, total in partial.total.items()
+        }
+
+    def _parts(self) -> tuple[RoundGuard, Merging]:
+        if self._guard is None or self._rule is None:
+            rule = make_rule(self.rule_name, self.plan.parameters)
+            if not isinstance(rule, Merging):
+                raise ProtocolError(f"the rule {self.rule_name!r} does not merge partial sums")
+            self._guard, self._rule = RoundGuard(self.plan, any_device=True), rule
+        return self._guard, self._rule
+
+    def _add_sum(self, partial: Partial) -> None:
+        guard, rule = self._parts()
+        if self.plan.fit:
+            try:
+                guard.admit_partial(partial)
+                rule.merge(partial)
+            except UpdateRejected as refusal:
+                self.rejected |= dict.fromkeys(partial.contributors, refusal.reason)
+                return
+        self.weights |= partial.weights
+        self._metrics.merge(partial.metrics)
+        for device, one in partial.device_evaluations.items():
+            self._add_evaluation(device, one)
+
+    def _add_evaluation(self, device: str, evaluation: DeviceEvaluation) -> None:
+        if evaluation.fault:
+            self.evaluation_faults[device] = evaluation.fault
+        else:
+            self.evaluations[device] = dict(evaluation.metrics)
+            self.evaluation_weights[device] = evaluation.weight
+
+
+def refused_devices(note: SumNote, opened: OpenRound, speaks_for: Sequence[str]) -> str:
+    """Return why a sum has devices that it must not have; empty if it has none."""
+    if strangers := sorted(note.devices - set(speaks_for)):
+        return f"it has answers of {', '.join(strangers[:5])}, which may not connect below this region"
+    if others := sorted(note.devices - opened.asked):
+        return f"it has answers of {', '.join(others[:5])}, not in the cohort of round {opened.assignment.round}"
+    if isinstance(opened.assignment, Evaluate) and note.metrics:
+        return "it has metrics of a training, and the round only evaluates"
+    return ""

@@ -1,0 +1,105 @@
+"""Who belongs to the fleet and where: its devices, its regions, and the parents of each.
+
+A region is below one parent, which it named when it enrolled. A device has an ordered list of parents: it connects to
+the first that it reaches. A device may connect, and be spoken for, only where this list says so: at a parent in the
+list, and through the regions above that parent.
+Invariant: following the parents of a region leads to the cloud.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import sqlalchemy as sa
+
+from cloud.state.enrolment import REGION
+from cloud.state.store import devices, renewals
+from edgefl.errors import ConfigError, NotFound
+from edgefl.protocols.tiers import MAX_PARENTS, Member
+from edgefl.protocols.tls import CLOUD_NAME
+
+
+class Membership(Protocol):
+    """The members that a cloud or a region knows."""
+
+    def members(self) -> Mapping[str, Member]:
+        """Return every member by its name."""
+
+
+class Members:
+    """All members of a fleet, in its cloud's database. Methods may be called from any thread."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self.changed: list[Callable[[], object]] = []  # called after each change
+
+    def members(self) -> dict[str, Member]:
+        """Return every device and every region by its name."""
+        with self._engine.connect() as db:
+            found = db.execute(sa.select(renewals.c.device, renewals.c.serial)).mappings()
+            following = {row["device"]: row["serial"] for row in found}
+            rows = db.execute(devices.select()).mappings().all()
+        return {
+            row["name"]: Member(
+                serials=[row["serial"], *([following[row["name"]]] if row["name"] in following else [])],
+                is_region=row["role"] == REGION,
+                parents=row["parents"] or [CLOUD_NAME],
+                tags=row["tags"],
+            )
+            for row in rows
+        }
+
+    def is_region(self, name: str) -> bool:
+        """Whether a name is that of a region."""
+        found = sa.select(devices.c.name).where((devices.c.name == name) & (devices.c.role == REGION))
+        with self._engine.connect() as db:
+            return db.scalar(found) is not None
+
+    def assign(self, pattern: str, parents: Sequence[str]) -> list[str]:
+        """Set the parents of the devices whose names match a pattern (as in a shell), and return their names.
+
+        Raises NotFound if no device matches, ConfigError for a parent that is no region, or named twice.
+        """
+        known = self.members()
+        regions = sorted(name for name, one in known.items() if one.is_region)
+        if unknown := [one for one in parents if one != CLOUD_NAME and one not in regions]:
+            raise ConfigError(
+                f"{', '.join(unknown)}: no region of this fleet. Its regions: {', '.join(regions) or 'none yet'}. "
+                f"{CLOUD_NAME} is the cloud itself"
+            )
+        if not parents or len(set(parents)) < len(parents) or len(parents) > MAX_PARENTS:
+            raise ConfigError(f"--parents {','.join(parents)}: expected 1 to {MAX_PARENTS} names, each once")
+        chosen = sorted(name for name, one in known.items() if not one.is_region and fnmatch.fnmatchcase(name, pattern))
+        if not chosen:
+            raise NotFound(f"no device matches {pattern!r}; list them with `edgefl devices list`")
+        with self._engine.begin() as db:
+            for name in chosen:
+                db.execute(devices.update().where(devices.c.name == name).values(parents=list(parents)))
+        self.note_change()
+        return chosen
+
+    def note_change(self) -> None:
+        """Tell the regions: a device was enrolled or removed."""
+        for call in self.changed:
+            call()
+
+
+def below(region: str, members: Mapping[str, Member]) -> dict[str, Member]:
+    """Return the members below a region: regions whose way to the cloud leads through it, and their devices."""
+    inside = {region}
+    while more := {
+        name for name, one in members.items() if one.is_region and name not in inside and inside & {*one.parents}
+    }:
+        inside |= more
+    return {
+        name: one
+        for name, one in members.items()
+        if (name in inside if one.is_region else bool(inside & {*one.parents})) and name != region
+    }
+
+
+def children(parent: str, members: Mapping[str, Member]) -> list[str]:
+    """Return the regions directly below a parent, by name."""
+    return sorted(name for name, one in members.items() if one.is_region and list(one.parents[:1]) == [parent])
