@@ -49,7 +49,7 @@ def _always(_device: str) -> bool:
     return True
 
 
-class Children(Protocol):
+class RegionLink(Protocol):
     """The regions below, through which devices are reached, too."""
 
     def send_job(self, region: str, device: str, message: JobMessage) -> None:
@@ -99,7 +99,7 @@ class DeviceLink:
             keepalive_s=10,
         )
         self._via: dict[str, str] = {}  # device -> the region through which it is reached; missing = directly
-        self.children: Children | None = None  # the regions below, if there can be any
+        self.children: RegionLink | None = None  # the regions below, if there can be any
         self._inbox: Inbox[tuple[str, bytes, str] | None] = Inbox("mqtt-inbox", self._process)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link = MqttLink(

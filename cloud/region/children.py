@@ -1,7 +1,7 @@
 """The regions that are connected to this cloud, or to this region: what they are told, and what they say.
 
-Everything is the latest state of an entry (`edgefl.protocols.mirror`), so a region that reconnects, or is killed and
-started again, knows what it has to know after the first entries of its new stream.
+Everything is the latest state of an entry (`edgefl.protocols.tiers.mirror`), so a region that reconnects, or is killed
+and started again, knows what it has to know after the first entries of its new stream.
 Invariant: a region is heard only about devices that may connect below it; what else it says costs that entry only.
 """
 
@@ -23,8 +23,8 @@ from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.messages import Evaluate, Fit, JobMessage, RoundClosed, Signed, encode
-from edgefl.protocols.mirror import Mirror, MirrorCopy
 from edgefl.protocols.tiers import Member, RegionState, Work
+from edgefl.protocols.tiers.mirror import Mirror, MirrorCopy
 
 LEAD_S, LEAD_SHARE = 1.0, 0.1  # a region's deadline is this much before the round's: it has to send its sum
 

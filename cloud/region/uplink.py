@@ -26,8 +26,8 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
-from edgefl.protocols.mirror import Mirror, MirrorCopy
 from edgefl.protocols.tiers import SumNote
+from edgefl.protocols.tiers.mirror import Mirror, MirrorCopy
 from edgefl.protocols.tls import Identity, grpc_channel_credentials
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 2.0

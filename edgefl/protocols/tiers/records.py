@@ -1,4 +1,4 @@
-"""What a region and its parent tell each other, as entries of two mirrors (`edgefl.protocols.mirror`).
+"""What a region and its parent tell each other, as entries of two mirrors (`edgefl.protocols.tiers.mirror`).
 
 From the parent: `member/<name>` who is enrolled below the region, `revoked` the list of revoked certificates,
 `work/<job>/<round>` what the region's devices are asked, `desired/<device>/<model>` which releases they should serve.

@@ -1,0 +1,14 @@
+"""The protocol between a region and its parent. See `records` for what they tell each other."""
+
+from edgefl.protocols.tiers.records import (
+    MAX_DEVICES,
+    MAX_PARENTS,
+    Member,
+    RegionState,
+    SumNote,
+    Work,
+    pack,
+    unpack,
+)
+
+__all__ = ["MAX_DEVICES", "MAX_PARENTS", "Member", "RegionState", "SumNote", "Work", "pack", "unpack"]
