@@ -16,12 +16,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import ConfigError
-from edgefl.terminal.extras import DISTRIBUTION
+from edgefl.terminal.extras import DISTRIBUTION, install_command, running_command
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 MAX_REQUIREMENTS = 200
+HAS_NONE = ", has none"
+_BRINGING = (
+    "agent",
+    "train",
+    "cloud",
+    "sim",
+    "flower",
+    "ray",
+    "tensorboard",
+    "examples",
+    "keras",
+)  # the smallest first
 _OWN_NAMES = frozenset({DISTRIBUTION, "edgefl"})  # how tasks call this distribution
 
 
@@ -85,10 +97,35 @@ def unmet(requirements: Sequence[str], installed: InstalledPackages | None = Non
 def refuse_unmet(task: str, folder: Path) -> None:
     """Raise ConfigError, with the command that installs them, for a task whose dependencies are not met here."""
     if missing := unmet(requirements_in(folder)):
-        wanted = " ".join(shlex.quote(requirement_in(one)) for one in missing)
-        raise ConfigError(
-            f"task {task!r} {needs(missing)}. Install what is missing: {sys.executable} -m pip install {wanted}"
-        )
+        raise ConfigError(f"task {task!r} {needs(missing)}. Install what is missing: {_install_command(missing)}")
+
+
+def _install_command(missing: Sequence[str]) -> str:
+    """Return the command that installs unmet requirements: by extras of edgefl if these bring all of them."""
+    from packaging.requirements import Requirement
+
+    by_extras = [extra_with(Requirement(requirement_in(one)).name) for one in missing if one.endswith(HAS_NONE)]
+    if len(by_extras) == len(missing) and all(by_extras):
+        return install_command(",".join(dict.fromkeys(filter(None, by_extras))))
+    wanted = " ".join(shlex.quote(requirement_in(one)) for one in missing)
+    return f"{sys.executable} -m pip install {wanted}"
+
+
+def extra_with(package: str, installed: InstalledPackages | None = None) -> str | None:
+    """Return the extra of edgefl that brings a package: the running command's own if there are several."""
+    from packaging.requirements import Requirement
+
+    known = installed or InstalledPackages()
+    if known.version(DISTRIBUTION) is None:
+        return None  # it runs from a clone that was never installed
+    found = [
+        extra
+        for one in map(Requirement, known.requires(DISTRIBUTION))
+        if one.marker is not None and _normal(one.name) == _normal(package)
+        for extra in _BRINGING
+        if one.marker.evaluate({"extra": extra}) and not one.marker.evaluate({"extra": ""})
+    ]
+    return "sim" if "sim" in found and running_command() == "simulate" else next(iter(found), None)
 
 
 def needs(missing: Sequence[str]) -> str:
@@ -112,7 +149,7 @@ def _unmet(requirement: Requirement, installed: InstalledPackages, seen: set[tup
         return  # it runs from a clone that was never installed
     wanted = requirement.name + ",".join(sorted(map(str, requirement.specifier), reverse=True))  # >=1,<2
     if version is None:
-        yield f"{wanted}, has none"
+        yield wanted + HAS_NONE
         return
     if requirement.specifier and not requirement.specifier.contains(version, prereleases=True):
         yield f"{wanted}, has {version}"

@@ -24,6 +24,7 @@ OF_COMMANDS: Mapping[str, str] = {
     "cloud": "cloud",
     "demo": "agent,train,cloud,examples",
     "local": "agent,cloud",
+    "region": "cloud",
 }
 # Import name -> the extras that provide it, the smallest first.
 OF_MODULES: Mapping[str, tuple[str, ...]] = {
@@ -64,6 +65,16 @@ def extra_of(module: str | None, command: str = "") -> str | None:
     extras = OF_MODULES.get((module or "").partition(".")[0], ())
     asked = OF_COMMANDS.get(command, "")
     return asked if asked and set(extras) & set(asked.split(",")) else next(iter(extras), None)
+
+
+def running_command() -> str:
+    """Return the name of the edgefl command that runs, such as `simulate`; empty in a program that imports edgefl."""
+    import click
+
+    context = click.get_current_context(silent=True)
+    while context is not None and context.parent is not None and context.parent.parent is not None:
+        context = context.parent
+    return "" if context is None or context.parent is None else context.info_name or ""
 
 
 def missing_modules(extras: str) -> list[str]:
