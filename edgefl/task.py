@@ -249,13 +249,20 @@ def forget_modules(folder: Path) -> None:
 def _task_of(folder: Path) -> str:
     file = folder / "pyproject.toml"
     try:
-        task = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {}).get("edgefl", {}).get("task")
+        tool = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
+        task, app = tool.get("edgefl", {}).get("task"), tool.get("flwr", {}).get("app")
     except FileNotFoundError as cause:
         raise ConfigError(f"{folder} has no pyproject.toml, so it names no task") from cause
     except OSError as cause:
         raise ConfigError(f"cannot read {file}: {cause.strerror}") from cause
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, AttributeError) as cause:
         raise ConfigError(f"{file} is not a valid pyproject.toml: {cause}") from cause
+    if task is None and app is not None:
+        raise ConfigError(
+            f"{folder} is a Flower app and no task of edgefl: `edgefl simulate` and `edgefl run` take it, but only its "
+            "own code knows its model. Export the model to ONNX with its library, and publish the file: edgefl models "
+            "publish NAME --onnx FILE"
+        )
     if not isinstance(task, str) or not _REFERENCE.fullmatch(task):
         seen = "is missing" if task is None else f"is {task!r}"
         raise ConfigError(f'{file}: [tool.edgefl] task {seen}; expected task = "module:attribute"')

@@ -171,6 +171,7 @@ class GrpcFleet:
                 model_blake3=model_blake3,
                 bundle=job.bundle,
                 seed=plan.train.seed,
+                workers=plan.train.workers,
                 deadline_s=plan.deadline_s,
                 max_update_bytes=HEADER_SLACK_BYTES,
                 frozen=job.frozen,

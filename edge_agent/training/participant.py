@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.outbox import Outbox
@@ -205,10 +206,12 @@ class Participant:
         start_s = time.monotonic()
         event(_log, logging.INFO, "plan.taken", job=assignment.job, round=assignment.round,
               deadline_s=assignment.deadline_s)  # fmt: skip
-        limit_s = assignment.deadline_s - min(LEAD_S, LEAD_SHARE * assignment.deadline_s)
+        lead_s = min(LEAD_S, LEAD_SHARE * assignment.deadline_s)
+        limit_s = assignment.deadline_s - lead_s
+        evaluate_until = asyncio.get_running_loop().time() + limit_s - lead_s  # an update before it is not lost
         try:
             async with asyncio.timeout(limit_s):
-                update, state = await self._answer(assignment)
+                update, state = await self._answer(assignment, evaluate_until)
             self._deps.outbox.put(update, state)
         except CloudUnreachable as error:
             event(_log, logging.WARNING, "plan.put_off", job=assignment.job, round=assignment.round, reason=error)
@@ -225,7 +228,7 @@ class Participant:
             event(_log, logging.INFO, "update.made", job=assignment.job, round=assignment.round, bytes=update.size,
                   weight=update.weight, seconds=time.monotonic() - start_s)  # fmt: skip
 
-    async def _answer(self, assignment: Assignment) -> tuple[Outgoing, Path | None]:
+    async def _answer(self, assignment: Assignment, evaluate_until: float) -> tuple[Outgoing, Path | None]:
         """Download the inputs while the trainer starts, then run the request; return the update and the new state."""
         deps, job, number = self._deps, assignment.job, assignment.round
         starting = asyncio.create_task(deps.trainer.prepare(assignment.bundle.text), name="trainer-start")
@@ -238,7 +241,8 @@ class Participant:
             await asyncio.gather(starting, return_exceptions=True)  # its error was raised above
         draft, state = deps.store.draft(job, number), deps.store.state_draft(job, number)
         try:
-            done = await self._run_with_retries(assignment, dataclasses.replace(request, out=str(draft)))
+            request = dataclasses.replace(request, out=str(draft))
+            done = await self._run_with_retries(assignment, request, evaluate_until)
             _refuse_too_large(done.size, assignment)
         except BaseException:
             deps.store.discard(draft)
@@ -269,47 +273,34 @@ class Participant:
                 return await self._deliver_request(assignment, bundle, task)
 
     async def _fit_request(self, assignment: Fit, bundle: Path, task: str) -> wire.FitRequest:
-        deps = self._deps
-        packages = await deps.environments.get(bundle)  # before the model is downloaded
-        frozen = await self._frozen.get(assignment.job, assignment.frozen) if assignment.frozen is not None else None
-        model = await self._fetch(assignment.model, assignment.model_blake3)
-        deps.store.require_space(assignment.model.size)  # an update is about as large as the model; fail now, not later
+        common = await self._task_fields(assignment, bundle, task)
+        self._deps.store.require_space(assignment.model.size)  # an update is about as large as the model; fail now
         return wire.FitRequest(
-            job=assignment.job,
-            round=assignment.round,
-            client=deps.device,
-            train=assignment.train,
-            model=str(model),
-            frozen=str(frozen or ""),
-            parted=assignment.parted,
-            evaluate=assignment.evaluate,
-            bundle=str(bundle),
-            task=task,
-            options=deps.options,
-            out="",  # see `_answer`
-            memory_limit_mb=deps.memory_limit_mb,
-            folder=str(work_folder(deps.home, bundle)),
-            packages=packages,
+            job=assignment.job, round=assignment.round, train=assignment.train, evaluate=assignment.evaluate, **common
         )
 
     async def _evaluate_request(self, assignment: Evaluate, bundle: Path, task: str) -> wire.EvaluateRequest:
+        common = await self._task_fields(assignment, bundle, task)
+        return wire.EvaluateRequest(seed=assignment.seed, workers=assignment.workers, **common)
+
+    async def _task_fields(self, assignment: Fit | Evaluate, bundle: Path, task: str) -> dict[str, Any]:
+        """Download what training and evaluation need; return the fields of `trainer_wire.TaskRequest`."""
         deps = self._deps
-        packages = await deps.environments.get(bundle)
+        packages = await deps.environments.get(bundle)  # before the model is downloaded
         frozen = await self._frozen.get(assignment.job, assignment.frozen) if assignment.frozen is not None else None
-        return wire.EvaluateRequest(
-            client=deps.device,
-            seed=assignment.seed,
-            model=str(await self._fetch(assignment.model, assignment.model_blake3)),
-            frozen=str(frozen or ""),
-            parted=assignment.parted,
-            bundle=str(bundle),
-            task=task,
-            options=deps.options,
-            out="",  # see `_answer`
-            memory_limit_mb=deps.memory_limit_mb,
-            folder=str(work_folder(deps.home, bundle)),
-            packages=packages,
-        )
+        return {
+            "client": deps.device,
+            "model": str(await self._fetch(assignment.model, assignment.model_blake3)),
+            "frozen": str(frozen or ""),
+            "parted": assignment.parted,
+            "bundle": str(bundle),
+            "task": task,
+            "options": deps.options,
+            "out": "",  # see `_answer`
+            "memory_limit_mb": deps.memory_limit_mb,
+            "folder": str(work_folder(deps.home, bundle)),
+            "packages": packages,
+        }
 
     def _tell_fault(self, job: str, evaluation: DeviceEvaluation | None) -> None:
         """Log why there is no evaluation, once for a job and a reason."""
@@ -333,17 +324,19 @@ class Participant:
             folder=str(work_folder(deps.home, bundle)),
         )
 
-    async def _run_with_retries(self, assignment: Assignment, request: wire.Request) -> wire.WorkDone:
+    async def _run_with_retries(
+        self, assignment: Assignment, request: wire.Request, evaluate_until: float
+    ) -> wire.WorkDone:
         """Run a request in the trainer; if the system kills the trainer, try again, at most MAX_TRIES times."""
         pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         for tries in range(1, MAX_TRIES):
             try:
-                return await self._deps.trainer.run_request(request)
+                return await self._deps.trainer.run_request(request, evaluate_until)
             except TrainerLost as error:
                 event(_log, logging.WARNING, "trainer.lost", job=assignment.job, round=assignment.round, tries=tries,
                       reason=error)  # fmt: skip
             await asyncio.sleep(pauses.next_s())  # until the machine has free memory again
-        return await self._deps.trainer.run_request(request)
+        return await self._deps.trainer.run_request(request, evaluate_until)
 
     async def _fetch(self, ref: BlobRef, blake3: str) -> Path:
         """Return the file of the parameters or a message's content; that of an earlier round is overwritten."""

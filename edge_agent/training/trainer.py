@@ -4,23 +4,29 @@ The process stays alive between plans, and between jobs of the same task, so tha
 after it was idle for a time, so that an idle agent uses little memory, and before another task uses it. It is a child
 process on a socket pair, or a systemd service that starts when the agent connects to its socket, in a slice of its own.
 Invariant: a request ends with a `WorkDone`, a TaskError, a TrainerLost or a cancellation; then the next one can start.
+An update that is complete is not lost with its evaluation, whatever becomes of the process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
 
 from edge_agent.training import trainer_wire as wire
 from edgefl.errors import ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
+from edgefl.protocols.fields import MAX_PROSE_CHARS
+from edgefl.records import DeviceEvaluation
+from edgefl.terminal.text import one_line
 
 HELLO_S = 60.0  # time limit to start; on a slow device the imports take seconds
 CANCEL_GRACE_S = 1.0  # time to react to a cancellation before the process is killed
@@ -83,10 +89,11 @@ class Trainer:
             self._child = await _start(self._socket_path)
             event(_log, logging.INFO, "trainer.started", pid=self._child.pid)
 
-    async def run_request(self, request: wire.Request) -> wire.WorkDone:
+    async def run_request(self, request: wire.Request, evaluate_until: float | None = None) -> wire.WorkDone:
         """Train or deliver a message; raises TaskError, or TrainerLost if the task did not cause the failure.
 
-        Cancelling this cancels the work in the process too.
+        Cancelling this cancels the work in the process too. After training, an evaluation that fails, that costs the
+        process, or that is not over at `evaluate_until` (of the event loop's clock), is a fault in the result.
         """
         packages = "" if isinstance(request, wire.DeliverRequest) else request.packages
         if self._child is not None and self._child.packages not in {None, packages}:
@@ -97,24 +104,45 @@ class Trainer:
             raise TrainerLost("the trainer was stopped before it could start to work")
         child.busy, child.packages = True, packages
         try:
-            answer = await child.send(request)
+            evaluates = isinstance(request, wire.EvaluateRequest)
+            done = await self._done(
+                child, child.send(request), "while it evaluated" if evaluates else "while it trained"
+            )
+            return await self._evaluated(child, done, evaluate_until) if done.evaluates else done
         except asyncio.CancelledError:
             # In a separate task: up to Python 3.11.2, asyncio.timeout does not work in a task that is being cancelled.
             self._abandoning = asyncio.create_task(self._abandon(child))
             await asyncio.shield(self._abandoning)
             raise
-        except (EOFError, OSError, ProtocolError) as cause:
-            error = await child.death_error("while it trained")
-            await self._drop()
-            raise error from cause
         finally:
             child.busy = False
             self._used.set()
-        if isinstance(answer, wire.WorkFailed):
-            if answer.spent:  # the process is not usable any more
-                await self._drop()
-            raise TaskError(answer.reason)
-        return answer
+
+    async def _evaluated(self, child: _TrainerChild, update: wire.WorkDone, until: float | None) -> wire.WorkDone:
+        """Wait for the evaluation of an update that is complete; return the update with it, or with its fault."""
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._done(child, child.receive_answer(), "while it evaluated")
+        except TimeoutError:
+            self._abandoning = asyncio.create_task(self._abandon(child))  # the next request waits for it
+            fault = "the evaluation was stopped shortly before the round's deadline"
+        except (TaskError, TrainerLost) as error:
+            fault = str(error)
+        evaluation = DeviceEvaluation(fault=one_line(fault, MAX_PROSE_CHARS))
+        return dataclasses.replace(update, evaluates=False, evaluation=evaluation)
+
+    async def _done(self, child: _TrainerChild, answering: Awaitable[wire.Answer], when: str) -> wire.WorkDone:
+        try:
+            answer = await answering
+        except (EOFError, OSError, ProtocolError) as cause:
+            error = await child.death_error(when)
+            await self._drop()
+            raise error from cause
+        if isinstance(answer, wire.WorkDone):
+            return answer
+        if answer.spent:  # the process is not usable any more
+            await self._drop()
+        raise TaskError(answer.reason)
 
     async def _abandon(self, child: _TrainerChild) -> None:
         if not await child.cancel_request():
@@ -166,10 +194,14 @@ class _TrainerChild:
     def gone(self) -> bool:
         return self._dead.is_set() or self._reader.at_eof()
 
-    async def send(self, request: wire.Request) -> wire.WorkDone | wire.WorkFailed:
-        """Send a request and return its answer; raises EOFError if the process died."""
+    async def send(self, request: wire.Request) -> wire.Answer:
+        """Send a request and return its first answer; raises EOFError if the process died."""
         self._writer.write(wire.frame(request))
         await self._writer.drain()
+        return await self.receive_answer()
+
+    async def receive_answer(self) -> wire.Answer:
+        """Return the next answer; raises EOFError if the process died."""
         answer = await self._receive()
         if not isinstance(answer, wire.WorkDone | wire.WorkFailed):
             raise ProtocolError(f"the trainer answered with {type(answer).__name__}; expected WorkDone or WorkFailed")
@@ -180,7 +212,9 @@ class _TrainerChild:
         with suppress(OSError, EOFError, ProtocolError, TimeoutError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGINT)
             async with asyncio.timeout(CANCEL_GRACE_S):
-                answer = await self._receive()
+                answer = await self.receive_answer()
+                if isinstance(answer, wire.WorkDone) and answer.evaluates:
+                    answer = await self.receive_answer()
             return not (isinstance(answer, wire.WorkFailed) and answer.spent)
         return False
 

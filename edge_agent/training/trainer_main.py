@@ -59,6 +59,7 @@ class TrainerProcess:
         self._connection = connection
         self._requests: queue.SimpleQueue[wire.Request] = queue.SimpleQueue()  # one at a time
         self._fitting = False
+        self._cancelled = False  # while a message was being sent
 
     def run(self) -> None:
         signal.signal(signal.SIGINT, self._on_cancel)
@@ -86,13 +87,14 @@ class TrainerProcess:
         if self._fitting:
             self._fitting = False
             raise _Cancelled
+        self._cancelled = True
 
-    def _answer(self, request: wire.Request) -> wire.WorkDone | wire.WorkFailed:
+    def _answer(self, request: wire.Request) -> wire.Answer:
         try:
-            self._fitting = True
+            self._cancelled, self._fitting = False, True
             if request.folder:
                 os.chdir(request.folder)
-            done = work(request)
+            done = work(request, self._tell)
             self._fitting = False
         except _Cancelled:
             return wire.WorkFailed(reason="the round is over")
@@ -101,19 +103,35 @@ class TrainerProcess:
             return failure(error, request.memory_limit_mb)
         return done
 
+    def _tell(self, done: wire.WorkDone) -> None:
+        """Send an answer that is not the last one. A cancellation waits, so that no message is cut in two."""
+        self._fitting = False
+        self._connection.sendall(wire.frame(done))
+        self._fitting = True
+        if self._cancelled:
+            self._fitting = False
+            raise _Cancelled
 
-def work(request: wire.Request) -> wire.WorkDone:
-    """Do what is requested; raises TaskError, and the errors of loading a task."""
+
+def _ignore(_done: wire.WorkDone) -> None:
+    """Do nothing."""
+
+
+def work(request: wire.Request, tell: Callable[[wire.WorkDone], None] = _ignore) -> wire.WorkDone:
+    """Do what is requested; raises TaskError, and the errors of loading a task.
+
+    `tell` is called with an update that is complete, before its evaluation, which may cost the process.
+    """
     match request:
         case wire.FitRequest():
-            return train(request)
+            return train(request, tell)
         case wire.EvaluateRequest():
             return evaluate(request)
         case wire.DeliverRequest():
             return deliver_message(request)
 
 
-def train(fit: wire.FitRequest) -> wire.WorkDone:
+def train(fit: wire.FitRequest, tell: Callable[[wire.WorkDone], None] = _ignore) -> wire.WorkDone:
     """Train, check the update and write it, then evaluate if that is asked for; a failed evaluation is no error."""
     limit_memory(fit.memory_limit_mb)
     parameters, task = SpooledTree(Path(fit.model)), _loaded(fit)
@@ -126,9 +144,11 @@ def train(fit: wire.FitRequest) -> wire.WorkDone:
     if not fit.evaluate:
         return done
     del result  # its memory is needed
+    tell(dataclasses.replace(done, evaluates=True))
     evaluation = evaluate_locally(
-        task, parameters, options=fit.options, client=fit.client, seed=fit.train.seed, frozen=frozen
-    )
+        task, parameters, options=fit.options, client=fit.client, seed=fit.train.seed, workers=fit.train.workers,
+        frozen=frozen,
+    )  # fmt: skip
     return dataclasses.replace(done, evaluation=_tellable(evaluation))
 
 
@@ -138,13 +158,13 @@ def evaluate(request: wire.EvaluateRequest) -> wire.WorkDone:
     task = _loaded(request)
     evaluation = evaluate_locally(
         task, SpooledTree(Path(request.model)), options=request.options, client=request.client, seed=request.seed,
-        frozen=_frozen_of(request),
+        workers=request.workers, frozen=_frozen_of(request),
     )  # fmt: skip
     done = write(FitResult(tree={}, weight=0.0), Path(request.out))
     return dataclasses.replace(done, evaluation=_tellable(evaluation))
 
 
-def _loaded(request: wire.FitRequest | wire.EvaluateRequest) -> Task:
+def _loaded(request: wire.TaskRequest) -> Task:
     """Import the request's task, with its packages before the agent's own."""
     if request.packages and request.packages not in sys.path:  # the agent starts another process for others
         sys.path.insert(0, request.packages)
@@ -153,7 +173,7 @@ def _loaded(request: wire.FitRequest | wire.EvaluateRequest) -> Task:
     return load_bundle(_unpacked(request.bundle), request.task)
 
 
-def _frozen_of(request: wire.FitRequest | wire.EvaluateRequest) -> Tree | None:
+def _frozen_of(request: wire.TaskRequest) -> Tree | None:
     return SpooledTree(Path(request.frozen)) if request.frozen else {} if request.parted else None
 
 

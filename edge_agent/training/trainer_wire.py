@@ -4,10 +4,11 @@
     parent: fit {job, round, client, train, evaluate, model, frozen, bundle, task, options, out, memory_limit_mb,
             folder, packages} | evaluate {client, seed, model, .. as in fit} | deliver {app, order, envelope, bundle,
             options, state, state_out, out, memory_limit_mb, folder}
-    child:  done {size, blake3, weight, metrics, changed, evaluation} | failed {reason, spent}
+    child:  done {size, blake3, weight, metrics, changed, evaluation, evaluates} | failed {reason, spent}
 
 `fit` asks for a round of training, `evaluate` for an evaluation without training, `deliver` hands one message to a
-Flower app's ClientApp; one request at a time.
+Flower app's ClientApp; one request at a time. A `fit` with `evaluate` has two answers: when the update is complete, a
+`done` that says `evaluates`; then the last one, with the evaluation.
 `spent` means that the child ran out of memory, cannot be used any more, and exits.
 """
 
@@ -39,13 +40,10 @@ class Hello(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FitRequest(Checked):
-    """Train for one plan."""
+class TaskRequest(Checked):
+    """What training and evaluation need."""
 
-    job: str
-    round: int = field(metadata=limited(least=0, most=MAX_ROUND))
     client: str
-    train: TrainConfig
     model: str = field(metadata=raw())  # path of the parameters, a safetensors file
     bundle: str = field(metadata=raw())  # path of the verified bundle, unpacked next to it
     task: str  # module:attribute in the bundle
@@ -55,27 +53,26 @@ class FitRequest(Checked):
     folder: str = ""  # the task's working folder, which exists; empty = the child's
     frozen: str = ""  # path of the model's frozen tensors; empty = there are none
     parted: bool = False  # whether `model` has only the trained tensors and the buffers
-    evaluate: bool = False  # also evaluate the parameters on held-out samples
     packages: str = field(default="", metadata=raw())  # a folder of packages beside the agent's own; empty = none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitRequest(TaskRequest):
+    """Train for one plan."""
+
+    job: str
+    round: int = field(metadata=limited(least=0, most=MAX_ROUND))
+    train: TrainConfig
+    evaluate: bool = False  # also evaluate the parameters on held-out samples
     kind: str = "fit"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateRequest(Checked):
+class EvaluateRequest(TaskRequest):
     """Evaluate parameters without training; `out` gets an update without tensors."""
 
-    client: str
     seed: int  # of the job
-    model: str = field(metadata=raw())  # as in `FitRequest`, like the fields below
-    bundle: str = field(metadata=raw())
-    task: str
-    options: Mapping[str, str] = field(metadata=raw())
-    out: str = field(metadata=raw())
-    memory_limit_mb: int
-    folder: str = ""
-    frozen: str = ""
-    parted: bool = False
-    packages: str = field(default="", metadata=raw())
+    workers: int = 0  # processes that read a Dataset
     kind: str = "evaluate"
 
 
@@ -106,6 +103,7 @@ class WorkDone(Checked):
     metrics: Mapping[str, float] = field(default_factory=dict)
     changed: bool = False
     evaluation: DeviceEvaluation | None = None  # if the request asks for one
+    evaluates: bool = False  # the evaluation is not done yet: another answer follows
     kind: str = "done"
 
 
@@ -128,7 +126,8 @@ _KINDS: Mapping[str, type[Any]] = {
 }
 
 Request = FitRequest | EvaluateRequest | DeliverRequest
-Message = Hello | Request | WorkDone | WorkFailed
+Answer = WorkDone | WorkFailed
+Message = Hello | Request | Answer
 
 
 def frame(message: Message) -> bytes:

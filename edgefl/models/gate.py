@@ -9,13 +9,15 @@ Of one that should be low, it is a fraction of what the model has learned:
 
 `blind` is the value for the source's mean output, which a model that ignores its input would return. r is the square
 root for a squared error, so that errors have the targets' unit, and the identity otherwise.
-Invariant: a number is called accuracy only if it is the task's own metric or the fraction of right answers.
+The samples are read chunk by chunk, once for the source, once for the compressed file, and once more for `blind`.
+Invariant: a number is called accuracy only if it is the task's own metric or the fraction of right answers; a set of
+samples is never in memory as a whole, but for what the task itself loads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ from edgefl.task import Task, UserCode
 from edgefl.training.evaluation import EVALUATION_BATCH, evaluate_model
 from edgefl.training.local import make_model
 from edgefl.training.randomness import seeded
-from edgefl.training.samples import Samples, test_samples
+from edgefl.training.samples import Samples, SampleSet, test_samples
 from edgefl.training.structures import OUTPUT, Structure, call, leaves, mapped, named, unnamed
 from edgefl.trees import Array, Tree
 
@@ -59,24 +61,26 @@ def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bo
     `relative`: what is lost is a fraction of the value before. Raises NotMeasurable if the cost of compression cannot
     be measured, ConfigError for a metric that the task does not have or whose direction is not known.
     """
+    if task.model is None:
+        raise NotMeasurable(
+            f"task {task.name!r} exports its model itself, and only PyTorch models are compressed: let its export "
+            "return a smaller one"
+        )
     if task.test_data is None:
         raise NotMeasurable(f"task {task.name!r} has no test_data, so the cost of compression cannot be measured")
-    held_out = test_samples(task, {})
-    calibration, samples = split(held_out.first(len(held_out)))
+    calibration, samples = split(test_samples(task, {}))
     file = _File(task, samples)
     kept = file.feeds(open_session(source), calibration)
-    is_classification = file.form == 0 and all(
-        isinstance(targets, np.ndarray) and is_classified(outputs, targets)
-        for (outputs,), targets in file.outputs(source, samples)
-    )
-    name = metric or _own_choice(task, is_classification=is_classification)
-    if name == ACCURACY and ACCURACY not in task.metrics and is_classification:
+    seen = file.seen(source, samples)
+    name = metric or _own_choice(task, is_classification=seen.accuracy is not None)
+    if name == ACCURACY and ACCURACY not in task.metrics and seen.accuracy is not None:
+        before = {**seen.metrics, ACCURACY: seen.accuracy}
         return Gate(
-            measure=_relative(task, name, file.accuracy(source, samples), 1) if relative else Measure(),
-            evaluate=lambda path: {**file.measured(path, samples), ACCURACY: file.accuracy(path, samples)},
+            measure=_relative(task, name, before[name], 1) if relative else Measure(),
+            evaluate=lambda path: before if path == source else file.with_accuracy(path, samples),
             calibration=kept,
         )
-    before = file.measured(source, samples)
+    before = seen.metrics
     if name not in before:
         raise ConfigError(f"task {task.name!r} has no metric {name!r} to judge by; it has {', '.join(before)}")
     if (higher := task.direction_of(name)) is None:
@@ -90,21 +94,28 @@ def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bo
     if relative:
         measure = _relative(task, name, before[name], 1 if higher else -1)
     elif not higher:
-        share = _share_lost(file, source, samples, name, before[name])
+        share = _share_lost(file, seen, samples, name)
         measure = Measure(name=name, drop=share, unit=" of what the model has learned")
-    return Gate(measure=measure, evaluate=lambda path: file.measured(path, samples), calibration=kept)
+    return Gate(
+        measure=measure,
+        evaluate=lambda path: before if path == source else file.seen(path, samples).metrics,
+        calibration=kept,
+    )
 
 
-def split(samples: Samples) -> tuple[Samples, Samples]:
-    """Return samples for calibration and for the gate, drawn with a fixed seed; both are all of fewer than ten."""
+def split(samples: SampleSet) -> tuple[Samples, SampleSet]:
+    """Return samples for calibration, in memory, and for the gate; both are all of fewer than ten.
+
+    They are drawn by their positions, with a fixed seed.
+    """
     import torch
 
     if len(samples) < 2 * CALIBRATION_SHARE:
-        return samples, samples
+        return samples.first(len(samples)), samples
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(_SEED)).to(samples.device)
     count = min(MAX_CALIBRATION, len(samples) // CALIBRATION_SHARE)
     first, rest = order[:count], order[count:].sort().values
-    return samples.chosen(first), samples.chosen(rest)
+    return samples.chosen(first).first(count), samples.chosen(rest)
 
 
 def _relative(task: Task, name: str, before: float, sign: int) -> Measure:
@@ -120,14 +131,64 @@ def _own_choice(task: Task, *, is_classification: bool) -> str:
     return next(known, ACCURACY if is_classification else LOSS)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """What a file computes on all samples."""
+
+    metrics: dict[str, float]  # the loss and the task's own
+    accuracy: float | None  # the fraction of right answers; None = the targets are not classes
+    means: list[Array] | None  # of each output, (1, ...), in its own dtype; None = their sizes differ between chunks
+
+
+class _ChunkSums:
+    """Gathers what `_Seen` has beside the metrics, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._are_classes = True
+        self._right = self._answers = self._rows = 0
+        self._sums: list[Any] | None = None  # float64, (1, ...)
+        self._dtypes: list[Any] = []
+
+    def add(self, outputs: Sequence[Array], targets: Structure) -> None:
+        """Take a chunk into account: a file's outputs in order, and its targets."""
+        sums = [one.sum(axis=0, keepdims=True, dtype=np.float64) for one in outputs]
+        if not self._rows:
+            self._sums = sums
+            self._dtypes = [one.dtype if one.dtype.kind == "f" else np.dtype(np.float32) for one in outputs]
+        elif self._sums is not None:
+            are_alike = all(one.shape == other.shape for one, other in zip(self._sums, sums, strict=True))
+            self._sums = [one + other for one, other in zip(self._sums, sums, strict=True)] if are_alike else None
+        self._rows += len(outputs[0])
+        if not self._are_classes:
+            return
+        wanted = leaves(targets)
+        self._are_classes = len(outputs) == len(wanted) == 1 and is_classified(outputs[0], array_for_file(wanted[0]))
+        if self._are_classes:
+            answers = array_for_file(wanted[0])
+            self._right += int((outputs[0].argmax(axis=1) == answers).sum())
+            self._answers += answers.size
+
+    @property
+    def accuracy(self) -> float | None:
+        """As in `_Seen`."""
+        return self._right / self._answers if self._are_classes and self._answers else None
+
+    @property
+    def means(self) -> list[Array] | None:
+        """As in `_Seen`."""
+        if self._sums is None:
+            return None
+        return [np.asarray(one / self._rows, dtype) for one, dtype in zip(self._sums, self._dtypes, strict=True)]
+
+
 class _File:
     """How ONNX files of one task are run on its samples."""
 
-    def __init__(self, task: Task, samples: Samples) -> None:
+    def __init__(self, task: Task, samples: SampleSet) -> None:
         import torch
 
         self.task = task
-        few = next(samples.chunks(_FEW)).inputs
+        few = samples.first(_FEW).inputs
         model = make_model(task).eval()
         with torch.no_grad(), seeded(0), UserCode(task.name, "the model"):
             self.form = mapped(lambda _: 0, call(model, few))  # of the outputs; 0 = one tensor
@@ -140,35 +201,31 @@ class _File:
             raise ConfigError(f"the file has the inputs {', '.join(names)}; the task has {len(arrays)}")
         return dict(zip(names, arrays, strict=True))
 
-    def outputs(self, path: Path, samples: Samples) -> Iterator[tuple[list[Array], Array | None]]:
-        """Yield a file's outputs in order, with the targets if those are one tensor; chunk by chunk."""
-        session = open_session(path)
-        for chunk in samples.chunks(EVALUATION_BATCH):
-            is_one = len(leaves(chunk.targets)) == 1
-            targets = array_for_file(leaves(chunk.targets)[0]) if is_one else None
-            yield session.run(None, self.feeds(session, chunk)), targets
-
-    def accuracy(self, path: Path, samples: Samples) -> float:
-        """Return the fraction of targets that are the index of the largest output."""
-        right = total = 0
-        for (outputs,), targets in self.outputs(path, samples):
-            right += int((outputs.argmax(axis=1) == targets).sum())
-            total += 0 if targets is None else targets.size
-        return right / total
-
-    def measured(self, path: Path, samples: Samples) -> dict[str, float]:
-        """Return the loss and the task's metrics of a file on these samples."""
-        session = open_session(path)
+    def seen(self, path: Path, samples: SampleSet) -> _Seen:
+        """Run a file on these samples, in one pass over them."""
+        session, sums = open_session(path), _ChunkSums()
+        last: list[Array] = []  # a chunk's outputs, as the file returns them
 
         def run(inputs: Structure) -> list[Array]:
-            found: list[Array] = session.run(None, self.feeds(session, Samples(inputs, inputs)))
-            return found
+            last[:] = session.run(None, self.feeds(session, Samples(inputs, inputs)))
+            return last
 
-        return self.evaluated(run, samples)
+        metrics = self.evaluated(run, samples, lambda _outputs, targets: sums.add(last, targets))
+        return _Seen(metrics=metrics, accuracy=sums.accuracy if self.form == 0 else None, means=sums.means)
 
-    def evaluated(self, run: Callable[[Structure], list[Array]], samples: Samples) -> dict[str, float]:
+    def with_accuracy(self, path: Path, samples: SampleSet) -> dict[str, float]:
+        """Return the loss, the task's metrics and the accuracy of a file whose targets are classes."""
+        seen = self.seen(path, samples)
+        if seen.accuracy is None:
+            raise ConfigError(f"{path.name} returns no scores of classes any more, so it has no accuracy")
+        return {**seen.metrics, ACCURACY: seen.accuracy}
+
+    def evaluated(
+        self, run: Callable[[Structure], list[Array]], samples: SampleSet,
+        watch: Callable[[Structure, Structure], object] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Return the loss and the task's metrics of a function from inputs to the outputs' arrays."""
-        return evaluate_model(self.task, _answering(run, self.form), samples)
+        return evaluate_model(self.task, _answering(run, self.form), samples, watch=watch)
 
 
 def is_classified(outputs: Array, targets: Array) -> bool:
@@ -197,10 +254,13 @@ def accuracy_of(path: Path, inputs: Array, targets: Array) -> float:
     return right / np.asarray(targets).size
 
 
-def _share_lost(
-    file: _File, source: Path, samples: Samples, name: str, before: float
-) -> Callable[[float, float], float]:
-    task, means = file.task, _mean_outputs(file, source, samples)
+def _share_lost(file: _File, seen: _Seen, samples: SampleSet, name: str) -> Callable[[float, float], float]:
+    task, means, before = file.task, seen.means, seen.metrics[name]
+    if means is None:
+        raise NotMeasurable(
+            f"task {task.name!r}: its outputs have other sizes in each batch, so there is no mean output to compare "
+            f"its {name} with. Judge by a metric of which more is better, or by a share of it, such as --max-drop 1%"
+        )
 
     def ignoring(inputs: Structure) -> list[Array]:
         return [np.repeat(mean, len(leaves(inputs)[0]), axis=0) for mean in means]
@@ -215,7 +275,7 @@ def _share_lost(
     return lambda before, after: (root(after) - root(before)) / (root(blind) - root(before))
 
 
-def _is_squared(file: _File, mean: Array, samples: Samples, name: str) -> bool:
+def _is_squared(file: _File, mean: Array, samples: SampleSet, name: str) -> bool:
     """Whether a measure is a squared error: half the distance from the targets gives a quarter of it."""
     import torch
 
@@ -231,17 +291,6 @@ def _is_squared(file: _File, mean: Array, samples: Samples, name: str) -> bool:
         return file.evaluated(lambda _inputs: [array_for_file(targets + share * far)], few)[name]
 
     return math.isclose(at(0.5), at(1.0) / 4, rel_tol=1e-3)
-
-
-def _mean_outputs(file: _File, source: Path, samples: Samples) -> list[Array]:
-    """Return the mean of each of a file's outputs, (1, ...), in its own dtype."""
-    totals: list[Any] = []
-    dtypes: list[Any] = []
-    for outputs, _ in file.outputs(source, samples):
-        sums = [one.sum(axis=0, keepdims=True, dtype=np.float64) for one in outputs]
-        totals = [total + one for total, one in zip(totals, sums, strict=True)] if totals else sums
-        dtypes = [one.dtype if one.dtype.kind == "f" else np.dtype(np.float32) for one in outputs]
-    return [np.asarray(total / len(samples), dtype) for total, dtype in zip(totals, dtypes, strict=True)]
 
 
 def _answering(run: Callable[[Structure], list[Array]], form: Structure) -> torch.nn.Module:

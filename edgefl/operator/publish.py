@@ -105,8 +105,9 @@ def export(
 ) -> Exported:  # fmt: skip
     """Make the ONNX file for publishing; raises ConfigError, ParityError and AccuracyGateFailed.
 
-    `compression` "auto" is int8 where that can be judged. `gate` names the metric that judges, None = the task's own
-    choice (`edgefl.models.gate`). `max_drop` is absolute, or as a text such as "2%" a share of its value before.
+    `compression` "auto" is int8 where that can be judged and is smaller; "int8" is an error elsewhere. `gate` names the
+    metric that judges, None = the task's own choice (`edgefl.models.gate`). `max_drop` is absolute, or as a text such
+    as "2%" a share of its value before.
     """
     from edgefl.models.export import export_task
     from edgefl.training.evaluation import evaluate
@@ -137,9 +138,15 @@ def _compressed(
             raise NotMeasurable(f"{reason}; or publish with --compress none") from reason
         return dataclasses.replace(whole, note=f"not compressed: {reason}")
     before, after = exported.stat().st_size, compressed.path.stat().st_size
-    if after >= before:
-        return dataclasses.replace(whole, note=f"not compressed: int8 has {after} bytes, not fewer than the {before}")
-    return compressed
+    if after < before:
+        return compressed
+    sizes = f"int8 has {after} bytes, not fewer than the {before}"
+    if compression == "int8":
+        raise ConfigError(
+            f"--compress int8 does not make this model smaller: {sizes}. It is small, or most of its weights are in a "
+            "type or a layer that has no form in int8. Publish with --compress auto or none"
+        )
+    return dataclasses.replace(whole, note=f"not compressed: {sizes}")
 
 
 def publish(client: CloudClient, model: str, exported: Exported, *, new_signature: bool = False) -> Json:

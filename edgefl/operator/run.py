@@ -133,7 +133,7 @@ def watch(
 ) -> RunResult:  # fmt: skip
     """Follow a job to its end, also over restarts of the cloud; raises JobFailed or JobCancelled."""
     callbacks = callbacks or WatchCallbacks()
-    judge = JobJudge(client, task, patience) if task is not None else None
+    judge = JobJudge(client, job, task, patience) if task is not None else None
     keeper = MetricsKeeper(client, job, patience, callbacks.on_note)
     rounds: list[RoundReport] = []
     end: Json = {}
@@ -188,9 +188,10 @@ class MetricsKeeper:
 class JobJudge:
     """Evaluates the models of a job on the task's test data, in this process; returns no metrics if there is none."""
 
-    def __init__(self, client: CloudClient, task: Task, patience: Patience | None = None) -> None:
+    def __init__(self, client: CloudClient, job: str, task: Task, patience: Patience | None = None) -> None:
         self._client, self._patience = client, patience
-        self._judge = Judge(task)
+        config = insist(lambda: client.job(job), patience)["config"]
+        self._judge = Judge(task, workers=config.get("train", {}).get("workers", 0))
         self._frozen: tuple[str, Tree] | None = None  # the last one, with its digest
 
     def __call__(self, outcome: RoundReport) -> dict[str, float]:

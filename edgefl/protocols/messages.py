@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from edgefl.config import TrainConfig
+from edgefl.config import MAX_WORKERS, TrainConfig
 from edgefl.errors import ProtocolError
 from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw, to_json
@@ -91,6 +91,7 @@ class Evaluate(Checked):
     max_update_bytes: int = field(metadata=limited(least=0))  # of the answer, which has no tensors
     frozen: BlobRef | None = None
     parted: bool = False
+    workers: int = field(default=0, metadata=limited(least=0, most=MAX_WORKERS))  # of the job's `train`
     kind: str = "evaluate"
 
     def blobs(self) -> tuple[BlobRef, ...]:

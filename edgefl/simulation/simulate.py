@@ -174,7 +174,9 @@ class _Run:
     ) -> None:
         self._setup, self._chosen, self._virtual, self._watching = setup, chosen, virtual, watching
         self._evaluate_every = evaluate_every
-        self._judge = Judge(setup.task, computing=lambda: torch_threads(num_cores()))
+        self._judge = Judge(
+            setup.task, computing=lambda: torch_threads(num_cores()), workers=setup.config.train.workers
+        )
         self._parts = parts_of(setup.task, setup.config.train.seed)
         self._parameters = self._parts.moving
         self._rounds: list[RoundReport] = []

@@ -188,15 +188,19 @@ def ago_text(seconds: float) -> str:
 
 
 def metrics_text(metrics: Mapping[str, float | None]) -> str:
-    """Return metrics as `accuracy=0.97 loss=0.1`; a dash for a metric that is null in JSON.
+    """Return metrics as `accuracy=0.97 loss=0.1`, see `metric_texts`."""
+    return " ".join(f"{one_line(name)}={value}" for name, value in metric_texts(metrics).items())
 
-    Those of federated evaluation are shortened to `devices/accuracy=0.9±0.05 (worst tenth 0.8)`, and their loss and
+
+def metric_texts(metrics: Mapping[str, float | None]) -> dict[str, str]:
+    """Return each metric's text by its name, in the order of the names; a dash for one that is null in JSON.
+
+    Those of federated evaluation are shortened to `devices/accuracy`: `0.9±0.05 (worst tenth 0.8)`, and their loss and
     the number of devices left out if there are others.
     """
     devices = {name: value for name, value in metrics.items() if name.startswith(_DEVICES)}
     known = {name: "-" if value is None else f"{value:.4g}" for name, value in sorted(metrics.items())}
-    shown = {name: text for name, text in known.items() if name not in devices} | _on_devices(devices, known)
-    return " ".join(f"{one_line(name)}={value}" for name, value in shown.items())
+    return {name: text for name, text in known.items() if name not in devices} | _on_devices(devices, known)
 
 
 def _on_devices(names: Collection[str], known: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from edgefl.training.local import loss_of, make_model, set_parameters
 from edgefl.training.metrics import Evaluation, numbers
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, test_samples
-from edgefl.training.structures import call
+from edgefl.training.structures import Structure, call
 from edgefl.trees import Tree
 
 if TYPE_CHECKING:
@@ -29,17 +29,18 @@ EVALUATION_BATCH = 128
 class Judge:
     """Evaluates parameters on the task's test data, or by its own `evaluate`; without either there are no metrics.
 
-    `options` are for the loader; `computing` is a context around each evaluation, e.g. to use more threads.
+    `options` are for the loader; `workers` processes read a Dataset, as in training; `computing` is a context around
+    each evaluation, e.g. to use more threads.
     """
 
     def __init__(
         self, task: Task, options: Mapping[str, str] | None = None,
-        computing: Callable[[], AbstractContextManager[object]] = nullcontext,
+        computing: Callable[[], AbstractContextManager[object]] = nullcontext, workers: int = 0,
     ) -> None:  # fmt: skip
         self._task, self._computing = task, computing
         self._tools: tuple[Any, Any] | None = None
         if task.model is not None and task.test_data is not None:
-            self._tools = (make_model(task), test_samples(task, options or {}))
+            self._tools = (make_model(task), test_samples(task, options or {}, workers=workers))
 
     @property
     def can(self) -> bool:
@@ -74,9 +75,13 @@ def _by_itself(task: Task, parameters: Tree) -> dict[str, float]:
 
 
 def evaluate_model(
-    task: Task, model: torch.nn.Module, samples: SampleSet, doing: str = "evaluation"
-) -> dict[str, float]:
-    """Return `loss`, a mean over the samples, and each metric of the task over all of them."""
+    task: Task, model: torch.nn.Module, samples: SampleSet, doing: str = "evaluation",
+    watch: Callable[[Structure, Structure], object] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Return `loss`, a mean over the samples, and each metric of the task over all of them.
+
+    `watch` is called with the outputs and targets of each batch.
+    """
     import torch
 
     model.eval()
@@ -87,4 +92,6 @@ def evaluate_model(
             if task.loss is not None:
                 refuse_broadcast(task.name, task.loss, outputs, chunk.targets)
             evaluation.add(outputs, chunk.targets, float(loss_of(task, outputs, chunk.targets)), len(chunk))
+            if watch is not None:
+                watch(outputs, chunk.targets)
         return evaluation.result()

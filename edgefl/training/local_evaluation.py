@@ -53,12 +53,15 @@ class LocalEvaluator:
             self._model = self._model if self._model is not None else make_model(self._task)
             set_parameters(self._task, self._model, self._parameters)
 
-    def of_device(self, client: str, options: Mapping[str, str], seed: int) -> DeviceEvaluation:
-        """Evaluate on the samples that a device's data options name; `seed` is the job's."""
+    def of_device(self, client: str, options: Mapping[str, str], seed: int, workers: int = 0) -> DeviceEvaluation:
+        """Evaluate on the samples that a device's data options name; `seed` is the job's.
+
+        `workers` processes read a Dataset, as in training.
+        """
         own = data_seed(seed, client)
         if self._task.evaluate_locally is not None:
             return self._checked(lambda: self._by_itself(options, own))
-        return self.of_samples(lambda: eval_samples(self._task, options, seed=own))
+        return self.of_samples(lambda: eval_samples(self._task, options, seed=own, workers=workers))
 
     def of_samples(self, load: Callable[[], SampleSet]) -> DeviceEvaluation:
         """Evaluate on the samples that `load` returns; it may raise TaskError."""
@@ -106,13 +109,14 @@ class LocalEvaluator:
         return found if fault is None else DeviceEvaluation(fault=f"task {self._task.name!r}: {fault}")
 
 
-def evaluate_locally(
-    task: Task, parameters: Tree, *, options: Mapping[str, str], client: str, seed: int, frozen: Tree | None = None
-) -> DeviceEvaluation:
+def evaluate_locally(  # noqa: PLR0913 - as of `train_locally`
+    task: Task, parameters: Tree, *,
+    options: Mapping[str, str], client: str, seed: int, workers: int = 0, frozen: Tree | None = None,
+) -> DeviceEvaluation:  # fmt: skip
     """Evaluate parameters on this device's held-out samples; a failure is the `fault` of the result."""
     evaluator = LocalEvaluator(task)
     try:
         evaluator.begin(parameters, frozen)
     except TaskError as error:
         return DeviceEvaluation(fault=str(error))
-    return evaluator.of_device(client, options, seed)
+    return evaluator.of_device(client, options, seed, workers)

@@ -37,6 +37,11 @@ def _imports_restored(monkeypatch):
             del sys.modules[name]
 
 
+def test_a_flower_apps_folder_is_no_task_and_says_how_its_model_is_published():
+    with pytest.raises(ConfigError, match=r"flower-app is a Flower app and no task.*models publish NAME --onnx FILE"):
+        load_task(str(DIGITS.with_name("flower-app")))
+
+
 def test_a_folder_is_loaded(tmp_path):
     assert load_task(str(make_folder(tmp_path / "a"))).name == "digits"
 

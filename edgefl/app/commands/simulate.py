@@ -97,7 +97,8 @@ def _simulate_task(request: SimulateRequest, output: Output) -> None:
         if request.tensorboard is not None:
             from edgefl.simulation.screen.tensorboard import event_file
 
-            callbacks.append(stack.enter_context(event_file(request.tensorboard)))
+            events = stack.enter_context(event_file(request.tensorboard))
+            callbacks.append(events.write)
 
         def on_round(outcome: RoundReport) -> None:
             for callback in callbacks:
@@ -110,6 +111,8 @@ def _simulate_task(request: SimulateRequest, output: Output) -> None:
         )  # fmt: skip
         try:
             result = process.simulate(order, Watching(on_engine=screen.on_engine, on_round=on_round), request.out)
+            if request.tensorboard is not None:
+                events.write_last(result.last_evaluation.metrics)
         except (CutShort, ProcessLost) as error:
             stack.close()
             if error.so_far is not None and error.so_far.rounds:

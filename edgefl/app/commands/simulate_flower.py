@@ -128,9 +128,9 @@ def _write_event_file(result: FlowerRunResult, folder: Path) -> None:
     """Write all rounds at once: a strategy's own evaluations are known only at the end."""
     from edgefl.simulation.screen.tensorboard import event_file
 
-    with event_file(folder) as write:
+    with event_file(folder) as events:
         for outcome in result.rounds:
-            write(outcome)
+            events.write(outcome)
 
 
 def _workers(engine: str, limits: Federation) -> int | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,10 +18,13 @@ from edgefl.simulation.isolation.process import OwnProcess
 from edgefl.simulation.screen.live import SweepProgress, compare, live_sweep
 from edgefl.simulation.simulate import Watching
 from edgefl.simulation.study.report import SimulationResult
-from edgefl.simulation.study.sweep import SweepResult, SweepWatching, sweep
+from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult, sweep
 from edgefl.simulation.study.variants import Variant, parse_sweep, variants_of
 from edgefl.simulation.world.settings import SimulationConfig
 from edgefl.terminal.output import INTERRUPTED, Output, counted
+
+if TYPE_CHECKING:
+    from edgefl.simulation.screen.tensorboard import EventFile
 
 FAILED = 1
 
@@ -54,7 +58,7 @@ def tell(result: SweepResult, wanted: int, request: SimulateRequest, output: Out
     if request.plot is not None:
         from edgefl.simulation.screen.plot import write_plot
 
-        write_plot(result.runs(), request.plot, result.took_part())
+        write_plot(result.runs(), request.plot, result.took_part(), result.finals())
         output.line(f"plot: {request.plot}")
     output.result(result.as_json())
     if result.interrupted:
@@ -79,7 +83,7 @@ def _with_event_files(live: SweepWatching, folder: Path, open_file: ExitStack) -
     """Also write each variant's rounds into its own folder."""
     from edgefl.simulation.screen.tensorboard import event_file, run_folder
 
-    writing: list[Callable[[RoundReport], None]] = []
+    writing: list[EventFile] = []
 
     def begin(variant: Variant) -> None:
         open_file.close()
@@ -87,7 +91,12 @@ def _with_event_files(live: SweepWatching, folder: Path, open_file: ExitStack) -
         live.on_begin(variant)
 
     def on_round(variant: Variant, outcome: RoundReport) -> None:
-        writing[0](outcome)
+        writing[0].write(outcome)
         live.on_round(variant, outcome)
 
-    return dataclasses.replace(live, on_begin=begin, on_round=on_round)
+    def on_end(ended: VariantResult) -> None:
+        if ended.result is not None:
+            writing[0].write_last(ended.last_evaluation.metrics)
+        live.on_end(ended)
+
+    return dataclasses.replace(live, on_begin=begin, on_round=on_round, on_end=on_end)

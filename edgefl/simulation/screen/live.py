@@ -19,7 +19,7 @@ from edgefl.simulation.study.report import Json
 from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult, last_metrics
 from edgefl.simulation.study.variants import Variant
 from edgefl.terminal.once import Once
-from edgefl.terminal.output import Output, metrics_text
+from edgefl.terminal.output import Output, metric_texts, metrics_text
 from edgefl.terminal.text import grouped, one_line
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Progress:
 
     def __init__(self, count: int | None) -> None:  # None: unknown number of rounds
         self._count, self._engine = count, "being chosen"
-        self._reason = self._lost = ""
+        self._reason = self.lost = ""
         self._once = Once()
         self.news = ""  # of the latest round: which clients did not evaluate, and why, if that was not said before
         self._ends_s: deque[float] = deque(maxlen=ROWS)  # end times of the latest rounds, and the start
@@ -76,7 +76,7 @@ class Progress:
         not_evaluated = self._once.text(outcome.not_evaluated, REASONS)
         self.news = f"not evaluated: {not_evaluated}" if not_evaluated else ""
         if reasons := "; ".join(filter(None, (reasons_text(outcome), self.news))):
-            self._lost = f"round {done}: {reasons}"
+            self.lost = f"round {done}: {reasons}"
         return cells
 
     def engine_text(self) -> str:
@@ -91,7 +91,7 @@ class Progress:
         table = Table(
             "round", "clients", "clients/s", "moved", "left", "metrics", box=None, header_style="bold", pad_edge=False,
             title=Text(one_line(self.engine_text())), title_justify="left",
-            caption=Text(one_line(self._lost)) if self._lost else None, caption_justify="left",
+            caption=Text(one_line(self.lost)) if self.lost else None, caption_justify="left",
         )  # fmt: skip
         for row in self._rows:
             table.add_row(*(Text(one_line(cell)) for cell in row))
@@ -105,6 +105,7 @@ class SweepProgress:
         self._progress = {one.name: Progress(count) for one, count in zip(variants, counts, strict=True)}
         self._cells: dict[str, tuple[str, ...]] = dict.fromkeys(self._progress, _NOTHING)
         self._states = dict.fromkeys(self._progress, "waiting")
+        self._lost = ""  # the latest clients that failed or did not evaluate, and why
 
     def begin(self, variant: str, *, now_s: float) -> None:
         """Record that a variant begins."""
@@ -114,7 +115,13 @@ class SweepProgress:
     def note(self, variant: str, outcome: RoundReport, *, now_s: float) -> tuple[str, ...]:
         """Record a round; returns its cells."""
         self._cells[variant] = self._progress[variant].note(outcome, now_s=now_s)
+        if lost := self._progress[variant].lost:
+            self._lost = f"{variant}, {lost}"
         return self._cells[variant]
+
+    def news(self, variant: str) -> str:
+        """Return which clients did not evaluate in a variant's latest round, and why, if that was not said before."""
+        return self._progress[variant].news
 
     def end(self, ended: VariantResult) -> None:
         """Record how a variant ended."""
@@ -125,7 +132,10 @@ class SweepProgress:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("variant", "", "round", "clients/s", "left", "metrics", box=None, header_style="bold")
+        table = Table(
+            "variant", "", "round", "clients/s", "left", "metrics", box=None, header_style="bold",
+            caption=Text(one_line(self._lost)) if self._lost else None, caption_justify="left",
+        )  # fmt: skip
         for name, state in self._states.items():
             number, _, rate, _, left, metrics = self._cells[name]
             left = left if state == "running" else ""
@@ -171,7 +181,12 @@ def live_sweep(output: Output, progress: SweepProgress) -> Iterator[SweepWatchin
 
         def on_round(variant: Variant, outcome: RoundReport) -> None:
             cells = progress.note(variant.name, outcome, now_s=time.perf_counter())
-            draw() if draw is not None else output.line(f"{variant.name}: {line_text(outcome, cells)}")
+            if draw is not None:
+                draw()
+                return
+            output.line(f"{variant.name}: {line_text(outcome, cells)}")
+            if news := progress.news(variant.name):
+                output.line(f"{variant.name}: {news}")
 
         def on_end(ended: VariantResult) -> None:
             progress.end(ended)
@@ -198,14 +213,14 @@ def _drawn(table: Callable[[], Table], *, transient: bool = False) -> Iterator[C
 def compare(result: SweepResult, output: Output) -> None:
     """Print one row per variant, and the errors of failed variants."""
     said = [one.as_json() for one in result.variants]
-    metrics = sorted({name for one in said for name in last_metrics(one)})
+    shown = [metric_texts(last_metrics(one)) for one in said]
+    metrics = sorted({name for one in shown for name in one})
     virtual = any(one.get("virtual_seconds") is not None for one in said)
     columns = ["variant", "", "rounds", *metrics, "clients/s", "moved", "seconds", *(["virtual seconds"] * virtual)]
     rows, best = [], result.best
-    for one, ended in zip(said, result.variants, strict=True):
-        last = last_metrics(one)
+    for one, ended, last in zip(said, result.variants, shown, strict=True):
         marks = {name: " *" if best.get(name) == one["name"] else "" for name in metrics}
-        values = [f"{last[name]:.4g}{marks[name]}" if name in last else None for name in metrics]
+        values = [f"{last[name]}{marks[name]}" if name in last else None for name in metrics]
         moved = size_text(sum(outcome.up_bytes + outcome.down_bytes for outcome in ended.rounds))
         times = [_number(one, "seconds", ".1f"), *([_number(one, "virtual_seconds", ".0f")] * virtual)]
         rate = _number(one, "clients_per_second", ".0f")
@@ -216,6 +231,9 @@ def compare(result: SweepResult, output: Output) -> None:
     )  # fmt: skip
     if best:
         output.line("* the best value of a metric")
+    for ended in result.variants:
+        if fault := ended.last_evaluation.fault:
+            output.line(f"{ended.variant.name}: {one_line(fault)}")
     for ended in result.failed:
         error = str(ended.error)
         output.line(f"{ended.variant.name}: {error if len(error) <= _MAX_ERROR else error[:_MAX_ERROR] + ' ...'}")

@@ -2,13 +2,13 @@
 
 Tags: each metric by its name, clients/admitted .., bytes/up, bytes/down, seconds, virtual_seconds; the step is the
 round, so that `tensorboard --logdir DIR` compares runs. The step of `devices/..` is the round before, whose parameters
-the devices evaluated.
+the devices evaluated; that of the last parameters is the last round.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,9 +32,35 @@ def require_tensorboard() -> None:
         raise MissingExtra("--tensorboard", "tensorboard") from cause
 
 
+class EventFile:
+    """An event file that is made with its first round."""
+
+    def __init__(self, folder: Path, closing: ExitStack) -> None:
+        self._folder, self._closing = folder, closing
+        self._writer: SummaryWriter | None = None
+        self._last = 0
+
+    def write(self, outcome: RoundReport) -> None:
+        """Write a round; what the folder has of it and later ones is dropped."""
+        if self._writer is None:
+            self._writer = self._closing.enter_context(_writer(self._folder, outcome.round))
+        self._last = outcome.round
+        for tag, value in scalars(outcome).items():
+            self._writer.add_scalar(tag, value, outcome.round - tag.startswith(DEVICES))
+        self._writer.flush()
+
+    def write_last(self, metrics: Mapping[str, float]) -> None:
+        """Write what devices evaluated of the last parameters, after the last round."""
+        if self._writer is None:
+            return
+        for tag, value in metrics.items():
+            self._writer.add_scalar(tag, value, self._last)
+        self._writer.flush()
+
+
 @contextmanager
-def event_file(folder: Path) -> Iterator[Callable[[RoundReport], None]]:
-    """Yield a function that writes rounds into a new event file in the folder; their older values are dropped.
+def event_file(folder: Path) -> Iterator[EventFile]:
+    """Yield a new event file in the folder; the older values of its rounds are dropped.
 
     Raises ConfigError if the folder cannot be created.
     """
@@ -44,14 +70,7 @@ def event_file(folder: Path) -> Iterator[Callable[[RoundReport], None]]:
     except OSError as cause:
         raise ConfigError(f"cannot write --tensorboard {folder}: {cause.strerror}") from cause
     with ExitStack() as stack:
-        writers: list[SummaryWriter] = []
-
-        def write(outcome: RoundReport) -> None:
-            if not writers:
-                writers.append(stack.enter_context(_writer(folder, outcome.round)))
-            _write(writers[0], outcome)
-
-        yield write
+        yield EventFile(folder, stack)
 
 
 @contextmanager
@@ -77,9 +96,3 @@ def scalars(outcome: RoundReport) -> Mapping[str, float]:
     if outcome.virtual_end_s is not None:
         figures["virtual_seconds"] = outcome.virtual_end_s
     return {**outcome.metrics, **figures}
-
-
-def _write(writer: SummaryWriter, outcome: RoundReport) -> None:
-    for tag, value in scalars(outcome).items():
-        writer.add_scalar(tag, value, outcome.round - tag.startswith(DEVICES))
-    writer.flush()

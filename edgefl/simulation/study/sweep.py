@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgefl.aggregation import refuse_unusable
 from edgefl.config import Config, config_of, with_settings
 from edgefl.errors import ConfigError, EdgeflError, MissingExtra
+from edgefl.guards import STD
 from edgefl.records import Counts, RoundReport
+from edgefl.rounds import LastEvaluation
 from edgefl.simulation.engines.auto import AUTO, ENGINES
 from edgefl.simulation.screen.plot import draw_rounds
 from edgefl.simulation.simulate import Watching, refuse_more_than_there_are, simulate
@@ -56,6 +58,11 @@ class VariantResult:
     result: Any = None  # a SimulationResult or a FlowerRunResult; None if it failed
     error: str | None = None
 
+    @property
+    def last_evaluation(self) -> LastEvaluation:
+        """The devices' evaluation of its last parameters; empty for a Flower app and a failed variant."""
+        return getattr(self.result, "last_evaluation", LastEvaluation())
+
     def as_json(self) -> Json:
         """Return the settings and the result; for a failed variant its error and its rounds."""
         said = (
@@ -92,7 +99,7 @@ class SweepResult:
         ended = {one.variant.name: last_metrics(one.as_json()) for one in self.variants if one.error is None}
         found = {}
         for name in sorted({name for metrics in ended.values() for name in metrics}):
-            higher = direction(name, None)
+            higher = None if name.endswith(f"/{STD}") else direction(name, None)  # a spread over devices is no quality
             values = {variant: one[name] for variant, one in ended.items() if math.isfinite(one.get(name, math.nan))}
             if higher is not None and len(values) > 1:
                 found[name] = max(values, key=values.__getitem__) if higher else min(values, key=values.__getitem__)
@@ -109,11 +116,15 @@ class SweepResult:
 
     def figure(self) -> Figure:
         """Draw all variants in the same axes; needs matplotlib."""
-        return draw_rounds(self.runs(), self.took_part())
+        return draw_rounds(self.runs(), self.took_part(), self.finals())
 
     def runs(self) -> dict[str, Sequence[RoundReport]]:
         """Return each variant's rounds by the variant's name."""
         return {one.variant.name: one.rounds for one in self.variants}
+
+    def finals(self) -> dict[str, Mapping[str, float]]:
+        """Return the metrics of each variant's last parameters, by the variant's name."""
+        return {one.variant.name: one.result.final for one in self.variants if one.result is not None}
 
     def took_part(self) -> dict[str, Counts]:
         """Return how often each client took part, by the variant's name."""

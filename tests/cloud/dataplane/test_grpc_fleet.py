@@ -17,7 +17,7 @@ from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database
-from edgefl.config import JobConfig, RoundsConfig
+from edgefl.config import JobConfig, RoundsConfig, TrainConfig
 from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.protocols import topics
 from edgefl.protocols.manifest import new_fleet_key, sign
@@ -321,10 +321,11 @@ def test_after_a_pause_the_plan_is_told_again(centre, tmp_path):
 def test_an_evaluation_without_training_is_an_assignment_of_its_own(centre):
     fleet = centre.fleet(quorum=1)
     centre.rounds.note_kinds("b", ["fit", "deliver"])  # an older agent
-    collected = in_thread(lambda: fleet.collect(centre.plan(fit=False, evaluate=True)))
+    plan = centre.plan(fit=False, evaluate=True, train=TrainConfig(workers=3))
+    collected = in_thread(lambda: fleet.collect(plan))
     asked = centre.devices["a"].next()
     assert isinstance(asked, Evaluate)
-    assert (asked.seed, asked.max_update_bytes) == (JobConfig().train.seed, 64 << 10)
+    assert (asked.seed, asked.workers, asked.max_update_bytes) == (JobConfig().train.seed, 3, 64 << 10)
     assert SpooledTree(centre.blobs.path(asked.model.sha256))["w"].tolist() == [0, 0]
     found = DeviceEvaluation(metrics={"accuracy": 0.5}, weight=4.0)
     answer = AnswerRow(device="a", file="none", evaluation=found)

@@ -128,13 +128,32 @@ def test_what_calibrates_does_not_judge_and_few_samples_do_both():
     both = torch.cat([calibration.inputs, judging.inputs])
     assert torch.equal(both.sort(0).values, samples.inputs.sort(0).values)
     few = next(samples.chunks(9))
-    assert split(few) == (few, few)
+    assert [len(one) for one in split(few)] == [9, 9]
 
 
 def test_a_file_that_int8_does_not_make_smaller_stays_as_it_is_and_says_so(tmp_path):
     found = exported(REGRESSION, tmp_path, "auto")
     assert found.path.name == "model.onnx"
     assert re.fullmatch(r"not compressed: int8 has \d+ bytes, not fewer than the \d+", found.note)
+
+
+def test_int8_that_is_asked_for_and_not_smaller_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"does not make this model smaller: int8 has \d+ bytes, not fewer than the"):
+        exported(REGRESSION, tmp_path, "int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_in_other_types_are_published_as_they_are_and_refused_as_int8(tmp_path, dtype):
+    def model():
+        return nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 1)).to(dtype)
+
+    inputs, targets = (torch.from_numpy(one).to(dtype) for one in (INPUTS, INPUTS[:, :1]))
+    made = task(model, nn.functional.mse_loss, targets, inputs=inputs, metrics=REGRESSION.metrics)
+    found = exported(made, tmp_path, "auto")
+    assert found.path.name == "model.onnx"
+    assert found.note.startswith("not compressed: int8 has ")
+    with pytest.raises(ConfigError, match=r"its weights are in a type or a layer that has no form in int8\. Publish"):
+        exported(made, tmp_path, "int8")
 
 
 def test_the_share_lost_is_of_errors_in_the_targets_unit_by_hand(tmp_path):

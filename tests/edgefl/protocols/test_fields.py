@@ -261,6 +261,7 @@ def test_every_message_of_the_project_is_in_the_table() -> None:
                 found.add(one)
                 assert issubclass(one, Checked), one
     assert found - set(EVERY) == {
+        trainer_wire.TaskRequest,
         trainer_wire.FitRequest,
         trainer_wire.EvaluateRequest,
         trainer_wire.DeliverRequest,

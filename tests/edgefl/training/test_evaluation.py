@@ -1,5 +1,6 @@
 """Judging parameters: means worked out by hand, and metrics that misbehave."""
 
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from edgefl.errors import TaskError
 from edgefl.task import Task
 from edgefl.training.evaluation import Judge, evaluate
 from edgefl.training.local import initial_parameters
+from edgefl.training.local_evaluation import evaluate_locally
 
 X = np.array([[1.0], [2.0]], np.float32)
 Y = np.array([[2.0], [4.0]], np.float32)
@@ -72,3 +74,39 @@ def test_a_metric_that_raises():
     task = line_task(test_data=lambda: (X, Y), metrics={"m": lambda *_: 1 / 0})
     with pytest.raises(TaskError, match="evaluation raised ZeroDivisionError"):
         evaluate(task, initial_parameters(task))
+
+
+class Remembering(torch.utils.data.Dataset):
+    """A Dataset that writes down which processes read it."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def __len__(self):
+        return 300
+
+    def __getitem__(self, n):
+        with self.log.open("a", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+        return np.full(1, n, np.float32), np.zeros(1, np.float32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_is_read_by_the_jobs_workers_with_the_same_result(tmp_path, workers):
+    log = tmp_path / "readers"
+    task = line_task(test_data=lambda: Remembering(log))
+    seen = Judge(task, workers=workers)({"w": np.array(2.0, np.float32)})
+    assert seen["loss"] == pytest.approx(4 * (np.arange(300.0) ** 2).mean(), rel=1e-5)
+    readers = set(log.read_text("ascii").split())
+    assert len(readers) == max(workers, 1)
+    assert (str(os.getpid()) in readers) == (workers == 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_so_is_a_devices_own(tmp_path, workers):
+    log = tmp_path / "readers"
+    task = line_task(eval_data=lambda: Remembering(log))
+    weights = {"w": np.array(2.0, np.float32)}
+    seen = evaluate_locally(task, weights, options={}, client="c", seed=0, workers=workers)
+    assert (seen.fault, seen.weight) == ("", 300.0)
+    assert (str(os.getpid()) in log.read_text("ascii").split()) == (workers == 0)

@@ -6,8 +6,19 @@ import io
 import pytest
 from rich.console import Console
 
+from edgefl.rounds import LastEvaluation
 from edgefl.simulation.screen import live
-from edgefl.simulation.screen.live import Progress, duration_text, live_rounds, size_text
+from edgefl.simulation.screen.live import (
+    Progress,
+    SweepProgress,
+    compare,
+    duration_text,
+    live_rounds,
+    live_sweep,
+    size_text,
+)
+from edgefl.simulation.study.sweep import SweepResult, VariantResult
+from edgefl.simulation.study.variants import Variant
 from edgefl.terminal.output import Output
 from edgefl.testing import make_report
 
@@ -63,6 +74,63 @@ def test_a_terminal_is_updated(monkeypatch, capsys):
     seen = capsys.readouterr()
     assert "1/2" in seen.err
     assert seen.out == ""  # a line between two drawings would be drawn over
+
+
+ON_DEVICES = {
+    "devices/accuracy": 0.9, "devices/accuracy/std": 0.05, "devices/accuracy/worst_tenth": 0.8, "devices/count": 2.0,
+    "devices/loss": 0.1, "devices/loss/std": 0.0,
+}  # fmt: skip
+TWO = [Variant({"train.lr": lr}) for lr in (1, 2)]
+NOT_EVALUATED = dataclasses.replace(OUTCOME, reasons={}, not_evaluated={"c1": "no card"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What a variant's result says."""
+
+    final: dict
+    last_evaluation: LastEvaluation = dataclasses.field(default_factory=LastEvaluation)
+    interrupted: bool = False
+
+    def as_json(self):
+        return {"final": self.final, "seconds": 1.0}
+
+
+def test_a_sweep_compares_what_devices_evaluated_in_a_column_per_metric(capsys):
+    worse = ON_DEVICES | {"devices/accuracy": 0.7, "devices/accuracy/std": 0.2}
+    why = LastEvaluation(not_evaluated={"c1": "no card"})
+    results = [Ended(final=ON_DEVICES), Ended(final=worse, last_evaluation=why)]
+    found = SweepResult(variants=[VariantResult(variant=variant, rounds=[OUTCOME], result=result)
+                                  for variant, result in zip(TWO, results, strict=True)])  # fmt: skip
+    compare(found, Output())
+    head, first, second, *others = capsys.readouterr().out.splitlines()
+    assert ("devices/accuracy" in head, "std" in head, "devices/loss" in head) == (True, False, False)
+    assert "0.9±0.05 (worst tenth 0.8) *" in first
+    assert "0.7±0.2 (worst tenth 0.8)\t" in second
+    assert others == [
+        "* the best value of a metric",
+        "train.lr=2: the last model was not evaluated on devices: c1: no card",
+    ]
+    assert "devices/accuracy/std" not in found.best
+
+
+def test_a_sweep_says_why_clients_did_not_evaluate_once_for_each_variant(capsys):
+    with live_sweep(Output(), SweepProgress(TWO, [2, 2])) as screen:
+        for variant in TWO:
+            screen.on_begin(variant)
+            screen.on_round(variant, NOT_EVALUATED)
+            screen.on_round(variant, dataclasses.replace(NOT_EVALUATED, round=2))
+    said = [line for line in capsys.readouterr().out.splitlines() if "not evaluated" in line]
+    assert said == [f"train.lr={lr}: not evaluated: c1: no card" for lr in (1, 2)]
+
+
+def test_a_terminal_sees_the_latest_reason_below_a_sweeps_table():
+    progress = SweepProgress(TWO, [2, 2])
+    progress.begin(TWO[0].name, now_s=0.0)
+    progress.note(TWO[0].name, NOT_EVALUATED, now_s=1.0)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(progress.table())
+    assert "train.lr=1, round 1: not evaluated: c1: no card" in console.export_text()
 
 
 @pytest.mark.parametrize(

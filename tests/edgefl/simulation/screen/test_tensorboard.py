@@ -20,9 +20,9 @@ def read(folder):
 
 
 def test_a_scalar_a_round_and_figure(tmp_path):
-    with event_file(tmp_path / "new") as write:
-        write(outcome(1))
-        write(outcome(2, virtual_end_s=60.0))
+    with event_file(tmp_path / "new") as events:
+        events.write(outcome(1))
+        events.write(outcome(2, virtual_end_s=60.0))
     assert read(tmp_path / "new") == {
         "accuracy": [(1, 0.1), (2, 0.2)], "clients/admitted": [(1, 8), (2, 8)], "clients/rejected": [(1, 1), (2, 1)],
         "clients/failed": [(1, 2), (2, 2)], "clients/missing": [(1, 3), (2, 3)], "bytes/up": [(1, 10), (2, 10)],
@@ -30,12 +30,21 @@ def test_a_scalar_a_round_and_figure(tmp_path):
     }  # fmt: skip
 
 
+def test_the_last_model_has_a_point_of_its_own_after_those_of_the_rounds(tmp_path):
+    with event_file(tmp_path) as events:
+        events.write_last({"devices/accuracy": 0.0})  # no round: nothing to show
+        for number in (1, 2):
+            events.write(outcome(number, metrics={"devices/accuracy": number / 10}))
+        events.write_last({"devices/accuracy": 0.5})
+    assert read(tmp_path)["devices/accuracy"] == [(0, 0.1), (1, 0.2), (2, 0.5)]
+
+
 def test_rounds_done_again_take_the_place_of_the_old(tmp_path):
-    with event_file(tmp_path) as write:
+    with event_file(tmp_path) as events:
         for number in (1, 2, 3):
-            write(outcome(number))
-    with event_file(tmp_path) as write:
-        write(outcome(2, metrics={"accuracy": 0.9}))
+            events.write(outcome(number))
+    with event_file(tmp_path) as events:
+        events.write(outcome(2, metrics={"accuracy": 0.9}))
     assert read(tmp_path)["accuracy"] == [(1, 0.1), (2, 0.9)]
 
 
