@@ -40,7 +40,7 @@ from edgefl.protocols.ports.http_limits import HttpLimits
 from edgefl.protocols.tls import reloading, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds
-from edgefl.trees import SpooledTree, Tree
+from edgefl.trees import SpooledTree, Tree, is_large
 
 TLS_BUFFER_BYTES = 64 << 10
 
@@ -90,7 +90,7 @@ class Aggregator:
             job = self._prepare(row, fleet)
             parameters: Tree = SpooledTree(home.blobs.path(row.model.sha256))
             for outcome in run_rounds(job, fleet, parameters):
-                self._commit(outcome, fleet, job.step.state())
+                self._commit(outcome, fleet, job.step)
                 parameters = outcome.parameters
             last = evaluate_last(job, fleet, parameters)
             is_written = self._end(job_id, "done", model=fleet.assembled(parameters), last=last)
@@ -155,12 +155,15 @@ class Aggregator:
             evaluation=row.evaluation,
         )
 
-    def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, optimizer: Tree) -> None:
+    def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, step: ServerOptimizer) -> None:
         """Make a round's outcome durable; the model first, because the commit refers to it."""
+        optimizer = step.state()
         model = fleet.published(outcome.parameters)
         state = fleet.insist(lambda: self._home.blobs.put_tree(optimizer).sha256) if optimizer else None
         kept = max(self._options.kept_rounds, self._options.kept_models + 1)
         fleet.insist(lambda: self._home.jobs.finish_round(outcome, model, state, kept))
+        if state is not None and is_large(optimizer):  # from now on it is read from its blob
+            step.load(SpooledTree(self._home.blobs.path(state)))
         fleet.insist(lambda: self._home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models))
         self._home.spool.drop_round(outcome.job, outcome.round)
         event(_log, logging.INFO, "round.done", job=outcome.job, round=outcome.round,

@@ -11,13 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Container, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from edgefl.errors import StepFailed, UpdateRejected
 from edgefl.records import DeviceEvaluation, EvaluationSpec, Partial, Plan, Update
 from edgefl.terminal.text import is_safe
-from edgefl.trees import BLOCK_ELEMENTS, Array, TensorSpec, Tree, blocks, is_float, spec_of
+from edgefl.trees import (
+    BLOCK_ELEMENTS,
+    Array,
+    BlockTree,
+    ComputedTree,
+    TensorSpec,
+    Tree,
+    blocks,
+    is_float,
+    parts,
+    read_block,
+    spec_of,
+)
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
 MAX_METRIC = 1e200  # absolute value; its products with weights cannot overflow either
@@ -54,7 +67,7 @@ class RoundGuard:
 
     def admit_partial(self, partial: Partial) -> None:
         """Raise UpdateRejected with the first fault of a partial sum; otherwise record all its contributors."""
-        wanted = {name: TensorSpec(spec.shape, np.dtype(np.float64)) for name, spec in self._spec.items()}
+        wanted = partial_spec(self._spec, is_mean=partial.is_mean)
         fault = (
             self._wrong_contributors(partial.contributors)
             or wrong_weight(partial.weight)
@@ -194,6 +207,16 @@ def wrong_spec(seen: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec])
     return None
 
 
+def partial_spec(spec: Mapping[str, TensorSpec], *, is_mean: bool) -> dict[str, TensorSpec]:
+    """Return the spec of a partial sum of updates: float64; a mean of floats of at most 32 bits is in float32."""
+    wide, short = np.dtype(np.float64), np.dtype(np.float32)
+
+    def dtype_of(one: TensorSpec) -> np.dtype[Any]:
+        return short if is_mean and is_float(one.dtype) and one.dtype.itemsize <= short.itemsize else wide
+
+    return {name: TensorSpec(one.shape, dtype_of(one)) for name, one in spec.items()}
+
+
 def not_finite(update: Update) -> str | None:
     """Say which tensor of an update holds NaN or infinity, if any."""
     return not_finite_tree(update.tree)
@@ -201,31 +224,53 @@ def not_finite(update: Update) -> str | None:
 
 def not_finite_tree(tree: Tree) -> str | None:
     """Say which tensor holds NaN or infinity, if any."""
-    for name, array in tree.items():
-        if is_float(array.dtype):
-            flat = array.reshape(-1)
-            parts = [flat] if flat.size <= BLOCK_ELEMENTS else (flat[block] for block in blocks(flat.size))
-            if not all(np.isfinite(part).all() for part in parts):
-                return f"tensor {name!r} holds NaN or infinity"
+    for name, spec in spec_of(tree).items():
+        if is_float(spec.dtype) and not all(_is_finite(part) for part in parts(tree, name)):
+            return f"tensor {name!r} holds NaN or infinity"
     return None
 
 
-def integer_moves(mean: Tree) -> dict[str, Array]:
-    """Return a copy of the integer tensors of the mean; the step overwrites the others."""
-    return {name: array for name, array in mean.items() if array.dtype.kind in "iu"}
+def _is_finite(flat: Array) -> bool:
+    if flat.size <= BLOCK_ELEMENTS:
+        return bool(np.isfinite(flat).all())
+    return all(np.isfinite(flat[block]).all() for block in blocks(flat.size))
 
 
-def refuse_unsound(plan: Plan, moves: Tree, new: Tree, of_optimizer: str | None = None) -> None:
-    """Raise StepFailed for new parameters, or an optimizer's state, out of the range of their dtypes.
+def integer_moves(mean: Tree) -> Tree:
+    """Return the integer tensors of the mean, which the step does not overwrite."""
+    names = {name: spec for name, spec in spec_of(mean).items() if spec.dtype.kind in "iu"}
+    return ComputedTree(names, mean.read) if isinstance(mean, BlockTree) else {name: mean[name] for name in names}
 
-    `moves` come from `integer_moves`; `of_optimizer` is the fault that the optimizer reports, if any.
+
+def refuse_unsound(plan: Plan, moves: Tree, new: Tree, of_optimizer: str | None = None) -> Tree:
+    """Return the new parameters; raise StepFailed for those, or an optimizer's state, out of their dtypes' range.
+
+    `moves` come from `integer_moves`; `of_optimizer` is the fault that the optimizer reports, if any. New parameters
+    that are read by blocks are checked when they are read: they are nobody's before all of them were.
     """
-    fault = not_finite_tree(new) or _wrapped(plan.parameters, moves, new) or of_optimizer
-    if fault:
-        raise StepFailed(
-            f"round {plan.round} of job {plan.job}: after the step, {fault}. The job keeps the parameters from before "
-            "this round. Use a smaller learning rate, or smaller updates, to stay within the range"
-        )
+
+    def check(fault: str | None) -> None:
+        if fault:
+            raise StepFailed(
+                f"round {plan.round} of job {plan.job}: after the step, {fault}. The job keeps the parameters from "
+                "before this round. Use a smaller learning rate, or smaller updates, to stay within the range"
+            )
+
+    check(of_optimizer)
+    if not isinstance(new, BlockTree):
+        check(not_finite_tree(new) or _wrapped(plan.parameters, moves, new))
+        return new
+
+    def checked(name: str, block: slice) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the tensor's name
+            part = new.read(name, block)
+        check(not_finite_tree({name: part}))
+        if name in moves:
+            before, by = (read_block(tree, name, block) for tree in (plan.parameters, moves))
+            check(_wrapped_part(name, before, by, part))
+        return part
+
+    return ComputedTree(new.spec, checked)
 
 
 def _wrapped(old: Tree, moves: Tree, new: Tree) -> str | None:
@@ -233,14 +278,17 @@ def _wrapped(old: Tree, moves: Tree, new: Tree) -> str | None:
     for name, move in moves.items():
         before, by, after = (tree.reshape(-1) for tree in (old[name], move, new[name]))
         for block in blocks(after.size):
-            left = _left_range(before[block], by[block], after[block])
-            if left.any():
-                at = int(np.argmax(left))
-                return (
-                    f"tensor {name!r} is beyond the range of {after.dtype.name}: "
-                    f"{before[block][at]} moved by {_signed(by)[block][at]}"
-                )
+            if fault := _wrapped_part(name, before[block], by[block], after[block]):
+                return fault
     return None
+
+
+def _wrapped_part(name: str, before: Array, by: Array, after: Array) -> str | None:
+    left = _left_range(before, by, after)
+    if not left.any():
+        return None
+    at = int(np.argmax(left))
+    return f"tensor {name!r} is beyond the range of {after.dtype.name}: {before[at]} moved by {_signed(by)[at]}"
 
 
 def _left_range(before: Array, by: Array, after: Array) -> Array:

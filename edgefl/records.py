@@ -100,7 +100,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partial:
-    """A weighted sum in float64, with the names of its contributors: what a region sends."""
+    """A weighted sum in float64, with the names of its contributors; or their weighted mean, which a region sends."""
 
     total: Tree
     weight: float
@@ -109,6 +109,7 @@ class Partial:
     evaluations: Evaluations | None = None  # if the plan asked for them; checked by whoever sends them
     device_evaluations: Mapping[str, DeviceEvaluation] = field(default_factory=dict)  # the same, not checked
     weights: Mapping[str, float] = field(default_factory=dict)  # of each contributor, if it is known
+    is_mean: bool = False  # whether `total` is the mean, in the dtypes of `guards.partial_spec`
 
 
 Answer = Update | Failure | Partial | Evaluated  # what a fleet yields for a plan

@@ -37,6 +37,7 @@ from edgefl.records import (
 )
 from edgefl.terminal.text import grouped
 from edgefl.trees import Tree
+from edgefl.trees.scratch import settled
 
 Clock = Callable[[], float]  # seconds, monotonic
 OnRefusal = Callable[[Plan, Update, str], None]
@@ -72,7 +73,7 @@ class Job:
     cohort: tuple[str, ...] = ()  # of the first round, if it was already announced
     clock: Clock = field(default=time.monotonic)
     on_refusal: OnRefusal = field(default=lambda _plan, _update, _reason: None)
-    keep: Callable[[Tree], Tree] = field(default=lambda parameters: parameters)  # e.g. to memory-mapped files
+    keep: Callable[[Tree], Tree] = field(default=settled)  # e.g. to memory-mapped files
     frozen: Tree | None = None  # see `Plan`
     evaluation: EvaluationSpec | None = None  # what devices evaluate; None = the task has no evaluation on devices
 
@@ -218,13 +219,15 @@ def _evaluations_in(answer: Answer) -> Mapping[str, DeviceEvaluation | str]:
 
 
 def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
-    """Return the parameters after the server's step; raises StepFailed if they leave the range of their dtypes."""
+    """Return the parameters after the server's step; raises StepFailed if they leave the range of their dtypes.
+
+    Those of a large model are computed, and checked, when they are read.
+    """
     with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the tensor's name
         mean = rule.result()
         moves = integer_moves(mean)
         new = job.step.step(plan.parameters, mean, lr_factor=server_factor(job.config, plan.train))
-    refuse_unsound(plan, moves, new, job.step.fault())
-    return new
+    return refuse_unsound(plan, moves, new, job.step.fault())
 
 
 def select_clients(available: Sequence[str], config: JobConfig, round_number: int) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ class Services:
     broker_url: str
     operator_token: str
     storage: Storage = field(default_factory=Storage)
-    max_blob_bytes: int = 4 << 30
+    max_blob_bytes: int = 256 << 30  # operators are trusted; a full disk is reported as such
     heartbeat_s: float = 5.0  # of event streams in which nothing happens
     chunk_deadline_s: float = 60.0  # for the next bytes of an upload
     device_logs: DeviceLogs | None = None  # None = devices are not asked for their logs

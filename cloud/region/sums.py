@@ -10,45 +10,22 @@ it again without those devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from cloud.dataplane.open_round import OpenRound
 from cloud.state.jobs import AnswerRow
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.rule import Merging
 from edgefl.errors import ProtocolError, UpdateRejected
-from edgefl.guards import RoundGuard
+from edgefl.guards import RoundGuard, partial_spec
 from edgefl.protocols.messages import Evaluate
 from edgefl.protocols.tiers import SumNote
 from edgefl.records import Answer, DeviceEvaluation, Evaluated, Failure, Partial, Plan
 from edgefl.rounds import NO_EVALUATION, MetricSums
-from edgefl.trees import Array, TensorSpec, Tree, is_float
+from edgefl.trees import TensorSpec, Tree
 
 TOLERANCE = 1e-9  # of the sum of weights, relative
-
-
-class ScaledTree(Mapping[str, Array]):
-    """A tree of means as sums in float64: each tensor is multiplied by the weight when it is read."""
-
-    def __init__(self, mean: Tree, weight: float) -> None:
-        self._mean, self._weight = mean, weight
-
-    def __getitem__(self, name: str) -> Array:
-        return np.multiply(self._mean[name], self._weight, dtype=np.float64)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._mean)
-
-    def __len__(self) -> int:
-        return len(self._mean)
-
-
-def sum_dtype(dtype: np.dtype) -> np.dtype:
-    """Return the dtype in which the mean of a tensor with this dtype travels."""
-    return np.dtype(np.float32 if is_float(dtype) and dtype.itemsize <= 4 else np.float64)
 
 
 def sum_fault(note: SumNote, spec: Mapping[str, TensorSpec], parameters: Mapping[str, TensorSpec]) -> str:
@@ -57,7 +34,7 @@ def sum_fault(note: SumNote, spec: Mapping[str, TensorSpec], parameters: Mapping
         return "a contributor's weight is not finite and above 0"
     if not note.weights:
         return "" if not spec else "it has tensors, but no contributor"
-    wanted = {name: TensorSpec(one.shape, sum_dtype(one.dtype)) for name, one in parameters.items()}
+    wanted = partial_spec(parameters, is_mean=True)
     if dict(spec) != wanted:
         odd = sorted(name for name in {*spec, *wanted} if spec.get(name) != wanted.get(name))
         return f"tensor {odd[0]!r} is {spec.get(odd[0])}, expected {wanted.get(odd[0])}"
@@ -80,7 +57,8 @@ def partial_of(note: SumNote, mean: Tree) -> Partial:
     """Return the record of an accepted sum, for the round."""
     weight = math.fsum(note.weights.values())
     return Partial(
-        total=ScaledTree(mean, weight),
+        total=mean,
+        is_mean=True,
         weight=weight,
         contributors=tuple(note.weights),
         weights=note.weights,
@@ -143,15 +121,11 @@ class Folding:
         )  # fmt: skip
 
     def mean(self) -> Tree:
-        """Return the weighted mean, in the dtypes of `sum_dtype`; empty without an update."""
+        """Return the weighted mean as it travels; empty without an update. That of a large model is read by blocks."""
         _, rule = self._parts()
         if not self.weights or not self.plan.fit:
             return {}
-        partial = rule.partial()
-        return {
-            name: (total / partial.weight).astype(sum_dtype(self.plan.parameters[name].dtype))
-            for name, total in partial.total.items()
-        }
+        return rule.partial_mean().total
 
     def _parts(self) -> tuple[RoundGuard, Merging]:
         if self._guard is None or self._rule is None:

@@ -35,6 +35,7 @@ _TRANSIENT = frozenset({
     grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED,
 })  # fmt: skip
 _HASH_BYTES = 1 << 20
+_MAPPED_BYTES = 64 << 20  # a multiple of CHUNK_BYTES
 
 
 async def download(
@@ -167,6 +168,10 @@ class _OutgoingUpdate(_Progress):
                 for offset in range(start, update.size, CHUNK_BYTES):
                     with view[offset : offset + CHUNK_BYTES] as chunk:
                         message = encode_upload(chunk)
+                    if (
+                        offset - start
+                    ) % _MAPPED_BYTES == 0:  # read pages count as memory of this process until they are left
+                        mapped.madvise(mmap.MADV_DONTNEED)
                     await _write_in_time(call, message)
                 await call.done_writing()
             except asyncio.InvalidStateError:

@@ -2,20 +2,36 @@
 
     result = sum_k weight_k * delta_k / sum_k weight_k
 
-Accumulates in float64. Memory is one model, whatever the cohort's size; tiers of means give the flat mean.
+Accumulates in float64; tiers of means give the flat mean.
 Integers (such as counters in buffers) are rounded to the nearest; for booleans the weighted majority wins.
+Memory: a small model's sums, whatever the cohort's size. Of a large model (`LARGE_BYTES`) a few blocks: updates in
+files are only noted and the mean is computed block by block when it is read; other updates are added to sums in a
+temporary file. Invariant: each element is summed in the order of arrival, so blocks of any size give the same bits.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
 from edgefl.errors import StepFailed, UpdateRejected
-from edgefl.guards import not_finite_tree, wrong_spec, wrong_weight
+from edgefl.guards import not_finite_tree, partial_spec, wrong_spec, wrong_weight
 from edgefl.records import Partial, Update
-from edgefl.trees import Array, TensorSpec, Tree, blocks, is_float, spec_of
+from edgefl.trees import (
+    Array,
+    BlockTree,
+    ComputedTree,
+    TensorSpec,
+    Tree,
+    blocks,
+    is_float,
+    is_large,
+    read_block,
+    spec_of,
+)
+from edgefl.trees.scratch import ScratchTree
 
 
 class WeightedMean:
@@ -26,17 +42,16 @@ class WeightedMean:
 
     def __init__(self, like: Tree) -> None:
         self._spec = spec_of(like)
-        self._totals = {name: np.zeros(_size(spec.shape)) for name, spec in self._spec.items()}
+        self._sums: _Sums = (_LargeSums if is_large(like) else _SmallSums)(self._spec)
         self._weight = 0.0
         self._contributors: list[str] = []
 
     def add(self, update: Update) -> None:
-        """Fold one admitted update. Its weight must be finite and above 0, which the guard ensures."""
-        weight = np.float64(update.weight)  # a numpy scalar, so that products are float64
-        for name, total in self._totals.items():
-            delta = _signed(update.tree[name]).reshape(-1)
-            for block in blocks(total.size):
-                total[block] += weight * delta[block]
+        """Fold one admitted update. Its weight must be finite and above 0, which the guard ensures.
+
+        The file of a large update must stay until the result was read.
+        """
+        self._sums.add(update.tree, update.weight)
         self._weight += update.weight
         self._contributors.append(update.device)
 
@@ -45,36 +60,110 @@ class WeightedMean:
         counted = Counter((*self._contributors, *partial.contributors))
         if twice := sorted(name for name, times in counted.items() if times > 1):
             raise UpdateRejected(twice[0], "it is already counted in another partial sum of this round")
-        wanted = {name: TensorSpec(spec.shape, np.dtype(np.float64)) for name, spec in self._spec.items()}
+        wanted = partial_spec(self._spec, is_mean=partial.is_mean)
         fault = (
             wrong_weight(partial.weight) or wrong_spec(spec_of(partial.total), wanted) or not_finite_tree(partial.total)
         )
         if fault:
             raise UpdateRejected(", ".join(partial.contributors), f"partial sum: {fault}")
-        for name, total in self._totals.items():
-            np.add(total, partial.total[name].reshape(-1), out=total)
+        self._sums.add(partial.total, partial.weight if partial.is_mean else 1.0)
         self._weight += partial.weight
         self._contributors.extend(partial.contributors)
 
     def partial(self) -> Partial:
-        """Return the sum so far, for the next tier."""
-        total = {name: total.reshape(self._spec[name].shape) for name, total in self._totals.items()}
-        return Partial(total=total, weight=self._weight, contributors=tuple(self._contributors))
+        """Return the sum so far, for the next tier; of a large model a tree that is computed when it is read."""
+        return Partial(total=self._sums.tree(), weight=self._weight, contributors=tuple(self._contributors))
+
+    def partial_mean(self) -> Partial:
+        """Return the partial sum as it travels: as a mean in the dtypes of `partial_spec`, half the bytes of the sum.
+
+        This rounds once more, by 6e-8 of an element in float32. Ends the rule, as `result` does.
+        """
+        spec = partial_spec(self._spec, is_mean=True)
+
+        def mean(name: str, total: Array) -> Array:
+            return (total / self._weight).astype(spec[name].dtype)
+
+        tree = self._sums.mapped(spec, mean)
+        return Partial(total=tree, weight=self._weight, contributors=tuple(self._contributors), is_mean=True)
 
     def result(self) -> Tree:
-        """Return the mean and end the rule: sums are freed one by one, so that memory stays one model.
+        """Return the mean and end the rule. A large one is computed when it is read.
 
         Needs at least one update, which the quorum ensures.
         """
-        return {name: self._mean(name, self._totals.pop(name)) for name in self._spec}
+        return self._sums.mapped(self._spec, self._mean)
 
     def _mean(self, name: str, total: Array) -> Array:
-        spec = self._spec[name]
-        mean = np.empty(total.size, spec.dtype)
-        for block in blocks(total.size):
-            value = total[block] / self._weight
-            mean[block] = value if is_float(spec.dtype) else _whole(name, value).astype(spec.dtype)
-        return mean.reshape(spec.shape)
+        """Return a block of the mean from that of the sum."""
+        dtype, value = self._spec[name].dtype, total / self._weight
+        return value.astype(dtype) if is_float(dtype) else _whole(name, value).astype(dtype)
+
+
+class _SmallSums:
+    """Sums in memory."""
+
+    def __init__(self, spec: dict[str, TensorSpec]) -> None:
+        self._spec = spec
+        self._totals = {name: np.zeros(one.size) for name, one in spec.items()}
+
+    def add(self, tree: Tree, weight: float) -> None:
+        factor = np.float64(weight)  # a numpy scalar, so that products are float64
+        for name, total in self._totals.items():
+            delta = _signed(tree[name]).reshape(-1)
+            for block in blocks(total.size):
+                total[block] += factor * delta[block]
+
+    def tree(self) -> Tree:
+        return {name: total.reshape(self._spec[name].shape) for name, total in self._totals.items()}
+
+    def mapped(self, spec: dict[str, TensorSpec], function: Callable[[str, Array], Array]) -> Tree:
+        """Return a tree with the result of the function for each block; sums are freed one by one."""
+        found = {}
+        for name, one in spec.items():
+            total, whole = self._totals.pop(name), np.empty(one.size, one.dtype)
+            for block in blocks(total.size):
+                whole[block] = function(name, total[block])
+            found[name] = whole.reshape(one.shape)
+        return found
+
+
+class _LargeSums:
+    """Sums that are not in memory: of trees in files, and of others in a temporary file."""
+
+    def __init__(self, spec: dict[str, TensorSpec]) -> None:
+        self._spec = {name: TensorSpec(one.shape, np.dtype(np.float64)) for name, one in spec.items()}
+        self._files: list[tuple[np.float64, BlockTree]] = []
+        self._others: ScratchTree | None = None
+
+    def add(self, tree: Tree, weight: float) -> None:
+        factor = np.float64(weight)
+        if isinstance(tree, BlockTree):
+            self._files.append((factor, tree))
+            return
+        self._others = self._others or ScratchTree(self._spec)
+        for name, one in self._spec.items():
+            delta = _signed(tree[name]).reshape(-1)
+            for block in blocks(one.size):
+                self._others.write(name, block, self._others.read(name, block) + factor * delta[block])
+
+    def tree(self) -> BlockTree:
+        return ComputedTree(self._spec, self._read)
+
+    def mapped(self, spec: dict[str, TensorSpec], function: Callable[[str, Array], Array]) -> Tree:
+        """Return a tree with the result of the function for each block, whenever it is read."""
+        return ComputedTree(spec, lambda name, block: function(name, self._read(name, block)))
+
+    def _read(self, name: str, block: slice) -> Array:
+        total = np.zeros(len(range(*block.indices(self._spec[name].size))))
+        if self._others is not None:
+            total += self._others.read(name, block)
+        for factor, tree in self._files:
+            total += factor * _signed(read_block(tree, name, block))
+        return total
+
+
+_Sums = _SmallSums | _LargeSums
 
 
 def _whole(name: str, value: Array) -> Array:
@@ -83,10 +172,6 @@ def _whole(name: str, value: Array) -> Array:
     if not ((whole >= -(2.0**63)) & (whole < 2.0**63)).all():
         raise StepFailed(f"the mean of the updates of tensor {name!r} exceeds 64 bits: {np.abs(whole).max():g}")
     return whole.astype(np.int64)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
 
 
 def _signed(delta: Array) -> Array:

@@ -40,3 +40,6 @@ class Merging(Rule, Protocol):
 
     def partial(self) -> Partial:
         """Return a weighted sum in float64, which `merge` accepts."""
+
+    def partial_mean(self) -> Partial:
+        """Return the sum as it travels between tiers: as a weighted mean, which `merge` accepts. Ends the rule."""

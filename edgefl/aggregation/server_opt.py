@@ -6,27 +6,38 @@ the gradient itself: w <- w - lr * g.  Buffers and integers have no gradient; th
 Frozen tensors do not change: no weight decay, no momentum.
 Plain SGD runs in numpy; everything else needs torch, which is imported only then. Element-wise optimizers step many
 small tensors as one concatenated tensor: otherwise thousands of tensors would cost thousands of calls per operation.
+A mean that is read by blocks is stepped by blocks: by plain SGD when the new parameters are read, by an optimizer of
+torch at once (`large_step`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from edgefl.aggregation.large_step import ELEMENTWISE, SCALARS, LargeStep
 from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.guards import not_finite_tree
-from edgefl.trees import Array, Tree, apply, blocks, is_float
+from edgefl.trees import (
+    Array,
+    BlockTree,
+    ComputedTree,
+    TensorSpec,
+    Tree,
+    apply,
+    blocks,
+    is_float,
+    read_block,
+    spec_of,
+)
+from edgefl.trees.scratch import ScratchTree
 from edgefl.trees.tensors import array_of, tensor_of
 
-# The element-wise optimizers of torch.optim; the others use a tensor's rows or columns.
-_ELEMENTWISE = frozenset(
-    {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
-)
-_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})  # entries of their state that are the same for all elements
 _BUCKET_ELEMENTS = 1 << 18  # size of a bucket of small tensors: its temporaries stay in the cache
 
 
@@ -46,12 +57,16 @@ class ServerOptimizer:
         if config.optimizer != "SGD" or config.options:
             self._optimizer = _TorchOptimizer(config)
 
-    def step(self, parameters: Tree, mean: Tree, *, lr_factor: float = 1.0) -> dict[str, Array]:
+    def step(self, parameters: Tree, mean: Tree, *, lr_factor: float = 1.0) -> Tree:
         """Return the parameters of the next round. Overwrites `mean`: its arrays may become part of the result.
+
+        If the mean is read by blocks, so are they; plain SGD computes them from both trees whenever they are read.
 
         `lr_factor` multiplies the learning rate in this round.
         """
         lr = self._config.lr * lr_factor
+        if isinstance(mean, BlockTree):
+            return self._step_by_blocks(parameters, mean, lr)
         trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
         new = {name: self._untrained(name, array, mean) for name, array in parameters.items() if name not in trained}
         if self._optimizer is not None:
@@ -60,7 +75,7 @@ class ServerOptimizer:
             new |= {name: self._plain(array, mean[name], lr) for name, array in trained.items()}
         return {name: new[name] for name in parameters}
 
-    def state(self) -> dict[str, Array]:
+    def state(self) -> Tree:
         """Return the optimizer's state as a tree, for a checkpoint; empty for plain SGD."""
         return self._optimizer.state() if self._optimizer is not None else {}
 
@@ -71,10 +86,29 @@ class ServerOptimizer:
     def load(self, state: Tree) -> None:
         """Restore a state that `state` returned."""
         if self._optimizer is not None:
-            self._optimizer.pending = dict(state)
+            self._optimizer.load(state)
 
-    def _is_trained(self, name: str, array: Array) -> bool:
-        return is_float(array.dtype) and name not in self._buffers and name not in self._frozen
+    def _step_by_blocks(self, parameters: Tree, mean: BlockTree, lr: float) -> BlockTree:
+        """Return the new parameters as a tree that is read by blocks."""
+        spec = spec_of(parameters)
+        trained = {name: one for name, one in spec.items() if self._is_trained(name, one)}
+        by_torch = None
+        if self._optimizer is not None:
+            by_torch = self._optimizer.step_large(trained, parameters, mean, lr, is_delta=self._sign > 0)
+
+        def read(name: str, block: slice) -> Array:
+            if by_torch is not None and name in trained:
+                return by_torch.read(name, block)
+            old = read_block(parameters, name, block)
+            if name in self._frozen:
+                return np.array(old)
+            move = mean.read(name, block)
+            return self._plain(old, move, lr) if name in trained else apply(old, move)
+
+        return ComputedTree(spec, read)
+
+    def _is_trained(self, name: str, tensor: Array | TensorSpec) -> bool:
+        return is_float(tensor.dtype) and name not in self._buffers and name not in self._frozen
 
     def _untrained(self, name: str, array: Array, mean: Tree) -> Array:
         return array if name in self._frozen else apply(array, mean[name])
@@ -102,12 +136,12 @@ class _TorchOptimizer:
         self._probe()
         self._buckets: list[_Bucket] = []
         self._optimizer: Any = None
-        self.pending: dict[str, Array] = {}
+        self._pending: Tree = {}  # loaded, or of large parameters
 
     def step(self, parameters: Tree, mean: Tree, lr: float, *, is_delta: bool) -> dict[str, Array]:
         """Return the parameters after one step along a mean gradient, or a mean delta with its sign changed."""
         if not self._buckets:
-            together = self._config.optimizer in _ELEMENTWISE
+            together = self._config.optimizer in ELEMENTWISE
             self._buckets = [_Bucket(names, parameters) for names in _bucketed(parameters, together=together)]
         for bucket in self._buckets:
             bucket.take(parameters, mean, is_delta=is_delta)
@@ -119,15 +153,27 @@ class _TorchOptimizer:
         self._optimizer.step()
         return {name: array for bucket in self._buckets for name, array in bucket.give()}
 
-    def state(self) -> dict[str, Array]:
+    def step_large(
+        self, trained: Mapping[str, TensorSpec], parameters: Tree, mean: Tree, lr: float, *, is_delta: bool
+    ) -> ScratchTree:
+        """Return the trained parameters after one step, in a temporary file, as the new state is."""
+        together = self._config.optimizer in ELEMENTWISE
+        step = LargeStep(functools.partial(self._make, lr=lr), trained, self._pending, elementwise=together)
+        new, self._pending = step.run(parameters, mean, is_delta=is_delta)
+        return new
+
+    def load(self, state: Tree) -> None:
+        self._pending = state
+
+    def state(self) -> Tree:
         if self._optimizer is None:
-            return self.pending
+            return self._pending
         return {name: np.array(value) for name, value in self.slots().items()}
 
-    def slots(self) -> dict[str, Array]:
+    def slots(self) -> Tree:
         """Return the optimizer's state tensors, as views."""
         if self._optimizer is None:
-            return {}
+            return self._pending
         slots = self._optimizer.state_dict()["state"]
         return {
             f"{index}.{slot}": array_of(value) if hasattr(value, "detach") else np.asarray(value)
@@ -137,10 +183,10 @@ class _TorchOptimizer:
         }
 
     def _restore(self) -> None:
-        if not self.pending:
+        if not self._pending:
             return
         slots: dict[int, dict[str, Array]] = {}
-        for key, array in self.pending.items():
+        for key, array in self._pending.items():
             index, _, slot = key.partition(".")
             slots.setdefault(int(index), {})[slot] = array
         if len(slots) > len(self._buckets):  # saved by an edgefl version that stepped each tensor separately
@@ -148,7 +194,7 @@ class _TorchOptimizer:
         state = {index: {slot: tensor_of(np.array(a)) for slot, a in of.items()} for index, of in slots.items()}
         whole = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
-        self.pending = {}
+        self._pending = {}
 
     def _joined(self, slots: Mapping[int, Mapping[str, Array]]) -> dict[int, dict[str, Array]]:
         """Return the state per bucket, joined from the state per tensor."""
@@ -157,7 +203,7 @@ class _TorchOptimizer:
             of_tensors = [slots[start + at] for at in range(len(bucket.names))]
             start += len(bucket.names)
             joined[index] = {
-                slot: first if slot in _SCALARS else bucket.joined([one[slot] for one in of_tensors])
+                slot: first if slot in SCALARS else bucket.joined([one[slot] for one in of_tensors])
                 for slot, first in of_tensors[0].items()
             }
         return joined
@@ -174,9 +220,9 @@ class _TorchOptimizer:
         except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as cause:  # torch uses assert
             raise ConfigError(f"server.optimizer={self._config.optimizer!r} cannot step on its own: {cause}") from cause
 
-    def _make(self, parameters: list[Any]) -> Any:
+    def _make(self, parameters: list[Any], lr: float | None = None) -> Any:
         try:
-            return self._kind(parameters, lr=self._config.lr, **self._config.options)
+            return self._kind(parameters, lr=self._config.lr if lr is None else lr, **self._config.options)
         except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as cause:
             raise ConfigError(f"server.options={dict(self._config.options)}: {cause}") from cause
 

@@ -48,6 +48,7 @@ from edgefl.training.parts import parts_of
 from edgefl.training.randomness import kept, seeded
 from edgefl.training.samples import require_torch
 from edgefl.trees.frozen import whole
+from edgefl.trees.scratch import in_memory
 
 OnEngine = Callable[[str, str], None]  # its name, and why it was chosen
 OnRound = Callable[[RoundReport], None]
@@ -210,7 +211,7 @@ class _Run:
         first = len(self._rounds) + 1
         job = Job(
             id=self._setup.task.name, config=config, step=self._step, clock=clock, first_round=first,
-            frozen=self._parts.frozen, evaluation=evaluation_spec(self._setup.task),
+            keep=in_memory, frozen=self._parts.frozen, evaluation=evaluation_spec(self._setup.task),
         )  # fmt: skip
         start_s = time.perf_counter()
         try:

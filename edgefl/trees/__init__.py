@@ -3,17 +3,19 @@
 A tree is a flat mapping from a parameter's name to a numpy array, like a PyTorch state dict.
 Its bytes are the safetensors format (https://github.com/huggingface/safetensors, format section):
 8 bytes little-endian header length, a JSON header, then the tensors' raw little-endian bytes in the
-header's order. We read and write the format ourselves for one reason: `SpooledTree` maps one tensor
-at a time, so that a server folds an update of any size without copying it into memory.
+header's order. We read and write the format ourselves for one reason: a tree that does not fit into memory is read,
+computed and written by blocks (`BlockTree`), so that a server folds an update of any size in little memory.
 """
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import mmap
+import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +32,7 @@ Tree = Mapping[str, Array]
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 32  # the limit of the oldest numpy that we support
 BLOCK_ELEMENTS = 1 << 16
+LARGE_BYTES = 128 << 20  # a tree with larger tensors is never in a server's memory as a whole
 _SMALL_BYTES = 256 << 10
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -57,8 +60,13 @@ class TensorSpec:
     dtype: np.dtype[Any]
 
     @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.dtype.name}{list(self.shape)}"
@@ -88,8 +96,8 @@ def why_not_sent(dtype: np.dtype[Any]) -> str | None:
 
 
 def spec_of(tree: Tree) -> dict[str, TensorSpec]:
-    """Return the spec of each tensor. A `SpooledTree` takes it from its header, without reading tensors."""
-    if isinstance(tree, SpooledTree):
+    """Return the spec of each tensor. A `BlockTree` knows it without reading tensors."""
+    if isinstance(tree, BlockTree):
         return dict(tree.spec)
     return {name: TensorSpec(array.shape, array.dtype) for name, array in tree.items()}
 
@@ -109,6 +117,24 @@ def blocks(size: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK_ELEMENTS) for start in range(0, size, BLOCK_ELEMENTS))
 
 
+def is_large(tree: Tree) -> bool:
+    """Whether a server must not have this tree in memory as a whole."""
+    return tree_bytes(tree) > LARGE_BYTES
+
+
+def read_block(tree: Tree, name: str, block: slice) -> Array:
+    """Return some elements of a flattened tensor, as a 1-D array: read, or a view of a tensor in memory."""
+    return tree.read(name, block) if isinstance(tree, BlockTree) else tree[name].reshape(-1)[block]
+
+
+def parts(tree: Tree, name: str) -> Iterator[Array]:
+    """Yield a tensor as 1-D arrays, in order: by blocks if the tree must not be in memory, else as one view."""
+    if isinstance(tree, BlockTree) and tree.reads_blocks:
+        yield from (tree.read(name, block) for block in blocks(tree.spec[name].size))
+    else:
+        yield tree[name].reshape(-1)
+
+
 def subtract(new: Array, old: Array) -> Array:
     """Return the delta for `apply`, in the same dtype; for booleans: where they differ."""
     return np.asarray(new ^ old if new.dtype == np.bool_ else np.subtract(new, old))  # a 0-d result is a scalar
@@ -122,8 +148,8 @@ def apply(old: Array, delta: Array) -> Array:
 def write_tree(tree: Tree, file: BinaryIO | HashingFile) -> None:
     """Write the tree in safetensors format; raises ProtocolError for a dtype that the format does not have."""
     small = bytearray(_header(spec_of(tree)))  # collected, to avoid one system call per small tensor
-    for array in tree.values():
-        wire = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+    for part in (part for name in tree for part in parts(tree, name)):
+        wire = np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("<")).view(np.uint8).data
         if len(wire) < _SMALL_BYTES and len(small) < _SMALL_BYTES:
             small += wire
             continue
@@ -139,26 +165,24 @@ def read_tree(data: bytes | memoryview) -> dict[str, Array]:
     return _tensors(data, spec, start)
 
 
-class SpooledTree(Mapping[str, Array]):
-    """A tree in a file. It is mapped read-only when a tensor is first used, and unmapped with the object.
+class BlockTree(Mapping[str, Array]):
+    """A tree whose tensors are read by blocks. Indexing returns a whole tensor, in memory."""
 
-    Raises ProtocolError if the file is not a safetensors file, is truncated or too long.
-    """
+    reads_blocks = True  # False: it is small enough to be used as a whole
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = _header_length(head)
-            self.spec, self._start = _parse_header(head + file.read(length), path.stat().st_size)
-        self._tensors: dict[str, Array] | None = None
+    def __init__(self, spec: Mapping[str, TensorSpec]) -> None:
+        self.spec = spec
+
+    @abc.abstractmethod
+    def read(self, name: str, block: slice) -> Array:
+        """Return these elements of the flattened tensor in a new 1-D array; the same values at each call."""
 
     def __getitem__(self, name: str) -> Array:
-        if self._tensors is None:
-            with self.path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._tensors = _tensors(data, self.spec, self._start)
-        return self._tensors[name]
+        spec = self.spec[name]
+        whole = np.empty(spec.size, spec.dtype)
+        for block in blocks(whole.size):
+            whole[block] = self.read(name, block)
+        return whole.reshape(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.spec)
@@ -167,12 +191,78 @@ class SpooledTree(Mapping[str, Array]):
         return len(self.spec)
 
 
+class ComputedTree(BlockTree):
+    """A tree that is computed from others, block by block, each time that it is read."""
+
+    def __init__(self, spec: Mapping[str, TensorSpec], compute: Callable[[str, slice], Array]) -> None:
+        super().__init__(spec)
+        self._compute = compute
+
+    def read(self, name: str, block: slice) -> Array:
+        return self._compute(name, block)
+
+
+class SpooledTree(BlockTree):
+    """A tree in a file. It is mapped read-only when a tensor is first indexed, and unmapped with the object.
+
+    Blocks are read instead, because mapped pages count as memory of the process. A small file is always mapped.
+    Raises ProtocolError if the file is not a safetensors file, is truncated or too long.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = _header_length(head)
+            spec, self._start = _parse_header(head + file.read(length), path.stat().st_size)
+        super().__init__(spec)
+        self._tensors: dict[str, Array] | None = None
+        self._offsets: dict[str, int] | None = None
+        self.reads_blocks = is_large(self)
+
+    def __getitem__(self, name: str) -> Array:
+        if self._tensors is None:
+            with self.path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._tensors = _tensors(data, self.spec, self._start)
+        return self._tensors[name]
+
+    def read(self, name: str, block: slice) -> Array:
+        """Read a block. The file is open only meanwhile: a round may have more of them than a process may open."""
+        if self._offsets is None:
+            self._offsets = offsets(self.spec, self._start)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            return read_array(descriptor, self._offsets[name], self.spec[name], block)
+        finally:
+            os.close(descriptor)
+
+
+def offsets(spec: Mapping[str, TensorSpec], start: int = 0) -> dict[str, int]:
+    """Return where each tensor begins in a file that has them one after another (bytes)."""
+    found = {}
+    for name, tensor in spec.items():
+        found[name], start = start, start + tensor.num_bytes
+    return found
+
+
+def read_array(descriptor: int, offset: int, tensor: TensorSpec, block: slice) -> Array:
+    """Read a block of the flattened tensor at this offset of an open file; raises ProtocolError if the file ends."""
+    first, last, _ = block.indices(tensor.size)
+    array = np.empty(last - first, tensor.dtype)
+    left, at = array.view(np.uint8).data, offset + first * tensor.dtype.itemsize
+    while left:
+        if not (count := os.preadv(descriptor, [left], at)):
+            raise ProtocolError(f"a tree's file ends at byte {at}, {len(left)} bytes before the end of a tensor")
+        left, at = left[count:], at + count
+    return array
+
+
 def _tensors(data: bytes | memoryview | mmap.mmap, spec: Mapping[str, TensorSpec], start: int) -> dict[str, Array]:
     """Return the tensors of encoded bytes as views, without a copy."""
     tree: dict[str, Array] = {}
     for name, tensor in spec.items():
-        count = math.prod(tensor.shape)
-        tree[name] = np.frombuffer(data, tensor.dtype, count, start).reshape(tensor.shape)
+        tree[name] = np.frombuffer(data, tensor.dtype, tensor.size, start).reshape(tensor.shape)
         start += tensor.num_bytes
     return tree
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgefl import trees
 from edgefl.aggregation import WeightedMean
 from edgefl.config import TrainConfig
 from edgefl.errors import StepFailed, UpdateRejected
@@ -15,7 +16,8 @@ from edgefl.guards import MAX_WEIGHT, RoundGuard, integer_moves, not_finite_tree
 from edgefl.protocols.messages import UpdateRefused, encode
 from edgefl.records import Plan, Update
 from edgefl.testing import make_update
-from edgefl.trees import apply, bfloat16
+from edgefl.trees import ComputedTree, SpooledTree, apply, bfloat16, spec_of, write_tree
+from edgefl.trees.scratch import settled
 
 PARAMETERS = {
     "w": np.zeros((2, 3), np.float32),
@@ -199,3 +201,36 @@ def test_what_an_optimizer_says_of_itself_ends_the_round():
     old = {"w": np.zeros(2, np.float32)}
     with pytest.raises(StepFailed, match=r"0\.exp_avg_sq"):
         refuse_unsound(plan_of(old), {}, old, "tensor '0.exp_avg_sq' holds NaN or infinity")
+
+
+# --- by blocks --------------------------------------------------------------------------------------------------
+
+
+def by_blocks(tree):
+    return ComputedTree(spec_of(tree), lambda name, block: np.array(tree[name].reshape(-1)[block]))
+
+
+def test_parameters_that_are_read_by_blocks_are_checked_when_they_are_read():
+    old, mean = {"w": np.zeros(3, np.float32), "n": np.full(3, 120, np.int8)}, {"n": np.array([1, 2, 7], np.int8)}
+    new = {"w": np.ones(3, np.float32), "n": apply(old["n"], mean["n"])}
+    seen = refuse_unsound(plan_of(old), integer_moves(by_blocks(mean)), by_blocks(new))
+    assert seen["n"].tolist() == [121, 122, 127]
+    wrapped = refuse_unsound(
+        plan_of(old), integer_moves(by_blocks({"n": np.array([1, 2, 8], np.int8)})),
+        by_blocks({"n": np.array([121, 122, -128], np.int8)}),
+    )  # fmt: skip
+    assert wrapped.read("n", slice(0, 2)).tolist() == [121, 122]
+    with pytest.raises(StepFailed, match=r"round 3.*'n' is beyond the range of int8: 120 moved by 8"):
+        wrapped.read("n", slice(2, 3))
+    with pytest.raises(StepFailed, match="'w' holds NaN or infinity"):
+        settled(refuse_unsound(plan_of(old), {}, by_blocks({"w": np.array([0, np.inf], np.float32)})))
+
+
+@pytest.mark.parametrize("at", [0, 70_000, 140_000])
+def test_nan_anywhere_in_a_file_is_found(at, tmp_path, monkeypatch):
+    monkeypatch.setattr(trees, "LARGE_BYTES", 0)
+    tree = {"b": np.zeros(3, np.float64), "w": np.zeros(140_001, np.float32)}
+    tree["w"][at] = np.nan
+    with (tmp_path / "tree").open("wb") as file:
+        write_tree(tree, file)
+    assert not_finite_tree(SpooledTree(tmp_path / "tree")) == "tensor 'w' holds NaN or infinity"

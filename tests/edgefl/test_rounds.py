@@ -262,7 +262,7 @@ class Trusting(WeightedMean):
     """A mean that merges whatever it is given."""
 
     def merge(self, partial: Partial) -> None:
-        self._totals["w"] += np.asarray(partial.total["w"])
+        self._sums.add(partial.total, 1.0)
         self._weight += partial.weight
 
 

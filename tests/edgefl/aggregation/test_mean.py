@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgefl import trees
 from edgefl.aggregation import WeightedMean, make_rule
 from edgefl.errors import ConfigError, UpdateRejected
 from edgefl.records import Partial, Update
 from edgefl.testing import make_update
-from edgefl.trees import BLOCK_ELEMENTS, Tree, apply, bfloat16
+from edgefl.trees import BLOCK_ELEMENTS, ComputedTree, SpooledTree, Tree, apply, bfloat16, write_tree
 
 
 def mean_of(like: Tree, *updates: Update) -> Tree:
@@ -197,3 +204,141 @@ def test_a_mask_that_nobody_changes_and_a_counter_far_beyond_2_to_the_53_stay_ex
     mean = mean_of(like, *updates)
     assert apply(like["mask"], mean["mask"]).tolist() == [True, False]
     assert int(apply(like["count"], mean["count"])) == 2**62 + 8
+
+
+# --- large models -----------------------------------------------------------------------------------------------
+
+
+EVERY = ["f8", "f4", "f2", "i8", "i4", "u8", "u1", "?"]
+
+
+def of_every_dtype(count: int) -> list[Update]:
+    rng = np.random.default_rng(5)
+    return [
+        make_update(
+            f"d{index}",
+            weight=float(rng.integers(1, 1000)) / 7,
+            **{dtype: rng.normal(scale=9, size=(5, 11)).astype(np.int64).astype(dtype) for dtype in EVERY},
+            b=rng.normal(size=97).astype(bfloat16()),
+            w=rng.normal(size=300).astype(np.float32),
+        )
+        for index in range(count)
+    ]
+
+
+def in_files(updates: list[Update], folder: Path) -> list[Update]:
+    """Return the updates as they are in the cloud: from files."""
+    for update in updates:
+        with (folder / update.device).open("wb") as file:
+            write_tree(update.tree, file)
+    return [dataclasses.replace(update, tree=SpooledTree(folder / update.device)) for update in updates]
+
+
+def assert_same_bits(seen: Tree, wanted: Tree) -> None:
+    assert list(seen) == list(wanted)
+    for name, array in wanted.items():
+        assert (seen[name].dtype, seen[name].shape) == (array.dtype, array.shape)
+        assert np.array_equal(seen[name], array), name
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 16])
+@pytest.mark.parametrize("spooled", [True, False])
+def test_a_large_mean_has_the_bits_of_a_small_one_whatever_the_blocks(
+    block: int, spooled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = of_every_dtype(4)
+    like = {name: np.zeros_like(array) for name, array in updates[0].tree.items()}
+    wanted = mean_of(like, *updates)
+    monkeypatch.setattr(trees, "LARGE_BYTES", 100)
+    monkeypatch.setattr(trees, "BLOCK_ELEMENTS", block)
+    mean = mean_of(like, *(in_files(updates, tmp_path) if spooled else updates))
+    assert isinstance(mean, ComputedTree)
+    assert_same_bits(mean, wanted)
+    assert_same_bits(mean, wanted)  # it can be read again
+
+
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("travels", [True, False])
+def test_tiers_of_large_models_are_exact(
+    large: bool, travels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = random_updates(12)
+    wanted = mean_of(LIKE, *updates)
+    monkeypatch.setattr(trees, "LARGE_BYTES", 1 if large else 1 << 20)
+    top, files = WeightedMean(LIKE), in_files(updates, tmp_path)
+    for first in range(0, 12, 4):
+        region = WeightedMean(LIKE)
+        for update in files[first : first + 4]:
+            region.add(update)
+        partial = region.partial_mean() if travels else region.partial()
+        assert isinstance(partial.total, ComputedTree) == large
+        assert partial.total["w"].dtype == (np.float32 if travels else np.float64)
+        assert partial.total["b"].dtype == np.float64
+        if large:  # as it arrives at the next tier
+            with (tmp_path / f"region-{first}").open("wb") as file:
+                write_tree(partial.total, file)
+            partial = dataclasses.replace(partial, total=SpooledTree(tmp_path / f"region-{first}"))
+        top.merge(partial)
+    assert_close(top.result(), wanted)
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_integers_of_a_partial_mean_are_rounded_once_at_the_top(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "LARGE_BYTES", 0 if large else 1 << 20)
+    like, top = (
+        {"n": np.zeros(1, np.int64), "m": np.zeros(1, bool)},
+        WeightedMean({"n": np.zeros(1, np.int64), "m": np.zeros(1, bool)}),
+    )
+    for name, counts in (("r", (1, 2)), ("s", (2, 4))):  # means 1.5 and 3: of all four 2.25
+        region = WeightedMean(like)
+        for index, count in enumerate(counts):
+            region.add(make_update(f"{name}{index}", n=np.array([count]), m=np.array([name == "r"])))
+        top.merge(region.partial_mean())
+    mean = top.result()
+    assert (mean["n"].tolist(), mean["m"].tolist()) == ([2], [False])
+
+
+def test_a_bad_partial_mean_is_refused() -> None:
+    rule = WeightedMean({"w": np.zeros(2, np.float32)})
+    wide = Partial(total={"w": np.ones(2)}, weight=1.0, contributors=("a",), is_mean=True)
+    with pytest.raises(UpdateRejected, match=r"'w' is float64\[2\], not float32\[2\]"):
+        rule.merge(wide)
+    rule.merge(dataclasses.replace(wide, total={"w": np.full(2, 3.0, np.float32)}, weight=2.0))
+    rule.merge(Partial(total={"w": np.full(2, 3.0)}, weight=1.0, contributors=("b",)))
+    assert rule.result()["w"].tolist() == [3.0, 3.0]  # (2 * 3 + 3) / 3
+
+
+def test_memory_does_not_grow_with_a_large_model(tmp_path: Path) -> None:
+    """Four updates of 600 MB, in files without blocks on the disk, cost a process tens of megabytes."""
+    size = 150_000_000
+    with (tmp_path / "update").open("wb") as file:
+        header = {"w": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}
+        text = json.dumps(header).encode()
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 4 * size)
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from edgefl.aggregation.mean import WeightedMean
+        from edgefl.aggregation.server_opt import ServerOptimizer
+        from edgefl.config import ServerConfig
+        from edgefl.guards import not_finite_tree
+        from edgefl.records import Update
+        from edgefl.trees import SpooledTree, blocks
+        before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model = SpooledTree(Path(sys.argv[1]))
+        rule = WeightedMean(model)
+        for device in "abcd":
+            tree = SpooledTree(Path(sys.argv[1]))
+            assert not_finite_tree(tree) is None
+            rule.add(Update(job="j", round=1, device=device, tree=tree, weight=1.0))
+        new = ServerOptimizer(ServerConfig(), gradient=False).step(model, rule.result())
+        for block in blocks(model.spec["w"].size):
+            assert not new.read("w", block).any()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "update")],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert int(ran.stdout) < 50_000

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgefl.aggregation.server_opt import _BUCKET_ELEMENTS, _ELEMENTWISE, ServerOptimizer
+from edgefl.aggregation.large_step import ELEMENTWISE
+from edgefl.aggregation.server_opt import _BUCKET_ELEMENTS, ServerOptimizer
 from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError
 from edgefl.trees import Tree, bfloat16
@@ -245,7 +246,7 @@ def of_torch(kind: str, rounds: list[dict[str, np.ndarray]], start: Tree = MANY)
     return optimizer, {name: parameter.detach().numpy() for name, parameter in parameters.items()}
 
 
-@pytest.mark.parametrize("kind", sorted({*_ELEMENTWISE, "Adafactor"} - {"SGD"}))
+@pytest.mark.parametrize("kind", sorted({*ELEMENTWISE, "Adafactor"} - {"SGD"}))
 def test_tensors_side_by_side_step_as_each_by_itself(kind: str) -> None:
     optimizer, rounds, start = make({"optimizer": kind, "lr": 0.1}, gradient=True), many_means(), NOT_EMPTY
     seen = run(optimizer, rounds, start)

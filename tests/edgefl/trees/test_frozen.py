@@ -1,15 +1,18 @@
 """What is frozen stays as it is, and is the same for everyone."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from edgefl import Task
+from edgefl import Task, trees
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.training.local import train_locally
 from edgefl.training.parts import parts_of
+from edgefl.trees import ComputedTree, SpooledTree, write_tree
 from edgefl.trees.frozen import refuse_moved, whole
 
 
@@ -74,3 +77,16 @@ def test_nan_is_what_it_was_and_order_in_memory_does_not_count():
     refuse_moved("t", {"w": np.asfortranarray(odd), "s": np.array(1)}, {"w": odd, "s": np.array(1)})
     with pytest.raises(TaskError, match="'w'"):
         refuse_moved("t", {"w": np.asfortranarray(odd.T)}, {"w": odd})
+
+
+def test_large_parts_are_joined_without_being_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "LARGE_BYTES", 0)
+    moving, frozen = {"w": np.ones(3, np.float32), "n": np.array(4)}, {"f": np.arange(5), "w": np.zeros(3, np.float32)}
+    with (tmp_path / "moving").open("wb") as file:
+        write_tree(moving, file)
+    joined = whole(SpooledTree(tmp_path / "moving"), frozen)
+    assert isinstance(joined, ComputedTree)
+    assert list(joined) == list({**frozen, **moving})
+    assert {name: array.tolist() for name, array in joined.items()} == {"f": [0, 1, 2, 3, 4], "w": [1, 1, 1], "n": 4}
+    assert whole(moving, None) is moving
+    assert isinstance(whole(moving, frozen), dict)
