@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, get_type_hints
@@ -28,6 +28,7 @@ MAX_SEED = 2**63 - 1
 MAX_RATE = 3.4028234663852886e38  # the largest float32: a larger value would be infinity where it is used
 
 MAX_WORKERS = 64  # limit of processes that read a Dataset
+MAX_TIERS = 8
 MAX_NAME_CHARS = 200
 _MAX_SHOWN_BITS = 256
 
@@ -177,6 +178,31 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TiersConfig:
+    """Regions between the clients and the cloud. In a fleet they are those that run; the rest is for simulations."""
+
+    region_rounds: int = 1  # rounds in each region for one of the cloud (HierFAVG, Liu et al. 2020)
+    fan_out: Sequence[int] = ()  # simulated: clients per region, then regions per region of the tier above, ..
+    uplink_mbps: Sequence[float] = ()  # simulated: of the regions of each tier, from below; the last one for the rest
+    downlink_mbps: Sequence[float] = ()  # the same; empty = it takes no time
+    rtt_s: Sequence[float] = ()  # round-trip time of these links (s)
+
+    def __post_init__(self) -> None:
+        require_within("tiers.region_rounds", self.region_rounds, 1, 1000)
+        _require(len(self.fan_out) <= MAX_TIERS, f"tiers.fan_out has {len(self.fan_out)} tiers, at most {MAX_TIERS}")
+        for number in self.fan_out:
+            require_within("tiers.fan_out", number, 1, MAX_COUNT)
+        for name in ("uplink_mbps", "downlink_mbps", "rtt_s"):
+            values = getattr(self, name)
+            _require(
+                len(values) <= max(1, len(self.fan_out)),
+                f"tiers.{name} has {len(values)} values for {len(self.fan_out)} tiers of tiers.fan_out",
+            )
+            for value in values:
+                require_within(f"tiers.{name}", value, 0 if name == "rtt_s" else 1e-6, MAX_SECONDS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
     """All settings of one federated training. Sections as in the TOML file."""
 
@@ -184,6 +210,13 @@ class JobConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    tiers: TiersConfig = field(default_factory=TiersConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.tiers.region_rounds == 1 or self.train.algorithm == "fedavg",
+            f"tiers.region_rounds={self.tiers.region_rounds} needs train.algorithm=fedavg: a gradient is not a change",
+        )
 
 
 def load_config(

@@ -39,6 +39,7 @@ from edgefl.simulation.study.checkpoint import (
 from edgefl.simulation.study.report import CutShort, SimulationResult, model_of
 from edgefl.simulation.world.population import make_population
 from edgefl.simulation.world.settings import SimulationConfig, VirtualTime, virtual_time, with_arguments
+from edgefl.simulation.world.tiers import TieredFleet, below_regions, tier_links
 from edgefl.task import Task, load_task
 from edgefl.terminal.interrupt import set_by_interrupt
 from edgefl.training.evaluation import Judge
@@ -103,8 +104,9 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
             chosen = _make_engine(engine, setup, saved, address)
             with closing(chosen.engine):
                 watching.on_engine(chosen.name, chosen.reason)
-                virtual = virtual_time(setup, settings, chosen.engine, saved)
-                run = _Run(setup, chosen, virtual, watching, evaluate_every)
+                tiered = below_regions(chosen.engine, settings, setup.population.names())
+                virtual = virtual_time(setup, settings, chosen.engine, saved, tiered)
+                run = _Run(setup, chosen, virtual, watching, evaluate_every, tiered)
                 run.begin(start_s, checkpoints, saved)
                 try:
                     run.rounds_until_stopped()
@@ -172,8 +174,10 @@ class _Run:
         virtual: VirtualTime | None,
         watching: Watching,
         evaluate_every: int,
+        tiered: TieredFleet | None = None,
     ) -> None:
         self._setup, self._chosen, self._virtual, self._watching = setup, chosen, virtual, watching
+        self._tiered = tiered
         self._evaluate_every = evaluate_every
         self._judge = Judge(
             setup.task, computing=lambda: torch_threads(num_cores()), workers=setup.config.train.workers
@@ -207,7 +211,8 @@ class _Run:
     def rounds_until_stopped(self) -> None:
         """Run the job's rounds; a round that is below its quorum after Ctrl-C is dropped."""
         config, virtual = self._setup.config, self._virtual
-        clock, fleet = (virtual.clock, virtual.fleet) if virtual is not None else (time.monotonic, self._chosen.engine)
+        engine = self._tiered or self._chosen.engine
+        clock, fleet = (virtual.clock, virtual.fleet) if virtual is not None else (time.monotonic, engine)
         first = len(self._rounds) + 1
         job = Job(
             id=self._setup.task.name, config=config, step=self._step, clock=clock, first_round=first,
@@ -244,6 +249,7 @@ class _Run:
             model=model_of(parameters, out if self._rounds else None),
             interrupted=len(self._rounds) < self._setup.config.rounds.count,
             took_part=self._took_part,
+            tiers=tier_links(self._tiered.links) if self._tiered is not None else (),
         )
 
     def _note(self, outcome: RoundOutcome, seconds: float) -> None:

@@ -43,6 +43,7 @@ class SimulationResult:
     took_part: Counts = field(
         default_factory=lambda: no_counts(0)
     )  # number of rounds of each client, in the order of the names
+    tiers: Sequence[Mapping[str, int]] = ()  # what the links of each tier carried, if there are regions
 
     @property
     def clients_per_second(self) -> float:
@@ -67,6 +68,7 @@ class SimulationResult:
             "model": self.model,
             "interrupted": self.interrupted,
             "clients_by_rounds": clients_by_rounds(self.took_part),
+            **({"tiers": list(self.tiers)} if self.tiers else {}),
         }
 
     def to_frame(self) -> pandas.DataFrame:

@@ -32,6 +32,7 @@ from edgefl.records import Answer, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
 from edgefl.simulation.world.devices import Devices
 from edgefl.simulation.world.schedule import NumSamples, Schedule, make_schedule
+from edgefl.simulation.world.tiers import TieredFleet
 from edgefl.trees import encoded_bytes
 
 REAL_DEADLINE_S = 86_400.0  # for the inner fleet, in real seconds: only an engine that hangs reaches it
@@ -58,11 +59,13 @@ class VirtualFleet:
     def __init__(  # noqa: PLR0913 - as it was in a checkpoint, with defaults
         self, inner: Fleet, devices: Devices, clock: VirtualClock, *,
         rounds: RoundsConfig, num_samples: NumSamples, first_round: int = 1, served: set[tuple[str, str]] | None = None,
+        tiered: TieredFleet | None = None,
     ) -> None:  # fmt: skip
         self._inner, self._devices, self._clock = inner, devices, clock
         self._rounds, self._num_samples = rounds, num_samples
         self._next_round = first_round
         self._served = served if served is not None else set()  # see `SimulationSetup`
+        self._tiered = tiered  # `inner`, if there are regions above the clients
         self._traffic = Traffic()
 
     def clients(self) -> Sequence[str]:
@@ -88,6 +91,8 @@ class VirtualFleet:
         start_s = self._clock()
         have = {client for job, client in self._served if job == plan.job} if plan.frozen else set()
         schedule = make_schedule(self._devices, plan, self._num_samples, start_s, have)
+        if self._tiered is not None:
+            schedule = self._tiered.delayed(schedule, plan, start_s)
         fetching = [client for client in plan.clients if client not in schedule.refused]
         self._count(down_bytes=len(fetching) * encoded_bytes(plan.parameters))
         if plan.frozen:
@@ -112,7 +117,7 @@ class VirtualFleet:
         self._clock.move_to(_end_s(exchange, presence))
 
     def traffic(self) -> Traffic:
-        return self._traffic
+        return self._traffic if self._tiered is None else self._tiered.traffic()
 
     def _wait_for(self, wanted: int, limit_s: float) -> list[str]:
         """Move the clock until `wanted` clients are available, or to the limit; returns the available clients."""
@@ -130,6 +135,8 @@ class VirtualFleet:
         """Ask the clients that arrive first, as many as needed; then another one for each that failed."""
         coming = iter(schedule.arrivals)
         num_wanted = self._rounds.clients or len(plan.clients)
+        if self._tiered is not None and self._tiered.region_rounds > 1:
+            num_wanted = len(plan.clients)  # a region trains as a whole
         while wave := tuple(islice(coming, num_wanted)):
             num_answers = num_failed = 0
             for answer in self._in_order(plan, wave, schedule):

@@ -20,6 +20,7 @@ from edgefl.simulation.study.checkpoint import Checkpoint
 from edgefl.simulation.world.clock import VirtualClock, VirtualFleet
 from edgefl.simulation.world.devices import Devices, DevicesConfig
 from edgefl.simulation.world.population import PopulationConfig, sizes_of
+from edgefl.simulation.world.tiers import TieredFleet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +75,16 @@ class VirtualTime:
 
 
 def virtual_time(
-    setup: SimulationSetup, config: SimulationConfig, engine: Fleet, saved: Checkpoint | None = None
+    setup: SimulationSetup,
+    config: SimulationConfig,
+    engine: Fleet,
+    saved: Checkpoint | None = None,
+    tiered: TieredFleet | None = None,
 ) -> VirtualTime | None:
-    """Put an engine into virtual time, if devices are configured; restores the state of a checkpoint."""
+    """Put an engine into virtual time, if devices are configured; restores the state of a checkpoint.
+
+    `tiered` is the engine's clients below regions, if there are any.
+    """
     if config.population.devices == DevicesConfig():
         return None
     clock = VirtualClock(saved.virtual_s or 0.0 if saved is not None else 0.0)
@@ -85,7 +93,7 @@ def virtual_time(
         devices.load(saved.spent)
     sizes = sizes_of(setup.task, setup.population, config.train.seed)
     fleet = VirtualFleet(
-        engine, devices, clock, rounds=config.rounds, num_samples=sizes,
+        tiered or engine, devices, clock, rounds=config.rounds, num_samples=sizes, tiered=tiered,
         first_round=saved.round + 1 if saved is not None else 1, served=setup.served.copy(),
     )  # fmt: skip
     return VirtualTime(fleet, clock, devices)
