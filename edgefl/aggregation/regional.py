@@ -18,7 +18,7 @@ def regional_round(number: int, regional: int, region_rounds: int) -> int:
     return (number - 1) * region_rounds + regional + 1
 
 
-def regional_step(parameters: Tree, mean: Tree) -> dict[str, Array]:
+def regional_step(parameters: Tree, mean: Tree) -> Tree:
     """Return a region's parameters after one of its rounds: the mean change is added, as plain FedAvg does."""
     return ServerOptimizer(ServerConfig(), gradient=False).step(parameters, mean)
 

@@ -92,9 +92,8 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, object], messag
 def test_a_sum_leaves_its_region_with_the_last_of_its_clients() -> None:
     config = TiersConfig(fan_out=[2, 1], uplink_mbps=[8, 4], downlink_mbps=[8], rtt_s=[0.5])
     tree = TierTree(config, ["a", "b", "c", "d"])
-    schedule = Schedule(
-        end_s=100.0, arrivals={"c": 11.0, "a": 12.0, "b": 14.0, "d": 99.0}, late=(), lost={}, refused={}
-    )
+    arrivals = {"c": 11.0, "a": 12.0, "b": 14.0, "d": 99.0}
+    schedule = Schedule(end_s=100.0, arrivals=arrivals, late=(), lost={}, refused={})
     found = tree.delayed(schedule, start_s=10.0, model_bytes=1_000_000, sum_bytes=2_000_000)
     # Down: 1 s + 0.5 s in both tiers. Up: 2 s + 0.5 s in the first, 4 s + 0.5 s in the second.
     assert found.arrivals == pytest.approx({"c": 11 + 3 + 7, "a": 14 + 3 + 7, "b": 14 + 3 + 7})
