@@ -181,7 +181,7 @@ class AggregationConfig:
 class TiersConfig:
     """Regions between the clients and the cloud. In a fleet they are those that run; the rest is for simulations."""
 
-    region_rounds: int = 1  # rounds in each region for one of the cloud (HierFAVG, Liu et al. 2020)
+    region_rounds: int = 1  # rounds in each region below the cloud for one of the cloud (HierFAVG, Liu et al. 2020)
     fan_out: Sequence[int] = ()  # simulated: clients per region, then regions per region of the tier above, ..
     uplink_mbps: Sequence[float] = ()  # simulated: of the regions of each tier, from below; the last one for the rest
     downlink_mbps: Sequence[float] = ()  # the same; empty = it takes no time

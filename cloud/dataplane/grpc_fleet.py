@@ -68,11 +68,18 @@ class GrpcFleet:
         link, stages = self._deps.link, gathering(self._job.config.rounds, is_first=not self._took_part)
 
         def are_online(num_devices: int) -> bool:
-            return self._deps.rounds.is_stopped(self._job.id) or len(link.online()) >= num_devices
+            return self._deps.rounds.is_stopped(self._job.id) or len(self._reachable()) >= num_devices
 
         any(link.wait_until(functools.partial(are_online, num_devices), wait_s) for num_devices, wait_s in stages)
         self._deps.rounds.refuse_stopped(self._job.id)
-        return sorted(link.online())
+        return sorted(self._reachable())
+
+    def _reachable(self) -> frozenset[str]:
+        """Return the devices that are online; with regional rounds, those in a region: they number their own rounds."""
+        link = self._deps.link
+        if self._job.config.tiers.region_rounds == 1:
+            return link.online()
+        return frozenset(device for device in link.online() if link.via(device))
 
     def keep(self, parameters: Tree) -> SpooledTree:
         """Encode the parameters once for all devices; return the file's tree, which is mapped when needed.
@@ -150,6 +157,7 @@ class GrpcFleet:
         assignment = self._assignment(plan, model)
         around = Surroundings(clock=self._deps.clock, storage=self._deps.storage)
         opened = OpenRound(assignment, sorted(plan.clients), self._terms(plan), around)
+        opened.region_rounds = self._job.config.tiers.region_rounds
         for answer in self.insist(lambda: self._deps.jobs.open_round(plan.job, plan.round, plan.clients)):
             opened.accept(answer, lambda _answer: None)  # it is already durable
         self._fail_older_agents(opened)

@@ -90,6 +90,7 @@ class OpenRound:
         asked = tuple(asked)
         self.asked = frozenset(asked)
         self.terms = terms
+        self.region_rounds = 1  # rounds in each region for this one
         self.up_bytes = self.down_bytes = 0
         self.record: Callable[[AnswerRow], None] | None = None  # makes an answer durable; None = `Jobs.record`
         self.source: Path | None = None  # the file that devices download for it; None = blobs

@@ -234,6 +234,7 @@ class Children:
                 evaluate=asked if isinstance(asked, Evaluate) else None,
                 devices=sorted(devices),
                 offline_grace_s=opened.terms.offline_grace_s,
+                region_rounds=opened.region_rounds,
             )
         )
 

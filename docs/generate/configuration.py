@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 from docs.generate.comments import field_comments
@@ -87,6 +87,8 @@ def _type_text(hint: Any) -> str:
         return _SPREAD
     if get_origin(hint) in {typing.Union, types.UnionType}:
         return " or ".join(_type_text(one) for one in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return f"list of {_type_text(get_args(hint)[0])}s"
     return "table" if get_origin(hint) is Mapping else _TYPES[hint]
 
 
@@ -107,4 +109,6 @@ def _toml(value: Any) -> str:
         return f"{{ {inside} }}" if inside else "{}"
     if isinstance(value, str):
         return f'"{value}"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     return str(value).lower() if isinstance(value, bool) else f"{value:.4g}" if value == 1 / 3 else str(value)

@@ -20,7 +20,7 @@ PAGES = {**written(), **generated()}
 SHELL = [*blocks(PAGES, "sh"), *blocks(others(), "")]
 TOML = list(blocks(PAGES, "toml"))
 PYTHON = list(blocks({**PAGES, **others()}, "python"))
-SECTIONS = ("rounds", "train", "server", "aggregation", "population", "engine")
+SECTIONS = ("rounds", "train", "server", "aggregation", "tiers", "population", "engine")
 KEY = re.compile(rf"`(?:--set )?((?:{'|'.join(SECTIONS)})(?:\.[a-z_]+)+)(?: ?= ?([^`]+))?`")
 FLOWER_APPS = {"examples/flower-app", "examples/sklearn-app", "examples/keras-app"}
 

@@ -46,6 +46,7 @@ class Work(Checked):
     evaluate: Evaluate | None = None
     devices: Sequence[str] = field(default_factory=list, metadata=limited(max_items=MAX_DEVICES))
     offline_grace_s: float = field(default=0.0, metadata=limited(least=0))
+    region_rounds: int = field(default=1, metadata=limited(least=1, most=1000))  # rounds here before the sum is sent
 
     @property
     def assignment(self) -> Fit | Evaluate:

@@ -62,10 +62,12 @@ class TierTree:
         A sum leaves its region when the last of its clients is in it, and early enough for the deadline, without those
         that are too late for that.
         """
-        tiers, rounds = range(len(self._sizes)), self._config.region_rounds
-        down_s = sum(self._transfer_s(self._config.downlink_mbps, tier, model_bytes) for tier in tiers)
-        ups_s = [self._transfer_s(self._config.uplink_mbps, tier, sum_bytes) for tier in tiers]
-        ready = {name: start_s + down_s + rounds * (at_s - start_s) for name, at_s in schedule.arrivals.items()}
+        times = self._times()
+        tiers = range(len(self._sizes))
+        downs_s = [self._transfer_s(self._config.downlink_mbps, tier, model_bytes) for tier in tiers]
+        ups_s = [times[tier + 1] * self._transfer_s(self._config.uplink_mbps, tier, sum_bytes) for tier in tiers]
+        down_s = sum(many * one for many, one in zip(times[1:], downs_s, strict=True))
+        ready = {name: start_s + down_s + times[0] * (at_s - start_s) for name, at_s in schedule.arrivals.items()}
         arrivals = {name: at_s for name, at_s in ready.items() if at_s + sum(ups_s) <= schedule.end_s}
         for tier, up_s in enumerate(ups_s):
             for clients in self.regions(arrivals, tier).values():
@@ -73,6 +75,14 @@ class TierTree:
         late = tuple(name for name in ready if name not in arrivals)
         soonest = sorted(arrivals.items(), key=lambda one: (one[1], one[0]))
         return dataclasses.replace(schedule, arrivals=dict(soonest), late=(*schedule.late, *late))
+
+    def regional(self, clients: Iterable[str]) -> list[list[str]]:
+        """Return the clients of each region directly below the cloud: these run the regional rounds."""
+        return list(self.regions(clients, len(self._sizes) - 1).values())
+
+    def _times(self) -> list[int]:
+        """Return how often each tier sends in a round of the cloud: devices, regions, .., those below the cloud."""
+        return [*[self._config.region_rounds] * len(self._sizes), 1]
 
     def _transfer_s(self, mbps: Sequence[float], tier: int, num_bytes: int) -> float:
         rtt_s = _of_tier(self._config.rtt_s, tier, 0.0)
@@ -122,7 +132,7 @@ class TieredFleet:
         down_bytes, up_bytes = encoded_bytes(plan.parameters), encoded_bytes(plan.parameters) if plan.fit else 0
         asked, sent = self.tree.counts(plan.clients), self.tree.counts(answered)
         none = [TierTraffic(tier=tier, regions=0, up_bytes=0, down_bytes=0) for tier in range(len(asked))]
-        times = [self.region_rounds, *[1] * (len(asked) - 1)]
+        times = [*[self.region_rounds] * (len(asked) - 1), 1]
         each = [up_bytes, *[_sum_bytes(plan, up_bytes)] * (len(asked) - 1)]
         self.links = [
             TierTraffic(
@@ -136,7 +146,7 @@ class TieredFleet:
         self._traffic = Traffic(up_bytes=self.links[-1].up_bytes, down_bytes=self.links[-1].down_bytes)
 
     def _regional(self, plan: Plan) -> Iterator[Answer]:
-        for clients in self.tree.regions(plan.clients).values():
+        for clients in self.tree.regional(plan.clients):
             yield from self._in_region(plan, tuple(clients))
 
     def _in_region(self, plan: Plan, clients: tuple[str, ...]) -> Iterator[Answer]:

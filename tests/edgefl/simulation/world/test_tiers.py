@@ -72,6 +72,14 @@ def test_regional_rounds_are_weighted_by_hand() -> None:
     )
 
 
+def test_the_regions_below_the_cloud_run_the_regional_rounds() -> None:
+    deep, flat = ({"tiers.fan_out": fan_out, "tiers.region_rounds": 2} for fan_out in ([1, 4], [4]))
+    one, other = simulated(**deep), simulated(**flat)
+    assert one.parameters["w"] == pytest.approx(other.parameters["w"], rel=1e-12)
+    devices, regions, above = one.as_json()["tiers"]
+    assert devices["down_bytes"] == regions["down_bytes"] == 8 * above["down_bytes"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
