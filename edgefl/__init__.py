@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from edgefl.process.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from edgefl.config import AggregationConfig, JobConfig, RoundsConfig, ServerConfig, TrainConfig, load_config
+    from edgefl.config import (
+        AggregationConfig,
+        JobConfig,
+        RoundsConfig,
+        ServerConfig,
+        TiersConfig,
+        TrainConfig,
+        load_config,
+    )
     from edgefl.errors import (
         AccuracyGateFailed,
         BlobDamaged,
@@ -63,7 +71,15 @@ if TYPE_CHECKING:
     from edgefl.training.metrics import WholeSet
 
 _NAMES = {
-    "edgefl.config": ("AggregationConfig", "JobConfig", "RoundsConfig", "ServerConfig", "TrainConfig", "load_config"),
+    "edgefl.config": (
+        "AggregationConfig",
+        "JobConfig",
+        "RoundsConfig",
+        "ServerConfig",
+        "TiersConfig",
+        "TrainConfig",
+        "load_config",
+    ),
     "edgefl.errors": (
         "AccuracyGateFailed",
         "BlobDamaged",
@@ -166,6 +182,7 @@ __all__ = [
     "SweepWatching",
     "Task",
     "TaskError",
+    "TiersConfig",
     "TrainConfig",
     "TrainerLost",
     "UpdateRejected",

@@ -23,7 +23,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "SweepWatching",
     ),
     "Configuration": (
-        "load_config", "JobConfig", "RoundsConfig", "TrainConfig", "ServerConfig", "AggregationConfig",
+        "load_config", "JobConfig", "RoundsConfig", "TrainConfig", "ServerConfig", "AggregationConfig", "TiersConfig",
         "SimulationConfig", "PopulationConfig", "DevicesConfig", "AvailabilityConfig", "Spread", "EngineConfig",
     ),
 }  # fmt: skip
