@@ -119,11 +119,22 @@ def job(job: str, here: Here) -> dict[str, Any]:
 
 
 @operator.get("/v1/jobs/{job}/log")
-def job_log(job: str, here: Here, lines: Annotated[int, Query(ge=1, le=MAX_RECORDS)] = 200) -> dict[str, Any]:
-    """Return the last lines of the cloud's log about a job or a relay."""
-    known(here.relays.get if _is_relay(job) else here.jobs.row, job)
-    found = LogTail([], cut=False) if here.log_file is None else read_tail(here.log_file, lines, of_job(job))
-    return {"job": job, "lines": found.lines, "cut": found.cut}
+def job_log(
+    job: str, here: Here, lines: Annotated[int, Query(ge=1, le=MAX_RECORDS)] = 200,
+    after: Annotated[str, Query(pattern=r"^(\d{1,20}:\d{1,20})?$")] = "",
+) -> dict[str, Any]:  # fmt: skip
+    """Return the last lines of the cloud's log about a job or a relay; with `after`, those since an `end`.
+
+    `running`: whether the job may still cause lines.
+    """
+    row = known(
+        here.relays.get if _is_relay(job) else here.jobs.row, job
+    )  # before its lines: all are there if it ended
+    found = LogTail([], cut=False)
+    if here.log_file is not None:
+        found = read_tail(here.log_file, lines, of_job(job), after=after)
+    is_running = row["state"] == "running"
+    return {"job": job, "lines": found.lines, "cut": found.cut, "end": found.end, "running": is_running}
 
 
 @operator.post("/v1/jobs/{job}/cancel")

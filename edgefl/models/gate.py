@@ -27,13 +27,14 @@ import numpy as np
 from edgefl.errors import ConfigError, NotMeasurable
 from edgefl.models.compress import Measure
 from edgefl.models.dtypes import array_for_file
-from edgefl.models.session import input_name, open_session
+from edgefl.models.sample import BATCHES
+from edgefl.models.session import input_name, open_session, run_errors
 from edgefl.task import Task, UserCode
 from edgefl.training.evaluation import EVALUATION_BATCH, evaluate_model
 from edgefl.training.local import make_model
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import Samples, SampleSet, test_samples
-from edgefl.training.structures import OUTPUT, Structure, call, leaves, mapped, named, unnamed
+from edgefl.training.structures import INPUT, OUTPUT, Structure, argument_names, call, leaves, mapped, named, unnamed
 from edgefl.trees import Array, Tree
 
 if TYPE_CHECKING:
@@ -101,6 +102,35 @@ def gate_of(task: Task, source: Path, metric: str | None = None, *, relative: bo
         evaluate=lambda path: before if path == source else file.seen(path, samples).metrics,
         calibration=kept,
     )
+
+
+class OtherFile:
+    """An ONNX file that was made elsewhere, and a task whose test data measure it.
+
+    The file need not come from the task's model, but takes and returns what that does: of several inputs or outputs,
+    each has the name that edgefl's own export gives it. Nothing is run before `measured`. Raises NotMeasurable for a
+    task that cannot judge a file, ConfigError for a file with other inputs or outputs.
+    """
+
+    def __init__(self, task: Task, path: Path) -> None:
+        if task.model is None or task.test_data is None:
+            lacks = "model" if task.model is None else "test_data"
+            raise NotMeasurable(
+                f"task {task.name!r} has no {lacks}, so it cannot measure an ONNX file; publish the file without "
+                "--task, and what you know of it with --metrics"
+            )
+        self._path, self._samples = path, test_samples(task, {})
+        self._file = _File(task, self._samples)
+        names = self._file.input_names_of(path)
+        rows = [array_for_file(one) for one in leaves(self._samples.first(max(BATCHES)).inputs)]
+        self.cases: list[Tree] = [  # for the release's sample
+            {name: one[np.arange(batch) % len(one)] for name, one in zip(names, rows, strict=True)} for batch in BATCHES
+        ]
+
+    def measured(self) -> Mapping[str, float]:
+        """Return the loss and the task's metrics on all its test data."""
+        self._file.refuse_other_outputs(self._path, self._samples)
+        return self._file.seen(self._path, self._samples).metrics
 
 
 def split(samples: SampleSet) -> tuple[Samples, SampleSet]:
@@ -191,7 +221,45 @@ class _File:
         few = samples.first(_FEW).inputs
         model = make_model(task).eval()
         with torch.no_grad(), seeded(0), UserCode(task.name, "the model"):
-            self.form = mapped(lambda _: 0, call(model, few))  # of the outputs; 0 = one tensor
+            outputs = call(model, few)
+        self.form = mapped(lambda _: 0, outputs)  # of the outputs; 0 = one tensor
+        self._inputs = list(named(few, INPUT, argument_names(model, few)))
+        self._outputs = {name: list(one.shape) for name, one in named(outputs, OUTPUT).items()}
+
+    def input_names_of(self, path: Path) -> list[str]:
+        """Read a file's inputs, in order, without running it; raises ConfigError unless they are the task's."""
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        try:
+            graph = onnx.load(path, load_external_data=False).graph
+        except DecodeError as cause:
+            raise ConfigError(f"{path.name} is not an ONNX file: {cause}") from cause
+        constants = {one.name for one in graph.initializer}
+        names = [one.name for one in graph.input if one.name not in constants]
+        self._refuse_others(path, "inputs", names, self._inputs)
+        self._refuse_others(path, "outputs", [one.name for one in graph.output], list(self._outputs))
+        return names
+
+    def _refuse_others(self, path: Path, what: str, names: list[str], known: list[str]) -> None:
+        if names != known and not len(names) == len(known) == 1:  # a single one may have any name
+            raise ConfigError(
+                f"{path.name} has the {what} {', '.join(names)}; task {self.task.name!r} can measure a file with "
+                f"{', '.join(known)}, in this order"
+            )
+
+    def refuse_other_outputs(self, path: Path, samples: SampleSet) -> None:
+        """Raise ConfigError unless a file returns outputs of the shapes that the task's model returns."""
+        try:
+            found = open_session(path).run(None, self.feeds(open_session(path), samples.first(_FEW)))
+        except run_errors() as cause:
+            raise ConfigError(f"{path.name} does not run on test data of task {self.task.name!r}: {cause}") from cause
+        for array, (name, shape) in zip(found, self._outputs.items(), strict=True):
+            if (seen := list(np.shape(array))) != shape:
+                raise ConfigError(
+                    f"{path.name} returns {seen} where the model of task {self.task.name!r} returns {shape} ({name}), "
+                    "so its metrics would mean something else. Publish it without --task, with your own --metrics"
+                )
 
     def feeds(self, session: Any, samples: Samples) -> dict[str, Array]:
         """Return samples' inputs by the names that a file has for them."""

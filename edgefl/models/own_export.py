@@ -34,16 +34,21 @@ class OwnModel:
     outputs: Tree
 
 
+def refuse_unexportable(task: Task) -> None:
+    """Raise TaskError for a task without a model and without an `export`."""
+    if task.model is None:
+        _export_of(task)
+
+
 def export_own(task: Task, parameters: Tree, path: Path) -> list[Tree]:
     """Write the model that the task's `export` makes; return inputs for the release's sample, if it gave some.
 
     Raises TaskError if `export` raises or returns something else, ParityError if the file predicts something else.
     """
-    if task.export is None:
-        raise TaskError(f"task {task.name!r} has no model and no export(parameters), so there is nothing to export")
+    export = _export_of(task)
     half = path.with_name(f".{path.name}.half")
     try:
-        model = made(task, task.export, parameters)
+        model = made(task, export, parameters)
         half.write_bytes(model.data)
         try:
             session = open_session(half)
@@ -59,6 +64,12 @@ def export_own(task: Task, parameters: Tree, path: Path) -> list[Tree]:
         half.unlink(missing_ok=True)
     rows = [min(len(one) for one in model.inputs.values())] if model.inputs else []
     return [{name: one[:few] for name, one in model.inputs.items()} for few in BATCHES if rows and few <= rows[0]]
+
+
+def _export_of(task: Task) -> Callable[[Tree], Any]:
+    if task.export is None:
+        raise TaskError(f"task {task.name!r} has no model and no export(parameters), so there is nothing to export")
+    return task.export
 
 
 def made(task: Task, export: Callable[[Tree], Any], parameters: Tree) -> OwnModel:

@@ -204,9 +204,10 @@ class CloudClient:
         """Return a job with its rounds."""
         return self._json("GET", f"/v1/jobs/{quote(job, safe='')}")
 
-    def job_log(self, job: str, num_lines: int) -> Json:
-        """Return the end of what the cloud's log says of a job (`lines`, `cut`)."""
-        return self._get(f"/v1/jobs/{quote(job, safe='')}/log", {"lines": str(num_lines)})
+    def job_log(self, job: str, num_lines: int, after: str = "") -> Json:
+        """Return the end of what the cloud's log says of a job (`lines`, `cut`), since the `end` of an earlier call."""
+        params = {"lines": str(num_lines)} | ({"after": after} if after else {})
+        return self._get(f"/v1/jobs/{quote(job, safe='')}/log", params)
 
     def cancel_job(self, job: str) -> Json:
         """Stop a job, and return its state."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from edgefl.operator.client import CloudClient, load_credentials
+if TYPE_CHECKING:
+    from edgefl.operator.client import CloudClient
 
 _T = TypeVar("_T")
 _CLOUD = "edgefl.cloud"
@@ -22,8 +23,15 @@ class CloudConnection:
     cloud: str | None
     credentials: Path | None
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether an option was given."""
+        return self.cloud is not None or self.credentials is not None
+
     def open(self) -> CloudClient:
         """Return a client; raises ConfigError if there are no credentials."""
+        from edgefl.operator.client import CloudClient, load_credentials
+
         return CloudClient(self.cloud, load_credentials(self.credentials))
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from edgefl.errors import CloudUnreachable
+from edgefl.errors import CloudUnreachable, ConfigError
 from edgefl.operator.client import NO_ANSWER, CloudClient, Json, Patience, may_pass
+from edgefl.process.log_tail import MAX_RECORDS
+
+LOG_EVERY_S = 1.0
 
 
 class Waits:
@@ -43,6 +46,26 @@ def follow_job(
     for event in _resumed(connect, lambda event: "state" in event, patience or Patience(), on_event=on_event):
         seen = max(seen, int(event.get("round", 0)))
         yield event
+
+
+def follow_log(client: CloudClient, job: str, num_lines: int, patience: Patience | None = None) -> Iterator[Json]:
+    """Yield the end of what the cloud's log says of a job, then once a second what is new, until the job has ended.
+
+    Raises ConfigError if the cloud is too old to say what is new.
+    """
+    patience, after = patience or Patience(), ""
+
+    def connect() -> Iterator[Json]:
+        nonlocal after
+        while True:
+            found = client.job_log(job, MAX_RECORDS if after else num_lines, after)
+            if "end" not in found:
+                raise ConfigError("this cloud is too old for --follow: update it, or leave the option out")
+            after = str(found["end"])
+            yield found
+            patience.pause(LOG_EVERY_S)  # what is new is asked for; the cloud does not send it
+
+    return _resumed(connect, lambda found: not found["running"], patience)
 
 
 def follow_rollout(

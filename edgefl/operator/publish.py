@@ -2,13 +2,15 @@
 
 Invariant: a model is published only if it computes the same as its source (parity), loses no more than allowed by
 the task's measure, and runs on its sample as devices will run it; published metrics were measured on the file itself,
-or, for an uncompressed file, on the model that it was compared with. Those of a foreign file are the publisher's own.
+or, for an uncompressed file, on the model that it was compared with. Those of a foreign file are measured by a task,
+or the publisher's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from edgefl.models.acceptance import Accepted
     from edgefl.trees import Tree
 
-COMPRESSIONS = ("auto", "int8", "none")
+AUTO, MAX_DROP = "auto", "0.02"  # of `edgefl models publish`, unless others are given
+COMPRESSIONS = (AUTO, "int8", "none")
 BEFORE = "before/"  # begins the names of a release's metrics as they were before compression
 ENDED_AS = {"done": "is done", "failed": "failed", "cancelled": "was cancelled", "running": "is still running,"}
 
@@ -51,6 +54,13 @@ def check_request(model: str, max_drop: float | str, *files: Path | None) -> Non
     for file in files:
         if file is not None and not file.is_file():
             raise ConfigError(f"{file}: there is no such file; give the path of an existing file")
+
+
+def refuse_unexportable(task: Task) -> None:
+    """Raise TaskError, before the work, for a task of which no ONNX file can be made."""
+    from edgefl.models import own_export
+
+    own_export.refuse_unexportable(task)
 
 
 def refuse_unreachable(client: CloudClient) -> None:
@@ -166,13 +176,36 @@ def publish(client: CloudClient, model: str, exported: Exported, *, new_signatur
     return release | {"compression": exported.report, "note": "; ".join(notes)}
 
 
+def measured(
+    task: Task, onnx: Path, folder: Path, *, compression: str, max_drop: float | str, gate: str | None = None
+) -> Exported:  # fmt: skip
+    """Measure an ONNX file made elsewhere with a task's test data and metrics; arguments otherwise as of `export`.
+
+    The file is packed into `folder`, and first tried as a device will try it. Raises ConfigError for a file that
+    devices would refuse or that takes or returns something else than the task's model, NotMeasurable for a task
+    without model or test data, AccuracyGateFailed.
+    """
+    from edgefl.models.gate import OtherFile
+    from edgefl.models.packing import packed
+
+    file = packed(onnx, folder)
+    if file.parent != folder:  # what is made of it stands beside it
+        file = Path(shutil.copyfile(file, folder / onnx.name))
+    other = OtherFile(task, file)
+    whole = _accepted(file, folder, other.cases)
+    made = _compressed(task, file, other.measured(), compression, (max_drop, gate))
+    accepted = whole if made.path == file else _accepted(made.path, folder, other.cases)
+    return dataclasses.replace(made, accepted=accepted)
+
+
 def publish_onnx(
     client: CloudClient, model: str, path: Path, *, sample: Path | None = None,
     metrics: Mapping[str, float] | None = None, new_signature: bool = False,
 ) -> Json:  # fmt: skip
     """Publish an ONNX file made elsewhere; raises ConfigError, in words, if a device would refuse it.
 
-    `sample` is an .npz file with one array for each input; without it, inputs are made.
+    `sample` is an .npz file with one array for each input; without it, inputs are made. `metrics` are the caller's
+    own; `measured` has a task measure them.
     """
     from edgefl.models.packing import packed
 

@@ -28,29 +28,43 @@ class LogTail:
 
     lines: list[str]
     cut: bool  # whether earlier lines were left out
+    end: str = ""  # where the log ends: the `after` of the next call
 
 
 def read_tail(
-    path: Path, records: int, keep: Callable[[str], bool] = lambda _line: True, max_bytes: int = MAX_BYTES
-) -> LogTail:
-    """Return the last records whose first line `keep` accepts; none if there is no log. Raises OSError."""
+    path: Path, records: int, keep: Callable[[str], bool] = lambda _line: True, max_bytes: int = MAX_BYTES,
+    after: str = "",
+) -> LogTail:  # fmt: skip
+    """Return the last records whose first line `keep` accepts; none if there is no log. Raises OSError.
+
+    With `after`, the `end` of an earlier call, only what was written since then.
+    """
+    lines, end = _backwards(path, after)
+    found, cut = _last_records(lines, records, keep, max_bytes)
+    return LogTail(found, cut, end)
+
+
+def _last_records(
+    lines: list[str], records: int, keep: Callable[[str], bool], max_bytes: int
+) -> tuple[list[str], bool]:  # fmt: skip
+    """Return the kept records in their order, and whether earlier ones were left out."""
     found: list[str] = []
     size, count, kept_size = 0, 0, 0
     trace: list[str] = []
-    for line in _backwards(path):
+    for line in lines:
         trace.append(line)
         size += len(line.encode()) + 1
         if line.startswith(" "):
             if size > max_bytes:  # a trace that is too long by itself
-                return LogTail(found[::-1], cut=True)
+                return found[::-1], True
             continue
         if keep(line):
             if count == records or kept_size + size > max_bytes:
-                return LogTail(found[::-1], cut=True)
+                return found[::-1], True
             found += trace
             count, kept_size = count + 1, kept_size + size
         trace, size = [], 0
-    return LogTail(found[::-1], cut=False)
+    return found[::-1], False
 
 
 def of_job(job: str) -> Callable[[str], bool]:
@@ -64,14 +78,22 @@ def without_secrets(text: str) -> str:
     return _SECRET.sub(HIDDEN, text)
 
 
-def _backwards(path: Path) -> list[str]:
-    """Return the lines of a log, the newest first."""
-    text = ""
+def _backwards(path: Path, after: str) -> tuple[list[str], str]:
+    """Return the whole lines of a log, the newest first, and where they end, as `INODE:OFFSET`."""
+    before, _, offset = after.partition(":")
+    text, end = "", after
     for one in (path.with_name(f"{path.name}.1"), path):
         try:
             with one.open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - (2 << 20)))  # a file has less
-                text += file.read().decode("utf-8", "replace")
+                facts = os.fstat(file.fileno())
+                is_known = str(facts.st_ino) == before and int(offset) <= facts.st_size  # a number is used again
+                start = int(offset) if is_known else 0
+                start = max(start, facts.st_size - (2 << 20))  # a file has less
+                file.seek(start)
+                whole = file.read().rpartition(b"\n")[:2]
         except FileNotFoundError:
             continue
-    return without_secrets(text).splitlines()[::-1]
+        new = b"".join(whole)
+        text = ("" if is_known else text) + new.decode("utf-8", "replace")  # the file before has been read, too
+        end = f"{facts.st_ino}:{start + len(new)}"
+    return without_secrets(text).splitlines()[::-1], end

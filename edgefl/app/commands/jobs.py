@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,13 @@ from edgefl.app.commands.progress import left_running, patience, round_progress
 from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.connection import CloudConnection, connected
+from edgefl.operator.follow import follow_log
 from edgefl.operator.history import compared, curves_of, headline, reasons_of
+from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.records import RoundReport
 from edgefl.rounds import LastEvaluation
 from edgefl.terminal.output import (
+    INTERRUPTED,
     Output,
     ago_text,
     example,
@@ -115,19 +119,36 @@ def plot(names: Sequence[str], out: Path | None, connection: CloudConnection, ou
     output.result({"jobs": [one["id"] for one in found], "plot": str(path)})
 
 
-@jobs.command(epilog=example("edgefl jobs logs job-1a2b3c4d", "edgefl jobs logs 'first try' --device cam-3"))
+@jobs.command(
+    epilog=example(
+        "edgefl jobs logs job-1a2b3c4d",
+        "edgefl jobs logs 'first try' --follow",
+        "edgefl jobs logs 'first try' --device cam-3",
+    )
+)
 @click.argument("job")
 @click.option("--device", help="What this device's own log says of the job, instead of the cloud's.")
 @LINES
+@click.option("--follow", is_flag=True, help="Then show what is new, until the job ends or Ctrl-C.")
 @connected
 @json_option
-def logs(job: str, device: str | None, num_lines: int, connection: CloudConnection, output: Output) -> None:
+def logs(
+    *, job: str, device: str | None, num_lines: int, follow: bool, connection: CloudConnection, output: Output
+) -> None:  # fmt: skip
     """Show the end of what the cloud's log says of a job, or a device's log; at most 256 kB."""
+    if follow and device is not None:
+        raise ConfigError(
+            "--follow follows the cloud's log; a device sends the end of its own log each time that it is asked. Leave "
+            "out --device or --follow"
+        )
     with connection.open() as client:
         job = client.find_job(job)
+        if follow:
+            _follow_log(client, job, num_lines, output)
+            return
         found = client.job_log(job, num_lines) if device is None else client.device_log(device, num_lines, job)
     print_log(found, output)
-    output.result(found | {"job": job})
+    output.result({key: value for key, value in found.items() if key not in {"end", "running"}} | {"job": job})
 
 
 @jobs.command(epilog=example("edgefl jobs cancel job-1a2b3c4d"))
@@ -182,6 +203,19 @@ def watch(job: str, task: str | None, out: Path | None, connection: CloudConnect
     if result.last_evaluation.fault:
         output.line(result.last_evaluation.fault)
     output.result(result.as_json())
+
+
+def _follow_log(client: CloudClient, job: str, num_lines: int, output: Output) -> None:
+    shown: deque[str] = deque(maxlen=MAX_RECORDS)
+    try:
+        for found in follow_log(client, job, num_lines, patience(output.line)):
+            for line in found["lines"]:
+                output.line(str(line))
+            shown.extend(found["lines"])
+    except KeyboardInterrupt:
+        output.line("no longer watching; the job continues")
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    output.result({"job": job, "lines": list(shown)})
 
 
 def _found(client: CloudClient, words: Sequence[str]) -> list[Json]:

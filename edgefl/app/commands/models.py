@@ -12,7 +12,7 @@ from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.operator.follow import follow_rollout
-from edgefl.operator.publish import BEFORE
+from edgefl.operator.publish import AUTO, BEFORE, COMPRESSIONS, MAX_DROP
 from edgefl.terminal.output import INTERRUPTED, Output, counted, example, json_option, metrics_text, time_text
 
 _SIDES = ("inputs", "outputs")
@@ -27,22 +27,26 @@ def models() -> None:
 @models.command(
     epilog=example(
         "edgefl models publish digits --task examples/digits --job job-1a2b3c4d",
+        "edgefl models publish digits --onnx digits.onnx --task examples/digits",
         "edgefl models publish digits --onnx digits.onnx --sample digits.npz --metrics accuracy=0.97",
     )
 )
 @click.argument("name")
-@click.option("--task", help="The task that defines the model.")
+@click.option("--task", help="The task that defines the model; with --onnx, that measures it.")
 @click.option("--parameters", type=FILE, help="The trained parameters: the --out of `edgefl run`.")
 @click.option("--job", help="Instead of --parameters: the job that trained them.")
-@click.option("--onnx", type=FILE, help="Instead of a task: a finished ONNX file.")
-@click.option("--compress", "compression", type=click.Choice(["auto", "int8", "none"]), default="auto",
-              show_default=True, help="auto: int8 if its cost can be measured.")  # fmt: skip
+@click.option("--onnx", type=FILE, help="Instead of parameters: a finished ONNX file.")
+@click.option("--compress", "compression", type=click.Choice(COMPRESSIONS), default=AUTO,
+              show_default=True,
+              help="auto: int8 if its cost can be measured; an ONNX file only if you ask.")  # fmt: skip
 @click.option("--gate", metavar="METRIC", help="What int8 is judged by; by default the task's first metric.")
-@click.option("--max-drop", default="0.02", show_default=True,
+@click.option("--max-drop", default=MAX_DROP, show_default=True,
               help="Allowed loss: 0.02 = 2 points of accuracy, or 2% of what the model has learned; "
                    "2% = of the metric's value before.")  # fmt: skip
-@click.option("--sample", type=FILE, help="With --onnx: an .npz file with an array for each input, to try it on.")
-@click.option("--metrics", multiple=True, metavar="NAME=NUMBER", help="With --onnx: metrics to publish; repeatable.")
+@click.option("--sample", type=FILE, help="With --onnx alone: an .npz file with an array for each input, to try it on.")
+@click.option(
+    "--metrics", multiple=True, metavar="NAME=NUMBER", help="With --onnx alone: metrics to publish; repeatable."
+)
 @click.option("--new-signature", is_flag=True,
               help="Allow other inputs and outputs than those of the version before.")  # fmt: skip
 @connected
@@ -54,38 +58,35 @@ def publish(  # noqa: PLR0913 - one a flag
 ) -> None:  # fmt: skip
     """Publish a model as the next version of NAME.
 
-    A task's parameters are exported to ONNX, compared with what they came from, and compressed. The file is loaded
-    and run as on a device, in a process of its own; then the cloud signs it.
+    A task's parameters are exported to ONNX, compared with what they came from, and compressed. A finished ONNX file is
+    published as it is; with --task, its metrics are measured on the task's test data. The file is loaded and run as on
+    a device, in a process of its own; then the cloud signs it.
     """
     from edgefl.operator import publish as publishing
     from edgefl.task import load_task
 
-    if sum(source is not None for source in (parameters, job, onnx)) != 1 or (task is None) == (onnx is None):
-        raise ConfigError("name one source: --task with --parameters or --job, or --onnx alone")
+    if sum(source is not None for source in (parameters, job, onnx)) != 1 or (task is None and onnx is None):
+        raise ConfigError(
+            "name one source: --task with --parameters or --job, or --onnx, with --task if its test data measure it"
+        )
     publishing.check_request(name, max_drop, parameters, onnx, sample)
-    _refuse_useless_flags(is_onnx=onnx is not None)
-    measured = publishing.parse_metrics(metrics)
-    loaded = None if onnx is not None else load_task(str(task))  # a missing extra is told before the cloud is asked
+    compression = _refuse_useless_flags(is_onnx=onnx is not None, has_task=task is not None)
+    given = publishing.parse_metrics(metrics)
+    loaded = None if task is None else load_task(task)  # a missing extra is told before the cloud is asked
     with connection.open() as client, tempfile.TemporaryDirectory(prefix="edgefl-publish-") as made:
-        if onnx is not None:
+        folder = Path(made)
+        if job is None:
             publishing.refuse_unreachable(client)
+        if onnx is not None and loaded is None:
             release = publishing.publish_onnx(
-                client, name, onnx, sample=sample, metrics=measured, new_signature=new_signature
+                client, name, onnx, sample=sample, metrics=given, new_signature=new_signature
             )
         elif loaded is not None:
-            folder = Path(made)
-            if parameters is None:
-                found = publishing.trained_job(client, str(job))
-                if note := publishing.what_is_missing(found):
-                    output.line(note)
-                parameters = publishing.parameters_of(client, found, folder)
-            else:
-                publishing.refuse_unreachable(client)
-            exported = publishing.export(
-                loaded, parameters, folder, compression=compression, max_drop=max_drop, gate=gate
-            )
+            source = onnx or parameters or _trained(client, str(job), folder, output)
+            make = publishing.export if onnx is None else publishing.measured
+            exported = make(loaded, source, folder, compression=compression, max_drop=max_drop, gate=gate)
             release = publishing.publish(client, name, exported, new_signature=new_signature)
-    _say_published(release, output)
+    say_published(release, output)
     output.result(release)
 
 
@@ -190,29 +191,42 @@ def _waited(client: CloudClient, status: Json, wait_s: float, output: Output) ->
     return status
 
 
-def _refuse_useless_flags(*, is_onnx: bool) -> None:
-    """Raise ConfigError for flags that are typed and would do nothing."""
+def _trained(client: CloudClient, job: str, folder: Path, output: Output) -> Path:
+    """Download what a job trained, and say if that is not all."""
+    from edgefl.operator import publish as publishing
+
+    found = publishing.trained_job(client, job)
+    if note := publishing.what_is_missing(found):
+        output.line(note)
+    return publishing.parameters_of(client, found, folder)
+
+
+def _refuse_useless_flags(*, is_onnx: bool, has_task: bool) -> str:
+    """Return the compression: of an ONNX file, none unless it was typed. Raises ConfigError for useless flags."""
     context = click.get_current_context()
     typed = {
         one.name: one.opts[0]
         for one in context.command.params
         if one.name and context.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
     }
-    if is_onnx:
-        others = ("gate", "max_drop", *(["compression"] if context.params["compression"] != "none" else []))
-        why = "an ONNX file is published as it is: there is no task whose data could judge a compressed form"
-    elif context.params["compression"] == "none":
-        others, why = (
-            ("gate", "max_drop", "sample", "metrics"),
-            ("with --compress none nothing is judged, and a task's data give the sample and the metrics"),
-        )
-    else:
-        others, why = ("sample", "metrics"), "a task's own data give the sample and the metrics"
+    compression = str(context.params["compression"])
+    if is_onnx and "compression" not in typed:
+        compression = "none"
+    others: tuple[str, ...] = ("sample", "metrics")
+    why = "a task's own data give the sample and the metrics"
+    if not has_task:
+        others = ("gate", "max_drop", *(["compression"] if compression != "none" else []))
+        why = "without --task there are no data that could judge a compressed form of the ONNX file"
+    elif compression == "none":
+        others = ("gate", "max_drop", *others)
+        why = f"without compression nothing is judged, and {why}"
     if useless := [typed[name] for name in others if name in typed]:
         raise ConfigError(f"{', '.join(useless)} would do nothing here: {why}. Leave it out")
+    return compression
 
 
-def _say_published(release: Json, output: Output) -> None:
+def say_published(release: Json, output: Output) -> None:
+    """Print a release, how it was compressed, and the command that delivers it."""
     output.line(f"{release['model']} version {release['version']}: {_metrics(release)}".rstrip(": "))
     if release["note"]:
         output.line(release["note"])

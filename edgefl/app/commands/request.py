@@ -33,6 +33,7 @@ class SimulateRequest:
     checkpoint: Path | None
     checkpoint_every: int
     resume: Path | None
+    publish: str | None = None  # the name of a model
 
     def __post_init__(self) -> None:
         refuse_no_folder(self.out, "--out")
@@ -45,7 +46,13 @@ class SimulateRequest:
             from edgefl.simulation.screen.tensorboard import require_tensorboard
 
             require_tensorboard()
-        ones = {"--out": self.out, "--checkpoint": self.checkpoint, "--resume": self.resume}
+        if self.publish is not None:
+            from edgefl.protocols.manifest import check_model_name
+
+            check_model_name(self.publish)
+        ones = {
+            "--out": self.out, "--checkpoint": self.checkpoint, "--resume": self.resume, "--publish": self.publish,
+        }  # fmt: skip
         if self.sweep and (given := [flag for flag, value in ones.items() if value is not None]):
             raise ConfigError(f"{given[0]} belongs to a single run; drop it or --sweep")
 
@@ -53,7 +60,7 @@ class SimulateRequest:
         """Return the given flags that mean nothing for a Flower app."""
         flags = {
             "--config": self.config, "--checkpoint": self.checkpoint, "--resume": self.resume,
-            "--evaluate-every": self.evaluate_every > 1, "--address": self.address,
+            "--evaluate-every": self.evaluate_every > 1, "--address": self.address, "--publish": self.publish,
         }  # fmt: skip
         return [flag for flag, value in flags.items() if value]
 

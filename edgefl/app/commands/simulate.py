@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgefl.app.commands.request import SimulateRequest
 from edgefl.config import load_config
+from edgefl.errors import ConfigError, EdgeflError
 from edgefl.flower import is_flower_app
 from edgefl.measure import seldom_collected
+from edgefl.operator.connection import CloudConnection, connected
 from edgefl.records import RoundReport
 from edgefl.simulation.screen.live import Progress, live_rounds
 from edgefl.terminal.output import INTERRUPTED, Output, example, json_option, metrics_text
 
 if TYPE_CHECKING:
+    from edgefl.operator.client import Json
     from edgefl.simulation.study.report import SimulationResult
+    from edgefl.task import Task
+
+    Publish = Callable[[SimulationResult], Json]
 
 ENGINES = ("auto", "loop", "stacked", "pool", "ray")
 _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_type=Path, file_okay=False)
@@ -28,6 +37,7 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
         "edgefl simulate examples/digits --clients 1000 --rounds 20 --plot out.png --json out.json",
         "edgefl simulate examples/digits --config examples/digits/config.toml --set rounds.clients=100 --engine pool",
         "edgefl simulate examples/digits --clients 100 --sweep train.lr=0.03,0.1,0.3 --plot out.png",
+        "edgefl simulate examples/digits --clients 5 --config examples/digits/config.toml --publish digits",
     )
 )
 @click.argument("task")
@@ -44,6 +54,7 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, metavar="ROUNDS",
               help="On the test data; for clients: --set rounds.evaluate_every=N.")  # fmt: skip
 @click.option("--out", type=_FILE, help="File for the model (safetensors).")
+@click.option("--publish", metavar="NAME", help="Publish the model, as `edgefl models publish` does.")
 @click.option("--plot", type=_FILE, help="Plot the rounds into a .png or .svg.")
 @click.option("--tensorboard", type=_FOLDER, metavar="DIR", help="Write event files for TensorBoard.")
 @click.option("--checkpoint", type=_FOLDER, metavar="DIR", help="Save the state here, to continue from it.")
@@ -54,8 +65,9 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
     metavar="DIR",
     help="Continue from a --checkpoint with its settings, and save the state there.",
 )
+@connected
 @json_option
-def simulate(*, output: Output, **flags: Any) -> None:
+def simulate(*, connection: CloudConnection, output: Output, **flags: Any) -> None:
     """Simulate TASK: package.module:attribute, or a folder whose pyproject.toml names its task.
 
     A folder with [tool.flwr.app] is a Flower app and runs unmodified; --set and --sweep change its run-config. Its
@@ -63,6 +75,8 @@ def simulate(*, output: Output, **flags: Any) -> None:
     Ctrl-C ends the round and keeps the results so far.
     """
     request = SimulateRequest(**flags)
+    if connection.is_chosen and request.publish is None:
+        raise ConfigError("--cloud and --credentials say where to --publish NAME: name the model, or leave them out")
     with seldom_collected():
         if is_flower_app(request.task):
             from edgefl.app.commands.simulate_flower import simulate_flower
@@ -75,10 +89,11 @@ def simulate(*, output: Output, **flags: Any) -> None:
 
             sweep_task(request, output)
         else:
-            _simulate_task(request, output)
+            publish = None if request.publish is None else _publisher(request, connection, output)
+            _simulate_task(request, output, publish)
 
 
-def _simulate_task(request: SimulateRequest, output: Output) -> None:
+def _simulate_task(request: SimulateRequest, output: Output, publish: Publish | None) -> None:
     from edgefl.simulation.isolation.process import OwnProcess
 
     with OwnProcess(to_stderr=output.json_alone) as process, ExitStack() as stack:
@@ -118,13 +133,67 @@ def _simulate_task(request: SimulateRequest, output: Output) -> None:
             if error.so_far is not None and error.so_far.rounds:
                 _tell(error.so_far, request, output)
             raise
-    _tell(result, request, output)
     if result.interrupted:
+        _tell(result, request, output)
         output.line(f"interrupted after {len(result.rounds)} of {job.rounds.count} rounds")
         raise click.exceptions.Exit(INTERRUPTED)
+    _tell(result, request, output, publish)
 
 
-def _tell(result: SimulationResult, request: SimulateRequest, output: Output) -> None:
+def _publisher(request: SimulateRequest, connection: CloudConnection, output: Output) -> Publish:
+    """Return what publishes the result; refuses before the work what can be refused."""
+    from edgefl.operator.publish import refuse_unexportable, refuse_unreachable
+    from edgefl.task import load_task
+
+    task = load_task(request.task)
+    refuse_unexportable(task)
+    with connection.open() as client:
+        refuse_unreachable(client)
+
+    def publish(result: SimulationResult) -> Json:
+        try:
+            return _published(task, str(request.publish), result, connection, output)
+        except EdgeflError:
+            from edgefl.simulation.study.report import model_of
+
+            kept = request.out or _unused(f"{request.publish}.safetensors")
+            model_of(result.parameters, kept)
+            again = ["edgefl", "models", "publish", str(request.publish), "--task", request.task]
+            output.line(f"not published; the model is kept: {shlex.join([*again, '--parameters', str(kept)])}")
+            raise
+
+    return publish
+
+
+def _published(
+    task: Task, name: str, result: SimulationResult, connection: CloudConnection, output: Output
+) -> Json:  # fmt: skip
+    """Publish as `edgefl models publish --parameters` does."""
+    from edgefl.app.commands.models import say_published
+    from edgefl.operator import publish as publishing
+    from edgefl.simulation.study.report import model_of
+
+    with connection.open() as client, TemporaryDirectory(prefix="edgefl-publish-") as made:
+        parameters = Path(made, "parameters.safetensors")
+        model_of(result.parameters, parameters)
+        exported = publishing.export(
+            task, parameters, Path(made), compression=publishing.AUTO, max_drop=publishing.MAX_DROP
+        )
+        release = publishing.publish(client, name, exported)
+    say_published(release, output)
+    return {"release": release}
+
+
+def _unused(name: str) -> Path:
+    path, number = Path(name), 1
+    while path.exists():
+        path, number = Path(f"{number}-{name}"), number + 1
+    return path
+
+
+def _tell(
+    result: SimulationResult, request: SimulateRequest, output: Output, publish: Publish | None = None
+) -> None:  # fmt: skip
     output.line(
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {result.clients_per_second:.0f} clients/s, "
         f"at most {result.peak_rss_mb:.0f} MB: {metrics_text(result.final) or 'no metrics'}"
@@ -138,4 +207,8 @@ def _tell(result: SimulationResult, request: SimulateRequest, output: Output) ->
             {result.task: result.rounds}, request.plot, {result.task: result.took_part}, {result.task: result.final}
         )
         output.line(f"plot: {request.plot}")
-    output.result(result.as_json())
+    released: Json = {}
+    try:
+        released = {} if publish is None else publish(result)
+    finally:  # a model that is not published is trained all the same
+        output.result(result.as_json() | released)

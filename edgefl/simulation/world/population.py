@@ -25,7 +25,7 @@ from edgefl.simulation.world.evaluation import HeldOut
 from edgefl.simulation.world.names import KnownNames, Names
 from edgefl.simulation.world.partition import Cut, Disjoint, Partition, filled, owners, shared
 from edgefl.simulation.world.schedule import NumSamples
-from edgefl.simulation.world.task_population import TaskPopulation
+from edgefl.simulation.world.task_population import TaskPopulation, refuse_unknown_options
 from edgefl.task import Task
 from edgefl.training.data.dataset import DatasetSamples
 from edgefl.training.local import data_seed
@@ -89,6 +89,7 @@ def make_population(task: Task, config: PopulationConfig, seed: int = 0) -> Popu
     """
     if config.partitioner == "task":
         return TaskPopulation(task, config.clients or DEFAULT_CLIENTS, config.data, seed=seed)
+    refuse_unknown_options(task, config.data)
     everything = train_samples(task, config.data, seed=seed)
     if config.partitioner == "natural":
         return _natural(everything, config)

@@ -16,7 +16,7 @@ from torch import nn
 
 from edgefl import Task
 from edgefl.errors import AccuracyGateFailed, ConfigError, NotMeasurable
-from edgefl.models.gate import accuracy_of, gate_of, split
+from edgefl.models.gate import OtherFile, accuracy_of, gate_of, split
 from edgefl.operator.publish import compress_under_gate, export
 from edgefl.training.local import initial_parameters
 from edgefl.training.samples import test_samples as held_out
@@ -255,3 +255,54 @@ def test_accuracy_needs_samples(identity):
         accuracy_of(identity, np.zeros((0, 3), np.float32), np.zeros(0))
     with pytest.raises(ConfigError, match="as many targets as inputs"):
         accuracy_of(identity, np.zeros((2, 3), np.float32), np.zeros(1))
+
+
+def made_elsewhere(made, folder: Path, name="other.onnx", **changes):
+    """Its own export as a file of unknown origin, with changes of the graph's names."""
+    model = onnx.load(exported(made, folder).path)
+    for old, new in changes.items():
+        for node in model.graph.node:
+            node.input[:] = [new if one == old else one for one in node.input]
+            node.output[:] = [new if one == old else one for one in node.output]
+        for value in (*model.graph.input, *model.graph.output):
+            value.name = new if value.name == old else value.name
+    onnx.save(model, folder / name)
+    return folder / name
+
+
+def test_a_file_made_elsewhere_is_measured_by_all_test_data(tmp_path):
+    file = OtherFile(REGRESSION, made_elsewhere(REGRESSION, tmp_path, input="x", output="y"))
+    assert [len(case["x"]) for case in file.cases] == [1, 3]
+    targets = INPUTS[:, 0] + np.float32(0.1)
+    mae = mean_absolute_error(targets, INPUTS[:, 0])
+    assert file.measured() == {"loss": pytest.approx(0.01, rel=1e-3), "mae": pytest.approx(mae, rel=1e-4)}
+
+
+def test_a_file_that_a_task_cannot_measure_says_why(tmp_path):
+    wider = task(lambda: linear([1.0] * 4, [0.0] * 4), nn.functional.mse_loss, INPUTS[:, :2])
+    other = made_elsewhere(wider, tmp_path)
+    with pytest.raises(ConfigError, match=r"other\.onnx returns \[2, 2\] where the model of task 't' returns \[2, 1\]"):
+        OtherFile(REGRESSION, other).measured()
+    narrow = task(lambda: nn.Linear(3, 1), nn.functional.mse_loss, INPUTS[:, :1], INPUTS[:, :3])
+    with pytest.raises(ConfigError, match=r"other\.onnx does not run on test data of task 't'"):
+        OtherFile(narrow, other).measured()
+    with pytest.raises(NotMeasurable, match="has no test_data, so it cannot measure an ONNX file"):
+        OtherFile(replace(REGRESSION, test_data=None), other)
+    (tmp_path / "text.onnx").write_text("no model at all")
+    with pytest.raises(ConfigError, match="is not an ONNX file"):
+        OtherFile(REGRESSION, tmp_path / "text.onnx")
+
+
+def test_several_inputs_of_a_file_made_elsewhere_have_the_tasks_names(tmp_path):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, left, right):
+            return self.scale * (left + right)
+
+    both = task(Sum, nn.functional.mse_loss, 2 * INPUTS, (INPUTS, INPUTS))
+    assert OtherFile(both, made_elsewhere(both, tmp_path)).measured()["loss"] == 0
+    with pytest.raises(ConfigError, match="has the inputs first, right; task 't' can measure a file with left, right"):
+        OtherFile(both, made_elsewhere(both, tmp_path, left="first"))

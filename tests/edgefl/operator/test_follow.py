@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from edgefl.config import JobConfig
-from edgefl.errors import BlobDamaged, CloudRefused, CloudUnreachable, NotFound, ProtocolError
+from edgefl.errors import BlobDamaged, CloudRefused, CloudUnreachable, ConfigError, NotFound, ProtocolError
 from edgefl.operator.client import CloudClient, Patience, insist, load_credentials
-from edgefl.operator.follow import follow_job, follow_relay, follow_rollout
+from edgefl.operator.follow import follow_job, follow_log, follow_relay, follow_rollout
+from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.records import RoundOutcome
 from edgefl.testing import ManualClock
 
@@ -51,6 +52,31 @@ def test_a_wait_of_the_cloud_is_told_once_and_once_that_it_is_over():
     streams = Streams([goes_on, waits, waits, GONE], [waits, goes_on, goes_on, {"round": 1}, waits, {"round": 2}, END])
     assert len(list(follow_job(streams, "j", patience=patience()[0], on_waiting=told.append))) == 3
     assert told == ["waiting for disk space", "", "waiting for disk space", ""]
+
+
+class Logs:
+    """A client whose answers about a log are written down."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.asked = []
+
+    def job_log(self, job, num_lines, after):
+        self.asked.append((num_lines, after))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_a_log_is_followed_by_what_is_new_once_a_second_until_the_job_has_ended():
+    told = [{"lines": [str(n)], "end": f"1:{n}", "running": n < 3} for n in range(1, 4)]
+    client, (one, clock) = Logs(told[0], told[1], GONE, told[2]), patience()
+    assert list(follow_log(client, "j", 20, one)) == told
+    assert client.asked == [(20, ""), (MAX_RECORDS, "1:1"), (MAX_RECORDS, "1:2"), (MAX_RECORDS, "1:2")]
+    assert clock.now_s >= 2
+    with pytest.raises(ConfigError, match="too old for --follow"):
+        list(follow_log(Logs({"lines": [], "cut": False}), "j", 20, one))
 
 
 def test_patience_ends_and_says_why():

@@ -29,6 +29,26 @@ def test_one_job_has_its_lines_and_their_traces(log):
     assert of_job("relay-1")("x relay.started relay=relay-1")
 
 
+def test_what_is_new_since_an_end_also_over_a_rotation(log):
+    def write(text):
+        with log.open("a") as file:
+            file.write(text)
+
+    end = read_tail(log, 2).end
+    assert (read_tail(log, 9, after=end).lines, read_tail(log, 9, after=end).end) == ([], end)
+    write("fifth\nhalf a l")
+    found = read_tail(log, 9, after=end)
+    assert found.lines == ["fifth"]
+    write("ine\n    deep\n")
+    log.rename(log.with_name("agent.log.1"))
+    write("sixth\n")
+    found = read_tail(log, 9, after=found.end)
+    assert found.lines == ["half a line", "    deep", "sixth"]
+    assert read_tail(log, 9, after=found.end).lines == []
+    log.write_text("new\n")  # shorter than what had been read of a file with this number
+    assert read_tail(log, 9, after=f"{log.stat().st_ino}:5000").lines[-1] == "new"
+
+
 def test_no_more_bytes_than_allowed(tmp_path):
     path = tmp_path / "agent.log"
     path.write_text("".join(f"line {number:4}\n" for number in range(1000)))

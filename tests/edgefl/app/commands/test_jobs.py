@@ -9,8 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from edgefl.app.cli import cli
-from edgefl.config import JobConfig
+from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import NotFound
+from edgefl.operator.client import CloudClient, Patience, load_credentials
+from edgefl.operator.run import submit
+from edgefl.task import load_task
 from edgefl.terminal.output import time_text
 
 
@@ -176,4 +179,25 @@ def test_the_clouds_log_of_a_job_and_a_devices(edgefl, job, http_plane):
         "job": job, "lines": [f"three job={job}"], "cut": True,
     }  # fmt: skip
     http_plane.enroll("a")
+    assert "a device sends the end of its own log" in str(
+        edgefl("jobs", "logs", job, "--follow", "--device", "a").exception
+    )
     assert "device a is offline" in str(edgefl("jobs", "logs", job, "--device", "a").exception)
+
+
+def test_the_clouds_log_of_a_job_is_followed_to_its_end(edgefl, trainers, plain_task, http_plane, monkeypatch):
+    trainers.gate.clear()
+    with CloudClient(None, load_credentials(http_plane.credentials)) as client:
+        job = submit(client, str(plain_task), load_task(str(plain_task)), JobConfig(rounds=RoundsConfig(count=2)))
+    log = http_plane.folder / "cloud.log"
+    log.write_text(f"one job={job}\n")
+
+    def a_second_passes(_seconds):
+        with log.open("a") as file:
+            file.write(f"two job={job}\nthree job=other\n")
+        trainers.gate.set()
+        for thread in trainers.threads:
+            thread.join(10)
+
+    monkeypatch.setattr("edgefl.app.commands.jobs.patience", lambda _line: Patience(pause=a_second_passes))
+    assert edgefl("jobs", "logs", job, "--follow").stdout == f"one job={job}\ntwo job={job}\n"

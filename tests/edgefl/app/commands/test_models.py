@@ -10,11 +10,14 @@ from click.testing import CliRunner
 from edgefl.app.cli import cli
 from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import CloudRefused, ConfigError, NotFound, SignatureChanged
+from edgefl.models.export import export_task
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.run import submit
 from edgefl.protocols.messages import RolloutNote
 from edgefl.records import RoundOutcome
 from edgefl.task import load_task
+from edgefl.training.evaluation import evaluate
+from edgefl.trees import SpooledTree
 from tests import onnx_models
 
 
@@ -73,7 +76,7 @@ def test_a_job_becomes_a_release(edgefl, trainers, wide_task, tmp_path):
     [
         [],
         ["--task", "t:t"],
-        ["--onnx", "x", "--task", "t:t"],
+        ["--onnx", "x", "--task", "t:t", "--job", "j"],
         ["--parameters", "x"],
         ["--task", "t:t", "--job", "j", "--parameters", "x"],
     ],
@@ -87,10 +90,15 @@ def test_one_source_is_named(edgefl, arguments):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--onnx", "M", "--gate", "r2"], "--gate would do nothing here: an ONNX file is published as it is"),
+        (["--onnx", "M", "--gate", "r2"], "--gate would do nothing here: without --task there are no data"),
         (["--onnx", "M", "--compress", "int8", "--max-drop", "0.1"], "--max-drop, --compress would do nothing here"),
         (["--task", "t:t", "--parameters", "M", "--sample", "M"], "--sample would do nothing here: a task's own data"),
-        (["--task", "t:t", "--parameters", "M", "--compress", "none", "--gate", "r2"], "with --compress none nothing"),
+        (["--task", "t:t", "--parameters", "M", "--compress", "none", "--gate", "r2"], "without compression nothing"),
+        (
+            ["--onnx", "M", "--task", "t:t", "--max-drop", "0.1"],
+            "--max-drop would do nothing here: without compression",
+        ),
+        (["--onnx", "M", "--task", "t:t", "--metrics", "r2=1"], "--metrics would do nothing here: without compression"),
         (["--onnx", "M", "--metrics", "r2"], "--metrics 'r2' is not NAME=NUMBER"),
         (["--onnx", "M", "--sample", "none.npz"], "none.npz: there is no such file"),
     ],
@@ -114,6 +122,21 @@ def test_a_file_is_published_and_its_signature_shown(edgefl, tmp_path):
     assert edgefl(*other, "--new-signature").exit_code == 0
     listed = [line.split("\t")[-1] for line in edgefl("models", "show", "m").stdout.splitlines()]
     assert listed == ["signature", "x FP32[-1,4] -> y FP32[-1,4]", "x FP32[-1,3] -> y FP32[-1,3]"]
+
+
+def test_a_task_measures_a_file_that_is_compressed_only_if_that_is_asked_for(edgefl, trainers, wide_task, tmp_path):
+    out = tmp_path / "m.safetensors"
+    edgefl("run", wide_task, "--rounds", 1, "--out", out)
+    task = load_task(str(wide_task))
+    export_task(task, SpooledTree(out), tmp_path / "m.onnx")
+    publish = ["models", "publish", "m", "--onnx", tmp_path / "m.onnx", "--task", wide_task, "--json", "-"]
+    release = json.loads(edgefl(*publish).stdout)
+    assert release["compression"] is None
+    assert release["metrics"] == pytest.approx(evaluate(task, SpooledTree(out)), abs=1e-5)
+    release = json.loads(edgefl(*publish, "--compress", "int8", "--max-drop", 0.5).stdout)
+    assert (release["version"], release["compression"]["measure"]) == (2, "accuracy")
+    assert release["metrics"].keys() >= {"accuracy", "before/accuracy"}
+    assert sorted(path.name for path in tmp_path.glob("*.onnx")) == ["m.onnx"]  # nothing is written beside it
 
 
 def submitted(plane, task, rounds_done, **end):

@@ -58,3 +58,11 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path, monkeypatch):
         asked(plot=tmp_path / "a.png")
     with pytest.raises(MissingExtra, match=r"\[tensorboard\]"):
         asked(tensorboard=tmp_path)
+
+
+def test_a_models_name_is_refused_early_and_belongs_to_a_single_run():
+    with pytest.raises(ConfigError, match="cannot be a model's name"):
+        asked(publish="My Model")
+    with pytest.raises(ConfigError, match="--publish belongs to a single run"):
+        asked(publish="m", sweep=("train.lr=1,2",))
+    assert asked(publish="m").only_for_tasks() == ["--publish"]

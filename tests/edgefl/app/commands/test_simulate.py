@@ -6,11 +6,14 @@ import pytest
 from click.testing import CliRunner
 
 from edgefl.app.commands.simulate import ENGINES, simulate
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, SignatureChanged, TaskError
 from edgefl.simulation import simulate as module
 from edgefl.simulation.engines import auto
 from edgefl.simulation.isolation.process import OwnProcess
 from edgefl.simulation.study.report import CutShort
+from edgefl.trees import SpooledTree
+
+IID = ("--set", "population.partitioner=iid")
 
 
 def invoke(*arguments):
@@ -83,3 +86,40 @@ def test_what_is_wrong_is_said_before_the_work(tasks, tmp_path):
 
 def test_the_flag_names_every_engine():
     assert set(ENGINES) == {auto.AUTO, *auto.ENGINES}
+
+
+def test_the_model_is_published_and_the_next_command_is_told(http_plane, wide_task, tmp_path):
+    where = ["--credentials", http_plane.credentials]
+    options = ["--clients", 2, "--rounds", 1, "--engine", "loop", *IID, "--publish", "m", *where]
+    done = invoke(wide_task, *options, "--json", tmp_path / "a.json")
+    assert done.output.splitlines()[-1] == "deliver it to the devices: edgefl rollout start m --version 1"
+    said = json.loads((tmp_path / "a.json").read_text())
+    assert said["release"]["version"] == http_plane.registry.release("m").version == 1
+    key = "before/accuracy" if said["release"]["compression"] else "accuracy"
+    assert said["release"]["metrics"][key] == pytest.approx(said["final"]["accuracy"], abs=0.05)
+
+
+def test_a_model_that_is_not_published_is_kept(http_plane, wide_task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--clients", 2, "--rounds", 1, "--engine", "loop", *IID, "--publish", "m", "--json", "a.json"]
+
+    def refused(*_arguments, **_more):
+        raise SignatureChanged("other inputs")
+
+    monkeypatch.setattr("edgefl.operator.publish.publish", refused)
+    done = CliRunner().invoke(simulate, [str(wide_task), *map(str, options), "--credentials", http_plane.credentials])
+    assert isinstance(done.exception, SignatureChanged)
+    again = f"edgefl models publish m --task {wide_task} --parameters m.safetensors"
+    assert done.output.splitlines()[-1] == f"not published; the model is kept: {again}"
+    assert SpooledTree(tmp_path / "m.safetensors")
+    assert len(json.loads((tmp_path / "a.json").read_text())["rounds"]) == 1
+
+
+def test_a_model_that_cannot_be_published_is_refused_before_the_first_round(http_plane, tasks, tmp_path):
+    where = ["--credentials", str(http_plane.credentials)]
+    with pytest.raises(ConfigError, match="cannot read the operator's credentials"):
+        invoke(tasks("task"), "--publish", "m", "--credentials", tmp_path / "none.json")
+    with pytest.raises(TaskError, match="has no model and no export"):
+        invoke(tasks("own_fit"), "--publish", "m", *where)
+    with pytest.raises(ConfigError, match="say where to --publish NAME"):
+        invoke(tasks("task"), *where)

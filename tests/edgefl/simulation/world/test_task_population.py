@@ -3,6 +3,7 @@
 import pytest
 
 from edgefl.errors import ConfigError, TaskError
+from edgefl.simulation.world.population import PopulationConfig, make_population
 from edgefl.simulation.world.task_population import TaskPopulation
 
 
@@ -32,3 +33,11 @@ def test_a_loader_that_cannot_part_its_data_is_refused(set_up):
         set_up("partless")
     with pytest.raises(ConfigError, match="expected 1 or more"):
         TaskPopulation(set_up().task, 0, {})
+
+
+def test_an_option_that_no_loader_takes_is_refused_before_the_first_round(set_up):
+    with pytest.raises(ConfigError, match=r"train_data takes no data option 'wrong'; it takes part, parts, empty, inf"):
+        set_up(clients=3, data={"empty": "1", "wrong": "1"})
+    config = PopulationConfig(clients=3, partitioner="iid", data={"wrong": "1"})
+    with pytest.raises(ConfigError, match="takes no data option 'wrong'"):
+        make_population(set_up().task, config)
