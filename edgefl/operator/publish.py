@@ -150,13 +150,13 @@ def _compressed(
     before, after = exported.stat().st_size, compressed.path.stat().st_size
     if after < before:
         return compressed
-    sizes = f"int8 has {after} bytes, not fewer than the {before}"
     if compression == "int8":
         raise ConfigError(
-            f"--compress int8 does not make this model smaller: {sizes}. It is small, or most of its weights are in a "
-            "type or a layer that has no form in int8. Publish with --compress auto or none"
+            f"--compress int8 does not make this model smaller: {after} bytes instead of {before} bytes. It is small, "
+            "or most of its weights are in a type or a layer that has no form in int8. Publish with --compress auto or "
+            "none"
         )
-    return dataclasses.replace(whole, note=f"not compressed: {sizes}")
+    return dataclasses.replace(whole, note=f"not compressed: int8 has {after} bytes, not fewer than the {before}")
 
 
 def publish(client: CloudClient, model: str, exported: Exported, *, new_signature: bool = False) -> Json:

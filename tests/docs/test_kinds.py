@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from edgefl.errors import ConfigError
+from tests.kinds.compared import refusal, same
 from tests.kinds.kinds import KINDS
-from tests.kinds.measured import refusal, same
 from tests.kinds.page import COLUMNS, NOTHING, PAGE, YES, read, written
 
 
@@ -30,9 +30,12 @@ def test_a_page_by_hand() -> None:
     rows = {"a": yes, "b": {**yes, COLUMNS[1]: "no, it has | its own fit"}, "c": {**yes, COLUMNS[-1]: NOTHING}}
     rows["d"] = rows["b"]
     page = written(rows)
-    assert "| b | yes | [1](#refusals) | yes | yes | yes | yes | yes | yes |" in page
+    assert "| b | yes | [1](#refusals) | yes | yes | yes | yes | yes | yes | yes |" in page
     assert page.endswith("\n## Refusals\n\n1. `no, it has | its own fit`\n")
     assert read(page) == rows
+    assert read(page.replace(f" {COLUMNS[-1]} |", " serve by carrier pigeon |"))["a"] == {
+        **yes, COLUMNS[-1]: NOTHING, "serve by carrier pigeon": YES
+    }  # fmt: skip
     assert written({"a": yes}).endswith("There are none.\n")
 
 

@@ -21,6 +21,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="edgefl-kinds-") as name, LocalFleet(Path(name)) as fleet:
         start_devices(fleet)
         for kind in chosen:
+            if kind.cannot:
+                sys.stdout.write(f"{kind.name}: not measured, its row stays as it is: {kind.cannot}\n")
+                continue
             start_s = time.monotonic()
             try:
                 row = measured(kind, fleet)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 TASKS = Path(__file__).parent / "task"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,7 +15,9 @@ class Kind:
     """A row of the table."""
 
     title: str
-    task: str  # module:attribute, in the folder of the tasks
+    task: str  # module:attribute in the folder; empty = a Flower app
+    folder: Path = TASKS
+    library: str = ""  # a module that few installations have
     lr: float = 0.2
     epochs: int = 30  # of one step each: a client's samples are one batch
     tolerance: float = 1e-3  # of parameters and predictions, relative to the largest value
@@ -22,8 +26,15 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """The name of its task, and of its model in the fleet."""
-        return self.task.partition(":")[2]
+        """The name of its task or example, and of its model in the fleet."""
+        return self.task.partition(":")[2] if self.folder == TASKS else self.folder.name
+
+    @property
+    def cannot(self) -> str:
+        """Why this kind cannot be measured here; empty if it can."""
+        if not self.library or find_spec(self.library) is not None:
+            return ""
+        return f"there is no {self.library} here, which `make soak` installs"
 
 
 KINDS = (
@@ -45,4 +56,6 @@ KINDS = (
     Kind(title="float64", task="tables:float64", lr=0.1, tolerance=1e-6),
     Kind(title="bfloat16", task="tables:bfloat16", lr=0.1, tolerance=0.1),
     Kind(title="scikit-learn: scaler and classifier", task="libraries:pipeline"),
+    Kind(title="XGBoost: bagged trees", task="task:task", folder=EXAMPLES / "tabular" / "trees", library="xgboost"),
+    Kind(title="Keras, as a Flower app", task="", folder=EXAMPLES / "keras-app", library="tensorflow"),
 )

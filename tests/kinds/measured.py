@@ -6,13 +6,10 @@ exception that is no refusal of a model, such as a process that was lost, is rai
 
 from __future__ import annotations
 
-import importlib
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import httpx
 import numpy as np
@@ -20,6 +17,7 @@ import numpy as np
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import AccuracyGateFailed, ConfigError, JobFailed, ParityError, RolloutFailed, TaskError
 from edgefl.local_fleet import LocalFleet
+from edgefl.models.session import open_session
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.publish import export, publish
 from edgefl.operator.run import run
@@ -27,12 +25,15 @@ from edgefl.simulation.simulate import simulate
 from edgefl.task import Task, load_task
 from edgefl.training.local import initial_parameters
 from edgefl.trees import SpooledTree, Tree
+from tests.kinds.compared import refusal, same
+from tests.kinds.flower_app import measured_app
 from tests.kinds.kinds import TASKS, Kind
 from tests.kinds.page import COLUMNS, NOTHING, YES, Row
 from tests.kinds.reference import Prediction, averaged, predicted
 
 CLIENTS, ROUNDS, SEEN_ROWS, MAX_DROP, ROLLOUT_S = 2, 2, 4, 0.05, 500.0
-LOOP, STACKED, POOL, DEVICES, PUBLISH, INT8, SERVE, PREDICTION = COLUMNS
+SAME_FILE, IN_INT8 = 1e-4, 0.2  # tolerances: of a file here and on a device; of int8, to the library's own outputs
+LOOP, STACKED, POOL, DEVICES, PUBLISH, INT8, SERVE, PREDICTION, SERVE_INT8 = COLUMNS
 REFUSALS = (AccuracyGateFailed, ConfigError, JobFailed, ParityError, RolloutFailed, TaskError)
 
 
@@ -50,23 +51,6 @@ def start_devices(fleet: LocalFleet) -> None:
         agent.wait_for("mqtt.up")
 
 
-def refusal(error: Exception, folder: Path) -> str:
-    """Return a refusal's words, without what differs from machine to machine: paths, bytes, digits of what was lost."""
-    text = re.sub(r"\d+\.\d{4}", "N", str(error).replace(f"{folder}/", ""))
-    return re.sub(r"\d+(?= bytes|$)", "N", " ".join(text.replace("`", "'").split()))
-
-
-def same(seen: Tree, wanted: Tree, within: float, what: str) -> None:
-    """Raise AssertionError unless two sets of arrays are equal up to rounding."""
-    assert set(seen) == set(wanted), f"{what}: {sorted(seen)} instead of {sorted(wanted)}"
-    for name, array in wanted.items():
-        one, other = np.asarray(seen[name]), np.asarray(array)
-        assert one.shape == other.shape, f"{what}: {name} has the shape {one.shape} instead of {other.shape}"
-        one, other = one.astype(np.float64), other.astype(np.float64)
-        allowed = within * max(1.0, float(np.abs(other).max(initial=0)))
-        assert float(np.abs(one - other).max(initial=0)) <= allowed, f"{what}: {name} differs"  # NaN differs
-
-
 @dataclass
 class Measuring:
     """One kind under measurement."""
@@ -77,8 +61,10 @@ class Measuring:
 
     def __post_init__(self) -> None:
         self.folder = self.fleet.folder / "kinds" / self.kind.name
-        shutil.copytree(TASKS, self.folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (self.folder / "pyproject.toml").write_text(f'[tool.edgefl]\ntask = "{self.kind.task}"\n', encoding="utf-8")
+        shutil.copytree(self.kind.folder, self.folder, ignore=shutil.ignore_patterns("__pycache__"))
+        if self.kind.folder == TASKS:
+            text = f'[tool.edgefl]\ntask = "{self.kind.task}"\n'
+            (self.folder / "pyproject.toml").write_text(text, encoding="utf-8")
         self.made = self.fleet.folder / "made" / self.kind.name
         self.made.mkdir(parents=True)
         self.task: Task = load_task(str(self.folder))
@@ -93,9 +79,10 @@ class Measuring:
             cells[POOL] = self._cell(lambda: self._like_loop("pool"))
             cells[DEVICES] = self._cell(self._on_devices)
             cells[PUBLISH] = self._cell(self._published)
-            cells[SERVE] = self._cell(self._served) if cells[PUBLISH] == YES else NOTHING
+            cells[SERVE] = self._cell(lambda: self._served(1)) if cells[PUBLISH] == YES else NOTHING
             cells[PREDICTION] = self._cell(self._predicted) if cells[SERVE] == YES else NOTHING
             cells[INT8] = self._cell(self._published_as_int8)
+            cells[SERVE_INT8] = self._cell(self._served_as_int8) if cells[INT8] == YES else NOTHING
         return cells
 
     def _cell(self, step: Callable[[], str | None]) -> str:
@@ -146,12 +133,22 @@ class Measuring:
     def _published(self) -> None:
         assert self._publish("none")["version"] == 1
 
-    def _published_as_int8(self) -> str | None:
+    def _published_as_int8(self) -> None:
         release = self._publish("int8")
-        return None if release["compression"] else refusal(Exception(release["note"]), self.fleet.folder)
+        assert release["compression"], release
+        self.in_int8 = release["version"]
 
-    def _served(self) -> None:
-        rollout = self.client.start_rollout(self.kind.name, 1)
+    def _served_as_int8(self) -> None:
+        self._served(self.in_int8)
+        session = open_session(self.made / "model.int8.onnx")
+        names = [one.name for one in session.get_outputs()]
+        for prediction, answer in self.answers:
+            here = dict(zip(names, session.run(names, dict(prediction.inputs)), strict=True))
+            same(answer, here, SAME_FILE, f"{self.kind.name}: the int8 file on a device and here")
+            same(answer, prediction.outputs, IN_INT8, f"{self.kind.name}: prediction in int8")
+
+    def _served(self, version: int) -> None:
+        rollout = self.client.start_rollout(self.kind.name, version)
         *_, last = self.client.rollout_events(rollout["id"], within_s=ROLLOUT_S)
         assert last["state"] in {"done", "failed"}, f"no end of the rollout within {ROLLOUT_S:g} s: {last}"
         if last["state"] == "failed":
@@ -162,11 +159,18 @@ class Measuring:
         ]  # fmt: skip
 
     def _predictions(self) -> list[Prediction]:
-        if self.task.model is None:
-            module: ModuleType = importlib.import_module(self.kind.task.partition(":")[0])
-            inputs, outputs = module.held_out_and_predicted(SpooledTree(self._parameters))
-            return [Prediction({"X": inputs[:SEEN_ROWS]}, {name: one[:SEEN_ROWS] for name, one in outputs.items()})]
+        if self.task.export is not None:
+            _, inputs, outputs = self.task.export(SpooledTree(self._parameters))
+            [name] = [one.name for one in open_session(self.made / "model.onnx").get_outputs()][-1:]
+            told = outputs if isinstance(outputs, dict) else {name: outputs[:, None]}
+            return [
+                Prediction({self._input(): inputs[:SEEN_ROWS]}, {key: one[:SEEN_ROWS] for key, one in told.items()})
+            ]
         return [predicted(self.task, self.wanted, SEEN_ROWS, size) for size in (None, *self.kind.sizes)]
+
+    def _input(self) -> str:
+        [node] = open_session(self.made / "model.onnx").get_inputs()
+        return str(node.name)
 
     def _answer(self, url: str, prediction: Prediction) -> dict[str, np.ndarray]:
         with httpx.Client(base_url=f"{url}/v2/models/{self.kind.name}", trust_env=False, timeout=60) as http:
@@ -188,5 +192,7 @@ class Measuring:
 
 def measured(kind: Kind, fleet: LocalFleet) -> Row:
     """Measure one kind on a running fleet of `start_devices`."""
+    if not kind.task:
+        return measured_app(kind, fleet)
     with CloudClient(fleet.url, load_credentials(fleet.credentials)) as client:
         return Measuring(kind, fleet, client).row()

@@ -13,7 +13,7 @@ from pathlib import Path
 PAGE = Path(__file__).parents[2] / "docs" / "kinds.md"
 COLUMNS = (
     "simulate: `loop`", "simulate: `stacked`", "simulate: `pool`", "run on devices", "publish", "publish as int8",
-    "serve", "prediction",
+    "serve", "prediction", "serve int8",
 )  # fmt: skip
 YES, NOTHING = "yes", "-"
 Row = Mapping[str, str]  # column -> cell
@@ -27,15 +27,19 @@ _HEAD = (
 )
 _LEGEND = (
     "\n"
-    "- **simulate**: two clients, two rounds. `loop` gives the parameters that plain PyTorch gives (not compared for "
-    "scikit-learn, and where training draws random numbers); `stacked` and `pool` give those of `loop`.\n"
+    "- **simulate**: two clients, two rounds. `loop` gives the parameters that plain PyTorch or Keras gives (not "
+    "compared for scikit-learn and XGBoost, and where training draws random numbers); `stacked` and `pool` give those "
+    "of `loop`.\n"
     "- **run on devices**: two agents, two rounds; the parameters are those of `loop`.\n"
     "- **publish**, **publish as int8**: the cloud has a signed release, in the weights' own type and compressed with "
     "`--max-drop 0.05`.\n"
     "- **serve**: both devices took the uncompressed release and answer requests.\n"
     "- **prediction**: what they answer equals the outputs of PyTorch, or of the library.\n"
+    "- **serve int8**: both devices took the int8 release, too; what they answer equals the outputs of the int8 file, "
+    "and differs from those of PyTorch by less than a fifth of the largest one.\n"
     "\n"
-    "The models are small, and their data are made up: `tests/kinds/task`.\n"
+    "The models are small, and their data are made up: `tests/kinds/task`. XGBoost and Keras are "
+    "`examples/tabular/trees` and `examples/keras-app`.\n"
     "\n"
     "## Refusals\n"
 )
@@ -56,11 +60,13 @@ def written(rows: Mapping[str, Row]) -> str:
 
 
 def read(page: str) -> dict[str, Row]:
-    """Return the rows of a page."""
+    """Return the rows of a page; a column that it does not have yet is `-`."""
     notes = dict(re.findall(r"^(\d+)\. `(.+)`$", page, re.MULTILINE))
     rows = {}
-    for line in [one for one in page.splitlines() if one.startswith("| ")][2:]:
-        kind, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+    head, _, *lines = (
+        [cell.strip() for cell in one.strip("|").split(" | ")] for one in page.splitlines() if one.startswith("| ")
+    )
+    for kind, *cells in lines:
         shown = [re.sub(r"\[(\d+)\]\(#refusals\)", lambda found: notes[found[1]], cell) for cell in cells]
-        rows[kind] = dict(zip(COLUMNS, shown, strict=True))
+        rows[kind] = dict.fromkeys(COLUMNS, NOTHING) | dict(zip(head[1:], shown, strict=True))
     return rows

@@ -227,7 +227,8 @@ def draw_metrics(axes: Axes, runs: Sequence[Run], along: Along) -> None:
     names = {name for run in runs for one in run.rounds for name in without_devices(one.metrics)} - LOSSES.keys()
     names = names or {name for run in runs for name in evaluated_names(run.rounds)} - LOSSES.keys()
     shown = ["accuracy"] if "accuracy" in names else sorted(names)
-    axes.set_ylabel(shown[0] if len(shown) == 1 else "metrics")
+    dashed = " (dashed: on devices)" if len(runs) > 1 and _evaluate_on_devices(runs) else ""
+    axes.set_ylabel((shown[0] if len(shown) == 1 else "metrics") + dashed)
     for run in runs:
         for index, name in enumerate(shown):
             style = _STYLES[index % len(_STYLES)] if len(runs) > 1 else "-"
@@ -241,9 +242,14 @@ def draw_metrics(axes: Axes, runs: Sequence[Run], along: Along) -> None:
     _say_if_empty(axes, "no metrics: the task has no test data, and devices do not evaluate")
 
 
+def _evaluate_on_devices(runs: Sequence[Run]) -> bool:
+    return any(evaluated_names(run.rounds) for run in runs)
+
+
 def draw_losses(axes: Axes, runs: Sequence[Run], along: Along) -> None:
     """Draw the loss on the test data and on devices, and the training loss."""
-    axes.set_ylabel("loss" if len(runs) == 1 else "loss (dotted: in training)")
+    dashed = ", dashed: on devices" if _evaluate_on_devices(runs) else ""
+    axes.set_ylabel("loss" if len(runs) == 1 else f"loss (dotted: in training{dashed})")
     for run in runs:
         for name, style in LOSSES.items():
             label = {"loss": "test", "train_loss": "training"}[name]

@@ -58,7 +58,7 @@ def evaluate(parameters):
 
 
 def held_out_and_predicted(parameters):
-    """Return inputs, and what the library predicts for them by name of the file's output."""
+    """Return inputs, and what the library predicts for them, by output."""
     table, _ = samples(0, HELD_OUT)
     table = table.astype(np.float32)
     pipeline = pipeline_of(parameters)

@@ -65,3 +65,38 @@ def test_a_flower_apps_run_config_is_swept(tmp_path):
 def test_what_a_flower_app_has_not_is_refused_before_it_runs(sweep, reason):
     with pytest.raises(ConfigError, match=reason):
         invoke(APP, "--sweep", sweep)
+
+
+EVALUATED = """
+import numpy as np
+from edgefl import EvalResult, FitResult, Task
+
+def fit(parameters, config, options):
+    return FitResult(tree={"w": np.full(1, config.lr, np.float32)}, weight=1.0)
+
+def evaluate_locally(parameters, options):
+    if options["part"] == "1":
+        raise ValueError("no card")
+    return EvalResult(metrics={"gain": float(parameters["w"][0])}, weight=1.0)
+
+task = Task(name="t", initial=lambda: {"w": np.zeros(1, np.float32)}, fit=fit, evaluate_locally=evaluate_locally,
+            higher_is_better={"gain": True})
+"""
+
+
+def test_what_devices_evaluated_is_compared_drawn_and_written_also_of_the_last_models(tmp_path):
+    folder = tmp_path / "swept"
+    folder.mkdir()
+    (folder / "swept_task.py").write_text(EVALUATED)
+    (folder / "pyproject.toml").write_text('[tool.edgefl]\ntask = "swept_task:task"\n')
+    done = invoke(
+        folder, "--clients", 3, "--rounds", 2, "--engine", "loop", "--sweep", "train.lr=0.5,1", "--plot",
+        tmp_path / "a.png", "--json", tmp_path / "a.json", "--tensorboard", tmp_path / "events",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    [row] = [line for line in done.output.splitlines() if line.startswith("train.lr=1\t")]
+    assert "\t2±0 (worst tenth 2)" in row
+    assert done.output.count("not evaluated: ") == 2  # once for each variant
+    assert "no card" in done.output
+    events = EventAccumulator(str(tmp_path / "events" / "train.lr=1")).Reload()
+    assert [(one.step, one.value) for one in events.Scalars("devices/gain")] == [(0, 0.0), (1, 1.0), (2, 2.0)]

@@ -60,3 +60,10 @@ def test_a_plot_shows_devices_beside_the_test_data_or_alone(central: dict[str, f
     figure = draw_rounds({"run": rounds}, finals={"run": metrics})
     labels = [line.get_label() for line in figure.axes[0].lines]
     assert labels == [*central, f"{name} on devices", "the worst tenth"]
+
+
+def test_several_runs_say_which_lines_are_of_devices() -> None:
+    figure = draw_rounds({"a": ROUNDS, "b": ROUNDS}, finals={"a": _evaluated(5.0)})
+    assert figure.axes[0].get_ylabel() == "gain (dashed: on devices)"
+    assert figure.axes[2].get_ylabel() == "loss (dotted: in training, dashed: on devices)"
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[0, 1, 2], [0, 1]]
