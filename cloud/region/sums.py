@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from cloud.dataplane.open_round import OpenRound
 from cloud.state.jobs import AnswerRow
 from edgefl.aggregation import make_rule
+from edgefl.aggregation.regional import change, regional_step
 from edgefl.aggregation.rule import Merging
 from edgefl.errors import ProtocolError, UpdateRejected
 from edgefl.guards import RoundGuard, partial_spec
@@ -23,7 +24,7 @@ from edgefl.protocols.messages import Evaluate
 from edgefl.protocols.tiers import SumNote
 from edgefl.records import Answer, DeviceEvaluation, Evaluated, Failure, Partial, Plan
 from edgefl.rounds import NO_EVALUATION, MetricSums
-from edgefl.trees import TensorSpec, Tree
+from edgefl.trees import TensorSpec, Tree, spec_of
 
 TOLERANCE = 1e-9  # of the sum of weights, relative
 
@@ -86,6 +87,9 @@ class Folding:
     evaluations: dict[str, Mapping[str, float]] = field(default_factory=dict)
     evaluation_weights: dict[str, float] = field(default_factory=dict)
     evaluation_faults: dict[str, str] = field(default_factory=dict)
+    # After regional rounds: the parameters before the first and before the last of them, and the first one's answers.
+    base: tuple[Tree, Tree] | None = None
+    evaluated: Folding | None = None
     _metrics: MetricSums = field(default_factory=MetricSums)
     _guard: RoundGuard | None = None
     _rule: Merging | None = None
@@ -113,11 +117,12 @@ class Folding:
                 self._add_evaluation(answer.device, answer.evaluation or NO_EVALUATION)
 
     def note(self) -> SumNote:
+        measured = self.evaluated or self
         return SumNote(
             weights=self.weights, failed=self.failed, rejected=self.rejected,
             metrics={name: list(pair) for name, pair in self._metrics.sums.items()},
-            evaluations=self.evaluations, evaluation_weights=self.evaluation_weights,
-            evaluation_faults=self.evaluation_faults,
+            evaluations=measured.evaluations, evaluation_weights=measured.evaluation_weights,
+            evaluation_faults=measured.evaluation_faults,
         )  # fmt: skip
 
     def mean(self) -> Tree:
@@ -125,7 +130,13 @@ class Folding:
         _, rule = self._parts()
         if not self.weights or not self.plan.fit:
             return {}
-        return rule.partial_mean().total
+        mean = rule.partial_mean().total
+        if self.base is None:
+            return mean
+        first, last = self.base
+        spec = spec_of(mean)
+        whole = change(first, regional_step(last, mean))
+        return {name: whole[name].astype(one.dtype) for name, one in spec.items()}
 
     def _parts(self) -> tuple[RoundGuard, Merging]:
         if self._guard is None or self._rule is None:

@@ -8,6 +8,7 @@ be folded again after a kill, or without devices that the parent has counted els
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -23,12 +24,13 @@ from cloud.region.sums import Folding
 from cloud.region.uplink import SumFile
 from cloud.state.blobs import blake3_of
 from cloud.state.jobs import JobRow
+from edgefl.aggregation.regional import regional_round, regional_step
 from edgefl.config import JobConfig, TrainConfig
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled
 from edgefl.exchange import Terms
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
-from edgefl.protocols.messages import Evaluate, Fit
+from edgefl.protocols.messages import BlobRef, Evaluate, Fit
 from edgefl.protocols.tiers import Work
 from edgefl.records import Plan
 from edgefl.trees import SpooledTree, Tree, write_tree
@@ -40,14 +42,17 @@ Key = tuple[str, int]  # job, round
 
 
 class RegionFleet(GrpcFleet):
-    """The devices of one region in one round, asked as the parent says."""
+    """The devices of one region in one round, asked as the parent says, or from the region's own parameters."""
 
     def __init__(self, job: JobRow, deps: FleetDependencies, work: Work) -> None:
         super().__init__(job, deps)
         self._work = work
 
-    def _assignment(self, plan: Plan, model: object) -> Fit | Evaluate:  # noqa: ARG002 - they are the parent's
-        return self._work.assignment
+    def _assignment(self, plan: Plan, model: BlobRef) -> Fit | Evaluate:  # noqa: ARG002 - all else is the parent's
+        asked = self._work.assignment
+        if model == asked.model:
+            return asked
+        return dataclasses.replace(asked, model=model, model_blake3=self._deps.blobs.check(model.sha256))
 
     def _terms(self, plan: Plan) -> Terms:
         return Terms(deadline_s=plan.deadline_s, offline_grace_s=self._work.offline_grace_s)
@@ -58,7 +63,10 @@ class _Round:
     """One round that the parent has open."""
 
     work: Work
+    number: int  # of the devices' round that is open, or was last; with regional rounds not the parent's
     done: set[str] = field(default_factory=set)  # devices in a sum that the parent has answered for
+    numbers: set[int] = field(default_factory=set)  # of all of the devices' rounds
+    models: set[str] = field(default_factory=set)  # of regional rounds, by SHA-256
     sums: int = 0
     is_running: bool = False
     is_over: bool = False
@@ -87,9 +95,9 @@ class RegionWork:
             self._end(key)
             return
         with self._lock:
-            one = self._rounds.setdefault(key, _Round(work))
+            one = self._rounds.setdefault(key, _Round(work, number))
             one.work = work
-            opened = self._deps.rounds.get(job, number)
+            opened = self._deps.rounds.get(job, one.number)
             if one.is_running and opened is not None:
                 opened.join(set(work.devices) - one.done)
             else:
@@ -128,22 +136,43 @@ class RegionWork:
                 self._start(key, one)  # devices that joined meanwhile
 
     def _answer(self, key: Key, one: _Round) -> None:
-        """Ask the devices, fold what they send, and send it up."""
+        """Ask the devices, fold what they send, and send it up; with regional rounds several times, then the change."""
         with self._lock:
-            work, wanted = one.work, set(one.work.devices)
-        assignment = work.assignment
+            work = one.work
+        assignment, times = work.assignment, work.region_rounds if work.fit is not None else 1
         self._fetch(assignment.model.sha256)
+        first: Tree = SpooledTree(self._deps.blobs.path(assignment.model.sha256))
+        parameters, end_s = first, self._deps.clock() + assignment.deadline_s
+        evaluated: Folding | None = None
+        for regional in range(times):
+            left_s = max(0.0, end_s - self._deps.clock()) / (times - regional)
+            asked = _in_region(work, key[1], regional, left_s)
+            folding, fleet = self._ask(key, one, asked, parameters)
+            evaluated = evaluated or folding
+            if regional < times - 1 and folding.weights:
+                kept = fleet.keep(regional_step(parameters, folding.mean()))
+                parameters, one.models = kept, {*one.models, kept.path.name}
+        folding.evaluated = evaluated
+        folding.base = None if parameters is first else (first, parameters)
+        self._deliver(key, one, folding, fleet)
+
+    def _ask(self, key: Key, one: _Round, work: Work, parameters: Tree) -> tuple[Folding, GrpcFleet]:
+        """Run one round of this region's devices, from these parameters; return what they sent."""
+        assignment = work.assignment
+        with self._lock:
+            one.number = assignment.round
+            one.numbers.add(one.number)
+            wanted = set(one.work.devices)
         # Also those that have moved away, if their answers are here: perhaps nowhere else.
-        known = {row.device for row in self._deps.jobs.open_round(*key, sorted(wanted))}
-        devices = tuple(sorted((wanted | known) - one.done))
-        plan = _plan(assignment, devices, SpooledTree(self._deps.blobs.path(assignment.model.sha256)))
+        known = {row.device for row in self._deps.jobs.open_round(key[0], one.number, sorted(wanted))}
+        plan = _plan(assignment, tuple(sorted((wanted | known) - one.done)), parameters)
         fleet = RegionFleet(_job_row(assignment), self._deps, work)
         folding = Folding(plan)
         for answer in fleet.collect(plan):
             folding.add(answer)
-        self._deliver(key, one, plan, folding, fleet)
+        return folding, fleet
 
-    def _deliver(self, key: Key, one: _Round, plan: Plan, folding: Folding, fleet: GrpcFleet) -> None:
+    def _deliver(self, key: Key, one: _Round, folding: Folding, fleet: GrpcFleet) -> None:
         """Send a sum; fold it again without the devices that the parent names."""
         job, number = key
         without: set[str] = set()
@@ -164,10 +193,11 @@ class RegionWork:
                 return
             without |= set(state.without)
             one.done |= set(state.without)
-            folding = self._folded_again(plan, fleet, note.devices - without)
+            folding = self._folded_again(folding, fleet, note.devices - without)
 
-    def _folded_again(self, plan: Plan, fleet: GrpcFleet, devices: set[str]) -> Folding:
-        folding = Folding(plan)
+    def _folded_again(self, former: Folding, fleet: GrpcFleet, devices: set[str]) -> Folding:
+        plan = former.plan
+        folding = Folding(plan, base=former.base, evaluated=former.evaluated if former.base is not None else None)
         rows = [row for row in self._deps.jobs.open_round(plan.job, plan.round, plan.clients) if row.device in devices]
         for answer in fleet.records(rows, plan):
             folding.add(answer)
@@ -179,7 +209,7 @@ class RegionWork:
             if one is None:
                 return
             one.is_over = True
-            opened = self._deps.rounds.get(*key)
+            opened = self._deps.rounds.get(key[0], one.number)
             if opened is not None:
                 opened.interrupt(JobCancelled("the parent has closed the round"))
             if not one.is_running:
@@ -188,11 +218,23 @@ class RegionWork:
     def _drop(self, key: Key) -> None:
         """Forget a round. The caller has the lock."""
         one = self._rounds.pop(key)
-        self._deps.jobs.forget_round(*key)
-        self._deps.spool.drop_round(*key)
+        for number in one.numbers:
+            self._deps.jobs.forget_round(key[0], number)
+            self._deps.spool.drop_round(key[0], number)
         still = {ref.sha256 for other in self._rounds.values() for ref in other.work.assignment.blobs()}
-        if (model := one.work.assignment.model.sha256) not in still:
+        for model in {one.work.assignment.model.sha256, *one.models} - still:
             self._deps.blobs.delete(model)
+
+
+def _in_region(work: Work, number: int, regional: int, deadline_s: float) -> Work:
+    """Return what the devices are asked in one of the regional rounds (from 0) of the parent's round."""
+    if work.fit is None or work.region_rounds == 1:
+        return work
+    fit = dataclasses.replace(
+        work.fit, round=regional_round(number, regional, work.region_rounds), deadline_s=deadline_s,
+        evaluate=work.fit.evaluate and regional == 0,
+    )  # fmt: skip
+    return dataclasses.replace(work, fit=fit)
 
 
 def _plan(assignment: Fit | Evaluate, devices: tuple[str, ...], parameters: Tree) -> Plan:
