@@ -13,6 +13,7 @@ from docs.generate import api, commands, configuration
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 _BLOCK = re.compile(r"^(?P<indent> *)```(?P<head>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 _INCLUDE = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 
 
@@ -22,6 +23,9 @@ class Block:
     language: str  # empty if none is given
     text: str
     titled: bool  # a whole file
+    not_run: bool = False  # marked: `{.not-run reason="..."}`
+    only: str = ""  # of a marked block, the lines that are not run begin so; empty = all
+    reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.page}: {self.text.splitlines()[0] if self.text else ''}"
@@ -53,7 +57,22 @@ def blocks(pages: dict[str, str], *languages: str) -> Iterator[Block]:
             language = found["head"].split()[0] if found["head"].strip() else ""
             if language in languages:
                 lines = (line.removeprefix(found["indent"]) for line in found["text"].splitlines())
-                yield Block(page, language, "\n".join(lines), "title=" in found["head"])
+                head = found["head"]
+                told = dict(_ATTRIBUTE.findall(head))
+                yield Block(
+                    page, language, "\n".join(lines), "title=" in head, ".not-run" in head, told.get("only", ""),
+                    told.get("reason", ""),
+                )  # fmt: skip
+
+
+def lines_of(block: Block) -> list[str]:
+    """Return a block's commands, each in one line."""
+    return [line for line in block.text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def is_run(block: Block, line: str) -> bool:
+    """Whether the tests run a line of a block."""
+    return not block.not_run or (bool(block.only) and not line.startswith(block.only))
 
 
 def without_blocks(text: str) -> str:

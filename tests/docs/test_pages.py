@@ -17,7 +17,7 @@ from edgefl.simulation.world.settings import SimulationConfig
 from tests.docs.pages import ROOT, Block, blocks, generated, others, shell_words, without_blocks, written
 
 PAGES = {**written(), **generated()}
-SHELL = [*blocks(PAGES, "sh"), *blocks(others(), "")]
+SHELL = list(blocks({**PAGES, **others()}, "sh"))
 TOML = list(blocks(PAGES, "toml"))
 PYTHON = list(blocks({**PAGES, **others()}, "python"))
 SECTIONS = ("rounds", "train", "server", "aggregation", "tiers", "population", "engine")
@@ -182,8 +182,10 @@ def test_each_link_of_the_other_files_leads_somewhere(page: str) -> None:
             assert (ROOT / Path(page).parent / target.partition("#")[0]).exists(), f"{page} links to {target}"
 
 
-@pytest.mark.parametrize("page", written())
+@pytest.mark.parametrize("page", {**written(), **others()})
 def test_each_shell_command_is_in_a_marked_block(page: str) -> None:
     """A block without a language would escape these tests."""
-    unmarked = [] if page == "design.md" else list(blocks({page: written()[page]}, "", "bash", "console", "shell"))
+    text = {**written(), **others()}[page]
+    unmarked = [] if page == "design.md" else list(blocks({page: text}, "", "bash", "console", "shell"))
     assert [str(one) for one in unmarked] == []
+    assert re.findall(r"^(?:    |\t)(?:\$ )?(?:sudo |pip |make |edgefl ).*", without_blocks(text), re.MULTILINE) == []
