@@ -21,6 +21,7 @@ from edgefl.errors import ConfigError
 from edgefl.terminal.pairs import pair_of
 
 ALGORITHMS = ("fedavg", "fedsgd")
+GRACE_NONE, GRACE_AUTO = "none", "auto"
 SCHEDULES = ("constant", "cosine", "step")
 MAX_COUNT = 2**31 - 1  # limit of rounds, clients, epochs and samples: every layer can count so far
 MAX_SECONDS = 366 * 86_400.0  # limit of a wait: locks, sockets and event loops accept it, on 32-bit machines too
@@ -93,6 +94,7 @@ class RoundsConfig:
     over_selection: float = 0.0  # the fraction of clients to ask in addition
     deadline_s: float = 600.0  # a round ends after so long; later updates do not count
     offline_grace_s: float = 5.0  # after so long offline, a device is no longer waited for
+    grace: float | str = "none"  # wait for others after the quorum: seconds | auto: while it pays | none: as usual
     wait_s: float = 60.0  # how long to wait until enough clients are online
     evaluate_every: int = 1  # devices evaluate in every k-th round and the last, if the task can; 0 = never
 
@@ -107,6 +109,12 @@ class RoundsConfig:
         require_within("rounds.over_selection", self.over_selection, 0, 10)
         _above_zero("rounds.deadline_s", self.deadline_s, MAX_SECONDS)
         require_within("rounds.offline_grace_s", self.offline_grace_s, 0, MAX_SECONDS)
+        if isinstance(self.grace, str | bool):
+            known = f"{GRACE_NONE}, {GRACE_AUTO}, or a number of seconds"
+            seen = f"rounds.grace={_shown(self.grace)}"
+            _require(self.grace in {GRACE_NONE, GRACE_AUTO}, f"{seen} is not one of: {known}")
+        else:
+            require_within("rounds.grace", self.grace, 0, MAX_SECONDS)
         require_within("rounds.wait_s", self.wait_s, 0, MAX_SECONDS)
         require_within("rounds.evaluate_every", self.evaluate_every, 0, MAX_COUNT)
 

@@ -40,9 +40,13 @@ from edgefl.trees import Tree
 from edgefl.trees.scratch import settled
 
 Clock = Callable[[], float]  # seconds, monotonic
-OnRefusal = Callable[[Plan, Update, str], None]
+OnRefusal = Callable[[Plan, Update | Partial, str], None]
 MAX_REASONS = 5  # different ones, in the message of a round under its quorum
 NO_EVALUATION = DeviceEvaluation(fault="it sent no evaluation; an agent of an older version cannot. Update it")
+
+
+def ignored(_plan: Plan, _answer: Update | Partial, _reason: str) -> None:
+    """Do nothing about a refusal, which the outcome reports anyway."""
 
 
 class Fleet(Protocol):
@@ -72,7 +76,7 @@ class Job:
     first_round: int = 1
     cohort: tuple[str, ...] = ()  # of the first round, if it was already announced
     clock: Clock = field(default=time.monotonic)
-    on_refusal: OnRefusal = field(default=lambda _plan, _update, _reason: None)
+    on_refusal: OnRefusal = field(default=ignored)
     keep: Callable[[Tree], Tree] = field(default=settled)  # e.g. to memory-mapped files
     frozen: Tree | None = None  # see `Plan`
     evaluation: EvaluationSpec | None = None  # what devices evaluate; None = the task has no evaluation on devices
@@ -141,8 +145,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
                 rule.add(answer)
         except UpdateRejected as refusal:
             tally.refuse(answer, refusal.reason)
-            if isinstance(answer, Update):
-                job.on_refusal(plan, answer, refusal.reason)
+            job.on_refusal(plan, answer, refusal.reason)
             continue
         tally.count(answer)
         if len(tally.admitted) >= wanted:

@@ -20,13 +20,14 @@ from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
-from edgefl.exchange import Announce, Close, GiveUp, Instruction, Terms, Yield, gathering
+from edgefl.config import GRACE_AUTO
+from edgefl.exchange import Announce, Close, Durations, GiveUp, Instruction, Terms, Yield, gathering
 from edgefl.logs import event
 from edgefl.protocols import tiers
 from edgefl.protocols.assignments import UPDATE_AGENT
 from edgefl.protocols.messages import BlobRef, Evaluate, Fit, RoundClosed, UpdateRefused
 from edgefl.protocols.tiers import SumNote
-from edgefl.records import Answer, Evaluated, Failure, Plan, Traffic, Update
+from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import NO_EVALUATION
 from edgefl.trees import SpooledTree, Tree, encoded_bytes
 from edgefl.trees.frozen import whole
@@ -57,6 +58,8 @@ class GrpcFleet:
         self._job = job
         self._deps = deps
         self._took_part: set[str] = set()
+        self._durations = Durations()
+        self._refused: set[str] = set()  # devices whose answer the guard has refused since it was yielded
         self._model_sha256: str | None = None  # hash of the open round's model
 
     def clients(self) -> Sequence[str]:
@@ -115,7 +118,9 @@ class GrpcFleet:
         try:
             while not isinstance(instruction := opened.next(self._presence), Close):
                 if isinstance(instruction, Yield):
-                    yield from self.records([opened.take(instruction.device)], plan, sums)
+                    for answer in self.records([opened.take(instruction.device)], plan, sums):
+                        yield answer
+                        self._settle(opened, answer)
                 else:
                     self._execute(instruction, opened)
         finally:
@@ -124,6 +129,15 @@ class GrpcFleet:
             self._deps.link.close_round(plan.job, plan.round)
             for left in opened.given_up():
                 self._execute(left, opened)
+            if plan.fit and self._job.config.rounds.grace == GRACE_AUTO:
+                self._durations.learn(*opened.durations())
+
+    def _settle(self, opened: OpenRound, answer: Answer) -> None:
+        """Tell the round whether the guard has admitted an answer that was yielded."""
+        if isinstance(answer, Update | Partial):
+            devices = answer.contributors if isinstance(answer, Partial) else (answer.device,)
+            opened.settle(devices, admitted=self._refused.isdisjoint(devices))
+            self._refused.difference_update(devices)
 
     def records(self, answers: Iterable[AnswerRow], plan: Plan, sums: set[str] | None = None) -> Iterator[Answer]:
         """Yield the records of stored answers; `sums` has the files of sums that were yielded."""
@@ -139,11 +153,14 @@ class GrpcFleet:
     def traffic(self) -> Traffic:
         return self._deps.rounds.traffic(self._job.id)
 
-    def refuse(self, plan: Plan, update: Update, reason: str) -> None:
-        """Log a guard's refusal and tell the device."""
-        event(_log, logging.WARNING, "update.refused", job=plan.job, round=plan.round, device=update.device,
+    def refuse(self, plan: Plan, answer: Update | Partial, reason: str) -> None:
+        """Log a guard's refusal and tell the device; a region's devices are told by nobody."""
+        devices = answer.contributors if isinstance(answer, Partial) else (answer.device,)
+        self._refused.update(devices)
+        event(_log, logging.WARNING, "update.refused", job=plan.job, round=plan.round, device=", ".join(devices)[:500],
               reason=reason)  # fmt: skip
-        self._deps.link.send_job(update.device, UpdateRefused(job=plan.job, round=plan.round, reason=reason))
+        if isinstance(answer, Update):
+            self._deps.link.send_job(answer.device, UpdateRefused(job=plan.job, round=plan.round, reason=reason))
 
     def end(self) -> None:
         """Tell all participants that the job has ended."""
@@ -200,7 +217,7 @@ class GrpcFleet:
         )
 
     def _terms(self, plan: Plan) -> Terms:
-        return Terms.of_round(self._job.config.rounds, plan.deadline_s)
+        return Terms.of_round(self._job.config.rounds, plan.deadline_s, plan.clients, self._durations)
 
     def _fail_older_agents(self, opened: OpenRound) -> None:
         """Do not wait for devices whose agents do not know this kind of assignment."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -22,6 +22,7 @@ from cloud.state.storage import LOOK_S, Storage
 from edgefl.config import MAX_SECONDS
 from edgefl.errors import EdgeflError
 from edgefl.exchange import (
+    Admitted,
     Answered,
     Back,
     Begin,
@@ -151,6 +152,18 @@ class OpenRound:
                 self._do(Withdrawn(device, at_s=at_s))
             elif self._exchange.waits_for(device, at_s):
                 self._take(refusal, make_durable, at_s)
+
+    def settle(self, devices: Iterable[str], *, admitted: bool) -> None:
+        """Report that a guard has admitted the update of these devices, or refused it."""
+        kind = Admitted if admitted else Withdrawn
+        with self._lock:
+            at_s = self._now_s()
+            self._do(*(kind(device, at_s=at_s) for device in devices))
+
+    def durations(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """Return how long devices took, and how long those had that were given up, for `Durations.learn`."""
+        with self._lock:
+            return dict(self._exchange.took_s), self._exchange.missed_s
 
     def take(self, device: str) -> AnswerRow:
         """Remove and return a device's answer."""

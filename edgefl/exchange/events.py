@@ -45,6 +45,13 @@ class Failed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Admitted(Event):
+    """The guard has admitted the update of a device: it is one of the quorum after which the grace window begins."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class Withdrawn(Event):
     """The update of a device no longer counts towards the quorum."""
 
@@ -110,6 +117,7 @@ class GiveUpReason(Enum):
 
     LATE = "late"  # the deadline has passed
     OFFLINE = "offline"  # all missing devices have been offline for the grace time
+    GRACE = "grace"  # the quorum has answered, and the grace window after it is over
     STOPPED = "stopped"  # the driver stopped the exchange
 
 

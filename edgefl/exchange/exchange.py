@@ -3,7 +3,9 @@
 Its input are events, each with its time; its output are instructions, which a driver executes: the cloud's rounds
 (`cloud/dataplane/grpc_fleet.py`), its relays (`relays.py`) and the virtual clock (`simulation/world/clock.py`).
 An exchange is over when every device has answered, at its deadline, or, after the quorum has sent updates, when
-all missing devices have been offline for the grace time.
+all missing devices have been offline for the grace time, or when the grace window is over: some seconds, or as long as
+waiting pays: while the missing devices, by when they are expected (`durations`), would make the number of updates per
+second of the round at least as large as it is without them. So one that is nearly there is waited for, a slow one not.
 The design is that of dask/distributed's `worker_state_machine.py`, so that a test is a table of events.
 
 Invariants: it reads no clock, and the same events give the same instructions. An answer is yielded once, in the
@@ -12,10 +14,14 @@ order of arrival, and never after `Close`. An event exactly at the deadline stil
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from itertools import accumulate
 
+from edgefl.exchange.durations import Expectation
 from edgefl.exchange.events import (
+    Admitted,
     Announce,
     Answered,
     Back,
@@ -45,12 +51,17 @@ class Exchange:
         self._terms = terms
         self._missing = dict.fromkeys(asked)  # in the order of their `Announce`
         self._updates: set[str] = set()  # devices whose updates count towards the quorum
+        self._admitted: set[str] = set()  # those that a guard has admitted
         self._now_s = -math.inf  # time of the latest event
         # Below: times on the exchange's own clock, which is stopped in a pause.
-        self._end_s = math.inf
+        self._begin_s, self._end_s = math.inf, math.inf
+        self._quorum_s = math.inf  # when the quorum was admitted
+        self._window_s: float | None = None  # when waiting no longer pays; None = not computed since the last event
+        self._took_s: dict[str, float] = {}  # device -> from the start to its update
         self._offline_since_s: dict[str, float] = {}  # missing devices only
         self._paused_since_s: float | None = None
         self._paused_s = 0.0  # total duration of finished pauses
+        self._reason: GiveUpReason | None = None  # why it closed
         self.closed_s: float | None = None  # when it closed, on the driver's clock
 
     @property
@@ -82,7 +93,20 @@ class Exchange:
         """When the next `Tick` is needed, which ends the exchange, on the driver's clock. Infinite in a pause."""
         if self.closed_s is not None or self.is_paused:
             return math.inf
-        return min(self._end_s, self._given_up_s()) + self._paused_s
+        return min(self._end_s, self._given_up_s(), self._grace_end_s()) + self._paused_s
+
+    @property
+    def took_s(self) -> Mapping[str, float]:
+        """How long each device took from the start to its update, without pauses."""
+        return self._took_s
+
+    @property
+    def missed_s(self) -> Mapping[str, float]:
+        """How long each device had that was given up while it was online, without pauses, once it is over."""
+        if self.closed_s is None or self._reason not in {GiveUpReason.LATE, GiveUpReason.GRACE}:
+            return {}
+        had_s = self.closed_s - self._paused_s - self._begin_s
+        return {device: had_s for device in self._missing if device not in self._offline_since_s}
 
     def waits_for(self, device: str, at_s: float) -> bool:
         """Whether an answer of this device at this time would be accepted."""
@@ -96,6 +120,7 @@ class Exchange:
                 instructions += self._close_in_time()
             self._now_s = max(self._now_s, event.at_s)
             if self.closed_s is None:
+                self._window_s = None
                 instructions += self._take(event)
         return instructions
 
@@ -107,12 +132,10 @@ class Exchange:
                 return self._answer(event)
             case Joined() | Resumed():
                 return self._ask(event)
-            case Withdrawn():
-                self._updates.discard(event.device)
-            case Offline():
-                self._note_offline(event)
-            case Back():
-                self._offline_since_s.pop(event.device, None)
+            case Admitted() | Withdrawn():
+                self._count(event)
+            case Offline() | Back():
+                self._note_presence(event)
             case Paused():
                 self._paused_since_s = self._now_s if self._paused_since_s is None else self._paused_since_s
             case Tick():
@@ -122,7 +145,8 @@ class Exchange:
         return []
 
     def _begin(self, event: Begin) -> list[Instruction]:
-        self._end_s = self._own_s() + self._terms.deadline_s
+        self._begin_s = self._own_s()
+        self._end_s = self._begin_s + self._terms.deadline_s
         if not self._missing:
             return self._close(GiveUpReason.STOPPED)
         return [] if event.is_announced else self._announce()
@@ -134,10 +158,24 @@ class Exchange:
         self._offline_since_s.pop(event.device, None)
         if isinstance(event, Answered):
             self._updates.add(event.device)
+            if self._begin_s < math.inf:  # not from before a restart
+                self._took_s[event.device] = self._own_s() - self._begin_s
         return [Yield(event.device), *(() if self._missing else self._close(GiveUpReason.STOPPED))]
 
-    def _note_offline(self, event: Offline) -> None:
-        if event.device in self._missing:
+    def _count(self, event: Admitted | Withdrawn) -> None:
+        """Note whether an update counts towards the quorum; the grace window begins when enough are admitted."""
+        if isinstance(event, Withdrawn):
+            self._updates.discard(event.device)
+            self._admitted.discard(event.device)
+        elif event.device in self._updates:
+            self._admitted.add(event.device)
+        has_quorum = len(self._admitted) >= max(1, self._terms.quorum)
+        self._quorum_s = min(self._quorum_s, self._own_s()) if has_quorum else math.inf
+
+    def _note_presence(self, event: Offline | Back) -> None:
+        if isinstance(event, Back):
+            self._offline_since_s.pop(event.device, None)
+        elif event.device in self._missing:
             since_s = self._own_s() + (0.0 if event.was_seen else self._terms.return_s)
             self._offline_since_s[event.device] = min(since_s, self._offline_since_s.get(event.device, since_s))
 
@@ -166,10 +204,52 @@ class Exchange:
             return math.inf
         return max(gone.values()) + self._terms.offline_grace_s
 
+    def _grace_end_s(self) -> float:
+        """Return when the grace window ends, on the exchange's own clock."""
+        if self._quorum_s == math.inf:
+            return math.inf
+        if self._terms.expected is None:
+            return self._quorum_s + self._terms.grace_s
+        if self._window_s is None:
+            self._window_s = self._begin_s + self._pays_until_s(self._terms.expected)
+        return max(self._quorum_s, self._window_s)
+
+    def _pays_until_s(self, expected: Mapping[str, Expectation]) -> float:
+        """Return how long after the start the window ends, if no further update comes.
+
+        A device that is late is expected a little later, as long as that pays.
+        """
+        here = [device for device in self._missing if device not in self._offline_since_s]
+        if not expected.keys() >= set(here):
+            return math.inf  # of one of them nothing is known
+        count, until_s = len(self._updates), max(self._took_s.get(device, 0.0) for device in self._updates)
+        left = sorted(one for device in here if (one := _after(expected[device], until_s)) is not None)
+        while any(
+            (count + more) * until_s >= count * one.at_s
+            for one, more in zip(left, accumulate(one.chance for one in left), strict=True)
+        ):
+            until_s = left[0].at_s
+            if (later := left.pop(0).later()) is not None:
+                bisect.insort(left, later)
+        return until_s
+
     def _close_in_time(self) -> list[Instruction]:
         self._now_s = max(self._now_s, self.due_s)
-        return self._close(GiveUpReason.OFFLINE if self._given_up_s() <= self._end_s else GiveUpReason.LATE)
+        ends = {
+            GiveUpReason.OFFLINE: self._given_up_s(),
+            GiveUpReason.GRACE: self._grace_end_s(),
+            GiveUpReason.LATE: self._end_s,
+        }
+        return self._close(min(ends, key=lambda reason: ends[reason]))
 
     def _close(self, reason: GiveUpReason) -> list[Instruction]:
-        self.closed_s = self._now_s
+        self.closed_s, self._reason = self._now_s, reason
         return [*(GiveUp(device, reason) for device in self._missing), Close()]
+
+
+def _after(expected: Expectation, now_s: float) -> Expectation | None:
+    """Return the first expectation of a device that is after this time; None if it is given up."""
+    later: Expectation | None = expected
+    while later is not None and later.at_s <= now_s:
+        later = later.later()
+    return later

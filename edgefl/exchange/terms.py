@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from edgefl.config import RoundsConfig
+from edgefl.config import GRACE_AUTO, GRACE_NONE, RoundsConfig
+from edgefl.exchange.durations import Durations, Expectation
 
 RETURN_S = 20.0
 
@@ -18,11 +20,24 @@ class Terms:
     offline_grace_s: float  # for offline devices, after the quorum has sent updates
     quorum: int = 0  # number of updates
     return_s: float = RETURN_S  # more, for a device without a message since the asking side started
+    grace_s: float = math.inf  # for all missing devices, after the guard has admitted updates of the quorum
+    expected: Mapping[str, Expectation] | None = None  # when devices are expected; None = `grace_s` counts
 
     @classmethod
-    def of_round(cls, rounds: RoundsConfig, deadline_s: float) -> Terms:
-        """Return the terms of one round of training."""
-        return cls(deadline_s=deadline_s, offline_grace_s=rounds.offline_grace_s, quorum=rounds.quorum)
+    def of_round(
+        cls, rounds: RoundsConfig, deadline_s: float, asked: Iterable[str] = (), durations: Durations | None = None
+    ) -> Terms:
+        """Return the terms of one round of training; `durations` are those of the job's earlier rounds."""
+        expected = None
+        if rounds.grace == GRACE_AUTO and durations is not None:
+            expected = durations.expected(asked)
+        return cls(
+            deadline_s=deadline_s,
+            offline_grace_s=rounds.offline_grace_s,
+            quorum=rounds.quorum,
+            grace_s=math.inf if rounds.grace in {GRACE_AUTO, GRACE_NONE} else float(rounds.grace),
+            expected=expected,
+        )
 
 
 def gathering(rounds: RoundsConfig, *, is_first: bool) -> tuple[tuple[int, float], tuple[int, float]]:

@@ -22,7 +22,7 @@ from edgefl.config import Config, JobConfig, config_of
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
-from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds, without_devices
+from edgefl.rounds import Job, LastEvaluation, evaluate_last, ignored, run_rounds, without_devices
 from edgefl.simulation.engines.auto import AUTO, AutoFleet, Chosen, make_engine
 from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod, torch_threads
 from edgefl.simulation.engines.ray.fleet import RayFleet
@@ -217,6 +217,7 @@ class _Run:
         job = Job(
             id=self._setup.task.name, config=config, step=self._step, clock=clock, first_round=first,
             keep=in_memory, frozen=self._parts.frozen, evaluation=evaluation_spec(self._setup.task),
+            on_refusal=ignored if virtual is None else virtual.fleet.refuse,
         )  # fmt: skip
         start_s = time.perf_counter()
         try:
@@ -300,5 +301,6 @@ class _Run:
             parameters=whole(outcome.parameters, self._parts.frozen),
             optimizer=self._step.state(),
             took_part=self._took_part,
+            durations=virtual.fleet.durations.as_json() if virtual is not None else {},
             spent=virtual.devices.spent() if virtual is not None else np.zeros((0, 3)),
         )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgefl.errors import TaskError
-from edgefl.trees import Array, BlockTree, ComputedTree, Tree, blocks, read_block, spec_of
+from edgefl.trees import Array, Tree, blocks
+from edgefl.trees.views import joined
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +21,7 @@ if TYPE_CHECKING:
 
 def whole(moving: Tree, frozen: Tree | None) -> Tree:
     """Return all tensors of a model from its two parts, without a copy."""
-    if not frozen:
-        return moving
-    both = (frozen, moving)
-    if not any(isinstance(part, BlockTree) and part.reads_blocks for part in both):
-        return {**frozen, **moving}
-
-    def read(name: str, block: slice) -> Array:
-        return np.array(read_block(moving if name in moving else frozen, name, block))
-
-    return ComputedTree({**spec_of(frozen), **spec_of(moving)}, read)
+    return joined(frozen, moving) if frozen else moving
 
 
 def refuse_other_parts(task: str, model: torch.nn.Module, frozen: Tree) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from edgefl.config import JobConfig
+from edgefl.config import GRACE_NONE, JobConfig
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
 from edgefl.task import Task
@@ -81,7 +81,9 @@ class SimulationSetup:
     served: set[tuple[str, str]] = field(default_factory=set)  # (job, client) pairs that have the frozen tensors
 
     def takes_sums(self, plan: Plan) -> bool:
-        """Whether partial sums are allowed; with over-selection, single updates are needed."""
+        """Whether partial sums are allowed; with over-selection or a grace window, single updates are needed."""
+        if self.config.rounds.grace != GRACE_NONE:
+            return False
         return self.config.rounds.clients in {0, len(plan.clients)} or len(plan.clients) < self.config.rounds.clients
 
 

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, HomeError, ProtocolError
 from edgefl.process.home import lock_home
 from edgefl.records import Counts, RoundReport
-from edgefl.trees import Array, SpooledTree, Tree, spec_of, write_tree
+from edgefl.trees import Array, BlockTree, SpooledTree, Tree, spec_of, write_tree
+from edgefl.trees.scratch import settled
+from edgefl.trees.views import joined, renamed
 
 FILE = "checkpoint.safetensors"
 FORMAT = 1
@@ -45,6 +47,7 @@ class Checkpoint:
     optimizer: Tree
     took_part: Counts
     spent: Array  # state of the devices' batteries, see `Devices.spent`
+    durations: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of clients, see `Durations.as_json`
 
     @property
     def round(self) -> int:
@@ -105,16 +108,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint; raises ConfigError if there is none, or the file is something else."""
     path = folder / FILE
     try:
-        tree = {name: np.array(array) for name, array in SpooledTree(path).items()}
-        facts = json.loads(tree.pop("facts").tobytes())
+        tree = SpooledTree(path)
+        facts = json.loads(tree["facts"].tobytes())
         if facts["format"] != FORMAT:
             raise ConfigError(f"{path} has format {facts['format']}; this edgefl knows format {FORMAT}")
         return Checkpoint(
             task=str(facts["task"]), engine=str(facts["engine"]), settings=dict(facts["settings"]),
             rounds=[RoundReport.from_json(one) for one in facts["rounds"]],
             seconds=float(facts["seconds"]), virtual_s=facts["virtual_s"],
-            parameters=_part(tree, _PARAMETERS), optimizer=_part(tree, _OPTIMIZER),
-            took_part=tree["took_part"], spent=tree["spent"],
+            parameters={name: np.array(array) for name, array in _part(tree, _PARAMETERS).items()},
+            optimizer=_own(_part(tree, _OPTIMIZER)),
+            took_part=np.array(tree["took_part"]), spent=np.array(tree["spent"]), durations=facts.get("durations", {}),
         )  # fmt: skip
     except OSError as cause:
         raise ConfigError(f"cannot read {path}: {cause.strerror}") from cause
@@ -198,23 +202,31 @@ def flat_settings(config: JobConfig) -> dict[str, Any]:
     return loaded
 
 
-def _as_tree(checkpoint: Checkpoint) -> dict[str, Array]:
+def _as_tree(checkpoint: Checkpoint) -> Tree:
     facts = {
         "format": FORMAT,
         **{name: getattr(checkpoint, name) for name in ("task", "engine", "settings", "seconds", "virtual_s")},
         "rounds": [one.as_json() for one in checkpoint.rounds],
+        **({"durations": checkpoint.durations} if checkpoint.durations else {}),
     }
-    return {
+    rest: dict[str, Array] = {
         "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
         "took_part": checkpoint.took_part,
         "spent": checkpoint.spent,
-        **{_PARAMETERS + name: array for name, array in checkpoint.parameters.items()},
-        **{_OPTIMIZER + name: array for name, array in checkpoint.optimizer.items()},
     }
+    return joined(rest, *(
+        renamed(tree, {prefix + name: name for name in tree})
+        for prefix, tree in ((_PARAMETERS, checkpoint.parameters), (_OPTIMIZER, checkpoint.optimizer))
+    ))  # fmt: skip
 
 
-def _part(tree: Tree, prefix: str) -> dict[str, Array]:
-    return {name.removeprefix(prefix): array for name, array in tree.items() if name.startswith(prefix)}
+def _part(tree: Tree, prefix: str) -> Tree:
+    return renamed(tree, {name.removeprefix(prefix): name for name in tree if name.startswith(prefix)})
+
+
+def _own(tree: Tree) -> Tree:
+    """Return a tree that stays as it is when the file is replaced: in memory, or in a temporary file."""
+    return settled(tree) if isinstance(tree, BlockTree) else {name: np.array(array) for name, array in tree.items()}
 
 
 def _said(value: Any) -> str:

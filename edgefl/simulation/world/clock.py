@@ -15,20 +15,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-from edgefl.config import RoundsConfig
+from edgefl.config import GRACE_AUTO, RoundsConfig
 from edgefl.exchange import (
+    Admitted,
     Answered,
     Begin,
+    Durations,
     Event,
     Exchange,
     Failed,
     Offline,
     Terms,
     Tick,
+    Withdrawn,
     cohort_size,
     gathering,
 )
-from edgefl.records import Answer, Failure, Partial, Plan, Traffic
+from edgefl.records import Answer, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import Fleet
 from edgefl.simulation.world.devices import Devices
 from edgefl.simulation.world.schedule import NumSamples, Schedule, make_schedule
@@ -59,14 +62,17 @@ class VirtualFleet:
     def __init__(  # noqa: PLR0913 - as it was in a checkpoint, with defaults
         self, inner: Fleet, devices: Devices, clock: VirtualClock, *,
         rounds: RoundsConfig, num_samples: NumSamples, first_round: int = 1, served: set[tuple[str, str]] | None = None,
-        tiered: TieredFleet | None = None,
+        tiered: TieredFleet | None = None, noticed_s: float = 0.0,
     ) -> None:  # fmt: skip
+        """`noticed_s`: how long after a client went offline this is known, as a deployed fleet's keep-alive."""
         self._inner, self._devices, self._clock = inner, devices, clock
         self._rounds, self._num_samples = rounds, num_samples
-        self._next_round = first_round
+        self._next_round, self._noticed_s = first_round, noticed_s
         self._served = served if served is not None else set()  # see `SimulationSetup`
         self._tiered = tiered  # `inner`, if there are regions above the clients
         self._traffic = Traffic()
+        self._refused: set[str] = set()  # clients whose answer the guard has refused since it was yielded
+        self.durations = Durations()  # of the job's rounds so far
 
     def clients(self) -> Sequence[str]:
         """Return the available clients, after waiting for them as the deployed fleet does.
@@ -98,12 +104,20 @@ class VirtualFleet:
         if plan.frozen:
             self._count(down_bytes=len(set(fetching) - have) * encoded_bytes(plan.frozen))
             self._served.update((plan.job, client) for client in fetching)
-        exchange = Exchange(plan.clients, Terms.of_round(self._rounds, plan.deadline_s))
+        terms = Terms.of_round(self._rounds, plan.deadline_s, plan.clients, self.durations)
+        exchange = Exchange(plan.clients, terms)
         exchange.handle(Begin(at_s=start_s))
-        presence, model_bytes = deque(presence_in(schedule)), encoded_bytes(plan.parameters)
+        try:
+            yield from self._until_closed(plan, schedule, exchange)
+        finally:
+            if self._rounds.grace == GRACE_AUTO:
+                self.durations.learn(exchange.took_s, exchange.missed_s)
+
+    def _until_closed(self, plan: Plan, schedule: Schedule, exchange: Exchange) -> Iterator[Answer]:
+        presence, model_bytes = deque(presence_in(schedule, self._noticed_s)), encoded_bytes(plan.parameters)
         for answer in self._answers(plan, schedule):
             clients = _clients_of(answer)
-            at_s = max(self._clock(), *(schedule.arrivals.get(client, start_s) for client in clients))
+            at_s = max(self._clock(), *(schedule.arrivals.get(client, 0.0) for client in clients))
             while presence and presence[0].at_s <= at_s:
                 exchange.handle(presence.popleft())
             event = Failed if isinstance(answer, Failure) else Answered
@@ -114,7 +128,14 @@ class VirtualFleet:
             if not isinstance(answer, Failure):
                 self._count(up_bytes=len(clients) * model_bytes)
             yield answer  # also from an unknown client, or a second one: the guard refuses these by name
+            kind = Admitted if self._refused.isdisjoint(clients) else Withdrawn
+            exchange.handle(*(kind(client, at_s=at_s) for client in clients))
+            self._refused.difference_update(clients)
         self._clock.move_to(_end_s(exchange, presence))
+
+    def refuse(self, _plan: Plan, answer: Update | Partial, _reason: str) -> None:
+        """Note that the guard has refused an answer."""
+        self._refused.update(_clients_of(answer))
 
     def traffic(self) -> Traffic:
         return self._traffic if self._tiered is None else self._tiered.traffic()
@@ -184,9 +205,10 @@ def _clients_of(answer: Answer) -> tuple[str, ...]:
     return answer.contributors if isinstance(answer, Partial) else (answer.device,)
 
 
-def presence_in(schedule: Schedule) -> list[Event]:
-    """Return when each client goes offline, in order; within a round none comes back."""
-    return sorted((Offline(client, at_s=at_s) for client, at_s in schedule.lost.items()), key=lambda one: one.at_s)
+def presence_in(schedule: Schedule, noticed_s: float = 0.0) -> list[Event]:
+    """Return when each client is known to be offline, in order; within a round none comes back."""
+    events = (Offline(client, at_s=at_s + noticed_s) for client, at_s in schedule.lost.items())
+    return sorted(events, key=lambda one: one.at_s)
 
 
 def _end_s(exchange: Exchange, events: Iterable[Event]) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
+from edgefl.exchange import Durations
 from edgefl.rounds import Fleet
 from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.steps import has_compiler
@@ -69,7 +70,7 @@ def with_arguments(
 class VirtualTime:
     """An engine in virtual time."""
 
-    fleet: Fleet
+    fleet: VirtualFleet
     clock: VirtualClock
     devices: Devices
 
@@ -96,4 +97,6 @@ def virtual_time(
         tiered or engine, devices, clock, rounds=config.rounds, num_samples=sizes, tiered=tiered,
         first_round=saved.round + 1 if saved is not None else 1, served=setup.served.copy(),
     )  # fmt: skip
+    if saved is not None:
+        fleet.durations = Durations.from_json(saved.durations)
     return VirtualTime(fleet, clock, devices)

@@ -342,3 +342,52 @@ def test_a_round_asks_for_evaluations_as_its_plan_says(centre):
     centre.answer("a")
     [update] = collected()
     assert update.evaluation is None
+
+
+def test_the_window_after_the_quorum_ends_a_round_and_who_is_missing_is_told(centre):
+    clock, came, settled = ManualClock(), queue.Queue(), threading.Event()
+    fleet = centre.fleet(clock, quorum=1, grace=3.0)
+
+    def collect():
+        for one in fleet.collect(centre.plan()):
+            came.put(one.device)
+        came.put("over")
+
+    job = threading.Thread(target=collect)
+    job.start()
+    for one in "ab":
+        centre.devices[one].next()
+    opened = centre.rounds.get(centre.job, 1)
+    settle = opened.settle
+    opened.settle = lambda devices, *, admitted: settle(devices, admitted=admitted) or settled.set()
+    clock.advance(1.0)
+    assert centre.answer("a")
+    assert came.get(timeout=10) == "a"
+    assert settled.wait(10)  # the guard has admitted it
+    assert opened.wait_s() == 3.0
+    clock.advance(3.5)
+    opened.look()
+    assert came.get(timeout=10) == "over"
+    job.join(10)
+    assert isinstance(centre.devices["b"].next(), RoundClosed)
+
+
+def test_a_refused_answer_does_not_begin_the_window(centre):
+    fleet = centre.fleet(quorum=1, grace=0.0)
+    plan, came = centre.plan(), []
+
+    def collect():
+        for one in fleet.collect(plan):
+            came.append(one.device)
+            if one.device == "a":
+                fleet.refuse(plan, one, "tensor 'w' holds NaN")
+
+    job = threading.Thread(target=collect)
+    job.start()
+    for one in "ab":
+        centre.devices[one].next()
+    assert centre.answer("a")
+    assert isinstance(centre.devices["a"].next(), UpdateRefused)
+    assert centre.answer("b")
+    job.join(10)
+    assert came == ["a", "b"]

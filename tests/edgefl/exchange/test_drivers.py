@@ -242,7 +242,7 @@ def in_virtual_time(trace: Trace) -> Fate:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(virtual, "make_schedule", lambda *_: schedule)
-        patch.setattr(virtual, "presence_in", lambda _: trace.events_of(Offline, Back, Paused, Resumed))
+        patch.setattr(virtual, "presence_in", lambda *_: trace.events_of(Offline, Back, Paused, Resumed))
         came = tuple(one.device for one in fleet.collect(plan))
     return came, set(trace.devices) - set(came), clock()
 

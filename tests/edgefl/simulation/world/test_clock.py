@@ -284,3 +284,45 @@ def test_training_empties_the_battery_until_the_night() -> None:
     assert second[0] == ("client-0",)  # 0.62 is left to it, and less than 0.5 to the others
     assert third[0] == tuple(run.names)
     assert third[1] > 24 * 3600
+
+
+def test_after_the_quorum_a_fixed_window_ends_the_round() -> None:
+    run = Simulated(rounds={"quorum": 2, "grace": 1.0})
+    outcome = next(run.run())
+    assert (outcome.admitted, outcome.missing) == (("client-0", "client-1", "client-2"), ("client-3",))
+    assert outcome.seconds == pytest.approx(3.0)  # two after 2 s, and one second more
+
+
+def test_the_window_adapts_to_what_earlier_rounds_took() -> None:
+    """Answers after 4, 5, 6 and 80 s: the first round waits for all, the next ones while it pays."""
+    run = Simulated(rounds={"quorum": 2, "grace": "auto", "count": 4})
+    run.fleet = VirtualFleet(
+        run.inner, run.devices, run.clock, rounds=run.config.rounds,
+        num_samples=lambda client: (4, 5, 6, 80)[run.names.index(client)],
+    )  # fmt: skip
+    first, *others = run.run()
+    assert (len(first.admitted), first.seconds) == (4, pytest.approx(80.0))
+    assert [one.missing for one in others] == [("client-3",)] * 3
+    assert all(6.0 <= one.seconds <= 12.0 for one in others)  # client-3 would cost 80
+
+
+def test_a_lost_client_is_known_to_be_offline_later() -> None:
+    run = Simulated(rounds={"offline_grace_s": 1.0}, availability={"dropout": 1.0})
+    run.fleet = VirtualFleet(
+        run.inner, run.devices, run.clock, rounds=run.config.rounds, num_samples=lambda _client: 1, noticed_s=7.0
+    )
+    with pytest.raises(QuorumNotMet):
+        next(run.run())
+    assert run.clock() == 600.0  # without a quorum, offline devices are waited for
+
+
+def test_a_refused_update_is_none_of_the_quorum() -> None:
+    def sends_nan(plan: Plan, client: str) -> Update:
+        return make_update(client, job=plan.job, round=plan.round, w=[math.nan if client == "client-0" else 1.0, 1.0])
+
+    run = Simulated(rounds={"quorum": 2, "grace": 0.0}, inner=Inner(Names(4), answer=sends_nan))
+    step = ServerOptimizer(ServerConfig(), gradient=False)
+    job = Job(id="job", config=run.config, step=step, clock=run.clock, on_refusal=run.fleet.refuse)
+    outcome = next(run_rounds(job, run.fleet, START))
+    assert (outcome.admitted, list(outcome.rejected)) == (("client-1", "client-2"), ["client-0"])
+    assert outcome.seconds == pytest.approx(3.0)
