@@ -56,7 +56,8 @@ def _simulated() -> Row:
     )
     return Row(
         workload="40 simulated, 8 regions in 4 regions", metric=DIFFERENCE,
-        unit="absolute", ours=_difference(flat.parameters, tiered.parameters), targets=(Target(of="ours", at_most=EXACT),),
+        unit="absolute", ours=_difference(flat.parameters, tiered.parameters),
+        targets=(Target(of="ours", at_most=EXACT),),
     )  # fmt: skip
 
 
