@@ -121,14 +121,14 @@ def _work(where: Where, homes: Sequence[Path], told: Queue[Told], stop: Event) -
 async def _run(where: Where, homes: Sequence[Path], told: Queue[Told], stop: Event) -> None:
     turns = asyncio.Semaphore(AT_A_TIME)
     tasks = [asyncio.create_task(part) for home in homes for part in (
-        _hold_mqtt(where, home, told, turns), _hold_grpc(where, home, told, turns))]  # fmt: skip
+        hold_mqtt(where, home, told, turns), _hold_grpc(where, home, told, turns))]  # fmt: skip
     await asyncio.to_thread(stop.wait)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _hold_mqtt(where: Where, home: Path, told: Queue[Told], turns: asyncio.Semaphore) -> None:
+async def hold_mqtt(where: Where, home: Path, told: Queue[Told], turns: asyncio.Semaphore) -> None:
     device, identity = home.name, Identity.in_folder(home)
     async with turns:
         context = client_context(identity.ca, identity)

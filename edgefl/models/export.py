@@ -33,6 +33,7 @@ from edgefl.models.dtypes import (
 )  # fmt: skip
 from edgefl.models.dynamic import Dimension, dimensions_of, resized, torch_shapes
 from edgefl.models.own_export import export_own
+from edgefl.models.packing import refuse_too_large
 from edgefl.models.sample import BATCHES
 from edgefl.models.session import new_session, run_errors
 from edgefl.task import Task, UserCode
@@ -93,9 +94,11 @@ def export_onnx(
     """Export a model in evaluation mode into one file; returns inputs for its sample, as `export_task` does.
 
     `dynamic` is as in `Task.dynamic`. Raises ParityError if the exported graph computes something else; then no file
-    is left.
+    is left. Raises ConfigError for a model of 2 GiB or more, which no ONNX file can hold.
     """
     require_torch("export to ONNX")
+    tensors = (*model.parameters(), *model.buffers())
+    refuse_too_large(type(model).__name__, sum(one.numel() * one.element_size() for one in tensors))
     evaluated = copy.deepcopy(model).cpu().eval()  # the caller's model keeps its mode and device
     names = argument_names(evaluated, example_inputs)
     inputs = {name: one.detach().cpu() for name, one in named(example_inputs, INPUT, names).items()}

@@ -52,8 +52,15 @@ def packed(path: Path, folder: Path) -> Path:
     return target
 
 
-def _too_large(path: Path, num_bytes: int) -> str:
+def refuse_too_large(name: str, num_bytes: int) -> None:
+    """Raise ConfigError if a model with so many bytes of tensors cannot be one ONNX file."""
+    if num_bytes > MAX_FILE_BYTES:
+        raise ConfigError(_too_large(name, num_bytes))
+
+
+def _too_large(path: Path | str, num_bytes: int) -> str:
     return (
-        f"{path} has {num_bytes} bytes with its external data; a release is one file of less than 2 GiB. Publish a "
-        "smaller model, for example with weights in fp16 or int8"
+        f"{path} has {num_bytes} bytes with all its tensors; a release is one ONNX file of less than 2 GiB, the limit "
+        "of its format. Parameters of any size can be trained and kept (`edgefl run --out`). Publish a smaller model, "
+        "for example with weights in fp16 or int8"
     )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from edgefl.errors import ParityError, TaskError
+from edgefl.errors import ConfigError, ParityError, TaskError
+from edgefl.models import packing
 from edgefl.models.export import check_parity, export_onnx, export_task
 from edgefl.models.session import open_session
 from edgefl.task import Task
@@ -241,4 +242,11 @@ def test_weights_in_bfloat16_are_stored_as_such_and_computed_in_float32(tmp_path
 def test_what_onnx_runtime_cannot_compute_in_float64_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(ParityError, match=r"ONNX Runtime cannot run .*Conv.* Keep the model in float32 instead of flo"):
         export_onnx(nn.Conv1d(1, 2, 2).double(), torch.ones(3, 1, 4).double(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_no_onnx_file_can_hold_is_refused_before_it_is_traced(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "MAX_FILE_BYTES", 100)
+    with pytest.raises(ConfigError, match=r"Linear has 120 bytes .* less than 2 GiB"):
+        export_onnx(nn.Linear(5, 5), torch.ones(3, 5), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

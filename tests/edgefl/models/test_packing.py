@@ -51,7 +51,7 @@ def test_data_that_are_missing_or_elsewhere_are_named(spread, tmp_path):
 
 def test_what_no_single_file_can_hold_is_refused(spread, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "MAX_FILE_BYTES", spread.stat().st_size + 3)
-    with pytest.raises(ConfigError, match="with its external data; a release is one file of less than 2 GiB"):
+    with pytest.raises(ConfigError, match="with all its tensors; a release is one ONNX file of less than 2 GiB"):
         packed(spread, tmp_path)
     monkeypatch.setattr(packing, "MAX_FILE_BYTES", 10)
     with pytest.raises(ConfigError, match="less than 2 GiB"):
