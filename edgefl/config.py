@@ -129,7 +129,10 @@ class TrainConfig:
     """What a client does in a round."""
 
     algorithm: str = "fedavg"  # fedavg: local epochs, sends a delta; fedsgd: one exact gradient
-    epochs: int = 1  # passes over the client's samples per round
+    epochs: int = 1  # passes over the client's samples per round; 0 = `steps` says how much
+    steps: int = (
+        0  # training steps per round, instead of epochs: samples are passed over as often as needed; 0 = epochs
+    )
     batch_size: int = 32  # samples per training step
     lr: float = 0.1  # learning rate of the local optimizer
     proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 = off
@@ -145,7 +148,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
         _require(self.algorithm in ALGORITHMS, f"train.algorithm={self.algorithm!r} is not one of: {known}")
-        require_within("train.epochs", self.epochs, 1, MAX_COUNT)
+        require_within("train.steps", self.steps, 0, MAX_COUNT)
+        if self.steps:
+            self._refuse_other_lengths()
+            object.__setattr__(self, "epochs", 0)  # the default was not meant; an agent that knows no steps refuses it
+        else:
+            require_within("train.epochs", self.epochs, 1, MAX_COUNT)
         require_within("train.batch_size", self.batch_size, 1, MAX_COUNT)
         _above_zero("train.lr", self.lr, MAX_RATE)
         require_within("train.proximal_mu", self.proximal_mu, 0, MAX_RATE)
@@ -158,6 +166,27 @@ class TrainConfig:
         require_within("train.step_factor", self.step_factor, 0, 1)
         require_within("train.workers", self.workers, 0, MAX_WORKERS)
         require_within("train.round", self.round, 0, MAX_COUNT)
+
+    def _refuse_other_lengths(self) -> None:
+        _require(
+            self.epochs in (0, 1),  # 1 is the default
+            f"train.steps={self.steps} and train.epochs={self.epochs}: give one of them",
+        )
+        _require(
+            self.algorithm != "fedsgd",
+            f"train.steps={self.steps}: fedsgd takes no local steps, but one gradient over all samples. Leave it out",
+        )
+
+    def num_steps(self, num_samples: int) -> int:
+        """Return the training steps of a client with so many samples in a round."""
+        return self.steps or self.epochs * -(-num_samples // self.batch_size)
+
+    def num_trained(self, num_samples: int) -> int:
+        """Return the samples that all these steps have together; a sample counts each time."""
+        if not self.steps:
+            return self.epochs * num_samples
+        passes, more = divmod(self.steps, -(-num_samples // self.batch_size))
+        return passes * num_samples + more * self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,6 +273,7 @@ def load_config(
             raise ConfigError(f"{file} is not TOML: {cause}") from cause
     for setting in settings:
         _apply(data, setting)
+    _refuse_both(data)
     return from_dict(schema, data)
 
 
@@ -262,6 +292,7 @@ def config_of(schema: type[JobConfig], config: Config, settings: Mapping[str, An
     elif isinstance(config, (str, Path)):
         made = load_config(schema, Path(config))
     elif isinstance(config, Mapping):
+        _refuse_both(config)
         made = from_dict(schema, config)
     else:
         raise ConfigError(
@@ -324,6 +355,16 @@ def _apply(data: dict[str, Any], setting: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--set {setting!r}: {section!r} is a value, not a section")
     data[last] = value
+
+
+def _refuse_both(data: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a user gives both lengths of a round, even if one is the default."""
+    train = data.get("train")
+    if isinstance(train, Mapping) and train.get("epochs") and train.get("steps"):
+        raise ConfigError(
+            f"train.steps={_shown(train['steps'])} and train.epochs={_shown(train['epochs'])}: give one of them, or "
+            "set the other to 0"
+        )
 
 
 def _refuse_unknown(schema: type[Any], data: Any, path: str) -> None:

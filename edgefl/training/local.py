@@ -1,6 +1,6 @@
 """A client's work in a round: local training on its own samples, and the update that it sends back.
 
-FedAvg (McMahan et al. 2017, Algorithm 1, ClientUpdate): local epochs of minibatch SGD; sends new - old.
+FedAvg (McMahan et al. 2017, Algorithm 1, ClientUpdate): local epochs or steps of minibatch SGD; sends new - old.
 FedProx (Li et al. 2020): the same with mu/2 * ||w - w0||^2 added to the loss.
 FedSGD (McMahan et al. 2017, section 2): one gradient of the mean loss over all local samples, exact,
 accumulated in chunks. Buffers have no gradient: they send their delta.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -231,7 +232,7 @@ class Descent:
 def train_epochs(
     task: Task, model: torch.nn.Module, samples: SampleSet, config: TrainConfig, seed: int, descent: Descent
 ) -> float:
-    """Train in place for `config.epochs`; returns the mean loss over all samples seen.
+    """Train in place for `config.epochs` or `config.steps`; returns the mean loss over all samples seen.
 
     The model is in training mode, and `descent` belongs to it.
     """
@@ -240,13 +241,21 @@ def train_epochs(
     losses, counts = [], []
     with seeded(seed), UserCode(task.name, "local training"):
         descent.begin(config)
-        shuffle = torch.Generator().manual_seed(seed)
-        orders = (torch.randperm(len(samples), generator=shuffle).to(samples.device) for _ in range(config.epochs))
-        order = (chosen for one in orders for chosen in _batches(one, config.batch_size, model))
-        for batch in samples.batches(order, seed):
+        for batch in samples.batches(batch_order(model, samples, config, seed), seed):
             losses.append(descent.take(batch.inputs, batch.targets))
             counts.append(len(batch))
-    return float(np.dot(torch.stack(losses).double().cpu().numpy(), counts)) / (config.epochs * len(samples))
+    return float(np.dot(torch.stack(losses).double().cpu().numpy(), counts)) / sum(counts)
+
+
+def batch_order(model: torch.nn.Module, samples: SampleSet, config: TrainConfig, seed: int) -> Iterator[torch.Tensor]:
+    """Yield the positions of each step's samples, (B,): every pass over the samples is a new shuffle of them."""
+    import torch
+
+    shuffle = torch.Generator().manual_seed(seed)
+    passes = range(config.epochs) if config.epochs else count()
+    orders = (torch.randperm(len(samples), generator=shuffle).to(samples.device) for _ in passes)
+    order = (chosen for one in orders for chosen in _batches(one, config.batch_size, model))
+    return islice(order, config.steps) if config.steps else order
 
 
 def accumulate_gradient(task: Task, model: torch.nn.Module, samples: SampleSet, *, batch_size: int, seed: int) -> float:

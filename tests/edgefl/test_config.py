@@ -53,6 +53,7 @@ def test_a_bare_word_is_a_string() -> None:
         ("rounds.wait_s=inf", "rounds.wait_s=inf"),
         ("train.algorithm=sgd", "train.algorithm='sgd' is not one of: fedavg, fedsgd"),
         ("train.epochs=0", "train.epochs=0"),
+        ("train.steps=-1", "train.steps=-1 must be 0 or more"),
         ("train.batch_size=0", "train.batch_size=0"),
         ("train.lr=nan", "train.lr=nan"),
         ("train.proximal_mu=-0.1", "train.proximal_mu=-0.1"),
@@ -168,3 +169,27 @@ def test_a_configuration_the_same_way_at_every_door(tmp_path):
 def test_a_configuration_that_cannot_be_used_says_why(given, settings, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         config_of(JobConfig, given, settings)
+
+
+@pytest.mark.parametrize("settings", [["train.steps=5", "train.epochs=1"], ["train.steps=5", "train.epochs=2"]])
+def test_a_round_has_one_length(settings: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps=5 and train\.epochs=[12]: give one of them"):
+        load_config(JobConfig, settings=settings)
+    with pytest.raises(ConfigError, match=r"train\.steps=5 and train\.epochs=1"):
+        config_of(JobConfig, {"train": {"steps": 5, "epochs": 1}})
+    with pytest.raises(ConfigError, match=r"train\.steps=5 and train\.epochs=2"):
+        config_of(JobConfig, {"train": {"steps": 5}}, {"train.epochs": 2})
+
+
+def test_steps_take_the_place_of_the_default_epoch() -> None:
+    train = load_config(JobConfig, settings=["train.steps=5", "train.batch_size=4"]).train
+    assert (train.epochs, train.num_steps(9), train.num_trained(9)) == (0, 5, 9 + 2 * 4)
+    assert config_of(JobConfig, JobConfig(train=train), {"train.lr": 0.5}).train.steps == 5
+    assert load_config(JobConfig, settings=["train.steps=5", "train.epochs=0"]).train == replace(train, batch_size=32)
+    epochs = TrainConfig(epochs=2, batch_size=4)
+    assert (epochs.num_steps(9), epochs.num_trained(9)) == (6, 18)
+
+
+def test_fedsgd_takes_no_local_steps() -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps=5: fedsgd takes no local steps"):
+        load_config(JobConfig, settings=["train.steps=5", "train.algorithm=fedsgd"])

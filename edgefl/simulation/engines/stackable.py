@@ -180,7 +180,7 @@ class _Tried:
 
 def _shortened(plan: Plan, held: dict[str, Samples]) -> tuple[Plan, dict[str, Samples]]:
     """Return a trial of a full and a ragged step: after many steps, some models differ by rounding alone."""
-    plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1))
+    plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1, steps=0))
     few = plan.train.batch_size + max(1, plan.train.batch_size // 2)
     return plan, {client: one.first(few) for client, one in held.items()}
 

@@ -218,7 +218,8 @@ class StackTrainer:
         with UserCode(self._task.name, "stacked training"):
             trained, totals = self._steps(StackedBatches(samples, seeds, plan.train), plan.train, len(clients))
         weights = torch.tensor([len(one) for one in samples], dtype=torch.float64, device=totals.device)
-        return Stack(tuple(clients), self._start, trained, weights, totals / (plan.train.epochs * weights))
+        seen = torch.tensor([plan.train.num_trained(len(one)) for one in samples], dtype=torch.float64)
+        return Stack(tuple(clients), self._start, trained, weights, totals / seen.to(totals.device))
 
     def _begun(self) -> Plan:
         if self._plan is None:
@@ -330,14 +331,15 @@ class StackedBatches:
         import torch
 
         self._samples = joined(samples)
-        self._num_steps = [config.epochs * math.ceil(len(one) / config.batch_size) for one in samples]
+        self._num_steps = [config.num_steps(len(one)) for one in samples]
         shape = (self._num_steps[0], len(samples), min(config.batch_size, len(samples[0])))
         self._indices = torch.zeros(shape, dtype=torch.int32)  # (S, K, B)
         self._counts = torch.zeros(shape[:2], dtype=torch.int32)  # (S, K)
         shuffle, first = torch.Generator(), 0  # position of the first sample in the joint tensors
         for length, group in groupby(range(len(samples)), key=lambda k: len(samples[k])):
             alike = list(group)
-            orders = _orders(length, [seeds[k] for k in alike], config.epochs, shuffle)
+            passes = math.ceil(self._num_steps[alike[0]] / math.ceil(length / config.batch_size))
+            orders = _orders(length, [seeds[k] for k in alike], passes, shuffle)
             self._deal(slice(alike[0], alike[-1] + 1), first, orders, config.batch_size)
             first += length * len(alike)
 
@@ -347,17 +349,21 @@ class StackedBatches:
             yield self._step(indices[:num_active], counts[:num_active])
 
     def _deal(self, clients: slice, first: int, orders: torch.Tensor, batch_size: int) -> None:
-        """Write the batches of clients with equal numbers of samples; `orders` is (clients, epochs, samples)."""
+        """Write the batches of clients with equal numbers of samples; `orders` is (clients, epochs, samples).
+
+        The last epoch may be cut short.
+        """
         import torch
 
         num_clients, epochs, length = orders.shape
         per_epoch, width = math.ceil(length / batch_size), self._indices.shape[2]
+        num_steps = self._num_steps[clients.start]
         firsts = first + length * torch.arange(num_clients, dtype=torch.int32)[:, None, None]
         filled = firsts.repeat(1, epochs, per_epoch * width)
         filled[:, :, :length] += orders
-        self._indices[: epochs * per_epoch, clients] = filled.view(num_clients, -1, width).transpose(0, 1)
+        self._indices[:num_steps, clients] = filled.view(num_clients, -1, width).transpose(0, 1)[:num_steps]
         counts = torch.tensor([min(batch_size, length - start) for start in range(0, length, batch_size)])
-        self._counts[: epochs * per_epoch, clients] = counts.int().repeat(epochs)[:, None]
+        self._counts[:num_steps, clients] = counts.int().repeat(epochs)[:num_steps, None]
 
     def _step(self, indices: torch.Tensor, counts: torch.Tensor) -> Step:
         import torch

@@ -51,9 +51,9 @@ class SimulatedDevice:
     uplink_mbps: float
     rtt_s: float
 
-    def compute_s(self, num_samples: int, epochs: int) -> float:
-        """Seconds of training."""
-        return num_samples * epochs / self.speed
+    def compute_s(self, num_trained: int) -> float:
+        """Seconds of training on so many samples; a sample counts each time."""
+        return num_trained / self.speed
 
     def download_s(self, num_bytes: int) -> float:
         """Seconds to download this much. Ignores loss and retransmission."""

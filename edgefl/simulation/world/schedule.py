@@ -50,7 +50,8 @@ def make_schedule(
         else:
             fetched_bytes = model_bytes + (0 if client in have_frozen else frozen_bytes)
             ready_s = start_s + devices.delay_s(client, plan.round) + device.download_s(fetched_bytes)
-            training_s = device.compute_s(num_samples(client), plan.train.epochs)
+            samples = num_samples(client)
+            training_s = device.compute_s(plan.train.num_trained(samples)) if samples else 0.0
             answer_s = ready_s + training_s + device.upload_s(model_bytes if training_s else 0)  # without data: no
         silent_s = _silent_s(devices, client, plan.round, start_s, answer_s)
         devices.spend(client, start_s, training_s)  # last: the drain counts from the next round on

@@ -96,6 +96,20 @@ def test_fedavg_of_two_epochs_by_hand():
     assert result.metrics["train_loss"] == pytest.approx((2.5 + 0.625) / 2)
 
 
+def test_fedavg_of_steps_by_hand():
+    """Three samples in batches of two: the third step begins the second pass."""
+    same_sample = line_task(np.ones((3, 1)), np.full((3, 1), 2.0))
+    result = train(same_sample, lr=0.25, batch_size=2, steps=3)
+    # losses 1, 0.25 (of one sample) and 0.0625; w = 1.5, 1.75, 1.875
+    assert result.tree["w"] == pytest.approx(0.875)
+    assert result.metrics["train_loss"] == pytest.approx((2 * 1 + 0.25 + 2 * 0.0625) / 5)
+    assert result.weight == 3.0
+
+
+def test_as_many_steps_as_two_epochs_have_are_two_epochs():
+    assert same(train(net_task(10), batch_size=4, steps=6).tree, train(net_task(10), batch_size=4, epochs=2).tree)
+
+
 def test_the_loss_weighs_a_short_last_batch_by_its_samples():
     same_sample = line_task(np.ones((3, 1)), np.full((3, 1), 2.0))
     result = train(same_sample, lr=0.25, batch_size=2)

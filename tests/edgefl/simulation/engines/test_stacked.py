@@ -20,9 +20,9 @@ def close(one, other):
 
 @pytest.mark.parametrize("name", ["task", "half"])
 @pytest.mark.parametrize("rounds", [{}, {"clients": 4, "over_selection": 0.5}])
-@pytest.mark.parametrize("mu", [0.0, 0.5])
-def test_rounds_of_ragged_clients_agree_with_the_loop(set_up, run, name, rounds, mu):
-    train = {"batch_size": 4, "epochs": 2, "lr": 0.3, "proximal_mu": mu}
+@pytest.mark.parametrize(("length", "mu"), [({"epochs": 2}, 0.0), ({"epochs": 2}, 0.5), ({"steps": 5}, 0.5)])
+def test_rounds_of_ragged_clients_agree_with_the_loop(set_up, run, name, rounds, length, mu):
+    train = {"batch_size": 4, "lr": 0.3, "proximal_mu": mu} | length
     setup, again = (
         set_up(name, rounds={"count": 2} | rounds, train=train) for _ in range(2)
     )  # each fetches for itself
@@ -56,15 +56,16 @@ def numbered(first, count):
 
 def alone(samples, seed, config):
     shuffle, batches = torch.Generator().manual_seed(seed), []
-    for _ in range(config.epochs):
+    while len(batches) < config.num_steps(len(samples)):
         order = torch.randperm(len(samples), generator=shuffle)
         batches += [samples.targets[chosen].tolist() for chosen in order.split(config.batch_size)]
-    return batches
+    return batches[: config.num_steps(len(samples))]
 
 
-def test_each_client_sees_its_own_batches_in_its_own_order():
+@pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 7}])
+def test_each_client_sees_its_own_batches_in_its_own_order(length):
     samples = [numbered(0, 11), numbered(100, 8), numbered(200, 3), numbered(300, 1)]
-    seeds, config = [5, 6, 7, 8], TrainConfig(batch_size=4, epochs=3)
+    seeds, config = [5, 6, 7, 8], TrainConfig(batch_size=4, **length)
     seen = [[] for _ in samples]
     for step in StackedBatches(samples, seeds, config):
         for k in range(len(step)):
