@@ -37,6 +37,7 @@ from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
 from edge_agent.training.environments import Environments
 from edge_agent.training.participant import Participant, ParticipantDependencies
+from edge_agent.training.site_network import own_address, require_machines
 from edge_agent.training.trainer import IDLE_S, Trainer
 from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
 from edgefl.logs import event, logging_to
@@ -72,6 +73,8 @@ class AgentConfig:
     trainer_socket: Path | None = None  # of a trainer run by systemd; None = our child process
     trainer_idle_s: float = IDLE_S
     install_dependencies: bool = False  # whether packages that a task needs may be installed, for the trainer only
+    site_rendezvous: str = ""  # HOST:PORT of this machine where others join its training; empty = it trains alone
+    site_machines: int = 2  # how many train together, if there is a rendezvous
 
     def __post_init__(self) -> None:
         if not 0 <= self.serve_port <= 65535:
@@ -81,6 +84,9 @@ class AgentConfig:
             raise ConfigError(f"--trainer-memory-mb {self.trainer_memory_mb} must be 0 (three quarters) or more")
         if not 0 <= self.trainer_idle_s <= MAX_IDLE_S:
             raise ConfigError(f"--trainer-idle-s {self.trainer_idle_s} must be in 0..{MAX_IDLE_S:g}")
+        if self.site_rendezvous:
+            own_address(self.site_rendezvous, leads=True)
+        require_machines(self.site_machines)
         if self.serve_memory_mb < 0:
             raise ConfigError(f"--serve-memory-mb {self.serve_memory_mb} must be 0 (a third) or more")
         if not 0 < self.model_load_s <= MAX_LOAD_S:
@@ -161,6 +167,8 @@ class _Agent:
                 bundles=Bundles(home, fleet_key, self._channel),
                 environments=self._environments,
                 channel=self._channel,
+                rendezvous=config.site_rendezvous,
+                machines=config.site_machines if config.site_rendezvous else 1,
                 on_change=self._live.note_change,
             )
         )

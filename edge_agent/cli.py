@@ -23,6 +23,7 @@ _ELSEWHERE = {  # command -> module that has it
     "install": "edge_agent.install.service",
     "uninstall": "edge_agent.install.service",
     "doctor": "edge_agent.install.doctor",
+    "join": "edge_agent.training.join",
 }
 
 
@@ -122,6 +123,11 @@ def enroll(  # noqa: PLR0913 - one a flag
     "--install-dependencies", is_flag=True,
     help="Install packages that a task needs and this device lacks, with pip, for the trainer only.",
 )  # fmt: skip
+@click.option(
+    "--site-rendezvous", default="", metavar="HOST:PORT",
+    help="Train together with other machines, which run `edgefl agent join`; HOST is an address of this one.",
+)  # fmt: skip
+@click.option("--site-machines", default=2, show_default=True, help="How many machines train together.")
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def start(log_level: str, data: Sequence[str], **options: object) -> None:
     """Run the agent until SIGTERM or Ctrl-C."""

@@ -22,6 +22,8 @@ from edgefl.terminal.pairs import pair_of
 
 ALGORITHMS = ("fedavg", "fedsgd")
 GRACE_NONE, GRACE_AUTO = "none", "auto"
+STRATEGIES = ("ddp", "fsdp")
+AUTO = "auto"
 SCHEDULES = ("constant", "cosine", "step")
 MAX_COUNT = 2**31 - 1  # limit of rounds, clients, epochs and samples: every layer can count so far
 MAX_SECONDS = 366 * 86_400.0  # limit of a wait: locks, sockets and event loops accept it, on 32-bit machines too
@@ -30,6 +32,7 @@ MAX_RATE = 3.4028234663852886e38  # the largest float32: a larger value would be
 
 MAX_WORKERS = 64  # limit of processes that read a Dataset
 MAX_TIERS = 8
+MAX_PROCESSES = 1024
 MAX_NAME_CHARS = 200
 _MAX_SHOWN_BITS = 256
 
@@ -143,6 +146,9 @@ class TrainConfig:
     step_rounds: int = 10  # step: after so many rounds lr is multiplied by step_factor
     step_factor: float = 0.1  # step: see step_rounds
     workers: int = 0  # processes in which a device reads a Dataset ahead of the training; 0 = in the training's own
+    processes: int | str = 1  # of a device's training, as torchrun starts them; auto = one per GPU
+    strategy: str = "ddp"  # of several processes: ddp, or fsdp for a model that one device cannot hold
+    backend: str = ""  # of their communication: gloo, nccl, xccl ..; empty = the usual one of the device
     round: int = 0  # number of the round, from 1; set in each round's plan, never by the user
 
     def __post_init__(self) -> None:
@@ -166,6 +172,17 @@ class TrainConfig:
         require_within("train.step_factor", self.step_factor, 0, 1)
         require_within("train.workers", self.workers, 0, MAX_WORKERS)
         require_within("train.round", self.round, 0, MAX_COUNT)
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        number = self.processes
+        if isinstance(number, bool) or (isinstance(number, str) and number != AUTO):
+            raise ConfigError(f"train.processes={_shown(number)} must be a whole number, or {AUTO!r}")
+        if isinstance(number, int):
+            require_within("train.processes", number, 1, MAX_PROCESSES)
+        known = ", ".join(STRATEGIES)
+        _require(self.strategy in STRATEGIES, f"train.strategy={self.strategy!r} is not one of: {known}")
+        _printable("train.backend", self.backend)
 
     def _refuse_other_lengths(self) -> None:
         _require(

@@ -67,6 +67,8 @@ class ParticipantDependencies:
     bundles: Bundles
     environments: Environments
     channel: CloudChannel
+    rendezvous: str = ""  # HOST:PORT where the other machines of this site join; empty = there are none
+    machines: int = 1  # of this site
     on_change: Callable[[], None] = lambda: None  # called when `Participant.current` changes
 
 
@@ -276,7 +278,13 @@ class Participant:
         common = await self._task_fields(assignment, bundle, task)
         self._deps.store.require_space(assignment.model.size)  # an update is about as large as the model; fail now
         return wire.FitRequest(
-            job=assignment.job, round=assignment.round, train=assignment.train, evaluate=assignment.evaluate, **common
+            job=assignment.job,
+            round=assignment.round,
+            train=assignment.train,
+            evaluate=assignment.evaluate,
+            rendezvous=self._deps.rendezvous,
+            machines=self._deps.machines,
+            **common,
         )
 
     async def _evaluate_request(self, assignment: Evaluate, bundle: Path, task: str) -> wire.EvaluateRequest:

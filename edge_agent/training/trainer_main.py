@@ -32,6 +32,7 @@ from blake3 import blake3
 
 from edge_agent.children import die_with_parent
 from edge_agent.training import trainer_wire as wire
+from edge_agent.training.site import Site, is_shared
 from edgefl.bundle import load_bundle, unpack_bundle
 from edgefl.errors import EdgeflError, TaskError, out_of_memory
 from edgefl.guards import not_finite, wrong_metrics, wrong_spec, wrong_weight
@@ -60,6 +61,7 @@ class TrainerProcess:
         self._requests: queue.SimpleQueue[wire.Request] = queue.SimpleQueue()  # one at a time
         self._fitting = False
         self._cancelled = False  # while a message was being sent
+        self._site = Site()
 
     def run(self) -> None:
         signal.signal(signal.SIGINT, self._on_cancel)
@@ -76,7 +78,7 @@ class TrainerProcess:
         try:
             while True:
                 message = wire.parse(
-                    _receive(self._connection, wire.body_bytes(_receive(self._connection, wire.HEAD_BYTES)))
+                    receive(self._connection, wire.body_bytes(receive(self._connection, wire.HEAD_BYTES)))
                 )
                 if isinstance(message, wire.Request):
                     self._requests.put(message)
@@ -94,9 +96,13 @@ class TrainerProcess:
             self._cancelled, self._fitting = False, True
             if request.folder:
                 os.chdir(request.folder)
-            done = work(request, self._tell)
+            if isinstance(request, wire.FitRequest) and is_shared(request):
+                done: wire.Answer = self._site.run(request, self._tell)
+            else:
+                done = work(request, self._tell)
             self._fitting = False
         except _Cancelled:
+            self._site.stop()
             return wire.WorkFailed(reason="the round is over")
         except (EdgeflError, MemoryError, OSError) as error:
             self._fitting = False
@@ -135,15 +141,21 @@ def train(fit: wire.FitRequest, tell: Callable[[wire.WorkDone], None] = _ignore)
     """Train, check the update and write it, then evaluate if that is asked for; a failed evaluation is no error."""
     limit_memory(fit.memory_limit_mb)
     parameters, task = SpooledTree(Path(fit.model)), _loaded(fit)
-    frozen = _frozen_of(fit)
+    frozen = frozen_of(fit)
     result = train_locally(
         task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen
     )
     check(task.name, result, parameters, fit)
     done = write(result, Path(fit.out))
-    if not fit.evaluate:
-        return done
     del result  # its memory is needed
+    return evaluated(done, task, parameters, fit, frozen, tell) if fit.evaluate else done
+
+
+def evaluated(
+    done: wire.WorkDone, task: Task, parameters: Tree, fit: wire.FitRequest, frozen: Tree | None,
+    tell: Callable[[wire.WorkDone], None],
+) -> wire.WorkDone:  # fmt: skip
+    """Tell that the update is complete, then add the evaluation of the parameters that it began with."""
     tell(dataclasses.replace(done, evaluates=True))
     evaluation = evaluate_locally(
         task, parameters, options=fit.options, client=fit.client, seed=fit.train.seed, workers=fit.train.workers,
@@ -158,7 +170,7 @@ def evaluate(request: wire.EvaluateRequest) -> wire.WorkDone:
     task = _loaded(request)
     evaluation = evaluate_locally(
         task, SpooledTree(Path(request.model)), options=request.options, client=request.client, seed=request.seed,
-        workers=request.workers, frozen=_frozen_of(request),
+        workers=request.workers, frozen=frozen_of(request),
     )  # fmt: skip
     done = write(FitResult(tree={}, weight=0.0), Path(request.out))
     return dataclasses.replace(done, evaluation=_tellable(evaluation))
@@ -166,14 +178,20 @@ def evaluate(request: wire.EvaluateRequest) -> wire.WorkDone:
 
 def _loaded(request: wire.TaskRequest) -> Task:
     """Import the request's task, with its packages before the agent's own."""
-    if request.packages and request.packages not in sys.path:  # the agent starts another process for others
-        sys.path.insert(0, request.packages)
-        os.environ["PYTHONPATH"] = request.packages  # for processes that the task starts
-        invalidate_caches()
+    see_packages(request.packages)
     return load_bundle(_unpacked(request.bundle), request.task)
 
 
-def _frozen_of(request: wire.TaskRequest) -> Tree | None:
+def see_packages(folder: str) -> None:
+    """Import from a folder of packages before the agent's own, if one is given."""
+    if folder and folder not in sys.path:  # the agent starts another process for others
+        sys.path.insert(0, folder)
+        os.environ["PYTHONPATH"] = folder  # for processes that the task starts
+        invalidate_caches()
+
+
+def frozen_of(request: wire.TaskRequest) -> Tree | None:
+    """Return the frozen tensors of a request; None if they are not known."""
     return SpooledTree(Path(request.frozen)) if request.frozen else {} if request.parted else None
 
 
@@ -291,7 +309,8 @@ def _accept() -> socket.socket:
     return connection
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
+def receive(connection: socket.socket, size: int) -> bytes:
+    """Return so many bytes of a socket; raises EOFError at its end."""
     data = bytearray()
     while len(data) < size:
         part = connection.recv(size - len(data))

@@ -2,8 +2,8 @@
 
     child:  hello {pid}
     parent: fit {job, round, client, train, evaluate, model, frozen, bundle, task, options, out, memory_limit_mb,
-            folder, packages} | evaluate {client, seed, model, .. as in fit} | deliver {app, order, envelope, bundle,
-            options, state, state_out, out, memory_limit_mb, folder}
+            folder, packages, rendezvous, machines} | evaluate {client, seed, model, .. as in fit} |
+            deliver {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb, folder}
     child:  done {size, blake3, weight, metrics, changed, evaluation, evaluates} | failed {reason, spent}
 
 `fit` asks for a round of training, `evaluate` for an evaluation without training, `deliver` hands one message to a
@@ -64,6 +64,8 @@ class FitRequest(TaskRequest):
     round: int = field(metadata=limited(least=0, most=MAX_ROUND))
     train: TrainConfig
     evaluate: bool = False  # also evaluate the parameters on held-out samples
+    rendezvous: str = ""  # HOST:PORT where the other machines of the site join; empty = there are none
+    machines: int = 1  # of the site
     kind: str = "fit"
 
 

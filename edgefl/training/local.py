@@ -113,8 +113,10 @@ def data_seed(seed: int, client: str) -> int:
     return derive_seed(seed, 0, client)
 
 
-def make_model(task: Task, parameters: Tree | None = None, *, seed: int = 0) -> torch.nn.Module:
-    """Create the task's model on the computing device, with these parameters if given."""
+def make_model(
+    task: Task, parameters: Tree | None = None, *, seed: int = 0, device: str | None = None
+) -> torch.nn.Module:
+    """Create the task's model on a device, else on the computing device, with these parameters if given."""
     require_torch(f"task {task.name!r}")
     import torch
 
@@ -126,7 +128,7 @@ def make_model(task: Task, parameters: Tree | None = None, *, seed: int = 0) -> 
         raise TaskError(f"task {task.name!r}: model returned a {type(model).__name__}, not a torch.nn.Module")
     if parameters is not None:
         set_parameters(task, model, parameters)
-    return model.to(computing_device())
+    return model.to(device or computing_device())
 
 
 def set_parameters(task: Task, model: torch.nn.Module, parameters: Tree) -> None:
@@ -254,7 +256,7 @@ def batch_order(model: torch.nn.Module, samples: SampleSet, config: TrainConfig,
     shuffle = torch.Generator().manual_seed(seed)
     passes = range(config.epochs) if config.epochs else count()
     orders = (torch.randperm(len(samples), generator=shuffle).to(samples.device) for _ in passes)
-    order = (chosen for one in orders for chosen in _batches(one, config.batch_size, model))
+    order = (chosen for one in orders for chosen in batches_of(one, config.batch_size, model))
     return islice(order, config.steps) if config.steps else order
 
 
@@ -269,7 +271,7 @@ def accumulate_gradient(task: Task, model: torch.nn.Module, samples: SampleSet, 
     model.train()
     model.zero_grad()
     with seeded(seed), UserCode(task.name, "local training"):
-        for batch in samples.batches(_batches(order, batch_size, model), seed):
+        for batch in samples.batches(batches_of(order, batch_size, model), seed):
             share = len(batch) / len(samples)  # the loss is a mean over its chunk
             inputs = laid_out(batch.inputs) if last else batch.inputs
             loss = loss_of(task, call(model, inputs), batch.targets) * share
@@ -347,16 +349,22 @@ def _pulled(
     return [term if grad is None else grad + term for grad, term in zip(gradients, terms, strict=True)]
 
 
-def _batches(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator[torch.Tensor]:
+def batches_of(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Yield the order in batches. With batch norm, a single last sample joins the previous batch."""
     import torch
 
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
-    lonely = len(batches) > 1 and len(batches[-1]) == 1
-    if lonely and any(isinstance(module, norms) for module in model.modules()):
+    if len(batches) > 1 and len(batches[-1]) == 1 and has_batch_norm(model):
         batches[-2:] = [torch.cat(batches[-2:])]
     yield from batches
+
+
+def has_batch_norm(model: torch.nn.Module) -> bool:
+    """Whether a model trains only with two samples or more."""
+    import torch
+
+    norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+    return any(isinstance(module, norms) for module in model.modules())
 
 
 def loss_of(task: Task, outputs: Structure, targets: Structure) -> torch.Tensor:
