@@ -133,9 +133,7 @@ class TrainConfig:
 
     algorithm: str = "fedavg"  # fedavg: local epochs, sends a delta; fedsgd: one exact gradient
     epochs: int = 1  # passes over the client's samples per round; 0 = `steps` says how much
-    steps: int = (
-        0  # training steps per round, instead of epochs: samples are passed over as often as needed; 0 = epochs
-    )
+    steps: int = 0  # training steps per round instead of epochs, over as many passes as that takes; 0 = epochs
     batch_size: int = 32  # samples per training step
     lr: float = 0.1  # learning rate of the local optimizer
     proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 = off
