@@ -30,7 +30,7 @@ from edgefl.protocols.tiers import SumNote
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import NO_EVALUATION
 from edgefl.trees import SpooledTree, Tree, encoded_bytes
-from edgefl.trees.frozen import whole
+from edgefl.trees.views import joined
 
 HEADER_SLACK_BYTES = 64 << 10  # another safetensors writer may make a longer header than ours
 
@@ -99,7 +99,7 @@ class GrpcFleet:
         if self._job.frozen is None:
             return None
         frozen = SpooledTree(self._deps.blobs.path(self._job.frozen.sha256))
-        tensors = whole(parameters, frozen)
+        tensors = joined(frozen, parameters)
         return self.insist(lambda: self._deps.blobs.put_tree(tensors), encoded_bytes(tensors))
 
     def insist(self, call: Callable[[], _T], num_bytes: int = 0) -> _T:

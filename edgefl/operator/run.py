@@ -34,6 +34,7 @@ from edgefl.training.local_evaluation import evaluation_spec
 from edgefl.training.parts import parts_of
 from edgefl.trees import SpooledTree, Tree, write_tree
 from edgefl.trees.frozen import whole
+from edgefl.trees.views import joined
 
 OnRound = Callable[[RoundReport], None]
 
@@ -235,11 +236,11 @@ def download_parameters(client: CloudClient, job: Json, path: Path) -> None:
     if job.get("frozen") is None:
         return
     with tempfile.TemporaryDirectory(prefix=".edgefl-", dir=path.parent) as folder:
-        frozen, joined = Path(folder) / "frozen", Path(folder) / "whole"
+        frozen, both = Path(folder) / "frozen", Path(folder) / "whole"
         download(client, job["frozen"]["sha256"], frozen)
-        with joined.open("wb") as file:
-            write_tree(whole(SpooledTree(path), SpooledTree(frozen)), file)
-        joined.replace(path)
+        with both.open("wb") as file:
+            write_tree(joined(SpooledTree(frozen), SpooledTree(path)), file)
+        both.replace(path)
 
 
 def upload_tree(client: CloudClient, tree: Tree, patience: Patience | None = None) -> BlobRef:

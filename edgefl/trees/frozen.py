@@ -13,15 +13,14 @@ import numpy as np
 
 from edgefl.errors import TaskError
 from edgefl.trees import Array, Tree, blocks
-from edgefl.trees.views import joined
 
 if TYPE_CHECKING:
     import torch
 
 
 def whole(moving: Tree, frozen: Tree | None) -> Tree:
-    """Return all tensors of a model from its two parts, without a copy."""
-    return joined(frozen, moving) if frozen else moving
+    """Return all tensors of a model from its two parts, without a copy, for those who use it as a whole."""
+    return {**frozen, **moving} if frozen else moving
 
 
 def refuse_other_parts(task: str, model: torch.nn.Module, frozen: Tree) -> None:
