@@ -50,6 +50,8 @@ _ROOT_OPTION = click.option(
 @click.option("--serve-tls", is_flag=True, help="Serve by mutual TLS: clients need a certificate of this fleet.")
 @click.option("--serve-token-file", type=click.Path(path_type=Path), help="File with the clients' bearer token.")
 @click.option("--install-dependencies", is_flag=True, help="Install packages that a task needs, for training only.")
+@click.option("--site-rendezvous", default="", metavar="HOST:PORT", help="As of `edgefl agent start`.")
+@click.option("--site-machines", default=2, show_default=True, help="How many machines train together.")
 @click.option("--memory-max", default="80%", show_default=True, help="Most memory training may use: 2G, 60%.")
 @click.option("--agent-memory-max", default="40%", show_default=True, help="Most memory the agent may use.")
 @click.option("--cpu-quota", default="", help="Most processor time training may use: 150% is one and a half.")

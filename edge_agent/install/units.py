@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from edge_agent.training.site_network import endpoint, require_machines
 from edgefl.errors import ConfigError
 
 AGENT = "edgefl-agent.service"
@@ -41,6 +42,8 @@ class Installation:
     serve_tls: bool = False
     serve_token_file: Path | None = None
     install_dependencies: bool = False
+    site_rendezvous: str = ""  # HOST:PORT of this machine where others join its training; empty = none
+    site_machines: int = 2
     memory_max: str = "80%"  # of training, as systemd says it; above the trainer's own limit, which fails more gently
     agent_memory_max: str = "40%"
     cpu_quota: str = ""  # of training: 150% is one and a half processors; empty = no limit
@@ -54,6 +57,9 @@ class Installation:
             raise ConfigError("--user root: the agent must run without privileges; drop --user, or name another user")
         for option, text in (("--memory-max", self.memory_max), ("--agent-memory-max", self.agent_memory_max)):
             _refuse(_MEMORY, text, f"{option} {text!r} must be like 2G, 500M or 60%")
+        if self.site_rendezvous:
+            endpoint(self.site_rendezvous)
+        require_machines(self.site_machines)
         if self.cpu_quota:
             _refuse(_QUOTA, self.cpu_quota, f"--cpu-quota {self.cpu_quota!r} must be like 150%")
 
@@ -102,7 +108,13 @@ def _guards(installation: Installation) -> str:
         (" --serve-tls" if installation.serve_tls else "")
         + (f" --serve-token-file {quote(str(token))}" if token else "")
         + (" --install-dependencies" if installation.install_dependencies else "")
+        + (_site(installation) if installation.site_rendezvous else "")
     )
+
+
+def _site(installation: Installation) -> str:
+    where = quote(installation.site_rendezvous)
+    return f" --site-rendezvous {where} --site-machines {installation.site_machines}"
 
 
 def _fill(name: str, values: Mapping[str, str]) -> str:

@@ -61,6 +61,15 @@ def test_what_guards_the_serving_port_is_passed_on() -> None:
     ]  # fmt: skip
 
 
+def test_a_sites_rendezvous_is_passed_on() -> None:
+    assert "--site-machines" not in command_line(AGENT)
+    words = command_line(AGENT, site_rendezvous="10.0.0.1:29400", site_machines=3)
+    start = words.index("--site-rendezvous")
+    assert words[start : start + 4] == ["--site-rendezvous", "10.0.0.1:29400", "--site-machines", "3"]
+    with pytest.raises(ConfigError, match="is not HOST:PORT"):
+        Installation(site_rendezvous="10.0.0.1")
+
+
 def test_whether_packages_may_be_installed_is_passed_on() -> None:
     assert "--install-dependencies" not in command_line(AGENT)
     assert command_line(AGENT, install_dependencies=True).count("--install-dependencies") == 1
