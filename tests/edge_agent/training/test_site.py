@@ -159,3 +159,24 @@ def test_a_leader_connects_wherever_the_folder_is(tmp_path):
 
 def test_a_single_machine_stays_on_loopback():
     assert SiteSettings(folder="", processes=2).address == "127.0.0.1"
+
+
+@pytest.mark.soak
+def test_a_site_without_its_other_machines_fails_and_says_what_to_start(tmp_path):
+    """The launcher waits for a minute."""
+    bench = Bench(tmp_path)
+    request = replace(bench.fit(1, processes=1), rendezvous="127.0.0.1:29431", machines=2)
+
+    async def inside():
+        trainer = Trainer()
+        running = asyncio.create_task(trainer.run())
+        try:
+            with pytest.raises(
+                TaskError, match=r"its 2 machines did not meet at 127\.0\.0\.1:29431 in time\. Start `edg"
+            ):
+                await trainer.run_request(request)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(inside())
