@@ -107,6 +107,7 @@ class Aggregator:
             is_written = self._end(job_id, "failed", reason)
         finally:
             home.rounds.forget(job_id)
+            home.children.note_running()
         if not is_written:  # it continues at the next start, with the received updates
             return
         if fleet is not None:

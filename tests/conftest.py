@@ -29,6 +29,7 @@ from cloud.http.services import Services
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
 from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.members import Members
 from cloud.state.registry import Registry
 from cloud.state.relay_rows import RelayRows
 from cloud.state.rollout import Rollouts
@@ -289,8 +290,9 @@ class HttpPlane:
         )  # fmt: skip
         self.link.logs = self.logs = DeviceLogs(self.link)
         self.services = Services(
-            enrolment=self.enrolment, registry=self.registry, rollouts=self.rollouts, jobs=self.jobs, blobs=self.blobs,
-            relays=self.relays,
+            enrolment=self.enrolment,
+            members=Members(self.engine), registry=self.registry, rollouts=self.rollouts, jobs=self.jobs,
+            blobs=self.blobs, relays=self.relays,
             link=self.link, ca_pem=self.ca.cloud.ca.read_bytes(), fleet_key_pem=public_pem(self.key), grpc_port=9440,
             broker_url="mqtts://:8883", operator_token=OPERATOR, max_blob_bytes=5 << 20, heartbeat_s=0.1,
             chunk_deadline_s=0.5, device_logs=self.logs, log_file=folder / "cloud.log",

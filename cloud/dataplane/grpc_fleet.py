@@ -126,7 +126,7 @@ class GrpcFleet:
         finally:
             opened.close()
             self._deps.rounds.remove(opened)
-            self._deps.link.close_round(plan.job, plan.round)
+            self._close(plan)
             for left in opened.given_up():
                 self._execute(left, opened)
             if plan.fit and self._job.config.rounds.grace == GRACE_AUTO:
@@ -215,6 +215,10 @@ class GrpcFleet:
             parted=job.parted,
             evaluate=plan.evaluate,
         )
+
+    def _close(self, plan: Plan) -> None:
+        """Ask no region any more for its part in the round."""
+        self._deps.link.close_round(plan.job, plan.round)
 
     def _terms(self, plan: Plan) -> Terms:
         return Terms.of_round(self._job.config.rounds, plan.deadline_s, plan.clients, self._durations)

@@ -68,6 +68,11 @@ class OpenRounds:
         with self._lock:
             return self._open.get((job, number))
 
+    def all(self) -> list[OpenRound]:
+        """Return the open rounds."""
+        with self._lock:
+            return list(self._open.values())
+
     def waiting_for(self, device: str) -> list[OpenRound]:
         """Return the open rounds that wait for this device's answer."""
         with self._lock:

@@ -13,7 +13,7 @@ import functools
 import json
 import logging
 import threading
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from cloud.dataplane.open_rounds import OpenRounds
@@ -23,7 +23,7 @@ from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.messages import Evaluate, Fit, JobMessage, RoundClosed, Signed, encode
-from edgefl.protocols.tiers import Member, RegionState, Work
+from edgefl.protocols.tiers import RegionState, Work
 from edgefl.protocols.tiers.mirror import Mirror, MirrorCopy
 
 LEAD_S, LEAD_SHARE = 1.0, 0.1  # a region's deadline is this much before the round's: it has to send its sum
@@ -56,7 +56,8 @@ class Children:
         self._streams: dict[str, object] = {}  # the newest of each region
         self._devices: dict[tuple[str, int], dict[str, dict[str, None]]] = {}  # job, round -> region -> its devices
         self._states: dict[str, RegionState] = {}
-        self._members: Mapping[str, Member] = {}
+        self._inside: dict[str, frozenset[str]] = {}  # region -> the members below it
+        self._told_running: set[str] = set()
         self.refresh()
 
     def regions(self) -> dict[str, RegionState]:
@@ -69,20 +70,20 @@ class Children:
         members = self._deps.members.members()
         crl = self._deps.crl()
         with self._lock:
-            self._members = members
+            self._inside = {}
             for region in children(self._deps.name, members):
                 mirror = self._mirrors.setdefault(region, Mirror())
                 inside = below(region, members)
+                self._inside[region] = frozenset(inside)
                 mirror.replace("member/", {f"member/{name}": tiers.pack(one) for name, one in inside.items()})
                 mirror.set("revoked", crl)
-            for gone in self._mirrors.keys() - set(children(self._deps.name, members)):
+            for gone in self._mirrors.keys() - self._inside.keys():
                 del self._mirrors[gone]
 
     def note_running(self) -> None:
         """Tell the regions which jobs have not ended."""
-        data = json.dumps(sorted(self._deps.running())).encode()
         for mirror in self._all().values():
-            mirror.set("running", data)
+            mirror.set("running", functools.partial(self._running))
 
     def send_desired(self, device: str, signed: Signed) -> None:
         """Tell the regions to which a device may connect which release it should serve."""
@@ -168,16 +169,22 @@ class Children:
     def speaks_for(self, region: str, device: str) -> bool:
         """Whether a device may be connected below a region."""
         with self._lock:
-            return device in below(region, self._members)
+            return device in self._inside.get(region, ())
 
     def _prepare(self, region: str) -> Mirror:
         self.refresh()
         mirror = self._mirror(region)
         if mirror is None:
             raise ProtocolError(f"{region} is not a region below {self._deps.name}")
-        mirror.set("running", json.dumps(sorted(self._deps.running())).encode())
+        mirror.set("running", functools.partial(self._running))
         with self._lock:
-            devices = [name for name, one in below(region, self._members).items() if not one.is_region]
+            devices = sorted(self._inside.get(region, ()))
+        for opened in self._deps.rounds.all():
+            assignment = opened.assignment  # the region may have answers of devices that are offline now
+            if isinstance(assignment, Fit | Evaluate) and not opened.waiting().isdisjoint(devices):
+                with self._lock:
+                    self._devices.setdefault((assignment.job, assignment.round), {}).setdefault(region, {})
+                self._tell(assignment.job, assignment.round, region)
         desired = {}
         for device in devices:
             for signed in self._deps.desired_for(device):
@@ -191,7 +198,7 @@ class Children:
         kind, _, rest = key.partition("/")
         name = rest.partition("/")[0]
         try:
-            if name != region and not self.speaks_for(region, name):
+            if name != region and value is not None and not self.speaks_for(region, name):
                 fault = f"it speaks for {name[:80]!r}, which may not connect below it"
             elif kind == "region":
                 fault = ""
@@ -217,17 +224,24 @@ class Children:
 
     def _tell(self, job: str, number: int, region: str) -> None:
         if (mirror := self._mirror(region)) is not None:
+            if job not in self._told_running:  # before its work, or the region believes that it has ended
+                self.note_running()
             mirror.set(f"work/{job}/{number}", functools.partial(self._work, job, number, region))
 
-    def _work(self, job: str, number: int, region: str) -> bytes:
-        """Return a region's work as it is now; called when it is sent."""
+    def _running(self) -> bytes:
+        running = sorted(self._deps.running())
+        self._told_running = set(running)
+        return json.dumps(running).encode()
+
+    def _work(self, job: str, number: int, region: str) -> bytes | None:
+        """Return a region's work as it is now, called when it is sent; None if the round is not open."""
         opened = self._deps.rounds.get(job, number)
         with self._lock:
             devices = list(self._devices.get((job, number), {}).get(region, {}))
         if opened is None or not isinstance(opened.assignment, Fit | Evaluate):
-            return tiers.pack(Work(devices=[]))
+            return None
         left_s = opened.left_s()
-        asked = dataclasses.replace(opened.assignment, deadline_s=left_s - max(LEAD_S, LEAD_SHARE * left_s))
+        asked = dataclasses.replace(opened.assignment, deadline_s=max(0.0, left_s - max(LEAD_S, LEAD_SHARE * left_s)))
         return tiers.pack(
             Work(
                 fit=asked if isinstance(asked, Fit) else None,

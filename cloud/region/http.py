@@ -63,7 +63,10 @@ def make_region_app(services: RegionServices) -> FastAPI:
 
     @app.post("/v1/enroll", response_class=JSONResponse)
     async def enroll(request: Request) -> JSONResponse:
-        body = await request.json()
+        try:
+            body = await request.json()
+        except ValueError:
+            return JSONResponse({"error": "the request's body is not JSON"}, 422)
         if isinstance(body, dict):
             body.setdefault("parent", services.name)
         status, answer = await anyio.to_thread.run_sync(_ask_parent, services, body)

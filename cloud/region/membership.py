@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edgefl.errors import ProtocolError
+from edgefl.errors import HomeError, ProtocolError
 from edgefl.process.home import replace_file
 from edgefl.protocols import tiers
+from edgefl.protocols.fields import parse_json
 from edgefl.protocols.messages import Signed, decode, encode
 from edgefl.protocols.tiers import Member
 
@@ -77,20 +78,22 @@ class RegionMembership:
                 former = self._members.pop(rest, None)
                 removed = rest if former is not None else ""
             elif kind == "member" and value is not None:
-                former, self._members[rest] = self._members.get(rest), tiers.unpack(Member, value)
-                if former is not None and not {*former.serials} & {*self._members[rest].serials}:
-                    removed = rest  # it was enrolled anew: connections with its old certificate end
+                member = tiers.unpack(Member, value)
+                former, self._members[rest] = self._members.get(rest), member
+                if former is not None and self._is_cut_off(former, member):
+                    removed = rest
             elif kind == "desired":
                 device, _, model = rest.partition("/")
+                signed = None if value is None else decode(Signed, value)
                 releases = self._desired.setdefault(device, {})
-                if value is None:
+                if signed is None:
                     releases.pop(model, None)
                 else:
-                    releases[model] = decode(Signed, value)
+                    releases[model] = signed
             elif kind == "revoked":
-                self._crl = value or b""
+                self._crl = _ascii(value or b"")
             elif kind == "running":
-                self._running = [str(one) for one in json.loads(value or b"[]")]
+                self._running = _names(value or b"[]")
             else:
                 raise ProtocolError(f"an entry {key[:80]!r} of an unknown kind; update this region")
             self._save()
@@ -98,6 +101,11 @@ class RegionMembership:
             for call in self.changed:
                 call()
         return removed
+
+    def _is_cut_off(self, former: Member, now: Member) -> bool:
+        """Whether the connections of a member end: it was enrolled anew, or may not connect here any more."""
+        anew = not {*former.serials} & {*now.serials}
+        return anew or (self._region in former.parents and self._region not in now.parents)
 
     def _save(self) -> None:
         kept = {
@@ -107,14 +115,36 @@ class RegionMembership:
                 for device, releases in self._desired.items()
             },
             "crl": self._crl.decode("ascii"),
+            "running": self._running,
         }
         replace_file(self._path, json.dumps(kept).encode())
 
     def _load(self) -> None:
-        kept = json.loads(self._path.read_text("utf-8"))
-        self._members = {name: tiers.unpack(Member, json.dumps(one).encode()) for name, one in kept["members"].items()}
-        self._desired = {
-            device: {model: decode(Signed, json.dumps(one).encode()) for model, one in releases.items()}
-            for device, releases in kept["desired"].items()
-        }
-        self._crl = str(kept["crl"]).encode("ascii")
+        try:
+            kept = json.loads(self._path.read_text("utf-8"))
+            self._members = {
+                name: tiers.unpack(Member, json.dumps(one).encode()) for name, one in kept["members"].items()
+            }
+            self._desired = {
+                device: {model: decode(Signed, json.dumps(one).encode()) for model, one in releases.items()}
+                for device, releases in kept["desired"].items()
+            }
+            self._crl = str(kept["crl"]).encode("ascii")
+            self._running = [str(job) for job in kept["running"]]
+        except (ValueError, KeyError, TypeError, AttributeError, ProtocolError) as cause:
+            raise HomeError(
+                f"{self._path} is damaged: {cause!r:.200}. Delete it: the parent sends it again when it is connected"
+            ) from cause
+
+
+def _ascii(value: bytes) -> bytes:
+    if not value.isascii():
+        raise ProtocolError("the list of revoked certificates is not PEM")
+    return value
+
+
+def _names(value: bytes) -> list[str]:
+    names = parse_json(value)
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise ProtocolError("the running jobs are not a list of names")
+    return names

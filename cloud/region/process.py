@@ -11,12 +11,12 @@ import contextlib
 import functools
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -44,7 +44,7 @@ from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database
 from cloud.supervisor import Supervisor, database_fault, disk_fault
-from edgefl.errors import CloudStopping, HomeError
+from edgefl.errors import CloudStopping, HomeError, ProtocolError
 from edgefl.logs import event, logging_to
 from edgefl.process.descriptors import raise_limit
 from edgefl.process.home import lock_home
@@ -61,6 +61,7 @@ LOG_FILE = "region.log"
 STATE_EVERY_S = 5.0  # how often the traffic is reported, if it has changed
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +123,8 @@ class Region:
         self.membership.changed.append(self._children.refresh)
         self._link.children = self._children
         self._storage.changed = self._rounds.wake
-        self._heard: Inbox[tuple[str, bytes | None]] = Inbox("uplink-inbox", self._take)
+        self._heard: Inbox[tuple[str, bytes | None, bool]] = Inbox("uplink-inbox", self._take)
+        self._calls: set[Future[Any]] = set()  # of the rounds' threads, in the event loop
         self._cut: list[Callable[[str], object]] = []
         self._work = RegionWork(
             FleetDependencies(self._rounds, self._jobs, self._blobs, self._spool, self._link, self._storage),
@@ -157,7 +159,7 @@ class Region:
         self.supervisor.on_end = functools.partial(loop.call_soon_threadsafe, stop.set)
         self._uplink = Uplink(
             profile.parent_grpc, profile.server_name, self._identity, self._blobs, options.home / "downloads",
-            lambda key, value: self._heard.put(key, (key, value)),
+            lambda key, value: self._heard.put(key, (key, value, self._uplink.copy.is_complete)),
         )  # fmt: skip
         self._heard.start()
         broker = BuiltinBroker(
@@ -188,6 +190,8 @@ class Region:
         self._storage.wake()
         self._link.close()
         self._heard.close()
+        for call in list(self._calls):
+            call.cancel()
         self._work.close()
 
     def _grpc_server(self) -> AbstractAsyncContextManager[None]:
@@ -218,6 +222,7 @@ class Region:
                 TierDependencies(
                     children=self._children, callers=service.callers, calls=service.calls, rounds=self._rounds,
                     jobs=self._jobs, blobs=self._blobs, spool=self._spool, storage=self._storage,
+                    is_over=self._is_over,
                 ),
                 workers,
             )  # fmt: skip
@@ -275,35 +280,61 @@ class Region:
 
     # What the parent says; in the inbox's thread.
 
-    def _take(self, item: tuple[str, bytes | None]) -> None:
-        key, value = item
+    def _take(self, item: tuple[str, bytes | None, bool]) -> None:
+        key, value, is_said = item
         if key.startswith("work/"):
-            _, job, number = key.split("/")
-            self._work.take(job, int(number), None if value is None else tiers.unpack(Work, value))
+            if value is not None or is_said:  # otherwise the parent was started again, and may not know it yet
+                job, number = _round_in(key)
+                self._work.take(job, number, None if value is None else tiers.unpack(Work, value))
             return
         removed = self.membership.take(key, value)
         if removed:
             for cut in self._cut:
                 cut(removed)
             self._link.forget(removed)
+            self._uplink.mirror.delete(f"state/{removed}")
+            self._uplink.mirror.replace(f"note/{removed}/", {})
         if key.startswith("desired/") and value is not None:
             device = key.split("/")[1]
             for signed in self.membership.desired_for(device):
                 self._link.send_desired(device, signed)
         if key == "running":
             self._children.note_running()
+            self._work.keep_only(self.membership.running())
 
-    def _is_over(self, job: str, _number: int) -> bool:
-        """Whether a round that is not open here will not be: its job has ended."""
-        return not self._uplink.reason and job not in self.membership.running()
+    def _is_over(self, job: str, number: int) -> bool:
+        """Whether a round that is not open here will not be: it is over, or its job has ended."""
+        ended = not self._uplink.reason and job not in self.membership.running()
+        return ended or self._work.is_over(job, number)
 
     # Called in the threads of rounds.
 
     def _fetch(self, sha256: str) -> None:
-        asyncio.run_coroutine_threadsafe(self._uplink.fetch(sha256), self._loop).result()
+        self._in_loop(self._uplink.fetch(sha256))
 
     def _send_sum(self, one: SumFile) -> pb.UploadState:
-        return asyncio.run_coroutine_threadsafe(self._uplink.send(one), self._loop).result()
+        return self._in_loop(self._uplink.send(one))
+
+    def _in_loop(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """Return what a call in the event loop returns; raises CloudStopping if the region stops first."""
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        self._calls.add(future)
+        try:
+            if self._rounds.stopping:
+                future.cancel()
+            return future.result()
+        except CancelledError as cause:
+            raise CloudStopping("the region is stopping; its rounds continue at the next start") from cause
+        finally:
+            self._calls.discard(future)
+
+
+def _round_in(key: str) -> tuple[str, int]:
+    """Return the job and the round of a key of `work/`; raises ProtocolError."""
+    _, job, number = (*key.split("/"), "", "")[:3]
+    if not job or not number.isdecimal() or key.count("/") != 2:
+        raise ProtocolError(f"{key[:80]!r} is no work of a round")
+    return job, int(number)
 
 
 def _signs_nothing(_bundle: Bundle) -> Signed:

@@ -1,6 +1,7 @@
 """The gRPC service for regions: their stream, and their partial sums (`service Tier` of fleet.proto).
 
-A sum is refused or sent back to be folded again by its header, before its bytes are received.
+A sum is refused or sent back to be folded again by its header, before its bytes are received: only metadata in the
+reply (`RECEIVES`) lets the region send them, because gRPC may lose an answer to a call that is still being written.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from cloud.dataplane.callers import Callers, Context
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
-from cloud.dataplane.transfer_limiter import TransferLimiter
+from cloud.dataplane.transfer_limiter import Transfer, TransferLimiter
 from cloud.region.children import Children
-from cloud.region.sums import answers_of, refused_devices, sum_fault
+from cloud.region.sums import answers_of, sum_fault, wrong_kind
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Arrival, Incoming, Spool
@@ -34,7 +35,7 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.chunks import upload_data
 from edgefl.protocols.messages import Fit
-from edgefl.protocols.tiers import SumNote
+from edgefl.protocols.tiers import RECEIVES, SumNote
 from edgefl.terminal.text import one_line
 from edgefl.trees import SpooledTree, TensorSpec, spec_of
 
@@ -58,6 +59,7 @@ class TierDependencies:
     blobs: BlobStore
     spool: Spool
     storage: Storage
+    is_over: Callable[[str, int], bool] = lambda _job, _round: True  # of a round that is not open
 
 
 def tier_handler(service: TierService) -> grpc.GenericRpcHandler[Any, Any]:
@@ -93,52 +95,58 @@ class TierService:
         region = await self.deps.callers.region(context)
         name = _spooled(region, request.sum)
         if self.deps.rounds.get(request.job, request.round) is None:
-            return await self._unless_stopping(pb.UploadState(status="STALE"), context)
+            return await self._unless_open_later(request, context)
         offset = await self._run(self.deps.spool.received_bytes, request.job, request.round, name)
         return pb.UploadState(status="PARTIAL", offset=offset)
 
     async def Upload(self, requests: AsyncIterator[bytes], context: Context) -> pb.UploadState:  # noqa: N802
-        region = await self.deps.callers.region(context)
+        region, num_bytes = await self.deps.callers.region(context), 0
         try:
             async with self._uploads.turn(region) as transfer:
-                first = pb.UploadChunk.FromString(await anext(requests, b""))
-                header = first.header
+                header = _header(await anext(requests, b""))
+                num_bytes = header.size
                 opened = self.deps.rounds.get(header.key.job, header.key.round)
                 if opened is None:
-                    return await self._unless_stopping(pb.UploadState(status="STALE"), context)
+                    return await self._unless_open_later(header.key, context)
                 note = tiers.unpack(SumNote, header.sum)
-                if (state := await self._run(self._refusal, opened, region, header, note)) is not None:
-                    return await self._unless_stopping(state, context)
-                arrival = Arrival(
-                    self.deps.spool, header.key.job, header.key.round, _spooled(region, header.key.sum), header.offset
-                )
-                try:
-                    async for message in requests:
-                        data = upload_data(message)
-                        opened.up_bytes += len(data)
-                        if arrival.last:
-                            await self._run(arrival.write)
-                        arrival.last = data
-                        transfer.moved()
-                    state = await self._run(self._finish, arrival, header, opened, region, note)
-                    return await self._unless_stopping(state, context)
-                finally:
-                    if not arrival.ended:
-                        await asyncio.shield(self._run(arrival.end))
+                state = await self._run(self._refusal, opened, region, header, note)
+                if state is None:
+                    await context.send_initial_metadata(((RECEIVES, "1"),))
+                    state = await self._receive(_moving(requests, transfer), header, opened, region, note)
+                return await self._unless_stopping(state, context)
         except (DecodeError, ProtocolError) as error:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, one_line(str(error), MAX_REASON_CHARS))
         except (UploadCutOff, TimeoutError) as error:
             return await context.abort(grpc.StatusCode.ABORTED, str(error) or "the transfer made no progress")
         except (OSError, SQLAlchemyError) as error:
-            self.deps.storage.refused(error, header.size)
+            self.deps.storage.refused(error, num_bytes)
             return await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it now: {error}")
+
+    async def _receive(
+        self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, region: str, note: SumNote
+    ) -> pb.UploadState:
+        key, size = header.key, header.offset
+        arrival = Arrival(self.deps.spool, key.job, key.round, _spooled(region, key.sum), header.offset)
+        try:
+            async for message in requests:
+                data = upload_data(message)
+                size += len(data)
+                if size > header.size:
+                    fault = f"the upload has more than the {header.size} bytes in its header"
+                    return self._refuse(opened, region, fault)
+                opened.up_bytes += len(data)
+                if arrival.last:
+                    await self._run(arrival.write)
+                arrival.last = data
+            return await self._run(self._finish, arrival, header, opened, region, note)
+        finally:
+            if not arrival.ended:
+                await asyncio.shield(self._run(arrival.end))
 
     def _refusal(self, opened: OpenRound, region: str, header: pb.UploadHeader, note: SumNote) -> pb.UploadState | None:
         """Return why a sum is not received; None if it is."""
-        children = self.deps.children
-        mine = [name for name in note.devices if children.speaks_for(region, name)]
         most = TWICE * opened.assignment.max_update_bytes
-        fault = refused_devices(note, opened, mine)
+        fault = wrong_kind(note, opened.assignment)
         if header.size > most:
             fault = fault or f"the sum has {header.size} bytes; at most {most:.0f} are allowed in this round"
         if fault:
@@ -146,8 +154,17 @@ class TierService:
         waiting = opened.waiting()
         if not waiting:
             return pb.UploadState(status="STALE", reason="the round is over")
-        if counted := sorted(note.devices - waiting):
-            return pb.UploadState(status="REFOLD", without=counted)
+        # Also of an honest region: a device may have been removed, or assigned elsewhere, after it answered.
+        strangers = sorted(name for name in note.devices if not self.deps.children.speaks_for(region, name))
+        if counted := sorted((note.devices - waiting).union(strangers)):
+            reason = f"{', '.join(strangers[:5])} may not connect below this region" if strangers else ""
+            if reason:
+                event(_log, logging.WARNING, "sum.strangers", job=opened.assignment.job, round=opened.assignment.round,
+                      region=region, reason=reason)  # fmt: skip
+            return pb.UploadState(status="REFOLD", without=counted, reason=reason)
+        key = header.key
+        if self.deps.spool.file(key.job, key.round, _spooled(region, key.sum)).exists():
+            return self._refuse(opened, region, f"another sum of this region has the number {key.sum} in this round")
         return None
 
     def _finish(
@@ -175,7 +192,6 @@ class TierService:
         if isinstance(assignment, Fit):
             wanted = spec_of(SpooledTree(self.deps.blobs.path(assignment.model.sha256)))
         if fault := sum_fault(note, spec, wanted if note.weights else {}):
-            incoming.path.unlink()
             return self._refuse(opened, region, fault)
         answers = answers_of(note, region, incoming.name)
 
@@ -191,6 +207,7 @@ class TierService:
             self.deps.children.withdraw(device, assignment.job, assignment.round)
         event(_log, logging.INFO, "sum.stored", job=assignment.job, round=assignment.round, region=region,
               contributors=len(note.weights), failed=len(note.failed), bytes=header.size)  # fmt: skip
+        self.deps.storage.worked(header.size)
         return pb.UploadState(status="STORED", offset=header.size)
 
     def _refuse(self, opened: OpenRound, region: str, fault: str) -> pb.UploadState:
@@ -198,6 +215,12 @@ class TierService:
         event(_log, logging.WARNING, "sum.refused", job=opened.assignment.job, round=opened.assignment.round,
               region=region, reason=reason)  # fmt: skip
         return pb.UploadState(status="REFUSED", reason=reason)
+
+    async def _unless_open_later(self, key: pb.UpdateKey, context: Context) -> pb.UploadState:
+        """Return STALE for a round that is not open, unless this region's own parent has it open."""
+        if not self.deps.is_over(key.job, key.round):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this region has not been asked for this round yet")
+        return await self._unless_stopping(pb.UploadState(status="STALE"), context)
 
     async def _unless_stopping(self, state: pb.UploadState, context: Context) -> pb.UploadState:
         if state.status == pb.UploadState.STALE and self.deps.rounds.stopping:
@@ -207,6 +230,19 @@ class TierService:
     async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         call = functools.partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(self._workers, call)
+
+
+def _header(message: bytes) -> pb.UploadHeader:
+    first = pb.UploadChunk.FromString(message)
+    if first.WhichOneof("part") != "header":
+        raise ProtocolError("the first message must be the header")
+    return first.header
+
+
+async def _moving(requests: AsyncIterator[bytes], transfer: Transfer) -> AsyncIterator[bytes]:
+    async for message in requests:
+        transfer.moved()
+        yield message
 
 
 def _spooled(region: str, number: int) -> str:

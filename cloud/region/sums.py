@@ -10,17 +10,17 @@ it again without those devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cloud.dataplane.open_round import OpenRound
 from cloud.state.jobs import AnswerRow
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.regional import change, regional_step
 from edgefl.aggregation.rule import Merging
 from edgefl.errors import ProtocolError, UpdateRejected
 from edgefl.guards import RoundGuard, partial_spec
-from edgefl.protocols.messages import Evaluate
+from edgefl.protocols.messages import Assignment, Evaluate
 from edgefl.protocols.tiers import SumNote
 from edgefl.records import Answer, DeviceEvaluation, Evaluated, Failure, Partial, Plan
 from edgefl.rounds import NO_EVALUATION, MetricSums
@@ -33,15 +33,30 @@ def sum_fault(note: SumNote, spec: Mapping[str, TensorSpec], parameters: Mapping
     """Return what is wrong with a sum for these parameters; empty if nothing is."""
     if any(not math.isfinite(one) or one <= 0 for one in note.weights.values()):
         return "a contributor's weight is not finite and above 0"
+    if fault := _wrong_names(note):
+        return fault
     if not note.weights:
         return "" if not spec else "it has tensors, but no contributor"
     wanted = partial_spec(parameters, is_mean=True)
     if dict(spec) != wanted:
         odd = sorted(name for name in {*spec, *wanted} if spec.get(name) != wanted.get(name))
         return f"tensor {odd[0]!r} is {spec.get(odd[0])}, expected {wanted.get(odd[0])}"
-    for name, (_, weight) in note.metrics.items():
-        if weight > sum(note.weights.values()) * (1 + TOLERANCE):
-            return f"metric {name!r} has a weight of {weight:g}, its contributors {sum(note.weights.values()):g}"
+    weight = math.fsum(note.weights.values())
+    for name, pair in note.metrics.items():
+        if len(pair) != 2 or not 0 < pair[1] <= weight * (1 + TOLERANCE):
+            said = f"a weight of {pair[1]:g}" if len(pair) == 2 else f"{len(pair)} numbers"
+            return f"metric {name!r} has {said}, its contributors have {weight:g}"
+    return ""
+
+
+def _wrong_names(note: SumNote) -> str:
+    """Say which device a note names twice, or gives an evaluation without an answer; empty if none."""
+    names = [*note.weights, *note.failed, *note.rejected]
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        return f"{twice[0]} is both a contributor and failed, or failed twice"
+    evaluated = {*note.evaluations, *note.evaluation_weights, *note.evaluation_faults}
+    if others := sorted(evaluated - note.weights.keys()):
+        return f"it has an evaluation of {others[0]!r}, which is not a contributor"
     return ""
 
 
@@ -168,12 +183,8 @@ class Folding:
             self.evaluation_weights[device] = evaluation.weight
 
 
-def refused_devices(note: SumNote, opened: OpenRound, speaks_for: Sequence[str]) -> str:
-    """Return why a sum has devices that it must not have; empty if it has none."""
-    if strangers := sorted(note.devices - set(speaks_for)):
-        return f"it has answers of {', '.join(strangers[:5])}, which may not connect below this region"
-    if others := sorted(note.devices - opened.asked):
-        return f"it has answers of {', '.join(others[:5])}, not in the cohort of round {opened.assignment.round}"
-    if isinstance(opened.assignment, Evaluate) and note.metrics:
+def wrong_kind(note: SumNote, assignment: Assignment) -> str:
+    """Return why a sum is of another kind than its round; empty if it is of this kind."""
+    if isinstance(assignment, Evaluate) and note.metrics:
         return "it has metrics of a training, and the round only evaluates"
     return ""

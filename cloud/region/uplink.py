@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.state.blobs import BlobStore
 from edgefl.errors import CloudUnreachable, ManifestRejected, ProtocolError
@@ -26,7 +25,7 @@ from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
-from edgefl.protocols.tiers import SumNote
+from edgefl.protocols.tiers import RECEIVES, SumNote
 from edgefl.protocols.tiers.mirror import Mirror, MirrorCopy
 from edgefl.protocols.tls import Identity, grpc_channel_credentials
 
@@ -99,9 +98,9 @@ class Uplink:
                     self.reason = "the parent ended the connection"
                 except (grpc.aio.AioRpcError, ProtocolError) as error:
                     reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-                    if reason != self.reason:
-                        event(_log, logging.WARNING, "uplink.down", parent=self._target, reason=reason)
-                    self.reason = reason or "no reason given"
+                    former, self.reason = self.reason, reason or "no reason given"
+                    if self.reason != former:
+                        event(_log, logging.WARNING, "uplink.down", parent=self._target, reason=self.reason)
                 await asyncio.sleep(pauses.next_s())
         finally:
             for task in list(self._fetching.values()):
@@ -214,28 +213,28 @@ class Uplink:
         )  # fmt: skip
         call = self._upload(wait_for_ready=True)
         try:
-            with (
-                one.path.open("rb") as file,
-                mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped,
-                memoryview(mapped) as view,
-                suppress(asyncio.InvalidStateError),  # the parent answered before it received everything
-            ):
-                async with asyncio.timeout(STALL_S):
-                    await call.write(pb.UploadChunk(header=header).SerializeToString())
-                for start in range(offset, size, CHUNK_BYTES):
-                    with view[start : start + CHUNK_BYTES] as chunk:
-                        message = encode_upload(chunk)
-                    self.up_bytes += len(message)
-                    async with asyncio.timeout(STALL_S):
-                        await call.write(message)
-                await call.done_writing()
+            async with asyncio.timeout(STALL_S):
+                await call.write(pb.UploadChunk(header=header).SerializeToString())
+                replied = await call.initial_metadata()
+            if RECEIVES in replied:
+                await self._write(call, one.path, offset)
+            await call.done_writing()
             async with asyncio.timeout(STALL_S):
                 state: pb.UploadState = await call
         finally:
             call.cancel()
         return state
 
-
-def is_temporary(error: BaseException) -> bool:
-    """Whether an error of this region's disk or database may pass."""
-    return isinstance(error, OSError | SQLAlchemyError)
+    async def _write(self, call: Any, path: Path, offset: int) -> None:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as view,
+            suppress(asyncio.InvalidStateError),  # the parent answered before it received everything
+        ):
+            for start in range(offset, len(view), CHUNK_BYTES):
+                with view[start : start + CHUNK_BYTES] as chunk:
+                    message = encode_upload(chunk)
+                self.up_bytes += len(message)
+                async with asyncio.timeout(STALL_S):
+                    await call.write(message)

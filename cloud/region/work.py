@@ -2,8 +2,10 @@
 
 For each round of a job there is one thread while there is something to do. A device that joins later, because it has
 moved here, is asked too; its answer is in a further sum.
-Invariant: answers are durable here until the parent says that the round is over (its entry is deleted), so a sum can
-be folded again after a kill, or without devices that the parent has counted elsewhere.
+If the parent has counted a device elsewhere, the sum is folded again without it. If that device is inside the sum of a
+region below, that sum is given up, the others go up at once, and the region below is asked for a sum without it.
+Invariant: answers are durable here until the parent says that the round is over, or starts the next one of its job, so
+a sum can be folded again after a kill of any tier.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +26,7 @@ from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.region.sums import Folding
 from cloud.region.uplink import SumFile
 from cloud.state.blobs import blake3_of
-from cloud.state.jobs import JobRow
+from cloud.state.jobs import AnswerRow, JobRow
 from edgefl.aggregation.regional import regional_round, regional_step
 from edgefl.config import JobConfig, TrainConfig
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled
@@ -32,10 +35,12 @@ from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.messages import BlobRef, Evaluate, Fit
 from edgefl.protocols.tiers import Work
-from edgefl.records import Plan
+from edgefl.records import Failure, Plan
 from edgefl.trees import SpooledTree, Tree, write_tree
 
 MAX_ROUNDS = 16  # at work at the same time
+RETRY_S = 1.0  # after a failure of a round here, e.g. of its model's download
+MOVED = "it is no longer asked through this region"
 
 _log = logging.getLogger(__name__)
 Key = tuple[str, int]  # job, round
@@ -54,6 +59,9 @@ class RegionFleet(GrpcFleet):
             return asked
         return dataclasses.replace(asked, model=model, model_blake3=self._deps.blobs.check(model.sha256))
 
+    def _close(self, plan: Plan) -> None:
+        """Leave the regions below their work: they keep their answers until the parent has closed the round."""
+
     def _terms(self, plan: Plan) -> Terms:
         return Terms(deadline_s=plan.deadline_s, offline_grace_s=self._work.offline_grace_s)
 
@@ -67,7 +75,8 @@ class _Round:
     done: set[str] = field(default_factory=set)  # devices in a sum that the parent has answered for
     numbers: set[int] = field(default_factory=set)  # of all of the devices' rounds
     models: set[str] = field(default_factory=set)  # of regional rounds, by SHA-256
-    sums: int = 0
+    refused: set[str] = field(default_factory=set)  # devices in a sum that the parent has refused
+    again: set[str] = field(default_factory=set)  # devices to be asked again, because a sum was given up
     is_running: bool = False
     is_over: bool = False
 
@@ -85,34 +94,63 @@ class RegionWork:
             left_over.unlink()
         self._lock = threading.RLock()
         self._rounds: dict[Key, _Round] = {}
+        self._ended: dict[str, int] = {}  # job -> its latest round that is over
+        self._closing = threading.Event()
         self._threads = ThreadPoolExecutor(MAX_ROUNDS, "region-round")
         self.on_crash: Callable[[BaseException], object] = lambda _error: None
 
     def take(self, job: str, number: int, work: Work | None) -> None:
-        """Take the parent's present wish for a round; None = it is over."""
+        """Take the parent's present wish for a round; None = it is over. Raises ProtocolError."""
         key = job, number
         if work is None:
             self._end(key)
             return
+        _ = work.assignment
         with self._lock:
+            for older in [one for one in self._rounds if one[0] == job and one[1] < number]:
+                self._end(older)
             one = self._rounds.setdefault(key, _Round(work, number))
+            left = set(one.work.devices) - set(work.devices) - one.done
             one.work = work
+            one.done -= set(work.devices)  # it is asked again: a sum that it was in was given up
             opened = self._deps.rounds.get(job, one.number)
             if one.is_running and opened is not None:
-                opened.join(set(work.devices) - one.done)
+                opened.join(set(work.devices) - one.refused)
+                for device in left:  # it is elsewhere; do not wait for it
+                    opened.accept(AnswerRow(device=device, reason=MOVED), lambda _answer: None)
             else:
                 self._start(key, one)
 
+    def keep_only(self, jobs: Collection[str]) -> None:
+        """End the rounds of all other jobs, which have ended."""
+        with self._lock:
+            for key in [one for one in self._rounds if one[0] not in jobs]:
+                self._end(key)
+            self._ended = {job: number for job, number in self._ended.items() if job in jobs}
+
+    def is_over(self, job: str, number: int) -> bool:
+        """Whether a round of a job that has not ended is known to be over."""
+        with self._lock:
+            return number <= self._ended.get(job, -1)
+
     def close(self) -> None:
         """Stop all rounds; they continue at the next start."""
+        self._closing.set()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, key: Key, one: _Round) -> None:
         """Start a thread for the round, if a device is still to be asked. The caller has the lock."""
-        if one.is_running or one.is_over or not set(one.work.devices) - one.done:
+        if one.is_running or one.is_over or self._closing.is_set() or not self._pending(key, one):
             return
         one.is_running = True
         self._threads.submit(self._run, key, one)
+
+    def _pending(self, key: Key, one: _Round) -> set[str]:
+        """Return the devices that are asked, or whose answers are here, perhaps nowhere else, and not yet sent."""
+        here = set()
+        if one.work.region_rounds == 1:  # otherwise they belong to one of several rounds
+            here = {row.device for row in self._deps.jobs.open_round(key[0], one.number, ())}
+        return {*one.work.devices, *one.again, *here} - one.done - one.refused
 
     def _run(self, key: Key, one: _Round) -> None:
         job, number = key
@@ -124,6 +162,7 @@ class RegionWork:
             event(_log, logging.INFO, "round.closed", job=job, round=number)
         except (EdgeflError, OSError, SQLAlchemyError) as error:
             event(_log, logging.ERROR, "round.failed", job=job, round=number, reason=error)
+            self._closing.wait(RETRY_S)
         except BaseException as bug:  # noqa: BLE001 - the thread's outermost line
             _log.critical("round.crashed job=%s round=%s", job, number, exc_info=bug)
             self.on_crash(bug)
@@ -162,14 +201,13 @@ class RegionWork:
         with self._lock:
             one.number = assignment.round
             one.numbers.add(one.number)
-            wanted = set(one.work.devices)
-        # Also those that have moved away, if their answers are here: perhaps nowhere else.
-        known = {row.device for row in self._deps.jobs.open_round(key[0], one.number, sorted(wanted))}
-        plan = _plan(assignment, tuple(sorted((wanted | known) - one.done)), parameters)
+            devices = tuple(sorted(self._pending(key, one)))
+        plan = _plan(assignment, devices, parameters)
         fleet = RegionFleet(_job_row(assignment), self._deps, work)
         folding = Folding(plan)
         for answer in fleet.collect(plan):
-            folding.add(answer)
+            if not (isinstance(answer, Failure) and answer.reason == MOVED):
+                folding.add(answer)
         return folding, fleet
 
     def _deliver(self, key: Key, one: _Round, folding: Folding, fleet: GrpcFleet) -> None:
@@ -177,23 +215,29 @@ class RegionWork:
         job, number = key
         without: set[str] = set()
         while (note := folding.note()).devices and not one.is_over:
-            one.sums += 1
-            path = self._folder / f"{job}-{number}-{one.sums}"
+            count = secrets.randbits(31)  # no number of an earlier process
+            path = self._folder / f"{job}-{number}-{count}"
             try:
                 fleet.insist(functools.partial(_write, folding.mean(), path))
                 state = self._send(SumFile(
-                    job=job, round=number, number=one.sums, path=path, blake3=blake3_of(path), note=note,
+                    job=job, round=number, number=count, path=path, blake3=blake3_of(path), note=note,
                 ))  # fmt: skip
             finally:
                 path.unlink(missing_ok=True)
             event(_log, logging.INFO, f"sum.{pb.UploadState.Status.Name(state.status).lower()}", job=job, round=number,
                   contributors=len(note.weights), failed=len(note.failed), reason=state.reason or "-")  # fmt: skip
-            if state.status != pb.UploadState.REFOLD:
-                one.done |= note.devices
-                return
-            without |= set(state.without)
-            one.done |= set(state.without)
-            folding = self._folded_again(folding, fleet, note.devices - without)
+            with self._lock:
+                if state.status == pb.UploadState.REFUSED:
+                    one.refused |= note.devices
+                if state.status != pb.UploadState.REFOLD:
+                    one.done |= note.devices
+                    one.again -= note.devices
+                    return
+                without |= set(state.without)
+                one.done |= set(state.without)
+                given_up = set(self._deps.jobs.withdraw_sums(job, folding.plan.round, without)) - without
+                one.again = (one.again | given_up) - without
+            folding = self._folded_again(folding, fleet, note.devices - without - given_up)
 
     def _folded_again(self, former: Folding, fleet: GrpcFleet, devices: set[str]) -> Folding:
         plan = former.plan
@@ -209,6 +253,7 @@ class RegionWork:
             if one is None:
                 return
             one.is_over = True
+            self._ended[key[0]] = max(one.number, self._ended.get(key[0], 0))
             opened = self._deps.rounds.get(key[0], one.number)
             if opened is not None:
                 opened.interrupt(JobCancelled("the parent has closed the round"))
@@ -219,6 +264,7 @@ class RegionWork:
         """Forget a round. The caller has the lock."""
         one = self._rounds.pop(key)
         for number in one.numbers:
+            self._deps.link.close_round(key[0], number)
             self._deps.jobs.forget_round(key[0], number)
             self._deps.spool.drop_round(key[0], number)
         still = {ref.sha256 for other in self._rounds.values() for ref in other.work.assignment.blobs()}

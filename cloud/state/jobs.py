@@ -11,7 +11,7 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -178,14 +178,9 @@ class Jobs:
             found = db.execute(updates.select().where(of_round).order_by(sa.text("rowid"))).mappings()
             return [
                 AnswerRow(
-                    device=row["device"],
-                    file=row["file"],
+                    **{name: row[name] for name in ("device", "file", "metrics", "reason", "region", "refused")},
                     weight=row["weight"] or 0.0,
-                    metrics=row["metrics"],
-                    reason=row["reason"],
                     evaluation=None if row["evaluation"] is None else DeviceEvaluation(**row["evaluation"]),
-                    region=row["region"],
-                    refused=row["refused"],
                 )
                 for row in found
             ]
@@ -207,6 +202,16 @@ class Jobs:
         here = (sums.c.job == job) & (sums.c.round == number) & (sums.c.file == file)
         with self._engine.begin() as db:
             return str(db.scalar(sa.select(sums.c.note).where(here)))
+
+    def withdraw_sums(self, job: str, number: int, devices: Collection[str]) -> list[str]:
+        """Delete accepted sums that have one of these devices; return all devices of those sums, now without answer."""
+        key = {"job": job, "round": number}
+        with self._engine.begin() as db:
+            rows = db.execute(sa.select(updates.c.device, updates.c.file, updates.c.region).filter_by(**key)).all()
+            files = {file for device, file, region in rows if region and file and device in devices}
+            for table in (updates, sums):
+                db.execute(table.delete().filter_by(**key).where(table.c.file.in_(files)))
+        return [device for device, file, _ in rows if file in files]
 
     def forget_round(self, job: str, number: int) -> None:
         """Delete an open round and its answers: in a region, after its parent has closed it."""
@@ -360,25 +365,20 @@ class Jobs:
             return db.scalar(sa.select(jobs.c.id).where(jobs.c.id == job)) is not None
 
     def _has_news(self, job: str, rounds_seen: int) -> bool:
-        row = sa.select(jobs.c.state, jobs.c.rounds_done).where(jobs.c.id == job)
         with self._engine.begin() as db:
-            state, rounds_done = db.execute(row).one()
+            state, rounds_done = db.execute(sa.select(jobs.c.state, jobs.c.rounds_done).where(jobs.c.id == job)).one()
         return state in ENDED or rounds_done > rounds_seen
 
     def _shown(self, row: Any) -> dict[str, Any]:
-        names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s")
-        return (
-            {"kind": "train"}
-            | {name: row[name] for name in names}
-            | {
-                "name": row["name"] or row["task"],
-                "label": row["label"],
-                "waiting": (self.waiting() or None) if row["state"] == "running" else None,
-                "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
-                "last_evaluation": row["last_evaluation"],
-                "frozen": None if (frozen := _frozen_of(row)) is None else dataclasses.asdict(frozen),
-            }
-        )
+        names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s", "label")
+        frozen = _frozen_of(row)
+        return {"kind": "train", **{name: row[name] for name in names}} | {
+            "name": row["name"] or row["task"],
+            "waiting": (self.waiting() or None) if row["state"] == "running" else None,
+            "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
+            "last_evaluation": row["last_evaluation"],
+            "frozen": None if frozen is None else dataclasses.asdict(frozen),
+        }
 
     def _notify(self) -> None:
         with self._changed:

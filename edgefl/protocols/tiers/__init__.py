@@ -3,6 +3,7 @@
 from edgefl.protocols.tiers.records import (
     MAX_DEVICES,
     MAX_PARENTS,
+    RECEIVES,
     Member,
     RegionState,
     SumNote,
@@ -11,4 +12,4 @@ from edgefl.protocols.tiers.records import (
     unpack,
 )
 
-__all__ = ["MAX_DEVICES", "MAX_PARENTS", "Member", "RegionState", "SumNote", "Work", "pack", "unpack"]
+__all__ = ["MAX_DEVICES", "MAX_PARENTS", "RECEIVES", "Member", "RegionState", "SumNote", "Work", "pack", "unpack"]

@@ -17,7 +17,8 @@ from edgefl.protocols import fleet_pb2 as pb
 MAX_ENTRIES = 500_000
 MAX_KEY_CHARS = 300
 
-Value = bytes | Callable[[], bytes]  # a function is called when the entry is sent: e.g. for a duration that is left
+# A function is called when the entry is sent, e.g. for a duration that is left; None = there is no such entry any more.
+Value = bytes | Callable[[], bytes | None]
 
 
 class Mirror:
@@ -56,6 +57,11 @@ class Mirror:
         with self._lock:
             return [key for key in self._values if key.startswith(prefix)]
 
+    def pending(self) -> int:
+        """Return the number of changes that the reader has not got yet."""
+        with self._lock:
+            return len(self._changed)
+
     async def items(self) -> AsyncIterator[pb.TierItem]:
         """Yield all entries, then `complete`, then each change, until a newer stream reads them."""
         wake = asyncio.Event()
@@ -66,29 +72,35 @@ class Mirror:
             self._reader = mine
             self._changed.clear()
             keys: Iterable[str] = list(self._values)
-        for key in keys:
-            yield self._item(key)
-        yield pb.TierItem(complete=True)
-        while True:
-            await wake.wait()
-            wake.clear()
-            with self._lock:
-                if self._reader is not mine:
-                    return
-                keys, self._changed = list(self._changed), {}
+        try:
             for key in keys:
                 yield self._item(key)
+            yield pb.TierItem(complete=True)
+            while True:
+                await wake.wait()
+                wake.clear()
+                with self._lock:
+                    if self._reader is not mine:
+                        return
+                    keys, self._changed = list(self._changed), {}
+                for key in keys:
+                    yield self._item(key)
+        finally:
+            with self._lock:
+                if self._reader is mine:
+                    self._reader = None
+                    self._changed.clear()
 
     def _item(self, key: str) -> pb.TierItem:
         with self._lock:
             value = self._values.get(key)
-        if value is None:
-            return pb.TierItem(key=key, deleted=True)
-        return pb.TierItem(key=key, value=value if isinstance(value, bytes) else value())
+        data = value() if callable(value) else value
+        return pb.TierItem(key=key, deleted=True) if data is None else pb.TierItem(key=key, value=data)
 
     def _note(self, key: str) -> None:
-        self._changed[key] = None
+        """Note a change for the reader; the next one begins with all entries anyway. The caller has the lock."""
         if self._reader is not None:
+            self._changed[key] = None
             _wake(self._reader)
 
 
@@ -99,7 +111,11 @@ def _wake(reader: tuple[asyncio.AbstractEventLoop, asyncio.Event]) -> None:
 
 
 class MirrorCopy:
-    """The reader's side: `on_change` is called with each entry that is new or has another value, or with None."""
+    """The reader's side: `on_change` is called with each entry that is new or has another value, or with None.
+
+    An entry that a new stream lacks is deleted while `is_complete` is still false: the writer did not say so, it may
+    have been started again and not know it yet.
+    """
 
     def __init__(self, on_change: Callable[[str, bytes | None], None]) -> None:
         self._on_change = on_change
@@ -125,12 +141,15 @@ class MirrorCopy:
         if len(item.key) > MAX_KEY_CHARS:
             raise ProtocolError(f"a key of {len(item.key)} characters; at most {MAX_KEY_CHARS} are allowed")
         values = self._values if self._coming is None else self._coming
-        if len(values) >= MAX_ENTRIES and item.key not in values and not item.complete:
+        if len(values) >= MAX_ENTRIES and item.key not in values and not (item.complete or item.deleted):
             raise ProtocolError(f"more than {MAX_ENTRIES} entries")
         if item.complete:
             self._complete()
         elif self._coming is not None:
-            self._coming[item.key] = item.value
+            if item.deleted:  # after the stream began
+                self._coming.pop(item.key, None)
+            else:
+                self._coming[item.key] = item.value
         elif item.deleted:
             if self._values.pop(item.key, None) is not None:
                 self._on_change(item.key, None)
@@ -139,9 +158,10 @@ class MirrorCopy:
             self._on_change(item.key, item.value)
 
     def _complete(self) -> None:
-        former, self._values, self._coming = self._values, self._coming or {}, None
+        former, self._values = self._values, self._coming or {}
         for key in former.keys() - self._values.keys():
             self._on_change(key, None)
         for key, value in self._values.items():
             if former.get(key) != value:
                 self._on_change(key, value)
+        self._coming = None

@@ -6,7 +6,7 @@ From the region: `region/<name>` what it and the regions below it are, `state/<d
 `note/<device>/<model>`, as its devices said by MQTT.
 
 A region's partial sum is uploaded like an update, with a `SumNote` in its header: the weighted mean of its devices'
-updates as safetensors, in the dtypes of `sum_dtype`.
+updates as safetensors, in the dtypes of `edgefl.guards.partial_spec`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from edgefl.protocols.messages import MAX_NAME_CHARS, MAX_TAG_CHARS, MAX_TAGS, E
 MAX_DEVICES = 10_000  # in one round of one region: their names and metrics are in one message of a megabyte
 MAX_PARENTS = 16
 MAX_METRICS = 1000
+RECEIVES = "edgefl-receives"  # metadata of the reply to a sum's header: its bytes are wanted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

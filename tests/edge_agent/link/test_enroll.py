@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import stat
-import threading
 
 import pytest
 
-from edge_agent.link.enroll import CUT_OFF_WAIT_S, EnrolmentRequest, _call, enroll
+from edge_agent.link.enroll import EnrolmentRequest, enroll
 from edge_agent.link.profile import load_profile
 from edgefl.errors import CloudUnreachable, ConfigError, EnrolmentRefused, HomeError, ProtocolError
 from edgefl.protocols import tls
@@ -114,49 +111,3 @@ def test_a_folder_with_other_things_is_refused(make_request, tmp_path):
     with pytest.raises(HomeError, match="not empty"):
         enroll(tmp_path / "full", make_request())
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["letter.txt"]
-
-
-CUT_OFF = 0  # the connection ends without an answer
-
-
-class Busy(http.server.BaseHTTPRequestHandler):
-    """Refuses as often as its server says, then answers."""
-
-    def do_GET(self):
-        status = self.server.refusals.pop(0) if self.server.refusals else 200
-        if status == CUT_OFF:
-            self.close_connection = True
-            return
-        self.send_response(status)
-        self.send_header("Retry-After", "7")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("refusals", "error"),
-    [
-        ([], None),
-        ([503, 429], None),
-        ([503] * 6, EnrolmentRefused),
-        ([CUT_OFF, 503], None),
-        ([CUT_OFF] * 6, CloudUnreachable),
-    ],
-)
-def test_a_cloud_that_has_no_place_now_is_asked_again(refusals, error):
-    waits = []
-    with http.server.HTTPServer(("127.0.0.1", 0), Busy) as server:
-        server.refusals = list(refusals)
-        expected = [CUT_OFF_WAIT_S if one == CUT_OFF else 7.0 for one in refusals[:5]]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            with pytest.raises(error) if error else contextlib.nullcontext():
-                _call("GET", f"http://127.0.0.1:{server.server_port}/", verify=True, wait=waits.append)
-        finally:
-            server.shutdown()
-            thread.join()
-    assert waits == expected

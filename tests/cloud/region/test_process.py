@@ -1,0 +1,58 @@
+"""A region as a process: it starts below a real cloud, says how it is, stops cleanly, also without its parent."""
+
+from __future__ import annotations
+
+import json
+import signal
+import ssl
+
+import httpx
+import pytest
+
+from cloud.region.process import _round_in
+from edgefl.errors import ProtocolError
+from edgefl.local_fleet import LocalFleet
+from edgefl.protocols import tls
+
+
+@pytest.mark.parametrize("key", ["work/job", "work/job/x", "work//1", "work/job/1/2", "work/job/-1", "work/job/"])
+def test_a_key_that_names_no_round(key):
+    with pytest.raises(ProtocolError, match="no work of a round"):
+        _round_in(key)
+
+
+def test_a_key_of_a_round():
+    assert _round_in("work/job-1/12") == ("job-1", 12)
+
+
+def health(fleet, name):
+    context = tls.client_context(fleet.home / "tls" / "ca.pem", None, name + tls.REGION_DOMAIN)
+    with httpx.Client(verify=context, trust_env=False) as client:
+        return client.get(f"{fleet.url_of(name)}/v1/health").json()
+
+
+def test_a_region_starts_says_how_it_is_and_stops(tmp_path):
+    with LocalFleet(tmp_path, broker="builtin") as fleet:
+        fleet.start()
+        fleet.start_region("north")
+        said = health(fleet, "north")
+        assert (said["status"], said["region"]) == ("ok", "north")
+        assert {"link", "uplink", "disk", "database"} <= said["parts"].keys()
+        fleet.cloud.signal(signal.SIGKILL)
+        fleet.regions["north"].wait_for("uplink.down")
+        said = health(fleet, "north")
+        assert (said["status"], said["parts"]["uplink"]["ok"]) == ("failing", False)
+        assert fleet.regions["north"].stop() == 0  # also without its parent
+        again = fleet.spawn("north-2.log", "region", "start", "--home", tmp_path / "north",
+                            *(f"--{kind}-port={port}" for kind, port in zip(("grpc", "http", "mqtt"),
+                                                                            fleet._region_ports["north"],
+                                                                            strict=True)))  # fmt: skip
+        fleet.regions["north-2"] = again
+        again.wait_for("region.ready")
+        assert json.loads((tmp_path / "north" / "fleet.json").read_text())["running"] == []
+        fleet.cloud.stop()
+        fleet.start_cloud()
+        again.wait_for("uplink.up")
+        with pytest.raises(httpx.ConnectError):  # its certificate is no cloud's, wherever it is
+            httpx.get(fleet.url_of("north") + "/v1/health",
+                      verify=ssl.create_default_context(cafile=fleet.home / "tls" / "ca.pem"))  # fmt: skip
