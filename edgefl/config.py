@@ -234,10 +234,10 @@ class TiersConfig:
     """Regions between the clients and the cloud. In a fleet they are those that run; the rest is for simulations."""
 
     region_rounds: int = 1  # rounds in each region below the cloud for one of the cloud (HierFAVG, Liu et al. 2020)
-    fan_out: Sequence[int] = ()  # simulated: clients per region, then regions per region of the tier above, ..
-    uplink_mbps: Sequence[float] = ()  # simulated: of the regions of each tier, from below; the last one for the rest
-    downlink_mbps: Sequence[float] = ()  # the same; empty = it takes no time
-    rtt_s: Sequence[float] = ()  # round-trip time of these links (s)
+    fan_out: Sequence[int] = field(default_factory=list)  # simulated: clients per region, regions per region, ..
+    uplink_mbps: Sequence[float] = field(default_factory=list)  # simulated: of each tier's regions, from below
+    downlink_mbps: Sequence[float] = field(default_factory=list)  # the same
+    rtt_s: Sequence[float] = field(default_factory=list)  # round-trip time of these links (s)
 
     def __post_init__(self) -> None:
         require_within("tiers.region_rounds", self.region_rounds, 1, 1000)
