@@ -23,16 +23,18 @@ import grpc
 from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.dataplane.fleet_service import FleetService, ServiceDependencies, handler
-from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
+from cloud.dataplane.grpc_fleet import GrpcFleet
 from cloud.dataplane.grpc_port import GrpcPort
 from cloud.http.api import make_app, serve_http
+from cloud.jobs.slots import JobSlots
 from cloud.region.service import TierDependencies, TierService, tier_handler
 from cloud.servers import serve_grpc
 from cloud.state.home import LOG_FILE, MAX_JOBS, AggregatorOptions, CloudHome
-from cloud.state.jobs import JobRow
+from cloud.state.jobs import UNFINISHED, JobRow
 from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.errors import CloudStopping, EdgeflError, JobCancelled
+from edgefl.choosing.history import History
+from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, JobPaused
 from edgefl.logs import event, logging_to
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, from_json
@@ -40,8 +42,10 @@ from edgefl.protocols.ports.http_limits import HttpLimits
 from edgefl.protocols.tls import reloading, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds
+from edgefl.stopping import EarlyStop, make_stop
 from edgefl.trees import SpooledTree, Tree, is_large
 
+EVALUATED_LATE = 100  # rounds in which an operator may still evaluate a model, for `rounds.stop`
 TLS_BUFFER_BYTES = 64 << 10
 
 # mallopt(3) of glibc: see `keep_freed_memory`.
@@ -58,6 +62,7 @@ class Aggregator:
         self._options = options
         self._home = CloudHome(options)
         self._job_threads = ThreadPoolExecutor(MAX_JOBS, "job")
+        self._slots = JobSlots(MAX_JOBS)
         self._relay_thread = ThreadPoolExecutor(1, "relays")
 
     def serve(self, on_ready: Callable[[str], None] = lambda _url: None) -> None:
@@ -83,19 +88,23 @@ class Aggregator:
         fleet: GrpcFleet | None = None
         try:
             row = self._insist(lambda: home.jobs.load(job_id))
-            if row.state != "running":
+            if row.state not in UNFINISHED or (row.state == "paused" and not row.cohort):
                 return
-            deps = FleetDependencies(home.rounds, home.jobs, home.blobs, home.spool, home.link, home.storage)
-            fleet = GrpcFleet(row, deps)
-            job = self._prepare(row, fleet)
+            home.rounds.halt(job_id, halted=row.state == "paused")  # an open round ends first
+            history = home.history_of(row)
+            fleet = GrpcFleet(row, home.fleet_dependencies(), history)
+            job = self._prepare(row, fleet, history)
             parameters: Tree = SpooledTree(home.blobs.path(row.model.sha256))
+            done = row.rounds_done
             for outcome in run_rounds(job, fleet, parameters):
-                self._commit(outcome, fleet, job.step)
-                parameters = outcome.parameters
-            last = evaluate_last(job, fleet, parameters)
-            is_written = self._end(job_id, "done", model=fleet.assembled(parameters), last=last)
-        except CloudStopping:
-            event(_log, logging.INFO, "job.paused", job=job_id)
+                self._commit(outcome, fleet, job)
+                parameters, done = outcome.parameters, outcome.round
+            last = evaluate_last(job, fleet, parameters, done=done)
+            is_early = job.stop is not None and done < row.config.rounds.count
+            stopped = job.stop.reason() if job.stop is not None and is_early else ""
+            is_written = self._end(job_id, "done", model=fleet.assembled(parameters), last=last, stopped=stopped)
+        except (CloudStopping, JobPaused) as pause:
+            event(_log, logging.INFO, "job.paused", job=job_id, reason=pause)
             return
         except JobCancelled as stopped:
             is_written = self._end(job_id, "cancelled", str(stopped))
@@ -106,6 +115,8 @@ class Aggregator:
             reason = f"a bug in edgefl: {bug!r:.500}; see the cloud's log"
             is_written = self._end(job_id, "failed", reason)
         finally:
+            if fleet is not None:
+                fleet.leave()
             home.rounds.forget(job_id)
             home.children.note_running()
         if not is_written:  # it continues at the next start, with the received updates
@@ -116,16 +127,16 @@ class Aggregator:
 
     def _end(
         self, job_id: str, state: str, error: str | None = None, model: BlobRef | None = None,
-        last: LastEvaluation | None = None,
+        last: LastEvaluation | None = None, stopped: str = "",
     ) -> bool:  # fmt: skip
         """Store a job's end as soon as the disk permits; False if the cloud stops first, which resumes the job later.
 
         Raises permanent errors of the database, which stop the process (`_report_crash`).
         """
         level = logging.ERROR if state == "failed" else logging.INFO
-        event(_log, level, f"job.{state}", job=job_id, error=error or "-")
+        event(_log, level, f"job.{state}", job=job_id, error=error or "-", stopped=stopped or "-")
         try:
-            self._insist(lambda: self._home.jobs.end(job_id, state, error, model, last))
+            self._insist(lambda: self._home.jobs.end(job_id, state, error, model, last, stopped))
         except CloudStopping:
             event(_log, logging.WARNING, "job.end_not_written", job=job_id, state=state)
             return False
@@ -135,7 +146,7 @@ class Aggregator:
         """Call a function that writes; retry while the disk or database is unavailable. Raises CloudStopping."""
         return self._home.storage.insist(call, self._home.rounds.refuse_stopping)
 
-    def _prepare(self, row: JobRow, fleet: GrpcFleet) -> Job:
+    def _prepare(self, row: JobRow, fleet: GrpcFleet, history: History | None) -> Job:
         """Return the job with the optimizer's state, and the cohort of the open round, if there is one."""
         step = ServerOptimizer(row.config.server, gradient=row.config.train.algorithm == "fedsgd", buffers=row.buffers)
         bundle = from_json(Bundle, json.loads(row.bundle.text))
@@ -145,6 +156,9 @@ class Aggregator:
                 self._home.blobs.check(sha256)  # raises BlobDamaged
         if row.optimizer_sha256 is not None:
             step.load(SpooledTree(self._home.blobs.path(row.optimizer_sha256)))
+        stop = make_stop(row.config.rounds.stop)
+        if stop is not None:
+            self._note_metrics(row.id, stop, 0)
         return Job(
             id=row.id,
             config=row.config,
@@ -154,22 +168,31 @@ class Aggregator:
             on_refusal=fleet.refuse,
             keep=fleet.keep,
             evaluation=row.evaluation,
+            history=history,
+            stop=stop,
         )
 
-    def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, step: ServerOptimizer) -> None:
+    def _note_metrics(self, job_id: str, stop: EarlyStop, after: int) -> None:
+        """Tell the early stop what is known of a job's rounds, with what operators have evaluated."""
+        for outcome in self._home.jobs.rounds_after(job_id, after):
+            stop.note(int(outcome["round"]), outcome["metrics"])
+
+    def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, job: Job) -> None:
         """Make a round's outcome durable; the model first, because the commit refers to it."""
-        optimizer = step.state()
-        model = fleet.published(outcome.parameters)
+        optimizer, model = job.step.state(), fleet.published(outcome.parameters)
+        learnt = {} if job.history is None else {name: job.history.of(name) for name in outcome.cohort()}
         state = fleet.insist(lambda: self._home.blobs.put_tree(optimizer).sha256) if optimizer else None
         kept = max(self._options.kept_rounds, self._options.kept_models + 1)
-        fleet.insist(lambda: self._home.jobs.finish_round(outcome, model, state, kept))
+        fleet.insist(lambda: self._home.jobs.finish_round(outcome, model, state, kept, learnt))
         if state is not None and is_large(optimizer):  # from now on it is read from its blob
-            step.load(SpooledTree(self._home.blobs.path(state)))
+            job.step.load(SpooledTree(self._home.blobs.path(state)))
         fleet.insist(lambda: self._home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models))
         self._home.spool.drop_round(outcome.job, outcome.round)
         event(_log, logging.INFO, "round.done", job=outcome.job, round=outcome.round,
               admitted=len(outcome.admitted), rejected=len(outcome.rejected), failed=len(outcome.failed),
               missing=len(outcome.missing), seconds=outcome.seconds)  # fmt: skip
+        if job.stop is not None:
+            self._note_metrics(job.id, job.stop, max(0, outcome.round - EVALUATED_LATE))
 
     async def _serve(self, on_ready: Callable[[str], None]) -> None:
         stop = asyncio.Event()
@@ -179,17 +202,19 @@ class Aggregator:
         supervisor = self._home.supervisor
         supervisor.on_end = functools.partial(loop.call_soon_threadsafe, stop.set)
         jobs = self._home.jobs
-        running = jobs.running()
+        running, unfinished = jobs.running(), jobs.unfinished()
+        running += [job for job in unfinished if job not in running and jobs.has_open_round(job)]  # to end that round
         self._home.relays.resume()
-        self._home.spool.keep_only([*running, *self._home.relays.running()])
-        jobs.followers.expect_back(running)
+        self._home.spool.keep_only([*unfinished, *self._home.relays.running()])
+        jobs.followers.expect_back(unfinished)
         self._home.rounds.expect(job for job in running if jobs.has_open_round(job))
         async with self._home.broker(), self._grpc_server(), self._http_server():
             supervisor.add_check("grpc", lambda: "")  # if it fails, this block ends
             supervisor.add_check("jobs", lambda: "")  # see `_report_crash`
             self._home.link.start()
             self._relay_thread.submit(supervisor.run, "relays", self._home.relays.watch)
-            jobs.started, jobs.cancelled = self._start, self._cancel
+            jobs.started, jobs.cancelled, jobs.queued = self._start, self._cancel, self._queued
+            self._home.control.paused, self._home.control.resumed = self._pause, self._resume
             for job in running:
                 self._start(job)
             event(_log, logging.INFO, "cloud.ready", url=self._home.url, grpc_port=self._options.grpc_port,
@@ -263,10 +288,40 @@ class Aggregator:
             yield
 
     def _start(self, job_id: str) -> None:
-        try:
-            self._job_threads.submit(self.run_job, job_id).add_done_callback(self._report_crash)
-        except RuntimeError as error:  # no new thread; a running one may take the job later and finds it ended
-            self._end(job_id, "failed", f"the cloud could not start it: {error}")
+        """Run a job as soon as it has a slot."""
+        self._slots.add(job_id, self._home.control.priority(job_id))
+        self._fill_slots()
+
+    def _fill_slots(self) -> None:
+        while (job_id := self._slots.next()) is not None:
+            try:
+                thread = self._job_threads.submit(self.run_job, job_id)
+            except RuntimeError as error:  # no new thread; a running one may take the job later and finds it ended
+                self._slots.done(job_id)
+                self._end(job_id, "failed", f"the cloud could not start it: {error}")
+            else:
+                thread.add_done_callback(functools.partial(self._free_slot, job_id))
+
+    def _free_slot(self, job_id: str, thread: Future[None]) -> None:
+        self._report_crash(thread)
+        self._slots.done(job_id)
+        self._fill_slots()
+
+    def _pause(self, job_id: str) -> None:
+        self._home.rounds.halt(job_id)
+        self._home.link.wake()
+
+    def _resume(self, job_id: str) -> None:
+        self._home.rounds.halt(job_id, halted=False)
+        self._start(job_id)
+
+    def _queued(self, job_id: str) -> str:
+        """Return what a job waits for; empty if it works."""
+        waiting = self._slots.waiting()
+        if job_id in waiting:
+            at = waiting.index(job_id) + 1
+            return f"waiting for its turn: {MAX_JOBS} jobs run at a time; position {at} in the queue"
+        return self._home.board.waits.get(job_id, "")
 
     def _cancel(self, job_id: str) -> None:
         self._home.rounds.interrupt(JobCancelled("cancelled by its operator"), job_id)
@@ -276,9 +331,10 @@ class Aggregator:
         """Return those of the jobs held by a device that have ended."""
         if not held:
             return []
-        return sorted(set(held) - set(self._home.relays.running()) - set(self._home.jobs.running()))
+        return sorted(set(held) - set(self._home.relays.running()) - set(self._home.jobs.unfinished()))
 
     def _stop_jobs(self) -> None:
+        self._slots.close()
         self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs continue at the next start"))
         self._wake()
         self._home.relays.close()

@@ -47,11 +47,13 @@ def cloud() -> None:
               help="Lifetime of certificates. Each is renewed automatically when a third of it is left.")  # fmt: skip
 @click.option("--kept-rounds", default=1000, show_default=True, type=click.IntRange(10, 10_000_000),
               help="How many of a job's latest rounds to keep for `edgefl jobs show`.")  # fmt: skip
+@click.option("--kept-models", default=3, show_default=True, type=click.IntRange(1, 100_000),
+              help="How many of a job's latest models to keep for evaluation and `edgefl run --resume`.")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="No TLS. For loopback only.")
 def start(  # noqa: PLR0913 - one parameter per option
     *, home: Path, host: str, grpc_port: int, http_port: int, mqtt_port: int, broker: str,
     broker_pid_file: Path | None, names: tuple[str, ...], certificate_days: float, kept_rounds: int,
-    insecure: bool,
+    kept_models: int, insecure: bool,
 ) -> None:  # fmt: skip
     """Serve until Ctrl-C or SIGTERM. The first start creates the CA, the fleet's key and HOME/operator.json."""
     from cloud.aggregator import Aggregator
@@ -68,6 +70,7 @@ def start(  # noqa: PLR0913 - one parameter per option
         broker_pid_file=broker_pid_file,
         certificate_days=certificate_days,
         kept_rounds=kept_rounds,
+        kept_models=kept_models,
         insecure=insecure,
         names=names,
     )

@@ -28,6 +28,9 @@ from edge_agent.link.log_sender import LOG_FILE, LogSender
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edge_agent.live import LiveFile, LiveState
+from edge_agent.policy.machine import Machine
+from edge_agent.policy.rules import DevicePolicy, parse_policy, refuse_never_true
+from edge_agent.policy.watch import PolicyWatch, refusal_text
 from edge_agent.releases.updater import Updater, UpdaterDependencies
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
 from edge_agent.serving.access import Access
@@ -72,6 +75,7 @@ class AgentConfig:
     trainer_memory_mb: int = 0  # 0 = three quarters of the machine's
     trainer_socket: Path | None = None  # of a trainer run by systemd; None = our child process
     trainer_idle_s: float = IDLE_S
+    policy: str = ""  # when this device works for the fleet, see `edge_agent.policy.rules`; empty = always
     install_dependencies: bool = False  # whether packages that a task needs may be installed, for the trainer only
     site_rendezvous: str = ""  # HOST:PORT of this machine where others join its training; empty = it trains alone
     site_machines: int = 2  # how many train together, if there is a rendezvous
@@ -80,6 +84,7 @@ class AgentConfig:
         if not 0 <= self.serve_port <= 65535:
             raise ConfigError(f"--serve-port {self.serve_port} must be in 0..65535")
         self.access()
+        self.device_policy()
         if self.trainer_memory_mb < 0:
             raise ConfigError(f"--trainer-memory-mb {self.trainer_memory_mb} must be 0 (three quarters) or more")
         if not 0 <= self.trainer_idle_s <= MAX_IDLE_S:
@@ -91,6 +96,10 @@ class AgentConfig:
             raise ConfigError(f"--serve-memory-mb {self.serve_memory_mb} must be 0 (a third) or more")
         if not 0 < self.model_load_s <= MAX_LOAD_S:
             raise ConfigError(f"--model-load-s {self.model_load_s} must be above 0 and at most {MAX_LOAD_S}")
+
+    def device_policy(self) -> DevicePolicy | None:
+        """Return the policy, None = the device always works; raises ConfigError for one that cannot be read."""
+        return parse_policy(self.policy) if self.policy else None
 
     def access(self) -> Access:
         """Return who may request predictions; raises ConfigError if the network could, without a token or TLS."""
@@ -128,6 +137,8 @@ class _Agent:
         home = config.home
         self._config, self._profile = config, profile
         fleet_key = _fleet_key(home)
+        self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
+        self._policy = _policy_watch(config, self._trainer, self._on_policy)
         listener = bind(config.serve_host, config.serve_port)
         if config.serve_tls and profile.insecure:
             raise ConfigError(
@@ -147,13 +158,13 @@ class _Agent:
             ServingCallbacks(serving=self._on_serving, failing=self._on_failing),
         )
         self._started = False
-        self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
         self._environments = Environments(home, may_install=config.install_dependencies)
         self._logs = LogSender(home, self._channel)
         self._outbox = Outbox(self._store, self._channel)
         self._revoked = self._revoked_list() if config.serve_tls else None
         on_reachable = self._revoked.refresh if self._revoked else _nothing
         self._link = CloudLink(home, profile, self._channel, self, on_reachable)
+        self._link.refusals = self._policy.refusals
         self._live = LiveFile(home, self._live_state)
         self._participant = Participant(
             ParticipantDependencies(
@@ -172,6 +183,7 @@ class _Agent:
                 on_change=self._live.note_change,
             )
         )
+        self._participant.refuse(self._policy.refusals)
         self._channel.on_change = self._link.on_change = self._live.note_change
         self._updater = Updater(
             UpdaterDependencies(
@@ -206,6 +218,7 @@ class _Agent:
                     "logs": self._logs.run(),
                     "live": self._live.run(),
                     "watchdog": keep_alive(),
+                    "policy": self._policy.run(),
                     **({"revoked": self._revoked.run()} if self._revoked else {}),
                 }.items()
             ]
@@ -252,6 +265,11 @@ class _Agent:
             self._started = True
             notify("READY=1")
 
+    def _on_policy(self, refusals: Mapping[str, str]) -> None:
+        self._participant.refuse(refusals)
+        self._link.refuse(refusals)
+        self._live.note_change()
+
     def _on_failing(self, model: ModelFile, reason: str) -> None:
         self._updater.handle_failing(model, reason)
 
@@ -272,6 +290,8 @@ class _Agent:
             broker_fault=self._link.broker_fault,
             training_job="" if current is None else current.job,
             training_round=0 if current is None else current.round,
+            policy=self._policy.text,
+            policy_refuses=refusal_text(self._policy.refusals),
         )
 
     def _report(self, note: RolloutNote) -> None:
@@ -279,6 +299,16 @@ class _Agent:
 
     def _announce(self) -> None:
         self._link.serve(self._supervisor.versions(), self._url)
+
+
+def _policy_watch(config: AgentConfig, trainer: Trainer, on_change: Callable[[Mapping[str, str]], None]) -> PolicyWatch:
+    """Return the watch over the device's policy; raises ConfigError if the policy could never hold here."""
+    policy, machine = config.device_policy(), Machine(lambda: trainer.pid)
+    if policy is not None:
+        metered, why = machine.metered() if "unmetered" in policy.terms else (False, "")
+        if metered is None:
+            refuse_never_true(policy, {"unmetered": why})
+    return PolicyWatch(policy, machine, on_change)
 
 
 def _nothing() -> None:

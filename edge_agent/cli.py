@@ -120,6 +120,10 @@ def enroll(  # noqa: PLR0913 - one a flag
     help="Socket of a trainer run by systemd.",
 )
 @click.option(
+    "--policy", default="", metavar="TERM,...",
+    help="Work for the fleet only if all terms hold: idle, charging, unmetered, hours such as 22:00-06:00.",
+)  # fmt: skip
+@click.option(
     "--install-dependencies", is_flag=True,
     help="Install packages that a task needs and this device lacks, with pip, for the trainer only.",
 )  # fmt: skip

@@ -33,6 +33,8 @@ class LiveState(Checked):
     broker_fault: str = dataclasses.field(default="", metadata=prose())  # why there is no MQTT; empty = there is
     training_job: str = dataclasses.field(default="", metadata=prose())  # empty = it does not train now
     training_round: int = 0
+    policy: str = dataclasses.field(default="", metadata=prose())  # empty = it always works
+    policy_refuses: str = dataclasses.field(default="", metadata=prose())  # why it does not work now; empty = it does
 
 
 class LiveFile:

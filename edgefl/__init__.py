@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgefl.process.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from edgefl.choosing.settings import StopConfig
     from edgefl.config import (
         AggregationConfig,
         JobConfig,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         InstallError,
         JobCancelled,
         JobFailed,
+        JobPaused,
         ManifestRejected,
         MissingExtra,
         NotFound,
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from edgefl.training.metrics import WholeSet
 
 _NAMES = {
+    "edgefl.choosing.settings": ("StopConfig",),
     "edgefl.config": (
         "AggregationConfig",
         "JobConfig",
@@ -96,6 +99,7 @@ _NAMES = {
         "InstallError",
         "JobCancelled",
         "JobFailed",
+        "JobPaused",
         "ManifestRejected",
         "MissingExtra",
         "NotFound",
@@ -156,6 +160,7 @@ __all__ = [
     "JobCancelled",
     "JobConfig",
     "JobFailed",
+    "JobPaused",
     "ManifestRejected",
     "MissingExtra",
     "NotFound",
@@ -178,6 +183,7 @@ __all__ = [
     "SimulationResult",
     "Spread",
     "StepFailed",
+    "StopConfig",
     "SweepResult",
     "SweepWatching",
     "Task",

@@ -17,8 +17,11 @@ from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 import dacite
 
+from edgefl.choosing.expression import parse
+from edgefl.choosing.settings import StopConfig, check_choice, check_share
 from edgefl.errors import ConfigError
 from edgefl.terminal.pairs import pair_of
+from edgefl.terminal.values import shown_value
 
 ALGORITHMS = ("fedavg", "fedsgd")
 GRACE_NONE, GRACE_AUTO = "none", "auto"
@@ -34,7 +37,6 @@ MAX_WORKERS = 64  # limit of processes that read a Dataset
 MAX_TIERS = 8
 MAX_PROCESSES = 1024
 MAX_NAME_CHARS = 200
-_MAX_SHOWN_BITS = 256
 
 _T = TypeVar("_T")
 
@@ -47,17 +49,17 @@ def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as 
 def require_within(key: str, value: float, least: float, most: float) -> None:
     """Raise ConfigError for a number outside its bounds, or NaN."""
     if not least <= value <= most:
-        raise ConfigError(f"{key}={_shown(value)} must be {least} or more, and at most {most}")
+        raise ConfigError(f"{key}={shown_value(value)} must be {least} or more, and at most {most}")
 
 
 def _above_zero(key: str, value: float, most: float) -> None:
     if not 0 < value <= most:
-        raise ConfigError(f"{key}={_shown(value)} must be above 0, and at most {most}")
+        raise ConfigError(f"{key}={shown_value(value)} must be above 0, and at most {most}")
 
 
 def _printable(key: str, value: str) -> None:
     if not value.isprintable() or len(value) > MAX_NAME_CHARS:
-        raise ConfigError(f"{key}={_shown(value)} must be printable, and of at most {MAX_NAME_CHARS} characters")
+        raise ConfigError(f"{key}={shown_value(value)} must be printable, and of at most {MAX_NAME_CHARS} characters")
 
 
 def _plain_option(key: str, value: object) -> None:
@@ -71,20 +73,9 @@ def _plain_option(key: str, value: object) -> None:
         return
     elif not isinstance(value, int | float) or not -MAX_RATE <= value <= MAX_RATE:
         raise ConfigError(
-            f"{key}={_shown(value)} must be a number from {-MAX_RATE} to {MAX_RATE}, true, false, a text or a list "
-            "of them"
+            f"{key}={shown_value(value)} must be a number from {-MAX_RATE} to {MAX_RATE}, true, false, a text or a "
+            "list of them"
         )
-
-
-def _shown(value: object) -> str:
-    """Return a value for a message."""
-    if isinstance(value, int) and value.bit_length() > _MAX_SHOWN_BITS:
-        return f"an integer of {value.bit_length()} bits"
-    try:
-        text = f"{value!r:.200}"
-    except (ValueError, RecursionError):  # Python refuses to print integers of thousands of digits
-        text = f"a {type(value).__name__} that cannot be shown"
-    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +91,13 @@ class RoundsConfig:
     grace: float | str = "none"  # wait for others after the quorum: seconds | auto: while it pays | none: as usual
     wait_s: float = 60.0  # how long to wait until enough clients are online
     evaluate_every: int = 1  # devices evaluate in every k-th round and the last, if the task can; 0 = never
+    select: str = ""  # only devices that meet this expression take part, e.g. mem_mb >= 512 and tag.site == 'plant-3'
+    utility: str = "random"  # how the cohort is drawn: random | oort (useful and fast devices more often)
+    fairness: float = 0.0  # oort: from 0 (by utility alone) to 1 (devices that took part in the fewest rounds first)
+    stop: StopConfig = field(default_factory=StopConfig)  # when to end before the last round
+    priority: int = 0  # on a fleet: a job of a higher priority gets devices first
+    weight: float = 1.0  # on a fleet: the job's share of devices among jobs of the same priority
+    shared_devices: bool = False  # on a fleet: also use devices that work for other jobs
 
     def __post_init__(self) -> None:
         require_within("rounds.count", self.count, 1, MAX_COUNT)
@@ -114,12 +112,16 @@ class RoundsConfig:
         require_within("rounds.offline_grace_s", self.offline_grace_s, 0, MAX_SECONDS)
         if isinstance(self.grace, str | bool):
             known = f"{GRACE_NONE}, {GRACE_AUTO}, or a number of seconds"
-            seen = f"rounds.grace={_shown(self.grace)}"
+            seen = f"rounds.grace={shown_value(self.grace)}"
             _require(self.grace in {GRACE_NONE, GRACE_AUTO}, f"{seen} is not one of: {known}")
         else:
             require_within("rounds.grace", self.grace, 0, MAX_SECONDS)
         require_within("rounds.wait_s", self.wait_s, 0, MAX_SECONDS)
         require_within("rounds.evaluate_every", self.evaluate_every, 0, MAX_COUNT)
+        if self.select:
+            parse(self.select)
+        check_choice(self.utility, self.clients, self.fairness)
+        check_share(self.priority, self.weight)
 
     def evaluates_in(self, round_number: int) -> bool:
         """Whether devices evaluate the parameters that they receive in this round."""
@@ -175,7 +177,7 @@ class TrainConfig:
     def _check_processes(self) -> None:
         number = self.processes
         if isinstance(number, bool) or (isinstance(number, str) and number != AUTO):
-            raise ConfigError(f"train.processes={_shown(number)} must be a whole number, or {AUTO!r}")
+            raise ConfigError(f"train.processes={shown_value(number)} must be a whole number, or {AUTO!r}")
         if isinstance(number, int):
             require_within("train.processes", number, 1, MAX_PROCESSES)
         known = ", ".join(STRATEGIES)
@@ -338,7 +340,7 @@ def from_dict(schema: type[_T], data: Mapping[str, Any]) -> _T:
         return dacite.from_dict(schema, dict(data), dacite.Config(type_hooks={float: _as_float}, strict=True))
     except dacite.WrongTypeError as cause:
         wanted = getattr(cause.field_type, "__name__", cause.field_type)
-        raise ConfigError(f"{cause.field_path}={_shown(cause.value)} must be of type {wanted}") from cause
+        raise ConfigError(f"{cause.field_path}={shown_value(cause.value)} must be of type {wanted}") from cause
     except dacite.DaciteError as cause:
         raise ConfigError(str(cause)) from cause
 
@@ -377,19 +379,19 @@ def _refuse_both(data: Mapping[str, Any]) -> None:
     train = data.get("train")
     if isinstance(train, Mapping) and train.get("epochs") and train.get("steps"):
         raise ConfigError(
-            f"train.steps={_shown(train['steps'])} and train.epochs={_shown(train['epochs'])}: give one of them, or "
-            "set the other to 0"
+            f"train.steps={shown_value(train['steps'])} and train.epochs={shown_value(train['epochs'])}: give one of "
+            "them, or set the other to 0"
         )
 
 
 def _refuse_unknown(schema: type[Any], data: Any, path: str) -> None:
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{path.rstrip('.')}={_shown(data)} must be a section")
+        raise ConfigError(f"{path.rstrip('.')}={shown_value(data)} must be a section")
     hints = get_type_hints(schema)
     for key, value in data.items():
         if key not in hints:
             known = ", ".join(sorted(hints))
-            raise ConfigError(f"unknown configuration key {_shown(path + str(key))}; known here: {known}")
+            raise ConfigError(f"unknown configuration key {shown_value(path + str(key))}; known here: {known}")
         if isinstance(value, bool) and hints[key] in {int, float}:  # in Python a bool is an int
             raise ConfigError(f"{path}{key}={value} must be of type {hints[key].__name__}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(hints[key], type):

@@ -15,6 +15,7 @@
     |   |-- CutShort         a simulation, ended by a missed quorum or a failed step; holds the result so far
     |   `-- ProcessLost      a simulation whose process ended, and ended again when retried; holds the result so far
     |-- JobCancelled         a job stopped by its operator
+    |-- JobPaused            a job paused by its operator; it continues when it is resumed
     |-- BlobDamaged          bytes that do not match the hash in their name
     |-- ProtocolError        bytes that do not follow the protocol
     |-- UploadCutOff         an upload that a newer one replaced, or whose round is over
@@ -87,6 +88,10 @@ class QuorumNotMet(EdgeflError):
 
 class StepFailed(EdgeflError):
     """After a round's step, parameters are not finite or wrapped around; the job keeps those from before it."""
+
+
+class JobPaused(EdgeflError):
+    """A job was paused by its operator; it continues when it is resumed."""
 
 
 class BlobDamaged(EdgeflError):

@@ -130,6 +130,15 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SeenUpdate:
+    """What is remembered of one admitted update, to choose later cohorts."""
+
+    weight: float
+    loss: float | None = None  # its metric `train_loss`, if it has one
+    seconds: float | None = None  # from the round's start to its arrival; None = not known, after a restart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RoundOutcome:
     """The result of a round, and the parameters after it."""
 
@@ -146,6 +155,11 @@ class RoundOutcome:
     up_bytes: int
     down_bytes: int
     not_evaluated: Mapping[str, str] = field(default_factory=dict)  # device -> why its evaluation does not count
+    seen: Mapping[str, SeenUpdate] = field(default_factory=dict)  # device -> its admitted update; not of partial sums
+
+    def cohort(self) -> tuple[str, ...]:
+        """Return all devices that were asked, and those that were refused."""
+        return tuple(dict.fromkeys([*self.admitted, *self.rejected, *self.failed, *self.missing]))
 
     def report(self) -> RoundReport:
         """Return the public report of this round."""

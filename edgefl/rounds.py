@@ -19,6 +19,8 @@ from edgefl.aggregation.evaluations import FederatedEvaluation
 from edgefl.aggregation.rule import Rule
 from edgefl.aggregation.schedules import of_round, server_factor
 from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.choosing.history import History
+from edgefl.choosing.utility import draw_by_utility
 from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.exchange import cohort_size
@@ -32,15 +34,18 @@ from edgefl.records import (
     Partial,
     Plan,
     RoundOutcome,
+    SeenUpdate,
     Traffic,
     Update,
 )
+from edgefl.stopping import EarlyStop
 from edgefl.terminal.text import grouped
 from edgefl.trees import Tree
 from edgefl.trees.scratch import settled
 
 Clock = Callable[[], float]  # seconds, monotonic
 OnRefusal = Callable[[Plan, Update | Partial, str], None]
+TRAIN_LOSS = "train_loss"  # the metric of an update by which its device's utility is judged
 MAX_REASONS = 5  # different ones, in the message of a round under its quorum
 NO_EVALUATION = DeviceEvaluation(fault="it sent no evaluation; an agent of an older version cannot. Update it")
 
@@ -80,6 +85,9 @@ class Job:
     keep: Callable[[Tree], Tree] = field(default=settled)  # e.g. to memory-mapped files
     frozen: Tree | None = None  # see `Plan`
     evaluation: EvaluationSpec | None = None  # what devices evaluate; None = the task has no evaluation on devices
+    history: History | None = None  # of the clients in earlier rounds, if cohorts depend on it
+    times_clients: bool = True  # whether `clock` says how long clients take, not how fast this machine simulates them
+    stop: EarlyStop | None = None  # knows the metrics of earlier rounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,26 +115,35 @@ class LastEvaluation:
 
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
-    """Run the job's rounds and yield each outcome; raises QuorumNotMet and StepFailed."""
+    """Run the job's rounds and yield each outcome, to the last or the early stop; raises QuorumNotMet, StepFailed."""
     cohort = job.cohort
     for number in range(job.first_round, job.config.rounds.count + 1):
+        if job.stop is not None and job.stop.reason():
+            return
         plan = Plan(
             job=job.id,
             round=number,
             parameters=parameters,
-            clients=cohort or select_clients(fleet.clients(), job.config, number),
+            clients=cohort or select_clients(fleet.clients(), job.config, number, job.history),
             train=of_round(job.config, number),
             deadline_s=job.config.rounds.deadline_s,
             frozen=job.frozen,
             evaluate=job.evaluation is not None and job.config.rounds.evaluates_in(number),
         )
-        outcome = run_round(job, fleet, plan)
+        outcome = run_round(job, fleet, plan, is_resumed=bool(cohort))
+        if job.history is not None:
+            job.history.note(outcome)
+        if job.stop is not None:
+            job.stop.note(number, outcome.metrics)
         yield outcome
         parameters, cohort = outcome.parameters, ()
 
 
-def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
-    """Run one round to its end; raises QuorumNotMet with every client's reason, and StepFailed."""
+def run_round(job: Job, fleet: Fleet, plan: Plan, *, is_resumed: bool = False) -> RoundOutcome:
+    """Run one round to its end; raises QuorumNotMet with every client's reason, and StepFailed.
+
+    If the round is resumed after a restart, it is not known how long its updates took.
+    """
     start_s, before = job.clock(), fleet.traffic()
     wanted = job.config.rounds.clients or len(plan.clients)
     guard, rule = RoundGuard(plan), make_rule(job.config.aggregation.rule, plan.parameters)
@@ -147,7 +164,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
             tally.refuse(answer, refusal.reason)
             job.on_refusal(plan, answer, refusal.reason)
             continue
-        tally.count(answer)
+        tally.count(answer, job.clock() - start_s if job.times_clients and not is_resumed else None)
         if len(tally.admitted) >= wanted:
             break
     answer = None  # free its tensors before the step allocates memory
@@ -169,21 +186,23 @@ def run_round(job: Job, fleet: Fleet, plan: Plan) -> RoundOutcome:
         up_bytes=moved.up_bytes,
         down_bytes=moved.down_bytes,
         not_evaluated={} if tally.evaluation is None else tally.evaluation.faults,
+        seen=tally.seen,
     )
 
 
-def evaluate_last(job: Job, fleet: Fleet, parameters: Tree) -> LastEvaluation:
+def evaluate_last(job: Job, fleet: Fleet, parameters: Tree, *, done: int | None = None) -> LastEvaluation:
     """Let a cohort of devices evaluate the parameters after the last round, as the round after it, without training.
 
+    `done` is the last round, if the job was stopped early.
     Devices that fail are reported: the training is done, so a lack of evaluations is no error.
     """
     rounds = job.config.rounds
     if job.evaluation is None or rounds.evaluate_every == 0:
         return LastEvaluation()
-    number = rounds.count + 1
+    number = (rounds.count if done is None else done) + 1
     try:  # a job that was resumed after its last round may have announced it already
         cohort = job.cohort if job.first_round == number else ()
-        clients = cohort or select_clients(fleet.clients(), job.config, number)
+        clients = cohort or select_clients(fleet.clients(), job.config, number, job.history)
     except QuorumNotMet as few:
         return LastEvaluation(reason=str(few))
     plan = Plan(
@@ -233,16 +252,19 @@ def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
     return refuse_unsound(plan, moves, new, job.step.fault())
 
 
-def select_clients(available: Sequence[str], config: JobConfig, round_number: int) -> tuple[str, ...]:
-    """Draw a round's cohort, seeded by (seed, round); all clients if `rounds.clients` is 0.
+def select_clients(
+    available: Sequence[str], config: JobConfig, round_number: int, history: History | None = None
+) -> tuple[str, ...]:
+    """Draw a round's cohort, seeded by (seed, round), by lot or by utility; all clients if `rounds.clients` is 0.
 
     Raises QuorumNotMet if fewer clients are available than the quorum.
     """
     rounds = config.rounds
     if len(available) < rounds.quorum:
+        that_meet, wider = (" that meet rounds.select", ", or widen rounds.select") if rounds.select else ("", "")
         raise QuorumNotMet(
-            f"round {round_number}: {len(available)} clients are available, the quorum is {rounds.quorum}. "
-            "Start more agents, or lower rounds.quorum."
+            f"round {round_number}: {len(available)} clients are available{that_meet}, the quorum is {rounds.quorum}. "
+            f"Start more agents, or lower rounds.quorum{wider}."
         )
     # If already sorted: do not materialise a million names.
     ordered = available if getattr(available, "in_order", False) else sorted(available)
@@ -250,6 +272,11 @@ def select_clients(available: Sequence[str], config: JobConfig, round_number: in
     if rounds.clients == 0 or wanted >= len(ordered):
         return tuple(ordered)
     rng = np.random.default_rng([config.train.seed, round_number])
+    if rounds.utility == "oort":
+        known = history if history is not None else History()
+        return tuple(sorted(draw_by_utility(
+            ordered, wanted, known, round_number=round_number, fairness=rounds.fairness, rng=rng
+        )))  # fmt: skip
     return tuple(ordered[i] for i in sorted(rng.choice(len(ordered), wanted, replace=False)))
 
 
@@ -285,9 +312,10 @@ class _Tally:
     failed: dict[str, str] = field(default_factory=dict)
     weight: float = 0.0
     evaluation: FederatedEvaluation | None = None  # None: the plan asks for none
+    seen: dict[str, SeenUpdate] = field(default_factory=dict)
     _metrics: MetricSums = field(default_factory=MetricSums)
 
-    def count(self, answer: Update | Partial) -> None:
+    def count(self, answer: Update | Partial, seconds: float | None) -> None:
         self.weight += answer.weight
         if isinstance(answer, Partial):
             self.admitted.extend(answer.contributors)
@@ -299,6 +327,8 @@ class _Tally:
                     self.evaluation.add(device, one)
         else:
             self.admitted.append(answer.device)
+            loss = answer.metrics.get(TRAIN_LOSS)
+            self.seen[answer.device] = SeenUpdate(weight=answer.weight, loss=loss, seconds=seconds)
             self._metrics.add(answer.weight, answer.metrics)
             if self.evaluation is not None:
                 self.evaluation.add(answer.device, answer.evaluation or NO_EVALUATION)

@@ -26,6 +26,8 @@ from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.http.api import make_app, serve_http
 from cloud.http.services import Services
+from cloud.jobs.choice import ChoiceBoard
+from cloud.jobs.control import JobControl
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
 from cloud.state.jobs import AnswerRow, Jobs
@@ -274,6 +276,10 @@ class HttpPlane:
         shutil.copy(server.empty_database, folder / "cloud.db")
         self.engine, self.blobs = open_database(folder / "cloud.db"), BlobStore(folder / "blobs")
         self.jobs = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, self.key))
+        self.board = ChoiceBoard()
+        self.control = JobControl(
+            self.engine, self.jobs, self.blobs, lambda bundle: sign(bundle, self.key), self.board
+        )  # fmt: skip
         self.enrolment = Enrolment(self.engine, self.ca.folder, self.clock)
         self.registry = Registry(self.engine, self.blobs, self.key, self.clock)
         self.rollouts = Rollouts(
@@ -290,7 +296,7 @@ class HttpPlane:
         )  # fmt: skip
         self.link.logs = self.logs = DeviceLogs(self.link)
         self.services = Services(
-            enrolment=self.enrolment,
+            enrolment=self.enrolment, control=self.control,
             members=Members(self.engine), registry=self.registry, rollouts=self.rollouts, jobs=self.jobs,
             blobs=self.blobs, relays=self.relays,
             link=self.link, ca_pem=self.ca.cloud.ca.read_bytes(), fleet_key_pem=public_pem(self.key), grpc_port=9440,

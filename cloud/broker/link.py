@@ -141,6 +141,11 @@ class DeviceLink:
         with self._changed:
             return frozenset(name for name, state in self._states.items() if not state.online)
 
+    def states(self) -> Mapping[str, DeviceState]:
+        """Return the last state of each device since the cloud's start."""
+        with self._changed:
+            return dict(self._states)
+
     def state(self, device: str) -> DeviceState | None:
         """Return a device's last state since the cloud's start, if any."""
         with self._changed:
@@ -266,6 +271,8 @@ class DeviceLink:
     def _note_telemetry(self, device: str, telemetry: Telemetry) -> None:
         with self._changed:
             if (state := self._states.get(device)) is not None and state.online:
+                if device not in self._telemetry:
+                    self._changed.notify_all()  # a choice of devices may wait for it
                 self._telemetry[device] = telemetry
 
     def _note_region_lost(self, region: str, device: str) -> None:

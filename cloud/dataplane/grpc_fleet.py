@@ -15,13 +15,17 @@ from typing import TypeVar
 from cloud.broker.link import DeviceLink
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
+from cloud.jobs.choice import ChoiceBoard, DeviceChoice
+from cloud.jobs.device_shares import DeviceShares
 from cloud.region.sums import partial_of
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
+from edgefl.choosing.history import History
 from edgefl.config import GRACE_AUTO
-from edgefl.exchange import Announce, Close, Durations, GiveUp, Instruction, Terms, Yield, gathering
+from edgefl.errors import JobPaused
+from edgefl.exchange import Announce, Close, Durations, GiveUp, Instruction, Terms, Yield
 from edgefl.logs import event
 from edgefl.protocols import tiers
 from edgefl.protocols.assignments import UPDATE_AGENT
@@ -49,40 +53,40 @@ class FleetDependencies:
     link: DeviceLink
     storage: Storage = field(default_factory=Storage)
     clock: Callable[[], float] = time.monotonic
+    shares: DeviceShares = field(default_factory=DeviceShares)
+    board: ChoiceBoard = field(default_factory=ChoiceBoard)
 
 
 class GrpcFleet:
     """The fleet of one job, for `run_rounds`. Used in the job's thread only."""
 
-    def __init__(self, job: JobRow, deps: FleetDependencies) -> None:
+    def __init__(self, job: JobRow, deps: FleetDependencies, history: History | None = None) -> None:
         self._job = job
         self._deps = deps
+        self._choice = DeviceChoice(job.id, job.config.rounds, deps.link, deps.shares, deps.board, history)
+        self._choice.is_reachable = self._is_reachable
+        self._choice.next_round = job.rounds_done + 1
         self._took_part: set[str] = set()
         self._durations = Durations()
         self._refused: set[str] = set()  # devices whose answer the guard has refused since it was yielded
         self._model_sha256: str | None = None  # hash of the open round's model
 
     def clients(self) -> Sequence[str]:
-        """Wait until enough devices are online, and return all that are.
+        """Wait until enough devices can work for the job and are free, and return them.
 
-        The first round waits up to `rounds.wait_s`; later ones wait only `rounds.offline_grace_s` if the quorum is
-        online. Raises the error that interrupted the job.
+        The first round waits up to `rounds.wait_s` for devices; later ones wait only `rounds.offline_grace_s` if the
+        quorum is there. Raises the error that interrupted the job, and JobPaused.
         """
-        link, stages = self._deps.link, gathering(self._job.config.rounds, is_first=not self._took_part)
+        rounds, job = self._deps.rounds, self._job.id
+        found = self._choice.wait(lambda: rounds.is_halted(job), is_first=not self._took_part)
+        rounds.refuse_stopped(job)
+        if rounds.is_halted(job):
+            raise JobPaused(f"job {job} is paused; `edgefl jobs resume {job}` continues it")
+        return found
 
-        def are_online(num_devices: int) -> bool:
-            return self._deps.rounds.is_stopped(self._job.id) or len(self._reachable()) >= num_devices
-
-        any(link.wait_until(functools.partial(are_online, num_devices), wait_s) for num_devices, wait_s in stages)
-        self._deps.rounds.refuse_stopped(self._job.id)
-        return sorted(self._reachable())
-
-    def _reachable(self) -> frozenset[str]:
-        """Return the devices that are online; with regional rounds, those in a region: they number their own rounds."""
-        link = self._deps.link
-        if self._job.config.tiers.region_rounds == 1:
-            return link.online()
-        return frozenset(device for device in link.online() if link.via(device))
+    def _is_reachable(self, device: str) -> bool:
+        """Whether a device can take part; with regional rounds, only in a region: it numbers its own rounds."""
+        return self._job.config.tiers.region_rounds == 1 or bool(self._deps.link.via(device))
 
     def keep(self, parameters: Tree) -> SpooledTree:
         """Encode the parameters once for all devices; return the file's tree, which is mapped when needed.
@@ -118,6 +122,7 @@ class GrpcFleet:
         try:
             while not isinstance(instruction := opened.next(self._presence), Close):
                 if isinstance(instruction, Yield):
+                    self._choice.freed([instruction.device])
                     for answer in self.records([opened.take(instruction.device)], plan, sums):
                         yield answer
                         self._settle(opened, answer)
@@ -129,6 +134,7 @@ class GrpcFleet:
             self._close(plan)
             for left in opened.given_up():
                 self._execute(left, opened)
+            self._choice.freed()
             if plan.fit and self._job.config.rounds.grace == GRACE_AUTO:
                 self._durations.learn(*opened.durations())
 
@@ -162,6 +168,10 @@ class GrpcFleet:
         if isinstance(answer, Update):
             self._deps.link.send_job(answer.device, UpdateRefused(job=plan.job, round=plan.round, reason=reason))
 
+    def leave(self) -> None:
+        """Leave the devices to other jobs."""
+        self._choice.end()
+
     def end(self) -> None:
         """Tell all participants that the job has ended."""
         for device in sorted(self._took_part):
@@ -175,7 +185,11 @@ class GrpcFleet:
         around = Surroundings(clock=self._deps.clock, storage=self._deps.storage)
         opened = OpenRound(assignment, sorted(plan.clients), self._terms(plan), around)
         opened.region_rounds = self._job.config.tiers.region_rounds
-        for answer in self.insist(lambda: self._deps.jobs.open_round(plan.job, plan.round, plan.clients)):
+        self._choice.chosen(plan.clients)
+        self._choice.next_round = plan.round + 1
+        for answer in self.insist(
+            lambda: self._deps.jobs.open_round(plan.job, plan.round, plan.clients, self._choice.not_chosen())
+        ):
             opened.accept(answer, lambda _answer: None)  # it is already durable
         self._fail_older_agents(opened)
         self._deps.rounds.add(opened)

@@ -22,6 +22,7 @@ class OpenRounds:
         self._open: dict[tuple[str, int], OpenRound] = {}
         self._traffic: dict[str, Traffic] = {}
         self._stopped: dict[str | None, EdgeflError] = {}  # None = all jobs
+        self._halted: set[str] = set()  # jobs that are to open no further round
         self._kinds: dict[str, frozenset[str]] = {}  # device -> the kinds of assignment that its agent knows
 
     def expect(self, jobs: Iterable[str]) -> None:
@@ -112,6 +113,16 @@ class OpenRounds:
                 if job in {None, one.assignment.job}:
                     one.interrupt(error)
 
+    def halt(self, job: str, *, halted: bool = True) -> None:
+        """Let a job open no further round, or again; its open round goes on."""
+        with self._lock:
+            (self._halted.add if halted else self._halted.discard)(job)
+
+    def is_halted(self, job: str) -> bool:
+        """Whether the job is to open no further round; also if it was interrupted."""
+        with self._lock:
+            return job in self._halted or not self._stopped.keys().isdisjoint({job, None})
+
     def is_stopped(self, job: str) -> bool:
         """Whether the job was interrupted."""
         with self._lock:
@@ -133,6 +144,7 @@ class OpenRounds:
         self.resumed(job)
         with self._lock:
             self._stopped.pop(job, None)
+            self._halted.discard(job)
             self._traffic.pop(job, None)
 
     def _refuse_stopped(self, job: str) -> None:

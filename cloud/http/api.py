@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cloud.http import fleet as http_fleet
+from cloud.http import job_control as http_control
 from cloud.http import jobs as http_jobs
 from cloud.http import models as http_models
 from cloud.http import relays as http_relays
@@ -67,7 +68,9 @@ def make_app(services: Services) -> FastAPI:
     app.state.stream_threads = anyio.CapacityLimiter(MAX_STREAMS)
     operator = [Depends(_operator)]
     app.include_router(http_fleet.public)
-    for router in (http_fleet.operator, http_jobs.operator, http_models.operator, http_relays.operator):
+    for router in (
+        http_fleet.operator, http_jobs.operator, http_control.operator, http_models.operator, http_relays.operator
+    ):  # fmt: skip
         app.include_router(router, dependencies=operator)
     app.add_exception_handler(EdgeflError, _refused)
     app.add_exception_handler(StarletteHTTPException, _http_error)

@@ -89,14 +89,19 @@ def status(here: Here) -> dict[str, Any]:
     """Return how the cloud is: health of its parts, ports, devices, jobs."""
     known_devices = here.enrolment.devices()
     online = [one for one in known_devices if (state := here.link.state(one.name)) is not None and state.online]
-    running = sum(row["state"] == "running" for row in here.jobs.list())
+    states = [row["state"] for row in here.jobs.list()]
+    running = states.count("running")
     return {
         "version": __version__,
         "parts": dict(here.health()),
         "broker": here.broker,
         "ports": {"grpc": here.grpc_port, "broker": urlsplit(here.broker_url).port or 0},
         "devices": {"known": len(known_devices), "online": len(online)},
-        "jobs": {"running": min(running, here.max_jobs), "queued": max(0, running - here.max_jobs)},
+        "jobs": {
+            "running": min(running, here.max_jobs),
+            "queued": max(0, running - here.max_jobs),
+            "paused": states.count("paused"),
+        },
     }
 
 

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from cloud.http.services import Services
 from cloud.http.shared import HEARTBEAT, UPLOAD_PATH, Body, Here, known, stream_lines
 from cloud.state.blobs import BlobStore
+from cloud.state.jobs import ENDED
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.guards import MAX_EVALUATED
@@ -180,8 +181,8 @@ def job_lines(here: Services, job: str, seen: int) -> Iterator[Mapping[str, Any]
                     seen = max(seen, int(outcome["round"]))
                     yield outcome
                 confirm(seen)
-            if row["state"] != "running":
-                yield {name: row[name] for name in ("state", "error", "model", "last_evaluation")}
+            if row["state"] in ENDED:
+                yield {name: row[name] for name in ("state", "error", "model", "last_evaluation", "stopped")}
                 return
             if not here.jobs.wait(job, seen, here.heartbeat_s):
                 yield {**HEARTBEAT, "waiting": here.jobs.row(job)["waiting"]}

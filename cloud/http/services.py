@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from cloud.dataplane.device_logs import DeviceLogs
 from cloud.dataplane.relays import Relays
+from cloud.jobs.control import JobControl
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
 from cloud.state.members import Members
@@ -26,7 +27,8 @@ Rows = list[dict[str, Any]]
 class JobService(Protocol):
     """Jobs as an operator sees them. Methods block and may be called from any thread.
 
-    An unknown id raises ConfigError. A job has the keys id, state (running | done | failed | cancelled),
+    An unknown id raises ConfigError. A job has the keys id, state (running | paused | done | failed |
+    cancelled),
     error, model and rounds.
     """
 
@@ -84,6 +86,7 @@ class Services:
     registry: Registry
     rollouts: Rollouts
     jobs: JobService
+    control: JobControl
     relays: Relays
     blobs: BlobStore
     link: Link

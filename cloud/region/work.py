@@ -205,9 +205,12 @@ class RegionWork:
         plan = _plan(assignment, devices, parameters)
         fleet = RegionFleet(_job_row(assignment), self._deps, work)
         folding = Folding(plan)
-        for answer in fleet.collect(plan):
-            if not (isinstance(answer, Failure) and answer.reason == MOVED):
-                folding.add(answer)
+        try:
+            for answer in fleet.collect(plan):
+                if not (isinstance(answer, Failure) and answer.reason == MOVED):
+                    folding.add(answer)
+        finally:
+            fleet.leave()
         return folding, fleet
 
     def _deliver(self, key: Key, one: _Round, folding: Folding, fleet: GrpcFleet) -> None:

@@ -29,14 +29,19 @@ from cloud.broker.link import DeviceLink, DeviceLinkCallbacks
 from cloud.broker.mosquitto import Mosquitto, MosquittoSettings
 from cloud.broker.mosquitto_config import CRL_FILE
 from cloud.dataplane.device_logs import DeviceLogs
+from cloud.dataplane.grpc_fleet import FleetDependencies
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.http.services import Services
+from cloud.jobs.choice import ChoiceBoard
+from cloud.jobs.control import JobControl
+from cloud.jobs.device_shares import DeviceShares
+from cloud.jobs.participations import load_history
 from cloud.region.children import Children, ChildrenDependencies
 from cloud.shares import Shares
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
-from cloud.state.jobs import Jobs
+from cloud.state.jobs import JobRow, Jobs
 from cloud.state.members import Members
 from cloud.state.registry import Registry
 from cloud.state.relay_rows import RelayRows
@@ -46,6 +51,8 @@ from cloud.state.storage import Storage
 from cloud.state.store import open_database
 from cloud.supervisor import Supervisor, database_fault, disk_fault
 from cloud.trust.own_certificates import renew_ca, renew_server
+from edgefl.choosing.history import History
+from edgefl.choosing.needs import reads_history
 from edgefl.errors import ConfigError
 from edgefl.logs import event
 from edgefl.operator.credentials import write_operator_credentials
@@ -134,7 +141,11 @@ class CloudHome:
         self.cut: list[Callable[[str], object]] = []  # end the connections of a removed device
         self.jobs = Jobs(engine, self.blobs, self._sign)
         self.jobs.waiting = self.storage.waiting
+        self.board = ChoiceBoard()
+        self.control = JobControl(engine, self.jobs, self.blobs, self._sign, self.board)
+        self._engine = engine
         self._make_link()
+        self.device_shares = DeviceShares(changed=self.link.wake)
         self.relays = Relays(
             RelayDependencies(
                 RelayRows(engine), self.rounds, self.spool, self.link, self._sign, home / "relays", self.storage
@@ -197,6 +208,17 @@ class CloudHome:
             refresh()
         return renewed
 
+    def fleet_dependencies(self) -> FleetDependencies:
+        """Return what the fleet of a job needs."""
+        return FleetDependencies(
+            self.rounds, self.jobs, self.blobs, self.spool, self.link, self.storage, shares=self.device_shares,
+            board=self.board,
+        )  # fmt: skip
+
+    def history_of(self, row: JobRow) -> History | None:
+        """Return what is known of the devices in a job's earlier rounds, if its cohorts depend on it."""
+        return load_history(self._engine, row.id) if reads_history(row.config.rounds) else None
+
     def services(self) -> Services:
         """Return the parts that the HTTPS plane uses."""
         return Services(
@@ -205,6 +227,7 @@ class CloudHome:
             registry=self.registry,
             rollouts=self.rollouts,
             jobs=self.jobs,
+            control=self.control,
             relays=self.relays,
             blobs=self.blobs,
             storage=self.storage,

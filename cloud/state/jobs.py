@@ -8,6 +8,7 @@ what to repeat.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import secrets
 import threading
 import time
@@ -18,11 +19,16 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cloud.jobs.kept_models import forget_state
+from cloud.jobs.participations import keep_history
+from cloud.jobs.parts import check_parts
+from cloud.jobs.round_metrics import round_json, store_metrics
 from cloud.state.blobs import BlobStore
 from cloud.state.followers import Followers
 from cloud.state.store import jobs, rounds, sums, updates
 from edgefl.aggregation import rule_kind
 from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.choosing.history import Participation
 from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, NotFound
 from edgefl.protocols.labels import check_label
@@ -30,12 +36,13 @@ from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 from edgefl.records import DeviceEvaluation, EvaluationSpec, RoundOutcome
 from edgefl.rounds import LastEvaluation
-from edgefl.trees import SpooledTree
+from edgefl.stopping import make_stop
 
 Rows = list[dict[str, Any]]
 
-MAX_EVALUATED = 200  # evaluated metrics of one round
 ENDED = frozenset({"done", "failed", "cancelled"})
+UNFINISHED = frozenset({"running", "paused"})
+MAX_NOT_CHOSEN = 1000  # devices of a round whose reasons are kept over a restart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +90,7 @@ class Jobs:
         self.cancelled: Callable[[str], None] = lambda _job: None
         self.followers = Followers()
         self.waiting: Callable[[], str] = lambda: ""  # what running jobs wait for, e.g. disk space
+        self.queued: Callable[[str], str] = lambda _job: ""  # what one job waits for, such as devices
 
     def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
@@ -99,18 +107,9 @@ class Jobs:
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
             return job
-        for part, ref in (("bundle", bundle), ("parameters", parameters), ("frozen part", frozen)):
-            if ref is None:
-                continue
-            if not self._blobs.has(ref.sha256):
-                raise ConfigError(f"the job's {part} {ref.sha256[:16]}... is not in the cloud; upload it first")
-            self._blobs.check(ref.sha256)
-        tree = SpooledTree(self._blobs.path(parameters.sha256))
-        if unknown := sorted(set(buffers) - set(tree)):
-            raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
-        if frozen is not None and (twice := sorted(set(SpooledTree(self._blobs.path(frozen.sha256))) & set(tree))):
-            raise ConfigError(f"tensors {', '.join(twice):.500} are both among the job's parameters and frozen")
+        check_parts(self._blobs, bundle, parameters, frozen, buffers)
         rule_kind(config.aggregation.rule)
+        make_stop(config.rounds.stop)
         ServerOptimizer(config.server, gradient=False)
         values = {
             "id": job,
@@ -137,8 +136,15 @@ class Jobs:
 
     def running(self) -> list[str]:
         """Return the ids of the running jobs."""
+        return self._in_states("running")
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of the running and the paused jobs."""
+        return self._in_states(*UNFINISHED)
+
+    def _in_states(self, *states: str) -> list[str]:
         with self._engine.begin() as db:
-            return list(db.scalars(sa.select(jobs.c.id).where(jobs.c.state == "running").order_by(jobs.c.created_s)))
+            return list(db.scalars(sa.select(jobs.c.id).where(jobs.c.state.in_(states)).order_by(jobs.c.created_s)))
 
     def load(self, job: str) -> JobRow:
         """Return a job's stored state."""
@@ -167,13 +173,20 @@ class Jobs:
         with self._engine.begin() as db:
             return db.scalar(sa.select(rounds.c.round).where(open_round)) is not None
 
-    def open_round(self, job: str, number: int, cohort: Sequence[str]) -> list[AnswerRow]:
-        """Create the round's row if it is missing, and return the answers from before a restart."""
+    def open_round(
+        self, job: str, number: int, cohort: Sequence[str], not_chosen: Mapping[str, Sequence[str]] | None = None
+    ) -> list[AnswerRow]:
+        """Create the round's row if it is missing, and return the answers from before a restart.
+
+        `not_chosen` says of devices that are not in the cohort why (code, reason).
+        """
         key = {"job": job, "round": number}
         with self._engine.begin() as db:
             here = (rounds.c.job == job) & (rounds.c.round == number)
             if db.scalar(sa.select(rounds.c.job).where(here)) is None:
                 db.execute(rounds.insert().values(key | {"cohort": list(cohort), "outcome": sa.null()}))
+                kept = dict(itertools.islice((not_chosen or {}).items(), MAX_NOT_CHOSEN))
+                db.execute(jobs.update().where(jobs.c.id == job).values(not_chosen=kept or None))
             of_round = (updates.c.job == job) & (updates.c.round == number)
             found = db.execute(updates.select().where(of_round).order_by(sa.text("rowid"))).mappings()
             return [
@@ -220,11 +233,13 @@ class Jobs:
                 db.execute(table.delete().where((table.c.job == job) & (table.c.round == number)))
 
     def finish_round(
-        self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None, kept_rounds: int = 0
-    ) -> None:
+        self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None, kept_rounds: int = 0,
+        learnt: Mapping[str, Participation] | None = None,
+    ) -> None:  # fmt: skip
         """Close a round: store its outcome and the model, and delete its answers, in one commit.
 
         Also deletes older rounds, except the latest `kept_rounds` and those that a follower has not read; 0 keeps all.
+        `learnt` is what the round has changed in the job's history.
         """
         pruned = self.followers.prunable(outcome.job, outcome.round, kept_rounds) if kept_rounds else 0
         shown = outcome.report().as_json() | {"model": model.sha256}
@@ -233,12 +248,12 @@ class Jobs:
             if frozen := db.scalar(sa.select(jobs.c.frozen_sha256).where(jobs.c.id == in_job)):
                 shown |= {"frozen": frozen}  # the other tensors of this model
             at = (rounds.c.job == in_job) & (rounds.c.round == outcome.round)
-            db.execute(rounds.update().where(at).values(outcome=shown))
+            db.execute(rounds.update().where(at).values(outcome=shown, optimizer_sha256=optimizer_sha256))
+            keep_history(db, in_job, learnt or {})
             db.execute(updates.delete().where(updates.c.job == in_job))
             db.execute(sums.delete().where(sums.c.job == in_job))
             if pruned:
                 db.execute(rounds.delete().where((rounds.c.job == in_job) & (rounds.c.round <= pruned)))
-            former = db.scalar(sa.select(jobs.c.optimizer_sha256).where(jobs.c.id == in_job))
             db.execute(
                 jobs.update()
                 .where(jobs.c.id == in_job)
@@ -249,27 +264,24 @@ class Jobs:
                     optimizer_sha256=optimizer_sha256,
                 )
             )
-            in_use = db.scalar(sa.select(sa.func.count()).where(jobs.c.optimizer_sha256 == former))
-        if former and not in_use:
-            self._blobs.delete(former)
         self._notify()
 
     def end(
         self, job: str, state: str, error: str | None = None, model: BlobRef | None = None,
-        last: LastEvaluation | None = None,
+        last: LastEvaluation | None = None, stopped: str = "",
     ) -> None:  # fmt: skip
-        """Mark a job as done, failed or cancelled.
+        """Mark a job as done, failed or cancelled. `stopped` says why it was done before its last round.
 
         `model` is the last one with all tensors, if the job was parted; `last` its evaluation by devices, whose own
         answers are deleted in the same commit.
         """
-        values: dict[str, Any] = {"state": state, "error": error, "ended_s": time.time()}
+        values: dict[str, Any] = {"state": state, "error": error, "ended_s": time.time(), "stopped": stopped or None}
         if model is not None:
             values |= {"model_sha256": model.sha256, "model_size": model.size, "frozen_sha256": None}
         if last is not None:
             values["last_evaluation"] = last.as_json()
         with self._engine.begin() as db:
-            running = (jobs.c.id == job) & (jobs.c.state == "running")
+            running = (jobs.c.id == job) & jobs.c.state.in_(UNFINISHED)
             db.execute(jobs.update().where(running).values(values))
             if last is not None:
                 db.execute(updates.delete().where(updates.c.job == job))
@@ -284,7 +296,7 @@ class Jobs:
         found = sa.select(jobs, rounds.c.outcome, rounds.c.evaluated).join_from(jobs, rounds, last, isouter=True)
         with self._engine.begin() as db:
             return [
-                self._shown(row) | {"metrics": _round_json(row)["metrics"] if row["outcome"] else {}}
+                self._shown(row) | {"metrics": round_json(row)["metrics"] if row["outcome"] else {}}
                 for row in db.execute(found.order_by(jobs.c.created_s.desc())).mappings()
             ]
 
@@ -310,7 +322,7 @@ class Jobs:
         columns = sa.select(rounds.c.outcome, rounds.c.evaluated)
         with self._engine.begin() as db:
             found = db.execute(columns.where(later).order_by(rounds.c.round).limit(limit)).mappings()
-            return [_round_json(row) for row in found]
+            return [round_json(row) for row in found]
 
     def keep_metrics(self, job: str, number: int, metrics: Mapping[str, float | None]) -> bool:
         """Store metrics of the model after a finished round, beside those that the round itself has.
@@ -322,19 +334,8 @@ class Jobs:
         done = int(self.row(job)["rounds_done"])
         if not 1 <= number <= done:
             raise ConfigError(f"job {job} has finished {done} rounds; round {number} has no model to evaluate yet")
-        here = (rounds.c.job == job) & (rounds.c.round == number)
-        with self._evaluating, self._engine.begin() as db:
-            row = db.execute(sa.select(rounds.c.evaluated).where(here)).one_or_none()
-            if row is None:
-                return False
-            kept = {**(row.evaluated or {}), **metrics}
-            if len(kept) > MAX_EVALUATED:
-                raise ConfigError(
-                    f"round {number} of job {job} would have {len(kept)} evaluated metrics; at most {MAX_EVALUATED} "
-                    "are kept"
-                )
-            db.execute(rounds.update().where(here).values(evaluated=kept))
-        return True
+        with self._evaluating:
+            return store_metrics(self._engine, job, number, metrics)
 
     def wait(self, job: str, rounds_seen: int, timeout_s: float) -> bool:
         """Wait until a round after `rounds_seen` is finished or the job has ended; False at the timeout."""
@@ -346,19 +347,13 @@ class Jobs:
 
         The job's thread is interrupted before the row is changed, so that it stops even while the disk is full.
         """
-        if self.row(job)["state"] == "running":
+        if self.row(job)["state"] in UNFINISHED:
             self.cancelled(job)
             self.end(job, "cancelled", "cancelled by its operator")
 
     def forget_model_of(self, job: str, number: int) -> None:
-        """Delete the parameters after an old round, unless a job still uses them."""
-        at = (rounds.c.job == job) & (rounds.c.round == number)
-        with self._engine.begin() as db:
-            outcome = db.scalar(sa.select(rounds.c.outcome).where(at))
-            sha256 = outcome["model"] if outcome else ""
-            in_use = db.scalar(sa.select(sa.func.count()).where(jobs.c.model_sha256 == sha256))
-        if sha256 and not in_use:
-            self._blobs.delete(sha256)
+        """Delete the parameters and the optimizer's state after an old round, unless a job still uses them."""
+        forget_state(self._engine, self._blobs, job, number)
 
     def _is_known(self, job: str) -> bool:
         with self._engine.begin() as db:
@@ -370,27 +365,25 @@ class Jobs:
         return state in ENDED or rounds_done > rounds_seen
 
     def _shown(self, row: Any) -> dict[str, Any]:
-        names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s", "label")
+        names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s", "label", "stopped")
         frozen = _frozen_of(row)
         return {"kind": "train", **{name: row[name] for name in names}} | {
             "name": row["name"] or row["task"],
-            "waiting": (self.waiting() or None) if row["state"] == "running" else None,
+            "continues": row["continues"],
+            "waiting": self._waits_for(row["id"], row["state"]) or None,
             "model": {"sha256": row["model_sha256"], "size": row["model_size"]},
             "last_evaluation": row["last_evaluation"],
             "frozen": None if frozen is None else dataclasses.asdict(frozen),
         }
 
+    def _waits_for(self, job: str, state: str) -> str:
+        if state == "paused":
+            return f"waiting for `edgefl jobs resume {job}`"
+        return self.waiting() or self.queued(job) if state == "running" else ""
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-
-def _round_json(row: Any) -> dict[str, Any]:
-    """Return a finished round with all its metrics; `evaluated` names those that an operator measured."""
-    outcome: dict[str, Any] = row["outcome"]
-    if not row["evaluated"]:
-        return outcome
-    return outcome | {"metrics": {**outcome["metrics"], **row["evaluated"]}, "evaluated": list(row["evaluated"])}
 
 
 def _frozen_of(row: Any) -> BlobRef | None:

@@ -2,7 +2,8 @@
 
 Commits survive kill -9 and power loss. The rows of jobs, rounds and updates are the complete state of all jobs;
 `cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `enrolment_tokens.py`, `members.py`, `registry.py`,
-`rollout.py` and `cloud/trust/renewal.py` are the only modules that query them.
+`rollout.py`, `cloud/jobs/control.py`, `kept_models.py`, `participations.py` and `cloud/trust/renewal.py` are the only
+modules that query them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ jobs = sa.Table(
     sa.Column("bundle", sa.JSON, nullable=False),  # messages.Signed
     sa.Column("config", sa.JSON, nullable=False),  # config.JobConfig
     sa.Column("buffers", sa.JSON, nullable=False),  # names of tensors that change, but are not trained
-    sa.Column("state", sa.String, nullable=False),  # running | done | failed | cancelled
+    sa.Column("state", sa.String, nullable=False),  # running | paused | done | failed | cancelled
     sa.Column("rounds_done", sa.Integer, nullable=False),
     sa.Column("model_sha256", sa.String, nullable=False),  # parameters after `rounds_done`
     sa.Column("model_size", sa.Integer, nullable=False),
@@ -78,6 +79,9 @@ jobs = sa.Table(
     sa.Column("last_evaluation", sa.JSON),  # rounds.LastEvaluation.as_json(), once the job is done
     sa.Column("name", sa.String),  # display name of the task; NULL = `task`
     sa.Column("label", sa.String),  # the name that its operator gave it (--name), if any
+    sa.Column("stopped", sa.String),  # why it ended before its last round (rounds.stop); NULL = it did not
+    sa.Column("continues", sa.String),  # the job and round from which it started; NULL = from first parameters
+    sa.Column("not_chosen", sa.JSON(none_as_null=True)),  # of its latest round: device -> (code, reason)
 )
 
 rounds = sa.Table(
@@ -88,6 +92,15 @@ rounds = sa.Table(
     sa.Column("cohort", sa.JSON, nullable=False),
     sa.Column("outcome", sa.JSON),  # RoundOutcome.as_json() and the model after it; NULL = open
     sa.Column("evaluated", sa.JSON),  # metrics of the model after it, from operators; null = not a finite number
+    sa.Column("optimizer_sha256", sa.String),  # the optimizer's state after it, as long as its model is kept
+)
+
+participations = sa.Table(  # of devices in jobs whose cohorts depend on them
+    "participations",
+    TABLES,
+    sa.Column("job", sa.String, primary_key=True),
+    sa.Column("device", sa.String, primary_key=True),
+    sa.Column("facts", sa.JSON, nullable=False),  # edgefl.choosing.history.as_row
 )
 
 updates = sa.Table(

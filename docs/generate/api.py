@@ -23,7 +23,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "SweepWatching",
     ),
     "Configuration": (
-        "load_config", "JobConfig", "RoundsConfig", "TrainConfig", "ServerConfig", "AggregationConfig", "TiersConfig",
+        "load_config", "JobConfig", "RoundsConfig", "StopConfig", "TrainConfig", "ServerConfig", "AggregationConfig",
+        "TiersConfig",
         "SimulationConfig", "PopulationConfig", "DevicesConfig", "AvailabilityConfig", "Spread", "EngineConfig",
     ),
 }  # fmt: skip

@@ -60,7 +60,9 @@ def keys(kind: type) -> Iterator[tuple[str, str, str, str]]:
     hints, comments = get_type_hints(kind), field_comments(kind)
     for one in dataclasses.fields(kind):
         if not is_section(hints[one.name]):
-            yield one.name, _type_text(hints[one.name]), f"`{_toml(_default(one))}`", prose(comments.get(one.name, ""))
+            default = _default(one)
+            shown = "not set" if default is None else f"`{_toml(default)}`"
+            yield one.name, _type_text(hints[one.name]), shown, prose(comments.get(one.name, ""))
 
 
 def page() -> str:
@@ -86,7 +88,7 @@ def _type_text(hint: Any) -> str:
     if hint is Spread:
         return _SPREAD
     if get_origin(hint) in {typing.Union, types.UnionType}:
-        return " or ".join(_type_text(one) for one in get_args(hint))
+        return " or ".join(_type_text(one) for one in get_args(hint) if one is not type(None))
     if get_origin(hint) is Sequence:
         return f"list of {_type_text(get_args(hint)[0])}s"
     return "table" if get_origin(hint) is Mapping else _TYPES[hint]

@@ -52,6 +52,9 @@ _ROOT_OPTION = click.option(
 @click.option("--install-dependencies", is_flag=True, help="Install packages that a task needs, for training only.")
 @click.option("--site-rendezvous", default="", metavar="HOST:PORT", help="As of `edgefl agent start`.")
 @click.option("--site-machines", default=2, show_default=True, help="How many machines train together.")
+@click.option(
+    "--policy", default="", metavar="TERM,...", help="When it works for the fleet, as `agent start` takes it."
+)
 @click.option("--memory-max", default="80%", show_default=True, help="Most memory training may use: 2G, 60%.")
 @click.option("--agent-memory-max", default="40%", show_default=True, help="Most memory the agent may use.")
 @click.option("--cpu-quota", default="", help="Most processor time training may use: 150% is one and a half.")

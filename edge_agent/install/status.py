@@ -35,6 +35,8 @@ class Status:
     broker: str
     broker_fault: str  # why it has no connection to the broker; without one, it polls the cloud by gRPC
     training: str  # job and round that it works for now; empty = none
+    policy: str  # when it works for the fleet; empty = always, or it does not run
+    policy_refuses: str  # why it does not work now, by its policy; empty = it does
     serving_url: str  # empty while it does not run
     models: dict[str, int]  # model -> version that is installed and active
     last_contact: str  # ISO 8601, UTC; empty = never
@@ -63,6 +65,8 @@ def read_status(home: Path) -> Status:
         broker=profile.broker,
         broker_fault="" if live is None else live.broker_fault,
         training=_training(live),
+        policy="" if live is None else live.policy,
+        policy_refuses="" if live is None else live.policy_refuses,
         serving_url=serving.read_text(encoding="ascii") if holder is not None and serving.exists() else "",
         models={
             slots.state.model: slots.state.serving.version

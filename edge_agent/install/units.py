@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from edge_agent.policy.rules import parse_policy
 from edge_agent.training.site_network import endpoint, require_machines
 from edgefl.errors import ConfigError
 
@@ -44,6 +45,7 @@ class Installation:
     install_dependencies: bool = False
     site_rendezvous: str = ""  # HOST:PORT of this machine where others join its training; empty = none
     site_machines: int = 2
+    policy: str = ""  # when it works for the fleet; empty = always
     memory_max: str = "80%"  # of training, as systemd says it; above the trainer's own limit, which fails more gently
     agent_memory_max: str = "40%"
     cpu_quota: str = ""  # of training: 150% is one and a half processors; empty = no limit
@@ -60,6 +62,8 @@ class Installation:
         if self.site_rendezvous:
             endpoint(self.site_rendezvous)
         require_machines(self.site_machines)
+        if self.policy:
+            parse_policy(self.policy)
         if self.cpu_quota:
             _refuse(_QUOTA, self.cpu_quota, f"--cpu-quota {self.cpu_quota!r} must be like 150%")
 
@@ -109,6 +113,7 @@ def _guards(installation: Installation) -> str:
         + (f" --serve-token-file {quote(str(token))}" if token else "")
         + (" --install-dependencies" if installation.install_dependencies else "")
         + (_site(installation) if installation.site_rendezvous else "")
+        + (f" --policy {quote(installation.policy)}" if installation.policy else "")
     )
 
 

@@ -37,6 +37,7 @@ from edgefl.protocols.tls import Identity
 ASK_EVERY_S = 30.0  # interval of `Next`, in case MQTT messages are lost
 RETRY_S = 2.0  # after `Next` failed; longer if the cloud is full
 TELEMETRY_EVERY_S = 30.0
+MAX_REASON_CHARS = 200
 MAX_SESSION = 2**62  # a damaged file must not cause a number that a message cannot hold
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class CloudLink:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._session = _Session(home / "session")
         self._serving: tuple[Mapping[str, int], str] = ({}, "")
+        self.refusals: Mapping[str, str] = {}  # of the device's own policy
         self._last_error = ""  # of `Next`; logged as a warning when it changes
         self._mqtt = self._new_mqtt()
         self._renewal = Renewal(home, profile.device, channel, lambda: self._mqtt.reconnect("the certificate is new"))
@@ -100,6 +102,12 @@ class CloudLink:
     def serve(self, models: Mapping[str, int], url: str) -> None:
         """Publish which model versions this device serves, and at which URL."""
         self._serving = (dict(models), url)
+        if self._mqtt.is_up:
+            self._publish("state", self._state(online=True), retain=True)
+
+    def refuse(self, refusals: Mapping[str, str]) -> None:
+        """Publish what the device's own policy refuses now."""
+        self.refusals = refusals
         if self._mqtt.is_up:
             self._publish("state", self._state(online=True), retain=True)
 
@@ -171,11 +179,15 @@ class CloudLink:
 
     async def _send_telemetry(self) -> None:
         while True:
-            try:
-                self._publish("telemetry", measure(self._home), qos=0)
-            except (ProtocolError, OSError, psutil.Error) as error:  # unusable or missing values of the system
-                event(_log, logging.WARNING, "telemetry.not_measured", reason=error)
+            if self._mqtt.is_up:
+                self._publish_telemetry()
             await asyncio.sleep(TELEMETRY_EVERY_S)
+
+    def _publish_telemetry(self) -> None:
+        try:
+            self._publish("telemetry", measure(self._home), qos=0)
+        except (ProtocolError, OSError, psutil.Error) as error:  # unusable or missing values of the system
+            event(_log, logging.WARNING, "telemetry.not_measured", reason=error)
 
     def _publish(self, kind: str, message: object, *, retain: bool = False, qos: int = 1) -> None:
         try:
@@ -193,6 +205,7 @@ class CloudLink:
             tags=self._profile.tags,
             serving_url=url,
             commands=list(messages.COMMANDS),
+            refuses={code: why[:MAX_REASON_CHARS] for code, why in self.refusals.items()},
         )
 
     def _new_mqtt(self) -> MqttLink:
@@ -219,6 +232,7 @@ class CloudLink:
 
     def _on_connect(self) -> None:
         self._publish("state", self._state(online=True), retain=True)
+        self._publish_telemetry()
         self._ask.set()
         self.on_change()
 

@@ -22,11 +22,13 @@ from typing import Any
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.outbox import Outbox
 from edge_agent.link.transfer import download
+from edge_agent.policy.watch import refusal_text
 from edge_agent.store import FailureNote, Outgoing, Store
 from edge_agent.training import trainer_wire as wire
 from edge_agent.training.bundles import Bundles, work_folder
 from edge_agent.training.environments import Environments
 from edge_agent.training.frozen_parts import FrozenParts
+from edge_agent.training.queue_rules import is_over, queue_key
 from edge_agent.training.trainer import Trainer
 from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
@@ -77,7 +79,7 @@ class Participant:
 
     def __init__(self, deps: ParticipantDependencies) -> None:
         self._deps = deps
-        self._waiting: dict[tuple[str, int], Assignment] = {}  # by `_queue_key`
+        self._waiting: dict[tuple[str, int], Assignment] = {}  # by `queue_key`
         self._newest: dict[str, int] = {}  # job -> round of its newest training
         self._current: Assignment | None = None
         self._task: asyncio.Task[None] | None = None
@@ -87,6 +89,7 @@ class Participant:
         self._models.mkdir(mode=0o700, exist_ok=True)
         self._model: Path | None = None  # the file whose hash this process has checked
         self._frozen = FrozenParts(deps.home, deps.channel)
+        self._refusals: Mapping[str, str] = {}  # of the device's own policy
         self._told: dict[str, str] = {}  # job -> why it was not evaluated, as logged last
 
     @property
@@ -108,12 +111,15 @@ class Participant:
 
     def offer(self, assignment: Assignment) -> None:
         """Queue an assignment, unless it is queued, running or answered already."""
-        current, waiting = self._current, self._waiting.get(_queue_key(assignment))
+        current, waiting = self._current, self._waiting.get(queue_key(assignment))
         if self._deps.store.is_answered(assignment.job, assignment.round):
             self._deps.outbox.wake()
             return
+        if self._refusals:
+            self._fail(assignment, f"the device's own policy: {refusal_text(self._refusals)}")
+            return
         if any(
-            one and _queue_key(one) == _queue_key(assignment) and one.round >= assignment.round
+            one and queue_key(one) == queue_key(assignment) and one.round >= assignment.round
             for one in (current, waiting)
         ):
             return
@@ -121,19 +127,29 @@ class Participant:
             event(_log, logging.WARNING, "plan.deferred", job=assignment.job, round=assignment.round,
                   waiting=len(self._waiting))  # fmt: skip
             return  # the answer to `Next` lists it again
-        self._waiting[_queue_key(assignment)] = assignment
+        self._waiting[queue_key(assignment)] = assignment
         if assignment.replaces_older:
             self._newest[assignment.job] = assignment.round
-        if current and _queue_key(current) == _queue_key(assignment):
+        if current and queue_key(current) == queue_key(assignment):
             self._cancel("a newer round has started")
         self._wake.set()
+
+    def refuse(self, refusals: Mapping[str, str]) -> None:
+        """Take in what the device's own policy refuses now; all work ends at once, with its reason for the cloud."""
+        self._refusals = refusals
+        if not refusals:
+            return
+        for assignment in [*self._waiting.values(), *([self._current] if self._current is not None else [])]:
+            self._fail(assignment, f"the device's own policy: {refusal_text(refusals)}")
+        self._waiting.clear()
+        self._cancel("the device's own policy")
 
     def close(self, closed: RoundClosed) -> None:
         """Stop working for a round that is over."""
         for key, waiting in list(self._waiting.items()):
-            if _is_over(waiting, closed):
+            if is_over(waiting, closed):
                 del self._waiting[key]
-        if self._current is not None and _is_over(self._current, closed):
+        if self._current is not None and is_over(self._current, closed):
             self._cancel("the round is over")
         self._deps.outbox.drop(closed.job, closed.round)
         if closed.job_ended:
@@ -376,18 +392,6 @@ class Participant:
             event(_log, logging.INFO, "round.cancelled", job=self._current.job, round=self._current.round,
                   reason=reason)  # fmt: skip
             self._task.cancel()
-
-
-def _queue_key(assignment: Assignment) -> tuple[str, int]:
-    """Return an assignment's key in the queue: one key for all training rounds of a job, one for each message."""
-    return assignment.job, 0 if assignment.replaces_older else assignment.round
-
-
-def _is_over(assignment: Assignment, closed: RoundClosed) -> bool:
-    if assignment.job != closed.job:
-        return False
-    is_older = assignment.replaces_older and assignment.round < closed.round
-    return closed.job_ended or assignment.round == closed.round or is_older
 
 
 def _refuse_too_large(size: int, assignment: Assignment) -> None:

@@ -213,6 +213,26 @@ class CloudClient:
         """Stop a job, and return its state."""
         return self._json("POST", f"/v1/jobs/{quote(job, safe='')}/cancel")
 
+    def pause_job(self, job: str) -> Json:
+        """Pause a job after its open round, and return its state."""
+        return self._json("POST", f"/v1/jobs/{quote(job, safe='')}/pause")
+
+    def resume_job(self, job: str) -> Json:
+        """Let a paused job continue, and return its state."""
+        return self._json("POST", f"/v1/jobs/{quote(job, safe='')}/resume")
+
+    def continue_job(  # noqa: PLR0913 - the fields of the request
+        self, job: str, config: JobConfig, key: str, *, round_number: int | None = None, label: str | None = None,
+        bundle: BlobRef | None = None, task: str | None = None,
+    ) -> str:  # fmt: skip
+        """Start a job from a kept round of another, and return its id; repeated calls with one `key` start one job."""
+        body = {"config": config, "key": key, "round": round_number, "label": label, "bundle": bundle, "task": task}
+        return str(self._json("POST", f"/v1/jobs/{quote(job, safe='')}/continue", body)["id"])
+
+    def job_devices(self, job: str) -> list[Json]:
+        """Return of each device whether it is in the job's latest cohort, and if not, why."""
+        return self._list(f"/v1/jobs/{quote(job, safe='')}/devices")
+
     def job_events(self, job: str, after: int = 0) -> Iterator[Json]:
         """Yield the rounds after number `after` as they finish, then the job's end; over one connection."""
         return self._lines(f"/v1/jobs/{quote(job, safe='')}/events", {"after": after})

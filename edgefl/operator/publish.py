@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 AUTO, MAX_DROP = "auto", "0.02"  # of `edgefl models publish`, unless others are given
 COMPRESSIONS = (AUTO, "int8", "none")
 BEFORE = "before/"  # begins the names of a release's metrics as they were before compression
-ENDED_AS = {"done": "is done", "failed": "failed", "cancelled": "was cancelled", "running": "is still running,"}
+ENDED_AS = {"done": "is done", "failed": "failed", "cancelled": "was cancelled", "running": "is still running,",
+            "paused": "is paused,"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +80,7 @@ def trained_job(client: CloudClient, job: str) -> Json:
         )
     if found["rounds_done"]:
         return found
-    if found["state"] == "running":
+    if found["state"] in {"running", "paused"}:
         raise ConfigError(
             f"job {job} has not finished a round yet, so its parameters are untrained. Wait for it: edgefl jobs watch "
             f"{job}"

@@ -29,6 +29,7 @@ from edgefl.protocols.messages import BlobRef
 from edgefl.records import RoundReport
 from edgefl.rounds import LastEvaluation, without_devices
 from edgefl.task import Task, load_task
+from edgefl.training.early_stop import with_stop_direction
 from edgefl.training.evaluation import Judge
 from edgefl.training.local_evaluation import evaluation_spec
 from edgefl.training.parts import parts_of
@@ -62,6 +63,7 @@ class RunResult:
     seconds: float  # by the cloud's clock
     model: Json  # sha256, and the path if it was downloaded
     last_evaluation: LastEvaluation = field(default_factory=LastEvaluation)  # by the devices, after the last round
+    stopped: str = ""  # why `rounds.stop` ended it before its last round
 
     def as_json(self) -> Json:
         """Return the result with the keys common to all engines."""
@@ -72,6 +74,7 @@ class RunResult:
             "rounds": [one.as_json() for one in self.rounds],
             "final": self.final,
             **({"last_evaluation": last.as_json()} if (last := self.last_evaluation) != LastEvaluation() else {}),
+            **({"stopped": self.stopped} if self.stopped else {}),
             "seconds": self.seconds,
             "clients_per_second": admitted / self.seconds if self.seconds > 0 else 0.0,
             "peak_rss_mb": peak_rss_mb(),
@@ -114,6 +117,7 @@ def submit(  # noqa: PLR0913 - one a thing that may be chosen
     packed = pack_bundle(reference)
     if packed.left_out:
         on_note(left_out_text(packed.left_out))
+    config = with_stop_direction(config, task)
     parts = parts_of(task, config.train.seed)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
     bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)
@@ -126,6 +130,33 @@ def submit(  # noqa: PLR0913 - one a thing that may be chosen
                                   name=packed.name, label=label, evaluation=evaluation),
         patience,
     )  # fmt: skip
+
+
+def continue_from(  # noqa: PLR0913 - one a thing that may be chosen
+    client: CloudClient, job: str, config: JobConfig, patience: Patience | None = None, *,
+    round_number: int | None = None, label: str | None = None, reference: str | None = None, task: Task | None = None,
+    on_ask: Callable[[], None] = _ignore, on_note: Callable[[str], None] = _ignore,
+) -> str:  # fmt: skip
+    """Start a new job from a kept round of another (None = its last), and return its id.
+
+    With a `reference` and its `task`, the code of that task is sent and replaces the job's. Raises ConfigError for a
+    round that is not kept, and for settings that do not fit.
+    """
+    check_label(label)
+    config = config if task is None else with_stop_direction(config, task)
+    bundle, name = None, None
+    if reference is not None:
+        packed = pack_bundle(reference)
+        if packed.left_out:
+            on_note(left_out_text(packed.left_out))
+        sha256, name = hashlib.sha256(packed.data).hexdigest(), packed.task
+        bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)
+    key = secrets.token_hex(16)
+    on_ask()
+    return insist(
+        lambda: client.continue_job(job, config, key, round_number=round_number, label=label, bundle=bundle, task=name),
+        patience,
+    )
 
 
 def watch(
@@ -161,6 +192,7 @@ def watch(
         rounds=tuple(rounds),
         final={**without_devices(rounds[-1].metrics), **last.metrics} if rounds else {},
         last_evaluation=last,
+        stopped=end.get("stopped") or "",
         seconds=float(times["ended_s"]) - float(times["created_s"]),
         model=model,
     )

@@ -155,6 +155,10 @@ class DeviceState(Checked):
     serving_url: str = field(default="", metadata=limited(max_chars=MAX_NAME_CHARS))
     # Kinds of commands that the agent follows; older agents follow none.
     commands: Sequence[str] = field(default_factory=list, metadata=limited(max_items=MAX_TAGS, max_chars=MAX_TAG_CHARS))
+    # Why the device's own policy keeps it from working now: a reason's code -> what was measured; empty = it works.
+    refuses: Mapping[str, str] = field(
+        default_factory=dict, metadata=limited(max_items=MAX_TAGS, max_chars=MAX_NAME_CHARS)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

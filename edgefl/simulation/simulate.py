@@ -18,14 +18,17 @@ import numpy as np
 
 from edgefl.aggregation import refuse_unusable
 from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.choosing.history import History
+from edgefl.choosing.needs import reads_history
 from edgefl.config import Config, JobConfig, config_of
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
-from edgefl.rounds import Job, LastEvaluation, evaluate_last, ignored, run_rounds, without_devices
+from edgefl.rounds import Fleet, Job, LastEvaluation, evaluate_last, ignored, run_rounds, without_devices
 from edgefl.simulation.engines.auto import AUTO, AutoFleet, Chosen, make_engine
 from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod, torch_threads
 from edgefl.simulation.engines.ray.fleet import RayFleet
+from edgefl.simulation.selection import ClientSelection, SelectedFleet
 from edgefl.simulation.study.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -38,10 +41,18 @@ from edgefl.simulation.study.checkpoint import (
 )
 from edgefl.simulation.study.report import CutShort, SimulationResult, model_of
 from edgefl.simulation.world.population import make_population
-from edgefl.simulation.world.settings import SimulationConfig, VirtualTime, virtual_time, with_arguments
+from edgefl.simulation.world.settings import (
+    SimulationConfig,
+    VirtualTime,
+    make_selection,
+    virtual_time,
+    with_arguments,
+)
 from edgefl.simulation.world.tiers import TieredFleet, below_regions, tier_links
+from edgefl.stopping import EarlyStop, make_stop
 from edgefl.task import Task, load_task
 from edgefl.terminal.interrupt import set_by_interrupt
+from edgefl.training.early_stop import with_stop_direction
 from edgefl.training.evaluation import Judge
 from edgefl.training.local import initial_parameters
 from edgefl.training.local_evaluation import evaluation_spec
@@ -100,13 +111,18 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
     with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
         saved = going_on or (None if before is None else read_checkpoint(before))
         setup = _set_up(task, settings, population, saved)
+        history = History() if saved is None else History.from_json(saved.history)
+        selection = make_selection(setup, settings, history)
+        stop_config = with_stop_direction(settings, setup.task).rounds.stop
         with set_by_interrupt(setup.stop):
             chosen = _make_engine(engine, setup, saved, address)
             with closing(chosen.engine):
                 watching.on_engine(chosen.name, chosen.reason)
                 tiered = below_regions(chosen.engine, settings, setup.population.names())
-                virtual = virtual_time(setup, settings, chosen.engine, saved, tiered)
-                run = _Run(setup, chosen, virtual, watching, evaluate_every, tiered)
+                virtual = virtual_time(setup, settings, chosen.engine, saved, tiered, selection)
+                read = history if reads_history(settings.rounds) else None
+                choice = _Choice(selection, read, make_stop(stop_config), tiered)
+                run = _Run(setup, chosen, virtual, watching, evaluate_every, choice)
                 run.begin(start_s, checkpoints, saved)
                 try:
                     run.rounds_until_stopped()
@@ -164,6 +180,16 @@ def refuse_more_than_there_are(config: JobConfig, there: int) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Who may take part, until when, and below which regions."""
+
+    selection: ClientSelection | None
+    history: History | None
+    stop: EarlyStop | None
+    tiered: TieredFleet | None
+
+
 class _Run:
     """The finished rounds of a running simulation."""
 
@@ -174,11 +200,11 @@ class _Run:
         virtual: VirtualTime | None,
         watching: Watching,
         evaluate_every: int,
-        tiered: TieredFleet | None = None,
+        choice: _Choice,
     ) -> None:
         self._setup, self._chosen, self._virtual, self._watching = setup, chosen, virtual, watching
-        self._tiered = tiered
-        self._evaluate_every = evaluate_every
+        self._tiered = choice.tiered
+        self._evaluate_every, self._choice = evaluate_every, choice
         self._judge = Judge(
             setup.task, computing=lambda: torch_threads(num_cores()), workers=setup.config.train.workers
         )
@@ -211,13 +237,21 @@ class _Run:
     def rounds_until_stopped(self) -> None:
         """Run the job's rounds; a round that is below its quorum after Ctrl-C is dropped."""
         config, virtual = self._setup.config, self._virtual
-        engine = self._tiered or self._chosen.engine
-        clock, fleet = (virtual.clock, virtual.fleet) if virtual is not None else (time.monotonic, engine)
-        first = len(self._rounds) + 1
+        first, choice = len(self._rounds) + 1, self._choice
+        clock: Callable[[], float] = time.monotonic
+        fleet: Fleet = self._tiered or self._chosen.engine
+        if virtual is not None:
+            clock, fleet = virtual.clock, virtual.fleet
+        elif choice.selection is not None:
+            fleet = SelectedFleet(fleet, choice.selection.meets, first)
+        if choice.stop is not None:
+            for one in self._rounds:
+                choice.stop.note(one.round, one.metrics)
         job = Job(
             id=self._setup.task.name, config=config, step=self._step, clock=clock, first_round=first,
             keep=in_memory, frozen=self._parts.frozen, evaluation=evaluation_spec(self._setup.task),
             on_refusal=ignored if virtual is None else virtual.fleet.refuse,
+            history=choice.history, times_clients=virtual is not None, stop=choice.stop,
         )  # fmt: skip
         start_s = time.perf_counter()
         try:
@@ -226,7 +260,7 @@ class _Run:
                 start_s = time.perf_counter()
                 if self._setup.stop.is_set():
                     return
-            self._last = evaluate_last(job, fleet, self._parameters)
+            self._last = evaluate_last(job, fleet, self._parameters, done=len(self._rounds))
         except QuorumNotMet:
             if not self._setup.stop.is_set():
                 raise
@@ -248,7 +282,8 @@ class _Run:
             peak_rss_mb=peak_mb,
             parameters=parameters,
             model=model_of(parameters, out if self._rounds else None),
-            interrupted=len(self._rounds) < self._setup.config.rounds.count,
+            interrupted=len(self._rounds) < self._setup.config.rounds.count and not self._stopped(),
+            stopped=self._stopped(),
             took_part=self._took_part,
             tiers=tier_links(self._tiered.links) if self._tiered is not None else (),
         )
@@ -264,8 +299,15 @@ class _Run:
             virtual_end_s = self._virtual.clock()
             said = dataclasses.replace(said, virtual_seconds=outcome.seconds, virtual_end_s=virtual_end_s)
         self._rounds.append(said)
+        if self._choice.stop is not None:
+            self._choice.stop.note(outcome.round, judged)
         self._keep(outcome, last=last)
         self._watching.on_round(self._rounds[-1])
+
+    def _stopped(self) -> str:
+        """Return why the rounds ended before the last; empty if they did not."""
+        is_early = len(self._rounds) < self._setup.config.rounds.count
+        return self._choice.stop.reason() if is_early and self._choice.stop is not None else ""
 
     def _reason(self) -> str:
         """Return why the engine was chosen, with what was measured until now."""
@@ -303,4 +345,5 @@ class _Run:
             took_part=self._took_part,
             durations=virtual.fleet.durations.as_json() if virtual is not None else {},
             spent=virtual.devices.spent() if virtual is not None else np.zeros((0, 3)),
+            history=self._choice.history.as_json() if self._choice.history is not None else {},
         )

@@ -19,7 +19,7 @@ SECTIONS = dict(configuration.sections(SimulationConfig))
 
 def test_the_sections_by_hand() -> None:
     assert list(SECTIONS) == [
-        "rounds", "train", "server", "aggregation", "tiers", "population", "population.devices",
+        "rounds", "rounds.stop", "train", "server", "aggregation", "tiers", "population", "population.devices",
         "population.devices.availability", "engine",
     ]  # fmt: skip
 

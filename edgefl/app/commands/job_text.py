@@ -42,6 +42,10 @@ def print_job(job: Json, output: Output) -> None:
         output.line(job["waiting"])
     if job["error"]:
         output.line(f"error: {job['error']}")
+    if job.get("stopped"):
+        output.line(f"stopped early: {job['stopped']}")
+    if job.get("continues"):
+        output.line(f"continues {job['continues']}")
     seconds = seconds_of(job)
     took = "" if seconds is None else f", took {seconds:.1f} s"
     output.line(f"started {time_text(job['created_s'])}{took}")
@@ -52,6 +56,10 @@ def print_job(job: Json, output: Output) -> None:
     if last := job.get("last_evaluation"):
         _print_last_evaluation(LastEvaluation.from_json(last), output)
     _print_reasons(job, output)
+    if "devices" in job:
+        output.line("")
+        rows = [(one["device"], one["code"], one["reason"]) for one in job["devices"]]
+        output.table(("device", "chosen", "why not"), rows, "no device is enrolled", whole=("device", "chosen"))
 
 
 def _print_last_evaluation(last: LastEvaluation, output: Output) -> None:

@@ -1,4 +1,4 @@
-"""`edgefl jobs`: list, show, compare, draw, follow and cancel the trainings of a fleet."""
+"""`edgefl jobs`: list, show, compare, draw, follow, pause, resume and cancel the trainings of a fleet."""
 
 from __future__ import annotations
 
@@ -52,25 +52,30 @@ def list_jobs(connection: CloudConnection, output: Output) -> None:
     when = _ago if sys.stdout.isatty() else time_text
     rows = [
         (one["id"], one.get("label"), one["name"], one["state"], progress_text(one), _metric(one),
-         when(one["created_s"]), one["error"])
+         when(one["created_s"]), one.get("waiting"), one["error"])
         for one in found
     ]  # fmt: skip
-    columns = ("id", "name", "task", "state", "rounds", "metric", "started", "error")
-    output.table(columns, rows, "no job yet; `edgefl run` starts one", whole=("id",), spare=("error", "task"))
+    columns = ("id", "name", "task", "state", "rounds", "metric", "started", "waits", "error")
+    spare = ("error", "task", *(["waits"] if not any(one.get("waiting") for one in found) else []))
+    output.table(columns, rows, "no job yet; `edgefl run` starts one", whole=("id",), spare=spare)
     output.result(found)
 
 
 @jobs.command(epilog=example("edgefl jobs show job-1a2b3c4d", "edgefl jobs show 'first try' --json -"))
 @click.argument("job")
+@click.option("--devices", "with_devices", is_flag=True, help="Show which devices the latest round asked, and why not "
+                                                              "the others.")  # fmt: skip
 @connected
 @json_option
-def show(job: str, connection: CloudConnection, output: Output) -> None:
+def show(*, job: str, with_devices: bool, connection: CloudConnection, output: Output) -> None:
     """Show a job's settings, the curve of each metric, and why answers were refused.
 
-    The JSON has every round, with all metrics, and `curves` and `refusals`.
+    The JSON has every round, with all metrics, and `curves` and `refusals`; with --devices, also `devices`.
     """
     with connection.open() as client:
         found = client.job(client.find_job(job))
+        if with_devices:
+            found |= {"devices": client.job_devices(found["id"])}
     print_job(found, output)
     curves = {curve.name: curve.as_json() for curve in curves_of(found)}
     output.result(found | {"curves": curves, "refusals": reasons_of(found)})
@@ -171,6 +176,32 @@ def cancel(job: str, connection: CloudConnection, output: Output) -> None:
     output.result({"id": job, "state": state})
 
 
+@jobs.command(epilog=example("edgefl jobs pause job-1a2b3c4d"))
+@click.argument("job")
+@connected
+@json_option
+def pause(job: str, connection: CloudConnection, output: Output) -> None:
+    """Pause a job: its open round ends first, then its devices are free for others. It stays paused over restarts."""
+    with connection.open() as client:
+        job = client.find_job(job)
+        state = client.pause_job(job)["state"]
+    output.line(f"job {job} is paused after its open round; continue it with: edgefl jobs resume {job}")
+    output.result({"id": job, "state": state})
+
+
+@jobs.command(epilog=example("edgefl jobs resume job-1a2b3c4d"))
+@click.argument("job")
+@connected
+@json_option
+def resume(job: str, connection: CloudConnection, output: Output) -> None:
+    """Let a paused job continue where it stopped."""
+    with connection.open() as client:
+        job = client.find_job(job)
+        state = client.resume_job(job)["state"]
+    output.line(f"job {job} continues")
+    output.result({"id": job, "state": state})
+
+
 @jobs.command(epilog=example("edgefl jobs watch job-1a2b3c4d --task examples/digits"))
 @click.argument("job")
 @click.option("--task", help="Evaluate each model on this task's test data, as `edgefl run` does.")
@@ -200,6 +231,8 @@ def watch(job: str, task: str | None, out: Path | None, connection: CloudConnect
                 )
                 result = watch_job(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    if result.stopped:
+        output.line(f"stopped early: {result.stopped}")
     if result.last_evaluation.fault:
         output.line(result.last_evaluation.fault)
     output.result(result.as_json())

@@ -22,9 +22,12 @@ from edgefl.terminal.output import Output, counted, example, json_option, metric
         "edgefl run examples/digits --config examples/digits/config.toml --set rounds.count=5 --out digits.safetensors"
     )
 )
-@click.argument("task")
+@click.argument("task", required=False)
 @connected
 @click.option("--name", help="A name for the job, for `edgefl jobs`.")
+@click.option("--resume", metavar="JOB", help="Continue from a kept round of this job, as a new job.")
+@click.option("--round", "round_number", type=click.IntRange(min=1), help="With --resume: the round. [default: last]")
+@click.option("--priority", type=int, help="Short for --set rounds.priority=N: jobs of a higher one get devices first.")
 @click.option(
     "--local", type=click.IntRange(1, 32), metavar="N", help="Start N devices on this machine (edgefl local)."
 )
@@ -36,9 +39,9 @@ from edgefl.terminal.output import Output, counted, example, json_option, metric
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the model (safetensors).")
 @json_option
 def run(  # noqa: PLR0913 - one a flag
-    *, task: str, connection: CloudConnection, name: str | None, local: int | None, rounds: int | None,
-    config: Path | None, settings: tuple[str, ...], run_config: tuple[str, ...], federation_config: tuple[str, ...],
-    out: Path | None, output: Output,
+    *, task: str | None, connection: CloudConnection, name: str | None, resume: str | None, round_number: int | None,
+    priority: int | None, local: int | None, rounds: int | None, config: Path | None, settings: tuple[str, ...],
+    run_config: tuple[str, ...], federation_config: tuple[str, ...], out: Path | None, output: Output,
 ) -> None:  # fmt: skip
     """Train a task on the fleet.
 
@@ -46,17 +49,21 @@ def run(  # noqa: PLR0913 - one a flag
     job: `edgefl jobs watch` follows it again, `edgefl jobs cancel` ends it. A folder with [tool.flwr.app] is a Flower
     app and runs unmodified: its ServerApp here, so that Ctrl-C ends the run, its ClientApp on the devices;
     --set key=value changes its run-config.
+
+    With --resume, a new job continues from a kept round of JOB, with its settings unless others are given; rounds are
+    numbered on. TASK is then optional: it evaluates the models here, and its code replaces the job's.
     """
     with left_running(output) as standing:  # from here on: what is imported next takes seconds
         from edgefl.aggregation import rule_kind
-        from edgefl.operator.run import WatchCallbacks, submit, watch
+        from edgefl.operator.run import WatchCallbacks, continue_from, submit, watch
         from edgefl.task import load_task
 
         refuse_no_folder(out, "--out")
         check_label(name)
         if local is not None:
             connection = _local_fleet(local, connection, output)
-        if is_flower_app(task):
+        _refuse_unfit(task, resume, round_number, priority)
+        if task is not None and is_flower_app(task):
             asked = FlowerRun(
                 folder=Path(task), rounds=rounds, settings=settings, run_config=run_config, out=out,
                 federation_config=federation_config, label=name, task_flags={"--config": config},
@@ -65,35 +72,53 @@ def run(  # noqa: PLR0913 - one a flag
             return
         if run_config or federation_config:
             raise ConfigError("--run-config is for Flower apps; configure a task with --set a.b=c or --config FILE")
-        over = (*settings, *([f"rounds.count={rounds}"] if rounds is not None else []))
-        job_config = load_config(JobConfig, config, over)
-        rule_kind(job_config.aggregation.rule)
-        loaded = load_task(task)
+        short = {"rounds.count": rounds, "rounds.priority": priority}
+        over = (*settings, *(f"{key}={value}" for key, value in short.items() if value is not None))
         with connection.open() as client:
-            job = standing.job = submit(
-                client,
-                task,
-                loaded,
-                job_config,
-                patience(output.line),
-                label=name,
-                on_ask=standing.ask,
-                on_note=output.line,
-            )
-            output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
+            before = None if resume is None else client.job(client.find_job(resume))
+            job_config = load_config(JobConfig, config, over, base=None if before is None else before.get("config"))
+            rule_kind(job_config.aggregation.rule)
+            loaded = None if task is None else load_task(task)
+            if before is not None:
+                job = standing.job = continue_from(
+                    client, before["id"], job_config, patience(output.line), round_number=round_number, label=name,
+                    reference=task, task=loaded, on_ask=standing.ask, on_note=output.line,
+                )  # fmt: skip
+                after = round_number or before["rounds_done"]
+                output.line(f"job {job} continues {before['id']} after round {after} of {job_config.rounds.count}")
+            elif task is not None and loaded is not None:
+                job = standing.job = submit(
+                    client, task, loaded, job_config, patience(output.line), label=name, on_ask=standing.ask,
+                    on_note=output.line,
+                )  # fmt: skip
+                output.line(f"job {job} started: {counted(job_config.rounds.count, 'round')}")
             with round_progress(output, job_config.rounds.count) as screen:
                 callbacks = WatchCallbacks(
                     on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job), on_note=screen.line
                 )
                 result = watch(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
+    if result.stopped:
+        output.line(f"stopped early: {result.stopped}")
     if result.last_evaluation.fault:
         output.line(result.last_evaluation.fault)
     if out is not None:
         output.line(f"model: {out}")
-    if loaded.model is not None or loaded.export is not None:  # what `models publish` can export
+    if loaded is not None and (
+        loaded.model is not None or loaded.export is not None
+    ):  # what `models publish` can export
         output.line(f"publish it: edgefl models publish NAME --task {task} --job {job}")
     output.result(result.as_json())
+
+
+def _refuse_unfit(task: str | None, resume: str | None, round_number: int | None, priority: int | None) -> None:
+    """Raise ConfigError for arguments that do not go together."""
+    if task is None and resume is None:
+        raise ConfigError("name a TASK, or a job to continue: --resume JOB")
+    if round_number is not None and resume is None:
+        raise ConfigError("--round is a round of the job that --resume names; drop it, or add --resume JOB")
+    if task is not None and is_flower_app(task) and (resume is not None or priority is not None):
+        raise ConfigError("--resume and --priority are for tasks; a Flower app's rounds are its ServerApp's")
 
 
 def _local_fleet(devices: int, connection: CloudConnection, output: Output) -> CloudConnection:

@@ -198,6 +198,8 @@ def _tell(
         f"{len(result.rounds)} rounds in {result.seconds:.1f} s, {result.clients_per_second:.0f} clients/s, "
         f"at most {result.peak_rss_mb:.0f} MB: {metrics_text(result.final) or 'no metrics'}"
     )
+    if result.stopped:
+        output.line(f"stopped early: {result.stopped}")
     if result.last_evaluation.fault:
         output.line(result.last_evaluation.fault)
     if request.plot is not None:

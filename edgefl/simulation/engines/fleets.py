@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from edgefl.choosing.needs import reads_history
 from edgefl.config import GRACE_NONE, JobConfig
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
@@ -81,8 +82,8 @@ class SimulationSetup:
     served: set[tuple[str, str]] = field(default_factory=set)  # (job, client) pairs that have the frozen tensors
 
     def takes_sums(self, plan: Plan) -> bool:
-        """Whether partial sums are allowed; with over-selection or a grace window, single updates are needed."""
-        if self.config.rounds.grace != GRACE_NONE:
+        """Whether partial sums are allowed: not with over-selection, a grace window, or a choice by history."""
+        if self.config.rounds.grace != GRACE_NONE or reads_history(self.config.rounds):
             return False
         return self.config.rounds.clients in {0, len(plan.clients)} or len(plan.clients) < self.config.rounds.clients
 

@@ -48,6 +48,7 @@ class Checkpoint:
     took_part: Counts
     spent: Array  # state of the devices' batteries, see `Devices.spent`
     durations: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of clients, see `Durations.as_json`
+    history: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of `edgefl.choosing.history`, if it is read
 
     @property
     def round(self) -> int:
@@ -119,6 +120,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             parameters={name: np.array(array) for name, array in _part(tree, _PARAMETERS).items()},
             optimizer=_own(_part(tree, _OPTIMIZER)),
             took_part=np.array(tree["took_part"]), spent=np.array(tree["spent"]), durations=facts.get("durations", {}),
+            history=dict(facts.get("history", {})),
         )  # fmt: skip
     except OSError as cause:
         raise ConfigError(f"cannot read {path}: {cause.strerror}") from cause
@@ -206,6 +208,7 @@ def _as_tree(checkpoint: Checkpoint) -> Tree:
     facts = {
         "format": FORMAT,
         **{name: getattr(checkpoint, name) for name in ("task", "engine", "settings", "seconds", "virtual_s")},
+        "history": dict(checkpoint.history),
         "rounds": [one.as_json() for one in checkpoint.rounds],
         **({"durations": checkpoint.durations} if checkpoint.durations else {}),
     }

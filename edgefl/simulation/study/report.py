@@ -39,6 +39,7 @@ class SimulationResult:
     model: Json  # sha256, and the path if it was written
     virtual_seconds: float | None = None  # virtual time, if devices are configured
     interrupted: bool = False  # ended before its last round
+    stopped: str = ""  # why `rounds.stop` ended it before its last round
     last_evaluation: LastEvaluation = field(default_factory=LastEvaluation)  # by the devices, after the last round
     took_part: Counts = field(
         default_factory=lambda: no_counts(0)
@@ -67,6 +68,7 @@ class SimulationResult:
             "peak_rss_mb": self.peak_rss_mb,
             "model": self.model,
             "interrupted": self.interrupted,
+            **({"stopped": self.stopped} if self.stopped else {}),
             "clients_by_rounds": clients_by_rounds(self.took_part),
             **({"tiers": list(self.tiers)} if self.tiers else {}),
         }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from edgefl.config import GRACE_AUTO, RoundsConfig
@@ -62,11 +62,12 @@ class VirtualFleet:
     def __init__(  # noqa: PLR0913 - as it was in a checkpoint, with defaults
         self, inner: Fleet, devices: Devices, clock: VirtualClock, *,
         rounds: RoundsConfig, num_samples: NumSamples, first_round: int = 1, served: set[tuple[str, str]] | None = None,
-        tiered: TieredFleet | None = None, noticed_s: float = 0.0,
+        tiered: TieredFleet | None = None, noticed_s: float = 0.0, meets: Callable[[str, int], bool] | None = None,
     ) -> None:  # fmt: skip
         """`noticed_s`: how long after a client went offline this is known, as a deployed fleet's keep-alive."""
         self._inner, self._devices, self._clock = inner, devices, clock
         self._rounds, self._num_samples = rounds, num_samples
+        self._meets = meets  # whether a client may take part in a round; None = all may
         self._next_round, self._noticed_s = first_round, noticed_s
         self._served = served if served is not None else set()  # see `SimulationSetup`
         self._tiered = tiered  # `inner`, if there are regions above the clients
@@ -142,12 +143,15 @@ class VirtualFleet:
 
     def _wait_for(self, wanted: int, limit_s: float) -> list[str]:
         """Move the clock until `wanted` clients are available, or to the limit; returns the available clients."""
-        cohort, start_s = cohort_size(self._rounds), self._clock()
+        cohort = cohort_size(self._rounds) if self._meets is None else 0  # of random ones, too few may meet it
+        start_s = self._clock()
         for step in range(WAIT_STEPS + 1):
             self._clock.move_to(start_s + limit_s * step / WAIT_STEPS)
             there = self._devices.available(
                 self._clock(), wanted=max(cohort, wanted) if cohort else 0, round_number=self._next_round
             )
+            if self._meets is not None:
+                there = [client for client in there if self._meets(client, self._next_round)]
             if len(there) >= wanted or limit_s <= 0 or wanted > len(self._devices.names):
                 break
         return there

@@ -62,6 +62,7 @@ class PopulationConfig:
     seed: int = 0  # of the partition, and of the devices' properties
     ids: str = ""  # natural: the file with the id of each sample
     data: Mapping[str, str] = field(default_factory=dict)  # further options of the task's `train_data`
+    tags: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tag -> values, given to the clients in turn
     devices: DevicesConfig = field(default_factory=DevicesConfig)
 
     def __post_init__(self) -> None:
@@ -73,6 +74,8 @@ class PopulationConfig:
         for name in ("clients", "samples_per_client", "min_samples"):
             require_within(f"population.{name}", getattr(self, name), 0, MAX_COUNT)
         require_within("population.seed", self.seed, 0, MAX_SEED)
+        if empty := [name for name, values in self.tags.items() if not values]:
+            raise ConfigError(f"population.tags.{empty[0]} has no values; give the clients at least one")
         if (self.partitioner == "natural") != bool(self.ids):
             raise ConfigError("population.ids is the file of partitioner='natural': give both or neither")
         if self.min_samples and (self.samples_per_client or self.partitioner in {"task", "natural"}):

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgefl.choosing.history import History
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.exchange import Durations
 from edgefl.rounds import Fleet
 from edgefl.simulation.engines.fleets import SimulationSetup
+from edgefl.simulation.selection import ClientSelection
 from edgefl.simulation.steps import has_compiler
 from edgefl.simulation.study.checkpoint import Checkpoint
 from edgefl.simulation.world.clock import VirtualClock, VirtualFleet
@@ -75,13 +77,19 @@ class VirtualTime:
     devices: Devices
 
 
+def make_selection(setup: SimulationSetup, config: SimulationConfig, history: History) -> ClientSelection | None:
+    """Return which clients meet `rounds.select`; None if all may take part. Raises ConfigError for an unknown field."""
+    if not config.rounds.select:
+        return None
+    devices = Devices(config.population.devices, setup.population.names(), config.population.seed)
+    sizes = sizes_of(setup.task, setup.population, config.train.seed)
+    return ClientSelection(config.rounds.select, devices, config.population.tags, sizes, history)
+
+
 def virtual_time(
-    setup: SimulationSetup,
-    config: SimulationConfig,
-    engine: Fleet,
-    saved: Checkpoint | None = None,
-    tiered: TieredFleet | None = None,
-) -> VirtualTime | None:
+    setup: SimulationSetup, config: SimulationConfig, engine: Fleet, saved: Checkpoint | None = None,
+    tiered: TieredFleet | None = None, selection: ClientSelection | None = None,
+) -> VirtualTime | None:  # fmt: skip
     """Put an engine into virtual time, if devices are configured; restores the state of a checkpoint.
 
     `tiered` is the engine's clients below regions, if there are any.
@@ -96,6 +104,7 @@ def virtual_time(
     fleet = VirtualFleet(
         tiered or engine, devices, clock, rounds=config.rounds, num_samples=sizes, tiered=tiered,
         first_round=saved.round + 1 if saved is not None else 1, served=setup.served.copy(),
+        meets=None if selection is None else selection.meets,
     )  # fmt: skip
     if saved is not None:
         fleet.durations = Durations.from_json(saved.durations)

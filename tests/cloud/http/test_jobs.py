@@ -145,7 +145,9 @@ def test_events_stream_rounds_heartbeats_and_the_end(http, http_plane):
     }  # fmt: skip
     rest = [one for one in seen[1:] if one != quiet]
     assert rest[0]["model"] == second.sha256
-    assert rest[1] == {"state": "done", "error": None, "model": spelled(second), "last_evaluation": None}
+    assert rest[1] == {
+        "state": "done", "error": None, "model": spelled(second), "last_evaluation": None, "stopped": None,
+    }  # fmt: skip
 
 
 def test_heartbeats_say_what_a_job_waits_for(http, http_plane):

@@ -135,15 +135,18 @@ def test_an_old_rounds_model_is_forgotten_unless_a_job_stands_on_it(home):
     assert [blobs.has(model.sha256) for model in models] == [False, True]
 
 
-def test_the_optimizers_former_state_is_forgotten_unless_a_job_stands_on_it(home):
+def test_the_optimizers_state_is_forgotten_with_its_rounds_model_unless_a_job_stands_on_it(home):
     jobs, blobs, _ = home
     first, second = submit(jobs, blobs), submit(jobs, blobs)
     states = [blobs.put(b"momentum 1"), blobs.put(b"momentum 2"), blobs.put(b"momentum 3")]
     for job, number, state in ((first, 1, 0), (second, 1, 1), (first, 2, 1), (first, 3, 2), (second, 2, 2)):
         jobs.open_round(job, number, ("a",))
         jobs.finish_round(outcome(job, number), blobs.put(b"m"), states[state].sha256)
-        assert blobs.has(states[state].sha256)
-        assert blobs.has(jobs.load(second).optimizer_sha256 or states[state].sha256)
+    assert all(blobs.has(state.sha256) for state in states)
+    for job, number in ((first, 1), (first, 2)):
+        jobs.forget_model_of(job, number)
+    assert [blobs.has(state.sha256) for state in states] == [False, True, True]  # `second` has the other in round 1
+    jobs.forget_model_of(second, 1)
     assert [blobs.has(state.sha256) for state in states] == [False, False, True]
 
 

@@ -1,0 +1,27 @@
+"""The uploaded parts of a job that is submitted, checked before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cloud.state.blobs import BlobStore
+from edgefl.errors import ConfigError
+from edgefl.protocols.messages import BlobRef
+from edgefl.trees import SpooledTree
+
+
+def check_parts(
+    blobs: BlobStore, bundle: BlobRef, parameters: BlobRef, frozen: BlobRef | None, buffers: Sequence[str]
+) -> None:
+    """Raise ConfigError for parts that are missing or do not fit, BlobDamaged for a damaged one."""
+    for part, ref in (("bundle", bundle), ("parameters", parameters), ("frozen part", frozen)):
+        if ref is None:
+            continue
+        if not blobs.has(ref.sha256):
+            raise ConfigError(f"the job's {part} {ref.sha256[:16]}... is not in the cloud; upload it first")
+        blobs.check(ref.sha256)
+    tree = SpooledTree(blobs.path(parameters.sha256))
+    if unknown := sorted(set(buffers) - set(tree)):
+        raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
+    if frozen is not None and (twice := sorted(set(SpooledTree(blobs.path(frozen.sha256))) & set(tree))):
+        raise ConfigError(f"tensors {', '.join(twice):.500} are both among the job's parameters and frozen")
