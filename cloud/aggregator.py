@@ -36,10 +36,11 @@ from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.choosing.history import History
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, JobPaused
 from edgefl.logs import event, logging_to
+from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.manifest import Bundle
 from edgefl.protocols.messages import BlobRef, from_json
 from edgefl.protocols.ports.http_limits import HttpLimits
-from edgefl.protocols.tls import reloading, server_context
+from edgefl.protocols.tls import common_name, reloading, server_context
 from edgefl.records import RoundOutcome
 from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds
 from edgefl.stopping import EarlyStop, make_stop
@@ -240,7 +241,9 @@ class Aggregator:
                 is_known=home.enrolment.is_known,
                 storage=home.storage,
                 broker_url=home.broker_url,
+                parents_for=home.parents.of,
                 renewals=home.enrolment.renewals,
+                is_renewal_due=home.enrolment.renewals.is_due,
                 ca_pem=home.identity.ca.read_bytes(),
                 insecure=options.insecure,
                 admit=port.admit,
@@ -254,6 +257,7 @@ class Aggregator:
                 TierDependencies(
                     children=home.children, callers=service.callers, calls=service.calls, rounds=home.rounds,
                     jobs=home.jobs, blobs=home.blobs, spool=home.spool, storage=home.storage,
+                    renew=self._renew_below,
                 ),
                 workers,
             )  # fmt: skip
@@ -261,6 +265,15 @@ class Aggregator:
 
         identity = None if options.insecure else home.identity
         return serve_grpc(options.host, options.grpc_port, identity, home.shares, handlers)
+
+    async def _renew_below(self, region: str, request: pb.RenewRequest) -> pb.RenewReply:
+        """Answer a device's request for a certificate that a region passed on."""
+        home = self._home
+        renew = home.enrolment.renewals.renew_for
+        certificate = await asyncio.to_thread(renew, request, region, home.children.speaks_for)
+        await asyncio.to_thread(home.members.note_change)  # its regions expect the new certificate, too
+        event(_log, logging.INFO, "device.renewed", device=common_name(certificate), region=region)
+        return pb.RenewReply(certificate=certificate, ca=home.identity.ca.read_bytes())
 
     @contextlib.asynccontextmanager
     async def _http_server(self) -> AsyncIterator[None]:

@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from edge_agent.install.notify import keep_alive, notify
 from edge_agent.link.channel import CloudChannel
+from edge_agent.link.chooser import ParentChooser, ParentRules
+from edge_agent.link.lease import LeasePolicy
 from edge_agent.link.link import CloudLink
 from edge_agent.link.log_sender import LOG_FILE, LogSender
 from edge_agent.link.outbox import Outbox
+from edge_agent.link.parents import KnownParents, load_fleet_key, parent_name
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edge_agent.live import LiveFile, LiveState
 from edge_agent.policy.machine import Machine
@@ -42,11 +43,10 @@ from edge_agent.training.environments import Environments
 from edge_agent.training.participant import Participant, ParticipantDependencies
 from edge_agent.training.site_network import own_address, require_machines
 from edge_agent.training.trainer import IDLE_S, Trainer
-from edgefl.errors import ConfigError, HomeError, ManifestRejected, PartFailed
+from edgefl.errors import ConfigError, PartFailed
 from edgefl.logs import event, logging_to
 from edgefl.process.home import lock_home, replace_file
-from edgefl.protocols.manifest import load_public_key
-from edgefl.protocols.messages import Assignment, JobMessage, LogWanted, RolloutNote, Signed
+from edgefl.protocols.messages import Assignment, JobMessage, LogWanted, RolloutNote, RoundClosed, Signed, UpdateRefused
 from edgefl.terminal.text import one_line
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class AgentConfig:
     trainer_socket: Path | None = None  # of a trainer run by systemd; None = our child process
     trainer_idle_s: float = IDLE_S
     policy: str = ""  # when this device works for the fleet, see `edge_agent.policy.rules`; empty = always
+    parents: LeasePolicy = field(default_factory=LeasePolicy)  # when the device changes its parent
     install_dependencies: bool = False  # whether packages that a task needs may be installed, for the trainer only
     site_rendezvous: str = ""  # HOST:PORT of this machine where others join its training; empty = it trains alone
     site_machines: int = 2  # how many train together, if there is a rendezvous
@@ -136,7 +137,7 @@ class _Agent:
     def __init__(self, config: AgentConfig, profile: Profile) -> None:
         home = config.home
         self._config, self._profile = config, profile
-        fleet_key = _fleet_key(home)
+        fleet_key = load_fleet_key(home)
         self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
         self._policy = _policy_watch(config, self._trainer, self._on_policy)
         listener = bind(config.serve_host, config.serve_port)
@@ -146,7 +147,9 @@ class _Agent:
             )
         self._url = url_of(listener, secure=config.serve_tls)
         self._store = Store(home)
-        self._channel = CloudChannel(profile, home)
+        rules = ParentRules(policy=config.parents, is_idle=self._is_idle)
+        self._chooser = ParentChooser(home, KnownParents(home, profile, fleet_key), rules)
+        self._channel = CloudChannel(self._chooser.current, home)
         self._supervisor = ServingSupervisor(
             listener,
             ServingConfig(
@@ -158,12 +161,15 @@ class _Agent:
             ServingCallbacks(serving=self._on_serving, failing=self._on_failing),
         )
         self._started = False
+        self._moved_with: Assignment | None = None  # that ran when the parent was changed
         self._environments = Environments(home, may_install=config.install_dependencies)
         self._logs = LogSender(home, self._channel)
         self._outbox = Outbox(self._store, self._channel)
         self._revoked = self._revoked_list() if config.serve_tls else None
         on_reachable = self._revoked.refresh if self._revoked else _nothing
-        self._link = CloudLink(home, profile, self._channel, self, on_reachable)
+        self._link = CloudLink(home, self._chooser, self._channel, self, on_reachable)
+        self._link.on_parent = self._note_parent
+        self._outbox.on_answered = self._link.note_idle
         self._link.refusals = self._policy.refusals
         self._live = LiveFile(home, self._live_state)
         self._participant = Participant(
@@ -180,7 +186,7 @@ class _Agent:
                 channel=self._channel,
                 rendezvous=config.site_rendezvous,
                 machines=config.site_machines if config.site_rendezvous else 1,
-                on_change=self._live.note_change,
+                on_change=self._note_work,
             )
         )
         self._participant.refuse(self._policy.refusals)
@@ -223,7 +229,7 @@ class _Agent:
                 }.items()
             ]
             event(_log, logging.INFO, "agent.started", device=self._profile.device, pid=os.getpid(), serves=self._url,
-                  cloud=self._profile.grpc)  # fmt: skip
+                  parent=parent_name(self._chooser.current), cloud=self._chooser.current.grpc)  # fmt: skip
             await stop.wait()
             notify("STOPPING=1")
             for child in children:
@@ -235,6 +241,9 @@ class _Agent:
 
     def on_job(self, message: JobMessage) -> None:
         self._participant.handle(message)
+        is_asked = not isinstance(message, RoundClosed | UpdateRefused)
+        if is_asked and self._outbox.is_empty() and self._store.is_answered(message.job, message.round):
+            self._link.ask()  # the answer is lost, perhaps with a region: `Next` says whether it is wanted again
 
     def on_command(self, command: LogWanted) -> None:
         self._logs.handle(command)
@@ -247,7 +256,9 @@ class _Agent:
 
         def take(assignments: list[Assignment], ended: list[str]) -> None:
             self._participant.forget(ended)
-            self._participant.reconcile(assignments, current, answered_until)
+            # A new parent may not have been asked yet for what this device was asked by the former one.
+            before = None if current is self._moved_with else current
+            self._participant.reconcile(assignments, before, answered_until)
             self._outbox.wake()
 
         return self._participant.jobs_with_data(), take
@@ -280,7 +291,20 @@ class _Agent:
     def _revoked_list(self) -> RevokedList:
         from edge_agent.serving.revoked import RevokedList  # lazy: loads httpx, needed with --serve-tls only
 
-        return RevokedList(self._config.home, self._profile, self._supervisor.disconnect_clients)
+        return RevokedList(self._config.home, self._chooser.current, self._supervisor.disconnect_clients)
+
+    def _is_idle(self) -> bool:
+        return self._participant.current is None and self._outbox.is_empty()
+
+    def _note_work(self) -> None:
+        self._live.note_change()
+        self._link.note_idle()
+
+    def _note_parent(self, profile: Profile) -> None:
+        self._moved_with = self._participant.current
+        self._live.note_change()
+        if self._revoked is not None:
+            self._revoked.follow(profile)
 
     def _live_state(self) -> LiveState:
         current = self._participant.current
@@ -288,6 +312,8 @@ class _Agent:
             pid=os.getpid(),
             cloud_reachable=self._channel.reachable,
             broker_fault=self._link.broker_fault,
+            parent=parent_name(self._chooser.current),
+            parent_since_s=self._chooser.since_s,
             training_job="" if current is None else current.job,
             training_round=0 if current is None else current.round,
             policy=self._policy.text,
@@ -313,13 +339,3 @@ def _policy_watch(config: AgentConfig, trainer: Trainer, on_change: Callable[[Ma
 
 def _nothing() -> None:
     pass
-
-
-def _fleet_key(home: Path) -> Ed25519PublicKey:
-    path = home / "fleet.pub"
-    try:
-        return load_public_key(path.read_bytes())
-    except (OSError, ValueError, ManifestRejected) as cause:
-        raise HomeError(
-            f"{path} cannot be read as the fleet's key: {cause}. Restore it from a backup or enrol in another --home"
-        ) from cause

@@ -132,15 +132,26 @@ def enroll(  # noqa: PLR0913 - one a flag
     help="Train together with other machines, which run `edgefl agent join`; HOST is an address of this one.",
 )  # fmt: skip
 @click.option("--site-machines", default=2, show_default=True, help="How many machines train together.")
+@click.option(
+    "--parent-lease-s", default=30.0, show_default=True,
+    help="Leave a parent that was not reached for this time, for the next one in the list of this device "
+         "(`edgefl devices assign`).",
+)  # fmt: skip
+@click.option(
+    "--parent-return", default="idle", show_default=True, type=click.Choice(["idle", "now", "never"]),
+    help="When to come back to an earlier parent that answers again: without a round to work for, at once, or never.",
+)  # fmt: skip
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
-def start(log_level: str, data: Sequence[str], **options: object) -> None:
+def start(log_level: str, data: Sequence[str], parent_lease_s: float, parent_return: str, **options: object) -> None:
     """Run the agent until SIGTERM or Ctrl-C."""
     from edge_agent.agent import AgentConfig, run_agent
+    from edge_agent.link.lease import LeasePolicy, ReturnPolicy
     from edgefl.process.descriptors import raise_limit
 
     raise_limit()
     set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
-    config = AgentConfig(data=_located(pairs_of("--data", data)), **options)  # type: ignore[arg-type]  # click has typed them
+    parents = LeasePolicy(lease_s=parent_lease_s, comes_back=ReturnPolicy(parent_return))
+    config = AgentConfig(data=_located(pairs_of("--data", data)), parents=parents, **options)  # type: ignore[arg-type]  # click has typed them
     asyncio.run(run_agent(config))
 
 
@@ -178,6 +189,8 @@ def _shown(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, dict):
         value = " ".join(f"{model}:{version}" for model, version in sorted(value.items()))
+    if isinstance(value, list):
+        value = " ".join(value)
     return "-" if value == "" else str(value)
 
 

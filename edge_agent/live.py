@@ -31,6 +31,8 @@ class LiveState(Checked):
     pid: int
     cloud_reachable: bool = False  # by gRPC
     broker_fault: str = dataclasses.field(default="", metadata=prose())  # why there is no MQTT; empty = there is
+    parent: str = dataclasses.field(default="", metadata=prose())  # in use: `cloud`, or a region's name
+    parent_since_s: float = 0.0  # seconds since 1970
     training_job: str = dataclasses.field(default="", metadata=prose())  # empty = it does not train now
     training_round: int = 0
     policy: str = dataclasses.field(default="", metadata=prose())  # empty = it always works

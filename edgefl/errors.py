@@ -25,6 +25,7 @@
     |-- RolloutFailed        a release that some device does not serve as told
     |-- EnrolmentRefused     a token or device name that the cloud does not accept
     |-- CloudUnreachable     the cloud or its broker did not answer in time, or a transfer with it was given up
+    |   `-- ParentLeft       a call that ended because the device connects to another parent
     |-- CloudRefused         the cloud answered with a refusal
     |-- DeviceUnavailable    a device that is offline, or did not answer a request of the cloud
     |-- CloudStopping        the cloud is stopping; its jobs continue when it is started again
@@ -136,6 +137,10 @@ class EnrolmentRefused(EdgeflError):
 
 class CloudUnreachable(EdgeflError):
     """The cloud or its broker did not answer in time, or a transfer with it was given up."""
+
+
+class ParentLeft(CloudUnreachable):
+    """A call ended because the device connects to another parent."""
 
 
 class CloudRefused(EdgeflError):

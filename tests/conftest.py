@@ -198,6 +198,7 @@ class HeardLink:
     def __init__(self) -> None:
         self.states: dict[str, DeviceState] = {}
         self.measured: dict[str, Telemetry] = {}
+        self.through: dict[str, str] = {}  # device -> its region
         self.sent: list[tuple[str, Signed]] = []
         self.told: list[tuple[str, Deliver | RoundClosed]] = []
         self.reason = ""
@@ -205,6 +206,9 @@ class HeardLink:
 
     def state(self, device: str) -> DeviceState | None:
         return self.states.get(device)
+
+    def via(self, device: str) -> str:
+        return self.through.get(device, "")
 
     def telemetry(self, device: str) -> Telemetry | None:
         return self.measured.get(device)

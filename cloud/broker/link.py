@@ -24,9 +24,10 @@ from edgefl.errors import CloudUnreachable, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import topics
 from edgefl.protocols.messages import (
+    Command,
     DeviceState,
     JobMessage,
-    LogWanted,
+    NewParents,
     RolloutNote,
     Signed,
     Telemetry,
@@ -57,6 +58,9 @@ class RegionLink(Protocol):
 
     def send_desired(self, device: str, signed: Signed) -> None:
         """Pass the release that a device should serve to all regions to which it may connect."""
+
+    def send_parents(self, device: str, signed: Signed) -> None:
+        """Pass a device's list of parents to the regions in it."""
 
     def moved(self, device: str, region: str) -> None:
         """Note that a device is reached through another region now; empty = directly."""
@@ -188,7 +192,7 @@ class DeviceLink:
             return
         self._send(topics.down(device, "job"), encode(message))
 
-    def send_command(self, device: str, command: LogWanted) -> None:
+    def send_command(self, device: str, command: Command) -> None:
         """Send a command; the caller notices by itself if it is lost."""
         self._send(topics.down(device, "command"), encode(command))
 
@@ -197,6 +201,14 @@ class DeviceLink:
         if self.children is not None:
             self.children.send_desired(device, signed)
         self._send(topics.down(device, "desired"), encode(signed), retain=True)
+
+    def send_parents(self, device: str, signed: Signed) -> None:
+        """Send where a device may connect; one that misses it, or knows no such command, calls `Next` some time."""
+        if self.children is not None:
+            self.children.send_parents(device, signed)
+        state = self.state(device)
+        if state is not None and NewParents.kind_name in state.commands and not self.via(device):
+            self.send_command(device, NewParents(signed=signed))
 
     def forget(self, device: str) -> None:
         """Clear a device's retained messages and its presence."""

@@ -13,11 +13,13 @@ import grpc
 
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
+from edgefl.protocols.messages import Signed, encode
 from edgefl.protocols.tls import common_name, is_region, serial_number
 
 RESUME_S = 10.0
 MAX_CERTIFICATES = 4096  # parsed certificates in the cache
 DEVICE_METADATA = "edgefl-device"  # the device's name in insecure mode, without certificates
+PARENTS_METADATA = "edgefl-parents-bin"  # with a refusal: where the device may connect instead
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -30,6 +32,7 @@ class CallerChecks:
     insecure: bool = False
     admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why a connection is refused; empty = it is not
     pace: Callable[[str], float] = lambda _key: 0.0  # how long a call with this certificate must wait (s)
+    parents_for: Callable[[str], Signed | None] = lambda _device: None  # where a device may connect
 
 
 class Callers:
@@ -72,6 +75,8 @@ class Callers:
                 f"for a {wanted}: `edgefl cloud token --role {wanted}`",
             )
         if not await run(self._workers, self._checks.is_known, name, serial):
+            if (moved := self._checks.parents_for(name)) is not None:
+                context.set_trailing_metadata(((PARENTS_METADATA, encode(moved)),))
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"device {name!r} is not enrolled, or not with this certificate; enrol it with a new token",

@@ -55,6 +55,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+PassRenewal = Callable[[pb.RenewRequest], Awaitable[pb.RenewReply]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +70,11 @@ class ServiceDependencies:
     ended: Callable[[Sequence[str]], list[str]]  # returns those of these jobs that have ended
     is_known: Callable[[str, str | None], bool]  # device name, serial number of its certificate
     broker_url: str
-    renewals: Renewals | None = None  # None = no renewals
+    parents_for: Callable[[str], Signed | None] = lambda _device: None  # where a device may connect; None = here alone
+    renewals: Renewals | None = None  # None = a region, which passes requests on, or no renewals
     ca_pem: bytes = b""  # sent with a renewed certificate
+    pass_renewal: PassRenewal | None = None  # in a region: asks its parent
+    is_renewal_due: Callable[[bytes], bool] = lambda _certificate: False
     insecure: bool = False
     admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why a connection is refused; empty = it is not
     pace: Callable[[str], float] = lambda _key: 0.0  # how long a call with this certificate must wait (s)
@@ -113,7 +117,10 @@ class FleetService:
         self._workers = workers
         self._loop = asyncio.get_running_loop()
         self.calls = RunningCalls()
-        checks = CallerChecks(is_known=deps.is_known, insecure=deps.insecure, admit=deps.admit, pace=deps.pace)
+        checks = CallerChecks(
+            is_known=deps.is_known, insecure=deps.insecure, admit=deps.admit, pace=deps.pace,
+            parents_for=deps.parents_for,
+        )  # fmt: skip
         self.callers = Callers(checks, deps.rounds, self.calls, workers)
         self._uploads = TransferLimiter(max_inside=deps.max_transfers)
         self._downloads = TransferLimiter(max_inside=deps.max_transfers, max_each=MAX_DOWNLOADS)
@@ -122,6 +129,7 @@ class FleetService:
         device = await self.callers.device(context)
         self._deps.rounds.note_kinds(device, request.knows)
         desired = await self._run(self._deps.desired_for, device)
+        parents = await self._run(self._deps.parents_for, device)
         waiting = await self._known(device, request, context)
         return pb.NextReply(
             assignments=[pack(one.assignment) for one in waiting[:MAX_ASSIGNMENTS]],
@@ -129,18 +137,23 @@ class FleetService:
             broker=self._deps.broker_url,
             ended=await self._run(self._deps.ended, request.holding[:MAX_HOLDING]),
             renew=self._is_renewal_due(context),
+            parents=b"" if parents is None else encode(parents),
         )
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
         device = await self.callers.device(context)
-        if self._deps.renewals is None or not self._is_renewal_due(context):
+        if not self._is_renewal_due(context):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this certificate need not be renewed yet")
         try:
-            certificate = await self._run(self._deps.renewals.renew, device, request.csr)
+            if self._deps.renewals is None:
+                reply = await passed_renewal(self._deps.pass_renewal, request, context)
+            else:
+                certificate = await self._run(self._deps.renewals.renew, device, request.csr)
+                reply = pb.RenewReply(certificate=certificate, ca=self._deps.ca_pem)
         except (ProtocolError, EnrolmentRefused) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         event(_log, logging.INFO, "device.renewed", device=device)
-        return pb.RenewReply(certificate=certificate, ca=self._deps.ca_pem)
+        return reply
 
     async def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: Context
@@ -279,7 +292,9 @@ class FleetService:
     async def _unless_stopping(self, state: pb.UploadState, key: pb.UpdateKey, context: Context) -> pb.UploadState:
         """Return the state; but while the cloud is stopping, STALE would be wrong, because rounds will be resumed."""
         if state.status == pb.UploadState.STALE and not self._deps.is_over(key.job, key.round):
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this region has not been asked for this round yet")
+            await context.abort(  # the device keeps its update, and sends it when it is asked here
+                grpc.StatusCode.FAILED_PRECONDITION, "this region has not been asked for this round yet"
+            )
         if state.status == pb.UploadState.STALE and self._deps.rounds.stopping:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds continue later")
         return state
@@ -337,12 +352,21 @@ class FleetService:
         return opened, None
 
     def _is_renewal_due(self, context: Context) -> bool:
-        if self._deps.renewals is None or self._deps.insecure:
-            return False
-        return self._deps.renewals.is_due(certificate_of(context))
+        return not self._deps.insecure and self._deps.is_renewal_due(certificate_of(context))
 
     async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+async def passed_renewal(ask: PassRenewal | None, request: pb.RenewRequest, context: Context) -> pb.RenewReply:
+    """Return the parent's answer to a device's request for a certificate, or abort the call as the parent did."""
+    if ask is None:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "certificates are not renewed here")
+    try:
+        return await ask(request)
+    except grpc.aio.AioRpcError as error:
+        await context.abort(error.code(), error.details() or "the parent gave no reason")
+        raise
 
 
 def _training_first(opened: OpenRound) -> tuple[bool, int]:

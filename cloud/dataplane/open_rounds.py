@@ -21,6 +21,7 @@ class OpenRounds:
         self._resuming: set[str] = set()
         self._open: dict[tuple[str, int], OpenRound] = {}
         self._traffic: dict[str, Traffic] = {}
+        self._moved = Traffic()  # in all closed rounds
         self._stopped: dict[str | None, EdgeflError] = {}  # None = all jobs
         self._halted: set[str] = set()  # jobs that are to open no further round
         self._kinds: dict[str, frozenset[str]] = {}  # device -> the kinds of assignment that its agent knows
@@ -59,11 +60,18 @@ class OpenRounds:
             self._open.pop((closed.assignment.job, closed.assignment.round), None)
             moved = Traffic(up_bytes=closed.up_bytes, down_bytes=closed.down_bytes)
             self._traffic[closed.assignment.job] = self._traffic.get(closed.assignment.job, Traffic()) + moved
+            self._moved += moved
 
     def traffic(self, job: str) -> Traffic:
         """Return the bytes moved in the job's closed rounds."""
         with self._lock:
             return self._traffic.get(job, Traffic())
+
+    def moved(self) -> Traffic:
+        """Return the bytes moved in all rounds since the start, open ones included."""
+        with self._lock:
+            opened = [Traffic(up_bytes=one.up_bytes, down_bytes=one.down_bytes) for one in self._open.values()]
+            return sum(opened, self._moved)
 
     def get(self, job: str, number: int) -> OpenRound | None:
         with self._lock:

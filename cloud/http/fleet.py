@@ -42,6 +42,13 @@ class TokenRequest(Body):
     role: Literal["device", "region"] = "device"
 
 
+class AssignRequest(Body):
+    """Which devices get which parents: regions by name, and `cloud`."""
+
+    pattern: str = Field(max_length=200)
+    parents: list[str] = Field(max_length=1000)
+
+
 @public.get("/v1/health")
 def health(here: Here) -> CleanJSON:
     """Return the health of the cloud's parts (503 if one is unhealthy) and the time, to compare a device's clock."""
@@ -111,6 +118,24 @@ def devices(here: Here) -> list[dict[str, Any]]:
     return [_shown(here, device) for device in here.enrolment.devices()]
 
 
+@operator.get("/v1/regions")
+def regions(here: Here) -> list[dict[str, Any]]:
+    """Return every region with its parent, and what it says of itself while it is connected."""
+    states = here.regions()
+    members = here.members.members()
+    return [
+        {"name": name, "parent": one.parents[0], "online": name in states,
+         "state": dataclasses.asdict(states[name]) if name in states else None}
+        for name, one in sorted(members.items()) if one.is_region
+    ]  # fmt: skip
+
+
+@operator.post("/v1/devices/assign")
+def assign(body: AssignRequest, here: Here) -> dict[str, Any]:
+    """Set the ordered parents of the devices whose names match a pattern."""
+    return {"devices": here.members.assign(body.pattern, body.parents), "parents": body.parents}
+
+
 @operator.delete("/v1/devices/{name}")
 def remove(name: str, here: Here) -> dict[str, Any]:
     """Remove a device and reject its certificate from now on."""
@@ -146,5 +171,6 @@ def _shown(here: Services, device: EnrolledDevice) -> dict[str, Any]:
     for internal in ("session", "commands"):
         said.pop(internal, None)
     telemetry = here.link.telemetry(device.name)
+    said["via"] = here.link.via(device.name) if said["online"] else ""
     said["telemetry"] = dataclasses.asdict(telemetry) if telemetry is not None else None
     return dataclasses.asdict(device) | said | {"tags": {**device.tags, **said.get("tags", {})}}

@@ -19,6 +19,7 @@ from cloud.state.rollout import Rollouts
 from cloud.state.storage import Storage
 from edgefl.config import JobConfig
 from edgefl.protocols.messages import BlobRef, DeviceState, Telemetry
+from edgefl.protocols.tiers import RegionState
 from edgefl.records import EvaluationSpec
 
 Rows = list[dict[str, Any]]
@@ -70,6 +71,9 @@ class Link(Protocol):
     def state(self, device: str) -> DeviceState | None:
         """Return a device's last reported state."""
 
+    def via(self, device: str) -> str:
+        """Return the region through which a device is connected; empty = directly."""
+
     def telemetry(self, device: str) -> Telemetry | None:
         """Return the latest telemetry of an online device."""
 
@@ -102,5 +106,6 @@ class Services:
     device_logs: DeviceLogs | None = None  # None = devices are not asked for their logs
     log_file: Path | None = None  # of the cloud itself
     max_jobs: int = 8  # that run at the same time; others wait
+    regions: Callable[[], Mapping[str, RegionState]] = dict  # those that are connected, as they say themselves
     broker: str = "builtin"  # which program it is: mosquitto (the cloud's child), builtin, or external
     health: Callable[[], Mapping[str, str]] = dict  # why each part of the cloud is unhealthy; empty = it is healthy

@@ -13,10 +13,11 @@ import functools
 import json
 import logging
 import threading
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cloud.dataplane.open_rounds import OpenRounds
+from cloud.region.parents import regions_in
 from cloud.state.members import Membership, below, children
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
@@ -25,6 +26,7 @@ from edgefl.protocols import tiers
 from edgefl.protocols.messages import Evaluate, Fit, JobMessage, RoundClosed, Signed, encode
 from edgefl.protocols.tiers import RegionState, Work
 from edgefl.protocols.tiers.mirror import Mirror, MirrorCopy
+from edgefl.protocols.tls import LEAF_DAYS
 
 LEAD_S, LEAD_SHARE = 1.0, 0.1  # a region's deadline is this much before the round's: it has to send its sum
 
@@ -42,7 +44,10 @@ class ChildrenDependencies:
     desired_for: Callable[[str], list[Signed]]
     running: Callable[[], Iterable[str]]  # jobs that have not ended
     heard: Callable[[str, str, str, bytes], None]  # region, device, kind, what the device said; b"" = it is gone
-    told: Callable[[str, bytes | None], None] = lambda _key, _value: None  # entries about regions, for the own parent
+    told: Callable[[str, bytes | None], None] = lambda _key, _value: None  # entries about regions
+    used: Callable[[str, str], None] = lambda _device, _serial: None  # the renewed certificate that a device uses
+    parent_lists: Callable[[], Mapping[str, Signed]] = dict  # of all devices that have one
+    certificate_days: Callable[[], float] = lambda: LEAF_DAYS  # how long new ones are valid
 
 
 class Children:
@@ -85,12 +90,23 @@ class Children:
         for mirror in self._all().values():
             mirror.set("running", functools.partial(self._running))
 
+    def note_certificate_days(self) -> None:
+        """Tell the regions how long new certificates are valid."""
+        for mirror in self._all().values():
+            mirror.set("certificate-days", f"{self._deps.certificate_days():g}".encode())
+
     def send_desired(self, device: str, signed: Signed) -> None:
         """Tell the regions to which a device may connect which release it should serve."""
         key = f"desired/{device}/{json.loads(signed.text)['release']['model']}"
         for region, mirror in self._all().items():
             if self.speaks_for(region, device):
                 mirror.set(key, encode(signed))
+
+    def send_parents(self, device: str, signed: Signed) -> None:
+        """Tell the regions to which a device may or might connect where it may connect from now on."""
+        for region, mirror in self._all().items():
+            if self._concerns(region, signed):
+                mirror.set(f"parents/{device}", encode(signed))
 
     async def attach(
         self, region: str, requests: AsyncIterable[pb.TierItem], write: Callable[[pb.TierItem], Awaitable[object]]
@@ -177,6 +193,7 @@ class Children:
         if mirror is None:
             raise ProtocolError(f"{region} is not a region below {self._deps.name}")
         mirror.set("running", functools.partial(self._running))
+        mirror.set("certificate-days", f"{self._deps.certificate_days():g}".encode())
         with self._lock:
             devices = sorted(self._inside.get(region, ()))
         for opened in self._deps.rounds.all():
@@ -191,7 +208,16 @@ class Children:
                 model = json.loads(signed.text)["release"]["model"]
                 desired[f"desired/{device}/{model}"] = encode(signed)
         mirror.replace("desired/", {**desired})
+        lists = {
+            device: signed for device, signed in self._deps.parent_lists().items() if self._concerns(region, signed)
+        }
+        mirror.replace("parents/", {f"parents/{device}": encode(signed) for device, signed in lists.items()})
         return mirror
+
+    def _concerns(self, region: str, signed: Signed) -> bool:
+        """Whether a list of parents has, or had, a region or one below it."""
+        with self._lock:
+            return not regions_in(signed).isdisjoint({region, *self._inside.get(region, ())})
 
     def _take(self, region: str, key: str, value: bytes | None) -> None:
         """Take an entry that a region has set, or deleted (None)."""
@@ -203,6 +229,10 @@ class Children:
             elif kind == "region":
                 fault = ""
                 self._take_region(name, key, value)
+            elif kind == "serial":
+                fault = ""
+                if value is not None:
+                    self._deps.used(name, value.decode("ascii", "replace"))
             elif kind in {"state", "telemetry", "note"}:
                 fault = ""
                 self._deps.heard(region, name, "rollout" if kind == "note" else kind, value or b"")

@@ -7,6 +7,7 @@ serves its devices all the same.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ class RegionMembership:
         self._lock = threading.RLock()
         self._members: dict[str, Member] = {}
         self._desired: dict[str, dict[str, Signed]] = {}
+        self._parents: dict[str, Signed] = {}
+        self._certificate_days = 0.0  # 0 = not told yet
         self._crl = b""
         self._running: list[str] = []
         self.changed: list[Callable[[], object]] = []  # called after each change of the members
@@ -48,6 +51,18 @@ class RegionMembership:
             return False
         return serial is None or serial in member.serials
 
+    def uses_next(self, name: str, serial: str | None) -> bool:
+        """Whether this serial number is of a renewed certificate whose use the top has not confirmed yet."""
+        with self._lock:
+            member = self._members.get(name)
+        return member is not None and serial in member.serials[1:]
+
+    def has_next(self, name: str) -> bool:
+        """Whether a device has a renewed certificate whose use the top has not confirmed yet."""
+        with self._lock:
+            member = self._members.get(name)
+        return member is not None and len(member.serials) > 1
+
     def is_device(self, name: str) -> bool:
         """Whether a name is that of a device below this region."""
         with self._lock:
@@ -64,6 +79,21 @@ class RegionMembership:
         with self._lock:
             return list(self._desired.get(device, {}).values())
 
+    def parents_for(self, device: str) -> Signed | None:
+        """Return where a device may connect, also one that may not connect here any more; None = only here."""
+        with self._lock:
+            return self._parents.get(device)
+
+    def parent_lists(self) -> Mapping[str, Signed]:
+        """Return where each device may connect."""
+        with self._lock:
+            return dict(self._parents)
+
+    def certificate_days(self) -> float:
+        """Return how long new certificates of the fleet are valid; 0 before the parent has said it."""
+        with self._lock:
+            return self._certificate_days
+
     def running(self) -> list[str]:
         """Return the jobs that have not ended, as far as this region knows."""
         with self._lock:
@@ -74,22 +104,14 @@ class RegionMembership:
         kind, _, rest = key.partition("/")
         removed = ""
         with self._lock:
-            if kind == "member" and value is None:
-                former = self._members.pop(rest, None)
-                removed = rest if former is not None else ""
-            elif kind == "member" and value is not None:
-                member = tiers.unpack(Member, value)
-                former, self._members[rest] = self._members.get(rest), member
-                if former is not None and self._is_cut_off(former, member):
-                    removed = rest
+            if kind == "member":
+                removed = self._take_member(rest, value)
             elif kind == "desired":
-                device, _, model = rest.partition("/")
-                signed = None if value is None else decode(Signed, value)
-                releases = self._desired.setdefault(device, {})
-                if signed is None:
-                    releases.pop(model, None)
-                else:
-                    releases[model] = signed
+                self._take_desired(rest, value)
+            elif kind == "parents":
+                self._take_parents(rest, value)
+            elif kind == "certificate-days":
+                self._certificate_days = _days(value)
             elif kind == "revoked":
                 self._crl = _ascii(value or b"")
             elif kind == "running":
@@ -107,6 +129,32 @@ class RegionMembership:
         anew = not {*former.serials} & {*now.serials}
         return anew or (self._region in former.parents and self._region not in now.parents)
 
+    # The caller has the lock.
+
+    def _take_member(self, name: str, value: bytes | None) -> str:
+        """Return the device whose connections end, if any."""
+        member = None if value is None else tiers.unpack(Member, value)
+        former = self._members.pop(name, None)
+        if member is None:
+            return name if former is not None else ""
+        self._members[name] = member
+        return name if former is not None and self._is_cut_off(former, member) else ""
+
+    def _take_desired(self, key: str, value: bytes | None) -> None:
+        device, _, model = key.partition("/")
+        signed = None if value is None else decode(Signed, value)
+        releases = self._desired.setdefault(device, {})
+        if signed is None:
+            releases.pop(model, None)
+        else:
+            releases[model] = signed
+
+    def _take_parents(self, device: str, value: bytes | None) -> None:
+        if value is None:
+            self._parents.pop(device, None)
+        else:
+            self._parents[device] = decode(Signed, value)
+
     def _save(self) -> None:
         kept = {
             "members": {name: json.loads(tiers.pack(one)) for name, one in self._members.items()},
@@ -114,6 +162,8 @@ class RegionMembership:
                 device: {model: json.loads(encode(signed)) for model, signed in releases.items()}
                 for device, releases in self._desired.items()
             },
+            "parents": {device: json.loads(encode(signed)) for device, signed in self._parents.items()},
+            "certificate_days": self._certificate_days,
             "crl": self._crl.decode("ascii"),
             "running": self._running,
         }
@@ -129,6 +179,9 @@ class RegionMembership:
                 device: {model: decode(Signed, json.dumps(one).encode()) for model, one in releases.items()}
                 for device, releases in kept["desired"].items()
             }
+            parents = kept.get("parents", {}).items()
+            self._parents = {device: decode(Signed, json.dumps(one).encode()) for device, one in parents}
+            self._certificate_days = float(kept.get("certificate_days", 0.0))
             self._crl = str(kept["crl"]).encode("ascii")
             self._running = [str(job) for job in kept["running"]]
         except (ValueError, KeyError, TypeError, AttributeError, ProtocolError) as cause:
@@ -148,3 +201,13 @@ def _names(value: bytes) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
         raise ProtocolError("the running jobs are not a list of names")
     return names
+
+
+def _days(value: bytes | None) -> float:
+    try:
+        days = float(value or b"0")
+    except ValueError as cause:
+        raise ProtocolError(f"certificates are valid for {value!r:.40} days: expected a number") from cause
+    if not 0 <= days < math.inf:
+        raise ProtocolError(f"certificates are valid for {days} days: expected 0 or more")
+    return days

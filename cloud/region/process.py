@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
@@ -33,6 +34,7 @@ from cloud.region.children import Children, ChildrenDependencies
 from cloud.region.enrolment import RegionProfile
 from cloud.region.http import RegionServices, make_region_app
 from cloud.region.membership import RegionMembership
+from cloud.region.parents import reached_at
 from cloud.region.service import TierDependencies, TierService, tier_handler
 from cloud.region.uplink import SumFile, Uplink
 from cloud.region.work import RegionWork
@@ -44,6 +46,7 @@ from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database
 from cloud.supervisor import Supervisor, database_fault, disk_fault
+from cloud.trust.renewal import is_due
 from edgefl.errors import CloudStopping, HomeError, ProtocolError
 from edgefl.logs import event, logging_to
 from edgefl.process.descriptors import raise_limit
@@ -52,7 +55,7 @@ from edgefl.process.version import __version__
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.manifest import Bundle
-from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, encode
+from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, decode, encode
 from edgefl.protocols.ports.http_limits import HttpLimits
 from edgefl.protocols.tiers import RegionState, Work
 from edgefl.protocols.tls import REGION_DOMAIN, Identity, server_context
@@ -116,8 +119,11 @@ class Region:
                 crl=self.membership.crl,
                 desired_for=self.membership.desired_for,
                 running=self.membership.running,
+                parent_lists=self.membership.parent_lists,
+                certificate_days=self.membership.certificate_days,
                 heard=self._link.hear,
                 told=self._pass_on,
+                used=self._note_serial,
             )
         )
         self.membership.changed.append(self._children.refresh)
@@ -163,7 +169,7 @@ class Region:
         )  # fmt: skip
         self._heard.start()
         broker = BuiltinBroker(
-            self._identity, options.host, options.mqtt_port, is_known=self.membership.is_known,
+            self._identity, options.host, options.mqtt_port, is_known=self._is_known,
             share=self._shares.devices, on_failure=functools.partial(self.supervisor.report_failure, "broker"),
             owner=profile.name,
         )  # fmt: skip
@@ -206,7 +212,10 @@ class Region:
                     spool=self._spool,
                     desired_for=self.membership.desired_for,
                     ended=lambda held: sorted(set(held) - set(self.membership.running())),
-                    is_known=self.membership.is_known,
+                    is_known=self._is_known,
+                    parents_for=self.membership.parents_for,
+                    pass_renewal=self._uplink.renew,
+                    is_renewal_due=self._is_renewal_due,
                     storage=self._storage,
                     broker_url=f"mqtts://:{options.mqtt_port}",
                     admit=port.admit,
@@ -223,6 +232,7 @@ class Region:
                     children=self._children, callers=service.callers, calls=service.calls, rounds=self._rounds,
                     jobs=self._jobs, blobs=self._blobs, spool=self._spool, storage=self._storage,
                     is_over=self._is_over,
+                    renew=lambda _region, request: self._uplink.renew(request),
                 ),
                 workers,
             )  # fmt: skip
@@ -255,9 +265,11 @@ class Region:
         """Tell the parent what this region is, whenever it has changed."""
         options = self._options
         while True:
+            moved = self._rounds.moved()
             state = RegionState(
-                version=__version__, parent=self._profile.parent_name, host=options.address or options.host,
+                version=__version__, parent=self._profile.parent_name, host=reached_at(options.address or options.host),
                 grpc_port=options.grpc_port, http_port=options.http_port, mqtt_port=options.mqtt_port,
+                devices_up_bytes=moved.up_bytes, devices_down_bytes=moved.down_bytes,
                 parent_up_bytes=self._uplink.up_bytes, parent_down_bytes=self._uplink.down_bytes,
             )  # fmt: skip
             self._uplink.mirror.set(f"region/{self._profile.name}", tiers.pack(state))
@@ -278,6 +290,14 @@ class Region:
         else:
             self._uplink.mirror.set(key, value)
 
+    def _is_known(self, name: str, serial: str | None = None) -> bool:
+        if self.membership.uses_next(name, serial):
+            self._note_serial(name, serial or "")
+        return self.membership.is_known(name, serial)
+
+    def _note_serial(self, device: str, serial: str) -> None:
+        self._uplink.mirror.set(f"serial/{device}", serial.encode())
+
     # What the parent says; in the inbox's thread.
 
     def _take(self, item: tuple[str, bytes | None, bool]) -> None:
@@ -294,13 +314,28 @@ class Region:
             self._link.forget(removed)
             self._uplink.mirror.delete(f"state/{removed}")
             self._uplink.mirror.replace(f"note/{removed}/", {})
-        if key.startswith("desired/") and value is not None:
-            device = key.split("/")[1]
+        self._pass_down(key, value)
+
+    def _pass_down(self, key: str, value: bytes | None) -> None:
+        """Tell devices and regions below what the parent has said."""
+        kind, _, rest = key.partition("/")
+        device = rest.partition("/")[0]
+        if kind == "desired" and value is not None:
             for signed in self.membership.desired_for(device):
                 self._link.send_desired(device, signed)
-        if key == "running":
+        elif kind == "parents" and value is not None:
+            self._link.send_parents(device, decode(Signed, value))
+        elif kind == "member" and not self.membership.has_next(device):
+            self._uplink.mirror.delete(f"serial/{device}")
+        elif kind == "certificate-days":
+            self._children.note_certificate_days()
+        elif kind == "running":
             self._children.note_running()
             self._work.keep_only(self.membership.running())
+
+    def _is_renewal_due(self, certificate: bytes) -> bool:
+        days = self.membership.certificate_days()
+        return days > 0 and is_due(certificate, days, time.time())
 
     def _is_over(self, job: str, number: int) -> bool:
         """Whether a round that is not open here will not be: it is over, or its job has ended."""

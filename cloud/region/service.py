@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.dataplane.callers import Callers, Context
+from cloud.dataplane.fleet_service import passed_renewal
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
@@ -29,7 +30,7 @@ from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Arrival, Incoming, Spool
 from cloud.state.storage import Storage
-from edgefl.errors import ProtocolError, UploadCutOff
+from edgefl.errors import EnrolmentRefused, ProtocolError, UploadCutOff
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
@@ -60,6 +61,7 @@ class TierDependencies:
     spool: Spool
     storage: Storage
     is_over: Callable[[str, int], bool] = lambda _job, _round: True  # of a round that is not open
+    renew: Callable[[str, pb.RenewRequest], Awaitable[pb.RenewReply]] | None = None  # region, a device's request
 
 
 def tier_handler(service: TierService) -> grpc.GenericRpcHandler[Any, Any]:
@@ -71,6 +73,9 @@ def tier_handler(service: TierService) -> grpc.GenericRpcHandler[Any, Any]:
             registered(service.Attach), pb.TierItem.FromString, pb.TierItem.SerializeToString
         ),
         "Resume": grpc.unary_unary_rpc_method_handler(registered(service.Resume), pb.UpdateKey.FromString, to_state),
+        "Renew": grpc.unary_unary_rpc_method_handler(
+            registered(service.Renew), pb.RenewRequest.FromString, pb.RenewReply.SerializeToString
+        ),
         "Upload": grpc.stream_unary_rpc_method_handler(registered(service.Upload), None, to_state),
     }
     return grpc.method_handlers_generic_handler("edgefl.v1.Tier", methods)
@@ -98,6 +103,15 @@ class TierService:
             return await self._unless_open_later(request, context)
         offset = await self._run(self.deps.spool.received_bytes, request.job, request.round, name)
         return pb.UploadState(status="PARTIAL", offset=offset)
+
+    async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
+        region = await self.deps.callers.region(context)
+        try:
+            ask = None if self.deps.renew is None else functools.partial(self.deps.renew, region)
+            return await passed_renewal(ask, request, context)
+        except (ProtocolError, EnrolmentRefused) as error:
+            event(_log, logging.WARNING, "region.renewal_refused", region=region, reason=error)
+            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, one_line(str(error), MAX_REASON_CHARS))
 
     async def Upload(self, requests: AsyncIterator[bytes], context: Context) -> pb.UploadState:  # noqa: N802
         region, num_bytes = await self.deps.callers.region(context), 0

@@ -31,6 +31,7 @@ from edgefl.protocols.tls import Identity, grpc_channel_credentials
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 2.0
 STALL_S = 120.0
+RENEW_S = 15.0  # for an answer from the top
 MAX_ATTEMPTS = 6  # of a download, in a row without progress
 _OPTIONS = (
     ("grpc.max_receive_message_length", 16 << 20),
@@ -83,6 +84,9 @@ class Uplink:
         to_key, to_state = pb.UpdateKey.SerializeToString, pb.UploadState.FromString
         self._attach: Any = call.stream_stream(
             "/edgefl.v1.Tier/Attach", pb.TierItem.SerializeToString, pb.TierItem.FromString
+        )
+        self._renew: Any = call.unary_unary(
+            "/edgefl.v1.Tier/Renew", pb.RenewRequest.SerializeToString, pb.RenewReply.FromString
         )
         self._resume: Any = call.unary_unary("/edgefl.v1.Tier/Resume", to_key, to_state)
         self._upload: Any = call.stream_unary("/edgefl.v1.Tier/Upload", None, to_state)
@@ -176,6 +180,11 @@ class Uplink:
             part.unlink()
             raise ManifestRejected(f"the parent's blob {sha256[:16]}... does not match its hash")
         part.replace(self._blobs.path(sha256))
+
+    async def renew(self, request: pb.RenewRequest) -> pb.RenewReply:
+        """Pass a device's request for a certificate on; raises AioRpcError."""
+        reply: pb.RenewReply = await self._renew(request, timeout=RENEW_S)
+        return reply
 
     async def send(self, one: SumFile) -> pb.UploadState:
         """Send a sum until the parent has it, or says that it does not want it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import ipaddress
 import json
 import logging
 import secrets
@@ -38,6 +37,8 @@ from cloud.jobs.control import JobControl
 from cloud.jobs.device_shares import DeviceShares
 from cloud.jobs.participations import load_history
 from cloud.region.children import Children, ChildrenDependencies
+from cloud.region.parents import ParentLists, address_of
+from cloud.region.reports import RegionReports
 from cloud.shares import Shares
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
@@ -58,8 +59,16 @@ from edgefl.logs import event
 from edgefl.operator.credentials import write_operator_credentials
 from edgefl.process.descriptors import raise_limit
 from edgefl.process.home import create_home, lock_home, replace_file
-from edgefl.protocols.addresses import is_loopback
-from edgefl.protocols.manifest import Bundle, load_private_key, new_fleet_key, public_pem, save_private_key, sign
+from edgefl.protocols.addresses import is_address, is_loopback
+from edgefl.protocols.manifest import (
+    Bundle,
+    ParentAddress,
+    load_private_key,
+    new_fleet_key,
+    public_pem,
+    save_private_key,
+    sign,
+)
 from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, Telemetry
 from edgefl.protocols.tls import BROKER_NAME, CLOUD_NAME, LEAF_DAYS, Identity, create_ca
 
@@ -158,6 +167,8 @@ class CloudHome:
         self.rollouts = Rollouts(
             engine, self.registry, self._fleet_key, devices=self.enrolment.devices, send_desired=self.link.send_desired
         )
+        self.parents = ParentLists(engine, self._fleet_key, _address(options), self.link.send_parents)
+        self._region_reports = RegionReports(self.parents, self.enrolment, self.members)
         self.children = Children(
             ChildrenDependencies(
                 name=CLOUD_NAME,
@@ -166,10 +177,15 @@ class CloudHome:
                 crl=self.enrolment.crl,
                 desired_for=self.rollouts.desired_for,
                 running=lambda: [*self.jobs.running(), *self.relays.running()],
+                parent_lists=self.parents.all,
+                certificate_days=lambda: options.certificate_days,
                 heard=self.link.hear,
+                told=self._region_reports.told,
+                used=self._region_reports.used,
             )
         )
-        self.members.changed.append(self.children.refresh)
+        # Where devices may connect, before who may connect: a region tells the devices that it loses where to go.
+        self.members.changed += [self.parents.refresh, self.children.refresh]
         self.link.children = self.children
         self._notes: Inbox[tuple[str, RolloutNote]] = Inbox("rollout-notes", lambda one: self.rollouts.note(*one))
         self._exit.callback(self._notes.close)
@@ -177,6 +193,8 @@ class CloudHome:
 
     def __enter__(self) -> Self:
         self._notes.start()
+        self._region_reports.start()
+        self._exit.callback(self._region_reports.close)
         if not self._options.has_own_broker and not self._options.insecure:
             mosquitto = self._mosquitto(self._options.broker, self._options.home / "mosquitto")
             mosquitto.begin()
@@ -224,6 +242,7 @@ class CloudHome:
         return Services(
             enrolment=self.enrolment,
             members=self.members,
+            regions=self.children.regions,
             registry=self.registry,
             rollouts=self.rollouts,
             jobs=self.jobs,
@@ -346,6 +365,9 @@ class _Presence:
     def state(self, device: str) -> DeviceState | None:
         return self._link.state(device)
 
+    def via(self, device: str) -> str:
+        return self._link.via(device)
+
     def telemetry(self, device: str) -> Telemetry | None:
         return self._link.telemetry(device)
 
@@ -356,6 +378,14 @@ class _Presence:
                 every.callback(cut, device)
 
 
+def _address(options: AggregatorOptions) -> ParentAddress:
+    """Return where devices reach this cloud."""
+    broker = f":{options.mqtt_port}" if options.has_own_broker else options.broker
+    return address_of(
+        CLOUD_NAME, options.names[0] if options.names else options.host, options.http_port, options.grpc_port, broker
+    )
+
+
 def _reachable(host: str) -> str:
     """Return the address at which this machine reaches its own server."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - not bound
@@ -364,14 +394,6 @@ def _reachable(host: str) -> str:
 def _hosts(options: AggregatorOptions) -> list[str]:
     """Return the names and addresses for the server's certificate."""
     local = [address.address for nic in psutil.net_if_addrs().values() for address in nic]
-    addresses = [text.partition("%")[0] for text in local if _is_address(text.partition("%")[0])]
+    addresses = [address for text in local if is_address(address := text.partition("%")[0])]
     named = [options.host, "localhost", socket.gethostname(), *options.names]
     return sorted({*named, "127.0.0.1", "::1", *addresses} - {"0.0.0.0", "::"})  # noqa: S104
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

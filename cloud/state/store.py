@@ -2,8 +2,8 @@
 
 Commits survive kill -9 and power loss. The rows of jobs, rounds and updates are the complete state of all jobs;
 `cloud/state/jobs.py`, `relay_rows.py`, `enrolment.py`, `enrolment_tokens.py`, `members.py`, `registry.py`,
-`rollout.py`, `cloud/jobs/control.py`, `kept_models.py`, `participations.py` and `cloud/trust/renewal.py` are the only
-modules that query them.
+`rollout.py`, `cloud/jobs/control.py`, `kept_models.py`, `participations.py`, `cloud/region/parents.py` and
+`cloud/trust/renewal.py` are the only modules that query them.
 """
 
 from __future__ import annotations
@@ -188,6 +188,21 @@ desired = sa.Table(
     sa.Column("signed", sa.JSON, nullable=False),  # messages.Signed of a manifest.Desired
     sa.Column("state", sa.String, nullable=False),  # pending | downloading | installed | active | failed
     sa.Column("detail", sa.String, nullable=False),
+)
+
+parent_lists = sa.Table(  # of devices that were assigned to parents, or enrolled through a region
+    "parent_lists",
+    TABLES,
+    sa.Column("device", sa.String, primary_key=True),
+    sa.Column("sequence", sa.Integer, nullable=False),
+    sa.Column("signed", sa.JSON, nullable=False),  # messages.Signed of a manifest.Parents
+)
+
+region_addresses = sa.Table(  # as the regions said last
+    "region_addresses",
+    TABLES,
+    sa.Column("region", sa.String, primary_key=True),
+    sa.Column("address", sa.JSON, nullable=False),  # manifest.ParentAddress
 )
 
 

@@ -19,6 +19,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cloud.state.store import devices, renewals, revoked
 from cloud.trust.own_certificates import begins_late, ends_soon
 from edgefl.errors import EnrolmentRefused, ProtocolError
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.tiers.renewing import device_of
 from edgefl.protocols.tls import LEAF_DAYS, load_certificate, serial_number, sign_request
 
 AGAIN_S = 3600.0  # between a device's requests with different keys: each adds an entry to the CRL
@@ -38,8 +40,25 @@ class Renewals:
 
     def is_due(self, certificate: bytes) -> bool:
         """Whether a device should renew this certificate (PEM or DER)."""
-        cert, now = load_certificate(certificate), datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
-        return begins_late(cert) or ends_soon(cert, self._days, now)
+        return is_due(certificate, self._days, self._clock())
+
+    def renew_for(self, request: pb.RenewRequest, region: str, may_pass: Callable[[str, str], bool]) -> bytes:
+        """Return a new certificate (PEM) by a request that a region passed on, which proves itself whose it is.
+
+        `may_pass` tells whether the region may speak for the device. Raises as `renew` does.
+        """
+        ca = load_certificate((self._ca_folder / "ca.pem").read_bytes())
+        device = device_of(request, ca)
+        if not may_pass(region, device):
+            raise ProtocolError(f"region {region!r} speaks for {device!r}, which may not connect below it")
+        serial = serial_number(request.certificate)
+        with self._engine.connect() as db:
+            is_current = db.scalar(sa.select(devices.c.serial).where(devices.c.name == device)) == serial
+        if not is_current and not self.first_use(device, serial):
+            raise EnrolmentRefused(f"the certificate of device {device!r} was replaced or revoked")
+        if not self.is_due(request.certificate):
+            raise ProtocolError("this certificate need not be renewed yet")
+        return self.renew(device, request.csr)
 
     def renew(self, device: str, csr: bytes) -> bytes:
         """Return a new certificate (PEM), or the same one again if the request has the same key.
@@ -68,6 +87,11 @@ class Renewals:
             db.execute(renewals.insert().values(row | {"device": device}))
         return certificate
 
+    def has_next(self, device: str) -> bool:
+        """Whether a device has a new certificate that it has not used yet."""
+        with self._engine.connect() as db:
+            return db.scalar(sa.select(renewals.c.serial).where(renewals.c.device == device)) is not None
+
     def first_use(self, device: str, serial: str) -> bool:
         """Whether a device may use this certificate; its next one becomes the current one, the old one is revoked."""
         its_next = (renewals.c.device == device) & (renewals.c.serial == serial)
@@ -82,6 +106,12 @@ class Renewals:
             db.execute(revoked.insert().values(serial=former, device=device, revoked_s=self._clock()))
             db.execute(devices.update().where(devices.c.name == device).values(serial=serial))
         return True
+
+
+def is_due(certificate: bytes, days: float, now_s: float) -> bool:
+    """Whether a certificate (PEM or DER) should be renewed, if new ones are valid for so many days."""
+    cert, now = load_certificate(certificate), datetime.datetime.fromtimestamp(now_s, datetime.UTC)
+    return begins_late(cert) or ends_soon(cert, days, now)
 
 
 def forget_next(db: sa.Connection, device: str) -> str | None:

@@ -34,6 +34,8 @@ from edge_agent.install.probes import (
     peer,
 )
 from edge_agent.install.units import AGENT, settings_of
+from edge_agent.link.parents import FILE as PARENTS_FILE
+from edge_agent.link.parents import KnownParents, load_fleet_key, parent_name
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edgefl.errors import HomeError
 from edgefl.process.home import home_in_use
@@ -90,7 +92,7 @@ def run_checks(home: Path, serve_port: int = SERVE_PORT) -> Iterator[Check]:
     if identity is not None:
         yield check_certificate(identity, profile.device)
     if identity is None or _loads(identity):
-        yield from check_cloud(profile, home, identity)
+        yield from check_parents(profile, home, identity)
 
 
 def check_task(folder: Path) -> Check:
@@ -172,9 +174,26 @@ def _check_dates(cert: x509.Certificate, again: str) -> Check:
     return Check(check="certificate", state=state, seen=f"valid until {end:%Y-%m-%d}", advice=advice)
 
 
+def check_parents(profile: Profile, home: Path, identity: tls.Identity | None) -> Iterator[Check]:
+    """Check every parent in this device's list; of several, one that answers is enough."""
+    several = identity is not None and (home / PARENTS_FILE).exists() and (home / "fleet.pub").exists()
+    parents = KnownParents(home, profile, load_fleet_key(home)).profiles if several else [profile]
+    found = [(one, list(check_cloud(one, home, identity))) for one in parents]
+    works = any(all(check.state != "fail" for check in checks) for _, checks in found)
+    for parent, checks in found:
+        for check in checks:
+            if len(parents) == 1:
+                yield check
+                continue
+            named = dataclasses.replace(check, check=f"{check.check} ({parent_name(parent)})")
+            is_other = works and check.state == "fail"
+            advice = f"{check.advice} Meanwhile the device uses another parent."
+            yield dataclasses.replace(named, state="warn", advice=advice) if is_other else named
+
+
 def check_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -> Iterator[Check]:
     """Check the cloud's three services: HTTPS (with the clock), gRPC, and the broker."""
-    health = fetch_health(peer("cloud", profile.cloud_url, identity))
+    health = fetch_health(peer("cloud", profile.cloud_url, identity, profile.server_name))
     if isinstance(health, Health):
         seen = f"{profile.cloud_url} runs edgefl {health.version}"
         if health.ailing:
@@ -187,7 +206,7 @@ def check_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -> 
         yield health
     data_plane, refusal = check_data_plane(profile, home, identity)
     yield data_plane
-    broker = check_tls(peer("broker", profile.broker, identity))
+    broker = check_tls(peer("broker", profile.broker, identity, profile.server_name))
     if broker.state == "ok" and refusal:  # it checks the list of devices after TLS
         seen = f"{profile.broker} answers, but rejects this device: {refusal}"
         broker = Check(check="broker", state="fail", seen=seen, advice=_ENROL_AGAIN)
@@ -196,7 +215,7 @@ def check_cloud(profile: Profile, home: Path, identity: tls.Identity | None) -> 
 
 def check_data_plane(profile: Profile, home: Path, identity: tls.Identity | None) -> tuple[Check, str]:
     """Check the gRPC port; also return why the cloud rejects this device, empty if it does not."""
-    reached = check_tls(peer("data plane", profile.grpc, identity))
+    reached = check_tls(peer("data plane", profile.grpc, identity, profile.server_name))
     if reached.state != "ok":
         return reached, ""
     answer, reason = asyncio.run(_ask_next(profile, home))

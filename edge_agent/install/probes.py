@@ -70,15 +70,18 @@ class Peer:
     host: str
     port: int
     identity: tls.Identity | None
+    server_name: str = ""  # that its certificate must have; empty = the host
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 
 
-def peer(check: str, address: str, identity: tls.Identity | None) -> Peer:
+def peer(check: str, address: str, identity: tls.Identity | None, server_name: str = "") -> Peer:
     """Return the peer at host:port or scheme://host:port."""
     parts = urlsplit(address if "://" in address else f"//{address}")
-    return Peer(check=check, host=parts.hostname or "", port=parts.port or 443, identity=identity)
+    return Peer(
+        check=check, host=parts.hostname or "", port=parts.port or 443, identity=identity, server_name=server_name
+    )
 
 
 def fetch_health(cloud: Peer, clock: Callable[[], float] = time.time) -> Health | Check:
@@ -118,7 +121,7 @@ def check_tls(service: Peer) -> Check:
         with socket.create_connection((service.host, service.port), DEADLINE_S) as raw:
             if service.identity is None:
                 return Check(check=service.check, state="ok", seen=f"{service} answers, without TLS")
-            with _context(service.identity).wrap_socket(raw, server_hostname=service.host) as connection:
+            with _context(service, service.identity).wrap_socket(raw, server_hostname=service.host) as connection:
                 took_s = time.monotonic() - started_s
                 connection.settimeout(min(DEADLINE_S, REFUSAL_S + 3 * took_s))
                 is_closed = _is_closed_by_peer(connection)
@@ -202,13 +205,13 @@ def _free(port: int) -> str:
 def _http(cloud: Peer) -> http.client.HTTPConnection:
     if cloud.identity is None:
         return http.client.HTTPConnection(cloud.host, cloud.port, timeout=DEADLINE_S)
-    context = tls.client_context(cloud.identity.ca)
+    context = tls.client_context(cloud.identity.ca, None, cloud.server_name)
     context.verify_flags |= _NO_CHECK_TIME
     return http.client.HTTPSConnection(cloud.host, cloud.port, timeout=DEADLINE_S, context=context)
 
 
-def _context(identity: tls.Identity) -> ssl.SSLContext:
-    context = tls.client_context(identity.ca, identity)
+def _context(service: Peer, identity: tls.Identity) -> ssl.SSLContext:
+    context = tls.client_context(identity.ca, identity, service.server_name)
     context.set_alpn_protocols(["h2"])  # required by gRPC servers, ignored by brokers
     return context
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.link.log_sender import LOG_FILE
+from edge_agent.link.parents import listed_names, parent_name
 from edge_agent.link.profile import SERVING_FILE, load_profile
 from edge_agent.live import LiveState, read_live
 from edge_agent.releases.slots import installed_models
@@ -34,6 +35,9 @@ class Status:
     connected: bool  # it reaches the cloud by gRPC
     broker: str
     broker_fault: str  # why it has no connection to the broker; without one, it polls the cloud by gRPC
+    parents: list[str]  # where it may connect, in this order
+    parent: str  # that is in use; empty while it does not run
+    parent_since: str  # ISO 8601, UTC; empty while it does not run
     training: str  # job and round that it works for now; empty = none
     policy: str  # when it works for the fleet; empty = always, or it does not run
     policy_refuses: str  # why it does not work now, by its policy; empty = it does
@@ -64,6 +68,9 @@ def read_status(home: Path) -> Status:
         connected=connected,
         broker=profile.broker,
         broker_fault="" if live is None else live.broker_fault,
+        parents=listed_names(home) or [parent_name(profile)],
+        parent="" if live is None else live.parent,
+        parent_since="" if live is None or not live.parent_since_s else _iso(live.parent_since_s),
         training=_training(live),
         policy="" if live is None else live.policy,
         policy_refuses="" if live is None else live.policy_refuses,

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
 from edge_agent.link.profile import Profile
+from edgefl.errors import ParentLeft
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
 from edgefl.protocols.messages import ASSIGNMENTS
@@ -28,8 +29,10 @@ CALL_TIMEOUT_S = 20.0
 TRANSFER_S = 120.0  # for transfers on a replaced connection; longer ones resume on the new connection
 MAX_REASON_CHARS = 2000
 DEVICE_METADATA = "edgefl-device"  # the device's name, if there is no certificate
+PARENTS_METADATA = "edgefl-parents-bin"  # with a refusal: where this device may connect instead
 
 _SERVICE = "/edgefl.v1.Fleet"
+_T = TypeVar("_T")
 _MAX_MESSAGE_BYTES = 16 << 20
 _OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -98,6 +101,17 @@ class CloudChannel:
         self._former[former] = task
         task.add_done_callback(lambda _: self._former.pop(former, None))
 
+    async def switch(self, profile: Profile) -> None:
+        """Connect to another parent; running calls end with ParentLeft."""
+        former, calls = self._channel, list(self._calls)
+        self._profile, self.reachable = profile, False
+        self._open()
+        self._reopened.set()
+        for call in calls:
+            call.cancel()
+        await former.close(None)
+        self.on_change()
+
     async def watch(self, on_reachable: Callable[[], None]) -> None:
         """Call `on_reachable` whenever the cloud becomes reachable; runs until cancelled."""
         while True:
@@ -124,35 +138,41 @@ class CloudChannel:
             reopened.cancel()
             await asyncio.gather(changed, reopened, return_exceptions=True)
 
-    async def next(self, agent_version: str, holding: Sequence[str] = ()) -> pb.NextReply:
+    async def next(
+        self, agent_version: str, holding: Sequence[str] = (), timeout_s: float = CALL_TIMEOUT_S
+    ) -> pb.NextReply:
         """Ask what this device should do now; `holding` lists the jobs whose data this device keeps."""
         request = pb.NextRequest(agent_version=agent_version, holding=holding, knows=ASSIGNMENTS)
-        reply: pb.NextReply = await self._begin(self._next(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata))
+        reply: pb.NextReply = await answered(
+            self._begin(self._next(request, timeout=min(timeout_s, CALL_TIMEOUT_S), metadata=self._metadata))
+        )
         return reply
 
-    async def renew(self, request: bytes) -> pb.RenewReply:
+    async def renew(self, request: pb.RenewRequest) -> pb.RenewReply:
         """Request a certificate for a new key."""
-        message = pb.RenewRequest(csr=request)
-        reply: pb.RenewReply = await self._begin(self._renew(message, timeout=CALL_TIMEOUT_S, metadata=self._metadata))
+        reply: pb.RenewReply = await answered(
+            self._begin(self._renew(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata))
+        )
         return reply
 
     async def resume(self, job: str, number: int) -> pb.UploadState:
         """Ask how much of an update the cloud has received."""
         key = pb.UpdateKey(job=job, round=number)
-        state: pb.UploadState = await self._begin(
-            self._resume(key, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True)
+        state: pb.UploadState = await answered(
+            self._begin(self._resume(key, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True))
         )
         return state
 
     async def send_log(self, request: str, text: bytes, *, cut: bool) -> None:
         """Upload the end of this agent's log, as the cloud asked with this request."""
         report = pb.LogReport(request=request, text=text, cut=cut)
-        await self._begin(self._send_log(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata))
+        await answered(self._begin(self._send_log(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata)))
 
     async def fail(self, job: str, number: int, reason: str) -> None:
         """Report to the cloud that there will be no update for a round."""
         report = pb.FailureReport(key=pb.UpdateKey(job=job, round=number), reason=one_line(reason, MAX_REASON_CHARS))
-        await self._begin(self._fail(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True))
+        call = self._fail(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True)
+        await answered(self._begin(call))
 
     def download(self, sha256: str, offset: int) -> Any:
         """Start to download a blob; `read()` of the returned call returns the bytes of a `Chunk`."""
@@ -178,6 +198,17 @@ class CloudChannel:
         await asyncio.gather(*former.values(), return_exceptions=True)
         for channel in (*former, self._channel):  # a task that was cancelled before it started closed nothing
             await channel.close(None)
+
+
+async def answered(step: Awaitable[_T]) -> _T:
+    """Await a call, or one step of it; raises ParentLeft if `switch` has cancelled the call, not this task."""
+    try:
+        return await step
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ParentLeft("the device connects to another parent") from None
 
 
 async def _close_after(channel: grpc.aio.Channel, calls: Iterable[Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,7 +21,8 @@ import grpc
 import psutil
 
 from edge_agent.link.channel import CloudChannel
-from edge_agent.link.profile import Profile, save_profile, with_broker
+from edge_agent.link.chooser import ParentChooser
+from edge_agent.link.profile import Profile, load_profile, save_profile, with_broker
 from edge_agent.link.renewal import Renewal
 from edge_agent.resources import measure
 from edgefl.errors import CloudUnreachable, ConfigError, HomeError, ProtocolError
@@ -30,7 +32,16 @@ from edgefl.process.version import __version__
 from edgefl.protocols import messages, topics
 from edgefl.protocols.assignments import unpack
 from edgefl.protocols.backoff import Backoff
-from edgefl.protocols.messages import Assignment, DeviceState, JobMessage, LogWanted, RolloutNote, Signed
+from edgefl.protocols.messages import (
+    Assignment,
+    Command,
+    DeviceState,
+    JobMessage,
+    LogWanted,
+    NewParents,
+    RolloutNote,
+    Signed,
+)
 from edgefl.protocols.mqtt import LinkConfig, MqttLink, parse_url
 from edgefl.protocols.tls import Identity
 
@@ -63,10 +74,13 @@ class CloudLink:
     """The agent's connections to broker and cloud; `run` opens and closes them."""
 
     def __init__(
-        self, home: Path, profile: Profile, channel: CloudChannel, callbacks: CloudLinkCallbacks,
+        self, home: Path, chooser: ParentChooser, channel: CloudChannel, callbacks: CloudLinkCallbacks,
         on_reachable: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        profile = chooser.current
         self._home, self._profile, self._channel, self._callbacks = home, profile, channel, callbacks
+        self._enrolled, self._chooser = load_profile(home), chooser
+        self.on_parent: Callable[[Profile], None] = lambda _profile: None  # called when another parent is in use
         self._on_reachable = on_reachable  # called each time the cloud becomes reachable
         self._ask = asyncio.Event()
         self._backoff = Backoff(RETRY_S, RETRY_S, profile.device)
@@ -115,6 +129,15 @@ class CloudLink:
         """Report the progress of a release."""
         self._publish("rollout", note)
 
+    def ask(self) -> None:
+        """Call `Next` soon."""
+        self._ask.set()
+
+    def note_idle(self) -> None:
+        """The device may have become idle: perhaps it goes back to an earlier parent now."""
+        if self._chooser.waits_for_idle:
+            self._ask.set()
+
     def _reached(self) -> None:
         self._ask.set()
         self._on_reachable()
@@ -131,12 +154,18 @@ class CloudLink:
                 wait_s = ASK_EVERY_S
             else:
                 wait_s = self._backoff.next_s(full=self._is_full)
+            wait_s = min(wait_s, self._chooser.look_s)
+            if (other := await self._chooser.choose()) is not None:
+                await self._change_parent(other)
 
     async def _next(self) -> bool:
         self._is_full = False
         try:
             holding, take = self._callbacks.before_next()
-            reply = await self._channel.next(__version__, holding)
+            reply = await self._channel.next(__version__, holding, self._chooser.look_s)
+            self._chooser.reached()
+            if reply.parents:
+                self._chooser.take(reply.parents)
             take(unpack(reply), list(reply.ended))
             for signed in reply.desired:
                 self._callbacks.on_desired(messages.decode(Signed, signed))
@@ -144,6 +173,7 @@ class CloudLink:
             if reply.renew and await self._renewal.renew():
                 self._ask.set()  # use the new certificate once, so that the cloud sees it
         except grpc.aio.AioRpcError as error:
+            self._chooser.failed(error)
             self._is_full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             last, self._last_error = self._last_error, error.details() or ""
             is_news = error.code() is not grpc.StatusCode.UNAVAILABLE and self._last_error != last
@@ -168,13 +198,28 @@ class CloudLink:
             return
         parse_url(profile.broker)  # raises before anything changes
         event(_log, logging.INFO, "broker.moved", broker=profile.broker)
-        try:
-            save_profile(self._home, profile)
-        except OSError as error:  # full disk: each `Next` names the broker again
-            event(_log, logging.ERROR, "broker.not_saved", reason=error)
-        self._profile = profile
-        await self._mqtt.close()
+        if profile.grpc == self._enrolled.grpc:  # the home has the addresses of the enrolment alone
+            try:
+                save_profile(self._home, profile)
+            except OSError as error:  # full disk: each `Next` names the broker again
+                event(_log, logging.ERROR, "broker.not_saved", reason=error)
+        await self._change_broker(profile)
+
+    async def _change_parent(self, profile: Profile) -> None:
+        """Leave the parent for another one: gRPC, MQTT and HTTPS. What is not sent yet is sent there."""
+        self._publish("state", self._state(online=False), retain=True)
+        await self._channel.switch(profile)
+        self.on_parent(profile)
+        await self._change_broker(profile)
+        self._ask.set()
+
+    async def _change_broker(self, profile: Profile) -> None:
+        self._profile, former = profile, self._mqtt
+        await former.close()
         self._mqtt = self._new_mqtt()
+        for topic, payload, qos, retain in former.unsent():
+            if topic != topics.up(profile.device, "state"):  # that is of the former connection
+                self._mqtt.publish(topic, payload, qos=qos, retain=retain)
         self._mqtt.start()
 
     async def _send_telemetry(self) -> None:
@@ -237,7 +282,16 @@ class CloudLink:
         self.on_change()
 
     def _on_disconnect(self) -> None:
+        if self._chooser.look_s < math.inf:
+            self._ask.set()  # perhaps the parent is lost: then the device looks for another soon
         self.on_change()
+
+    def _take_command(self, command: Command) -> None:
+        if isinstance(command, NewParents):
+            self._chooser.take(messages.encode(command.signed))
+            self._ask.set()
+        else:
+            self._callbacks.on_command(command)
 
     def _on_failure(self, failure: BaseException) -> None:
         if not self._failure.done():
@@ -247,7 +301,7 @@ class CloudLink:
         if topic.endswith("/job"):
             self._callbacks.on_job(messages.decode_job(payload))
         elif topic.endswith("/command"):
-            self._callbacks.on_command(messages.decode_command(payload))
+            self._take_command(messages.decode_command(payload))
         elif payload:  # an empty payload only clears the retained message
             self._callbacks.on_desired(messages.decode(Signed, payload))
 

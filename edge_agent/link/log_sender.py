@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from edge_agent.link.channel import CloudChannel
+from edgefl.errors import ParentLeft
 from edgefl.logs import event
 from edgefl.process.log_tail import LogTail, of_job, read_tail
 from edgefl.protocols.messages import LogWanted
@@ -43,7 +44,7 @@ class LogSender:
         try:
             tail = await asyncio.to_thread(self._read, wanted)
             await self._channel.send_log(wanted.request, "\n".join(tail.lines).encode(), cut=tail.cut)
-        except (OSError, grpc.aio.AioRpcError) as error:
+        except (OSError, ParentLeft, grpc.aio.AioRpcError) as error:
             event(_log, logging.WARNING, "log.not_sent", request=wanted.request, reason=error)
             return
         event(_log, logging.INFO, "log.sent", request=wanted.request, lines=len(tail.lines))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -32,6 +33,7 @@ class Outbox:
     def __init__(self, store: Store, channel: CloudChannel) -> None:
         self._store, self._channel = store, channel
         self._wake = asyncio.Event()
+        self.on_answered: Callable[[], None] = lambda: None  # called when an answer has left, or is dropped
         self._started = {(update.job, update.round) for update in store.outbox()}  # perhaps by an earlier process
         self._sending: tuple[Key, asyncio.Task[None]] | None = None
         self.wake()
@@ -39,6 +41,10 @@ class Outbox:
     def wake(self) -> None:
         """Try to send now."""
         self._wake.set()
+
+    def is_empty(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return not self._store.outbox() and not self._store.failures()
 
     def put(self, update: Outgoing, state: Path | None = None) -> None:
         """Add an update, whose path is a complete and synced draft, and the client's new state."""
@@ -104,3 +110,4 @@ class Outbox:
             event(_log, logging.ERROR, "outbox.not_settled", job=key[0], round=key[1], reason=error)
         else:
             self._started.discard(key)
+            self.on_answered()

@@ -18,10 +18,12 @@ from cryptography.exceptions import InvalidSignature
 
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.pair import replace_pair
-from edgefl.errors import ProtocolError
+from edgefl.errors import HomeError, ParentLeft, ProtocolError
 from edgefl.logs import event
 from edgefl.process.home import replace_file
-from edgefl.protocols.tls import Identity, common_name, expires, load_certificate, request_for, saved_key
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.tiers.renewing import signed_request
+from edgefl.protocols.tls import Identity, common_name, expires, load_certificate, load_key, request_for, saved_key
 
 NEXT_KEY = "next.key"
 
@@ -43,15 +45,18 @@ class Renewal:
         except grpc.aio.AioRpcError as error:
             event(_log, logging.WARNING, "certificate.not_renewed", code=error.code().name, reason=error.details())
             return False
-        except (ProtocolError, OSError, ValueError) as error:
+        except (ProtocolError, ParentLeft, HomeError, OSError, ValueError) as error:
             event(_log, logging.ERROR, "certificate.not_renewed", reason=error)
             return False
         await self._channel.reopen()
         self._reconnect()
         return True
 
-    def _request(self) -> bytes:
-        return request_for(saved_key(self._home / NEXT_KEY), self._device)
+    def _request(self) -> pb.RenewRequest:
+        """Return a request for the next key, signed with the present one: regions pass it on."""
+        csr = request_for(saved_key(self._home / NEXT_KEY), self._device)
+        held = Identity.in_folder(self._home)
+        return signed_request(csr, held.cert.read_bytes(), load_key(held.key))
 
     def _install(self, certificate: bytes, ca: bytes) -> None:
         """Check the cloud's reply, then replace key, certificate and, if it was renewed too, the CA's certificate."""

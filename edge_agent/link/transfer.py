@@ -19,9 +19,9 @@ import grpc
 from blake3 import blake3
 
 from edge_agent.disk import space_for
-from edge_agent.link.channel import CloudChannel
+from edge_agent.link.channel import CloudChannel, answered
 from edge_agent.store import Outgoing
-from edgefl.errors import CloudUnreachable, ManifestRejected
+from edgefl.errors import CloudUnreachable, ManifestRejected, ParentLeft
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
@@ -142,7 +142,7 @@ class _OutgoingUpdate(_Progress):
         try:
             await self._write(call, start)
             async with asyncio.timeout(STALL_S):
-                state: pb.UploadState = await call
+                state: pb.UploadState = await answered(call)
         finally:
             call.cancel()  # no effect on a finished call
         return state
@@ -173,7 +173,7 @@ class _OutgoingUpdate(_Progress):
                     ) % _MAPPED_BYTES == 0:  # read pages count as memory of this process until they are left
                         mapped.madvise(mmap.MADV_DONTNEED)
                     await _write_in_time(call, message)
-                await call.done_writing()
+                await answered(call.done_writing())
             except asyncio.InvalidStateError:
                 return  # the cloud answered before it received everything
 
@@ -186,7 +186,7 @@ async def _receive(channel: CloudChannel, incoming: _IncomingBlob) -> bool:
     try:
         while True:
             async with asyncio.timeout(STALL_S):
-                message = await call.read()
+                message = await answered(call.read())
             if not isinstance(message, bytes):  # gRPC's end of stream
                 return incoming.offset == incoming.ref.size
             incoming.take(chunk_data(message))
@@ -205,6 +205,8 @@ async def _until_done(what: str, attempt: Callable[[], Awaitable[bool]], progres
             reason = "the cloud closed it before all bytes were sent"
         except TimeoutError:
             reason = f"no progress for {STALL_S:g} s"
+        except ParentLeft as error:
+            reason = str(error)
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
             if error.code() not in _TRANSIENT:
@@ -226,7 +228,7 @@ def _refuse_unknown(state: pb.UploadState) -> None:
 
 async def _write_in_time(call: grpc.aio.StreamUnaryCall[bytes, pb.UploadState], message: bytes) -> None:
     async with asyncio.timeout(STALL_S):
-        await call.write(message)
+        await answered(call.write(message))
 
 
 def _take_over(old: Path, part: Path, size: int) -> bool:

@@ -46,12 +46,16 @@ class RevokedList:
 
     def __init__(self, home: Path, profile: Profile, changed: Callable[[], None]) -> None:
         self._path, self._ca = home / REVOKED_FILE, tls.Identity.in_folder(home).ca
-        self._url = f"{profile.cloud_url}/v1/crl"
+        self.follow(profile)
         self._changed = changed
         self._wanted = asyncio.Event()
         self._backoff = Backoff(FIRST_RETRY_S, MAX_RETRY_S, profile.device)
         self._last_error = ""  # logged as a warning when it changes
         self._held = self._load()  # without its signature, which differs each time
+
+    def follow(self, profile: Profile) -> None:
+        """Fetch the list from this parent from now on."""
+        self._url, self._server_name = f"{profile.cloud_url}/v1/crl", profile.server_name
 
     def refresh(self) -> None:
         """Fetch the list soon, because the cloud is reachable."""
@@ -86,7 +90,7 @@ class RevokedList:
         return REFRESH_S
 
     async def _fetch(self) -> bytes:
-        context = tls.client_context(self._ca)
+        context = tls.client_context(self._ca, None, self._server_name)
         async with (
             httpx.AsyncClient(verify=context, timeout=FETCH_S, trust_env=False) as client,
             client.stream("GET", self._url) as answer,

@@ -131,6 +131,14 @@ class CloudClient:
         """Return the devices of the fleet, with the presence of each."""
         return self._list("/v1/devices")
 
+    def regions(self) -> list[Json]:
+        """Return the regions of the fleet, with what each connected one says of itself."""
+        return self._list("/v1/regions")
+
+    def assign_devices(self, pattern: str, parents: Sequence[str]) -> Json:
+        """Set the ordered parents of the devices whose names match a pattern; return their names."""
+        return self._json("POST", "/v1/devices/assign", {"pattern": pattern, "parents": list(parents)})
+
     def remove_device(self, name: str) -> None:
         """Remove a device from the fleet."""
         self._json("DELETE", f"/v1/devices/{quote(name, safe='')}")

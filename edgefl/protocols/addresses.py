@@ -51,3 +51,12 @@ def _speaks_tls(host: str, port: int) -> bool | None:
 def bracketed(host: str) -> str:
     """Return a host in the form for URLs and gRPC: an IPv6 address gets brackets."""
     return f"[{host}]" if ":" in host else host
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

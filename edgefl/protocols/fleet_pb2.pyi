@@ -30,20 +30,22 @@ class NextRequest(_message.Message):
     def __init__(self, agent_version: _Optional[str] = ..., holding: _Optional[_Iterable[str]] = ..., knows: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NextReply(_message.Message):
-    __slots__ = ("plans", "desired", "broker", "ended", "renew", "assignments")
+    __slots__ = ("plans", "desired", "broker", "ended", "renew", "assignments", "parents")
     PLANS_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     BROKER_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
     plans: _containers.RepeatedScalarFieldContainer[bytes]
     desired: _containers.RepeatedScalarFieldContainer[bytes]
     broker: str
     ended: _containers.RepeatedScalarFieldContainer[str]
     renew: bool
     assignments: _containers.RepeatedCompositeFieldContainer[Assignment]
-    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ..., renew: _Optional[bool] = ..., assignments: _Optional[_Iterable[_Union[Assignment, _Mapping]]] = ...) -> None: ...
+    parents: bytes
+    def __init__(self, plans: _Optional[_Iterable[bytes]] = ..., desired: _Optional[_Iterable[bytes]] = ..., broker: _Optional[str] = ..., ended: _Optional[_Iterable[str]] = ..., renew: _Optional[bool] = ..., assignments: _Optional[_Iterable[_Union[Assignment, _Mapping]]] = ..., parents: _Optional[bytes] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("fit", "deliver", "evaluate")
@@ -182,10 +184,14 @@ class LogReply(_message.Message):
     def __init__(self) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("csr",)
+    __slots__ = ("csr", "certificate", "signature")
     CSR_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     csr: bytes
-    def __init__(self, csr: _Optional[bytes] = ...) -> None: ...
+    certificate: bytes
+    signature: bytes
+    def __init__(self, csr: _Optional[bytes] = ..., certificate: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class RenewReply(_message.Message):
     __slots__ = ("certificate", "ca")

@@ -387,6 +387,11 @@ class TierStub:
                 request_serializer=edgefl_dot_protocols_dot_fleet__pb2.UploadChunk.SerializeToString,
                 response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.UploadState.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/edgefl.v1.Tier/Renew',
+                request_serializer=edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.SerializeToString,
+                response_deserializer=edgefl_dot_protocols_dot_fleet__pb2.RenewReply.FromString,
+                _registered_method=True)
 
 
 class TierServicer:
@@ -414,6 +419,13 @@ class TierServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """A device's request for a new certificate, passed on unchanged to the top.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TierServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -431,6 +443,11 @@ def add_TierServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.UploadChunk.FromString,
                     response_serializer=edgefl_dot_protocols_dot_fleet__pb2.UploadState.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.FromString,
+                    response_serializer=edgefl_dot_protocols_dot_fleet__pb2.RenewReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -515,6 +532,33 @@ class Tier:
             '/edgefl.v1.Tier/Upload',
             edgefl_dot_protocols_dot_fleet__pb2.UploadChunk.SerializeToString,
             edgefl_dot_protocols_dot_fleet__pb2.UploadState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/edgefl.v1.Tier/Renew',
+            edgefl_dot_protocols_dot_fleet__pb2.RenewRequest.SerializeToString,
+            edgefl_dot_protocols_dot_fleet__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,8 @@ from edgefl.protocols.fields import Checked, from_json, limited, parse_json
 from edgefl.protocols.messages import MAX_NAME_CHARS, BlobRef, Signed
 
 MAX_TASK_CHARS = 500
+MAX_PARENTS = 16
+MAX_FORMER = 16  # parents that a device has left
 _MODEL_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
 _T = TypeVar("_T")
@@ -64,6 +66,28 @@ class Desired(Checked):
     sequence: int = field(metadata=limited(least=0))  # increases with every change for this device and model
     rollback: bool = False  # allows a version below the one installed
     kind: str = "desired"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParentAddress(Checked):
+    """Where a device reaches the cloud, or a region."""
+
+    name: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))  # `cloud`, or the region's
+    url: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))  # https://host:port
+    grpc: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))  # host:port
+    broker: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))  # mqtts://host:port
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parents(Checked):
+    """Where one device may connect: to the first that it reaches. The document with the highest sequence is valid."""
+
+    device: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    sequence: int = field(metadata=limited(least=0))  # increases with every change for this device
+    parents: Sequence[ParentAddress] = field(metadata=limited(max_items=MAX_PARENTS))  # in its order
+    # Regions that it may not connect to any more; they get this document too, to tell it so.
+    former: Sequence[str] = field(default_factory=list, metadata=limited(max_items=MAX_FORMER))
+    kind: str = "parents"
 
 
 def check_model_name(name: str) -> None:
@@ -142,7 +166,7 @@ def canonical(document: Any) -> str:
     return json.dumps(dataclasses.asdict(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def sign(document: Bundle | Release | Desired, key: Ed25519PrivateKey) -> Signed:
+def sign(document: Bundle | Release | Desired | Parents, key: Ed25519PrivateKey) -> Signed:
     """Sign a document with the fleet's key."""
     text = canonical(document)
     signature = base64.b64encode(key.sign(text.encode())).decode()

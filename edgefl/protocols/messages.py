@@ -18,9 +18,9 @@ from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, raw, to_json
 
 __all__ = [
-    "ASSIGNMENTS", "COMMANDS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Deliver", "DeviceState", "Evaluate",
-    "Fit", "JobMessage", "LogWanted", "RolloutNote", "RoundClosed", "Signed", "Telemetry", "UpdateRefused", "decode",
-    "decode_command", "decode_job", "encode", "from_json",
+    "ASSIGNMENTS", "COMMANDS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Command", "Deliver", "DeviceState",
+    "Evaluate", "Fit", "JobMessage", "LogWanted", "NewParents", "RolloutNote", "RoundClosed", "Signed", "Telemetry",
+    "UpdateRefused", "decode", "decode_command", "decode_job", "encode", "from_json",
 ]  # fmt: skip
 
 MAX_MESSAGE_BYTES = 32 << 10
@@ -174,6 +174,16 @@ class LogWanted(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NewParents(Checked):
+    """A device is told where it may connect from now on (down/<device>/command)."""
+
+    kind_name: ClassVar[str] = "parents"
+
+    signed: Signed  # a signed manifest.Parents
+    kind: str = "parents"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutNote(Checked):
     """A device's progress with a release (up/<device>/rollout)."""
 
@@ -205,7 +215,8 @@ ASSIGNMENTS: Mapping[str, type[Assignment]] = {
     "deliver": Deliver,
     "evaluate": Evaluate,
 }  # as fleet.proto names them
-COMMANDS: Mapping[str, type[LogWanted]] = {LogWanted.kind_name: LogWanted}
+Command = LogWanted | NewParents  # what comes on down/<device>/command
+COMMANDS: Mapping[str, type[Command]] = {LogWanted.kind_name: LogWanted, NewParents.kind_name: NewParents}
 JOB_MESSAGES: Mapping[str, type[JobMessage]] = {**ASSIGNMENTS, "closed": RoundClosed, "refused": UpdateRefused}
 
 
@@ -231,7 +242,7 @@ def decode_job(data: bytes) -> JobMessage:
     return from_json(JOB_MESSAGES[kind], value)
 
 
-def decode_command(data: bytes) -> LogWanted:
+def decode_command(data: bytes) -> Command:
     """Return a message of down/<device>/command, by its kind; raises ProtocolError."""
     value = _parse(data)
     kind = value.get("kind")

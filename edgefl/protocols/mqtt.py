@@ -145,6 +145,10 @@ class MqttLink:
             await asyncio.wait({self._task}, timeout=END_S)
             self._task.cancel()
 
+    def unsent(self) -> list[tuple[str, bytes, int, bool]]:
+        """Return the messages that the broker has not acknowledged: topic, payload, QoS, whether it is retained."""
+        return list(self._queue)
+
     async def _run(self) -> None:
         try:
             while not self._is_closed:

@@ -116,6 +116,14 @@ def saved_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the key in a file; raises ValueError or HomeError for anything else."""
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise HomeError(f"{path} does not hold an EC key; enrol again in another --home")
+    return key
+
+
 def request_for(key: ec.EllipticCurvePrivateKey, device: str) -> bytes:
     """Return a signing request (PEM) for a key."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])

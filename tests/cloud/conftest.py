@@ -65,6 +65,7 @@ class Plane:
             rounds=self.rounds, jobs=self.jobs, blobs=self.blobs, spool=self.spool, desired_for=lambda _device: [],
             ended=lambda held: [job for job in held if job != self.job],
             is_known=lambda name, _serial: name in self.known, broker_url="mqtts://:8883", renewals=self.renewals,
+            is_renewal_due=lambda cert: self.renewals is not None and self.renewals.is_due(cert),
             pace=lambda who: self.paced.append(who) or 0.0,
             ca_pem=(self.folder / "ca.pem").read_bytes(),
         )  # fmt: skip

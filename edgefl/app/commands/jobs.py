@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from edgefl.app.commands.devices import TREE_PLOT, show_tree
 from edgefl.app.commands.job_text import ended_text, print_comparison, print_job, progress_text
 from edgefl.app.commands.log_text import LINES, print_log
 from edgefl.app.commands.progress import left_running, patience, round_progress
@@ -19,6 +20,7 @@ from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.operator.follow import follow_log
 from edgefl.operator.history import compared, curves_of, headline, reasons_of
+from edgefl.operator.tree import fleet_tree, job_notes
 from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.records import RoundReport
 from edgefl.rounds import LastEvaluation
@@ -65,20 +67,34 @@ def list_jobs(connection: CloudConnection, output: Output) -> None:
 @click.argument("job")
 @click.option("--devices", "with_devices", is_flag=True, help="Show which devices the latest round asked, and why not "
                                                               "the others.")  # fmt: skip
+@click.option("--tree", "with_tree", is_flag=True, help="Also show the fleet as a tree, with what was refused where.")
+@TREE_PLOT
 @connected
 @json_option
-def show(*, job: str, with_devices: bool, connection: CloudConnection, output: Output) -> None:
+def show(
+    *, job: str, with_devices: bool, with_tree: bool, path: Path | None, connection: CloudConnection, output: Output
+) -> None:
     """Show a job's settings, the curve of each metric, and why answers were refused.
 
-    The JSON has every round, with all metrics, and `curves` and `refusals`; with --devices, also `devices`.
+    The JSON has every round, with all metrics, and `curves` and `refusals`; with --devices also `devices`, with --tree
+    also `tree`.
     """
+    if path is not None and not with_tree:
+        raise ConfigError("--plot draws the tree: give --tree, too. `edgefl jobs plot` draws the rounds")
     with connection.open() as client:
         found = client.job(client.find_job(job))
         if with_devices:
             found |= {"devices": client.job_devices(found["id"])}
+        root = fleet_tree(client.regions(), client.devices()) if with_tree else None
     print_job(found, output)
     curves = {curve.name: curve.as_json() for curve in curves_of(found)}
-    output.result(found | {"curves": curves, "refusals": reasons_of(found)})
+    more = {}
+    if root is not None:
+        notes = job_notes(root, found)
+        output.line("")
+        show_tree(root, notes, path, output)
+        more = {"tree": root.as_json()}
+    output.result(found | {"curves": curves, "refusals": reasons_of(found)} | more)
 
 
 @jobs.command(epilog=example("edgefl jobs compare job-1a2b3c4d 'first try'"))

@@ -1,8 +1,8 @@
 """The protocol between a region and its parent. See `records` for what they tell each other."""
 
+from edgefl.protocols.manifest import MAX_PARENTS
 from edgefl.protocols.tiers.records import (
     MAX_DEVICES,
-    MAX_PARENTS,
     RECEIVES,
     Member,
     RegionState,

@@ -1,9 +1,10 @@
 """What a region and its parent tell each other, as entries of two mirrors (`edgefl.protocols.tiers.mirror`).
 
 From the parent: `member/<name>` who is enrolled below the region, `revoked` the list of revoked certificates,
-`work/<job>/<round>` what the region's devices are asked, `desired/<device>/<model>` which releases they should serve.
+`work/<job>/<round>` what the region's devices are asked, `desired/<device>/<model>` which releases they should serve,
+`parents/<device>` where they may connect, `certificate-days` how long new certificates are valid.
 From the region: `region/<name>` what it and the regions below it are, `state/<device>`, `telemetry/<device>` and
-`note/<device>/<model>`, as its devices said by MQTT.
+`note/<device>/<model>`, as its devices said by MQTT, `serial/<device>` the renewed certificate that a device uses.
 
 A region's partial sum is uploaded like an update, with a `SumNote` in its header: the weighted mean of its devices'
 updates as safetensors, in the dtypes of `edgefl.guards.partial_spec`.
@@ -18,10 +19,10 @@ from typing import Any
 
 from edgefl.errors import ProtocolError
 from edgefl.protocols.fields import Checked, from_json, limited, prose, to_json
+from edgefl.protocols.manifest import MAX_PARENTS
 from edgefl.protocols.messages import MAX_NAME_CHARS, MAX_TAG_CHARS, MAX_TAGS, Evaluate, Fit
 
 MAX_DEVICES = 10_000  # in one round of one region: their names and metrics are in one message of a megabyte
-MAX_PARENTS = 16
 MAX_METRICS = 1000
 RECEIVES = "edgefl-receives"  # metadata of the reply to a sum's header: its bytes are wanted
 

@@ -9,7 +9,10 @@ import pytest
 
 from edge_agent.link import link as link_module
 from edge_agent.link.channel import CloudChannel
+from edge_agent.link.chooser import ParentChooser, ParentRules
+from edge_agent.link.lease import LeasePolicy
 from edge_agent.link.link import CloudLink, _Session
+from edge_agent.link.parents import KnownParents
 from edge_agent.link.profile import load_profile
 from edgefl.errors import HomeError
 from edgefl.protocols import messages, tls, topics
@@ -42,7 +45,9 @@ def with_link(fleet, tmp_path):
         async def inside():
             profile = load_profile(home)
             callbacks = CloudLinkCallbacks()
-            link = CloudLink(home, profile, CloudChannel(profile, home), callbacks)
+            known = KnownParents(home, profile, fleet.key.public_key())
+            chooser = ParentChooser(home, known, ParentRules(policy=LeasePolicy(lease_s=0.5)))
+            link = CloudLink(home, chooser, CloudChannel(profile, home), callbacks)
             running = asyncio.create_task(link.run())
             try:
                 async with asyncio.timeout(30):

@@ -145,6 +145,7 @@ def test_a_message_is_an_object(value: Any) -> None:
 
 PIECE = {"sha256": "ab", "size": 4}
 RELEASE = {"model": "m", "version": 1, "blob": PIECE, "metrics": {"accuracy": 0.5}}
+PARENT = {"name": "oslo", "url": "https://o:9480", "grpc": "o:9440", "broker": "mqtts://o:8883"}
 EVERY: dict[type, dict[str, Any]] = {
     messages.BlobRef: PIECE,
     messages.Signed: {"text": "{}", "key_id": "k", "signature": "s"},
@@ -161,6 +162,7 @@ EVERY: dict[type, dict[str, Any]] = {
         "bundle": {"text": "{}", "key_id": "k", "signature": "s"}, "max_update_bytes": 9,
     },
     messages.LogWanted: {"request": "r", "lines": 5, "job": "j"},
+    messages.NewParents: {"signed": {"text": "{}", "key_id": "k", "signature": "s"}},
     messages.RoundClosed: {"job": "j", "round": 1, "job_ended": True},
     messages.UpdateRefused: {"job": "j", "round": 1, "reason": "r"},
     messages.DeviceState: {
@@ -174,6 +176,8 @@ EVERY: dict[type, dict[str, Any]] = {
     manifest.Bundle: {"blob": PIECE, "task": "a:b"},
     manifest.Release: RELEASE,
     manifest.Desired: {"device": "d", "release": RELEASE, "sequence": 1, "rollback": False},
+    manifest.ParentAddress: PARENT,
+    manifest.Parents: {"device": "d", "sequence": 1, "parents": [PARENT], "former": ["oslo"]},
     trainer_wire.Hello: {"pid": 1},
     trainer_wire.WorkDone: {"size": 1, "blake3": "00", "weight": 1.0, "metrics": {"a": 1.0}, "changed": False},
     trainer_wire.WorkFailed: {"reason": "r", "spent": False},
@@ -236,7 +240,7 @@ def can_be_used(schema: type, value: Any) -> None:
         str(fault).encode()
         return
     parts = json.loads(json.dumps(dataclasses.asdict(message), allow_nan=False))
-    for signed in (parts, parts.get("bundle", {})):
+    for signed in (parts, parts.get("bundle", {}), parts.get("signed", {})):
         signed.pop("text", None)  # what is signed is checked with its signature
     for part in leaves(parts):
         assert not isinstance(part, int) or -(2**63) <= part < 2**63
