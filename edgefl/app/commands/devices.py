@@ -65,7 +65,7 @@ def list_devices(connection: CloudConnection, output: Output) -> None:
     output.result(found)
 
 
-@devices.command(epilog=example("edgefl devices tree", "edgefl devices --tree --plot fleet.png"))
+@devices.command(epilog=example("edgefl devices tree", "edgefl devices tree --plot fleet.png"))
 @TREE_PLOT
 @connected
 @json_option
