@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from cloud.region.parents import ParentLists
 from cloud.region.reports import RegionReports
 from edgefl.protocols import tiers
@@ -21,6 +23,9 @@ def test_reports_are_taken_in_order_and_a_used_certificate_replaces_the_former(t
     reports.told("region/oslo", None)
     reports.used("cam-1", "ab")  # of no certificate
     reports.used("cam-1", serial_number(renewed))
+    done = threading.Event()
+    reports._inbox.put("", done.set)
+    assert done.wait(30)
     reports.close()
     assert lists.of("cam-1") is not None  # its parent's address is known
     assert fleet.members.members()["cam-1"].serials == [serial_number(renewed)]
