@@ -2,8 +2,8 @@
 
 Jobs are in an order: a higher priority first; among equals the job that has had the least device time, divided by its
 weight (start-time fair queueing, Goyal et al. 1996); then the older one. A job gets its cohort when all of it is free,
-and when enough devices are left for the jobs before it. So a job that wants many devices is not starved by jobs that
-want few. A job between two rounds keeps its place in the order, or weights and priorities would mean little.
+and when enough devices are left for the jobs before it, also for their next rounds. So a job that wants many devices
+is not starved by jobs that want few, and a job between two rounds keeps its place in the order.
 
 Invariant: a device works for one job at most, unless a job shares devices; a device that has answered is free again.
 All state is in memory: after a restart of the cloud, open rounds get their devices back, and shares begin anew.
@@ -28,7 +28,6 @@ class _Sharer:
     used_s: float  # device time, divided by the weight
     wanted: frozenset[str] = frozenset()  # devices of which it can use any
     count: int = 0  # how many of them it needs
-    has_round: bool = False  # it has its devices
     is_waiting: bool = False
 
     def place(self) -> tuple[int, float, int]:
@@ -81,7 +80,7 @@ class DeviceShares:
         """
         with self._lock:
             one = self._sharers[job]
-            one.wanted, one.count, one.is_waiting, one.has_round = frozenset(wanted), count, True, False
+            one.wanted, one.count, one.is_waiting = frozenset(wanted), count, True
             free = one.wanted - self._held.keys()
             before = [name for name in self._in_order(job) if self._reserves(name, free)]
             left = len(free) - sum(self._reserves(name, free) for name in before)
@@ -90,7 +89,7 @@ class DeviceShares:
                 waiting = sorted((name for name, other in self._sharers.items() if other.is_waiting),
                                  key=lambda name: self._sharers[name].place())  # fmt: skip
                 return Wait(count - max(0, left), tuple(sorted(holders | {*before})), waiting.index(job) + 1)
-            one.has_round, one.is_waiting = True, False
+            one.is_waiting = False
             now_s = self.clock()
             self._held |= dict.fromkeys(free, (job, now_s))
             return sorted(free)
@@ -112,7 +111,7 @@ class DeviceShares:
             for device in cohort:
                 self._held.setdefault(device, (job, now_s))
             if job in self._sharers:
-                self._sharers[job].has_round, self._sharers[job].is_waiting = True, False
+                self._sharers[job].is_waiting = False
         self.changed()
 
     def release(self, job: str, devices: Collection[str] | None = None) -> None:
@@ -125,7 +124,7 @@ class DeviceShares:
                 if one is not None:
                     one.used_s += (now_s - since_s) / one.weight
             if devices is None and one is not None:
-                one.has_round = one.is_waiting = False
+                one.is_waiting = False
         self.changed()
 
     def holder(self, device: str) -> str | None:
@@ -142,6 +141,7 @@ class DeviceShares:
         return [name for name, one in self._sharers.items() if name != job and one.place() < place]
 
     def _reserves(self, job: str, free: Collection[str]) -> int:
-        """Return how many of these free devices must be left to a job."""
+        """Return how many of these free devices must be left to a job; those that it holds will be its again."""
         one = self._sharers[job]
-        return 0 if one.has_round else min(one.count, len(one.wanted.intersection(free)))
+        num_held = sum(holder == job for holder, _ in self._held.values())
+        return min(max(0, one.count - num_held), len(one.wanted.intersection(free)))

@@ -41,14 +41,15 @@ def turns(shares, clock, jobs, count, num_rounds, seconds=1.0):
     return got
 
 
-def test_a_device_works_for_one_job_and_is_free_when_it_has_answered(shares):
+def test_a_device_works_for_one_job_and_is_free_when_it_has_answered(shares, clock):
     for job in ("one", "two"):
         shares.enter(job)
     assert shares.ask("one", ALL, 3) == ALL
     shares.keep("one", ["a", "b", "c"])
     assert shares.ask("two", ALL, 2) == Wait(1, ("one",), 1)
     assert shares.ask("two", ALL, 2).text() == "waiting for 1 device that works for one; position 1 in the queue"
-    shares.release("one", ["a"])
+    clock.advance(1.0)
+    shares.release("one", ["a"])  # which costs it a second: `two` is first now
     assert shares.ask("two", ALL, 2) == ["a", "d"]
     assert [shares.holder(device) for device in ALL] == ["two", "one", "one", "two"]
     shares.leave("one")
@@ -71,6 +72,16 @@ def test_a_higher_priority_has_every_round_until_it_leaves(shares, clock):
     assert set(turns(shares, clock, ("low", "high"), 4, 10)) == {"high"}
     shares.leave("high")
     assert set(turns(shares, clock, ("low",), 4, 3)) == {"low"}
+
+
+def test_devices_that_have_answered_are_kept_for_the_next_round_of_a_higher_priority(shares, clock):
+    shares.enter("low")
+    shares.enter("high", priority=1)
+    assert shares.ask("high", ALL, 4) == ALL
+    shares.keep("high", ALL)
+    clock.advance(1.0)
+    shares.release("high", ALL)  # its round is still open: it folds and steps
+    assert shares.ask("low", ALL, 1) == Wait(1, ("high",), 1)
 
 
 def test_a_job_that_wants_many_is_not_starved_by_one_that_wants_few(shares, clock):
