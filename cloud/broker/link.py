@@ -56,6 +56,9 @@ class RegionLink(Protocol):
     def send_job(self, region: str, device: str, message: JobMessage) -> None:
         """Pass a job message for a device to its region."""
 
+    def send_command(self, region: str, device: str, command: Command) -> None:
+        """Pass a command for a device to its region."""
+
     def send_desired(self, device: str, signed: Signed) -> None:
         """Pass the release that a device should serve to all regions to which it may connect."""
 
@@ -194,6 +197,9 @@ class DeviceLink:
 
     def send_command(self, device: str, command: Command) -> None:
         """Send a command; the caller notices by itself if it is lost."""
+        if self.children is not None and (region := self.via(device)):
+            self.children.send_command(region, device, command)
+            return
         self._send(topics.down(device, "command"), encode(command))
 
     def send_desired(self, device: str, signed: Signed) -> None:

@@ -20,6 +20,7 @@ from edgefl.errors import DeviceUnavailable, ProtocolError
 from edgefl.process.log_tail import MAX_BYTES
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.messages import DeviceState, LogWanted
+from edgefl.protocols.tiers import LogSent
 
 ANSWER_S = 15.0
 EVERY_S = 1.0  # per device
@@ -34,6 +35,13 @@ class CommandLink(Protocol):
 
     def send_command(self, device: str, command: LogWanted) -> None:
         """Send a command; it may be lost."""
+
+
+class LogReader(Protocol):
+    """Takes the logs that devices upload."""
+
+    def receive(self, device: str, request: str, text: bytes, *, cut: bool) -> None:
+        """Take a device's answer; raises ProtocolError above the size limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,10 @@ class DeviceLogs:
             waiting.log = DeviceLog(text.decode("utf-8", "replace").splitlines(), cut)
         waiting.arrived.set()
 
+    def take(self, device: str, sent: LogSent) -> None:
+        """Take a device's answer through its region, as `receive`."""
+        self.receive(device, sent.request, sent.text.encode(), cut=sent.cut)
+
     def _enter(self, device: str) -> _LogRequest:
         with self._lock:
             now_s = self._clock()
@@ -113,7 +125,7 @@ class DeviceLogs:
 
 
 async def receive_log(
-    logs: DeviceLogs | None, device: str, report: pb.LogReport, context: grpc.aio.ServicerContext[Any, Any]
+    logs: LogReader | None, device: str, report: pb.LogReport, context: grpc.aio.ServicerContext[Any, Any]
 ) -> None:
     """Take the upload of a device; aborts the call above the size limit."""
     try:

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.dataplane.callers import CallerChecks, Callers, certificate_of
-from cloud.dataplane.device_logs import DeviceLogs, receive_log
+from cloud.dataplane.device_logs import LogReader, receive_log
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
@@ -80,7 +80,7 @@ class ServiceDependencies:
     pace: Callable[[str], float] = lambda _key: 0.0  # how long a call with this certificate must wait (s)
     max_transfers: int = MAX_INSIDE  # concurrent uploads, and as many downloads
     storage: Storage = field(default_factory=Storage)
-    logs: DeviceLogs | None = None  # None = nobody asks for logs
+    logs: LogReader | None = None  # None = nobody asks for logs
     is_over: Callable[[str, int], bool] = lambda _job, _round: True  # of a round that is not open
     fetch: Callable[[str], Awaitable[None]] | None = None  # in a region: gets a blob that it lacks from its parent
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.region.parents import regions_in
+from cloud.state.jobs import AnswerRow
 from cloud.state.members import Membership, below, children
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
-from edgefl.protocols.messages import Evaluate, Fit, JobMessage, RoundClosed, Signed, encode
-from edgefl.protocols.tiers import RegionState, Work
+from edgefl.protocols.messages import Command, Deliver, Evaluate, Fit, JobMessage, RoundClosed, Signed, encode
+from edgefl.protocols.tiers import LogSent, RegionState, Work
 from edgefl.protocols.tiers.mirror import Mirror, MirrorCopy
 from edgefl.protocols.tls import LEAF_DAYS
 
@@ -48,6 +49,7 @@ class ChildrenDependencies:
     used: Callable[[str, str], None] = lambda _device, _serial: None  # the renewed certificate that a device uses
     parent_lists: Callable[[], Mapping[str, Signed]] = dict  # of all devices that have one
     certificate_days: Callable[[], float] = lambda: LEAF_DAYS  # how long new ones are valid
+    log: Callable[[str, LogSent], None] = lambda _device, _log: None  # the end of a device's log has come
 
 
 class Children:
@@ -149,8 +151,25 @@ class Children:
                 regions = self._devices.setdefault((message.job, message.round), {})
                 regions.setdefault(region, {})[device] = None
             self._tell(message.job, message.round, region)
+        elif isinstance(message, Deliver):
+            self._fail(device, region, message)
         elif isinstance(message, RoundClosed):
             self.withdraw(device, message.job, message.round)
+
+    def send_command(self, region: str, device: str, command: Command) -> None:
+        """Pass a command for a device to its region."""
+        if (mirror := self._mirror(region)) is not None:
+            mirror.set(f"command/{device}", encode(command))
+
+    def _fail(self, device: str, region: str, message: Deliver) -> None:
+        """Answer a Flower app's message in place of its device, at once."""
+        opened = self._deps.rounds.get(message.job, message.round)
+        if opened is not None and opened.record is not None:
+            reason = (
+                f"device {device} is connected to region {region}; messages of Flower apps reach only devices that are "
+                "connected to the cloud itself"
+            )
+            opened.accept(AnswerRow(device=device, reason=reason), opened.record)
 
     def withdraw(self, device: str, job: str, number: int) -> None:
         """No region is asked for this device's answer any more."""
@@ -233,6 +252,9 @@ class Children:
                 fault = ""
                 if value is not None:
                     self._deps.used(name, value.decode("ascii", "replace"))
+            elif kind == "log":
+                fault = ""
+                self._take_log(region, name, key, value)
             elif kind in {"state", "telemetry", "note"}:
                 fault = ""
                 self._deps.heard(region, name, "rollout" if kind == "note" else kind, value or b"")
@@ -250,6 +272,14 @@ class Children:
                 self._states.pop(name, None)
             else:
                 self._states[name] = state
+        self._deps.told(key, value)
+
+    def _take_log(self, region: str, device: str, key: str, value: bytes | None) -> None:
+        """Take the end of a device's log; the region needs to keep neither the command nor the log then."""
+        if value is not None:
+            if (mirror := self._mirror(region)) is not None:
+                mirror.delete(f"command/{device}")
+            self._deps.log(device, tiers.unpack(LogSent, value))
         self._deps.told(key, value)
 
     def _tell(self, job: str, number: int, region: str) -> None:

@@ -51,13 +51,14 @@ from edgefl.errors import CloudStopping, HomeError, ProtocolError
 from edgefl.logs import event, logging_to
 from edgefl.process.descriptors import raise_limit
 from edgefl.process.home import lock_home
+from edgefl.process.log_tail import MAX_BYTES
 from edgefl.process.version import __version__
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.manifest import Bundle
-from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, decode, encode
+from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, decode, decode_command, encode
 from edgefl.protocols.ports.http_limits import HttpLimits
-from edgefl.protocols.tiers import RegionState, Work
+from edgefl.protocols.tiers import LogSent, RegionState, Work
 from edgefl.protocols.tls import REGION_DOMAIN, Identity, server_context
 
 LOG_FILE = "region.log"
@@ -223,6 +224,7 @@ class Region:
                     max_transfers=self._shares.transfers,
                     is_over=self._is_over,
                     fetch=self._uplink.fetch,
+                    logs=self,
                 ),
                 workers,
             )
@@ -298,6 +300,13 @@ class Region:
     def _note_serial(self, device: str, serial: str) -> None:
         self._uplink.mirror.set(f"serial/{device}", serial.encode())
 
+    def receive(self, device: str, request: str, text: bytes, *, cut: bool) -> None:
+        """Pass on the end of a device's log; raises ProtocolError above the size limit."""
+        if len(text) > MAX_BYTES:
+            raise ProtocolError(f"the log has {len(text)} bytes; at most {MAX_BYTES} are accepted")
+        sent = LogSent(request=request, text=text.decode("utf-8", "replace"), cut=cut)
+        self._uplink.mirror.set(f"log/{device}", tiers.pack(sent))
+
     # What the parent says; in the inbox's thread.
 
     def _take(self, item: tuple[str, bytes | None, bool]) -> None:
@@ -306,6 +315,9 @@ class Region:
             if value is not None or is_said:  # otherwise the parent was started again, and may not know it yet
                 job, number = _round_in(key)
                 self._work.take(job, number, None if value is None else tiers.unpack(Work, value))
+            return
+        if key.startswith("command/"):
+            self._take_command(key.removeprefix("command/"), value)
             return
         removed = self.membership.take(key, value)
         if removed:
@@ -336,6 +348,12 @@ class Region:
     def _is_renewal_due(self, certificate: bytes) -> bool:
         days = self.membership.certificate_days()
         return days > 0 and is_due(certificate, days, time.time())
+
+    def _take_command(self, device: str, value: bytes | None) -> None:
+        if value is None:
+            self._uplink.mirror.delete(f"log/{device}")
+        elif self.membership.is_device(device):
+            self._link.send_command(device, decode_command(value))
 
     def _is_over(self, job: str, number: int) -> bool:
         """Whether a round that is not open here will not be: it is over, or its job has ended."""

@@ -182,6 +182,7 @@ class CloudHome:
                 heard=self.link.hear,
                 told=self._region_reports.told,
                 used=self._region_reports.used,
+                log=self.device_logs.take,
             )
         )
         # Where devices may connect, before who may connect: a region tells the devices that it loses where to go.

@@ -4,6 +4,7 @@ from edgefl.protocols.manifest import MAX_PARENTS
 from edgefl.protocols.tiers.records import (
     MAX_DEVICES,
     RECEIVES,
+    LogSent,
     Member,
     RegionState,
     SumNote,
@@ -12,4 +13,15 @@ from edgefl.protocols.tiers.records import (
     unpack,
 )
 
-__all__ = ["MAX_DEVICES", "MAX_PARENTS", "RECEIVES", "Member", "RegionState", "SumNote", "Work", "pack", "unpack"]
+__all__ = [
+    "MAX_DEVICES",
+    "MAX_PARENTS",
+    "RECEIVES",
+    "LogSent",
+    "Member",
+    "RegionState",
+    "SumNote",
+    "Work",
+    "pack",
+    "unpack",
+]

@@ -1,10 +1,12 @@
 """What a region and its parent tell each other, as entries of two mirrors (`edgefl.protocols.tiers.mirror`).
 
 From the parent: `member/<name>` who is enrolled below the region, `revoked` the list of revoked certificates,
-`work/<job>/<round>` what the region's devices are asked, `desired/<device>/<model>` which releases they should serve,
-`parents/<device>` where they may connect, `certificate-days` how long new certificates are valid.
+`running` the jobs that have not ended, `work/<job>/<round>` what the region's devices are asked, `command/<device>` a
+command for one, `desired/<device>/<model>` which releases they should serve, `parents/<device>` where they may connect,
+`certificate-days` how long new certificates are valid.
 From the region: `region/<name>` what it and the regions below it are, `state/<device>`, `telemetry/<device>` and
-`note/<device>/<model>`, as its devices said by MQTT, `serial/<device>` the renewed certificate that a device uses.
+`note/<device>/<model>`, as its devices said by MQTT, `log/<device>` the end of a device's log that was asked for,
+`serial/<device>` the renewed certificate that a device uses.
 
 A region's partial sum is uploaded like an update, with a `SumNote` in its header: the weighted mean of its devices'
 updates as safetensors, in the dtypes of `edgefl.guards.partial_spec`.
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgefl.errors import ProtocolError
-from edgefl.protocols.fields import Checked, from_json, limited, prose, to_json
+from edgefl.protocols.fields import Checked, from_json, limited, prose, raw, to_json
 from edgefl.protocols.manifest import MAX_PARENTS
 from edgefl.protocols.messages import MAX_NAME_CHARS, MAX_TAG_CHARS, MAX_TAGS, Evaluate, Fit
 
@@ -73,6 +75,15 @@ class RegionState(Checked):
     devices_down_bytes: int = field(default=0, metadata=limited(least=0))
     parent_up_bytes: int = field(default=0, metadata=limited(least=0))
     parent_down_bytes: int = field(default=0, metadata=limited(least=0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogSent(Checked):
+    """The end of a device's own log, as it answered a command."""
+
+    request: str = field(metadata=limited(max_chars=MAX_TAG_CHARS))  # the id in the command
+    text: str = field(metadata=raw())
+    cut: bool = False  # whether earlier lines were left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

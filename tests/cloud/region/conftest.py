@@ -64,12 +64,14 @@ class TierPlane:
         )
         self.heard = queue.SimpleQueue()  # region, device, kind, payload
         self.told = queue.SimpleQueue()  # about regions: key, value
+        self.logs = queue.SimpleQueue()  # device, LogSent
         self.desired = {}
         self.children = Children(
             ChildrenDependencies(
                 name="cloud", rounds=self.rounds, members=self.members, crl=self.enrolment.crl,
                 desired_for=lambda device: self.desired.get(device, []), running=self.jobs.running,
                 heard=lambda *said: self.heard.put(said), told=lambda *said: self.told.put(said),
+                log=lambda *said: self.logs.put(said),
             )
         )  # fmt: skip
         self.members.changed.append(self.children.refresh)

@@ -8,10 +8,12 @@ import time
 
 import pytest
 
+from cloud.dataplane.open_round import OpenRound, Surroundings
 from cloud.region.children import LEAD_S
+from edgefl.exchange import Terms
 from edgefl.protocols import tiers as protocol
-from edgefl.protocols.messages import DeviceState, RoundClosed, Signed, encode
-from edgefl.protocols.tiers import Member, RegionState, Work
+from edgefl.protocols.messages import BlobRef, Deliver, DeviceState, LogWanted, RoundClosed, Signed, encode
+from edgefl.protocols.tiers import LogSent, Member, RegionState, Work
 
 WAIT_S = 30.0
 STATE = RegionState(version="1", parent="cloud", host="h", grpc_port=1, http_port=2, mqtt_port=3)
@@ -194,6 +196,37 @@ def test_a_device_that_is_assigned_elsewhere_is_gone_from_here(tiers, r1):
     assert not tiers.children.speaks_for("r1", "a")
     r1.uplink.mirror.delete("state/a")
     assert tiers.heard.get(timeout=WAIT_S) == ("r1", "a", "state", b"")
+
+
+def test_a_command_is_told_until_its_answer_is_here(tiers, r1):
+    command = LogWanted(request="r", lines=10)
+    tiers.children.send_command("r1", "a", command)
+    assert r1.until(lambda entries: "command/a" in entries)["command/a"] == encode(command)
+    sent = LogSent(request="r", text="one\n  two", cut=True)
+    r1.uplink.mirror.set("log/a", protocol.pack(sent))
+    assert tiers.logs.get(timeout=WAIT_S) == ("a", sent)
+    r1.until(lambda entries: "command/a" not in entries)
+    r1.uplink.mirror.set("log/c", protocol.pack(sent))  # not its own
+    r1.uplink.mirror.set("state/a", ONLINE)
+    while tiers.heard.get(timeout=WAIT_S)[2] != "state":
+        pass
+    assert tiers.logs.empty()
+
+
+def test_a_message_of_a_flower_app_fails_at_once_by_name(tiers):
+    """It does not go through regions; nobody waits for its deadline."""
+    done, answers = queue.SimpleQueue(), []
+    deliver = Deliver(
+        job="relay-1", round=4, envelope="{}", content=BlobRef(sha256="0" * 64, size=1), content_blake3="00",
+        bundle=Signed(text="", key_id="", signature=""), deadline_s=600.0, max_update_bytes=10,
+    )  # fmt: skip
+    opened = OpenRound(deliver, ("a",), Terms(deadline_s=600.0, offline_grace_s=5.0), Surroundings(act=done.put))
+    opened.record = answers.append
+    tiers.rounds.add(opened)
+    tiers.children.send_job("r1", "a", deliver)
+    assert not opened.waiting()
+    [answer] = answers
+    assert "device a is connected to region r1; messages of Flower apps reach only" in answer.reason
 
 
 def test_releases_are_told_to_all_regions_of_a_device(tiers, r1):
