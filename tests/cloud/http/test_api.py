@@ -20,6 +20,8 @@ def http(http_plane):
 GUARDED = [
     ("GET", "/v1/status"),
     ("GET", "/v1/devices"),
+    ("GET", "/v1/regions"),
+    ("POST", "/v1/devices/assign"),
     ("GET", "/v1/devices/a/log"),
     ("DELETE", "/v1/devices/a"),
     ("POST", "/v1/tokens"),
@@ -32,6 +34,10 @@ GUARDED = [
     ("PUT", "/v1/jobs/j/rounds/1/metrics"),
     ("GET", "/v1/jobs/j/events"),
     ("POST", "/v1/jobs/j/cancel"),
+    ("POST", "/v1/jobs/j/pause"),
+    ("POST", "/v1/jobs/j/resume"),
+    ("POST", "/v1/jobs/j/continue"),
+    ("GET", "/v1/jobs/j/devices"),
     ("POST", "/v1/models/m/releases"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/m"),
@@ -59,10 +65,11 @@ def test_nothing_of_the_operators_answers_without_the_token(http, header):
 
 def test_every_guarded_route_is_in_the_list(http_plane):
     from cloud.http import fleet as http_fleet
+    from cloud.http import job_control as http_job_control
     from cloud.http import jobs as http_jobs
     from cloud.http import models as http_models
 
-    routers = (http_fleet.operator, http_jobs.operator, http_models.operator)
+    routers = (http_fleet.operator, http_job_control.operator, http_jobs.operator, http_models.operator)
     seen = {(method, route.path) for router in routers for route in router.routes for method in route.methods}
     assert len(seen) == len(GUARDED)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgefl.config import JobConfig, RoundsConfig, TrainConfig
-from edgefl.errors import AccuracyGateFailed, ConfigError, NotFound, SignatureChanged, TaskError
+from edgefl.errors import ConfigError, NotFound, SignatureChanged, TaskError
 from edgefl.models.sample import read_sample
 from edgefl.models.session import open_session
 from edgefl.operator.client import CloudClient, load_credentials
@@ -138,17 +138,6 @@ def test_parameters_that_are_none_are_named(wide_task, tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"notes\.txt does not hold parameters in safetensors format"):
         export(load_task(str(wide_task)), path, tmp_path, compression="none", max_drop=0)
-
-
-def test_a_drop_above_the_gate_publishes_nothing(wide_task, trained, tmp_path, monkeypatch):
-    from edgefl.models import gate
-
-    def measured(_file, path, _samples):
-        return {"accuracy": 0.5 if "int8" in path.name else 0.9}
-
-    monkeypatch.setattr(gate._File, "measured", measured)
-    with pytest.raises(AccuracyGateFailed, match=r"from 0\.9000 to 0\.5000"):
-        export(load_task(str(wide_task)), trained, tmp_path, compression="int8", max_drop=0.02)
 
 
 def test_parameters_of_another_model_are_refused(plain_task, wide_task, http_plane, tmp_path):
