@@ -50,6 +50,8 @@ bench: $(VENV)/bench.stamp $(VENV)/mlserver.stamp
 	$(BIN)/python -m benchmarks.serving $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.simulation $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.tiers $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.goodput $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.sites $(BENCH_FLAGS)
 
 # One solution for Python 3.11 to 3.13 and all extras. The extras' ranges allow every version that works.
 lock: $(VENV)/dev.stamp
