@@ -63,9 +63,10 @@ class DeviceLogs:
     """Requests for logs that wait for a device. Methods may be called from any thread."""
 
     def __init__(
-        self, link: CommandLink, answer_s: float = ANSWER_S, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._link, self._answer_s, self._clock = link, answer_s, clock
+        self, link: CommandLink, answer_s: float = ANSWER_S, clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
+        self._link, self._answer_s, self._clock, self._wait = link, answer_s, clock, wait
         self._lock = threading.Lock()
         self._waiting: dict[str, _LogRequest] = {}  # device -> its open request
         self._asked_s: dict[str, float] = {}
@@ -85,8 +86,9 @@ class DeviceLogs:
             raise DeviceUnavailable(
                 f"agent {state.agent_version} of device {device} does not send its log; update the agent"
             )
-        request = self._enter(device)
+        request, wait_s = self._enter(device)
         try:
+            self._wait(wait_s)
             self._link.send_command(device, LogWanted(request=request.id, lines=lines, job=job))
             request.arrived.wait(self._answer_s)
         finally:
@@ -111,17 +113,19 @@ class DeviceLogs:
         """Take a device's answer through its region, as `receive`."""
         self.receive(device, sent.request, sent.text.encode(), cut=sent.cut)
 
-    def _enter(self, device: str) -> _LogRequest:
+    def _enter(self, device: str) -> tuple[_LogRequest, float]:
+        """Return a new request, and how long it has to wait after the one before it (s)."""
         with self._lock:
             now_s = self._clock()
             self._asked_s = {name: at for name, at in self._asked_s.items() if now_s - at < EVERY_S}
-            if device in self._waiting or device in self._asked_s:
-                raise DeviceUnavailable(f"the log of device {device} was requested a moment ago; wait a second")
+            if device in self._waiting:
+                raise DeviceUnavailable(f"the log of device {device} is being fetched; try again in a moment")
             if len(self._waiting) >= MAX_WAITING:
                 raise DeviceUnavailable(f"{MAX_WAITING} logs are being fetched; try again later")
-            self._asked_s[device] = now_s
+            at_s = max(now_s, self._asked_s.get(device, now_s - EVERY_S) + EVERY_S)
+            self._asked_s[device] = at_s
             self._waiting[device] = request = _LogRequest(secrets.token_hex(8))
-            return request
+            return request, at_s - now_s
 
 
 async def receive_log(

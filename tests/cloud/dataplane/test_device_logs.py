@@ -89,14 +89,35 @@ def test_a_log_above_the_limit_is_refused(logs):
         logs.receive("a", "r", bytes(MAX_BYTES + 1), cut=False)
 
 
-def test_a_device_is_not_asked_too_often(logs, devices, clock):
+def test_a_device_is_not_asked_too_often(devices, clock):
+    waited = []
+
+    def wait(seconds):
+        waited.append(seconds)
+        clock.advance(seconds)
+
+    logs = DeviceLogs(devices, clock=clock, wait=wait)
+    devices.respond = lambda device, command: logs.receive(device, command.request, b"line", cut=False)
     logs.fetch("a", 1)
-    with pytest.raises(DeviceUnavailable, match="a moment ago"):
-        logs.fetch("a", 1)
+    clock.advance(0.25)
+    logs.fetch("a", 1)
     devices.add("b")
     logs.fetch("b", 1)
     clock.advance(1)
     logs.fetch("a", 1)
+    assert waited == [0, 0.75, 0, 0]
+
+
+def test_two_requests_for_the_log_of_one_device_do_not_wait_together(devices):
+    logs = DeviceLogs(devices)
+
+    def respond(device, command):
+        with pytest.raises(DeviceUnavailable, match="is being fetched"):
+            logs.fetch(device, 1)
+        logs.receive(device, command.request, b"line", cut=False)
+
+    devices.respond = respond
+    assert logs.fetch("a", 1).lines == ["line"]
 
 
 def test_few_requests_wait_at_the_same_time(devices):

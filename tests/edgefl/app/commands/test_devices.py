@@ -30,11 +30,11 @@ def test_devices_are_listed_and_removed(edgefl, http_plane):
         cpu_count=4, cpu_percent=12.5, load_1m=0.5, ram_total_mb=8e3, ram_available_mb=6.02e3, disk_free_mb=4e4
     )
     head, first, second = (line.split("\t") for line in edgefl("devices", "list").stdout.splitlines())
-    assert head[:7] == ["name", "state", "models", "tags", "cpu", "free memory", "free disk"]
-    assert first[4:7] == ["12% of 4", "6.0/8.0 GB", "40.0 GB"]
-    assert second[4:7] == ["-", "-", "-"]
-    assert first[:4] == ["a", "online", "m:2", "site=north"]
-    assert second[:4] == ["b", "offline", "-", "site=north"]
+    assert head[:8] == ["name", "state", "region", "models", "tags", "cpu", "free memory", "free disk"]
+    assert first[5:8] == ["12% of 4", "6.0/8.0 GB", "40.0 GB"]
+    assert second[5:8] == ["-", "-", "-"]
+    assert first[:5] == ["a", "online", "-", "m:2", "site=north"]
+    assert second[:5] == ["b", "offline", "-", "-", "site=north"]
     assert edgefl("devices", "remove", "a").stdout == "device a is removed from the fleet\n"
     assert [one["name"] for one in json.loads(edgefl("devices", "list", "--json", "-").stdout)] == ["b"]
 
@@ -48,8 +48,7 @@ def test_the_log_of_a_device_is_shown_as_it_is(edgefl, http_plane):
     http_plane.enroll("a")
     http_plane.link.states["a"] = DeviceState(session=1, online=True, agent_version="0", commands=["log"])
     assert edgefl("devices", "logs", "a").stdout == "one\n    two\n"
-    again = edgefl("devices", "logs", "a")
-    assert (again.exit_code, "a moment ago" in str(again.exception)) == (1, True)
+    assert edgefl("devices", "logs", "a").stdout == "one\n    two\n"  # it waits its turn
 
 
 def test_names_and_urls_are_whole_on_a_terminal(on_terminal, http_plane):
