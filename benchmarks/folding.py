@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +21,7 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.memory import peak_rss_mb
 from benchmarks.workload import RunFailedError
 from edgefl import trees
 from edgefl.aggregation.server_opt import ServerOptimizer
@@ -132,7 +133,7 @@ def main(model: Path, words: tuple[str, ...], block: int | None) -> None:
     trees.BLOCK_ELEMENTS = block or trees.BLOCK_ELEMENTS
     updates = [(float(weight), Path(path)) for weight, path in zip(words[::2], words[1::2], strict=True)]
     seconds, sha256 = fold(model, updates)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    peak_mb = peak_rss_mb(os.getpid())  # not rusage, which would start from the parent's
     click.echo(json.dumps({"seconds": seconds, "peak_mb": peak_mb, "sha256": sha256}))
 
 
