@@ -32,7 +32,7 @@ def test_how_a_cloud_and_a_device_are(embedded_fleet, tmp_path):
     cloud = status("cloud", fleet.home)
     assert (cloud["running"], cloud["healthy"], cloud["fault"], cloud["pid"]) == (True, True, "", fleet.cloud.pid)
     assert cloud["devices"] == {"known": 1, "online": 1}
-    assert cloud["jobs"] == {"running": 0, "queued": 0}
+    assert cloud["jobs"] == {"running": 0, "queued": 0, "paused": 0}
     assert cloud["ports"] == {"grpc": fleet.grpc_port, "broker": fleet.mqtt_port}
     assert (cloud["url"], set(cloud["parts"].values())) == (fleet.url, {""})
     assert cloud["certificate_expires"] < cloud["ca_expires"]
