@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from edgefl.flower import is_flower_app
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.protocols.labels import check_label
 from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, refuse_no_folder
+
+if TYPE_CHECKING:
+    from edgefl.task import Task
 
 
 @click.command(
@@ -74,11 +78,13 @@ def run(  # noqa: PLR0913 - one a flag
             raise ConfigError("--run-config is for Flower apps; configure a task with --set a.b=c or --config FILE")
         short = {"rounds.count": rounds, "rounds.priority": priority}
         over = (*settings, *(f"{key}={value}" for key, value in short.items() if value is not None))
+        job_config = load_config(JobConfig, config, over)  # what can be refused is refused before the task is loaded
+        rule_kind(job_config.aggregation.rule)
+        loaded = None if task is None else load_task(task)
         with connection.open() as client:
             before = None if resume is None else client.job(client.find_job(resume))
-            job_config = load_config(JobConfig, config, over, base=None if before is None else before.get("config"))
-            rule_kind(job_config.aggregation.rule)
-            loaded = None if task is None else load_task(task)
+            if before is not None:
+                job_config = load_config(JobConfig, config, over, base=before.get("config"))
             if before is not None:
                 job = standing.job = continue_from(
                     client, before["id"], job_config, patience(output.line), round_number=round_number, label=name,
@@ -104,11 +110,14 @@ def run(  # noqa: PLR0913 - one a flag
         output.line(result.last_evaluation.fault)
     if out is not None:
         output.line(f"model: {out}")
-    if loaded is not None and (
-        loaded.model is not None or loaded.export is not None
-    ):  # what `models publish` can export
+    if _is_publishable(loaded):
         output.line(f"publish it: edgefl models publish NAME --task {task} --job {job}")
     output.result(result.as_json())
+
+
+def _is_publishable(task: Task | None) -> bool:
+    """Whether `models publish` can export the task's model."""
+    return task is not None and (task.model is not None or task.export is not None)
 
 
 def _refuse_unfit(task: str | None, resume: str | None, round_number: int | None, priority: int | None) -> None:
