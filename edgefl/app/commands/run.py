@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from edgefl.protocols.labels import check_label
 from edgefl.terminal.output import Output, counted, example, json_option, metrics_text, refuse_no_folder
 
 if TYPE_CHECKING:
+    from edgefl.operator.run import RunResult
     from edgefl.task import Task
 
 
@@ -76,8 +78,7 @@ def run(  # noqa: PLR0913 - one a flag
             return
         if run_config or federation_config:
             raise ConfigError("--run-config is for Flower apps; configure a task with --set a.b=c or --config FILE")
-        short = {"rounds.count": rounds, "rounds.priority": priority}
-        over = (*settings, *(f"{key}={value}" for key, value in short.items() if value is not None))
+        over = _overriding(settings, {"rounds.count": rounds, "rounds.priority": priority})
         job_config = load_config(JobConfig, config, over)  # what can be refused is refused before the task is loaded
         rule_kind(job_config.aggregation.rule)
         loaded = None if task is None else load_task(task)
@@ -103,6 +104,14 @@ def run(  # noqa: PLR0913 - one a flag
                     on_round=screen.on_round, on_waiting=partial(screen.tell_waiting, job), on_note=screen.line
                 )
                 result = watch(client, job, loaded, callbacks, out=out, patience=patience(screen.line))
+    _tell_end(output, job, result, out)
+    if _is_publishable(loaded):
+        output.line(f"publish it: edgefl models publish NAME --task {task} --job {job}")
+    output.result(result.as_json())
+
+
+def _tell_end(output: Output, job: str, result: RunResult, out: Path | None) -> None:
+    """Say how a job ended."""
     output.line(f"job {job} done in {result.seconds:.1f} s: {metrics_text(result.final) or 'no metrics'}")
     if result.stopped:
         output.line(f"stopped early: {result.stopped}")
@@ -110,9 +119,11 @@ def run(  # noqa: PLR0913 - one a flag
         output.line(result.last_evaluation.fault)
     if out is not None:
         output.line(f"model: {out}")
-    if _is_publishable(loaded):
-        output.line(f"publish it: edgefl models publish NAME --task {task} --job {job}")
-    output.result(result.as_json())
+
+
+def _overriding(settings: tuple[str, ...], short: Mapping[str, int | None]) -> list[str]:
+    """Return the settings, with those of the options that are short for one."""
+    return [*settings, *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 
 def _is_publishable(task: Task | None) -> bool:

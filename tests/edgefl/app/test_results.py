@@ -13,8 +13,10 @@ import pytest
 from docs.generate.commands import leaves
 from edgefl.app.cli import cli
 
-# Their results are those of `agent status`, `cloud status` and `local status`.
-RUN_UNTIL_STOPPED = {"edgefl agent start", "edgefl cloud start", "edgefl local hold"}
+# Their results are those of `agent status`, `cloud status`, `devices tree` and `local status`.
+RUN_UNTIL_STOPPED = {
+    "edgefl agent join", "edgefl agent start", "edgefl cloud start", "edgefl local hold", "edgefl region start",
+}  # fmt: skip
 
 
 def test_every_command_that_yields_a_result_writes_it_as_json() -> None:
