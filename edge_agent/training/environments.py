@@ -130,13 +130,13 @@ class Environments:
         try:
             async with asyncio.timeout(self._install_s):
                 await self._make(half, requirements)
-        except TimeoutError as cause:
+        except BaseException as cause:
+            shutil.rmtree(half, ignore_errors=True)
+            if not isinstance(cause, TimeoutError):
+                raise
             raise TaskError(
                 f"installing {' '.join(requirements)} took longer than {self._install_s:g} s; install it on the device"
             ) from cause
-        except BaseException:
-            shutil.rmtree(half, ignore_errors=True)
-            raise
         half.rename(folder)
         (folder / DONE).write_text("\n".join(requirements), encoding="utf-8")
         event(_log, logging.INFO, "environment.made", requirements=" ".join(requirements),

@@ -68,10 +68,11 @@ def test_pieces_of_any_size_give_the_bits_of_whole_tensors(
 
 
 def test_an_optimizer_of_rows_and_columns_steps_whole_tensors(caplog: pytest.LogCaptureFixture) -> None:
-    rounds = means(3, start())
-    wanted = run(make("Adafactor"), rounds, start(), large=False)
+    first = {name: array for name, array in start().items() if array.size}  # torch's Adafactor cannot step empty ones
+    rounds = means(3, first)
+    wanted = run(make("Adafactor"), rounds, first, large=False)
     caplog.set_level("INFO")
-    assert_same(run(make("Adafactor"), rounds, start(), large=True), wanted)
+    assert_same(run(make("Adafactor"), rounds, first, large=True), wanted)
     assert "server.step_by_tensors" in caplog.text
 
 
