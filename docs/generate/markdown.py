@@ -15,8 +15,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def prose(text: str) -> str:
-    """Return text of a comment or help message as Markdown: what looks like HTML outside of code is escaped."""
-    return _outside_code(_outside_code(text, "<", "&lt;"), "*", r"\*")
+    """Return a comment or a help message as Markdown: what looks like HTML or a link outside of code is escaped."""
+    for old, new in (("<", "&lt;"), ("*", r"\*"), ("] [", r"] \[")):
+        text = _outside_code(text, old, new)
+    return text
 
 
 def fenced(text: str, language: str) -> str:

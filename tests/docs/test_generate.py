@@ -65,4 +65,5 @@ def test_comments_by_hand() -> None:
 
 def test_text_cannot_break_a_page() -> None:
     assert prose("1<=x, `a < b`, *") == r"1&lt;=x, `a < b`, \*"
+    assert prose("a round. [default: last] [x>=1]") == r"a round. [default: last] \[x>=1]"  # would be a link
     assert table(("a",), [("x|y `a|b`",)]) == "| a |\n| --- |\n| x\\|y `a|b` |"
