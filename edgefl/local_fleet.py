@@ -142,7 +142,7 @@ class LocalFleet:
         self.broker: LoggedProcess | None = None
         self.agents: dict[str, LoggedProcess] = {}
         self.regions: dict[str, LoggedProcess] = {}
-        self._region_ports: dict[str, list[int]] = {}
+        self.region_ports: dict[str, list[int]] = {}  # gRPC, HTTPS, MQTT
 
     @property
     def ports(self) -> list[int]:
@@ -208,7 +208,7 @@ class LocalFleet:
 
     def url_of(self, region: str) -> str:
         """Return where a region serves; empty = the cloud."""
-        return f"https://127.0.0.1:{self._region_ports[region][1]}" if region else self.url
+        return f"https://127.0.0.1:{self.region_ports[region][1]}" if region else self.url
 
     def start_region(self, name: str, *options: str, parent: str = "") -> None:
         """Start a region below another one, or below the cloud, and wait until it serves and is connected.
@@ -216,11 +216,11 @@ class LocalFleet:
         It has the same home and ports as before if it was started before.
         """
         enrol: tuple[str | Path, ...] = ()
-        if name not in self._region_ports:
-            self._region_ports[name] = free_ports(3)
+        self.region_ports.setdefault(name, free_ports(3))
+        if not (self.folder / name / "region.json").exists():
             token = self.command("cloud", "token", "--home", self.home, "--role", "region").strip()
             enrol = ("--parent", self.url_of(parent), "--token", token, "--name", name)
-        grpc_port, http_port, mqtt_port = self._region_ports[name]
+        grpc_port, http_port, mqtt_port = self.region_ports[name]
         self.regions[name] = self.spawn(
             f"{name}.log", "region", "start", "--home", self.folder / name, "--grpc-port", grpc_port,
             "--http-port", http_port, "--mqtt-port", mqtt_port, *enrol, *options,

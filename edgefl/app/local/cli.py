@@ -11,7 +11,7 @@ from edgefl.operator.credentials import local_home
 from edgefl.process.home import home_in_use
 from edgefl.terminal.output import Output, example, json_option
 
-MAX_DEVICES = 32
+MAX_DEVICES, MAX_REGIONS = 32, 8
 NOT_RUNNING = 3  # exit status of `status`, as of `systemctl status`
 HOME = click.option(
     "--home",
@@ -32,13 +32,18 @@ def local() -> None:
 
 @local.command("start", epilog=example("edgefl local start", "edgefl local start --devices 5"))
 @click.option("--devices", default=3, show_default=True, type=click.IntRange(1, MAX_DEVICES), help="Number of devices.")
+@click.option("--regions", type=click.IntRange(0, MAX_REGIONS), help="Regions above the devices. [default: none]")
 @HOME
 @json_option
-def start_local(*, devices: int, home: Path, output: Output) -> None:
-    """Start the fleet in the background. Device i of N has the data options part=i and parts=N."""
+def start_local(*, devices: int, regions: int | None, home: Path, output: Output) -> None:
+    """Start the fleet in the background. Device i of N has the data options part=i and parts=N.
+
+    With --regions, device i is below region i modulo their number, and the regions are below the cloud.
+    """
     if not home_in_use(home):
-        output.line(f"start a cloud and {devices} devices")
-    tell(start(home, devices), output)
+        between = f"{regions} regions and " if regions else ""
+        output.line(f"start a cloud, {between}{devices} devices" if between else f"start a cloud and {devices} devices")
+    tell(start(home, devices, regions), output)
 
 
 @local.command(epilog=example("edgefl local status --json -"))
@@ -67,15 +72,21 @@ def stop_local(*, home: Path, output: Output) -> None:
 @local.command("hold", hidden=True)
 @click.option("--devices", required=True, type=click.IntRange(1, MAX_DEVICES))
 @click.option("--ready", required=True, type=int)
+@click.option("--regions", type=click.IntRange(0, MAX_REGIONS))
 @HOME
-def hold_local(*, devices: int, ready: int, home: Path) -> None:
+def hold_local(*, devices: int, ready: int, regions: int | None, home: Path) -> None:
     """Hold the fleet in this process."""
-    hold(home, devices, ready)
+    hold(home, devices, ready, regions)
 
 
 def tell(state: LocalState, output: Output) -> None:
     """Print where cloud and devices are."""
     output.line(f"cloud: {state.url}, credentials {state.credentials}")
+    for name, url in state.regions.items():
+        output.line(f"{name}: {url}")
     for name, url in state.devices.items():
         output.line(f"{name}: predictions at {url}")
-    output.result({"running": True, "url": state.url, "credentials": state.credentials, "devices": state.devices})
+    output.result(
+        {"running": True, "url": state.url, "credentials": state.credentials, "devices": state.devices,
+         "regions": state.regions}
+    )  # fmt: skip

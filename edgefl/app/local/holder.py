@@ -16,11 +16,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from edgefl.errors import ConfigError, EdgeflError, HomeError, ProcessFailed
-from edgefl.local_fleet import LocalFleet
+from edgefl.local_fleet import LocalFleet, free_ports
 from edgefl.process.home import home_holder, lock_home, replace_file
 from edgefl.terminal.interrupt import ended_by_sigterm
 
@@ -39,6 +39,7 @@ class LocalState:
     url: str  # of the cloud
     credentials: str  # path of the operator.json
     devices: dict[str, str]  # name -> the URL that serves its predictions
+    regions: dict[str, str] = field(default_factory=dict)  # name -> its URL
 
 
 def running(home: Path) -> LocalState | None:
@@ -51,21 +52,24 @@ def running(home: Path) -> LocalState | None:
         return None
 
 
-def start(home: Path, devices: int) -> LocalState:
+def start(home: Path, devices: int, regions: int | None = None) -> LocalState:
     """Start a fleet in the background and wait until its devices are online; one that runs is returned as it is.
 
-    Raises ConfigError if another number of devices runs, ProcessFailed if the fleet cannot be started.
+    `regions`: how many regions are between the cloud and the devices, which take turns; None = as before, or none.
+    Raises ConfigError if another number of devices or regions runs, ProcessFailed if the fleet cannot be started.
     """
     if (found := running(home)) is not None:
-        if len(found.devices) != devices:
-            raise ConfigError(
-                f"a local fleet of {len(found.devices)} devices is running already, asked for: {devices}. "
-                "End it with `edgefl local stop`, or ask for as many"
-            )
+        for what, asked, there in (("devices", devices, found.devices), ("regions", regions, found.regions)):
+            if asked is not None and len(there) != asked:
+                raise ConfigError(
+                    f"a local fleet of {len(there)} {what} is running already, asked for: {asked}. "
+                    "End it with `edgefl local stop`, or ask for as many"
+                )
         return found
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     reading, writing = os.pipe()
     command = [sys.executable, "-P", "-m", "edgefl", "local", "hold", "--home", str(home), "--devices", str(devices)]
+    command += [] if regions is None else ["--regions", str(regions)]
     with (home / "local.log").open("ab") as log:
         holder = subprocess.Popen(
             [*command, "--ready", str(writing)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(writing,),
@@ -101,7 +105,7 @@ def stop(home: Path) -> bool:
     return True
 
 
-def hold(home: Path, devices: int, ready: int) -> None:
+def hold(home: Path, devices: int, ready: int, regions: int | None = None) -> None:
     """Run the fleet until SIGTERM; `ready` is a pipe for the word that it serves, or for what went wrong."""
     with os.fdopen(ready, "w", encoding="utf-8") as pipe:
         try:
@@ -113,7 +117,7 @@ def hold(home: Path, devices: int, ready: int) -> None:
         with lock, contextlib.suppress(KeyboardInterrupt), ended_by_sigterm(), LocalFleet(home) as fleet:
             state.unlink(missing_ok=True)
             try:
-                _start_all(home, fleet, devices)
+                _start_all(home, fleet, devices, regions)
             except EdgeflError as error:
                 pipe.write(str(error))
                 return
@@ -126,20 +130,24 @@ def hold(home: Path, devices: int, ready: int) -> None:
                 state.unlink(missing_ok=True)
 
 
-def _start_all(home: Path, fleet: LocalFleet, devices: int) -> None:
+def _start_all(home: Path, fleet: LocalFleet, devices: int, asked: int | None) -> None:
     _take_ports(home, fleet)
+    regions = _take_regions(home, fleet, asked)
     fleet.start()
+    for region in regions:
+        fleet.start_region(region)
     names = [f"local-{number}" for number in range(devices)]
     for number, name in enumerate(names):
         if not (home / name / "home.json").exists():
-            fleet.enroll(name)
+            fleet.enroll(name, region=regions[number % len(regions)] if regions else "")
         data = ("--data", f"part={number}", "--data", f"parts={devices}")
         port = _free_or_any(FIRST_SERVING_PORT + number)
         fleet.start_agent(name, *data, "--serve-port", str(port), env=ONE_THREAD)
     for name in names:
         fleet.agents[name].wait_for("mqtt.up")
     urls = {name: (home / name / "serving").read_text(encoding="ascii").strip() for name in names}
-    state = LocalState(url=fleet.url, credentials=str(fleet.credentials), devices=urls)
+    where = {region: fleet.url_of(region) for region in regions}
+    state = LocalState(url=fleet.url, credentials=str(fleet.credentials), devices=urls, regions=where)
     replace_file(home / _STATE, json.dumps(asdict(state)).encode())
 
 
@@ -150,6 +158,23 @@ def _take_ports(home: Path, fleet: LocalFleet) -> None:
         fleet.use_ports(json.loads(file.read_text(encoding="utf-8")))
         return
     replace_file(file, json.dumps(fleet.ports).encode())
+
+
+def _take_regions(home: Path, fleet: LocalFleet, asked: int | None) -> list[str]:
+    """Return the names of the regions; those of the first start, with their ports, because devices know them."""
+    file = home / "regions.json"
+    if file.exists():
+        fleet.region_ports = json.loads(file.read_text(encoding="utf-8"))
+        if asked is not None and asked != len(fleet.region_ports):
+            raise ConfigError(
+                f"the local fleet in {home} has {len(fleet.region_ports)} regions, asked for: {asked}. Its devices are "
+                "enrolled there; take another --home"
+            )
+        return sorted(fleet.region_ports)
+    regions = [f"region-{number}" for number in range(asked or 0)]
+    fleet.region_ports = {region: free_ports(3) for region in regions}
+    replace_file(file, json.dumps(fleet.region_ports).encode())
+    return regions
 
 
 def _free_or_any(port: int) -> int:

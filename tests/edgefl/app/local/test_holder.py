@@ -9,6 +9,9 @@ import sys
 import psutil
 import pytest
 
+from edgefl.app.local.holder import _take_regions
+from edgefl.errors import ConfigError
+from edgefl.local_fleet import LocalFleet
 from edgefl.process.home import home_holder
 
 
@@ -65,3 +68,12 @@ def test_a_fleet_that_cannot_start_says_why(edgefl):
     (edgefl.home / "cloud").write_text("a file")
     assert "cloud" in edgefl("local", "start", "--devices", "1", status=1)
     assert home_holder(edgefl.home) is None
+
+
+def test_the_regions_of_a_home_are_those_of_its_first_start(tmp_path):
+    first, again = LocalFleet(tmp_path / "one"), LocalFleet(tmp_path / "two")
+    assert _take_regions(tmp_path, first, 2) == ["region-0", "region-1"]
+    assert _take_regions(tmp_path, again, None) == ["region-0", "region-1"]
+    assert again.region_ports == first.region_ports
+    with pytest.raises(ConfigError, match=r"has 2 regions, asked for: 3\. Its devices are enrolled there"):
+        _take_regions(tmp_path, again, 3)
