@@ -76,6 +76,10 @@ class Environments:
                 self._failed[name] = reason, time.monotonic()
                 result.set_exception(TaskError(reason))
                 result.exception()  # retrieved, also if nobody waits any more
+            except BaseException as error:  # a bug, or the agent ends: nobody may wait for ever
+                result.set_exception(TaskError(f"the install was cut short: {error!r}"))
+                result.exception()
+                raise
             else:
                 result.set_result(folder)
             finally:

@@ -190,6 +190,13 @@ def test_an_install_has_a_deadline(tmp_path, index):
     assert list((tmp_path / "environments").iterdir()) == []
 
 
+def test_nobody_waits_for_an_install_that_a_bug_has_ended(tmp_path, index, monkeypatch):
+    index("ours_words", "1.2")
+    monkeypatch.setattr(environments, "own_closure", lambda _extras: {}["a bug"])
+    with pytest.raises(TaskError, match=r"the install was cut short: KeyError\('a bug'\)"):
+        get(tmp_path, archive(tmp_path, "ours-words"))
+
+
 def test_a_full_disk_is_told_before_anything_is_installed(tmp_path, index, monkeypatch):
     monkeypatch.setattr(environments, "SPACE_BYTES", 1 << 60)
     with pytest.raises((DiskFull, TaskError), match=r"an environment with ours-words.* of disk space"):
