@@ -54,6 +54,7 @@ class Listener:
         self._connections = connections
         self._make_protocol = make_protocol
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._ungreeted: set[socket.socket] = set()  # their tasks have not begun, and never will if cancelled before
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -83,6 +84,8 @@ class Listener:
         if self._port.socket.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._port.socket)  # before its descriptor number can be reused
             self._port.socket.close()
+        while self._ungreeted:
+            self._ungreeted.pop().close()
 
     async def wait_closed(self) -> None:
         """Wait until its tasks have ended."""
@@ -100,10 +103,13 @@ class Listener:
                 await asyncio.sleep(NO_DESCRIPTOR_S)
 
     async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, address = await loop.sock_accept(self._port.socket)
+                # Not `loop.sock_accept`: cancelled in the wrong moment, it loses the socket that it has accepted.
+                connection, address = self._port.socket.accept()
+            except BlockingIOError:
+                await self._readable()
+                continue
             except OSError as fault:
                 if fault.errno in _BROKEN:
                     raise
@@ -114,12 +120,25 @@ class Listener:
                 self._connections.evict()
                 await asyncio.sleep(NO_DESCRIPTOR_S)
                 continue
+            connection.setblocking(False)  # noqa: FBT003 - the socket's own way
             self._take(connection, str(address[0]))
-            await asyncio.sleep(0)  # `sock_accept` does not yield while connections are queued
+            await asyncio.sleep(0)  # nothing above yields while connections are queued
             for _ in range(CROWDED_TURNS):  # the next one waits in the kernel's queue instead of being refused
                 if not self._connections.is_crowded:
                     break
                 await asyncio.sleep(CROWDED_S)
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        seen: asyncio.Future[None] = loop.create_future()
+
+        def note() -> None:
+            loop.remove_reader(self._port.socket)
+            if not seen.done():
+                seen.set_result(None)
+
+        loop.add_reader(self._port.socket, note)
+        await seen
 
     def _take(self, connection: socket.socket, address: str) -> None:
         place = self._connections.add(source_of(address), _shutting_down(connection))
@@ -130,11 +149,13 @@ class Listener:
         with contextlib.suppress(OSError):  # it is already gone
             # asyncio does so only if the listening socket was created with its protocol number.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._ungreeted.add(connection)
         task = asyncio.create_task(self._greet(connection, place), name=f"handshake-{self._port.name}")
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
 
     async def _greet(self, connection: socket.socket, place: Connection) -> None:
+        self._ungreeted.discard(connection)
         tls = {} if self._port.context is None else {
             "ssl_handshake_timeout": self._connections.limits.waiting_s, "ssl_shutdown_timeout": TLS_GOODBYE_S,
         }  # fmt: skip

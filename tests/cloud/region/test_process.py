@@ -50,7 +50,7 @@ def test_a_region_starts_says_how_it_is_and_stops(tmp_path):
         assert fleet.regions["north"].stop() == 0  # also without its parent
         again = fleet.spawn("north-2.log", "region", "start", "--home", tmp_path / "north",
                             *(f"--{kind}-port={port}" for kind, port in zip(("grpc", "http", "mqtt"),
-                                                                            fleet._region_ports["north"],
+                                                                            fleet.region_ports["north"],
                                                                             strict=True)))  # fmt: skip
         fleet.regions["north-2"] = again
         again.wait_for("region.ready")

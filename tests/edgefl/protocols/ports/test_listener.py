@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import socket
 import ssl
@@ -99,6 +100,24 @@ async def _all_but(tasks, few):
     while len(pending) > few:
         _, pending = await asyncio.wait(pending, timeout=30, return_when=asyncio.FIRST_COMPLETED)
     return set(tasks) - pending, pending
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_no_connection_is_left_open_whenever_it_closes(turns):
+    async def main():
+        async with listening() as (port, _):
+            client = socket.create_connection(("127.0.0.1", port))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        with client:
+            client.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(1) == b""
+
+    asyncio.run(main())
+    gc.collect()  # a socket that nobody closed warns when it is collected
 
 
 def test_a_handshake_has_a_deadline(contexts):
