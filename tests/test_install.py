@@ -18,8 +18,6 @@ from edgefl.protocols import tls
 from edgefl.terminal import extras
 from tests.environments import LOCK, ROOT, Environment
 
-pytestmark = [pytest.mark.soak]
-
 EXTRAS = tuple(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
 DIGITS, APP = str(ROOT / "examples" / "digits"), str(ROOT / "examples" / "flower-app")
 HOME = ("--home", "home")
@@ -30,6 +28,7 @@ COMMANDS = {
     "agent doctor": (HOME, "agent"),
     "agent enroll": ((*HOME, *NOWHERE, "--token", "t", "--name", "n"), "agent"),
     "agent install": (("--dry-run", *HOME), "agent"),
+    "agent join": (("--site-rendezvous", "127.0.0.1:1", "--site-machines", "2"), "agent,train"),
     "agent start": (HOME, "agent"),
     "agent status": (HOME, "agent"),
     "agent uninstall": (("--dry-run",), "agent"),
@@ -49,7 +48,9 @@ COMMANDS = {
     "jobs compare": (("j", "k", *NOWHERE), ""),
     "jobs list": (NOWHERE, ""),
     "jobs logs": (("j", *NOWHERE), ""),
+    "jobs pause": (("j", *NOWHERE), ""),
     "jobs plot": (("j", *NOWHERE), "sim"),
+    "jobs resume": (("j", *NOWHERE), ""),
     "jobs show": (("j", *NOWHERE), ""),
     "jobs watch": (("j", *NOWHERE), ""),
     "local hold": (("--devices", "1", "--ready", "1"), "agent,cloud"),
@@ -103,6 +104,7 @@ def test_every_command_stands_in_the_table() -> None:
     assert set(leaves(cli)) == COMMANDS.keys()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_pip_resolves_each_extra_by_its_ranges(extra: str) -> None:
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", f"{ROOT}[{extra}]"]
@@ -110,6 +112,7 @@ def test_pip_resolves_each_extra_by_its_ranges(extra: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("first", EXTRAS)
 def test_any_extra_can_follow_any_other_in_one_environment(
     first: str, wheel: Path, environment: Callable[[], Environment]
@@ -123,6 +126,7 @@ def test_any_extra_can_follow_any_other_in_one_environment(
             one.check()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("extra", ["", *(extra for extra in EXTRAS if extra not in {"bench", "dev"})])
 def test_a_command_that_lacks_an_extra_names_it(
     extra: str, wheel: Path, environment: Callable[[], Environment], tmp_path: Path

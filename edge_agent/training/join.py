@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -49,6 +50,8 @@ def join(site_rendezvous: str, site_machines: int, processes: str, data: Sequenc
     set_up_logging()
     endpoint(site_rendezvous)
     require_machines(site_machines)
+    if find_spec("torch") is None:  # a worker would only say so when the agent's machine trains
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
     with tempfile.TemporaryDirectory(prefix="edgefl-site-") as folder:
         settings = SiteSettings(
             folder=folder, processes=_number(processes), rendezvous=site_rendezvous, machines=site_machines,
