@@ -293,7 +293,8 @@ class FleetService:
         """Return the state; but while the cloud is stopping, STALE would be wrong, because rounds will be resumed."""
         if state.status == pb.UploadState.STALE and not self._deps.is_over(key.job, key.round):
             await context.abort(  # the device keeps its update, and sends it when it is asked here
-                grpc.StatusCode.FAILED_PRECONDITION, "this region has not been asked for this round yet"
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "this region has not been asked for the device's part in this round yet",
             )
         if state.status == pb.UploadState.STALE and self._deps.rounds.stopping:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds continue later")
@@ -345,6 +346,8 @@ class FleetService:
         opened = self._deps.rounds.get(key.job, key.round)
         if opened is None:
             return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
+        if device not in opened.asked and not self._deps.is_over(key.job, key.round):
+            return None, _state("STALE")  # of a region, which may be asked for this device yet
         if device not in opened.asked:
             return None, _state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
         if opened.has_answered(device):

@@ -211,6 +211,23 @@ async def answered(step: Awaitable[_T]) -> _T:
         raise ParentLeft("the device connects to another parent") from None
 
 
+async def connected(call: Any) -> None:
+    """Wait until a call, whose requests are written one by one, has a connection; raises what ends it before.
+
+    gRPC's own wait, also that of the first `write`, would go on for ever if the call is cancelled meanwhile.
+    """
+    waiting = asyncio.ensure_future(call.wait_for_connection())
+    call.add_done_callback(lambda _call: waiting.cancel())
+    try:
+        await asyncio.wait((waiting,))
+        if waiting.cancelled():
+            await answered(call)
+        else:
+            waiting.result()
+    finally:
+        waiting.cancel()
+
+
 async def _close_after(channel: grpc.aio.Channel, calls: Iterable[Any]) -> None:
     """Close a channel when its calls are done or after TRANSFER_S; immediately if this is cancelled.
 

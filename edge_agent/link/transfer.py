@@ -19,7 +19,7 @@ import grpc
 from blake3 import blake3
 
 from edge_agent.disk import space_for
-from edge_agent.link.channel import CloudChannel, answered
+from edge_agent.link.channel import CloudChannel, answered, connected
 from edge_agent.store import Outgoing
 from edgefl.errors import CloudUnreachable, ManifestRejected, ParentLeft
 from edgefl.protocols import fleet_pb2 as pb
@@ -140,6 +140,8 @@ class _OutgoingUpdate(_Progress):
     async def _send(self, start: int) -> pb.UploadState:
         call = self._channel.upload()
         try:
+            async with asyncio.timeout(STALL_S):
+                await connected(call)
             await self._write(call, start)
             async with asyncio.timeout(STALL_S):
                 state: pb.UploadState = await answered(call)

@@ -179,6 +179,17 @@ def test_another_round_is_stale_and_another_cohort_is_refused(plane):
     assert not plane.round.has_answered("b")
 
 
+def test_a_region_does_not_refuse_the_update_of_a_device_that_it_may_be_asked_for_yet(plane):
+    """The device moved here during the round: it keeps its update, instead of training again."""
+    plane.is_region = True
+    stub, data = plane.stub("c"), update_bytes()
+    with pytest.raises(grpc.RpcError, match="has not been asked for the device's part in this round yet") as refused:
+        plane.upload(stub, data)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    plane.round.join(["c"])
+    assert plane.upload(stub, data).status == Status.STORED
+
+
 def test_a_failure_is_an_answer_with_its_reason(plane):
     key = pb.UpdateKey(job=plane.job, round=1)
     plane.stub("b").Fail(pb.FailureReport(key=key, reason="task raised ValueError"), timeout=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import os
 
@@ -202,6 +203,26 @@ def test_a_restart_of_the_cloud_in_mid_download(fleet, over_channel, tmp_path):
 
     over_channel(run)
     assert (tmp_path / "blob").read_bytes() == data
+
+
+def test_an_upload_that_waits_for_a_dead_parent_goes_to_the_next_one_at_once(fleet, home, tmp_path, free_port):
+    """gRPC's own wait for a connection does not end with its call."""
+    there, update = load_profile(home), update_of(tmp_path, 3000)
+    dead = dataclasses.replace(there, grpc=f"127.0.0.1:{free_port}")
+
+    async def run():
+        channel = CloudChannel(dead, home)
+        try:
+            sending = asyncio.create_task(upload(channel, update, resume=False))
+            await asyncio.sleep(0.1)  # it waits
+            await channel.switch(there)
+            async with asyncio.timeout(transfer.STALL_S / 2):
+                return await sending
+        finally:
+            await channel.close()
+
+    assert asyncio.run(run()).status == pb.UploadState.STORED
+    assert fleet.updates["j", 1][1] == update.path.read_bytes()
 
 
 def test_a_status_of_a_newer_cloud_is_no_end_of_the_agent(fleet, over_channel, tmp_path):
