@@ -61,6 +61,7 @@ COMMANDS = {
     "models publish": (("m", "--task", DIGITS, "--parameters", "none.safetensors", *NOWHERE), "train,examples"),
     "models show": (("m", *NOWHERE), ""),
     "new": (("a_task",), ""),
+    "offload cuts": (("m", *NOWHERE), "train"),
     "region start": (HOME, "cloud"),
     "rollout start": (("m", *NOWHERE), ""),
     "rollout status": (NOWHERE, ""),

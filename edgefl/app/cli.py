@@ -26,6 +26,7 @@ OWN: Mapping[str, str] = {
     "local": "edgefl.app.local.cli:local",
     "models": "edgefl.app.commands.models:models",
     "new": "edgefl.app.commands.new:new",
+    "offload": "edgefl.app.offload.cli:offload",
     "rollout": "edgefl.app.commands.models:rollout",
     "run": "edgefl.app.commands.run:run",
     "simulate": "edgefl.app.commands.simulate:simulate",

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from edgefl.errors import ProtocolError
+from edgefl.errors import ConfigError, ProtocolError
 from edgefl.models.tensors import NUMPY_TYPES, TensorInfo, listed
 from edgefl.trees import Array, Tree, encoded_bytes, read_tree, write_tree
 
@@ -101,6 +101,24 @@ def read_sample(path: Path, who: str) -> Sample:
     if not cases or any(math.isnan(one) for one in allowed.values()):
         raise ProtocolError(f"the sample of {who} has {len(cases)} cases and allows {allowed}. Publish the model again")
     return Sample(tuple(cases[number] for number in sorted(cases)), allowed)
+
+
+def read_npz(path: Path, flag: str = "--sample") -> Tree:
+    """Return the arrays of an .npz file by name; raises ConfigError for anything else."""
+    import zipfile
+
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise ConfigError(f"{flag} {path} holds one array without a name; make it with numpy.savez")
+        with found as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as cause:
+        if isinstance(cause, ConfigError):
+            raise
+        raise ConfigError(
+            f"{flag} {path} is not an .npz file of arrays: {cause}. Make it with numpy.savez(FILE, INPUT=array, ...)"
+        ) from cause
 
 
 def check_inputs(who: str, inputs: Tree, infos: Sequence[TensorInfo]) -> None:

@@ -209,6 +209,7 @@ def publish_onnx(
     own; `measured` has a task measure them.
     """
     from edgefl.models.packing import packed
+    from edgefl.models.sample import read_npz
 
     with tempfile.TemporaryDirectory(prefix="edgefl-onnx-") as name:
         folder = Path(name)
@@ -216,26 +217,6 @@ def publish_onnx(
         accepted = _accepted(file, folder, [] if sample is None else [read_npz(sample)])
         exported = Exported(path=file, metrics=metrics or {}, accepted=accepted)
         return publish(client, model, exported, new_signature=new_signature)
-
-
-def read_npz(path: Path) -> Tree:
-    """Return the arrays of an .npz file by name; raises ConfigError for anything else."""
-    import zipfile
-
-    import numpy as np
-
-    try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            raise ConfigError(f"--sample {path} holds one array without a name; make it with numpy.savez")
-        with found as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as cause:
-        if isinstance(cause, ConfigError):
-            raise
-        raise ConfigError(
-            f"--sample {path} is not an .npz file of arrays: {cause}. Make it with numpy.savez(FILE, INPUT=array, ...)"
-        ) from cause
 
 
 def parse_metrics(texts: Sequence[str]) -> dict[str, float]:

@@ -24,6 +24,7 @@ OF_COMMANDS: Mapping[str, str] = {
     "cloud": "cloud",
     "demo": "agent,train,cloud,examples",
     "local": "agent,cloud",
+    "offload": "train",
     "region": "cloud",
 }
 # Import name -> the extras that provide it, the smallest first.

@@ -43,6 +43,12 @@ BEFORE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
         "edgefl models publish digits --onnx": ("python make_onnx.py",),
     },
+    "offload.md": {
+        "": (
+            "edgefl local start --devices 1",
+            "edgefl simulate examples/digits --clients 2 --rounds 2 --out digits.safetensors --publish digits",
+        ),
+    },
     "flower.md": {"edgefl run examples/flower-app": ("edgefl local start --devices 2",)},
     "examples/digits/README.md": {
         "edgefl agent start --home device0": (*_CLOUD, *_device("device0", "d0", 0, 3)[:2]),

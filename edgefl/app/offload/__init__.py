@@ -1,0 +1,1 @@
+"""`edgefl offload`: its commands, and the work of a plan."""

@@ -1,0 +1,75 @@
+"""What is split: an ONNX file with its sample, from a file, a task or a release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgefl.errors import ConfigError, ProtocolError
+from edgefl.models.made_inputs import in_batches
+from edgefl.models.sample import Sample, check_inputs, read_npz
+from edgefl.models.trial import Trial, make_sample, open_trial
+from edgefl.trees import Tree
+
+if TYPE_CHECKING:
+    from edgefl.task import Task
+
+SAMPLE_WITHIN_S = 60.0  # for inputs made from the declared types and shapes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """A model to split."""
+
+    who: str  # in messages: a file's name, a task's, or `digits version 3`
+    path: Path
+    sample: Sample
+    task: Task | None = None
+
+    @property
+    def feeds(self) -> Tree:
+        """The smallest inputs of the sample, usually one row."""
+        return self.sample.cases[0].inputs
+
+    @property
+    def cases(self) -> list[Tree]:
+        """The inputs of all cases."""
+        return [case.inputs for case in self.sample.cases]
+
+
+def source_of_file(path: Path, given: Path | None = None, *, who: str = "", task: Task | None = None,
+                   cases: Sequence[Tree] = ()) -> ModelSource:  # fmt: skip
+    """Return an ONNX file with a sample: of an .npz file, of given cases, or made from its types and shapes.
+
+    Raises ConfigError for a file that is no model, or does not run on the sample.
+    """
+    who = who or path.name
+    try:
+        trial = open_trial(who, path)
+        inputs = list(cases) if given is None else _cases(trial, read_npz(given))
+        sample, _notes = make_sample(trial, inputs, SAMPLE_WITHIN_S)
+    except ProtocolError as cause:
+        raise ConfigError(str(cause)) from cause
+    return ModelSource(who=who, path=path, sample=sample, task=task)
+
+
+def source_of_task(task: Task, folder: Path, parameters: Path | None = None) -> ModelSource:
+    """Export a task's model, with the parameters of a file or the initial ones; raises as `export_task` does."""
+    from edgefl.models.export import export_task
+    from edgefl.training import initial_parameters
+    from edgefl.trees import SpooledTree
+
+    path = folder / "model.onnx"
+    try:
+        tree = initial_parameters(task) if parameters is None else SpooledTree(parameters)
+    except (OSError, ProtocolError) as cause:
+        raise ConfigError(f"{parameters} does not hold parameters in safetensors format: {cause}") from cause
+    return source_of_file(path, who=task.name, task=task, cases=export_task(task, tree, path))
+
+
+def _cases(trial: Trial, inputs: Tree) -> list[Tree]:
+    """Return the first rows of a file's inputs, in small batches: a sample may have thousands of rows."""
+    check_inputs(trial.who, inputs, trial.inputs)
+    return in_batches(inputs, trial.inputs) or [inputs]
