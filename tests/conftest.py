@@ -46,6 +46,7 @@ from edgefl.protocols.messages import Deliver, DeviceState, LogWanted, RoundClos
 from edgefl.protocols.mqtt import LinkConfig, Will
 from edgefl.protocols.tls import Identity
 from edgefl.testing import ManualClock
+from tests.outside import alive, children_of, eventually, until  # noqa: F401 - fixtures
 from tests.threaded import Broker, Link
 
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")

@@ -13,9 +13,9 @@ import asyncio
 import os
 from pathlib import Path
 
-from edge_agent.children import Child, die_with_parent, limit_own_memory
 from edge_agent.sessions import load
 from edgefl.errors import EdgeflError, ProtocolError
+from edgefl.process.children import Child, die_with_parent, limit_own_memory
 
 MAX_REASON_BYTES = 4000
 _NICENESS = 5  # the serving process has priority

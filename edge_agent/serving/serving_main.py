@@ -20,7 +20,6 @@ import sys
 import threading
 from pathlib import Path
 
-from edge_agent.children import die_with_parent, limit_own_memory
 from edge_agent.serving import wire
 from edge_agent.serving.access import server_contexts
 from edge_agent.serving.api import Serving
@@ -28,6 +27,7 @@ from edge_agent.serving.board import Board
 from edge_agent.sessions import LoadedModel, Models, load
 from edgefl.errors import EdgeflError, ProtocolError
 from edgefl.logs import set_up_logging
+from edgefl.process.children import die_with_parent, limit_own_memory
 
 
 class ServingProcess:

@@ -21,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_agent.children import Child
 from edge_agent.releases.trial import try_model
 from edge_agent.serving import wire
 from edge_agent.serving.board import Board, new_descriptor
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
+from edgefl.process.children import Child
 
 START_S = 60.0  # for a child to start; on a slow device the imports take seconds
 STOP_S = 7.0  # for requests in progress

@@ -13,9 +13,9 @@ import os
 import sys
 from collections.abc import Mapping
 
-from edge_agent.children import die_with_parent
 from edge_agent.training.site import INCOMPLETE, SiteSettings
 from edge_agent.training.site_network import interface_of
+from edgefl.process.children import die_with_parent
 
 MAX_RESTARTS = 10  # then this process ends; for a request, the trainer counts
 JOIN_S = 60  # time limit for all machines to come

@@ -18,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edge_agent.children import die_with_parent
 from edge_agent.training import trainer_wire as wire
 from edge_agent.training.site import SiteSettings, connect
 from edge_agent.training.trainer_main import (
@@ -33,6 +32,7 @@ from edge_agent.training.trainer_main import (
 )
 from edgefl.bundle import load_bundle, unpack_bundle
 from edgefl.errors import EdgeflError, TaskError
+from edgefl.process.children import die_with_parent
 from edgefl.task import FitResult, Task
 from edgefl.training.parallel.together import Assigned, train_together
 from edgefl.training.parallel.workers import TrainingGroup

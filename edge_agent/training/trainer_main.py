@@ -30,13 +30,13 @@ from types import FrameType
 
 from blake3 import blake3
 
-from edge_agent.children import die_with_parent
 from edge_agent.training import trainer_wire as wire
 from edge_agent.training.site import Site, is_shared
 from edgefl.bundle import load_bundle, unpack_bundle
 from edgefl.errors import EdgeflError, TaskError, out_of_memory
 from edgefl.guards import not_finite, wrong_metrics, wrong_spec, wrong_weight
 from edgefl.hashing import HashingFile
+from edgefl.process.children import die_with_parent
 from edgefl.protocols.fields import MAX_PROSE_CHARS
 from edgefl.records import DeviceEvaluation, Update
 from edgefl.task import FitResult, Task

@@ -1,4 +1,4 @@
-"""Child processes of the agent: start them, notice when they end, and end them with the agent.
+"""Child processes that run a Python module: start them, notice when they end, and end them with their parent.
 
 The child calls `die_with_parent` and `limit_own_memory` first of all.
 Invariant: `Child.ended` is set once, after the process is reaped, whatever ended it.
@@ -20,7 +20,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _STDERR = 2
 _REAP_S = 5.0
-OOM_SCORE = 500  # of 1000: the kernel kills this process before the agent
+OOM_SCORE = 500  # of 1000: the kernel kills this process before its parent
 
 
 class Child:
@@ -33,7 +33,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=_STDERR,
             pass_fds=tuple(descriptors),
-            start_new_session=True,  # Ctrl-C goes to the agent only; the agent stops its children in order
+            start_new_session=True,  # Ctrl-C goes to the parent only, which stops its children in order
         )
         self.pid = self._process.pid
         self.ended = asyncio.Event()
@@ -87,7 +87,7 @@ def die_with_parent() -> None:
 
 
 def limit_own_memory(limit_mb: int) -> None:
-    """Limit this process's data size (0 = no limit), and let the kernel's OOM killer prefer it to the agent."""
+    """Limit this process's data size (0 = no limit), and let the kernel's OOM killer prefer it to the parent."""
     with contextlib.suppress(OSError):  # a container may forbid it
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
     if limit_mb:

@@ -10,11 +10,11 @@ import textwrap
 
 import pytest
 
-from edge_agent.children import Child
+from edgefl.process.children import Child
 
 WAITS = """
     import sys, time
-    from edge_agent.children import die_with_parent
+    from edgefl.process.children import die_with_parent
     die_with_parent()
     print("there", flush=True, file=open(sys.argv[1], "w"))
     time.sleep(600)
@@ -72,7 +72,7 @@ def test_it_ends_with_its_parent_whatever_ends_that(module, tmp_path, eventually
     name = module(WAITS)
     parent = f"""
         import asyncio
-        from edge_agent.children import Child
+        from edgefl.process.children import Child
         async def run():
             print(Child({name!r}, {str(tmp_path / "there")!r}).pid, flush=True)
             await asyncio.Event().wait()
@@ -89,7 +89,7 @@ def test_it_ends_with_its_parent_whatever_ends_that(module, tmp_path, eventually
 
 def test_its_memory_is_bounded_and_its_own_fault(module, tmp_path):
     code = f"""
-        from edge_agent.children import limit_own_memory
+        from edgefl.process.children import limit_own_memory
         limit_own_memory(200)
         try:
             bytearray(400 << 20)

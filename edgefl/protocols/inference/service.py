@@ -1,0 +1,77 @@
+"""The gRPC service of the Open Inference Protocol: its methods, a client's stub and a server's handler.
+
+Requests and responses of inference stay bytes in the stub and the handler if the caller wants to encode them itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from edgefl.protocols.inference import open_inference_grpc_pb2 as pb
+
+SERVICE = "inference.GRPCInferenceService"  # also Triton's and KServe's
+REQUEST_DIGEST = "release_digest"  # parameter of a request: the SHA-256 of the model file that it is for, in hex
+REQUEST_TIMEOUT = "timeout"  # parameter of a request: microseconds that it may take, as in Triton
+STREAM_STATUS = "status"  # parameter of an error on a stream: the name of a gRPC status code
+
+_UNARY: Mapping[str, tuple[Any, Any]] = {
+    "ServerLive": (pb.ServerLiveRequest, pb.ServerLiveResponse),
+    "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse),
+    "ServerMetadata": (pb.ServerMetadataRequest, pb.ServerMetadataResponse),
+    "ModelReady": (pb.ModelReadyRequest, pb.ModelReadyResponse),
+    "ModelMetadata": (pb.ModelMetadataRequest, pb.ModelMetadataResponse),
+    "ModelInfer": (pb.ModelInferRequest, pb.ModelInferResponse),
+}
+_STREAM = "ModelStreamInfer"
+
+
+class InferenceStub:
+    """A client's methods on a channel, of `grpc` or `grpc.aio`, as generated stubs have them."""
+
+    def __init__(self, channel: Any) -> None:
+        for name, (request, response) in _UNARY.items():
+            call = channel.unary_unary(
+                f"/{SERVICE}/{name}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=response.FromString,
+            )
+            setattr(self, name, call)
+        stream = channel.stream_stream(
+            f"/{SERVICE}/{_STREAM}",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+        setattr(self, _STREAM, stream)
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: the methods are set above
+        raise AttributeError(f"the service {SERVICE} has no method {name!r}; it has: {', '.join((*_UNARY, _STREAM))}")
+
+
+class InferenceServicer(Protocol):
+    """What a server of the protocol implements, besides the six unary methods by their names.
+
+    ModelInfer and ModelStreamInfer read their requests by `context.read()`, when they are ready for them: until then
+    a request waits in the client, or in the flow control's window.
+    """
+
+    async def ModelInfer(self, requests: Any, context: Any) -> Any: ...  # noqa: N802 - gRPC's name
+
+    async def ModelStreamInfer(self, requests: Any, context: Any) -> None: ...  # noqa: N802
+
+
+def inference_handler(servicer: InferenceServicer, wrap: Any = lambda method: method) -> Any:
+    """Return the `grpc.GenericRpcHandler` of a servicer of `grpc.aio`; `wrap` is applied to each method."""
+    import grpc
+
+    methods: dict[str, Any] = {}
+    for name, (request, response) in _UNARY.items():
+        # A server may declare a unary method as a stream of requests: on the wire they are the same.
+        make = grpc.stream_unary_rpc_method_handler if name == "ModelInfer" else grpc.unary_unary_rpc_method_handler
+        methods[name] = make(wrap(getattr(servicer, name)), request.FromString, response.SerializeToString)
+    methods[_STREAM] = grpc.stream_stream_rpc_method_handler(
+        wrap(servicer.ModelStreamInfer),
+        pb.ModelInferRequest.FromString,
+        pb.ModelStreamInferResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(SERVICE, methods)
