@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cloud.stages.cli import stages
 from edgefl.terminal.output import Output, example, json_option, time_text
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ HOME = click.option(
 @click.group()
 def cloud() -> None:
     """Run the cloud of a fleet."""
+
+
+cloud.add_command(stages)
 
 
 @cloud.command(

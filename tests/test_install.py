@@ -34,6 +34,7 @@ COMMANDS = {
     "agent uninstall": (("--dry-run",), "agent"),
     "cloud broker-config": (HOME, "cloud"),
     "cloud start": ((*HOME, "--grpc-port", "0"), "cloud"),
+    "cloud stages": (("m", *HOME), "cloud,stages"),
     "cloud status": (HOME, "cloud"),
     "cloud token": (HOME, "cloud"),
     "cloud tokens list": (HOME, "cloud"),

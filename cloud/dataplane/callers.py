@@ -29,6 +29,7 @@ class CallerChecks:
     """What decides whether a caller is served."""
 
     is_known: Callable[[str, str | None], bool]  # name, serial number of its certificate
+    was_known: Callable[[str, str | None], bool] = lambda _name, _serial: False  # a moment ago: it is not asked again
     insecure: bool = False
     admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why a connection is refused; empty = it is not
     pace: Callable[[str], float] = lambda _key: 0.0  # how long a call with this certificate must wait (s)
@@ -39,9 +40,9 @@ class Callers:
     """Names the callers, in the event loop; what blocks runs in `workers`."""
 
     def __init__(
-        self, checks: CallerChecks, rounds: OpenRounds, calls: RunningCalls, workers: ThreadPoolExecutor
+        self, checks: CallerChecks, calls: RunningCalls, workers: ThreadPoolExecutor, rounds: OpenRounds | None = None
     ) -> None:
-        self._checks, self._rounds, self._calls, self._workers = checks, rounds, calls, workers
+        self._checks, self._calls, self._workers, self._rounds = checks, calls, workers, rounds
 
     async def device(self, context: Context) -> str:
         """Return the calling device's name; aborts the call if it is not, or no longer, enrolled."""
@@ -57,7 +58,8 @@ class Callers:
 
     async def _name(self, context: Context, *, region: bool | None) -> str:
         run = asyncio.get_running_loop().run_in_executor
-        resumed = self._rounds.wait_resumed(0) or await run(self._workers, self._rounds.wait_resumed, RESUME_S)
+        rounds = self._rounds
+        resumed = rounds is None or rounds.wait_resumed(0) or await run(self._workers, rounds.wait_resumed, RESUME_S)
         if not resumed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is reopening its rounds after a restart; retry")
         name, serial, of_region = (
@@ -74,7 +76,8 @@ class Callers:
                 f"the certificate of {name!r} is that of a {kind}; this call is for a {wanted}'s. Enrol with a token "
                 f"for a {wanted}: `edgefl cloud token --role {wanted}`",
             )
-        if not await run(self._workers, self._checks.is_known, name, serial):
+        known = self._checks.was_known(name, serial) or await run(self._workers, self._checks.is_known, name, serial)
+        if not known:
             if (moved := self._checks.parents_for(name)) is not None:
                 context.set_trailing_metadata(((PARENTS_METADATA, encode(moved)),))
             await context.abort(

@@ -121,7 +121,7 @@ class FleetService:
             is_known=deps.is_known, insecure=deps.insecure, admit=deps.admit, pace=deps.pace,
             parents_for=deps.parents_for,
         )  # fmt: skip
-        self.callers = Callers(checks, deps.rounds, self.calls, workers)
+        self.callers = Callers(checks, self.calls, workers, deps.rounds)
         self._uploads = TransferLimiter(max_inside=deps.max_transfers)
         self._downloads = TransferLimiter(max_inside=deps.max_transfers, max_each=MAX_DOWNLOADS)
 

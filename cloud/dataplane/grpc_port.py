@@ -27,7 +27,6 @@ from edgefl.protocols.ports.pacing import TokenBucket
 
 SWEEP_S, CROWDED_SWEEP_S = 1.0, 0.1  # the second while many are waiting
 CONNECTIONS_OF_A_DEVICE = 4
-CALLS_PER_S, CALLS_BURST = 300, 1000  # per device; a round needs three
 STREAMS_OF_A_CONNECTION = 32
 HANDSHAKE_S = 10
 _DESCRIPTORS = "/dev/fd"
@@ -35,6 +34,17 @@ _DESCRIPTORS = "/dev/fd"
 Peer = tuple[str, int]  # address and port
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PortPace:
+    """How many calls each device may make."""
+
+    per_s: float = 300.0  # a round needs three
+    burst: float = 1000.0
+
+
+DATA_PLANE_PACE = PortPace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +67,10 @@ class _Device:
 class GrpcPort:
     """The connections of the gRPC port. Used in the event loop only."""
 
-    def __init__(self, share: PortShare, port: int, full: str, clock: Callable[[], float]) -> None:
-        self._share, self._full, self._clock = share, full, clock
+    def __init__(
+        self, share: PortShare, port: int, full: str, clock: Callable[[], float], pace: PortPace = DATA_PLANE_PACE
+    ) -> None:
+        self._share, self._full, self._clock, self._pace = share, full, clock, pace
         self._scanner = Scanner(port)
         self._connections = Connections(share.limits(), clock)
         self._places: dict[Peer, Connection] = {}  # of the sockets that were found
@@ -146,7 +158,7 @@ class GrpcPort:
 
     def _of(self, device: str) -> _Device:
         if device not in self._devices:
-            self._devices[device] = _Device(TokenBucket(CALLS_PER_S, CALLS_BURST, self._clock))
+            self._devices[device] = _Device(TokenBucket(self._pace.per_s, self._pace.burst, self._clock))
         return self._devices[device]
 
     def _unseat(self, peer: Peer) -> None:

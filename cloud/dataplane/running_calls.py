@@ -47,6 +47,10 @@ class RunningCalls:
         """Register the device of the current call."""
         self._devices[_this_task()] = device
 
+    def devices(self) -> set[str]:
+        """Return the devices that have running calls."""
+        return set(self._devices.values())
+
     def cut(self, device: str, reason: str) -> None:
         """Abort a device's calls with PERMISSION_DENIED and a reason."""
         for task in [task for task, name in self._devices.items() if name == device]:

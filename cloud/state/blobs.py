@@ -26,13 +26,15 @@ _READ_BYTES = 256 << 10  # fits into the CPU's cache
 class BlobStore:
     """Blobs in one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_ours: bool = True) -> None:
+        """Open the folder, of which this process is the only user if `is_ours`."""
         self._folder = folder
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}  # BLAKE3 by SHA-256, of checked blobs
         folder.mkdir(mode=0o700, exist_ok=True)
-        for left_over in folder.glob(".incoming-*"):  # of a process that was killed while writing
-            left_over.unlink()
+        if is_ours:
+            for left_over in folder.glob(".incoming-*"):  # of a process that was killed while writing
+                left_over.unlink()
 
     def path(self, sha256: str) -> Path:
         """Return a blob's path, whether it exists or not; raises ProtocolError if `sha256` is not a digest."""

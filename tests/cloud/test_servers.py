@@ -6,7 +6,7 @@ import socket
 import grpc
 import pytest
 
-from cloud.servers import serve_grpc
+from cloud.servers import PortKind, serve_grpc
 from cloud.shares import Shares
 from edgefl.errors import ConfigError
 from edgefl.protocols import tls
@@ -63,6 +63,22 @@ def test_a_port_in_use_is_named_with_its_option(fleet_ca):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"{port}.*|--grpc-port"):
             asyncio.run(run(port))
+
+
+def test_another_kind_of_port_has_its_own_option_and_size_of_messages(free_port):
+    kind = PortKind(option="--port", max_message_bytes=1000)
+
+    async def run(port):
+        async with serve_grpc("127.0.0.1", port, None, SHARES, handlers, kind):
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+            async with channel:
+                await channel.unary_unary("/test/Echo")(b"x" * 1000, timeout=10)
+                with pytest.raises(grpc.aio.AioRpcError, match="RESOURCE_EXHAUSTED"):
+                    await channel.unary_unary("/test/Echo")(b"x" * 1001, timeout=10)
+
+    asyncio.run(run(free_port))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="--port"):
+        asyncio.run(run(taken.getsockname()[1]))
 
 
 def test_an_error_of_the_block_is_raised_as_it_is(free_port):

@@ -1,6 +1,6 @@
 """The gRPC service of the Open Inference Protocol: its methods, a client's stub and a server's handler.
 
-Requests and responses of inference stay bytes in the stub and the handler if the caller wants to encode them itself.
+A server gets requests for inference as bytes, and parses them itself, so that it can say what is wrong with them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class InferenceStub:
 class InferenceServicer(Protocol):
     """What a server of the protocol implements, besides the six unary methods by their names.
 
-    ModelInfer and ModelStreamInfer read their requests by `context.read()`, when they are ready for them: until then
-    a request waits in the client, or in the flow control's window.
+    ModelInfer and ModelStreamInfer iterate over their requests, as bytes, when they are ready for them: until then a
+    request waits in the client, or in the flow control's window.
     """
 
     async def ModelInfer(self, requests: Any, context: Any) -> Any: ...  # noqa: N802 - gRPC's name
@@ -68,10 +68,11 @@ def inference_handler(servicer: InferenceServicer, wrap: Any = lambda method: me
     for name, (request, response) in _UNARY.items():
         # A server may declare a unary method as a stream of requests: on the wire they are the same.
         make = grpc.stream_unary_rpc_method_handler if name == "ModelInfer" else grpc.unary_unary_rpc_method_handler
-        methods[name] = make(wrap(getattr(servicer, name)), request.FromString, response.SerializeToString)
+        parse = None if name == "ModelInfer" else request.FromString
+        methods[name] = make(wrap(getattr(servicer, name)), parse, response.SerializeToString)
     methods[_STREAM] = grpc.stream_stream_rpc_method_handler(
         wrap(servicer.ModelStreamInfer),
-        pb.ModelInferRequest.FromString,
+        None,
         pb.ModelStreamInferResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(SERVICE, methods)

@@ -49,7 +49,8 @@ def dtype_of(datatype: str) -> np.dtype[Any]:
     if datatype == _BF16:
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     if datatype == _BYTES:
         return np.dtype(object)
     if datatype not in NUMPY_TYPES:

@@ -9,9 +9,8 @@ import grpc
 import pytest
 
 from cloud.dataplane.grpc_port import (
-    CALLS_BURST,
-    CALLS_PER_S,
     CONNECTIONS_OF_A_DEVICE,
+    DATA_PLANE_PACE,
     Found,
     GrpcPort,
     Scanner,
@@ -114,8 +113,8 @@ def test_a_seat_whose_connection_was_never_found_is_given_back(shuts):
 
 def test_calls_of_a_device_are_paced_and_others_are_not():
     port = make()
-    assert max(port.pace("cam-1") for _ in range(CALLS_BURST)) == pytest.approx(0.0)
-    assert port.pace("cam-1") == pytest.approx(1 / CALLS_PER_S)
+    assert max(port.pace("cam-1") for _ in range(int(DATA_PLANE_PACE.burst))) == pytest.approx(0.0)
+    assert port.pace("cam-1") == pytest.approx(1 / DATA_PLANE_PACE.per_s)
     assert port.pace("cam-2") == 0.0
 
 

@@ -41,6 +41,7 @@ def test_the_calls_of_one_device_are_cut_with_a_reason():
     async def run():
         service = Service()
         first, second, other = await service.start("a", "a", "b")
+        assert service.calls.devices() == {"a", "b"}
         service.calls.cut("a", "removed")
         for task in (first, second):
             with pytest.raises(Refused, match="removed"):

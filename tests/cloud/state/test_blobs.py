@@ -47,6 +47,13 @@ def test_what_a_killed_process_left_is_removed_at_the_start(tmp_path):
     assert list((tmp_path / "blobs").iterdir()) == []
 
 
+def test_a_second_process_removes_nothing_that_the_first_one_writes(tmp_path):
+    BlobStore(tmp_path / "blobs")
+    (tmp_path / "blobs" / ".incoming-x").write_bytes(b"half")
+    BlobStore(tmp_path / "blobs", is_ours=False)
+    assert [one.name for one in (tmp_path / "blobs").iterdir()] == [".incoming-x"]
+
+
 @pytest.mark.parametrize("name", ["", "../secret", "A" * 64, "0" * 63, "0" * 65, "/etc/passwd"])
 def test_only_a_digest_names_a_blob(tmp_path, name):
     with pytest.raises(ProtocolError, match="not a SHA-256"):

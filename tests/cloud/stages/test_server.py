@@ -1,0 +1,165 @@
+"""The stage server as a process beside a cloud: mutual TLS, a release of the registry, and whatever is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from cloud.stages.server import StageOptions, StageServer, divided_cores
+from cloud.state.blobs import BlobStore
+from cloud.state.enrolment import Enrolment
+from cloud.state.registry import Registry
+from cloud.state.store import open_database
+from cloud.trust.own_certificates import hosts_of
+from edgefl.errors import ConfigError, HomeError, NotFound
+from edgefl.process.home import create_home
+from edgefl.protocols import tls
+from edgefl.protocols.inference.service import InferenceStub
+from edgefl.protocols.inference.tensors import make_request, response_tensors
+from edgefl.protocols.manifest import load_private_key, new_fleet_key, save_private_key
+from edgefl.protocols.tls import Identity
+from tests import onnx_models
+
+START_S = 400.0
+X = {"x": np.ones((1, 3), np.float32)}
+
+
+class Fleet:
+    """A cloud's home without a cloud, as the stage server finds it."""
+
+    def __init__(self, folder) -> None:
+        self.home = folder / "cloud"
+        create_home(self.home, "cloud")
+        (self.home / "tls").mkdir()
+        tls.create_ca(self.home / "tls")
+        save_private_key(new_fleet_key(), self.home / "fleet.key")
+        self.engine = open_database(self.home / "cloud.db")
+        self.enrolment = Enrolment(self.engine, self.home / "tls")
+        self.blobs = BlobStore(self.home / "blobs")
+
+    def enrol(self, folder, name) -> Identity:
+        identity = Identity(folder / f"{name}.key", folder / f"{name}.pem", self.home / "tls" / "ca.pem")
+        secret, _ = tls.parse_token(self.enrolment.new_token())
+        identity.cert.write_bytes(self.enrolment.enroll(secret, name, {}, tls.new_request(identity, name)))
+        return identity
+
+    def publish(self, model, onnx) -> str:
+        blob = self.blobs.put(onnx)
+        Registry(self.engine, self.blobs, load_private_key(self.home / "fleet.key")).publish(model, blob, {})
+        return blob.sha256
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    one = Fleet(tmp_path)
+    yield one
+    one.engine.dispose()
+
+
+@contextlib.contextmanager
+def running(fleet, port, *options):
+    """Run the command; yields the process and a function that waits for a line of its log."""
+    command = [sys.executable, "-m", "edgefl", "cloud", "stages", *options, "--home", str(fleet.home)]
+    log = fleet.home / "stages.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out)
+
+    def logged(text, count=1) -> str:
+        end_s = time.monotonic() + START_S
+        while (seen := log.read_text()).count(text) < count:
+            assert process.poll() is None, seen
+            assert time.monotonic() < end_s, f"no {text!r} in {seen}"
+            time.sleep(0.05)
+        return seen
+
+    try:
+        logged("stages.ready")
+        yield process, logged
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert process.returncode == 0, log.read_text()
+
+
+def stub_of(port, identity):
+    return InferenceStub(grpc.secure_channel(f"127.0.0.1:{port}", tls.grpc_channel_credentials(identity)))
+
+
+def test_a_fleet_s_release_over_mutual_tls_and_what_happens_when_parts_of_it_end(
+    fleet, tmp_path, free_port, alive, eventually
+) -> None:
+    digest = fleet.publish("affine", onnx_models.affine())
+    identity, other = fleet.enrol(tmp_path, "cam"), fleet.enrol(tmp_path, "other")
+    with running(fleet, free_port, "affine:1") as (_, logged):
+        stub = stub_of(free_port, identity)
+        request = make_request("affine", X)
+        request.parameters["release_digest"].string_param = digest
+        assert response_tensors(stub.ModelInfer(request, timeout=60))["y"].tolist() == [[3.0] * 3]
+        text = logged("stage.up")
+        child = int(text.split("pid=")[1].split()[0])
+        os.kill(child, signal.SIGKILL)
+        logged("stage.up", 2)
+        assert response_tensors(stub.ModelInfer(request, timeout=60))["y"].tolist() == [[3.0] * 3]
+        open_stream = stub.ModelStreamInfer(iter(_endless(request)))
+        assert not next(open_stream).error_message
+        fleet.enrolment.remove("cam")
+        with pytest.raises(grpc.RpcError, match=r"was removed from the fleet|Socket closed|not enrolled"):
+            for _ in open_stream:
+                pass
+        with pytest.raises(grpc.RpcError, match=r"device 'cam' is not enrolled|Socket closed"):
+            stub.ModelInfer(request, timeout=60)
+        assert stub_of(free_port, other).ModelInfer(request, timeout=60)
+        child = int(logged("stage.up", 2).rsplit("pid=", 1)[1].split()[0])
+        stranger = tmp_path / "stranger"
+        stranger.mkdir()
+        tls.create_ca(stranger)
+        theirs = Identity(stranger / "k", stranger / "c", fleet.home / "tls" / "ca.pem")
+        theirs.cert.write_bytes(tls.sign_request(stranger, tls.new_request(theirs, "cam"), "cam"))
+        with pytest.raises(grpc.RpcError) as refused:
+            stub_of(free_port, theirs).ModelInfer(request, timeout=20)
+        assert refused.value.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert alive(child)
+    eventually(lambda: not alive(child), "the stage's end")
+
+
+def _endless(request):
+    while True:
+        yield request
+        time.sleep(0.1)
+
+
+def test_models_and_homes_that_cannot_be_served(fleet, tmp_path) -> None:
+    for model, kind, words in (
+        ("none.onnx", ConfigError, "there is no file none.onnx; name an .onnx file, or a release as NAME"),
+        ("affine:x", ConfigError, "'affine:x' names no release; expected NAME or NAME:VERSION"),
+        ("affine", NotFound, "there is no model 'affine'"),
+    ):
+        with pytest.raises(kind, match=words):
+            StageServer(StageOptions(home=fleet.home, model=model))
+    create_home(tmp_path / "empty", "cloud")
+    with pytest.raises(HomeError, match="has no CA yet; start its cloud first"):
+        StageServer(StageOptions(home=tmp_path / "empty", model="affine"))
+
+
+def test_its_certificate_is_its_own_and_names_where_it_is_reached(fleet, tmp_path) -> None:
+    path = tmp_path / "affine.onnx"
+    path.write_bytes(onnx_models.affine())
+    StageServer(StageOptions(home=fleet.home, model=str(path), names=("stages.example.org",)))
+    folder = fleet.home / "stages" / "affine"
+    hosts = hosts_of(tls.load_certificate((folder / "cert.pem").read_bytes()))
+    assert {"stages.example.org", "127.0.0.1", "localhost"} <= set(hosts)
+    assert (folder / "key.pem").stat().st_mode & 0o777 == 0o600
+
+
+def test_cores_are_divided_evenly() -> None:
+    assert divided_cores([0, 1, 2, 3], 2) == [(0, 1), (2, 3)]
+    assert divided_cores([4, 5, 6], 2) == [(4,), (5, 6)]
+    assert divided_cores([0], 2) == [(0,), (0,)]
