@@ -71,6 +71,9 @@ class RegionLink(Protocol):
     def close_round(self, job: str, number: int) -> None:
         """Ask no region any more for its part in a round."""
 
+    def withdraw(self, device: str, job: str, number: int) -> None:
+        """Ask no region any more for a device's answer in a round."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceLinkCallbacks:
@@ -187,6 +190,11 @@ class DeviceLink:
         """Ask no region any more for its part in a round."""
         if self.children is not None:
             self.children.close_round(job, number)
+
+    def withdraw(self, device: str, job: str, number: int) -> None:
+        """Ask no region any more for a device's answer in a round: it is here."""
+        if self.children is not None:
+            self.children.withdraw(device, job, number)
 
     def send_job(self, device: str, message: JobMessage) -> None:
         """Send a job message; a device that misses it calls `Next` when it reconnects."""

@@ -123,6 +123,7 @@ class GrpcFleet:
             while not isinstance(instruction := opened.next(self._presence), Close):
                 if isinstance(instruction, Yield):
                     self._choice.freed([instruction.device])
+                    self._deps.link.withdraw(instruction.device, plan.job, plan.round)
                     for answer in self.records([opened.take(instruction.device)], plan, sums):
                         yield answer
                         self._settle(opened, answer)

@@ -300,13 +300,13 @@ class Children:
             devices = list(self._devices.get((job, number), {}).get(region, {}))
         if opened is None or not isinstance(opened.assignment, Fit | Evaluate):
             return None
-        left_s = opened.left_s()
+        left_s, waiting = opened.left_s(), opened.waiting()
         asked = dataclasses.replace(opened.assignment, deadline_s=max(0.0, left_s - max(LEAD_S, LEAD_SHARE * left_s)))
         return tiers.pack(
             Work(
                 fit=asked if isinstance(asked, Fit) else None,
                 evaluate=asked if isinstance(asked, Evaluate) else None,
-                devices=sorted(devices),
+                devices=sorted(waiting.intersection(devices)),  # others have answered elsewhere
                 offline_grace_s=opened.terms.offline_grace_s,
                 region_rounds=opened.region_rounds,
             )

@@ -43,5 +43,8 @@ class FakeLink:
     def close_round(self, job, number):
         pass
 
+    def withdraw(self, device, job, number):
+        pass
+
     def closed(self):
         return [(device, one.round, one.job_ended) for device, one in self.told if isinstance(one, RoundClosed)]

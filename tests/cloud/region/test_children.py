@@ -10,6 +10,7 @@ import pytest
 
 from cloud.dataplane.open_round import OpenRound, Surroundings
 from cloud.region.children import LEAD_S
+from cloud.state.jobs import AnswerRow
 from edgefl.exchange import Terms
 from edgefl.protocols import tiers as protocol
 from edgefl.protocols.messages import BlobRef, Deliver, DeviceState, LogWanted, RoundClosed, Signed, encode
@@ -154,6 +155,16 @@ def test_a_device_that_moves_in_mid_round_is_asked_where_it_is(tiers, r1):
     r1.work(r1.key, ["a", "b"])
     tiers.children.moved("b", "r1")  # twice changes nothing
     r1.work(r1.key, ["a", "b"])
+
+
+def test_a_region_is_not_asked_for_what_a_device_has_answered_elsewhere(tiers, r1):
+    """It would wait for it until the deadline. The device's update may come before the news that it has moved."""
+    opened = tiers.open()
+    ask(tiers, opened, "r1", "a", "b")
+    r1.work(r1.key, ["a", "b"])
+    assert opened.accept(AnswerRow(device="b", reason="none"), lambda _answer: None)
+    ask(tiers, opened, "r1", "a")  # something is told again, such as after the region's restart
+    r1.work(r1.key, ["a"])
 
 
 def test_what_devices_say_is_heard_until_their_region_is_gone(tiers, r1):
