@@ -30,6 +30,7 @@ class FakeLink:
 
     def __init__(self):
         self.here, self.gone, self.reason, self.told = {"a", "b"}, set(), "", []
+        self.withdrawn = []  # devices that no region is asked for any more
 
     def online(self):
         return frozenset(self.here)
@@ -44,7 +45,7 @@ class FakeLink:
         pass
 
     def withdraw(self, device, job, number):
-        pass
+        self.withdrawn.append((device, number))
 
     def closed(self):
         return [(device, one.round, one.job_ended) for device, one in self.told if isinstance(one, RoundClosed)]

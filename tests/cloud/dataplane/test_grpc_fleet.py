@@ -118,33 +118,6 @@ def in_thread(function):
     return lambda: (thread.join(20), results.get(timeout=5))[1]
 
 
-class Regions:
-    """What the link has of regions: none has a device, and each withdrawal is noted."""
-
-    def __init__(self):
-        self.withdrawn = []
-
-    def withdraw(self, device, job, number):
-        self.withdrawn.append((device, job, number))
-
-    def moved(self, *_said):
-        pass
-
-    def close_round(self, *_said):
-        pass
-
-
-def test_no_region_is_asked_for_a_device_whose_answer_is_here(centre):
-    centre.link.children = regions = Regions()
-    answers = centre.fleet().collect(centre.plan())
-    thread = threading.Thread(target=lambda: [centre.devices["a"].next(), centre.answer("a")])
-    thread.start()
-    assert next(answers).device == "a"
-    thread.join(10)
-    assert regions.withdrawn == [("a", centre.job, 1)]
-    answers.close()
-
-
 def test_a_round_announces_collects_and_closes(centre):
     fleet = centre.fleet(quorum=2)
     assert fleet.clients() == ["a", "b"]

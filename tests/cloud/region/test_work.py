@@ -132,6 +132,7 @@ def test_updates_become_one_sum(tiers, region):
     until(lambda: opened.waiting() == {"c", "d", "e"})
     assert value_of(tiers, "a") == 5.0
     assert {device for device, message in r1.link.told if isinstance(message, Fit)} == {"a", "b"}
+    assert sorted(r1.link.withdrawn) == [("a", 1), ("b", 1)]  # no region below this one is to wait for them
     r1.work.take(tiers.job, 1, None)
     until(lambda: not r1.spool.path(tiers.job).joinpath("1").exists())
     assert r1.jobs.open_round(tiers.job, 1, ()) == []
