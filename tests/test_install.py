@@ -63,6 +63,8 @@ COMMANDS = {
     "models show": (("m", *NOWHERE), ""),
     "new": (("a_task",), ""),
     "offload cuts": (("m", *NOWHERE), "train"),
+    "offload plan": (("m", "--device", "5x", "--link", "1mbit,1ms", *NOWHERE), "train"),
+    "offload profile": (("m", *NOWHERE), "train"),
     "region start": (HOME, "cloud"),
     "rollout start": (("m", *NOWHERE), ""),
     "rollout status": (NOWHERE, ""),

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -47,12 +47,22 @@ _SEED = 0
 _FEW = 2  # samples that show the form of the outputs
 
 
+class ModelSession(Protocol):
+    """A model that runs, as ONNX Runtime's sessions do: also one in several parts."""
+
+    def get_inputs(self) -> list[Any]:
+        """Return the inputs, each with its `name`."""
+
+    def run(self, names: None, feeds: Mapping[str, Array], /) -> list[Array]:
+        """Return all outputs, in the model's order."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
     """How ONNX files of one task are evaluated."""
 
     measure: Measure
-    evaluate: Callable[[Path], Mapping[str, float]]  # all metrics of a file, including the measure
+    evaluate: Callable[[Path | ModelSession], Mapping[str, float]]  # all metrics, including the measure
     calibration: Tree  # inputs by name, (N, ...) each, that are not among those that `evaluate` uses
 
 
@@ -269,9 +279,9 @@ class _File:
             raise ConfigError(f"the file has the inputs {', '.join(names)}; the task has {len(arrays)}")
         return dict(zip(names, arrays, strict=True))
 
-    def seen(self, path: Path, samples: SampleSet) -> _Seen:
-        """Run a file on these samples, in one pass over them."""
-        session, sums = open_session(path), _ChunkSums()
+    def seen(self, model: Path | ModelSession, samples: SampleSet) -> _Seen:
+        """Run a file, or a model that is open, on these samples, in one pass over them."""
+        session, sums = open_session(model) if isinstance(model, Path) else model, _ChunkSums()
         last: list[Array] = []  # a chunk's outputs, as the file returns them
 
         def run(inputs: Structure) -> list[Array]:
@@ -281,11 +291,12 @@ class _File:
         metrics = self.evaluated(run, samples, lambda _outputs, targets: sums.add(last, targets))
         return _Seen(metrics=metrics, accuracy=sums.accuracy if self.form == 0 else None, means=sums.means)
 
-    def with_accuracy(self, path: Path, samples: SampleSet) -> dict[str, float]:
+    def with_accuracy(self, model: Path | ModelSession, samples: SampleSet) -> dict[str, float]:
         """Return the loss, the task's metrics and the accuracy of a file whose targets are classes."""
-        seen = self.seen(path, samples)
+        seen = self.seen(model, samples)
         if seen.accuracy is None:
-            raise ConfigError(f"{path.name} returns no scores of classes any more, so it has no accuracy")
+            who = model.name if isinstance(model, Path) else "the model"
+            raise ConfigError(f"{who} returns no scores of classes any more, so it has no accuracy")
         return {**seen.metrics, ACCURACY: seen.accuracy}
 
     def evaluated(

@@ -69,6 +69,21 @@ def source_of_task(task: Task, folder: Path, parameters: Path | None = None) -> 
     return source_of_file(path, who=task.name, task=task, cases=export_task(task, tree, path))
 
 
+def task_inputs(task: Task, num: int) -> Tree:
+    """Return inputs of a task's held-out samples, or of its training samples, by the names in its exported file."""
+    from edgefl.models.dtypes import array_for_file
+    from edgefl.training.local import make_model
+    from edgefl.training.samples import test_samples, train_samples
+    from edgefl.training.structures import INPUT, argument_names, named
+
+    if task.model is None:
+        return {}
+    samples = test_samples(task, {}) if task.test_data is not None else train_samples(task, {})
+    inputs = samples.first(num).inputs
+    found = named(inputs, INPUT, argument_names(make_model(task), inputs))
+    return {name: array_for_file(one) for name, one in found.items()}
+
+
 def _cases(trial: Trial, inputs: Tree) -> list[Tree]:
     """Return the first rows of a file's inputs, in small batches: a sample may have thousands of rows."""
     check_inputs(trial.who, inputs, trial.inputs)

@@ -13,6 +13,7 @@ from edgefl.errors import ConfigError
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.terminal.output import Output, counted, example, json_option
 
+SLOWEST = 10  # layers that `profile` shows
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -81,3 +82,82 @@ def cuts(  # noqa: PLR0913 - one a flag
     )  # fmt: skip
     inputs = {name: list(array.shape) for name, array in source.feeds.items()}
     output.result({"model": source.who, "inputs": inputs, "cuts": [one.as_json() for one in found]})
+
+
+@offload.command(epilog=example("edgefl offload profile digits --version 3 --json cam-3.json"))
+@of_model
+@connected
+@json_option
+def profile(
+    *, model: str, version: int | None, parameters: Path | None, sample: Path | None, connection: CloudConnection,
+    output: Output,
+) -> None:  # fmt: skip
+    """Measure each layer of MODEL on this machine.
+
+    Run it on a device, and give the --json file to `edgefl offload plan --device` for the same version of the model.
+    """
+    from edgefl.offload.graph import read_graph
+    from edgefl.offload.plans.timing import as_json, machine_name, measure_layers
+    from edgefl.operator.splitting import open_source
+
+    with tempfile.TemporaryDirectory(prefix="edgefl-offload-") as folder:
+        source = open_source(model, Path(folder), connection, version=version, parameters=parameters, sample=sample)
+        graph = read_graph(source.path)
+        times = measure_layers(graph, source.feeds, machine_name())
+        told = as_json(times, graph)
+    output.line(f"{source.who} on {times.machine}: {sum(times.layers_ms):.3g} ms")
+    slowest = sorted(zip(graph.layers, times.layers_ms, strict=True), key=lambda one: -one[1])[:SLOWEST]
+    output.table(
+        ("layer", "operator", "ms"),
+        [(one.name, one.operator, f"{ms:.3g}") for one, ms in slowest],
+        "",
+        whole=("layer",),
+    )
+    output.result(told)
+
+
+@offload.command(
+    epilog=example(
+        "edgefl offload plan digits --device 5x --link 20mbit,30ms --memory 64MB --plot plan.png",
+        "edgefl offload plan digits --device cam-3.json --link 5mbit/50mbit,60ms --objective cloud-cost --within 100ms",
+        "edgefl offload plan digits --device 5x --link 20mbit,30ms --may-leave activations --leak --samples own.npz",
+    )
+)
+@of_model
+@click.option("--device", required=True, metavar="FILE|Nx",
+              help="A file of `edgefl offload profile`, or how many times slower than this machine: 5x.")  # fmt: skip
+@click.option("--link", required=True, metavar="RATE,RTT", help="20mbit,30ms; other rate down: 5mbit/50mbit,30ms.")
+@click.option("--memory", metavar="SIZE", help="What the head may need on the device, such as 64MB.")
+@click.option("--objective", type=click.Choice(("latency", "throughput", "memory", "cloud-cost")), default="latency",
+              show_default=True, help="What is made as small, or as fast, as possible.")  # fmt: skip
+@click.option("--within", metavar="TIME", help="The longest latency that is allowed, such as 100ms.")
+@click.option("--may-leave", type=click.Choice(("nothing", "activations", "inputs")), default="inputs",
+              show_default=True, help="What may leave the device.")  # fmt: skip
+@click.option("--format", "formats", multiple=True, type=click.Choice(("fp32", "fp16", "bf16", "int8")),
+              help="Only these wire formats; repeatable. By default all.")  # fmt: skip
+@click.option("--max-drop", default="0.02", show_default=True, help="What a wire format may cost.")
+@click.option("--samples", type=_FILE, help="An .npz file of your own inputs, to judge wire formats and attack.")
+@click.option("--leak", is_flag=True, help="Attack every cut with --samples, or a task's own data.")
+@click.option("--plot", type=_FILE, help="Draw all cuts into a .png or .svg.")
+@connected
+@json_option
+def plan(
+    *, model: str, version: int | None, parameters: Path | None, sample: Path | None, connection: CloudConnection,
+    output: Output, **flags: Any,
+) -> None:  # fmt: skip
+    """Find where MODEL is best split between a device and the cloud, which this machine stands for.
+
+    Each layer is timed here. A cut's cost is its layers' time on the device, the bytes that cross over the link, and
+    the other layers' time in the cloud; all on the device and all in the cloud are candidates, too. The best few are
+    made and timed. A wire format is taken if the task's metric, or the outputs on samples, lose no more than
+    --max-drop.
+    With --leak, an attack tries to read the inputs from what crosses each cut, and the table says how much it got.
+    """
+    from edgefl.app.offload.plan import PlanFlags, make_plan
+    from edgefl.operator.splitting import open_source
+
+    request = PlanFlags(**flags)
+    request.check()
+    with tempfile.TemporaryDirectory(prefix="edgefl-offload-") as folder:
+        source = open_source(model, Path(folder), connection, version=version, parameters=parameters, sample=sample)
+        make_plan(source, request, output)

@@ -1,0 +1,1 @@
+"""Where a model is best split: times, links, memory, the choice and when it is replaced."""
