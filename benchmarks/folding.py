@@ -1,9 +1,10 @@
 """The fold of updates in files, as the cloud folds them, beside a bare numpy weighted add over the same files.
 
-    python -m benchmarks.folding MODEL WEIGHT FILE [WEIGHT FILE ...] [--block ELEMENTS]
+    python -m benchmarks.folding MODEL WEIGHT FILE [WEIGHT FILE ...] [--block ELEMENTS] [--region]
 
 is one round: guard, mean, step, checks and hash of the new model, in a process of its own, so that its peak of resident
-memory is that of the fold. It prints seconds, peak and SHA-256 as JSON.
+memory is that of the fold. It prints seconds, peak and SHA-256 as JSON. With --region, a region folds the updates
+first, and the round has its one partial sum.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 
 from benchmarks.memory import peak_rss_mb
 from benchmarks.workload import RunFailedError
+from cloud.region.sums import Folding, partial_of
 from edgefl import trees
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, ServerConfig, from_dict
@@ -45,12 +48,31 @@ class _Files:
     def clients(self) -> Sequence[str]:
         return list(self._updates)
 
-    def collect(self, plan: Plan) -> Iterator[Answer]:
+    def updates(self, plan: Plan) -> Iterator[Update]:
         for device, (weight, path) in self._updates.items():
             yield Update(job=plan.job, round=plan.round, device=device, tree=SpooledTree(path), weight=weight)
 
+    def collect(self, plan: Plan) -> Iterator[Answer]:
+        yield from self.updates(plan)
+
     def traffic(self) -> Traffic:
         return Traffic()
+
+
+class _RegionFiles(_Files):
+    """The same below a region, which sends its sum: a file in `folder`."""
+
+    def __init__(self, updates: Weighted, folder: Path) -> None:
+        super().__init__(updates)
+        self._sum = folder / "sum"
+
+    def collect(self, plan: Plan) -> Iterator[Answer]:
+        folding = Folding(plan)
+        for update in self.updates(plan):
+            folding.add(update)
+        with self._sum.open("wb") as file:
+            write_tree(folding.mean(), file)
+        yield partial_of(folding.note(), SpooledTree(self._sum))
 
 
 class _Nowhere:
@@ -72,7 +94,7 @@ def write_model(path: Path, num_bytes: int, tensors: int = 4, seed: int = 0) -> 
         write_tree(trees.ComputedTree(spec, read), file)
 
 
-def fold(model: Path, updates: Weighted) -> tuple[float, str]:
+def fold(model: Path, updates: Weighted, *, region: bool = False) -> tuple[float, str]:
     """Fold the updates in one round; return its seconds and the SHA-256 of the new model's file."""
     hashing = HashingFile(_Nowhere(), hashlib.sha256())
 
@@ -83,7 +105,9 @@ def fold(model: Path, updates: Weighted) -> tuple[float, str]:
     settings = from_dict(JobConfig, {"rounds": {"count": 1, "quorum": len(updates), "evaluate_every": 0}})
     step = ServerOptimizer(ServerConfig(lr=0.5), gradient=False)
     start_s = time.perf_counter()
-    next(run_rounds(Job(id="job", config=settings, step=step, keep=keep), _Files(updates), SpooledTree(model)))
+    job = Job(id="job", config=settings, step=step, keep=keep)
+    with tempfile.TemporaryDirectory(prefix="edgefl-") as folder:
+        next(run_rounds(job, _RegionFiles(updates, Path(folder)) if region else _Files(updates), SpooledTree(model)))
     return time.perf_counter() - start_s, hashing.hexdigest()
 
 
@@ -113,10 +137,11 @@ def plain_add(updates: Weighted) -> float:
     return time.perf_counter() - start_s
 
 
-def fold_alone(model: Path, updates: Weighted, block: int | None = None) -> dict[str, Any]:
+def fold_alone(model: Path, updates: Weighted, block: int | None = None, *, region: bool = False) -> dict[str, Any]:
     """Fold in a process of its own; return its seconds, peak_mb and sha256. Raises RunFailedError."""
     words = [word for weight, path in updates for word in (str(weight), str(path))]
     options = [] if block is None else ["--block", str(block)]
+    options += ["--region"] if region else []
     command = [sys.executable, "-m", "benchmarks.folding", str(model), *words, *options]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, check=False)
     if ran.returncode:
@@ -129,10 +154,11 @@ def fold_alone(model: Path, updates: Weighted, block: int | None = None) -> dict
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("words", nargs=-1)
 @click.option("--block", type=int)
-def main(model: Path, words: tuple[str, ...], block: int | None) -> None:
+@click.option("--region", is_flag=True)
+def main(*, model: Path, words: tuple[str, ...], block: int | None, region: bool) -> None:
     trees.BLOCK_ELEMENTS = block or trees.BLOCK_ELEMENTS
     updates = [(float(weight), Path(path)) for weight, path in zip(words[::2], words[1::2], strict=True)]
-    seconds, sha256 = fold(model, updates)
+    seconds, sha256 = fold(model, updates, region=region)
     peak_mb = peak_rss_mb(os.getpid())  # not rusage, which would start from the parent's
     click.echo(json.dumps({"seconds": seconds, "peak_mb": peak_mb, "sha256": sha256}))
 

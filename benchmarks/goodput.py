@@ -36,6 +36,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
     yield from _goodputs(FEW_ROUNDS if quick else NUM_ROUNDS)
     yield _fold_rate(10 if quick else NUM_UPDATES, 1 if quick else 3)
     yield from _large(SMALLER_BYTES if quick else LARGE_BYTES)
+    yield from _large_below_a_region(SMALLER_BYTES if quick else LARGE_BYTES)
 
 
 def _goodputs(num_rounds: int) -> Iterator[Row]:
@@ -93,6 +94,22 @@ def _large(num_bytes: int) -> Iterator[Row]:
     yield Row(workload=workload, metric="peak RSS of the cloud", unit="MB", ours=seen.cloud_peak_mb, targets=target,
               detail=detail)  # fmt: skip
     yield Row(workload=workload, metric="peak RSS of a fold", unit="MB", ours=seen.fold_peak_mb, targets=target)
+    yield Row(workload=workload, metric="same bits in other blocks", unit="1 = yes", ours=float(seen.is_identical),
+              targets=(Target(of="ours", at_least=1),), more_is_better=True)  # fmt: skip
+
+
+def _large_below_a_region(num_bytes: int) -> Iterator[Row]:
+    workload = f"{DEVICES} devices x {num_bytes / 1e9:g} GB below a region"
+    try:
+        seen = large_round(num_bytes, DEVICES, "north")
+    except RunFailedError as cause:
+        yield Row(workload=workload, metric="peak RSS of the region", unit="MB", skipped=str(cause))
+        return
+    target = (Target(of="ours", at_most=1000),)
+    yield Row(workload=workload, metric="peak RSS of the region", unit="MB", ours=seen.region_peak_mb, targets=target,
+              detail={"idle_mb": seen.region_idle_mb, "round_s": seen.seconds})  # fmt: skip
+    yield Row(workload=workload, metric="peak RSS of the cloud", unit="MB", ours=seen.cloud_peak_mb, targets=target,
+              detail={"idle_mb": seen.cloud_idle_mb})  # fmt: skip
     yield Row(workload=workload, metric="same bits in other blocks", unit="1 = yes", ours=float(seen.is_identical),
               targets=(Target(of="ours", at_least=1),), more_is_better=True)  # fmt: skip
 

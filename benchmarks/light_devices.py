@@ -1,8 +1,8 @@
-"""How many idle devices one cloud can hold: real certificates, MQTT and gRPC over TLS.
+"""How many light devices one cloud can hold, and how long a round of all of them takes: over MQTT and gRPC, with TLS.
 
-A light device connects to the broker, announces its presence, and asks `Next` over gRPC from time to time. They
-run in a few processes, hundreds in each; the cloud is a separate process with its embedded broker. Measured are
-the cloud's memory and CPU while all are connected, and how long an operator's list of devices takes.
+One process holds them all (`light_device.py`), each with a certificate of its own; the cloud is a separate process
+with mosquitto as its child, where it is installed. Measured are the cloud's memory and CPU while all are connected and
+idle, how long an operator's list takes, and rounds in which each downloads and uploads 0.1 MB.
 
     python -m benchmarks.light_devices [--quick] [--json F]
 """
@@ -20,46 +20,33 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import grpc
 import psutil
 
-from benchmarks.report import Row, Target, command
+from benchmarks.folding import write_model
+from benchmarks.light_device import CONNECT_S, LightDevice, Told, Update, Where
+from benchmarks.memory import peak_rss_mb
+from benchmarks.report import Row, Target, command, median
+from benchmarks.workload import RunFailedError
+from cloud.state.blobs import blake3_of
 from cloud.state.enrolment import Enrolment
 from cloud.state.store import open_database
+from edgefl.config import JobConfig, from_dict
 from edgefl.errors import EdgeflError
 from edgefl.local_fleet import LocalFleet
+from edgefl.operator.client import CloudClient
+from edgefl.operator.credentials import load_credentials
+from edgefl.operator.run import upload_file
 from edgefl.process.descriptors import raise_limit
-from edgefl.protocols import fleet_pb2 as pb
-from edgefl.protocols import messages, topics
-from edgefl.protocols.messages import DeviceState
-from edgefl.protocols.tls import Identity, client_context, grpc_channel_credentials, new_request, parse_token
+from edgefl.protocols.tls import Identity, new_request, parse_token
 
 MANY, FEW = 2000, 200
-WORKERS = 4
-AT_A_TIME = 20  # devices of a worker that connect at the same time
-ASK_EVERY_S, PING_EVERY_S = 30.0, 60.0
-CONNECT_S = 300.0
+AT_A_TIME = 40  # devices that connect at the same time
 IDLE_S = 20.0  # duration of the CPU measurement
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Where:
-    """The addresses that a device connects to."""
-
-    mqtt_port: int
-    grpc_port: int
-    announce: bool  # whether they report that they are online, and so are chosen for rounds
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Told:
-    """The result of a device's first connection over MQTT or gRPC."""
-
-    device: str
-    door: str  # mqtt | grpc
-    refusal: str = ""  # empty: accepted
+UPDATE_BYTES = 100_000
+NUM_ROUNDS, ROUND_S = 5, 5.0  # rounds of a job; the target for a round of MANY
+DEADLINE_S = 1800.0  # of a round
 
 
 def enrol(fleet: LocalFleet, names: Sequence[str]) -> list[Path]:
@@ -80,37 +67,39 @@ def enrol(fleet: LocalFleet, names: Sequence[str]) -> list[Path]:
 
 
 class LightDevices:
-    """Devices in separate processes, connected until the context ends."""
+    """Devices in a process of their own, connected until the context ends."""
 
     def __init__(
-        self, fleet: LocalFleet, homes: Sequence[Path], workers: int = WORKERS, *, announce: bool = True
+        self, fleet: LocalFleet, homes: Sequence[Path], *, announce: bool = True, update: Path | None = None
     ) -> None:
         spawn = multiprocessing.get_context("spawn")
-        where = Where(mqtt_port=fleet.mqtt_port, grpc_port=fleet.grpc_port, announce=announce)
+        where = Where(mqtt_port=fleet.mqtt_port, grpc_port=fleet.grpc_port, announce=announce, update=update)
         self._stop: Event = spawn.Event()
         self._told: Queue[Told] = spawn.Queue()
         self._num_devices = len(homes)
-        self._workers = [
-            spawn.Process(target=_work, args=(where, homes[index::workers], self._told, self._stop), daemon=True)
-            for index in range(workers)
-        ]
+        self.process = spawn.Process(target=_work, args=(where, homes, self._told, self._stop), daemon=True)
 
     def __enter__(self) -> Self:
-        for worker in self._workers:
-            worker.start()
+        self.process.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        for worker in self._workers:
-            worker.join(30)
-            if worker.is_alive():
-                worker.kill()
+        self.process.join(30)
+        if self.process.is_alive():
+            self.process.kill()
 
     def told(self, within_s: float = CONNECT_S) -> list[Told]:
         """Return the results of every device's first connections, over MQTT and gRPC."""
         until_s = time.monotonic() + within_s
         return [self._told.get(timeout=max(0.1, until_s - time.monotonic())) for _ in range(2 * self._num_devices)]
+
+    def refused(self) -> list[Told]:
+        """Return what was refused since `told`."""
+        found = []
+        while not self._told.empty():
+            found.append(self._told.get())
+        return found
 
 
 def _work(where: Where, homes: Sequence[Path], told: Queue[Told], stop: Event) -> None:
@@ -119,64 +108,15 @@ def _work(where: Where, homes: Sequence[Path], told: Queue[Told], stop: Event) -
 
 
 async def _run(where: Where, homes: Sequence[Path], told: Queue[Told], stop: Event) -> None:
-    turns = asyncio.Semaphore(AT_A_TIME)
-    tasks = [asyncio.create_task(part) for home in homes for part in (
-        hold_mqtt(where, home, told, turns), _hold_grpc(where, home, told, turns))]  # fmt: skip
+    turns, update = asyncio.Semaphore(AT_A_TIME), None
+    if where.update is not None:
+        update = Update(data=where.update.read_bytes(), blake3=blake3_of(where.update))
+    devices = [LightDevice(where, home, told, update) for home in homes]
+    tasks = [asyncio.create_task(part) for one in devices for part in (one.hold_mqtt(turns), one.hold_grpc(turns))]
     await asyncio.to_thread(stop.wait)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def hold_mqtt(where: Where, home: Path, told: Queue[Told], turns: asyncio.Semaphore) -> None:
-    device, identity = home.name, Identity.in_folder(home)
-    async with turns:
-        context = client_context(identity.ca, identity)
-        reader, writer = await asyncio.open_connection("127.0.0.1", where.mqtt_port, ssl=context)
-        body = b"\0\4MQTT\4\2" + int(2 * PING_EVERY_S).to_bytes(2) + _text(device)
-        writer.write(_packet(0x10, body))
-        answer = await reader.readexactly(4)
-        if answer[3]:
-            told.put(Told(device=device, door="mqtt", refusal=f"CONNACK {answer[3]}"))
-            writer.close()
-            return
-        if where.announce:
-            state = DeviceState(session=1, online=True, agent_version="light", models={}, tags={}, serving_url="")
-            writer.write(_packet(0x31, _text(topics.up(device, "state")) + messages.encode(state)))
-            await writer.drain()
-        told.put(Told(device=device, door="mqtt"))
-    while True:
-        await asyncio.sleep(PING_EVERY_S)
-        writer.write(b"\xc0\0")
-        await reader.readexactly(2)
-
-
-async def _hold_grpc(where: Where, home: Path, told: Queue[Told], turns: asyncio.Semaphore) -> None:
-    credentials = grpc_channel_credentials(Identity.in_folder(home))
-    address, options = f"127.0.0.1:{where.grpc_port}", [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.secure_channel(address, credentials, options=options) as channel:
-        ask: Any = channel.unary_unary(
-            "/edgefl.v1.Fleet/Next", pb.NextRequest.SerializeToString, pb.NextReply.FromString
-        )
-        async with turns:
-            try:
-                await ask(pb.NextRequest(agent_version="light"), wait_for_ready=True, timeout=CONNECT_S)
-            except grpc.aio.AioRpcError as error:
-                told.put(Told(device=home.name, door="grpc", refusal=f"{error.code().name} {error.details()}"))
-                return
-            told.put(Told(device=home.name, door="grpc"))
-        while True:
-            await asyncio.sleep(ASK_EVERY_S)
-            await ask(pb.NextRequest(agent_version="light"), wait_for_ready=True, timeout=ASK_EVERY_S)
-
-
-def _text(text: str) -> bytes:
-    return len(text.encode()).to_bytes(2) + text.encode()
-
-
-def _packet(head: int, body: bytes) -> bytes:
-    size = bytes([len(body)]) if len(body) < 128 else bytes([len(body) & 0x7F | 0x80, len(body) >> 7])
-    return bytes([head]) + size + body
 
 
 def online(fleet: LocalFleet) -> tuple[int, float]:
@@ -191,23 +131,40 @@ def measure(*, quick: bool) -> Iterator[Row]:
     """Connect devices, and yield the cloud's costs with all of them."""
     num_devices = FEW if quick else MANY
     raise_limit()
+    workload = f"{num_devices} light devices"
     with tempfile.TemporaryDirectory(prefix="edgefl-", ignore_cleanup_errors=True) as folder:
         try:
             with LocalFleet(Path(folder)) as fleet:
                 fleet.start()
                 seen = connected(fleet, num_devices)
-        except EdgeflError as cause:
-            yield Row(workload=f"{num_devices} light devices", metric="online", unit="devices", skipped=str(cause))
+        except (EdgeflError, RunFailedError) as cause:
+            yield Row(workload=workload, metric="online", unit="devices", skipped=str(cause))
             return
-    workload = f"{num_devices} light devices"
     targets = (Target(of="ours", at_least=num_devices),)
     yield Row(workload=workload, metric="online", unit="devices", ours=seen.num_online, targets=targets,
               more_is_better=True, detail={"refused": seen.refused})  # fmt: skip
     yield Row(workload=workload, metric="all connected after", unit="s", ours=seen.connect_s)
-    yield Row(workload=workload, metric="memory of the cloud", unit="MB", ours=seen.full_mb)
+    yield Row(workload=workload, metric="memory of the cloud, idle", unit="MB", ours=seen.idle_mb)
     yield Row(workload=workload, metric="memory of a device there", unit="kB", ours=seen.device_kb)
     yield Row(workload=workload, metric="CPU of the cloud, idle", unit="% of a core", ours=seen.cpu_percent)
     yield Row(workload=workload, metric="operator's list", unit="s", ours=seen.list_s)
+    yield Row(workload=workload, metric=f"a round of all, {UPDATE_BYTES / 1e6:g} MB each", unit="s",
+              ours=median(seen.rounds.seconds), targets=(Target(of="ours", at_most=ROUND_S * num_devices / MANY),),
+              detail={"seconds": seen.rounds.seconds, "admitted": seen.rounds.admitted})  # fmt: skip
+    yield Row(workload=workload, metric="CPU of the cloud, a round", unit="s", ours=seen.rounds.cloud_cpu_s)
+    yield Row(workload=workload, metric="CPU of the devices, a round", unit="s", ours=seen.rounds.devices_cpu_s)
+    yield Row(workload=workload, metric="peak memory of the cloud", unit="MB", ours=seen.rounds.peak_mb)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounds:
+    """Rounds of all devices."""
+
+    seconds: list[float]  # of each round, by the cloud
+    admitted: list[int]
+    cloud_cpu_s: float  # a round: the cloud alone, without its broker
+    devices_cpu_s: float  # a round: the process of all devices
+    peak_mb: float  # the cloud alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,37 +174,64 @@ class Seen:
     num_online: int
     refused: list[str]
     connect_s: float
-    full_mb: float
+    idle_mb: float
     device_kb: float
     cpu_percent: float
     list_s: float
+    rounds: Rounds
 
 
 def connected(fleet: LocalFleet, num_devices: int) -> Seen:
-    """Connect light devices to a running fleet, and measure its cloud while they are idle."""
+    """Connect light devices to a running fleet, and measure its cloud; raises RunFailedError if a job fails."""
     cloud = psutil.Process(fleet.cloud.pid if fleet.cloud else None)
     empty_mb = cloud.memory_info().rss / 1e6
+    model, update = fleet.folder / "model", fleet.folder / "update"
+    for number, path in enumerate((model, update)):
+        write_model(path, UPDATE_BYTES, seed=number)
     print(f"{num_devices} devices: enrolling ...", file=sys.stderr, flush=True)
     homes = enrol(fleet, [f"light-{number}" for number in range(num_devices)])
     print(f"{num_devices} devices: connecting ...", file=sys.stderr, flush=True)
     began_s = time.monotonic()
-    with LightDevices(fleet, homes) as devices:
+    with LightDevices(fleet, homes, update=update) as devices:
         refused = [f"{one.device} {one.door}: {one.refusal}" for one in devices.told() if one.refusal]
         connect_s = time.monotonic() - began_s
         cpu_s = sum(cloud.cpu_times()[:2])
         time.sleep(IDLE_S)
         cpu_percent = 100 * (sum(cloud.cpu_times()[:2]) - cpu_s) / IDLE_S
         num_online, list_s = online(fleet)
-        full_mb = cloud.memory_info().rss / 1e6
+        idle_mb = cloud.memory_info().rss / 1e6
+        print(f"{num_devices} devices: rounds ...", file=sys.stderr, flush=True)
+        rounds = _rounds(fleet, devices, model, num_devices)
     return Seen(
-        num_online=num_online,
-        refused=refused,
-        connect_s=connect_s,
-        full_mb=full_mb,
-        device_kb=1e3 * (full_mb - empty_mb) / num_devices,
-        cpu_percent=cpu_percent,
-        list_s=list_s,
-    )
+        num_online=num_online, refused=refused, connect_s=connect_s, idle_mb=idle_mb,
+        device_kb=1e3 * (idle_mb - empty_mb) / num_devices, cpu_percent=cpu_percent, list_s=list_s, rounds=rounds,
+    )  # fmt: skip
+
+
+def _rounds(fleet: LocalFleet, devices: LightDevices, model: Path, num_devices: int) -> Rounds:
+    """Run rounds in which every device sends an update."""
+    processes = [psutil.Process(fleet.cloud.pid if fleet.cloud else None), psutil.Process(devices.process.pid)]
+    before = [sum(one.cpu_times()[:2]) for one in processes]
+    with CloudClient(fleet.url, load_credentials(fleet.credentials)) as client:
+        job = submit_untrained(client, model, fleet.folder, NUM_ROUNDS, num_devices)
+        events = [one for one in client.job_events(job) if "round" in one or "state" in one]  # no heartbeats
+    cpu_s = [(sum(one.cpu_times()[:2]) - then) / NUM_ROUNDS for one, then in zip(processes, before, strict=True)]
+    if events[-1].get("state") != "done":
+        refused = [f"{one.device}: {one.refusal}" for one in devices.refused()][:3]
+        raise RunFailedError(f"the job ended as {events[-1].get('state')}: {events[-1].get('error')} {refused}"[:500])
+    return Rounds(
+        seconds=[float(one["seconds"]) for one in events[:-1]], admitted=[int(one["admitted"]) for one in events[:-1]],
+        cloud_cpu_s=cpu_s[0], devices_cpu_s=cpu_s[1], peak_mb=peak_rss_mb(processes[0].pid),
+    )  # fmt: skip
+
+
+def submit_untrained(client: CloudClient, model: Path, folder: Path, rounds: int, num_devices: int) -> str:
+    """Start a job of no task, for devices that do not train; each of its rounds needs all of them."""
+    bundle = folder / "bundle"
+    bundle.write_bytes(b"of no task: nothing is trained")
+    said = {"count": rounds, "quorum": num_devices, "evaluate_every": 0, "deadline_s": DEADLINE_S, "wait_s": 120.0}
+    config = from_dict(JobConfig, {"rounds": said, "server": {"lr": 0.5}})
+    return client.submit_job("t:t", upload_file(client, bundle), upload_file(client, model), [], config)
 
 
 if __name__ == "__main__":

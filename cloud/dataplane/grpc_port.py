@@ -28,6 +28,7 @@ from edgefl.protocols.ports.pacing import TokenBucket
 SWEEP_S, CROWDED_SWEEP_S = 1.0, 0.1  # the second while many are waiting
 CONNECTIONS_OF_A_DEVICE = 4
 STREAMS_OF_A_CONNECTION = 32
+LEAST_PENDING, PENDING_OF_A_SEAT = 1000, 2  # calls that may wait to be accepted at the same time
 HANDSHAKE_S = 10
 _DESCRIPTORS = "/dev/fd"
 
@@ -81,10 +82,14 @@ class GrpcPort:
     @property
     def options(self) -> list[tuple[str, int]]:
         """The server options with the limits that the C core enforces."""
+        pending = max(LEAST_PENDING, PENDING_OF_A_SEAT * self._share.seats)
         return [
             ("grpc.max_allowed_incoming_connections", self._share.limits().max_open),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
             ("grpc.max_concurrent_streams", STREAMS_OF_A_CONNECTION),
+            # Its default is 1,000 in all, and it cancels some above that: too few for a round of a large fleet.
+            ("grpc.server.max_pending_requests", pending),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * pending),
             ("grpc.keepalive_time_ms", 60_000),  # devices call `Next` twice a minute
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.keepalive_permit_without_calls", 1),

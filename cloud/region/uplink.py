@@ -32,6 +32,7 @@ from edgefl.protocols.tls import Identity, grpc_channel_credentials
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 2.0
 STALL_S = 120.0
 RENEW_S = 15.0  # for an answer from the top
+MAPPED_BYTES = 64 << 20  # of a sum that is sent; a multiple of CHUNK_BYTES
 MAX_ATTEMPTS = 6  # of a download, in a row without progress
 _OPTIONS = (
     ("grpc.max_receive_message_length", 16 << 20),
@@ -245,5 +246,7 @@ class Uplink:
                 with view[start : start + CHUNK_BYTES] as chunk:
                     message = encode_upload(chunk)
                 self.up_bytes += len(message)
+                if (start - offset) % MAPPED_BYTES == 0:  # read pages count as memory of this process until then
+                    mapped.madvise(mmap.MADV_DONTNEED)
                 async with asyncio.timeout(STALL_S):
                     await call.write(message)

@@ -195,3 +195,28 @@ def test_a_removed_devices_connections_are_closed_at_the_next_scan(shuts):
     port.drop("ghost")
     port.update([], [])
     assert sorted(shuts) == [1, 3]
+
+
+def test_calls_of_all_seats_at_once_are_answered():
+    """A round of a large fleet: gRPC would cancel some of more than 1,000 calls that wait to be accepted."""
+
+    async def echo(request, _context):
+        return request
+
+    async def run():
+        server = grpc.aio.server(options=make(seats=2000).options)
+        methods = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t", methods),))
+        number = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        own = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+        async with contextlib.AsyncExitStack() as opened:
+            opened.push_async_callback(server.stop, None)
+            calls = []
+            for _ in range(100):
+                channel = grpc.aio.insecure_channel(f"127.0.0.1:{number}", options=own)
+                calls.append((await opened.enter_async_context(channel)).unary_unary("/t/Echo"))
+            await asyncio.gather(*(call(b"connected", wait_for_ready=True) for call in calls))
+            return await asyncio.gather(*(call(b"x") for call in calls for _ in range(30)))
+
+    assert asyncio.run(run()) == [b"x"] * 3000
