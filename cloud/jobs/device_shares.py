@@ -118,8 +118,8 @@ class DeviceShares:
         """Free devices that work for a job no longer; None = all, because its round is over."""
         with self._lock:
             now_s, one = self.clock(), self._sharers.get(job)
-            held = [device for device, (holder, _) in self._held.items() if holder == job]
-            for device in held if devices is None else [device for device in held if device in devices]:
+            asked = list(self._held) if devices is None else devices
+            for device in [device for device in asked if device in self._held and self._held[device][0] == job]:
                 _, since_s = self._held.pop(device)
                 if one is not None:
                     one.used_s += (now_s - since_s) / one.weight
