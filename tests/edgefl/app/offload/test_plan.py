@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from edgefl.app.cli import cli
 from edgefl.app.offload.plan import PlanFlags
 from edgefl.errors import ConfigError
-from tests.edgefl.offload.graphs import node, residual, rows, write
+from tests.edgefl.offload.graphs import node, residual, rows, weight, write
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_a_plan_for_people_and_programs(edgefl, path, tmp_path):
 def test_a_plan_without_an_attack_does_not_say_that_anything_is_safe(edgefl, path, tmp_path):
     arguments = ("plan", path, "--device", "5x", "--link", "1gbit,0ms", "--objective")
     assert "the inputs themselves leave the device" in edgefl(*arguments, "memory").stdout
-    chain = [node("Relu", "x", "a"), node("Tanh", "a", "b"), node("Abs", "b", "y")]
-    arguments = ("plan", write(tmp_path / "chain.onnx", chain, ["x"], ["y"]), *arguments[2:])
+    chain = [node("Relu", "x", "a"), node("Tanh", "a", "b"), node("MatMul", "b w", "y")]
+    arguments = ("plan", write(tmp_path / "chain.onnx", chain, ["x"], ["y"], [weight("w", 4, 4)]), *arguments[2:])
     done = edgefl(*arguments, "memory", "--may-leave", "activations")
     assert done.exit_code == 0, done.exception
     assert "activations leave the device; how much can be read from them was not measured: --leak" in done.stdout
