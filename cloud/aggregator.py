@@ -283,7 +283,7 @@ class Aggregator:
         upkeep = Upkeep(
             home.renew_certificates,
             reloading(context, home.identity) if context is not None else lambda: None,
-            interval_s(options.certificate_days),
+            lambda: interval_s(options.certificate_days),
             functools.partial(home.supervisor.report_failure, "certificates"),
         )
         home.supervisor.add_check("certificates", lambda: upkeep.reason)

@@ -133,7 +133,7 @@ def enroll(  # noqa: PLR0913 - one a flag
 )  # fmt: skip
 @click.option("--site-machines", default=2, show_default=True, help="How many machines train together.")
 @click.option(
-    "--parent-lease-s", default=30.0, show_default=True,
+    "--parent-lease-s", default=15.0, show_default=True,
     help="Leave a parent that was not reached for this time, for the next one in the list of this device "
          "(`edgefl devices assign`).",
 )  # fmt: skip

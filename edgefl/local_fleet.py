@@ -136,6 +136,7 @@ class LocalFleet:
         self.home = folder / "cloud"
         self.credentials = self.home / "operator.json"
         self._broker_kind = broker
+        self._region_broker = ("--broker", "builtin" if broker == "builtin" else "embedded")
         self._insecure = ("--insecure",) if insecure else ()
         self.use_ports(free_ports(3))
         self.cloud: LoggedProcess | None = None
@@ -223,7 +224,7 @@ class LocalFleet:
         grpc_port, http_port, mqtt_port = self.region_ports[name]
         self.regions[name] = self.spawn(
             f"{name}.log", "region", "start", "--home", self.folder / name, "--grpc-port", grpc_port,
-            "--http-port", http_port, "--mqtt-port", mqtt_port, *enrol, *options,
+            "--http-port", http_port, "--mqtt-port", mqtt_port, *self._region_broker, *enrol, *options,
         )  # fmt: skip
         self.regions[name].wait_for("uplink.up")
 

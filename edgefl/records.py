@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgefl.config import TrainConfig
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edgefl.trees import Tree
+
+CLOUD = "cloud"  # name of the top tier
 
 Counts: TypeAlias = "npt.NDArray[np.uint32]"  # (clients,) rounds in which each was admitted
 
@@ -109,7 +111,29 @@ class Partial:
     evaluations: Evaluations | None = None  # if the plan asked for them; checked by whoever sends them
     device_evaluations: Mapping[str, DeviceEvaluation] = field(default_factory=dict)  # the same, not checked
     weights: Mapping[str, float] = field(default_factory=dict)  # of each contributor, if it is known
+    losses: Mapping[str, float] = field(default_factory=dict)  # metric `train_loss` of contributors, if known
+    regions: Mapping[str, RegionRound] = field(default_factory=dict)  # those that have made it, if known
     is_mean: bool = False  # whether `total` is the mean, in the dtypes of `guards.partial_spec`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionRound:
+    """A region's part in one round: the devices that it has answered for, and what its own round took."""
+
+    parent: str  # the cloud, or the region above
+    admitted: tuple[str, ...] = ()  # those connected to it directly, not through a region below it
+    failures: Mapping[str, str] = field(default_factory=dict)  # of the others of these devices: why
+    seconds: float = 0.0  # from its work to its sum
+    up_bytes: int = 0  # moved with its devices, and the regions below it
+    down_bytes: int = 0
+
+    def __add__(self, more: RegionRound) -> RegionRound:
+        """Return both parts of one round, e.g. two sums of a region."""
+        return RegionRound(
+            parent=self.parent, admitted=(*self.admitted, *more.admitted),
+            failures={**self.failures, **more.failures}, seconds=max(self.seconds, more.seconds),
+            up_bytes=self.up_bytes + more.up_bytes, down_bytes=self.down_bytes + more.down_bytes,
+        )  # fmt: skip
 
 
 Answer = Update | Failure | Partial | Evaluated  # what a fleet yields for a plan
@@ -155,7 +179,8 @@ class RoundOutcome:
     up_bytes: int
     down_bytes: int
     not_evaluated: Mapping[str, str] = field(default_factory=dict)  # device -> why its evaluation does not count
-    seen: Mapping[str, SeenUpdate] = field(default_factory=dict)  # device -> its admitted update; not of partial sums
+    seen: Mapping[str, SeenUpdate] = field(default_factory=dict)  # device -> its admitted update
+    regions: Mapping[str, RegionRound] = field(default_factory=dict)  # by their sums
 
     def cohort(self) -> tuple[str, ...]:
         """Return all devices that were asked, and those that were refused."""
@@ -175,7 +200,20 @@ class RoundOutcome:
             down_bytes=self.down_bytes,
             metrics=dict(self.metrics),
             not_evaluated=dict(self.not_evaluated),
+            regions=self._regions(),
         )
+
+    def _regions(self) -> Mapping[str, RegionRound]:
+        """Return the parts of the regions, and of the cloud itself: empty in a round without regions."""
+        if not self.regions:
+            return {}
+        below = {name for one in self.regions.values() for name in (*one.admitted, *one.failures)}
+        own = RegionRound(
+            parent="", admitted=tuple(one for one in self.admitted if one not in below),
+            failures={one: why for one, why in {**self.rejected, **self.failed}.items() if one not in below},
+            seconds=self.seconds, up_bytes=self.up_bytes, down_bytes=self.down_bytes,
+        )  # fmt: skip
+        return {CLOUD: own, **self.regions}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +235,7 @@ class RoundReport:
     model: str | None = None  # on a fleet: SHA-256 of the parameters after it
     frozen: str | None = None  # SHA-256 of the frozen tensors, if `model` lacks them
     not_evaluated: Mapping[str, str] = field(default_factory=dict)  # client -> why its evaluation does not count
+    regions: Mapping[str, RegionRound] = field(default_factory=dict)  # on a fleet with regions; `cloud` is the top
 
     def counts_text(self) -> str:
         """Return `3 admitted, 1 failed`: the counts above 0."""
@@ -206,10 +245,11 @@ class RoundReport:
     def as_json(self) -> dict[str, Any]:
         """Return the round as public JSON: counts and reasons, without missing values."""
         said = {one.name: getattr(self, one.name) for one in fields(self)}
-        del said["not_evaluated"]
+        del said["not_evaluated"], said["regions"]
         return {name: value for name, value in said.items() if value is not None} | {
             "reasons": dict(self.reasons), "metrics": dict(self.metrics),
             **({"not_evaluated": dict(self.not_evaluated)} if self.not_evaluated else {}),
+            **({"regions": {name: asdict(one) for name, one in self.regions.items()}} if self.regions else {}),
         }  # fmt: skip
 
     @classmethod
@@ -219,8 +259,12 @@ class RoundReport:
         A metric that is null, because it was not a finite number, is NaN.
         """
         known = {one.name: said[one.name] for one in fields(cls) if one.name in said}
+        regions = known.get("regions", {})
         try:
             known["metrics"] = {name: math.nan if one is None else one for name, one in said["metrics"].items()}
+            known["regions"] = {
+                name: RegionRound(**{**one, "admitted": tuple(one["admitted"])}) for name, one in regions.items()
+            }
             return cls(**known)
         except (AttributeError, KeyError, TypeError) as cause:
             raise ProtocolError(f"not a round: {cause!r}") from cause

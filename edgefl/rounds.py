@@ -33,6 +33,7 @@ from edgefl.records import (
     Failure,
     Partial,
     Plan,
+    RegionRound,
     RoundOutcome,
     SeenUpdate,
     Traffic,
@@ -187,6 +188,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan, *, is_resumed: bool = False) -
         down_bytes=moved.down_bytes,
         not_evaluated={} if tally.evaluation is None else tally.evaluation.faults,
         seen=tally.seen,
+        regions=tally.regions,
     )
 
 
@@ -313,6 +315,7 @@ class _Tally:
     weight: float = 0.0
     evaluation: FederatedEvaluation | None = None  # None: the plan asks for none
     seen: dict[str, SeenUpdate] = field(default_factory=dict)
+    regions: dict[str, RegionRound] = field(default_factory=dict)
     _metrics: MetricSums = field(default_factory=MetricSums)
 
     def count(self, answer: Update | Partial, seconds: float | None) -> None:
@@ -320,6 +323,10 @@ class _Tally:
         if isinstance(answer, Partial):
             self.admitted.extend(answer.contributors)
             self._metrics.merge(answer.metrics)
+            for device, weight in answer.weights.items():
+                self.seen[device] = SeenUpdate(weight=weight, loss=answer.losses.get(device), seconds=seconds)
+            for name, part in answer.regions.items():
+                self.regions[name] = self.regions[name] + part if name in self.regions else part
             if self.evaluation is not None and answer.evaluations is not None:
                 self.evaluation.merge(answer.evaluations)
             if self.evaluation is not None:

@@ -1,7 +1,7 @@
-"""mosquitto as the cloud's child process: the cloud's own broker, if mosquitto is installed.
+"""mosquitto as a child process: the own broker of a cloud, or of a region, if mosquitto is installed.
 
-Its configuration is that of `edgefl cloud broker-config`, in a folder of the cloud's home; it runs as the cloud's
-user. It is stopped with the cloud, even if the cloud is killed, and restarted if it exits by itself.
+Its configuration is that of `edgefl cloud broker-config`, in a folder of the owner's home; it runs as the owner's
+user. It is stopped with its owner, even if that is killed, and restarted if it exits by itself.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import resource
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
-from cloud.broker.mosquitto import Mosquitto
-from cloud.broker.mosquitto_config import CONFIG_FILE, MAX_CONNECTIONS, broker_config, write_broker_config
+from cloud.broker.mosquitto_config import CONFIG_FILE, CRL_FILE, MAX_CONNECTIONS, broker_config, write_broker_config
 from edgefl.errors import ConfigError
 from edgefl.logs import event
 from edgefl.process.guardian import gated, guardian, open_gate
 from edgefl.process.home import replace_file
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.ports.listener import listen
+from edgefl.protocols.tls import CLOUD_NAME
 
+EMBEDDED, BUILTIN = "embedded", "builtin"  # --broker: mosquitto if it is installed, or never
 OLDEST = (2, 0)  # the first with "TLS 1.3 only" and client ids from certificates
 START_S, STOP_S = 10.0, 5.0
 FIRST_DELAY_S, LAST_DELAY_S = 0.2, 5.0  # before a restart; doubles
@@ -47,6 +48,16 @@ def find_mosquitto() -> str | None:
     return program
 
 
+class Control(Protocol):
+    """Updates the files of a mosquitto, and makes it use them. Called in threads."""
+
+    def drop(self, device: str) -> None:
+        """End the connection of a removed device."""
+
+    def refresh(self) -> None:
+        """Update the files if necessary."""
+
+
 class MosquittoChild:
     """Runs mosquitto within the context. `reason` says why it is not serving, and is empty while it is.
 
@@ -56,8 +67,10 @@ class MosquittoChild:
 
     program = "mosquitto"
 
-    def __init__(self, program: str, folder: Path, host: str, port: int, control: Mosquitto) -> None:
-        self.drop, self.refresh = control.drop, control.refresh
+    def __init__(
+        self, program: str, folder: Path, host: str, port: int, control: Control, *, owner: str = CLOUD_NAME
+    ) -> None:
+        self.drop, self.refresh, self._owner = control.drop, control.refresh, owner
         self._command = [program, "-c", str(folder / CONFIG_FILE)]
         self._folder, self._host, self._port = folder, host, port
         self.reason = "mosquitto has not started yet"
@@ -68,6 +81,7 @@ class MosquittoChild:
 
     async def __aenter__(self) -> Self:
         """Start it and wait until it serves; raises ConfigError if it does not start, or the port is in use."""
+        self._loop = asyncio.get_running_loop()
         listen(self._host, self._port, "--mqtt-port").close()
         self._write_config()
         self._task = asyncio.create_task(self._restart(), name="mosquitto")
@@ -79,18 +93,29 @@ class MosquittoChild:
             raise ConfigError(f"{self.reason}; use `--broker builtin` to do without it")
         return self
 
+    def restart(self) -> None:
+        """End it with all connections; it starts again at once. May be called from any thread."""
+        self._loop.call_soon_threadsafe(self._end_process)
+
+    def _end_process(self) -> None:
+        self._write_config()
+        if self._process is not None:
+            self._process.terminate()
+
     async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
         await asyncio.wait({self._task})
         await asyncio.to_thread(self._stop)
 
     def _write_config(self) -> None:
-        write_broker_config(self._folder, self._host, self._port)
+        write_broker_config(self._folder, self._host, self._port, self._owner)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = min(MAX_CONNECTIONS, limit - KEPT_DESCRIPTORS)
         config = broker_config(self._folder, self._host, self._port)
         config = config.replace("log_type notice\n", "")  # it logs one line per connection
         config = config.replace(f"max_connections {MAX_CONNECTIONS}\n", f"max_connections {most}\n")
+        if not (self._folder / CRL_FILE).exists():  # of a region that was not told yet who is revoked
+            config = config.replace(f"crlfile {self._folder / CRL_FILE}\n", "")
         config += f"user {pwd.getpwuid(os.geteuid()).pw_name}\n"
         replace_file(self._folder / CONFIG_FILE, config.encode())
 

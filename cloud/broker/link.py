@@ -82,6 +82,9 @@ class DeviceLinkCallbacks:
     on_failure: Callable[[BaseException], None]  # the link has failed for good
     on_state: Callable[[str, DeviceState], None] = _ignore  # also when the connection to the broker is lost
     on_note: Callable[[str, RolloutNote], None] = _ignore
+    on_telemetry: Callable[[str, Telemetry], None] = _ignore  # of a device that is online
+    # Instead of `on_state`, for a device that did not say that it is offline: its region, or the broker, was lost.
+    on_lost: Callable[[str, DeviceState], None] | None = None
     is_known: Callable[[str], bool] = _always  # whether a device is enrolled
 
 
@@ -108,6 +111,7 @@ class DeviceLink:
             subscriptions=[(topics.EVERY_UP, 1)],
             keepalive_s=10,
         )
+        self._lost: set[str] = set()  # devices whose region was lost: they may be about to connect elsewhere
         self._via: dict[str, str] = {}  # device -> the region through which it is reached; missing = directly
         self.children: RegionLink | None = None  # the regions below, if there can be any
         self._inbox: Inbox[tuple[str, bytes, str] | None] = Inbox("mqtt-inbox", self._process)
@@ -147,9 +151,9 @@ class DeviceLink:
             return frozenset(name for name, state in self._states.items() if state.online)
 
     def offline(self) -> frozenset[str]:
-        """Return the devices that have reported a state and are not online."""
+        """Return the devices that have reported a state and are not online; not those whose region was lost."""
         with self._changed:
-            return frozenset(name for name, state in self._states.items() if not state.online)
+            return frozenset(name for name, state in self._states.items() if not state.online) - self._lost
 
     def states(self) -> Mapping[str, DeviceState]:
         """Return the last state of each device since the cloud's start."""
@@ -232,6 +236,7 @@ class DeviceLink:
             self._states.pop(device, None)
             self._telemetry.pop(device, None)
             self._via.pop(device, None)
+            self._lost.discard(device)
             self._changed.notify_all()
 
     def _send(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
@@ -280,6 +285,7 @@ class DeviceLink:
                 event(_log, logging.DEBUG, "device.old_state", device=device, session=state.session, held=held.session)
                 return
             self._states[device] = state
+            self._lost.discard(device)
             if region:
                 self._via[device] = region
             else:
@@ -300,6 +306,8 @@ class DeviceLink:
                 if device not in self._telemetry:
                     self._changed.notify_all()  # a choice of devices may wait for it
                 self._telemetry[device] = telemetry
+        if state is not None and state.online:
+            self._callbacks.on_telemetry(device, telemetry)
 
     def _note_region_lost(self, region: str, device: str) -> None:
         """A device is not reached through this region any more."""
@@ -308,9 +316,11 @@ class DeviceLink:
             if held is None or self._via.get(device) != region:
                 return  # it is elsewhere
             state = self._states[device] = dataclasses.replace(held, online=False, session=0)
+            if held.online:
+                self._lost.add(device)
             self._telemetry.pop(device, None)
             self._changed.notify_all()
-        self._callbacks.on_state(device, state)
+        (self._callbacks.on_lost or self._callbacks.on_state)(device, state)
 
     def _note_broker_lost(self) -> None:
         with self._changed:
@@ -321,7 +331,7 @@ class DeviceLink:
                 self._telemetry.pop(name, None)
             self._changed.notify_all()
         for device, state in lost.items():
-            self._callbacks.on_state(device, state)
+            (self._callbacks.on_lost or self._callbacks.on_state)(device, state)
 
 
 def _order(state: DeviceState) -> tuple[int, bool]:

@@ -57,7 +57,7 @@ class Mosquitto:
         self._lock = threading.Lock()  # one writer of the folder at a time
         self._uncut = set(settings.removed)
         self._num_listed = -1  # entries in the written CRL
-        self._is_starting = False  # mosquitto was starting at the last change, and gets the signal later
+        self._hangup = Hangup(settings.pid_file or settings.folder / PID_FILE)
         self._signalled = True  # whether mosquitto got a signal after the last change
 
     def refresh(self) -> None:
@@ -90,8 +90,10 @@ class Mosquitto:
 
     def _update(self, *, even_unchanged: bool) -> None:
         with self._lock:
-            if self._settings.folder.is_dir() and (self._write(even_unchanged=even_unchanged) or self._is_starting):
-                self._signalled = self._reload()
+            if self._settings.folder.is_dir() and (
+                self._write(even_unchanged=even_unchanged) or self._hangup.is_starting
+            ):
+                self._signalled = self._hangup.send()
 
     def _write(self, *, even_unchanged: bool) -> bool:
         folder, ca = self._settings.folder, self._settings.ca_folder / "ca.pem"
@@ -120,23 +122,6 @@ class Mosquitto:
             event(_log, logging.INFO, "broker.certificate_renewed", file=identity.cert)
         return renewed
 
-    def _reload(self) -> bool:
-        path = self._settings.pid_file or self._settings.folder / PID_FILE
-        try:
-            pid = int(path.read_text(encoding="ascii"))
-            if psutil.Process(pid).name() != "mosquitto":
-                raise ProcessLookupError(f"process {pid} is not mosquitto")
-            self._is_starting = not catches_hangup(pid)
-            if self._is_starting:
-                return False
-            os.kill(pid, signal.SIGHUP)
-        except (OSError, ValueError, psutil.Error) as fault:
-            advice = "send SIGHUP to mosquitto if it is on this machine; for another machine see mosquitto.conf"
-            event(_log, logging.WARNING, "broker.not_reloaded", pid_file=path, reason=fault, advice=advice)
-            return False
-        event(_log, logging.INFO, "broker.reloaded", pid=pid)
-        return True
-
     def _take_over(self, device: str) -> bool:
         """Connect as this device, so that the broker ends its other connection, and disconnect."""
         ca = self._settings.ca_folder
@@ -151,6 +136,31 @@ class Mosquitto:
             return False
         self._uncut.discard(device)
         event(_log, logging.INFO, "broker.dropped", device=device)
+        return True
+
+
+class Hangup:
+    """Sends SIGHUP to a mosquitto, by its pid file, so that it reloads its files."""
+
+    def __init__(self, pid_file: Path) -> None:
+        self._path = pid_file
+        self.is_starting = False  # at the last attempt: send the signal later
+
+    def send(self) -> bool:
+        """Return whether mosquitto has got the signal; otherwise the log says why not."""
+        try:
+            pid = int(self._path.read_text(encoding="ascii"))
+            if psutil.Process(pid).name() != "mosquitto":
+                raise ProcessLookupError(f"process {pid} is not mosquitto")
+            self.is_starting = not catches_hangup(pid)
+            if self.is_starting:
+                return False
+            os.kill(pid, signal.SIGHUP)
+        except (OSError, ValueError, psutil.Error) as fault:
+            advice = "send SIGHUP to mosquitto if it is on this machine; for another machine see mosquitto.conf"
+            event(_log, logging.WARNING, "broker.not_reloaded", pid_file=self._path, reason=fault, advice=advice)
+            return False
+        event(_log, logging.INFO, "broker.reloaded", pid=pid)
         return True
 
 

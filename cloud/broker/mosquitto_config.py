@@ -86,24 +86,24 @@ def broker_config(folder: Path, host: str, port: int) -> str:
     )
 
 
-def broker_acl() -> str:
-    """Return mosquitto's ACL: %u is the CN of the client's certificate."""
+def broker_acl(owner: str = CLOUD_NAME) -> str:
+    """Return mosquitto's ACL: %u is the CN of the client's certificate. `owner` is the cloud, or a region."""
     lines = [
         "# The rights of edgefl.protocols.topics.allowed, written by `edgefl cloud broker-config`.",
         *(f"pattern write {ROOT}/up/%u/{kind}" for kind in UP_KINDS),
         f"pattern read {ROOT}/down/%u/#",
         "",
-        f"user {CLOUD_NAME}",
+        f"user {owner}",
         f"topic readwrite {ROOT}/#",
     ]
     return "\n".join(lines) + "\n"
 
 
-def write_broker_config(folder: Path, host: str, port: int) -> Path:
+def write_broker_config(folder: Path, host: str, port: int, owner: str = CLOUD_NAME) -> Path:
     """Write mosquitto.conf and acl into a folder that has the broker's `Identity` files and crl.pem.
 
     Returns the path of mosquitto.conf.
     """
-    replace_file(folder / ACL_FILE, broker_acl().encode())
+    replace_file(folder / ACL_FILE, broker_acl(owner).encode())
     replace_file(folder / CONFIG_FILE, broker_config(folder, host, port).encode())
     return folder / CONFIG_FILE

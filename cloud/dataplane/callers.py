@@ -56,6 +56,10 @@ class Callers:
         """Return the name of a device or a region, as `device` does."""
         return await self._name(context, region=None)
 
+    def is_region(self, context: Context) -> bool:
+        """Whether the caller, whose name was returned, is a region."""
+        return not self._checks.insecure and _names_in(certificate_of(context))[2]
+
     async def _name(self, context: Context, *, region: bool | None) -> str:
         run = asyncio.get_running_loop().run_in_executor
         rounds = self._rounds
@@ -82,7 +86,8 @@ class Callers:
                 context.set_trailing_metadata(((PARENTS_METADATA, encode(moved)),))
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
-                f"device {name!r} is not enrolled, or not with this certificate; enrol it with a new token",
+                f"{'region' if of_region else 'device'} {name!r} is not enrolled, or not with this certificate; enrol "
+                "it with a new token",
             )
         if refusal := self._checks.admit(name, context.peer()):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)

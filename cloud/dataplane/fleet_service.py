@@ -160,6 +160,7 @@ class FleetService:
     ) -> None:
         device = await self.callers.any(context)
         opened = [one for one in self._deps.rounds.waiting_for(device) if one.asks_for(request.sha256)]
+        opened = opened or (self._deps.rounds.asking_for(request.sha256)[:1] if self.callers.is_region(context) else [])
         sources = [one.source for one in opened if one.source is not None]
         try:
             path = sources[0] if sources else self._deps.blobs.path(request.sha256)
@@ -172,7 +173,7 @@ class FleetService:
                     offset = min(request.offset, size)
                     while offset < size and (data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset)):
                         offset += len(data)
-                        for one in opened or self._deps.rounds.asking_for(request.sha256)[:1]:  # of a region
+                        for one in opened:
                             one.down_bytes += len(data)
                         await context.write(encode_chunk(data))
                         transfer.moved()

@@ -17,6 +17,7 @@ from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.jobs.choice import ChoiceBoard, DeviceChoice
 from cloud.jobs.device_shares import DeviceShares
+from cloud.jobs.reach import unreachable
 from cloud.region.sums import partial_of
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, JobRow, Jobs
@@ -64,7 +65,7 @@ class GrpcFleet:
         self._job = job
         self._deps = deps
         self._choice = DeviceChoice(job.id, job.config.rounds, deps.link, deps.shares, deps.board, history)
-        self._choice.is_reachable = self._is_reachable
+        self._choice.unreachable = lambda device: unreachable(job.config, deps.link.via(device))
         self._choice.next_round = job.rounds_done + 1
         self._took_part: set[str] = set()
         self._durations = Durations()
@@ -83,10 +84,6 @@ class GrpcFleet:
         if rounds.is_halted(job):
             raise JobPaused(f"job {job} is paused; `edgefl jobs resume {job}` continues it")
         return found
-
-    def _is_reachable(self, device: str) -> bool:
-        """Whether a device can take part; with regional rounds, only in a region: it numbers its own rounds."""
-        return self._job.config.tiers.region_rounds == 1 or bool(self._deps.link.via(device))
 
     def keep(self, parameters: Tree) -> SpooledTree:
         """Encode the parameters once for all devices; return the file's tree, which is mapped when needed.

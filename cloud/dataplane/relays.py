@@ -143,6 +143,7 @@ class Relays:
         for sent in left:
             sent.opened.close()
             self._deps.rounds.remove(sent.opened)
+            self._deps.link.close_round(relay, sent.number)
             if not sent.opened.has_answered(sent.device):
                 self._tell_closed(sent)
         for number in numbers:
@@ -160,6 +161,7 @@ class Relays:
             for sent in live.waiting.values():
                 sent.opened.close()
                 self._deps.rounds.remove(sent.opened)
+                self._deps.link.close_round(relay, sent.number)
             for device in sorted(live.devices | (self._deps.link.online() if live.resumed else frozenset())):
                 self._deps.link.send_job(device, RoundClosed(job=relay, round=live.last, job_ended=True))
         self._deps.rounds.forget(relay)
@@ -317,6 +319,7 @@ class Relays:
             live.replies[sent.number] = line
             self._arrived.notify_all()
         self._deps.rounds.remove(sent.opened)
+        self._deps.link.close_round(sent.relay, sent.number)
         return True
 
     def _answer_for(self, sent: SentMessage) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 from cloud.http.services import Services
 from cloud.http.shared import Body, CleanJSON, Here, known
 from cloud.state.enrolment import DEVICE, VALID_FOR_S, EnrolledDevice
-from edgefl.errors import ConfigError, EnrolmentRefused, NotFound
+from edgefl.errors import ConfigError, NotFound
 from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.process.version import __version__
 from edgefl.protocols.tls import CLOUD_NAME
@@ -75,8 +75,7 @@ def crl(here: Here) -> Response:
 @public.post("/v1/enroll", response_class=JSONResponse)  # PEM has several lines
 def enroll(body: EnrolRequest, here: Here) -> dict[str, Any]:
     """Turn a one-time token and a signing request into a certificate."""
-    if body.parent != CLOUD_NAME and not here.members.is_region(body.parent):
-        raise EnrolmentRefused(f"{body.parent!r} is not a region of this fleet. The token is still good.")
+    here.members.check_parent(body.name, body.parent)
     certificate = here.enrolment.enroll(
         body.secret, body.name, body.tags, body.csr.encode(), role=body.role, parent=body.parent
     )
@@ -138,12 +137,15 @@ def assign(body: AssignRequest, here: Here) -> dict[str, Any]:
 
 @operator.delete("/v1/devices/{name}")
 def remove(name: str, here: Here) -> dict[str, Any]:
-    """Remove a device and reject its certificate from now on."""
+    """Remove a device or a region, and reject its certificate from now on."""
+    reassigned = here.members.let_go(name)
+    if reassigned:
+        here.members.note_change()  # a region tells the devices that it loses where to go
     known(here.enrolment.remove, name)
     here.members.note_change()
     here.rollouts.forget(name)
     here.link.forget(name)
-    return {"removed": name}
+    return {"removed": name, "reassigned": reassigned}
 
 
 @operator.get("/v1/devices/{name}/log")

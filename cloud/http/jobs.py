@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from cloud.http.services import Services
 from cloud.http.shared import HEARTBEAT, UPLOAD_PATH, Body, Here, known, stream_lines
+from cloud.jobs.reach import refuse_sums
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import ENDED
 from edgefl.config import JobConfig, from_dict
@@ -97,6 +98,8 @@ def download(sha256: str, here: Here) -> FileResponse:
 def submit(body: JobRequest, here: Here) -> dict[str, str]:
     """Start a job."""
     config = from_dict(JobConfig, body.config)
+    states = {one.name: here.link.state(one.name) for one in here.enrolment.devices()}
+    refuse_sums(config, {name: here.link.via(name) for name, one in states.items() if one is not None and one.online})
     job = here.jobs.submit(
         body.task, body.bundle, body.parameters, body.buffers, config, body.key, parted=body.parted,
         frozen=body.frozen, name=body.name, label=body.label,

@@ -20,7 +20,7 @@ from edgefl.config import RoundsConfig
 from edgefl.exchange import cohort_size, gathering
 from edgefl.protocols.messages import DeviceState, Telemetry
 
-OFFLINE, POLICY, SELECT, BUSY, UTILITY = "offline", "policy", "select", "busy", "utility"
+OFFLINE, POLICY, SELECT, BUSY, UTILITY, TIER = "offline", "policy", "select", "busy", "utility", "tier"
 LOOK_S = 5.0  # between two looks at telemetry, which changes without notice
 
 _TELEMETRY: Mapping[str, str] = {  # field of an expression -> of telemetry, where the names differ
@@ -48,7 +48,7 @@ class LinkView(Protocol):
 class Reason:
     """Why a device is not in a cohort."""
 
-    code: str  # offline | policy | select | busy | utility
+    code: str  # offline | policy | select | busy | utility | tier
     text: str
 
 
@@ -72,7 +72,7 @@ class DeviceChoice:
         history: History | None = None,
     ) -> None:  # fmt: skip
         self._job, self._rounds, self._link, self._shares, self._board = job, rounds, link, shares, board
-        self.is_reachable: Callable[[str], bool] = lambda _device: True  # by this job
+        self.unreachable: Callable[[str], str] = lambda _device: ""  # why this job cannot use a device; empty = it can
         self._history = history if history is not None else History()
         self._expression: Expression | None = parse(rounds.select) if rounds.select else None
         self._reads_telemetry = self._expression is not None and bool({*self._expression.fields} & REPORTED.keys())
@@ -144,9 +144,11 @@ class DeviceChoice:
         return len(self._eligible)
 
     def _may_work(self, name: str, state: DeviceState) -> bool:
-        if not state.online or not self.is_reachable(name):
+        if not state.online:
             return False  # the operator's plane knows
-        if state.refuses:
+        if why := self.unreachable(name):
+            self._reasons[name] = Reason(TIER, why)
+        elif state.refuses:
             text = ", ".join(f"{code} ({why})" for code, why in state.refuses.items())
             self._reasons[name] = Reason(POLICY, f"its own policy: {text}")
         elif self._expression is not None and (why := self._expression.why_not(self._facts(name, state))):

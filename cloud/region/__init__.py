@@ -1,1 +1,1 @@
-"""Tiers: a cloud's side of the regions below it (`children`), and a region's own (`process`, `uplink`, `work`)."""
+"""Tiers: a cloud's side of the regions below it (`children`, `service`, `sums`); `server` is a region's own process."""

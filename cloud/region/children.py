@@ -13,21 +13,21 @@ import functools
 import json
 import logging
 import threading
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.region.parents import regions_in
-from cloud.state.jobs import AnswerRow
 from cloud.state.members import Membership, below, children
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.messages import Command, Deliver, Evaluate, Fit, JobMessage, RoundClosed, Signed, encode
-from edgefl.protocols.tiers import LogSent, RegionState, Work
+from edgefl.protocols.tiers import LogSent, Message, RegionState, Work
 from edgefl.protocols.tiers.mirror import Mirror, MirrorCopy
-from edgefl.protocols.tls import LEAF_DAYS
+from edgefl.protocols.tls import CLOUD_NAME, LEAF_DAYS
 
 LEAD_S, LEAD_SHARE = 1.0, 0.1  # a region's deadline is this much before the round's: it has to send its sum
 
@@ -62,10 +62,16 @@ class Children:
         self._copies: dict[str, MirrorCopy] = {}
         self._streams: dict[str, object] = {}  # the newest of each region
         self._devices: dict[tuple[str, int], dict[str, dict[str, None]]] = {}  # job, round -> region -> its devices
+        self._messages: dict[tuple[str, int], dict[str, None]] = {}  # relay, number -> the regions that have it
         self._states: dict[str, RegionState] = {}
         self._inside: dict[str, frozenset[str]] = {}  # region -> the members below it
         self._told_running: set[str] = set()
         self.refresh()
+
+    @property
+    def shown_name(self) -> str:
+        """The name of this cloud or region in messages."""
+        return "the cloud" if self._deps.name == CLOUD_NAME else f"region {self._deps.name!r}"
 
     def regions(self) -> dict[str, RegionState]:
         """Return the regions below that are connected, also indirectly, as they say themselves."""
@@ -113,7 +119,7 @@ class Children:
     async def attach(
         self, region: str, requests: AsyncIterable[pb.TierItem], write: Callable[[pb.TierItem], Awaitable[object]]
     ) -> None:
-        """Serve one stream of a region until it ends, or a newer one of the region begins."""
+        """Serve one stream of a region until it ends; raises ProtocolError if a newer one of the region has begun."""
         mirror = await asyncio.to_thread(self._prepare, region)
         copy = self._copies.setdefault(region, MirrorCopy(functools.partial(self._take, region)))
         stream = self._streams[region] = object()
@@ -130,15 +136,14 @@ class Children:
             async for item in mirror.items():
                 await write(item)
 
-        tasks = [asyncio.ensure_future(read()), asyncio.ensure_future(send())]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
+            await _first_end(read(), send())
+            if self._streams.get(region) is not stream:
+                raise ProtocolError(
+                    f"another process has connected as region {region!r}. Two processes use copies of one --home: stop "
+                    "one of them, and enrol it under another name, in another --home"
+                )
         finally:
-            for task in tasks:
-                task.cancel()
             if self._streams.get(region) is stream:
                 del self._streams[region]
                 copy.clear()  # its devices are offline, as far as this side knows
@@ -152,27 +157,53 @@ class Children:
                 regions.setdefault(region, {})[device] = None
             self._tell(message.job, message.round, region)
         elif isinstance(message, Deliver):
-            self._fail(device, region, message)
+            self._deliver(region, device, message)
         elif isinstance(message, RoundClosed):
-            self.withdraw(device, message.job, message.round)
+            self._close(device, message)
 
     def send_command(self, region: str, device: str, command: Command) -> None:
         """Pass a command for a device to its region."""
         if (mirror := self._mirror(region)) is not None:
             mirror.set(f"command/{device}", encode(command))
 
-    def _fail(self, device: str, region: str, message: Deliver) -> None:
-        """Answer a Flower app's message in place of its device, at once."""
+    def _deliver(self, region: str, device: str, message: Deliver) -> None:
+        """Pass a Flower app's message to a region that may have its device."""
+        with self._lock:
+            self._messages.setdefault((message.job, message.round), {})[region] = None
+        if (mirror := self._mirror(region)) is not None:
+            if message.job not in self._told_running:
+                self.note_running()
+            key = f"deliver/{message.job}/{message.round}"
+            mirror.set(key, functools.partial(self._message, device, message))
+
+    def _message(self, device: str, message: Deliver) -> bytes | None:
+        """Return a message as it is now, called when it is sent; None if nobody waits for it."""
         opened = self._deps.rounds.get(message.job, message.round)
-        if opened is not None and opened.record is not None:
-            reason = (
-                f"device {device} is connected to region {region}; messages of Flower apps reach only devices that are "
-                "connected to the cloud itself"
-            )
-            opened.accept(AnswerRow(device=device, reason=reason), opened.record)
+        if opened is None:
+            return None
+        return tiers.pack(Message(device=device, deliver=dataclasses.replace(message, deadline_s=opened.left_s())))
+
+    def _close(self, device: str, closed: RoundClosed) -> None:
+        """Take back what a device was asked: one round or message, or all of a relay that has ended."""
+        self.withdraw(device, closed.job, closed.round)
+        if closed.job_ended and closed.job in self._told_running:
+            with self._lock:
+                left = [number for job, number in self._messages if job == closed.job]
+            for number in left:
+                self._take_back(closed.job, number)
+            self.note_running()
+
+    def _take_back(self, relay: str, number: int) -> None:
+        """No region has a message any more."""
+        with self._lock:
+            regions = self._messages.pop((relay, number), {})
+        for region in regions:
+            if (mirror := self._mirror(region)) is not None:
+                mirror.delete(f"deliver/{relay}/{number}")
 
     def withdraw(self, device: str, job: str, number: int) -> None:
         """No region is asked for this device's answer any more."""
+        self._take_back(job, number)
         with self._lock:
             regions = self._devices.get((job, number), {})
             asked = [region for region, devices in regions.items() if device in devices]
@@ -187,14 +218,17 @@ class Children:
             assignment = opened.assignment
             with self._lock:
                 regions = self._devices.get((assignment.job, assignment.round), {})
-                here = device in regions.get(region, {})
+                has_message = region in self._messages.get((assignment.job, assignment.round), {})
+                here = has_message or device in regions.get(region, {})
             if not here:
-                self.withdraw(device, assignment.job, assignment.round)
+                if not isinstance(assignment, Deliver):  # the other region may still have the reply to a message
+                    self.withdraw(device, assignment.job, assignment.round)
                 if region:
                     self.send_job(region, device, assignment)
 
     def close_round(self, job: str, number: int) -> None:
         """A round is over: no region is asked for anything of it."""
+        self._take_back(job, number)
         with self._lock:
             regions = list(self._devices.pop((job, number), {}))
         for region in regions:
@@ -221,6 +255,8 @@ class Children:
                 with self._lock:
                     self._devices.setdefault((assignment.job, assignment.round), {}).setdefault(region, {})
                 self._tell(assignment.job, assignment.round, region)
+            elif isinstance(assignment, Deliver) and (waiting := opened.waiting().intersection(devices)):
+                self._deliver(region, min(waiting), assignment)
         desired = {}
         for device in devices:
             for signed in self._deps.desired_for(device):
@@ -319,3 +355,16 @@ class Children:
     def _all(self) -> dict[str, Mirror]:
         with self._lock:
             return dict(self._mirrors)
+
+
+async def _first_end(*both: Coroutine[Any, Any, None]) -> None:
+    """Run both until one ends, and cancel the other; raises what the one raised."""
+    tasks = [asyncio.ensure_future(one) for one in both]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -7,6 +7,7 @@ reply (`RECEIVES`) lets the region send them, because gRPC may lose an answer to
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.dataplane.transfer_limiter import Transfer, TransferLimiter
+from cloud.dataplane.upload_header import answer_of, header_fault
 from cloud.region.children import Children
 from cloud.region.sums import answers_of, sum_fault, wrong_kind
 from cloud.state.blobs import BlobStore
@@ -35,8 +37,9 @@ from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.chunks import upload_data
-from edgefl.protocols.messages import Fit
-from edgefl.protocols.tiers import RECEIVES, SumNote
+from edgefl.protocols.messages import Deliver, Fit
+from edgefl.protocols.tiers import RECEIVES, MessageReply, SumNote
+from edgefl.protocols.tiers.version import stated, version_fault
 from edgefl.terminal.text import one_line
 from edgefl.trees import SpooledTree, TensorSpec, spec_of
 
@@ -90,22 +93,32 @@ class TierService:
         self._uploads = TransferLimiter(max_each=4)
 
     async def Attach(self, requests: AsyncIterator[pb.TierItem], context: Context) -> None:  # noqa: N802 - gRPC's name
-        region = await self.deps.callers.region(context)
+        region = await self._region(context)
+        await context.send_initial_metadata(stated())
         try:
             await self.deps.children.attach(region, requests, context.write)
         except ProtocolError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    async def Resume(self, request: pb.UpdateKey, context: Context) -> pb.UploadState:  # noqa: N802
+    async def _region(self, context: Context) -> str:
+        """Return the calling region's name; aborts the call if this side does not serve it, or not its version."""
         region = await self.deps.callers.region(context)
-        name = _spooled(region, request.sum)
-        if self.deps.rounds.get(request.job, request.round) is None:
+        if fault := version_fault(f"region {region!r}", self.deps.children.shown_name, context.invocation_metadata()):
+            event(_log, logging.WARNING, "region.other_version", region=region, reason=fault)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, fault)
+        return region
+
+    async def Resume(self, request: pb.UpdateKey, context: Context) -> pb.UploadState:  # noqa: N802
+        region = await self._region(context)
+        opened = self.deps.rounds.get(request.job, request.round)
+        if opened is None:
             return await self._unless_open_later(request, context)
+        name = min(opened.asked) if isinstance(opened.assignment, Deliver) else _spooled(region, request.sum)
         offset = await self._run(self.deps.spool.received_bytes, request.job, request.round, name)
         return pb.UploadState(status="PARTIAL", offset=offset)
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
-        region = await self.deps.callers.region(context)
+        region = await self._region(context)
         try:
             ask = None if self.deps.renew is None else functools.partial(self.deps.renew, region)
             return await passed_renewal(ask, request, context)
@@ -114,7 +127,7 @@ class TierService:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, one_line(str(error), MAX_REASON_CHARS))
 
     async def Upload(self, requests: AsyncIterator[bytes], context: Context) -> pb.UploadState:  # noqa: N802
-        region, num_bytes = await self.deps.callers.region(context), 0
+        region, num_bytes = await self._region(context), 0
         try:
             async with self._uploads.turn(region) as transfer:
                 header = _header(await anext(requests, b""))
@@ -122,11 +135,15 @@ class TierService:
                 opened = self.deps.rounds.get(header.key.job, header.key.round)
                 if opened is None:
                     return await self._unless_open_later(header.key, context)
+                if isinstance(opened.assignment, Deliver):
+                    reply = await self._take_reply(_moving(requests, transfer), header, opened, region, context)
+                    return await self._unless_stopping(reply, context)
                 note = tiers.unpack(SumNote, header.sum)
                 state = await self._run(self._refusal, opened, region, header, note)
                 if state is None:
                     await context.send_initial_metadata(((RECEIVES, "1"),))
-                    state = await self._receive(_moving(requests, transfer), header, opened, region, note)
+                    name, accept = _spooled(region, header.key.sum), functools.partial(self._accept, note=note)
+                    state = await self._receive(_moving(requests, transfer), header, opened, region, name, accept)
                 return await self._unless_stopping(state, context)
         except (DecodeError, ProtocolError) as error:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, one_line(str(error), MAX_REASON_CHARS))
@@ -136,11 +153,56 @@ class TierService:
             self.deps.storage.refused(error, num_bytes)
             return await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it now: {error}")
 
-    async def _receive(
-        self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, region: str, note: SumNote
+    async def _take_reply(
+        self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, region: str, context: Context
     ) -> pb.UploadState:
+        """Take a device's reply to a message of a Flower app, as if the device had sent it."""
+        reply = tiers.unpack(MessageReply, header.sum)
+        fault = header_fault(header, opened.assignment.max_update_bytes) or ""
+        if not self.deps.children.speaks_for(region, reply.device) or reply.device not in opened.asked:
+            fault = f"region {region!r} replies for {reply.device!r}, which is not asked, or may not connect below it"
+        if fault:
+            return self._refuse(opened, region, fault)
+        if not opened.waits_for(reply.device):
+            return pb.UploadState(status="STALE", reason="the message is answered, or not waited for any more")
+        if reply.reason:
+            answer = AnswerRow(device=reply.device, reason=reply.reason)
+            await self._run(self._accept_reply, answer, lambda: None, opened)
+            return pb.UploadState(status="STORED")
+        await context.send_initial_metadata(((RECEIVES, "1"),))
+        finish = functools.partial(self._finish_reply, device=reply.device)
+        return await self._receive(requests, header, opened, region, reply.device, finish)
+
+    def _finish_reply(
+        self, incoming: Incoming, header: pb.UploadHeader, opened: OpenRound, region: str, *, device: str
+    ) -> pb.UploadState:
+        try:
+            incoming.finish(header.blake3)
+        except ProtocolError as error:
+            return pb.UploadState(status="PARTIAL") if header.offset else self._refuse(opened, region, str(error))
+        answer = dataclasses.replace(answer_of(header, device, incoming.name), region=region)
+        is_new = self._accept_reply(answer, incoming.place, opened)
+        return pb.UploadState(status="STORED" if is_new else "STALE", offset=header.size)
+
+    def _accept_reply(self, answer: AnswerRow, place: Callable[[], object], opened: OpenRound) -> bool:
+        job, number = opened.assignment.job, opened.assignment.round
+
+        def keep(one: AnswerRow) -> None:
+            place()
+            (opened.record or functools.partial(self.deps.jobs.record, job, number))(one)
+
+        is_new = opened.accept(answer, keep)
+        self.deps.children.withdraw(answer.device, job, number)
+        event(_log, logging.INFO, "reply.stored", relay=job, number=number, device=answer.device)
+        return is_new
+
+    async def _receive(
+        self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, region: str, name: str,
+        finish: Callable[[Incoming, pb.UploadHeader, OpenRound, str], pb.UploadState],
+    ) -> pb.UploadState:  # fmt: skip
+        """Receive the bytes into the spool under this name; then `finish` checks and accepts them."""
         key, size = header.key, header.offset
-        arrival = Arrival(self.deps.spool, key.job, key.round, _spooled(region, key.sum), header.offset)
+        arrival = Arrival(self.deps.spool, key.job, key.round, name, header.offset)
         try:
             async for message in requests:
                 data = upload_data(message)
@@ -152,7 +214,7 @@ class TierService:
                 if arrival.last:
                     await self._run(arrival.write)
                 arrival.last = data
-            return await self._run(self._finish, arrival, header, opened, region, note)
+            return await self._run(self._finish, arrival, header, lambda one, of: finish(one, of, opened, region))
         finally:
             if not arrival.ended:
                 await asyncio.shield(self._run(arrival.end))
@@ -163,13 +225,16 @@ class TierService:
         fault = wrong_kind(note, opened.assignment)
         if header.size > most:
             fault = fault or f"the sum has {header.size} bytes; at most {most:.0f} are allowed in this round"
+        speaks_for = functools.partial(self.deps.children.speaks_for, region)
+        if others := sorted(name for name in note.regions if name != region and not speaks_for(name)):
+            fault = fault or f"it has a part of region {others[0]!r}, which is not below region {region!r}"
         if fault:
             return self._refuse(opened, region, fault)
         waiting = opened.waiting()
         if not waiting:
             return pb.UploadState(status="STALE", reason="the round is over")
         # Also of an honest region: a device may have been removed, or assigned elsewhere, after it answered.
-        strangers = sorted(name for name in note.devices if not self.deps.children.speaks_for(region, name))
+        strangers = sorted(name for name in note.devices if not speaks_for(name))
         if counted := sorted((note.devices - waiting).union(strangers)):
             reason = f"{', '.join(strangers[:5])} may not connect below this region" if strangers else ""
             if reason:
@@ -182,18 +247,18 @@ class TierService:
         return None
 
     def _finish(
-        self, arrival: Arrival, header: pb.UploadHeader, opened: OpenRound, region: str, note: SumNote
+        self, arrival: Arrival, header: pb.UploadHeader, accept: Callable[[Incoming, pb.UploadHeader], pb.UploadState]
     ) -> pb.UploadState:
         try:
             incoming = arrival.write()
             if incoming.size < header.size:
                 return pb.UploadState(status="PARTIAL", offset=incoming.size)
-            return self._accept(incoming, header, opened, region, note)
+            return accept(incoming, header)
         finally:
             arrival.end()
 
     def _accept(
-        self, incoming: Incoming, header: pb.UploadHeader, opened: OpenRound, region: str, note: SumNote
+        self, incoming: Incoming, header: pb.UploadHeader, opened: OpenRound, region: str, *, note: SumNote
     ) -> pb.UploadState:
         """Check a sum, make it durable with the answers of all its devices, and hand it to its round."""
         assignment = opened.assignment

@@ -9,6 +9,7 @@ it again without those devices.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -21,9 +22,9 @@ from edgefl.aggregation.rule import Merging
 from edgefl.errors import ProtocolError, UpdateRejected
 from edgefl.guards import RoundGuard, partial_spec
 from edgefl.protocols.messages import Assignment, Evaluate
-from edgefl.protocols.tiers import SumNote
-from edgefl.records import Answer, DeviceEvaluation, Evaluated, Failure, Partial, Plan
-from edgefl.rounds import NO_EVALUATION, MetricSums
+from edgefl.protocols.tiers import RegionPart, SumNote
+from edgefl.records import Answer, DeviceEvaluation, Evaluated, Failure, Partial, Plan, RegionRound
+from edgefl.rounds import NO_EVALUATION, TRAIN_LOSS, MetricSums
 from edgefl.trees import TensorSpec, Tree, spec_of
 
 TOLERANCE = 1e-9  # of the sum of weights, relative
@@ -54,9 +55,12 @@ def _wrong_names(note: SumNote) -> str:
     names = [*note.weights, *note.failed, *note.rejected]
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         return f"{twice[0]} is both a contributor and failed, or failed twice"
-    evaluated = {*note.evaluations, *note.evaluation_weights, *note.evaluation_faults}
-    if others := sorted(evaluated - note.weights.keys()):
-        return f"it has an evaluation of {others[0]!r}, which is not a contributor"
+    measured = {*note.evaluations, *note.evaluation_weights, *note.evaluation_faults, *note.losses}
+    if others := sorted(measured - note.weights.keys()):
+        return f"it has an evaluation or a loss of {others[0]!r}, which is not a contributor"
+    parts = Counter(name for one in note.regions.values() for name in (*one.admitted, *one.failures))
+    if others := sorted(name for name, count in parts.items() if count > 1 or name not in note.devices):
+        return f"the parts of its regions name {others[0]!r} twice, or without an answer of it"
     return ""
 
 
@@ -87,7 +91,15 @@ def partial_of(note: SumNote, mean: Tree) -> Partial:
             )
             for name in {*note.evaluations, *note.evaluation_faults}
         },
-    )
+        losses=note.losses,
+        regions={
+            name: RegionRound(
+                parent=one.parent, admitted=tuple(one.admitted), failures=one.failures, seconds=one.seconds,
+                up_bytes=one.up_bytes, down_bytes=one.down_bytes,
+            )
+            for name, one in note.regions.items()
+        },
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -102,6 +114,9 @@ class Folding:
     evaluations: dict[str, Mapping[str, float]] = field(default_factory=dict)
     evaluation_weights: dict[str, float] = field(default_factory=dict)
     evaluation_faults: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    regions: dict[str, RegionRound] = field(default_factory=dict)  # those below
+    part: tuple[str, RegionRound] | None = None  # this region's name, and what its round took; None = it is not told
     # After regional rounds: the parameters before the first and before the last of them, and the first one's answers.
     base: tuple[Tree, Tree] | None = None
     evaluated: Folding | None = None
@@ -128,6 +143,8 @@ class Folding:
                 return
             self.weights[answer.device] = answer.weight
             self._metrics.add(answer.weight, answer.metrics)
+            if TRAIN_LOSS in answer.metrics:
+                self.losses[answer.device] = answer.metrics[TRAIN_LOSS]
             if self.plan.evaluate:
                 self._add_evaluation(answer.device, answer.evaluation or NO_EVALUATION)
 
@@ -137,8 +154,29 @@ class Folding:
             weights=self.weights, failed=self.failed, rejected=self.rejected,
             metrics={name: list(pair) for name, pair in self._metrics.sums.items()},
             evaluations=measured.evaluations, evaluation_weights=measured.evaluation_weights,
-            evaluation_faults=measured.evaluation_faults,
+            evaluation_faults=measured.evaluation_faults, losses=self.losses, regions=self._parts_of_regions(),
         )  # fmt: skip
+
+    def _parts_of_regions(self) -> dict[str, RegionPart]:
+        """Return which region has answered for which of this note's devices."""
+        here = {*self.weights, *self.failed, *self.rejected}
+        below = {device for one in self.regions.values() for device in (*one.admitted, *one.failures)}
+        parts = dict(self.regions)
+        if self.part is not None:
+            name, own = self.part
+            failures = {**self.failed, **self.rejected}
+            parts[name] = dataclasses.replace(
+                own, admitted=tuple(one for one in self.weights if one not in below),
+                failures={one: why for one, why in failures.items() if one not in below},
+            )  # fmt: skip
+        return {
+            name: RegionPart(
+                parent=one.parent, admitted=[device for device in one.admitted if device in here],
+                failures={device: why for device, why in one.failures.items() if device in here},
+                seconds=one.seconds, up_bytes=one.up_bytes, down_bytes=one.down_bytes,
+            )
+            for name, one in parts.items()
+        }  # fmt: skip
 
     def mean(self) -> Tree:
         """Return the weighted mean as it travels; empty without an update. That of a large model is read by blocks."""
@@ -171,6 +209,9 @@ class Folding:
                 self.rejected |= dict.fromkeys(partial.contributors, refusal.reason)
                 return
         self.weights |= partial.weights
+        self.losses |= partial.losses
+        for name, part in partial.regions.items():
+            self.regions[name] = self.regions[name] + part if name in self.regions else part
         self._metrics.merge(partial.metrics)
         for device, one in partial.device_evaluations.items():
             self._add_evaluation(device, one)

@@ -22,7 +22,7 @@ from typing import Self
 import psutil
 
 from cloud.broker.builtin import BuiltinBroker
-from cloud.broker.child import MosquittoChild, find_mosquitto
+from cloud.broker.child import BUILTIN, EMBEDDED, MosquittoChild, find_mosquitto
 from cloud.broker.inbox import Inbox
 from cloud.broker.link import DeviceLink, DeviceLinkCallbacks
 from cloud.broker.mosquitto import Mosquitto, MosquittoSettings
@@ -72,7 +72,6 @@ from edgefl.protocols.manifest import (
 from edgefl.protocols.messages import DeviceState, RolloutNote, Signed, Telemetry
 from edgefl.protocols.tls import BROKER_NAME, CLOUD_NAME, LEAF_DAYS, Identity, create_ca
 
-EMBEDDED, BUILTIN = "embedded", "builtin"
 LOG_FILE = "cloud.log"
 MAX_JOBS = 8  # that run at the same time
 

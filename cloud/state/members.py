@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from cloud.state.enrolment import REGION
 from cloud.state.store import devices, renewals
-from edgefl.errors import ConfigError, NotFound
+from edgefl.errors import ConfigError, EnrolmentRefused, NotFound
 from edgefl.protocols.tiers import MAX_PARENTS, Member
 from edgefl.protocols.tls import CLOUD_NAME
 
@@ -51,12 +51,6 @@ class Members:
             for row in rows
         }
 
-    def is_region(self, name: str) -> bool:
-        """Whether a name is that of a region."""
-        found = sa.select(devices.c.name).where((devices.c.name == name) & (devices.c.role == REGION))
-        with self._engine.connect() as db:
-            return db.scalar(found) is not None
-
     def assign(self, pattern: str, parents: Sequence[str]) -> list[str]:
         """Set the parents of the devices whose names match a pattern (as in a shell), and return their names.
 
@@ -66,7 +60,7 @@ class Members:
         regions = sorted(name for name, one in known.items() if one.is_region)
         if unknown := [one for one in parents if one != CLOUD_NAME and one not in regions]:
             raise ConfigError(
-                f"{', '.join(unknown)}: no region of this fleet. Its regions: {', '.join(regions) or 'none yet'}. "
+                f"{', '.join(unknown)}: no region of this fleet. Its regions: {_names_of_regions(known)}. "
                 f"{CLOUD_NAME} is the cloud itself"
             )
         if not parents or len(set(parents)) < len(parents) or len(parents) > MAX_PARENTS:
@@ -79,6 +73,55 @@ class Members:
                 db.execute(devices.update().where(devices.c.name == name).values(parents=list(parents)))
         self.note_change()
         return chosen
+
+    def check_parent(self, name: str, parent: str) -> None:
+        """Raise EnrolmentRefused unless a new member may be enrolled below this parent.
+
+        Its way must lead to the cloud, and not through a region of the new member's name, which would close a circle.
+        """
+        known, at = self.members(), parent
+        way: list[str] = []
+        while at != CLOUD_NAME:
+            if at == name or at in way:
+                raise EnrolmentRefused(
+                    f"{name!r} cannot be below {parent!r}: the way from there to the cloud would be a circle "
+                    f"({' -> '.join([*way, at])}). Enrol it below another parent, or under another name. The token is "
+                    "still good."
+                )
+            if at not in known or not known[at].is_region:
+                below_it = f", the parent of {way[-1]!r}," if way else ""
+                raise EnrolmentRefused(
+                    f"{at!r}{below_it} is not a region of this fleet. Its regions: {_names_of_regions(known)}. "
+                    f"{CLOUD_NAME} is the cloud itself. The token is still good."
+                )
+            way.append(at)
+            at = known[at].parents[0]
+
+    def let_go(self, name: str) -> list[str]:
+        """Take a region that will be removed out of the parents of devices; return those devices.
+
+        Raises ConfigError while a device has no other parent, or a region is below it. Does nothing for a device.
+        """
+        known = self.members()
+        if name not in known or not known[name].is_region:
+            return []
+        if inside := children(name, known):
+            raise ConfigError(
+                f"region {name!r} cannot be removed: the regions {', '.join(inside)} are below it. Remove them first, "
+                "or enrol them below another parent"
+            )
+        assigned = {one: list(member.parents) for one, member in known.items() if name in member.parents}
+        if only := sorted(one for one, parents in assigned.items() if parents == [name]):
+            shown = ", ".join(only[:5]) + (f" and {len(only) - 5} more" if len(only) > 5 else "")
+            raise ConfigError(
+                f"region {name!r} cannot be removed: it is the only parent of {shown}. Assign them elsewhere first: "
+                f"`edgefl devices assign {only[0]} --parents {CLOUD_NAME}`, and let each connect once to learn of it"
+            )
+        with self._engine.begin() as db:
+            for one, parents in assigned.items():
+                left = [parent for parent in parents if parent != name]
+                db.execute(devices.update().where(devices.c.name == one).values(parents=left))
+        return sorted(assigned)
 
     def note_change(self) -> None:
         """Tell the regions: a device was enrolled or removed."""
@@ -103,3 +146,7 @@ def below(region: str, members: Mapping[str, Member]) -> dict[str, Member]:
 def children(parent: str, members: Mapping[str, Member]) -> list[str]:
     """Return the regions directly below a parent, by name."""
     return sorted(name for name, one in members.items() if one.is_region and list(one.parents[:1]) == [parent])
+
+
+def _names_of_regions(members: Mapping[str, Member]) -> str:
+    return ", ".join(sorted(name for name, one in members.items() if one.is_region)) or "none yet"

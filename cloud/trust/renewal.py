@@ -1,4 +1,4 @@
-"""Renewal of device certificates, over a connection that was opened with the current one.
+"""Renewal of certificates of devices and regions, over a connection that was opened with the current one.
 
 The cloud's clock decides when, because a device's clock may be wrong by years. The current certificate is valid until
 the new one is first used, so that a lost reply locks no device out; then it is revoked.
@@ -20,8 +20,15 @@ from cloud.state.store import devices, renewals, revoked
 from cloud.trust.own_certificates import begins_late, ends_soon
 from edgefl.errors import EnrolmentRefused, ProtocolError
 from edgefl.protocols import fleet_pb2 as pb
-from edgefl.protocols.tiers.renewing import device_of
-from edgefl.protocols.tls import LEAF_DAYS, load_certificate, serial_number, sign_request
+from edgefl.protocols.certificates.requests import owner_of
+from edgefl.protocols.tls import (
+    DEVICE_DOMAIN,
+    LEAF_DAYS,
+    REGION_DOMAIN,
+    load_certificate,
+    serial_number,
+    sign_request,
+)
 
 AGAIN_S = 3600.0  # between a device's requests with different keys: each adds an entry to the CRL
 
@@ -43,13 +50,13 @@ class Renewals:
         return is_due(certificate, self._days, self._clock())
 
     def renew_for(self, request: pb.RenewRequest, region: str, may_pass: Callable[[str, str], bool]) -> bytes:
-        """Return a new certificate (PEM) by a request that a region passed on, which proves itself whose it is.
+        """Return a new certificate (PEM) by a request that a region sent or passed on, which proves whose it is.
 
-        `may_pass` tells whether the region may speak for the device. Raises as `renew` does.
+        `may_pass` tells whether the region may speak for another member. Raises as `renew` does.
         """
         ca = load_certificate((self._ca_folder / "ca.pem").read_bytes())
-        device = device_of(request, ca)
-        if not may_pass(region, device):
+        device = owner_of(request, ca)
+        if device != region and not may_pass(region, device):
             raise ProtocolError(f"region {region!r} speaks for {device!r}, which may not connect below it")
         serial = serial_number(request.certificate)
         with self._engine.connect() as db:
@@ -71,6 +78,7 @@ class Renewals:
             # This write takes the lock first, so that two requests of one device are serialized.
             if db.execute(devices.update().where(devices.c.name == device).values(name=device)).rowcount != 1:
                 raise EnrolmentRefused(f"there is no device {device!r}; enrol it with a new token")
+            is_region = db.scalar(sa.select(devices.c.role).where(devices.c.name == device)) is not None
             before = db.execute(renewals.select().where(here)).mappings().one_or_none()
             if before is not None and _same_key(before["certificate"], csr):
                 return str(before["certificate"]).encode()
@@ -79,7 +87,8 @@ class Renewals:
                     f"device {device!r} has an unused new certificate and requests another one with a different key; "
                     f"this is allowed {AGAIN_S:g} s after the first"
                 )
-            certificate = sign_request(self._ca_folder, csr, device, self._days)
+            domain = REGION_DOMAIN if is_region else DEVICE_DOMAIN
+            certificate = sign_request(self._ca_folder, csr, device, self._days, domain)
             if before is not None:
                 db.execute(renewals.delete().where(here))
                 db.execute(revoked.insert().values(serial=before["serial"], device=device, revoked_s=now_s))

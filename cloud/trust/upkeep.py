@@ -1,4 +1,4 @@
-"""Renews the certificates of the cloud and its broker periodically, while the cloud serves."""
+"""Renews the certificates of a cloud and its broker, or of a region, periodically, while it serves."""
 
 from __future__ import annotations
 
@@ -30,11 +30,16 @@ class Upkeep:
     """
 
     def __init__(
-        self, renew: Callable[[], object], reload: Callable[[], None], every_s: float,
+        self, renew: Callable[[], object], reload: Callable[[], None], every_s: Callable[[], float],
         on_failure: Callable[[BaseException], object],
     ) -> None:  # fmt: skip
         self._renew, self._reload, self._every_s, self._on_failure = renew, reload, every_s, on_failure
+        self._now = asyncio.Event()
         self.reason = ""  # why the last renewal failed; empty if it succeeded
+
+    def look_now(self) -> None:
+        """Renew what is due now, without waiting for the next time. Call it in the event loop."""
+        self._now.set()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -49,7 +54,10 @@ class Upkeep:
 
     async def _repeat(self) -> None:
         while True:
-            await asyncio.sleep(self._every_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._every_s()):
+                    await self._now.wait()
+            self._now.clear()
             try:
                 try:
                     await asyncio.to_thread(self._renew)

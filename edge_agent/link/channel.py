@@ -11,41 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
 from edge_agent.link.profile import Profile
-from edgefl.errors import ParentLeft
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
 from edgefl.protocols.messages import ASSIGNMENTS
+from edgefl.protocols.ports.client_channel import answered, close_after, open_channel
 from edgefl.terminal.text import one_line
 
 CALL_TIMEOUT_S = 20.0
-TRANSFER_S = 120.0  # for transfers on a replaced connection; longer ones resume on the new connection
 MAX_REASON_CHARS = 2000
 DEVICE_METADATA = "edgefl-device"  # the device's name, if there is no certificate
 PARENTS_METADATA = "edgefl-parents-bin"  # with a refusal: where this device may connect instead
 
 _SERVICE = "/edgefl.v1.Fleet"
-_T = TypeVar("_T")
-_MAX_MESSAGE_BYTES = 16 << 20
-_OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    # Reconnect to a restarted cloud within two seconds. gRPC adds 20% jitter.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1500),
-    # Keepalive during calls only: `Next` detects a dead connection, and an idle device sends nothing.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.http2.max_frame_size", 1 << 20),
-)
 
 
 class CloudChannel:
@@ -64,13 +48,8 @@ class CloudChannel:
 
     def _open(self) -> None:
         """Open the channel with the home's current certificate."""
-        if self._profile.insecure:
-            self._channel = grpc.aio.insecure_channel(self._profile.grpc, options=_OPTIONS)
-        else:
-            credentials = tls.grpc_channel_credentials(tls.Identity.in_folder(self._home))
-            name = self._profile.server_name
-            named = (("grpc.ssl_target_name_override", name),) if name else ()
-            self._channel = grpc.aio.secure_channel(self._profile.grpc, credentials, options=(*_OPTIONS, *named))
+        identity = None if self._profile.insecure else tls.Identity.in_folder(self._home)
+        self._channel = open_channel(self._profile.grpc, identity, self._profile.server_name)
         self._calls: weakref.WeakSet[Any] = weakref.WeakSet()  # weak, so that gRPC cancels a call that nobody holds
         self._next: Any = self._channel.unary_unary(
             f"{_SERVICE}/Next", pb.NextRequest.SerializeToString, pb.NextReply.FromString
@@ -97,7 +76,7 @@ class CloudChannel:
         former, calls = self._channel, self._calls
         self._open()
         self._reopened.set()
-        task = asyncio.create_task(_close_after(former, calls), name="former-channel")
+        task = asyncio.create_task(close_after(former, calls), name="former-channel")
         self._former[former] = task
         task.add_done_callback(lambda _: self._former.pop(former, None))
 
@@ -198,45 +177,3 @@ class CloudChannel:
         await asyncio.gather(*former.values(), return_exceptions=True)
         for channel in (*former, self._channel):  # a task that was cancelled before it started closed nothing
             await channel.close(None)
-
-
-async def answered(step: Awaitable[_T]) -> _T:
-    """Await a call, or one step of it; raises ParentLeft if `switch` has cancelled the call, not this task."""
-    try:
-        return await step
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise ParentLeft("the device connects to another parent") from None
-
-
-async def connected(call: Any) -> None:
-    """Wait until a call, whose requests are written one by one, has a connection; raises what ends it before.
-
-    gRPC's own wait, also that of the first `write`, would go on for ever if the call is cancelled meanwhile.
-    """
-    waiting = asyncio.ensure_future(call.wait_for_connection())
-    call.add_done_callback(lambda _call: waiting.cancel())
-    try:
-        await asyncio.wait((waiting,))
-        if waiting.cancelled():
-            await answered(call)
-        else:
-            waiting.result()
-    finally:
-        waiting.cancel()
-
-
-async def _close_after(channel: grpc.aio.Channel, calls: Iterable[Any]) -> None:
-    """Close a channel when its calls are done or after TRANSFER_S; immediately if this is cancelled.
-
-    `channel.close(grace)` cannot be used: if it is cancelled, the channel stays open, and no later `close` closes it.
-    """
-    try:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(TRANSFER_S):
-                for call in list(calls):
-                    await call.code()
-    finally:
-        await channel.close(None)

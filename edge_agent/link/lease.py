@@ -28,7 +28,7 @@ class ReturnPolicy(Enum):
 class LeasePolicy:
     """When a device changes its parent."""
 
-    lease_s: float = 30.0  # without contact; also the interval at which earlier parents are probed
+    lease_s: float = 15.0  # without contact; also the interval at which earlier parents are probed
     comes_back: ReturnPolicy = ReturnPolicy.IDLE
 
     def __post_init__(self) -> None:

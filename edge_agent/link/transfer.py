@@ -19,7 +19,7 @@ import grpc
 from blake3 import blake3
 
 from edge_agent.disk import space_for
-from edge_agent.link.channel import CloudChannel, answered, connected
+from edge_agent.link.channel import CloudChannel
 from edge_agent.store import Outgoing
 from edgefl.errors import CloudUnreachable, ManifestRejected, ParentLeft
 from edgefl.protocols import fleet_pb2 as pb
@@ -27,6 +27,7 @@ from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.chunks import CHUNK_BYTES, chunk_data, encode_upload
 from edgefl.protocols.fields import to_json
 from edgefl.protocols.messages import BlobRef
+from edgefl.protocols.ports.client_channel import answered, connected
 
 STALL_S = 120.0  # a transfer without progress for this long is restarted
 MAX_IDLE_ATTEMPTS = 6  # in a row without progress; then give up until `Next` lists it again

@@ -29,7 +29,13 @@ def rule_kind(name: str) -> RuleKind:
 
 def refuse_unusable(config: JobConfig) -> None:
     """Raise ConfigError for a rule or a server optimizer that no round could use; MissingExtra without torch."""
-    rule_kind(config.aggregation.rule)
+    kind, rule, tiers = rule_kind(config.aggregation.rule), config.aggregation.rule, config.tiers
+    if not kind.merges and (tiers.region_rounds > 1 or tiers.fan_out):
+        asked = f"tiers.region_rounds={tiers.region_rounds}" if tiers.region_rounds > 1 else "tiers.fan_out"
+        raise ConfigError(
+            f"aggregation.rule={rule} needs each update by itself, and with {asked} regions send sums of updates. "
+            "Leave out the section [tiers], or use aggregation.rule=mean"
+        )
     ServerOptimizer(config.server, gradient=False)
 
 

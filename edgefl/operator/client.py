@@ -139,9 +139,10 @@ class CloudClient:
         """Set the ordered parents of the devices whose names match a pattern; return their names."""
         return self._json("POST", "/v1/devices/assign", {"pattern": pattern, "parents": list(parents)})
 
-    def remove_device(self, name: str) -> None:
-        """Remove a device from the fleet."""
-        self._json("DELETE", f"/v1/devices/{quote(name, safe='')}")
+    def remove_device(self, name: str) -> Json:
+        """Remove a device or a region from the fleet; return which devices have the region no longer as a parent."""
+        removed: Json = self._json("DELETE", f"/v1/devices/{quote(name, safe='')}")
+        return removed
 
     def device_log(self, name: str, num_lines: int, job: str = "") -> Json:
         """Return the end of a device's own log (`lines`, `cut`), which it uploads now; only about `job`, if given."""

@@ -5,6 +5,7 @@ A device that is online stands below the region through which it is connected, o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,22 +71,27 @@ def _names(node: FleetNode) -> set[str]:
     return {one.name for one in inside}.union(*(_names(one) for one in inside))
 
 
-def tree_lines(root: FleetNode, notes: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Yield the tree as lines of text; `notes` has more to say of a node, by its name."""
-    yield node_text(root, notes or {})
-    yield from _below(root, "", notes or {})
+def tree_lines(root: FleetNode) -> Iterator[str]:
+    """Yield the tree as lines of text."""
+    yield node_text(root)
+    yield from _below(root, "")
 
 
-def _below(node: FleetNode, indent: str, notes: Mapping[str, str]) -> Iterator[str]:
+def _below(node: FleetNode, indent: str) -> Iterator[str]:
     for one in node.children:
         is_last = one is node.children[-1]
-        yield f"{indent}{'`-- ' if is_last else '|-- '}{node_text(one, notes)}"
-        yield from _below(one, indent + ("    " if is_last else "|   "), notes)
+        yield f"{indent}{'`-- ' if is_last else '|-- '}{node_text(one)}"
+        yield from _below(one, indent + ("    " if is_last else "|   "))
 
 
-def node_text(node: FleetNode, notes: Mapping[str, str]) -> str:
-    """Return a node's name and state on one line."""
-    parts = [node.name]
+def node_text(node: FleetNode) -> str:
+    """Return a node's name and details on one line."""
+    return "  ".join([node.name, *filter(None, [details_text(node)])])
+
+
+def details_text(node: FleetNode) -> str:
+    """Return a node's state, traffic and part in a job on one line; empty for a cloud without devices."""
+    parts = []
     if node.kind == REGION:
         parts += ["online" if node.online else "not connected", *([traffic_text(node)] if node.online else [])]
     elif node.kind == DEVICE:
@@ -95,7 +101,9 @@ def node_text(node: FleetNode, notes: Mapping[str, str]) -> str:
     if node.kind != DEVICE:
         devices = node.devices()
         parts.append(f"{sum(one.online for one in devices)} of {len(devices)} devices online")
-    return "  ".join([*parts, *([notes[node.name]] if node.name in notes else [])])
+    if "job" in node.facts:
+        parts.append(part_text(node.facts["job"]))
+    return "  ".join(parts)
 
 
 def traffic_text(node: FleetNode) -> str:
@@ -114,24 +122,51 @@ def bytes_text(count: int) -> str:
     return f"{count} B"
 
 
-def job_notes(root: FleetNode, job: Json) -> dict[str, str]:
-    """Return what a job's rounds say of each node: how many answers of a device were refused or failed.
+def part_text(part: Json) -> str:
+    """Return a node's part in a job, as `add_job` has added it, for people."""
+    said = [f"{part['admitted']} admitted"]
+    if part["failed"]:
+        said.append(f"{part['failed']} refused or failed" + (f": {part['reason']}" if part.get("reason") else ""))
+    if part.get("rounds"):
+        said += [
+            f"{part['seconds'] / part['rounds']:.3g} s a round",
+            f"{bytes_text(part['down_bytes'])} down {bytes_text(part['up_bytes'])} up",
+        ]
+    return "job: " + ", ".join(said)
 
-    Of a region: of the devices below it.
+
+def add_job(root: FleetNode, job: Json) -> None:
+    """Add to each node its part in a job's rounds, as its fact `job`.
+
+    Of a device: in how many rounds its update was admitted, and refused or failed, with the last `reason`. Of a region,
+    and the cloud: the same of all devices that are below it now, and of the rounds in which it has sent a sum the
+    `seconds` of its own rounds, and the bytes that it has moved with its devices and the regions below.
     """
-    failures: dict[str, int] = {}
+    admitted: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
+    parts: dict[str, Json] = {}
     for outcome in job.get("rounds", ()):
-        for device in outcome["reasons"]:
-            failures[device] = failures.get(device, 0) + 1
-    notes: dict[str, str] = {}
-    _note(root, failures, notes)
-    return notes
+        failed.update(outcome["reasons"].keys())
+        reasons |= outcome["reasons"]
+        for name, one in outcome.get("regions", {}).items():
+            admitted.update(one["admitted"])
+            part = parts.setdefault(name, {"rounds": 0, "seconds": 0.0, "up_bytes": 0, "down_bytes": 0})
+            part["rounds"] += 1
+            for key in ("seconds", "up_bytes", "down_bytes"):
+                part[key] += one[key]
+    for device in root.devices():
+        reason = {"reason": reasons[device.name]} if device.name in reasons else {}
+        if admitted[device.name] or failed[device.name]:
+            device.facts["job"] = {"admitted": admitted[device.name], "failed": failed[device.name], **reason}
+    _add_parts(root, parts)
 
 
-def _note(node: FleetNode, failures: Mapping[str, int], notes: dict[str, str]) -> int:
-    count = (
-        failures.get(node.name, 0) if node.kind == DEVICE else sum(_note(one, failures, notes) for one in node.children)
-    )
-    if count:
-        notes[node.name] = f"{count} refused or failed"
-    return count
+def _add_parts(node: FleetNode, parts: Mapping[str, Json]) -> None:
+    for one in node.children:
+        if one.kind != DEVICE:
+            _add_parts(one, parts)
+    below = [one.facts["job"] for one in node.children if "job" in one.facts]
+    if below or node.name in parts:
+        counts = {key: sum(one[key] for one in below) for key in ("admitted", "failed")}
+        node.facts["job"] = counts | parts.get(node.name, {})

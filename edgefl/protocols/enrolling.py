@@ -53,7 +53,7 @@ def apply_for_certificate(
     answer = _call("POST", f"{cloud.rstrip('/')}/v1/enroll", verify=context, json=body)
     try:
         reply = from_json(EnrolmentReply, answer.json())
-        _check(reply, name, ca_fingerprint)
+        _check(reply, name, role, ca_fingerprint)
     except (ValueError, ProtocolError, ManifestRejected) as cause:
         raise EnrolmentRefused(f"{cloud} sent an invalid answer to the enrolment: {cause}") from cause
     return reply
@@ -121,10 +121,15 @@ def _error_text(answer: httpx.Response) -> str:
         return f"{answer.request.url} answered {answer.status_code} {answer.reason_phrase}"
 
 
-def _check(reply: EnrolmentReply, name: str, ca_fingerprint: str) -> None:
+def _check(reply: EnrolmentReply, name: str, role: str, ca_fingerprint: str) -> None:
     certificate = reply.certificate.encode()
     if tls.common_name(certificate) != name:
         raise ProtocolError(f"its certificate names {tls.common_name(certificate)!r}, not {name!r}")
+    if role == "region" and not tls.is_region(certificate):
+        raise ProtocolError(
+            f"its certificate makes {name!r} a device: that cloud is of a version without regions. Update it, "
+            f"`edgefl devices remove {name}`, and enrol the region again"
+        )
     if tls.fingerprint(reply.ca.encode()) != ca_fingerprint:
         raise ProtocolError("its CA is not the one that the token names")
     load_public_key(reply.fleet_key.encode())

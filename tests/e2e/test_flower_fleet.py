@@ -154,6 +154,37 @@ def test_agents_and_cloud_are_killed_in_mid_exchange_and_every_message_counts_on
     wait_until(lambda: not [file for name in data for file in (fleet.folder / name / "states").iterdir()], 10)
 
 
+def test_an_app_reaches_devices_below_regions_also_when_a_region_and_the_cloud_are_killed(
+    builtin_fleet, counts, tmp_path
+):
+    fleet, data = builtin_fleet, {}
+    fleet.start_region("r1")
+    fleet.start_region("r2", parent="r1")
+    for name, region in (("a", "r1"), ("b", "r2"), ("c", "")):  # below one region, below two, and at the cloud
+        data[name] = {"calls": tmp_path / f"{name}.calls"}
+        fleet.enroll(name, region=region)
+        start_agent(fleet, name, **data[name]).wait_for("mqtt.up")
+    hang, result = tmp_path / "b.hang", tmp_path / "result.json"
+    hang.touch()
+    runner = fleet.spawn("run.log", "run", counts, "--cloud", fleet.url, "--json", result)
+    runner.wait_for("round 2")
+    wait_until(lambda: "3" in data["b"]["calls"].read_text())
+    fleet.agents["b"].kill()
+    fleet.regions["r1"].kill()
+    fleet.cloud.kill()
+    hang.unlink()
+    fleet.start_cloud()
+    fleet.start_region("r1")
+    start_agent(fleet, "b", **data["b"])
+    runner.popen.wait(90)
+    assert runner.stop() == 0, runner.log.read_text()
+    rounds = json.loads(result.read_text())["rounds"]
+    assert [(one["admitted"], one["metrics"]["seen"]) for one in rounds] == [(3, 1), (3, 2), (3, 3)]
+    assert [data[name]["calls"].read_text().split() for name in "ac"] == [["1", "2", "3"]] * 2
+    assert data["b"]["calls"].read_text().split() == ["1", "2", "3", "3"]
+    wait_until(lambda: not [file for name in data for file in (fleet.folder / name / "states").iterdir()], 60)
+
+
 def test_ctrl_c_ends_the_run_and_frees_the_devices(embedded_fleet, counts, tmp_path):
     fleet, calls = embedded_fleet, tmp_path / "a.calls"
     start_agent(fleet, "a", calls=calls).wait_for("mqtt.up")

@@ -155,3 +155,9 @@ def test_certificates_are_renewed_below_a_region(builtin_fleet, tmp_path):
         assert time.monotonic() < end
     fleet.cloud.wait_for("device.renewed device=a region=r1")
     agent.wait_for("mqtt.up", after=agent.wait_for("certificate.renewed"))
+    for name, above in (("r1", "r1"), ("r2", "r1")):  # the regions' own, too: nothing below them is cut off
+        region = fleet.regions[name]
+        region.wait_for("uplink.up", after=region.wait_for("certificate.renewed"))
+        fleet.cloud.wait_for(f"device.renewed device={name} region={above}")
+    result, _ = fleet.run_task("numbers", "rounds.quorum=1")
+    assert result["rounds"][0]["admitted"] == 1

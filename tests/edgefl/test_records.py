@@ -10,7 +10,7 @@ import pytest
 
 from edgefl import records
 from edgefl.errors import ProtocolError
-from edgefl.records import RoundOutcome, RoundReport, clients_by_rounds, count_clients, no_counts
+from edgefl.records import RegionRound, RoundOutcome, RoundReport, clients_by_rounds, count_clients, no_counts
 from edgefl.testing import make_update
 
 OUTCOME = RoundOutcome(
@@ -51,6 +51,19 @@ def test_what_only_some_rounds_have_is_left_out_and_what_all_have_must_be_there(
     assert (said["model"], said["virtual_end_s"], "frozen" in said) == ("ab", 0.0, False)
     with pytest.raises(ProtocolError, match=r"not a round.*seconds"):
         RoundReport.from_json({key: value for key, value in said.items() if key != "seconds"})
+
+
+def test_a_round_with_regions_says_who_answered_where() -> None:
+    oslo = RegionRound(parent="cloud", admitted=("a",), failures={"c": "NaN"}, seconds=1.0, up_bytes=3, down_bytes=4)
+    report = dataclasses.replace(OUTCOME, regions={"oslo": oslo}).report()
+    said = json.loads(json.dumps(report.as_json()))
+    assert said["regions"]["oslo"] == dataclasses.asdict(oslo) | {"admitted": ["a"]}
+    assert said["regions"]["cloud"] == {
+        "parent": "", "admitted": ["b"], "failures": {"d": "no data"}, "seconds": 1.5, "up_bytes": 8, "down_bytes": 16,
+    }  # fmt: skip
+    assert RoundReport.from_json(said) == report
+    twice = oslo + RegionRound(parent="cloud", admitted=("e",), seconds=3.0, up_bytes=1)
+    assert (twice.admitted, twice.seconds, twice.up_bytes, twice.down_bytes) == (("a", "e"), 3.0, 4, 4)
 
 
 def test_the_counts_by_hand() -> None:

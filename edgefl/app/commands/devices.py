@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -19,14 +18,14 @@ TREE_PLOT = click.option(
 )  # fmt: skip
 
 
-def show_tree(root: FleetNode, notes: Mapping[str, str], path: Path | None, output: Output) -> None:
+def show_tree(root: FleetNode, path: Path | None, output: Output) -> None:
     """Print a tree, and draw it if there is a path."""
     if path is not None:
         from edgefl.simulation.screen.tree_plot import write_tree_plot
 
         refuse_no_folder(path, "--plot")
-        write_tree_plot(root, notes, path)
-    for line in tree_lines(root, notes):
+        write_tree_plot(root, path)
+    for line in tree_lines(root):
         output.line(line)
     if path is not None:
         output.line(f"plot: {path}")
@@ -76,7 +75,7 @@ def tree(path: Path | None, connection: CloudConnection, output: Output) -> None
     """
     with connection.open() as client:
         root = fleet_tree(client.regions(), client.devices())
-    show_tree(root, {}, path, output)
+    show_tree(root, path, output)
     output.result(root.as_json())
 
 
@@ -102,11 +101,16 @@ def assign(pattern: str, parents: str, connection: CloudConnection, output: Outp
 @connected
 @json_option
 def remove(name: str, connection: CloudConnection, output: Output) -> None:
-    """Remove a device and reject its certificate from now on."""
+    """Remove a device, or a region, and reject its certificate from now on.
+
+    A region can be removed when no region is below it, and every device has another parent.
+    """
     with connection.open() as client:
-        client.remove_device(name)
-    output.line(f"device {name} is removed from the fleet")
-    output.result({"removed": name})
+        removed = client.remove_device(name)
+    output.line(f"{name} is removed from the fleet")
+    if moved := removed.get("reassigned"):
+        output.line(f"{counted(len(moved), 'device')} had it as a parent, and use their others")
+    output.result(removed)
 
 
 @devices.command(epilog=example("edgefl devices logs cam-1 --lines 50"))

@@ -20,7 +20,7 @@ from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.operator.follow import follow_log
 from edgefl.operator.history import compared, curves_of, headline, reasons_of
-from edgefl.operator.tree import fleet_tree, job_notes
+from edgefl.operator.tree import add_job, fleet_tree
 from edgefl.process.log_tail import MAX_RECORDS
 from edgefl.records import RoundReport
 from edgefl.rounds import LastEvaluation
@@ -67,7 +67,12 @@ def list_jobs(connection: CloudConnection, output: Output) -> None:
 @click.argument("job")
 @click.option("--devices", "with_devices", is_flag=True, help="Show which devices the latest round asked, and why not "
                                                               "the others.")  # fmt: skip
-@click.option("--tree", "with_tree", is_flag=True, help="Also show the fleet as a tree, with what was refused where.")
+@click.option(
+    "--tree",
+    "with_tree",
+    is_flag=True,
+    help="Also show the fleet as a tree: who took part, and what each region's rounds took.",
+)
 @TREE_PLOT
 @connected
 @json_option
@@ -90,9 +95,9 @@ def show(
     curves = {curve.name: curve.as_json() for curve in curves_of(found)}
     more = {}
     if root is not None:
-        notes = job_notes(root, found)
+        add_job(root, found)
         output.line("")
-        show_tree(root, notes, path, output)
+        show_tree(root, path, output)
         more = {"tree": root.as_json()}
     output.result(found | {"curves": curves, "refusals": reasons_of(found)} | more)
 

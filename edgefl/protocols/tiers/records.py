@@ -1,13 +1,15 @@
 """What a region and its parent tell each other, as entries of two mirrors (`edgefl.protocols.tiers.mirror`).
 
 From the parent: `member/<name>` who is enrolled below the region, `revoked` the list of revoked certificates,
-`running` the jobs that have not ended, `work/<job>/<round>` what the region's devices are asked, `command/<device>` a
-command for one, `desired/<device>/<model>` which releases they should serve, `parents/<device>` where they may connect,
+`running` the jobs that have not ended, `work/<job>/<round>` what the region's devices are asked,
+`deliver/<relay>/<number>` a message of a Flower app for one of them, `command/<device>` a command for one,
+`desired/<device>/<model>` which releases they should serve, `parents/<device>` where they may connect,
 `certificate-days` how long new certificates are valid.
 From the region: `region/<name>` what it and the regions below it are, `state/<device>`, `telemetry/<device>` and
 `note/<device>/<model>`, as its devices said by MQTT, `log/<device>` the end of a device's log that was asked for,
 `serial/<device>` the renewed certificate that a device uses.
 
+A device's reply to a message is uploaded with a `MessageReply` in its header, and the number 0 instead of a sum's.
 A region's partial sum is uploaded like an update, with a `SumNote` in its header: the weighted mean of its devices'
 updates as safetensors, in the dtypes of `edgefl.guards.partial_spec`.
 """
@@ -22,10 +24,11 @@ from typing import Any
 from edgefl.errors import ProtocolError
 from edgefl.protocols.fields import Checked, from_json, limited, prose, raw, to_json
 from edgefl.protocols.manifest import MAX_PARENTS
-from edgefl.protocols.messages import MAX_NAME_CHARS, MAX_TAG_CHARS, MAX_TAGS, Evaluate, Fit
+from edgefl.protocols.messages import MAX_NAME_CHARS, MAX_TAG_CHARS, MAX_TAGS, Deliver, Evaluate, Fit
 
 MAX_DEVICES = 10_000  # in one round of one region: their names and metrics are in one message of a megabyte
 MAX_METRICS = 1000
+MAX_REGIONS = 1000  # that have made a sum
 RECEIVES = "edgefl-receives"  # metadata of the reply to a sum's header: its bytes are wanted
 
 
@@ -62,6 +65,22 @@ class Work(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Message(Checked):
+    """A message of a Flower app for a device below a region. Its deadline is the time that is left."""
+
+    device: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    deliver: Deliver
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MessageReply(Checked):
+    """Whose reply to a message a region uploads; with a reason there is none, and no content."""
+
+    device: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    reason: str = field(default="", metadata=prose())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RegionState(Checked):
     """A region, as it says itself."""
 
@@ -87,6 +106,18 @@ class LogSent(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RegionPart(Checked):
+    """A region's part in a sum, as `edgefl.records.RegionRound`."""
+
+    parent: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
+    admitted: Sequence[str] = field(default_factory=list, metadata=limited(max_items=MAX_DEVICES))
+    failures: Mapping[str, str] = field(default_factory=dict, metadata=limited(max_items=MAX_DEVICES))
+    seconds: float = field(default=0.0, metadata=limited(least=0))
+    up_bytes: int = field(default=0, metadata=limited(least=0))
+    down_bytes: int = field(default=0, metadata=limited(least=0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SumNote(Checked):
     """What a region's partial sum is of. Devices that failed have no part in the sum, but an answer."""
 
@@ -102,6 +133,8 @@ class SumNote(Checked):
     )
     evaluation_weights: Mapping[str, float] = field(default_factory=dict, metadata=limited(max_items=MAX_DEVICES))
     evaluation_faults: Mapping[str, str] = field(default_factory=dict, metadata=limited(max_items=MAX_DEVICES))
+    losses: Mapping[str, float] = field(default_factory=dict, metadata=limited(max_items=MAX_DEVICES))  # `train_loss`
+    regions: Mapping[str, RegionPart] = field(default_factory=dict, metadata=limited(max_items=MAX_REGIONS))
     note: str = field(default="", metadata=prose())
 
     @property

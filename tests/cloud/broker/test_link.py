@@ -89,6 +89,22 @@ def test_presence_rules_by_hand(cloud, peer) -> None:
     assert [(one.session, one.online) for one in heard] == [(5, True), (5, False), (7, True), (7, True)]
 
 
+def test_a_device_of_a_lost_region_is_neither_online_nor_offline(cloud) -> None:
+    link = cloud.link
+
+    def hear(region, payload):
+        link.hear(region, "cam-1", "state", payload)
+        return cloud.states.get(timeout=20)[1].online
+
+    assert hear("r1", state(1))
+    assert hear("r1", b"") is False
+    assert (link.online(), link.offline()) == (frozenset(), frozenset())
+    assert hear("r2", state(2))
+    assert (link.online(), link.via("cam-1")) == ({"cam-1"}, "r2")
+    assert hear("r2", state(2, online=False)) is False  # now it says so itself
+    assert link.offline() == {"cam-1"}
+
+
 def test_each_kind_is_heard_with_its_device(cloud, peer) -> None:
     device = peer("cam-1")
     device.link.publish(topics.up("cam-1", "state"), state(1))

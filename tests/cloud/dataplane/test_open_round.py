@@ -9,7 +9,7 @@ from cloud.dataplane.open_round import Presence
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import AnswerRow
 from cloud.state.storage import LOOK_S, Storage
-from edgefl.exchange import Announce, Close, GiveUp, GiveUpReason, Yield
+from edgefl.exchange import Announce, Close, GiveUp, GiveUpReason, Terms, Yield
 from edgefl.testing import ManualClock
 from tests.cloud.dataplane.rounds import ignore, nobody_is_gone, opened
 
@@ -94,6 +94,31 @@ def test_what_a_removed_device_sent_makes_no_quorum():
     clock.advance(99.0)
     round_.look()
     assert round_.waits_for("b")
+
+
+@pytest.mark.parametrize(
+    ("terms", "ends_s"),
+    [
+        ({"deadline_s": 1000.0, "quorum": 1}, 25.0),  # grace, and 20 s to change its parent: above the default lease
+        ({"deadline_s": 10.0, "quorum": 1}, 10.0),
+        ({"deadline_s": 1000.0, "quorum": 1, "grace_s": 3.0}, 3.0),
+        ({"deadline_s": 40.0, "quorum": 2}, 40.0),  # without its quorum, a round lasts until its deadline, not longer
+    ],
+    ids=["quorum", "deadline", "grace", "no quorum"],
+)
+def test_a_device_whose_region_is_lost_for_good_delays_no_round_for_long(terms, ends_s):
+    clock, done = ManualClock(), []
+    round_ = opened(cohort=("a", "c"), terms=Terms(offline_grace_s=5.0, **terms), clock=clock, act=done.append)
+    round_.begin()
+    round_.accept(AnswerRow(device="a", file="f"), ignore)
+    round_.settle(["a"], admitted=True)
+    round_.note(Presence(frozenset({"a"}), frozenset(), is_connected=True))  # c did not say that it is offline
+    clock.advance(ends_s - 0.1)
+    round_.look()
+    assert round_.waiting() == {"c"}
+    clock.advance(0.1)
+    round_.look()
+    assert (round_.waiting(), done[-1]) == (frozenset(), Close())
 
 
 def test_presence_is_of_those_who_are_waited_for():

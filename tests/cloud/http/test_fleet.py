@@ -144,7 +144,7 @@ def test_the_list_of_revoked_certificates_is_for_everybody(http_plane, http):
 def test_a_removed_device_is_gone_everywhere(http, http_plane):
     http_plane.enroll("a")
     http_plane.link.states["a"] = DeviceState(session=5, online=True, agent_version="0.1.0")
-    assert http.delete("/v1/devices/a").json() == {"removed": "a"}
+    assert http.delete("/v1/devices/a").json() == {"removed": "a", "reassigned": []}
     assert http.get("/v1/devices").json() == []
     assert http_plane.link.states == {}
     answer = http.delete("/v1/devices/a")

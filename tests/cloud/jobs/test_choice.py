@@ -64,6 +64,15 @@ def test_each_device_that_is_not_chosen_has_its_reason():
     assert shares.holder("a") is None
 
 
+def test_a_device_that_the_job_cannot_use_where_it_is_says_so():
+    board = ChoiceBoard()
+    asked = choice(StillLink(a=device(), b=device()), board)
+    asked.unreachable = lambda name: "below a region" if name == "b" else ""
+    assert asked.wait(lambda: False, is_first=True) == ["a"]
+    asked.chosen(["a"])
+    assert board.reasons["job"] == {"b": Reason("tier", "below a region")}
+
+
 def test_busy_devices_are_waited_for_as_long_as_it_takes():
     link, shares, board = StillLink(a=device(), b=device()), DeviceShares(), ChoiceBoard()
     shares.enter("other")

@@ -15,8 +15,9 @@ from cloud.dataplane.fleet_service import FleetService, ServiceDependencies, han
 from cloud.dataplane.open_round import OpenRound, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.region.children import Children, ChildrenDependencies
+from cloud.region.server.enrolment import RegionProfile
+from cloud.region.server.uplink import SumFile, Uplink
 from cloud.region.service import TierDependencies, TierService, tier_handler
-from cloud.region.uplink import SumFile, Uplink
 from cloud.servers import serve_grpc
 from cloud.shares import Shares
 from cloud.state.blobs import BlobStore
@@ -34,6 +35,7 @@ from edgefl.protocols import tls
 from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import Fit
 from edgefl.protocols.tiers import SumNote
+from edgefl.protocols.tiers.mirror import Mirror
 from edgefl.protocols.tls import Identity
 from edgefl.trees import write_tree
 from tests.threaded import LoopThread
@@ -76,7 +78,7 @@ class TierPlane:
         )  # fmt: skip
         self.members.changed.append(self.children.refresh)
         self.thread = LoopThread("tier plane")
-        self._uplinks = []
+        self.uplinks = []
         self._serving = None
         self.port = free_ports(1)[0]
         self.start()
@@ -162,20 +164,22 @@ class TierPlane:
         folder.mkdir(parents=True, exist_ok=True)
 
         async def make():
+            target = f"127.0.0.1:{port or self.port}"
             made = Uplink(
-                f"127.0.0.1:{port or self.port}", "", identity or self.identity(region), BlobStore(folder / "blobs"),
-                folder / "downloads", on_change,
+                RegionProfile(name=region, parent_url="", parent_grpc=target, parent_name=tls.CLOUD_NAME),
+                identity or self.identity(region), BlobStore(folder / "blobs"), folder / "downloads", Mirror(),
+                on_change,
             )  # fmt: skip
             task = asyncio.create_task(made.run(), name=f"uplink {region}")
             return made, task
 
         made, task = self.thread.run(make())
-        self._uplinks.append(task)
+        self.uplinks.append(task)
         return made
 
     def drop(self, uplink_task=None):
         """End an uplink, the latest one unless named."""
-        task = uplink_task or self._uplinks.pop()
+        task = uplink_task or self.uplinks.pop()
 
         async def end():
             task.cancel()
@@ -206,7 +210,7 @@ class TierPlane:
         return grpc.secure_channel(f"127.0.0.1:{self.port}", tls.grpc_channel_credentials(self.identity(name)))
 
     def close(self):
-        while self._uplinks:
+        while self.uplinks:
             self.drop()
         self.stop()
         self.thread.close()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import time
 
 import pytest
+from blake3 import blake3
 
 from cloud.dataplane.open_round import OpenRound, Surroundings
 from cloud.region.children import LEAD_S
+from cloud.region.server.uplink import SumFile
 from cloud.state.jobs import AnswerRow
 from edgefl.exchange import Terms
 from edgefl.protocols import tiers as protocol
 from edgefl.protocols.messages import BlobRef, Deliver, DeviceState, LogWanted, RoundClosed, Signed, encode
-from edgefl.protocols.tiers import LogSent, Member, RegionState, Work
+from edgefl.protocols.tiers import LogSent, Member, Message, MessageReply, RegionState, Work
 
 WAIT_S = 30.0
 STATE = RegionState(version="1", parent="cloud", host="h", grpc_port=1, http_port=2, mqtt_port=3)
@@ -224,20 +227,100 @@ def test_a_command_is_told_until_its_answer_is_here(tiers, r1):
     assert tiers.logs.empty()
 
 
-def test_a_message_of_a_flower_app_fails_at_once_by_name(tiers):
-    """It does not go through regions; nobody waits for its deadline."""
-    done, answers = queue.SimpleQueue(), []
-    deliver = Deliver(
-        job="relay-1", round=4, envelope="{}", content=BlobRef(sha256="0" * 64, size=1), content_blake3="00",
-        bundle=Signed(text="", key_id="", signature=""), deadline_s=600.0, max_update_bytes=10,
-    )  # fmt: skip
-    opened = OpenRound(deliver, ("a",), Terms(deadline_s=600.0, offline_grace_s=5.0), Surroundings(act=done.put))
-    opened.record = answers.append
-    tiers.rounds.add(opened)
-    tiers.children.send_job("r1", "a", deliver)
-    assert not opened.waiting()
-    [answer] = answers
-    assert "device a is connected to region r1; messages of Flower apps reach only" in answer.reason
+class Relayed:
+    """A message of a Flower app for device a, which is open at the cloud, and the answers that it has got."""
+
+    def __init__(self, tiers, number=4, device="a"):
+        self.tiers, self.answers = tiers, []
+        self.content = tiers.folder / "content"
+        self.content.write_bytes(bytes(3 << 20))
+        self.sha256 = hashlib.sha256(self.content.read_bytes()).hexdigest()
+        self.deliver = Deliver(
+            job="relay-1", round=number, envelope="{}", content=BlobRef(sha256=self.sha256, size=3 << 20),
+            content_blake3="00", bundle=Signed(text="", key_id="", signature=""), deadline_s=600.0,
+            max_update_bytes=1 << 20,
+        )  # fmt: skip
+        around = Surroundings(act=lambda _instruction: None)
+        self.opened = OpenRound(self.deliver, (device,), Terms(deadline_s=600.0, offline_grace_s=5.0), around)
+        self.opened.record = self.answers.append
+        self.opened.source = self.content
+        tiers.rounds.add(self.opened)
+        self.opened.begin(is_announced=True)
+        self.key = f"deliver/relay-1/{number}"
+
+    def reply(self, uplink, data=b"reply", device="a", reason=""):
+        path = self.tiers.folder / "reply"
+        path.write_bytes(data)
+        one = SumFile(
+            job="relay-1", round=self.deliver.round, number=0, path=None if reason else path,
+            blake3="" if reason else blake3(data).hexdigest(), note=MessageReply(device=device, reason=reason),
+        )  # fmt: skip
+        return self.tiers.thread.run(uplink.send(one))
+
+
+def test_a_message_goes_to_the_region_of_its_device_and_the_reply_is_the_devices(tiers, r1):
+    relayed = Relayed(tiers)
+    tiers.children.send_job("r1", "a", relayed.deliver)
+    told = protocol.unpack(Message, r1.until(lambda entries: relayed.key in entries)[relayed.key])
+    assert (told.device, told.deliver.round, told.deliver.content) == ("a", 4, relayed.deliver.content)
+    assert 590 < told.deliver.deadline_s <= 600
+    tiers.thread.run(r1.uplink.fetch(relayed.sha256))  # the content is no blob of the cloud
+    tiers.thread.run(r1.uplink.fetch(relayed.sha256))
+    assert r1.uplink.down_bytes < 1.1 * (3 << 20)
+    assert relayed.reply(r1.uplink).status == 1  # STORED
+    [answer] = relayed.answers
+    assert (answer.device, answer.region) == ("a", "r1")
+    assert tiers.spool.file("relay-1", 4, "a").read_bytes() == b"reply"
+    r1.until(lambda entries: relayed.key not in entries)
+    assert relayed.reply(r1.uplink).status == 2  # STALE: it is answered
+    assert len(relayed.answers) == 1
+
+
+def test_a_reply_without_content_has_its_reason(tiers, r1):
+    relayed = Relayed(tiers)
+    assert relayed.reply(r1.uplink, reason="no memory").status == 1
+    assert [(one.reason, one.file) for one in relayed.answers] == [("no memory", None)]
+
+
+@pytest.mark.parametrize(
+    ("device", "data", "words"),
+    [
+        ("c", b"x", "replies for 'c', which is not asked, or may not connect below it"),
+        ("b", b"x", "replies for 'b', which is not asked"),
+        ("a", bytes((1 << 20) + 1), "at most 1048576 are allowed"),
+    ],
+)
+def test_a_reply_that_cannot_be_is_refused(tiers, r1, device, data, words):
+    relayed = Relayed(tiers)
+    state = relayed.reply(r1.uplink, data, device=device)
+    assert (state.status, words in state.reason) == (3, True)  # REFUSED
+    assert relayed.answers == []
+    assert relayed.reply(r1.uplink).status == 1
+
+
+def test_a_message_that_nobody_waits_for_is_taken_back(tiers, r1):
+    first, second = Relayed(tiers), Relayed(tiers, number=5)
+    for one in (first, second):
+        tiers.children.send_job("r1", "a", one.deliver)
+    r1.until(lambda entries: {first.key, second.key} <= entries.keys())
+    tiers.children.send_job("r1", "a", RoundClosed(job="relay-1", round=4, job_ended=False))
+    r1.until(lambda entries: first.key not in entries)
+    tiers.children.send_job("r1", "a", RoundClosed(job="relay-1", round=5, job_ended=True))
+    r1.until(lambda entries: second.key not in entries)
+
+
+def test_a_region_that_comes_back_is_told_the_messages_of_its_devices(tiers):
+    relayed = Relayed(tiers)
+    others = Heard()
+    heard = Heard()
+    tiers.uplink("r2", others)
+    tiers.uplink("r1", heard)
+    heard.until(lambda entries: relayed.key in entries)
+    others.until(lambda entries: "running" in entries and "revoked" in entries)
+    assert relayed.key not in others.entries
+    tiers.children.moved("a", "r1")
+    tiers.children.close_round("relay-1", 4)
+    heard.until(lambda entries: relayed.key not in entries)
 
 
 def test_releases_are_told_to_all_regions_of_a_device(tiers, r1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import grpc
@@ -13,8 +14,10 @@ from cloud.state.jobs import AnswerRow
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tiers as protocol
-from edgefl.protocols.tiers import SumNote
+from edgefl.protocols.tiers import RegionPart, SumNote
+from edgefl.protocols.tiers.version import stated
 
+STATED = stated()
 PARTIAL, STORED, STALE, REFUSED, REFOLD = range(5)
 
 
@@ -92,6 +95,10 @@ def test_a_device_that_is_removed_while_its_region_has_its_update_costs_itself_a
         (SumNote(weights={"a": 0.0}), "weight is not finite and above 0"),
         (SumNote(weights={"a": 1.0}, metrics={"loss": [1.0, 2.0]}), "metric 'loss' has a weight of 2"),
         (SumNote(weights={"a": 1.0}, failed={"a": "x"}), "a is both a contributor and failed"),
+        (
+            SumNote(weights={"a": 1.0}, regions={"r2": RegionPart(parent="cloud", admitted=["a"])}),
+            "a part of region 'r2', which is not below region 'r1'",
+        ),
     ],
 )
 def test_a_sum_that_cannot_be_is_refused_and_changes_nothing(tiers, note, reason):
@@ -157,6 +164,48 @@ def test_a_round_that_is_over_or_unknown_is_stale(tiers):
     assert tiers.send(uplink, number=2).status == STALE
 
 
+def stub(channel, metadata=STATED):
+    """Return the calls of a region; they state its version."""
+    return rpc.TierStub(grpc.intercept_channel(channel, _Stating(metadata)))
+
+
+class _Stating(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor, grpc.StreamUnaryClientInterceptor):
+    def __init__(self, metadata):
+        self._metadata = metadata
+
+    def _call(self, continuation, details, request):
+        return continuation(details._replace(metadata=self._metadata), request)
+
+    intercept_unary_unary = intercept_stream_stream = intercept_stream_unary = _call
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ((), "region 'r1' runs edgefl of an unknown version and speaks version 0 .*Update region 'r1'"),
+        ((("edgefl-tier-protocol", "99"), ("edgefl-version", "9.1")), "edgefl 9.1 .* version 99 .*Update the cloud"),
+        ((("edgefl-tier-protocol", "x"), ("edgefl-version", "1" * 5000)), "speaks version 0"),
+    ],
+)  # fmt: skip
+def test_a_region_of_another_version_is_refused_in_words(tiers, metadata, words, caplog):
+    opened = tiers.open()
+    data = tiers.sum_file(SumNote(weights={"a": 1.0, "b": 3.0}), tiers.mean()).path.read_bytes()
+    with tiers.channel("r1") as channel:
+        tier = stub(channel, metadata)
+        for call in (
+            lambda: list(tier.Attach(iter([]), timeout=10)),
+            lambda: tier.Resume(pb.UpdateKey(job=tiers.job, round=1, sum=1), timeout=10),
+            lambda: tier.Upload(iter([header(tiers, data)]), timeout=10),
+            lambda: tier.Renew(pb.RenewRequest(), timeout=10),
+        ):
+            code, why = details(call)
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert re.search(words, why)
+            assert len(why) < 400
+    assert "region.other_version" in caplog.text
+    assert len(opened.waiting()) == 5
+
+
 def details(call):
     with pytest.raises(grpc.RpcError) as refused:
         call()
@@ -165,12 +214,12 @@ def details(call):
 
 def test_a_device_is_no_region_and_a_region_no_device(tiers):
     with tiers.channel("a") as device, tiers.channel("r1") as region:
-        code, why = details(lambda: list(rpc.TierStub(device).Attach(iter([]), timeout=10)))
+        code, why = details(lambda: list(stub(device).Attach(iter([]), timeout=10)))
         assert code is grpc.StatusCode.PERMISSION_DENIED
         assert "the certificate of 'a' is that of a device; this call is for a region's" in why
-        code, _ = details(lambda: rpc.TierStub(device).Resume(pb.UpdateKey(job="j", round=1, sum=1), timeout=10))
+        code, _ = details(lambda: stub(device).Resume(pb.UpdateKey(job="j", round=1, sum=1), timeout=10))
         assert code is grpc.StatusCode.PERMISSION_DENIED
-        code, _ = details(lambda: rpc.TierStub(device).Upload(iter([]), timeout=10))
+        code, _ = details(lambda: stub(device).Upload(iter([]), timeout=10))
         assert code is grpc.StatusCode.PERMISSION_DENIED
         code, why = details(lambda: rpc.FleetStub(region).Next(pb.NextRequest(), timeout=10))
         assert code is grpc.StatusCode.PERMISSION_DENIED
@@ -179,7 +228,7 @@ def test_a_device_is_no_region_and_a_region_no_device(tiers):
 
 def test_a_region_of_another_region_does_not_attach_here(tiers):
     with tiers.channel("r2a") as region:
-        code, why = details(lambda: list(rpc.TierStub(region).Attach(iter([]), timeout=10)))
+        code, why = details(lambda: list(stub(region).Attach(iter([]), timeout=10)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "r2a is not a region below cloud" in why
 
@@ -188,7 +237,7 @@ def test_a_region_that_was_removed_is_out(tiers):
     tiers.enrolment.remove("r1")
     tiers.members.note_change()
     with tiers.channel("r1") as region:
-        code, why = details(lambda: list(rpc.TierStub(region).Attach(iter([]), timeout=10)))
+        code, why = details(lambda: list(stub(region).Attach(iter([]), timeout=10)))
     assert (code, "not enrolled" in why) == (grpc.StatusCode.PERMISSION_DENIED, True)
 
 
@@ -207,7 +256,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(tiers):
     data = tiers.sum_file(SumNote(weights={"a": 1.0, "b": 3.0}), tiers.mean()).path.read_bytes()
     hold, key = threading.Event(), pb.UpdateKey(job=tiers.job, round=1, sum=1)
     with tiers.channel("r1") as channel:
-        stub = rpc.TierStub(channel)
+        tier = stub(channel)
 
         def part():
             yield header(tiers, data)
@@ -215,16 +264,16 @@ def test_a_cut_connection_is_resumed_where_it_broke(tiers):
             yield pb.UploadChunk(data=data[1_000_000:1_500_000])
             hold.wait(20)
 
-        call = stub.Upload.future(part(), timeout=30)
+        call = tier.Upload.future(part(), timeout=30)
         while opened.up_bytes < 1_500_000:
             assert call.running()
         call.cancel()
         hold.set()
-        while not (offset := stub.Resume(key, timeout=10).offset):
+        while not (offset := tier.Resume(key, timeout=10).offset):
             pass
         assert 1_000_000 <= offset <= 1_500_000
         rest = [header(tiers, data, offset), pb.UploadChunk(data=data[offset:])]
-        assert stub.Upload(iter(rest), timeout=30).status == STORED
+        assert tier.Upload(iter(rest), timeout=30).status == STORED
     assert tiers.yielded() == ["a", "b"]
     stored = tiers.spool.path(tiers.jobs.open_round(tiers.job, 1, ())[0].file)
     assert stored.read_bytes() == data
@@ -238,12 +287,12 @@ def test_a_damaged_part_begins_again(tiers):
     tiers.open()
     data = tiers.sum_file(SumNote(weights={"a": 1.0, "b": 3.0}), tiers.mean()).path.read_bytes()
     with tiers.channel("r1") as channel:
-        stub = rpc.TierStub(channel)
+        tier = stub(channel)
         short = [header(tiers, data), pb.UploadChunk(data=bytes(500_000))]
-        assert stub.Upload(iter(short), timeout=30) == pb.UploadState(status="PARTIAL", offset=500_000)
+        assert tier.Upload(iter(short), timeout=30) == pb.UploadState(status="PARTIAL", offset=500_000)
         rest = [header(tiers, data, 500_000), *pieces(data, 500_000)]
-        assert stub.Upload(iter(rest), timeout=30) == pb.UploadState(status="PARTIAL")
-        assert stub.Upload(iter([header(tiers, data), *pieces(data)]), timeout=30).status == STORED
+        assert tier.Upload(iter(rest), timeout=30) == pb.UploadState(status="PARTIAL")
+        assert tier.Upload(iter([header(tiers, data), *pieces(data)]), timeout=30).status == STORED
 
 
 def test_more_bytes_than_announced_are_refused(tiers):
@@ -251,7 +300,7 @@ def test_more_bytes_than_announced_are_refused(tiers):
     data = tiers.sum_file(SumNote(weights={"a": 1.0, "b": 3.0}), tiers.mean()).path.read_bytes()
     with tiers.channel("r1") as channel:
         chunks = [header(tiers, data), *(pb.UploadChunk(data=data[:1_000_000]) for _ in range(9))]
-        state = rpc.TierStub(channel).Upload(iter(chunks), timeout=30)
+        state = stub(channel).Upload(iter(chunks), timeout=30)
     assert (state.status, "more than the" in state.reason) == (REFUSED, True)
     assert len(opened.waiting()) == 5
 
@@ -260,7 +309,7 @@ def test_more_bytes_than_announced_are_refused(tiers):
 def test_an_upload_without_a_header_is_refused(tiers, first):
     tiers.open()
     with tiers.channel("r1") as channel:
-        code, why = details(lambda: rpc.TierStub(channel).Upload(iter([first]), timeout=10))
+        code, why = details(lambda: stub(channel).Upload(iter([first]), timeout=10))
     assert (code, why) == (grpc.StatusCode.INVALID_ARGUMENT, "the first message must be the header")
 
 
@@ -271,7 +320,7 @@ def test_a_note_that_is_none_is_refused(tiers, note):
         header=pb.UploadHeader(key=pb.UpdateKey(job=tiers.job, round=1, sum=1), size=1, blake3="00", sum=note)
     )
     with tiers.channel("r1") as channel:
-        code, _ = details(lambda: rpc.TierStub(channel).Upload(iter([chunk]), timeout=10))
+        code, _ = details(lambda: stub(channel).Upload(iter([chunk]), timeout=10))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -14,8 +14,8 @@ from edgefl.aggregation import make_rule
 from edgefl.config import TrainConfig
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.protocols.messages import BlobRef, Evaluate, Signed
-from edgefl.protocols.tiers import SumNote
-from edgefl.records import DeviceEvaluation, Evaluated, Failure, Plan
+from edgefl.protocols.tiers import RegionPart, SumNote
+from edgefl.records import DeviceEvaluation, Evaluated, Failure, Plan, RegionRound
 from edgefl.testing import make_update
 from edgefl.trees import TensorSpec, spec_of
 from tests.cloud.dataplane.rounds import opened
@@ -178,6 +178,37 @@ def test_an_evaluation_has_a_note_and_no_tensors():
     assert (again.evaluations, again.evaluation_faults) == (note.evaluations, note.evaluation_faults)
 
 
+def took(parent, seconds):
+    return RegionRound(parent=parent, seconds=seconds, up_bytes=10, down_bytes=20)
+
+
+def test_a_sum_says_which_region_has_answered_for_whom_and_what_is_learnt_of_each_device():
+    below = folded([update("a", 1.0, {"train_loss": 4.0}, w=np.zeros(2, np.float32)),
+                    Failure(job="job", round=1, device="b", reason="no disk")])  # fmt: skip
+    below.part = ("oslo", took("norway", 2.0))
+    sent = partial_of(below.note(), below.mean())
+    above = Folding(plan_for())
+    above.part = ("norway", took("cloud", 3.0))
+    for answer in (
+        sent, Failure(job="job", round=1, device="b", reason="no disk"),
+        update("c", 2.0, {"train_loss": 1.0}, w=np.zeros(2, np.float32)),
+    ):  # fmt: skip
+        above.add(answer)
+    note = above.note()
+    assert note.losses == {"a": 4.0, "c": 1.0}
+    parts = note.regions.items()
+    assert {name: (one.parent, list(one.admitted), dict(one.failures), one.seconds) for name, one in parts} == {
+        "oslo": ("norway", ["a"], {"b": "no disk"}, 2.0), "norway": ("cloud", ["c"], {}, 3.0),
+    }  # fmt: skip
+    mean = above.mean()
+    assert sum_fault(note, spec_of(mean), spec_of(PARAMETERS)) == ""
+    partial = partial_of(note, mean)
+    assert (partial.losses, partial.regions["norway"].admitted) == ({"a": 4.0, "c": 1.0}, ("c",))
+    again = Folding(plan_for(), part=above.part)  # without c, and without the failure of b
+    again.add(sent)
+    assert sum_fault(again.note(), spec_of(again.mean()), spec_of(PARAMETERS)) == ""
+
+
 def test_only_a_rule_that_merges_has_sums():
     with pytest.raises((ProtocolError, ConfigError), match="median"):
         Folding(plan_for(), rule_name="median").add(update("a", 1.0, w=np.zeros(2, np.float32)))
@@ -214,6 +245,14 @@ GOOD = {"w": TensorSpec((2,), np.dtype(np.float32)), "n": TensorSpec((), np.dtyp
         (SumNote(weights={"a": 1.0}, rejected={"b": "x"}, failed={"b": "y"}), GOOD, "b is both"),
         (SumNote(weights={"a": 1.0}, evaluations={"b": {"acc": 1.0}}, evaluation_weights={"b": 1.0}), GOOD, "'b'"),
         (SumNote(weights={"a": 1.0}, evaluation_faults={"b": "x"}), GOOD, "'b'"),
+        (SumNote(weights={"a": 1.0}, losses={"b": 1.0}), GOOD, "a loss of 'b', which is not a contributor"),
+        (SumNote(weights={"a": 1.0}, regions={"r": RegionPart(parent="cloud", admitted=["a"])}), GOOD, ""),
+        (SumNote(weights={"a": 1.0}, regions={"r": RegionPart(parent="cloud", admitted=["b"])}), GOOD, "name 'b'"),
+        (
+            SumNote(weights={"a": 1.0}, regions={name: RegionPart(parent="r", admitted=["a"]) for name in "rs"}),
+            GOOD,
+            "name 'a' twice",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_sum(note, spec, fault):

@@ -45,7 +45,6 @@ def test_everybody_is_a_member_with_a_certificate_and_a_place(rows):
         "cam-1": (False, ["cloud"]), "cam-2": (False, ["r1"]), "door-1": (False, ["r2a"]),
     }  # fmt: skip
     assert all(len(one.serials) == 1 and one.tags == {"site": "a"} for one in members.values())
-    assert [rows.members.is_region(name) for name in ("r1", "cam-1", "nobody")] == [True, False, False]
     assert [one.name for one in rows.enrolment.devices()] == ["cam-1", "cam-2", "door-1"]
 
 
@@ -96,6 +95,41 @@ def test_one_name_is_one_member(rows):
     for name, role in (("r1", REGION), ("cam-1", REGION), ("r1", "device")):
         with pytest.raises(EnrolmentRefused, match="is enrolled already"):
             rows.enroll(name, role=role)
+
+
+def test_a_region_is_never_above_itself(rows):
+    """By its own name, and by a circle: r2 is removed in the database alone, and comes back below its own child."""
+    with pytest.raises(EnrolmentRefused, match=r"'r9' cannot be below 'r9': .* circle \(r9\)"):
+        rows.members.check_parent("r9", "r9")
+    rows.enrolment.remove("r2")
+    with pytest.raises(EnrolmentRefused, match=r"'r2' cannot be below 'r2a': .* circle \(r2a -> r2\)"):
+        rows.members.check_parent("r2", "r2a")
+    with pytest.raises(EnrolmentRefused, match="'r2', the parent of 'r2a', is not a region of this fleet"):
+        rows.members.check_parent("cam-9", "r2a")
+    rows.enroll("r2", role=REGION, parent="r2a")  # as a former version allowed it
+    with pytest.raises(EnrolmentRefused, match=r"circle \(r2 -> r2a -> r2\)"):
+        rows.members.check_parent("cam-9", "r2")
+    for name, parent in (("r9", "cloud"), ("cam-9", "r1")):
+        rows.members.check_parent(name, parent)
+
+
+@pytest.mark.parametrize("parent", ["nowhere", "cam-1", ""])
+def test_a_parent_that_is_no_region(rows, parent):
+    with pytest.raises(EnrolmentRefused, match=r"is not a region of this fleet\. Its regions: r1, r2, r2a"):
+        rows.members.check_parent("new", parent)
+
+
+def test_a_region_is_removed_when_nobody_depends_on_it(rows):
+    with pytest.raises(ConfigError, match="'r2' cannot be removed: the regions r2a are below it"):
+        rows.members.let_go("r2")
+    with pytest.raises(ConfigError, match=r"'r2a' cannot be removed: it is the only parent of door-1\. Assign them"):
+        rows.members.let_go("r2a")
+    rows.members.assign("door-1", ["r2a", "cloud"])
+    rows.members.assign("cam-1", ["r1", "r2a"])
+    assert rows.members.let_go("r2a") == ["cam-1", "door-1"]
+    members = rows.members.members()
+    assert (members["cam-1"].parents, members["door-1"].parents) == (["r1"], ["cloud"])
+    assert rows.members.let_go("cam-1") == rows.members.let_go("nobody") == []
 
 
 def test_a_token_is_for_one_role(rows):

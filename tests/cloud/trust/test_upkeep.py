@@ -29,7 +29,7 @@ def test_each_renewal_is_followed_by_a_reload_and_repeated_after_an_error(caplog
             if len(reasons) == 5:
                 enough.set()
 
-        upkeep = Upkeep(renew, reload, 0.001, pytest.fail)
+        upkeep = Upkeep(renew, reload, lambda: 0.001, pytest.fail)
         async with upkeep.running():
             await asyncio.wait_for(enough.wait(), 10)
         assert [task for task in asyncio.all_tasks() if task.get_name() == "certificates"] == []
@@ -42,7 +42,7 @@ def test_each_renewal_is_followed_by_a_reload_and_repeated_after_an_error(caplog
 def test_a_bug_is_passed_to_on_failure():
     async def run():
         failure = asyncio.get_running_loop().create_future()
-        async with Upkeep(lambda: 1 // 0, print, 0.001, failure.set_result).running():
+        async with Upkeep(lambda: 1 // 0, print, lambda: 0.001, failure.set_result).running():
             assert isinstance(await asyncio.wait_for(failure, 10), ZeroDivisionError)
 
     asyncio.run(run())

@@ -10,10 +10,10 @@ import threading
 import grpc
 import pytest
 
-from edge_agent.link import channel as channels
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.profile import load_profile
 from edgefl.protocols import tls
+from edgefl.protocols.ports import client_channel
 
 
 def over(home, function):
@@ -158,7 +158,7 @@ def test_closing_closes_a_former_channel_too_whatever_is_under_way(fleet, home, 
 
 
 def test_a_former_channel_whose_calls_do_not_end_is_closed_in_time(fleet, home, until, monkeypatch):
-    monkeypatch.setattr(channels, "TRANSFER_S", 0.05)
+    monkeypatch.setattr(client_channel, "TRANSFER_S", 0.05)
     ref = fleet.blob(bytes(3 << 20))
     gate = threading.Event()
     fleet.before_chunk = lambda _way, offset: gate.wait(20) if offset else None

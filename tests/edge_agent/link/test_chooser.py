@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from edge_agent.link.channel import CloudChannel, answered
+from edge_agent.link.channel import CloudChannel
 from edge_agent.link.chooser import ParentChooser, ParentRules
 from edge_agent.link.lease import LeasePolicy, ReturnPolicy
 from edge_agent.link.parents import KnownParents
@@ -15,6 +15,7 @@ from edge_agent.link.profile import load_profile
 from edgefl.errors import ParentLeft
 from edgefl.protocols.manifest import ParentAddress, Parents, sign
 from edgefl.protocols.messages import encode
+from edgefl.protocols.ports.client_channel import answered
 
 
 class Clock:

@@ -8,9 +8,10 @@ import pytest
 
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.profile import load_profile
-from edge_agent.link.renewal import NEXT_KEY, Renewal
+from edge_agent.link.renewal import Renewal
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
+from edgefl.protocols.certificates.own import NEXT_KEY
 from edgefl.protocols.tls import Identity
 
 
@@ -89,7 +90,7 @@ def test_a_full_disk_leaves_the_old_pair(fleet, home, monkeypatch, caplog):
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("edge_agent.link.renewal.replace_pair", full)
+    monkeypatch.setattr("edgefl.protocols.certificates.own.replace_pair", full)
     before = pair(home)
     assert renew(home) == ([False], 0)
     assert pair(home) == before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgefl.operator.tree import bytes_text, fleet_tree, job_notes, tree_lines
+from edgefl.operator.tree import add_job, bytes_text, fleet_tree, tree_lines
 
 BYTES = {"devices_up_bytes": 2_500_000, "devices_down_bytes": 900, "parent_up_bytes": 1000, "parent_down_bytes": 0}
 
@@ -47,12 +47,48 @@ def test_the_json_is_the_tree():
     assert cam_4 == {"name": "cam-4", "kind": "device", "online": True, "via": "cloud", "parents": ["cloud"]}
 
 
-def test_a_job_says_what_was_refused_where():
-    job = {"rounds": [{"reasons": {"cam-1": "r"}}, {"reasons": {"cam-1": "s", "cam-4": "t", "gone": "u"}}]}
-    assert job_notes(tree(), job) == {
-        "cam-1": "2 refused or failed", "oslo": "2 refused or failed", "norway": "2 refused or failed",
-        "cam-4": "1 refused or failed", "cloud": "3 refused or failed",
+def part(admitted, seconds=2.0, up=1000, down=500, **failures):
+    return {"parent": "cloud", "admitted": admitted, "failures": failures, "seconds": seconds, "up_bytes": up,
+            "down_bytes": down}  # fmt: skip
+
+
+JOB = {
+    "rounds": [
+        {
+            "reasons": {"cam-1": "r"},
+            "regions": {"cloud": part(["cam-4"], 5.0), "norway": part([], 3.0), "oslo": part([])},
+        },
+        {"reasons": {"cam-4": "t", "gone": "u"}, "regions": {"cloud": part([], 7.0), "oslo": part(["cam-1"], 4.0)}},
+        {"reasons": {"cam-1": "s"}},  # of a round without sums
+    ]
+}
+
+
+def test_a_job_says_who_took_part_where_and_what_it_took():
+    root = tree()
+    add_job(root, JOB)
+    assert [line.partition("  job: ")[2] for line in tree_lines(root)] == [
+        "2 admitted, 3 refused or failed, 6 s a round, 1.0 kB down 2.0 kB up",
+        "1 admitted, 2 refused or failed, 3 s a round, 500 B down 1.0 kB up",
+        "1 admitted, 2 refused or failed, 3 s a round, 1.0 kB down 2.0 kB up",
+        "1 admitted, 2 refused or failed: s",
+        "",
+        "",
+        "",
+        "1 admitted, 1 refused or failed: t",
+    ]
+    said = root.as_json()
+    assert said["job"] == {
+        "admitted": 2, "failed": 3, "rounds": 2, "seconds": 12.0, "up_bytes": 2000, "down_bytes": 1000,
     }  # fmt: skip
+    assert said["children"][3]["job"] == {"admitted": 1, "failed": 1, "reason": "t"}
+    assert "job" not in said["children"][1]
+
+
+def test_a_job_without_rounds_adds_nothing():
+    root = tree()
+    add_job(root, {"rounds": []})
+    assert list(tree_lines(root)) == list(tree_lines(tree()))
 
 
 def test_a_device_of_a_removed_region_stands_below_the_cloud():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 
 from edgefl.errors import ConfigError
+from edgefl.operator.tree import add_job
 from edgefl.simulation.screen.tree_plot import write_tree_plot
-from tests.edgefl.operator.test_tree import tree
+from tests.edgefl.operator.test_tree import JOB, tree
 
 
 def test_the_picture_names_every_node(tmp_path):
-    write_tree_plot(tree(), {"cam-1": "2 refused or failed"}, tmp_path / "fleet.svg")
+    root = tree()
+    add_job(root, JOB)
+    write_tree_plot(root, tmp_path / "fleet.svg")
     svg = (tmp_path / "fleet.svg").read_text("utf-8")
     assert all(f"<!-- {name}" in svg for name in ("cloud", "norway", "oslo", "rome", "cam-1", "cam-2", "cam-4"))
     assert "2 refused or failed" in svg
@@ -18,4 +21,4 @@ def test_the_picture_names_every_node(tmp_path):
 
 def test_a_format_that_cannot_be_drawn_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--plot"):
-        write_tree_plot(tree(), {}, tmp_path / "fleet.xyz")
+        write_tree_plot(tree(), tmp_path / "fleet.xyz")

@@ -23,19 +23,19 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
+from cloud.region.server.uplink import SumFile
 from cloud.region.sums import Folding
-from cloud.region.uplink import SumFile
 from cloud.state.blobs import blake3_of
 from cloud.state.jobs import AnswerRow, JobRow
 from edgefl.aggregation.regional import regional_round, regional_step
 from edgefl.config import JobConfig, TrainConfig
-from edgefl.errors import CloudStopping, EdgeflError, JobCancelled
+from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, ProtocolError
 from edgefl.exchange import Terms
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.messages import BlobRef, Evaluate, Fit
 from edgefl.protocols.tiers import Work
-from edgefl.records import Failure, Plan
+from edgefl.records import Failure, Plan, RegionRound
 from edgefl.trees import SpooledTree, Tree, write_tree
 
 MAX_ROUNDS = 16  # at work at the same time
@@ -97,6 +97,7 @@ class RegionWork:
         self._ended: dict[str, int] = {}  # job -> its latest round that is over
         self._closing = threading.Event()
         self._threads = ThreadPoolExecutor(MAX_ROUNDS, "region-round")
+        self.place = ("", "")  # this region's name and its parent's
         self.on_crash: Callable[[BaseException], object] = lambda _error: None
 
     def take(self, job: str, number: int, work: Work | None) -> None:
@@ -181,7 +182,8 @@ class RegionWork:
         assignment, times = work.assignment, work.region_rounds if work.fit is not None else 1
         self._fetch(assignment.model.sha256)
         first: Tree = SpooledTree(self._deps.blobs.path(assignment.model.sha256))
-        parameters, end_s = first, self._deps.clock() + assignment.deadline_s
+        begin_s, before = self._deps.clock(), self._deps.rounds.traffic(key[0])
+        parameters, end_s = first, begin_s + assignment.deadline_s
         evaluated: Folding | None = None
         for regional in range(times):
             left_s = max(0.0, end_s - self._deps.clock()) / (times - regional)
@@ -192,6 +194,11 @@ class RegionWork:
                 kept = fleet.keep(regional_step(parameters, folding.mean()))
                 parameters, one.models = kept, {*one.models, kept.path.name}
         folding.evaluated = evaluated
+        moved, (name, parent) = self._deps.rounds.traffic(key[0]) - before, self.place
+        took = RegionRound(
+            parent=parent, seconds=self._deps.clock() - begin_s, up_bytes=moved.up_bytes, down_bytes=moved.down_bytes
+        )
+        folding.part = (name, took) if name else None
         folding.base = None if parameters is first else (first, parameters)
         self._deliver(key, one, folding, fleet)
 
@@ -244,7 +251,9 @@ class RegionWork:
 
     def _folded_again(self, former: Folding, fleet: GrpcFleet, devices: set[str]) -> Folding:
         plan = former.plan
-        folding = Folding(plan, base=former.base, evaluated=former.evaluated if former.base is not None else None)
+        folding = Folding(
+            plan, base=former.base, part=former.part, evaluated=former.evaluated if former.base is not None else None
+        )
         rows = [row for row in self._deps.jobs.open_round(plan.job, plan.round, plan.clients) if row.device in devices]
         for answer in fleet.records(rows, plan):
             folding.add(answer)
@@ -273,6 +282,14 @@ class RegionWork:
         still = {ref.sha256 for other in self._rounds.values() for ref in other.work.assignment.blobs()}
         for model in {one.work.assignment.model.sha256, *one.models} - still:
             self._deps.blobs.delete(model)
+
+
+def round_in(key: str) -> tuple[str, int]:
+    """Return the job and the round of a key of `work/`, or a relay and a message; raises ProtocolError."""
+    _, job, number = (*key.split("/"), "", "")[:3]
+    if not job or not number.isdecimal() or key.count("/") != 2:
+        raise ProtocolError(f"{key[:80]!r} is no work of a round")
+    return job, int(number)
 
 
 def _in_region(work: Work, number: int, regional: int, deadline_s: float) -> Work:

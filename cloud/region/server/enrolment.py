@@ -76,9 +76,19 @@ def enroll_region(home: Path, parent: str, token: str, name: str) -> RegionProfi
 
 
 def load_profile(home: Path) -> RegionProfile:
-    """Read the profile of an enrolled home; raises HomeError if it is damaged."""
+    """Read the profile of an enrolled home; raises HomeError if it is damaged, or has the certificate of another."""
     check_home(home, "region")
+    path, cert = home / FILE, tls.Identity.in_folder(home / "tls").cert
     try:
-        return from_json(RegionProfile, json.loads((home / FILE).read_text("utf-8")))
+        profile = from_json(RegionProfile, json.loads(path.read_text("utf-8")))
+        path, certificate = cert, cert.read_bytes()
+        owner, is_region = tls.common_name(certificate), tls.is_region(certificate)
     except (OSError, ValueError, ProtocolError) as cause:
-        raise HomeError(f"{home / FILE} is damaged: {cause}. Restore it from a backup, or enrol anew") from cause
+        raise HomeError(f"{path} is damaged: {cause}. Restore it from a backup, or enrol anew") from cause
+    if owner != profile.name or not is_region:
+        raise HomeError(
+            f"{cert} is the certificate of the {'region' if is_region else 'device'} {owner!r}, not of the region "
+            f"{profile.name!r}. Restore it from a backup, or enrol the region in another --home with a token of "
+            "`edgefl cloud token --role region`"
+        )
+    return profile

@@ -1,4 +1,4 @@
-"""Replaces a device's key and certificate together, atomically.
+"""Replaces a key and its certificate together, atomically.
 
 Enrolment writes `key.pem` and `cert.pem` as files. The first renewal replaces them with symbolic links through
 `pair`, itself a link to the folder of the current pair. So a reader sees either the old pair or the new one, also

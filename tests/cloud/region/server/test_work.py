@@ -10,7 +10,7 @@ import pytest
 
 from cloud.dataplane.grpc_fleet import FleetDependencies
 from cloud.dataplane.open_rounds import OpenRounds
-from cloud.region.work import RegionWork
+from cloud.region.server.work import RegionWork
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Spool

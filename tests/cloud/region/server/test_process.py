@@ -8,9 +8,11 @@ import ssl
 import time
 
 import httpx
+import psutil
 import pytest
 
-from cloud.region.process import _round_in
+from cloud.broker.child import find_mosquitto
+from cloud.region.server.work import round_in
 from edgefl.errors import ProtocolError
 from edgefl.local_fleet import LocalFleet
 from edgefl.protocols import tls
@@ -19,11 +21,11 @@ from edgefl.protocols import tls
 @pytest.mark.parametrize("key", ["work/job", "work/job/x", "work//1", "work/job/1/2", "work/job/-1", "work/job/"])
 def test_a_key_that_names_no_round(key):
     with pytest.raises(ProtocolError, match="no work of a round"):
-        _round_in(key)
+        round_in(key)
 
 
 def test_a_key_of_a_round():
-    assert _round_in("work/job-1/12") == ("job-1", 12)
+    assert round_in("work/job-1/12") == ("job-1", 12)
 
 
 def health(fleet, name):
@@ -61,3 +63,33 @@ def test_a_region_starts_says_how_it_is_and_stops(tmp_path):
         with pytest.raises(httpx.ConnectError):  # its certificate is no cloud's, wherever it is
             httpx.get(fleet.url_of("north") + "/v1/health",
                       verify=ssl.create_default_context(cafile=fleet.home / "tls" / "ca.pem"))  # fmt: skip
+
+
+def test_a_region_that_is_removed_stops_with_the_reason(tmp_path):
+    with LocalFleet(tmp_path, broker="builtin") as fleet:
+        fleet.start()
+        fleet.start_region("north")
+        north = fleet.regions["north"]
+        assert json.loads(fleet.command("devices", "remove", "north", "--json", "-"))["reassigned"] == []
+        north.wait_for("so that its devices find other parents: region 'north' is not enrolled")
+        fleet.cloud.wait_for("region.disconnected region=north")
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed; run deploy/system-packages.sh")
+def test_mosquitto_is_a_regions_broker_survives_a_kill_and_ends_with_the_region(tmp_path):
+    with LocalFleet(tmp_path, broker="embedded") as fleet:
+        fleet.start()
+        fleet.start_region("north")
+        north = fleet.regions["north"]
+        north.wait_for("broker=mosquitto")
+        fleet.enroll("a", region="north")
+        agent = fleet.start_agent("a")
+        seen = agent.wait_for("mqtt.up")
+        [mosquitto] = [one for one in psutil.Process(north.pid).children() if one.name() == "mosquitto"]
+        mosquitto.kill()
+        agent.wait_for("mqtt.up", after=seen)
+        assert "broker" in health(fleet, "north")["parts"]
+        [again] = [one for one in psutil.Process(north.pid).children() if one.name() == "mosquitto"]
+        north.kill()
+        psutil.wait_procs([again], timeout=30)
+        assert not again.is_running()

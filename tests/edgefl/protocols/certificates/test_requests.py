@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from edgefl.errors import ProtocolError
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
-from edgefl.protocols.tiers.renewing import device_of, signed_request
+from edgefl.protocols.certificates.requests import owner_of, signed_request
 
 
 class Device:
@@ -39,28 +39,27 @@ def top(ca):
 
 def test_a_devices_own_request_names_it(ca, device):
     request = signed_request(device.csr, device.certificate, device.key)
-    assert device_of(pb.RenewRequest.FromString(request.SerializeToString()), top(ca)) == "cam-1"
+    assert owner_of(pb.RenewRequest.FromString(request.SerializeToString()), top(ca)) == "cam-1"
 
 
 def test_a_region_cannot_put_in_its_own_key(ca, device):
     request = signed_request(device.csr, device.certificate, device.key)
     mine = tls.request_for(ec.generate_private_key(ec.SECP256R1()), "cam-1")
-    with pytest.raises(ProtocolError, match="not signed by the key of device 'cam-1'"):
-        device_of(pb.RenewRequest(csr=mine, certificate=request.certificate, signature=request.signature), top(ca))
+    with pytest.raises(ProtocolError, match="not signed by the key of 'cam-1'"):
+        owner_of(pb.RenewRequest(csr=mine, certificate=request.certificate, signature=request.signature), top(ca))
     with pytest.raises(ProtocolError, match="not signed by the key"):
-        device_of(signed_request(mine, device.certificate, ec.generate_private_key(ec.SECP256R1())), top(ca))
+        owner_of(signed_request(mine, device.certificate, ec.generate_private_key(ec.SECP256R1())), top(ca))
 
 
-def test_a_region_cannot_renew_by_its_own_certificate(tmp_path, ca):
+def test_a_region_asks_for_itself(tmp_path, ca):
     region = Device(tmp_path / "oslo", ca, tls.REGION_DOMAIN)
-    with pytest.raises(ProtocolError, match="that of the region"):
-        device_of(signed_request(region.csr, region.certificate, region.key), top(ca))
+    assert owner_of(signed_request(region.csr, region.certificate, region.key), top(ca)) == "cam-1"
 
 
 @pytest.mark.parametrize("certificate", [b"", b"-----BEGIN CERTIFICATE-----", b"\xff\xfe"])
 def test_what_is_no_certificate_is_refused(ca, device, certificate):
     with pytest.raises(ProtocolError, match="no certificate of this fleet's CA"):
-        device_of(signed_request(device.csr, certificate, device.key), top(ca))
+        owner_of(signed_request(device.csr, certificate, device.key), top(ca))
 
 
 def test_a_certificate_of_another_fleet_is_refused(tmp_path, ca, device):
@@ -68,4 +67,4 @@ def test_a_certificate_of_another_fleet_is_refused(tmp_path, ca, device):
     other.mkdir()
     tls.create_ca(other)
     with pytest.raises(ProtocolError, match="no certificate of this fleet's CA"):
-        device_of(signed_request(device.csr, device.certificate, device.key), top(other))
+        owner_of(signed_request(device.csr, device.certificate, device.key), top(other))

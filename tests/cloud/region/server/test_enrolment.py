@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from cloud.region.enrolment import FILE, enroll_region, load_profile
+from cloud.region.server.enrolment import FILE, enroll_region, load_profile
 from edgefl.errors import ConfigError, EnrolmentRefused, HomeError
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
@@ -82,3 +82,14 @@ def test_a_damaged_profile(http_plane, token, tmp_path, damage):
     (tmp_path / "north" / FILE).write_text(damage)
     with pytest.raises(HomeError, match=r"region\.json is damaged"):
         load_profile(tmp_path / "north")
+
+
+@pytest.mark.parametrize("other", ["device", "region"])
+def test_a_home_with_the_certificate_of_another(http_plane, token, tmp_path, other):
+    enroll_region(tmp_path / "north", http_plane.url, token, "north")
+    keys = Identity.in_folder(tmp_path / "north" / "tls")
+    secret, _ = tls.parse_token(http_plane.enrolment.new_token(role=other))
+    request = tls.new_request(keys, "other")
+    keys.cert.write_bytes(http_plane.enrolment.enroll(secret, "other", {}, request, role=other))
+    with pytest.raises(HomeError, match=f"is the certificate of the {other} 'other', not of the region 'north'"):
+        enroll_region(tmp_path / "north", "", "", "")

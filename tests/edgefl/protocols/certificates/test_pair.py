@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from edge_agent.link import pair
-from edge_agent.link.pair import replace_pair
 from edgefl.protocols import tls
+from edgefl.protocols.certificates import pair
+from edgefl.protocols.certificates.pair import replace_pair
 from edgefl.protocols.tls import Identity
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cloud.http.server import serve_http
-from cloud.region.http import RegionServices, make_region_app
+from cloud.region.server.http import RegionServices, make_region_app
 from edgefl.errors import EnrolmentRefused
 from edgefl.process.version import __version__
 from edgefl.protocols import tls

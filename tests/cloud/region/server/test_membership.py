@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cloud.region.membership import FILE, RegionMembership
+from cloud.region.server.membership import FILE, RegionMembership
 from edgefl.errors import HomeError, ProtocolError
 from edgefl.protocols.messages import Signed, encode
 from edgefl.protocols.tiers import Member, pack
