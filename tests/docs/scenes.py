@@ -46,7 +46,8 @@ BEFORE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "offload.md": {
         "": (
             "edgefl local start --devices 1",
-            "edgefl simulate examples/digits --clients 2 --rounds 2 --out digits.safetensors --publish digits",
+            "edgefl simulate examples/digits --clients 2 --rounds 2 --out digits.safetensors",
+            "edgefl models publish digits --task examples/digits --parameters digits.safetensors --compress none",
         ),
     },
     "flower.md": {"edgefl run examples/flower-app": ("edgefl local start --devices 2",)},
