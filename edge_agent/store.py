@@ -3,8 +3,9 @@
 Metadata is in SQLite (WAL, synchronous=FULL), updates are files. Invariant: every row of the outbox points to a
 complete file on disk. So the file is written, synced and renamed before its row is added, and the row is deleted
 before the file; opening the store removes what a crash left in between. A round is marked as answered in the
-transaction that deletes its update. The state of a Flower app's client is replaced in the transaction that stores
-its reply, so that a message which is processed again starts from the same state.
+transaction that deletes its update. The state that follows a round, or a Flower app's message, is added in the
+transaction that stores the answer. The one before it is kept, too: a round that is trained again, because the cloud
+lost its answer, starts from the same state.
 
 One spare file is kept: overwriting its pages is ten times cheaper than allocating new ones.
 """
@@ -20,13 +21,15 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edge_agent.disk import require_space
 from edgefl.errors import HomeError
 from edgefl.protocols.fields import to_json
+from edgefl.protocols.messages import MAX_ROUND
 from edgefl.records import DeviceEvaluation
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 LOW_DISK_BYTES = 64 << 20  # with less free space no spare file is kept
 MAX_ANSWERED = 10_000  # answered rounds to remember; the cloud never sends plans older than that again
 
@@ -37,7 +40,7 @@ CREATE TABLE IF NOT EXISTS outbox (
 CREATE TABLE IF NOT EXISTS failures (job TEXT, round INTEGER, reason TEXT NOT NULL, PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS answered (
   id INTEGER PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, UNIQUE (job, round));
-CREATE TABLE IF NOT EXISTS states (job TEXT PRIMARY KEY, file TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS kept_states (job TEXT, round INTEGER, file TEXT NOT NULL, PRIMARY KEY (job, round));
 """
 
 
@@ -105,7 +108,7 @@ class Store:
 
         `state` is the job's next state: a `state_draft`, also written and synced.
         """
-        path, former = self._file(update.job, update.round), self.state(update.job)
+        path = self._file(update.job, update.round)
         update.path.replace(path)
         _sync_folder(self.folder)
         if state is not None:
@@ -117,34 +120,54 @@ class Store:
             for file in (path, *([state] if state else [])):
                 file.unlink()
             raise
-        if state is not None and former is not None and former != state:
-            former.unlink(missing_ok=True)
+        if state is not None:
+            self._drop_older_states(update.job)
 
     def state_draft(self, job: str, number: int) -> Path:
         """Return where to write the state that follows a job's message."""
         return self._states / f"{_name(job, number)}.draft"
 
-    def state(self, job: str) -> Path | None:
-        """Return the file of a job's state, None if it has none."""
-        found = self._select("SELECT file FROM states WHERE job = ?", (job,))
-        return self._states / found[0]["file"] if found else None
+    def state(self, job: str, before: int = MAX_ROUND) -> Path | None:
+        """Return the file of a job's newest state, of rounds before this one; None if there is none."""
+        query = "SELECT file FROM kept_states WHERE job = ? AND round < ? ORDER BY rowid DESC"
+        files = (self._states / row["file"] for row in self._select(query, (job, before)))
+        return next((file for file in files if file.exists()), None)
+
+    def state_files(self, job: str, number: int) -> dict[str, Any]:
+        """Return fields of a trainer's request: where a client's state is, and where its next one goes."""
+        return {"state": str(self.state(job, before=number) or ""), "state_out": str(self.state_draft(job, number))}
 
     def jobs_with_state(self) -> list[str]:
         """Return the jobs that have a state on this device."""
-        return [row["job"] for row in self._select("SELECT job FROM states ORDER BY rowid")]
+        return [row["job"] for row in self._select("SELECT job FROM kept_states GROUP BY job ORDER BY min(rowid)")]
 
     def forget_state(self, job: str) -> None:
-        """Delete a job's state: the job has ended."""
-        state = self.state(job)
+        """Delete a job's states: the job has ended."""
+        self._drop_states(self._select("SELECT job, round, file FROM kept_states WHERE job = ?", (job,)))
+
+    def _drop_older_states(self, job: str) -> None:
+        """Keep the two newest states of a job; on a full disk, more of them."""
+        with contextlib.suppress(HomeError):
+            self._drop_states(
+                self._select(
+                    "SELECT job, round, file FROM kept_states WHERE job = ? ORDER BY rowid DESC LIMIT -1 OFFSET 2",
+                    (job,),
+                )
+            )
+
+    def _drop_states(self, rows: Sequence[sqlite3.Row]) -> None:
         with self._change():
-            self._db.execute("DELETE FROM states WHERE job = ?", (job,))
-        if state is not None:
-            state.unlink(missing_ok=True)
+            self._db.executemany(
+                "DELETE FROM kept_states WHERE job = ? AND round = ?", [(row["job"], row["round"]) for row in rows]
+            )
+        for row in rows:
+            (self._states / row["file"]).unlink(missing_ok=True)
 
     def _insert(self, update: Outgoing, path: Path, state: Path | None) -> None:
         with self._change():
             if state is not None:
-                self._db.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (update.job, state.name))
+                values = (update.job, update.round, state.name)
+                self._db.execute("INSERT OR REPLACE INTO kept_states VALUES (?, ?, ?)", values)
             self._db.execute(
                 "INSERT OR REPLACE INTO outbox (job, round, file, size, blake3, weight, metrics, evaluation) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -247,7 +270,7 @@ class Store:
                 continue
             with contextlib.suppress(HomeError), self._change():  # on a full disk the row stays, but is never sent
                 self._db.execute("DELETE FROM outbox WHERE job = ? AND round = ?", (update.job, update.round))
-        kept |= {row["file"] for row in self._select("SELECT file FROM states")}
+        kept |= {row["file"] for row in self._select("SELECT file FROM kept_states")}
         for folder in (self.folder, self._states):
             for file in folder.iterdir():
                 if file.name not in kept:
@@ -290,6 +313,10 @@ def _connect(path: Path, *, locking: str) -> sqlite3.Connection:
             db.executescript(_SCHEMA)
             if "evaluation" not in {row["name"] for row in db.execute("PRAGMA table_info(outbox)")}:  # version 1
                 db.execute("ALTER TABLE outbox ADD COLUMN evaluation TEXT")
+            if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'states'").fetchone():  # version 2
+                db.execute("INSERT INTO kept_states SELECT job, 0, file FROM states")
+                db.execute("DROP TABLE states")
+                db.commit()
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         undo.pop_all()
     return db

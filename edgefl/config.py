@@ -20,6 +20,14 @@ import dacite
 from edgefl.choosing.expression import parse
 from edgefl.choosing.settings import StopConfig, check_choice, check_share
 from edgefl.errors import ConfigError
+from edgefl.terminal.bounds import (
+    MAX_RATE,
+    require,
+    require_above_zero,
+    require_plain,
+    require_printable,
+    require_within,
+)
 from edgefl.terminal.pairs import pair_of
 from edgefl.terminal.values import shown_value
 
@@ -31,51 +39,12 @@ SCHEDULES = ("constant", "cosine", "step")
 MAX_COUNT = 2**31 - 1  # limit of rounds, clients, epochs and samples: every layer can count so far
 MAX_SECONDS = 366 * 86_400.0  # limit of a wait: locks, sockets and event loops accept it, on 32-bit machines too
 MAX_SEED = 2**63 - 1
-MAX_RATE = 3.4028234663852886e38  # the largest float32: a larger value would be infinity where it is used
 
 MAX_WORKERS = 64  # limit of processes that read a Dataset
 MAX_TIERS = 8
 MAX_PROCESSES = 1024
-MAX_NAME_CHARS = 200
 
 _T = TypeVar("_T")
-
-
-def _require(condition: bool, message: str) -> None:  # noqa: FBT001 - reads as a sentence
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_within(key: str, value: float, least: float, most: float) -> None:
-    """Raise ConfigError for a number outside its bounds, or NaN."""
-    if not least <= value <= most:
-        raise ConfigError(f"{key}={shown_value(value)} must be {least} or more, and at most {most}")
-
-
-def _above_zero(key: str, value: float, most: float) -> None:
-    if not 0 < value <= most:
-        raise ConfigError(f"{key}={shown_value(value)} must be above 0, and at most {most}")
-
-
-def _printable(key: str, value: str) -> None:
-    if not value.isprintable() or len(value) > MAX_NAME_CHARS:
-        raise ConfigError(f"{key}={shown_value(value)} must be printable, and of at most {MAX_NAME_CHARS} characters")
-
-
-def _plain_option(key: str, value: object) -> None:
-    """Refuse values that JSON cannot hold or no optimizer accepts: dates, tables, NaN."""
-    if isinstance(value, list | tuple):
-        for one in value:
-            _plain_option(key, one)
-    elif isinstance(value, str):
-        _printable(key, value)
-    elif isinstance(value, bool) or value is None:
-        return
-    elif not isinstance(value, int | float) or not -MAX_RATE <= value <= MAX_RATE:
-        raise ConfigError(
-            f"{key}={shown_value(value)} must be a number from {-MAX_RATE} to {MAX_RATE}, true, false, a text or a "
-            "list of them"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,17 +72,17 @@ class RoundsConfig:
         require_within("rounds.count", self.count, 1, MAX_COUNT)
         require_within("rounds.clients", self.clients, 0, MAX_COUNT)
         require_within("rounds.quorum", self.quorum, 1, MAX_COUNT)
-        _require(
+        require(
             self.clients == 0 or self.quorum <= self.clients,
             f"rounds.quorum={self.quorum} is above rounds.clients={self.clients}",
         )
         require_within("rounds.over_selection", self.over_selection, 0, 10)
-        _above_zero("rounds.deadline_s", self.deadline_s, MAX_SECONDS)
+        require_above_zero("rounds.deadline_s", self.deadline_s, MAX_SECONDS)
         require_within("rounds.offline_grace_s", self.offline_grace_s, 0, MAX_SECONDS)
         if isinstance(self.grace, str | bool):
             known = f"{GRACE_NONE}, {GRACE_AUTO}, or a number of seconds"
             seen = f"rounds.grace={shown_value(self.grace)}"
-            _require(self.grace in {GRACE_NONE, GRACE_AUTO}, f"{seen} is not one of: {known}")
+            require(self.grace in {GRACE_NONE, GRACE_AUTO}, f"{seen} is not one of: {known}")
         else:
             require_within("rounds.grace", self.grace, 0, MAX_SECONDS)
         require_within("rounds.wait_s", self.wait_s, 0, MAX_SECONDS)
@@ -139,6 +108,7 @@ class TrainConfig:
     batch_size: int = 32  # samples per training step
     lr: float = 0.1  # learning rate of the local optimizer
     proximal_mu: float = 0.0  # FedProx (Li et al. 2020); 0 = off
+    keep_optimizer_state: bool = False  # each client keeps the state of the task's optimizer between its rounds
     seed: int = 0  # of the first parameters and of all training
     schedule: str = "constant"  # of lr over the rounds: constant | cosine | step, after the warm-up
     warmup_rounds: int = 0  # lr rises until it has its full value in this round
@@ -153,7 +123,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
-        _require(self.algorithm in ALGORITHMS, f"train.algorithm={self.algorithm!r} is not one of: {known}")
+        require(self.algorithm in ALGORITHMS, f"train.algorithm={self.algorithm!r} is not one of: {known}")
         require_within("train.steps", self.steps, 0, MAX_COUNT)
         if self.steps:
             self._refuse_other_lengths()
@@ -161,17 +131,21 @@ class TrainConfig:
         else:
             require_within("train.epochs", self.epochs, 1, MAX_COUNT)
         require_within("train.batch_size", self.batch_size, 1, MAX_COUNT)
-        _above_zero("train.lr", self.lr, MAX_RATE)
+        require_above_zero("train.lr", self.lr, MAX_RATE)
         require_within("train.proximal_mu", self.proximal_mu, 0, MAX_RATE)
         require_within("train.seed", self.seed, 0, MAX_SEED)
         schedules = ", ".join(SCHEDULES)
-        _require(self.schedule in SCHEDULES, f"train.schedule={self.schedule!r} is not one of: {schedules}")
+        require(self.schedule in SCHEDULES, f"train.schedule={self.schedule!r} is not one of: {schedules}")
         require_within("train.warmup_rounds", self.warmup_rounds, 0, MAX_COUNT)
         require_within("train.end_factor", self.end_factor, 0, 1)
         require_within("train.step_rounds", self.step_rounds, 1, MAX_COUNT)
         require_within("train.step_factor", self.step_factor, 0, 1)
         require_within("train.workers", self.workers, 0, MAX_WORKERS)
         require_within("train.round", self.round, 0, MAX_COUNT)
+        require(
+            not (self.keep_optimizer_state and self.algorithm == "fedsgd"),
+            "train.keep_optimizer_state=true: fedsgd takes no local steps, so a client has no optimizer. Leave it out",
+        )
         self._check_processes()
 
     def _check_processes(self) -> None:
@@ -181,15 +155,15 @@ class TrainConfig:
         if isinstance(number, int):
             require_within("train.processes", number, 1, MAX_PROCESSES)
         known = ", ".join(STRATEGIES)
-        _require(self.strategy in STRATEGIES, f"train.strategy={self.strategy!r} is not one of: {known}")
-        _printable("train.backend", self.backend)
+        require(self.strategy in STRATEGIES, f"train.strategy={self.strategy!r} is not one of: {known}")
+        require_printable("train.backend", self.backend)
 
     def _refuse_other_lengths(self) -> None:
-        _require(
+        require(
             self.epochs in (0, 1),  # 1 is the default
             f"train.steps={self.steps} and train.epochs={self.epochs}: give one of them",
         )
-        _require(
+        require(
             self.algorithm != "fedsgd",
             f"train.steps={self.steps}: fedsgd takes no local steps, but one gradient over all samples. Leave it out",
         )
@@ -215,10 +189,10 @@ class ServerConfig:
     options: Mapping[str, Any] = field(default_factory=dict)  # other arguments of the optimizer, e.g. `momentum = 0.9`
 
     def __post_init__(self) -> None:
-        _printable("server.optimizer", self.optimizer)
-        _above_zero("server.lr", self.lr, MAX_RATE)
+        require_printable("server.optimizer", self.optimizer)
+        require_above_zero("server.lr", self.lr, MAX_RATE)
         for name, value in self.options.items():
-            _plain_option(f"server.options.{name}", value)
+            require_plain(f"server.options.{name}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,7 +202,7 @@ class AggregationConfig:
     rule: str = "mean"  # mean: weighted by the clients' numbers of samples
 
     def __post_init__(self) -> None:
-        _printable("aggregation.rule", self.rule)
+        require_printable("aggregation.rule", self.rule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,12 +217,12 @@ class TiersConfig:
 
     def __post_init__(self) -> None:
         require_within("tiers.region_rounds", self.region_rounds, 1, 1000)
-        _require(len(self.fan_out) <= MAX_TIERS, f"tiers.fan_out has {len(self.fan_out)} tiers, at most {MAX_TIERS}")
+        require(len(self.fan_out) <= MAX_TIERS, f"tiers.fan_out has {len(self.fan_out)} tiers, at most {MAX_TIERS}")
         for number in self.fan_out:
             require_within("tiers.fan_out", number, 1, MAX_COUNT)
         for name in ("uplink_mbps", "downlink_mbps", "rtt_s"):
             values = getattr(self, name)
-            _require(
+            require(
                 len(values) <= max(1, len(self.fan_out)),
                 f"tiers.{name} has {len(values)} values for {len(self.fan_out)} tiers of tiers.fan_out",
             )
@@ -267,7 +241,7 @@ class JobConfig:
     tiers: TiersConfig = field(default_factory=TiersConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.tiers.region_rounds == 1 or self.train.algorithm == "fedavg",
             f"tiers.region_rounds={self.tiers.region_rounds} needs train.algorithm=fedavg: a gradient is not a change",
         )

@@ -56,6 +56,7 @@ class FitResult:
     tree: Tree  # delta or gradient: names, shapes and dtypes as in the trained parameters
     weight: float  # number of samples
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the training, reported as `train_NAME`
+    state: Tree = field(default_factory=dict)  # what the client keeps for its next round, and never sends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

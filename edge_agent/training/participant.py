@@ -291,8 +291,8 @@ class Participant:
                 return await self._deliver_request(assignment, bundle, task)
 
     async def _fit_request(self, assignment: Fit, bundle: Path, task: str) -> wire.FitRequest:
-        common = await self._task_fields(assignment, bundle, task)
-        self._deps.store.require_space(assignment.model.size)  # an update is about as large as the model; fail now
+        common, store = await self._task_fields(assignment, bundle, task), self._deps.store
+        store.require_space(assignment.model.size)  # an update is about as large as the model; fail now
         return wire.FitRequest(
             job=assignment.job,
             round=assignment.round,
@@ -300,6 +300,7 @@ class Participant:
             evaluate=assignment.evaluate,
             rendezvous=self._deps.rendezvous,
             machines=self._deps.machines,
+            **(store.state_files(assignment.job, assignment.round) if assignment.train.keep_optimizer_state else {}),
             **common,
         )
 

@@ -28,20 +28,21 @@ from edge_agent.training.trainer_main import (
     limit_memory,
     receive,
     see_packages,
+    state_of,
     write,
 )
 from edgefl.bundle import load_bundle, unpack_bundle
 from edgefl.errors import EdgeflError, TaskError
 from edgefl.process.children import die_with_parent
-from edgefl.task import FitResult, Task
-from edgefl.training.parallel.together import Assigned, train_together
+from edgefl.task import FitResult
+from edgefl.training.parallel.together import Assigned, Loaded, train_together
 from edgefl.training.parallel.workers import TrainingGroup
-from edgefl.trees import SpooledTree, Tree
+from edgefl.trees import SpooledTree
 
 RENDEZVOUS_S = 60.0
 PART_BYTES = 16 << 20  # of a file on its way to another machine
 _PEER_LOST = ("gloo/transport/tcp", "ncclRemoteError", "remote process exited")  # in torch's messages
-_FILES = ("bundle", "model", "frozen")  # fields of a request
+_FILES = ("bundle", "model", "frozen", "state")  # fields of a request
 
 
 class Worker:
@@ -103,28 +104,28 @@ class Worker:
         request = self._with_files(request)
         limit_memory(request.memory_limit_mb // int(os.environ["LOCAL_WORLD_SIZE"]))
         os.chdir(request.folder or self._folder)
-        loaded: list[tuple[Task, Tree, Tree | None]] = []
+        loaded: list[Loaded] = []
 
-        def load() -> tuple[Task, Tree, Tree | None]:
+        def load() -> Loaded:
             see_packages(request.packages)
             # A folder of its own: others unpack the same bundle at this moment.
             code = self._folder / f"{self._local_rank}" / Path(request.bundle).stem
             unpack_bundle(Path(request.bundle), code)
-            loaded.append((load_bundle(code, request.task), SpooledTree(Path(request.model)), frozen_of(request)))
+            task, model = load_bundle(code, request.task), SpooledTree(Path(request.model))
+            loaded.append(Loaded(task=task, parameters=model, frozen=frozen_of(request), state=state_of(request)))
             return loaded[0]
 
         options = {**request.options, **json.loads(self._settings.options or "{}")}
         assigned = Assigned(config=request.train, options=options, round=request.round, client=request.client)
         result = train_together(self._workers, _as_task_error(load), assigned)
-        task, parameters, frozen = loaded[0]
-        return self._finish(task, result, parameters, request, frozen) if self._workers.leads else _nothing()
+        return self._finish(loaded[0], result, request) if self._workers.leads else _nothing()
 
-    def _finish(
-        self, task: Task, result: FitResult, parameters: Tree, request: wire.FitRequest, frozen: Tree | None
-    ) -> wire.WorkDone:
-        check(task.name, result, parameters, request)
-        done = write(result, Path(request.out))
-        return evaluated(done, task, parameters, request, frozen, self._tell) if request.evaluate else done
+    def _finish(self, loaded: Loaded, result: FitResult, request: wire.FitRequest) -> wire.WorkDone:
+        check(loaded.task.name, result, loaded.parameters, request)
+        done = write(result, request)
+        if not request.evaluate:
+            return done
+        return evaluated(done, loaded.task, loaded.parameters, request, loaded.frozen, self._tell)
 
     def _with_files(self, request: wire.FitRequest) -> wire.FitRequest:
         """Return the request with paths of this machine; files that it lacks are copied from the leader's."""
@@ -145,7 +146,12 @@ class Worker:
                 old.unlink(missing_ok=True)
         where = {name: str(path) for name, path in here.items()}
         return dataclasses.replace(
-            request, folder="", bundle=where["bundle"], model=where["model"], frozen=where.get("frozen", "")
+            request,
+            folder="",
+            bundle=where["bundle"],
+            model=where["model"],
+            frozen=where.get("frozen", ""),
+            state=where.get("state", ""),
         )
 
     def _copy(self, path: Path, to: Path) -> None:

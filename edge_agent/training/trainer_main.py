@@ -143,10 +143,11 @@ def train(fit: wire.FitRequest, tell: Callable[[wire.WorkDone], None] = _ignore)
     parameters, task = SpooledTree(Path(fit.model)), _loaded(fit)
     frozen = frozen_of(fit)
     result = train_locally(
-        task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen
-    )
+        task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen,
+        state=state_of(fit),
+    )  # fmt: skip
     check(task.name, result, parameters, fit)
-    done = write(result, Path(fit.out))
+    done = write(result, fit)
     del result  # its memory is needed
     return evaluated(done, task, parameters, fit, frozen, tell) if fit.evaluate else done
 
@@ -172,7 +173,7 @@ def evaluate(request: wire.EvaluateRequest) -> wire.WorkDone:
         task, SpooledTree(Path(request.model)), options=request.options, client=request.client, seed=request.seed,
         workers=request.workers, frozen=frozen_of(request),
     )  # fmt: skip
-    done = write(FitResult(tree={}, weight=0.0), Path(request.out))
+    done = _write_update(FitResult(tree={}, weight=0.0), Path(request.out))
     return dataclasses.replace(done, evaluation=_tellable(evaluation))
 
 
@@ -193,6 +194,11 @@ def see_packages(folder: str) -> None:
 def frozen_of(request: wire.TaskRequest) -> Tree | None:
     """Return the frozen tensors of a request; None if they are not known."""
     return SpooledTree(Path(request.frozen)) if request.frozen else {} if request.parted else None
+
+
+def state_of(fit: wire.FitRequest) -> Tree | None:
+    """Return what the client kept after its former training; None if there is nothing."""
+    return SpooledTree(Path(fit.state)) if fit.state else None
 
 
 def _tellable(evaluation: DeviceEvaluation) -> DeviceEvaluation:
@@ -243,8 +249,14 @@ def check(task: str, result: FitResult, parameters: Tree, fit: wire.FitRequest) 
         raise TaskError(f"task {task!r}: the result of training is not a valid update: {fault}")
 
 
-def write(result: FitResult, path: Path) -> wire.WorkDone:
-    """Write the update to `path`, over an existing file, and sync it."""
+def write(result: FitResult, fit: wire.FitRequest) -> wire.WorkDone:
+    """Write the client's next state, if it has one, then the update, over an existing file; sync both."""
+    if result.state:
+        _overwrite(Path(fit.state_out), lambda file: write_tree(result.state, file))
+    return dataclasses.replace(_write_update(result, Path(fit.out)), changed=bool(result.state))
+
+
+def _write_update(result: FitResult, path: Path) -> wire.WorkDone:
     written = _overwrite(path, lambda file: write_tree(result.tree, file))
     return wire.WorkDone(size=written.size, blake3=written.hexdigest(), weight=result.weight, metrics=result.metrics)
 

@@ -2,7 +2,8 @@
 
     child:  hello {pid}
     parent: fit {job, round, client, train, evaluate, model, frozen, bundle, task, options, out, memory_limit_mb,
-            folder, packages, rendezvous, machines} | evaluate {client, seed, model, .. as in fit} |
+            folder, packages, rendezvous, machines, state, state_out} |
+            evaluate {client, seed, model, .. as in fit} |
             deliver {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb, folder}
     child:  done {size, blake3, weight, metrics, changed, evaluation, evaluates} | failed {reason, spent}
 
@@ -66,6 +67,8 @@ class FitRequest(TaskRequest):
     evaluate: bool = False  # also evaluate the parameters on held-out samples
     rendezvous: str = ""  # HOST:PORT where the other machines of the site join; empty = there are none
     machines: int = 1  # of the site
+    state: str = field(default="", metadata=raw())  # path of the client's state; empty = none yet
+    state_out: str = field(default="", metadata=raw())  # path to write the client's next state to
     kind: str = "fit"
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgefl.errors import ConfigError
+from edgefl.terminal.bounds import MAX_RATE, require_within
 
 UTILITIES = ("random", "oort")
 DIRECTIONS = ("auto", "max", "min")
 MAX_PRIORITY, LEAST_WEIGHT, MAX_WEIGHT = 1000, 0.01, 100.0
 MAX_PATIENCE = 2**31 - 1
-MAX_VALUE = 3.4028234663852886e38  # the largest float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +30,10 @@ class StopConfig:
             )
         if self.direction not in DIRECTIONS:
             raise ConfigError(f"rounds.stop.direction={self.direction!r} is not one of: {', '.join(DIRECTIONS)}")
-        _require_within("rounds.stop.patience", self.patience, 0, MAX_PATIENCE)
-        _require_within("rounds.stop.min_change", self.min_change, 0, MAX_VALUE)
+        require_within("rounds.stop.patience", self.patience, 0, MAX_PATIENCE)
+        require_within("rounds.stop.min_change", self.min_change, 0, MAX_RATE)
         if self.at is not None:
-            _require_within("rounds.stop.at", self.at, -MAX_VALUE, MAX_VALUE)
+            require_within("rounds.stop.at", self.at, -MAX_RATE, MAX_RATE)
         has_condition = self.at is not None or self.patience > 0
         if has_condition and not self.metric:
             raise ConfigError("rounds.stop has no metric: add rounds.stop.metric")
@@ -51,15 +51,10 @@ def check_choice(utility: str, clients: int, fairness: float) -> None:
         raise ConfigError(
             f"rounds.utility={utility!r} chooses among devices, but rounds.clients=0 asks all; set rounds.clients"
         )
-    _require_within("rounds.fairness", fairness, 0, 1)
+    require_within("rounds.fairness", fairness, 0, 1)
 
 
 def check_share(priority: int, weight: float) -> None:
     """Raise ConfigError for a job's priority or weight out of bounds."""
-    _require_within("rounds.priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
-    _require_within("rounds.weight", weight, LEAST_WEIGHT, MAX_WEIGHT)
-
-
-def _require_within(key: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ConfigError(f"{key}={value} must be {least} or more, and at most {most}")
+    require_within("rounds.priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+    require_within("rounds.weight", weight, LEAST_WEIGHT, MAX_WEIGHT)

@@ -26,6 +26,7 @@ from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
 from edgefl.rounds import Fleet, Job, LastEvaluation, evaluate_last, ignored, run_rounds, without_devices
 from edgefl.simulation.engines.auto import AUTO, AutoFleet, Chosen, make_engine
+from edgefl.simulation.engines.client_states import open_states
 from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod, torch_threads
 from edgefl.simulation.engines.ray.fleet import RayFleet
 from edgefl.simulation.selection import ClientSelection, SelectedFleet
@@ -59,6 +60,7 @@ from edgefl.training.local_evaluation import evaluation_spec
 from edgefl.training.parts import parts_of
 from edgefl.training.randomness import kept, seeded
 from edgefl.training.samples import require_torch
+from edgefl.training.steps.optimizer_state import refuse_no_optimizer
 from edgefl.trees.frozen import whole
 from edgefl.trees.scratch import in_memory
 
@@ -108,9 +110,12 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
         config = read_settings(before)
     settings = with_arguments(config_of(SimulationConfig, config, set), clients=clients, rounds=rounds, data=data)
     refuse_unusable(settings)
-    with kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints:
+    with (
+        kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints,
+        open_states(settings.train, folder, before, going_on.client_states if going_on else "") as states,
+    ):  # fmt: skip
         saved = going_on or (None if before is None else read_checkpoint(before))
-        setup = _set_up(task, settings, population, saved)
+        setup = dataclasses.replace(_set_up(task, settings, population, saved), states=states)
         history = History() if saved is None else History.from_json(saved.history)
         selection = make_selection(setup, settings, history)
         stop_config = with_stop_direction(settings, setup.task).rounds.stop
@@ -144,6 +149,7 @@ def _set_up(
     refuse_more_than_there_are(config, len(population.names()))
     if saved is not None:
         refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))
+    refuse_no_optimizer(loaded, config.train)
     reference = None if isinstance(task, Task) else str(task)
     method = TrainingMethod(compiled=config.engine.compile, recorded=config.engine.record)
     names, there = population.names(), () if saved is None else np.flatnonzero(saved.took_part)
@@ -301,8 +307,11 @@ class _Run:
         self._rounds.append(said)
         if self._choice.stop is not None:
             self._choice.stop.note(outcome.round, judged)
-        self._keep(outcome, last=last)
+        written = self._keep(outcome, last=last)
         self._watching.on_round(self._rounds[-1])
+        states = self._setup.states
+        if states is not None and (written or self._checkpoints is None):
+            states.settle(outcome.round * self._setup.config.tiers.region_rounds)
 
     def _stopped(self) -> str:
         """Return why the rounds ended before the last; empty if they did not."""
@@ -319,17 +328,18 @@ class _Run:
         self._chosen = dataclasses.replace(self._chosen, name=name, reason=reason)
         self._watching.on_engine(name, reason)
 
-    def _keep(self, outcome: RoundOutcome, *, last: bool) -> None:
-        """Pass on and write the state; never after a round that Ctrl-C may have ended early."""
+    def _keep(self, outcome: RoundOutcome, *, last: bool) -> bool:
+        """Pass on and write the state; never after a round that Ctrl-C may have ended early. Say whether."""
         checkpoints, on_state = self._checkpoints, self._watching.on_state
         due = checkpoints is not None and (last or checkpoints.due(outcome.round))
         if (self._setup.stop.is_set() and outcome.missing) or not (due or on_state is not None):
-            return
+            return False
         state = self._state(outcome)
         if on_state is not None:
             on_state(state)
         if checkpoints is not None and due:
             checkpoints.write(state)
+        return due
 
     def _state(self, outcome: RoundOutcome) -> Checkpoint:
         virtual = self._virtual
@@ -346,4 +356,5 @@ class _Run:
             durations=virtual.fleet.durations.as_json() if virtual is not None else {},
             spent=virtual.devices.spent() if virtual is not None else np.zeros((0, 3)),
             history=self._choice.history.as_json() if self._choice.history is not None else {},
+            client_states=str(self._setup.states.folder) if self._setup.states is not None else "",
         )

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from edgefl.errors import TaskError
 from edgefl.task import Task, UserCode
 from edgefl.training.broadcast import refuse_broadcast
-from edgefl.training.local import loss_of, make_model, set_parameters
+from edgefl.training.local import make_model, set_parameters
 from edgefl.training.metrics import Evaluation, numbers
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, test_samples
+from edgefl.training.steps.descent import loss_of
 from edgefl.training.structures import Structure, call
 from edgefl.trees import Tree
 

@@ -11,9 +11,9 @@ Invariant: a result depends only on (parameters, samples, config, round, client)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from itertools import count, islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +25,9 @@ from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
 from edgefl.training.own_fit import arrays_of, fit_of
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, computing_device, require_torch, train_samples
-from edgefl.training.structures import Structure, call, mapped
+from edgefl.training.steps.descent import Autograd, Descent, loss_of
+from edgefl.training.steps.layout import has_channels_last, laid_out, lay_out
+from edgefl.training.structures import call
 from edgefl.trees import Array, Tree, spec_of, subtract, why_not_sent
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 from edgefl.trees.tensors import array_of, tensor_of
@@ -63,12 +65,12 @@ def set_threads(threads: int) -> None:
 def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     task: Task, parameters: Tree, config: TrainConfig, *,
     options: Mapping[str, str], round: int, client: str,  # noqa: A002 - the word of Plan and Update
-    frozen: Tree | None = None,
+    frozen: Tree | None = None, state: Tree | None = None,
 ) -> FitResult:  # fmt: skip
     """Train on this device's samples; raises TaskError for every error of the user's code.
 
     `parameters` are the tensors that change, and that the result has; `frozen` are the model's other tensors,
-    if known.
+    if known; `state` is what this client kept after its former training (`FitResult.state`), if it has any.
     """
     if task.fit is not None:
         with seeded(derive_seed(config.seed, round, client)):
@@ -81,16 +83,18 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     samples = train_samples(task, options, seed=data_seed(config.seed, client), workers=config.workers)
     seed = derive_seed(config.seed, round, client)
     _refuse_broadcast(task, model, samples)
+    descent = Descent(task, Autograd(task, model), state)
     if config.algorithm == "fedsgd":
         loss = accumulate_gradient(task, model, samples, batch_size=config.batch_size, seed=seed)
         tree = gradient_of(task, model, parameters)
     else:
         model.train()
-        loss = train_epochs(task, model, samples, config, seed, Descent(task, Autograd(task, model)))
+        loss = train_epochs(task, model, samples, config, seed, descent)
         tree = delta_of(task, model, parameters)
     if frozen:
         refuse_moved(task.name, views_of(task, model, frozen), frozen)
-    return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
+    kept = descent.kept() if config.keep_optimizer_state else {}
+    return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss}, state=kept)
 
 
 def _refuse_broadcast(task: Task, model: torch.nn.Module, samples: SampleSet) -> None:
@@ -185,52 +189,6 @@ def gradient_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
     return tree
 
 
-class BatchGradient(Protocol):
-    """How a batch's gradients are computed."""
-
-    @property
-    def trained(self) -> Sequence[torch.nn.Parameter]:
-        """The parameters that are trained."""
-
-    def __call__(self, inputs: Structure, targets: Structure) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
-        """Return the gradients of `trained` (None if the loss does not depend on a parameter), and the loss, 0-d."""
-
-
-class Autograd:
-    """Gradients by torch's autograd."""
-
-    def __init__(self, task: Task, model: torch.nn.Module) -> None:
-        self._task, self._model, self._channels_last = task, model, has_channels_last(model)
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def __call__(self, inputs: Structure, targets: Structure) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
-        import torch
-
-        outputs = call(self._model, laid_out(inputs) if self._channels_last else inputs)
-        loss = loss_of(self._task, outputs, targets)
-        return torch.autograd.grad(loss, self.trained, allow_unused=True), loss.detach()
-
-
-class Descent:
-    """Takes steps with a batch's gradients: by the task's optimizer, else w <- w - lr * g."""
-
-    def __init__(self, task: Task, gradient: BatchGradient) -> None:
-        self._task, self._gradient = task, gradient
-
-    def begin(self, config: TrainConfig) -> None:
-        """Start a client's training from the model's current parameters, with a new optimizer."""
-        trained = self._gradient.trained
-        self._mu = config.proximal_mu
-        self._anchors = [parameter.detach().clone() for parameter in trained] if self._mu else []
-        self._step = _optimizer_step(self._task, trained, config)
-
-    def take(self, inputs: Structure, targets: Structure) -> torch.Tensor:
-        """Take a step in place; returns the batch's loss before it, 0-d."""
-        gradients, loss = self._gradient(inputs, targets)
-        self._step(_pulled(gradients, self._gradient.trained, self._anchors, self._mu) if self._mu else gradients)
-        return loss
-
-
 def train_epochs(
     task: Task, model: torch.nn.Module, samples: SampleSet, config: TrainConfig, seed: int, descent: Descent
 ) -> float:
@@ -280,75 +238,6 @@ def accumulate_gradient(task: Task, model: torch.nn.Module, samples: SampleSet, 
     return total
 
 
-def _optimizer_step(
-    task: Task, trained: Sequence[torch.nn.Parameter], config: TrainConfig
-) -> Callable[[Sequence[torch.Tensor | None]], None]:
-    """Return a function that takes one step with the gradients of `trained`: the task's optimizer, else SGD.
-
-    torch.optim.SGD does the same, but its import takes a second and it has more overhead.
-    """
-    import torch
-
-    if task.optimizer is None:
-        tensors, lr = [parameter.data for parameter in trained], config.lr
-
-        def plain(gradients: Sequence[torch.Tensor | None]) -> None:
-            moved = [(one, grad) for one, grad in zip(tensors, gradients, strict=True) if grad is not None]
-            if moved:
-                torch._foreach_add_(*map(list, zip(*moved, strict=True)), alpha=-lr)
-
-        return plain
-    optimizer = task.optimizer_of(trained, config)
-
-    def chosen(gradients: Sequence[torch.Tensor | None]) -> None:
-        for parameter, grad in zip(trained, gradients, strict=True):
-            parameter.grad = grad
-        optimizer.step()
-
-    return chosen
-
-
-def has_channels_last(model: torch.nn.Module) -> bool:
-    """Whether a model trains with channels last: on a CPU this makes convolutions, and most of all pooling, faster."""
-    import torch
-
-    return not torch.cuda.is_available() and any(isinstance(one, torch.nn.Conv2d) for one in model.modules())
-
-
-def lay_out(model: torch.nn.Module) -> None:
-    """Store the kernels of a model's convolutions with channels last."""
-    import torch
-
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
-def laid_out(inputs: Structure) -> Structure:
-    """Return the images (N, C, H, W) among the inputs with channels last; for one channel, this is the same memory."""
-    return mapped(_laid_out, inputs)
-
-
-def _laid_out(inputs: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
-        return inputs
-    _, channels, height, width = inputs.shape
-    if channels > 1:
-        return inputs.contiguous(memory_format=torch.channels_last)
-    return inputs.contiguous().as_strided(inputs.shape, (height * width, 1, width, 1))
-
-
-def _pulled(
-    gradients: Sequence[torch.Tensor | None], trained: Sequence[torch.nn.Parameter], anchors: Sequence[torch.Tensor],
-    mu: float,
-) -> list[torch.Tensor | None]:  # fmt: skip
-    """Return the gradients plus the gradient of mu/2 * ||w - w0||^2."""
-    terms = [mu * (parameter.detach() - anchor) for parameter, anchor in zip(trained, anchors, strict=True)]
-    return [term if grad is None else grad + term for grad, term in zip(gradients, terms, strict=True)]
-
-
 def batches_of(order: torch.Tensor, size: int, model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Yield the order in batches. With batch norm, a single last sample joins the previous batch."""
     import torch
@@ -365,16 +254,3 @@ def has_batch_norm(model: torch.nn.Module) -> bool:
 
     norms = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
     return any(isinstance(module, norms) for module in model.modules())
-
-
-def loss_of(task: Task, outputs: Structure, targets: Structure) -> torch.Tensor:
-    """Return the loss of a batch, 0-d; raises TaskError if it is not a single number."""
-    import torch
-
-    if task.loss is None:
-        raise TaskError(f"task {task.name!r} has no loss")
-    loss = task.loss(outputs, targets)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        seen = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise TaskError(f"task {task.name!r}: loss returned {seen}; expected one number, the mean over the batch")
-    return loss.reshape(())

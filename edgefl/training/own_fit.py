@@ -27,6 +27,8 @@ def fit_of(
         result = task.fit(whole(parameters, frozen), config, options)
     if not isinstance(result, FitResult):
         raise TaskError(f"task {task.name!r}: fit returned a {type(result).__name__}, not an edgefl.FitResult")
+    if result.state:
+        raise TaskError(f"task {task.name!r}: fit returned a state, which only a client of a task with a model keeps")
     tree = arrays_of(task, "fit", result.tree)
     try:
         weight, metrics = (

@@ -174,11 +174,35 @@ def test_a_state_moves_on_with_the_reply_that_made_it(store, tmp_path):
     again = Store(tmp_path)
     assert again.state("j").read_bytes() == b"two"
     assert again.jobs_with_state() == ["j"]
-    assert len(list((tmp_path / "states").iterdir())) == 1
+    assert len(list((tmp_path / "states").iterdir())) == 2
     again.forget_state("j")
     assert (again.state("j"), again.state("other")) == (None, None)
     assert list((tmp_path / "states").iterdir()) == []
     again.close()
+
+
+def test_a_round_that_is_trained_again_starts_from_the_same_state(store, tmp_path):
+    for number, state in ((1, b"one"), (3, b"three"), (4, b"four"), (6, b"six"), (6, b"six again")):
+        put(store, number, state=state)
+    found = {number: store.state("j", before=number) for number in (4, 5, 6, 7)}
+    seen = {number: None if one is None else one.read_bytes() for number, one in found.items()}
+    assert seen == {4: None, 5: b"four", 6: b"four", 7: b"six again"}
+    assert len(list((tmp_path / "states").iterdir())) == 2  # the newest two
+
+
+def test_a_state_of_a_store_of_version_2_is_kept(tmp_path):
+    Store(tmp_path).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "agent.db")) as db:
+        db.executescript(
+            "DROP TABLE kept_states; CREATE TABLE states (job TEXT PRIMARY KEY, file TEXT NOT NULL); "
+            "INSERT INTO states VALUES ('j', 'old.state'); PRAGMA user_version = 2;"
+        )
+    (tmp_path / "states" / "old.state").write_bytes(b"old")
+    store = Store(tmp_path)
+    assert store.state("j").read_bytes() == b"old"
+    put(store, 5, state=b"five")
+    assert (store.state("j").read_bytes(), store.state("j", before=5).read_bytes()) == (b"five", b"old")
+    store.close()
 
 
 def test_a_state_that_cannot_be_noted_is_the_one_before(store, tmp_path):

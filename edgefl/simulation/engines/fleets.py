@@ -18,6 +18,7 @@ from edgefl.choosing.needs import reads_history
 from edgefl.config import GRACE_NONE, JobConfig
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
+from edgefl.simulation.engines.client_states import ClientStates
 from edgefl.task import Task
 from edgefl.training.samples import SampleSet, require_torch
 from edgefl.trees import encoded_bytes
@@ -80,6 +81,7 @@ class SimulationSetup:
     method: TrainingMethod = field(default_factory=TrainingMethod)
     stop: threading.Event = field(default_factory=threading.Event)  # if set, start no more clients
     served: set[tuple[str, str]] = field(default_factory=set)  # (job, client) pairs that have the frozen tensors
+    states: ClientStates | None = None  # where clients keep what they need later; None = they keep nothing
 
     def takes_sums(self, plan: Plan) -> bool:
         """Whether partial sums are allowed: not with over-selection, a grace window, or a choice by history."""

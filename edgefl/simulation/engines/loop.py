@@ -14,7 +14,7 @@ class LoopFleet:
 
     def __init__(self, setup: SimulationSetup) -> None:
         self._setup = setup
-        self._trainer = LocalTrainer(setup.task, setup.population, setup.method)
+        self._trainer = LocalTrainer(setup.task, setup.population, setup.method, setup.states)
         self._meter = Meter(setup.served)
 
     def clients(self) -> Sequence[str]:

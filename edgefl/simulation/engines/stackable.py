@@ -57,6 +57,8 @@ def why_not_chosen(setup: SimulationSetup) -> str | None:
 def _of_the_task(setup: SimulationSetup) -> str | None:
     if setup.task.fit is not None:
         return "it has its own fit"
+    if setup.states is not None:
+        return "its clients keep a state between rounds"
     if setup.task.optimizer is not None:
         return "it has its own optimizer; stacked steps are plain SGD"
     if setup.config.train.algorithm != "fedavg":

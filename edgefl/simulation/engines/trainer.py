@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgefl.errors import ConfigError, TaskError
+from edgefl.guards import not_finite_tree
 from edgefl.records import Evaluated, Failure, Plan, Update
+from edgefl.simulation.engines.client_states import ClientStates
 from edgefl.simulation.engines.fleets import Population, TrainingMethod, WithOptions
 from edgefl.simulation.isolation.at_work import turn_of
 from edgefl.simulation.steps import FlatModel, make_step
@@ -22,8 +24,6 @@ from edgefl.training.local import (
     accumulate_gradient,
     derive_seed,
     gradient_of,
-    has_channels_last,
-    lay_out,
     make_model,
     set_parameters,
     train_epochs,
@@ -31,6 +31,7 @@ from edgefl.training.local import (
     views_of,
 )
 from edgefl.training.samples import SampleSet
+from edgefl.training.steps.layout import has_channels_last, lay_out
 from edgefl.trees import Tree
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 
@@ -38,11 +39,14 @@ from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 class LocalTrainer:
     """Trains clients of one population; call `begin` for each plan."""
 
-    def __init__(self, task: Task, population: Population, method: TrainingMethod | None = None) -> None:
+    def __init__(
+        self, task: Task, population: Population, method: TrainingMethod | None = None,
+        states: ClientStates | None = None,
+    ) -> None:  # fmt: skip
         if task.fit is not None and not isinstance(population, WithOptions):
             raise ConfigError(f"task {task.name!r} has its own fit, which reads data options; this population has none")
         self._task, self._population = task, population
-        self._method = method or TrainingMethod()
+        self._method, self._states = method or TrainingMethod(), states
         self._model: _Model | None = None
         self._plan: Plan | None = None
         self._evaluations = ClientEvaluations(task, population)
@@ -93,7 +97,10 @@ class LocalTrainer:
             return result.tree, result.weight, result.metrics
         samples = samples_of(self._population, client, plan.train.seed)
         seed = derive_seed(plan.train.seed, plan.round, client)
-        tree, loss = self._model.trained(samples, plan, seed, borrow=borrow)
+        before = None if self._states is None else self._states.before(client, plan.round)
+        tree, loss = self._model.trained(samples, plan, seed, before, borrow=borrow)
+        if self._states is not None and not not_finite_tree(tree):  # a device sends no such update, and keeps its state
+            self._states.keep(client, plan.round, self._model.kept())
         return tree, float(len(samples)), {"train_loss": loss}
 
 
@@ -110,8 +117,15 @@ class _Model:
         self.flat = FlatModel(self.module, channels_last=channels_last, still=frozen or {})
         self._step = make_step(task, self.module, recorded=method.recorded, compiled=method.compiled)
 
-    def trained(self, samples: SampleSet, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
-        """Return a client's update, and its loss."""
+    def kept(self) -> Tree:
+        """Return what the client that trained last keeps for its next round."""
+        return self._step.kept()
+
+    def trained(
+        self, samples: SampleSet, plan: Plan, seed: int, before: Tree | None, *, borrow: bool
+    ) -> tuple[Tree, float]:
+        """Return a client's update, and its loss; `before` is what it kept after its former training."""
+        self._step.before = before
         self.flat.reset()
         if plan.train.algorithm == "fedsgd":
             batch_size = plan.train.batch_size

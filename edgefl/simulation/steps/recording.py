@@ -26,9 +26,10 @@ from edgefl.simulation.steps.batch import Batch
 from edgefl.simulation.steps.factored import FactoredGradients, OutputIndices, factor_gradients, unfactored
 from edgefl.simulation.steps.simplify import simplify, specialize
 from edgefl.task import MAX_QUOTED, Task, UserCode
-from edgefl.training.local import Autograd, Descent, has_channels_last, laid_out, loss_of
 from edgefl.training.quiet import quiet_tracing
 from edgefl.training.randomness import Drawn
+from edgefl.training.steps.descent import Autograd, Descent, loss_of
+from edgefl.training.steps.layout import has_channels_last, laid_out
 from edgefl.training.structures import Structure, arguments
 
 if TYPE_CHECKING:

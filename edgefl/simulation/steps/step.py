@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgefl.simulation.steps.factored import FactoredGradients, unfactored
 from edgefl.simulation.steps.recording import RecordedDescent, RecordedFunction, RecordedGradient
 from edgefl.task import Task
-from edgefl.training.local import Autograd, Descent
+from edgefl.training.steps.descent import Autograd, Descent
 
 if TYPE_CHECKING:
     import torch

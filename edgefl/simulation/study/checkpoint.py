@@ -49,6 +49,7 @@ class Checkpoint:
     spent: Array  # state of the devices' batteries, see `Devices.spent`
     durations: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of clients, see `Durations.as_json`
     history: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of `edgefl.choosing.history`, if it is read
+    client_states: str = ""  # the folder of what clients keep, until the process ends; not in the file
 
     @property
     def round(self) -> int:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import TaskError
 from edgefl.task import Task
-from edgefl.training.local import has_channels_last, laid_out, loss_of
+from edgefl.training.steps.descent import loss_of
+from edgefl.training.steps.layout import has_channels_last, laid_out
 from edgefl.training.structures import Structure, arguments
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class SharedGradient:
     """The gradient of a batch, and this process's part of its loss. Set `share` before each batch."""
 
     def __init__(self, task: Task, model: torch.nn.Module, *, strategy: str, size: int) -> None:
-        self._task, self._model, self._size = task, model, size
+        self._task, self.model, self._size = task, model, size
         self._channels_last = has_channels_last(model)
         self._sharded = strategy == "fsdp"
         self.share = 1.0
@@ -41,7 +42,7 @@ class SharedGradient:
 
     def accumulate(self, inputs: Structure, targets: Structure) -> torch.Tensor:
         """Add the gradients to those that the parameters have; returns share * loss, 0-d. Ends with `sum_up`."""
-        return self._backward(self._model, inputs, targets, self._size if self._sharded else 1)
+        return self._backward(self.model, inputs, targets, self._size if self._sharded else 1)
 
     def sum_up(self) -> None:
         """Add up the accumulated gradients of all processes; those of a sharded model are added up already."""
@@ -56,8 +57,8 @@ class SharedGradient:
     def outputs(self, inputs: Structure, model: torch.nn.Module | None = None) -> Structure:
         """Return the model's outputs."""
         inputs = laid_out(inputs) if self._channels_last else inputs
-        positional, named = arguments(self._model, inputs)
-        return (model or self._model)(*positional, **named)
+        positional, named = arguments(self.model, inputs)
+        return (model or self.model)(*positional, **named)
 
     def _backward(self, model: torch.nn.Module, inputs: Structure, targets: Structure, scale: int) -> torch.Tensor:
         loss = loss_of(self._task, self.outputs(inputs, model), targets) * self.share

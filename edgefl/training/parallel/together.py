@@ -20,22 +20,14 @@ from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.task import FitResult, Task, UserCode
 from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
-from edgefl.training.local import (
-    Descent,
-    batch_order,
-    batches_of,
-    data_seed,
-    derive_seed,
-    has_batch_norm,
-    has_channels_last,
-    lay_out,
-    make_model,
-)
+from edgefl.training.local import batch_order, batches_of, data_seed, derive_seed, has_batch_norm, make_model
 from edgefl.training.own_fit import fit_of
 from edgefl.training.parallel.gradients import SharedGradient, full, tensors_of
 from edgefl.training.parallel.workers import TrainingGroup
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, computing_device, train_samples
+from edgefl.training.steps.descent import Descent
+from edgefl.training.steps.layout import has_channels_last, lay_out
 from edgefl.training.structures import leaves
 from edgefl.trees import Array, Tree, subtract
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
@@ -44,7 +36,18 @@ from edgefl.trees.tensors import array_of
 if TYPE_CHECKING:
     import torch
 
-Load = Callable[[], tuple[Task, Tree, Tree | None]]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """What a process has loaded for a round."""
+
+    task: Task
+    parameters: Tree  # those that change
+    frozen: Tree | None = None
+    state: Tree | None = None  # what the client kept after its former training
+
+
+Load = Callable[[], Loaded]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,21 +67,27 @@ class Assigned:
 def train_together(workers: TrainingGroup, load: Load, assigned: Assigned) -> FitResult:
     """Train this process's part; the leader returns the update, all others one without tensors.
 
-    `load` returns the task, the changing tensors and the frozen ones. Raises TaskError: before the training, all
-    processes do; later, this one alone, and the others wait for it (see `TrainingGroup.raise_alarm`).
+    Raises TaskError: before the training, all processes do; later, this one alone, and the others wait for it (see
+    `TrainingGroup.raise_alarm`).
     """
-    task, parameters, frozen = _agreed_task(workers, load)
+    loaded = _agreed_task(workers, load)
+    task, parameters, frozen = loaded.task, loaded.parameters, loaded.frozen
     if task.fit is not None:
         return _fit(workers, task, parameters, assigned, frozen)
     model, samples = _agreed_model(workers, task, parameters, frozen, assigned)
     gradient = _agreed_gradient(workers, task, model, samples, assigned.config)
+    state: Tree = {}
     if assigned.config.algorithm == "fedsgd":
         loss = _accumulate(workers, task, model, samples, assigned, gradient)
         tree = _gradient_tree(workers, model, parameters)
     else:
-        loss = _descend(workers, task, model, samples, assigned, gradient)
+        descent = Descent(task, gradient, loaded.state)
+        loss = _descend(workers, task, samples, assigned, gradient, descent)
+        if assigned.config.keep_optimizer_state:
+            state = descent.kept()  # of all processes together, if the model is sharded
         tree = _delta_tree(workers, task, model, parameters, frozen)
-    return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss})
+    kept = state if workers.leads else {}
+    return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss}, state=kept)
 
 
 def _fit(workers: TrainingGroup, task: Task, parameters: Tree, assigned: Assigned, frozen: Tree | None) -> FitResult:
@@ -87,13 +96,13 @@ def _fit(workers: TrainingGroup, task: Task, parameters: Tree, assigned: Assigne
         return fit_of(task, parameters, assigned.config, assigned.options, frozen)
 
 
-def _agreed_task(workers: TrainingGroup, load: Load) -> tuple[Task, Tree, Tree | None]:
+def _agreed_task(workers: TrainingGroup, load: Load) -> Loaded:
     loaded, fault = None, None
     try:
         loaded = load()
     except TaskError as error:
         fault = error
-    workers.agree({"kind of task": "" if loaded is None else "fit" if loaded[0].fit is not None else "model"}, fault)
+    workers.agree({"kind of task": "" if loaded is None else "fit" if loaded.task.fit is not None else "model"}, fault)
     if loaded is None:
         raise AssertionError("agree raises the fault")
     return loaded
@@ -177,14 +186,15 @@ class BatchParts:
 
 
 def _descend(
-    workers: TrainingGroup, task: Task, model: torch.nn.Module, samples: SampleSet, assigned: Assigned,
-    gradient: SharedGradient,
+    workers: TrainingGroup, task: Task, samples: SampleSet, assigned: Assigned, gradient: SharedGradient,
+    descent: Descent,
 ) -> float:  # fmt: skip
     """Take all steps; returns the mean loss over all samples seen by all processes."""
     import torch
 
+    model = gradient.model
     shares, losses, config = BatchParts(workers, model), list[torch.Tensor](), assigned.config
-    descent, own = Descent(task, gradient), _own_seed(assigned.seed, workers.rank)
+    own = _own_seed(assigned.seed, workers.rank)
     model.train()
     with seeded(own), UserCode(task.name, "local training"):
         descent.begin(config)

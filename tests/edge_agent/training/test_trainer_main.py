@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import subprocess
@@ -42,11 +43,20 @@ def test_an_update_is_written_over_old_bytes_and_hashed(tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"old" * 1000)
     tree = {"w": np.arange(500_000, dtype=np.float32), "scalar": np.float32(3).reshape(())}
-    done = child.write(result(weight=2.0, metrics={"a": 0.5}, **tree), path)
+    done = child.write(result(weight=2.0, metrics={"a": 0.5}, **tree), fit_of(out=str(path)))
     data = path.read_bytes()
     assert (done.size, done.blake3) == (len(data), blake3(data).hexdigest())
     assert (done.weight, done.metrics) == (2.0, {"a": 0.5})
     assert all(np.array_equal(read_tree(data)[name], tree[name]) for name in tree)
+
+
+def test_a_state_is_written_beside_the_update_and_read_for_the_next_round(tmp_path):
+    state = {"optimizer/0/step": np.float32(3).reshape(())}
+    trained = dataclasses.replace(result(w=np.ones((2, 3), np.float32)), state=state)
+    done = child.write(trained, fit_of(out=str(tmp_path / "out"), state_out=str(tmp_path / "state")))
+    assert done.changed
+    assert child.state_of(fit_of(state=str(tmp_path / "state")))["optimizer/0/step"] == 3
+    assert child.state_of(fit_of()) is None
 
 
 @pytest.mark.parametrize(

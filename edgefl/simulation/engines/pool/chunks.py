@@ -17,6 +17,7 @@ from edgefl.guards import RoundGuard
 from edgefl.records import Answer, Evaluated, EvaluationSpec, Failure, Partial, Plan, Update
 from edgefl.rounds import NO_EVALUATION, MetricSums
 from edgefl.simulation.engines.attempt import Attempt
+from edgefl.simulation.engines.client_states import ClientStates
 from edgefl.simulation.engines.fleets import Population, SimulationSetup, TrainingMethod
 from edgefl.simulation.engines.pool.messages import Chunk, Done, Flush, Summed, Tried
 from edgefl.simulation.engines.stackable import why_not_chosen
@@ -29,10 +30,13 @@ from edgefl.training.local_evaluation import evaluation_spec
 class ChunkTrainer:
     """Trains the chunks of one round after another."""
 
-    def __init__(self, task: Task, population: Population, config: JobConfig) -> None:
+    def __init__(
+        self, task: Task, population: Population, config: JobConfig, states: ClientStates | None = None
+    ) -> None:
         self._task, self._population = task, population
         self._setup = SimulationSetup(
-            task=task, reference=None, make_population=lambda _task: population, population=population, config=config
+            task=task, reference=None, make_population=lambda _task: population, population=population, config=config,
+            states=states,
         )  # fmt: skip
         self._trainers: dict[TrainingMethod, LocalTrainer | StackTrainer] = {}
         self._trainer: LocalTrainer | StackTrainer | None = None
@@ -95,9 +99,12 @@ class ChunkTrainer:
     def _taken_up(self, method: TrainingMethod) -> LocalTrainer | StackTrainer:
         if self._plan is None:
             raise RuntimeError("a plan comes before a trainer")
-        wanted = StackTrainer if method.stacks else LocalTrainer
         if method not in self._trainers:
-            self._trainers[method] = wanted(self._task, self._population, method)
+            task, population, states = self._task, self._population, self._setup.states
+            stacks, single = StackTrainer, LocalTrainer
+            self._trainers[method] = (
+                stacks(task, population, method) if method.stacks else single(task, population, method, states)
+            )
         self._trainers[method].begin(self._plan)
         return self._trainers[method]
 

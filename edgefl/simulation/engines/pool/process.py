@@ -43,6 +43,7 @@ def launcher(
         task=pickled_task(setup),
         make_population=setup.make_population,
         config=setup.config,
+        states=setup.states,
         spec=spec_of(parameters.tree),
         frozen_spec=spec_of(frozen.tree),
         parameters=parameters.descriptor,

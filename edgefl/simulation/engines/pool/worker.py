@@ -15,6 +15,7 @@ import numpy as np
 
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
+from edgefl.simulation.engines.client_states import ClientStates
 from edgefl.simulation.engines.fleets import PopulationMaker
 from edgefl.simulation.engines.pool.chunks import ChunkTrainer
 from edgefl.simulation.engines.pool.messages import BeginRound, Chunk, Done, Flush, Summed, Tried, Try
@@ -35,6 +36,7 @@ class PoolStart:
     task: bytes | None  # pickled
     make_population: PopulationMaker
     config: JobConfig
+    states: ClientStates | None
     spec: dict[str, TensorSpec]
     frozen_spec: dict[str, TensorSpec]
     parameters: int  # descriptors
@@ -69,7 +71,7 @@ class PoolWorker:
         task = start.load_task()
         with seeded(start.config.train.seed):
             population = start.make_population(task)
-        self._trainer = ChunkTrainer(task, population, start.config)
+        self._trainer = ChunkTrainer(task, population, start.config, start.states)
 
     def answer(self, message: Asked) -> Done | Summed | Tried | None:
         if isinstance(message, BeginRound):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from edgefl.errors import ConfigError
 from edgefl.process.workers.pool import WorkerPool
 from edgefl.records import Answer, Plan, Traffic
 from edgefl.simulation.engines.fleets import Meter, SimulationSetup
@@ -27,6 +28,8 @@ class RayFleet:
     """Trains a cohort on a cluster, one actor per CPU; without an address, starts a cluster on this machine."""
 
     def __init__(self, setup: SimulationSetup, address: str | None = None) -> None:
+        if setup.states is not None:
+            raise ConfigError("the engine 'ray' has no place where clients keep their state; use 'loop' or 'pool'")
         self._setup = setup
         self._meter = Meter(setup.served)
         self._history = PoolHistory()

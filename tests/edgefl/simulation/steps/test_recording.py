@@ -15,7 +15,8 @@ from edgefl.simulation.engines.stacked_fleet import StackedFleet
 from edgefl.simulation.steps import recording
 from edgefl.simulation.steps.batch import Batch
 from edgefl.simulation.steps.recording import RecordedDescent, RecordedFunction, RecordedGradient, has_compiler
-from edgefl.training.local import Autograd, Descent, train_locally
+from edgefl.training.local import train_locally
+from edgefl.training.steps.descent import Autograd, Descent
 
 
 class Counting(nn.Linear):

@@ -17,9 +17,9 @@ from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.task import FitResult, Task
 from edgefl.training.local import initial_parameters, train_locally
-from edgefl.training.parallel.together import Assigned, train_together
+from edgefl.training.parallel.together import Assigned, Loaded, train_together
 from edgefl.training.parallel.workers import TrainingGroup
-from edgefl.trees import write_tree
+from edgefl.trees import Tree, write_tree
 
 
 class Net(nn.Module):
@@ -104,6 +104,8 @@ CASES = {
     "ddp": ("net", {}),
     "uneven": ("net", {"batch_size": 4, "epochs": 2}),  # 4, 4, 3 samples for three processes
     "steps": ("adamw", {"batch_size": 5, "steps": 5, "lr": 0.01}),
+    "kept": ("adamw", {"batch_size": 5, "lr": 0.01, "keep_optimizer_state": True}),
+    "fsdp kept": ("adamw", {"strategy": "fsdp", "batch_size": 4, "lr": 0.01, "keep_optimizer_state": True}),
     "disk": ("disk", {"batch_size": 4}),
     "proximal": ("net", {"proximal_mu": 0.5, "batch_size": 4}),
     "last alone": ("net", {"batch_size": 5}),  # the last batch has one sample: two processes have none
@@ -133,10 +135,23 @@ def assigned(changes) -> Assigned:
 def alone(name: str) -> FitResult:
     """Return what one process makes of a case."""
     task, changes = CASES[name]
-    what = assigned(changes)
+    return trained_alone(TASKS[task], assigned(changes))
+
+
+def trained_alone(task: Task, what: Assigned) -> FitResult:
+    """Train in one process, from the state of a former training."""
     return train_locally(
-        TASKS[task], initial_parameters(TASKS[task]), what.config, options={}, round=what.round, client=what.client
-    )
+        task, initial_parameters(task), what.config, options={}, round=what.round, client=what.client,
+        state=before(task, what),
+    )  # fmt: skip
+
+
+def before(task: Task, what: Assigned) -> Tree | None:
+    """Return the state that a client has kept from its former training."""
+    if not what.config.keep_optimizer_state:
+        return None
+    start = initial_parameters(task)
+    return train_locally(task, start, what.config, options={}, round=1, client=what.client).state
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -148,8 +163,12 @@ def main(rank: int, size: int, folder: Path) -> None:
     )
     for name, (task, changes) in {**CASES, **OTHERS}.items():
         try:
-            chosen = TASKS[task]
-            result = train_together(workers, lambda one=chosen: (one, initial_parameters(one), None), assigned(changes))
+            chosen, what = TASKS[task], assigned(changes)
+
+            def load(task: Task = chosen, what: Assigned = what) -> Loaded:
+                return Loaded(task=task, parameters=initial_parameters(task), state=before(task, what))
+
+            result = train_together(workers, load, what)
         except TaskError as error:
             if not workers.refused:
                 raise
@@ -160,7 +179,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         if workers.leads:
             extra = {"_weight": np.array(result.weight), "_loss": np.array(result.metrics.get("train_loss", 0.0))}
             with (folder / name).open("wb") as file:
-                write_tree({**result.tree, **extra}, file)
+                write_tree({**result.tree, **extra, **result.state}, file)
         else:
             assert name.startswith("fit") or not result.tree
     if rank == 0:

@@ -1,0 +1,1 @@
+"""How a local training step is taken: gradients, memory layout, and the optimizer with what it keeps."""
