@@ -59,17 +59,16 @@ def _drawn(kind: str, chance: random.Random) -> Event:
 
 
 class Storm:
-    """Does events to a fleet, one after the other; what lasts goes on meanwhile."""
+    """Does events to a fleet, one after the other; a bad cable heals by itself meanwhile."""
 
     def __init__(self, fleet: NetworkFleet) -> None:
         self._fleet = fleet
-        self._heals: list[tuple[float, str, dict[str, float | bool]]] = []  # when, which cable, how it is then
         self.done: list[Event] = []
         self.missed = 0  # events whose target was not there
 
     def do(self, event: Event) -> None:
         """Wait for the moment of the event, and do it."""
-        self._pass(event.pause_s)
+        time.sleep(event.pause_s)
         self.done.append(event)
         sys.stdout.write(f"{time.strftime('%H:%M:%S')} {event}\n")  # a failed test shows it
         fleet, name = self._fleet, event.target
@@ -77,34 +76,17 @@ class Storm:
             case "kill trainer":
                 self.missed += not fleet.kill_trainer(name)
             case "cut":
-                self._for_a_while(event, {"cut": True}, {"cut": False})
+                fleet.machines.set_link(name, cut=True, for_s=event.lasts_s)
             case "loss":
-                self._for_a_while(event, {"loss": BURST_LOSS}, {"loss": CALM_LOSS})
+                fleet.machines.set_link(name, loss=BURST_LOSS, for_s=event.lasts_s)
             case "move":
                 fleet.assign(name, list(event.parents))
             case _:
                 fleet.kill(name)
 
     def wait_for(self, holds: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until a condition holds, while cables heal; False at the timeout."""
+        """Wait until a condition holds; False at the timeout."""
         end_s = time.monotonic() + timeout_s
         while not (held := holds()) and time.monotonic() < end_s:
-            self._pass(0.1)
+            time.sleep(0.1)
         return held
-
-    def _for_a_while(self, event: Event, now: dict[str, float | bool], then: dict[str, float | bool]) -> None:
-        self._fleet.machines.set_link(event.target, **now)
-        self._heals.append((time.monotonic() + event.lasts_s, event.target, then))
-
-    def _pass(self, seconds: float) -> None:
-        end_s = time.monotonic() + seconds
-        while True:
-            due = sorted(self._heals, key=lambda heal: heal[0])
-            wait_s = min([end_s, *(at_s for at_s, _, _ in due)]) - time.monotonic()
-            time.sleep(max(0.0, wait_s))
-            for heal in due:
-                if heal[0] <= time.monotonic():
-                    self._fleet.machines.set_link(heal[1], **heal[2])
-                    self._heals.remove(heal)
-            if time.monotonic() >= end_s:
-                return

@@ -97,7 +97,10 @@ class Machines:
         return self.all[name]
 
     def set_link(self, name: str, **wishes: float | bool) -> None:
-        """Change the link of a machine: `delay_s`, `loss` (of a frame) and `cut`. It holds when this returns."""
+        """Change the link of a machine: `delay_s`, `loss` (of a frame) and `cut`; with `for_s`, for so long.
+
+        It holds when this returns.
+        """
         with self._lock:
             self._switch.stdin.write(json.dumps({"port": name, **wishes}).encode() + b"\n")
             self._switch.stdin.flush()

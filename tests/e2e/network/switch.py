@@ -3,6 +3,7 @@
     python switch.py SEED NAME=TAP_DESCRIPTOR ...     the ports; one JSON object a line on stdin changes one of them
 
     {"port": "a", "delay_s": 0.02, "loss": 0.3, "cut": false}      answered by one byte on stdout, once it holds
+    {"port": "a", "cut": true, "for_s": 1.5}                       then the port is as usual again
 
 It does what netem does, on any kernel with TAP devices: many small kernels (of virtual machines, of CI runners) have
 network namespaces, but no netem. A frame passes two links, that of its sender and that of its receiver; each delays
@@ -19,7 +20,8 @@ import random
 import selectors
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 MAX_FRAME_BYTES = 65_536
 BURST = 64  # frames that are read from a port before the others have their turn
@@ -35,6 +37,7 @@ class Port:
     delay_s: float = 0.0
     loss: float = 0.0  # the probability that a frame is lost
     cut: bool = False
+    usual: dict[str, Any] = field(default_factory=lambda: {"delay_s": 0.0, "loss": 0.0, "cut": False})
 
 
 class Switch:
@@ -46,6 +49,7 @@ class Switch:
         self._at: dict[bytes, Port] = {}  # Ethernet address -> where it was seen
         self._numbers = itertools.count()  # frames that are due at the same time keep their order
         self._on_the_way: list[tuple[float, int, Port, bytes]] = []
+        self._ends: list[tuple[float, int, Port, list[str]]] = []  # when what is as usual again
         self._selector = selectors.DefaultSelector()
         for port in ports:
             os.set_blocking(port.descriptor, False)
@@ -57,13 +61,18 @@ class Switch:
         """Forward until stdin is closed."""
         while True:
             now_s = time.monotonic()
-            wait_s = max(0.0, self._on_the_way[0][0] - now_s) if self._on_the_way else None
+            due = [queue[0][0] for queue in (self._on_the_way, self._ends) if queue]
+            wait_s = max(0.0, min(due) - now_s) if due else None
             for key, _ in self._selector.select(wait_s):
                 if isinstance(key.data, Port):
                     self._read(key.data)
                 elif not self._listen():
                     return
             now_s = time.monotonic()
+            while self._ends and self._ends[0][0] <= now_s:
+                _, _, port, names = heapq.heappop(self._ends)
+                for name in names:
+                    setattr(port, name, port.usual[name])
             while self._on_the_way and self._on_the_way[0][0] <= now_s:
                 _, _, port, frame = heapq.heappop(self._on_the_way)
                 if not port.cut:
@@ -75,6 +84,11 @@ class Switch:
         for line in lines:
             wish = json.loads(line)
             port = self._ports[wish.pop("port")]
+            for_s = wish.pop("for_s", None)
+            if for_s is None:
+                port.usual |= wish
+            else:
+                heapq.heappush(self._ends, (time.monotonic() + for_s, next(self._numbers), port, list(wish)))
             for name, value in wish.items():
                 setattr(port, name, value)
             os.write(STDOUT, b".")

@@ -64,6 +64,13 @@ def test_nothing_passes_a_cut_link_until_it_is_whole_again(machines, ends):
     assert send(*ends, 5) == list(range(5))
 
 
+def test_a_link_that_is_bad_for_a_while_is_as_usual_then(machines, ends):
+    machines.set_link("a", delay_s=0.001, loss=0.0)
+    machines.set_link("a", cut=True, loss=1.0, for_s=1.0)
+    assert send(*ends, 3) == []  # it waits for longer than that
+    assert send(*ends, 3) == list(range(3))
+
+
 def test_a_frame_is_delayed_by_both_links(machines, ends):
     machines.set_link("a", delay_s=0.1)
     machines.set_link("b", delay_s=0.2)
