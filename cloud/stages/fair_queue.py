@@ -17,6 +17,7 @@ from cloud.stages.work import Part
 
 _MAX_PASSED_OVER = 64  # parts of other shapes that a batch looks past
 _MAX_IDLE = 256  # devices without a part whose last finish is kept
+_MAX_REMOVED = 256  # parts that were removed and whose place in the heap is kept
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +41,10 @@ class FairQueue:
         self._virtual = 0.0
         self._finish: dict[str, float] = {}
         self._waiting: Counter[str] = Counter()
+        self._count = 0
 
     def __len__(self) -> int:
-        return self._waiting.total()
+        return self._count
 
     def put(self, part: Part) -> None:
         """Add a part."""
@@ -62,6 +64,9 @@ class FairQueue:
         """Remove a part, if it waits."""
         if part.is_queued:
             self._leave(part)
+            if len(self._order) > 2 * len(self) + _MAX_REMOVED:  # nothing is taken while a stage is down
+                self._order = [entry for entry in self._order if entry[2].is_queued]
+                heapq.heapify(self._order)
 
     def take(self, now_s: float, *, is_idle: bool) -> list[Part]:
         """Return the parts of the next batch, the first one's device being the one whose turn it is; [] if none is due.
@@ -103,10 +108,12 @@ class FairQueue:
 
     def _push(self, part: Part) -> None:
         part.is_queued = True
+        self._count += 1
         heapq.heappush(self._order, (part.turn, next(self._numbers), part))
 
     def _leave(self, part: Part) -> None:
         part.is_queued = False
+        self._count -= 1
         device = part.request.device
         self._waiting[device] -= 1
         if not self._waiting[device]:

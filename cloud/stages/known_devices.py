@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from edgefl.logs import event
 
 FRESH_S = 1.0
-_MAX_KNOWN = 10_000
+_MAX_SEEN = 10_000  # answers
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ class KnownDevices:
         """Whether it is known now. Call it in any thread."""
         known = self._is_known(device, serial)
         if known:
-            if len(self._seen_s) >= _MAX_KNOWN:
-                self._seen_s, self._serials = {}, {}
+            if len(self._seen_s) >= _MAX_SEEN:
+                self._seen_s.clear()
             self._seen_s[device, serial] = self._clock()
             self._serials[device] = serial
         else:
             self._seen_s.pop((device, serial), None)
+            if self._serials.get(device, "") == serial:  # not for another certificate than the one in use
+                del self._serials[device]
         return known
 
     async def watch(self, busy: Callable[[], Iterable[str]], gone: Callable[[str], object], workers: Executor) -> None:

@@ -145,6 +145,17 @@ def test_what_is_removed_is_not_taken_and_what_is_put_back_keeps_its_turn(part) 
     assert queue.take(0, is_idle=True) == []
 
 
+def test_removed_parts_are_not_kept_while_nothing_is_taken(part) -> None:
+    queue = FairQueue(BatchRule(max_rows=4))
+    queue.put(stays := part("a"))
+    for _ in range(2000):
+        queue.put(gone := part("b"))
+        queue.remove(gone)
+    assert len(queue._order) <= 300
+    assert len(queue) == 1
+    assert queue.take(0, is_idle=True) == [stays]
+
+
 def test_it_forgets_devices_that_are_gone(part) -> None:
     queue = FairQueue(BatchRule(max_rows=1))
     for number in range(1000):

@@ -33,6 +33,13 @@ def test_a_device_that_is_removed_is_not_known_any_more() -> None:
     assert not known.was_known("a", None)
 
 
+def test_a_stranger_with_another_certificate_does_not_make_it_forget_the_device() -> None:
+    known = KnownDevices(lambda *who: who == ("a", "1"), ManualClock())
+    assert known.is_known("a", "1")
+    assert not known.is_known("a", "2")
+    assert known._serials == {"a": "1"}  # its open streams are still watched
+
+
 @pytest.mark.parametrize("busy_database", [False, True])
 def test_a_device_with_a_running_call_is_reported_when_it_is_removed(monkeypatch, busy_database) -> None:
     monkeypatch.setattr(known_devices, "FRESH_S", 0.001)

@@ -85,7 +85,7 @@ def running(fleet, port, *options):
         yield process, logged
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(START_S)
     assert process.returncode == 0, log.read_text()
 
 
