@@ -61,7 +61,7 @@ class Aggregator:
 
     def __init__(self, options: AggregatorOptions) -> None:
         self._options = options
-        self._home = CloudHome(options)
+        self.home = CloudHome(options)
         self._job_threads = ThreadPoolExecutor(MAX_JOBS, "job")
         self._slots = JobSlots(MAX_JOBS)
         self._relay_thread = ThreadPoolExecutor(1, "relays")
@@ -73,19 +73,19 @@ class Aggregator:
         """
         keep_freed_memory()
         shrink_tls_buffers()
-        with self._home, logging_to(self._options.home / LOG_FILE):
+        with self.home, logging_to(self._options.home / LOG_FILE):
             try:
-                asyncio.run(self._serve(on_ready))
+                asyncio.run(self.run(on_ready))
             except Exception as error:
-                if self._home.supervisor.failure is None:
+                if self.home.supervisor.failure is None:
                     raise
-                raise self._home.supervisor.failure from error
-        if self._home.supervisor.failure is not None:
-            raise self._home.supervisor.failure
+                raise self.home.supervisor.failure from error
+        if self.home.supervisor.failure is not None:
+            raise self.home.supervisor.failure
 
     def run_job(self, job_id: str) -> None:
         """Run one job to its end, from its state in the database."""
-        home = self._home
+        home = self.home
         fleet: GrpcFleet | None = None
         try:
             row = self._insist(lambda: home.jobs.load(job_id))
@@ -137,7 +137,7 @@ class Aggregator:
         level = logging.ERROR if state == "failed" else logging.INFO
         event(_log, level, f"job.{state}", job=job_id, error=error or "-", stopped=stopped or "-")
         try:
-            self._insist(lambda: self._home.jobs.end(job_id, state, error, model, last, stopped))
+            self._insist(lambda: self.home.jobs.end(job_id, state, error, model, last, stopped))
         except CloudStopping:
             event(_log, logging.WARNING, "job.end_not_written", job=job_id, state=state)
             return False
@@ -145,7 +145,7 @@ class Aggregator:
 
     def _insist(self, call: Callable[[], _T]) -> _T:
         """Call a function that writes; retry while the disk or database is unavailable. Raises CloudStopping."""
-        return self._home.storage.insist(call, self._home.rounds.refuse_stopping)
+        return self.home.storage.insist(call, self.home.rounds.refuse_stopping)
 
     def _prepare(self, row: JobRow, fleet: GrpcFleet, history: History | None) -> Job:
         """Return the job with the optimizer's state, and the cohort of the open round, if there is one."""
@@ -154,9 +154,9 @@ class Aggregator:
         frozen_sha256 = row.frozen.sha256 if row.frozen is not None else None
         for sha256 in (row.model.sha256, frozen_sha256, bundle.blob.sha256, row.optimizer_sha256):
             if sha256 is not None:
-                self._home.blobs.check(sha256)  # raises BlobDamaged
+                self.home.blobs.check(sha256)  # raises BlobDamaged
         if row.optimizer_sha256 is not None:
-            step.load(SpooledTree(self._home.blobs.path(row.optimizer_sha256)))
+            step.load(SpooledTree(self.home.blobs.path(row.optimizer_sha256)))
         stop = make_stop(row.config.rounds.stop)
         if stop is not None:
             self._note_metrics(row.id, stop, 0)
@@ -175,59 +175,60 @@ class Aggregator:
 
     def _note_metrics(self, job_id: str, stop: EarlyStop, after: int) -> None:
         """Tell the early stop what is known of a job's rounds, with what operators have evaluated."""
-        for outcome in self._home.jobs.rounds_after(job_id, after):
+        for outcome in self.home.jobs.rounds_after(job_id, after):
             stop.note(int(outcome["round"]), outcome["metrics"])
 
     def _commit(self, outcome: RoundOutcome, fleet: GrpcFleet, job: Job) -> None:
         """Make a round's outcome durable; the model first, because the commit refers to it."""
         optimizer, model = job.step.state(), fleet.published(outcome.parameters)
         learnt = {} if job.history is None else {name: job.history.of(name) for name in outcome.cohort()}
-        state = fleet.insist(lambda: self._home.blobs.put_tree(optimizer).sha256) if optimizer else None
+        state = fleet.insist(lambda: self.home.blobs.put_tree(optimizer).sha256) if optimizer else None
         kept = max(self._options.kept_rounds, self._options.kept_models + 1)
-        fleet.insist(lambda: self._home.jobs.finish_round(outcome, model, state, kept, learnt))
+        fleet.insist(lambda: self.home.jobs.finish_round(outcome, model, state, kept, learnt))
         if state is not None and is_large(optimizer):  # from now on it is read from its blob
-            job.step.load(SpooledTree(self._home.blobs.path(state)))
-        fleet.insist(lambda: self._home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models))
-        self._home.spool.drop_round(outcome.job, outcome.round)
+            job.step.load(SpooledTree(self.home.blobs.path(state)))
+        fleet.insist(lambda: self.home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models))
+        self.home.spool.drop_round(outcome.job, outcome.round)
         event(_log, logging.INFO, "round.done", job=outcome.job, round=outcome.round,
               admitted=len(outcome.admitted), rejected=len(outcome.rejected), failed=len(outcome.failed),
               missing=len(outcome.missing), seconds=outcome.seconds)  # fmt: skip
         if job.stop is not None:
             self._note_metrics(job.id, job.stop, max(0, outcome.round - EVALUATED_LATE))
 
-    async def _serve(self, on_ready: Callable[[str], None]) -> None:
+    async def run(self, on_ready: Callable[[str], None]) -> None:
+        """Serve in the running event loop; `serve` makes one."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        supervisor = self._home.supervisor
+        supervisor = self.home.supervisor
         supervisor.on_end = functools.partial(loop.call_soon_threadsafe, stop.set)
-        jobs = self._home.jobs
+        jobs = self.home.jobs
         running, unfinished = jobs.running(), jobs.unfinished()
         running += [job for job in unfinished if job not in running and jobs.has_open_round(job)]  # to end that round
-        self._home.relays.resume()
-        self._home.spool.keep_only([*unfinished, *self._home.relays.running()])
+        self.home.relays.resume()
+        self.home.spool.keep_only([*unfinished, *self.home.relays.running()])
         jobs.followers.expect_back(unfinished)
-        self._home.rounds.expect(job for job in running if jobs.has_open_round(job))
-        async with self._home.broker(), self._grpc_server(), self._http_server():
+        self.home.rounds.expect(job for job in running if jobs.has_open_round(job))
+        async with self.home.broker(), self._grpc_server(), self._http_server():
             supervisor.add_check("grpc", lambda: "")  # if it fails, this block ends
             supervisor.add_check("jobs", lambda: "")  # see `_report_crash`
-            self._home.link.start()
-            self._relay_thread.submit(supervisor.run, "relays", self._home.relays.watch)
+            self.home.link.start()
+            self._relay_thread.submit(supervisor.run, "relays", self.home.relays.watch)
             jobs.started, jobs.cancelled, jobs.queued = self._start, self._cancel, self._queued
-            self._home.control.paused, self._home.control.resumed = self._pause, self._resume
+            self.home.control.paused, self.home.control.resumed = self._pause, self._resume
             for job in running:
                 self._start(job)
-            event(_log, logging.INFO, "cloud.ready", url=self._home.url, grpc_port=self._options.grpc_port,
-                  broker=self._home.broker_name, home=self._options.home)  # fmt: skip
-            on_ready(self._home.url)
+            event(_log, logging.INFO, "cloud.ready", url=self.home.url, grpc_port=self._options.grpc_port,
+                  broker=self.home.broker_name, home=self._options.home)  # fmt: skip
+            on_ready(self.home.url)
             await stop.wait()
             event(_log, logging.INFO, "cloud.stopping")
             supervisor.close()
             await asyncio.to_thread(self._stop_jobs)
 
     def _grpc_server(self) -> AbstractAsyncContextManager[None]:
-        options, home = self._options, self._home
+        options, home = self._options, self.home
         loop = asyncio.get_running_loop()
 
         def handlers(port: GrpcPort, workers: ThreadPoolExecutor) -> list[grpc.GenericRpcHandler[Any, Any]]:
@@ -268,7 +269,7 @@ class Aggregator:
 
     async def _renew_below(self, region: str, request: pb.RenewRequest) -> pb.RenewReply:
         """Answer a device's request for a certificate that a region passed on."""
-        home = self._home
+        home = self.home
         renew = home.enrolment.renewals.renew_for
         certificate = await asyncio.to_thread(renew, request, region, home.children.speaks_for)
         await asyncio.to_thread(home.members.note_change)  # its regions expect the new certificate, too
@@ -277,7 +278,7 @@ class Aggregator:
 
     @contextlib.asynccontextmanager
     async def _http_server(self) -> AsyncIterator[None]:
-        options, home = self._options, self._home
+        options, home = self._options, self.home
         context = None if options.insecure else server_context(home.identity, client_certificates=False)
         limits = HttpLimits(max_connections=home.shares.http)
         upkeep = Upkeep(
@@ -302,7 +303,7 @@ class Aggregator:
 
     def _start(self, job_id: str) -> None:
         """Run a job as soon as it has a slot."""
-        self._slots.add(job_id, self._home.control.priority(job_id))
+        self._slots.add(job_id, self.home.control.priority(job_id))
         self._fill_slots()
 
     def _fill_slots(self) -> None:
@@ -321,11 +322,11 @@ class Aggregator:
         self._fill_slots()
 
     def _pause(self, job_id: str) -> None:
-        self._home.rounds.halt(job_id)
-        self._home.link.wake()
+        self.home.rounds.halt(job_id)
+        self.home.link.wake()
 
     def _resume(self, job_id: str) -> None:
-        self._home.rounds.halt(job_id, halted=False)
+        self.home.rounds.halt(job_id, halted=False)
         self._start(job_id)
 
     def _queued(self, job_id: str) -> str:
@@ -334,35 +335,35 @@ class Aggregator:
         if job_id in waiting:
             at = waiting.index(job_id) + 1
             return f"waiting for its turn: {MAX_JOBS} jobs run at a time; position {at} in the queue"
-        return self._home.board.waits.get(job_id, "")
+        return self.home.board.waits.get(job_id, "")
 
     def _cancel(self, job_id: str) -> None:
-        self._home.rounds.interrupt(JobCancelled("cancelled by its operator"), job_id)
+        self.home.rounds.interrupt(JobCancelled("cancelled by its operator"), job_id)
         self._wake()
 
     def _ended(self, held: Sequence[str]) -> list[str]:
         """Return those of the jobs held by a device that have ended."""
         if not held:
             return []
-        return sorted(set(held) - set(self._home.relays.running()) - set(self._home.jobs.unfinished()))
+        return sorted(set(held) - set(self.home.relays.running()) - set(self.home.jobs.unfinished()))
 
     def _stop_jobs(self) -> None:
         self._slots.close()
-        self._home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs continue at the next start"))
+        self.home.rounds.interrupt(CloudStopping("the cloud is stopping; its jobs continue at the next start"))
         self._wake()
-        self._home.relays.close()
-        self._home.link.close()
+        self.home.relays.close()
+        self.home.link.close()
         self._relay_thread.shutdown(wait=True, cancel_futures=True)
         self._job_threads.shutdown(wait=True, cancel_futures=True)
 
     def _wake(self) -> None:
-        self._home.link.wake()
-        self._home.storage.wake()
+        self.home.link.wake()
+        self.home.storage.wake()
 
     def _report_crash(self, future: Future[None]) -> None:
         """Stop the process if a job's thread failed without storing the job's end."""
         if not future.cancelled() and (error := future.exception()) is not None:
-            self._home.supervisor.report_failure("jobs", error)
+            self.home.supervisor.report_failure("jobs", error)
 
 
 def keep_freed_memory() -> None:

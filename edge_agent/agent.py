@@ -115,7 +115,7 @@ async def run_agent(config: AgentConfig) -> None:
     config = dataclasses.replace(config, home=config.home.absolute())  # a task has its own working folder
     profile = load_profile(config.home)
     with lock_home(config.home), logging_to(config.home / LOG_FILE):
-        agent = _Agent(config, profile)
+        agent = Agent(config, profile)
         try:
             await agent.run()
         except ExceptionGroup as group:
@@ -131,7 +131,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return [one for several in nested for one in several]
 
 
-class _Agent:
+class Agent:
     """The parts of one agent. It also handles the messages that its link receives."""
 
     def __init__(self, config: AgentConfig, profile: Profile) -> None:

@@ -146,7 +146,7 @@ def test_a_part_that_ends_takes_the_process_with_it_and_is_named(tmp_path):
         home=tmp_path / "cloud", grpc_port=grpc_port, http_port=http_port, mqtt_port=mqtt_port
     )  # fmt: skip
     aggregator = Aggregator(options)
-    supervisor = aggregator._home.supervisor
+    supervisor = aggregator.home.supervisor
 
     def ready(_url):
         assert set(supervisor.reasons()) >= {"link", "broker", "database", "disk", "grpc", "jobs"}

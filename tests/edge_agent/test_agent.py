@@ -194,7 +194,7 @@ def test_the_end_of_a_part_is_told_with_its_reason(home, monkeypatch, caplog):
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(agent_module, "_Agent", Ending)
+    monkeypatch.setattr(agent_module, "Agent", Ending)
     with pytest.raises(PartFailed, match=r"one of its parts failed: ZeroDivisionError\('by.nzero'\)\. See its log"):
         asyncio.run(agent_module.run_agent(AgentConfig(home=home, serve_port=0)))
     assert "agent.part_ended" in caplog.text

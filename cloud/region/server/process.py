@@ -146,7 +146,7 @@ class Region:
         shrink_tls_buffers()
         with self._exit, logging_to(self._options.home / LOG_FILE):
             try:
-                asyncio.run(self._serve(on_ready))
+                asyncio.run(self.run(on_ready))
             except Exception as error:
                 if self.supervisor.failure is None:
                     raise
@@ -154,7 +154,7 @@ class Region:
         if self.supervisor.failure is not None:
             raise self.supervisor.failure
 
-    async def _serve(self, on_ready: Callable[[str], None]) -> None:
+    async def run(self, on_ready: Callable[[str], None]) -> None:
         options, profile = self._options, self._profile
         stop = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()

@@ -1,0 +1,117 @@
+"""What goes wrong in a simulation, and when: a list of faults and a job, drawn from the seed before it begins.
+
+The list is data: a failing seed is shrunk by leaving faults out (`edgefl.faults.shrink`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgefl.faults.fleet import CLOUD, TOPOLOGIES, Topology
+
+HORIZON_S = 9.0  # faults begin before it
+MAX_FAULTS = 10
+DEADLINE_S = 400.0  # of a round: far beyond what heals a fleet after its last fault
+LONGEST_CUT_S, LONGEST_DOWN_S = 30.0, 8.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """One thing that goes wrong."""
+
+    at_s: float
+    kind: str
+    node: str
+    other: str = ""  # the other end of a link, or the new parents
+    for_s: float = 0.0  # how long; of a clock, how far it jumps
+    number: int = 0  # of the commit, from the fault's time on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What one seed runs."""
+
+    seed: int
+    topology: str
+    rounds: int
+    algorithm: str
+    quorum: int
+    grace: float | str
+    offline_grace_s: float
+    server_lr: float
+    faults: tuple[Fault, ...]
+
+    @property
+    def fleet(self) -> Topology:
+        return TOPOLOGIES[self.topology]
+
+    @property
+    def waits_for_all(self) -> bool:
+        """Whether only a device that is offline for long is not waited for."""
+        return self.grace == "none"
+
+    @property
+    def keeps_parents(self) -> bool:
+        """Whether no device changes its parent, and no region is asked again because a sum was given up."""
+        return self.topology != "region below a region" and all(one.kind != "assign" for one in self.faults)
+
+    def without(self, faults: Sequence[Fault]) -> Settings:
+        """Return the same run with other faults."""
+        return dataclasses.replace(self, faults=tuple(faults))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return dataclasses.asdict(self)
+
+
+def draw(seed: int, topologies: Sequence[str] = tuple(TOPOLOGIES)) -> Settings:
+    """Return what a seed runs."""
+    chance = random.Random(f"{seed}/plan")
+    topology = TOPOLOGIES[topologies[seed % len(topologies)]]
+    count = len(topology.devices)
+    graces: list[float | str] = ["none", "none", 2.0, "auto"]
+    settings = Settings(
+        seed=seed,
+        topology=topology.name,
+        rounds=chance.choice([2, 2, 3, 4]),
+        algorithm=chance.choice(["fedavg", "fedavg", "fedsgd"]),
+        quorum=chance.choice([count, max(1, count - 1), 1]),
+        grace=chance.choice(graces),
+        offline_grace_s=chance.choice([5.0, 60.0]),
+        server_lr=chance.choice([1.0, 0.5]),
+        faults=(),
+    )
+    faults = [_fault(chance, topology) for _ in range(chance.randint(0, MAX_FAULTS))]
+    return settings.without(sorted(faults, key=lambda one: one.at_s))
+
+
+def _fault(chance: random.Random, topology: Topology) -> Fault:
+    at_s = round(chance.random() * HORIZON_S, 3)
+    kind = chance.choices(list(_KINDS), list(_KINDS.values()))[0]
+    node = chance.choice([*topology.servers, *topology.devices, *topology.servers, CLOUD])
+    down_s = round(chance.random() ** 2 * LONGEST_DOWN_S + 0.05, 3)
+    other, number = "", 0
+    if kind in {"cut", "break"}:
+        node = chance.choice([*topology.regions, *topology.devices])
+        other = topology.regions.get(node) or topology.devices[node]
+        down_s = round(chance.random() ** 2 * LONGEST_CUT_S, 3) if kind == "cut" else 0.0
+    elif kind == "assign":
+        node, down_s = chance.choice(list(topology.devices)), 0.0
+        other = ",".join(chance.sample(topology.servers, min(2, len(topology.servers))))
+    elif kind == "full":
+        node = chance.choice(topology.servers)
+    elif kind == "clock":
+        down_s = round(chance.uniform(-3600, 3600), 1)
+    elif kind.endswith("commit"):
+        number = chance.randint(1, 8)
+    return Fault(at_s=at_s, kind=kind, node=node, other=other, for_s=down_s, number=number)
+
+
+_KINDS = {
+    "kill": 4, "power": 1, "kill-before-commit": 3, "kill-after-commit": 3, "cut": 3, "break": 3, "pause": 2,
+    "clock": 1, "full": 1, "assign": 2,
+}  # fmt: skip
