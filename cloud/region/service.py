@@ -242,7 +242,7 @@ class TierService:
                       region=region, reason=reason)  # fmt: skip
             return pb.UploadState(status="REFOLD", without=counted, reason=reason)
         key = header.key
-        if self.deps.spool.file(key.job, key.round, _spooled(region, key.sum)).exists():
+        if self.deps.jobs.has_sum(key.job, key.round, f"{key.job}/{key.round}/{_spooled(region, key.sum)}"):
             return self._refuse(opened, region, f"another sum of this region has the number {key.sum} in this round")
         return None
 

@@ -216,6 +216,11 @@ class Jobs:
         with self._engine.begin() as db:
             return str(db.scalar(sa.select(sums.c.note).where(here)))
 
+    def has_sum(self, job: str, number: int, file: str) -> bool:
+        """Whether `record_sum` has stored a sum with this file; its file alone may be from before a kill."""
+        with self._engine.begin() as db:
+            return db.scalar(sa.select(sums.c.file).filter_by(job=job, round=number, file=file)) is not None
+
     def withdraw_sums(self, job: str, number: int, devices: Collection[str]) -> list[str]:
         """Delete accepted sums that have one of these devices; return all devices of those sums, now without answer."""
         key = {"job": job, "round": number}

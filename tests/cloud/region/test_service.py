@@ -134,6 +134,17 @@ def test_a_sum_of_a_device_that_is_not_asked_is_folded_again_without_it(tiers):
     assert (state.status, list(state.without)) == (REFOLD, ["b"])
 
 
+def test_a_sum_whose_file_alone_is_here_is_taken_again(tiers):
+    """The parent was killed after it had placed the file, and before it had recorded the sum."""
+    tiers.open()
+    placed = tiers.spool.file(tiers.job, 1, "r1+1")
+    placed.parent.mkdir(parents=True)
+    placed.write_bytes(b"from before the kill")
+    uplink = tiers.uplink("r1")
+    assert tiers.send(uplink, SumNote(weights={"a": 1.0})).status == STORED
+    assert placed.read_bytes() != b"from before the kill"
+
+
 def test_a_number_that_is_used_does_not_overwrite_an_accepted_sum(tiers):
     """A region that lost its memory in a kill counts from anew; its first sum stays what it was."""
     tiers.open()
