@@ -37,11 +37,10 @@ class Echo(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def listening(context=None, limits=LIMITS):
+async def listening(context=None, limits=LIMITS, listens=None):
     held = Connections(limits, asyncio.get_running_loop().time)
-    port = Port(
-        name="test", socket=socket.create_server(("127.0.0.1", 0)), context=(lambda: context) if context else None
-    )
+    listens = listens or socket.create_server(("127.0.0.1", 0))
+    port = Port(name="test", socket=listens, context=(lambda: context) if context else None)
     listener = Listener(port, held, Echo)
     listener.start()
     try:
@@ -167,18 +166,22 @@ def test_when_all_places_are_settled_a_new_one_is_closed_at_once():
     asyncio.run(main())
 
 
-def test_without_descriptors_it_waits_and_goes_on(monkeypatch, caplog):
+class Failing(socket.socket):
+    """A listening socket that first fails with these errors, one at each attempt to accept."""
+
+    def __init__(self, *faults):
+        super().__init__(fileno=socket.create_server(("127.0.0.1", 0)).detach())
+        self.faults = list(faults)
+
+    def accept(self):
+        if self.faults:
+            raise OSError(self.faults.pop(0), "injected")
+        return super().accept()
+
+
+def test_without_descriptors_it_waits_and_goes_on(caplog):
     async def main():
-        loop = asyncio.get_running_loop()
-        accept, faults = loop.sock_accept, [errno.EMFILE, errno.ECONNABORTED]
-
-        async def scarce(listener):
-            if faults:
-                raise OSError(faults.pop(0), "injected")
-            return await accept(listener)
-
-        monkeypatch.setattr(loop, "sock_accept", scarce)
-        async with listening() as (port, _):
+        async with listening(listens=Failing(errno.EMFILE, errno.ECONNABORTED)) as (port, _):
             return await echoed(port)
 
     with caplog.at_level(logging.ERROR):
@@ -227,14 +230,10 @@ def test_a_defect_that_a_connection_finds_costs_that_connection_only(monkeypatch
 
 
 @pytest.mark.parametrize("number", [errno.EBADF, errno.ENOTSOCK])
-def test_a_listening_socket_that_is_none_any_more_ends_the_part(monkeypatch, number):
+def test_a_listening_socket_that_is_none_any_more_ends_the_part(number):
     async def main():
-        async def broken(_listener):
-            raise OSError(number, "injected")
-
-        monkeypatch.setattr(asyncio.get_running_loop(), "sock_accept", broken)
         held = Connections(LIMITS, asyncio.get_running_loop().time)
-        listener = Listener(Port(name="test", socket=socket.create_server(("127.0.0.1", 0))), held, Echo)
+        listener = Listener(Port(name="test", socket=Failing(number)), held, Echo)
         listener.start()
         accepting = listener.tasks[0]
         await asyncio.wait({accepting}, timeout=30)
