@@ -35,6 +35,7 @@ def worker_of(plan_of):
             reference=setup.reference, task=None, make_population=setup.make_population, config=setup.config,
             spec=spec_of(plan.parameters), parameters=parameters.descriptor, sums=sums.descriptor,
             frozen_spec=spec_of(plan.frozen), frozen=frozen.descriptor,
+            states=setup.states,
         )  # fmt: skip
         return Answering(start.begin()), plan, sums
 
