@@ -74,7 +74,7 @@ def test_single_updates_come_with_their_chunk(set_up, worker_of):
 
 def start_of(setup, **changes):
     given = {"reference": None, "task": None, "parameters": 0, "frozen": 0, "sums": 0, "spec": {}, "frozen_spec": {}}
-    return PoolStart(make_population=setup.make_population, config=setup.config, **given | changes)
+    return PoolStart(make_population=setup.make_population, config=setup.config, states=setup.states, **given | changes)
 
 
 def test_a_task_is_loaded_by_its_reference_or_comes_with_the_start(set_up):
