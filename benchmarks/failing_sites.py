@@ -109,7 +109,7 @@ def run(sites: Sites, rounds: RoundsConfig) -> Work:
                   first_round=len(ends_s))  # fmt: skip
         with contextlib.suppress(QuorumNotMet):
             for outcome in run_rounds(job, fleet, START):
-                updates += len(outcome.admitted)
+                updates += len(outcome.admitted) + len(outcome.late)
                 ends_s.append(clock())
     up_s = sum(max(0.0, min(end, clock()) - start) for site in windows for start, end in site)
     return Work(updates, clock(), up_s / sites.count / clock(), float(np.max(np.diff(ends_s))))

@@ -40,7 +40,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
 
 
 def _goodputs(num_rounds: int) -> Iterator[Row]:
-    """Compare the window that adapts with rounds that wait for all, where failures are seen at once and later."""
+    """Compare the window that adapts with rounds that wait for all, and with late updates that count."""
     for noticed_s, seen in ((0.0, "seen at once"), (KEEP_ALIVE_S, f"seen after {KEEP_ALIVE_S:g} s")):
         settings = {"count": num_rounds, "evaluate_every": 0, "wait_s": 600.0, "deadline_s": 600.0}
         ours, work = goodput(Sites(noticed_s=noticed_s), RoundsConfig(quorum=2, grace="auto", **settings))
@@ -57,6 +57,18 @@ def _goodputs(num_rounds: int) -> Iterator[Row]:
             targets=(Target(of="ours", at_least=0.95),),
             more_is_better=True,
             detail={"grace=none": waits, "quorum=all": everybody, "longest_round_s": work.longest_s},
+        )
+        late, _ = goodput(Sites(noticed_s=noticed_s), RoundsConfig(quorum=2, grace="auto", late="next", **settings))
+        yield Row(
+            workload=f"8 sites, down 20%, failures {seen}",
+            metric="goodput, rounds.grace=auto and rounds.late=next",
+            unit="of what sites that are up can do",
+            ours=late,
+            rival="rounds.late=refuse",
+            theirs=ours,
+            limit=1.0,
+            targets=(Target(of="ratio", at_least=1.0),),
+            more_is_better=True,
         )
 
 

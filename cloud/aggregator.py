@@ -34,6 +34,7 @@ from cloud.state.jobs import UNFINISHED, JobRow
 from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.choosing.history import History
+from edgefl.config import LATE_NEXT
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, JobPaused
 from edgefl.logs import event, logging_to
 from edgefl.protocols import fleet_pb2 as pb
@@ -42,7 +43,7 @@ from edgefl.protocols.messages import BlobRef, from_json
 from edgefl.protocols.ports.http_limits import HttpLimits
 from edgefl.protocols.tls import common_name, reloading, server_context
 from edgefl.records import RoundOutcome
-from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds
+from edgefl.rounds import Job, LastEvaluation, evaluate_last, owed_after, run_rounds
 from edgefl.stopping import EarlyStop, make_stop
 from edgefl.trees import SpooledTree, Tree, is_large
 
@@ -166,6 +167,7 @@ class Aggregator:
             step=step,
             first_round=row.rounds_done + 1,
             cohort=row.cohort,
+            owed=row.owed,
             on_refusal=fleet.refuse,
             keep=fleet.keep,
             evaluation=row.evaluation,
@@ -184,11 +186,14 @@ class Aggregator:
         learnt = {} if job.history is None else {name: job.history.of(name) for name in outcome.cohort()}
         state = fleet.insist(lambda: self.home.blobs.put_tree(optimizer).sha256) if optimizer else None
         kept = max(self._options.kept_rounds, self._options.kept_models + 1)
-        fleet.insist(lambda: self.home.jobs.finish_round(outcome, model, state, kept, learnt))
+        owed = owed_after(outcome, job.config)
+        fleet.insist(lambda: self.home.jobs.finish_round(outcome, model, state, kept, learnt, owed))
         if state is not None and is_large(optimizer):  # from now on it is read from its blob
             job.step.load(SpooledTree(self.home.blobs.path(state)))
         fleet.insist(lambda: self.home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models))
-        self.home.spool.drop_round(outcome.job, outcome.round)
+        self.home.spool.drop_round(outcome.job, outcome.round, owed)
+        if job.config.rounds.late == LATE_NEXT:
+            self.home.spool.drop_round(outcome.job, outcome.round - 1)  # late ones
         event(_log, logging.INFO, "round.done", job=outcome.job, round=outcome.round,
               admitted=len(outcome.admitted), rejected=len(outcome.rejected), failed=len(outcome.failed),
               missing=len(outcome.missing), seconds=outcome.seconds)  # fmt: skip

@@ -33,6 +33,7 @@ from edgefl.terminal.values import shown_value
 
 ALGORITHMS = ("fedavg", "fedsgd")
 GRACE_NONE, GRACE_AUTO = "none", "auto"
+LATE_REFUSE, LATE_NEXT = "refuse", "next"
 STRATEGIES = ("ddp", "fsdp")
 AUTO = "auto"
 SCHEDULES = ("constant", "cosine", "step")
@@ -58,6 +59,7 @@ class RoundsConfig:
     deadline_s: float = 600.0  # a round ends after so long; later updates do not count
     offline_grace_s: float = 5.0  # after so long offline, a device is no longer waited for
     grace: float | str = "none"  # wait for others after the quorum: seconds | auto: while it pays | none: as usual
+    late: str = "refuse"  # an update that comes when its round is over: refuse | next: it is part of the next round
     wait_s: float = 60.0  # how long to wait until enough clients are online
     evaluate_every: int = 1  # devices evaluate in every k-th round and the last, if the task can; 0 = never
     select: str = ""  # only devices that meet this expression take part, e.g. mem_mb >= 512 and tag.site == 'plant-3'
@@ -85,6 +87,10 @@ class RoundsConfig:
             require(self.grace in {GRACE_NONE, GRACE_AUTO}, f"{seen} is not one of: {known}")
         else:
             require_within("rounds.grace", self.grace, 0, MAX_SECONDS)
+        require(
+            self.late in {LATE_REFUSE, LATE_NEXT},
+            f"rounds.late={shown_value(self.late)} is not one of: {LATE_REFUSE}, {LATE_NEXT}",
+        )
         require_within("rounds.wait_s", self.wait_s, 0, MAX_SECONDS)
         require_within("rounds.evaluate_every", self.evaluate_every, 0, MAX_COUNT)
         if self.select:
@@ -245,6 +251,19 @@ class JobConfig:
             self.tiers.region_rounds == 1 or self.train.algorithm == "fedavg",
             f"tiers.region_rounds={self.tiers.region_rounds} needs train.algorithm=fedavg: a gradient is not a change",
         )
+        if self.rounds.late == LATE_NEXT:
+            require(
+                self.train.algorithm == "fedavg",
+                f"rounds.late={LATE_NEXT!r} needs train.algorithm=fedavg: a gradient is of its own version alone",
+            )
+            require(
+                self.tiers.region_rounds == 1,
+                f"rounds.late={LATE_NEXT!r} needs tiers.region_rounds=1: a region sends what it has",
+            )
+            require(
+                not self.tiers.fan_out,
+                f"rounds.late={LATE_NEXT!r} and tiers.fan_out: updates below a region cannot be late. Leave one out",
+            )
 
 
 def load_config(

@@ -43,7 +43,10 @@ COUNT, STD, WORST_TENTH = "count", "std", "worst_tenth"
 
 
 class RoundGuard:
-    """Admits each device of one plan once, with a finite update of the plan's shapes and dtypes."""
+    """Admits each device of one plan once, with a finite update of the plan's shapes and dtypes.
+
+    An update of the round before is admitted, too, once per device of those that are owed it.
+    """
 
     def __init__(self, plan: Plan, *, any_device: bool = False) -> None:
         """Check updates for a plan; with `any_device`, the caller knows that they are of its cohort."""
@@ -51,6 +54,7 @@ class RoundGuard:
         self._spec = spec_of(plan.parameters)
         self._cohort = None if any_device else frozenset(plan.clients)
         self._admitted: set[str] = set()
+        self._owed = set(plan.owed)
 
     def admit(self, update: Update) -> None:
         """Raise UpdateRejected with the first fault; otherwise record that the device was admitted."""
@@ -63,7 +67,10 @@ class RoundGuard:
         )
         if fault:
             raise UpdateRejected(update.device, fault)
-        self._admitted.add(update.device)
+        if is_late(update, self._plan):
+            self._owed.remove(update.device)
+        else:
+            self._admitted.add(update.device)
 
     def admit_partial(self, partial: Partial) -> None:
         """Raise UpdateRejected with the first fault of a partial sum; otherwise record all its contributors."""
@@ -93,6 +100,8 @@ class RoundGuard:
 
     def _wrong_origin(self, update: Update) -> str | None:
         plan = self._plan
+        if is_late(update, plan):
+            return None if update.device in self._owed else f"its round {update.round} is over"
         if (update.job, update.round) != (plan.job, plan.round):
             return f"it is for round {update.round} of job {update.job!r}; open is round {plan.round} of {plan.job!r}"
         if self._cohort is not None and update.device not in self._cohort:
@@ -100,6 +109,11 @@ class RoundGuard:
         if update.device in self._admitted:
             return f"the device was already admitted in round {plan.round}"
         return None
+
+
+def is_late(update: Update, plan: Plan) -> bool:
+    """Whether an update is of the round before, which may count in this one."""
+    return bool(plan.owed) and (update.job, update.round) == (plan.job, plan.round - 1)
 
 
 def wrong_weight(weight: float) -> str | None:

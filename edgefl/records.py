@@ -38,6 +38,7 @@ class Plan:
     frozen: Tree | None = None  # the model's other tensors, which do not change; None = not known
     evaluate: bool = False  # whether clients also evaluate `parameters`, on their own held-out samples
     fit: bool = True  # False: clients only evaluate
+    owed: tuple[str, ...] = ()  # clients whose update of the round before is also taken, if it comes in this one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +182,7 @@ class RoundOutcome:
     not_evaluated: Mapping[str, str] = field(default_factory=dict)  # device -> why its evaluation does not count
     seen: Mapping[str, SeenUpdate] = field(default_factory=dict)  # device -> its admitted update
     regions: Mapping[str, RegionRound] = field(default_factory=dict)  # by their sums
+    late: tuple[str, ...] = ()  # devices whose update of the round before is part of this one; not in `admitted`
 
     def cohort(self) -> tuple[str, ...]:
         """Return all devices that were asked, and those that were refused."""
@@ -201,6 +203,7 @@ class RoundOutcome:
             metrics=dict(self.metrics),
             not_evaluated=dict(self.not_evaluated),
             regions=self._regions(),
+            late=len(self.late),
         )
 
     def _regions(self) -> Mapping[str, RegionRound]:
@@ -236,20 +239,22 @@ class RoundReport:
     frozen: str | None = None  # SHA-256 of the frozen tensors, if `model` lacks them
     not_evaluated: Mapping[str, str] = field(default_factory=dict)  # client -> why its evaluation does not count
     regions: Mapping[str, RegionRound] = field(default_factory=dict)  # on a fleet with regions; `cloud` is the top
+    late: int = 0  # updates of the round before, which came when it was over
 
     def counts_text(self) -> str:
         """Return `3 admitted, 1 failed`: the counts above 0."""
-        others = {"rejected": self.rejected, "failed": self.failed, "missing": self.missing}
+        others = {"rejected": self.rejected, "failed": self.failed, "missing": self.missing, "late": self.late}
         return ", ".join([f"{self.admitted} admitted", *(f"{count} {name}" for name, count in others.items() if count)])
 
     def as_json(self) -> dict[str, Any]:
         """Return the round as public JSON: counts and reasons, without missing values."""
         said = {one.name: getattr(self, one.name) for one in fields(self)}
-        del said["not_evaluated"], said["regions"]
+        del said["not_evaluated"], said["regions"], said["late"]
         return {name: value for name, value in said.items() if value is not None} | {
             "reasons": dict(self.reasons), "metrics": dict(self.metrics),
             **({"not_evaluated": dict(self.not_evaluated)} if self.not_evaluated else {}),
             **({"regions": {name: asdict(one) for name, one in self.regions.items()}} if self.regions else {}),
+            **({"late": self.late} if self.late else {}),
         }  # fmt: skip
 
     @classmethod

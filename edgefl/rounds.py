@@ -21,10 +21,10 @@ from edgefl.aggregation.schedules import of_round, server_factor
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.choosing.history import History
 from edgefl.choosing.utility import draw_by_utility
-from edgefl.config import JobConfig
+from edgefl.config import LATE_NEXT, JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.exchange import cohort_size
-from edgefl.guards import DEVICES, RoundGuard, integer_moves, refuse_unsound
+from edgefl.guards import DEVICES, RoundGuard, integer_moves, is_late, refuse_unsound
 from edgefl.records import (
     Answer,
     DeviceEvaluation,
@@ -81,6 +81,7 @@ class Job:
     step: ServerOptimizer
     first_round: int = 1
     cohort: tuple[str, ...] = ()  # of the first round, if it was already announced
+    owed: tuple[str, ...] = ()  # clients whose update of the round before the first one is also taken
     clock: Clock = field(default=time.monotonic)
     on_refusal: OnRefusal = field(default=ignored)
     keep: Callable[[Tree], Tree] = field(default=settled)  # e.g. to memory-mapped files
@@ -117,7 +118,7 @@ class LastEvaluation:
 
 def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcome]:
     """Run the job's rounds and yield each outcome, to the last or the early stop; raises QuorumNotMet, StepFailed."""
-    cohort = job.cohort
+    cohort, owed = job.cohort, job.owed
     for number in range(job.first_round, job.config.rounds.count + 1):
         if job.stop is not None and job.stop.reason():
             return
@@ -130,6 +131,7 @@ def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcom
             deadline_s=job.config.rounds.deadline_s,
             frozen=job.frozen,
             evaluate=job.evaluation is not None and job.config.rounds.evaluates_in(number),
+            owed=owed,
         )
         outcome = run_round(job, fleet, plan, is_resumed=bool(cohort))
         if job.history is not None:
@@ -137,7 +139,12 @@ def run_rounds(job: Job, fleet: Fleet, parameters: Tree) -> Iterator[RoundOutcom
         if job.stop is not None:
             job.stop.note(number, outcome.metrics)
         yield outcome
-        parameters, cohort = outcome.parameters, ()
+        parameters, cohort, owed = outcome.parameters, (), owed_after(outcome, job.config)
+
+
+def owed_after(outcome: RoundOutcome, config: JobConfig) -> tuple[str, ...]:
+    """Return the clients whose update of a round that is over counts in the next one."""
+    return outcome.missing if config.rounds.late == LATE_NEXT and outcome.round < config.rounds.count else ()
 
 
 def run_round(job: Job, fleet: Fleet, plan: Plan, *, is_resumed: bool = False) -> RoundOutcome:
@@ -162,8 +169,12 @@ def run_round(job: Job, fleet: Fleet, plan: Plan, *, is_resumed: bool = False) -
                 guard.admit(answer)
                 rule.add(answer)
         except UpdateRejected as refusal:
-            tally.refuse(answer, refusal.reason)
+            if isinstance(answer, Partial) or not is_late(answer, plan):
+                tally.refuse(answer, refusal.reason)
             job.on_refusal(plan, answer, refusal.reason)
+            continue
+        if isinstance(answer, Update) and is_late(answer, plan):
+            tally.count_late(answer)
             continue
         tally.count(answer, job.clock() - start_s if job.times_clients and not is_resumed else None)
         if len(tally.admitted) >= wanted:
@@ -189,6 +200,7 @@ def run_round(job: Job, fleet: Fleet, plan: Plan, *, is_resumed: bool = False) -
         not_evaluated={} if tally.evaluation is None else tally.evaluation.faults,
         seen=tally.seen,
         regions=tally.regions,
+        late=tuple(tally.late),
     )
 
 
@@ -316,6 +328,7 @@ class _Tally:
     evaluation: FederatedEvaluation | None = None  # None: the plan asks for none
     seen: dict[str, SeenUpdate] = field(default_factory=dict)
     regions: dict[str, RegionRound] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)  # whose update of the round before was admitted
     _metrics: MetricSums = field(default_factory=MetricSums)
 
     def count(self, answer: Update | Partial, seconds: float | None) -> None:
@@ -339,6 +352,12 @@ class _Tally:
             self._metrics.add(answer.weight, answer.metrics)
             if self.evaluation is not None:
                 self.evaluation.add(answer.device, answer.evaluation or NO_EVALUATION)
+
+    def count_late(self, update: Update) -> None:
+        """Count an update of the round before: not in the quorum, and without its evaluation, of other parameters."""
+        self.weight += update.weight
+        self.late.append(update.device)
+        self._metrics.add(update.weight, update.metrics)
 
     def note_failure(self, answer: Failure | Evaluated) -> None:
         refused = isinstance(answer, Failure) and answer.refused

@@ -26,7 +26,7 @@ from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, TransferLimiter
-from cloud.dataplane.upload_header import answer_of, header_fault
+from cloud.dataplane.upload_header import answer_of, header_fault, overlong
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import AnswerRow, Jobs
@@ -190,7 +190,7 @@ class FleetService:
         device = await self.callers.device(context)
         opened, final = self._find(request, device)
         if final is not None or opened is None:
-            return await self._unless_stopping(final or _state("STALE"), request, context)
+            return await self._unless_stopping(final or _state("STALE"), request, device, context)
         offset = await self._run(self._deps.spool.received_bytes, request.job, request.round, device)
         return _state("PARTIAL", offset=offset)
 
@@ -205,12 +205,12 @@ class FleetService:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be the header")
                 opened, final = self._find(first.header.key, device)
                 if final is not None or opened is None:
-                    return await self._unless_stopping(final or _state("STALE"), first.header.key, context)
+                    return await self._unless_stopping(final or _state("STALE"), first.header.key, device, context)
                 if fault := header_fault(first.header, opened.assignment.max_update_bytes):
-                    return await self._run(self._refuse, opened, device, fault)
+                    return await self._run(self._refuse, opened, device, fault, first.header.key.round)
                 num_bytes = first.header.size - first.header.offset
                 state = await self._receive(_moving(requests, transfer), first.header, opened, device)
-                return await self._unless_stopping(state, first.header.key, context)
+                return await self._unless_stopping(state, first.header.key, device, context)
         except DecodeError:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message is not an UploadChunk")
         except (UploadCutOff, TimeoutError) as error:
@@ -223,7 +223,7 @@ class FleetService:
         opened, _ = self._find(request.key, device)
         if opened is not None:
             try:
-                await self._run(self._refuse, opened, device, request.reason)
+                await self._run(self._refuse, opened, device, request.reason, request.key.round)
             except (OSError, SQLAlchemyError) as error:
                 await self._not_stored(error, device, context)
         return pb.FailureReply()
@@ -237,11 +237,14 @@ class FleetService:
         known = []
         agent = f"agent {one_line(request.agent_version, MAX_NAME_CHARS)} does not know assignments of the kind"
         try:
-            for opened in sorted(self._deps.rounds.waiting_for(device), key=_training_first):
+            waiting = self._deps.rounds.waiting_for(device)
+            waiting.sort(key=lambda one: (isinstance(one.assignment, Deliver), one.assignment.round))
+            for opened in waiting:
                 if (kind := opened.assignment.kind) in request.knows:
                     known.append(opened)
                 else:
-                    await self._run(self._refuse, opened, device, f"{agent} {kind!r}; {UPDATE_AGENT}")
+                    why = f"{agent} {kind!r}; {UPDATE_AGENT}"
+                    await self._run(self._refuse, opened, device, why, opened.assignment.round)
         except (OSError, SQLAlchemyError) as error:
             await self._not_stored(error, device, context)
         return known
@@ -267,7 +270,7 @@ class FleetService:
                 data = upload_data(message)
                 size += len(data)
                 if size > header.size:
-                    return await self._run(self._refuse, opened, device, _overlong(header.size))
+                    return await self._run(self._refuse, opened, device, overlong(header.size), key.round)
                 opened.up_bytes += len(data)
                 if arrival.last:
                     await self._run(arrival.write)
@@ -290,8 +293,12 @@ class FleetService:
         self._deps.storage.worked(header.size - header.offset)
         return state
 
-    async def _unless_stopping(self, state: pb.UploadState, key: pb.UpdateKey, context: Context) -> pb.UploadState:
+    async def _unless_stopping(
+        self, state: pb.UploadState, key: pb.UpdateKey, device: str, context: Context
+    ) -> pb.UploadState:
         """Return the state; but while the cloud is stopping, STALE would be wrong, because rounds will be resumed."""
+        if state.status == pb.UploadState.STALE and self._deps.rounds.wants_late(key.job, key.round, device):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the next round takes this update; send it again")
         if state.status == pb.UploadState.STALE and not self._deps.is_over(key.job, key.round):
             await context.abort(  # the device keeps its update, and sends it when it is asked here
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -310,8 +317,8 @@ class FleetService:
         except ProtocolError as error:
             if header.offset:  # the stored part may be damaged: restart the upload
                 return _state("PARTIAL")
-            return self._refuse(opened, device, str(error))
-        answer = answer_of(header, device, incoming.name)
+            return self._refuse(opened, device, str(error), header.key.round)
+        answer = answer_of(header, device, incoming.name, late=header.key.round < opened.assignment.round)
 
         def keep(one: AnswerRow) -> None:
             incoming.place()
@@ -328,12 +335,13 @@ class FleetService:
             opened.forget(device, functools.partial(self._record, opened))
         self._loop.call_soon_threadsafe(self.calls.cut, device, REMOVED)
 
-    def _refuse(self, opened: OpenRound, device: str, reason: str) -> pb.UploadState:
-        """Record that the device sends no update in this round."""
+    def _refuse(self, opened: OpenRound, device: str, reason: str, number: int) -> pb.UploadState:
+        """Record that the device sends no update in its round `number`; a late one is just not taken."""
         reason = one_line(reason, MAX_REASON_CHARS)  # it may quote what the device sent
-        job, number = opened.assignment.job, opened.assignment.round
+        job = opened.assignment.job
         event(_log, logging.WARNING, "update.failed", job=job, round=number, device=device, reason=reason)
-        opened.accept(AnswerRow(device=device, reason=reason), lambda one: self._record(opened, one))
+        if number == opened.assignment.round:
+            opened.accept(AnswerRow(device=device, reason=reason), lambda one: self._record(opened, one))
         return _state("REFUSED", reason=reason)
 
     def _record(self, opened: OpenRound, answer: AnswerRow) -> None:
@@ -346,7 +354,7 @@ class FleetService:
         """Return the open round that waits for this device, or the final state of its upload."""
         opened = self._deps.rounds.get(key.job, key.round)
         if opened is None:
-            return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
+            return self._find_late(key, device)
         if device not in opened.asked and not self._deps.is_over(key.job, key.round):
             return None, _state("STALE")  # of a region, which may be asked for this device yet
         if device not in opened.asked:
@@ -354,6 +362,15 @@ class FleetService:
         if opened.has_answered(device):
             return None, _state("STORED")
         return opened, None
+
+    def _find_late(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
+        """Return the same of a round that is over: the next one may take its update."""
+        later = self._deps.rounds.get(key.job, key.round + 1)
+        if later is not None and later.has_late(device):
+            return None, _state("STORED")
+        if later is not None and later.takes_late(device):
+            return later, None
+        return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
 
     def _is_renewal_due(self, context: Context) -> bool:
         return not self._deps.insecure and self._deps.is_renewal_due(certificate_of(context))
@@ -373,10 +390,6 @@ async def passed_renewal(ask: PassRenewal | None, request: pb.RenewRequest, cont
         raise
 
 
-def _training_first(opened: OpenRound) -> tuple[bool, int]:
-    return isinstance(opened.assignment, Deliver), opened.assignment.round
-
-
 def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:
     return pb.UploadState(status=status, offset=offset, reason=reason)
 
@@ -385,7 +398,3 @@ async def _moving(requests: AsyncIterator[bytes], transfer: Transfer) -> AsyncIt
     async for message in requests:
         transfer.moved()
         yield message
-
-
-def _overlong(size: int) -> str:
-    return f"the upload has more than the {size} bytes in its header"

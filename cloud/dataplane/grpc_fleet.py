@@ -24,7 +24,7 @@ from cloud.state.jobs import AnswerRow, JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from edgefl.choosing.history import History
-from edgefl.config import GRACE_AUTO
+from edgefl.config import GRACE_AUTO, LATE_NEXT
 from edgefl.errors import JobPaused
 from edgefl.exchange import Announce, Close, Durations, GiveUp, Instruction, Terms, Yield
 from edgefl.logs import event
@@ -71,6 +71,8 @@ class GrpcFleet:
         self._durations = Durations()
         self._refused: set[str] = set()  # devices whose answer the guard has refused since it was yielded
         self._model_sha256: str | None = None  # hash of the open round's model
+        if job.owed:
+            deps.rounds.hold(job.id, job.rounds_done, job.owed)
 
     def clients(self) -> Sequence[str]:
         """Wait until enough devices can work for the job and are free, and return them.
@@ -119,6 +121,12 @@ class GrpcFleet:
         try:
             while not isinstance(instruction := opened.next(self._presence), Close):
                 if isinstance(instruction, Yield):
+                    if instruction.is_late:
+                        late = opened.take(instruction.device, is_late=True)
+                        if late.file is not None:  # else the device has been removed
+                            yield self._as_record(late, plan)
+                        self._refused.discard(instruction.device)
+                        continue
                     self._choice.freed([instruction.device])
                     self._deps.link.withdraw(instruction.device, plan.job, plan.round)
                     for answer in self.records([opened.take(instruction.device)], plan, sums):
@@ -128,13 +136,29 @@ class GrpcFleet:
                     self._execute(instruction, opened)
         finally:
             opened.close()
+            if self._takes_late(plan):
+                self._deps.rounds.hold(plan.job, plan.round, opened.missing())
             self._deps.rounds.remove(opened)
             self._close(plan)
             for left in opened.given_up():
                 self._execute(left, opened)
+            self._tell_owed(opened)
             self._choice.freed()
             if plan.fit and self._job.config.rounds.grace == GRACE_AUTO:
                 self._durations.learn(*opened.durations())
+
+    def _takes_late(self, plan: Plan) -> bool:
+        """Whether the next round takes the answers that this one lacks."""
+        rounds = self._job.config.rounds
+        return plan.fit and rounds.late == LATE_NEXT and plan.round < rounds.count
+
+    def _tell_owed(self, opened: OpenRound) -> None:
+        """Tell devices that their answer of the round before no longer counts."""
+        assignment = opened.assignment
+        if not self._deps.rounds.is_stopped(assignment.job):
+            for device in opened.still_owed():
+                closed = RoundClosed(job=assignment.job, round=assignment.round - 1, job_ended=False)
+                self._deps.link.send_job(device, closed)
 
     def _settle(self, opened: OpenRound, answer: Answer) -> None:
         """Tell the round whether the guard has admitted an answer that was yielded."""
@@ -161,10 +185,11 @@ class GrpcFleet:
         """Log a guard's refusal and tell the device; a region's devices are told by nobody."""
         devices = answer.contributors if isinstance(answer, Partial) else (answer.device,)
         self._refused.update(devices)
-        event(_log, logging.WARNING, "update.refused", job=plan.job, round=plan.round, device=", ".join(devices)[:500],
+        number = answer.round if isinstance(answer, Update) else plan.round
+        event(_log, logging.WARNING, "update.refused", job=plan.job, round=number, device=", ".join(devices)[:500],
               reason=reason)  # fmt: skip
         if isinstance(answer, Update):
-            self._deps.link.send_job(answer.device, UpdateRefused(job=plan.job, round=plan.round, reason=reason))
+            self._deps.link.send_job(answer.device, UpdateRefused(job=plan.job, round=number, reason=reason))
 
     def leave(self) -> None:
         """Leave the devices to other jobs."""
@@ -181,12 +206,14 @@ class GrpcFleet:
         self._model_sha256 = model.sha256
         assignment = self._assignment(plan, model)
         around = Surroundings(clock=self._deps.clock, storage=self._deps.storage)
-        opened = OpenRound(assignment, sorted(plan.clients), self._terms(plan), around)
+        opened = OpenRound(assignment, sorted(plan.clients), self._terms(plan), around, plan.owed)
         opened.region_rounds = self._job.config.tiers.region_rounds
         self._choice.chosen(plan.clients)
         self._choice.next_round = plan.round + 1
         for answer in self.insist(
-            lambda: self._deps.jobs.open_round(plan.job, plan.round, plan.clients, self._choice.not_chosen())
+            lambda: self._deps.jobs.open_round(
+                plan.job, plan.round, plan.clients, self._choice.not_chosen(), with_late=bool(plan.owed)
+            )
         ):
             opened.accept(answer, lambda _answer: None)  # it is already durable
         self._fail_older_agents(opened)
@@ -226,6 +253,7 @@ class GrpcFleet:
             frozen=job.frozen,
             parted=job.parted,
             evaluate=plan.evaluate,
+            takes_late=self._takes_late(plan),
         )
 
     def _close(self, plan: Plan) -> None:
@@ -252,12 +280,14 @@ class GrpcFleet:
         if isinstance(instruction, Announce):
             link.send_job(instruction.device, assignment)
         # Not for an interrupted job: `end` tells all devices, or this round is resumed after a restart.
+        elif isinstance(assignment, Fit) and assignment.takes_late:
+            return  # the device works on: see `_tell_owed`
         elif isinstance(instruction, GiveUp) and not self._deps.rounds.is_stopped(assignment.job):
             closed = RoundClosed(job=assignment.job, round=assignment.round, job_ended=False)
             link.send_job(instruction.device, closed)
 
     def _as_record(self, answer: AnswerRow, plan: Plan) -> Update | Evaluated | Failure:
-        job, number, device = plan.job, plan.round, answer.device
+        job, number, device = plan.job, plan.round - answer.late, answer.device
         if answer.file is None:
             reason = answer.reason or "no reason given"
             return Failure(job=job, round=number, device=device, reason=reason, refused=bool(answer.refused))

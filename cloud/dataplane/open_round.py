@@ -7,6 +7,7 @@ answer is acknowledged that the round will not yield.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
@@ -32,6 +33,7 @@ from edgefl.exchange import (
     GiveUp,
     Instruction,
     Joined,
+    Late,
     Offline,
     Paused,
     Resumed,
@@ -85,11 +87,13 @@ class OpenRound:
     """One round of a job, or one message of a relay, until it is closed."""
 
     def __init__(
-        self, assignment: Assignment, asked: Iterable[str], terms: Terms, around: Surroundings | None = None
-    ) -> None:
+        self, assignment: Assignment, asked: Iterable[str], terms: Terms, around: Surroundings | None = None,
+        owed: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        """`owed` are devices whose answer of the round before is also taken."""
         self.assignment = assignment
         asked = tuple(asked)
-        self.asked = frozenset(asked)
+        self.asked, self.owed = frozenset(asked), frozenset(owed)
         self.terms = terms
         self.region_rounds = 1  # rounds in each region for this one
         self.up_bytes = self.down_bytes = 0
@@ -97,8 +101,9 @@ class OpenRound:
         self.source: Path | None = None  # the file that devices download for it; None = blobs
         self._around = around or Surroundings()
         self._lock = threading.RLock()  # `act` may call methods of the round
-        self._exchange = Exchange(asked, terms)
+        self._exchange = Exchange(asked, terms, self.owed)
         self._answers: dict[str, AnswerRow] = {}  # accepted, not taken yet
+        self._late: dict[str, AnswerRow] = {}  # the same, of the round before
         # Bounded: it gets a few instructions per device, and `wake` puts in one None at a time.
         self._items: queue.SimpleQueue[Instruction | EdgeflError | None] = queue.SimpleQueue()
         self._act = self._around.act or self._items.put
@@ -116,7 +121,8 @@ class OpenRound:
         """Accept a device's answer once; False if the round is over, or has an answer of the device."""
         with self._lock:
             at_s = self._now_s()
-            if not self._exchange.waits_for(answer.device, at_s):
+            exchange = self._exchange
+            if not (exchange.takes_late if answer.late else exchange.waits_for)(answer.device, at_s):
                 return False
             self._take(answer, make_durable, at_s)
             return True
@@ -147,6 +153,8 @@ class OpenRound:
         refusal = AnswerRow(device=device, reason=REMOVED)
         with self._lock:
             at_s = self._now_s()
+            if device in self._late:
+                self._late[device] = dataclasses.replace(refusal, late=True)
             if device in self._answers:
                 self._answers[device] = refusal
                 self._do(Withdrawn(device, at_s=at_s))
@@ -165,10 +173,10 @@ class OpenRound:
         with self._lock:
             return dict(self._exchange.took_s), self._exchange.missed_s
 
-    def take(self, device: str) -> AnswerRow:
-        """Remove and return a device's answer."""
+    def take(self, device: str, *, is_late: bool = False) -> AnswerRow:
+        """Remove and return a device's answer, or that of the round before."""
         with self._lock:
-            return self._answers.pop(device)
+            return (self._late if is_late else self._answers).pop(device)
 
     def note(self, presence: Presence) -> None:
         """Pass changes of presence to the exchange."""
@@ -240,6 +248,25 @@ class OpenRound:
     def has_answered(self, device: str) -> bool:
         return device in self.asked and device not in self._exchange.missing
 
+    def takes_late(self, device: str) -> bool:
+        """Whether the device may still send its answer of the round before."""
+        with self._lock:
+            return self._exchange.takes_late(device, self._now_s())
+
+    def has_late(self, device: str) -> bool:
+        """Whether the device has sent its answer of the round before in this one."""
+        return device in self.owed and device not in self._exchange.owed
+
+    def missing(self) -> frozenset[str]:
+        """Return the devices that have not answered, also after the round is closed."""
+        with self._lock:
+            return frozenset(self._exchange.missing)
+
+    def still_owed(self) -> list[str]:
+        """Return the devices that have not sent their answer of the round before."""
+        with self._lock:
+            return sorted(self._exchange.owed)
+
     def waiting(self) -> frozenset[str]:
         """Return the devices that are waited for."""
         with self._lock:
@@ -257,7 +284,7 @@ class OpenRound:
 
     def _take(self, answer: AnswerRow, make_durable: Callable[[AnswerRow], None], at_s: float) -> None:
         make_durable(answer)
-        self._answers[answer.device] = answer
+        (self._late if answer.late else self._answers)[answer.device] = answer
         self._do(_event_of(answer)(answer.device, at_s=at_s))
 
     def _now_s(self) -> float:
@@ -283,5 +310,7 @@ class OpenRound:
             self._act(instruction)
 
 
-def _event_of(answer: AnswerRow) -> type[Answered | Failed]:
+def _event_of(answer: AnswerRow) -> type[Answered | Failed | Late]:
+    if answer.late:
+        return Late
     return Answered if answer.file is not None else Failed

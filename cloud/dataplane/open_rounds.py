@@ -24,6 +24,7 @@ class OpenRounds:
         self._moved = Traffic()  # in all closed rounds
         self._stopped: dict[str | None, EdgeflError] = {}  # None = all jobs
         self._halted: set[str] = set()  # jobs that are to open no further round
+        self._held: dict[str, tuple[int, frozenset[str]]] = {}  # job -> its last round, and who may still answer it
         self._kinds: dict[str, frozenset[str]] = {}  # device -> the kinds of assignment that its agent knows
 
     def expect(self, jobs: Iterable[str]) -> None:
@@ -53,6 +54,7 @@ class OpenRounds:
         with self._lock:
             self._refuse_stopped(opened.assignment.job)
             self._open[opened.assignment.job, opened.assignment.round] = opened
+            self._held.pop(opened.assignment.job, None)
         self.resumed(opened.assignment.job)
 
     def remove(self, closed: OpenRound) -> None:
@@ -76,6 +78,17 @@ class OpenRounds:
     def get(self, job: str, number: int) -> OpenRound | None:
         with self._lock:
             return self._open.get((job, number))
+
+    def hold(self, job: str, number: int, owed: Iterable[str]) -> None:
+        """Note which devices may still answer a round that is over, when the next one is open."""
+        with self._lock:
+            self._held[job] = number, frozenset(owed)
+
+    def wants_late(self, job: str, number: int, device: str) -> bool:
+        """Whether a device's answer of a round that is over is taken by the next one, open or not yet."""
+        with self._lock:
+            later, (held, owed) = self._open.get((job, number + 1)), self._held.get(job, (0, frozenset()))
+        return later.takes_late(device) if later is not None else held == number and device in owed
 
     def all(self) -> list[OpenRound]:
         """Return the open rounds."""
@@ -154,6 +167,7 @@ class OpenRounds:
             self._stopped.pop(job, None)
             self._halted.discard(job)
             self._traffic.pop(job, None)
+            self._held.pop(job, None)
 
     def _refuse_stopped(self, job: str) -> None:
         error = self._stopped.get(job) or self._stopped.get(None)

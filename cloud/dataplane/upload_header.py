@@ -35,10 +35,15 @@ def header_fault(header: pb.UploadHeader, most: int) -> str | None:
     return None
 
 
-def answer_of(header: pb.UploadHeader, device: str, file: str) -> AnswerRow:
+def answer_of(header: pb.UploadHeader, device: str, file: str, *, late: bool = False) -> AnswerRow:
     """Return a device's answer with these facts, whose update is in a file of the spool."""
     return AnswerRow(
-        device=device, file=file, weight=header.weight, metrics=dict(header.metrics), evaluation=evaluation_in(header)
+        device=device,
+        file=file,
+        weight=header.weight,
+        metrics=dict(header.metrics),
+        evaluation=evaluation_in(header),
+        late=late,
     )
 
 
@@ -63,3 +68,8 @@ def evaluation_in(header: pb.UploadHeader) -> DeviceEvaluation | None:
             fault="evaluation: a number is not finite, or the name of a metric has control characters"
         )
     return DeviceEvaluation(metrics=dict(sent.metrics), weight=sent.weight)
+
+
+def overlong(size: int) -> str:
+    """Return what is said of an upload that goes on after the size in its header."""
+    return f"the upload has more than the {size} bytes in its header"

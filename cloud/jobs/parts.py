@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from cloud.state.blobs import BlobStore
 from edgefl.errors import ConfigError
@@ -25,3 +26,10 @@ def check_parts(
         raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
     if frozen is not None and (twice := sorted(set(SpooledTree(blobs.path(frozen.sha256))) & set(tree))):
         raise ConfigError(f"tensors {', '.join(twice):.500} are both among the job's parameters and frozen")
+
+
+def frozen_of(row: Any) -> BlobRef | None:
+    """Return the blob of a job's frozen tensors, if it has any."""
+    if row["frozen_sha256"] is None:
+        return None
+    return BlobRef(sha256=row["frozen_sha256"], size=row["frozen_size"])

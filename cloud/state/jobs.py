@@ -21,12 +21,12 @@ import sqlalchemy as sa
 
 from cloud.jobs.kept_models import forget_state
 from cloud.jobs.participations import keep_history
-from cloud.jobs.parts import check_parts
+from cloud.jobs.parts import check_parts, frozen_of
 from cloud.jobs.round_metrics import round_json, store_metrics
 from cloud.state.blobs import BlobStore
 from cloud.state.followers import Followers
 from cloud.state.store import jobs, rounds, sums, updates
-from edgefl.aggregation import rule_kind
+from edgefl.aggregation import check_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.choosing.history import Participation
 from edgefl.config import JobConfig, from_dict
@@ -58,6 +58,7 @@ class JobRow:
     model: BlobRef
     optimizer_sha256: str | None
     cohort: tuple[str, ...]  # of the open round, if there is one
+    owed: tuple[str, ...] = ()  # devices whose answer of the last finished round still counts
     parted: bool = False  # whether `model` has only the trained tensors and the buffers
     frozen: BlobRef | None = None  # the model's other tensors
     evaluation: EvaluationSpec | None = None  # what devices evaluate; None = nothing
@@ -75,6 +76,12 @@ class AnswerRow:
     evaluation: DeviceEvaluation | None = None
     region: str | None = None  # that sent the answer, within a sum; its file and its number are the sum's
     refused: bool | None = None  # by the guard of its region
+    late: bool = False  # it is of the round before, and is stored as that round's
+
+    def of_round(self, job: str, number: int) -> dict[str, Any]:
+        """Return the row of an answer that is taken in round `number`."""
+        values = dataclasses.asdict(self)
+        return {"job": job, "round": number - 1 if values.pop("late") else number} | values
 
 
 class Jobs:
@@ -108,7 +115,7 @@ class Jobs:
         if key and self._is_known(job):
             return job
         check_parts(self._blobs, bundle, parameters, frozen, buffers)
-        rule_kind(config.aggregation.rule)
+        check_rule(config)
         make_stop(config.rounds.stop)
         ServerOptimizer(config.server, gradient=False)
         values = {
@@ -162,8 +169,9 @@ class Jobs:
             model=BlobRef(sha256=row["model_sha256"], size=row["model_size"]),
             optimizer_sha256=row["optimizer_sha256"],
             cohort=tuple(cohort or ()),
+            owed=tuple(row["owed"] or ()),
             parted=bool(row["parted"]),
-            frozen=_frozen_of(row),
+            frozen=frozen_of(row),
             evaluation=None if row["evaluation"] is None else EvaluationSpec(**row["evaluation"]),
         )
 
@@ -174,10 +182,12 @@ class Jobs:
             return db.scalar(sa.select(rounds.c.round).where(open_round)) is not None
 
     def open_round(
-        self, job: str, number: int, cohort: Sequence[str], not_chosen: Mapping[str, Sequence[str]] | None = None
-    ) -> list[AnswerRow]:
+        self, job: str, number: int, cohort: Sequence[str], not_chosen: Mapping[str, Sequence[str]] | None = None,
+        *, with_late: bool = False,
+    ) -> list[AnswerRow]:  # fmt: skip
         """Create the round's row if it is missing, and return the answers from before a restart.
 
+        `with_late`: also the late ones, of the round before.
         `not_chosen` says of devices that are not in the cohort why (code, reason).
         """
         key = {"job": job, "round": number}
@@ -187,12 +197,13 @@ class Jobs:
                 db.execute(rounds.insert().values(key | {"cohort": list(cohort), "outcome": sa.null()}))
                 kept = dict(itertools.islice((not_chosen or {}).items(), MAX_NOT_CHOSEN))
                 db.execute(jobs.update().where(jobs.c.id == job).values(not_chosen=kept or None))
-            of_round = (updates.c.job == job) & (updates.c.round == number)
+            of_round = (updates.c.job == job) & updates.c.round.in_((number, number - 1) if with_late else (number,))
             found = db.execute(updates.select().where(of_round).order_by(sa.text("rowid"))).mappings()
             return [
                 AnswerRow(
                     **{name: row[name] for name in ("device", "file", "metrics", "reason", "region", "refused")},
                     weight=row["weight"] or 0.0,
+                    late=row["round"] < number,
                     evaluation=None if row["evaluation"] is None else DeviceEvaluation(**row["evaluation"]),
                 )
                 for row in found
@@ -201,14 +212,14 @@ class Jobs:
     def record(self, job: str, number: int, answer: AnswerRow) -> None:
         """Make an answer durable, before it is acknowledged."""
         with self._engine.begin() as db:
-            db.execute(updates.insert().values({"job": job, "round": number} | dataclasses.asdict(answer)))
+            db.execute(updates.insert().values(answer.of_round(job, number)))
 
     def record_sum(self, job: str, number: int, file: str, note: str, answers: Sequence[AnswerRow]) -> None:
         """Make the sum of a region durable, with the answers of all its devices; `note` is its SumNote as JSON."""
         key = {"job": job, "round": number}
         with self._engine.begin() as db:
             db.execute(sums.insert().values(key | {"file": file, "note": note}))
-            db.execute(updates.insert(), [key | dataclasses.asdict(one) for one in answers])
+            db.execute(updates.insert(), [one.of_round(job, number) for one in answers])
 
     def sum_note(self, job: str, number: int, file: str) -> str:
         """Return what `record_sum` stored."""
@@ -239,12 +250,12 @@ class Jobs:
 
     def finish_round(
         self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None, kept_rounds: int = 0,
-        learnt: Mapping[str, Participation] | None = None,
+        learnt: Mapping[str, Participation] | None = None, owed: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Close a round: store its outcome and the model, and delete its answers, in one commit.
 
         Also deletes older rounds, except the latest `kept_rounds` and those that a follower has not read; 0 keeps all.
-        `learnt` is what the round has changed in the job's history.
+        `learnt` is what the round has changed in the job's history; `owed` are devices whose answer still counts.
         """
         pruned = self.followers.prunable(outcome.job, outcome.round, kept_rounds) if kept_rounds else 0
         shown = outcome.report().as_json() | {"model": model.sha256}
@@ -267,6 +278,7 @@ class Jobs:
                     model_sha256=model.sha256,
                     model_size=model.size,
                     optimizer_sha256=optimizer_sha256,
+                    owed=list(owed) or None,
                 )
             )
         self._notify()
@@ -371,7 +383,7 @@ class Jobs:
 
     def _shown(self, row: Any) -> dict[str, Any]:
         names = ("id", "task", "state", "rounds_done", "config", "error", "created_s", "ended_s", "label", "stopped")
-        frozen = _frozen_of(row)
+        frozen = frozen_of(row)
         return {"kind": "train", **{name: row[name] for name in names}} | {
             "name": row["name"] or row["task"],
             "continues": row["continues"],
@@ -389,10 +401,3 @@ class Jobs:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-
-def _frozen_of(row: Any) -> BlobRef | None:
-    """Return the blob of a job's frozen tensors, if it has any."""
-    if row["frozen_sha256"] is None:
-        return None
-    return BlobRef(sha256=row["frozen_sha256"], size=row["frozen_size"])

@@ -16,7 +16,7 @@ import functools
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from blake3 import blake3
@@ -85,18 +85,27 @@ class Spool:
             if self._writing.get(incoming.target) is incoming:
                 del self._writing[incoming.target]
 
-    def drop_round(self, job: str, number: int) -> None:
-        """Delete a round's updates, complete or not; keep some of the files for reuse."""
+    def drop_round(self, job: str, number: int, owed: Collection[str] = ()) -> None:
+        """Delete a round's updates, complete or not; keep some of the files for reuse.
+
+        What `owed` devices have sent so far is kept, and its upload goes on: the next round takes it.
+        """
         folder = self._folder / job / str(number)
+        kept = {_part(folder / device).name for device in owed} | {f"{device}{_REUSED}" for device in owed}
         with self._lock:
-            self._cut_off_below(folder)
+            self._cut_off_below(folder, owed)
             room = MAX_FREE_BYTES - sum(path.stat().st_size for path in self._free)
-            for path in folder.iterdir() if folder.exists() else ():
+            for path in list(folder.iterdir()) if folder.exists() else ():
+                if path.name in kept:
+                    continue
                 room -= path.stat().st_size
                 if len(self._free) < MAX_FREE_FILES and room >= 0 and not path.name.endswith((_PART, _REUSED)):
                     self._num_freed += 1
                     self._free.append(path.replace(self._free_folder / str(self._num_freed)))
-            shutil.rmtree(folder, ignore_errors=True)
+                else:
+                    path.unlink()
+            if not kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def drop_job(self, job: str) -> None:
         """Delete a job's updates, and the files kept for reuse."""
@@ -107,8 +116,9 @@ class Spool:
                 path.unlink()
             self._free.clear()
 
-    def _cut_off_below(self, folder: Path) -> None:
-        for target in [target for target in self._writing if target.is_relative_to(folder)]:
+    def _cut_off_below(self, folder: Path, owed: Collection[str] = ()) -> None:
+        below = [target for target in self._writing if target.is_relative_to(folder) and target.name not in owed]
+        for target in below:
             self._writing.pop(target).stop()
 
 

@@ -82,6 +82,7 @@ jobs = sa.Table(
     sa.Column("stopped", sa.String),  # why it ended before its last round (rounds.stop); NULL = it did not
     sa.Column("continues", sa.String),  # the job and round from which it started; NULL = from first parameters
     sa.Column("not_chosen", sa.JSON(none_as_null=True)),  # of its latest round: device -> (code, reason)
+    sa.Column("owed", sa.JSON(none_as_null=True)),  # devices whose answer of round `rounds_done` counts in the next one
 )
 
 rounds = sa.Table(

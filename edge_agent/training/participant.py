@@ -28,7 +28,7 @@ from edge_agent.training import trainer_wire as wire
 from edge_agent.training.bundles import Bundles, work_folder
 from edge_agent.training.environments import Environments
 from edge_agent.training.frozen_parts import FrozenParts
-from edge_agent.training.queue_rules import is_over, queue_key
+from edge_agent.training.queue_rules import goes_on_beside, is_given_up, is_over, queue_key
 from edge_agent.training.trainer import Trainer
 from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
@@ -130,7 +130,7 @@ class Participant:
         self._waiting[queue_key(assignment)] = assignment
         if assignment.replaces_older:
             self._newest[assignment.job] = assignment.round
-        if current and queue_key(current) == queue_key(assignment):
+        if current and queue_key(current) == queue_key(assignment) and not goes_on_beside(current, assignment):
             self._cancel("a newer round has started")
         self._wake.set()
 
@@ -165,8 +165,7 @@ class Participant:
         `before` is not open any more, it is cancelled. A round that is open although it was marked as answered by
         then is trained again: the cloud was killed before the end of that round was durable.
         """
-        still_open = {(assignment.job, assignment.round) for assignment in assignments}
-        if before is not None and before is self._current and (before.job, before.round) not in still_open:
+        if before is not None and before is self._current and is_given_up(before, assignments):
             self._cancel("the cloud no longer waits for it")
         for assignment in assignments:
             try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from edgefl.protocols.messages import Assignment, RoundClosed
+from collections.abc import Collection
+
+from edgefl.protocols.messages import Assignment, Fit, RoundClosed
 
 
 def queue_key(assignment: Assignment) -> tuple[str, int]:
@@ -16,3 +18,22 @@ def is_over(assignment: Assignment, closed: RoundClosed) -> bool:
         return False
     is_older = assignment.replaces_older and assignment.round < closed.round
     return closed.job_ended or assignment.round == closed.round or is_older
+
+
+def goes_on_beside(running: Assignment, newer: Assignment) -> bool:
+    """Whether a running training is finished although a newer round of its job has begun: that one takes its update."""
+    return (
+        isinstance(running, Fit) and running.takes_late and isinstance(newer, Fit) and newer.round == running.round + 1
+    )
+
+
+def is_given_up(running: Assignment, still_open: Collection[Assignment]) -> bool:
+    """Whether nobody waits for a running assignment any more, as far as the answer to `Next` tells.
+
+    A training whose update may be late is not listed; it goes on unless another round than the next is open.
+    """
+    if any((one.job, one.round) == (running.job, running.round) for one in still_open):
+        return False
+    if not isinstance(running, Fit) or not running.takes_late:
+        return True
+    return any(one.job == running.job and not goes_on_beside(running, one) for one in still_open)

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.aggregation.rule import Rule, RuleKind
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig
+from edgefl.config import LATE_NEXT, LATE_REFUSE, JobConfig
 from edgefl.errors import ConfigError
 from edgefl.trees import Tree
 
-__all__ = ["RULES", "Rule", "RuleKind", "WeightedMean", "make_rule", "refuse_unusable", "rule_kind"]
+__all__ = ["RULES", "Rule", "RuleKind", "WeightedMean", "check_rule", "make_rule", "refuse_unusable", "rule_kind"]
 
 RULES: Mapping[str, RuleKind] = {"mean": WeightedMean}
 
@@ -27,15 +27,26 @@ def rule_kind(name: str) -> RuleKind:
     return RULES[name]
 
 
-def refuse_unusable(config: JobConfig) -> None:
-    """Raise ConfigError for a rule or a server optimizer that no round could use; MissingExtra without torch."""
-    kind, rule, tiers = rule_kind(config.aggregation.rule), config.aggregation.rule, config.tiers
-    if not kind.merges and (tiers.region_rounds > 1 or tiers.fan_out):
+def check_rule(config: JobConfig) -> None:
+    """Raise ConfigError for an unknown rule, and for one that cannot do what the other settings ask of it."""
+    name = config.aggregation.rule
+    if config.rounds.late == LATE_NEXT and not rule_kind(name).merges:
+        raise ConfigError(
+            f"rounds.late={LATE_NEXT!r}: the rule {name!r} compares updates of one version, and takes none of another. "
+            f"Use rule='mean', or rounds.late={LATE_REFUSE!r}"
+        )
+    tiers = config.tiers
+    if not rule_kind(name).merges and (tiers.region_rounds > 1 or tiers.fan_out):
         asked = f"tiers.region_rounds={tiers.region_rounds}" if tiers.region_rounds > 1 else "tiers.fan_out"
         raise ConfigError(
-            f"aggregation.rule={rule} needs each update by itself, and with {asked} regions send sums of updates. "
+            f"aggregation.rule={name} needs each update by itself, and with {asked} regions send sums of updates. "
             "Leave out the section [tiers], or use aggregation.rule=mean"
         )
+
+
+def refuse_unusable(config: JobConfig) -> None:
+    """Raise ConfigError for a rule or a server optimizer that no round could use; MissingExtra without torch."""
+    check_rule(config)
     ServerOptimizer(config.server, gradient=False)
 
 

@@ -38,6 +38,13 @@ class Answered(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Late(Event):
+    """A device sent its update of the exchange before, which is over."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed(Event):
     """A device answered without an update."""
 
@@ -110,6 +117,7 @@ class Yield(Instruction):
     """Yield a device's answer."""
 
     device: str
+    is_late: bool = False  # it is that of the exchange before
 
 
 class GiveUpReason(Enum):

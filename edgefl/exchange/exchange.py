@@ -6,6 +6,8 @@ An exchange is over when every device has answered, at its deadline, or, after t
 all missing devices have been offline for the grace time, or when the grace window is over: some seconds, or as long as
 waiting pays: while the missing devices, by when they are expected (`durations`), would make the number of updates per
 second of the round at least as large as it is without them. So one that is nearly there is waited for, a slow one not.
+Devices that are owed their answer to the exchange before (`rounds.late`) may give it while this one is open; none is
+waited for, and it changes nothing else.
 The design is that of dask/distributed's `worker_state_machine.py`, so that a test is a table of events.
 
 Invariants: it reads no clock, and the same events give the same instructions. An answer is yielded once, in the
@@ -33,6 +35,7 @@ from edgefl.exchange.events import (
     GiveUpReason,
     Instruction,
     Joined,
+    Late,
     Offline,
     Paused,
     Resumed,
@@ -47,8 +50,9 @@ from edgefl.exchange.terms import Terms
 class Exchange:
     """The state of one exchange. Not thread-safe."""
 
-    def __init__(self, asked: Iterable[str], terms: Terms) -> None:
+    def __init__(self, asked: Iterable[str], terms: Terms, owed: Iterable[str] = ()) -> None:
         self._terms = terms
+        self._owed = set(owed)
         self._missing = dict.fromkeys(asked)  # in the order of their `Announce`
         self._updates: set[str] = set()  # devices whose updates count towards the quorum
         self._admitted: set[str] = set()  # those that a guard has admitted
@@ -112,6 +116,15 @@ class Exchange:
         """Whether an answer of this device at this time would be accepted."""
         return device in self.waiting and at_s <= self.due_s
 
+    @property
+    def owed(self) -> Collection[str]:
+        """The devices that have not given their answer to the exchange before, also after this one is over."""
+        return self._owed
+
+    def takes_late(self, device: str, at_s: float) -> bool:
+        """Whether an answer of this device to the exchange before would be accepted at this time."""
+        return device in self._owed and self.closed_s is None and at_s <= self.due_s
+
     def handle(self, *events: Event) -> list[Instruction]:
         """Process events in order, and return the instructions."""
         instructions: list[Instruction] = []
@@ -128,7 +141,7 @@ class Exchange:
         match event:
             case Begin():
                 return self._begin(event)
-            case Answered() | Failed():
+            case Answered() | Failed() | Late():
                 return self._answer(event)
             case Joined() | Resumed():
                 return self._ask(event)
@@ -151,7 +164,9 @@ class Exchange:
             return self._close(GiveUpReason.STOPPED)
         return [] if event.is_announced else self._announce()
 
-    def _answer(self, event: Answered | Failed) -> list[Instruction]:
+    def _answer(self, event: Answered | Failed | Late) -> list[Instruction]:
+        if isinstance(event, Late):
+            return self._take_late(event.device)
         if event.device not in self._missing:
             return []
         del self._missing[event.device]
@@ -161,6 +176,12 @@ class Exchange:
             if self._begin_s < math.inf:  # not from before a restart
                 self._took_s[event.device] = self._own_s() - self._begin_s
         return [Yield(event.device), *(() if self._missing else self._close(GiveUpReason.STOPPED))]
+
+    def _take_late(self, device: str) -> list[Instruction]:
+        if device not in self._owed:
+            return []
+        self._owed.remove(device)
+        return [Yield(device, is_late=True)]
 
     def _count(self, event: Admitted | Withdrawn) -> None:
         """Note whether an update counts towards the quorum; the grace window begins when enough are admitted."""

@@ -68,6 +68,7 @@ class Fit(Checked):
     frozen: BlobRef | None = None  # safetensors: the model's frozen tensors, the same in every round of the job
     parted: bool = False  # whether `model` holds only the trained tensors and the buffers
     evaluate: bool = False  # also evaluate `model` on the device's held-out samples
+    takes_late: bool = False  # the next round takes the update, too: do not stop when that one begins
     kind: str = "fit"
 
     def blobs(self) -> tuple[BlobRef, ...]:

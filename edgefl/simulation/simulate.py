@@ -20,7 +20,7 @@ from edgefl.aggregation import refuse_unusable
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.choosing.history import History
 from edgefl.choosing.needs import reads_history
-from edgefl.config import Config, JobConfig, config_of
+from edgefl.config import LATE_NEXT, Config, JobConfig, config_of
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
@@ -114,6 +114,11 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
         kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints,
         open_states(settings.train, folder, before, going_on.client_states if going_on else "") as states,
     ):  # fmt: skip
+        if checkpoints is not None and settings.rounds.late == LATE_NEXT:
+            raise ConfigError(
+                f"rounds.late={LATE_NEXT!r} and checkpoints: a checkpoint lacks the updates that are under way. "
+                "Leave one of them out"
+            )
         saved = going_on or (None if before is None else read_checkpoint(before))
         setup = dataclasses.replace(_set_up(task, settings, population, saved), states=states)
         history = History() if saved is None else History.from_json(saved.history)

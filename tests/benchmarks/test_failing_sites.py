@@ -29,3 +29,10 @@ def test_a_window_saves_what_unseen_failures_cost():
     unseen = Sites(noticed_s=90.0)
     waits, adapts = goodput(unseen, rounds(200))[0], goodput(unseen, rounds(200, grace="auto"))[0]
     assert waits < 0.9 < adapts <= 1.0
+
+
+def test_late_updates_count_and_make_goodput_no_worse():
+    for noticed_s in (0.0, 90.0):
+        sites = Sites(noticed_s=noticed_s)
+        refused, taken = (goodput(sites, rounds(200, grace="auto", late=late))[0] for late in ("refuse", "next"))
+        assert refused < taken <= 1.0

@@ -55,9 +55,10 @@ class RegionFleet(GrpcFleet):
 
     def _assignment(self, plan: Plan, model: BlobRef) -> Fit | Evaluate:  # noqa: ARG002 - all else is the parent's
         asked = self._work.assignment
-        if model == asked.model:
-            return asked
-        return dataclasses.replace(asked, model=model, model_blake3=self._deps.blobs.check(model.sha256))
+        if model != asked.model:
+            asked = dataclasses.replace(asked, model=model, model_blake3=self._deps.blobs.check(model.sha256))
+        # The parent ends the region's part in a round with the round, so that nothing here can be late.
+        return dataclasses.replace(asked, takes_late=False) if isinstance(asked, Fit) else asked
 
     def _close(self, plan: Plan) -> None:
         """Leave the regions below their work: they keep their answers until the parent has closed the round."""

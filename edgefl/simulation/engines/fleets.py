@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from edgefl.choosing.needs import reads_history
-from edgefl.config import GRACE_NONE, JobConfig
+from edgefl.config import GRACE_NONE, LATE_NEXT, JobConfig
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
 from edgefl.simulation.engines.client_states import ClientStates
@@ -84,8 +84,9 @@ class SimulationSetup:
     states: ClientStates | None = None  # where clients keep what they need later; None = they keep nothing
 
     def takes_sums(self, plan: Plan) -> bool:
-        """Whether partial sums are allowed: not with over-selection, a grace window, or a choice by history."""
-        if self.config.rounds.grace != GRACE_NONE or reads_history(self.config.rounds):
+        """Whether partial sums are allowed: not with over-selection, grace, late answers, or a choice by history."""
+        rounds = self.config.rounds
+        if rounds.grace != GRACE_NONE or rounds.late == LATE_NEXT or reads_history(rounds):
             return False
         return self.config.rounds.clients in {0, len(plan.clients)} or len(plan.clients) < self.config.rounds.clients
 

@@ -5,6 +5,8 @@ at the times of the schedule, and moves the clock to each. It asks the inner fle
 the round will use: the first `rounds.clients` to arrive, and others if one of them fails.
 The exchange (`edgefl.exchange`) decides when a round ends, as in a deployed fleet; here the times of events come
 from the schedule.
+With `rounds.late`, a client goes on when its round is over, as a device does; it is trained at the start of the next
+round, which gets its answer at its time, and it starts that round's work later.
 Invariant: the answers, their order and their virtual times do not depend on real speed.
 """
 
@@ -12,10 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
-from edgefl.config import GRACE_AUTO, RoundsConfig
+from edgefl.config import GRACE_AUTO, LATE_NEXT, RoundsConfig
 from edgefl.exchange import (
     Admitted,
     Answered,
@@ -24,6 +27,7 @@ from edgefl.exchange import (
     Event,
     Exchange,
     Failed,
+    Late,
     Offline,
     Terms,
     Tick,
@@ -31,6 +35,7 @@ from edgefl.exchange import (
     cohort_size,
     gathering,
 )
+from edgefl.guards import is_late
 from edgefl.records import Answer, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import Fleet
 from edgefl.simulation.world.devices import Devices
@@ -56,6 +61,17 @@ class VirtualClock:
         self._now_s = max(self._now_s, now_s)
 
 
+@dataclass(frozen=True, slots=True)
+class _AtWork:
+    """A client that goes on with a round that is over."""
+
+    plan: Plan
+    done_s: float  # when its update arrives
+
+
+_Timed = tuple[float, Answer]  # when it arrives
+
+
 class VirtualFleet:
     """The inner fleet's clients on their own machines and links, in virtual time."""
 
@@ -73,6 +89,7 @@ class VirtualFleet:
         self._tiered = tiered  # `inner`, if there are regions above the clients
         self._traffic = Traffic()
         self._refused: set[str] = set()  # clients whose answer the guard has refused since it was yielded
+        self._at_work: Mapping[str, _AtWork] = {}  # clients that go on with the last round
         self.durations = Durations()  # of the job's rounds so far
 
     def clients(self) -> Sequence[str]:
@@ -97,7 +114,9 @@ class VirtualFleet:
         self._next_round = plan.round + 1
         start_s = self._clock()
         have = {client for job, client in self._served if job == plan.job} if plan.frozen else set()
-        schedule = make_schedule(self._devices, plan, self._num_samples, start_s, have)
+        owed = {client: self._at_work[client] for client in plan.owed if client in self._at_work}
+        busy = {client: one.done_s for client, one in owed.items()}
+        schedule = make_schedule(self._devices, plan, self._num_samples, start_s, have, busy)
         if self._tiered is not None:
             schedule = self._tiered.delayed(schedule, plan, start_s)
         fetching = [client for client in plan.clients if client not in schedule.refused]
@@ -106,22 +125,56 @@ class VirtualFleet:
             self._count(down_bytes=len(set(fetching) - have) * encoded_bytes(plan.frozen))
             self._served.update((plan.job, client) for client in fetching)
         terms = Terms.of_round(self._rounds, plan.deadline_s, plan.clients, self.durations)
-        exchange = Exchange(plan.clients, terms)
+        exchange = Exchange(plan.clients, terms, owed)
         exchange.handle(Begin(at_s=start_s))
         try:
-            yield from self._until_closed(plan, schedule, exchange)
+            yield from self._until_closed(plan, schedule, exchange, self._late(owed, schedule.end_s))
         finally:
+            self._at_work = self._left_at_work(plan, schedule, exchange)
             if self._rounds.grace == GRACE_AUTO:
                 self.durations.learn(exchange.took_s, exchange.missed_s)
 
-    def _until_closed(self, plan: Plan, schedule: Schedule, exchange: Exchange) -> Iterator[Answer]:
-        presence, model_bytes = deque(presence_in(schedule, self._noticed_s)), encoded_bytes(plan.parameters)
+    def _late(self, owed: Mapping[str, _AtWork], until_s: float) -> deque[_Timed]:
+        """Train the clients that still work for the round before; return their updates, the earliest first."""
+        coming = sorted((one.done_s, client) for client, one in owed.items() if one.done_s <= until_s)
+        if not coming:
+            return deque()
+        before = dataclasses.replace(owed[coming[0][1]].plan, owed=(), evaluate=False)
+        answers = self._asked(before, tuple(client for _, client in coming))
+        updates = {answer.device: answer for answer in answers if isinstance(answer, Update)}
+        return deque((max(at_s, self._clock()), updates[client]) for at_s, client in coming if client in updates)
+
+    def _left_at_work(self, plan: Plan, schedule: Schedule, exchange: Exchange) -> Mapping[str, _AtWork]:
+        """Return the clients that have begun to work for a round which is over, and have not answered."""
+        if self._rounds.late != LATE_NEXT:
+            return {}
+        over_s = self._clock() if exchange.closed_s is None else exchange.closed_s
+        return {
+            client: _AtWork(plan, at_s)
+            for client, at_s in schedule.arrivals.items()
+            if at_s > over_s >= schedule.begins.get(client, 0.0)
+            and client in exchange.missing
+            and client not in schedule.refused
+        }
+
+    def _timed(self, plan: Plan, schedule: Schedule, late: deque[_Timed]) -> Iterator[_Timed]:
+        """Yield the answers with their times, those of the round before between the others."""
         for answer in self._answers(plan, schedule):
-            clients = _clients_of(answer)
-            at_s = max(self._clock(), *(schedule.arrivals.get(client, 0.0) for client in clients))
+            at_s = max(self._clock(), *(schedule.arrivals.get(client, 0.0) for client in _clients_of(answer)))
+            while late and late[0][0] <= at_s:
+                yield late.popleft()
+            yield at_s, answer
+        yield from late
+
+    def _until_closed(
+        self, plan: Plan, schedule: Schedule, exchange: Exchange, late: deque[_Timed]
+    ) -> Iterator[Answer]:
+        presence, model_bytes = deque(presence_in(schedule, self._noticed_s)), encoded_bytes(plan.parameters)
+        for at_s, answer in self._timed(plan, schedule, late):
+            clients, comes_late = _clients_of(answer), isinstance(answer, Update) and is_late(answer, plan)
             while presence and presence[0].at_s <= at_s:
                 exchange.handle(presence.popleft())
-            event = Failed if isinstance(answer, Failure) else Answered
+            event = Late if comes_late else Failed if isinstance(answer, Failure) else Answered
             exchange.handle(*(event(client, at_s=at_s) for client in clients))
             if exchange.closed_s is not None and exchange.closed_s < at_s:
                 break
@@ -129,6 +182,9 @@ class VirtualFleet:
             if not isinstance(answer, Failure):
                 self._count(up_bytes=len(clients) * model_bytes)
             yield answer  # also from an unknown client, or a second one: the guard refuses these by name
+            if comes_late:
+                self._refused.difference_update(clients)
+                continue
             kind = Admitted if self._refused.isdisjoint(clients) else Withdrawn
             exchange.handle(*(kind(client, at_s=at_s) for client in clients))
             self._refused.difference_update(clients)

@@ -2,6 +2,7 @@
 
     arrival = start + delay + download (bytes / link + rtt) + samples * epochs / speed + upload (+ rtt)
 
+A client that still works for the round before (`rounds.late`) starts when it has finished that.
 The times follow from sizes alone, so late or lost clients need not be trained at all.
 Invariant: a schedule depends on the devices, the plan and its start, never on the speed of this machine.
 """
@@ -9,7 +10,8 @@ Invariant: a schedule depends on the devices, the plan and its start, never on t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from edgefl.records import Plan
 from edgefl.simulation.world.devices import Devices, SimulatedDevice
@@ -30,31 +32,33 @@ class Schedule:
     late: tuple[str, ...]  # would answer after the deadline
     lost: Mapping[str, float]  # client -> when it goes offline
     refused: Mapping[str, str]  # client -> why it cannot train; reported at its arrival
+    begins: Mapping[str, float] = field(default_factory=dict)  # client -> when it starts, if later than the round
 
 
 def make_schedule(
-    devices: Devices, plan: Plan, num_samples: NumSamples, start_s: float, have_frozen: Collection[str] = ()
-) -> Schedule:
+    devices: Devices, plan: Plan, num_samples: NumSamples, start_s: float, have_frozen: Collection[str] = (),
+    busy: Mapping[str, float] = MappingProxyType({}),
+) -> Schedule:  # fmt: skip
     """Compute a round's schedule; drains the devices' batteries accordingly.
 
-    `have_frozen` are the clients that need not fetch the frozen tensors again.
+    `have_frozen` are the clients that need not fetch the frozen tensors again; `busy` says until when some are busy.
     """
     model_bytes, end_s = encoded_bytes(plan.parameters), start_s + plan.deadline_s
     frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
     arrivals, lost = dict[str, float](), dict[str, float]()
     refused, late = dict[str, str](), list[str]()
     for client in plan.clients:
-        device, training_s = devices.device(client), 0.0
+        device, training_s, begin_s = devices.device(client), 0.0, max(start_s, busy.get(client, start_s))
         if reason := _too_small(device, model_bytes, frozen_bytes):
-            refused[client], answer_s = reason, start_s + device.rtt_s
+            refused[client], answer_s = reason, begin_s + device.rtt_s
         else:
             fetched_bytes = model_bytes + (0 if client in have_frozen else frozen_bytes)
-            ready_s = start_s + devices.delay_s(client, plan.round) + device.download_s(fetched_bytes)
+            ready_s = begin_s + devices.delay_s(client, plan.round) + device.download_s(fetched_bytes)
             samples = num_samples(client)
             training_s = device.compute_s(plan.train.num_trained(samples)) if samples else 0.0
             answer_s = ready_s + training_s + device.upload_s(model_bytes if training_s else 0)  # without data: no
-        silent_s = _silent_s(devices, client, plan.round, start_s, answer_s)
-        devices.spend(client, start_s, training_s)  # last: the drain counts from the next round on
+        silent_s = _silent_s(devices, client, plan.round, begin_s, answer_s)
+        devices.spend(client, begin_s, training_s)  # last: the drain counts from the next round on
         if silent_s is not None and silent_s < end_s:
             lost[client] = silent_s
         elif silent_s is not None or answer_s > end_s:
@@ -62,7 +66,14 @@ def make_schedule(
         else:
             arrivals[client] = answer_s
     soonest = sorted(arrivals.items(), key=lambda arrival: (arrival[1], arrival[0]))
-    return Schedule(end_s=end_s, arrivals=dict(soonest), late=tuple(late), lost=lost, refused=refused)
+    return Schedule(
+        end_s=end_s,
+        arrivals=dict(soonest),
+        late=tuple(late),
+        lost=lost,
+        refused=refused,
+        begins={client: at_s for client, at_s in busy.items() if at_s > start_s},
+    )
 
 
 def _silent_s(devices: Devices, client: str, round_number: int, start_s: float, answer_s: float) -> float | None:

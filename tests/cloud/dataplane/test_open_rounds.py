@@ -2,12 +2,13 @@ import threading
 
 import pytest
 
+from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.jobs import AnswerRow
 from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.exchange import Announce
 from edgefl.records import Traffic
-from tests.cloud.dataplane.rounds import ignore, nobody_is_gone, opened
+from tests.cloud.dataplane.rounds import TERMS, ignore, nobody_is_gone, opened
 
 
 def test_rounds_are_found_by_key_and_by_device():
@@ -93,3 +94,24 @@ def test_the_rounds_that_have_a_device_are_those_of_its_cohorts():
     one.accept(AnswerRow(device="a", file="f"), ignore)
     assert rounds.having("a") == [one]
     assert rounds.waiting_for("a") == []
+
+
+def test_an_update_of_a_round_that_is_over_is_wanted_until_the_next_one_is_over():
+    rounds = OpenRounds()
+    assert not rounds.wants_late("job", 1, "a")
+    rounds.hold("job", 1, ["a"])
+    assert [rounds.wants_late("job", number, device) for number, device in ((1, "a"), (1, "b"), (2, "a"))] == [
+        True, False, False,
+    ]  # fmt: skip
+    later = OpenRound(opened(number=2).assignment, ("a", "b"), TERMS, owed=("a",))
+    rounds.add(later)
+    later.begin()
+    assert rounds.wants_late("job", 1, "a")
+    assert later.accept(AnswerRow(device="a", file="f", late=True), ignore)
+    assert (rounds.wants_late("job", 1, "a"), later.has_late("a"), later.waits_for("a")) == (False, True, True)
+    assert not later.accept(AnswerRow(device="a", file="f", late=True), ignore)
+    assert later.accept(AnswerRow(device="a", file="g"), ignore)
+    assert [later.take("a", is_late=True).file, later.take("a").file] == ["f", "g"]
+    rounds.forget("job")
+    rounds.remove(later)
+    assert not rounds.wants_late("job", 1, "a")

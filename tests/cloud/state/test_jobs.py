@@ -290,3 +290,22 @@ def test_what_devices_evaluate_is_kept_with_the_job_and_their_last_evaluation_wi
     assert jobs.row(job)["last_evaluation"] == last.as_json()
     assert jobs.get(job)["rounds"] == []
     assert not jobs.has_open_round(job)
+
+
+def test_a_late_update_is_stored_as_its_own_rounds_and_counts_until_the_next_commit(home):
+    jobs, blobs, _ = home
+    job = submit(jobs, blobs)
+    jobs.open_round(job, 1, ["a", "b"])
+    jobs.finish_round(outcome(job, 1), blobs.put_tree({}), None, owed=["b", "c"])
+    assert jobs.load(job).owed == ("b", "c")
+    jobs.open_round(job, 2, ["a", "b"])
+    jobs.record(job, 2, AnswerRow(device="b", file="late", weight=2.0, late=True))
+    jobs.record(job, 2, AnswerRow(device="b", file="own", weight=1.0))  # the same device, of this round
+    found = jobs.open_round(job, 2, [], with_late=True)
+    assert [(one.device, one.file, one.late) for one in found] == [("b", "late", True), ("b", "own", False)]
+    assert [one.file for one in jobs.open_round(job, 2, [])] == ["own"]
+    with pytest.raises(Exception, match="UNIQUE"):
+        jobs.record(job, 2, AnswerRow(device="b", file="again", late=True))
+    jobs.finish_round(outcome(job, 2), blobs.put_tree({}), None)
+    assert jobs.load(job).owed == ()
+    assert jobs.open_round(job, 3, [], with_late=True) == []

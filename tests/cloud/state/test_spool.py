@@ -229,3 +229,22 @@ def test_an_upload_that_a_newer_one_has_cut_off_writes_no_more(tmp_path):
     older.end()
     newer.end()
     assert spool.received_bytes("job", 1, "a") == 2
+
+
+def test_what_an_owed_device_has_sent_so_far_is_kept_and_its_upload_goes_on(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    for device in ("done", "cut"):
+        incoming = spool.incoming("job", 1, device, 0)
+        incoming.write(DATA)
+        keep(incoming) if device == "done" else incoming.stop()
+    sending, other = spool.incoming("job", 1, "slow", 0), spool.incoming("job", 1, "other", 0)
+    sending.write(DATA[:100])
+    spool.drop_round("job", 1, owed=["cut", "slow"])
+    assert not spool.file("job", 1, "done").exists()
+    assert spool.received_bytes("job", 1, "cut") == len(DATA)
+    sending.write(DATA[100:])
+    assert spool.path(keep(sending)).read_bytes() == DATA
+    with pytest.raises(UploadCutOff):
+        other.write(DATA)
+    spool.drop_round("job", 1)
+    assert not (tmp_path / "spool" / "job" / "1").exists()

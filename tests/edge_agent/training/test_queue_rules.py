@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from edge_agent.training.queue_rules import is_over, queue_key
-from edgefl.protocols.messages import RoundClosed
+from edge_agent.training.queue_rules import goes_on_beside, is_given_up, is_over, queue_key
+from edgefl.config import TrainConfig
+from edgefl.protocols.messages import BlobRef, Fit, RoundClosed, Signed
 
 
 def asked(number, *, replaces_older=True, job="j"):
@@ -23,3 +24,27 @@ def test_a_closed_round_ends_itself_and_older_ones():
     assert [is_over(asked(number, replaces_older=False), closed) for number in (1, 2)] == [False, True]
     assert not is_over(asked(2, job="k"), closed)
     assert is_over(asked(9), RoundClosed(job="j", round=2, job_ended=True))
+
+
+def fit(number, *, takes_late=True):
+    blob = BlobRef(sha256="0" * 64, size=1)
+    return Fit(
+        job="j", round=number, model=blob, model_blake3="00", bundle=Signed(text="", key_id="", signature=""),
+        train=TrainConfig(), deadline_s=1.0, max_update_bytes=10, takes_late=takes_late,
+    )  # fmt: skip
+
+
+def test_a_training_goes_on_beside_the_next_round_alone_if_that_takes_it():
+    assert [goes_on_beside(fit(1), fit(number)) for number in (1, 2, 3)] == [False, True, False]
+    assert not goes_on_beside(fit(1, takes_late=False), fit(2))
+    assert not goes_on_beside(fit(1), asked(2))  # an evaluation after the last round
+
+
+def test_a_training_is_not_given_up_because_its_round_is_not_open():
+    assert not is_given_up(fit(1), [])
+    assert not is_given_up(fit(1), [fit(2), asked(7, job="k")])
+    assert is_given_up(fit(1), [fit(3)])
+    for one in (fit(1, takes_late=False), asked(1)):
+        assert is_given_up(one, [])
+        assert is_given_up(one, [fit(2)])
+        assert not is_given_up(one, [fit(1)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database
 from edgefl.config import JobConfig, RoundsConfig
-from edgefl.exchange import Answered, Back, Event, Failed, GiveUpReason, Offline, Paused, Resumed, Terms
+from edgefl.exchange import Answered, Back, Event, Failed, GiveUpReason, Late, Offline, Paused, Resumed, Terms
 from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import BlobRef, RoundClosed
 from edgefl.records import Failure, Plan, Traffic, Update
@@ -38,7 +39,7 @@ from edgefl.simulation.world.schedule import Schedule
 from edgefl.testing import ManualClock, make_update
 from edgefl.trees import write_tree
 from tests.cloud.dataplane.rounds import FakeLink
-from tests.edgefl.exchange.traces import Trace, end_of, law, traces
+from tests.edgefl.exchange.traces import Trace, end_of, law, named, traces
 
 PARAMETERS = {"w": np.zeros(2, np.float32)}
 CONTENT = b"what a message holds"
@@ -53,17 +54,19 @@ Fate = tuple[tuple[str, ...], set[str], float | None]  # who was yielded, who wa
 def settled(trace: Trace) -> Trace:
     """Return the trace as drivers meet it: of each device its first answer alone.
 
-    Answers come at .25 of a second, presence and pauses at .5, and deadlines end at .0 or .625: whatever a driver's
-    own thread looks at meanwhile makes no difference.
+    Answers come at .25 of a second, late ones at .125, presence and pauses at .5, and deadlines end at .0 or .625:
+    whatever a driver's own thread looks at meanwhile makes no difference.
     """
     first: dict[str, Event] = {}
     for one in trace.events_of(Answered, Failed):
         first.setdefault(one.device, one)
     events = [dataclasses.replace(one, at_s=one.at_s + 0.25) for one in first.values()]
+    late = {one.device: one for one in reversed(trace.events_of(Late)) if one.device in trace.owed}
+    events += [dataclasses.replace(one, at_s=one.at_s + 0.125) for one in late.values()]
     others = trace.events_of(Offline, Back, Paused, Resumed)
     events += [dataclasses.replace(one, at_s=one.at_s + 0.5) for one in others]
     terms = dataclasses.replace(trace.terms, offline_grace_s=trace.terms.offline_grace_s + 0.125)
-    return Trace(trace.devices, terms, tuple(sorted(events, key=lambda one: one.at_s)))
+    return Trace(trace.devices, terms, tuple(sorted(events, key=lambda one: one.at_s)), tuple(late))
 
 
 def fate(trace: Trace) -> Fate:
@@ -131,7 +134,7 @@ class Cloud:
             while left and left[0].at_s <= self.clock.now_s:
                 event = left.pop(0)
                 self.happen(event)
-                if isinstance(event, Answered | Failed):
+                if isinstance(event, Answered | Failed | Late):
                     answer(event)
                 else:
                     look()
@@ -148,10 +151,13 @@ class Cloud:
         deps = FleetDependencies(self.rounds, self.jobs, self.blobs, self.spool, self.link, self.storage, self.clock)
         plan = Plan(
             job=self.row.id, round=self.number, parameters=PARAMETERS, clients=trace.devices,
-            train=row.config.train, deadline_s=trace.terms.deadline_s,
+            train=row.config.train, deadline_s=trace.terms.deadline_s, owed=trace.owed,
         )  # fmt: skip
         fleet, came = GrpcFleet(row, deps), list[str]()
-        thread = threading.Thread(target=lambda: came.extend(one.device for one in fleet.collect(plan)), name="job")
+        thread = threading.Thread(
+            target=lambda: came.extend(named(one.device, late=one.round < plan.round) for one in fleet.collect(plan)),
+            name="job",
+        )
         thread.start()
         assert self.told.wait(10)
         opened = self.rounds.get(plan.job, plan.round)
@@ -162,13 +168,16 @@ class Cloud:
             return not opened.waiting()
 
         def answer(event: Event) -> None:
-            file = "update" if isinstance(event, Answered) else None
-            opened.accept(AnswerRow(device=event.device, file=file, reason="no data"), lambda _answer: None)
+            file, late = None if isinstance(event, Failed) else "update", isinstance(event, Late)
+            opened.accept(AnswerRow(device=event.device, file=file, reason="no data", late=late), lambda _answer: None)
 
         end_s = self.play(trace, look, answer)
         thread.join(10)
         assert not thread.is_alive()
-        closed = {device for device, message in self.link.told if isinstance(message, RoundClosed)}
+        told = [(device, one.round) for device, one in self.link.told if isinstance(one, RoundClosed)]
+        closed = {device for device, number in told if number == plan.round}
+        unheard = {device for device in trace.owed if named(device, late=True) not in came}
+        assert {device for device, number in told if number == plan.round - 1} == unheard
         return tuple(came), closed, end_s
 
     def messages(self, trace: Trace) -> tuple[Fate, set[str]]:
@@ -221,7 +230,7 @@ def in_virtual_time(trace: Trace) -> Fate:
 
         def collect(self, plan: Plan) -> Iterator[Update | Failure]:
             for client in plan.clients:
-                if isinstance(answers[client], Answered):
+                if plan.round == 1 or isinstance(answers[client], Answered):
                     yield make_update(client, job=plan.job, round=plan.round, w=[1.0, 1.0])
                 else:
                     yield Failure(job=plan.job, round=plan.round, device=client, reason="no data")
@@ -232,18 +241,20 @@ def in_virtual_time(trace: Trace) -> Fate:
     clock = virtual.VirtualClock()
     rounds = RoundsConfig(quorum=trace.terms.quorum, offline_grace_s=trace.terms.offline_grace_s)
     schedule = Schedule(
-        end_s=trace.terms.deadline_s, arrivals={one.device: one.at_s for one in answers.values()}, late=(), lost={},
+        end_s=math.inf, arrivals={one.device: one.at_s for one in answers.values()}, late=(), lost={},
         refused={},
     )  # fmt: skip
     fleet = virtual.VirtualFleet(Inner(), None, clock, rounds=rounds, num_samples=len)
     plan = Plan(
-        job="job", round=1, parameters=PARAMETERS, clients=trace.devices, train=JobConfig().train,
-        deadline_s=trace.terms.deadline_s,
+        job="job", round=2, parameters=PARAMETERS, clients=trace.devices, train=JobConfig().train,
+        deadline_s=trace.terms.deadline_s, owed=trace.owed,
     )  # fmt: skip
+    before = dataclasses.replace(plan, round=1, owed=())
+    fleet._at_work = {one.device: virtual._AtWork(before, one.at_s) for one in trace.events_of(Late)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(virtual, "make_schedule", lambda *_: schedule)
         patch.setattr(virtual, "presence_in", lambda *_: trace.events_of(Offline, Back, Paused, Resumed))
-        came = tuple(one.device for one in fleet.collect(plan))
+        came = tuple(named(one.device, late=one.round < plan.round) for one in fleet.collect(plan))
     return came, set(trace.devices) - set(came), clock()
 
 
@@ -257,6 +268,13 @@ FAILED_AND_GONE = Trace(  # a failure makes no quorum: the other is waited for u
 @example(FAILED_AND_GONE)
 @given(traces(quorums=(1, 4)))
 def test_a_cohort_ends_in_the_cloud_as_in_virtual_time(cloud: Cloud, drawn: Trace) -> None:
+    trace = settled(drawn)
+    assert cloud.round(trace) == in_virtual_time(trace) == fate(trace)
+
+
+@settings(law, max_examples=60)
+@given(traces(quorums=(1, 4), late=True))
+def test_an_update_of_the_round_before_is_taken_in_the_cloud_as_in_virtual_time(cloud: Cloud, drawn: Trace) -> None:
     trace = settled(drawn)
     assert cloud.round(trace) == in_virtual_time(trace) == fate(trace)
 

@@ -326,3 +326,25 @@ def test_a_refused_update_is_none_of_the_quorum() -> None:
     outcome = next(run_rounds(job, run.fleet, START))
     assert (outcome.admitted, list(outcome.rejected)) == (("client-1", "client-2"), ["client-0"])
     assert outcome.seconds == pytest.approx(3.0)
+
+
+def test_a_late_client_counts_one_round_later_and_begins_that_round_when_it_is_free() -> None:
+    rounds = {"quorum": 2, "grace": 0.5, "late": "next", "count": 3}
+    run = Simulated(rounds=rounds)
+    first, second, third = run.run()  # rounds end half a second after client-1: at 2.5, 5 and 7.5
+    assert (first.admitted, first.missing, first.late) == (("client-0", "client-1"), ("client-2", "client-3"), ())
+    assert (second.admitted, second.late) == (("client-0", "client-1"), ("client-2", "client-3"))
+    before, after = first.parameters["w"][0], second.parameters["w"][0]
+    assert after - before == pytest.approx((3 * 2 + 4 * 3 + 1 * 0 + 2 * 1) / (3 + 4 + 1 + 2))
+    assert third.late == ("client-2",)  # it began at 3 and needs 3 s; client-3 began at 4, so it is done at 8
+    assert (first.seconds, second.seconds, third.seconds) == pytest.approx((2.5, 2.5, 2.5))
+    assert second.up_bytes == 4 * encoded_bytes(START)
+    refuses = Simulated(rounds=rounds | {"late": "refuse"})
+    assert [outcome.late for outcome in refuses.run()] == [(), (), ()]
+
+
+def test_a_late_client_that_fails_sends_nothing() -> None:
+    rounds = {"quorum": 2, "grace": 0.5, "late": "next", "count": 2}
+    run = Simulated(3, inner=Inner(Names(3), answer=fails("client-2")), rounds=rounds)
+    _, second = run.run()
+    assert (second.admitted, second.late, second.failed) == (("client-0", "client-1"), (), {})
