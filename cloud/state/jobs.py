@@ -259,6 +259,10 @@ class Jobs:
         """
         pruned = self.followers.prunable(outcome.job, outcome.round, kept_rounds) if kept_rounds else 0
         shown = outcome.report().as_json() | {"model": model.sha256}
+        values = {
+            "rounds_done": outcome.round, "model_sha256": model.sha256, "model_size": model.size,
+            "optimizer_sha256": optimizer_sha256, "owed": list(owed) or None,
+        }  # fmt: skip
         in_job = outcome.job
         with self._engine.begin() as db:
             if frozen := db.scalar(sa.select(jobs.c.frozen_sha256).where(jobs.c.id == in_job)):
@@ -270,17 +274,7 @@ class Jobs:
             db.execute(sums.delete().where(sums.c.job == in_job))
             if pruned:
                 db.execute(rounds.delete().where((rounds.c.job == in_job) & (rounds.c.round <= pruned)))
-            db.execute(
-                jobs.update()
-                .where(jobs.c.id == in_job)
-                .values(
-                    rounds_done=outcome.round,
-                    model_sha256=model.sha256,
-                    model_size=model.size,
-                    optimizer_sha256=optimizer_sha256,
-                    owed=list(owed) or None,
-                )
-            )
+            db.execute(jobs.update().where(jobs.c.id == in_job).values(values))
         self._notify()
 
     def end(
