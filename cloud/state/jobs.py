@@ -114,7 +114,7 @@ class Jobs:
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
             return job
-        check_parts(self._blobs, bundle, parameters, frozen, buffers, config.server.fragments)
+        check_parts(self._blobs, bundle, parameters, frozen, buffers)
         check_rule(config)
         make_stop(config.rounds.stop)
         ServerOptimizer(config.server, gradient=False)

@@ -37,9 +37,7 @@ from edgefl.trees import (
 )
 from edgefl.trees.scratch import ScratchTree
 from edgefl.trees.tensors import array_of, tensor_of
-from edgefl.trees.views import joined, renamed
 
-_PART = "/"  # between a fragment's number and the names of its optimizer's state
 _BUCKET_ELEMENTS = 1 << 18  # size of a bucket of small tensors: its temporaries stay in the cache
 
 
@@ -55,57 +53,48 @@ class ServerOptimizer:
         self._config = config
         self._sign = -1.0 if gradient else 1.0
         self._buffers, self._frozen = frozenset(buffers), frozenset(frozen)
-        self._optimizers: tuple[_TorchOptimizer, ...] = ()  # one for each fragment of the model
+        self._optimizer: _TorchOptimizer | None = None
         if config.optimizer != "SGD" or config.options:
-            self._optimizers = tuple(_TorchOptimizer(config) for _ in range(config.fragments))
+            self._optimizer = _TorchOptimizer(config)
 
-    def step(self, parameters: Tree, mean: Tree, *, lr_factor: float = 1.0, fragment: int = 0) -> Tree:
+    def step(self, parameters: Tree, mean: Tree, *, lr_factor: float = 1.0) -> Tree:
         """Return the parameters of the next round. Overwrites `mean`: its arrays may become part of the result.
 
         If the mean is read by blocks, so are they; plain SGD computes them from both trees whenever they are read.
 
-        `lr_factor` multiplies the learning rate in this round; both trees are of the fragment with this number.
+        `lr_factor` multiplies the learning rate in this round.
         """
         lr = self._config.lr * lr_factor
-        optimizer = self._optimizers[fragment] if self._optimizers else None
         if isinstance(mean, BlockTree):
-            return self._step_by_blocks(optimizer, parameters, mean, lr)
+            return self._step_by_blocks(parameters, mean, lr)
         trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
         new = {name: self._untrained(name, array, mean) for name, array in parameters.items() if name not in trained}
-        if optimizer is not None:
-            new |= optimizer.step(trained, mean, lr, is_delta=self._sign > 0)
+        if self._optimizer is not None:
+            new |= self._optimizer.step(trained, mean, lr, is_delta=self._sign > 0)
         else:
             new |= {name: self._plain(array, mean[name], lr) for name, array in trained.items()}
         return {name: new[name] for name in parameters}
 
     def state(self) -> Tree:
         """Return the optimizer's state as a tree, for a checkpoint; empty for plain SGD."""
-        if len(self._optimizers) == 1:
-            return self._optimizers[0].state()
-        return joined(*(_of_fragment(index, one.state()) for index, one in enumerate(self._optimizers)))
+        return self._optimizer.state() if self._optimizer is not None else {}
 
     def fault(self) -> str | None:
         """Say which part of the optimizer's state is not finite, if any: no later step could recover from it."""
-        return next(filter(None, (not_finite_tree(one.slots()) for one in self._optimizers)), None)
+        return not_finite_tree(self._optimizer.slots()) if self._optimizer is not None else None
 
     def load(self, state: Tree) -> None:
         """Restore a state that `state` returned."""
-        if len(self._optimizers) == 1:
-            self._optimizers[0].load(state)
-            return
-        for index, one in enumerate(self._optimizers):
-            prefix = f"{index}{_PART}"
-            one.load(renamed(state, {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}))
+        if self._optimizer is not None:
+            self._optimizer.load(state)
 
-    def _step_by_blocks(
-        self, optimizer: _TorchOptimizer | None, parameters: Tree, mean: BlockTree, lr: float
-    ) -> BlockTree:
+    def _step_by_blocks(self, parameters: Tree, mean: BlockTree, lr: float) -> BlockTree:
         """Return the new parameters as a tree that is read by blocks."""
         spec = spec_of(parameters)
         trained = {name: one for name, one in spec.items() if self._is_trained(name, one)}
         by_torch = None
-        if optimizer is not None:
-            by_torch = optimizer.step_large(trained, parameters, mean, lr, is_delta=self._sign > 0)
+        if self._optimizer is not None:
+            by_torch = self._optimizer.step_large(trained, parameters, mean, lr, is_delta=self._sign > 0)
 
         def read(name: str, block: slice) -> Array:
             if by_torch is not None and name in trained:
@@ -131,10 +120,6 @@ class ServerOptimizer:
             flat_new[block] *= rate
             flat_new[block] += flat_old[block]
         return mean
-
-
-def _of_fragment(index: int, state: Tree) -> Tree:
-    return renamed(state, {f"{index}{_PART}{name}": name for name in state})
 
 
 class _TorchOptimizer:

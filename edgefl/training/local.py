@@ -25,7 +25,6 @@ from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
 from edgefl.training.own_fit import arrays_of, fit_of
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, computing_device, require_torch, train_samples
-from edgefl.training.steps.client_state import begin_from, model_state
 from edgefl.training.steps.descent import Autograd, Descent, loss_of
 from edgefl.training.steps.layout import has_channels_last, laid_out, lay_out
 from edgefl.training.structures import call
@@ -70,15 +69,13 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
 ) -> FitResult:  # fmt: skip
     """Train on this device's samples; raises TaskError for every error of the user's code.
 
-    `parameters` are the tensors that change, and that the result has, or with fragments those that were received;
-    `frozen` are the model's other tensors, if known; `state` is what this client kept after its former training
-    (`FitResult.state`), if it has any.
+    `parameters` are the tensors that change, and that the result has; `frozen` are the model's other tensors,
+    if known; `state` is what this client kept after its former training (`FitResult.state`), if it has any.
     """
     if task.fit is not None:
         with seeded(derive_seed(config.seed, round, client)):
             return fit_of(task, parameters, config, options, frozen)
-    begun = begin_from(parameters, state, config)
-    model = make_model(task, whole(begun.start, frozen))
+    model = make_model(task, whole(parameters, frozen))
     if frozen is not None:
         refuse_other_parts(task.name, model, frozen)
     if has_channels_last(model):
@@ -93,12 +90,10 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     else:
         model.train()
         loss = train_epochs(task, model, samples, config, seed, descent)
-        tree = delta_of(task, model, begun.sent)
+        tree = delta_of(task, model, parameters)
     if frozen:
         refuse_moved(task.name, views_of(task, model, frozen), frozen)
-    kept = dict(descent.kept()) if config.keep_optimizer_state else {}
-    if config.fragments > 1:
-        kept |= model_state(begun, tree_of(task, model, begun.start), config)
+    kept = descent.kept() if config.keep_optimizer_state else {}
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss}, state=kept)
 
 

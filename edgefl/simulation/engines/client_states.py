@@ -8,18 +8,21 @@ earlier state, starts from the same state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
 
 from edgefl.config import TrainConfig
-from edgefl.records import Plan
-from edgefl.trees import SpooledTree, Tree, encoded_bytes, write_tree
-from edgefl.trees.fragments import changed_part, sent_part
+from edgefl.trees import SpooledTree, Tree, write_tree
 
 FOLDER = "client-states"  # beside a checkpoint
+
+
+def keeps_state(train: TrainConfig) -> bool:
+    """Whether clients keep anything between rounds."""
+    return train.keep_optimizer_state
 
 
 class ClientStates:
@@ -32,10 +35,6 @@ class ClientStates:
         """Return what a client kept after its last round before this one; None if there is nothing."""
         earlier = [one for one in _rounds(self._of(client)) if one < round_number]
         return SpooledTree(self._of(client) / str(max(earlier))) if earlier else None
-
-    def has(self, client: str, round_number: int) -> bool:
-        """Whether a client kept something after this round."""
-        return (self._of(client) / str(round_number)).exists()
 
     def keep(self, client: str, round_number: int, state: Tree) -> None:
         """Store what a client keeps after a round."""
@@ -56,27 +55,6 @@ class ClientStates:
         return self.folder / hashlib.sha256(client.encode()).hexdigest()[:32]  # a name may not be a valid file name
 
 
-class RoundBytes:
-    """What a round transfers for one client: with fragments, one of them, to a client that was in the round before."""
-
-    def __init__(self, plan: Plan, states: ClientStates | None = None) -> None:
-        self._states, self._before = states, plan.round - 1
-        self.whole = self._changed = self.up = encoded_bytes(plan.parameters)
-        self._has_fragments = plan.fit and plan.train.fragments > 1
-        if self._has_fragments:
-            self.up = encoded_bytes(sent_part(plan.parameters, plan.train))
-            self._changed = encoded_bytes(changed_part(plan.parameters, plan.train))
-
-    def down(self, client: str) -> int:
-        """Return the bytes of the parameters that a client receives."""
-        is_part = self._has_fragments and self._states is not None and self._states.has(client, self._before)
-        return self._changed if is_part else self.whole
-
-    def down_all(self, clients: Collection[str]) -> int:
-        """Return the bytes of the parameters that all these clients receive."""
-        return sum(map(self.down, clients)) if self._has_fragments else len(clients) * self.whole
-
-
 @contextmanager
 def open_states(
     train: TrainConfig, checkpoint: Path | None, resume: Path | None, known: str = ""
@@ -85,7 +63,7 @@ def open_states(
 
     Those of `resume` are copied if it is another folder. `known` is the temporary folder of a process that was lost.
     """
-    if not train.keeps_state:
+    if not keeps_state(train):
         yield None
         return
     if beside := checkpoint or resume:

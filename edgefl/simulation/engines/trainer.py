@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from edgefl.errors import ConfigError, TaskError
 from edgefl.guards import not_finite_tree
 from edgefl.records import Evaluated, Failure, Plan, Update
@@ -30,14 +28,11 @@ from edgefl.training.local import (
     set_parameters,
     train_epochs,
     train_locally,
-    tree_of,
     views_of,
 )
 from edgefl.training.samples import SampleSet
-from edgefl.training.steps.client_state import Begun, begin_from, model_state
 from edgefl.training.steps.layout import has_channels_last, lay_out
-from edgefl.trees import Tree, subtract
-from edgefl.trees.fragments import changed_part
+from edgefl.trees import Tree
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 
 
@@ -102,24 +97,11 @@ class LocalTrainer:
             return result.tree, result.weight, result.metrics
         samples = samples_of(self._population, client, plan.train.seed)
         seed = derive_seed(plan.train.seed, plan.round, client)
-        if self._states is None:
-            tree, loss = self._model.trained(samples, plan, seed, borrow=borrow)
-        else:
-            tree, loss = self._kept(self._states, client, samples, seed)
+        before = None if self._states is None else self._states.before(client, plan.round)
+        tree, loss = self._model.trained(samples, plan, seed, before, borrow=borrow)
+        if self._states is not None and not not_finite_tree(tree):  # a device sends no such update, and keeps its state
+            self._states.keep(client, plan.round, self._model.kept())
         return tree, float(len(samples)), {"train_loss": loss}
-
-    def _kept(self, states: ClientStates, client: str, samples: SampleSet, seed: int) -> tuple[Tree, float]:
-        """Train a client from what it kept, as a device does; return its update and its loss."""
-        plan = self._begun()
-        if self._model is None:
-            raise RuntimeError("a task with a model comes before its states")
-        before, parameters = states.before(client, plan.round), plan.parameters
-        has_own = states.has(client, plan.round - 1)
-        begun = begin_from(changed_part(parameters, plan.train) if has_own else parameters, before, plan.train)
-        update, loss, state = self._model.trained_from(begun, samples, plan, seed, before)
-        if not not_finite_tree(update):  # else a device sends nothing, and keeps the former state
-            states.keep(client, plan.round, state)
-        return update, loss
 
 
 class _Model:
@@ -135,23 +117,15 @@ class _Model:
         self.flat = FlatModel(self.module, channels_last=channels_last, still=frozen or {})
         self._step = make_step(task, self.module, recorded=method.recorded, compiled=method.compiled)
 
-    def trained_from(
-        self, begun: Begun, samples: SampleSet, plan: Plan, seed: int, before: Tree | None
-    ) -> tuple[Tree, float, Tree]:
-        """Return a client's update, its loss and what it keeps; `before` is what it kept after its former training."""
-        self._step.before = before
-        if plan.train.fragments > 1:
-            self.flat.start_from(begun.start)
-        whole_update, loss = self.trained(samples, plan, seed, borrow=False)
-        state = dict(self._step.kept()) if plan.train.keep_optimizer_state else {}
-        if plan.train.fragments == 1:
-            return whole_update, loss, state
-        trained = tree_of(self._task, self.module, begun.start)
-        update = {name: np.asarray(subtract(trained[name], np.asarray(old))) for name, old in begun.sent.items()}
-        return update, loss, {**state, **model_state(begun, trained, plan.train)}
+    def kept(self) -> Tree:
+        """Return what the client that trained last keeps for its next round."""
+        return self._step.kept()
 
-    def trained(self, samples: SampleSet, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
-        """Return a client's update, and its loss."""
+    def trained(
+        self, samples: SampleSet, plan: Plan, seed: int, before: Tree | None, *, borrow: bool
+    ) -> tuple[Tree, float]:
+        """Return a client's update, and its loss; `before` is what it kept after its former training."""
+        self._step.before = before
         self.flat.reset()
         if plan.train.algorithm == "fedsgd":
             batch_size = plan.train.batch_size

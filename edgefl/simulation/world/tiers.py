@@ -21,10 +21,8 @@ from edgefl.errors import ConfigError, UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Answer, DeviceEvaluation, Evaluated, Evaluations, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import NO_EVALUATION, Fleet, MetricSums
-from edgefl.simulation.engines.client_states import ClientStates, RoundBytes
 from edgefl.simulation.world.schedule import Schedule
-from edgefl.trees import Tree, is_float
-from edgefl.trees.fragments import sent_part
+from edgefl.trees import Tree, encoded_bytes, is_float
 
 MBIT_BYTES = 125_000
 
@@ -104,7 +102,6 @@ class TieredFleet:
     tree: TierTree
     region_rounds: int = 1
     rule: str = "mean"
-    states: ClientStates | None = None
     links: list[TierTraffic] = field(default_factory=list)
     _traffic: Traffic = field(default_factory=Traffic)
 
@@ -128,12 +125,11 @@ class TieredFleet:
 
     def delayed(self, schedule: Schedule, plan: Plan, start_s: float) -> Schedule:
         """Return a round's schedule with the time that the regions' links take."""
-        moved = RoundBytes(plan)
-        return self.tree.delayed(schedule, start_s, moved.whole, _sum_bytes(plan, moved.up))
+        model_bytes = encoded_bytes(plan.parameters)
+        return self.tree.delayed(schedule, start_s, model_bytes, _sum_bytes(plan, model_bytes))
 
     def _count(self, plan: Plan, answered: list[str]) -> None:
-        moved = RoundBytes(plan, self.states)
-        down_bytes, up_bytes = moved.whole, moved.up if plan.fit else 0
+        down_bytes, up_bytes = encoded_bytes(plan.parameters), encoded_bytes(plan.parameters) if plan.fit else 0
         asked, sent = self.tree.counts(plan.clients), self.tree.counts(answered)
         none = [TierTraffic(tier=tier, regions=0, up_bytes=0, down_bytes=0) for tier in range(len(asked))]
         times = [*[self.region_rounds] * (len(asked) - 1), 1]
@@ -143,8 +139,7 @@ class TieredFleet:
                 tier=tier,
                 regions=asked[tier],
                 up_bytes=old.up_bytes + sent[tier] * times[tier] * each[tier],
-                down_bytes=old.down_bytes
-                + times[tier] * (asked[tier] * down_bytes if tier else moved.down_all(plan.clients)),
+                down_bytes=old.down_bytes + asked[tier] * times[tier] * down_bytes,
             )
             for tier, old in enumerate(self.links or none)
         ]
@@ -229,14 +224,12 @@ def _sum_bytes(plan: Plan, update_bytes: int) -> int:
     """Return the bytes of a partial sum: float32 for tensors of at most 32 bits, float64 for others."""
     more = sum(
         array.size * ((4 if is_float(array.dtype) and array.dtype.itemsize <= 4 else 8) - array.dtype.itemsize)
-        for array in sent_part(plan.parameters, plan.train).values()
+        for array in plan.parameters.values()
     )
     return update_bytes + more if update_bytes else 0
 
 
-def below_regions(
-    inner: Fleet, config: JobConfig, names: Sequence[str], states: ClientStates | None = None
-) -> TieredFleet | None:
+def below_regions(inner: Fleet, config: JobConfig, names: Sequence[str]) -> TieredFleet | None:
     """Put an engine's clients below the configured regions; None without any. Raises ConfigError."""
     if config.tiers.region_rounds > 1 and not config.tiers.fan_out:
         raise ConfigError(
@@ -245,8 +238,7 @@ def below_regions(
         )
     if not config.tiers.fan_out:
         return None
-    tree, times = TierTree(config.tiers, names), config.tiers.region_rounds
-    return TieredFleet(inner, tree, times, config.aggregation.rule, states)
+    return TieredFleet(inner, TierTree(config.tiers, names), config.tiers.region_rounds, config.aggregation.rule)
 
 
 def tier_links(links: Sequence[TierTraffic]) -> list[Mapping[str, int]]:
