@@ -51,6 +51,7 @@ OF_MODULES: Mapping[str, tuple[str, ...]] = {
     "starlette": ("agent", "cloud"),
     "tensorboard": ("tensorboard",),
     "torch": ("train", "sim"),
+    "transformers": ("offload",),
     "uvicorn": ("agent", "cloud"),
     "xgboost": ("examples",),
 }
