@@ -35,7 +35,7 @@ def test_devices_are_listed_and_removed(edgefl, http_plane):
     assert second[5:8] == ["-", "-", "-"]
     assert first[:5] == ["a", "online", "-", "m:2", "site=north"]
     assert second[:5] == ["b", "offline", "-", "-", "site=north"]
-    assert edgefl("devices", "remove", "a").stdout == "device a is removed from the fleet\n"
+    assert edgefl("devices", "remove", "a").stdout == "a is removed from the fleet\n"
     assert [one["name"] for one in json.loads(edgefl("devices", "list", "--json", "-").stdout)] == ["b"]
 
 
