@@ -21,7 +21,7 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from edge_agent.disk import require_space
@@ -148,8 +148,9 @@ class Environments:
         return folder
 
     async def _make(self, half: Path, requirements: Sequence[str]) -> None:
-        has_pip = find_spec("pip") is not None
-        if not has_pip and find_spec("ensurepip") is None:
+        # Not importlib.util.find_spec: where setuptools has its hook, it would take distutils out of this process.
+        has_pip = PathFinder.find_spec("pip") is not None
+        if not has_pip and PathFinder.find_spec("ensurepip") is None:
             raise TaskError(
                 f"{sys.executable} has neither pip nor ensurepip, so nothing can be installed; install "
                 f"{' '.join(requirements)} on the device, or pip (on Debian: apt-get install python3-pip python3-venv)"

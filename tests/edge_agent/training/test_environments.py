@@ -9,6 +9,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -138,6 +139,14 @@ def test_numpy_is_never_replaced_and_the_conflict_is_told_in_one_line(tmp_path, 
     assert list((tmp_path / "environments").iterdir()) == []
 
 
+def test_distutils_stays_in_the_process_if_setuptools_has_its_hook(tmp_path, index, monkeypatch):
+    index("ours_words", "1.2")
+    distutils = ModuleType("distutils")
+    monkeypatch.setitem(sys.modules, "distutils", distutils)
+    get(tmp_path, archive(tmp_path, "ours-words"))
+    assert sys.modules["distutils"] is distutils
+
+
 def test_what_the_index_has_not(tmp_path, index):
     with pytest.raises(TaskError, match=r"failed: .*No matching distribution found for ours-words>=1"):
         get(tmp_path, archive(tmp_path, "ours-words>=1"))
@@ -218,7 +227,7 @@ def test_the_oldest_environments_are_removed_and_halves_at_the_start(tmp_path, i
 
 
 def test_without_pip_the_device_says_how_to_get_it(tmp_path, index, monkeypatch):
-    monkeypatch.setattr(environments, "find_spec", lambda _name: None)
+    monkeypatch.setattr(environments, "PathFinder", SimpleNamespace(find_spec=lambda _name: None))
     with pytest.raises(TaskError, match=rf"{sys.executable} has neither pip nor ensurepip.*install ours-words"):
         get(tmp_path, archive(tmp_path, "ours-words"))
 
