@@ -19,6 +19,7 @@ from edgefl.faults.run import Simulator, Verdict
 from edgefl.faults.shrink import shrunk
 
 PART = 50  # seeds per task of a process
+MAX_SHRUNK = 5  # seeds
 
 
 @click.command()
@@ -40,15 +41,18 @@ def main(  # noqa: PLR0913 - the options
     chosen = tuple(topologies) or tuple(TOPOLOGIES)
     numbers = [seed] if seed is not None else list(range(first, first + seeds))
     verdicts = run_seeds(numbers, chosen, mutant or "", processes)
-    total = Total(time.monotonic())
+    total, failing = Total(time.monotonic()), list[Verdict]()
     for verdict in verdicts:
         total.add(verdict)
         if trace:
             click.echo("\n".join(verdict.trace))
         if verdict.wrong:
             _tell(verdict, chosen, mutant or "")
+            failing.append(verdict)
         if total.num_seeds % PART == 0:
             click.echo(total.line(len(numbers)))
+    for verdict in failing[:MAX_SHRUNK]:  # after the others: one simulator at a time in a process
+        _tell_least(verdict, chosen, mutant or "")
     click.echo(total.table())
     if json_file is not None:
         json_file.write_text(json.dumps(total.as_json(), indent=2), encoding="utf-8")
@@ -86,15 +90,20 @@ def shrink(verdict: Verdict, topologies: Sequence[str], mutant: str = "") -> lis
 
 
 def _tell(verdict: Verdict, topologies: Sequence[str], mutant: str) -> None:
-    """Say what is wrong with a seed, how to replay it, and which of its faults it takes."""
+    """Say what is wrong with a seed, and how to replay it."""
     options = "".join(f" --topology {one!r}" for one in topologies if tuple(topologies) != tuple(TOPOLOGIES))
     options += f" --mutant {mutant}" if mutant else ""
     seed = verdict.settings.seed
     click.echo(f"seed {seed} fails; replay it with: python -m edgefl.faults --seed {seed} --trace{options}")
     for one in verdict.wrong:
         click.echo(f"  {one}")
+
+
+def _tell_least(verdict: Verdict, topologies: Sequence[str], mutant: str) -> None:
+    """Say which of its faults a seed takes to fail."""
     left = shrink(verdict, topologies, mutant)
-    click.echo(f"  it takes {len(left)} of its {len(verdict.settings.faults)} faults:")
+    num_faults = len(verdict.settings.faults)
+    click.echo(f"seed {verdict.settings.seed} takes {len(left)} of its {num_faults} faults to fail:")
     for fault in left:
         click.echo(f"    {fault.at_s:7.3f} s  {fault.kind} {fault.node} {fault.other} {fault.for_s:g} {fault.number}")
 

@@ -34,6 +34,7 @@ def matches(pattern: str, topic: str) -> bool:
 class SimBroker:
     """A broker in a node, in place of `cloud.broker.builtin.BuiltinBroker`."""
 
+    program = "simulated"
     reason = ""
 
     def __init__(self, network: Network, port: int, is_known: Callable[..., bool], owner: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from grpc.aio import Metadata
 
 from edgefl.faults.machine.network import Network, Wire
 from edgefl.faults.machine.rpc_server import OK, ServerCall
@@ -143,7 +144,7 @@ class SimCall:
         self._ended: asyncio.Future[None] = loop.create_future()
         self._linked: asyncio.Future[None] = loop.create_future()  # it has a connection, or ended without one
         self._begun: asyncio.Future[None] = loop.create_future()  # the server's initial metadata
-        self._initial: dict[str, Any] = {}
+        self._initial: Metadata = Metadata()
         self._messages: deque[Any] = deque()
         self._news = asyncio.Event()
         self._status: tuple[grpc.StatusCode, str, tuple[Any, ...]] | None = None
@@ -203,7 +204,7 @@ class SimCall:
 
     # Called by the server's side, in the client's event loop.
 
-    def begin(self, metadata: dict[str, Any]) -> None:
+    def begin(self, metadata: Metadata) -> None:
         self._initial = metadata
         if not self._begun.done():
             self._begun.set_result(None)
@@ -263,7 +264,7 @@ class SimCall:
         await self._or_cancel(self._linked)
         self._raise()
 
-    async def initial_metadata(self) -> dict[str, Any]:
+    async def initial_metadata(self) -> Metadata:
         await self._or_cancel(self._begun)
         return self._initial
 

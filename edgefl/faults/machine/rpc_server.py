@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
+from grpc.aio import Metadata
 
 from edgefl.faults.machine.kernel import Node
 from edgefl.faults.machine.network import Network, Wire
@@ -86,7 +87,7 @@ class ServerCall:
     def send(self, data: bytes) -> None:
         self.to_client(lambda: self._client.take(data))
 
-    def begin_reply(self, metadata: dict[str, Any]) -> None:
+    def begin_reply(self, metadata: Metadata) -> None:
         self.to_client(lambda: self._client.begin(metadata))
 
     def set_trailing(self, pairs: tuple[Any, ...]) -> None:
@@ -133,7 +134,7 @@ class SimContext:
         self._call.set_trailing(tuple(pairs))
 
     async def send_initial_metadata(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self._call.begin_reply(dict(pairs))
+        self._call.begin_reply(Metadata(*pairs))
 
     async def write(self, message: Any) -> None:
         self._call.send(self.serialize(message))
