@@ -38,7 +38,7 @@ def test_a_failing_seed_is_told_with_its_command_and_the_faults_that_it_takes(mo
     assert done.exit_code == 1
     assert f"python -m edgefl.faults --seed {seed} --trace --mutant early-drop" in done.output
     assert "it is lost" in done.output
-    assert f"it takes 1 of its {len(draw(seed).faults)} faults" in done.output
+    assert f"seed {seed} takes 1 of its {len(draw(seed).faults)} faults to fail" in done.output
 
 
 def test_totals_add_up():
