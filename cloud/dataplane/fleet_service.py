@@ -28,7 +28,7 @@ from cloud.dataplane.running_calls import RunningCalls
 from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, TransferLimiter
 from cloud.dataplane.upload_header import answer_of, header_fault, overlong
 from cloud.state.blobs import BlobStore
-from cloud.state.enrolment import REMOVED
+from cloud.state.enrolment import MOVED, REMOVED
 from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Arrival, Incoming, Spool
 from cloud.state.storage import Storage
@@ -326,14 +326,14 @@ class FleetService:
 
         return _state("STORED", offset=header.size) if opened.accept(answer, keep) else _state("STALE")
 
-    def forget(self, device: str) -> None:
-        """Refuse the answers of a removed device that are not aggregated yet, and abort its calls.
+    def forget(self, device: str, *, is_moved: bool = False) -> None:
+        """Abort a device's calls; unless it `is_moved` in the tree, refuse its answers that are not aggregated yet.
 
         Call it in any thread but the event loop's. The calls end shortly after, without further changes.
         """
-        for opened in self._deps.rounds.having(device):
+        for opened in () if is_moved else self._deps.rounds.having(device):
             opened.forget(device, functools.partial(self._record, opened))
-        self._loop.call_soon_threadsafe(self.calls.cut, device, REMOVED)
+        self._loop.call_soon_threadsafe(self.calls.cut, device, MOVED if is_moved else REMOVED)
 
     def _refuse(self, opened: OpenRound, device: str, reason: str, number: int) -> pb.UploadState:
         """Record that the device sends no update in its round `number`; a late one is just not taken."""

@@ -40,6 +40,7 @@ MAX_TAG_CHARS = 64
 DEVICE, REGION = "device", "region"  # roles
 
 REMOVED = "the device was removed from the fleet"
+MOVED = "the device is assigned to other parents"
 
 _REMEDY = "make a new one with `edgefl cloud token`"
 

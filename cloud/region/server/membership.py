@@ -10,6 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgefl.errors import HomeError, ProtocolError
@@ -20,6 +21,14 @@ from edgefl.protocols.messages import Signed, decode, encode
 from edgefl.protocols.tiers import Member
 
 FILE = "fleet.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """A device whose connections end: it was removed, or enrolled anew."""
+
+    device: str
+    is_moved: bool = False  # it may still connect below this region, but not here: its round goes on
 
 
 class RegionMembership:
@@ -99,13 +108,13 @@ class RegionMembership:
         with self._lock:
             return list(self._running)
 
-    def take(self, key: str, value: bytes | None) -> str:
-        """Take an entry of the parent's; return the device that was removed, if any. Raises ProtocolError."""
+    def take(self, key: str, value: bytes | None) -> CutOff | None:
+        """Take an entry of the parent's; return the device whose connections end, if any. Raises ProtocolError."""
         kind, _, rest = key.partition("/")
-        removed = ""
+        cut = None
         with self._lock:
             if kind == "member":
-                removed = self._take_member(rest, value)
+                cut = self._take_member(rest, value)
             elif kind == "desired":
                 self._take_desired(rest, value)
             elif kind == "parents":
@@ -122,23 +131,22 @@ class RegionMembership:
         if kind == "member":
             for call in self.changed:
                 call()
-        return removed
-
-    def _is_cut_off(self, former: Member, now: Member) -> bool:
-        """Whether the connections of a member end: it was enrolled anew, or may not connect here any more."""
-        anew = not {*former.serials} & {*now.serials}
-        return anew or (self._region in former.parents and self._region not in now.parents)
+        return cut
 
     # The caller has the lock.
 
-    def _take_member(self, name: str, value: bytes | None) -> str:
-        """Return the device whose connections end, if any."""
+    def _take_member(self, name: str, value: bytes | None) -> CutOff | None:
         member = None if value is None else tiers.unpack(Member, value)
         former = self._members.pop(name, None)
         if member is None:
-            return name if former is not None else ""
+            return CutOff(name) if former is not None else None
         self._members[name] = member
-        return name if former is not None and self._is_cut_off(former, member) else ""
+        if former is None:
+            return None
+        if not {*former.serials} & {*member.serials}:
+            return CutOff(name)
+        is_moved = self._region in former.parents and self._region not in member.parents
+        return CutOff(name, is_moved=True) if is_moved else None
 
     def _take_desired(self, key: str, value: bytes | None) -> None:
         device, _, model = key.partition("/")

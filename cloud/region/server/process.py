@@ -35,7 +35,7 @@ from cloud.region.server.broker import RegionMosquitto
 from cloud.region.server.enrolment import RegionProfile
 from cloud.region.server.http import RegionServices, make_region_app
 from cloud.region.server.loop_calls import LoopCalls
-from cloud.region.server.membership import RegionMembership
+from cloud.region.server.membership import CutOff, RegionMembership
 from cloud.region.server.messages import RegionMessages
 from cloud.region.server.options import RegionOptions
 from cloud.region.server.own_certificate import OwnCertificate
@@ -127,7 +127,7 @@ class Region:
         self._link.children = self._children
         self._storage.changed = self._rounds.wake
         self._heard: Inbox[tuple[str, bytes | None, bool]] = Inbox("uplink-inbox", self._take)
-        self._cut: list[Callable[[str], object]] = []
+        self._ends: list[Callable[[CutOff], object]] = []
         self._refusal: EnrolmentRefused | None = None  # this region does not belong to the fleet any more
         self._fleet = FleetDependencies(self._rounds, self._jobs, self._blobs, self._spool, self._link, self._storage)
         self._work = RegionWork(
@@ -169,7 +169,7 @@ class Region:
         self._messages = RegionMessages(self._fleet, loop, self._uplink.send)
         self._heard.start()
         broker = self._broker()
-        self._cut.append(broker.drop)
+        self._ends.append(lambda cut: broker.drop(cut.device))
         self.supervisor.add_check("broker", lambda: broker.reason)
         self._own = OwnCertificate(
             options.home / "tls", profile.name, self.membership.certificate_days,
@@ -238,7 +238,8 @@ class Region:
                 ),
                 workers,
             )
-            self._cut += [service.forget, lambda device: self._loop.call_soon_threadsafe(port.drop, device)]
+            self._ends.append(lambda cut: service.forget(cut.device, is_moved=cut.is_moved))
+            self._ends.append(lambda cut: self._loop.call_soon_threadsafe(port.drop, cut.device))
             tier = TierService(
                 TierDependencies(
                     children=self._children, callers=service.callers, calls=service.calls, rounds=self._rounds,
@@ -343,12 +344,11 @@ class Region:
         if key.startswith("command/"):
             self._take_command(key.removeprefix("command/"), value)
             return
-        removed = self.membership.take(key, value)
-        if removed:
-            for cut in self._cut:
-                cut(removed)
-            self._link.forget(removed)
-            self._upward.forget(removed)
+        if (cut := self.membership.take(key, value)) is not None:
+            for end in self._ends:
+                end(cut)
+            self._link.forget(cut.device)
+            self._upward.forget(cut.device)
         self._pass_down(key, value)
 
     def _pass_down(self, key: str, value: bytes | None) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cloud.region.server.membership import FILE, RegionMembership
+from cloud.region.server.membership import FILE, CutOff, RegionMembership
 from edgefl.errors import HomeError, ProtocolError
 from edgefl.protocols.messages import Signed, encode
 from edgefl.protocols.tiers import Member, pack
@@ -39,13 +39,16 @@ def test_who_may_connect(known):
 def test_who_is_cut_off(known):
     told = []
     known.changed.append(lambda: told.append(sorted(known.members())))
-    assert known.take("member/a", member("1")) == ""
-    assert known.take("member/a", member("1", "2")) == ""  # a renewal
-    assert known.take("member/a", member("2")) == ""
-    assert known.take("member/a", member("9")) == "a"  # enrolled anew: not with its old certificate
-    assert known.take("member/a", member("9", parents=["south"])) == "a"  # it may not connect here any more
-    assert known.take("member/a", None) == "a"
-    assert known.take("member/a", None) == ""
+    assert known.take("member/a", member("1")) is None
+    assert known.take("member/a", member("1", "2")) is None  # a renewal
+    assert known.take("member/a", member("2")) is None
+    assert known.take("member/a", member("9")) == CutOff("a")  # enrolled anew: not with its old certificate
+    # It may not connect here any more.
+    assert known.take("member/a", member("9", parents=["south"])) == CutOff(
+        "a", is_moved=True
+    )  # it may not connect here any more
+    assert known.take("member/a", None) == CutOff("a")
+    assert known.take("member/a", None) is None
     assert told[0] == ["a"]
     assert told[-1] == []
     assert len(told) == 7
