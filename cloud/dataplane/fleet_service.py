@@ -33,7 +33,7 @@ from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Arrival, Incoming, Spool
 from cloud.state.storage import Storage
 from cloud.trust.renewal import Renewals
-from edgefl.errors import EnrolmentRefused, ProtocolError, UploadCutOff
+from edgefl.errors import CloudUnreachable, EnrolmentRefused, ManifestRejected, ProtocolError, UploadCutOff
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.assignments import UPDATE_AGENT, pack
@@ -155,9 +155,7 @@ class FleetService:
         event(_log, logging.INFO, "device.renewed", device=device)
         return reply
 
-    async def Download(  # noqa: N802
-        self, request: pb.DownloadRequest, context: Context
-    ) -> None:
+    async def Download(self, request: pb.DownloadRequest, context: Context) -> None:  # noqa: N802
         device = await self.callers.any(context)
         opened = [one for one in self._deps.rounds.waiting_for(device) if one.asks_for(request.sha256)]
         opened = opened or (self._deps.rounds.asking_for(request.sha256)[:1] if self.callers.is_region(context) else [])
@@ -181,6 +179,8 @@ class FleetService:
                     os.close(descriptor)
         except ProtocolError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except (CloudUnreachable, ManifestRejected) as error:  # a region could not fetch it
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except FileNotFoundError:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"the cloud has no blob {request.sha256}")
         except TimeoutError:

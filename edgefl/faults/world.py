@@ -14,11 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import DBAPIError
+
 from cloud.aggregator import Aggregator
 from cloud.broker.child import BUILTIN
 from cloud.region.server.enrolment import load_profile as load_region
 from cloud.region.server.options import RegionOptions
 from cloud.region.server.process import Region
+from cloud.state.storage import waits_for
 from edge_agent.agent import Agent, AgentConfig
 from edge_agent.link.lease import LeasePolicy
 from edge_agent.link.profile import load_profile
@@ -207,7 +210,16 @@ class World(logging.Handler):
         """Give a device other parents, as `edgefl devices assign` does."""
         node, home = self.nodes.get(CLOUD), self._cloud_home
         if node is not None and home is not None:
-            node.spawn(lambda: home.members.assign(fault.node, fault.other.split(",")), "assign")
+
+            def assign() -> None:
+                try:
+                    home.members.assign(fault.node, fault.other.split(","))
+                except (OSError, DBAPIError) as error:
+                    if not waits_for(error):
+                        raise
+                    self.say(f"the operator is told that the cloud waits for {waits_for(error)}")
+
+            node.spawn(assign, "assign")
 
     def kill(self, node: Node, fault: Fault) -> None:
         """Kill a node now, and start it again after the fault's time."""

@@ -21,6 +21,7 @@ import grpc
 
 from cloud.region.server.enrolment import RegionProfile
 from cloud.state.blobs import BlobStore
+from cloud.state.storage import waits_for
 from edgefl.errors import CloudUnreachable, EnrolmentRefused, ManifestRejected, ParentLeft, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
@@ -208,6 +209,10 @@ class Uplink:
                 reason = f"{error.code().name}: {error.details()}"
             except (TimeoutError, ParentLeft) as error:
                 reason = str(error) or f"no progress for {STALL_S:g} s"
+            except OSError as error:
+                if not (awaited := waits_for(error)):
+                    raise
+                reason = f"this region waits for {awaited}"
             idle = 0 if part.exists() and part.stat().st_size > before else idle + 1
             if idle == MAX_ATTEMPTS:
                 raise CloudUnreachable(f"the download of {sha256[:16]}... from the parent was given up; last: {reason}")

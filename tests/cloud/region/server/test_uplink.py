@@ -73,6 +73,22 @@ def test_a_download_is_resumed_and_a_damaged_one_thrown_away(tiers):
     assert uplink.down_bytes - before == ref.size - 1_500_000
 
 
+def test_a_full_disk_holds_a_download_up_until_there_is_space(tiers):
+    ref, uplink = tiers.open().assignment.model, tiers.uplink("r1")
+    part = tiers.folder / "uplinks" / "r1" / "downloads" / f"{ref.sha256}.part"
+    part.symlink_to("/dev/full")
+
+    async def freed():
+        fetching = asyncio.create_task(uplink.fetch(ref.sha256))
+        await asyncio.sleep(0.3)
+        assert not fetching.done()
+        part.unlink()
+        await fetching
+
+    tiers.thread.run(freed())
+    assert (tiers.folder / "uplinks" / "r1" / "blobs" / ref.sha256).exists()
+
+
 def test_a_blob_that_nobody_has(tiers):
     uplink = tiers.uplink("r1")
     with pytest.raises(FileNotFoundError, match="no blob"):
