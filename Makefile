@@ -53,6 +53,7 @@ bench: $(VENV)/bench.stamp $(VENV)/mlserver.stamp
 	$(BIN)/python -m benchmarks.goodput $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.sites $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.offload $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.stages $(BENCH_FLAGS)
 
 # One solution for Python 3.11 to 3.13 and all extras. The extras' ranges allow every version that works.
 lock: $(VENV)/dev.stamp
