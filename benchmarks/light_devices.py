@@ -38,6 +38,7 @@ from edgefl.local_fleet import LocalFleet
 from edgefl.operator.client import CloudClient
 from edgefl.operator.credentials import load_credentials
 from edgefl.operator.run import upload_file
+from edgefl.process.children import die_with_parent
 from edgefl.process.descriptors import raise_limit
 from edgefl.protocols.tls import Identity, new_request, parse_token
 
@@ -103,6 +104,7 @@ class LightDevices:
 
 
 def _work(where: Where, homes: Sequence[Path], told: Queue[Told], stop: Event) -> None:
+    die_with_parent()
     raise_limit()
     asyncio.run(_run(where, homes, told, stop))
 

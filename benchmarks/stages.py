@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import grpc
 import numpy as np
@@ -246,9 +247,9 @@ def _running(arguments: list[str], ready: str) -> Iterator[None]:
             process.wait(30)
 
 
-def _text(log: object) -> str:
-    log.seek(0)  # type: ignore[attr-defined]
-    return str(log.read())  # type: ignore[attr-defined]
+def _text(log: IO[str]) -> str:
+    log.seek(0)
+    return log.read()
 
 
 def _free_port() -> int:

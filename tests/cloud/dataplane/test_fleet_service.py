@@ -1,5 +1,6 @@
 """The data plane over real gRPC and mutual TLS, spoken to by the generated stub."""
 
+import dataclasses
 import hashlib
 import io
 import math
@@ -11,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from cloud.dataplane.open_round import OpenRound
-from edgefl.errors import CloudStopping
+from edgefl.errors import CloudStopping, CloudUnreachable
 from edgefl.exchange import Terms
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tls
@@ -99,6 +100,17 @@ def test_a_download_goes_on_at_an_offset_and_is_counted(plane):
         request = pb.DownloadRequest(sha256=plane.model.sha256, offset=offset)
         assert b"".join(chunk.data for chunk in stub.Download(request, timeout=30)) == whole[offset:]
     assert plane.round.down_bytes == 2 * len(whole) - 5_000_000
+
+
+def test_a_region_that_cannot_fetch_a_blob_says_why(plane):
+    async def fetch(_sha256):
+        raise CloudUnreachable("the download was given up: this region waits for disk space")
+
+    plane.service._deps = dataclasses.replace(plane.service._deps, fetch=fetch)
+    with pytest.raises(grpc.RpcError) as refused:
+        list(plane.stub("a").Download(pb.DownloadRequest(sha256=plane.model.sha256), timeout=30))
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "waits for disk space" in refused.value.details()
 
 
 def test_an_upload_is_durable_in_the_queue_and_acknowledged_once(plane):

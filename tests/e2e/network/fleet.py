@@ -118,7 +118,7 @@ class NetworkFleet:
     def kill_trainer(self, name):
         """Kill the process that trains on a device; return whether there was one."""
         for one in self.machines[name].processes():
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(psutil.Error):  # it has ended by itself
                 if "edge_agent.training.trainer_main" in one.cmdline():
                     one.kill()
                     return True
