@@ -17,7 +17,7 @@ from tests.kinds.compared import refusal, same
 from tests.kinds.kinds import Kind
 from tests.kinds.page import COLUMNS, NOTHING, YES, Row
 
-CLIENTS, ROUNDS, TOLERANCE, LIMIT_S = 2, 2, 1e-4, 500.0
+CLIENTS, ROUNDS, TOLERANCE, LIMIT_S = 2, 2, 1e-4, 1500.0
 LOOP, STACKED, POOL, DEVICES, PUBLISH, INT8, *_ = COLUMNS
 PLAIN = """
 import sys

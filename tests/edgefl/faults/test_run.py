@@ -12,30 +12,25 @@ from edgefl.faults.fleet import TOPOLOGIES
 from edgefl.faults.plan import draw
 from edgefl.faults.run import Simulator
 
-NUM_PARTS, NUM_SEEDS = 6, 300
+NUM_PARTS, NUM_SEEDS, NUM_SOAK_SEEDS = 12, 300, 2000
 ALL = tuple(TOPOLOGIES)
+
+
+def failures(seeds):
+    with Simulator() as simulator:
+        verdicts = {seed: simulator.run(draw(seed)).wrong for seed in seeds}
+    return {seed: wrong for seed, wrong in verdicts.items() if wrong}
+
+
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_no_seed_loses_an_update_or_counts_one_twice(part):
+    assert failures(range(part, NUM_SEEDS, NUM_PARTS)) == {}
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("part", range(NUM_PARTS))
-def test_no_seed_loses_an_update_or_counts_one_twice(part):
-    failed = {}
-    with Simulator() as simulator:
-        for seed in range(part, NUM_SEEDS, NUM_PARTS):
-            if (verdict := simulator.run(draw(seed))).wrong:
-                failed[seed] = verdict.wrong
-    assert failed == {}
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("part", range(20))
-def test_ten_thousand_seeds(part):
-    failed = {}
-    with Simulator() as simulator:
-        for seed in range(part, 10_000, 20):
-            if (verdict := simulator.run(draw(seed))).wrong:
-                failed[seed] = verdict.wrong
-    assert failed == {}
+def test_more_seeds(part):
+    assert failures(range(NUM_SEEDS + part, NUM_SOAK_SEEDS, NUM_PARTS)) == {}
 
 
 def test_a_seed_gives_the_same_trace_after_other_seeds():
