@@ -233,8 +233,8 @@ class OpenRound:
 
     def left_s(self) -> float:
         """Return how long answers are accepted from now on (s), if nothing ends the round earlier."""
-        with self._lock:
-            return max(0.0, self._exchange.end_s - self._around.clock())
+        with self._lock:  # a round that is about to begin has all its time
+            return max(0.0, min(self._exchange.end_s - self._around.clock(), self.terms.deadline_s))
 
     def close(self) -> None:
         """Accept no more answers, and give up the devices that have not answered."""

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloud.state.store import devices, parent_lists, region_addresses
 from edgefl.logs import event
 from edgefl.protocols.addresses import bracketed
-from edgefl.protocols.manifest import MAX_FORMER, ParentAddress, Parents, sign, verify
+from edgefl.protocols.manifest import ParentAddress, Parents, sign, verify
 from edgefl.protocols.messages import Signed, from_json
 from edgefl.protocols.tiers import RegionState
 
@@ -73,13 +73,15 @@ class ParentLists:
         """Return a device's list; if it differs from the last one, it is made and sent."""
         with self._lock:
             with self._engine.connect() as db:
-                assigned = db.scalar(sa.select(devices.c.parents).where(devices.c.name == device))
+                member = db.execute(
+                    sa.select(devices.c.parents, devices.c.former_parents).where(devices.c.name == device)
+                ).one_or_none()
                 found = db.scalar(sa.select(parent_lists.c.signed).where(parent_lists.c.device == device))
-            if assigned is None:
+            if member is None or member.parents is None:
                 return None
             kept = None if found is None else from_json(Signed, found)
             before = None if kept is None else verify(kept, Parents, self._key.public_key())
-            wanted = self._list(device, assigned, before)
+            wanted = self._list(device, member.parents, member.former_parents or (), before)
             if wanted is None or (before is not None and _is_same(wanted, before)):
                 return kept
             signed = sign(wanted, self._key)
@@ -92,17 +94,14 @@ class ParentLists:
         self._send(device, signed)
         return signed
 
-    def _list(self, device: str, assigned: Sequence[str], before: Parents | None) -> Parents | None:
+    def _list(
+        self, device: str, assigned: Sequence[str], former: Sequence[str], before: Parents | None
+    ) -> Parents | None:
         known = [self._addresses[name] for name in assigned if name in self._addresses]
         if not known:
             return None
-        names = {one.name for one in known}
-        left = [] if before is None else [one.name for one in before.parents if one.name in self._addresses]
-        former = [name for name in dict.fromkeys([*(before.former if before else ()), *left]) if name not in names]
-        return Parents(
-            device=device, sequence=1 if before is None else before.sequence + 1, parents=known,
-            former=former[-MAX_FORMER:],
-        )  # fmt: skip
+        sequence = 1 if before is None else before.sequence + 1
+        return Parents(device=device, sequence=sequence, parents=known, former=list(former))
 
 
 def address_of(name: str, host: str, http_port: int, grpc_port: int, broker: str) -> ParentAddress:

@@ -17,8 +17,17 @@ import sqlalchemy as sa
 from cloud.state.enrolment import REGION
 from cloud.state.store import devices, renewals
 from edgefl.errors import ConfigError, EnrolmentRefused, NotFound
+from edgefl.protocols.manifest import MAX_FORMER
 from edgefl.protocols.tiers import MAX_PARENTS, Member
 from edgefl.protocols.tls import CLOUD_NAME
+
+
+def _move(db: sa.Connection, device: str, parents: Sequence[str]) -> None:
+    """Set a device's parents, and note those that it leaves: it may try to connect there until it has learned it."""
+    row = db.execute(sa.select(devices.c.parents, devices.c.former_parents).where(devices.c.name == device)).one()
+    left = dict.fromkeys([*(row.former_parents or ()), *(row.parents or (CLOUD_NAME,))])
+    former = [one for one in left if one not in parents][-MAX_FORMER:]
+    db.execute(devices.update().where(devices.c.name == device).values(parents=list(parents), former_parents=former))
 
 
 class Membership(Protocol):
@@ -70,7 +79,7 @@ class Members:
             raise NotFound(f"no device matches {pattern!r}; list them with `edgefl devices list`")
         with self._engine.begin() as db:
             for name in chosen:
-                db.execute(devices.update().where(devices.c.name == name).values(parents=list(parents)))
+                _move(db, name, parents)
         self.note_change()
         return chosen
 
@@ -119,8 +128,7 @@ class Members:
             )
         with self._engine.begin() as db:
             for one, parents in assigned.items():
-                left = [parent for parent in parents if parent != name]
-                db.execute(devices.update().where(devices.c.name == one).values(parents=left))
+                _move(db, one, [parent for parent in parents if parent != name])
         return sorted(assigned)
 
     def note_change(self) -> None:

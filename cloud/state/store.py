@@ -36,6 +36,7 @@ devices = sa.Table(
     sa.Column("enrolled_s", sa.Float, nullable=False),
     sa.Column("role", sa.String),  # NULL = a device, or `region`
     sa.Column("parents", sa.JSON(none_as_null=True)),  # where it connects, in this order; NULL = the cloud
+    sa.Column("former_parents", sa.JSON(none_as_null=True)),  # where it may still try to connect; NULL = nowhere else
 )
 
 renewals = sa.Table(  # issued certificates that devices have not used yet

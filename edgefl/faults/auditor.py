@@ -9,6 +9,7 @@ say which outcome holds. What must be true:
 - the model after a round is the one before it, moved by the weighted mean of its contributors' updates, to 1e-6;
 - an update that the cloud has acknowledged counts, unless it was refused by name;
 - an update that a region has acknowledged counts, or is named; it may be late only shortly after a fault;
+- a round that begins when all is well but a region that is away misses no device that knows a parent that is there;
 - a device does not train again for a round for which the server that it still has acknowledged its update;
 - a device trains for one round at most once more than faults can explain.
 """
@@ -19,7 +20,7 @@ import hashlib
 import json
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,8 @@ class AuditedRun:
     factor: float  # the server's learning rate; below 0 for gradients
     ended_s: float | None  # None = it did not
     last_fault_s: float
+    last_short_fault_s: float  # of all but a region that is away for long
+    reaches: Collection[str]  # devices that know a parent that is there, also while a region is away
     num_faults: int
     waits_for_all: bool  # whether a round waits for every device that is there
     keeps_parents: bool  # whether no device changes its parent, and no region is asked for a sum again
@@ -60,10 +63,11 @@ def audit(run: AuditedRun) -> list[str]:
         wrong.append(f"the job is {run.state}, expected done")
     if run.state == "done" and [one["round"] for one in run.outcomes] != list(range(1, run.rounds + 1)):
         wrong.append(f"the rounds are {[one['round'] for one in run.outcomes]}, expected 1 to {run.rounds}")
-    parameters, name = dict(run.first), run.first_name
+    parameters, name, began_s = dict(run.first), run.first_name, 0.0
     for stored in run.outcomes:
         found, parameters = _round(run, stored, parameters, name)
-        wrong += found
+        absent, began_s = _absent(run, stored, began_s)
+        wrong += [*found, *absent]
         name = stored["model"]
     return [*wrong, *_work(run)]
 
@@ -112,6 +116,18 @@ def _model(
         if not worst <= TOLERANCE * max(1.0, float(np.max(np.abs(wanted), initial=0.0))):
             wrong.append(f"{where}: {name} differs by {worst:.3g} from the weighted mean of its contributors")
     return wrong
+
+
+def _absent(run: AuditedRun, stored: Mapping[str, Any], began_s: float) -> tuple[list[str], float]:
+    """Say which devices a round misses that could have come, and return the time of its end."""
+    ends = [one for one in run.log if one["kind"] == "outcome" and one["model"] == stored["model"]]
+    if not ends:
+        return [], began_s
+    outcome, wrong = ends[-1], []
+    if run.waits_for_all and began_s > run.last_short_fault_s + HEAL_S:
+        wrong = [f"round {stored['round']}: {device} is missing, though it knows a parent that is there"
+                 for device in sorted({*outcome["missing"]}.intersection(run.reaches))]  # fmt: skip
+    return wrong, outcome["at_s"]
 
 
 def _kept(run: AuditedRun, number: int, outcome: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from cloud.dataplane.open_round import OpenRound
 from cloud.region.server.work import RegionWork
 from cloud.region.sums import Folding
 from cloud.state.jobs import AnswerRow, Jobs
+from edge_agent.link.lease import Lease
 from edge_agent.link.outbox import Outbox
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.faults.machine.threads import kernel
@@ -83,11 +84,21 @@ def _add_without_weight(real: Callable[..., Any]) -> Callable[..., Any]:
     return add
 
 
+def _stay_for_ever(real: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG001 - in its place
+    """A device does not look whether the lease of its parent is over."""
+
+    def is_over(self: Lease, now_s: float) -> bool:  # noqa: ARG001 - as the real one
+        return False
+
+    return is_over
+
+
 MUTANTS: Mapping[str, tuple[type, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
     "early-acknowledgement": (Jobs, "record", _commit_after_acknowledgement),
     "early-drop": (RegionWork, "_deliver", _drop_spool_early),
     "unchecked-sum": (OpenRound, "accept_all", _accept_unchecked),
     "early-forget": (Outbox, "_send", _forget_before_sent),
+    "unchecked-lease": (Lease, "is_over", _stay_for_ever),
     "wrong-weight": (WeightedMean, "add", _add_without_weight),
 }
 

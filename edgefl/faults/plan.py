@@ -17,6 +17,7 @@ HORIZON_S = 9.0  # faults begin before it
 MAX_FAULTS = 10
 DEADLINE_S = 400.0  # of a round: far beyond what heals a fleet after its last fault
 LONGEST_CUT_S, LONGEST_DOWN_S = 30.0, 8.0
+GONE_S = 250.0  # how long a region is away; its devices have another parent by then
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +58,9 @@ class Settings:
     @property
     def keeps_parents(self) -> bool:
         """Whether no device changes its parent, and no region is asked again because a sum was given up."""
-        return self.topology != "region below a region" and all(one.kind != "assign" for one in self.faults)
+        return self.topology != "region below a region" and not any(
+            one.kind in {"assign", "gone"} for one in self.faults
+        )
 
     def without(self, faults: Sequence[Fault]) -> Settings:
         """Return the same run with other faults."""
@@ -102,6 +105,11 @@ def _fault(chance: random.Random, topology: Topology) -> Fault:
     elif kind == "assign":
         node, down_s = chance.choice(list(topology.devices)), 0.0
         other = ",".join(chance.sample(topology.servers, min(2, len(topology.servers))))
+    elif kind == "gone":
+        if topology.regions:
+            node, down_s = chance.choice(list(topology.regions)), GONE_S
+        else:
+            kind = "kill"
     elif kind == "full":
         node = chance.choice(topology.servers)
     elif kind == "clock":
@@ -113,5 +121,5 @@ def _fault(chance: random.Random, topology: Topology) -> Fault:
 
 _KINDS = {
     "kill": 4, "power": 1, "kill-before-commit": 3, "kill-after-commit": 3, "cut": 3, "break": 3, "pause": 2,
-    "clock": 1, "full": 1, "assign": 2,
+    "clock": 1, "full": 1, "assign": 2, "gone": 1,
 }  # fmt: skip

@@ -111,7 +111,8 @@ def _run_of(world: World) -> AuditedRun:
         log=world.log, state=result["job"]["state"], rounds=settings.rounds, outcomes=result["outcomes"],
         models=result["models"], first=first, first_name=hashlib.sha256(file.getvalue()).hexdigest(),
         factor=settings.server_lr * (-1.0 if settings.algorithm == "fedsgd" else 1.0), ended_s=world.ended_s,
-        last_fault_s=world.last_fault_s, num_faults=len(settings.faults), waits_for_all=settings.waits_for_all,
+        last_fault_s=world.last_fault_s, last_short_fault_s=world.last_short_fault_s, reaches=world.reaches(),
+        num_faults=len(settings.faults), waits_for_all=settings.waits_for_all,
         keeps_parents=settings.keeps_parents,
         problems=tuple(world.kernel.problems),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cloud.region.server.process import Region
 from cloud.state.storage import waits_for
 from edge_agent.agent import Agent, AgentConfig
 from edge_agent.link.lease import LeasePolicy
+from edge_agent.link.parents import KnownParents, load_fleet_key, parent_name
 from edge_agent.link.profile import load_profile
 from edgefl.config import JobConfig, from_dict
 from edgefl.faults.fleet import CLOUD, HOST, bundle, cloud_options, first_parameters
@@ -38,6 +39,7 @@ from edgefl.records import RoundOutcome
 from edgefl.trees import SpooledTree
 
 LIMIT_S = 1500.0  # a run that is not over then works for ever
+LEAVE_S = 3.0  # a region goes for long so much later than its devices are given another parent
 SETTLE_S = 45.0  # after the job's end, until every device has asked and knows
 POLL_S = 0.5
 KEY = "simulated"
@@ -85,7 +87,7 @@ class World(logging.Handler):
         self._job = ""
         self._cloud_home: Any = None
         self.ended_s: float | None = None
-        self.last_fault_s = 0.0
+        self.last_fault_s = self.last_short_fault_s = 0.0  # the short ones: all but a region that is away for long
         for name in (*settings.fleet.servers, *settings.fleet.devices):
             self._homes[name] = folder / f"{name}.0"
             copy_home(template / name, self._homes[name])
@@ -157,7 +159,7 @@ class World(logging.Handler):
         config = from_dict(JobConfig, {
             "rounds": {
                 "count": one.rounds, "quorum": one.quorum, "deadline_s": DEADLINE_S, "grace": one.grace,
-                "offline_grace_s": one.offline_grace_s, "wait_s": 60.0,
+                "offline_grace_s": one.offline_grace_s, "wait_s": DEADLINE_S,
             },
             "train": {"algorithm": one.algorithm}, "server": {"lr": one.server_lr},
         })  # fmt: skip
@@ -187,33 +189,52 @@ class World(logging.Handler):
         self.say(f"fault {fault.kind} {fault.node} {fault.other} {fault.for_s:g} s")
         self.counts[fault.kind] += 1
         self.last_fault_s = max(self.last_fault_s, now_s + abs(fault.for_s))
+        if fault.kind != "gone":
+            self.last_short_fault_s = max(self.last_short_fault_s, now_s + abs(fault.for_s))
         if fault.kind == "cut":
             self.network.cut(fault.node, fault.other, now_s + fault.for_s)
         elif fault.kind == "break":
             self.network.break_link(fault.node, fault.other)
         elif fault.kind == "assign":
-            self._assign(fault)
-        elif node is None:
-            return
-        elif fault.kind == "full":
-            node.disk_full_until_s = now_s + fault.for_s
+            self._assign(fault.node, fault.other.split(","))
+        elif fault.kind == "gone":
+            self._go(fault)
+        elif node is not None:
+            self._befall(node, fault)
+
+    def _befall(self, node: Node, fault: Fault) -> None:
+        """Let a fault of one node begin."""
+        if fault.kind == "full":
+            node.disk_full_until_s = self.kernel.now_s + fault.for_s
         elif fault.kind in {"kill", "power"}:
             self.kill(node, fault)
         elif fault.kind == "pause":
-            node.paused_until_s = now_s + fault.for_s
+            node.paused_until_s = self.kernel.now_s + fault.for_s
         elif fault.kind == "clock":
             node.wall_offset_s = fault.for_s
         else:
             node.commits.faults.append([fault.number, fault])  # type: ignore[attr-defined]
 
-    def _assign(self, fault: Fault) -> None:
+    def _go(self, fault: Fault) -> None:
+        """Give the devices of a region another parent, and kill it for long a little later."""
+
+        def leave() -> None:
+            if self.ended_s is None and (node := self.nodes.get(fault.node)) is not None:
+                self.kill(node, fault)
+
+        for device in [one for one, parent in self.settings.fleet.devices.items() if parent == fault.node]:
+            self._assign(device, [fault.node, CLOUD])
+        self.kernel.call_at(self.kernel.now_s + LEAVE_S, leave)
+
+    def _assign(self, device: str, parents: Sequence[str]) -> None:
         """Give a device other parents, as `edgefl devices assign` does."""
         node, home = self.nodes.get(CLOUD), self._cloud_home
         if node is not None and home is not None:
 
             def assign() -> None:
                 try:
-                    home.members.assign(fault.node, fault.other.split(","))
+                    home.members.assign(device, list(parents))
+                    self.note({"kind": "assigned", "device": device, "parents": list(parents)})
                 except (OSError, DBAPIError) as error:
                     if not waits_for(error):
                         raise
@@ -228,6 +249,8 @@ class World(logging.Handler):
             return
         self.say(f"killed {name}")
         self.last_fault_s = max(self.last_fault_s, self.kernel.now_s + fault.for_s)
+        if fault.kind != "gone":
+            self.last_short_fault_s = max(self.last_short_fault_s, self.kernel.now_s + fault.for_s)
         self.network.end_of(node, unnoticed=fault.kind == "power")
         self.kernel.kill(node)
         del self.nodes[name]
@@ -299,6 +322,22 @@ class World(logging.Handler):
         models = {one["model"]: (home / "blobs" / one["model"]).read_bytes() for one in outcomes}
         return {"job": dict(zip(("id", "state", "error", "rounds_done"), job or ("", "none", "", 0), strict=True)),
                 "outcomes": outcomes, "models": models}  # fmt: skip
+
+    def reaches(self) -> set[str]:
+        """Return the devices that know a parent that is there, and none that is there but cut off from the cloud."""
+        away = {one.node for one in self.settings.faults if one.kind == "gone"}
+        regions = self.settings.fleet.regions
+
+        def is_there(server: str) -> bool:
+            return server == CLOUD or (server not in away and is_there(regions[server]))
+
+        found = set()
+        for device in self.settings.fleet.devices:
+            home = self._homes[device]
+            known = {parent_name(one) for one in KnownParents(home, load_profile(home), load_fleet_key(home)).profiles}
+            if any(map(is_there, known)) and all(is_there(one) or one in away for one in known):
+                found.add(device)
+        return found
 
     def digest(self) -> str:
         """Return a hash of the trace."""

@@ -43,6 +43,10 @@ def test_an_answer_that_cannot_be_made_durable_is_not_taken():
     assert round_.accept(AnswerRow(device="a", file="f"), ignore)
 
 
+def test_a_round_that_is_about_to_begin_has_all_its_time():
+    assert opened(clock=ManualClock()).left_s() == 100.0
+
+
 def test_a_closed_round_takes_nothing():
     done = []
     round_ = opened(act=done.append)

@@ -88,6 +88,13 @@ def test_regions_that_a_device_has_left_get_the_list_too(fleet):
     assert fleet.of("cam-1").former == ["bergen", "cloud"]
 
 
+def test_a_region_that_a_device_left_before_its_address_was_known_gets_the_list(fleet):
+    fleet.enroll("cam-3", parent="bergen")
+    assert fleet.of("cam-3") is None
+    fleet.members.assign("cam-3", ["cloud"])
+    assert fleet.of("cam-3").former == ["bergen"]
+
+
 def test_addresses_and_sequences_survive_a_restart(fleet):
     fleet.lists.note_region("oslo", OSLO)
     fleet.members.assign("cam-1", ["oslo", "cloud"])

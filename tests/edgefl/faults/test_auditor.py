@@ -50,7 +50,8 @@ def run(*more, without=(), **changes):
     right = AuditedRun(
         log=log, state="done", rounds=1, outcomes=[{"round": 1, "model": name_of(AFTER)}],
         models={name_of(AFTER): AFTER}, first=tensors(FIRST), first_name=name_of(FIRST), factor=1.0, ended_s=4.0,
-        last_fault_s=0.0, num_faults=0, waits_for_all=True, keeps_parents=True,
+        last_fault_s=0.0, last_short_fault_s=0.0, reaches=frozenset(), num_faults=0, waits_for_all=True,
+        keeps_parents=True,
     )  # fmt: skip
     return dataclasses.replace(right, **changes)
 
@@ -101,6 +102,21 @@ def test_what_a_region_acknowledged_may_be_late_only_shortly_after_a_fault():
     found = audit(run(late, said, without=["outcome"], ended_s=101.0, last_fault_s=30.0, num_faults=1))
     assert found == ["round 1: c's update was acknowledged by r1, and is late without a fault"]
     assert audit(run(late, said, without=["outcome"], ended_s=101.0, waits_for_all=False)) == []
+
+
+def test_a_device_that_could_come_is_missed_only_by_a_round_that_began_before_all_was_well():
+    second = outcome(round=2, model=name_of(FIRST), admitted=["b"], weight=1.0, missing=["a", "c"], at_s=300.0)
+    back = {**trained("b", [-2.0, 0.0], at_s=250.0, base=AFTER), "round": 2}
+    two = [{"round": 1, "model": name_of(AFTER)}, {"round": 2, "model": name_of(FIRST)}]
+    log = [trained("a", [4.0, 0.0]), trained("b", [0.0, 0.0]), outcome(at_s=100.0), back, second]
+    changes = {
+        "log": log, "outcomes": two, "rounds": 2, "ended_s": 301.0, "num_faults": 1, "reaches": {"a"},
+        "models": {name_of(AFTER): AFTER, name_of(FIRST): FIRST},
+    }  # fmt: skip
+    assert audit(run(**changes, last_short_fault_s=50.0)) == []
+    assert audit(run(**changes, last_short_fault_s=30.0, waits_for_all=False)) == []
+    found = audit(run(**changes, last_short_fault_s=30.0))
+    assert found == ["round 2: a is missing, though it knows a parent that is there"]
 
 
 def test_a_refused_update_is_no_loss():
