@@ -15,8 +15,15 @@ def test_the_database_is_durable_and_read_while_written(tmp_path):
 
 def test_opening_again_keeps_what_is_there(tmp_path):
     engine = open_database(tmp_path / "cloud.db")
-    row = {"name": "cam", "serial": "1f", "tags": {"site": "a"}, "enrolled_s": 1.0, "role": None, "parents": ["r-1"],
-           "former_parents": ["r-2"]}
+    row = {
+        "name": "cam",
+        "serial": "1f",
+        "tags": {"site": "a"},
+        "enrolled_s": 1.0,
+        "role": None,
+        "parents": ["r-1"],
+        "former_parents": ["r-2"],
+    }
     with engine.begin() as db:
         db.execute(TABLES.tables["devices"].insert().values(row))
     engine.dispose()
