@@ -5,6 +5,7 @@ device is slower than this machine by a factor, and the link is a pause. So all 
 parts; then the chosen option and the best one run as whole requests, in turn, with pauses for the slower device and for
 the bytes on the link. The planner knows only its own measurements. Quick runs take every third cut.
 A ratio is the best option's time over the chosen one's: 1.0 = nothing is faster.
+Then split models are served by real processes over a real link: see `benchmarks.offload_served`.
 
     python -m benchmarks.offload [--quick] [--json F]
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import offload_models
+from benchmarks import offload_models, offload_served
 from benchmarks.report import Row, Target, command
 from edgefl.models.session import new_session
 from edgefl.offload import wire
@@ -57,13 +58,14 @@ class Parts:
 
 
 def measure(*, quick: bool) -> Iterator[Row]:
-    """Yield a row for each model and link."""
+    """Yield a row for each model and link, then those on real processes."""
     with tempfile.TemporaryDirectory(prefix="edgefl-offload-") as name:
         for model in offload_models.MODELS:
             folder = Path(name) / model
             folder.mkdir()
             offload_models.export(model, folder / "model.onnx")
             yield from _rows(model, folder, quick=quick)
+    yield from offload_served.measure(quick=quick)
 
 
 def _rows(model: str, folder: Path, *, quick: bool) -> Iterator[Row]:

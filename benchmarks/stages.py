@@ -64,8 +64,8 @@ def measure(*, quick: bool) -> Iterator[Row]:
 
 
 def _above_floor(size: Size) -> Row:
-    with _files(size) as files, _served(files, "--tail-from", BORDER) as port, _echo() as echo:
-        ours, floor = asyncio.run(_compared(files, size, port, echo))
+    with files_of(size) as files, served(files, "--tail-from", BORDER) as port, echo() as bare:
+        ours, floor = asyncio.run(_compared(files, size, port, bare))
     return Row(
         workload=f"split path, {size.width * size.rows * 4} bytes at the cut", metric="p50 above the floor", unit="ms",
         ours=ours - floor, limit=None, targets=(Target(of="ours", at_most=1.0),),
@@ -77,7 +77,7 @@ async def _compared(files: Files, size: Size, port: int, echo: int) -> tuple[flo
     """Return the medians (ms) of the split path and of its floor, which take turns."""
     head, tail = files.session("head"), files.session("tail")
     feeds = {"x": files.x}
-    async with _channel(port) as stages, _channel(echo) as bare:
+    async with channel(port) as stages, channel(echo) as bare:
         stub, call = InferenceStub(stages), bare.unary_unary(ECHO)
 
         async def split() -> None:
@@ -103,11 +103,11 @@ def _two_stages(size: Size) -> Row:
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         return Row(workload="two stages", metric="requests", unit="1/s", skipped="needs two cores")
-    with _files(size) as files:
+    with files_of(size) as files:
         tail = ("--tail-from", BORDER, "--max-batch", str(size.rows))
-        with _served(files, *tail, "--cores", str(cores[0])) as port:
+        with served(files, *tail, "--cores", str(cores[0])) as port:
             one = asyncio.run(_rate(files, size, port, in_flight=8))
-        with _served(files, *tail, "--cuts", MIDDLE, *(f"--cores={core}" for core in cores)) as port:
+        with served(files, *tail, "--cuts", MIDDLE, *(f"--cores={core}" for core in cores)) as port:
             two = asyncio.run(_rate(files, size, port, in_flight=8))
     return Row(
         workload=f"CPU-bound tail, {size.rows} rows of {size.width}, 8 in flight", metric="two stages on two cores",
@@ -118,7 +118,7 @@ def _two_stages(size: Size) -> Row:
 
 def _in_flight(size: Size) -> Row:
     core = str(max(os.sched_getaffinity(0)))
-    with _files(size, head_layers=8) as files, _served(files, "--tail-from", "h7", "--cores", core) as port:
+    with files_of(size, head_layers=8) as files, served(files, "--tail-from", "h7", "--cores", core) as port:
         rates = {n: asyncio.run(_rate(files, size, port, in_flight=n, with_head=True)) for n in (1, 4)}
     return Row(
         workload=f"head and tail of 8 layers each, {size.rows} rows of {size.width}", metric="4 in flight",
@@ -128,7 +128,7 @@ def _in_flight(size: Size) -> Row:
 
 
 def _sixteen_devices(size: Size) -> Row:
-    with _files(size) as files, _served(files, "--tail-from", BORDER) as port:
+    with files_of(size) as files, served(files, "--tail-from", BORDER) as port:
         one = asyncio.run(_rate(files, size, port, in_flight=1))
         many = asyncio.run(_rate(files, size, port, in_flight=16, devices=16))
     return Row(
@@ -145,7 +145,7 @@ async def _rate(
     (border,) = await asyncio.to_thread(head.run, None, {"x": files.x})
     name = files.border
     async with contextlib.AsyncExitStack() as stack:
-        stubs = [InferenceStub(await stack.enter_async_context(_channel(port))) for _ in range(devices)]
+        stubs = [InferenceStub(await stack.enter_async_context(channel(port))) for _ in range(devices)]
 
         async def once(number: int) -> None:
             values: Array = border
@@ -183,19 +183,19 @@ class Files:
 
 
 @contextlib.contextmanager
-def _files(size: Size, head_layers: int = 1) -> Iterator[Files]:
+def files_of(size: Size, head_layers: int = 1) -> Iterator[Files]:
     """Write the model, and a cloud's home with the devices."""
     from benchmarks.stages_model import write_model
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         border = write_model(folder, size.width, head_layers, tail_layers=8)
-        _make_home(folder / "home")
+        make_home(folder / "home")
         x = np.random.default_rng(0).normal(size=(size.rows, size.width)).astype(np.float32)
         yield Files(folder=folder, x=x, border=border)
 
 
-def _make_home(home: Path) -> None:
+def make_home(home: Path) -> None:
     create_home(home, "cloud")
     (home / "tls").mkdir()
     tls.create_ca(home / "tls")
@@ -209,7 +209,7 @@ def _make_home(home: Path) -> None:
 
 
 @contextlib.contextmanager
-def _served(files: Files, *options: str) -> Iterator[int]:
+def served(files: Files, *options: str) -> Iterator[int]:
     port = _free_port()
     arguments = [
         "cloud",
@@ -219,19 +219,19 @@ def _served(files: Files, *options: str) -> Iterator[int]:
         str(files.folder / "home"),
         "--insecure",
     ]
-    with _running([sys.executable, "-m", "edgefl", *arguments, "--port", str(port), *options], "stages.ready"):
+    with running([sys.executable, "-m", "edgefl", *arguments, "--port", str(port), *options], "stages.ready"):
         yield port
 
 
 @contextlib.contextmanager
-def _echo() -> Iterator[int]:
+def echo() -> Iterator[int]:
     port = _free_port()
-    with _running([sys.executable, "-m", "benchmarks.stages_echo", str(port)], "ready"):
+    with running([sys.executable, "-m", "benchmarks.stages_echo", str(port)], "ready"):
         yield port
 
 
 @contextlib.contextmanager
-def _running(arguments: list[str], ready: str) -> Iterator[None]:
+def running(arguments: list[str], ready: str) -> Iterator[None]:
     """Run a process until the end of the block; begin when it has written `ready`."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=Path(__file__).parents[1])
@@ -258,7 +258,7 @@ def _free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def _channel(port: int) -> AsyncIterator[grpc.aio.Channel]:
+async def channel(port: int) -> AsyncIterator[grpc.aio.Channel]:
     options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
         await channel.channel_ready()

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from edge_agent.link.outbox import Outbox
 from edge_agent.link.parents import KnownParents, load_fleet_key, parent_name
 from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edge_agent.live import LiveFile, LiveState
+from edge_agent.placement.text import placement_text
 from edge_agent.policy.machine import Machine
 from edge_agent.policy.rules import DevicePolicy, parse_policy, refuse_never_true
 from edge_agent.policy.watch import PolicyWatch, refusal_text
@@ -37,16 +38,27 @@ from edge_agent.resources import default_memory_limit_mb, default_serving_memory
 from edge_agent.serving.access import Access
 from edge_agent.serving.api import bind, url_of
 from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
+from edge_agent.serving.wire import PlacementNote, TailAccess
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
 from edge_agent.training.environments import Environments
 from edge_agent.training.participant import Participant, ParticipantDependencies
 from edge_agent.training.site_network import own_address, require_machines
 from edge_agent.training.trainer import IDLE_S, Trainer
-from edgefl.errors import ConfigError, PartFailed
+from edgefl.errors import ConfigError, PartFailed, ProtocolError
 from edgefl.logs import event, logging_to
 from edgefl.process.home import lock_home, replace_file
-from edgefl.protocols.messages import Assignment, JobMessage, LogWanted, RolloutNote, RoundClosed, Signed, UpdateRefused
+from edgefl.protocols.inference.placement import AUTO, CLOUD, DEVICE, SPLIT, split_address
+from edgefl.protocols.messages import (
+    Assignment,
+    JobMessage,
+    LogWanted,
+    ModelReport,
+    RolloutNote,
+    RoundClosed,
+    Signed,
+    UpdateRefused,
+)
 from edgefl.terminal.text import one_line
 
 if TYPE_CHECKING:
@@ -78,6 +90,8 @@ class AgentConfig:
     policy: str = ""  # when this device works for the fleet, see `edge_agent.policy.rules`; empty = always
     parents: LeasePolicy = field(default_factory=LeasePolicy)  # when the device changes its parent
     install_dependencies: bool = False  # whether packages that a task needs may be installed, for the trainer only
+    placement: str = ""  # of releases that are placed: auto, device, cloud or split:NODE; empty = the release's own
+    stages: Sequence[str] = ()  # host:port of stage servers; empty = those that a release names
     site_rendezvous: str = ""  # HOST:PORT of this machine where others join its training; empty = it trains alone
     site_machines: int = 2  # how many train together, if there is a rendezvous
 
@@ -86,6 +100,13 @@ class AgentConfig:
             raise ConfigError(f"--serve-port {self.serve_port} must be in 0..65535")
         self.access()
         self.device_policy()
+        for address in self.stages:
+            try:
+                split_address(address)
+            except ProtocolError as cause:
+                raise ConfigError(f"--stages: {cause}") from cause
+        if self.placement not in {"", AUTO, DEVICE, CLOUD} and not self.placement.startswith(SPLIT):
+            raise ConfigError(f"--placement {self.placement!r} is not one of: auto, device, cloud, split:NODE")
         if self.trainer_memory_mb < 0:
             raise ConfigError(f"--trainer-memory-mb {self.trainer_memory_mb} must be 0 (three quarters) or more")
         if not 0 <= self.trainer_idle_s <= MAX_IDLE_S:
@@ -150,15 +171,20 @@ class Agent:
         rules = ParentRules(policy=config.parents, is_idle=self._is_idle)
         self._chooser = ParentChooser(home, KnownParents(home, profile, fleet_key), rules)
         self._channel = CloudChannel(self._chooser.current, home)
+        self._placements: dict[str, PlacementNote] = {}  # by model
+        serving_mb = config.serve_memory_mb or default_serving_memory_mb()
         self._supervisor = ServingSupervisor(
             listener,
             ServingConfig(
-                memory_mb=config.serve_memory_mb or default_serving_memory_mb(),
+                memory_mb=serving_mb,
                 load_s=config.model_load_s,
                 token=config.access().token(),
                 tls_home=str(home) if config.serve_tls else "",
+                tail=TailAccess(
+                    home="" if profile.insecure else str(home), device=profile.device, addresses=config.stages
+                ),
             ),
-            ServingCallbacks(serving=self._on_serving, failing=self._on_failing),
+            ServingCallbacks(serving=self._on_serving, failing=self._on_failing, placed=self._on_placed),
         )
         self._started = False
         self._moved_with: Assignment | None = None  # that ran when the parent was changed
@@ -171,6 +197,7 @@ class Agent:
         self._link.on_parent = self._note_parent
         self._outbox.on_answered = self._link.note_idle
         self._link.refusals = self._policy.refusals
+        self._link.models = self._model_reports
         self._live = LiveFile(home, self._live_state)
         self._participant = Participant(
             ParticipantDependencies(
@@ -200,6 +227,8 @@ class Agent:
                 host=self._supervisor,
                 report=self._report,
                 changed=self._announce,
+                placement=config.placement,
+                serving_bytes=serving_mb << 20,
             )
         )
 
@@ -284,6 +313,19 @@ class Agent:
     def _on_failing(self, model: ModelFile, reason: str) -> None:
         self._updater.handle_failing(model, reason)
 
+    def _on_placed(self, note: PlacementNote) -> None:
+        self._placements[note.model] = note
+        self._live.note_change()
+
+    def _model_reports(self) -> dict[str, ModelReport]:
+        """Return how the models that are served are placed, and what a run of each takes here."""
+        served = self._supervisor.versions()
+        return {
+            name: ModelReport(version=note.version, placement=placement_text(note.facts), profile_ms=note.profile_ms)
+            for name, note in self._placements.items()
+            if served.get(name) == note.version
+        }
+
     async def _restore(self) -> None:
         await self._updater.restore()
         self._supervisor.set_ready()
@@ -318,6 +360,7 @@ class Agent:
             training_round=0 if current is None else current.round,
             policy=self._policy.text,
             policy_refuses=refusal_text(self._policy.refusals),
+            placements={name: one.placement for name, one in self._model_reports().items() if one.placement},
         )
 
     def _report(self, note: RolloutNote) -> None:

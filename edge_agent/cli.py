@@ -120,6 +120,14 @@ def enroll(  # noqa: PLR0913 - one a flag
     help="Socket of a trainer run by systemd.",
 )
 @click.option(
+    "--placement", default="", metavar="auto|device|cloud|split:NODE",
+    help="Where releases that can be split run. [default: as the release says]",
+)  # fmt: skip
+@click.option(
+    "--stages", multiple=True, metavar="HOST:PORT",
+    help="Where a stage server is; repeatable, in the order in which they are tried. [default: as the release says]",
+)  # fmt: skip
+@click.option(
     "--policy", default="", metavar="TERM,...",
     help="Work for the fleet only if all terms hold: idle, charging, unmetered, hours such as 22:00-06:00.",
 )  # fmt: skip
@@ -188,7 +196,10 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        value = " ".join(f"{model}:{version}" for model, version in sorted(value.items()))
+        texts = any(isinstance(one, str) for one in value.values())
+        value = ("; " if texts else " ").join(
+            f"{model}:{' ' if texts else ''}{one}" for model, one in sorted(value.items())
+        )
     if isinstance(value, list):
         value = " ".join(value)
     return "-" if value == "" else str(value)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class LiveState(Checked):
     training_round: int = 0
     policy: str = dataclasses.field(default="", metadata=prose())  # empty = it always works
     policy_refuses: str = dataclasses.field(default="", metadata=prose())  # why it does not work now; empty = it does
+    # By model that is shared with a stage server: how it is placed now.
+    placements: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class LiveFile:

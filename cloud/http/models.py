@@ -15,8 +15,9 @@ from pydantic import Field
 from cloud.http.services import Services
 from cloud.http.shared import HEARTBEAT, Body, Here, known, stream_lines
 from cloud.state.registry import Tensors
-from edgefl.errors import NotFound
-from edgefl.protocols.messages import BlobRef
+from edgefl.errors import ConfigError, NotFound, ProtocolError
+from edgefl.protocols.inference.placement import Offload
+from edgefl.protocols.messages import BlobRef, from_json
 
 operator = APIRouter()
 
@@ -29,6 +30,7 @@ class ReleaseRequest(Body):
     sample: BlobRef | None = None  # older clients send none of these
     inputs: dict[str, str] = Field(default_factory=dict)
     outputs: dict[str, str] = Field(default_factory=dict)
+    offload: dict[str, Any] | None = None  # how it is placed, as `edgefl.protocols.inference.placement.Offload`
     new_signature: bool = False  # allows other inputs and outputs than those of the version before
 
 
@@ -44,8 +46,14 @@ class RolloutRequest(Body):
 @operator.post("/v1/models/{name}/releases")
 def publish(name: str, body: ReleaseRequest, here: Here) -> dict[str, Any]:
     """Sign an uploaded model as the next version."""
+    try:
+        offload = None if body.offload is None else from_json(Offload, body.offload)
+    except ProtocolError as cause:
+        raise ConfigError(str(cause)) from cause
     tensors = Tensors(sample=body.sample, inputs=body.inputs, outputs=body.outputs)
-    signed = here.registry.publish(name, body.blob, body.metrics, tensors, new_signature=body.new_signature)
+    signed = here.registry.publish(
+        name, body.blob, body.metrics, tensors, new_signature=body.new_signature, offload=offload
+    )
     facts: dict[str, Any] = json.loads(signed.text)
     return facts
 

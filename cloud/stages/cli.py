@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     "--home", type=click.Path(path_type=Path), required=True, help="The home of the cloud beside which it runs."
 )
 @click.option(
-    "--cuts",
-    default="",
-    help="Tensors at which the model is cut into stages, one process each: A,B. Tensors of one cut: A1+A2.",
-)
+    "--cuts", default="",
+    help="Cuts of `edgefl offload cuts`, or tensors, between stages; each stage is one process: A,B.",
+)  # fmt: skip
 @click.option(
-    "--tail-from", default="", help="Tensors at which the devices' part ends: A or A1+A2. [default: the model's inputs]"
-)
+    "--tail-from", multiple=True,
+    help="Cut at which the devices' part ends, or cloud: they have no part; repeatable. [default: the whole model]",
+)  # fmt: skip
 @click.option(
     "--model-name", default="", help="Name by which clients ask for it. [default: the release's, or the file's]"
 )
@@ -78,7 +78,7 @@ def stages(**given: object) -> None:
 
 
 def options_of(  # noqa: PLR0913 - one parameter per option
-    *, model: str, home: Path, cuts: str, tail_from: str, model_name: str, host: str, port: int,
+    *, model: str, home: Path, cuts: str, tail_from: tuple[str, ...], model_name: str, host: str, port: int,
     names: tuple[str, ...], max_batch: int, max_wait_ms: float, cores: tuple[str, ...], memory_mb: int, load_s: float,
     run_s: float, max_request_mb: int, device_requests: int, accept_nan: bool, insecure: bool,
 ) -> StageOptions:  # fmt: skip
@@ -93,8 +93,8 @@ def options_of(  # noqa: PLR0913 - one parameter per option
     return StageOptions(
         home=home, model=model, name=model_name, host=host, port=port, names=names, memory_mb=memory_mb,
         load_s=load_s, run_s=run_s, max_request_mb=max_request_mb, accept_nan=accept_nan, insecure=insecure,
-        limits=limits, cores=tuple(parse_cores(one) for one in cores), tail_from=_tensors(tail_from),
-        borders=tuple(_tensors(one) for one in cuts.split(",") if one.strip()),
+        limits=limits, cores=tuple(parse_cores(one) for one in cores), tail_from=tail_from,
+        cuts=tuple(one.strip() for one in cuts.split(",") if one.strip()),
     )  # fmt: skip
 
 
@@ -114,7 +114,3 @@ def parse_cores(text: str) -> tuple[int, ...]:
     if not cores or not cores <= usable:
         raise ConfigError(f"--cores {text}: this process may use the cores {sorted(usable)}")
     return tuple(sorted(cores))
-
-
-def _tensors(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split("+") if name.strip())

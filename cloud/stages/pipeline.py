@@ -1,6 +1,7 @@
 """Requests through the stages: queued, merged into batches, in every stage at the same time, and back.
 
-A batch has a slot of the shared memory from the first stage to the last. A stage is given one batch to compute and
+A request enters at one of the `entries`, usually the first stage: a device that has more of the model itself enters at
+a later one. A batch has a slot of the shared memory until the last stage. A stage is given one batch to compute and
 one to begin with next. If a batch of several requests fails, each of them is computed alone, so that the one that is
 at fault fails alone. If a stage's process ends, the requests that it computed are refused with UNAVAILABLE; those
 that wait, or are in other stages, go on when it is back. A device whose requests were computed alone when the process
@@ -69,22 +70,28 @@ class Pipeline:
 
     def __init__(
         self, name: str, specs: Sequence[StageSpec], limits: PipelineLimits,
-        make_stage: Callable[[int, StageSpec, Slots, BatchCallbacks], StageProcess] = StageProcess,
+        make_stage: Callable[[int, StageSpec, Slots, BatchCallbacks], StageProcess] = StageProcess, *,
+        entries: Sequence[int] = (0,), outputs: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.name, self._limits = name, limits
+        """`entries` are the stages (from 0) at which requests begin; `outputs` are what they get of what is made there.
+
+        By default, requests begin at the first stage and get what the last one returns.
+        """
+        self.name, self._limits, self._wanted = name, limits, outputs
         self._loop = asyncio.get_running_loop()
         self._slots = Slots(DEPTH * len(specs) + 1, limits.slot_bytes)
         self._stages = [make_stage(number, spec, self._slots, self) for number, spec in enumerate(specs, 1)]
-        self._queue = FairQueue(limits.rule)
+        self._queues = {entry: FairQueue(limits.rule) for entry in sorted(entries)}
         self._waiting: list[deque[_Batch]] = [deque() for _ in specs]  # before each stage but the first
+        self._turns = [False for _ in specs]  # of each stage: whether a batch that begins there is next
         self._batches: dict[int, _Batch] = {}  # that a stage has
         self._numbers = itertools.count(1)
         self._loads: dict[str, _DeviceLoad] = {}
         self._held_bytes = 0
         self._suspects = Suspects(self._loop.time)
         self._recheck: asyncio.TimerHandle | None = None
-        self.inputs: tuple[TensorInfo, ...] = ()
-        self.outputs: tuple[TensorInfo, ...] = ()
+        self.inputs: dict[int, tuple[TensorInfo, ...]] = {}  # by entry
+        self.outputs: dict[int, tuple[TensorInfo, ...]] = {}
         self.unmerged = ""
         self.num_batches = self.num_rows = 0  # sent to the first stage so far
 
@@ -133,13 +140,15 @@ class Pipeline:
         request = self.submit(device, tensors, timeout_s)
         return await request.settled
 
-    def submit(self, device: str, tensors: Mapping[str, Array], timeout_s: float = math.inf) -> StageRequest:
+    def submit(
+        self, device: str, tensors: Mapping[str, Array], timeout_s: float = math.inf, entry: int = 0
+    ) -> StageRequest:
         """Queue a request whose tensors fit the model; raises RequestRefused if its device has too much waiting."""
         now_s = self._loop.time()
         limit_s = min(timeout_s, self._limits.request_s)
         if limit_s <= 0:
             raise RequestRefused("DEADLINE_EXCEEDED", "the request's time was over when it arrived")
-        request = StageRequest(device, tensors, now_s, now_s + limit_s)
+        request = StageRequest(device, tensors, now_s, now_s + limit_s, entry)
         self._admit(request)
         request.divide(self._limits.rule.max_rows, merges=not self.unmerged)
         self._check_size(request)
@@ -148,7 +157,7 @@ class Pipeline:
             part.alone = part.alone or alone
         self._enter(request)
         for part in request.parts:
-            self._queue.put(part)
+            self._queues[entry].put(part)
         self._feed()
         return request
 
@@ -199,51 +208,72 @@ class Pipeline:
             if not load.requests and self._loads.get(request.device) is load:
                 del self._loads[request.device]
             for part in request.parts:
-                self._queue.remove(part)
+                self._queues[request.entry].remove(part)
 
         request.settled.add_done_callback(leave)
 
-    # From the queue to the first stage.
+    # From the queues to the stages.
 
     def _feed(self) -> None:
-        """Send what is due to the stages."""
-        for number in range(len(self._stages) - 1, 0, -1):
-            self._feed_later(number)
-        first = self._stages[0]
-        while first.is_up and first.num_running < DEPTH and self._slots.num_free and self._queue:
-            parts = self._queue.take(self._loop.time(), is_idle=first.num_running == 0)
+        """Send what is due to the stages, the last ones first."""
+        for number in range(len(self._stages) - 1, -1, -1):
+            while self._feed_stage(number):
+                pass
+
+    def _feed_stage(self, number: int) -> bool:
+        """Send one batch to a stage: in turn one that an earlier stage computed, and one that begins here."""
+        stage = self._stages[number]
+        if not stage.is_up or stage.num_running >= DEPTH:
+            return False
+        sources = [self._feed_waiting, self._feed_new]
+        for source in reversed(sources) if self._turns[number] else sources:
+            if source(number):
+                self._turns[number] = source == sources[0]
+                return True
+        return False
+
+    def _feed_waiting(self, number: int) -> bool:
+        waiting = self._waiting[number]
+        while waiting:
+            batch = waiting.popleft()
+            if all(part.request.is_over for part in batch.parts):
+                self._release(batch)
+                continue
+            self._send(batch)
+            return True
+        return False
+
+    def _feed_new(self, number: int) -> bool:
+        stage, queue = self._stages[number], self._queues.get(number)
+        while queue and self._slots.num_free:
+            parts = queue.take(self._loop.time(), is_idle=stage.num_running == 0)
             if not parts:
-                if first.num_running == 0:
-                    self._look_again(self._queue.due_s)
-                return
+                if stage.num_running == 0:
+                    self._look_again(queue.due_s)
+                return False
             if left := [part for part in parts if not part.request.is_over]:
-                self._begin(left)
+                self._begin(left, number)
+                return True
+        return False
 
     def _look_again(self, at_s: float) -> None:
-        """Feed the first stage at a time when a batch is due, if it is not fed before."""
+        """Feed the stages at a time when a batch is due, if they are not fed before."""
         if self._recheck is not None:
+            if self._loop.time() < self._recheck.when() < at_s:
+                return
             self._recheck.cancel()
         self._recheck = self._loop.call_at(at_s, self._feed)
 
-    def _begin(self, parts: list[Part]) -> None:
+    def _begin(self, parts: list[Part], stage: int) -> None:
         begin, end = self._slots.take()
         free = begin
         tensors: dict[str, Placed] = {}
         for name in parts[0].tensors:
             tensors[name], free = self._slots.write([part.tensors[name] for part in parts], free, end)
-        batch = _Batch(next(self._numbers), parts, begin, end, tensors, free)
+        batch = _Batch(next(self._numbers), parts, begin, end, tensors, free, stage)
         self.num_batches += 1
         self.num_rows += sum(part.rows for part in parts)
         self._send(batch)
-
-    def _feed_later(self, number: int) -> None:
-        stage, waiting = self._stages[number], self._waiting[number]
-        while waiting and stage.is_up and stage.num_running < DEPTH:
-            batch = waiting.popleft()
-            if all(part.request.is_over for part in batch.parts):
-                self._release(batch)
-            else:
-                self._send(batch)
 
     def _send(self, batch: _Batch) -> None:
         stage = self._stages[batch.stage]
@@ -272,7 +302,7 @@ class Pipeline:
             for part in one.parts:
                 part.alone = True
                 if not part.request.is_over:
-                    self._queue.put_back(part)
+                    self._queues[part.request.entry].put_back(part)
         else:
             status = "RESOURCE_EXHAUSTED" if memory else "INVALID_ARGUMENT"
             remedy = "the stage lacks memory for it; send fewer rows" if memory else "check the request's values"
@@ -295,7 +325,9 @@ class Pipeline:
         row = 0
         for part in batch.parts:
             if not part.request.is_over:
-                part.request.take_result(part, [self._output(batch, one.name, row, part) for one in self.outputs])
+                part.request.take_result(
+                    part, [self._output(batch, one.name, row, part) for one in self.outputs[part.request.entry]]
+                )
             row += part.rows
         self._release(batch)
 
@@ -315,16 +347,13 @@ class Pipeline:
     # Begin and end.
 
     def _connect(self, facts: Sequence[StageFacts]) -> None:
-        """Check that each stage gets its inputs from the stages before it or from the request."""
-        produced: dict[str, TensorInfo] = {}
-        inputs: dict[str, TensorInfo] = {}
-        for one in facts:
-            for info in one.inputs:
-                if info.name not in produced:
-                    inputs[info.name] = info
-            produced.update({info.name: info for info in one.outputs})
-        self.inputs, self.outputs = tuple(inputs.values()), facts[-1].outputs
-        whole = [one for one in inputs.values() if one.shape[:1] != (-1,)]
+        """Find what requests bring at each entry and what they get: what the stages from there on take, and make."""
+        wanted = self._wanted or [info.name for info in facts[-1].outputs]
+        for entry in self._queues:
+            made = {info.name: info for one in facts[entry:] for info in one.outputs}
+            self.inputs[entry] = _taken(facts[entry:])
+            self.outputs[entry] = tuple(made[name] for name in wanted if name in made)
+        whole = [one for some in self.inputs.values() for one in some if one.shape[:1] != (-1,)]
         reasons = [one.unmerged for one in facts if one.unmerged]
         self.unmerged = reasons[0] if reasons else f"{whole[0]} has a fixed first dimension" if whole else ""
 
@@ -337,6 +366,16 @@ class Pipeline:
         for batch in (*self._batches.values(), *itertools.chain.from_iterable(self._waiting)):
             for part in batch.parts:
                 part.request.refuse(status, reason)
-        while self._queue:
-            for part in self._queue.take(math.inf, is_idle=True):
-                part.request.refuse(status, reason)
+        for queue in self._queues.values():
+            while queue:
+                for part in queue.take(math.inf, is_idle=True):
+                    part.request.refuse(status, reason)
+
+
+def _taken(facts: Sequence[StageFacts]) -> tuple[TensorInfo, ...]:
+    """Return what stages take of which none is made by an earlier one of them."""
+    made, taken = set[str](), dict[str, TensorInfo]()
+    for one in facts:
+        taken |= {info.name: info for info in one.inputs if info.name not in made}
+        made |= {info.name for info in one.outputs}
+    return tuple(taken.values())

@@ -18,7 +18,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from cloud.dataplane.grpc_port import GrpcPort, PortPace
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.servers import PortKind, serve_grpc, unwrapped
 from cloud.shares import Shares
-from cloud.stages.cuts import stages_of
 from cloud.stages.known_devices import KnownDevices
 from cloud.stages.pipeline import Pipeline, PipelineLimits
 from cloud.stages.service import ServedModel, StageService
@@ -41,10 +40,13 @@ from cloud.state.store import open_database
 from cloud.trust.own_certificates import renew_server
 from edgefl.errors import ConfigError, EdgeflError, HomeError, MissingExtra
 from edgefl.logs import event
+from edgefl.offload.graph import read_graph
+from edgefl.offload.stages import write_stages
 from edgefl.process.descriptors import raise_limit
 from edgefl.process.home import check_home
 from edgefl.protocols.addresses import is_loopback
-from edgefl.protocols.inference.service import inference_handler
+from edgefl.protocols.inference.placement import CLOUD
+from edgefl.protocols.inference.service import inference_handler, tail_name
 from edgefl.protocols.manifest import check_model_name, load_private_key
 from edgefl.protocols.tls import CLOUD_NAME, Identity
 
@@ -62,8 +64,8 @@ class StageOptions:
     home: Path
     model: str  # path of an .onnx file, or NAME or NAME:VERSION of a release
     name: str = ""  # by which clients ask for it; empty = the release's, or the file's
-    tail_from: tuple[str, ...] = ()  # tensors at which the devices' part ends
-    borders: tuple[tuple[str, ...], ...] = ()  # tensors between the stages
+    tail_from: tuple[str, ...] = ()  # cuts at which devices' parts end; empty = the whole model
+    cuts: tuple[str, ...] = ()  # between the stages
     host: str = "127.0.0.1"
     port: int = 9450
     names: tuple[str, ...] = ()  # more names and addresses at which devices reach it
@@ -80,10 +82,6 @@ class StageOptions:
         if self.insecure and not is_loopback(self.host):
             raise ConfigError(
                 f"--insecure is for loopback only, --host is {self.host}; drop --insecure, or use a loopback address"
-            )
-        if self.cores and len(self.cores) != len(self.borders) + 1:
-            raise ConfigError(
-                f"--cores is given {len(self.cores)} times for {len(self.borders) + 1} stages; give it once for each"
             )
 
 
@@ -103,7 +101,9 @@ class StageServer:
         engine = open_database(options.home / "cloud.db")
         self._exit.callback(engine.dispose)
         self._enrolment = Enrolment(engine, self._tls)
+        self._begins: tuple[int, ...] = ()  # layers on devices, of a release that says so
         self._path, self._model = self._find_model(engine)
+        self._outputs: tuple[str, ...] = ()  # empty = all of the last stage
         folder = options.home / "stages" / self._model.name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._identity = Identity(folder / "key.pem", folder / "cert.pem", self._tls / "ca.pem")
@@ -120,7 +120,11 @@ class StageServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         with tempfile.TemporaryDirectory(prefix="edgefl-stages-") as folder:
-            pipeline = Pipeline(self._model.name, await asyncio.to_thread(self._specs, Path(folder)), options.limits)
+            specs = await asyncio.to_thread(self._specs, Path(folder))
+            pipeline = Pipeline(
+                self._model.name, specs, options.limits, entries=sorted({*self._model.entries.values()}),
+                outputs=self._outputs,
+            )  # fmt: skip
             async with pipeline.running(), self._serve_port(pipeline):
                 event(_log, logging.INFO, "stages.ready", model=self._model.name, version=self._model.version,
                       port=options.port, stages=len(pipeline.pids), digest=self._model.digest)  # fmt: skip
@@ -194,19 +198,46 @@ class StageServer:
             blobs.check(release.blob.sha256)
             path, name = blobs.path(release.blob.sha256), options.name or release.model
             version, digest = str(release.version), release.blob.sha256
+            if release.offload is not None and not options.tail_from:
+                self._begins = tuple(one.layers for one in release.offload.placements if one.form)
         check_model_name(name)
-        served = ServedModel(name=name, version=version, digest=digest, refuses_nan=not options.accept_nan)
+        served = ServedModel(
+            name=name, version=version, digest=digest, entries={name: 0}, refuses_nan=not options.accept_nan
+        )
         return path.absolute(), served
 
     def _specs(self, folder: Path) -> list[StageSpec]:
+        """Write the stages, and note which of them each of the model's names stands for."""
         options, paths = self._options, [self._path]
-        if options.borders or options.tail_from:
-            paths = stages_of(self._path, options.borders, folder, options.tail_from)
+        if options.cuts or options.tail_from or self._begins:
+            graph = read_graph(self._path)
+            begins = (
+                [0 if one == CLOUD else graph.position_of(one) for one in options.tail_from] or [*self._begins] or [0]
+            )
+            positions = sorted({*begins, *(graph.position_of(one) for one in options.cuts)})
+            if (first := min(begins)) > positions[0]:
+                raise ConfigError(
+                    f"--cuts: {self._path.name} is cut before the tail begins, at layer {positions[0]} of {first}; "
+                    "name cuts behind --tail-from"
+                )
+            paths = write_stages(graph, [*positions, len(graph.layers)], folder)
+            known = set(graph.head_outputs(min(begins)))
+            self._outputs = tuple(one for one in graph.outputs if one not in known)  # that a head does not make
+            self._model = replace(self._model, entries=_entries(self._model.name, begins, positions))
+        if options.cores and len(options.cores) != len(paths):
+            raise ConfigError(
+                f"--cores is given {len(options.cores)} times for {len(paths)} stages; give it once for each"
+            )
         cores = options.cores or divided_cores(sorted(os.sched_getaffinity(0)), len(paths))
         return [
             StageSpec(path=path, cores=some, memory_mb=options.memory_mb, load_s=options.load_s, run_s=options.run_s)
             for path, some in zip(paths, cores, strict=True)
         ]
+
+
+def _entries(name: str, begins: Sequence[int], positions: Sequence[int]) -> dict[str, int]:
+    """Return the stage for each name that clients may use: the model's own is the first tail's."""
+    return {name: positions.index(begins[0])} | {tail_name(name, at): positions.index(at) for at in begins}
 
 
 def divided_cores(cores: Sequence[int], num_stages: int) -> list[tuple[int, ...]]:

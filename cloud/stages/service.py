@@ -3,6 +3,7 @@
 A request is read when its device has a place for it: until then it waits in the device, or in the flow control's
 window. On a stream, responses come in the order of the requests, and a refused request does not end the stream.
 Deadlines are durations: the call's own, and the parameter `timeout` of a request in microseconds; the shorter counts.
+With the parameter `wire_format`, a request's only input is a message of `edgefl.offload.wire` with its tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from cloud.dataplane.callers import Callers, Context
@@ -22,9 +24,18 @@ from cloud.stages.pipeline import Pipeline
 from cloud.stages.work import Output, RequestRefused, StageRequest
 from edgefl.errors import ProtocolError
 from edgefl.models.tensors import TensorInfo
+from edgefl.offload.wire import FORMATS, decode
 from edgefl.process.version import __version__
 from edgefl.protocols.inference import open_inference_grpc_pb2 as pb
-from edgefl.protocols.inference.service import REQUEST_DIGEST, REQUEST_TIMEOUT, STREAM_STATUS
+from edgefl.protocols.inference.service import (
+    REQUEST_DIGEST,
+    REQUEST_TIMEOUT,
+    SERVER_TIME,
+    STREAM_STATUS,
+    WIRE_FORMAT,
+    WIRE_FORMATS,
+    WIRE_INPUT,
+)
 from edgefl.protocols.inference.tensors import add_output, check_fits, refuse_nan, request_tensors
 from edgefl.terminal.text import one_line
 from edgefl.trees import Array
@@ -35,6 +46,7 @@ READ_S = 30.0  # time limit to receive the request of a unary call
 WRITE_S = 60.0  # time limit for a client to take a response from a stream
 CALLS_OF_A_DEVICE = 32  # unary calls whose requests are received or computed
 STREAMS_OF_A_DEVICE = 8
+SMALL_BYTES = 64 << 10  # of a message that is decoded in the event loop
 STREAM_DEPTH = 32  # requests of one stream that are computed or wait to be sent back
 
 
@@ -45,6 +57,7 @@ class ServedModel:
     name: str
     version: str
     digest: str  # SHA-256 of its file in hex
+    entries: Mapping[str, int]  # by the names of the model and its tails: the stage at which such requests begin
     refuses_nan: bool = True
 
 
@@ -53,8 +66,10 @@ class _Asked:
     """A request on a stream, and what becomes of it."""
 
     id: str
+    model: str  # as the client names it
     outputs: list[str]
     request: StageRequest | RequestRefused
+    arrived_s: float = 0.0  # on the event loop's clock
 
 
 class StageService:
@@ -92,12 +107,12 @@ class StageService:
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
         await self._callers.any(context)
-        await self._find(request.name, request.version, context)
+        entry = await self._find(request.name, request.version, context)
         return pb.ModelMetadataResponse(
-            name=self._model.name, versions=[self._model.version], platform=PLATFORM,
-            inputs=[_described(one) for one in self._pipeline.inputs],
-            outputs=[_described(one) for one in self._pipeline.outputs],
-            properties={REQUEST_DIGEST: self._model.digest},
+            name=request.name, versions=[self._model.version], platform=PLATFORM,
+            inputs=[_described(one) for one in self._pipeline.inputs[entry]],
+            outputs=[_described(one) for one in self._pipeline.outputs[entry]],
+            properties={REQUEST_DIGEST: self._model.digest, WIRE_FORMATS: ",".join(FORMATS)},
         )  # fmt: skip
 
     async def ModelInfer(self, requests: AsyncIterator[bytes], context: Context) -> pb.ModelInferResponse:  # noqa: N802
@@ -111,7 +126,7 @@ class StageService:
         try:
             async with asyncio.timeout(READ_S):
                 data = await anext(requests, b"")
-            asked = self._ask(device, data, context.time_remaining())
+            asked = await self._ask(device, data, context.time_remaining())
             if isinstance(asked.request, RequestRefused):
                 await _abort(context, asked.request)
             return self._response(asked, await asked.request.settled)
@@ -161,7 +176,7 @@ class StageService:
         async for data in requests:
             if (wait_s := self._pace(device)) > 0:
                 await asyncio.sleep(wait_s)
-            asked.put_nowait(self._ask(device, data, None))
+            asked.put_nowait(await self._ask(device, data, None))
             await places.acquire()  # before the next one is read
 
     async def _stream_response(self, asked: _Asked) -> pb.ModelStreamInferResponse:
@@ -170,32 +185,36 @@ class StageService:
                 raise asked.request
             return pb.ModelStreamInferResponse(infer_response=self._response(asked, await asked.request.settled))
         except RequestRefused as refused:
-            response = pb.ModelInferResponse(model_name=self._model.name, id=asked.id)
+            response = pb.ModelInferResponse(model_name=asked.model, id=asked.id)
             response.parameters[STREAM_STATUS].string_param = refused.status
             return pb.ModelStreamInferResponse(error_message=str(refused), infer_response=response)
 
-    def _ask(self, device: str, data: bytes, remaining_s: float | None) -> _Asked:
+    async def _ask(self, device: str, data: bytes, remaining_s: float | None) -> _Asked:
         """Check a request and queue it."""
-        number = ""
+        number, name, arrived_s = "", "", asyncio.get_running_loop().time()
         try:
             request = pb.ModelInferRequest.FromString(data)
-            number = request.id[:MAX_ID_CHARS]
-            self._refuse_other_model(request.model_name, request.model_version)
+            number, name = request.id[:MAX_ID_CHARS], request.model_name
+            entry = self._entry(name, request.model_version)
             timeout_s = min(_timeout_s(request.parameters), math.inf if remaining_s is None else remaining_s)
             self._refuse_parameters(request.parameters)
-            outputs = self._outputs(request)
+            outputs = self._outputs(request, entry)
             tensors = request_tensors(request)
-            self._check(tensors)
-            return _Asked(number, outputs, self._pipeline.submit(device, tensors, timeout_s))
+            if WIRE_FORMAT in request.parameters:
+                tensors = await _decoded(tensors)
+            self._check(tensors, entry)
+            return _Asked(number, name, outputs, self._pipeline.submit(device, tensors, timeout_s, entry), arrived_s)
         except DecodeError:
-            return _Asked(number, [], RequestRefused("INVALID_ARGUMENT", "the message is not a ModelInferRequest"))
+            return _Asked(
+                number, name, [], RequestRefused("INVALID_ARGUMENT", "the message is not a ModelInferRequest")
+            )
         except ProtocolError as error:
-            return _Asked(number, [], RequestRefused("INVALID_ARGUMENT", str(error)))
+            return _Asked(number, name, [], RequestRefused("INVALID_ARGUMENT", str(error)))
         except RequestRefused as refused:
-            return _Asked(number, [], refused)
+            return _Asked(number, name, [], refused)
 
-    def _check(self, tensors: Mapping[str, Array]) -> None:
-        check_fits(f"model {self._model.name}", self._pipeline.inputs, tensors)
+    def _check(self, tensors: Mapping[str, Array], entry: int) -> None:
+        check_fits(f"model {self._model.name}", self._pipeline.inputs[entry], tensors)
         if not self._pipeline.unmerged and len({array.shape[0] for array in tensors.values()}) > 1:
             rows = ", ".join(f"{name} {array.shape[0]}" for name, array in tensors.items())
             raise ProtocolError(f"the inputs have different numbers of rows ({rows}); expected the same")
@@ -216,8 +235,8 @@ class StageService:
                 "the request belongs to a sequence; this model keeps no state between requests: send no sequence_id"
             )
 
-    def _outputs(self, request: pb.ModelInferRequest) -> list[str]:
-        known = [one.name for one in self._pipeline.outputs]
+    def _outputs(self, request: pb.ModelInferRequest, entry: int) -> list[str]:
+        known = [one.name for one in self._pipeline.outputs[entry]]
         names = [one.name for one in request.outputs] or known
         for one in request.outputs:
             if one.name not in known:
@@ -231,29 +250,44 @@ class StageService:
         return names
 
     def _response(self, asked: _Asked, outputs: list[Output]) -> pb.ModelInferResponse:
-        response = pb.ModelInferResponse(model_name=self._model.name, model_version=self._model.version, id=asked.id)
+        response = pb.ModelInferResponse(model_name=asked.model, model_version=self._model.version, id=asked.id)
+        response.parameters[SERVER_TIME].int64_param = int(1e6 * (asyncio.get_running_loop().time() - asked.arrived_s))
         by_name = {one[0]: one for one in outputs}
         for name in asked.outputs:
             _, datatype, shape, raw = by_name[name]
             add_output(response, (name, datatype, shape), raw)
         return response
 
-    def _refuse_other_model(self, name: str, version: str) -> None:
+    def _entry(self, name: str, version: str) -> int:
+        """Return the stage at which requests for a model of this name begin; raises RequestRefused."""
         model = self._model
-        if name != model.name:
-            raise RequestRefused(
-                "NOT_FOUND", f"model {one_line(name, 80)!r} is not on this server; it has: {model.name}"
-            )
+        if name not in model.entries:
+            known = ", ".join(model.entries)
+            raise RequestRefused("NOT_FOUND", f"model {one_line(name, 80)!r} is not on this server; it has: {known}")
         if version not in {"", model.version}:
             raise RequestRefused(
                 "NOT_FOUND", f"model {name!r} has version {model.version} here, not {one_line(version, 80)!r}"
             )
+        return model.entries[name]
 
-    async def _find(self, name: str, version: str, context: Context) -> None:
+    async def _find(self, name: str, version: str, context: Context) -> int:
         try:
-            self._refuse_other_model(name, version)
+            return self._entry(name, version)
         except RequestRefused as refused:
-            await _abort(context, refused)
+            return await _abort(context, refused)
+
+
+async def _decoded(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the tensors in a message at a cut; a large one is decoded outside the event loop. Raises ProtocolError."""
+    message = tensors.get(WIRE_INPUT)
+    if message is None or len(tensors) > 1 or message.dtype != np.uint8 or message.ndim != 1:
+        raise ProtocolError(
+            f"a request with the parameter {WIRE_FORMAT!r} has one input, {WIRE_INPUT!r}, of datatype UINT8 and one "
+            f"dimension; got: {', '.join(f'{name} {one.dtype}{list(one.shape)}' for name, one in tensors.items())}"
+        )
+    if message.nbytes <= SMALL_BYTES:
+        return decode(message.data)
+    return await asyncio.to_thread(decode, message.data)
 
 
 def _timeout_s(parameters: Mapping[str, Any]) -> float:

@@ -51,6 +51,7 @@ class StageRequest:
     tensors: Mapping[str, Array]
     arrived_s: float
     deadline_s: float = math.inf
+    entry: int = 0  # the stage at which it begins
     settled: asyncio.Future[list[Output]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     parts: list[Part] = field(default_factory=list)
     results: dict[int, list[Output]] = field(default_factory=dict)  # by part

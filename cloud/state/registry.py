@@ -21,6 +21,7 @@ from cloud.state.blobs import BlobStore
 from cloud.state.store import releases
 from edgefl.errors import ConfigError, NotFound
 from edgefl.models.sample import MAX_SAMPLE_BYTES
+from edgefl.protocols.inference.placement import Offload
 from edgefl.protocols.manifest import Release, check_model_name, check_same_signature, sign, verify
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 
@@ -53,7 +54,7 @@ class Registry:
 
     def publish(
         self, model: str, blob: BlobRef, metrics: Mapping[str, float], tensors: Tensors | None = None, *,
-        new_signature: bool = False,
+        new_signature: bool = False, offload: Offload | None = None,
     ) -> Signed:  # fmt: skip
         """Sign a stored ONNX file as the model's next version; raises ConfigError.
 
@@ -65,6 +66,9 @@ class Registry:
         self._refuse_blob("file", blob)
         if tensors.sample is not None:
             self._refuse_blob("sample", tensors.sample, MAX_SAMPLE_BYTES)
+        for part, files in ({} if offload is None else offload.all_parts()).items():
+            self._refuse_blob(f"part {part}", files.blob)
+            self._refuse_blob(f"sample of part {part}", files.sample, MAX_SAMPLE_BYTES)
         newest = sa.select(releases.c.signed).where(releases.c.model == model)
         with self._publishing, self._engine.begin() as db:
             found = db.scalar(newest.order_by(releases.c.version.desc()).limit(1))
@@ -72,6 +76,7 @@ class Registry:
             release = Release(
                 model=model, version=before.version + 1 if before else 1, blob=blob, metrics=dict(metrics),
                 sample=tensors.sample, inputs=dict(tensors.inputs), outputs=dict(tensors.outputs),
+                offload=offload,
             )  # fmt: skip
             if before is not None and not new_signature:
                 check_same_signature(release, before)

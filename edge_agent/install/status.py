@@ -42,6 +42,7 @@ class Status:
     policy: str  # when it works for the fleet; empty = always, or it does not run
     policy_refuses: str  # why it does not work now, by its policy; empty = it does
     serving_url: str  # empty while it does not run
+    placements: dict[str, str]  # by model that is shared with a stage server: how it is placed now
     models: dict[str, int]  # model -> version that is installed and active
     last_contact: str  # ISO 8601, UTC; empty = never
     last_error: str  # the last warning or error in its log, with its time
@@ -75,6 +76,7 @@ def read_status(home: Path) -> Status:
         policy="" if live is None else live.policy,
         policy_refuses="" if live is None else live.policy_refuses,
         serving_url=serving.read_text(encoding="ascii") if holder is not None and serving.exists() else "",
+        placements={} if live is None else dict(live.placements),
         models={
             slots.state.model: slots.state.serving.version
             for slots in installed_models(home / "models")

@@ -9,6 +9,7 @@ its will. So the cloud can ignore a will of an old connection that arrives late.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
 import time
@@ -90,6 +91,7 @@ class CloudLink:
         self._session = _Session(home / "session")
         self._serving: tuple[Mapping[str, int], str] = ({}, "")
         self.refusals: Mapping[str, str] = {}  # of the device's own policy
+        self.models: Callable[[], Mapping[str, messages.ModelReport]] = dict  # for telemetry
         self._last_error = ""  # of `Next`; logged as a warning when it changes
         self._mqtt = self._new_mqtt()
         self._renewal = Renewal(home, profile.device, channel, lambda: self._mqtt.reconnect("the certificate is new"))
@@ -230,7 +232,7 @@ class CloudLink:
 
     def _publish_telemetry(self) -> None:
         try:
-            self._publish("telemetry", measure(self._home), qos=0)
+            self._publish("telemetry", dataclasses.replace(measure(self._home), models=self.models()), qos=0)
         except (ProtocolError, OSError, psutil.Error) as error:  # unusable or missing values of the system
             event(_log, logging.WARNING, "telemetry.not_measured", reason=error)
 

@@ -11,13 +11,14 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgefl.errors import HomeError, ManifestRejected, ProtocolError
 from edgefl.logs import event
 from edgefl.process.home import replace_file
+from edgefl.protocols.inference.placement import ModelPart, Offload
 from edgefl.protocols.messages import BlobRef, RolloutNote, from_json
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,29 @@ class Installed:
     version: int
     blob: BlobRef
     sample: BlobRef | None = None  # older releases have none
+    offload: Offload | None = None  # how the release is placed; None = the whole model is in the slot
+    placements: Sequence[str] = field(default_factory=list)  # those whose files are in the slot
+    inputs: Mapping[str, str] = field(default_factory=dict)  # of a placed release: datatype and shape by name
+    outputs: Mapping[str, str] = field(default_factory=dict)
+
+    def parts(self) -> Mapping[str, ModelPart]:
+        """Return the files that a placed release needs here, by name."""
+        return {} if self.offload is None else self.offload.parts([*map(self.offload.placement, self.placements)])
+
+    def same_files(self, other: Installed) -> bool:
+        """Whether the files of another release are the same."""
+        if (self.offload is None) != (other.offload is None):
+            return False
+        return (self.blob, self.sample, self.parts()) == (other.blob, other.sample, other.parts())
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFile:
+    """A file of a release in a slot."""
+
+    what: str  # in messages, such as `the sample of digits version 3`
+    ref: BlobRef
+    path: Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +101,25 @@ class ModelSlots:
     def sample_path(self, slot: str) -> Path:
         """Return the path of the sample of a slot's model."""
         return self._folder / slot / "sample.safetensors"
+
+    def files(self, slot: str, installed: Installed) -> list[SlotFile]:
+        """Return the files of a release in a slot."""
+        name, folder = f"{self.state.model} version {installed.version}", self._folder / slot
+        found = [] if installed.offload else [SlotFile(name, installed.blob, self.path(slot))]
+        for part, files in installed.parts().items():
+            found += [
+                SlotFile(f"{part} of {name}", files.blob, folder / f"{part}.onnx"),
+                SlotFile(f"the sample of {part} of {name}", files.sample, folder / f"{part}.safetensors"),
+            ]
+        if installed.sample is not None:
+            found.append(SlotFile(f"the sample of {name}", installed.sample, self.sample_path(slot)))
+        return found
+
+    def clear(self, slot: str, keep: Sequence[SlotFile]) -> None:
+        """Remove the files of a former release from a slot."""
+        for path in (self._folder / slot).iterdir():
+            if path not in {one.path for one in keep}:
+                path.unlink()
 
     def save(self, state: SlotState) -> None:
         """Replace the state, first on disk, then in memory."""

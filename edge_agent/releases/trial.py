@@ -1,6 +1,6 @@
 """Tries a release in a separate process, before it may replace the one that serves.
 
-    python -P -m edge_agent.releases.trial --name N --version V --path FILE [--sample FILE] --memory-mb N --say N
+    python -P -m edge_agent.releases.trial --name N --version V --path FILE --sample FILE ... --memory-mb N --say N
 
 It loads the model and runs it on its sample, with a deadline and a memory limit. A crash in a native kernel, a load
 that never ends, or a model that needs too much memory ends the trial only.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_agent.sessions import load
@@ -22,13 +23,17 @@ _NICENESS = 5  # the serving process has priority
 
 
 async def try_model(
-    name: str, version: int, path: Path, sample: Path | None = None, *, memory_mb: int, within_s: float
+    name: str, version: int, files: Sequence[tuple[Path, Path | None]], *, memory_mb: int, within_s: float
 ) -> None:
-    """Load a model in a separate process and run it; raises ProtocolError. Cancelling kills the process."""
+    """Load the files of a model in a separate process and run each on its sample; raises ProtocolError.
+
+    Cancelling kills the process.
+    """
     ours, theirs = os.pipe()
     try:
-        arguments = ["--name", name, "--version", str(version), "--path", str(path), "--memory-mb", str(memory_mb)]
-        arguments += [] if sample is None else ["--sample", str(sample)]
+        arguments = ["--name", name, "--version", str(version), "--memory-mb", str(memory_mb)]
+        for path, sample in files:
+            arguments += ["--path", str(path), "--sample", "" if sample is None else str(sample)]
         child = Child("edge_agent.releases.trial", *arguments, "--say", str(theirs), descriptors=[theirs])
     finally:
         os.close(theirs)
@@ -49,8 +54,8 @@ def main() -> None:
     """Load the model, run it, report an error, and exit."""
     parser = argparse.ArgumentParser(prog="edgefl-trial", description="Loads a model and runs it.")
     parser.add_argument("--name", required=True)
-    parser.add_argument("--path", type=Path, required=True)
-    parser.add_argument("--sample", type=Path)
+    parser.add_argument("--path", type=Path, action="append", required=True)
+    parser.add_argument("--sample", action="append", required=True, help="of the path before it; empty = none")
     for option in ("--version", "--memory-mb", "--say"):
         parser.add_argument(option, type=int, required=True)
     arguments = parser.parse_args()
@@ -58,7 +63,9 @@ def main() -> None:
     limit_own_memory(arguments.memory_mb)
     os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     try:
-        load(arguments.name, arguments.version, arguments.path, arguments.sample)
+        loaded = []  # all at once, as they will be served
+        for path, sample in zip(arguments.path, arguments.sample, strict=True):
+            loaded.append(load(arguments.name, arguments.version, path, Path(sample) if sample else None))
     except (EdgeflError, OSError) as error:
         os.write(arguments.say, str(error).encode()[:MAX_REASON_BYTES])
         os._exit(1)

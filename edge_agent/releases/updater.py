@@ -10,22 +10,24 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.transfer import download
+from edge_agent.placement.placed_file import PlacedFile, text_of
 from edge_agent.releases.slots import Installed, ModelSlots, SlotState, held_models, open_slots
 from edge_agent.serving.supervisor import ModelFile
 from edgefl.errors import CloudUnreachable, EdgeflError, ManifestRejected, ProtocolError
 from edgefl.logs import event
-from edgefl.protocols.manifest import Desired, check_blob, check_version, verify
+from edgefl.protocols.manifest import Desired, Release, check_blob, check_version, verify
 from edgefl.protocols.messages import RolloutNote, Signed
 
 MAX_DETAIL_CHARS = 1000
@@ -73,6 +75,8 @@ class UpdaterDependencies:
     host: ModelHost
     report: Callable[[RolloutNote], None]  # sends a report to the cloud
     changed: Callable[[], None]  # called when the served versions have changed
+    placement: str = ""  # of releases that are placed: auto, device, cloud or split:NODE; empty = the release's own
+    serving_bytes: float = math.inf  # that predictions may use
 
 
 class Updater:
@@ -190,7 +194,8 @@ class Updater:
             if tries > MAX_STARTS:
                 raise ProtocolError(f"the agent died {MAX_STARTS} times while it loaded this release")
             self._note_start(slots, tries)
-            await asyncio.to_thread(_check_files, slots, slot, f"{state.model} version {installed.version}", installed)
+            self._refuse_other_placement(installed)
+            await asyncio.to_thread(_check_files, slots, slot, installed)
             ready = await self._deps.host.prepare(self._model(slots, slot), trial=tries > 1)
         except asyncio.CancelledError:
             self._note_start(slots, tries - 1)
@@ -234,8 +239,26 @@ class Updater:
 
     def _model(self, slots: ModelSlots, slot: str) -> ModelFile:
         installed = slots.state.slots[slot]
-        sample = None if installed.sample is None else slots.sample_path(slot)
-        return ModelFile(name=slots.state.model, version=installed.version, path=slots.path(slot), sample=sample)
+        return _model_file(slots, slot, installed)
+
+    def _installed(self, release: Release) -> Installed:
+        """Return what of a release belongs on this device; raises ProtocolError if no placement fits it."""
+        placed: dict[str, Any] = {}
+        if (offload := release.offload) is not None:
+            chosen = offload.chosen(self._deps.placement, self._deps.serving_bytes)
+            placed = {"offload": offload, "placements": [one.name for one in chosen], "inputs": release.inputs,
+                      "outputs": release.outputs}  # fmt: skip
+        return Installed(version=release.version, blob=release.blob, sample=release.sample, **placed)
+
+    def _refuse_other_placement(self, installed: Installed) -> None:
+        """Raise ProtocolError if the files in a slot are for another placement than this agent was started with."""
+        if installed.offload is not None:
+            chosen = installed.offload.chosen(self._deps.placement, self._deps.serving_bytes)
+            if (wanted := [one.name for one in chosen]) != [*installed.placements]:
+                raise ProtocolError(
+                    f"its files are for the placements {', '.join(installed.placements)}, and this agent uses "
+                    f"{', '.join(wanted)}; it fetches what is missing"
+                )
 
     async def _consider(self, desired: Desired) -> None:
         slots = self._slots_of(desired.release.model)
@@ -265,12 +288,10 @@ class Updater:
         try:
             check_version(desired, before.version if before else None)
             self._count_try(slots, desired)
-            slot = await self._fetch(slots, desired)
-            sample = None if release.sample is None else slots.sample_path(slot)
-            model = ModelFile(name=release.model, version=release.version, path=slots.path(slot), sample=sample)
-            ready = await self._deps.host.prepare(model, trial=True)
+            installed = self._installed(release)
+            slot = await self._fetch(slots, desired, installed)
+            ready = await self._deps.host.prepare(_model_file(slots, slot, installed), trial=True)
             self._tell(desired, "installed")
-            installed = Installed(version=release.version, blob=release.blob, sample=release.sample)
             filled = {**slots.state.slots, slot: installed}
             slots.save(dataclasses.replace(slots.state, active=slot, slots=filled, starts=0))
         except (CloudUnreachable, asyncio.CancelledError):
@@ -291,27 +312,23 @@ class Updater:
             raise ProtocolError(f"the agent died {MAX_TRIES} times while it loaded this release")
         slots.note(dataclasses.replace(state, trying=desired.sequence, tries=tries))
 
-    async def _fetch(self, slots: ModelSlots, desired: Desired) -> str:
+    async def _fetch(self, slots: ModelSlots, desired: Desired, wanted: Installed) -> str:
         """Return the slot with the release's bytes, verified; downloads them unless a slot has them already."""
-        release, state = desired.release, slots.state
-        name = f"{release.model} version {release.version}"
+        state = slots.state
         for slot, installed in state.slots.items():
-            if (installed.blob, installed.sample) == (release.blob, release.sample):
+            if installed.same_files(wanted):
                 with suppress(ManifestRejected, OSError):  # damaged: download it again
-                    _check_files(slots, slot, name, installed)
+                    _check_files(slots, slot, installed)
                     return slot
         self._tell(desired, "downloading")
         left = {slot: installed for slot, installed in state.slots.items() if slot != state.spare}
         slots.save(dataclasses.replace(state, slots=left))
-        path = slots.path(state.spare)
-        await download(self._deps.channel, release.blob, path, reuse=path)  # the old file is overwritten
-        check_blob(name, release.blob, path)
-        _sync(path)
-        if release.sample is not None:
-            sample = slots.sample_path(state.spare)
-            await download(self._deps.channel, release.sample, sample, reuse=sample)
-            check_blob(f"the sample of {name}", release.sample, sample)
-            _sync(sample)
+        files = slots.files(state.spare, wanted)
+        for one in files:
+            await download(self._deps.channel, one.ref, one.path, reuse=one.path)  # the old file is overwritten
+            check_blob(one.what, one.ref, one.path)
+            _sync(one.path)
+        slots.clear(state.spare, files)
         return state.spare
 
     def _finish(self, slots: ModelSlots, desired: Desired, state: str, detail: str = "") -> None:
@@ -334,11 +351,23 @@ class Updater:
         self._deps.report(RolloutNote(model=release.model, version=release.version, state=state))
 
 
-def _check_files(slots: ModelSlots, slot: str, name: str, installed: Installed) -> None:
+def _check_files(slots: ModelSlots, slot: str, installed: Installed) -> None:
     """Raise ManifestRejected or OSError unless a slot's files are those that were signed."""
-    check_blob(name, installed.blob, slots.path(slot))
-    if installed.sample is not None:
-        check_blob(f"the sample of {name}", installed.sample, slots.sample_path(slot))
+    for one in slots.files(slot, installed):
+        check_blob(one.what, one.ref, one.path)
+
+
+def _model_file(slots: ModelSlots, slot: str, installed: Installed) -> ModelFile:
+    placed = None
+    if installed.offload is not None:
+        placed = PlacedFile(
+            digest=installed.blob.sha256, offload=installed.offload, placements=installed.placements,
+            inputs=installed.inputs, outputs=installed.outputs,
+        )  # fmt: skip
+    return ModelFile(
+        name=slots.state.model, version=installed.version, path=slots.path(slot),
+        sample=None if installed.sample is None else slots.sample_path(slot), placed=text_of(placed),
+    )  # fmt: skip
 
 
 def _sync(path: Path) -> None:

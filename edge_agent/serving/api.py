@@ -15,12 +15,14 @@ import json
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from edge_agent.placement.stats import stats_of
+from edge_agent.serving.asgi import App, Receive, Scope, Send, handle_other_scope
 from edge_agent.serving.board import Board
 from edge_agent.sessions import Cancellation, LoadedModel, Models
 from edgefl.errors import ProtocolError
@@ -29,6 +31,7 @@ from edgefl.protocols.addresses import bracketed
 from edgefl.protocols.ports.listener import listen
 
 if TYPE_CHECKING:
+    from edge_agent.placement.placed_model import PlacedModel
     from edge_agent.serving.inference import InferenceRequest, InferenceResponse
 
 MAX_BODY_BYTES = 64 << 20
@@ -40,10 +43,7 @@ REQUEST_S = 60.0  # time limit for a prediction; then it is cancelled
 STOP_S = 5.0  # for a cancelled computation to stop; otherwise it is stuck in a kernel
 RETRY_AFTER_S = 1
 
-_Scope = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class Serving:
         self._workers = ThreadPoolExecutor(
             NUM_WORKERS, "inference", initializer=lambda: setattr(self._lanes, "number", next(lanes))
         )
+        self.placed: dict[str, PlacedModel] = {}  # those that are shared with a stage server, by name
         self._waiting = self._received = 0
         self.token = ""  # that clients must send; empty = none
         self.context: Callable[[], ssl.SSLContext] | None = None  # for each new connection; None = no TLS
@@ -114,14 +115,14 @@ class Serving:
     def app(self) -> App:
         """Return the ASGI application."""
 
-        async def app(scope: _Scope, receive: _Receive, send: _Send) -> None:  # servers expect a function
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:  # servers expect a function
             await self._call(scope, receive, send)
 
         return app
 
-    async def _call(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await _handle_other_scope(scope, receive, send)
+            await handle_other_scope(scope, receive, send)
             return
         try:
             answer = await self._answer(scope, receive)
@@ -136,7 +137,7 @@ class Serving:
             raise  # the server logs it
         await _reply(scope, send, answer)
 
-    async def _answer(self, scope: _Scope, receive: _Receive) -> _HttpResponse:
+    async def _answer(self, scope: Scope, receive: Receive) -> _HttpResponse:
         if self.token and not scope["path"].startswith("/v2/health/"):  # health checks send no token
             self._check_token(scope)
         match [part for part in scope["path"].split("/") if part]:
@@ -153,7 +154,7 @@ class Serving:
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return not self.token or hmac.compare_digest(sent, b"Bearer " + self.token.encode())
 
-    def _check_token(self, scope: _Scope) -> None:
+    def _check_token(self, scope: Scope) -> None:
         if not self._allows(scope):
             raise _HttpError(401, "send the token of this device: `Authorization: Bearer …`", _CHALLENGE)
 
@@ -166,15 +167,19 @@ class Serving:
                 return _json({"live": True})
             case ["health", "ready"]:
                 return _json({"ready": self.ready}, 200 if self.ready else 503)
+            case ["models", name, "stats"]:
+                return _json(stats_of(self._find_placed(name)))
         served = self._find(path[2], path[4] if path[3:4] == ["versions"] else None)
         return _json({"name": served.name, "ready": True}) if path[-1] == "ready" and len(path) > 3 else _about(served)
 
-    async def _infer(self, scope: _Scope, receive: _Receive, name: str, version: str | None) -> _HttpResponse:
+    async def _infer(self, scope: Scope, receive: Receive, name: str, version: str | None) -> _HttpResponse:
         from edge_agent.serving.inference import encode_response, is_small_request, is_small_response, parse_request
 
         _allow(scope, b"POST", "POST", known=True)
         served = self._find(name, version)
         body, length = await self._body(scope, receive)
+        if not isinstance(served, LoadedModel):
+            return _sent(await self._infer_placed(served, body, length))
         if not is_small_request(body, length):
             return _sent(await self._in_thread(partial(self._parse_and_run, served, body, length), served))
         request = parse_request(served, body, length)
@@ -185,9 +190,31 @@ class Serving:
             return _sent(encode_response(served, request, results))
         return _sent(await self._in_thread(lambda _cancellation: encode_response(served, request, results), served))
 
-    async def _in_thread(
-        self, work: Callable[[Cancellation], InferenceResponse], served: LoadedModel
-    ) -> InferenceResponse:
+    async def _infer_placed(self, served: PlacedModel, body: bytes, length: str | None) -> InferenceResponse:
+        from edge_agent.placement.placed_model import Unanswered
+        from edge_agent.serving.inference import encode_response, is_small_request, is_small_response, parse_request
+
+        if is_small_request(body, length):
+            request = parse_request(served, body, length)
+        else:
+            request = await self._in_thread(lambda _: parse_request(served, body, length), served)
+        try:
+            found = await served.infer(tuple(request.outputs), request.feeds, request.timeout_s, self.compute)
+        except Unanswered as refused:
+            raise _HttpError(503, str(refused), _retry()) from refused
+        if is_small_response(request, found.results):
+            return encode_response(served, request, found.results, found.parameters)
+        return await self._in_thread(
+            lambda _: encode_response(served, request, found.results, found.parameters), served
+        )  # fmt: skip
+
+    async def compute(self, model: LoadedModel, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """Run a part of a placed model: in the event loop if it is fast, else in a worker thread."""
+        if model.runs_inline(feeds):
+            return self._run_part(model, names, feeds, None)
+        return await self._in_thread(lambda cancellation: self._run_part(model, names, feeds, cancellation), model)
+
+    async def _in_thread(self, work: Callable[[Cancellation], _Result], served: LoadedModel | PlacedModel) -> _Result:
         if self._waiting >= MAX_WAITING:
             raise _HttpError(503, f"{MAX_WAITING} predictions are waiting already; try again", _retry())
         cancellation = Cancellation()
@@ -221,23 +248,28 @@ class Serving:
     def _run(
         self, served: LoadedModel, request: InferenceRequest, cancellation: Cancellation | None = None
     ) -> list[Any]:
+        return self._run_part(served, tuple(request.outputs), request.feeds, cancellation)
+
+    def _run_part(
+        self, served: LoadedModel, names: Sequence[str], feeds: Mapping[str, Any], cancellation: Cancellation | None
+    ) -> list[Any]:  # fmt: skip
         lane = 0 if cancellation is None else self._lanes.number
         self._board.enter(lane, served.label)
         try:
-            return served.run(tuple(request.outputs), request.feeds, cancellation)
+            return served.run(names, feeds, cancellation)
         finally:
             self._board.leave(lane)
 
-    def _left(self, done: asyncio.Future[InferenceResponse]) -> None:
+    def _left(self, done: asyncio.Future[Any]) -> None:
         self._waiting -= 1
         if not done.cancelled():
             done.exception()  # mark it as retrieved, even if no caller is waiting
 
-    def _check_stopped(self, done: asyncio.Future[InferenceResponse], model: str) -> None:
+    def _check_stopped(self, done: asyncio.Future[Any], model: str) -> None:
         if not done.done():
             self.on_stuck(model)
 
-    async def _body(self, scope: _Scope, receive: _Receive) -> tuple[bytes, str | None]:
+    async def _body(self, scope: Scope, receive: Receive) -> tuple[bytes, str | None]:
         """Return the body and its header length; raises _HttpError if it is too large or too slow."""
         header_length: str | None = None
         for name, value in scope["headers"]:
@@ -257,7 +289,7 @@ class Serving:
             return body, header_length
         return await self._long_body(message, receive), header_length
 
-    async def _long_body(self, message: MutableMapping[str, Any], receive: _Receive) -> bytes:
+    async def _long_body(self, message: MutableMapping[str, Any], receive: Receive) -> bytes:
         parts: list[bytes] = []
         size = 0
         try:
@@ -281,8 +313,13 @@ class Serving:
         finally:
             self._received -= size
 
-    def _find(self, name: str, version: str | None) -> LoadedModel:
-        served = self._models.get(name)
+    def _find_placed(self, name: str) -> PlacedModel:
+        if name not in self.placed:
+            raise _HttpError(404, f"model {name[:80]!r} has no statistics: it is not shared with a stage server here")
+        return self.placed[name]
+
+    def _find(self, name: str, version: str | None) -> LoadedModel | PlacedModel:
+        served = self._models.get(name) or self.placed.get(name)
         if served is None:
             if not self.ready:
                 raise _HttpError(503, f"model {name[:80]!r} may still be loading; try again", _retry())
@@ -292,14 +329,14 @@ class Serving:
         return served
 
     def _names(self) -> str:
-        return ", ".join(sorted(self._models.versions())) or "none"
+        return ", ".join(sorted({*self._models.versions(), *self.placed})) or "none"
 
 
 _CLOSE = (b"connection", b"close")
 _CHALLENGE = (b"www-authenticate", b"Bearer")
 
 
-async def _reply(scope: _Scope, send: _Send, answer: _HttpResponse) -> None:
+async def _reply(scope: Scope, send: Send, answer: _HttpResponse) -> None:
     headers = [*answer.headers, (b"content-length", str(len(answer.body)).encode())]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else answer.body})
@@ -310,7 +347,7 @@ def _sent(response: InferenceResponse) -> _HttpResponse:
     return _HttpResponse(200, response.body, headers)
 
 
-def _about(served: LoadedModel) -> _HttpResponse:
+def _about(served: LoadedModel | PlacedModel) -> _HttpResponse:
     return _json(
         {
             "name": served.name,
@@ -326,13 +363,15 @@ def _is_known(path: list[str]) -> bool:
     match path:
         case ["v2"] | ["v2", "health", "live" | "ready"] | ["v2", "models", _] | ["v2", "models", _, "ready"]:
             return True
+        case ["v2", "models", _, "stats"]:
+            return True
         case ["v2", "models", _, "versions", _] | ["v2", "models", _, "versions", _, "ready"]:
             return True
         case _:
             return False
 
 
-def _allow(scope: _Scope, allowed: bytes, *methods: str, known: bool) -> None:
+def _allow(scope: Scope, allowed: bytes, *methods: str, known: bool) -> None:
     if not known:
         raise _HttpError(404, "Not Found")
     if scope["method"] not in methods:
@@ -355,13 +394,3 @@ def _error(status: int, text: str, *headers: tuple[bytes, bytes]) -> _HttpRespon
     return _HttpResponse(
         status, json.dumps({"error": text}).encode(), ((b"content-type", b"application/json"), *headers)
     )
-
-
-async def _handle_other_scope(scope: _Scope, receive: _Receive, send: _Send) -> None:
-    """Handle ASGI scopes other than HTTP: the server's lifespan, and web sockets, which are closed."""
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1000})
-        return
-    while (message := await receive())["type"] != "lifespan.shutdown":
-        await send({"type": f"{message['type']}.complete"})
-    await send({"type": "lifespan.shutdown.complete"})

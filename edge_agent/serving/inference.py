@@ -14,11 +14,10 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_agent.serving.json_numbers import read_numbers, write_numbers
 from edge_agent.serving.json_request import SMALL_BYTES, UnparsedArray, parse_object
-from edge_agent.sessions import LoadedModel
 from edgefl.errors import ProtocolError
 from edgefl.models.tensors import NUMPY_TYPES, TensorInfo
 
@@ -31,6 +30,7 @@ MAX_OUTPUT_BYTES = 64 << 20  # of the tensors in one response
 MAX_JSON_ELEMENTS = 4 << 20  # of one JSON response: twenty bytes or more for each
 SMALL_ELEMENTS = 8192  # written as JSON in one or two milliseconds
 MAX_ID_CHARS = 1024
+MAX_TIMEOUT_US = 60_000_000
 MAX_CACHED_BYTES, MAX_CACHED = 4096, 64  # of a cached header; number of cached headers
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can escape it, but UTF-8 cannot encode it
 
@@ -43,6 +43,7 @@ class InferenceRequest:
     feeds: Mapping[str, Array]
     outputs: Mapping[str, bool]  # name -> whether to send it as binary data
     head: CachedHeader | None = None
+    timeout_s: float | None = None  # how long it may take; None = it does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class CachedHeader:
     outputs: Mapping[str, bool]
     inputs: tuple[tuple[str, Any, int, int, tuple[int, ...]], ...]  # name, dtype, elements, offset, shape
     num_bytes: int  # of JSON and tensors
+    timeout_s: float | None
     answers: dict[
         tuple[tuple[int, ...], ...], tuple[bytes, Mapping[str, str]]
     ]  # by output shapes: the JSON and headers of the response
@@ -72,7 +74,26 @@ class CachedHeader:
             name: np.frombuffer(body, dtype, elements, offset).reshape(shape)
             for name, dtype, elements, offset, shape in self.inputs
         }
-        return InferenceRequest("", feeds, self.outputs, self)
+        return InferenceRequest("", feeds, self.outputs, self, self.timeout_s)
+
+
+class ServedTensors(Protocol):
+    """What requests and responses need of a model: a `LoadedModel`, or one that is placed."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def input_infos(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def output_types(self) -> Mapping[str, str]: ...
+
+    @property
+    def cached_headers(self) -> dict[bytes, Any]: ...
 
 
 def is_small_request(body: bytes, header_length: str | None) -> bool:
@@ -82,7 +103,7 @@ def is_small_request(body: bytes, header_length: str | None) -> bool:
     )
 
 
-def parse_request(served: LoadedModel, body: bytes, header_length: str | None) -> InferenceRequest:
+def parse_request(served: ServedTensors, body: bytes, header_length: str | None) -> InferenceRequest:
     """Parse a request for this model; raises ProtocolError."""
     size = _header_size(body, header_length)
     known: CachedHeader | None = (
@@ -93,14 +114,14 @@ def parse_request(served: LoadedModel, body: bytes, header_length: str | None) -
     view = memoryview(body)
     head = parse_object(view[:size])
     feeds = _feeds(served, _objects(head, "inputs"), view[size:])
-    request = InferenceRequest(_id(head), feeds, _wanted_outputs(served, head))
+    request = InferenceRequest(_id(head), feeds, _wanted_outputs(served, head), timeout_s=_timeout_s(head))
     if header_length and size <= MAX_CACHED_BYTES and not request.id:
         _keep(served, body[:size], head["inputs"], request, len(body))
     return request
 
 
 def _keep(
-    served: LoadedModel, text: bytes, tensors: Sequence[Mapping[str, Any]], request: InferenceRequest, num_bytes: int
+    served: ServedTensors, text: bytes, tensors: Sequence[Mapping[str, Any]], request: InferenceRequest, num_bytes: int
 ) -> None:
     """Cache the JSON if all tensors are binary, and of a type in which all bytes are valid values."""
     inputs, offset = [], len(text)
@@ -112,7 +133,7 @@ def _keep(
         offset += value.nbytes
     if len(served.cached_headers) >= MAX_CACHED:
         served.cached_headers.clear()
-    served.cached_headers[text] = CachedHeader(request.outputs, tuple(inputs), num_bytes, {})
+    served.cached_headers[text] = CachedHeader(request.outputs, tuple(inputs), num_bytes, request.timeout_s, {})
 
 
 def is_small_response(request: InferenceRequest, results: Sequence[Array]) -> bool:
@@ -120,16 +141,22 @@ def is_small_response(request: InferenceRequest, results: Sequence[Array]) -> bo
     return sum(result.size for result in results) <= SMALL_ELEMENTS or all(request.outputs.values())
 
 
-def encode_response(served: LoadedModel, request: InferenceRequest, results: Sequence[Array]) -> InferenceResponse:
-    """Encode the results of `request.outputs`, in this order; raises ProtocolError if they are too large."""
+def encode_response(
+    served: ServedTensors, request: InferenceRequest, results: Sequence[Array],
+    parameters: Mapping[str, Any] | None = None,
+) -> InferenceResponse:  # fmt: skip
+    """Encode the results of `request.outputs`, in this order; raises ProtocolError if they are too large.
+
+    `parameters` are those of the response.
+    """
     _check_size(request, results)
-    if request.head is not None and all(request.outputs.values()):
+    if request.head is not None and not parameters and all(request.outputs.values()):
         return _encode_binary(served, request, results, request.head)
-    return _encode(served, request, results)
+    return _encode(served, request, results, parameters)
 
 
 def _encode_binary(
-    served: LoadedModel, request: InferenceRequest, results: Sequence[Array], head: CachedHeader
+    served: ServedTensors, request: InferenceRequest, results: Sequence[Array], head: CachedHeader
 ) -> InferenceResponse:
     """Encode a response whose JSON depends on the shapes only."""
     shapes = tuple(result.shape for result in results)
@@ -148,7 +175,10 @@ def _encode_binary(
     return InferenceResponse(b"".join((text, *binary)), headers)
 
 
-def _encode(served: LoadedModel, request: InferenceRequest, results: Sequence[Array]) -> InferenceResponse:
+def _encode(
+    served: ServedTensors, request: InferenceRequest, results: Sequence[Array],
+    parameters: Mapping[str, Any] | None = None,
+) -> InferenceResponse:  # fmt: skip
     outputs: list[str] = []
     binary: list[bytes] = []
     for (name, as_binary), result in zip(request.outputs.items(), results, strict=True):
@@ -162,6 +192,8 @@ def _encode(served: LoadedModel, request: InferenceRequest, results: Sequence[Ar
         outputs.append(f'{{"name":{json.dumps(name)},"datatype":"{datatype}","shape":[{shape}],{"".join(last)}}}')
     own_id = f'"id":{json.dumps(request.id)},' if request.id else ""
     names = f'"model_name":{json.dumps(served.name)},"model_version":"{served.version}"'
+    if parameters:
+        own_id += f'"parameters":{json.dumps(parameters)},'
     text = f'{{{names},{own_id}"outputs":[{",".join(outputs)}]}}'.encode()
     if not binary:
         return InferenceResponse(text, {"content-type": "application/json"})
@@ -222,6 +254,16 @@ def _parameters(one: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _timeout_s(head: Mapping[str, Any]) -> float | None:
+    """Return the parameter `timeout`, microseconds as in Triton, in seconds; None without one, or for 0."""
+    value = _parameters(head).get("timeout")
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= MAX_TIMEOUT_US:
+        raise ProtocolError(f"parameter 'timeout' is {_shown(value)}; expected microseconds, up to {MAX_TIMEOUT_US}")
+    return value / 1e6 or None
+
+
 def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     value = parameters.get(name)
     if value is None:
@@ -231,7 +273,7 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     return value
 
 
-def _feeds(served: LoadedModel, tensors: Sequence[Mapping[str, Any]], binary: memoryview) -> dict[str, Array]:
+def _feeds(served: ServedTensors, tensors: Sequence[Mapping[str, Any]], binary: memoryview) -> dict[str, Array]:
     wanted = served.input_infos
     feeds: dict[str, Array] = {}
     for tensor in tensors:
@@ -311,7 +353,7 @@ def _from_json(wanted: TensorInfo, shape: tuple[int, ...], tensor: Mapping[str, 
     return values.reshape(shape)
 
 
-def _wanted_outputs(served: LoadedModel, head: Mapping[str, Any]) -> dict[str, bool]:
+def _wanted_outputs(served: ServedTensors, head: Mapping[str, Any]) -> dict[str, bool]:
     default = _flag(_parameters(head), "binary_data_output", default=False)
     known = served.output_types
     asked = _objects(head, "outputs")

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.serving import wire
 from edge_agent.serving.access import server_contexts
@@ -28,6 +29,13 @@ from edge_agent.sessions import LoadedModel, Models, load
 from edgefl.errors import EdgeflError, ProtocolError
 from edgefl.logs import set_up_logging
 from edgefl.process.children import die_with_parent, limit_own_memory
+from edgefl.protocols.inference.placement import DEVICE
+
+if TYPE_CHECKING:
+    from edge_agent.placement.serving import PlacedServing
+
+
+_log = logging.getLogger(__name__)
 
 
 class ServingProcess:
@@ -36,7 +44,8 @@ class ServingProcess:
     def __init__(self, control: socket.socket, listener: socket.socket, board: Board) -> None:
         self._control, self._listener = control, listener
         self._models, self._board = Models(), board
-        self._loaded: dict[int, LoadedModel] = {}
+        self._loaded: dict[int, LoadedModel | PlacedServing] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}  # by placed model
         self._loading: set[int] = set()
 
     async def run(self) -> None:
@@ -57,6 +66,7 @@ class ServingProcess:
         self._serving = Serving(self._models, self._listener, self._board)
         self._serving.token = first.token
         self._serving.context = server_contexts(Path(first.tls_home)) if first.tls_home else None
+        self._tail = wire.TailAccess(**first.tail)
         self._serving.on_stuck = lambda model: self._send(wire.ModelStuck(model=model))
         receiving = asyncio.create_task(self._receive(reader), name="agent")
         self._send(wire.ServingUp(pid=os.getpid()))
@@ -64,6 +74,9 @@ class ServingProcess:
             await self._serving.run()
         finally:
             receiving.cancel()
+            for keeper in self._keepers.values():
+                keeper.cancel()
+            await asyncio.gather(*self._keepers.values(), return_exceptions=True)
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         while text := await reader.readline():
@@ -77,12 +90,13 @@ class ServingProcess:
                 thread = threading.Thread(target=self._load, args=(message,), name=f"load-{message.id}", daemon=True)
                 thread.start()
             case wire.SwitchModel() if message.id in self._loaded:
-                self._models.put(self._loaded.pop(message.id))
+                self._switch(self._loaded.pop(message.id))
             case wire.ForgetModel():
                 self._loaded.pop(message.id, None)
                 self._loading.discard(message.id)
             case wire.DropModel():
                 self._models.drop(message.name)
+                self._drop_placed(message.name)
             case wire.SetReady():
                 self._serving.ready = message.ready
             case wire.DisconnectClients():
@@ -90,17 +104,44 @@ class ServingProcess:
             case _:
                 raise ProtocolError(f"unexpected message from the agent: {message}")
 
+    def _switch(self, loaded: LoadedModel | PlacedServing) -> None:
+        """Serve a loaded model instead of the one of its name."""
+        self._drop_placed(loaded.name)
+        if isinstance(loaded, LoadedModel):
+            self._models.put(loaded)
+            self._tell(loaded.name, loaded.version, {}, {DEVICE: 1e3 * loaded.run_s})
+            return
+        self._models.drop(loaded.name)
+        self._serving.placed[loaded.name] = loaded.model
+        keeper = loaded.keeper(self._serving.compute, self._tell)
+        self._keepers[loaded.name] = self._loop.create_task(keeper.run(), name=f"placement-{loaded.name}")
+        self._keepers[loaded.name].add_done_callback(_look_at_end)
+
+    def _drop_placed(self, name: str) -> None:
+        self._serving.placed.pop(name, None)
+        if (keeper := self._keepers.pop(name, None)) is not None:
+            keeper.cancel()
+
+    def _tell(self, model: str, version: int, facts: dict[str, Any], profile_ms: dict[str, float]) -> None:
+        self._send(wire.PlacementNote(model=model, version=version, facts=facts, profile_ms=profile_ms))
+
     def _load(self, request: wire.LoadModel) -> None:
         """Load a model; runs in a thread, as ONNX Runtime releases the GIL."""
         try:
-            sample = Path(request.sample) if request.sample else None
-            served = load(request.name, request.version, Path(request.path), sample)
+            served: LoadedModel | PlacedServing
+            if request.placed:
+                from edge_agent.placement.serving import load_serving  # lazy: loads gRPC
+
+                served = load_serving(request, self._tail)
+            else:
+                sample = Path(request.sample) if request.sample else None
+                served = load(request.name, request.version, Path(request.path), sample)
         except (EdgeflError, OSError) as error:
             self._loop.call_soon_threadsafe(self._keep, request.id, None, str(error) or type(error).__name__)
         else:
             self._loop.call_soon_threadsafe(self._keep, request.id, served, "")
 
-    def _keep(self, number: int, served: LoadedModel | None, error: str) -> None:
+    def _keep(self, number: int, served: LoadedModel | PlacedServing | None, error: str) -> None:
         if number in self._loading:
             self._loading.discard(number)
             if served is not None:
@@ -109,6 +150,13 @@ class ServingProcess:
 
     def _send(self, message: wire.Message) -> None:
         self._writer.write(wire.line(message))
+
+
+def _look_at_end(keeper: asyncio.Task[None]) -> None:
+    """A keeper that failed, which is a bug, ends the process: the agent starts the next one."""
+    if not keeper.cancelled() and (error := keeper.exception()) is not None:
+        _log.critical("serving.keeper_failed", exc_info=error)
+        os._exit(1)
 
 
 def main() -> None:

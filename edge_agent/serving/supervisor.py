@@ -11,6 +11,7 @@ Invariant: `prepare` ends with a `StagedModel`, a ProtocolError or a cancellatio
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import os
@@ -18,9 +19,10 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge_agent.placement.placed_file import file_of
 from edge_agent.releases.trial import try_model
 from edge_agent.serving import wire
 from edge_agent.serving.board import Board, new_descriptor
@@ -55,6 +57,13 @@ class ModelFile:
     version: int
     path: Path
     sample: Path | None = None  # it is run on this; older releases have none
+    placed: str = ""  # of a placed release, whose parts are beside `path`: a `PlacedFile` as JSON
+
+    def files(self) -> list[tuple[Path, Path | None]]:
+        """Return the files to load, each with its sample."""
+        if not self.placed:
+            return [(self.path, self.sample)]
+        return [*file_of(self.placed).paths(self.path.parent).values()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +74,7 @@ class ServingConfig:
     load_s: float  # time limit to load a model and run it once
     token: str = ""  # that clients must send; empty = none
     tls_home: str = ""  # home with the certificate to present; empty = no TLS
+    tail: wire.TailAccess = field(default_factory=wire.TailAccess)  # how stage servers are reached
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +83,7 @@ class ServingCallbacks:
 
     serving: Callable[[bool], None]  # whether the port is served
     failing: Callable[[ModelFile, str], None]  # this model crashes the process repeatedly
+    placed: Callable[[wire.PlacementNote], None] = lambda _: None  # how a model is placed now, and what it measured
 
 
 class StagedModel:
@@ -126,8 +137,8 @@ class ServingSupervisor:
         """Load a model while others are served, with `trial` in a separate process first; raises ProtocolError."""
         if trial:
             await try_model(
-                model.name, model.version, model.path, model.sample,
-                memory_mb=self._config.memory_mb, within_s=self._config.load_s,
+                model.name, model.version, model.files(), memory_mb=self._config.memory_mb,
+                within_s=self._config.load_s,
             )  # fmt: skip
         try:
             return await self._load(model)
@@ -149,8 +160,11 @@ class ServingSupervisor:
         try:
             sample = "" if model.sample is None else str(model.sample)
             self._send(
-                wire.LoadModel(id=number, name=model.name, version=model.version, path=str(model.path), sample=sample)
-            )
+                wire.LoadModel(
+                    id=number, name=model.name, version=model.version, path=str(model.path), sample=sample,
+                    placed=model.placed,
+                )
+            )  # fmt: skip
             async with asyncio.timeout(self._config.load_s):
                 await loaded
         except TimeoutError as cause:
@@ -241,7 +255,8 @@ class ServingSupervisor:
         self._life += 1
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
         level = logging.getLogger().getEffectiveLevel()
-        self._send(wire.StartServing(log_level=level, token=self._config.token, tls_home=self._config.tls_home))
+        self._send(wire.StartServing(log_level=level, token=self._config.token, tls_home=self._config.tls_home,
+                                     tail=dataclasses.asdict(self._config.tail)))  # fmt: skip
         receiving = asyncio.create_task(self._receive(reader), name="serving-process")
         overdue = asyncio.get_running_loop().call_later(START_S, self._check_up, child)
         try:
@@ -286,6 +301,8 @@ class ServingSupervisor:
                         loaded.set_exception(ProtocolError(message.error))
                     else:
                         loaded.set_result(None)
+            case wire.PlacementNote():
+                self._callbacks.placed(message)
             case wire.ModelStuck():
                 self._kill_child(f"a computation of model {message.model} cannot be stopped")
             case _:

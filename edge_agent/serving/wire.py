@@ -1,13 +1,14 @@
 """The protocol between the agent and its serving process: one line of JSON per message, over a socket pair.
 
     process: up {pid}
-    agent:   start {log_level, token, tls_home}     first message, sent once
-             load {id, name, version, path, sample} load and warm up; models being served are not affected
+    agent:   start {log_level, token, tls_home, tail}   first message, sent once
+             load {id, name, version, path, sample, placed} load and warm up; models being served are not affected
              switch {id} | forget {id}              serve the loaded model, or unload it
              drop {name} | ready {ready}
              admit_anew {}                          disconnect all clients, because access rights have changed
     process: loaded {id, error}                     the error is empty if the model can serve
              stuck {model}                          a computation cannot be stopped
+             placed {model, version, facts, profile_ms}  how a model is placed, whenever that has changed
 
 Predictions do not pass here: the process has the listening socket.
 """
@@ -16,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgefl.errors import ProtocolError
@@ -35,12 +36,22 @@ class ServingUp:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TailAccess:
+    """How stage servers are reached."""
+
+    home: str = ""  # with the device's certificate; empty = no TLS
+    device: str = ""
+    addresses: Sequence[str] = ()  # host:port; empty = those of the release
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StartServing:
     """Start serving with these settings."""
 
     log_level: int
     token: str = ""  # that clients must send; empty = none
     tls_home: str = ""  # home with the certificate to present and the CA of clients; empty = no TLS
+    tail: Mapping[str, Any] = field(default_factory=dict)  # a `TailAccess`
     kind: str = "start"
 
 
@@ -53,6 +64,7 @@ class LoadModel:
     version: int
     path: str
     sample: str = ""  # path of the release's sample; empty = it has none
+    placed: str = ""  # of a placed release: a `PlacedFile` as JSON
     kind: str = "load"
 
 
@@ -112,6 +124,17 @@ class ModelStuck:
     kind: str = "stuck"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacementNote:
+    """How a model is placed now, and what it measured."""
+
+    model: str
+    version: int
+    facts: Mapping[str, Any]  # see `edge_agent.placement.keeper`; empty = it is served whole, here
+    profile_ms: Mapping[str, float]  # by placement: one run on the sample's first inputs, of what runs here
+    kind: str = "placed"
+
+
 Message = (
     ServingUp
     | StartServing
@@ -123,6 +146,7 @@ Message = (
     | SetReady
     | DisconnectClients
     | ModelStuck
+    | PlacementNote
 )
 _KINDS: Mapping[str, type[Any]] = {
     "up": ServingUp,
@@ -135,6 +159,7 @@ _KINDS: Mapping[str, type[Any]] = {
     "ready": SetReady,
     "admit_anew": DisconnectClients,
     "stuck": ModelStuck,
+    "placed": PlacementNote,
 }
 
 

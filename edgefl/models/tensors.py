@@ -6,6 +6,7 @@ Invariant: `described` returns only tensors that the agent can serve.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ NUMPY_TYPES: Mapping[str, str] = {
     "FP32": "<f4",
     "FP64": "<f8",
 }
+_SIZE = re.compile(r"-1|\d{1,15}")
 # What to do about the types that converters make and the agent does not serve, by how the type's name begins.
 _REMEDIES: Mapping[str, str] = {
     "seq(map": (
@@ -72,6 +74,15 @@ class TensorInfo:
     def type_text(self) -> str:
         """Datatype and shape in one text, such as FP32[-1,3]."""
         return f"{self.datatype}[{','.join(map(str, self.shape))}]"
+
+    @classmethod
+    def parsed(cls, name: str, text: str) -> TensorInfo:
+        """Return the tensor of a `type_text`; raises ProtocolError."""
+        datatype, _, rest = text.partition("[")
+        sizes = [one for one in rest.removesuffix("]").split(",") if one]
+        if datatype not in NUMPY_TYPES or not rest.endswith("]") or not all(_SIZE.fullmatch(one) for one in sizes):
+            raise ProtocolError(f"tensor {name!r} is described as {text[:80]!r}; expected a text such as FP32[-1,3]")
+        return cls(name, datatype, tuple(map(int, sizes)))
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether an array of this shape can be this tensor."""

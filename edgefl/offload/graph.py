@@ -97,7 +97,7 @@ class ModelGraph:
         if not found:
             raise ConfigError(
                 f"{self.path.name} has no cut {name!r}: no node or tensor of this name depends on an input. List its "
-                f"cuts: edgefl offload cuts {self.path}"
+                "cuts with `edgefl offload cuts`"
             )
         if found[0] == len(self.layers) - 1:
             raise ConfigError(

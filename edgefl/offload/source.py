@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,18 @@ class ModelSource:
     """A model to split."""
 
     who: str  # in messages: a file's name, a task's, or `digits version 3`
+    name: str  # of the model: the file's, the task's or the release's
+    version: int = 1  # of a release
     path: Path
     sample: Sample
     task: Task | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of a release
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the model's file, in hex; of a release, its own."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def feeds(self) -> Tree:
@@ -39,20 +49,32 @@ class ModelSource:
         return [case.inputs for case in self.sample.cases]
 
 
-def source_of_file(path: Path, given: Path | None = None, *, who: str = "", task: Task | None = None,
-                   cases: Sequence[Tree] = ()) -> ModelSource:  # fmt: skip
+def release_text(name: str, version: int) -> str:
+    """Return how messages call a release."""
+    return f"{name} version {version}"
+
+
+def source_of_file(
+    path: Path, given: Path | None = None, *, release: tuple[str, int] | None = None, task: Task | None = None,
+    cases: Sequence[Tree] = (),
+) -> ModelSource:  # fmt: skip
     """Return an ONNX file with a sample: of an .npz file, of given cases, or made from its types and shapes.
+
+    It may be that of a `release`, a name and a version, or of a task.
 
     Raises ConfigError for a file that is no model, or does not run on the sample.
     """
-    who = who or path.name
+    who = path.name if task is None else task.name
+    if release is not None:
+        who = release_text(*release)
     try:
         trial = open_trial(who, path)
         inputs = list(cases) if given is None else _cases(trial, read_npz(given))
         sample, _notes = make_sample(trial, inputs, SAMPLE_WITHIN_S)
     except ProtocolError as cause:
         raise ConfigError(str(cause)) from cause
-    return ModelSource(who=who, path=path, sample=sample, task=task)
+    name, version = release or (path.stem if task is None else task.name, 1)
+    return ModelSource(who=who, name=name, version=version, path=path, sample=sample, task=task)
 
 
 def source_of_task(task: Task, folder: Path, parameters: Path | None = None) -> ModelSource:
@@ -66,7 +88,7 @@ def source_of_task(task: Task, folder: Path, parameters: Path | None = None) -> 
         tree = initial_parameters(task) if parameters is None else SpooledTree(parameters)
     except (OSError, ProtocolError) as cause:
         raise ConfigError(f"{parameters} does not hold parameters in safetensors format: {cause}") from cause
-    return source_of_file(path, who=task.name, task=task, cases=export_task(task, tree, path))
+    return source_of_file(path, task=task, cases=export_task(task, tree, path))
 
 
 def task_inputs(task: Task, num: int) -> Tree:

@@ -1,8 +1,8 @@
-"""The two stages of a split ONNX model: files of their own, run one after the other, and compared with the whole.
+"""The stages of a split ONNX model: files of their own, run one after the other, and compared with the whole.
 
-The head's outputs are the tensors that cross, and the outputs of the model that are known by then; the tail's inputs
-are the tensors that cross, with the model's inputs that it needs. Weights are only in the stage that reads them;
-those that both read, such as tied ones, are in both.
+A stage's inputs are the tensors that it reads and an earlier stage makes, and the inputs of the model that it reads;
+its outputs are what a later stage reads of it, and the outputs of the model that it makes. Weights are only in the
+stage that reads them; those that several read, such as tied ones, are in each.
 `onnx.utils.Extractor` does most of this, but it does not see what subgraphs capture, and refuses sparse weights.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from edgefl.errors import ConfigError, ParityError
 from edgefl.models.sample import allowed_difference, is_quantised
 from edgefl.models.session import new_session, run_errors
 from edgefl.models.tensors import described
-from edgefl.offload.cuts import ModelCut, save
+from edgefl.offload.cuts import CrossingTensor, ModelCut, save
 from edgefl.offload.graph import Layer, ModelGraph
 from edgefl.trees import Array, Tree
 
@@ -43,34 +44,32 @@ class StageFiles:
 
 def split_model(graph: ModelGraph, cut: ModelCut, folder: Path) -> StageFiles:
     """Write head.onnx and tail.onnx into a folder, with their weights beside them if the model has them so."""
-    at = cut.num_head
     crossing = tuple(one.name for one in cut.tensors)
-    made = [name for name in crossing if name not in graph.inputs]
-    known = set(graph.head_outputs(at))
-    read = {name for layer in graph.layers[:at] for name in layer.reads}
-    infos = _infos(graph, cut)
-    head = _stage(
-        graph,
-        graph.layers[:at],
-        [infos[name] for name in graph.inputs if name in read or name in known],
-        [infos[name] for name in dict.fromkeys((*made, *(one for one in graph.outputs if one in known)))],
-    )
-    tail = _stage(
-        graph,
-        graph.layers[at:],
-        [infos[name] for name in crossing],
-        [infos[name] for name in graph.outputs if name not in known],
-    )
-    files = StageFiles(
-        folder / HEAD,
-        folder / TAIL,
-        crossing,
-        tuple(name for name in crossing if name in graph.inputs),
-        graph.outputs,
-    )
-    save(head, files.head, external=graph.has_external_data)
-    save(tail, files.tail, external=graph.has_external_data)
-    return files
+    head, tail = write_stages(graph, [0, cut.num_head, len(graph.layers)], folder, (HEAD, TAIL), cut.tensors)
+    sent_inputs = tuple(name for name in crossing if name in graph.inputs)
+    return StageFiles(head, tail, crossing, sent_inputs, graph.outputs)
+
+
+def write_stages(
+    graph: ModelGraph, positions: Sequence[int], folder: Path, names: Sequence[str] = (),
+    seen: Sequence[CrossingTensor] = (),
+) -> list[Path]:  # fmt: skip
+    """Write the layers between consecutive positions, such as [0, 4, 9], as files; return them in their order.
+
+    Files are called stage-1.onnx and so on, unless they get `names`. A tensor that the model's file does not declare
+    is declared as it was `seen`, else as ONNX infers it; raises ConfigError if neither is known.
+    """
+    infos = _declared(graph, seen)
+    paths = []
+    for number, (first, last) in enumerate(pairwise(positions)):
+        inputs, outputs = _ends(graph, first, last)
+        if missing := [name for name in (*inputs, *outputs) if name not in infos]:
+            infos |= _inferred(graph, missing)
+        ends = [[infos[name] for name in side] for side in (inputs, outputs)]
+        path = folder / (names[number] if names else f"stage-{number + 1}.onnx")
+        save(_stage(graph, graph.layers[first:last], *ends), path, external=graph.has_external_data)
+        paths.append(path)
+    return paths
 
 
 class SplitModel:
@@ -152,17 +151,49 @@ def _open(path: Path) -> Any:
         raise ConfigError(f"{path.name} is not a model that ONNX Runtime can open: {cause}") from cause
 
 
-def _infos(graph: ModelGraph, cut: ModelCut) -> dict[str, Any]:
-    """Return how tensors are declared: as in the file, else with the type of the sample and free sizes."""
+def _ends(graph: ModelGraph, first: int, last: int) -> tuple[list[str], list[str]]:
+    """Return what the layers from `first` up to `last` take, and what they return."""
+    layers = graph.layers[first:last]
+    read = {name for layer in layers for name in layer.reads}
+    made = {name for layer in layers for name in layer.writes}
+    known = set(graph.head_outputs(first))
+    if last == len(graph.layers):  # also those that are constants
+        results = [name for name in graph.outputs if name not in known]
+    else:
+        results = [name for name in graph.head_outputs(last) if first == 0 or name not in known]
+    inputs = [name for name in graph.made_by if name not in made and (name in read or (not first and name in results))]
+    crossing = [name for name in graph.crossing(last) if name in made]
+    return inputs, list(dict.fromkeys((*crossing, *results)))
+
+
+def _declared(graph: ModelGraph, seen: Sequence[CrossingTensor]) -> dict[str, Any]:
+    """Return how tensors are declared: as in the file, else with the type that was seen and free sizes."""
     from onnx import helper
 
-    known = {one.name: one for one in (*graph.model.graph.value_info, *graph.model.graph.input)}
-    known |= {one.name: one for one in graph.model.graph.output}
-    for one in cut.tensors:
-        if one.name not in known or not known[one.name].type.tensor_type.HasField("shape"):
+    source = graph.model.graph
+    known = {one.name: one for one in (*source.value_info, *source.input, *source.output) if _has_shape(one)}
+    for one in seen:
+        if one.name not in known:
             element = helper.np_dtype_to_tensor_dtype(one.dtype)
             known[one.name] = helper.make_tensor_value_info(one.name, element, [None] * len(one.shape))
     return known
+
+
+def _inferred(graph: ModelGraph, names: Sequence[str]) -> dict[str, Any]:
+    from onnx import shape_inference
+
+    try:
+        found = shape_inference.infer_shapes(graph.model).graph.value_info
+    except (ValueError, RuntimeError) as cause:
+        raise ConfigError(f"{graph.path.name}: the shapes of its tensors cannot be inferred: {cause}") from cause
+    known = {one.name: one for one in found if _has_shape(one)}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"the shape of tensor {unknown[0]!r} is not known; cut {graph.path.name} at another one")
+    return {name: known[name] for name in names}
+
+
+def _has_shape(info: Any) -> bool:
+    return bool(info.type.tensor_type.HasField("shape"))
 
 
 def _stage(graph: ModelGraph, layers: Sequence[Layer], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:

@@ -285,7 +285,7 @@ class CloudClient:
     def publish(self, model: str, blob: BlobRef, metrics: Mapping[str, float], **more: Any) -> Json:
         """Publish an uploaded model as the next version, and return the release.
 
-        `more`: its sample, inputs, outputs and new_signature, as in `cloud.http.models.ReleaseRequest`.
+        `more`: its sample, inputs, outputs, offload and new_signature, as in `cloud.http.models.ReleaseRequest`.
         """
         body = {"blob": blob, "metrics": dict(metrics), **more}
         return self._json("POST", f"/v1/models/{quote(model, safe='')}/releases", body)

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from edgefl.errors import ConfigError, ManifestRejected, ProtocolError, SignatureChanged
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json
+from edgefl.protocols.inference.placement import Offload
 from edgefl.protocols.messages import MAX_NAME_CHARS, BlobRef, Signed
 
 MAX_TASK_CHARS = 500
@@ -54,6 +55,7 @@ class Release(Checked):
     sample: BlobRef | None = None  # inputs and expected outputs (`edgefl.models.sample`); None in older releases
     inputs: Mapping[str, str] = field(default_factory=dict)  # datatype and shape by name; empty = not known
     outputs: Mapping[str, str] = field(default_factory=dict)
+    offload: Offload | None = None  # how it is placed; None = on the device. Older devices serve the whole model
     kind: str = "release"
 
 

@@ -19,8 +19,8 @@ from edgefl.protocols.fields import Checked, from_json, limited, parse_json, pro
 
 __all__ = [
     "ASSIGNMENTS", "COMMANDS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Command", "Deliver", "DeviceState",
-    "Evaluate", "Fit", "JobMessage", "LogWanted", "NewParents", "RolloutNote", "RoundClosed", "Signed", "Telemetry",
-    "UpdateRefused", "decode", "decode_command", "decode_job", "encode", "from_json",
+    "Evaluate", "Fit", "JobMessage", "LogWanted", "ModelReport", "NewParents", "RolloutNote", "RoundClosed", "Signed",
+    "Telemetry", "UpdateRefused", "decode", "decode_command", "decode_job", "encode", "from_json",
 ]  # fmt: skip
 
 MAX_MESSAGE_BYTES = 32 << 10
@@ -195,6 +195,16 @@ class RolloutNote(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelReport(Checked):
+    """How a model is served on a device."""
+
+    version: int = field(metadata=limited(least=0))
+    placement: str = field(default="", metadata=prose(MAX_NAME_CHARS * 2))  # empty = whole, on the device
+    # By placement: milliseconds of one run on the sample's first inputs, of what runs on the device.
+    profile_ms: Mapping[str, float] = field(default_factory=dict, metadata=limited(max_items=MAX_TAGS))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Telemetry(Checked):
     """A device's resources (up/<device>/telemetry, QoS 0)."""
 
@@ -206,6 +216,7 @@ class Telemetry(Checked):
     disk_free_mb: float
     battery_percent: float | None = None
     on_mains: bool | None = None
+    models: Mapping[str, ModelReport] = field(default_factory=dict, metadata=limited(max_items=MAX_TAGS))
 
 
 Assignment = Fit | Deliver | Evaluate  # what one device is asked

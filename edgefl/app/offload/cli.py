@@ -11,13 +11,27 @@ import click
 
 from edgefl.errors import ConfigError
 from edgefl.operator.connection import CloudConnection, connected
-from edgefl.terminal.output import Output, counted, example, json_option
+from edgefl.terminal.output import Output, counted, example, json_option, refuse_no_folder
 
 SLOWEST = 10  # layers that `profile` shows
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.group()
+class _OffloadCommands(click.Group):
+    """Imports `publish` when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "publish"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "publish":
+            from edgefl.app.offload.publish import publish
+
+            return publish
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_OffloadCommands)
 def offload() -> None:
     """Models that are too large for a device: split between device and cloud."""
 
@@ -124,8 +138,9 @@ def profile(
     )
 )
 @of_model
-@click.option("--device", required=True, metavar="FILE|Nx",
-              help="A file of `edgefl offload profile`, or how many times slower than this machine: 5x.")  # fmt: skip
+@click.option("--device", required=True, metavar="NAME|FILE|Nx",
+              help="An enrolled device that serves MODEL, a file of `edgefl offload profile`, or how many times slower "
+                   "than this machine: 5x.")  # fmt: skip
 @click.option("--link", required=True, metavar="RATE,RTT", help="20mbit,30ms; other rate down: 5mbit/50mbit,30ms.")
 @click.option("--memory", metavar="SIZE", help="What the head may need on the device, such as 64MB.")
 @click.option("--objective", type=click.Choice(("latency", "throughput", "memory", "cloud-cost")), default="latency",
@@ -160,4 +175,58 @@ def plan(
     request.check()
     with tempfile.TemporaryDirectory(prefix="edgefl-offload-") as folder:
         source = open_source(model, Path(folder), connection, version=version, parameters=parameters, sample=sample)
-        make_plan(source, request, output)
+        make_plan(source, request, connection, output)
+
+
+@offload.command(
+    epilog=example(
+        "edgefl offload export digits --cut split:relu_4 --out models",
+        "edgefl offload export model.onnx --cut split:relu_4 --cut split:relu_9 --out models --head head.onnx",
+    )
+)
+@of_model
+@click.option("--cut", "cuts", multiple=True, required=True,
+              help="Where the devices' part ends; more of them cut the rest into stages.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="The repository's folder.")
+@click.option("--name", help="The model's name. [default: the release's, the task's or the file's]")
+@click.option("--max-batch", default=32, show_default=True, type=click.IntRange(0, 4096),
+              help="Rows of one batch; 0 = requests are not merged.")  # fmt: skip
+@click.option("--head", type=_FILE, help="Also write the devices' part, to this file.")
+@connected
+@json_option
+def export(  # noqa: PLR0913 - one a flag
+    *, model: str, version: int | None, parameters: Path | None, sample: Path | None, cuts: tuple[str, ...], out: Path,
+    name: str | None, max_batch: int, head: Path | None, connection: CloudConnection, output: Output,
+) -> None:  # fmt: skip
+    """Write the cloud's part of MODEL into a model repository, which a Triton server can serve to devices.
+
+    The part behind N layers is the model NAME.N, as devices ask for it. With several cuts, each stage is a model, and
+    NAME.N an ensemble of them. The stages are compared with the whole model on its sample first.
+    """
+    from edgefl.app.offload.export import ExportRequest, export_stages
+    from edgefl.operator.splitting import open_source
+
+    refuse_no_folder(head, "--head")
+    with tempfile.TemporaryDirectory(prefix="edgefl-offload-") as folder:
+        source = open_source(model, Path(folder), connection, version=version, parameters=parameters, sample=sample)
+        request = ExportRequest(
+            cuts=cuts, folder=out, name=name or source.name, version=source.version, max_batch=max_batch, head=head
+        )
+        found = export_stages(source, request)
+    for one in found:
+        shown = ", ".join(map(str, one.inputs)), ", ".join(map(str, one.outputs))
+        output.line(f"{one.name} version {one.version}: {shown[0]} -> {shown[1]}")
+    output.line(f"serve it: tritonserver --model-repository {out}")
+    output.result(
+        {
+            "folder": str(out),
+            "models": [
+                {
+                    "name": one.name, "version": one.version, "digest": one.digest, "max_batch": one.max_batch,
+                    "inputs": [info.as_json() for info in one.inputs],
+                    "outputs": [info.as_json() for info in one.outputs],
+                }
+                for one in found
+            ],
+        }
+    )  # fmt: skip

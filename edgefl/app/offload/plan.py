@@ -10,15 +10,24 @@ from pathlib import Path
 
 from edgefl.errors import ConfigError
 from edgefl.models.compress import parse_max_drop
-from edgefl.offload.graph import read_graph
+from edgefl.offload.graph import ModelGraph, read_graph
 from edgefl.offload.leak import Leak
 from edgefl.offload.plans.agreement import batches
 from edgefl.offload.plans.link import LinkSpeed, parse_link
 from edgefl.offload.plans.planner import ALL_CLOUD, ALL_DEVICE, PlanLimits, Prediction
 from edgefl.offload.plans.planning import OffloadPlan, Planner, Wish
-from edgefl.offload.plans.timing import device_times, machine_name, measure_layers
+from edgefl.offload.plans.timing import (
+    LayerTimes,
+    device_times,
+    is_factor,
+    machine_name,
+    measure_layers,
+    times_of_profile,
+)
 from edgefl.offload.source import ModelSource, task_inputs
 from edgefl.offload.wire import FORMATS
+from edgefl.operator.connection import CloudConnection
+from edgefl.protocols.inference.placement import DEVICE
 from edgefl.terminal.output import Output, refuse_no_folder
 from edgefl.trees import Tree
 
@@ -70,14 +79,14 @@ class PlanFlags:
                     formats=self.formats or FORMATS)  # fmt: skip
 
 
-def make_plan(source: ModelSource, request: PlanFlags, output: Output) -> None:
+def make_plan(source: ModelSource, request: PlanFlags, connection: CloudConnection, output: Output) -> None:
     """Plan, and tell the result to people and programs."""
-    own = _own_samples(source, request.samples)
+    own = own_samples(source, request.samples)
     if request.leak and not own:
         raise ConfigError("--leak attacks your own samples: give --samples FILE.npz, or name a task with data")
     graph = read_graph(source.path)
     here = measure_layers(graph, source.feeds, machine_name())
-    device = device_times(request.device, here, graph)
+    device = _device(source, request.device, here, graph, connection)
     planner = Planner(graph, source, here, device)
     output.line(f"{source.who}: {sum(here.layers_ms):.3g} ms here, {sum(device.layers_ms):.3g} ms on {device.machine}")
     found = planner.plan(request.wish, batches(own) if own else ())
@@ -93,7 +102,35 @@ def make_plan(source: ModelSource, request: PlanFlags, output: Output) -> None:
     output.result(_as_json(source, found, leaks, request))
 
 
-def _own_samples(source: ModelSource, samples: Path | None) -> Tree:
+def _device(
+    source: ModelSource, text: str, here: LayerTimes, graph: ModelGraph, connection: CloudConnection
+) -> LayerTimes:  # fmt: skip
+    """Return the times of a factor, of a file, or of an enrolled device, which has measured what it serves."""
+    if is_factor(text) or Path(text).exists() or Path(text).suffix == ".json":
+        return device_times(text, here, graph)
+    with connection.open() as client:
+        found = next((one for one in client.devices() if one["name"] == text), None)
+    if found is None:
+        raise ConfigError(
+            f"--device {text}: there is no such file, and no device of this name; give a factor such as 5x, a file of "
+            "`edgefl offload profile`, or a name of `edgefl devices list`"
+        )
+    report = ((found.get("telemetry") or {}).get("models") or {}).get(source.name)
+    if report is None or report["version"] != source.version:
+        serves = "does not serve it now" if report is None else f"serves version {report['version']} now"
+        raise ConfigError(
+            f"device {text} has not measured {source.who}: it {serves}. Roll it out to the device, or measure it there "
+            "with `edgefl offload profile`"
+        )
+    heads_ms = {_layers(graph, name): float(ms) for name, ms in report["profile_ms"].items()}
+    return times_of_profile(heads_ms, here, f"device {text}")
+
+
+def _layers(graph: ModelGraph, placement: str) -> int:
+    return len(graph.layers) if placement == DEVICE else graph.position_of(placement)
+
+
+def own_samples(source: ModelSource, samples: Path | None) -> Tree:
     """Return the operator's samples: of a file, else of the task; empty if there are none."""
     if samples is not None:
         from edgefl.models.sample import check_inputs, read_npz

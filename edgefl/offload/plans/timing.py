@@ -85,6 +85,34 @@ def median_ms(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(found)
 
 
+def times_of_profile(
+    heads_ms: Mapping[int, float], here: LayerTimes, machine: str
+) -> LayerTimes:  # fmt: skip
+    """Return a device's times from the times of some heads on it, by their numbers of layers.
+
+    Between two heads each layer is as many times slower than here as these layers together; behind the largest one, as
+    many times as that head. Raises ConfigError if no head was measured.
+    """
+    known = sorted((at, ms) for at, ms in heads_ms.items() if 0 < at <= len(here.layers_ms) and ms > 0)
+    if not known:
+        raise ConfigError(f"{machine} has measured no part of this model yet: roll it out to the device")
+    layers_ms: list[float] = []
+    before_ms = 0.0
+    for at, ms in known:
+        part = here.layers_ms[len(layers_ms) : at]
+        factor = max(0.0, ms - before_ms) / sum(part) if sum(part) else 0.0
+        layers_ms += [one * factor for one in part]
+        before_ms = max(before_ms, ms)
+    rest = here.layers_ms[len(layers_ms) :]
+    slower = sum(layers_ms) / sum(here.layers_ms[: len(layers_ms)])
+    return LayerTimes(machine, (*layers_ms, *(one * slower for one in rest)))
+
+
+def is_factor(text: str) -> bool:
+    """Whether a device is given as a factor, such as 5x."""
+    return _FACTOR.fullmatch(text) is not None
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

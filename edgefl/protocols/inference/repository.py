@@ -1,7 +1,7 @@
 """Write a model into Triton's model repository, so that a Triton server can stand in for ours.
 
     FOLDER/NAME/config.pbtxt       the text form of Triton's ModelConfig
-    FOLDER/NAME/VERSION/model.onnx
+    FOLDER/NAME/VERSION/model.onnx      an empty folder for an ensemble, which passes tensors between other models
 
 https://github.com/triton-inference-server/server/tree/main/docs/user_guide: model_repository, model_configuration
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,24 +53,58 @@ def write_repository(folder: Path, model: RepositoryModel, file: Path) -> Path:
     version = target / str(model.version)
     version.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, version / MODEL_FILE)
-    for weights in _external_files(file):
+    for weights in external_files(file):
         shutil.copyfile(weights, version / weights.name)
     replace_file(target / CONFIG_FILE, config_text(model).encode())
     return target
 
 
-def config_text(model: RepositoryModel) -> str:
-    """Return the content of config.pbtxt."""
+def write_ensemble(folder: Path, name: str, steps: Sequence[RepositoryModel]) -> RepositoryModel:
+    """Write a model that runs others one after the other, and return it.
+
+    It takes what the steps take and none before them returns; it returns what the last one does, and what no later
+    step takes.
+    """
+    made = {one.name for step in steps for one in step.outputs}
+    taken = {one.name for step in steps for one in step.inputs}
+    inputs = {one.name: one for step in steps for one in step.inputs if one.name not in made}
+    outputs = {one.name: one for step in steps for one in step.outputs if step is steps[-1] or one.name not in taken}
+    whole = RepositoryModel(
+        name=name, version=steps[0].version, inputs=[*inputs.values()], outputs=[*outputs.values()],
+        digest=steps[0].digest, max_batch=min(step.max_batch for step in steps),
+    )  # fmt: skip
+    target = folder / name
+    (target / str(whole.version)).mkdir(parents=True, exist_ok=True)
+    replace_file(target / CONFIG_FILE, config_text(whole, steps).encode())
+    return whole
+
+
+def config_text(model: RepositoryModel, steps: Sequence[RepositoryModel] = ()) -> str:
+    """Return the content of config.pbtxt; with `steps`, of an ensemble of these models."""
     batched = model.max_batch > 0
-    parts = [f"name: {_quoted(model.name)}", 'backend: "onnxruntime"', f"max_batch_size: {model.max_batch}"]
+    kind = 'platform: "ensemble"' if steps else 'backend: "onnxruntime"'
+    parts = [f"name: {_quoted(model.name)}", kind, f"max_batch_size: {model.max_batch}"]
     parts += [_tensor("input", one, batched=batched) for one in model.inputs]
     parts += [_tensor("output", one, batched=batched) for one in model.outputs]
-    if batched:
+    if batched and not steps:
         parts.append(f"dynamic_batching {{\n  max_queue_delay_microseconds: {model.max_wait_us}\n}}")
+    if steps:
+        parts.append("ensemble_scheduling {\n" + "".join(map(_step, steps)) + "}")
     if model.digest:
         value = f"value {{\n    string_value: {_quoted(model.digest)}\n  }}"
         parts.append(f"parameters {{\n  key: {_quoted(REQUEST_DIGEST)}\n  {value}\n}}")
     return "\n".join(parts) + "\n"
+
+
+def _step(model: RepositoryModel) -> str:
+    """Return one step; the ensemble's tensors have the names that they have in the models."""
+    sides: Mapping[str, Sequence[TensorInfo]] = {"input_map": model.inputs, "output_map": model.outputs}
+    maps = "".join(
+        f"    {side} {{\n      key: {_quoted(one.name)}\n      value: {_quoted(one.name)}\n    }}\n"
+        for side, infos in sides.items()
+        for one in infos
+    )
+    return f"  step {{\n    model_name: {_quoted(model.name)}\n    model_version: {model.version}\n{maps}  }}\n"
 
 
 def _tensor(kind: str, info: TensorInfo, *, batched: bool) -> str:
@@ -86,6 +120,6 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _external_files(file: Path) -> list[Path]:
+def external_files(file: Path) -> list[Path]:
     """Return the files with weights that the writer of a large model puts beside it."""
     return [one for one in file.parent.glob(f"{file.name}*") if one != file and one.is_file()]

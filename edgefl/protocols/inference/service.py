@@ -13,7 +13,18 @@ from edgefl.protocols.inference import open_inference_grpc_pb2 as pb
 SERVICE = "inference.GRPCInferenceService"  # also Triton's and KServe's
 REQUEST_DIGEST = "release_digest"  # parameter of a request: the SHA-256 of the model file that it is for, in hex
 REQUEST_TIMEOUT = "timeout"  # parameter of a request: microseconds that it may take, as in Triton
+# Parameter of a request whose tensors are one message of `edgefl.offload.wire`: its format; property of a model: the
+# formats that its server decodes.
+WIRE_FORMAT, WIRE_FORMATS = "wire_format", "wire_formats"
+SERVER_TIME = "server_us"  # parameter of a response: microseconds from the request's arrival until it was computed
+WIRE_INPUT = "crossing"  # the name of that message's tensor: UINT8, its number of bytes
 STREAM_STATUS = "status"  # parameter of an error on a stream: the name of a gRPC status code
+
+
+def tail_name(model: str, num_head: int) -> str:
+    """Return the name of the part of a model behind so many layers, as clients of a stage server ask for it."""
+    return f"{model}.{num_head}"
+
 
 _UNARY: Mapping[str, tuple[Any, Any]] = {
     "ServerLive": (pb.ServerLiveRequest, pb.ServerLiveResponse),

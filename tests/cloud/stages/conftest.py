@@ -73,7 +73,7 @@ def scripted() -> Callable[..., contextlib.AbstractAsyncContextManager]:
     """Run a pipeline of scripted stages; yields it and its stages."""
 
     @contextlib.asynccontextmanager
-    async def run(num_stages=1, *, unmerged="", max_rows=4, max_wait_s=0.0, **limits):
+    async def run(num_stages=1, *, unmerged="", max_rows=4, max_wait_s=0.0, entries=(0,), **limits):
         stages = []
 
         def make(*given):
@@ -82,7 +82,9 @@ def scripted() -> Callable[..., contextlib.AbstractAsyncContextManager]:
 
         rule = BatchRule(max_rows=max_rows, max_wait_s=max_wait_s)
         specs = [StageSpec(path=Path("unused"))] * num_stages
-        pipeline = Pipeline("m", specs, PipelineLimits(rule=rule, **{"slot_bytes": 1 << 20, **limits}), make)
+        pipeline = Pipeline(
+            "m", specs, PipelineLimits(rule=rule, **{"slot_bytes": 1 << 20, **limits}), make, entries=entries
+        )
         async with pipeline.running():
             yield pipeline, stages
             assert not pipeline._batches or any(stage.given for stage in stages)

@@ -15,10 +15,11 @@ from edgefl.errors import ConfigError, HomeError
 
 def test_its_options_are_those_of_the_server() -> None:
     context = stages.make_context("stages", [
-        "m.onnx", "--home", "/home", "--cuts", "a+b, c", "--tail-from", "x", "--max-wait-ms", "2", "--max-batch", "8",
+        "m.onnx", "--home", "/home", "--cuts", "a, split:c", "--tail-from", "x", "--max-wait-ms", "2",
+        "--max-batch", "8",
     ])  # fmt: skip
     options = options_of(**context.params)
-    assert options.borders == (("a", "b"), ("c",))
+    assert options.cuts == ("a", "split:c")
     assert options.tail_from == ("x",)
     assert (options.limits.rule.max_rows, options.limits.rule.max_wait_s) == (8, 0.002)
     assert (options.home, options.model, options.port) == (Path("/home"), "m.onnx", 9450)
@@ -38,11 +39,6 @@ def test_what_cannot_start(tmp_path) -> None:
     for arguments, kind, words in (
         (["--home", str(tmp_path / "none")], HomeError, "no home.json"),
         (["--home", str(tmp_path), "--insecure", "--host", "10.0.0.1"], ConfigError, "--insecure is for loopback only"),
-        (
-            ["--home", str(tmp_path), "--cores", "0", "--cores", "0"],
-            ConfigError,
-            "--cores is given 2 times for 1 stages",
-        ),
     ):
         done = CliRunner().invoke(cloud, ["stages", "m.onnx", *arguments])
         assert isinstance(done.exception, kind)

@@ -210,10 +210,10 @@ def test_a_cancelled_request_leaves_the_queue(scripted) -> None:
             pipeline.submit("a", rows(1))
             task = asyncio.create_task(pipeline.infer("b", rows(2)))
             await settle()
-            assert len(pipeline._queue) == 1
+            assert len(pipeline._queues[0]) == 1
             task.cancel()
             await settle()
-            assert len(pipeline._queue) == 0
+            assert len(pipeline._queues[0]) == 0
             stage.finish()
             assert stage.rows() == []
 
@@ -280,3 +280,23 @@ def test_a_model_that_does_not_load_is_an_error_of_the_start(scripted, monkeypat
 
     with pytest.raises(ConfigError, match="model m cannot be served: stage 1 does not start: no model"):
         asyncio.run(run())
+
+
+def test_requests_that_begin_later_take_turns_with_those_of_earlier_stages(scripted) -> None:
+    async def run():
+        async with scripted(2, entries=(0, 1), max_rows=1) as (pipeline, (first, second)):
+            whole = [pipeline.submit("a", rows(number)) for number in range(4)]
+            for _ in range(3):
+                first.finish()
+            late = [pipeline.submit("b", {"t1": rows(number)["t0"]}, entry=1) for number in (100, 101)]
+            order = []
+            while second.given:
+                order += second.rows()[0]
+                second.finish()
+                if first.given:
+                    first.finish()
+            assert order == [1, 3, 100, 5, 101, 7]
+            assert [values_of(one.settled.result()) for one in late] == [[201.0], [203.0]]
+            assert [values_of(one.settled.result()) for one in whole] == [[3.0], [7.0], [11.0], [15.0]]
+
+    asyncio.run(run())

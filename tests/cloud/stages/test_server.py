@@ -20,6 +20,7 @@ from cloud.state.registry import Registry
 from cloud.state.store import open_database
 from cloud.trust.own_certificates import hosts_of
 from edgefl.errors import ConfigError, HomeError, NotFound
+from edgefl.models.session import new_session
 from edgefl.process.home import create_home
 from edgefl.protocols import tls
 from edgefl.protocols.inference.service import InferenceStub
@@ -27,6 +28,7 @@ from edgefl.protocols.inference.tensors import make_request, response_tensors
 from edgefl.protocols.manifest import load_private_key, new_fleet_key, save_private_key
 from edgefl.protocols.tls import Identity
 from tests import onnx_models
+from tests.edgefl.offload.graphs import residual, rows
 
 START_S = 400.0
 X = {"x": np.ones((1, 3), np.float32)}
@@ -163,3 +165,57 @@ def test_cores_are_divided_evenly() -> None:
     assert divided_cores([0, 1, 2, 3], 2) == [(0, 1), (2, 3)]
     assert divided_cores([4, 5, 6], 2) == [(4,), (5, 6)]
     assert divided_cores([0], 2) == [(0,), (0,)]
+
+
+def test_tritonclient_unmodified(fleet, tmp_path, free_port) -> None:
+    """Its classes, over a channel with a device's certificate: metadata, one request, and a stream."""
+    import queue
+
+    import tritonclient.grpc as triton
+
+    fleet.publish("net", residual(tmp_path / "net.onnx").read_bytes())
+    identity = fleet.enrol(tmp_path, "cam")
+    files = {"root_certificates": identity.ca, "private_key": identity.key, "certificate_chain": identity.cert}
+    options = {name: str(path) for name, path in files.items()}
+    with (
+        running(fleet, free_port, "net", "--tail-from", "h", "--tail-from", "xa", "--cuts", "hb"),
+        triton.InferenceServerClient(f"127.0.0.1:{free_port}", ssl=True, **options) as client,
+    ):
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("net", "1")
+        about = client.get_model_metadata("net.1", as_json=True)
+        assert [one["name"] for one in about["inputs"]] == ["x", "xa"]
+        assert [one["name"] for one in client.get_model_metadata("net", as_json=True)["inputs"]] == ["x", "h"]
+        session = new_session(tmp_path / "net.onnx")
+        (whole,) = session.run(["y"], {"x": rows(2)})
+        hidden = np.maximum(rows(2) @ np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32), 0)
+        inputs = []
+        for name, array in (("x", rows(2)), ("h", hidden)):
+            inputs.append(triton.InferInput(name, array.shape, "FP32"))
+            inputs[-1].set_data_from_numpy(array)
+        seen = client.infer("net", inputs, outputs=[triton.InferRequestedOutput("y")], client_timeout=60)
+        np.testing.assert_allclose(seen.as_numpy("y"), whole, rtol=1e-5)
+        answers = queue.Queue()
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for number in range(3):
+            client.async_stream_infer("net.2", inputs, request_id=str(number))
+        client.async_stream_infer("net.9", inputs, request_id="wrong")
+        found = [answers.get(timeout=60) for _ in range(4)]
+        client.stop_stream()
+        assert [one.get_response().id for one, error in found[:3] if error is None] == ["0", "1", "2"]
+        for one, _ in found[:3]:
+            np.testing.assert_allclose(one.as_numpy("y"), whole, rtol=1e-5)
+        assert "model 'net.9' is not on this server" in str(found[3][1])
+
+
+def test_cuts_before_the_tail_and_cores_for_other_stages(fleet, tmp_path, monkeypatch) -> None:
+    path = residual(tmp_path / "net.onnx")
+    for options, words in (
+        ({"tail_from": ("hb",), "cuts": ("h",)}, "net.onnx is cut before the tail begins, at layer 2 of 3"),
+        ({"tail_from": ("none",)}, "net.onnx has no cut 'none'"),
+        ({"cores": ((0,), (0,))}, "--cores is given 2 times for 1 stages; give it once for each"),
+    ):
+        server = StageServer(StageOptions(home=fleet.home, model=str(path), **options))
+        with pytest.raises(ConfigError, match=words):
+            server._specs(tmp_path)

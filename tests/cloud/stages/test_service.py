@@ -17,6 +17,7 @@ from cloud.servers import PortKind, serve_grpc
 from cloud.shares import Shares
 from cloud.stages import service as module
 from cloud.stages.service import ServedModel, StageService
+from edgefl.offload.wire import encode
 from edgefl.protocols.inference import open_inference_grpc_pb2 as pb
 from edgefl.protocols.inference.service import InferenceStub, inference_handler
 from edgefl.protocols.inference.tensors import make_request, response_tensors
@@ -43,14 +44,14 @@ def served(scripted, free_port):
     """Serve scripted stages: yields a function that makes clients, and the stages."""
 
     @contextlib.asynccontextmanager
-    async def run(devices=("a", "b"), kind=None, **options):
+    async def run(devices=("a", "b"), kind=None, names=None, **options):
         calls = RunningCalls()
         async with scripted(**options) as (pipeline, stages):
 
             def handlers(port, workers):
                 checks = CallerChecks(is_known=lambda name, _: name in devices, insecure=True, admit=port.admit)
                 callers = Callers(checks, calls, workers)
-                model = ServedModel(name="m", version="3", digest=DIGEST)
+                model = ServedModel(name="m", version="3", digest=DIGEST, entries=names or {"m": 0})
                 return [inference_handler(StageService(model, pipeline, callers), calls.registered)]
 
             shares = Shares.of(1024, builtin_broker=False)
@@ -111,7 +112,7 @@ def test_a_request_and_what_a_client_may_ask_about_the_model(served) -> None:
             assert [(info.name, info.datatype, list(info.shape)) for info in (*about.inputs, *about.outputs)] == [
                 ("t0", "FP32", [-1, 2]), ("t1", "FP32", [-1, 2]),
             ]  # fmt: skip
-            assert dict(about.properties) == {"release_digest": DIGEST}
+            assert dict(about.properties) == {"release_digest": DIGEST, "wire_formats": "fp32,fp16,bf16,int8"}
             for name, kind in (
                 ("ServerLive", pb.ServerLiveRequest()), ("ServerReady", pb.ServerReadyRequest()),
                 ("ServerMetadata", pb.ServerMetadataRequest()), ("ModelReady", pb.ModelReadyRequest(name="m")),
@@ -250,7 +251,7 @@ def test_the_call_s_deadline_is_the_request_s(served) -> None:
             assert (await refusal(client().infer(request(1), 0.05)))[0] == "DEADLINE_EXCEEDED"
             assert (await refusal(client("b").infer(request(2), 0.05)))[0] == "DEADLINE_EXCEEDED"
             async with asyncio.timeout(60):
-                while stage._callbacks._queue:  # noqa: ASYNC110
+                while any(stage._callbacks._queues.values()):  # noqa: ASYNC110
                     await asyncio.sleep(0.002)
 
     asyncio.run(run())
@@ -318,5 +319,73 @@ def test_a_stream_is_not_read_while_many_of_its_requests_wait(served, monkeypatc
             async with working(stage):
                 for number in range(10):
                     assert (await stream.read()).infer_response.id == str(number)
+
+    asyncio.run(run())
+
+
+def crossing(form, **tensors):
+    message = np.frombuffer(encode(tensors, form), np.uint8)
+    one = make_request("m", {"crossing": message})
+    one.parameters["wire_format"].string_param = form
+    return one
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("num", [2, 20_000])  # decoded in the event loop, and outside
+def test_tensors_at_a_cut_come_in_every_wire_format(served, form, num) -> None:
+    async def run():
+        async with served(max_rows=20_000) as (client, (stage,)), working(stage):
+            values = np.tile(np.array([[1.0, -2.0]], np.float32), (num, 1))
+            response = await client().infer(crossing(form, t0=values))
+            np.testing.assert_allclose(response_tensors(response)["t1"], 2 * values + 1, atol=0.05)
+
+    asyncio.run(run())
+
+
+def test_messages_at_a_cut_that_are_none(served) -> None:
+    async def run():
+        async with served() as (client, (stage,)):
+            plain = request(1)
+            plain.parameters["wire_format"].string_param = "fp16"
+            cut_off = crossing("fp16", t0=rows(1)["t0"])
+            cut_off.raw_input_contents[0] = cut_off.raw_input_contents[0][:-1]
+            cut_off.inputs[0].shape[0] -= 1
+            for wrong, words in (
+                (plain, "has one input, 'crossing', of datatype UINT8 and one dimension; got: t0 float32[1, 2]"),
+                (cut_off, "a message ends 1 bytes too early"),
+                (crossing("fp16", other=rows(1)["t0"]), "input other is unknown; model m takes: t0"),
+                (
+                    crossing("int8", t0=np.ones((1, 3), np.float32)),
+                    "input 't0' has shape [1, 3]; model m takes [-1, 2]",
+                ),
+            ):
+                assert (
+                    await refusal(client().infer(wrong)) == ("INVALID_ARGUMENT", words)
+                    or words in (await refusal(client().infer(wrong)))[1]
+                )
+            call = asyncio.ensure_future(client("b").infer(request(1)))
+            await given(stage)
+            stage.finish()
+            await call
+
+    asyncio.run(run())
+
+
+def test_a_request_begins_at_the_stage_of_its_model_s_name(served) -> None:
+    async def run():
+        names = {"m": 0, "m.0": 0, "m.4": 1}
+        async with served(num_stages=2, entries=(0, 1), names=names) as (client, (first, second)), working(second):
+            later = make_request("m.4", {"t1": rows(3)["t0"]})
+            response = await client().infer(later)
+            assert response.model_name == "m.4"
+            assert response_tensors(response)["t2"].tolist() == [[7, 7]]
+            call = asyncio.ensure_future(client().infer(request(1)))
+            await given(first)
+            first.finish()
+            assert response_tensors(await call)["t2"].tolist() == [[7, 7]]
+            about = await client().stub.ModelMetadata(pb.ModelMetadataRequest(name="m.4"), metadata=client().metadata)
+            assert [one.name for one in about.inputs] == ["t1"]
+            wrong = make_request("m.4", rows(1))
+            assert (await refusal(client().infer(wrong)))[1] == "input t0 is unknown; model m takes: t1"
 
     asyncio.run(run())

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.network.machines import Machines
 from cloud.state.enrolment import Enrolment
 from cloud.state.store import open_database
 from edge_agent.link.enroll import EnrolmentRequest
 from edge_agent.link.enroll import enroll as enroll_device
 from edgefl.local_fleet import LoggedProcess
 from edgefl.operator.client import CloudClient, insist, load_credentials
-from tests.e2e.network.machines import Machines
 from tests.e2e.tasks.audited.audited_task import DEVICES
 
 REGIONS = ("r1", "r2")

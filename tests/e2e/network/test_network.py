@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.network.machines import why_not
 from cloud.broker.child import find_mosquitto
 from tests.e2e.network.audit import faults_of
 from tests.e2e.network.events import CALM_LOSS, MOST_AT_ONCE, SHARES, Storm, draw
 from tests.e2e.network.fleet import NAMES, NetworkFleet
-from tests.e2e.network.machines import why_not
 
 HANGS_S = 100.0  # without another fault, the next round must end by then
 

@@ -19,7 +19,7 @@ def attempt(tmp_path):
 
         async def inside():
             async with asyncio.timeout(cancel_after_s):
-                await try_model("m", 3, path, memory_mb=memory_mb, within_s=within_s)
+                await try_model("m", 3, [(path, None)], memory_mb=memory_mb, within_s=within_s)
 
         asyncio.run(inside())
 
@@ -53,3 +53,12 @@ def test_one_that_eats_memory_is_stopped(attempt):
 def test_a_trial_that_is_no_longer_wanted_is_killed(attempt):
     with pytest.raises(TimeoutError):
         attempt(onnx_models.endless_start(), within_s=600.0, cancel_after_s=1.5)
+
+
+def test_all_parts_of_a_release_are_tried_and_the_one_that_fails_is_told(tmp_path):
+    good, bad = tmp_path / "good.onnx", tmp_path / "bad.onnx"
+    good.write_bytes(onnx_models.affine())
+    bad.write_bytes(b"no onnx")
+    asyncio.run(try_model("m", 3, [(good, None), (good, None)], memory_mb=2000, within_s=60.0))
+    with pytest.raises(ProtocolError, match=r"does not load: .*bad\.onnx|does not load: .*INVALID_PROTOBUF"):
+        asyncio.run(try_model("m", 3, [(good, None), (bad, None)], memory_mb=2000, within_s=60.0))

@@ -16,8 +16,8 @@ def test_a_file_s_sample_is_made_or_given(tmp_path):
     made = source_of_file(path)
     assert [one["x"].shape for one in made.cases] == [(1, 4), (3, 4)]
     np.savez(tmp_path / "given.npz", x=rows(50))
-    given = source_of_file(path, tmp_path / "given.npz", who="mine")
-    assert (given.who, given.feeds["x"].tolist()) == ("mine", rows(50)[:1].tolist())
+    given = source_of_file(path, tmp_path / "given.npz", release=("mine", 3))
+    assert (given.who, given.feeds["x"].tolist()) == ("mine version 3", rows(50)[:1].tolist())
     np.savez(tmp_path / "given.npz", other=rows())
     with pytest.raises(ConfigError, match="it has the inputs other, the model takes x"):
         source_of_file(path, tmp_path / "given.npz")

@@ -6,12 +6,14 @@ import numpy as np
 import onnx
 import onnx.utils
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import offload_models
-from edgefl.errors import ParityError
+from edgefl.errors import ConfigError, ParityError
+from edgefl.models.session import new_session
+from edgefl.offload.cuts import all_tensors
 from edgefl.offload.graph import read_graph
-from edgefl.offload.stages import SplitModel, check_parity, split_model
+from edgefl.offload.stages import SplitModel, check_parity, split_model, write_stages
 from tests.edgefl.offload.graphs import cuts_of, node, residual, rows, value, weight, write
 
 
@@ -130,3 +132,30 @@ def test_every_cut_of_a_real_model(tmp_path, name):
     assert max(worst.values()) < 1e-5
     whole = read_graph(path)
     assert sum(whole.parameters.values()) > 50_000
+
+
+@pytest.mark.parametrize("positions", [[0, 2, 5], [0, 1, 2, 3, 4, 5, 6], [2, 6], [1, 3, 6], [4, 6]])
+def test_several_stages_compute_what_the_model_does(tmp_path, positions):
+    graph = read_graph(residual(tmp_path / "m.onnx"))
+    positions = [*positions[:-1], len(graph.layers)]
+    known = all_tensors(graph, {"x": rows(3)})
+    given = {name: known[name] for name in graph.crossing(positions[0])} or {"x": rows(3)}
+    for number, path in enumerate(write_stages(graph, positions, tmp_path), 1):
+        assert path.name == f"stage-{number}.onnx"
+        session = new_session(path)
+        names = [one.name for one in session.get_outputs()]
+        feeds = {one.name: given[one.name] for one in session.get_inputs()}
+        given |= dict(zip(names, session.run(None, feeds), strict=True))
+    np.testing.assert_allclose(given["y"], known["y"], rtol=1e-6)
+
+
+def test_shapes_that_neither_the_file_nor_onnx_knows(tmp_path):
+    nodes = [node("Reshape", "x shape", "r"), node("Relu", "r", "y")]
+    path = write(tmp_path / "m.onnx", nodes, ["x", value("shape", (2,), TensorProto.INT64)], [value("y", None)])
+    graph = read_graph(path)
+    (one,) = write_stages(graph, [1, 2], tmp_path)
+    assert [info.name for info in new_session(one).get_inputs()] == ["r"]
+    nodes = [helper.make_node("Foreign", ["x"], ["r"], domain="no.where"), node("Relu", "r", "y")]
+    graph = read_graph(write(tmp_path / "f.onnx", nodes, ["x"], ["y"]))
+    with pytest.raises(ConfigError, match=r"the shape of tensor 'r' is not known; cut f.onnx at another one"):
+        write_stages(graph, [1, 2], tmp_path)

@@ -11,7 +11,7 @@ from onnx import helper
 from edgefl.errors import ConfigError
 from edgefl.offload.graph import read_graph
 from edgefl.offload.plans import timing
-from edgefl.offload.plans.timing import LayerTimes, as_json, device_times, measure_layers, median_ms
+from edgefl.offload.plans.timing import LayerTimes, as_json, device_times, measure_layers, median_ms, times_of_profile
 from tests.edgefl.offload.graphs import node, residual, rows, value, weight, write
 
 
@@ -84,3 +84,12 @@ def test_the_median_of_calls():
     assert median_ms(lambda: calls.append(1), 5) >= 0
     assert len(calls) == 5
     assert timing.machine_name().endswith("cores")
+
+
+def test_times_of_a_device_from_those_of_its_heads():
+    here = LayerTimes("here", (1.0, 1.0, 2.0, 4.0))
+    found = times_of_profile({2: 10.0, 3: 14.0}, here, "device cam")
+    assert found.layers_ms == pytest.approx((5.0, 5.0, 4.0, 4.0 * 14 / 4))
+    assert times_of_profile({4: 80.0}, here, "device cam").layers_ms == pytest.approx((10.0, 10.0, 20.0, 40.0))
+    with pytest.raises(ConfigError, match="device cam has measured no part of this model yet"):
+        times_of_profile({0: 1.0}, here, "device cam")

@@ -11,7 +11,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 
 from edgefl.errors import ConfigError
 from edgefl.models.tensors import TensorInfo
-from edgefl.protocols.inference.repository import RepositoryModel, config_text, write_repository
+from edgefl.protocols.inference.repository import RepositoryModel, config_text, write_ensemble, write_repository
 
 HERE = Path(__file__).parent
 
@@ -86,3 +86,23 @@ def test_what_cannot_be_written(change, words) -> None:
     info = TensorInfo("x", "FP32", (1, 3))
     with pytest.raises(ConfigError, match=words):
         RepositoryModel(**{"name": "m", "inputs": [info], "outputs": [info], **change})
+
+
+def test_an_ensemble_passes_tensors_from_model_to_model(parse, tmp_path) -> None:
+    info = TensorInfo
+    steps = [
+        RepositoryModel(name="m-1", version=2, inputs=[info("x", "FP32", (-1, 4))], max_batch=8,
+                        outputs=[info("h", "FP32", (-1, 6)), info("early", "FP32", (-1, 2))]),
+        RepositoryModel(name="m-2", version=2, inputs=[info("h", "FP32", (-1, 6)), info("mask", "BOOL", (-1, 1))],
+                        outputs=[info("y", "FP32", (-1, 3))], max_batch=4),
+    ]  # fmt: skip
+    whole = write_ensemble(tmp_path, "m", steps)
+    assert ([one.name for one in whole.inputs], [one.name for one in whole.outputs]) == (["x", "mask"], ["early", "y"])
+    assert (tmp_path / "m" / "2").is_dir()
+    config = parse((tmp_path / "m" / "config.pbtxt").read_text())
+    assert (config.name, config.platform, config.max_batch_size) == ("m", "ensemble", 4)
+    assert not config.HasField("dynamic_batching")
+    first, second = config.ensemble_scheduling.step
+    assert (first.model_name, first.model_version, dict(first.input_map)) == ("m-1", 2, {"x": "x"})
+    assert dict(first.output_map) == {"h": "h", "early": "early"}
+    assert (second.model_name, dict(second.input_map)) == ("m-2", {"h": "h", "mask": "mask"})

@@ -1,13 +1,14 @@
-"""An Ethernet switch in user space, whose links have a delay, lose frames and can be cut: a process of its own.
+"""An Ethernet switch in user space, whose links have a delay and a rate, lose frames and can be cut: its own process.
 
     python switch.py SEED NAME=TAP_DESCRIPTOR ...     the ports; one JSON object a line on stdin changes one of them
 
-    {"port": "a", "delay_s": 0.02, "loss": 0.3, "cut": false}      answered by one byte on stdout, once it holds
+    {"port": "a", "delay_s": 0.02, "mbps": 5, "loss": 0.3, "cut": false}    answered by one byte, once it holds
     {"port": "a", "cut": true, "for_s": 1.5}                       then the port is as usual again
 
 It does what netem does, on any kernel with TAP devices: many small kernels (of virtual machines, of CI runners) have
-network namespaces, but no netem. A frame passes two links, that of its sender and that of its receiver; each delays
-it, and may lose it. Losses are drawn from the seed. It ends with the process that holds its stdin.
+network namespaces, but no netem. A frame passes two links, that of its sender and that of its receiver; each delays it,
+may lose it, and carries one frame after the other at its rate, in each direction. Losses are drawn from the seed.
+It ends with the process that holds its stdin.
 """
 
 from __future__ import annotations
@@ -35,9 +36,18 @@ class Port:
     name: str
     descriptor: int
     delay_s: float = 0.0
+    mbps: float = 0.0  # megabits/s of the link, in each direction; 0 = no limit
     loss: float = 0.0  # the probability that a frame is lost
     cut: bool = False
-    usual: dict[str, Any] = field(default_factory=lambda: {"delay_s": 0.0, "loss": 0.0, "cut": False})
+    usual: dict[str, Any] = field(default_factory=lambda: {"delay_s": 0.0, "mbps": 0.0, "loss": 0.0, "cut": False})
+    free_s: dict[str, float] = field(default_factory=lambda: {"up": 0.0, "down": 0.0})  # when each direction is free
+
+    def through_s(self, direction: str, now_s: float, num_bytes: int) -> float:
+        """Return when a frame that comes now has left this link."""
+        if not self.mbps:
+            return now_s + self.delay_s
+        self.free_s[direction] = max(now_s, self.free_s[direction]) + 8 * num_bytes / (self.mbps * 1e6)
+        return self.free_s[direction] + self.delay_s
 
 
 class Switch:
@@ -45,7 +55,7 @@ class Switch:
 
     def __init__(self, ports: list[Port], seed: int) -> None:
         self._ports = {port.name: port for port in ports}
-        self._random = random.Random(seed)
+        self._random = random.Random(seed)  # noqa: S311 - frames that are lost
         self._at: dict[bytes, Port] = {}  # Ethernet address -> where it was seen
         self._numbers = itertools.count()  # frames that are due at the same time keep their order
         self._on_the_way: list[tuple[float, int, Port, bytes]] = []
@@ -108,7 +118,8 @@ class Switch:
 
     def _send(self, start: Port, end: Port, frame: bytes) -> None:
         if end is not start and not self._is_lost(end):
-            due_s = time.monotonic() + start.delay_s + end.delay_s
+            sent_s = start.through_s("up", time.monotonic(), len(frame))
+            due_s = end.through_s("down", sent_s, len(frame))
             heapq.heappush(self._on_the_way, (due_s, next(self._numbers), end, frame))
 
     def _is_lost(self, port: Port) -> bool:

@@ -97,14 +97,15 @@ class Machines:
         return self.all[name]
 
     def set_link(self, name: str, **wishes: float | bool) -> None:
-        """Change the link of a machine: `delay_s`, `loss` (of a frame) and `cut`; with `for_s`, for so long.
+        """Change the link of a machine: `delay_s`, `mbps`, `loss` (of a frame) and `cut`; with `for_s`, for so long.
 
         It holds when this returns.
         """
         with self._lock:
             self._switch.stdin.write(json.dumps({"port": name, **wishes}).encode() + b"\n")
             self._switch.stdin.flush()
-            assert self._switch.stdout.read(1) == b".", "the switch has ended"
+            if self._switch.stdout.read(1) != b".":
+                raise RuntimeError("the switch has ended")
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Return the processes on each machine that has any."""

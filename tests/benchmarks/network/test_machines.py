@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from tests.e2e.network.machines import Machines, why_not
+from benchmarks.network.machines import Machines, why_not
 
 
 @pytest.fixture

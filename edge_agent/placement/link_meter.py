@@ -1,0 +1,62 @@
+"""What a device knows of its link and of the load on both sides, from the requests that it sends anyway.
+
+The round trip is the median of the last pings. What a request takes beyond that and beyond the server's own time is
+spent on its bytes, which gives the rate; both are smoothed. No clock and no I/O.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+from edgefl.offload.plans.link import LinkSpeed
+
+PINGS = 5
+WEIGHT = 0.2  # of a new measurement
+_LEAST_MS = 0.05  # on bytes: less is noise
+MOST_MBPS = 10_000.0
+
+
+class LinkMeter:
+    """Measurements of one link."""
+
+    def __init__(self) -> None:
+        self._pings_ms: deque[float] = deque(maxlen=PINGS)
+        self._mbps: float | None = None
+        self.device_load = self.cloud_load = 1.0  # 2 = twice as slow as was expected
+
+    def note_ping(self, rtt_ms: float) -> None:
+        """Note the time of an empty call."""
+        self._pings_ms.append(rtt_ms)
+
+    def note_call(self, num_bytes: int, total_ms: float, server_ms: float) -> None:
+        """Note a call: its bytes both ways, its time here, and how much of it the server says it took."""
+        if not self._pings_ms:
+            return
+        on_bytes_ms = max(total_ms - server_ms - self._rtt_ms(), _LEAST_MS)
+        rate = min(8 * num_bytes / (on_bytes_ms * 1e3), MOST_MBPS)
+        self._mbps = rate if self._mbps is None else self._mbps + WEIGHT * (rate - self._mbps)
+
+    def note_device(self, took_ms: float, expected_ms: float) -> None:
+        """Note how long the device's part took."""
+        if expected_ms > 0:
+            self.device_load += WEIGHT * (took_ms / expected_ms - self.device_load)
+
+    def note_cloud(self, took_ms: float, expected_ms: float) -> None:
+        """Note how long the server says that its part took, with waiting."""
+        if expected_ms > 0:
+            self.cloud_load += WEIGHT * (took_ms / expected_ms - self.cloud_load)
+
+    @property
+    def link(self) -> LinkSpeed | None:
+        """The link; None before anything was measured. Both ways are taken to be as fast."""
+        if self._mbps is None:
+            return None
+        return LinkSpeed(up_mbps=self._mbps, down_mbps=self._mbps, rtt_ms=self._rtt_ms())
+
+    def _rtt_ms(self) -> float:
+        return statistics.median(self._pings_ms)
+
+    def __str__(self) -> str:
+        link = self.link
+        return "" if link is None else f"{link.up_mbps:.3g} Mbit/s, {link.rtt_ms:.3g} ms"
