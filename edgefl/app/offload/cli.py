@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edgefl.app.offload.options import FILE, of_model
 from edgefl.errors import ConfigError
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.terminal.output import Output, counted, example, json_option, refuse_no_folder
 
 SLOWEST = 10  # layers that `profile` shows
-_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class _OffloadCommands(click.Group):
@@ -34,18 +33,6 @@ class _OffloadCommands(click.Group):
 @click.group(cls=_OffloadCommands)
 def offload() -> None:
     """Models that are too large for a device: split between device and cloud."""
-
-
-def of_model(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the argument MODEL and the options that say which one is meant."""
-    for option in (
-        click.argument("model"),
-        click.option("--version", type=click.IntRange(min=1), help="Of a release; by default the newest."),
-        click.option("--parameters", type=_FILE, help="Of a task: trained parameters; else the initial ones."),
-        click.option("--sample", type=_FILE, help="An .npz file with an array for each input, to run the model on."),
-    )[::-1]:  # fmt: skip
-        command = option(command)
-    return command
 
 
 @offload.command(
@@ -151,9 +138,9 @@ def profile(
 @click.option("--format", "formats", multiple=True, type=click.Choice(("fp32", "fp16", "bf16", "int8")),
               help="Only these wire formats; repeatable. By default all.")  # fmt: skip
 @click.option("--max-drop", default="0.02", show_default=True, help="What a wire format may cost.")
-@click.option("--samples", type=_FILE, help="An .npz file of your own inputs, to judge wire formats and attack.")
+@click.option("--samples", type=FILE, help="An .npz file of your own inputs, to judge wire formats and attack.")
 @click.option("--leak", is_flag=True, help="Attack every cut with --samples, or a task's own data.")
-@click.option("--plot", type=_FILE, help="Draw all cuts into a .png or .svg.")
+@click.option("--plot", type=FILE, help="Draw all cuts into a .png or .svg.")
 @connected
 @json_option
 def plan(
@@ -191,7 +178,7 @@ def plan(
 @click.option("--name", help="The model's name. [default: the release's, the task's or the file's]")
 @click.option("--max-batch", default=32, show_default=True, type=click.IntRange(0, 4096),
               help="Rows of one batch; 0 = requests are not merged.")  # fmt: skip
-@click.option("--head", type=_FILE, help="Also write the devices' part, to this file.")
+@click.option("--head", type=FILE, help="Also write the devices' part, to this file.")
 @connected
 @json_option
 def export(  # noqa: PLR0913 - one a flag

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import click
 
-from edgefl.app.offload.cli import of_model
+from edgefl.app.offload.options import FILE, of_model
 from edgefl.errors import ConfigError
 from edgefl.models.compress import parse_max_drop
 from edgefl.operator.connection import CloudConnection, connected
 from edgefl.operator.publish import BEFORE
 from edgefl.terminal.output import Output, example, json_option
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
 _TIME = re.compile(r"(\d+(?:\.\d+)?)(ms|s)")
 
 
@@ -36,7 +35,7 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)(ms|s)")
 @click.option("--format", "form", type=click.Choice(("auto", "fp32", "fp16", "bf16", "int8")), default="auto",
               show_default=True, help="Wire format; auto: the smallest that --max-drop allows.")  # fmt: skip
 @click.option("--max-drop", default="0.02", show_default=True, help="What a wire format may cost.")
-@click.option("--samples", type=_FILE, help="An .npz file of your own inputs, to judge wire formats.")
+@click.option("--samples", type=FILE, help="An .npz file of your own inputs, to judge wire formats.")
 @click.option("--stages", multiple=True, metavar="HOST:PORT",
               help="Where devices reach a stage server; repeatable, in the order in which they are tried.")  # fmt: skip
 @click.option("--fallback", metavar="FILE|NAME[:VERSION]",
