@@ -108,6 +108,7 @@ def split(builtin_fleet, tmp_path):
         fleet.command(
             "offload", "publish", tmp_path / f"net-{seed}.onnx", "--name", "net", "--cut", "split:Relu_h",
             "--fallback", tmp_path / f"small-{seed}.onnx", "--stages", f"127.0.0.1:{port}", "--within", "5s",
+            "--format", "fp32",
             timeout_s=WITHIN_S,
         )  # fmt: skip
         return models
