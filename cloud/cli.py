@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cloud.generation.cli import generate
 from cloud.stages.cli import stages
 from edgefl.terminal.output import Output, example, json_option, time_text
 
@@ -29,6 +30,7 @@ def cloud() -> None:
     """Run the cloud of a fleet."""
 
 
+cloud.add_command(generate)
 cloud.add_command(stages)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_agent.generation.supervisor import GenerationConfig, GenerationSupervisor
 from edge_agent.install.notify import keep_alive, notify
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.chooser import ParentChooser, ParentRules
@@ -83,6 +84,7 @@ class AgentConfig:
     serve_tls: bool = False  # mutual TLS with the device's certificate
     serve_token_file: Path | None = None
     serve_memory_mb: int = 0  # 0 = a third of the machine's
+    generation: GenerationConfig | None = None  # a language model's head, to generate texts with
     model_load_s: float = 60.0  # time limit to load a release and run it once
     trainer_memory_mb: int = 0  # 0 = three quarters of the machine's
     trainer_socket: Path | None = None  # of a trainer run by systemd; None = our child process
@@ -173,6 +175,11 @@ class Agent:
         self._channel = CloudChannel(self._chooser.current, home)
         self._placements: dict[str, PlacementNote] = {}  # by model
         serving_mb = config.serve_memory_mb or default_serving_memory_mb()
+        self._generation: GenerationSupervisor | None = None
+        if config.generation is not None:
+            self._generation = GenerationSupervisor(
+                config.generation, device=profile.device, tls_home=None if profile.insecure else home
+            )
         self._supervisor = ServingSupervisor(
             listener,
             ServingConfig(
@@ -183,6 +190,7 @@ class Agent:
                 tail=TailAccess(
                     home="" if profile.insecure else str(home), device=profile.device, addresses=config.stages
                 ),
+                generation=self._generation.address if self._generation else "",
             ),
             ServingCallbacks(serving=self._on_serving, failing=self._on_failing, placed=self._on_placed),
         )
@@ -255,6 +263,7 @@ class Agent:
                     "watchdog": keep_alive(),
                     "policy": self._policy.run(),
                     **({"revoked": self._revoked.run()} if self._revoked else {}),
+                    **({"generation": self._generation.run()} if self._generation else {}),
                 }.items()
             ]
             event(_log, logging.INFO, "agent.started", device=self._profile.device, pid=os.getpid(), serves=self._url,

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -16,6 +16,9 @@ from edgefl.errors import ConfigError
 from edgefl.logs import set_up_logging
 from edgefl.terminal.output import Output, example, json_option
 from edgefl.terminal.pairs import pairs_of
+
+if TYPE_CHECKING:
+    from edge_agent.generation.supervisor import GenerationConfig
 
 MAX_TOKEN_CHARS = 4096
 
@@ -106,6 +109,15 @@ def enroll(  # noqa: PLR0913 - one a flag
     "--serve-token-file", type=click.Path(path_type=Path), help="File with the bearer token that clients send."
 )
 @click.option("--serve-memory-mb", default=0, help="Memory limit for predictions; 0 = a third of the machine's.")
+@click.option(
+    "--generate", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Generate texts at /v1 of the serving port, with the head of a language model (or a whole one) in FOLDER, of "
+         "`edgefl offload split-decoder`.",
+)  # fmt: skip
+@click.option("--generate-tail", default="", metavar="HOST:PORT", help="Where `edgefl cloud generate` serves its tail.")
+@click.option("--generate-format", default="fp16", show_default=True, type=click.Choice(["fp32", "fp16", "bf16"]),
+              help="Format of what is sent to the tail.")  # fmt: skip
+@click.option("--generate-memory-mb", default=0, help="Memory limit of its process; 0 = the machine's.")
 @click.option("--model-load-s", default=60.0, show_default=True, help="Time limit to load a release.")
 @click.option("--trainer-memory-mb", default=0, help="Memory limit for training; 0 = three quarters of the machine's.")
 @click.option(
@@ -150,7 +162,7 @@ def enroll(  # noqa: PLR0913 - one a flag
     help="When to come back to an earlier parent that answers again: without a round to work for, at once, or never.",
 )  # fmt: skip
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
-def start(log_level: str, data: Sequence[str], parent_lease_s: float, parent_return: str, **options: object) -> None:
+def start(log_level: str, data: Sequence[str], parent_lease_s: float, parent_return: str, **options: Any) -> None:
     """Run the agent until SIGTERM or Ctrl-C."""
     from edge_agent.agent import AgentConfig, run_agent
     from edge_agent.link.lease import LeasePolicy, ReturnPolicy
@@ -159,7 +171,10 @@ def start(log_level: str, data: Sequence[str], parent_lease_s: float, parent_ret
     raise_limit()
     set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
     parents = LeasePolicy(lease_s=parent_lease_s, comes_back=ReturnPolicy(parent_return))
-    config = AgentConfig(data=_located(pairs_of("--data", data)), parents=parents, **options)  # type: ignore[arg-type]  # click has typed them
+    generation = _generation(**{name: options.pop(name) for name in list(options) if name.startswith("generate")})
+    config = AgentConfig(
+        data=_located(pairs_of("--data", data)), parents=parents, generation=generation, **options
+    )  # fmt: skip
     asyncio.run(run_agent(config))
 
 
@@ -179,6 +194,20 @@ def status(home: Path, output: Output) -> None:
     output.result(facts)
     if not facts["healthy"]:
         raise click.exceptions.Exit(1)
+
+
+def _generation(
+    generate: Path | None, generate_tail: str, generate_format: str, generate_memory_mb: int
+) -> GenerationConfig | None:
+    from edge_agent.generation.supervisor import GenerationConfig
+
+    if generate is not None:
+        return GenerationConfig(
+            folder=generate, tail=generate_tail, format=generate_format, memory_mb=generate_memory_mb
+        )  # fmt: skip
+    if generate_tail or generate_memory_mb:
+        raise ConfigError("--generate-tail and --generate-memory-mb are for --generate FOLDER, which is missing")
+    return None
 
 
 def _token(token: str | None, file: TextIO | None) -> str:

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from edge_agent.generation.api_error import ApiError
+from edge_agent.generation.proxy import GenerationProxy, send_error
 from edge_agent.placement.stats import stats_of
-from edge_agent.serving.asgi import App, Receive, Scope, Send, handle_other_scope
+from edge_agent.serving.asgi import App, HttpError, Receive, Scope, Send, allow, handle_other_scope
 from edge_agent.serving.board import Board
 from edge_agent.sessions import Cancellation, LoadedModel, Models
 from edgefl.errors import ProtocolError
@@ -51,14 +53,6 @@ class _HttpResponse:
     status: int
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
-
-
-class _HttpError(Exception):
-    """Stops the processing of a request; its status and message become the response."""
-
-    def __init__(self, status: int, reason: str, *headers: tuple[bytes, bytes]) -> None:
-        super().__init__(reason)
-        self.status, self.headers = status, headers
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -90,6 +84,7 @@ class Serving:
         self._waiting = self._received = 0
         self.token = ""  # that clients must send; empty = none
         self.context: Callable[[], ssl.SSLContext] | None = None  # for each new connection; None = no TLS
+        self.generation = GenerationProxy("")  # the way to the process that generates texts; here: there is none
         self.ready = False  # true once the installed releases are loaded
         self._disconnect_clients: Callable[[], None] = lambda: None  # not serving yet
         self.on_stuck: Callable[[str], None] = lambda model: None  # noqa: ARG005 - a computation cannot be stopped
@@ -124,9 +119,12 @@ class Serving:
         if scope["type"] != "http":
             await handle_other_scope(scope, receive, send)
             return
+        if scope["path"].startswith("/v1/"):
+            await self._generate(scope, receive, send)
+            return
         try:
             answer = await self._answer(scope, receive)
-        except _HttpError as error:
+        except HttpError as error:
             answer = _error(error.status, str(error), *error.headers)
         except ProtocolError as error:
             answer = _error(400, str(error))
@@ -137,6 +135,17 @@ class Serving:
             raise  # the server logs it
         await _reply(scope, send, answer)
 
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have a request of OpenAI's API answered by the generation process; errors are in its form."""
+        try:
+            if self.token:
+                self._check_token(scope)
+            body, _ = await self._body(scope, receive)
+        except (HttpError, ProtocolError) as error:
+            await send_error(send, ApiError(error.status if isinstance(error, HttpError) else 400, str(error)))
+            return
+        await self.generation.forward(scope["method"], scope["path"], body, send, receive)
+
     async def _answer(self, scope: Scope, receive: Receive) -> _HttpResponse:
         if self.token and not scope["path"].startswith("/v2/health/"):  # health checks send no token
             self._check_token(scope)
@@ -146,7 +155,7 @@ class Serving:
             case ["v2", "models", name, "versions", version, "infer"]:
                 return await self._infer(scope, receive, name, version)
             case rest:
-                _allow(scope, b"GET, HEAD", "GET", "HEAD", known=_is_known(rest))
+                allow(scope, b"GET, HEAD", "GET", "HEAD", known=_is_known(rest))
                 return self._get(rest)
 
     def _allows(self, scope: Mapping[str, Any]) -> bool:
@@ -156,7 +165,7 @@ class Serving:
 
     def _check_token(self, scope: Scope) -> None:
         if not self._allows(scope):
-            raise _HttpError(401, "send the token of this device: `Authorization: Bearer …`", _CHALLENGE)
+            raise HttpError(401, "send the token of this device: `Authorization: Bearer …`", _CHALLENGE)
 
     def _get(self, path: list[str]) -> _HttpResponse:
         """Answer a GET request."""
@@ -175,7 +184,7 @@ class Serving:
     async def _infer(self, scope: Scope, receive: Receive, name: str, version: str | None) -> _HttpResponse:
         from edge_agent.serving.inference import encode_response, is_small_request, is_small_response, parse_request
 
-        _allow(scope, b"POST", "POST", known=True)
+        allow(scope, b"POST", "POST", known=True)
         served = self._find(name, version)
         body, length = await self._body(scope, receive)
         if not isinstance(served, LoadedModel):
@@ -201,7 +210,7 @@ class Serving:
         try:
             found = await served.infer(tuple(request.outputs), request.feeds, request.timeout_s, self.compute)
         except Unanswered as refused:
-            raise _HttpError(503, str(refused), _retry()) from refused
+            raise HttpError(503, str(refused), _retry()) from refused
         if is_small_response(request, found.results):
             return encode_response(served, request, found.results, found.parameters)
         return await self._in_thread(
@@ -216,7 +225,7 @@ class Serving:
 
     async def _in_thread(self, work: Callable[[Cancellation], _Result], served: LoadedModel | PlacedModel) -> _Result:
         if self._waiting >= MAX_WAITING:
-            raise _HttpError(503, f"{MAX_WAITING} predictions are waiting already; try again", _retry())
+            raise HttpError(503, f"{MAX_WAITING} predictions are waiting already; try again", _retry())
         cancellation = Cancellation()
         self._waiting += 1
         done = asyncio.get_running_loop().run_in_executor(self._workers, work, cancellation)
@@ -225,7 +234,7 @@ class Serving:
             async with asyncio.timeout(REQUEST_S):
                 return await asyncio.shield(done)
         except TimeoutError as cause:
-            raise _HttpError(504, f"the prediction took longer than {REQUEST_S:g} s; send fewer rows") from cause
+            raise HttpError(504, f"the prediction took longer than {REQUEST_S:g} s; send fewer rows") from cause
         finally:
             if not done.done():
                 cancellation.cancel()
@@ -270,7 +279,7 @@ class Serving:
             self.on_stuck(model)
 
     async def _body(self, scope: Scope, receive: Receive) -> tuple[bytes, str | None]:
-        """Return the body and its header length; raises _HttpError if it is too large or too slow."""
+        """Return the body and its header length; raises HttpError if it is too large or too slow."""
         header_length: str | None = None
         for name, value in scope["headers"]:
             if name == b"inference-header-content-length":
@@ -282,7 +291,7 @@ class Serving:
         message = await receive()
         if not message.get("more_body", False):
             if message["type"] == "http.disconnect":
-                raise _HttpError(400, "the client disconnected before its request was complete")
+                raise HttpError(400, "the client disconnected before its request was complete")
             body: bytes = message.get("body", b"")
             if len(body) > MAX_BODY_BYTES:
                 raise _too_large()
@@ -296,7 +305,7 @@ class Serving:
             async with asyncio.timeout(BODY_S):
                 while True:
                     if message["type"] == "http.disconnect":
-                        raise _HttpError(400, "the client disconnected before its request was complete")
+                        raise HttpError(400, "the client disconnected before its request was complete")
                     part = message.get("body", b"")
                     parts.append(part)
                     size += len(part)
@@ -304,28 +313,28 @@ class Serving:
                     if size > MAX_BODY_BYTES:
                         raise _too_large()
                     if self._received > MAX_RECEIVED_BYTES:
-                        raise _HttpError(503, "too many large requests at once; try again", _CLOSE, _retry())
+                        raise HttpError(503, "too many large requests at once; try again", _CLOSE, _retry())
                     if not message.get("more_body", False):
                         return b"".join(parts)
                     message = await receive()
         except TimeoutError as cause:
-            raise _HttpError(408, f"the request was incomplete after {BODY_S:g} s", _CLOSE) from cause
+            raise HttpError(408, f"the request was incomplete after {BODY_S:g} s", _CLOSE) from cause
         finally:
             self._received -= size
 
     def _find_placed(self, name: str) -> PlacedModel:
         if name not in self.placed:
-            raise _HttpError(404, f"model {name[:80]!r} has no statistics: it is not shared with a stage server here")
+            raise HttpError(404, f"model {name[:80]!r} has no statistics: it is not shared with a stage server here")
         return self.placed[name]
 
     def _find(self, name: str, version: str | None) -> LoadedModel | PlacedModel:
         served = self._models.get(name) or self.placed.get(name)
         if served is None:
             if not self.ready:
-                raise _HttpError(503, f"model {name[:80]!r} may still be loading; try again", _retry())
-            raise _HttpError(404, f"model {name[:80]!r} is not on this device; it serves: {self._names()}")
+                raise HttpError(503, f"model {name[:80]!r} may still be loading; try again", _retry())
+            raise HttpError(404, f"model {name[:80]!r} is not on this device; it serves: {self._names()}")
         if version is not None and version != str(served.version):
-            raise _HttpError(404, f"model {name!r} has version {served.version} here, not {version[:80]!r}")
+            raise HttpError(404, f"model {name!r} has version {served.version} here, not {version[:80]!r}")
         return served
 
     def _names(self) -> str:
@@ -371,15 +380,8 @@ def _is_known(path: list[str]) -> bool:
             return False
 
 
-def _allow(scope: Scope, allowed: bytes, *methods: str, known: bool) -> None:
-    if not known:
-        raise _HttpError(404, "Not Found")
-    if scope["method"] not in methods:
-        raise _HttpError(405, "Method Not Allowed", (b"allow", allowed))
-
-
-def _too_large() -> _HttpError:
-    return _HttpError(413, f"the request has more than {MAX_BODY_BYTES} bytes", _CLOSE)
+def _too_large() -> HttpError:
+    return HttpError(413, f"the request has more than {MAX_BODY_BYTES} bytes", _CLOSE)
 
 
 def _retry() -> tuple[bytes, bytes]:

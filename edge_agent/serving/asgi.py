@@ -22,3 +22,19 @@ async def handle_other_scope(scope: Scope, receive: Receive, send: Send) -> None
     while (message := await receive())["type"] != "lifespan.shutdown":
         await send({"type": f"{message['type']}.complete"})
     await send({"type": "lifespan.shutdown.complete"})
+
+
+class HttpError(Exception):
+    """Stops the processing of a request; its status and message become the response."""
+
+    def __init__(self, status: int, reason: str, *headers: tuple[bytes, bytes]) -> None:
+        super().__init__(reason)
+        self.status, self.headers = status, headers
+
+
+def allow(scope: Scope, allowed: bytes, *methods: str, known: bool) -> None:
+    """Raise HttpError unless the path is known and the method allowed."""
+    if not known:
+        raise HttpError(404, "Not Found")
+    if scope["method"] not in methods:
+        raise HttpError(405, "Method Not Allowed", (b"allow", allowed))

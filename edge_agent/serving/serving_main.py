@@ -21,6 +21,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_agent.generation.proxy import GenerationProxy
 from edge_agent.serving import wire
 from edge_agent.serving.access import server_contexts
 from edge_agent.serving.api import Serving
@@ -67,6 +68,7 @@ class ServingProcess:
         self._serving.token = first.token
         self._serving.context = server_contexts(Path(first.tls_home)) if first.tls_home else None
         self._tail = wire.TailAccess(**first.tail)
+        self._serving.generation = GenerationProxy(first.generation)
         self._serving.on_stuck = lambda model: self._send(wire.ModelStuck(model=model))
         receiving = asyncio.create_task(self._receive(reader), name="agent")
         self._send(wire.ServingUp(pid=os.getpid()))

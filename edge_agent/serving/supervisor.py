@@ -75,6 +75,7 @@ class ServingConfig:
     token: str = ""  # that clients must send; empty = none
     tls_home: str = ""  # home with the certificate to present; empty = no TLS
     tail: wire.TailAccess = field(default_factory=wire.TailAccess)  # how stage servers are reached
+    generation: str = ""  # address of the generation process; empty = there is none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,7 +257,7 @@ class ServingSupervisor:
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
         level = logging.getLogger().getEffectiveLevel()
         self._send(wire.StartServing(log_level=level, token=self._config.token, tls_home=self._config.tls_home,
-                                     tail=dataclasses.asdict(self._config.tail)))  # fmt: skip
+                   tail=dataclasses.asdict(self._config.tail), generation=self._config.generation))  # fmt: skip
         receiving = asyncio.create_task(self._receive(reader), name="serving-process")
         overdue = asyncio.get_running_loop().call_later(START_S, self._check_up, child)
         try:

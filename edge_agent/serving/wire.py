@@ -1,7 +1,7 @@
 """The protocol between the agent and its serving process: one line of JSON per message, over a socket pair.
 
     process: up {pid}
-    agent:   start {log_level, token, tls_home, tail}   first message, sent once
+    agent:   start {log_level, token, tls_home, tail, generation}   first message, sent once
              load {id, name, version, path, sample, placed} load and warm up; models being served are not affected
              switch {id} | forget {id}              serve the loaded model, or unload it
              drop {name} | ready {ready}
@@ -52,6 +52,7 @@ class StartServing:
     token: str = ""  # that clients must send; empty = none
     tls_home: str = ""  # home with the certificate to present and the CA of clients; empty = no TLS
     tail: Mapping[str, Any] = field(default_factory=dict)  # a `TailAccess`
+    generation: str = ""  # address of the generation process; empty = there is none
     kind: str = "start"
 
 

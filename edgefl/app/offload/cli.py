@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from edgefl.app.offload.decoder import split_decoder
 from edgefl.app.offload.options import FILE, of_model
 from edgefl.errors import ConfigError
 from edgefl.operator.connection import CloudConnection, connected
@@ -33,6 +34,9 @@ class _OffloadCommands(click.Group):
 @click.group(cls=_OffloadCommands)
 def offload() -> None:
     """Models that are too large for a device: split between device and cloud."""
+
+
+offload.add_command(split_decoder)
 
 
 @offload.command(

@@ -1,0 +1,167 @@
+"""A tail's process as the server sees it: started, given one step at a time, and started again when it ends.
+
+A step that takes longer than its limit ends the process. Invariant: each step that was sent gets one call of `done` or
+`lost`, whatever becomes of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cloud.generation import wire
+from edgefl.errors import ProtocolError
+from edgefl.logs import event
+from edgefl.process.children import Child
+from edgefl.protocols.backoff import Backoff
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # before the process starts again
+STEADY_S = 30.0  # a process that lived so long is started again without a longer pause
+STOP_S = 2.0
+_STOPPED = "the stage server is stopping"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TailSpec:
+    """A tail: its folder and what it may use."""
+
+    folder: Path
+    engine: str = "torch"  # torch, torch:DEVICE or numpy
+    cores: tuple[int, ...] = ()  # numbers of CPU cores; empty = those of the server
+    memory_mb: int = 0  # limit; 0 = none
+    load_s: float = 120.0  # time limit to start and load
+    run_s: float = 60.0  # time limit for one step
+
+
+class StepCallbacks(Protocol):
+    """What hears of the process and its steps."""
+
+    def came_up(self) -> None: ...
+
+    def done(self, result: wire.StepDone) -> None: ...
+
+    def lost(self, reason: str) -> None: ...
+
+
+class TailProcess:
+    """Starts and feeds the process. Used in the event loop only."""
+
+    def __init__(self, spec: TailSpec, callbacks: StepCallbacks) -> None:
+        self._spec, self._callbacks = spec, callbacks
+        self.is_up = False
+        self.reason = "it is starting"  # why it is not up
+        self.pid = 0
+        self.first_load: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._writer: asyncio.StreamWriter | None = None
+        self._child: Child | None = None
+        self._killed_for = ""
+        self._limit: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Keep the process running until cancelled."""
+        loop, pauses = asyncio.get_running_loop(), Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+        while True:
+            begun_s = loop.time()
+            try:
+                await self._run_child()
+            except OSError as error:  # no process, no descriptor
+                self._note_down(f"it cannot be started: {error}")
+            if loop.time() - begun_s > STEADY_S:
+                pauses.reset()
+            await asyncio.sleep(pauses.next_s())
+
+    def send(self, step: wire.RunStep, body: bytes) -> None:
+        """Have a step computed. The process must be up."""
+        if self._writer is None or not self.is_up:
+            raise RuntimeError("the tail's process is not up")
+        reason = f"a step took longer than {self._spec.run_s:g} s"
+        self._limit = asyncio.get_running_loop().call_later(self._spec.run_s, self._kill, reason)
+        self._writer.write(wire.packed(step, body))  # one step at a time: the buffer is bounded by its size
+
+    async def _run_child(self) -> None:
+        """Run one process to its end."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                child = self._start(theirs.fileno())
+            except OSError:
+                ours.close()
+                raise
+        self._child, self.pid, self._killed_for = child, child.pid, ""
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_HEADER_BYTES)
+        reading = asyncio.create_task(self._read(reader), name="tail-process")
+        self._limit = asyncio.get_running_loop().call_later(
+            self._spec.load_s, self._kill, f"the stage was not loaded in {self._spec.load_s:g} s"
+        )
+        try:
+            await child.ended.wait()
+            with contextlib.suppress(OSError):  # what it said before it ended
+                await reading
+        except asyncio.CancelledError:
+            self._killed_for = _STOPPED
+            with contextlib.suppress(TimeoutError):
+                await asyncio.shield(asyncio.create_task(child.stop(STOP_S)))
+            raise
+        finally:
+            reading.cancel()
+            self._writer.close()
+            self._child = self._writer = None
+            self._note_down(self._killed_for or f"its process {child.end}")
+
+    def _start(self, control: int) -> Child:
+        spec = self._spec
+        options = (f"--control={control}", f"--folder={spec.folder}", f"--engine={spec.engine}")
+        limits = (f"--cores={','.join(map(str, spec.cores))}", f"--memory-mb={spec.memory_mb}")
+        return Child("cloud.generation.tail_main", *options, *limits, descriptors=(control,))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):  # it ended: `_run_child` sees that
+            while True:
+                header, body = wire.sizes_of(await reader.readexactly(wire.HEAD.size))
+                message = wire.parse_header(await reader.readexactly(header))
+                await reader.readexactly(body)
+                self._handle(message)
+
+    def _handle(self, message: wire.Message) -> None:
+        match message:
+            case wire.TailUp():
+                self._end_limit()
+                self.is_up, self.reason = True, ""
+                event(_log, logging.INFO, "tail.up", pid=self.pid, cores=list(self._spec.cores) or "-")
+                if not self.first_load.done():
+                    self.first_load.set_result(None)
+                self._callbacks.came_up()
+            case wire.TailFailed():
+                self._killed_for = f"it cannot be loaded: {message.error}"
+            case wire.StepDone():
+                self._end_limit()
+                self._callbacks.done(message)
+            case _:
+                raise ProtocolError(f"unexpected message from the tail's process: {message}")
+
+    def _note_down(self, reason: str) -> None:
+        self._end_limit()
+        self.is_up, self.reason = False, reason
+        level = logging.INFO if reason == _STOPPED else logging.ERROR
+        event(_log, level, "tail.ended", pid=self.pid, reason=reason)
+        if not self.first_load.done():
+            self.first_load.set_exception(ProtocolError(f"the tail does not start: {reason}"))
+        self._callbacks.lost(reason)
+
+    def _end_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+
+    def _kill(self, reason: str) -> None:
+        if self._child is not None:
+            self._killed_for = reason
+            self._child.signal(signal.SIGKILL)

@@ -1,0 +1,47 @@
+"""`edgefl offload split-decoder`: a language model as a head for devices and a tail for the cloud."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from edgefl.terminal.output import Output, example, json_option
+
+_MB = 1e6
+
+
+@click.command(
+    epilog=example(
+        "edgefl offload split-decoder SmolLM2-135M-Instruct.Q4_1.gguf --cut 6 --out smollm2",
+        "edgefl offload split-decoder ./Qwen2.5-0.5B-Instruct --cut 4 --name qwen --out qwen",
+    )
+)
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.option("--cut", type=click.IntRange(min=0), help="Blocks in the head. [default: do not split; write the whole]")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the stages.")
+@click.option("--name", default="", help="The model's name for clients. [default: the file's or folder's]")
+@json_option
+def split_decoder(model: Path, cut: int | None, out: Path, name: str, output: Output) -> None:
+    """Split a language MODEL behind some of its blocks: a .gguf file, or a folder of Hugging Face transformers.
+
+    Writes OUT/head for devices (embedding and the first blocks, with the tokenizer) and OUT/tail for the cloud. Before
+    they can be used, both together are compared with the whole model.
+    """
+    from edgefl.offload.generation.splitting import open_language_model, split_language_model
+
+    infos = split_language_model(open_language_model(model, name), cut, out)
+    folders = [out / part for part in (["whole"] if cut is None else ["head", "tail"])]
+    rows = [
+        (str(folder), f"{one.start} to {one.end} of {one.spec.num_blocks}", f"{one.weight_bytes / _MB:.0f} MB",
+         f"{one.cache_bytes / 1e3:.1f} kB", one.digest[:12])
+        for folder, one in zip(folders, infos, strict=True)
+    ]  # fmt: skip
+    output.line(f"{infos[0].name}: the stages compute what the whole model does")
+    output.table(("folder", "blocks", "weights", "cache of a token", "digest"), rows, "", whole=("folder",))
+    if cut is not None:
+        output.line(f"in the cloud: edgefl cloud generate {folders[1]} --home HOME")
+        output.line(f"on a device:  edgefl agent start --home HOME --generate {folders[0]} --generate-tail HOST:9460")
+    stages = [{"folder": str(folder), **dataclasses.asdict(one)} for folder, one in zip(folders, infos, strict=True)]
+    output.result({"model": infos[0].name, "stages": stages})

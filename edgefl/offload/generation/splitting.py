@@ -1,0 +1,198 @@
+"""Write a language model as stage folders: a head for the device and a tail for the cloud, or the whole for one.
+
+The model is one that transformers loads: its folder, or a GGUF file. What the stages compute is compared with it
+before they can be used, so a model that does more than `edgefl.offload.generation.blocks` does is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgefl.errors import ConfigError, MissingExtra, ParityError
+from edgefl.offload.generation.blocks import EMBEDDING, HEAD, ROTARY, Rows, numpy_engine, tensors_of
+from edgefl.offload.generation.generate import load_part
+from edgefl.offload.generation.stage_info import (
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    DecoderSpec,
+    StageInfo,
+    TextFacts,
+    sha256_of,
+    write_stage,
+)
+from edgefl.trees import Array, write_tree
+from edgefl.trees.tensors import array_of
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_FOLDER, TAIL_FOLDER, WHOLE_FOLDER = "head", "tail", "whole"
+_ALLOWED = 1e-4  # of the largest logit: float32, in another order of additions
+_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageModel:
+    """A whole decoder in memory."""
+
+    name: str
+    module: torch.nn.Module  # of transformers, in float32
+    tokenizer: str  # tokenizer.json
+    text: TextFacts
+
+
+def open_language_model(path: Path, name: str = "") -> LanguageModel:
+    """Load a folder of transformers or a .gguf file; raises ConfigError for anything else, MissingExtra."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as cause:
+        raise MissingExtra("splitting a language model", "offload") from cause
+    is_file = path.suffix == ".gguf" and path.is_file()
+    if not is_file and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path} is no language model: expected a folder of transformers (config.json, *.safetensors, "
+            "tokenizer.json), or a .gguf file"
+        )
+    folder, options = (path.parent, {"gguf_file": path.name}) if is_file else (path, {})
+    try:
+        module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as cause:
+        raise ConfigError(f"{path} cannot be loaded by transformers: {cause}") from cause
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(f"{path} has a tokenizer without a tokenizer.json, which devices need; convert it first")
+    ends = getattr(module.generation_config, "eos_token_id", None)
+    return LanguageModel(
+        name=_NAME.sub("-", name or path.stem.partition(".Q")[0]).strip("-.").lower(),
+        module=module.eval(),
+        tokenizer=backend.to_str(),
+        text=TextFacts(
+            chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
+            bos_token=tokenizer.bos_token or "",
+            eos_token=tokenizer.eos_token or "",
+            end_tokens=tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        ),
+    )
+
+
+def split_language_model(model: LanguageModel, cut: int | None, folder: Path) -> list[StageInfo]:
+    """Write FOLDER/head and FOLDER/tail, cut behind `cut` blocks, or FOLDER/whole without a cut; return the records.
+
+    Raises ConfigError for a model of another kind or a cut out of range, ParityError if the stages compute anything
+    else than the model.
+    """
+    spec, state = _spec(model.module), _state(model.module)
+    num = spec.num_blocks
+    if cut is not None and not 0 <= cut <= num:
+        raise ConfigError(f"--cut {cut} must be a number of blocks from 0 to {num}, which {model.name} has")
+    borders = [(0, num)] if cut is None else [(0, cut), (cut, num)]
+    names = [WHOLE_FOLDER] if cut is None else [HEAD_FOLDER, TAIL_FOLDER]
+    infos: list[StageInfo] = []
+    for at in reversed(range(len(borders))):  # a head names its tail's digest
+        start, end = borders[at]
+        last = at == len(borders) - 1
+        into = folder / names[at]
+        if into.exists():
+            shutil.rmtree(into)
+        into.mkdir(parents=True)
+        own = {name: state[name] for name in tensors_of(state, start, end, first=at == 0, last=last)}
+        if at == 0 and last and np.array_equal(own[EMBEDDING], own[HEAD]):
+            own.pop(HEAD)  # tied
+        own[ROTARY] = state[ROTARY]
+        with (into / WEIGHTS_FILE).open("wb") as file:
+            write_tree(own, file)
+        if at == 0:
+            (into / TOKENIZER_FILE).write_text(model.tokenizer, encoding="utf-8")
+        info = StageInfo(
+            name=model.name, spec=spec, start=start, end=end, digest=sha256_of(into / WEIGHTS_FILE),
+            weight_bytes=sum(one.nbytes for one in own.values()), tail_digest=infos[0].digest if infos else "",
+            tokenizer_digest=sha256_of(into / TOKENIZER_FILE) if at == 0 else "",
+            text=model.text if at == 0 else TextFacts(),
+        )  # fmt: skip
+        write_stage(into, info)
+        infos.insert(0, info)
+    _check_parity(model, [folder / name for name in names])
+    return infos
+
+
+def _spec(module: Any) -> DecoderSpec:
+    config = module.config
+    try:
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        unknown = [
+            f"{name} {value!r}"
+            for name, value, known in (
+                ("hidden_act", config.hidden_act, {"silu", "swish"}),
+                ("sliding_window", _window(config), {None}),
+            )
+            if value not in known
+        ]
+        rotary = module.model.rotary_emb
+        spec = DecoderSpec(
+            hidden=hidden, heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or hidden // heads, vocabulary=config.vocab_size,
+            context=config.max_position_embeddings, num_blocks=config.num_hidden_layers,
+            norm_epsilon=config.rms_norm_eps, rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
+        )  # fmt: skip
+    except AttributeError as cause:
+        raise ConfigError(
+            f"{type(module).__name__} cannot be split for generation: {cause}. Expected a decoder like Llama, Mistral "
+            "or Qwen"
+        ) from cause
+    if unknown:
+        raise ConfigError(f"{type(module).__name__} has {', '.join(unknown)}, with which stages cannot compute yet")
+    return spec
+
+
+def _window(config: Any) -> Any:
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return next((one for one in types if one != "full_attention"), None)
+    return getattr(config, "sliding_window", None)
+
+
+def _state(module: Any) -> dict[str, Array]:
+    state = {name: array_of(one.detach()).astype(np.float32, copy=False) for name, one in module.state_dict().items()}
+    state[ROTARY] = array_of(module.model.rotary_emb.inv_freq.detach()).astype(np.float32)
+    unknown = [name for name in state if not name.startswith("model.layers.") and name not in {*_ENDS, ROTARY}]
+    if unknown:
+        raise ConfigError(
+            f"{type(module).__name__} has tensors with which stages cannot compute: {', '.join(unknown[:5])}"
+        )
+    return state
+
+
+_ENDS = frozenset({EMBEDDING, HEAD, "model.norm.weight"})
+
+
+def _check_parity(model: LanguageModel, folders: Sequence[Path]) -> None:
+    """Raise ParityError unless the stages give the model's logits, for a prompt and a next token."""
+    import torch
+
+    vocabulary = model.module.config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocabulary, 12)
+    with torch.no_grad():
+        wanted = model.module(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    seen: list[Array] = []
+    parts = [load_part(one, numpy_engine()) for one in folders]
+    caches = [part.new_cache() for part in parts]
+    for some in (tokens[:8], tokens[8:11], tokens[11:]):
+        hidden = parts[0].embed(some.tolist())
+        for part, cache in zip(parts, caches, strict=True):
+            hidden = part.run(hidden, [Rows(cache, len(some))])
+        seen.append(parts[-1].logits(hidden))
+    difference = float(np.abs(wanted - np.concatenate(seen)).max() / max(1e-12, np.abs(wanted).max()))
+    if not difference <= _ALLOWED:
+        raise ParityError(
+            f"the stages of {model.name} differ from the whole model by {difference:.3g} of its largest logit, "
+            f"allowed: {_ALLOWED:g}. {type(model.module).__name__} computes more than these stages do"
+        )
