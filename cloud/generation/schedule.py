@@ -153,7 +153,8 @@ class Schedule:
         return tokens, [one for one in ordered if one.is_prompt]
 
     def _prompts(self, prompts: Sequence[Turn]) -> list[Piece]:
-        pieces, room = [], self._prompt_rows
+        pieces: list[Piece] = []
+        room = self._prompt_rows
         for turn in prompts:
             if turn.is_suspect and pieces:
                 continue

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from edge_agent.generation.api_error import ApiError
@@ -154,7 +154,7 @@ def _prompt(request: TextRequest, model: TextModel) -> list[int]:
     return tokens
 
 
-async def _pieces(request: TextRequest, job: TextJob, model: TextModel, text: _Text) -> AsyncIterator[str]:
+async def _pieces(request: TextRequest, job: TextJob, model: TextModel, text: _Text) -> AsyncGenerator[str, None]:
     """Yield the pieces of the text, and note in `text` how it ended."""
     codec, generator = model.codec, model.generator
     stream, stops = codec.decoding(), StopTexts(request.stops)

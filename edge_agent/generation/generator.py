@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,7 +51,7 @@ class Generator:
         self._ending: set[asyncio.Task[None]] = set()
         self.num_replays = 0
 
-    async def tokens(self, job: TextJob) -> AsyncIterator[int]:
+    async def tokens(self, job: TextJob) -> AsyncGenerator[int, None]:
         """Yield up to `max_tokens` tokens; raises ApiError if no more can be had."""
         cache, given = self._head.new_cache(), list(job.prompt)
         sequence = None if self._link is None else _Sequence(self, self._link, job)

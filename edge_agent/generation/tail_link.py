@@ -20,6 +20,7 @@ from edgefl.protocols.inference.service import STREAM_STATUS, InferenceStub
 from edgefl.protocols.inference.tensors import response_tensors
 from edgefl.protocols.ports.client_channel import open_channel
 
+_END: Any = getattr(grpc.aio, "EOF")  # grpc-stubs lacks it  # noqa: B009
 END_S = 5.0  # to tell the tail that a sequence is over
 
 
@@ -95,7 +96,7 @@ class TailStream:
             async with asyncio.timeout(within_s):
                 await self._call.write(message)
                 response = await self._call.read()
-            if response is grpc.aio.EOF:
+            if response is _END:
                 raise _error_of(await self._call.code(), await self._call.details())
         except TimeoutError as cause:
             self._call.cancel()

@@ -49,7 +49,8 @@ class Engine:
 
     def numpy(self, values: Any) -> Array:
         """Return values as a numpy array."""
-        return values if self.xp is np else values.cpu().numpy()
+        made: Array = values if self.xp is np else values.cpu().numpy()
+        return made
 
 
 def numpy_engine() -> Engine:
@@ -137,7 +138,7 @@ class DecoderPart:
         spec = info.spec
         self._blocks = [_block(taken, f"model.layers.{number}.", info) for number in range(info.start, info.end)]
         self._frequencies = taken.get(ROTARY, (spec.head_size // 2,))
-        self._embedding = taken.get(EMBEDDING, (spec.vocabulary, spec.hidden)) if info.is_first else None
+        self._embedding: Any = taken.get(EMBEDDING, (spec.vocabulary, spec.hidden)) if info.is_first else None
         self._norm = taken.get(NORM, (spec.hidden,)) if info.is_last else None
         self._head: Any = None
         if info.is_last:

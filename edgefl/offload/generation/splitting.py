@@ -63,7 +63,10 @@ def open_language_model(path: Path, name: str = "") -> LanguageModel:
         )
     folder, options = (path.parent, {"gguf_file": path.name}) if is_file else (path, {})
     try:
-        module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, **options
+        )
+        module.eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as cause:
         raise ConfigError(f"{path} cannot be loaded by transformers: {cause}") from cause
@@ -73,7 +76,7 @@ def open_language_model(path: Path, name: str = "") -> LanguageModel:
     ends = getattr(module.generation_config, "eos_token_id", None)
     return LanguageModel(
         name=_NAME.sub("-", name or path.stem.partition(".Q")[0]).strip("-.").lower(),
-        module=module.eval(),
+        module=module,
         tokenizer=backend.to_str(),
         text=TextFacts(
             chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
@@ -178,10 +181,11 @@ def _check_parity(model: LanguageModel, folders: Sequence[Path]) -> None:
     """Raise ParityError unless the stages give the model's logits, for a prompt and a next token."""
     import torch
 
-    vocabulary = model.module.config.vocab_size
+    module: Any = model.module
+    vocabulary = module.config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocabulary, 12)
     with torch.no_grad():
-        wanted = model.module(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+        wanted = module(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
     seen: list[Array] = []
     parts = [load_part(one, numpy_engine()) for one in folders]
     caches = [part.new_cache() for part in parts]
