@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cloud.generation.sessions import Session
+from cloud.generation.sessions import TailSequence
 from edgefl.offload.generation.sampling import Sampling
 from edgefl.trees import Array
 
@@ -26,7 +26,7 @@ _KEPT = 0.7  # of the former mean, in the mean time that a device takes between 
 class Turn:
     """A request that waits: rows of one sequence. `settled` gets the token, or None if none is wanted."""
 
-    session: Session
+    session: TailSequence
     hidden: Array  # (T, E)
     sampling: Sampling
     is_prompt: bool
@@ -61,7 +61,7 @@ class _Pace:
     mean_s: float | None = None
 
 
-class Schedule:
+class StepSchedule:
     """Waiting turns of all devices."""
 
     def __init__(self, max_sequences: int, prompt_rows: int) -> None:

@@ -34,7 +34,7 @@ class SessionLimits:
 
 
 @dataclass(eq=False, slots=True)
-class Session:
+class TailSequence:
     """A sequence. `length` counts the tokens in its cache."""
 
     device: str
@@ -48,12 +48,12 @@ class Session:
     last: tuple[int, int, int] | None = None  # position and rows of the last request, and its token
 
 
-class Sessions:
+class TailSequences:
     """All sequences of one tail."""
 
     def __init__(self, limits: SessionLimits) -> None:
         self.limits = limits
-        self._found: dict[tuple[str, str], Session] = {}
+        self._found: dict[tuple[str, str], TailSequence] = {}
         self._keys = itertools.count(1)
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Sessions:
     def reserved_bytes(self) -> int:
         return sum(one.num_bytes for one in self._found.values())
 
-    def start(self, device: str, sequence: str, max_tokens: int, now_s: float) -> Session:
+    def start(self, device: str, sequence: str, max_tokens: int, now_s: float) -> TailSequence:
         """Begin a sequence, in place of one of that name; raises RequestRefused if it does not fit the limits."""
         limits = self.limits
         if max_tokens > limits.context:
@@ -91,11 +91,11 @@ class Sessions:
             if len(others) >= limits.total:
                 words = f"there are {len(others)} sequences here, the most of all devices; try again later"
             raise RequestRefused("RESOURCE_EXHAUSTED", words)
-        session = Session(device, sequence, next(self._keys), max_tokens, needed, now_s + limits.lease_s)
+        session = TailSequence(device, sequence, next(self._keys), max_tokens, needed, now_s + limits.lease_s)
         self._found[device, sequence] = session
         return session
 
-    def find(self, device: str, sequence: str, now_s: float) -> Session:
+    def find(self, device: str, sequence: str, now_s: float) -> TailSequence:
         """Return a sequence, and renew its lease; raises RequestRefused (ABORTED) if it is not here."""
         session = self._found.get((device, sequence))
         if session is None or session.due_s < now_s:
@@ -107,11 +107,11 @@ class Sessions:
         session.due_s = now_s + self.limits.lease_s
         return session
 
-    def get(self, device: str, sequence: str) -> Session | None:
+    def get(self, device: str, sequence: str) -> TailSequence | None:
         """Return a sequence, if it is here."""
         return self._found.get((device, sequence))
 
-    def end(self, session: Session) -> None:
+    def end(self, session: TailSequence) -> None:
         """Forget a sequence, if it is here."""
         if self._found.get((session.device, session.sequence)) is session:
             del self._found[session.device, session.sequence]
@@ -122,7 +122,7 @@ class Sessions:
             if one.device == device:
                 one.due_s = min(one.due_s, now_s + ORPHAN_S)
 
-    def take_expired(self, now_s: float) -> list[Session]:
+    def take_expired(self, now_s: float) -> list[TailSequence]:
         """Forget and return the sequences whose leases are over; one that is computed is kept."""
         over = [one for one in self._found.values() if one.due_s < now_s and not one.is_busy]
         for one in over:

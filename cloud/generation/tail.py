@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cloud.generation.schedule import Piece, Schedule, Turn
-from cloud.generation.sessions import Session, SessionLimits, Sessions
+from cloud.generation.schedule import Piece, StepSchedule, Turn
+from cloud.generation.sessions import SessionLimits, TailSequence, TailSequences
 from cloud.generation.tail_process import TailProcess, TailSpec
 from cloud.generation.wire import RunStep, StepDone, StepItem
 from cloud.servers import unwrapped
@@ -48,9 +48,9 @@ class LanguageTail:
         make_process: Callable[..., Any] = TailProcess,
     ) -> None:  # fmt: skip
         self._limits = limits
-        self.sessions = Sessions(sessions)
+        self.sessions = TailSequences(sessions)
         self._loop = asyncio.get_running_loop()
-        self._schedule = Schedule(limits.max_sequences, limits.prompt_rows)
+        self._schedule = StepSchedule(limits.max_sequences, limits.prompt_rows)
         self._suspects = Suspects(self._loop.time)
         self._process = make_process(spec, self)
         self._steps = itertools.count(1)
@@ -161,7 +161,7 @@ class LanguageTail:
             self._refuse(piece.turn, "UNAVAILABLE", f"the tail's process ended: {reason}. Begin the sequence again")
         self._refuse_all("UNAVAILABLE", f"the tail's process ended: {reason}. Begin the sequence again")
 
-    def _session(self, device: str, request: SequenceRequest) -> Session:
+    def _session(self, device: str, request: SequenceRequest) -> TailSequence:
         if not request.starts:
             return self.sessions.find(device, request.sequence, self._loop.time())
         former = self.sessions.get(device, request.sequence)
@@ -174,7 +174,7 @@ class LanguageTail:
             self._replace(former)
         return session
 
-    def _replace(self, former: Session) -> None:
+    def _replace(self, former: TailSequence) -> None:
         """Refuse what is still to be computed of a sequence that begins again: its connection was lost."""
         for turn in [*self._schedule.turns, *(piece.turn for piece in self._running)]:
             if turn.session is former:
@@ -182,7 +182,7 @@ class LanguageTail:
                 self._refuse(turn, "ABORTED", "the sequence was begun again")
         self._free(former)
 
-    def _check(self, session: Session, request: SequenceRequest) -> None:
+    def _check(self, session: TailSequence, request: SequenceRequest) -> None:
         name = f"sequence {request.sequence[:80]!r}"
         if session.is_busy:
             raise RequestRefused(
@@ -237,11 +237,11 @@ class LanguageTail:
                 event(_log, logging.INFO, "sequence.expired", device=session.device, tokens=session.length)
                 self._free(session)
 
-    def _end(self, session: Session) -> None:
+    def _end(self, session: TailSequence) -> None:
         self.sessions.end(session)
         self._free(session)
 
-    def _free(self, session: Session) -> None:
+    def _free(self, session: TailSequence) -> None:
         """Free the cache of a sequence with the next step."""
         self._dropped.append(session.key)
         self._schedule.forget(session.key)

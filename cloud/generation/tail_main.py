@@ -26,14 +26,14 @@ from cloud.generation.wire import (
     RunStep,
     StepDone,
     StepItem,
-    TailFailed,
+    TailNotLoaded,
     TailUp,
     packed,
     parse_header,
     sizes_of,
 )
 from edgefl.errors import EdgeflError, ProtocolError, out_of_memory
-from edgefl.offload.generation.blocks import DecoderPart, Engine, Rows, SequenceCache, numpy_engine, torch_engine
+from edgefl.offload.generation.blocks import ArrayLibrary, DecoderPart, Rows, SequenceCache, numpy_engine, torch_engine
 from edgefl.offload.generation.generate import load_part
 from edgefl.offload.generation.sampling import Sampling, choose
 from edgefl.process.children import die_with_parent, limit_own_memory
@@ -148,11 +148,11 @@ def load_tail(folder: Path, engine_name: str, threads: int) -> tuple[Tail | None
         tail.step(RunStep(step=0, items=[dataclasses.asdict(_TRIED)], drop=[]), np.zeros((1, width), "<f4").tobytes())
         tail.step(RunStep(step=0, items=[], drop=[_TRIED.key]), b"")
     except (EdgeflError, OSError, MemoryError, RuntimeError) as error:
-        return None, TailFailed(error=(str(error) or type(error).__name__)[:MAX_ERROR_CHARS])
+        return None, TailNotLoaded(error=(str(error) or type(error).__name__)[:MAX_ERROR_CHARS])
     return tail, TailUp(pid=os.getpid())
 
 
-def _engine(name: str, threads: int) -> Engine:
+def _engine(name: str, threads: int) -> ArrayLibrary:
     if name == "numpy":
         return numpy_engine()
     made = torch_engine("" if name == "torch" else name.partition(":")[2])

@@ -139,7 +139,7 @@ class TailProcess:
                 if not self.first_load.done():
                     self.first_load.set_result(None)
                 self._callbacks.came_up()
-            case wire.TailFailed():
+            case wire.TailNotLoaded():
                 self._killed_for = f"it cannot be loaded: {message.error}"
             case wire.StepDone():
                 self._end_limit()

@@ -3,7 +3,7 @@
 uint32 length of the header, uint32 length of the bytes (little-endian), the header in JSON, the bytes
 
 process: TailUp      the stage is loaded
-TailFailed  it cannot be loaded
+TailNotLoaded  it cannot be loaded
 server:  RunStep     compute rows of several sequences; their hidden states are the bytes, one after the other
 process: StepDone    the token of each, or why there is none
 """
@@ -33,7 +33,7 @@ class TailUp:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TailFailed:
+class TailNotLoaded:
     """The stage cannot be loaded."""
 
     error: str
@@ -79,8 +79,8 @@ class StepDone:
     kind: str = "done"
 
 
-Message = TailUp | TailFailed | RunStep | StepDone
-_KINDS: Mapping[str, type[Any]] = {"up": TailUp, "failed": TailFailed, "run": RunStep, "done": StepDone}
+Message = TailUp | TailNotLoaded | RunStep | StepDone
+_KINDS: Mapping[str, type[Any]] = {"up": TailUp, "failed": TailNotLoaded, "run": RunStep, "done": StepDone}
 
 
 def packed(message: Message, body: bytes = b"") -> bytes:

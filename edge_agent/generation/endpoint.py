@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from edge_agent.generation.api_error import ApiError
 from edge_agent.generation.generator import Generator, TextJob
 from edge_agent.generation.requests import TextRequest, parse_request
-from edge_agent.generation.responses import DONE, Reply, Usage, encoded, event_of, model_object
+from edge_agent.generation.responses import DONE, TextReply, Usage, encoded, event_of, model_object
 from edge_agent.generation.text import StopTexts, TextCodec
 from edge_agent.generation.wire import EVENTS, JSON, ResponseHead
 from edgefl.errors import ProtocolError
@@ -109,7 +109,7 @@ class OpenAiEndpoint:
 
     async def _complete(self, request: TextRequest, model: TextModel, send: Send) -> None:
         job = TextJob(prompt=_prompt(request, model), max_tokens=request.max_tokens, sampling=request.sampling)
-        reply = Reply(
+        reply = TextReply(
             id=f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}", model=request.model,
             created_s=int(time.time()), fingerprint=model.fingerprint, is_chat=request.is_chat,
         )  # fmt: skip
@@ -177,7 +177,7 @@ async def _pieces(request: TextRequest, job: TextJob, model: TextModel, text: _T
           seconds=round(time.monotonic() - begun_s, 3), replays=generator.num_replays - replays)  # fmt: skip
 
 
-async def _stream(request: TextRequest, reply: Reply, pieces: AsyncIterator[str], text: _Text, send: Send) -> None:
+async def _stream(request: TextRequest, reply: TextReply, pieces: AsyncIterator[str], text: _Text, send: Send) -> None:
     """Send a text as events. Its first piece is awaited before the head: until then, an error has a status."""
     first = await anext(pieces, "")
     await send(ResponseHead(status=200, type=EVENTS))

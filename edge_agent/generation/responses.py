@@ -26,7 +26,7 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reply:
+class TextReply:
     """What all objects of one response have in common."""
 
     id: str

@@ -29,7 +29,7 @@ _FIRST_ROOM = 64  # tokens that a cache has room for at first
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class ArrayLibrary:
     """The library that computes: numpy or torch, and how its arrays are made."""
 
     xp: Any
@@ -53,12 +53,12 @@ class Engine:
         return made
 
 
-def numpy_engine() -> Engine:
+def numpy_engine() -> ArrayLibrary:
     """Return the engine of devices."""
-    return Engine(np)
+    return ArrayLibrary(np)
 
 
-def torch_engine(device: str = "") -> Engine:
+def torch_engine(device: str = "") -> ArrayLibrary:
     """Return torch as the engine; raises MissingExtra without it."""
     try:
         import torch
@@ -66,13 +66,13 @@ def torch_engine(device: str = "") -> Engine:
         from edgefl.errors import MissingExtra
 
         raise MissingExtra("the tail of a language model", "offload") from cause
-    return Engine(torch, device)
+    return ArrayLibrary(torch, device)
 
 
 class SequenceCache:
     """Keys and values of one sequence in the blocks of a stage."""
 
-    def __init__(self, engine: Engine, info: StageInfo) -> None:
+    def __init__(self, engine: ArrayLibrary, info: StageInfo) -> None:
         self._engine, self._info = engine, info
         self._room = 0
         self._stored: Any = None  # (blocks, 2, K, room, D)
@@ -112,7 +112,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _BlockWeights:
     """The weights of one block; matrices are (out, in)."""
 
     first_norm: Any
@@ -132,7 +132,7 @@ class _Block:
 class DecoderPart:
     """One stage in memory. `run` is not for several threads at once."""
 
-    def __init__(self, info: StageInfo, tensors: Tree, engine: Engine) -> None:
+    def __init__(self, info: StageInfo, tensors: Tree, engine: ArrayLibrary) -> None:
         self.info, self.engine = info, engine
         taken = _Taken(tensors, engine)
         spec = info.spec
@@ -174,7 +174,7 @@ class DecoderPart:
         """Return the logits (N, V) of hidden states behind the last block."""
         return self.engine.numpy(self._normed(hidden_ne, self._norm) @ self._head.T)
 
-    def _through(self, number: int, block: _Block, hidden_ne: Any, turns: Any, rows: Sequence[Rows]) -> Any:
+    def _through(self, number: int, block: _BlockWeights, hidden_ne: Any, turns: Any, rows: Sequence[Rows]) -> Any:
         """Return hidden states behind one block."""
         spec, xp = self.info.spec, self.engine.xp
         mixed = _linear(self._normed(hidden_ne, block.first_norm), block.to_heads, block.to_heads_bias)
@@ -232,7 +232,7 @@ def _linear(values: Any, matrix: Any, bias: Any) -> Any:
 class _Taken:
     """Takes tensors by their names, and remembers which."""
 
-    def __init__(self, tensors: Tree, engine: Engine) -> None:
+    def __init__(self, tensors: Tree, engine: ArrayLibrary) -> None:
         self._tensors, self._engine = tensors, engine
         self.names: set[str] = set()
 
@@ -259,7 +259,7 @@ class _Taken:
         return np.ascontiguousarray(self._tensors[name], np.float32)
 
 
-def _block(taken: _Taken, prefix: str, info: StageInfo) -> _Block:
+def _block(taken: _Taken, prefix: str, info: StageInfo) -> _BlockWeights:
     spec = info.spec
     attention, dense = f"{prefix}self_attn.", f"{prefix}mlp."
     heads = [f"{attention}{one}_proj" for one in "qkv"]
@@ -268,7 +268,7 @@ def _block(taken: _Taken, prefix: str, info: StageInfo) -> _Block:
     rows = (spec.heads + 2 * spec.kv_heads) * spec.head_size
     if tuple(to_heads.shape) != (rows, spec.hidden):
         raise ConfigError(f"{prefix}self_attn has shape {list(to_heads.shape)}; expected {[rows, spec.hidden]}")
-    return _Block(
+    return _BlockWeights(
         first_norm=taken.get(f"{prefix}input_layernorm.weight", (spec.hidden,)),
         to_heads=to_heads,
         to_heads_bias=taken.joined([f"{one}.bias" for one in heads]),

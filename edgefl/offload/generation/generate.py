@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from edgefl.errors import ConfigError, ProtocolError
-from edgefl.offload.generation.blocks import DecoderPart, Engine, Rows
+from edgefl.offload.generation.blocks import ArrayLibrary, DecoderPart, Rows
 from edgefl.offload.generation.sampling import Sampling, choose
 from edgefl.offload.generation.stage_info import WEIGHTS_FILE, read_stage
 from edgefl.trees import Array, SpooledTree
@@ -16,7 +16,7 @@ PREFILL_ROWS = 256  # tokens of a prompt that are computed together
 Transport = Callable[[Array], Array]  # hidden states at a cut -> as they arrive
 
 
-def load_part(folder: Path, engine: Engine) -> DecoderPart:
+def load_part(folder: Path, engine: ArrayLibrary) -> DecoderPart:
     """Return the stage of a folder; raises ConfigError or BlobDamaged for one that cannot be used."""
     info = read_stage(folder)
     try:

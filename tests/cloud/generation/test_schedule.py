@@ -7,8 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from cloud.generation.schedule import Schedule, Turn
-from cloud.generation.sessions import Session
+from cloud.generation.schedule import StepSchedule, Turn
+from cloud.generation.sessions import TailSequence
 from edgefl.offload.generation.sampling import Sampling
 
 
@@ -24,7 +24,7 @@ def loop():
 def turn(device, key, rows=1, loop=None, **changes):
     future = asyncio.get_event_loop_policy().get_event_loop().create_future()
     given = {"is_prompt": rows > 1, "wants_token": True, "settled": future} | changes
-    return Turn(Session(device, str(key), key, 100, 0, 0.0), np.zeros((rows, 1), np.float32), Sampling(), **given)
+    return Turn(TailSequence(device, str(key), key, 100, 0, 0.0), np.zeros((rows, 1), np.float32), Sampling(), **given)
 
 
 def picked(schedule):
@@ -35,7 +35,7 @@ def picked(schedule):
 
 
 def test_prompts_and_tokens_alternate_and_prompts_come_in_pieces() -> None:
-    schedule = Schedule(max_sequences=4, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=4, prompt_rows=10)
     schedule.put(turn("a", 1, rows=25), 0.0)
     schedule.put(turn("b", 2), 0.0)
     assert picked(schedule) == [(1, 10)]
@@ -48,7 +48,7 @@ def test_prompts_and_tokens_alternate_and_prompts_come_in_pieces() -> None:
 
 
 def test_short_prompts_share_a_step() -> None:
-    schedule = Schedule(max_sequences=4, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=4, prompt_rows=10)
     for key, rows in ((1, 4), (2, 4), (3, 4)):
         schedule.put(turn(f"d{key}", key, rows=rows), 0.0)
     assert picked(schedule) == [(1, 4), (2, 4), (3, 2)]
@@ -56,7 +56,7 @@ def test_short_prompts_share_a_step() -> None:
 
 
 def test_all_tokens_that_wait_are_one_step_up_to_the_limit() -> None:
-    schedule = Schedule(max_sequences=2, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=2, prompt_rows=10)
     for key in (1, 2, 3):
         schedule.put(turn(f"d{key}", key), 0.0)
     assert picked(schedule) == [(1, 1), (2, 1)]
@@ -64,7 +64,7 @@ def test_all_tokens_that_wait_are_one_step_up_to_the_limit() -> None:
 
 
 def test_a_device_with_many_sequences_takes_turns_with_one_that_has_one() -> None:
-    schedule = Schedule(max_sequences=1, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=1, prompt_rows=10)
     for key in range(5):
         schedule.put(turn("greedy", key), 0.0)
     schedule.put(turn("modest", 9), 0.0)
@@ -73,7 +73,7 @@ def test_a_device_with_many_sequences_takes_turns_with_one_that_has_one() -> Non
 
 
 def test_a_suspect_s_prompt_is_computed_alone() -> None:
-    schedule = Schedule(max_sequences=4, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=4, prompt_rows=10)
     schedule.put(turn("a", 1, rows=3), 0.0)
     schedule.put(turn("b", 2, rows=3, is_suspect=True), 0.0)
     schedule.put(turn("c", 3, rows=3), 0.0)
@@ -82,7 +82,7 @@ def test_a_suspect_s_prompt_is_computed_alone() -> None:
 
 
 def test_a_step_waits_for_devices_that_are_about_to_send_and_for_no_other() -> None:
-    schedule = Schedule(max_sequences=8, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=8, prompt_rows=10)
     for key in (1, 2):
         schedule.put(turn(f"d{key}", key), 0.0)
     picked(schedule)
@@ -101,7 +101,7 @@ def test_a_step_waits_for_devices_that_are_about_to_send_and_for_no_other() -> N
 
 def test_one_that_waited_during_a_step_waits_for_those_of_that_step() -> None:
     """Otherwise two sequences would take turns for ever, and never be computed together."""
-    schedule = Schedule(max_sequences=8, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=8, prompt_rows=10)
     for now_s in (0.0, 0.43):
         schedule.put(turn("d1", 1), now_s)
         picked(schedule)
@@ -114,7 +114,7 @@ def test_one_that_waited_during_a_step_waits_for_those_of_that_step() -> None:
 
 
 def test_a_slow_device_is_not_waited_for() -> None:
-    schedule = Schedule(max_sequences=8, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=8, prompt_rows=10)
     for key in (1, 2):
         schedule.put(turn(f"d{key}", key), 0.0)
     picked(schedule)
@@ -128,7 +128,7 @@ def test_a_slow_device_is_not_waited_for() -> None:
 
 
 def test_turns_are_removed() -> None:
-    schedule = Schedule(max_sequences=8, prompt_rows=10)
+    schedule = StepSchedule(max_sequences=8, prompt_rows=10)
     one, other = turn("a", 1), turn("b", 2)
     schedule.put(one, 0.0)
     schedule.put(other, 0.0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from cloud.generation.sessions import ORPHAN_S, SessionLimits, Sessions
+from cloud.generation.sessions import ORPHAN_S, SessionLimits, TailSequences
 from cloud.stages.work import RequestRefused
 
 
 def sessions(**limits):
-    return Sessions(SessionLimits(**{"context": 100, "token_bytes": 10, "cache_bytes": 4000} | limits))
+    return TailSequences(SessionLimits(**{"context": 100, "token_bytes": 10, "cache_bytes": 4000} | limits))
 
 
 def test_a_sequence_reserves_its_most_tokens_until_it_ends() -> None:

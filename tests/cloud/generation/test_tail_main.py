@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from cloud.generation.tail_main import Tail, load_tail, serve
-from cloud.generation.wire import HEAD, RunStep, StepDone, StepItem, TailFailed, TailUp, packed, parse_header, sizes_of
+from cloud.generation.wire import (
+    HEAD,
+    RunStep,
+    StepDone,
+    StepItem,
+    TailNotLoaded,
+    TailUp,
+    packed,
+    parse_header,
+    sizes_of,
+)
 from edgefl.offload.generation.blocks import numpy_engine
 from edgefl.offload.generation.generate import load_part
 from tests.language_models import write_stages
@@ -107,7 +117,7 @@ def test_the_loop_answers_until_the_server_is_gone(tail) -> None:
 def test_a_stage_that_cannot_be_loaded_is_told(tmp_path) -> None:
     tail, message = load_tail(tmp_path, "numpy", 1)
     assert tail is None
-    assert isinstance(message, TailFailed)
+    assert isinstance(message, TailNotLoaded)
     assert "is not a stage" in message.error
     write_stages(tmp_path, 2)
     assert isinstance(load_tail(tmp_path / "tail", "numpy", 1)[1], TailUp)

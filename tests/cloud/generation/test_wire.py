@@ -6,7 +6,17 @@ import dataclasses
 
 import pytest
 
-from cloud.generation.wire import HEAD, RunStep, StepDone, StepItem, TailFailed, TailUp, packed, parse_header, sizes_of
+from cloud.generation.wire import (
+    HEAD,
+    RunStep,
+    StepDone,
+    StepItem,
+    TailNotLoaded,
+    TailUp,
+    packed,
+    parse_header,
+    sizes_of,
+)
 from edgefl.errors import ProtocolError
 
 ITEM = StepItem(key=3, num=2, datatype="FP16", position=5, wants_token=True, temperature=0.5, seed=7)
@@ -16,7 +26,7 @@ ITEM = StepItem(key=3, num=2, datatype="FP16", position=5, wants_token=True, tem
     "message",
     [
         TailUp(pid=4),
-        TailFailed(error="no"),
+        TailNotLoaded(error="no"),
         RunStep(step=1, items=[dataclasses.asdict(ITEM)], drop=[9]),
         StepDone(step=1, tokens=[None, 5], errors=["", "x"], lacks_memory=True, seconds=0.5),
     ],

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from edge_agent.generation.responses import Reply, Usage, event_of, model_object
+from edge_agent.generation.responses import TextReply, Usage, event_of, model_object
 
 USAGE = Usage(prompt=3, completion=4)
 
 
 def reply(*, is_chat):
-    return Reply(id="i", model="m", created_s=5, fingerprint="fp_1", is_chat=is_chat)
+    return TextReply(id="i", model="m", created_s=5, fingerprint="fp_1", is_chat=is_chat)
 
 
 def of(event):
