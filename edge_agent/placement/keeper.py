@@ -54,7 +54,7 @@ class PlacementKeeper:
                     self._tell(facts)
                 await asyncio.sleep(LOOK_S)
         finally:
-            await self._model.tail.close()
+            await self._model.close()
 
     async def look(self, now_s: float) -> None:
         """Do what is due: a probe, a measurement of the link, a look at the plan."""

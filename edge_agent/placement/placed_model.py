@@ -92,6 +92,8 @@ class PlacedModel:
         self.breaker = CircuitBreaker(BreakerRules(), draws)
         self.current = release.candidates[0]
         self.label = label_of(release.name)
+        self._active, self._idle = 0, asyncio.Event()
+        self._idle.set()
         self._fallback = parts.get(FALLBACK)
         self._whole = next((parts[head_name(one.layers)] for one in release.candidates if one.name == DEVICE), None)
 
@@ -121,9 +123,21 @@ class PlacedModel:
         default_s = self.release.offload.timeout_ms / 1e3
         request = _PlacedRequest(self, names, feeds, begun_s + (timeout_s or default_s), compute)
         request.counts_time = (timeout_s or default_s) >= default_s
-        found = await request.answer()
+        self._active += 1
+        self._idle.clear()
+        try:
+            found = await request.answer()
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
         self.counts.latencies_ms.append(1e3 * (time.monotonic() - begun_s))
         return found
+
+    async def close(self) -> None:
+        """Close the connection to the stage server, after the requests in progress."""
+        await self._idle.wait()
+        await self.tail.close()
 
     async def probe(self, sample: Tree, timeout_s: float, compute: Compute) -> None:
         """Send a sample through the first placement with a tail, for the breaker and the meter."""

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from edgefl.errors import ProtocolError
+from edgefl.errors import ParentLeft, ProtocolError
 from edgefl.offload import wire
 from edgefl.protocols.inference import open_inference_grpc_pb2 as pb
 from edgefl.protocols.inference.service import (
@@ -29,7 +29,7 @@ from edgefl.protocols.inference.service import (
     InferenceStub,
 )
 from edgefl.protocols.inference.tensors import make_request, response_tensors
-from edgefl.protocols.ports.client_channel import open_channel
+from edgefl.protocols.ports.client_channel import answered, close_after, open_channel
 from edgefl.protocols.tls import Identity
 from edgefl.terminal.text import one_line
 from edgefl.trees import Array, Tree
@@ -80,7 +80,9 @@ class TailClient:
         self._channel: grpc.aio.Channel | None = None
         self._certificate = 0.0  # when it was written
         self._forms: dict[str, frozenset[str]] = {}  # by model: the wire formats that the server decodes
+        self._calls: set[Any] = set()  # that run on the channel
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     @property
     def address(self) -> str:
@@ -98,7 +100,7 @@ class TailClient:
                 left_s = timeout_s - (time.perf_counter() - begun_s)
                 request.parameters[REQUEST_TIMEOUT].int64_param = max(1, int(left_s * 1e6))
                 sent_s = time.perf_counter()
-                response = await stub.ModelInfer(request, timeout=left_s, metadata=self._metadata)
+                response = await self._answered(stub.ModelInfer(request, timeout=left_s, metadata=self._metadata))
         except TimeoutError as cause:
             raise TailFailed(f"no answer within {timeout_s * 1e3:.0f} ms", status="DEADLINE_EXCEEDED") from cause
         except grpc.aio.AioRpcError as cause:
@@ -115,7 +117,7 @@ class TailClient:
         """Return the time of an empty call; raises TailFailed."""
         stub, begun_s = self._stub(), time.perf_counter()
         try:
-            await stub.ServerLive(pb.ServerLiveRequest(), timeout=timeout_s, metadata=self._metadata)
+            await self._answered(stub.ServerLive(pb.ServerLiveRequest(), timeout=timeout_s, metadata=self._metadata))
         except grpc.aio.AioRpcError as cause:
             raise _failed(cause) from cause
         return 1e3 * (time.perf_counter() - begun_s)
@@ -128,22 +130,36 @@ class TailClient:
             self._drop()
 
     async def close(self) -> None:
-        """End all calls."""
+        """Close the connection after the calls that run on it; no call is begun any more."""
+        self._is_closed = True
         self._drop()
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     def _drop(self) -> None:
+        """Have the next call open a connection; those that run end on the former one."""
         channel, self._channel = self._channel, None
+        calls, self._calls = self._calls, set()
         self._forms.clear()
         if channel is not None:
-            task = asyncio.get_running_loop().create_task(channel.close(None), name="close-tail")
+            task = asyncio.get_running_loop().create_task(close_after(channel, calls), name="close-tail")
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    async def _answered(self, call: Any) -> Any:
+        """Await a call; raises TailFailed if its connection was closed. A task that is cancelled stays so."""
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        try:
+            return await answered(call)
+        except ParentLeft as cause:
+            raise TailFailed("the connection to the stage server was closed", status="UNAVAILABLE") from cause
 
     def _written_s(self) -> float:
         return self._identity.cert.stat().st_mtime if self._identity else 0.0
 
     def _stub(self) -> InferenceStub:
+        if self._is_closed:
+            raise TailFailed("the model was replaced by another version", status="CANCELLED")
         if not self._addresses:
             raise TailFailed(
                 "no stage server is known: the release names none, and this agent was started without --stages",
@@ -155,9 +171,8 @@ class TailClient:
         return InferenceStub(self._channel)
 
     async def _ask(self, stub: InferenceStub, call: TailCall, timeout_s: float) -> None:
-        about = await stub.ModelMetadata(
-            pb.ModelMetadataRequest(name=call.model), timeout=timeout_s, metadata=self._metadata
-        )
+        request = pb.ModelMetadataRequest(name=call.model)
+        about = await self._answered(stub.ModelMetadata(request, timeout=timeout_s, metadata=self._metadata))
         seen = about.properties.get(REQUEST_DIGEST, "")
         if seen and seen != call.digest:
             raise TailFailed(

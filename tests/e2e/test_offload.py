@@ -46,7 +46,7 @@ class Client:
             response = httpx.post(f"{url}/v2/models/net/infer", json={"inputs": [tensor]}, timeout=60)
         except (OSError, httpx.TransportError):
             return None
-        if response.status_code == 503:  # it is loading
+        if response.status_code in {404, 503}:  # it is not there yet, or is loading
             return None
         answer = response.json()
         assert response.status_code == 200, answer

@@ -176,7 +176,8 @@ def test_a_token_lets_in_who_has_it(fleet, home, start_agent, eventually, tmp_pa
     "wrong",
     [{"serve_port": 70000}, {"trainer_memory_mb": -1}, {"trainer_idle_s": -1.0}, {"trainer_idle_s": float("nan")},
      {"serve_memory_mb": -1}, {"model_load_s": 0},
-     {"model_load_s": float("nan")}, {"serve_host": EVERYWHERE}, {"serve_token_file": Path("/none")}],
+     {"model_load_s": float("nan")}, {"serve_host": EVERYWHERE}, {"serve_token_file": Path("/none")},
+     {"placement": "somewhere"}, {"stages": ["nowhere"]}, {"stages": ["host:0"]}],
 )  # fmt: skip
 def test_a_wrong_option_is_refused(wrong, tmp_path):
     with pytest.raises(ConfigError):

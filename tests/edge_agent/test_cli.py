@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from edge_agent.cli import _located, agent
+from edge_agent.cli import _located, _shown, agent
 from edgefl.errors import ConfigError, HomeError
 
 COMMANDS = ("doctor", "enroll", "install", "start", "status", "uninstall")
@@ -47,6 +47,11 @@ def test_status_in_words(home):
     assert "device               cam-1" in result.output
     assert "last contact         -" in result.output
     assert isinstance(CliRunner().invoke(agent, ["status", "--home", str(home.parent)]).exception, HomeError)
+
+
+def test_models_and_their_placements_in_words():
+    assert _shown({"digits": 3, "cnn": 1}) == "cnn:1 digits:3"
+    assert _shown({"digits": "device, 3 here", "cnn": "cloud fp16"}) == "cnn: cloud fp16; digits: device, 3 here"
 
 
 def test_start_imports_little():

@@ -105,3 +105,24 @@ def test_events_tell_each_change_until_all_is_over(http, http_plane, published):
                 seen.append([one["state"] for one in status["devices"]])
     assert seen == [["pending", "pending"], ["downloading", "pending"], ["active", "pending"], ["active", "failed"]]
     assert status["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use": "split:other"}, "use is 'split:other', expected auto or one of: split:h"),
+        ({"placements": []}, "placements are none; expected each once"),
+        ({"stages": ["nowhere"]}, "'nowhere' is no address of a stage server"),
+        ({"threshold": 2.0}, "threshold is 2.0, not a finite number from 0 to 1"),
+        ({"placements": [{"name": "split:h", "layers": 2, "head": {"blob": 1, "sample": 2}}]}, "expected BlobRef"),
+        ({}, "part head-2 0000000000000000... is not in the cloud; upload it first"),
+    ],
+)
+def test_a_placement_that_no_device_could_follow_is_a_400(http, http_plane, change, words):
+    absent = {"sha256": "0" * 64, "size": 1}
+    placement = {"name": "split:h", "layers": 2, "head": {"blob": absent, "sample": absent}, "form": "fp16"}
+    offload = {"use": "split:h", "placements": [placement]} | change
+    body = {"blob": dataclasses.asdict(http_plane.blobs.put(b"v")), "offload": offload}
+    answer = http.post("/v1/models/m/releases", json=body)
+    assert (answer.status_code, words in answer.json()["error"]) == (400, True), answer.text
+    assert http.get("/v1/models").json() == []

@@ -45,7 +45,8 @@ def test_a_home_with_a_past(home):
 
 
 def test_what_a_running_agent_does_now(home):
-    facts = {"pid": os.getpid(), "cloud_reachable": True, "training_job": "job-1", "training_round": 3}
+    facts = {"pid": os.getpid(), "cloud_reachable": True, "training_job": "job-1", "training_round": 3,
+             "placements": {"digits": "split:h fp16, 7 by 10.0.0.1:9450"}}  # fmt: skip
     (home / "live.json").write_text(json.dumps(facts))
     (home / "agent.log").write_text(
         "2026-11-29 17:21:03,713 WARNING edge_agent.x mqtt.down reason=a\n"
@@ -55,6 +56,7 @@ def test_what_a_running_agent_does_now(home):
     with lock_home(home):
         status = read_status(home)
     assert (status.healthy, status.training, status.broker_fault) == (True, "job-1 round 3", "")
+    assert status.placements == {"digits": "split:h fp16, 7 by 10.0.0.1:9450"}
     assert status.last_error == "2026-11-29 17:21:04,713 ERROR   edge_agent.x round.failed reason=b"
     later = read_status(home)  # without its agent: only the log still counts
     assert (later.healthy, later.connected, later.training, later.pid) == (False, False, "", 0)

@@ -132,8 +132,8 @@ def placed(files):
         try:
             yield model, server, SimpleNamespace(grpc=grpc_server, port=port)
         finally:
-            await tail.close()
             await grpc_server.stop(None)
+            await tail.close()
 
     return run
 
