@@ -73,6 +73,8 @@ def test_it_loads_switches_forgets_and_drops(process, tmp_path):
     process.say(wire.ForgetModel(id=2))
     process.say(wire.SetReady(ready=True))
     process.say(wire.LoadModel(id=3, name="m", version=3, path=str(tmp_path / "none")))
+    note = process.receive()
+    assert (note.model, note.version, note.facts, note.profile_ms["device"] > 0) == ("m", 1, {}, True)
     assert "none" in process.receive().error
     assert infer(process.url, 1).json()["outputs"][0]["data"] == [2.0, 3.0, 4.0]
     process.say(wire.DropModel(name="m"))

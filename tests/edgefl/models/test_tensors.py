@@ -45,3 +45,11 @@ def test_a_type_that_is_not_served_is_refused_with_what_to_do(kind, remedy):
 def test_tensors_are_listed_for_people():
     assert listed([TensorInfo("x", "FP32", (3,)), TensorInfo("y", "BOOL", ())]) == "x FP32[3], y BOOL[]"
     assert listed([]) == "none"
+
+
+def test_a_text_is_read_back_and_others_are_refused() -> None:
+    for info in (TensorInfo("x", "FP32", (-1, 3)), TensorInfo("n", "INT64", ()), TensorInfo("b", "BOOL", (0,))):
+        assert TensorInfo.parsed(info.name, info.type_text) == info
+    for wrong in ("", "FP32", "FP32[", "FP32[a]", "FP32[-2]", "TEXT[1]", "FP32[1]x"):
+        with pytest.raises(ProtocolError, match="expected a text such as"):
+            TensorInfo.parsed("x", wrong)

@@ -58,7 +58,7 @@ def test_several_stages_are_an_ensemble(export, tmp_path):
     done = export("--cut", "split:MatMul_xa", "--cut", "hb", "--name", "net", "--max-batch", 0)
     assert done.exit_code == 0, done.exception
     first, second, whole, last = done.stdout.splitlines()
-    assert whole == "net.1 version 1: x FP32[-1,4], xa FP32[-1,-1] -> y FP32[-1,4]"
+    assert whole == "net.1 version 1: xa FP32[-1,-1], x FP32[-1,4] -> y FP32[-1,4]"
     assert (first.split()[0], second.split()[0], last) == (
         "net.1-1", "net.1-2", "serve it: tritonserver --model-repository models"
     )  # fmt: skip
