@@ -44,6 +44,7 @@ MAX_SEED = 2**63 - 1
 MAX_WORKERS = 64  # limit of processes that read a Dataset
 MAX_TIERS = 8
 MAX_PROCESSES = 1024
+MAX_RANK = 4096  # of adapters
 
 _T = TypeVar("_T")
 
@@ -124,6 +125,7 @@ class TrainConfig:
     workers: int = 0  # processes in which a device reads a Dataset ahead of the training; 0 = in the training's own
     processes: int | str = 1  # of a device's training, as torchrun starts them; auto = one per GPU
     strategy: str = "ddp"  # of several processes: ddp, or fsdp for a model that one device cannot hold
+    lora_ranks: Sequence[int] = field(default_factory=list)  # of LoRA adapters: each client has one of these; [] = task
     backend: str = ""  # of their communication: gloo, nccl, xccl ..; empty = the usual one of the device
     round: int = 0  # number of the round, from 1; set in each round's plan, never by the user
 
@@ -152,6 +154,8 @@ class TrainConfig:
             not (self.keep_optimizer_state and self.algorithm == "fedsgd"),
             "train.keep_optimizer_state=true: fedsgd takes no local steps, so a client has no optimizer. Leave it out",
         )
+        for rank in self.lora_ranks:
+            require_within("train.lora_ranks", rank, 1, MAX_RANK)
         self._check_processes()
 
     def _check_processes(self) -> None:

@@ -23,14 +23,17 @@ from edgefl.trees import (
     Array,
     BlockTree,
     ComputedTree,
+    Factors,
     TensorSpec,
     Tree,
     blocks,
+    factors_of,
     is_float,
     parts,
     read_block,
     spec_of,
 )
+from edgefl.trees.views import joined, renamed
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
 MAX_METRIC = 1e200  # absolute value; its products with weights cannot overflow either
@@ -63,6 +66,7 @@ class RoundGuard:
             or wrong_weight(update.weight)
             or wrong_metrics(update.metrics)
             or wrong_spec(spec_of(update.tree), self._spec)
+            or wrong_rank(update.tree)
             or not_finite(update)
         )
         if fault:
@@ -83,6 +87,7 @@ class RoundGuard:
             )
             or _wrong_evaluations(partial)
             or wrong_spec(spec_of(partial.total), wanted)
+            or wrong_rank(partial.total)
             or not_finite_tree(partial.total)
         )
         if fault:
@@ -231,6 +236,19 @@ def partial_spec(spec: Mapping[str, TensorSpec], *, is_mean: bool) -> dict[str, 
     return {name: TensorSpec(one.shape, dtype_of(one)) for name, one in spec.items()}
 
 
+def wrong_rank(tree: Tree) -> str | None:
+    """Say which matrix has factors of a rank that no matrix of its shape has, if any: they would only cost memory."""
+    for name in tree.factored if isinstance(tree, BlockTree) else ():
+        pair = factors_of(tree, name)
+        if pair is not None and pair.rank > min(pair.shape):
+            rows, columns = pair.shape
+            return (
+                f"tensor {name!r} has factors of rank {pair.rank}; a matrix of {rows} x {columns} has at most rank "
+                f"{min(pair.shape)}"
+            )
+    return None
+
+
 def not_finite(update: Update) -> str | None:
     """Say which tensor of an update holds NaN or infinity, if any."""
     return not_finite_tree(update.tree)
@@ -239,8 +257,23 @@ def not_finite(update: Update) -> str | None:
 def not_finite_tree(tree: Tree) -> str | None:
     """Say which tensor holds NaN or infinity, if any."""
     for name, spec in spec_of(tree).items():
+        if (pair := factors_of(tree, name)) is not None:
+            if fault := _unsound_factors(name, pair, spec.dtype):
+                return fault
+            continue
         if is_float(spec.dtype) and not all(_is_finite(part) for part in parts(tree, name)):
             return f"tensor {name!r} holds NaN or infinity"
+    return None
+
+
+def _unsound_factors(name: str, pair: Factors, dtype: np.dtype[Any]) -> str | None:
+    """Say why a product is not finite in its dtype, if so."""
+    if not all(np.isfinite(side.astype(np.float64)).all() for side in (pair.left, pair.right)):
+        return f"tensor {name!r} holds NaN or infinity, in its factors"
+    largest = [float(np.abs(side.astype(np.float64)).max(initial=0.0)) for side in (pair.left, pair.right)]
+    limit = float(np.finfo(dtype).max)
+    if largest[0] * largest[1] * pair.rank > limit and not np.abs(pair.product()).max(initial=0.0) <= limit:
+        return f"tensor {name!r} is beyond the range of {dtype.name}: the product of its factors"
     return None
 
 
@@ -271,9 +304,16 @@ def refuse_unsound(plan: Plan, moves: Tree, new: Tree, of_optimizer: str | None 
             )
 
     check(of_optimizer)
-    if not isinstance(new, BlockTree):
+    if not (isinstance(new, BlockTree) and new.reads_blocks):
         check(not_finite_tree(new) or _wrapped(plan.parameters, moves, new))
         return new
+    if new.factored:
+        pairs, others = (
+            renamed(new, {name: name for name in new if (name in new.factored) == factored})
+            for factored in (True, False)
+        )
+        check(not_finite_tree(pairs))
+        return joined(refuse_unsound(plan, moves, others), pairs) if others else new
 
     def checked(name: str, block: slice) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the tensor's name

@@ -88,7 +88,7 @@ class Task:
     """
 
     name: str  # of the task, in messages and results
-    model: Callable[[], torch.nn.Module] | None = None  # makes a new model
+    model: Callable[..., torch.nn.Module] | None = None  # makes a new model; its parameter `rank` is for adapters
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None  # (outputs, targets)
     train_data: Callable[..., Any] | None = None  # (**data options): (inputs, targets) of one device, or a Dataset
     test_data: Callable[..., Any] | None = None  # held-out data, evaluated on the operator's machine
@@ -151,6 +151,15 @@ class Task:
     def direction_of(self, metric: str) -> bool | None:
         """Return whether a higher value of a metric is better; None if nothing says so."""
         return self.higher_is_better.get(metric, direction(metric, self.metrics.get(metric)))
+
+    def model_of_rank(self, rank: int) -> torch.nn.Module:
+        """Make a model whose adapters have this rank; raises ConfigError if `model` takes no `rank`."""
+        if self.model is None or "rank" not in inspect.signature(self.model).parameters:
+            raise ConfigError(
+                f"task {self.name!r}: adapters of rank {rank} are asked for, and its model takes no rank. Write "
+                "`def model(rank: int = 8)`, or drop train.lora_ranks and the data option lora_rank"
+            )
+        return self.model(rank=rank)
 
     def optimizer_of(self, parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
         """Make this task's optimizer for a round; it gets `round` or `config` if it has such a parameter.

@@ -34,7 +34,7 @@ from edgefl.protocols.messages import BlobRef, Evaluate, Fit, RoundClosed, Updat
 from edgefl.protocols.tiers import SumNote
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import NO_EVALUATION
-from edgefl.trees import SpooledTree, Tree, encoded_bytes
+from edgefl.trees import SpooledTree, Tree, encoded_bytes, whole_bytes
 from edgefl.trees.views import joined
 
 HEADER_SLACK_BYTES = 64 << 10  # another safetensors writer may make a longer header than ours
@@ -249,7 +249,7 @@ class GrpcFleet:
             bundle=job.bundle,
             train=plan.train,
             deadline_s=plan.deadline_s,
-            max_update_bytes=encoded_bytes(plan.parameters) + HEADER_SLACK_BYTES,
+            max_update_bytes=whole_bytes(plan.parameters) + HEADER_SLACK_BYTES,
             frozen=job.frozen,
             parted=job.parted,
             evaluate=plan.evaluate,

@@ -31,6 +31,8 @@ class ReleaseRequest(Body):
     inputs: dict[str, str] = Field(default_factory=dict)
     outputs: dict[str, str] = Field(default_factory=dict)
     offload: dict[str, Any] | None = None  # how it is placed, as `edgefl.protocols.inference.placement.Offload`
+    base: BlobRef | None = None  # the file to which `patch` adds adapters
+    patch: BlobRef | None = None
     new_signature: bool = False  # allows other inputs and outputs than those of the version before
 
 
@@ -50,7 +52,7 @@ def publish(name: str, body: ReleaseRequest, here: Here) -> dict[str, Any]:
         offload = None if body.offload is None else from_json(Offload, body.offload)
     except ProtocolError as cause:
         raise ConfigError(str(cause)) from cause
-    tensors = Tensors(sample=body.sample, inputs=body.inputs, outputs=body.outputs)
+    tensors = Tensors(sample=body.sample, inputs=body.inputs, outputs=body.outputs, base=body.base, patch=body.patch)
     signed = here.registry.publish(
         name, body.blob, body.metrics, tensors, new_signature=body.new_signature, offload=offload
     )

@@ -37,6 +37,8 @@ class Tensors:
     sample: BlobRef | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)  # datatype and shape by name
     outputs: Mapping[str, str] = field(default_factory=dict)
+    base: BlobRef | None = None  # see `Release`
+    patch: BlobRef | None = None
 
 
 class Registry:
@@ -69,6 +71,11 @@ class Registry:
         for part, files in ({} if offload is None else offload.all_parts()).items():
             self._refuse_blob(f"part {part}", files.blob)
             self._refuse_blob(f"sample of part {part}", files.sample, MAX_SAMPLE_BYTES)
+        if (tensors.base is None) != (tensors.patch is None):
+            raise ConfigError("a release on a base has both, the base's file and the patch; one of them is missing")
+        if tensors.base is not None and tensors.patch is not None:
+            self._refuse_blob("base", tensors.base)
+            self._refuse_blob("patch", tensors.patch)
         newest = sa.select(releases.c.signed).where(releases.c.model == model)
         with self._publishing, self._engine.begin() as db:
             found = db.scalar(newest.order_by(releases.c.version.desc()).limit(1))
@@ -76,7 +83,7 @@ class Registry:
             release = Release(
                 model=model, version=before.version + 1 if before else 1, blob=blob, metrics=dict(metrics),
                 sample=tensors.sample, inputs=dict(tensors.inputs), outputs=dict(tensors.outputs),
-                offload=offload,
+                offload=offload, base=tensors.base, patch=tensors.patch,
             )  # fmt: skip
             if before is not None and not new_signature:
                 check_same_signature(release, before)

@@ -121,6 +121,10 @@ class ModelSlots:
             if path not in {one.path for one in keep}:
                 path.unlink()
 
+    def base_path(self) -> Path:
+        """Return the path of the file on which releases with adapters are made."""
+        return self._folder / "base.onnx"
+
     def save(self, state: SlotState) -> None:
         """Replace the state, first on disk, then in memory."""
         replace_file(self._folder / "state.json", json.dumps(dataclasses.asdict(state)).encode())

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.transfer import download
 from edge_agent.placement.placed_file import PlacedFile, text_of
+from edge_agent.releases.patched import make_from_base
 from edge_agent.releases.slots import Installed, ModelSlots, SlotState, held_models, open_slots
 from edge_agent.serving.supervisor import ModelFile
 from edgefl.errors import CloudUnreachable, EdgeflError, ManifestRejected, ProtocolError
@@ -325,7 +326,11 @@ class Updater:
         slots.save(dataclasses.replace(state, slots=left))
         files = slots.files(state.spare, wanted)
         for one in files:
-            await download(self._deps.channel, one.ref, one.path, reuse=one.path)  # the old file is overwritten
+            is_whole = one.path == slots.path(state.spare)
+            if not (is_whole and await make_from_base(self._deps.channel, release, slots, one.path)):
+                if one.path.exists() and one.path.stat().st_nlink > 1:  # it is a base, too, which stays as it is
+                    one.path.unlink()
+                await download(self._deps.channel, one.ref, one.path, reuse=one.path)  # the old file is overwritten
             check_blob(one.what, one.ref, one.path)
             _sync(one.path)
         slots.clear(state.spare, files)

@@ -6,6 +6,8 @@ the gradient itself: w <- w - lr * g.  Buffers and integers have no gradient; th
 Frozen tensors do not change: no weight decay, no momentum.
 Plain SGD runs in numpy; everything else needs torch, which is imported only then. Element-wise optimizers step many
 small tensors as one concatenated tensor: otherwise thousands of tensors would cost thousands of calls per operation.
+Matrices of low rank of which both trees have factors are stepped as factors by plain SGD, exactly: D + lr (B A) has the
+factors of both, side by side. They become whole as soon as that is smaller, and for any other optimizer.
 A mean that is read by blocks is stepped by blocks: by plain SGD when the new parameters are read, by an optimizer of
 torch at once (`large_step`).
 """
@@ -27,16 +29,21 @@ from edgefl.trees import (
     Array,
     BlockTree,
     ComputedTree,
+    FactoredTree,
+    Factors,
     TensorSpec,
     Tree,
     apply,
     blocks,
+    factors_of,
     is_float,
     read_block,
     spec_of,
 )
+from edgefl.trees.factors import are_smaller, factor_names, stacked
 from edgefl.trees.scratch import ScratchTree
 from edgefl.trees.tensors import array_of, tensor_of
+from edgefl.trees.views import joined, renamed
 
 _BUCKET_ELEMENTS = 1 << 18  # size of a bucket of small tensors: its temporaries stay in the cache
 
@@ -65,8 +72,35 @@ class ServerOptimizer:
         `lr_factor` multiplies the learning rate in this round.
         """
         lr = self._config.lr * lr_factor
+        pairs = self._factors_after(parameters, mean, lr)
+        if pairs:
+            others = {name: name for name in parameters if name not in pairs}
+            stored = {
+                side: array
+                for name, pair in pairs.items()
+                for side, array in zip(factor_names(name), (pair.left, pair.right), strict=True)
+            }
+            return joined(self._step(renamed(parameters, others), renamed(mean, others), lr), FactoredTree(stored))
+        return self._step(parameters, mean, lr)
+
+    def _factors_after(self, parameters: Tree, mean: Tree, lr: float) -> dict[str, Factors]:
+        """Return the new factors of the matrices that remain smaller as factors."""
+        found: dict[str, Factors] = {}
+        if self._optimizer is not None or not isinstance(mean, BlockTree):
+            return found
+        for name in mean.factored:
+            before, move = factors_of(parameters, name), factors_of(mean, name)
+            if before is None or move is None or not are_smaller(before.rank + move.rank, move.shape):
+                continue
+            dtype = spec_of(parameters)[name].dtype
+            found[name] = stacked([before.scaled(1.0, dtype), move.scaled(self._sign * lr, dtype)])
+        return found
+
+    def _step(self, parameters: Tree, mean: Tree, lr: float) -> Tree:
         if isinstance(mean, BlockTree):
-            return self._step_by_blocks(parameters, mean, lr)
+            if mean.reads_blocks:
+                return self._step_by_blocks(parameters, mean, lr)
+            mean = {name: mean[name] for name in mean}
         trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
         new = {name: self._untrained(name, array, mean) for name, array in parameters.items() if name not in trained}
         if self._optimizer is not None:

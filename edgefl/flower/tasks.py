@@ -143,7 +143,7 @@ def client_name(context: Context) -> str:
 
 
 def _plan_record(plan: Plan) -> ConfigRecord:
-    train = {f"train.{key}": value for key, value in dataclasses.asdict(plan.train).items()}
+    train = {f"train.{key}": value for key, value in dataclasses.asdict(plan.train).items() if value != []}
     return ConfigRecord({"job": plan.job, "server-round": plan.round, **train})
 
 

@@ -38,6 +38,7 @@ from edgefl.models.sample import BATCHES
 from edgefl.models.session import new_session, run_errors
 from edgefl.task import Task, UserCode
 from edgefl.terminal.user_code import place_of, quoted
+from edgefl.training.adapters import adapters_of, without_adapters
 from edgefl.training.local import make_model
 from edgefl.training.quiet import quiet_tracing
 from edgefl.training.samples import require_torch, test_samples, train_samples
@@ -83,6 +84,7 @@ def export_task(task: Task, parameters: Tree, path: Path) -> list[Tree]:
     if task.model is None:
         return export_own(task, parameters, path)
     model = make_model(task, parameters)
+    model = without_adapters(model, adapters_of(task.name, model))  # what they learnt is in the base's weights
     samples = test_samples(task, {}) if task.test_data is not None else train_samples(task, {})
     examples = samples.first(max(PARITY_BATCHES)).inputs
     return export_onnx(model, examples, path, dynamic=task.dynamic)

@@ -22,7 +22,7 @@ from edgefl.models.compress import parse_max_drop
 from edgefl.operator.client import CloudClient, Json
 from edgefl.operator.run import download_parameters, upload_file
 from edgefl.protocols.manifest import Release, check_model_name, check_same_signature
-from edgefl.protocols.messages import from_json
+from edgefl.protocols.messages import BlobRef, from_json
 from edgefl.task import Task
 from edgefl.terminal.output import counted
 
@@ -46,6 +46,8 @@ class Exported:
     report: Json | None = None
     note: str = ""  # why it is not compressed although it was to be
     accepted: Accepted | None = None  # None = not tried yet; then its sample is made from the declared types
+    base: BlobRef | None = None  # the file of which `patch` makes this one
+    patch: Path | None = None
 
 
 def check_request(model: str, max_drop: float | str, *files: Path | None) -> None:
@@ -172,6 +174,7 @@ def publish(client: CloudClient, model: str, exported: Exported, *, new_signatur
         release = client.publish(
             model, upload_file(client, exported.path), exported.metrics, sample=upload_file(client, accepted.sample),
             inputs=dict(accepted.inputs), outputs=dict(accepted.outputs), new_signature=new_signature,
+            **({} if exported.patch is None else {"base": exported.base, "patch": upload_file(client, exported.patch)}),
         )  # fmt: skip
     notes = [note for note in (exported.note, *accepted.notes) if note]
     return release | {"compression": exported.report, "note": "; ".join(notes)}

@@ -29,6 +29,7 @@ from edgefl.protocols.messages import BlobRef
 from edgefl.records import RoundReport
 from edgefl.rounds import LastEvaluation, without_devices
 from edgefl.task import Task, load_task
+from edgefl.training.adapters.exact import refuse_inexact
 from edgefl.training.early_stop import with_stop_direction
 from edgefl.training.evaluation import Judge
 from edgefl.training.local_evaluation import evaluation_spec
@@ -120,6 +121,7 @@ def submit(  # noqa: PLR0913 - one a thing that may be chosen
         on_note(left_out_text(packed.left_out))
     config = with_stop_direction(config, task)
     refuse_no_optimizer(task, config.train)
+    refuse_inexact(task, config)
     parts = parts_of(task, config.train.seed)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
     bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)

@@ -56,6 +56,8 @@ class Release(Checked):
     inputs: Mapping[str, str] = field(default_factory=dict)  # datatype and shape by name; empty = not known
     outputs: Mapping[str, str] = field(default_factory=dict)
     offload: Offload | None = None  # how it is placed; None = on the device. Older devices serve the whole model
+    base: BlobRef | None = None  # another ONNX file, from which the patch makes this one (`edgefl.models.adapters`)
+    patch: BlobRef | None = None
     kind: str = "release"
 
 

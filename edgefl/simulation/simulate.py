@@ -53,6 +53,7 @@ from edgefl.simulation.world.tiers import TieredFleet, below_regions, tier_links
 from edgefl.stopping import EarlyStop, make_stop
 from edgefl.task import Task, load_task
 from edgefl.terminal.interrupt import set_by_interrupt
+from edgefl.training.adapters.exact import refuse_inexact
 from edgefl.training.early_stop import with_stop_direction
 from edgefl.training.evaluation import Judge
 from edgefl.training.local import initial_parameters
@@ -155,6 +156,7 @@ def _set_up(
     if saved is not None:
         refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))
     refuse_no_optimizer(loaded, config.train)
+    refuse_inexact(loaded, config)
     reference = None if isinstance(task, Task) else str(task)
     method = TrainingMethod(compiled=config.engine.compile, recorded=config.engine.record)
     names, there = population.names(), () if saved is None else np.flatnonzero(saved.took_part)

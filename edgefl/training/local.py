@@ -21,14 +21,17 @@ from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.guards import wrong_spec
 from edgefl.task import FitResult, Task, UserCode
+from edgefl.training.adapters import adapters_of, loader_options, rank_of, restart, with_factors
+from edgefl.training.adapters.layers import nothing, put
 from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
-from edgefl.training.own_fit import arrays_of, fit_of
+from edgefl.training.own_fit import arrays_of, fit_of, matrices_of
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, computing_device, require_torch, train_samples
 from edgefl.training.steps.descent import Autograd, Descent, loss_of
 from edgefl.training.steps.layout import has_channels_last, laid_out, lay_out
 from edgefl.training.structures import call
-from edgefl.trees import Array, Tree, spec_of, subtract, why_not_sent
+from edgefl.trees import Array, FactoredTree, Tree, spec_of, subtract, why_not_sent
+from edgefl.trees.factors import is_low_rank
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 from edgefl.trees.tensors import array_of, tensor_of
 
@@ -37,12 +40,19 @@ if TYPE_CHECKING:
 
 
 def initial_parameters(task: Task, seed: int = 0) -> Tree:
-    """Return the parameters of round 1: the model's state dict, or the result of the task's `initial`."""
+    """Return the parameters of round 1: the model's state dict, or the result of the task's `initial`.
+
+    Instead of trained adapters, it has the matrices that they add to the base's weights, which are zero.
+    """
     if task.initial is not None:
         with seeded(seed), UserCode(task.name, "initial"):
             tree = task.initial()
-        return arrays_of(task, "initial", tree)
-    return tree_of(task, make_model(task, seed=seed))
+        return matrices_of(task, "initial", arrays_of(task, "initial", tree))
+    model = make_model(task, seed=seed)
+    tensors, adapters = tree_of(task, model), adapters_of(task.name, model)
+    if odd := next(filter(is_low_rank, tensors), ""):
+        raise TaskError(f"task {task.name!r}: its model's {odd!r} has a name that is for adapters; rename it")
+    return FactoredTree({**tensors, **nothing(adapters)}) if adapters else tensors
 
 
 def buffer_names(task: Task) -> tuple[str, ...]:
@@ -75,9 +85,12 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     if task.fit is not None:
         with seeded(derive_seed(config.seed, round, client)):
             return fit_of(task, parameters, config, options, frozen)
-    model = make_model(task, whole(parameters, frozen))
+    rank, options = rank_of(task.name, config, options, client), loader_options(options)
+    model = make_model(task, whole(parameters, frozen), rank=rank)
     if frozen is not None:
         refuse_other_parts(task.name, model, frozen)
+    adapters = adapters_of(task.name, model)
+    restart(model, adapters, adapter_seed(config.seed, round))
     if has_channels_last(model):
         lay_out(model)
     samples = train_samples(task, options, seed=data_seed(config.seed, client), workers=config.workers)
@@ -92,7 +105,8 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
         loss = train_epochs(task, model, samples, config, seed, descent)
         tree = delta_of(task, model, parameters)
     if frozen:
-        refuse_moved(task.name, views_of(task, model, frozen), frozen)
+        still = {name: frozen[name] for name in frozen.keys() - {one.weight for one in adapters}}
+        refuse_moved(task.name, views_of(task, model, still), still)
     kept = descent.kept() if config.keep_optimizer_state else {}
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss}, state=kept)
 
@@ -112,22 +126,30 @@ def derive_seed(seed: int, round_number: int, client: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{round_number}/{client}".encode()).digest()[:7])
 
 
+def adapter_seed(seed: int, round_number: int) -> int:
+    """Return the seed of a round's new adapters: all clients with adapters of one rank begin with the same."""
+    return derive_seed(seed, round_number, "/adapters")  # no client has this name
+
+
 def data_seed(seed: int, client: str) -> int:
     """Return the seed of a client's loader: its samples are the same in every round."""
     return derive_seed(seed, 0, client)
 
 
 def make_model(
-    task: Task, parameters: Tree | None = None, *, seed: int = 0, device: str | None = None
+    task: Task, parameters: Tree | None = None, *, seed: int = 0, device: str | None = None, rank: int | None = None
 ) -> torch.nn.Module:
-    """Create the task's model on a device, else on the computing device, with these parameters if given."""
+    """Create the task's model on a device, else on the computing device, with these parameters if given.
+
+    `rank` is that of its adapters, None = the task's own.
+    """
     require_torch(f"task {task.name!r}")
     import torch
 
     if task.model is None:
         raise TaskError(f"task {task.name!r} has no model: it has its own fit")
     with seeded(seed), UserCode(task.name, "model"):
-        model = task.model()
+        model = task.model() if rank is None else task.model_of_rank(rank)
     if not isinstance(model, torch.nn.Module):
         raise TaskError(f"task {task.name!r}: model returned a {type(model).__name__}, not a torch.nn.Module")
     if parameters is not None:
@@ -139,10 +161,18 @@ def set_parameters(task: Task, model: torch.nn.Module, parameters: Tree) -> None
     """Copy a tree into a model; raises TaskError if it does not match the model."""
     import torch
 
-    if fault := wrong_spec(spec_of(parameters), spec_of(views_of(task, model))):
+    adapters = adapters_of(task.name, model)
+    wanted = spec_of(views_of(task, model)) | {one.matrix: one.spec for one in adapters}
+    if fault := wrong_spec(spec_of(parameters), wanted):
         raise TaskError(f"task {task.name!r}: these are not the parameters of its model: {fault}")
+    moved, own = {one.weight: one for one in adapters}, {name for one in adapters for name in one.factor_names}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
+            if name in own:
+                continue
+            if name in moved:
+                put(moved[name], tensor, parameters)
+                continue
             tensor.copy_(tensor_of(np.array(parameters[name])))
 
 
@@ -154,7 +184,8 @@ def tree_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = 
 def views_of(task: Task, model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, Array]:
     """Return `tree_of` without a copy, except for tensors on a GPU."""
     state = model.state_dict()
-    chosen = state if names is None else {name: state[name] for name in names}
+    own = {name for one in adapters_of(task.name, model) for name in one.factor_names} if names is None else ()
+    chosen = {name: state[name] for name in (state if names is None else names) if name not in own}
     return {name: _sendable(task, name, tensor) for name, tensor in chosen.items()}
 
 
@@ -174,9 +205,12 @@ def _sendable(task: Task, name: str, tensor: torch.Tensor) -> Array:
 
 
 def delta_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:
-    """Return the model's state dict minus the parameters it started from, in their order."""
-    new = tree_of(task, model, parameters)
-    return {name: np.asarray(subtract(new[name], np.asarray(old))) for name, old in parameters.items()}
+    """Return the model's state dict minus the parameters it started from, in their order; adapters as factors."""
+    adapters = adapters_of(task.name, model)
+    matrices = {one.matrix for one in adapters}
+    new = tree_of(task, model, [name for name in parameters if name not in matrices])
+    moved = {name: np.asarray(subtract(one, np.asarray(parameters[name]))) for name, one in new.items()}
+    return with_factors(adapters, moved)
 
 
 def gradient_of(task: Task, model: torch.nn.Module, parameters: Tree) -> Tree:

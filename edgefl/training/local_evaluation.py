@@ -15,6 +15,7 @@ from edgefl.errors import TaskError
 from edgefl.guards import wrong_evaluation
 from edgefl.records import DeviceEvaluation, EvaluationSpec
 from edgefl.task import EvalResult, Task, UserCode
+from edgefl.training.adapters import loader_options
 from edgefl.training.evaluation import evaluate_model
 from edgefl.training.local import data_seed, make_model, set_parameters
 from edgefl.training.metrics import LOSS, numbers
@@ -119,4 +120,4 @@ def evaluate_locally(  # noqa: PLR0913 - as of `train_locally`
         evaluator.begin(parameters, frozen)
     except TaskError as error:
         return DeviceEvaluation(fault=str(error))
-    return evaluator.of_device(client, options, seed, workers)
+    return evaluator.of_device(client, options if task.model is None else loader_options(options), seed, workers)

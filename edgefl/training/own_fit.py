@@ -1,5 +1,8 @@
 """A task's own `fit`: its arguments, and checks of its result.
 
+It may have matrices of low rank (`edgefl.trees.factors`): `w@lora_B` (N, R) and `w@lora_A` (R, M) of an update are the
+change of `w@lora` (N, M), of which `initial` has factors of rank 0, or the whole; `fit` gets either.
+
 Invariant: the result is an update that a guard admits, or a TaskError that says what is wrong with it.
 """
 
@@ -10,10 +13,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgefl.config import TrainConfig
-from edgefl.errors import TaskError
+from edgefl.errors import ProtocolError, TaskError
 from edgefl.guards import wrong_spec, wrong_weight
 from edgefl.task import FitResult, Task, UserCode
-from edgefl.trees import Array, Tree, spec_of, why_not_sent
+from edgefl.trees import Array, FactoredTree, Tree, spec_of, why_not_sent
 from edgefl.trees.frozen import whole
 
 
@@ -29,7 +32,7 @@ def fit_of(
         raise TaskError(f"task {task.name!r}: fit returned a {type(result).__name__}, not an edgefl.FitResult")
     if result.state:
         raise TaskError(f"task {task.name!r}: fit returned a state, which only a client of a task with a model keeps")
-    tree = arrays_of(task, "fit", result.tree)
+    tree = matrices_of(task, "fit", arrays_of(task, "fit", result.tree))
     try:
         weight, metrics = (
             float(result.weight),
@@ -40,6 +43,15 @@ def fit_of(
     if fault := wrong_spec(spec_of(tree), spec_of(parameters)) or wrong_weight(weight):
         raise TaskError(f"task {task.name!r}: fit returned what cannot be an update: {fault}")
     return FitResult(tree=tree, weight=weight, metrics=metrics)
+
+
+def matrices_of(task: Task, what: str, arrays: Mapping[str, Array]) -> Tree:
+    """Return a tree whose factors of low rank are matrices; raises TaskError if they are no pairs."""
+    try:
+        tree = FactoredTree(arrays)
+    except ProtocolError as cause:
+        raise TaskError(f"task {task.name!r}: what {what} returned cannot be sent: {cause}") from cause
+    return tree if tree.factored else arrays
 
 
 def _of_training(name: str) -> str:

@@ -2,7 +2,7 @@
 
 Trained tensors and buffers are sent in every round and changed by the server's step. All others are
 fetched once. A parameter is trained if it requires a gradient, under each of its names; for a task with its own
-`fit`, if `Task.trained` lists it, or always.
+`fit`, if `Task.trained` lists it, or always. Of adapters, the matrices change that they add to the base's weights.
 Invariant: the parts have no name in common, and together they are the initial parameters.
 """
 
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from edgefl.errors import TaskError
 from edgefl.task import Task
+from edgefl.training.adapters import adapters_of
 from edgefl.training.local import buffer_names, initial_parameters, make_model
 from edgefl.trees import Tree
+from edgefl.trees.views import renamed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class Parts:
 
     def split(self, tensors: Tree) -> Parts:
         """Return the same parts with other values."""
-        moving, frozen = ({name: tensors[name] for name in part} for part in (self.moving, self.frozen))
+        moving, frozen = (renamed(tensors, {name: name for name in part}) for part in (self.moving, self.frozen))
         return Parts(moving=moving, frozen=frozen, buffers=self.buffers)
 
 
@@ -39,16 +41,18 @@ def parts_of(task: Task, seed: int = 0) -> Parts:
         raise TaskError(f"task {task.name!r} trains nothing: no parameter of its model requires a gradient")
     moves = trained | set(buffers)
     return Parts(
-        moving={name: array for name, array in tensors.items() if name in moves},
-        frozen={name: array for name, array in tensors.items() if name not in moves},
+        moving=renamed(tensors, {name: name for name in tensors if name in moves}),
+        frozen=renamed(tensors, {name: name for name in tensors if name not in moves}),
         buffers=buffers,
     )
 
 
 def _trained_names(task: Task, tensors: Tree) -> frozenset[str]:
     if task.model is not None:
-        named = make_model(task).named_parameters(remove_duplicate=False)
-        return frozenset(name for name, parameter in named if parameter.requires_grad and name in tensors)
+        model = make_model(task)
+        named = model.named_parameters(remove_duplicate=False)
+        matrices = {one.matrix for one in adapters_of(task.name, model)}
+        return matrices | frozenset(name for name, parameter in named if parameter.requires_grad and name in tensors)
     if task.trained is None:
         return frozenset(tensors)
     if unknown := sorted(set(task.trained) - tensors.keys()):

@@ -5,6 +5,7 @@ Its bytes are the safetensors format (https://github.com/huggingface/safetensors
 8 bytes little-endian header length, a JSON header, then the tensors' raw little-endian bytes in the
 header's order. We read and write the format ourselves for one reason: a tree that does not fit into memory is read,
 computed and written by blocks (`BlockTree`), so that a server folds an update of any size in little memory.
+In its bytes, a matrix may stand as two factors of low rank (`edgefl.trees.factors`); whoever reads it sees the matrix.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from edgefl.errors import ProtocolError
 from edgefl.hashing import HashingFile
+from edgefl.trees.factors import Factors, factor_names, whole_spec
+from edgefl.trees.spec import BFLOAT16, BLOCK_ELEMENTS, Array, TensorSpec, Tree, bfloat16, blocks, is_float
 
-Array = npt.NDArray[Any]
-Tree = Mapping[str, Array]
+__all__ = [
+    "BFLOAT16", "BLOCK_ELEMENTS", "LARGE_BYTES", "MAX_DIMENSIONS", "MAX_HEADER_BYTES", "Array", "BlockTree",
+    "ComputedTree", "FactoredTree", "Factors", "SpooledTree", "TensorSpec", "Tree", "apply", "bfloat16", "blocks",
+    "encoded", "encoded_bytes", "factors_of", "is_float", "is_large", "offsets", "parts", "read_array", "read_block",
+    "read_tree", "spec_of", "subtract", "tree_bytes", "whole_bytes", "why_not_sent", "write_tree",
+]  # fmt: skip
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 32  # the limit of the oldest numpy that we support
-BLOCK_ELEMENTS = 1 << 16
 LARGE_BYTES = 128 << 20  # a tree with larger tensors is never in a server's memory as a whole
 _SMALL_BYTES = 256 << 10
 _DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -49,40 +53,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-BFLOAT16, _BF16 = "bfloat16", "BF16"  # from ml_dtypes, which is imported only when needed
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Shape and dtype of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.size * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{self.dtype.name}{list(self.shape)}"
-
-
-def bfloat16() -> np.dtype[Any]:
-    """Return numpy's bfloat16."""
-    import ml_dtypes
-
-    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return dtype
-
-
-def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a dtype is floating point; numpy reports no such kind for bfloat16."""
-    return dtype.kind == "f" or dtype.name == BFLOAT16
+_BF16 = "BF16"
 
 
 def why_not_sent(dtype: np.dtype[Any]) -> str | None:
@@ -109,12 +80,23 @@ def tree_bytes(tree: Tree) -> int:
 
 def encoded_bytes(tree: Tree) -> int:
     """Return the size of `write_tree`'s output in bytes."""
+    stored = spec_of(encoded(tree))
+    return len(_header(stored)) + sum(spec.num_bytes for spec in stored.values())
+
+
+def whole_bytes(tree: Tree) -> int:
+    """Return the size of `write_tree`'s output in bytes if no tensor were stored as factors: the most that is sent."""
     return len(_header(spec_of(tree))) + tree_bytes(tree)
 
 
-def blocks(size: int) -> Iterator[slice]:
-    """Yield slices that cover `size` elements. A block's temporaries stay in the cache: 20x faster on large tensors."""
-    return (slice(start, start + BLOCK_ELEMENTS) for start in range(0, size, BLOCK_ELEMENTS))
+def encoded(tree: Tree) -> Tree:
+    """Return the tensors as they are stored: with factors in place of matrices of low rank."""
+    return tree.stored() if isinstance(tree, BlockTree) else tree
+
+
+def factors_of(tree: Tree, name: str) -> Factors | None:
+    """Return the factors of a matrix; None if the tree has it as a whole."""
+    return tree.factors(name) if isinstance(tree, BlockTree) else None
 
 
 def is_large(tree: Tree) -> bool:
@@ -147,6 +129,7 @@ def apply(old: Array, delta: Array) -> Array:
 
 def write_tree(tree: Tree, file: BinaryIO | HashingFile) -> None:
     """Write the tree in safetensors format; raises ProtocolError for a dtype that the format does not have."""
+    tree = encoded(tree)
     small = bytearray(_header(spec_of(tree)))  # collected, to avoid one system call per small tensor
     for part in (part for name in tree for part in parts(tree, name)):
         wire = np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("<")).view(np.uint8).data
@@ -169,6 +152,15 @@ class BlockTree(Mapping[str, Array]):
     """A tree whose tensors are read by blocks. Indexing returns a whole tensor, in memory."""
 
     reads_blocks = True  # False: it is small enough to be used as a whole
+    factored: Collection[str] = ()  # names of the matrices that it has as factors
+
+    def factors(self, _name: str) -> Factors | None:
+        """Return the factors of a matrix; None if it is there as a whole."""
+        return None
+
+    def stored(self) -> Tree:
+        """Return the tensors as they are written: with factors in place of matrices."""
+        return self
 
     def __init__(self, spec: Mapping[str, TensorSpec]) -> None:
         self.spec = spec
@@ -202,6 +194,36 @@ class ComputedTree(BlockTree):
         return self._compute(name, block)
 
 
+class FactoredTree(BlockTree):
+    """A tree with some matrices as factors, made of what is stored; raises ProtocolError if the factors do not fit."""
+
+    def __init__(self, stored: Tree) -> None:
+        self._stored = stored
+        self._known = spec_of(stored)
+        super().__init__(whole_spec(self._known))
+        self.factored = frozenset(self.spec.keys() - self._known.keys())
+        self.reads_blocks = isinstance(stored, BlockTree) and stored.reads_blocks
+
+    def __getitem__(self, name: str) -> Array:
+        pair = self.factors(name)
+        return self._stored[name] if pair is None else pair.product().astype(self.spec[name].dtype)
+
+    def read(self, name: str, block: slice) -> Array:
+        pair = self.factors(name)
+        if pair is not None:
+            return pair.block(block).astype(self.spec[name].dtype)
+        part = read_block(self._stored, name, block)
+        return part if isinstance(self._stored, BlockTree) else np.array(part)
+
+    def factors(self, name: str) -> Factors | None:
+        if name not in self.factored:
+            return None
+        return Factors(*(self._stored[side] for side in factor_names(name)))
+
+    def stored(self) -> Tree:
+        return self._stored
+
+
 class SpooledTree(BlockTree):
     """A tree in a file. It is mapped read-only when a tensor is first indexed, and unmapped with the object.
 
@@ -211,6 +233,30 @@ class SpooledTree(BlockTree):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = _File(path)
+        self._all = FactoredTree(self._file)
+        super().__init__(self._all.spec)
+        self.factored, self.reads_blocks = self._all.factored, self._file.reads_blocks
+
+    def __getitem__(self, name: str) -> Array:
+        return self._all[name]
+
+    def read(self, name: str, block: slice) -> Array:
+        """Read a block. The file is open only meanwhile: a round may have more of them than a process may open."""
+        return self._all.read(name, block)
+
+    def factors(self, name: str) -> Factors | None:
+        return self._all.factors(name)
+
+    def stored(self) -> Tree:
+        return self._file
+
+
+class _File(BlockTree):
+    """The tensors that a file holds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         with path.open("rb") as file:
             head = file.read(8)
             length = _header_length(head)
@@ -222,16 +268,15 @@ class SpooledTree(BlockTree):
 
     def __getitem__(self, name: str) -> Array:
         if self._tensors is None:
-            with self.path.open("rb") as file:
+            with self._path.open("rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._tensors = _tensors(data, self.spec, self._start)
         return self._tensors[name]
 
     def read(self, name: str, block: slice) -> Array:
-        """Read a block. The file is open only meanwhile: a round may have more of them than a process may open."""
         if self._offsets is None:
             self._offsets = offsets(self.spec, self._start)
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = os.open(self._path, os.O_RDONLY)
         try:
             return read_array(descriptor, self._offsets[name], self.spec[name], block)
         finally:

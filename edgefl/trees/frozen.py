@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgefl.errors import TaskError
-from edgefl.trees import Array, Tree, blocks
+from edgefl.trees import Array, BlockTree, Tree, blocks
+from edgefl.trees.views import joined
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 def whole(moving: Tree, frozen: Tree | None) -> Tree:
     """Return all tensors of a model from its two parts, without a copy, for those who use it as a whole."""
+    if isinstance(moving, BlockTree) and moving.factored:
+        return joined(frozen or {}, moving)
     return {**frozen, **moving} if frozen else moving
 
 

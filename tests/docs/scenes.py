@@ -50,6 +50,7 @@ BEFORE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "edgefl models publish digits --task examples/digits --parameters digits.safetensors --compress none",
         ),
     },
+    "lora.md": {"edgefl models publish turned --task examples/lora --untrained": ("edgefl local start --devices 1",)},
     "flower.md": {"edgefl run examples/flower-app": ("edgefl local start --devices 2",)},
     "examples/digits/README.md": {
         "edgefl agent start --home device0": (*_CLOUD, *_device("device0", "d0", 0, 3)[:2]),

@@ -29,13 +29,18 @@ def models() -> None:
         "edgefl models publish digits --task examples/digits --job job-1a2b3c4d",
         "edgefl models publish digits --onnx digits.onnx --task examples/digits",
         "edgefl models publish digits --onnx digits.onnx --sample digits.npz --metrics accuracy=0.97",
+        "edgefl models publish texts --task examples/lora --job job-1a2b3c4d --base 1 --rank 8",
     )
 )
 @click.argument("name")
 @click.option("--task", help="The task that defines the model; with --onnx, that measures it.")
 @click.option("--parameters", type=FILE, help="The trained parameters: the --out of `edgefl run`.")
 @click.option("--job", help="Instead of --parameters: the job that trained them.")
+@click.option("--untrained", is_flag=True, help="Instead of --parameters: the task's first ones, a base for adapters.")
 @click.option("--onnx", type=FILE, help="Instead of parameters: a finished ONNX file.")
+@click.option("--base", type=click.IntRange(min=1), metavar="VERSION",
+              help="Publish LoRA adapters on this version: devices that have it fetch the adapters alone.")  # fmt: skip
+@click.option("--rank", type=click.IntRange(min=1), help="The highest rank of LoRA adapters, by default their own.")
 @click.option("--compress", "compression", type=click.Choice(COMPRESSIONS), default=AUTO,
               show_default=True,
               help="auto: int8 if its cost can be measured; an ONNX file only if you ask.")  # fmt: skip
@@ -52,9 +57,9 @@ def models() -> None:
 @connected
 @json_option
 def publish(  # noqa: PLR0913 - one a flag
-    *, name: str, task: str | None, parameters: Path | None, job: str | None, onnx: Path | None, compression: str,
-    gate: str | None, max_drop: str, sample: Path | None, metrics: tuple[str, ...], new_signature: bool,
-    connection: CloudConnection, output: Output,
+    *, name: str, task: str | None, parameters: Path | None, job: str | None, untrained: bool, onnx: Path | None,
+    base: int | None, rank: int | None, compression: str, gate: str | None, max_drop: str, sample: Path | None,
+    metrics: tuple[str, ...], new_signature: bool, connection: CloudConnection, output: Output,
 ) -> None:  # fmt: skip
     """Publish a model as the next version of NAME.
 
@@ -62,15 +67,20 @@ def publish(  # noqa: PLR0913 - one a flag
     published as it is; with --task, its metrics are measured on the task's test data. The file is loaded and run as on
     a device, in a process of its own; then the cloud signs it.
     """
+    from edgefl.operator import adapters
     from edgefl.operator import publish as publishing
     from edgefl.task import load_task
 
-    if sum(source is not None for source in (parameters, job, onnx)) != 1 or (task is None and onnx is None):
+    sources = (parameters, job, onnx, untrained or None)
+    if sum(source is not None for source in sources) != 1 or (task is None and onnx is None):
         raise ConfigError(
-            "name one source: --task with --parameters or --job, or --onnx, with --task if its test data measure it"
+            "name one source: --task with --parameters, --job or --untrained, or --onnx, with --task if its test data "
+            "measure it"
         )
+    if onnx is not None and (base is not None or rank is not None):
+        raise ConfigError("--base and --rank are for a task's adapters, which an ONNX file has not. Leave them out")
     publishing.check_request(name, max_drop, parameters, onnx, sample)
-    compression = _refuse_useless_flags(is_onnx=onnx is not None, has_task=task is not None)
+    compression = _refuse_useless_flags(is_onnx=onnx is not None, has_task=task is not None, on_base=base is not None)
     given = publishing.parse_metrics(metrics)
     loaded = None if task is None else load_task(task)  # a missing extra is told before the cloud is asked
     with connection.open() as client, tempfile.TemporaryDirectory(prefix="edgefl-publish-") as made:
@@ -82,12 +92,52 @@ def publish(  # noqa: PLR0913 - one a flag
                 client, name, onnx, sample=sample, metrics=given, new_signature=new_signature
             )
         elif loaded is not None:
-            source = onnx or parameters or _trained(client, str(job), folder, output)
+            on = None if base is None else adapters.base_release(client, name, base)
+            source = (
+                onnx
+                or parameters
+                or (adapters.untrained(loaded, folder) if untrained else _trained(client, str(job), folder, output))
+            )
+            if rank is not None:
+                source, error = adapters.at_rank_in(source, rank, folder)
+                output.line(f"adapters of rank {rank}: relative error {error:.2g}")
             make = publishing.export if onnx is None else publishing.measured
             exported = make(loaded, source, folder, compression=compression, max_drop=max_drop, gate=gate)
+            if on is not None:
+                exported = adapters.on_base(client, on, exported, loaded, source)
             release = publishing.publish(client, name, exported, new_signature=new_signature)
     say_published(release, output)
     output.result(release)
+
+
+@models.command(epilog=example("edgefl models adapter --task examples/lora --job job-1a2b3c4d --out adapter"))
+@click.option("--task", required=True, help="The task that defines the model.")
+@click.option("--parameters", type=FILE, help="The trained parameters: the --out of `edgefl run`.")
+@click.option("--job", help="Instead of --parameters: the job that trained them.")
+@click.option("--rank", type=click.IntRange(min=1), help="The highest rank; by default what the adapters have.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="The folder to write.")
+@connected
+@json_option
+def adapter(  # noqa: PLR0913 - one a flag
+    *, task: str, parameters: Path | None, job: str | None, rank: int | None, out: Path, connection: CloudConnection,
+    output: Output,
+) -> None:  # fmt: skip
+    """Write trained LoRA adapters in the form that peft loads."""
+    from edgefl.models.adapters.peft_format import write_adapter
+    from edgefl.task import load_task
+    from edgefl.trees import SpooledTree
+
+    if (parameters is None) == (job is None):
+        raise ConfigError("name one source: --parameters or --job")
+    loaded = load_task(task)
+    with tempfile.TemporaryDirectory(prefix="edgefl-adapter-") as made:
+        if parameters is None:
+            with connection.open() as client:
+                parameters = _trained(client, str(job), Path(made), output)
+        ranks = write_adapter(loaded, SpooledTree(parameters), out, rank)
+    output.line(f"{out}: adapters of {counted(len(ranks), 'layer')}, ranks {min(ranks.values())} to "
+                f"{max(ranks.values())}")  # fmt: skip
+    output.result({"path": str(out), "ranks": ranks})
 
 
 @models.command("list", epilog=example("edgefl models list"))
@@ -201,7 +251,7 @@ def _trained(client: CloudClient, job: str, folder: Path, output: Output) -> Pat
     return publishing.parameters_of(client, found, folder)
 
 
-def _refuse_useless_flags(*, is_onnx: bool, has_task: bool) -> str:
+def _refuse_useless_flags(*, is_onnx: bool, has_task: bool, on_base: bool = False) -> str:
     """Return the compression: of an ONNX file, none unless it was typed. Raises ConfigError for useless flags."""
     context = click.get_current_context()
     typed = {
@@ -210,8 +260,10 @@ def _refuse_useless_flags(*, is_onnx: bool, has_task: bool) -> str:
         if one.name and context.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
     }
     compression = str(context.params["compression"])
-    if is_onnx and "compression" not in typed:
+    if (is_onnx or on_base) and "compression" not in typed:
         compression = "none"
+    if on_base and compression != "none":
+        raise ConfigError("--compress: an adapter on a base is not compressed, as its base is not. Leave it out")
     others: tuple[str, ...] = ("sample", "metrics")
     why = "a task's own data give the sample and the metrics"
     if not has_task:

@@ -16,12 +16,13 @@ from typing import Protocol, runtime_checkable
 
 from edgefl.choosing.needs import reads_history
 from edgefl.config import GRACE_NONE, LATE_NEXT, JobConfig
-from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic
+from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import Fleet
 from edgefl.simulation.engines.client_states import ClientStates
 from edgefl.task import Task
 from edgefl.training.samples import SampleSet, require_torch
-from edgefl.trees import encoded_bytes
+from edgefl.trees import FactoredTree, encoded_bytes
+from edgefl.trees.factors import is_low_rank
 
 
 class Population(Protocol):
@@ -84,8 +85,13 @@ class SimulationSetup:
     states: ClientStates | None = None  # where clients keep what they need later; None = they keep nothing
 
     def takes_sums(self, plan: Plan) -> bool:
-        """Whether partial sums are allowed: not with over-selection, grace, late answers, or a choice by history."""
+        """Whether partial sums are allowed: not with over-selection, grace, late answers, or a choice by history.
+
+        Of adapters, each client's factors are smaller than any sum.
+        """
         rounds = self.config.rounds
+        if any(map(is_low_rank, plan.parameters)):
+            return False
         if rounds.grace != GRACE_NONE or rounds.late == LATE_NEXT or reads_history(rounds):
             return False
         return self.config.rounds.clients in {0, len(plan.clients)} or len(plan.clients) < self.config.rounds.clients
@@ -107,9 +113,15 @@ class Meter:
     def count(self, answer: Answer) -> None:
         """Count the models sent for an answer, and the updates in it."""
         clients = answer.contributors if isinstance(answer, Partial) else (answer.device,)
-        up = 0 if isinstance(answer, Failure | Evaluated) else len(clients)
         down_bytes = len(clients) * self._bytes + self._once(clients)
-        self._traffic += Traffic(up_bytes=up * self._bytes, down_bytes=down_bytes)
+        self._traffic += Traffic(up_bytes=self._up_bytes(answer, len(clients)), down_bytes=down_bytes)
+
+    def _up_bytes(self, answer: Answer, num_clients: int) -> int:
+        if isinstance(answer, Failure | Evaluated):
+            return 0
+        if isinstance(answer, Update) and isinstance(answer.tree, FactoredTree):
+            return encoded_bytes(answer.tree)
+        return num_clients * self._bytes
 
     def _once(self, clients: Sequence[str]) -> int:
         """Return the bytes of frozen tensors for the clients that did not have them yet."""

@@ -20,6 +20,7 @@ from edgefl.simulation.engines.trainer import LocalTrainer
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
 from edgefl.terminal.user_code import place_of, quoted
+from edgefl.training.adapters import adapters_of
 from edgefl.training.local import make_model
 from edgefl.training.parts import parts_of
 from edgefl.training.randomness import Drawn, seeded
@@ -69,6 +70,8 @@ def _of_the_task(setup: SimulationSetup) -> str | None:
 def _of_the_model(model: torch.nn.Module) -> str | None:
     import torch
 
+    if adapters := adapters_of("", model):
+        return f"its adapters ({adapters[0].path} ..) are averaged as products, which stacked clients do not send"
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the base of all of them
             return f"its layer {name!r} is batch norm, which mixes the samples of a batch"

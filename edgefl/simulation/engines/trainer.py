@@ -20,8 +20,10 @@ from edgefl.simulation.steps import FlatModel, make_step
 from edgefl.simulation.world.evaluation import ClientEvaluations
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task
+from edgefl.training.adapters import adapters_of, rank_of, restart, with_factors
 from edgefl.training.local import (
     accumulate_gradient,
+    adapter_seed,
     derive_seed,
     gradient_of,
     make_model,
@@ -34,6 +36,7 @@ from edgefl.training.samples import SampleSet
 from edgefl.training.steps.layout import has_channels_last, lay_out
 from edgefl.trees import Tree
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
+from edgefl.trees.tensors import array_of
 
 
 class LocalTrainer:
@@ -47,7 +50,8 @@ class LocalTrainer:
             raise ConfigError(f"task {task.name!r} has its own fit, which reads data options; this population has none")
         self._task, self._population = task, population
         self._method, self._states = method or TrainingMethod(), states
-        self._model: _Model | None = None
+        self._models: dict[int | None, _Model] = {}  # by the rank of their adapters
+        self._begun_with: set[int | None] = set()  # ranks whose models have the plan's parameters
         self._plan: Plan | None = None
         self._evaluations = ClientEvaluations(task, population)
 
@@ -55,12 +59,17 @@ class LocalTrainer:
         """Start with a plan; raises TaskError if its parameters do not match the model."""
         self._plan = plan
         self._evaluations.begin(plan)
-        if self._task.fit is not None or not plan.fit:
-            return
-        self._model = self._model or _Model(self._task, plan.frozen, self._method)
-        set_parameters(self._task, self._model.module, whole(plan.parameters, plan.frozen))
-        self._model.module.train()
-        self._model.flat.start_from(plan.parameters)
+        self._begun_with = set()
+        if self._task.fit is None and plan.fit and not plan.train.lora_ranks:
+            self._model_of(plan, None)
+
+    def _model_of(self, plan: Plan, rank: int | None) -> _Model:
+        if rank not in self._models:
+            self._models[rank] = _Model(self._task, plan.frozen, self._method, rank)
+        if rank not in self._begun_with:
+            self._models[rank].begin(plan)
+            self._begun_with.add(rank)
+        return self._models[rank]
 
     def train(self, client: str, *, borrow: bool = False) -> Update | Failure:
         """Return a client's answer; errors of its data or of the user's code become a Failure.
@@ -88,7 +97,7 @@ class LocalTrainer:
         return self._plan
 
     def _fit(self, plan: Plan, client: str, *, borrow: bool) -> tuple[Tree, float, Mapping[str, float]]:
-        if self._model is None:
+        if self._task.fit is not None:
             options = self._population.options(client) if isinstance(self._population, WithOptions) else {}
             result = train_locally(
                 self._task, plan.parameters, plan.train, options=options, round=plan.round, client=client,
@@ -98,17 +107,20 @@ class LocalTrainer:
         samples = samples_of(self._population, client, plan.train.seed)
         seed = derive_seed(plan.train.seed, plan.round, client)
         before = None if self._states is None else self._states.before(client, plan.round)
-        tree, loss = self._model.trained(samples, plan, seed, before, borrow=borrow)
+        model = self._model_of(plan, rank_of(self._task.name, plan.train, {}, client))
+        tree, loss = model.trained(samples, plan, seed, before, borrow=borrow)
         if self._states is not None and not not_finite_tree(tree):  # a device sends no such update, and keeps its state
-            self._states.keep(client, plan.round, self._model.kept())
+            self._states.keep(client, plan.round, model.kept())
         return tree, float(len(samples)), {"train_loss": loss}
 
 
 class _Model:
     """The model, and its training steps."""
 
-    def __init__(self, task: Task, frozen: Tree | None, method: TrainingMethod) -> None:
-        self._task, self.module = task, make_model(task)
+    def __init__(self, task: Task, frozen: Tree | None, method: TrainingMethod, rank: int | None) -> None:
+        self._task, self.module = task, make_model(task, rank=rank)
+        self._adapters = adapters_of(task.name, self.module)
+        self._still = [*(frozen or {}).keys() - {one.weight for one in self._adapters}]  # checked after training
         if frozen is not None:
             refuse_other_parts(task.name, self.module, frozen)
         channels_last = has_channels_last(self.module)
@@ -116,6 +128,19 @@ class _Model:
             lay_out(self.module)
         self.flat = FlatModel(self.module, channels_last=channels_last, still=frozen or {})
         self._step = make_step(task, self.module, recorded=method.recorded, compiled=method.compiled)
+
+    def begin(self, plan: Plan) -> None:
+        """Start a round from the plan's parameters; raises TaskError if they do not match the model."""
+        set_parameters(self._task, self.module, whole(plan.parameters, plan.frozen))
+        self.module.train()
+        if not self._adapters:
+            self.flat.start_from(plan.parameters)
+            return
+        restart(self.module, self._adapters, adapter_seed(plan.train.seed, plan.round))
+        state = self.module.state_dict()
+        own = {name: array_of(state[name]) for one in self._adapters for name in one.factor_names}
+        matrices = {one.matrix for one in self._adapters}
+        self.flat.start_from({**own, **{name: plan.parameters[name] for name in plan.parameters.keys() - matrices}})
 
     def kept(self) -> Tree:
         """Return what the client that trained last keeps for its next round."""
@@ -132,6 +157,10 @@ class _Model:
             loss = accumulate_gradient(self._task, self.module, samples, batch_size=batch_size, seed=seed)
             return gradient_of(self._task, self.module, plan.parameters), loss
         loss = train_epochs(self._task, self.module, samples, plan.train, seed, self._step)
-        if plan.frozen:
-            refuse_moved(self._task.name, views_of(self._task, self.module, plan.frozen), plan.frozen)
-        return self.flat.moved() if borrow else self.flat.delta(), loss
+        if plan.frozen and self._still:
+            still = {name: plan.frozen[name] for name in self._still}
+            refuse_moved(self._task.name, views_of(self._task, self.module, still), still)
+        if not self._adapters:
+            return self.flat.moved() if borrow else self.flat.delta(), loss
+        own, moved = {name for one in self._adapters for name in one.factor_names}, self.flat.delta()
+        return with_factors(self._adapters, {name: one for name, one in moved.items() if name not in own}), loss

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from edgefl.records import Plan
 from edgefl.simulation.world.devices import Devices, SimulatedDevice
-from edgefl.trees import encoded_bytes
+from edgefl.trees import encoded_bytes, whole_bytes
 
 MODEL_COPIES = 4  # in a device's memory: weights, gradients, the optimizer's state, the update
 MIB = 2**20
@@ -44,6 +44,7 @@ def make_schedule(
     `have_frozen` are the clients that need not fetch the frozen tensors again; `busy` says until when some are busy.
     """
     model_bytes, end_s = encoded_bytes(plan.parameters), start_s + plan.deadline_s
+    update_bytes = whole_bytes(plan.parameters)  # of adapters at most
     frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
     arrivals, lost = dict[str, float](), dict[str, float]()
     refused, late = dict[str, str](), list[str]()
@@ -56,7 +57,7 @@ def make_schedule(
             ready_s = begin_s + devices.delay_s(client, plan.round) + device.download_s(fetched_bytes)
             samples = num_samples(client)
             training_s = device.compute_s(plan.train.num_trained(samples)) if samples else 0.0
-            answer_s = ready_s + training_s + device.upload_s(model_bytes if training_s else 0)  # without data: no
+            answer_s = ready_s + training_s + device.upload_s(update_bytes if training_s else 0)  # without data: no
         silent_s = _silent_s(devices, client, plan.round, begin_s, answer_s)
         devices.spend(client, begin_s, training_s)  # last: the drain counts from the next round on
         if silent_s is not None and silent_s < end_s:

@@ -22,7 +22,7 @@ from edgefl.guards import RoundGuard
 from edgefl.records import Answer, DeviceEvaluation, Evaluated, Evaluations, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import NO_EVALUATION, Fleet, MetricSums
 from edgefl.simulation.world.schedule import Schedule
-from edgefl.trees import Tree, encoded_bytes, is_float
+from edgefl.trees import FactoredTree, Tree, encoded_bytes, is_float, spec_of, whole_bytes
 
 MBIT_BYTES = 125_000
 
@@ -111,14 +111,17 @@ class TieredFleet:
     def collect(self, plan: Plan) -> Iterator[Answer]:
         """Yield the answers of the plan's clients; with several regional rounds, one partial sum per region."""
         answered: list[str] = []
+        sent: list[int] = []  # bytes of updates whose sizes differ
         answers = self._regional(plan) if self.region_rounds > 1 and plan.fit else self.inner.collect(plan)
         try:
             for answer in answers:
                 if not isinstance(answer, Failure):
                     answered += answer.contributors if isinstance(answer, Partial) else (answer.device,)
+                if isinstance(answer, Update) and isinstance(answer.tree, FactoredTree):
+                    sent.append(encoded_bytes(answer.tree))
                 yield answer
         finally:
-            self._count(plan, answered)
+            self._count(plan, answered, sum(sent) // len(sent) if sent else whole_bytes(plan.parameters))
 
     def traffic(self) -> Traffic:
         return self._traffic
@@ -126,14 +129,16 @@ class TieredFleet:
     def delayed(self, schedule: Schedule, plan: Plan, start_s: float) -> Schedule:
         """Return a round's schedule with the time that the regions' links take."""
         model_bytes = encoded_bytes(plan.parameters)
-        return self.tree.delayed(schedule, start_s, model_bytes, _sum_bytes(plan, model_bytes))
+        return self.tree.delayed(schedule, start_s, model_bytes, _sum_bytes(plan, whole_bytes(plan.parameters)))
 
-    def _count(self, plan: Plan, answered: list[str]) -> None:
-        down_bytes, up_bytes = encoded_bytes(plan.parameters), encoded_bytes(plan.parameters) if plan.fit else 0
+    def _count(self, plan: Plan, answered: list[str], update_bytes: int) -> None:
+        """Count what the links carried; sums of adapters at most, as wholes."""
+        down_bytes, up_bytes = encoded_bytes(plan.parameters), update_bytes if plan.fit else 0
+        sum_bytes = _sum_bytes(plan, whole_bytes(plan.parameters) if plan.fit else 0)
         asked, sent = self.tree.counts(plan.clients), self.tree.counts(answered)
         none = [TierTraffic(tier=tier, regions=0, up_bytes=0, down_bytes=0) for tier in range(len(asked))]
         times = [*[self.region_rounds] * (len(asked) - 1), 1]
-        each = [up_bytes, *[_sum_bytes(plan, up_bytes)] * (len(asked) - 1)]
+        each = [up_bytes, *[sum_bytes] * (len(asked) - 1)]
         self.links = [
             TierTraffic(
                 tier=tier,
@@ -223,8 +228,8 @@ class _Fold:
 def _sum_bytes(plan: Plan, update_bytes: int) -> int:
     """Return the bytes of a partial sum: float32 for tensors of at most 32 bits, float64 for others."""
     more = sum(
-        array.size * ((4 if is_float(array.dtype) and array.dtype.itemsize <= 4 else 8) - array.dtype.itemsize)
-        for array in plan.parameters.values()
+        one.size * ((4 if is_float(one.dtype) and one.dtype.itemsize <= 4 else 8) - one.dtype.itemsize)
+        for one in spec_of(plan.parameters).values()
     )
     return update_bytes + more if update_bytes else 0
 
