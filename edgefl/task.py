@@ -153,9 +153,9 @@ class Task:
         return self.higher_is_better.get(metric, direction(metric, self.metrics.get(metric)))
 
     def model_of_rank(self, rank: int) -> torch.nn.Module:
-        """Make a model whose adapters have this rank; raises ConfigError if `model` takes no `rank`."""
+        """Make a model whose adapters have this rank; raises TaskError if `model` takes no `rank`."""
         if self.model is None or "rank" not in inspect.signature(self.model).parameters:
-            raise ConfigError(
+            raise TaskError(
                 f"task {self.name!r}: adapters of rank {rank} are asked for, and its model takes no rank. Write "
                 "`def model(rank: int = 8)`, or drop train.lora_ranks and the data option lora_rank"
             )

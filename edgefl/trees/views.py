@@ -28,7 +28,7 @@ def joined(*trees: Tree) -> Tree:
 def renamed(tree: Tree, names: Mapping[str, str]) -> Tree:
     """Return some tensors of a tree under new names: new -> old. A matrix that is factors keeps the end of its name."""
     if not _factored(tree).isdisjoint(names.values()):
-        stored = {}
+        stored: dict[str, str] = {}
         for new, old in names.items():
             is_pair = old in _factored(tree)
             stored |= dict(zip(factor_names(new), factor_names(old), strict=True)) if is_pair else {new: old}

@@ -159,9 +159,12 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         return plan
 
     def release(self, onnx: bytes, version: int, *, sequence: int, rollback: bool = False, device: str = "cam-1",
-                model: str = "digits", sample: bytes | None = None) -> Signed:  # fmt: skip
-        known = None if sample is None else self.blob(sample)
-        release = manifest.Release(model=model, version=version, blob=self.blob(onnx), sample=known)
+                model: str = "digits", sample: bytes | None = None, base: bytes | None = None,
+                patch: bytes | None = None) -> Signed:  # fmt: skip
+        known, on, change = (None if one is None else self.blob(one) for one in (sample, base, patch))
+        release = manifest.Release(
+            model=model, version=version, blob=self.blob(onnx), sample=known, base=on, patch=change
+        )
         desired = manifest.Desired(device=device, release=release, sequence=sequence, rollback=rollback)
         return manifest.sign(desired, self.key)
 

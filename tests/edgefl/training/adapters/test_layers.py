@@ -13,7 +13,7 @@ from torch import nn
 
 from edgefl import Task
 from edgefl.config import TrainConfig
-from edgefl.errors import ConfigError, TaskError
+from edgefl.errors import TaskError
 from edgefl.training.adapters import adapters_of, restart, without_adapters
 from edgefl.training.evaluation import evaluate
 from edgefl.training.local import adapter_seed, initial_parameters, make_model, train_locally
@@ -217,7 +217,7 @@ def merged() -> nn.Module:
     ("make", "fault"),
     [
         (changed(use_dora=True), r"layer 'base_model.model.up' is DoRA.*Leave use_dora out"),
-        (changed(lora_bias=True), "has a bias of its own"),
+        (changed(lora_bias=True, target_modules=["up"]), "has a bias of its own"),
         (lambda: lora_task.with_adapters(Tied()), "layer 'base_model.model.down' is on a weight that another layer sh"),
         (lambda: get_peft_model(WithTable(), LoraConfig(target_modules=["table"])), "is on a Embedding"),  # type: ignore[arg-type]
         (with_trained_weight, "is on a weight that is trained, too"),
@@ -271,5 +271,5 @@ def test_a_wrong_rank_is_refused(rank: str) -> None:
 def test_a_model_without_a_rank_cannot_have_another() -> None:
     parts = parts_of(lora_task.task)
     fixed = dataclasses.replace(lora_task.task, model=lambda: lora_task.with_adapters(lora_task.Base()))
-    with pytest.raises(ConfigError, match="adapters of rank 4 are asked for, and its model takes no rank"):
+    with pytest.raises(TaskError, match="adapters of rank 4 are asked for, and its model takes no rank"):
         trained(fixed, parts.moving, parts.frozen, rank="4")
