@@ -51,9 +51,8 @@ async def make_from_base(channel: CloudChannel, release: Release, slots: ModelSl
 
 
 def _held(slots: ModelSlots, base: BlobRef) -> Path | None:
-    """Return a file with the base's bytes."""
-    paths = [slots.path(slot) for slot, one in slots.state.slots.items() if one.blob.sha256 == base.sha256]
-    for path in (*paths, slots.base_path()):
+    """Return a file with the base's bytes: the one that was kept, or one in a slot, also in the one to write to."""
+    for path in (slots.base_path(), slots.path("a"), slots.path("b")):
         try:
             check_blob("the base", base, path)
         except (ManifestRejected, OSError):

@@ -327,7 +327,7 @@ class Updater:
         files = slots.files(state.spare, wanted)
         for one in files:
             is_whole = one.path == slots.path(state.spare)
-            if not (is_whole and await make_from_base(self._deps.channel, release, slots, one.path)):
+            if not (is_whole and await make_from_base(self._deps.channel, desired.release, slots, one.path)):
                 if one.path.exists() and one.path.stat().st_nlink > 1:  # it is a base, too, which stays as it is
                     one.path.unlink()
                 await download(self._deps.channel, one.ref, one.path, reuse=one.path)  # the old file is overwritten
