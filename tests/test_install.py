@@ -59,6 +59,10 @@ COMMANDS = {
     "local start": ((), "agent,cloud"),
     "local status": ((), "agent,cloud"),
     "local stop": ((), "agent,cloud"),
+    "models adapter": (
+        ("--task", DIGITS, "--parameters", "none.safetensors", "--out", "o", *NOWHERE),
+        "train,examples",
+    ),
     "models list": (NOWHERE, ""),
     "models publish": (("m", "--task", DIGITS, "--parameters", "none.safetensors", *NOWHERE), "train,examples"),
     "models show": (("m", *NOWHERE), ""),

@@ -17,10 +17,8 @@ from edge_agent.link.transfer import download
 from edge_agent.releases.slots import ModelSlots
 from edgefl.errors import ManifestRejected, ProtocolError
 from edgefl.logs import event
-from edgefl.models.adapters.patch import apply_patch
 from edgefl.protocols.manifest import Release, check_blob
 from edgefl.protocols.messages import BlobRef
-from edgefl.trees import SpooledTree
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +60,9 @@ def _held(slots: ModelSlots, base: BlobRef) -> Path | None:
 
 
 def _make(base: Path, patch: Path, made: Path, release: Release) -> None:
+    from edgefl.models.adapters.patch import apply_patch  # numpy, which an idle agent does not load
+    from edgefl.trees import SpooledTree
+
     try:
         apply_patch(base, SpooledTree(patch), made)
         check_blob(f"{release.model} version {release.version}, made of its base,", release.blob, made)

@@ -49,6 +49,7 @@ def modules(monkeypatch):
         pytest.param("tabular/trees", "r2", 0.1, marks=XGBOOST),
         ("text", "accuracy", 0.6),
         ("sensor", "accuracy", 0.5),
+        ("lora", "accuracy", 0.4),
     ],
 )
 def test_an_example_from_training_to_predictions(devices, tmp_path, name, metric, least):
