@@ -110,9 +110,9 @@ class WeightedMean:
 
     def _add(self, tree: Tree, weight: float) -> None:
         """Add a tree: matrices of low rank as factors as long as that is smaller, all else to the sums."""
-        stacks = self._stacks.names()
+        whole = self._whole()
         left = self._stacks.take(tree, weight)
-        self._sums.add(tree, weight, self._spec.keys() - stacks)
+        self._sums.add(tree, weight, whole)
         for name, addends in left.items():
             for own_weight, one in addends:
                 self._sums.add(one, own_weight, (name,))

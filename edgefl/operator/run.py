@@ -147,7 +147,9 @@ def continue_from(  # noqa: PLR0913 - one a thing that may be chosen
     round that is not kept, and for settings that do not fit.
     """
     check_label(label)
-    config = config if task is None else with_stop_direction(config, task)
+    if task is not None:
+        config = with_stop_direction(config, task)
+        refuse_inexact(task, config)
     bundle, name = None, None
     if reference is not None:
         packed = pack_bundle(reference)

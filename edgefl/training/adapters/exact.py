@@ -11,6 +11,7 @@ from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, TaskError
 from edgefl.task import Task
 from edgefl.training.adapters.layers import Adapter, adapters_of, refuse_begun
+from edgefl.training.adapters.settings import training_fault
 from edgefl.training.local import make_model
 
 if TYPE_CHECKING:
@@ -35,26 +36,14 @@ def refuse_inexact(task: Task, config: JobConfig) -> None:
 
 
 def _fault(config: JobConfig) -> str:
-    train, rule = config.train, config.aggregation.rule
+    rule = config.aggregation.rule
     if not rule_kind(rule).merges:
         return (
             f"aggregation.rule={rule} chooses among updates or their numbers, so its result is not the mean of the "
             "adapters' products. Use aggregation.rule=mean, or freeze the adapters' A (FFA-LoRA): then B is an "
             "ordinary parameter"
         )
-    if train.algorithm != "fedavg":
-        return (
-            f"train.algorithm={train.algorithm} sends one gradient: that of A is zero as long as B is, and the mean of "
-            "both is not the gradient of their product. Use train.algorithm=fedavg, or freeze the adapters' A"
-        )
-    if train.keep_optimizer_state:
-        return (
-            "train.keep_optimizer_state=true: adapters begin anew in each round, so the state is of others. Leave it "
-            "out, or freeze the adapters' A, which then stay"
-        )
-    if train.processes != 1:
-        return f"train.processes={train.processes}: adapters are trained by one process. Use train.processes=1"
-    return ""
+    return training_fault(config.train)
 
 
 def _refuse_unknown_factors(task: str, model: torch.nn.Module, adapters: Iterable[Adapter]) -> None:

@@ -261,6 +261,13 @@ def test_adapters_that_disappear_are_reported() -> None:
         train_locally(gone, parts.moving, TRAIN, options={}, round=1, client="a", frozen=parts.frozen)
 
 
+def test_settings_of_a_job_that_was_continued_are_refused_on_the_device() -> None:
+    parts = parts_of(lora_task.task)
+    config = dataclasses.replace(TRAIN, steps=0, epochs=1, algorithm="fedsgd")
+    with pytest.raises(TaskError, match=r"trains LoRA adapters, and train.algorithm=fedsgd sends one gradient"):
+        train_locally(lora_task.task, parts.moving, config, options={}, round=1, client="a", frozen=parts.frozen)
+
+
 @pytest.mark.parametrize("rank", ["0", "-1", "4.5", "many", "5000"])
 def test_a_wrong_rank_is_refused(rank: str) -> None:
     parts = parts_of(lora_task.task)
