@@ -1,8 +1,9 @@
 """LoRA adapters on a small vision transformer: digits that a camera sees from its side, from scikit-learn's own wheel.
 
-The base has learnt upright digits: `base.safetensors`, 20,138 parameters, made by
+The base has learnt upright digits: `base.safetensors`, 18,154 parameters, held-out accuracy 0.97, made by
 
-    edgefl simulate examples.lora.task:base --clients 1 --set train.epochs=60 --out examples/lora/base.safetensors
+    edgefl simulate examples.lora.task:base --clients 1 --rounds 1 --set train.epochs=60 \
+        --set train.lr=0.003 --out examples/lora/base.safetensors
 
 The devices' pictures are turned by 90 degrees, and their adapters learn that; the base stays as it is. A device chooses
 the rank of its adapters by what it can train:
