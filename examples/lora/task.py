@@ -2,8 +2,8 @@
 
 The base has learnt upright digits: `base.safetensors`, 18,154 parameters, held-out accuracy 0.97, made by
 
-    edgefl simulate examples.lora.task:base --clients 1 --rounds 1 --set train.epochs=60 \
-        --set train.lr=0.003 --out examples/lora/base.safetensors
+    edgefl simulate examples.lora.task:base --clients 1 --rounds 1 --out examples/lora/base.safetensors
+        --set train.epochs=60 --set train.lr=0.003
 
 The devices' pictures are turned by 90 degrees, and their adapters learn that; the base stays as it is. A device chooses
 the rank of its adapters by what it can train:
