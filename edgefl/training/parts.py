@@ -51,7 +51,7 @@ def _trained_names(task: Task, tensors: Tree) -> frozenset[str]:
     if task.model is not None:
         model = make_model(task)
         named = model.named_parameters(remove_duplicate=False)
-        matrices = {one.matrix for one in adapters_of(task.name, model)}
+        matrices = frozenset(one.matrix for one in adapters_of(task.name, model))
         return matrices | frozenset(name for name, parameter in named if parameter.requires_grad and name in tensors)
     if task.trained is None:
         return frozenset(tensors)
