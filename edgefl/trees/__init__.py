@@ -233,7 +233,7 @@ class SpooledTree(BlockTree):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = _File(path)
+        self._file = _StoredTree(path)
         self._all = FactoredTree(self._file)
         super().__init__(self._all.spec)
         self.factored, self.reads_blocks = self._all.factored, self._file.reads_blocks
@@ -252,7 +252,7 @@ class SpooledTree(BlockTree):
         return self._file
 
 
-class _File(BlockTree):
+class _StoredTree(BlockTree):
     """The tensors that a file holds."""
 
     def __init__(self, path: Path) -> None:
