@@ -1,0 +1,24 @@
+"""Which settings of local training adapters cannot have."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgefl.config import TrainConfig
+from edgefl.training.adapters.settings import training_fault
+
+
+@pytest.mark.parametrize(
+    ("train", "fault"),
+    [
+        (TrainConfig(algorithm="fedsgd"), "Use train.algorithm=fedavg"),
+        (TrainConfig(keep_optimizer_state=True), "adapters begin anew in each round"),
+        (TrainConfig(processes="auto"), "Use train.processes=1"),
+    ],
+)
+def test_a_fault_says_what_to_do(train: TrainConfig, fault: str) -> None:
+    assert fault in training_fault(train)
+
+
+def test_all_others_are_fine() -> None:
+    assert training_fault(TrainConfig(proximal_mu=0.1, steps=5, lora_ranks=[2, 4])) == ""
