@@ -245,6 +245,12 @@ class LocalFleet:
         )
         return self.agents[name]
 
+    def wait_online(self, name: str) -> None:
+        """Wait until an agent is connected, and the cloud that was started last knows it, also through a region."""
+        self.agents[name].wait_for("mqtt.up")
+        if self.cloud is not None:
+            self.cloud.wait_for(f"device.online device={name} ")
+
     def spawn(self, log: str, *command: str | Path | int, env: Mapping[str, str] | None = None) -> LoggedProcess:
         """Start an edgefl command as this fleet's operator."""
         env = {"EDGEFL_CREDENTIALS": str(self.credentials), **(env or {})}

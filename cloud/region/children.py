@@ -13,7 +13,7 @@ import functools
 import json
 import logging
 import threading
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Children:
         members = self._deps.members.members()
         crl = self._deps.crl()
         with self._lock:
-            self._inside = {}
+            before, self._inside = self._inside, {}
             for region in children(self._deps.name, members):
                 mirror = self._mirrors.setdefault(region, Mirror())
                 inside = below(region, members)
@@ -92,6 +92,9 @@ class Children:
                 mirror.set("revoked", crl)
             for gone in self._mirrors.keys() - self._inside.keys():
                 del self._mirrors[gone]
+            left = {region: inside - self._inside.get(region, frozenset()) for region, inside in before.items()}
+        for region, devices in left.items():
+            self._ask_no_more(region, devices)
 
     def note_running(self) -> None:
         """Tell the regions which jobs have not ended."""
@@ -200,6 +203,19 @@ class Children:
         for region in regions:
             if (mirror := self._mirror(region)) is not None:
                 mirror.delete(f"deliver/{relay}/{number}")
+
+    def _ask_no_more(self, region: str, devices: Collection[str]) -> None:
+        """A region is asked for the answers of these devices no more: they are not below it."""
+        if not devices:
+            return
+        with self._lock:
+            asked = [(key, regions[region]) for key, regions in self._devices.items()
+                     if not regions.get(region, {}).keys().isdisjoint(devices)]  # fmt: skip
+            for _, its in asked:
+                for device in devices:
+                    its.pop(device, None)
+        for (job, number), _ in asked:
+            self._tell(job, number, region)
 
     def withdraw(self, device: str, job: str, number: int) -> None:
         """No region is asked for this device's answer any more."""

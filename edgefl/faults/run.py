@@ -134,6 +134,7 @@ def _garbage_is_ours() -> Iterator[None]:
         finally:
             sys.unraisablehook = lambda _: None
             gc.collect()
+            gc.collect()  # what the first one's finalizers have let go
             sys.unraisablehook = hook
             gc.unfreeze()
             if was_enabled:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sqlite3
 import traceback
@@ -302,7 +303,7 @@ class World(logging.Handler):
         """Add a line of a program's log to the trace."""
         node = self.kernel.node
         if node is not None and node.is_alive:
-            text = record.getMessage().replace(str(self.folder), "~")
+            text = record.getMessage().replace(str(self.folder), "~").replace(f"pid={os.getpid()}", "pid=-")
             self.say(f"{node.name}: {text}")
             if record.exc_info:
                 error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None

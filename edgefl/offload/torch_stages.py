@@ -32,15 +32,16 @@ State = Mapping[str, "torch.Tensor"]
 class TorchSplit:
     """A module in two stages; `head` and `tail` are modules with parameters of their own."""
 
-    def __init__(self, graph: fx.GraphModule, names: Mapping[str, Sequence[str]], form: Any) -> None:
-        """`graph` calls both stages; `names` are all names of a tensor of the source, `form` that of outputs."""
+    def __init__(self, graph: fx.GraphModule, whole: State, form: Any) -> None:
+        """`graph` calls both stages; `whole` is the source's state, with ties, `form` the structure of its outputs."""
         calls = [node for node in graph.graph.nodes if node.op == "call_module"]
         self._inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         self._head_call, self._tail_call = calls
         self._output = next(node for node in graph.graph.nodes if node.op == "output")
         self.head: torch.nn.Module = graph.get_submodule(str(self._head_call.target))
         self.tail: torch.nn.Module = graph.get_submodule(str(self._tail_call.target))
-        self._names, self._form = names, form
+        self._whole = {name: one.detach().clone() for name, one in whole.items()}
+        self._names, self._form = _shared_names(whole), form
 
     def run_head(self, *inputs: torch.Tensor) -> tuple[list[torch.Tensor], dict[Any, Any]]:
         """Return the tensors that cross, with inputs that are needed late, and what the head knows of the outputs."""
@@ -62,8 +63,12 @@ class TorchSplit:
         return pytree.tree_unflatten(pytree.tree_leaves(found), self._form)
 
     def states(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the state of both stages, by the names in the module; tied tensors have all their names."""
-        return self._state(self.head), self._state(self.tail)
+        """Return the state of both stages, by the names in the module; tied tensors have all their names.
+
+        What no stage reads, such as a counter of batches in evaluation, is in the first one, as it was.
+        """
+        head, tail = self._state(self.head), self._state(self.tail)
+        return head | {name: one for name, one in self._whole.items() if name not in head and name not in tail}, tail
 
     def _state(self, stage: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {other: one for name, one in stage.state_dict().items() for other in self._names.get(name, (name,))}
@@ -99,7 +104,7 @@ def split_torch(
     graph = _piped(copy.deepcopy(module).train(training), inputs, policy)
     if wanted not in found:
         raise ConfigError(f"{type(module).__name__} has no cut {cut!r}; `torch_cuts` lists its {len(found)} cuts")
-    return TorchSplit(graph, _shared_names(module), _form(module, inputs))
+    return TorchSplit(graph, module.state_dict(keep_vars=True), _form(module, inputs))
 
 
 def merge_states(*stages: State) -> dict[str, torch.Tensor]:
@@ -162,10 +167,10 @@ def _form(module: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
         return pytree.tree_structure(copy.deepcopy(module).eval()(*inputs))
 
 
-def _shared_names(module: torch.nn.Module) -> dict[str, list[str]]:
-    """Return for each name in the state dict all names of its tensor."""
+def _shared_names(whole: State) -> dict[str, list[str]]:
+    """Return for each name in a module's state all names of its tensor."""
     groups: dict[int, list[str]] = {}
-    for name, one in module.state_dict(keep_vars=True).items():
+    for name, one in whole.items():
         groups.setdefault(id(one), []).append(name)
     return {name: names for names in groups.values() for name in names}
 

@@ -25,10 +25,10 @@ FILE = "fleet.json"
 
 @dataclass(frozen=True, slots=True)
 class CutOff:
-    """A device whose connections end: it was removed, or enrolled anew."""
+    """A device whose connections end: it belongs elsewhere, or was enrolled anew."""
 
     device: str
-    is_moved: bool = False  # it may still connect below this region, but not here: its round goes on
+    is_moved: bool = False  # the top decides what becomes of its round: it may be below another region, or removed
 
 
 class RegionMembership:
@@ -139,7 +139,7 @@ class RegionMembership:
         member = None if value is None else tiers.unpack(Member, value)
         former = self._members.pop(name, None)
         if member is None:
-            return CutOff(name) if former is not None else None
+            return CutOff(name, is_moved=True) if former is not None else None
         self._members[name] = member
         if former is None:
             return None

@@ -144,7 +144,7 @@ def _start_all(home: Path, fleet: LocalFleet, devices: int, asked: int | None) -
         port = _free_or_any(FIRST_SERVING_PORT + number)
         fleet.start_agent(name, *data, "--serve-port", str(port), env=ONE_THREAD)
     for name in names:
-        fleet.agents[name].wait_for("mqtt.up")
+        fleet.wait_online(name)
     urls = {name: (home / name / "serving").read_text(encoding="ascii").strip() for name in names}
     where = {region: fleet.url_of(region) for region in regions}
     state = LocalState(url=fleet.url, credentials=str(fleet.credentials), devices=urls, regions=where)

@@ -160,6 +160,14 @@ def test_a_device_that_moves_in_mid_round_is_asked_where_it_is(tiers, r1):
     r1.work(r1.key, ["a", "b"])
 
 
+def test_a_region_is_not_asked_any_more_for_a_device_that_is_not_below_it(tiers, r1):
+    opened = tiers.open()
+    ask(tiers, opened, "r1", "a", "b")
+    r1.work(r1.key, ["a", "b"])
+    tiers.members.assign("b", ["r2"])
+    r1.work(r1.key, ["a"])
+
+
 def test_a_region_is_not_asked_for_what_a_device_has_answered_elsewhere(tiers, r1):
     """It would wait for it until the deadline. The device's update may come before the news that it has moved."""
     opened = tiers.open()

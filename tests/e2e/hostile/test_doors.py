@@ -189,7 +189,7 @@ def test_more_devices_than_fit_are_told_and_the_operator_is_served(builtin_fleet
     data = three(fleet)
     fleet.enroll("late")
     homes = enrol(fleet, [f"light-{number}" for number in range(TOO_MANY)])
-    with LightDevices(fleet, homes, workers=2, announce=False) as devices:
+    with LightDevices(fleet, homes, announce=False) as devices:
         told = devices.told(120)
         refused = {door: [one.refusal for one in told if one.door == door and one.refusal] for door in ("grpc", "mqtt")}
         assert len(refused["grpc"]) >= TOO_MANY - 96

@@ -47,7 +47,7 @@ def test_who_is_cut_off(known):
     assert known.take("member/a", member("9", parents=["south"])) == CutOff(
         "a", is_moved=True
     )  # it may not connect here any more
-    assert known.take("member/a", None) == CutOff("a")
+    assert known.take("member/a", None) == CutOff("a", is_moved=True)  # elsewhere, or removed: the top knows
     assert known.take("member/a", None) is None
     assert told[0] == ["a"]
     assert told[-1] == []
