@@ -55,6 +55,7 @@ bench: $(VENV)/bench.stamp $(VENV)/mlserver.stamp
 	$(BIN)/python -m benchmarks.offload $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.stages $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.lora $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.generation $(BENCH_FLAGS)
 
 # One solution for Python 3.11 to 3.13 and all extras. The extras' ranges allow every version that works.
 lock: $(VENV)/dev.stamp

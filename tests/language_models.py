@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 
 from edgefl.offload.generation.blocks import EMBEDDING, HEAD, NORM, ROTARY, tensors_of
 from edgefl.offload.generation.stage_info import (
@@ -97,3 +98,13 @@ def byte_tokenizer():
 def other_spec(**changes):
     """Return the spec with changes."""
     return dataclasses.replace(SPEC, **changes)
+
+
+def smollm2(get):
+    """Return what `benchmarks.generation_model` gets of SmolLM2; the test is skipped if no index has the model."""
+    from benchmarks.generation_model import NoModel
+
+    try:
+        return get()
+    except NoModel as reason:
+        pytest.skip(f"SmolLM2 is not to be had: {reason}")

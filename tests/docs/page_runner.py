@@ -23,7 +23,7 @@ import psutil
 from edgefl.local_fleet import QUIET, LoggedProcess, free_ports
 from tests.docs.pages import ROOT
 
-COMMAND_S = 300.0
+COMMAND_S = 900.0  # splitting a language model takes long on a busy machine
 # What would take minutes, and says nothing more in that time; everything else runs as it is written.
 SHORTER = {
     "--rounds 500": "--rounds 5",
@@ -32,6 +32,7 @@ SHORTER = {
         "--config examples/digits/config.toml --set rounds.clients=100 --set rounds.count=2 --clients 1000",
 }  # fmt: skip
 RUNNING = {  # a command that runs until it is stopped -> what it says when it serves
+    "edgefl cloud generate": "tail.ready",
     "edgefl cloud start": "cloud.ready",
     "edgefl agent start": "mqtt.up",
     "mosquitto -c": " running",
@@ -47,19 +48,22 @@ class PageRunner:
         for one in (self.home / ".config" / "edgefl", self.root):
             one.mkdir(parents=True)
         shutil.copytree(ROOT / "examples", self.folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-        self._ports = dict(zip(("grpc", "http", "mqtt"), free_ports(3), strict=True))
+        self._ports = dict(zip(("grpc", "http", "mqtt", "tail"), free_ports(4), strict=True))
         self._running: dict[str, LoggedProcess] = {}  # by role: a cloud, a broker, or the agent of a home
         self._env = {
             **os.environ, **QUIET,
             "HOME": str(self.home), "XDG_STATE_HOME": str(self.home / "state"), "FLWR_HOME": str(self.home / "flwr"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
             "PAGE_ROOT": str(self.root), "OMP_NUM_THREADS": "1",
+            # Models are downloaded once for all pages.
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
         }  # fmt: skip
         self._env.pop("EDGEFL_CREDENTIALS", None)
         self._placeholders: Mapping[str, Callable[[], str]] = {
             r"(?<=//)CLOUD:9480": self._cloud,
             r"broker\.example\.org:8883": lambda: f"127.0.0.1:{self._ports['mqtt']}",
             r"localhost:8000": self._serving,
+            r"localhost:9460": lambda: f"localhost:{self._ports['tail']}",
             r"\bTOKEN\b": lambda: (self.folder / "token.txt").read_text("utf-8").strip(),
             r"\bJOB\b": self._newest_job,
             r"\b3f9a0c\b": self._unused_token,
@@ -119,6 +123,9 @@ class PageRunner:
             role = "cloud"
             line += f" --grpc-port {self._ports['grpc']} --http-port {self._ports['http']}"
             line += "" if "--broker mqtt" in line else f" --mqtt-port {self._ports['mqtt']}"
+        elif line.startswith("edgefl cloud generate"):
+            role = "tail"
+            line += f" --port {self._ports['tail']}"
         elif line.startswith("edgefl agent start"):
             role = str(self._home_in(line))
             line += " --serve-port 0"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import generation_model
+from tests import language_models
 from tests.docs.page_runner import SHORTER, PageRunner
 from tests.docs.pages import blocks, is_run, lines_of, others, written
 from tests.docs.scenes import BEFORE, FILES, commands_before, files_of
@@ -21,6 +23,9 @@ RUN = {page: [line for one in found for line in lines_of(one) if is_run(one, lin
 def test_each_command_of_a_page_does_what_it_says(page: str, tmp_path: Path) -> None:
     if page == "examples/keras-app/README.md":
         pytest.importorskip("keras", reason="`make soak` installs TensorFlow")
+    if page == "examples/chat/README.md":
+        pytest.importorskip("openai", reason="the client of OpenAI's API is not installed")
+        language_models.smollm2(generation_model.model_file)
     runner = PageRunner(tmp_path)
     for name, text in (*files_of(page).items(), *own_files(page).items()):
         path = runner.folder / name

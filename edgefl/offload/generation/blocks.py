@@ -47,6 +47,19 @@ class ArrayLibrary:
             return np.empty(shape, np.float32)
         return self.xp.empty(shape, dtype=self.xp.float32, device=self.device or None)
 
+    def attention(self, queries_krd: Any, keys_kld: Any, values_kld: Any, hidden_rl: Array | None) -> Any:
+        """Return softmax(queries keys^T / sqrt(D)) values (K, R, D); where `hidden_rl` is True, a row sees nothing."""
+        scale = queries_krd.shape[-1] ** -0.5
+        if self.xp is not np:
+            seen = None if hidden_rl is None else self.array(~hidden_rl)
+            attend = self.xp.nn.functional.scaled_dot_product_attention  # one call; by hand they are eight
+            return attend(queries_krd[None], keys_kld[None], values_kld[None], seen, scale=scale)[0]
+        scores = queries_krd @ keys_kld.swapaxes(1, 2) * np.float32(scale)
+        if hidden_rl is not None:
+            scores[:, hidden_rl] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return weights @ values_kld / weights.sum(-1, keepdims=True)
+
     def numpy(self, values: Any) -> Array:
         """Return values as a numpy array."""
         made: Array = values if self.xp is np else values.cpu().numpy()
@@ -94,12 +107,14 @@ class SequenceCache:
         if self.length:
             self._stored[:, :, :, : self.length] = former[:, :, :, : self.length]
 
-    def put(self, block: int, keys_tkd: Any, values_tkd: Any) -> tuple[Any, Any]:
-        """Add rows behind those that are there, for one block; return all its keys and values (K, L, D)."""
-        end = self.length + len(keys_tkd)
-        kept, swap = self._stored[block], self._engine.xp.swapaxes
-        kept[0, :, self.length : end] = swap(keys_tkd, 0, 1)
-        kept[1, :, self.length : end] = swap(values_tkd, 0, 1)
+    def put(self, block: int, rows_t2kd: Any) -> tuple[Any, Any]:
+        """Add keys and values (T, 2, K, D) behind those of a block; return all its keys and values (K, L, D)."""
+        end = self.length + len(rows_t2kd)
+        kept = self._stored[block]
+        if len(rows_t2kd) == 1:
+            kept[:, :, self.length] = rows_t2kd[0]
+        else:
+            kept[:, :, self.length : end] = self._engine.xp.moveaxis(rows_t2kd, 0, 2)
         return kept[0, :, :end], kept[1, :, :end]
 
 
@@ -183,13 +198,13 @@ class DecoderPart:
         values = mixed[:, spec.heads + spec.kv_heads :]
         if block.query_norm is not None:
             queries, keys = self._normed(queries, block.query_norm), self._normed(keys, block.key_norm)
-        queries, keys = self._turned(queries, turns), self._turned(keys, turns)
-        parts, at = [], 0
+        queries = self._turned(queries, turns)
+        stored = xp.concatenate([self._turned(keys, turns), values], 1).reshape(-1, 2, spec.kv_heads, spec.head_size)
+        heads, at = self.engine.empty(len(mixed), spec.heads * spec.head_size), 0
         for one in rows:
             span = slice(at, at + one.num)
-            parts.append(self._attended(queries[span], *one.cache.put(number, keys[span], values[span])))
+            heads[span] = self._attended(queries[span], *one.cache.put(number, stored[span]))
             at += one.num
-        heads = parts[0] if len(parts) == 1 else xp.concatenate(parts)
         hidden_ne = hidden_ne + _linear(heads, block.from_heads, block.from_heads_bias)
         wide = _linear(self._normed(hidden_ne, block.second_norm), block.gate_and_up, block.gate_and_up_bias)
         gate, up = wide[:, : wide.shape[1] // 2], wide[:, wide.shape[1] // 2 :]
@@ -213,14 +228,12 @@ class DecoderPart:
         num, length, kv_heads = len(queries_thd), keys_kld.shape[1], spec.kv_heads
         group = spec.heads // kv_heads
         grouped = xp.swapaxes(queries_thd.reshape(num, kv_heads, group, spec.head_size), 0, 1)
-        scores = grouped.reshape(kv_heads, num * group, spec.head_size) @ xp.swapaxes(keys_kld, 1, 2)
-        scores = scores * spec.head_size**-0.5
+        hidden = None
         if num > 1:  # a row does not see those behind it
-            hidden = np.triu(np.full((num, length), -np.inf, np.float32), length - num + 1)[:, None]
-            scores = scores.reshape(kv_heads, num, group, length) + self.engine.array(hidden)
-            scores = scores.reshape(kv_heads, num * group, length)
-        weights = xp.exp(scores - xp.amax(scores, axis=-1, keepdims=True))
-        mixed = weights @ values_kld / xp.sum(weights, axis=-1, keepdims=True)
+            hidden = np.triu(np.ones((num, length), bool), length - num + 1).repeat(group, axis=0)
+        mixed = self.engine.attention(
+            grouped.reshape(kv_heads, num * group, spec.head_size), keys_kld, values_kld, hidden
+        )  # fmt: skip
         return xp.swapaxes(mixed.reshape(kv_heads, num, group, spec.head_size), 0, 1).reshape(num, -1)
 
 
