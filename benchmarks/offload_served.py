@@ -88,7 +88,7 @@ class _Served:
             self._folder = Path(self._exit.enter_context(_folder()))
             offload_models.export(self._model, self._folder / "m.onnx")
             self._machines = self._exit.enter_context(Machines(["cloud", "device"]))
-            _make_home(self._folder)
+            enrol(self._folder)
             cuts = self._place()
             self._exit.enter_context(self._stages(cuts))
             self._device = self._exit.enter_context(self._start_device())
@@ -219,7 +219,7 @@ def _folder() -> Any:
     return tempfile.TemporaryDirectory(prefix="edgefl-offload-")
 
 
-def _make_home(folder: Path) -> None:
+def enrol(folder: Path) -> None:
     """Make a cloud's home, and a device that is enrolled there."""
     stages.make_home(folder / "home")
     device = folder / "device"

@@ -26,6 +26,8 @@ from edgefl.trees import Tree
 LOOK_S = 1.0
 MEASURE_S = 30.0  # between two measurements of a link that no request uses
 PROBE_S = 10.0  # time limit of a probe
+TELL_S = 10.0  # between two notes of numbers
+STATE = ("placement", "form", "server", "breaker")  # that is told at once
 REASONS = 5  # that are told
 
 _log = logging.getLogger(__name__)
@@ -43,18 +45,27 @@ class PlacementKeeper:
         self._replanner = None if self._planned is None else Replanner(self._planned)
         self._measured_s = -MEASURE_S
         self._told: dict[str, Any] = {}
+        self._told_s = 0.0
 
     async def run(self) -> None:
         """Run until cancelled; closes the connection to the stage server then."""
         try:
             while True:
                 await self.look(time.monotonic())
-                if (facts := self.facts()) != self._told:
-                    self._told = facts
-                    self._tell(facts)
+                self._tell_changes(time.monotonic())
                 await asyncio.sleep(LOOK_S)
         finally:
             await self._model.close()
+
+    def _tell_changes(self, now_s: float) -> None:
+        """Tell the facts if the state has changed; numbers alone now and then, since the agent writes them to disk."""
+        facts = self.facts()
+        state = {name: facts[name] for name in STATE}
+        if state != {name: self._told.get(name) for name in STATE} or (
+            facts != self._told and now_s - self._told_s >= TELL_S
+        ):
+            self._told, self._told_s = facts, now_s
+            self._tell(facts)
 
     async def look(self, now_s: float) -> None:
         """Do what is due: a probe, a measurement of the link, a look at the plan."""

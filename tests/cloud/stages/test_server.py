@@ -185,8 +185,8 @@ def test_tritonclient_unmodified(fleet, tmp_path, free_port) -> None:
         assert client.is_server_ready()
         assert client.is_model_ready("net", "1")
         about = client.get_model_metadata("net.1", as_json=True)
-        assert [one["name"] for one in about["inputs"]] == ["x", "xa"]
-        assert [one["name"] for one in client.get_model_metadata("net", as_json=True)["inputs"]] == ["x", "h"]
+        assert [one["name"] for one in about["inputs"]] == ["xa", "x"]
+        assert [one["name"] for one in client.get_model_metadata("net", as_json=True)["inputs"]] == ["h", "x"]
         session = new_session(tmp_path / "net.onnx")
         (whole,) = session.run(["y"], {"x": rows(2)})
         hidden = np.maximum(rows(2) @ np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32), 0)

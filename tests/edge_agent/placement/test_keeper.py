@@ -83,6 +83,7 @@ def test_a_link_that_no_request_uses_is_measured_now_and_then(placed) -> None:
 
 def test_facts_are_told_when_they_change(placed, monkeypatch) -> None:
     monkeypatch.setattr("edge_agent.placement.keeper.LOOK_S", 0.01)
+    monkeypatch.setattr("edge_agent.placement.keeper.TELL_S", 0.02)
 
     async def run():
         async with placed() as (model, server, _):
@@ -101,6 +102,22 @@ def test_facts_are_told_when_they_change(placed, monkeypatch) -> None:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+    asyncio.run(run())
+
+
+def test_numbers_alone_are_told_now_and_then_and_a_state_at_once(placed) -> None:
+    async def run():
+        async with placed() as (model, _, _):
+            told = []
+            keeper = keeper_of(model, told)
+            for now_s, remote in ((100.0, 0), (101.0, 1), (109.0, 2), (111.0, 3), (112.0, 3), (130.0, 3)):
+                model.counts.remote = remote
+                keeper._tell_changes(now_s)
+            assert [one["remote"] for one in told] == [0, 3]
+            model.breaker.failed(0.0, "lost", at_once=True)
+            keeper._tell_changes(130.1)
+            assert told[-1]["breaker"] == OPEN
 
     asyncio.run(run())
 
