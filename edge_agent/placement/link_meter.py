@@ -1,7 +1,8 @@
 """What a device knows of its link and of the load on both sides, from the requests that it sends anyway.
 
 The round trip is the median of the last pings. What a request takes beyond that and beyond the server's own time is
-spent on its bytes, which gives the rate; both are smoothed. No clock and no I/O.
+spent on its bytes, which gives the rate. Rates and loads are running means, of the first measurements by their number,
+then exponential. No clock and no I/O.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class LinkMeter:
         self._pings_ms: deque[float] = deque(maxlen=PINGS)
         self._mbps: float | None = None
         self.device_load = self.cloud_load = 1.0  # 2 = twice as slow as was expected
+        self._num_device = self._num_cloud = 1  # measurements, with what was expected
 
     def note_ping(self, rtt_ms: float) -> None:
         """Note the time of an empty call."""
@@ -40,12 +42,14 @@ class LinkMeter:
     def note_device(self, took_ms: float, expected_ms: float) -> None:
         """Note how long the device's part took."""
         if expected_ms > 0:
-            self.device_load += WEIGHT * (took_ms / expected_ms - self.device_load)
+            self._num_device += 1
+            self.device_load += max(WEIGHT, 1 / self._num_device) * (took_ms / expected_ms - self.device_load)
 
     def note_cloud(self, took_ms: float, expected_ms: float) -> None:
         """Note how long the server says that its part took, with waiting."""
         if expected_ms > 0:
-            self.cloud_load += WEIGHT * (took_ms / expected_ms - self.cloud_load)
+            self._num_cloud += 1
+            self.cloud_load += max(WEIGHT, 1 / self._num_cloud) * (took_ms / expected_ms - self.cloud_load)
 
     @property
     def link(self) -> LinkSpeed | None:

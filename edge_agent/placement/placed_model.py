@@ -185,7 +185,11 @@ class _PlacedRequest:
         placement, counts = model.current, model.counts
         if placement.name == DEVICE and model.whole is not None:
             counts.local += 1
-            return self._made(await self._here(model.whole), DEVICE)
+            begun_s = time.monotonic()
+            found = await self._here(model.whole)
+            if _rows(self._feeds) == 1:
+                model.meter.note_device(1e3 * (time.monotonic() - begun_s), 1e3 * model.whole.run_s)
+            return self._made(found, DEVICE)
         if not offload.threshold or model.fallback is None:
             found, reason = await self._tried(placement, self._feeds)
             if found is not None:

@@ -35,6 +35,10 @@ def test_a_call_that_took_no_time_is_no_infinite_rate() -> None:
 
 def test_loads_follow_what_is_measured() -> None:
     meter = LinkMeter()
+    meter.note_device(30, 10)
+    assert meter.device_load == pytest.approx(2)  # between what was expected and what was seen
+    meter.note_device(40, 10)
+    assert meter.device_load == pytest.approx((1 + 3 + 4) / 3)
     for _ in range(50):
         meter.note_device(20, 10)
         meter.note_cloud(5, 10)

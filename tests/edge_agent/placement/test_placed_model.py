@@ -30,6 +30,7 @@ def test_every_placement_computes_what_the_model_does(placed, expected, candidat
                 assert parameters == {"placement": candidates[0].name}
             assert len(server.seen) == (0 if candidates == (WHOLE,) else 4)  # one row, then three apart
             assert {one.model_name for one in server.seen} <= {f"m.{candidates[0].layers}"}
+            assert (model.meter.device_load != 1.0) == (candidates[0] != IN_CLOUD)  # measured with one row
 
     asyncio.run(run())
 
