@@ -93,6 +93,7 @@ def publish(  # noqa: PLR0913 - one a flag
     output.line(f"{found['model']} version {found['version']}, placement {placed.offload.use}:")
     for line in placements_text(placed.offload):
         output.line(f"  {line}")
+    output.line("  how much can be read from what crosses was not measured here: edgefl offload plan --leak")
     if placed.offload.fallback is None:
         output.line("  no fall-back: without the cloud, requests are refused (--fallback)")
     which = f"{found['model']}:{found['version']}"
