@@ -186,10 +186,10 @@ class _PlacedRequest:
         if placement.name == DEVICE and model.whole is not None:
             counts.local += 1
             begun_s = time.monotonic()
-            found = await self._here(model.whole)
+            here = await self._here(model.whole)
             if _rows(self._feeds) == 1:
                 model.meter.note_device(1e3 * (time.monotonic() - begun_s), 1e3 * model.whole.run_s)
-            return self._made(found, DEVICE)
+            return self._made(here, DEVICE)
         if not offload.threshold or model.fallback is None:
             found, reason = await self._tried(placement, self._feeds)
             if found is not None:
