@@ -187,7 +187,8 @@ class Aggregator:
         state = fleet.insist(lambda: self.home.blobs.put_tree(optimizer).sha256) if optimizer else None
         kept = max(self._options.kept_rounds, self._options.kept_models + 1)
         owed = owed_after(outcome, job.config)
-        fleet.insist(lambda: self.home.jobs.finish_round(outcome, model, state, kept, learnt, owed))
+        frozen = fleet.fold_cloud_parts(outcome)
+        fleet.insist(lambda: self.home.jobs.finish_round(outcome, model, state, kept, learnt, owed, frozen=frozen))
         if state is not None and is_large(optimizer):  # from now on it is read from its blob
             job.step.load(SpooledTree(self.home.blobs.path(state)))
         fleet.insist(lambda: self.home.jobs.forget_model_of(outcome.job, outcome.round - self._options.kept_models))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cloud.generation.cli import generate
+from cloud.split.cli import train_stage
 from cloud.stages.cli import stages
 from edgefl.terminal.output import Output, example, json_option, time_text
 
@@ -32,6 +33,7 @@ def cloud() -> None:
 
 cloud.add_command(generate)
 cloud.add_command(stages)
+cloud.add_command(train_stage)
 
 
 @cloud.command(

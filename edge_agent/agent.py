@@ -45,6 +45,7 @@ from edge_agent.training.bundles import Bundles
 from edge_agent.training.environments import Environments
 from edge_agent.training.participant import Participant, ParticipantDependencies
 from edge_agent.training.site_network import own_address, require_machines
+from edge_agent.training.split.tunnel import SplitTunnel
 from edge_agent.training.trainer import IDLE_S, Trainer
 from edgefl.errors import ConfigError, PartFailed, ProtocolError
 from edgefl.logs import event, logging_to
@@ -162,6 +163,7 @@ class Agent:
         self._config, self._profile = config, profile
         fleet_key = load_fleet_key(home)
         self._trainer = Trainer(config.trainer_socket, config.trainer_idle_s)
+        self._trainer.tunnel = SplitTunnel(profile, home)
         self._policy = _policy_watch(config, self._trainer, self._on_policy)
         listener = bind(config.serve_host, config.serve_port)
         if config.serve_tls and profile.insecure:

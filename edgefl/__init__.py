@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from edgefl.flower.run import FlowerRunResult
     from edgefl.operator.run import RunResult, run
     from edgefl.records import RoundReport
+    from edgefl.settings.split import SplitConfig
     from edgefl.simulation.simulate import Watching, simulate
     from edgefl.simulation.study.report import CutShort, ProcessLost, SimulationResult
     from edgefl.simulation.study.sweep import SweepResult, SweepWatching, VariantResult, sweep
@@ -132,6 +133,7 @@ _NAMES = {
     "edgefl.simulation.world.draws": ("Spread",),
     "edgefl.simulation.world.population": ("PopulationConfig",),
     "edgefl.simulation.world.settings": ("EngineConfig", "SimulationConfig"),
+    "edgefl.settings.split": ("SplitConfig",),
     "edgefl.task": ("EvalResult", "FitResult", "Task"),
     "edgefl.training.metrics": ("WholeSet",),
 }
@@ -184,6 +186,7 @@ __all__ = [
     "SignatureChanged",
     "SimulationConfig",
     "SimulationResult",
+    "SplitConfig",
     "Spread",
     "StepFailed",
     "StopConfig",

@@ -20,6 +20,7 @@ import dacite
 from edgefl.choosing.expression import parse
 from edgefl.choosing.settings import StopConfig, check_choice, check_share
 from edgefl.errors import ConfigError
+from edgefl.settings.split import SplitConfig, check_mode
 from edgefl.terminal.bounds import (
     MAX_RATE,
     require,
@@ -128,6 +129,8 @@ class TrainConfig:
     lora_ranks: Sequence[int] = field(default_factory=list)  # of LoRA adapters: each client has one of these; [] = task
     backend: str = ""  # of their communication: gloo, nccl, xccl ..; empty = the usual one of the device
     round: int = 0  # number of the round, from 1; set in each round's plan, never by the user
+    mode: str = "local"  # local: a device trains the whole model; split: its first layers, and the cloud the rest
+    split: SplitConfig = field(default_factory=SplitConfig)  # of mode split
 
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
@@ -157,6 +160,7 @@ class TrainConfig:
         for rank in self.lora_ranks:
             require_within("train.lora_ranks", rank, 1, MAX_RANK)
         self._check_processes()
+        check_mode(self.mode, self.split, self.algorithm, self.processes)
 
     def _check_processes(self) -> None:
         number = self.processes

@@ -17,8 +17,11 @@ from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.jobs.choice import ChoiceBoard, DeviceChoice
 from cloud.jobs.device_shares import DeviceShares
+from cloud.jobs.division import on_devices
 from cloud.jobs.reach import unreachable
 from cloud.region.sums import partial_of
+from cloud.split.fold import folded
+from cloud.split.results import SplitFolder
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, JobRow, Jobs
 from cloud.state.spool import Spool
@@ -32,7 +35,7 @@ from edgefl.protocols import tiers
 from edgefl.protocols.assignments import UPDATE_AGENT
 from edgefl.protocols.messages import BlobRef, Evaluate, Fit, RoundClosed, UpdateRefused
 from edgefl.protocols.tiers import SumNote
-from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic, Update
+from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import NO_EVALUATION
 from edgefl.trees import SpooledTree, Tree, encoded_bytes, whole_bytes
 from edgefl.trees.views import joined
@@ -70,6 +73,7 @@ class GrpcFleet:
         self._took_part: set[str] = set()
         self._durations = Durations()
         self._refused: set[str] = set()  # devices whose answer the guard has refused since it was yielded
+        self.frozen = job.frozen  # all tensors that devices do not send
         self._model_sha256: str | None = None  # hash of the open round's model
         if job.owed:
             deps.rounds.hold(job.id, job.rounds_done, job.owed)
@@ -99,11 +103,25 @@ class GrpcFleet:
 
     def assembled(self, parameters: Tree) -> BlobRef | None:
         """Return the blob of a job's last model with its frozen tensors; None if it has none."""
-        if self._job.frozen is None:
+        if self.frozen is None:
             return None
-        frozen = SpooledTree(self._deps.blobs.path(self._job.frozen.sha256))
+        frozen = SpooledTree(self._deps.blobs.path(self.frozen.sha256))
         tensors = joined(frozen, parameters)
         return self.insist(lambda: self._deps.blobs.put_tree(tensors), encoded_bytes(tensors))
+
+    def fold_cloud_parts(self, outcome: RoundOutcome) -> BlobRef | None:
+        """Return the blob of the tensors that devices do not send after a round; None if they are the same.
+
+        Raises StepFailed if no device of the round has trained the cloud's part of a job in parts.
+        """
+        job, blobs = self._job, self._deps.blobs
+        if job.division is None or self.frozen is None:
+            return None
+        folder = SplitFolder(blobs.folder.parent, job.id)
+        before = SpooledTree(blobs.path(self.frozen.sha256))
+        new = folded(folder, job.config, job.division, before, outcome)
+        self.frozen = self.insist(lambda: blobs.put_tree(new), encoded_bytes(new))
+        return self.frozen
 
     def insist(self, call: Callable[[], _T], num_bytes: int = 0) -> _T:
         """Call a function that writes; retry while the disk is full. Raises the error that interrupted the job."""
@@ -238,7 +256,7 @@ class GrpcFleet:
                 workers=plan.train.workers,
                 deadline_s=plan.deadline_s,
                 max_update_bytes=HEADER_SLACK_BYTES,
-                frozen=job.frozen,
+                frozen=on_devices(job.frozen, job.division),
                 parted=job.parted,
             )
         return Fit(
@@ -250,7 +268,7 @@ class GrpcFleet:
             train=plan.train,
             deadline_s=plan.deadline_s,
             max_update_bytes=whole_bytes(plan.parameters) + HEADER_SLACK_BYTES,
-            frozen=job.frozen,
+            frozen=on_devices(job.frozen, job.division),
             parted=job.parted,
             evaluate=plan.evaluate,
             takes_late=self._takes_late(plan),

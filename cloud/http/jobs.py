@@ -28,7 +28,7 @@ from edgefl.guards import MAX_NAME_CHARS as MAX_METRIC_CHARS
 from edgefl.hashing import HashingFile
 from edgefl.process.log_tail import MAX_RECORDS, LogTail, of_job, read_tail
 from edgefl.protocols.labels import meant_by
-from edgefl.protocols.messages import BlobRef
+from edgefl.protocols.messages import MAX_TENSORS, BlobRef, Division
 from edgefl.records import EvaluationSpec
 
 MAX_NAME_CHARS = 500
@@ -44,6 +44,14 @@ class EvaluationRequest(Body):
     declared: bool = True
 
 
+class DivisionRequest(Body):
+    """What a job in parts trains in the cloud: see `messages.Division`."""
+
+    in_cloud: dict[str, str] = Field(max_length=MAX_TENSORS)
+    buffers: list[str] = Field(max_length=MAX_TENSORS)
+    device_frozen: BlobRef | None = None
+
+
 class JobRequest(Body):
     """A job: its configuration, and the already uploaded bundle and first parameters."""
 
@@ -56,6 +64,7 @@ class JobRequest(Body):
     name: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the task, for people
     label: str | None = Field(default=None, max_length=MAX_NAME_CHARS)  # of the job, for people
     evaluation: EvaluationRequest | None = None  # None = devices do not evaluate
+    division: DivisionRequest | None = None  # of a job in parts
     config: dict[str, Any] = Field(default_factory=dict)
     key: str | None = Field(
         default=None, pattern="^[0-9a-f]{32}$"
@@ -104,6 +113,9 @@ def submit(body: JobRequest, here: Here) -> dict[str, str]:
         body.task, body.bundle, body.parameters, body.buffers, config, body.key, parted=body.parted,
         frozen=body.frozen, name=body.name, label=body.label,
         evaluation=None if body.evaluation is None else EvaluationSpec(**body.evaluation.model_dump()),
+        division=None if body.division is None else Division(
+            in_cloud=body.division.in_cloud, buffers=body.division.buffers, device_frozen=body.division.device_frozen
+        ),
     )  # fmt: skip
     return {"id": job}
 

@@ -18,7 +18,7 @@ from cloud.state.registry import Registry
 from cloud.state.rollout import Rollouts
 from cloud.state.storage import Storage
 from edgefl.config import JobConfig
-from edgefl.protocols.messages import BlobRef, DeviceState, Telemetry
+from edgefl.protocols.messages import BlobRef, DeviceState, Division, Telemetry
 from edgefl.protocols.tiers import RegionState
 from edgefl.records import EvaluationSpec
 
@@ -36,7 +36,7 @@ class JobService(Protocol):
     def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
-        label: str | None = None, evaluation: EvaluationSpec | None = None,
+        label: str | None = None, evaluation: EvaluationSpec | None = None, division: Division | None = None,
     ) -> str:  # fmt: skip
         """Start a job and return its id; raises ConfigError or ProtocolError for what cannot be run."""
 

@@ -74,7 +74,7 @@ class JobControl:
         state = kept_state(self._engine, self._blobs, job, number)
         frozen = state.frozen
         self._refuse_unfit(job, number, was["config"], config)
-        values = {name: was[name] for name in ("buffers", "evaluation", "name", "task", "bundle", "parted")}
+        values = {name: was[name] for name in ("buffers", "evaluation", "name", "task", "bundle", "parted", "division")}
         if bundle is not None and task is not None:
             if not self._blobs.has(bundle.sha256):
                 raise ConfigError(f"the job's bundle {bundle.sha256[:16]}... is not in the cloud; upload it first")

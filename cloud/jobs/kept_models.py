@@ -54,14 +54,24 @@ def forget_state(engine: sa.Engine, blobs: BlobStore, job: str, number: int) -> 
             return
         model, optimizer = row.outcome["model"], row.optimizer_sha256
         db.execute(rounds.update().where(at).values(optimizer_sha256=None))
+        frozen = row.outcome.get("frozen") if _is_divided(db, job) else None  # then each round has its own
+        frozen_used = _count(db, jobs.c.frozen_sha256 == frozen) + _count(
+            db, (rounds.c.outcome["frozen"].as_string() == frozen) & ~at
+        )
         model_used = _count(db, jobs.c.model_sha256 == model)
         optimizer_used = _count(db, jobs.c.optimizer_sha256 == optimizer) + _count(
             db, rounds.c.optimizer_sha256 == optimizer
         )
     if not model_used:
         blobs.delete(model)
+    if frozen and not frozen_used:
+        blobs.delete(frozen)
     if optimizer and not optimizer_used:
         blobs.delete(optimizer)
+
+
+def _is_divided(db: sa.Connection, job: str) -> bool:
+    return db.scalar(sa.select(jobs.c.division).where(jobs.c.id == job)) is not None
 
 
 def _count(db: sa.Connection, condition: sa.ColumnElement[bool]) -> int:

@@ -12,10 +12,12 @@ from edgefl.trees import SpooledTree
 
 
 def check_parts(
-    blobs: BlobStore, bundle: BlobRef, parameters: BlobRef, frozen: BlobRef | None, buffers: Sequence[str]
-) -> None:
+    blobs: BlobStore, bundle: BlobRef, parameters: BlobRef, frozen: BlobRef | None, buffers: Sequence[str],
+    on_devices: BlobRef | None = None,
+) -> None:  # fmt: skip
     """Raise ConfigError for parts that are missing or do not fit, BlobDamaged for a damaged one."""
-    for part, ref in (("bundle", bundle), ("parameters", parameters), ("frozen part", frozen)):
+    named = {"bundle": bundle, "parameters": parameters, "frozen part": frozen, "devices' frozen part": on_devices}
+    for part, ref in named.items():
         if ref is None:
             continue
         if not blobs.has(ref.sha256):

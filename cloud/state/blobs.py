@@ -36,6 +36,10 @@ class BlobStore:
             for left_over in folder.glob(".incoming-*"):  # of a process that was killed while writing
                 left_over.unlink()
 
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
     def path(self, sha256: str) -> Path:
         """Return a blob's path, whether it exists or not; raises ProtocolError if `sha256` is not a digest."""
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):

@@ -19,6 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cloud.jobs.division import check_division, division_of, frozen_values
 from cloud.jobs.kept_models import forget_state
 from cloud.jobs.participations import keep_history
 from cloud.jobs.parts import check_parts, frozen_of
@@ -33,10 +34,11 @@ from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, NotFound
 from edgefl.protocols.labels import check_label
 from edgefl.protocols.manifest import Bundle
-from edgefl.protocols.messages import BlobRef, Signed, from_json
+from edgefl.protocols.messages import BlobRef, Division, Signed, from_json
 from edgefl.records import DeviceEvaluation, EvaluationSpec, RoundOutcome
 from edgefl.rounds import LastEvaluation
 from edgefl.stopping import make_stop
+from edgefl.trees import SpooledTree
 
 Rows = list[dict[str, Any]]
 
@@ -62,6 +64,7 @@ class JobRow:
     parted: bool = False  # whether `model` has only the trained tensors and the buffers
     frozen: BlobRef | None = None  # the model's other tensors
     evaluation: EvaluationSpec | None = None  # what devices evaluate; None = nothing
+    division: Division | None = None  # of a job in parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +91,8 @@ class Jobs:
     """All jobs of a home. `started` is called with the id of each job that is submitted."""
 
     def __init__(self, engine: sa.Engine, blobs: BlobStore, sign: Callable[[Bundle], Signed]) -> None:
-        self._engine = engine
-        self._blobs = blobs
-        self._sign = sign
-        self._changed = threading.Condition()
-        self._evaluating = threading.Lock()
+        self._engine, self._blobs, self._sign = engine, blobs, sign
+        self._changed, self._evaluating = threading.Condition(), threading.Lock()
         self.started: Callable[[str], None] = lambda _job: None
         self.cancelled: Callable[[str], None] = lambda _job: None
         self.followers = Followers()
@@ -102,7 +102,7 @@ class Jobs:
     def submit(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
-        label: str | None = None, evaluation: EvaluationSpec | None = None,
+        label: str | None = None, evaluation: EvaluationSpec | None = None, division: Division | None = None,
     ) -> str:  # fmt: skip
         """Start a job and return its id; raises ConfigError if it could only fail, ProtocolError for an invalid tree.
 
@@ -114,7 +114,8 @@ class Jobs:
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
             return job
-        check_parts(self._blobs, bundle, parameters, frozen, buffers)
+        check_parts(self._blobs, bundle, parameters, frozen, buffers, division and division.device_frozen)
+        check_division(config, division, frozen and SpooledTree(self._blobs.path(frozen.sha256)))
         check_rule(config)
         make_stop(config.rounds.stop)
         ServerOptimizer(config.server, gradient=False)
@@ -135,6 +136,7 @@ class Jobs:
             "frozen_sha256": frozen.sha256 if frozen is not None else None,
             "frozen_size": frozen.size if frozen is not None else None,
             "evaluation": sa.null() if evaluation is None else dataclasses.asdict(evaluation),
+            "division": division and dataclasses.asdict(division),
         }
         with self._engine.begin() as db:
             db.execute(jobs.insert().values(values))
@@ -173,6 +175,7 @@ class Jobs:
             parted=bool(row["parted"]),
             frozen=frozen_of(row),
             evaluation=None if row["evaluation"] is None else EvaluationSpec(**row["evaluation"]),
+            division=division_of(row),
         )
 
     def has_open_round(self, job: str) -> bool:
@@ -248,9 +251,9 @@ class Jobs:
             for table in (updates, sums, rounds):
                 db.execute(table.delete().where((table.c.job == job) & (table.c.round == number)))
 
-    def finish_round(
+    def finish_round(  # noqa: PLR0913 - what one commit writes
         self, outcome: RoundOutcome, model: BlobRef, optimizer_sha256: str | None, kept_rounds: int = 0,
-        learnt: Mapping[str, Participation] | None = None, owed: Sequence[str] = (),
+        learnt: Mapping[str, Participation] | None = None, owed: Sequence[str] = (), *, frozen: BlobRef | None = None,
     ) -> None:  # fmt: skip
         """Close a round: store its outcome and the model, and delete its answers, in one commit.
 
@@ -261,12 +264,12 @@ class Jobs:
         shown = outcome.report().as_json() | {"model": model.sha256}
         values = {
             "rounds_done": outcome.round, "model_sha256": model.sha256, "model_size": model.size,
-            "optimizer_sha256": optimizer_sha256, "owed": list(owed) or None,
+            "optimizer_sha256": optimizer_sha256, "owed": list(owed) or None, **frozen_values(frozen),
         }  # fmt: skip
         in_job = outcome.job
         with self._engine.begin() as db:
-            if frozen := db.scalar(sa.select(jobs.c.frozen_sha256).where(jobs.c.id == in_job)):
-                shown |= {"frozen": frozen}  # the other tensors of this model
+            if kept := db.scalar(sa.select(jobs.c.frozen_sha256).where(jobs.c.id == in_job)):
+                shown |= {"frozen": frozen.sha256 if frozen is not None else kept}  # the other tensors of this model
             at = (rounds.c.job == in_job) & (rounds.c.round == outcome.round)
             db.execute(rounds.update().where(at).values(outcome=shown, optimizer_sha256=optimizer_sha256))
             keep_history(db, in_job, learnt or {})

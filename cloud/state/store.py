@@ -76,6 +76,9 @@ jobs = sa.Table(
     sa.Column("parted", sa.Boolean),  # whether parameters are only trained tensors and buffers; NULL = not known
     sa.Column("frozen_sha256", sa.String),  # all other tensors of the model, until the job is done
     sa.Column("frozen_size", sa.Integer),
+    sa.Column(
+        "division", sa.JSON(none_as_null=True)
+    ),  # messages.Division of a job in parts; NULL = devices train it all
     sa.Column("evaluation", sa.JSON),  # records.EvaluationSpec; NULL = devices do not evaluate
     sa.Column("last_evaluation", sa.JSON),  # rounds.LastEvaluation.as_json(), once the job is done
     sa.Column("name", sa.String),  # display name of the task; NULL = `task`

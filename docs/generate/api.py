@@ -23,7 +23,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "SweepWatching",
     ),
     "Configuration": (
-        "load_config", "JobConfig", "RoundsConfig", "StopConfig", "TrainConfig", "ServerConfig", "AggregationConfig",
+        "load_config", "JobConfig", "RoundsConfig", "StopConfig", "TrainConfig", "SplitConfig", "ServerConfig",
+        "AggregationConfig",
         "TiersConfig",
         "SimulationConfig", "PopulationConfig", "DevicesConfig", "AvailabilityConfig", "Spread", "EngineConfig",
     ),

@@ -299,7 +299,8 @@ class Participant:
             evaluate=assignment.evaluate,
             rendezvous=self._deps.rendezvous,
             machines=self._deps.machines,
-            **(store.state_files(assignment.job, assignment.round) if assignment.train.keep_optimizer_state else {}),
+            deadline_s=assignment.deadline_s,
+            **(store.state_files(assignment.job, assignment.round) if assignment.keeps_state else {}),
             **common,
         )
 

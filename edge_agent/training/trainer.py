@@ -22,10 +22,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_agent.training import trainer_wire as wire
+from edge_agent.training.split.tunnel import SplitTunnel
 from edgefl.errors import ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
 from edgefl.protocols.fields import MAX_PROSE_CHARS
 from edgefl.records import DeviceEvaluation
+from edgefl.settings.split import SPLIT
 from edgefl.terminal.text import one_line
 
 HELLO_S = 60.0  # time limit to start; on a slow device the imports take seconds
@@ -50,6 +52,7 @@ class Trainer:
         self._used = asyncio.Event()
         self._task = ""  # the signed bundle of the running process's last request
         self._is_spare = False  # the job that used the process has ended
+        self.tunnel: SplitTunnel | None = None  # to the cloud's part of a training in parts
 
     @property
     def pid(self) -> int | None:
@@ -95,6 +98,12 @@ class Trainer:
         Cancelling this cancels the work in the process too. After training, an evaluation that fails, that costs the
         process, or that is not over at `evaluate_until` (of the event loop's clock), is a fault in the result.
         """
+        if self.tunnel is None or not (isinstance(request, wire.FitRequest) and request.train.mode == SPLIT):
+            return await self._run(request, evaluate_until)
+        async with self.tunnel.open(request) as complete:
+            return await self._run(complete, evaluate_until)
+
+    async def _run(self, request: wire.Request, evaluate_until: float | None) -> wire.WorkDone:
         packages = "" if isinstance(request, wire.DeliverRequest) else request.packages
         if self._child is not None and self._child.packages not in {None, packages}:
             await self._drop()  # a module that was imported cannot be replaced by another version

@@ -39,6 +39,7 @@ from edgefl.hashing import HashingFile
 from edgefl.process.children import die_with_parent
 from edgefl.protocols.fields import MAX_PROSE_CHARS
 from edgefl.records import DeviceEvaluation, Update
+from edgefl.settings.split import SPLIT
 from edgefl.task import FitResult, Task
 from edgefl.terminal.text import one_line
 from edgefl.training.local import train_locally
@@ -142,10 +143,15 @@ def train(fit: wire.FitRequest, tell: Callable[[wire.WorkDone], None] = _ignore)
     limit_memory(fit.memory_limit_mb)
     parameters, task = SpooledTree(Path(fit.model)), _loaded(fit)
     frozen = frozen_of(fit)
-    result = train_locally(
-        task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen,
-        state=state_of(fit),
-    )  # fmt: skip
+    if fit.train.mode == SPLIT:
+        from edge_agent.training.split.fit import train_in_parts
+
+        result = train_in_parts(task, parameters, fit, frozen, state_of(fit))
+    else:
+        result = train_locally(
+            task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen,
+            state=state_of(fit),
+        )  # fmt: skip
     check(task.name, result, parameters, fit)
     done = write(result, fit)
     del result  # its memory is needed

@@ -2,7 +2,8 @@
 
     child:  hello {pid}
     parent: fit {job, round, client, train, evaluate, model, frozen, bundle, task, options, out, memory_limit_mb,
-            folder, packages, rendezvous, machines, state, state_out} |
+            folder, packages, rendezvous, machines, state, state_out, split_socket, split_kept,
+            deadline_s} |
             evaluate {client, seed, model, .. as in fit} |
             deliver {app, order, envelope, bundle, options, state, state_out, out, memory_limit_mb, folder}
     child:  done {size, blake3, weight, metrics, changed, evaluation, evaluates} | failed {reason, spent}
@@ -69,6 +70,9 @@ class FitRequest(TaskRequest):
     machines: int = 1  # of the site
     state: str = field(default="", metadata=raw())  # path of the client's state; empty = none yet
     state_out: str = field(default="", metadata=raw())  # path to write the client's next state to
+    split_socket: str = field(default="", metadata=raw())  # of the agent, to the cloud's part; empty = trained whole
+    split_kept: str = field(default="", metadata=raw())  # path of this round's checkpoints of training in parts
+    deadline_s: float = 0.0  # of the round, from now; 0 = none
     kind: str = "fit"
 
 

@@ -73,11 +73,16 @@ class DecoderStage:
             hidden = self.head(self.norm(hidden))
         return hidden
 
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        """The stage's blocks."""
+        found: torch.nn.ModuleList = getattr(self._base, _BLOCKS)
+        return found
+
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the stage's tensors by their names in the whole model."""
+        """Return the stage's tensors by their names in the whole model: embedding, norm and head, then the blocks'."""
         parts = {f"{_BASE}.{_EMBEDDING}": self.embedding, f"{_BASE}.{_NORM}": self.norm, _HEAD: self.head}
-        blocks = getattr(self._base, _BLOCKS)
-        parts |= {f"{_BASE}.{_BLOCKS}.{at + self.start}": block for at, block in enumerate(blocks)}
+        parts |= {f"{_BASE}.{_BLOCKS}.{at + self.start}": block for at, block in enumerate(self.blocks)}
         return {
             f"{part}.{name}": one
             for part, module in parts.items()

@@ -28,7 +28,7 @@ from edgefl.protocols.addresses import other_scheme
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.fields import from_json, parse_json
 from edgefl.protocols.labels import meant_by
-from edgefl.protocols.messages import BlobRef
+from edgefl.protocols.messages import BlobRef, Division
 from edgefl.records import EvaluationSpec
 from edgefl.terminal.text import for_json, one_line
 
@@ -170,7 +170,7 @@ class CloudClient:
     def submit_job(  # noqa: PLR0913 - the fields of the request
         self, task: str, bundle: BlobRef, parameters: BlobRef, buffers: Sequence[str], config: JobConfig,
         key: str | None = None, *, parted: bool = False, frozen: BlobRef | None = None, name: str | None = None,
-        label: str | None = None, evaluation: EvaluationSpec | None = None,
+        label: str | None = None, evaluation: EvaluationSpec | None = None, division: Division | None = None,
     ) -> str:  # fmt: skip
         """Start a job from uploaded parts, and return its id; repeated calls with the same `key` start one job.
 
@@ -184,6 +184,7 @@ class CloudClient:
         body |= {} if label is None else {"label": label}
         body |= {"parted": True, "frozen": frozen} if parted else {}
         body |= {} if evaluation is None else {"evaluation": evaluation}
+        body |= {} if division is None else {"division": division}
         return str(self._json("POST", "/v1/jobs", body)["id"])
 
     def jobs(self) -> list[Json]:

@@ -24,10 +24,12 @@ from edgefl.errors import BlobDamaged, CloudRefused, JobCancelled, JobFailed, Mi
 from edgefl.measure import peak_rss_mb
 from edgefl.operator.client import CloudClient, Json, Patience, insist, load_credentials
 from edgefl.operator.follow import follow_job
+from edgefl.operator.split import DividedTensors, divided_tensors
 from edgefl.protocols.labels import check_label
-from edgefl.protocols.messages import BlobRef
+from edgefl.protocols.messages import BlobRef, Division
 from edgefl.records import RoundReport
 from edgefl.rounds import LastEvaluation, without_devices
+from edgefl.settings.split import LOCAL
 from edgefl.task import Task, load_task
 from edgefl.training.adapters.exact import refuse_inexact
 from edgefl.training.early_stop import with_stop_direction
@@ -122,17 +124,27 @@ def submit(  # noqa: PLR0913 - one a thing that may be chosen
     config = with_stop_direction(config, task)
     refuse_no_optimizer(task, config.train)
     refuse_inexact(task, config)
-    parts = parts_of(task, config.train.seed)
+    parts = parts_of(task, config.train.seed) if config.train.mode == LOCAL else divided_tensors(task, config.train)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
     bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)
     tree = upload_tree(client, parts.moving, patience)
-    frozen = upload_tree(client, parts.frozen, patience) if parts.frozen else None
-    evaluation = evaluation_spec(task) if config.rounds.evaluate_every else None
+    others = parts.others if isinstance(parts, DividedTensors) else parts.frozen
+    frozen = upload_tree(client, others, patience) if others else None
+    division = _uploaded(client, parts, patience) if isinstance(parts, DividedTensors) else None
+    evaluation = evaluation_spec(task) if config.rounds.evaluate_every and division is None else None
     on_ask()
     return insist(
         lambda: client.submit_job(packed.task, bundle, tree, parts.buffers, config, key, parted=True, frozen=frozen,
-                                  name=packed.name, label=label, evaluation=evaluation),
+                                  name=packed.name, label=label, evaluation=evaluation, division=division),
         patience,
+    )  # fmt: skip
+
+
+def _uploaded(client: CloudClient, parts: DividedTensors, patience: Patience | None) -> Division:
+    """Upload what devices of a job in parts have frozen; return the division."""
+    return Division(
+        in_cloud=parts.in_cloud, buffers=parts.cloud_buffers,
+        device_frozen=upload_tree(client, parts.on_device, patience) if parts.on_device else None,
     )  # fmt: skip
 
 

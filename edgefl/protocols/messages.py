@@ -19,7 +19,8 @@ from edgefl.protocols.fields import Checked, from_json, limited, parse_json, pro
 
 __all__ = [
     "ASSIGNMENTS", "COMMANDS", "MAX_MESSAGE_BYTES", "Assignment", "BlobRef", "Command", "Deliver", "DeviceState",
-    "Evaluate", "Fit", "JobMessage", "LogWanted", "ModelReport", "NewParents", "RolloutNote", "RoundClosed", "Signed",
+    "Division", "Evaluate", "Fit", "JobMessage", "LogWanted", "ModelReport", "NewParents", "RolloutNote", "RoundClosed",
+    "Signed",
     "Telemetry", "UpdateRefused", "decode", "decode_command", "decode_job", "encode", "from_json",
 ]  # fmt: skip
 
@@ -28,6 +29,7 @@ MAX_ROUND = 2**32 - 1  # as fleet.proto carries it
 MAX_SECONDS = 1e9
 MAX_NAME_CHARS = 200
 MAX_TAGS, MAX_TAG_CHARS = 32, 64
+MAX_TENSORS = 100_000  # of a model
 
 _T = TypeVar("_T")
 _WRITER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
@@ -39,6 +41,15 @@ class BlobRef(Checked):
 
     sha256: str = field(metadata=limited(max_chars=64))
     size: int = field(metadata=limited(least=0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Division(Checked):
+    """What a job in parts trains in the cloud, and what its devices have beside the tensors that they send."""
+
+    in_cloud: Mapping[str, str] = field(metadata=limited(max_items=MAX_TENSORS))  # each trained or counted name -> one
+    buffers: Sequence[str] = field(metadata=limited(max_items=MAX_TENSORS))  # of them, those that are only counted
+    device_frozen: BlobRef | None = None  # safetensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +81,11 @@ class Fit(Checked):
     evaluate: bool = False  # also evaluate `model` on the device's held-out samples
     takes_late: bool = False  # the next round takes the update, too: do not stop when that one begins
     kind: str = "fit"
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the client keeps something for its next round."""
+        return self.train.keep_optimizer_state or self.train.split.keeps_state
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """Return what a device fetches for it, beside the bundle."""

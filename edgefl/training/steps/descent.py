@@ -70,6 +70,10 @@ class Descent:
             restore_optimizer(optimizer, trained, self.before)
         self._step = _chosen(optimizer, trained)
 
+    def pull_to(self, other: Descent) -> None:
+        """Pull to where another training of the same parameters began (FedProx), which this one continues."""
+        self._anchors = other._anchors
+
     def kept(self) -> dict[str, Array]:
         """Return the optimizer's state after the training; empty for plain SGD."""
         if self._optimizer is None:

@@ -1,0 +1,1 @@
+"""The device's side of training in parts: its layers in the trainer, its connection in the agent."""

@@ -1,0 +1,1 @@
+"""Settings of a job that are tables of their own: see `edgefl.config`."""

@@ -1,0 +1,28 @@
+"""Models without weights: parameters have no memory, buffers have theirs, and the user's code is told."""
+
+from __future__ import annotations
+
+import torch
+
+from edgefl.offload.training.bare import structure_only, without_weights
+from tests.edgefl.offload.training.models import decoder
+
+
+def test_parameters_are_on_meta_and_buffers_that_no_state_dict_has_are_real() -> None:
+    with without_weights():
+        assert structure_only()
+        model, layer = decoder(), torch.nn.Linear(4, 4)
+    assert not structure_only()
+    assert layer.weight.device.type == "meta"
+    assert layer.weight.requires_grad
+    assert model.model.rotary_emb.inv_freq.abs().sum() > 0
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.nn.Linear(4, 4).weight.device.type == "cpu"
+
+
+def test_a_parameter_that_is_frozen_stays_so() -> None:
+    with without_weights():
+        layer = torch.nn.Linear(2, 2)
+        layer.weight = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    assert layer.weight.device.type == "meta"
+    assert not layer.weight.requires_grad
