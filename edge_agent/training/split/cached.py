@@ -97,7 +97,7 @@ class CachedLoop(DeviceLoop):
         import torch
 
         run, found = self.run, []
-        every = torch.arange(len(run.samples), device=run.samples.device)
+        every: Any = torch.arange(len(run.samples), device=run.samples.device)
         for batch in run.samples.batches(iter(every.split(_SENT_TOGETHER)), run.seed):
             found += [_key(batch.inputs, batch.targets, at) for at in range(len(batch))]
         return np.frombuffer(b"".join(found), np.uint8).reshape(-1, KEY_BYTES)

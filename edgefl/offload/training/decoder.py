@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import ConfigError
 from edgefl.offload.decoder_stages import DecoderStage, split_decoder
-from edgefl.offload.training.parts import INPUT, ModelParts, Values
+from edgefl.offload.training.parts import INPUT, LayerRange, ModelParts, Values
 from edgefl.offload.training.traced import one_name_each
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def decoder_parts(model: torch.nn.Module, cut: str, last_cut: str = "", *, froze
     """
     cuts = [_number(one) for one in (cut, last_cut) if one]
     stages, names = split_decoder(model.train(), cuts), one_name_each(model)
-    parts = [DecoderLayers(stage, at, names, trains=at > 0 or not frozen) for at, stage in enumerate(stages)]
+    parts: list[LayerRange] = [
+        DecoderLayers(stage, at, names, trains=at > 0 or not frozen) for at, stage in enumerate(stages)
+    ]
     return ModelParts(parts=parts, outputs=_as_output)
 
 
@@ -70,7 +72,8 @@ def _as_output(values: Mapping[str, torch.Tensor]) -> Any:
     """Return the logits as the model returns them, for the task's loss."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    return CausalLMOutputWithPast(logits=values[_LOGITS])
+    logits: Any = values[_LOGITS]
+    return CausalLMOutputWithPast(logits=logits)
 
 
 def _module_of(stage: DecoderStage) -> torch.nn.Module:

@@ -24,9 +24,9 @@ DEVICE, CLOUD, LAST = 0, 1, 2  # positions of the parts
 class LayerRange(Protocol):
     """Some consecutive layers of a model."""
 
-    needs: Sequence[str]  # values that it reads
-    gives: Sequence[str]  # values that it makes and others read
-    tensors: Sequence[str]  # names of its tensors in the model's state, each tied tensor by one name
+    needs: list[str]  # values that it reads
+    gives: list[str]  # values that it makes and others read
+    tensors: list[str]  # names of its tensors in the model's state, each tied tensor by one name
 
     def run(self, state: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> Values:
         """Return `gives`."""

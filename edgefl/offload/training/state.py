@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class PartState:
             else _shared(tensors[name])
             for name in names
         }  # fmt: skip
-        self.trained = [self.tensors[name] for name in names if name in trained]
+        self.trained: list[Any] = [self.tensors[name] for name in names if name in trained]  # parameters
         self._moving = [name for name in names if name in trained or name in buffers]
         self._descent = Descent(task, _Accumulated(self.trained), before)
         self._task, self._config = task, config
@@ -104,11 +104,13 @@ class PartState:
 class _Accumulated:
     """The gradients that backward passes have accumulated, for `Descent`."""
 
-    def __init__(self, trained: Sequence[torch.Tensor]) -> None:
+    def __init__(self, trained: Sequence[torch.nn.Parameter]) -> None:
         self.trained = trained
 
-    def __call__(self, _inputs: object, loss: torch.Tensor) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
-        return [one.grad for one in self.trained], loss
+    def __call__(self, inputs: object, targets: torch.Tensor) -> tuple[Sequence[torch.Tensor | None], torch.Tensor]:
+        """Return the gradients, and the loss, which comes as the targets."""
+        del inputs
+        return [one.grad for one in self.trained], targets
 
 
 def changes(state: Mapping[str, Array], before: Tree, names: Mapping[str, str]) -> dict[str, Array]:

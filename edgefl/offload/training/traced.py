@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgefl.errors import ConfigError
 from edgefl.offload.graph import PREFIX
-from edgefl.offload.training.parts import INPUT, ModelParts, Values
+from edgefl.offload.training.parts import INPUT, LayerRange, ModelParts, Values
 from edgefl.training.quiet import quiet_tracing
 from edgefl.training.samples import require_torch
 from edgefl.training.structures import Structure, arguments
@@ -63,7 +63,8 @@ class TracedPart:
             value = values[value_name(node)]
             known[node] = value.clone() if node in self._cloned else value
         for node in self._nodes:
-            known[node] = node.target(*_filled(node.args, known), **_filled(node.kwargs, known))
+            operation: Any = node.target
+            known[node] = operation(*_filled(node.args, known), **_filled(node.kwargs, known))
         return {name: known[node] for name, node in zip(self.gives, self._given, strict=True)}
 
 
@@ -93,7 +94,7 @@ def traced_parts(
     made: Sequence[Any] = next(node for node in graph.graph.nodes if node.op == "output").args[0]
     returned = [value_name(one) for one in made if hasattr(one, "op")]  # some may be made before the last part
     given = _given(ranges, [one for one in made if hasattr(one, "op")])
-    parts = [
+    parts: list[LayerRange] = [
         TracedPart(nodes, graph, names, given[at], returned if at == len(ranges) - 1 else ())
         for at, nodes in enumerate(ranges)
     ]
@@ -147,7 +148,7 @@ def _traced(module: torch.nn.Module, inputs: Structure) -> tuple[fx.GraphModule,
             raise ConfigError(f"{type(module).__name__} has {node.op} {node.name!r} in its graph, which cannot be cut")
         if isinstance(node.target, torch._ops.HigherOrderOperator):  # noqa: SLF001 - it has no public name
             raise ConfigError(
-                f"{type(module).__name__} has control flow ({node.target.name()}); only a graph without it can be cut"
+                f"{type(module).__name__} has control flow ({node.name}); only a graph without it can be cut"
             )
     return graph, exported.call_spec.out_spec
 
