@@ -38,6 +38,7 @@ COMMANDS = {
     "cloud stages": (("m", *HOME), "cloud,stages"),
     "cloud status": (HOME, "cloud"),
     "cloud token": (HOME, "cloud"),
+    "cloud train-stage": (HOME, "cloud,train"),
     "cloud tokens list": (HOME, "cloud"),
     "cloud tokens revoke": (("t", *HOME), "cloud"),
     "demo": ((), "agent,train,cloud,examples"),

@@ -29,9 +29,7 @@ async def served(port: int, train: Any) -> grpc.aio.Server:
 
 @pytest.fixture
 def profile() -> Profile:
-    return Profile(
-        device="cam-1", cloud="http://127.0.0.1:1", grpc="127.0.0.1:1", mqtt="mqtt://127.0.0.1:1", insecure=True
-    )
+    return Profile(device="cam-1", cloud_url="http://127.0.0.1:1", grpc="127.0.0.1:1", broker="mqtt://127.0.0.1:1")
 
 
 def test_bytes_go_both_ways_and_a_refusal_arrives(tmp_path: Path, profile: Profile) -> None:
