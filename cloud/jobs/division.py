@@ -20,6 +20,7 @@ def check_division(config: JobConfig, division: Division | None, frozen: Tree | 
         )
     if division is None:
         return
+    config.train.split.require_complete()
     if frozen is None or not division.in_cloud or not {*division.in_cloud, *division.in_cloud.values()} <= {*frozen}:
         raise ConfigError("the job's division names tensors in the cloud that are not among those that it has there")
     if fault := _unsuitable(config):

@@ -28,6 +28,7 @@ def divided_tensors(task: Task, config: TrainConfig) -> DividedTensors:
 
     Raises ConfigError for cuts that cannot be used, ParityError if the parts compute something else than the model.
     """
+    config.split.require_complete()
     tensors = initial_parameters(task, config.seed)
     model, parts = tried_parts(task, config, tensors)
     trees = model.divided(parts, tensors)

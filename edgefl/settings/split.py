@@ -28,17 +28,13 @@ class SplitConfig:
     """How a model is trained in parts, on the device and in the cloud."""
 
     cut: str = ""  # the device's last layer: a module such as layer2, a node of the traced graph, or a number of blocks
-    last_cut: str = (
-        ""  # the cloud's last layer: what follows, and the targets, stay on the device; empty = nothing does
-    )
+    last_cut: str = ""  # the cloud's last layer: what follows, and the targets, stay on the device; empty = nothing
     server: str = ""  # HOST:PORT of `edgefl cloud train-stage`, as devices reach it
     wire: str = "fp32"  # of what crosses the cut: fp32 | fp16 | bf16; with a frozen device part also int8
     micro_batches: int = 1  # into so many a batch is cut, so that device, link and cloud work at the same time
     cloud_part: str = "per-device"  # per-device: averaged after each round, as the device's | shared: one for all
     device_part: str = "trained"  # trained | frozen: its activations are sent once and kept in the cloud
-    gradients: str = (
-        "returned"  # returned: from the cloud | auxiliary: the device has a loss of its own, nothing returns
-    )
+    gradients: str = "returned"  # returned: from the cloud | auxiliary: the device has its own loss, nothing returns
     checkpoint_steps: int = 20  # after so many steps both sides keep their state, to continue from
     answer_s: float = 120.0  # how long the device waits for an answer, and for the cloud to be reached again
 
@@ -118,6 +114,5 @@ def check_mode(mode: str, split: SplitConfig, algorithm: str, processes: int | s
     if mode != SPLIT:
         require(not split.is_set, f"train.split is set, but train.mode={mode!r}; add train.mode={SPLIT!r}")
         return
-    split.require_complete()
     require(algorithm == "fedavg", f"train.mode={SPLIT!r} needs train.algorithm=fedavg: it takes local steps")
     require(processes == 1, f"train.mode={SPLIT!r} needs train.processes=1: one process has the device's part")

@@ -25,6 +25,7 @@ from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
 from edgefl.rounds import Fleet, Job, LastEvaluation, evaluate_last, ignored, run_rounds, without_devices
+from edgefl.settings.split import SPLIT
 from edgefl.simulation.engines.auto import AUTO, AutoFleet, Chosen, make_engine
 from edgefl.simulation.engines.client_states import open_states
 from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod, torch_threads
@@ -111,6 +112,11 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
         config = read_settings(before)
     settings = with_arguments(config_of(SimulationConfig, config, set), clients=clients, rounds=rounds, data=data)
     refuse_unusable(settings)
+    if settings.train.mode == SPLIT:
+        raise ConfigError(
+            f"train.mode={SPLIT!r} needs a fleet: `edgefl run`. A simulation trains whole models, with the same "
+            "result; leave train.mode and train.split out"
+        )
     with (
         kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints,
         open_states(settings.train, folder, before, going_on.client_states if going_on else "") as states,

@@ -19,8 +19,8 @@ SECTIONS = dict(configuration.sections(SimulationConfig))
 
 def test_the_sections_by_hand() -> None:
     assert list(SECTIONS) == [
-        "rounds", "rounds.stop", "train", "server", "aggregation", "tiers", "population", "population.devices",
-        "population.devices.availability", "engine",
+        "rounds", "rounds.stop", "train", "train.split", "server", "aggregation", "tiers", "population",
+        "population.devices", "population.devices.availability", "engine",
     ]  # fmt: skip
 
 

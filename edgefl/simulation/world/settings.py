@@ -16,7 +16,6 @@ from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.exchange import Durations
 from edgefl.rounds import Fleet
-from edgefl.settings.split import SPLIT
 from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.selection import ClientSelection
 from edgefl.simulation.steps import has_compiler
@@ -52,14 +51,6 @@ class SimulationConfig(JobConfig):
 
     population: PopulationConfig = field(default_factory=PopulationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        super(SimulationConfig, self).__post_init__()
-        if self.train.mode == SPLIT:
-            raise ConfigError(
-                f"train.mode={SPLIT!r} needs a fleet: `edgefl run`. A simulation trains whole models, with the same "
-                "result; leave train.mode and train.split out"
-            )
 
 
 def with_arguments(

@@ -25,8 +25,6 @@ def test_a_job_in_parts_is_read_from_toml_and_goes_with_the_plan(tmp_path: Any) 
 @pytest.mark.parametrize(
     ("split", "reason"),
     [
-        ({"server": "cloud:1"}, "needs train.split.cut"),
-        ({"cut": "a"}, "needs train.split.server"),
         (GOOD | {"server": "cloud"}, "is not HOST:PORT"),
         (GOOD | {"server": "cloud:99999"}, "is not HOST:PORT"),
         (GOOD | {"wire": "int8"}, "is not one of: fp32, fp16, bf16"),
@@ -50,7 +48,6 @@ def test_what_cannot_be_trained_is_refused(split: dict[str, Any], reason: str) -
         ({"mode": "split", "split": GOOD, "processes": 2}, "needs train.processes=1"),
         ({"split": GOOD}, "add train.mode='split'"),
         ({"mode": "parts"}, "is not one of: local, split"),
-        ({"mode": "split"}, "needs train.split.cut"),
     ],
 )
 def test_other_settings_that_do_not_fit_are_named(train: dict[str, Any], reason: str) -> None:
@@ -63,3 +60,10 @@ def test_int8_is_for_what_is_sent_once() -> None:
     assert not SplitConfig(**GOOD, device_part="frozen", last_cut="b").sends_once
     assert not SplitConfig(**GOOD, device_part="frozen").returns_gradients
     assert SplitConfig(**GOOD, gradients="auxiliary").keeps_state
+
+
+def test_a_job_needs_a_cut_and_a_server() -> None:
+    for split, reason in (({"server": "cloud:1"}, "needs train.split.cut"), ({"cut": "a"}, "needs train.split.server")):
+        with pytest.raises(ConfigError, match=reason):
+            SplitConfig(**split).require_complete()
+    SplitConfig(**GOOD).require_complete()
