@@ -217,6 +217,7 @@ class LanguageTail:
             bodies.append(rows.tobytes())
             item = StepItem(
                 key=turn.session.key, num=piece.num, datatype=datatype_of(rows.dtype), position=turn.session.length,
+                room=turn.session.max_tokens,
                 wants_token=turn.wants_token and piece.is_last, temperature=turn.sampling.temperature,
                 top_p=turn.sampling.top_p, seed=turn.sampling.seed,
             )  # fmt: skip

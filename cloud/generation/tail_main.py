@@ -40,7 +40,7 @@ from edgefl.process.children import die_with_parent, limit_own_memory
 from edgefl.protocols.inference.tensors import dtype_of
 from edgefl.trees import Array
 
-_TRIED = StepItem(key=0, num=1, datatype="FP32", position=0, wants_token=True)  # once, when the stage is loaded
+_TRIED = StepItem(key=0, num=1, datatype="FP32", position=0, room=1, wants_token=True)  # once, when the stage is loaded
 
 
 class Tail:
@@ -77,7 +77,8 @@ class Tail:
 
     def _why_not(self, item: StepItem) -> str:
         if item.position == 0:
-            self._caches[item.key] = self._part.new_cache()
+            # All at once, as it is reserved: memory that is not written yet is not taken from the system.
+            self._caches[item.key] = self._part.new_cache(item.room)
         cache = self._caches.get(item.key)
         if cache is None or cache.length != item.position:
             return f"the cache has {0 if cache is None else cache.length} tokens, expected {item.position}"

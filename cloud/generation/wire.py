@@ -48,6 +48,7 @@ class StepItem:
     num: int  # rows
     datatype: str
     position: int  # tokens before them; 0 begins the sequence again
+    room: int  # tokens that the sequence will have at most
     wants_token: bool
     temperature: float = 0.0
     top_p: float = 1.0

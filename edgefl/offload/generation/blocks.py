@@ -101,7 +101,8 @@ class SequenceCache:
         if needed <= self._room:
             return
         spec, former = self._info.spec, self._stored
-        self._room = min(max(needed, self._room * 3 // 2, _FIRST_ROOM), max(needed, spec.context))
+        larger = max(self._room * 3 // 2, _FIRST_ROOM) if self.length else 0
+        self._room = max(needed, min(larger, spec.context))
         blocks = self._info.end - self._info.start
         self._stored = self._engine.empty(blocks, 2, spec.kv_heads, self._room, spec.head_size)
         if self.length:
@@ -162,9 +163,11 @@ class DecoderPart:
         if unused := sorted(tensors.keys() - taken.names):
             raise ConfigError(f"{info.what} has tensors that this version cannot compute with: {', '.join(unused[:5])}")
 
-    def new_cache(self) -> SequenceCache:
-        """Return an empty cache for one sequence."""
-        return SequenceCache(self.engine, self.info)
+    def new_cache(self, room: int = 0) -> SequenceCache:
+        """Return an empty cache for one sequence, with room for so many tokens; it grows beyond them."""
+        cache = SequenceCache(self.engine, self.info)
+        cache.make_room(room)
+        return cache
 
     def embed(self, tokens: Sequence[int]) -> Any:
         """Return the embeddings (N, E) of tokens."""

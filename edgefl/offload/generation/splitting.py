@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,11 @@ def open_language_model(path: Path, name: str = "") -> LanguageModel:
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
     except ImportError as cause:
         raise MissingExtra("splitting a language model", "offload") from cause
+    quiet: Any = transformers_logging
+    quiet.disable_progress_bar()  # a reader of a log does not want its hundreds of lines
     is_file = path.suffix == ".gguf" and path.is_file()
     if not is_file and not (path / "config.json").is_file():
         raise ConfigError(
@@ -68,7 +72,7 @@ def open_language_model(path: Path, name: str = "") -> LanguageModel:
         )
         module.eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as cause:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error) as cause:
         raise ConfigError(f"{path} cannot be loaded by transformers: {cause}") from cause
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -160,3 +162,28 @@ def test_a_stranger_is_refused(served) -> None:
                 await stream.read()
 
     asyncio.run(run())
+
+
+def test_an_unmodified_triton_client_has_a_sequence(served, tmp_path, free_port) -> None:
+    pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
+    np.save(tmp_path / "hidden.npy", ROWS)
+
+    async def run():
+        async with served() as (client, tail, _):
+            one = client()
+            stream = one.stream()
+            expected = await answer(stream, one.message())
+            expected += await answer(stream, one.message(starts=False, position=3, hidden=ROWS[:1]))
+            stream.cancel()
+            script = Path(__file__).with_name("triton_client.py")
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, script, str(free_port), one.digest, tmp_path / "hidden.npy",
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            out, errors = await process.communicate()
+            assert process.returncode == 0, errors.decode()
+            assert tail.sessions.get("a", "7") is None  # it ended its sequence
+            return [int(line) for line in out.split()], [token for (token,) in expected]
+
+    seen, expected = asyncio.run(run())
+    assert seen == expected

@@ -39,7 +39,9 @@ def step(*items, drop=()):
 
 
 def item(key, num, position, **more):
-    return StepItem(**{"key": key, "num": num, "datatype": "FP32", "position": position, "wants_token": True} | more)
+    return StepItem(
+        **{"key": key, "num": num, "datatype": "FP32", "position": position, "room": 8, "wants_token": True} | more
+    )
 
 
 def test_pieces_give_the_token_of_the_whole(tail) -> None:

@@ -15,7 +15,7 @@ from cloud.generation.wire import RunStep, StepItem
 from edgefl.errors import ProtocolError
 from tests.language_models import write_stages
 
-ITEM = StepItem(key=1, num=1, datatype="FP32", position=0, wants_token=True)
+ITEM = StepItem(key=1, num=1, datatype="FP32", position=0, room=9, wants_token=True)
 STEP = RunStep(step=1, items=[dataclasses.asdict(ITEM)], drop=[])
 BODY = np.ones((1, 32), np.float32).tobytes()
 

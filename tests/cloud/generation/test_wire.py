@@ -19,7 +19,7 @@ from cloud.generation.wire import (
 )
 from edgefl.errors import ProtocolError
 
-ITEM = StepItem(key=3, num=2, datatype="FP16", position=5, wants_token=True, temperature=0.5, seed=7)
+ITEM = StepItem(key=3, num=2, datatype="FP16", position=5, room=9, wants_token=True, temperature=0.5, seed=7)
 
 
 @pytest.mark.parametrize(

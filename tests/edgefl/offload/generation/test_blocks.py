@@ -113,7 +113,10 @@ def test_a_cache_grows_with_its_sequence_and_keeps_what_is_in_it(whole) -> None:
     cache = whole.new_cache()
     assert cache.num_bytes == 0
     whole.run(whole.embed([1]), [Rows(cache, 1)])
+    assert cache.num_bytes == SPEC.cache_bytes(4)
+    whole.run(whole.embed([1]), [Rows(cache, 1)])
     assert cache.num_bytes == 64 * SPEC.cache_bytes(4)
+    assert whole.new_cache(10).num_bytes == 10 * SPEC.cache_bytes(4)  # what a tail reserves
     long = [7] * 200
     expected = logits_of(whole, long, [200])
     np.testing.assert_allclose(logits_of(whole, long, [1] * 200), expected, atol=1e-4)

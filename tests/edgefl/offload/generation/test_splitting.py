@@ -21,10 +21,10 @@ SIZES = {
 PROMPT = list(b"hello")
 
 
-def make(kind="Llama", **changes):
+def make(kind="Llama", name="", **changes):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES | changes)
-    module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    module = getattr(transformers, name or f"{kind}ForCausalLM")(config).eval()
     return LanguageModel(name="m", module=module, tokenizer=byte_tokenizer(), text=TextFacts(end_tokens=(2,)))
 
 
@@ -83,7 +83,10 @@ def _tokenizer():
     [
         (lambda: make(hidden_act="gelu"), "hidden_act 'gelu'"),
         (lambda: make("Mistral", sliding_window=8), "sliding_window 8"),
-        (lambda: make("GPT2", n_embd=32, n_layer=2, n_head=4), "GPT2LMHeadModel cannot be split for generation"),
+        (
+            lambda: make("GPT2", "GPT2LMHeadModel", n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+            "GPT2LMHeadModel cannot be split for generation",
+        ),
     ],
 )
 def test_decoders_of_other_kinds_are_refused(tmp_path, model, words) -> None:
