@@ -51,7 +51,7 @@ from edgefl.protocols.inference.placement import AUTO, CLOUD, DEVICE, LayerRange
 from edgefl.protocols.messages import BlobRef
 
 LINKS_MBPS, RTT_MS = (5, 20), 10.0
-PORT, START_S = 9450, 120.0
+PORT = 9450
 IN_FLIGHT = 4
 NEVER_SLOWER, ONCE_FASTER = 0.95, 1.5  # of the better of both ends
 
