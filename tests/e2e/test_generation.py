@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,7 @@ from tests.language_models import write_stages
 openai = pytest.importorskip("openai", reason="the client of OpenAI's API is not installed")
 PROMPT = list(b"hello world")
 START_S = 400.0
+CHAT = Path(__file__).parents[2] / "examples" / "chat" / "chat.py"
 
 
 class TextFleet(LocalFleet):
@@ -100,6 +104,10 @@ def test_the_openai_client_and_whatever_is_killed(texts) -> None:
         stream_options={"include_usage": True},
     )  # fmt: skip
     assert list(chat)[-1].usage.completion_tokens == 5
+    url = (texts.folder / "cam" / "serving").read_text()
+    command = [sys.executable, CHAT, "hi", "--url", f"{url}/v1", "--max-tokens", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=START_S)
+    assert done.stdout.endswith("\n[tiny: 20 + 5 tokens]\n")
     with pytest.raises(openai.NotFoundError, match="'gpt-4' does not exist; this device has 'tiny'"):
         client.completions.create(model="gpt-4", prompt="x")
     with pytest.raises(openai.BadRequestError, match="maximum context length is 256 tokens"):
