@@ -47,7 +47,7 @@ from edgefl.offload.plans.timing import machine_name, measure_layers
 from edgefl.offload.source import source_of_file
 from edgefl.operator.placing import PlacingRequest, make_placed
 from edgefl.protocols import tls
-from edgefl.protocols.inference.placement import AUTO, CLOUD, DEVICE, LayerRange, Offload, Placement
+from edgefl.protocols.inference.placement import AUTO, CLOUD, DEVICE, ModelPart, Offload, Placement
 from edgefl.protocols.messages import BlobRef
 
 LINKS_MBPS, RTT_MS = (5, 20), 10.0
@@ -275,7 +275,7 @@ async def _compared(files: stages.Files, size: stages.Size, port: int, echo: int
 
 def _placed(files: stages.Files, head: LoadedModel, placement: Placement, port: int) -> PlacedModel:
     whole = new_session(files.folder / "model.onnx")
-    part = LayerRange(blob=BlobRef(sha256="0" * 64, size=1), sample=BlobRef(sha256="0" * 64, size=1))
+    part = ModelPart(blob=BlobRef(sha256="0" * 64, size=1), sample=BlobRef(sha256="0" * 64, size=1))
     placement = dataclasses.replace(placement, head=part)
     release = PlacedRelease(
         name="model", version=1, digest=digest_of(files.folder / "model.onnx"),
