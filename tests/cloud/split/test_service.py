@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
+from grpc.aio import EOF
 
 from cloud.split.process import ServerSession, SessionEnded
 from cloud.split.records import SessionSpec
@@ -79,6 +81,10 @@ def on_port(test: Callable[[Any, ScriptedProcess], Any], admits: SessionEnded | 
 
 
 async def status_of(call: Any) -> tuple[grpc.StatusCode, str]:
+    """Return how a stream ended; a client gets it behind all that was sent."""
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while await call.read() is not EOF:
+            pass
     return await call.code(), await call.details()
 
 
