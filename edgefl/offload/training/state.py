@@ -50,7 +50,8 @@ class PartState:
         self._moving = [name for name in names if name in trained or name in buffers]
         self._descent = Descent(task, _Accumulated(self.trained), before)
         self._task, self._config = task, config
-        self._descent.begin(config)
+        if self.trained:  # an optimizer needs a parameter
+            self._descent.begin(config)
 
     def step(self, loss: torch.Tensor) -> None:
         """Take a step with the gradients that were accumulated, and forget them."""
@@ -93,8 +94,9 @@ class PartState:
         state = {name: snapshot[name] for name in snapshot if name.startswith(OPTIMIZER)}
         anchors = self._descent
         self._descent = Descent(self._task, _Accumulated(self.trained), state)
-        self._descent.begin(self._config)
-        self._descent.pull_to(anchors)
+        if self.trained:
+            self._descent.begin(self._config)
+            self._descent.pull_to(anchors)
         with torch.no_grad():
             for name in self._moving:
                 self.tensors[name].copy_(tensor_of(np.array(snapshot[name])))
