@@ -21,7 +21,7 @@ from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.guards import wrong_spec
 from edgefl.task import FitResult, Task, UserCode
-from edgefl.training.adapters import adapters_of, loader_options, rank_of, restart, training_fault, with_factors
+from edgefl.training.adapters import adapters_of, loader_options, rank_of, refuse_settings, restart, with_factors
 from edgefl.training.adapters.layers import nothing, put
 from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
 from edgefl.training.own_fit import arrays_of, fit_of, matrices_of
@@ -90,8 +90,7 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     if frozen is not None:
         refuse_other_parts(task.name, model, frozen)
     adapters = adapters_of(task.name, model)
-    if adapters and (fault := training_fault(config)):  # of a job that was continued with other settings
-        raise TaskError(f"task {task.name!r} trains LoRA adapters, and {fault}")
+    refuse_settings(task.name, adapters, config)
     restart(model, adapters, adapter_seed(config.seed, round))
     if has_channels_last(model):
         lay_out(model)

@@ -13,9 +13,9 @@ product is linear in it.
 
 from edgefl.training.adapters.layers import Adapter, adapters_of, restart, with_factors, without_adapters
 from edgefl.training.adapters.ranks import loader_options, rank_of
-from edgefl.training.adapters.settings import training_fault
+from edgefl.training.adapters.settings import refuse_settings
 
 __all__ = [
-    "Adapter", "adapters_of", "loader_options", "rank_of", "restart", "training_fault", "with_factors",
+    "Adapter", "adapters_of", "loader_options", "rank_of", "refuse_settings", "restart", "with_factors",
     "without_adapters",
 ]  # fmt: skip

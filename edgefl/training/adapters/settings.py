@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 from edgefl.config import TrainConfig
+from edgefl.errors import TaskError
 
 
 def training_fault(train: TrainConfig) -> str:
@@ -20,3 +23,9 @@ def training_fault(train: TrainConfig) -> str:
     if train.processes != 1:
         return f"train.processes={train.processes}: adapters are trained by one process. Use train.processes=1"
     return ""
+
+
+def refuse_settings(task: str, adapters: Sized, train: TrainConfig) -> None:
+    """Raise TaskError on a device for settings that a job got when it was continued."""
+    if adapters and (fault := training_fault(train)):
+        raise TaskError(f"task {task!r} trains LoRA adapters, and {fault}")

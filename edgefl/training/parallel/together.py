@@ -19,6 +19,7 @@ import numpy as np
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.task import FitResult, Task, UserCode
+from edgefl.training.adapters import adapters_of, refuse_settings
 from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
 from edgefl.training.local import batch_order, batches_of, data_seed, derive_seed, has_batch_norm, make_model
 from edgefl.training.own_fit import fit_of
@@ -120,6 +121,7 @@ def _agreed_model(
         model = make_model(task, whole(parameters, frozen), device="cpu" if sharded else None)
         if frozen is not None:
             refuse_other_parts(task.name, model, frozen)
+        refuse_settings(task.name, adapters_of(task.name, model), config)
         if not sharded and has_channels_last(model):
             lay_out(model)
         seed = data_seed(config.seed, assigned.client)

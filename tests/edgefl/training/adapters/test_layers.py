@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from edgefl import Task
 from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
-from edgefl.training.adapters import adapters_of, restart, without_adapters
+from edgefl.training.adapters import adapters_of, restart, with_factors, without_adapters
 from edgefl.training.evaluation import evaluate
 from edgefl.training.local import adapter_seed, initial_parameters, make_model, train_locally
 from edgefl.training.parts import parts_of
@@ -172,6 +173,23 @@ def test_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     trained_model = make_model(task, {**parts.frozen, **{name: parts.moving[name] for name in parts.moving}})
     weight = next(one for one in adapters_of("lora", trained_model) if one.matrix == DOWN)
     assert weight.moved(np.zeros((24, 24), np.float64), update[DOWN]) == pytest.approx(update[DOWN], abs=tolerance)
+
+
+def test_a_layer_that_stores_its_weight_turned() -> None:
+    """Conv1D of GPT-2 has (inputs, outputs): the matrix is (outputs, inputs), and is added turned."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(Conv1D(6, 4))
+    before = layer[0].weight.detach().clone()
+    config = LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True, init_lora_weights=False)
+    model = get_peft_model(layer, config)  # type: ignore[arg-type]
+    (adapter,) = adapters_of("lora", model)
+    assert adapter.spec.shape == (6, 4)
+    update = with_factors((adapter,), {})
+    moved = adapter.moved(before.numpy(), update[adapter.matrix])
+    inputs = torch.randn(3, 4)
+    by_hand = inputs @ torch.from_numpy(moved) + layer[0].base_layer.bias
+    assert torch.allclose(model(inputs), by_hand, atol=1e-6)
+    assert np.abs(moved - before.numpy()).max() > 1e-2
 
 
 def changed(**changes: object) -> Callable[[], nn.Module]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from edgefl.config import TrainConfig
-from edgefl.training.adapters.settings import training_fault
+from edgefl.errors import TaskError
+from edgefl.training.adapters.settings import refuse_settings, training_fault
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,12 @@ from edgefl.training.adapters.settings import training_fault
 )
 def test_a_fault_says_what_to_do(train: TrainConfig, fault: str) -> None:
     assert fault in training_fault(train)
+
+
+def test_a_device_refuses_them_if_there_are_adapters() -> None:
+    refuse_settings("t", (), TrainConfig(algorithm="fedsgd"))
+    with pytest.raises(TaskError, match="task 't' trains LoRA adapters, and train"):
+        refuse_settings("t", ("an adapter",), TrainConfig(algorithm="fedsgd"))
 
 
 def test_all_others_are_fine() -> None:
