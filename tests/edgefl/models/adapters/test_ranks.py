@@ -22,7 +22,7 @@ def test_factors_that_are_there_are_kept() -> None:
     pair = factors_at(tree, "w@lora", 3)
     assert pair.left is encoded(tree)["w@lora_B"]
     near, error = at_rank(tree, 3)
-    assert error == 0.0
+    assert error < 1e-6  # the rounding of float32
     assert near["head"].tolist() == [1, 1]
 
 
