@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ from edgefl.process.guardian import gated, guardian, open_gate
 
 STOP_S = 10.0
 START_S = 180.0  # also on a slow and busy machine
+_PORTS = range(12_000, 32_000)  # below those that Linux, macOS and Windows give to outgoing connections
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -282,7 +284,12 @@ _EDGEFL = (sys.executable, "-P", "-m", "edgefl")  # -P: never import a folder `c
 
 
 def free_ports(count: int) -> list[int]:
-    """Return TCP ports of the loopback interface that are free now."""
+    """Return TCP ports of the loopback interface that are free now, and that no outgoing connection is given."""
+    chance, found = random.SystemRandom(), list[int]()
     with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
+        while len(found) < count:
+            port = chance.choice(_PORTS)
+            with contextlib.suppress(OSError):  # in use
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    return found

@@ -8,7 +8,8 @@ import pytest
 from edgefl.errors import ProcessFailed
 from edgefl.local_fleet import LocalFleet, LoggedProcess, free_ports
 
-CHILD = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+CHILD = "import socket
+import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
 
 
 def start(tmp_path, code):
@@ -55,6 +56,11 @@ def test_a_process_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
 
 def test_free_ports_differ():
     assert len(set(free_ports(5))) == 5
+
+
+def test_a_free_port_is_not_given_to_an_outgoing_connection():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        assert client.getsockname()[1] > max(free_ports(20))
 
 
 def test_a_failing_command_shows_what_it_said(tmp_path):
