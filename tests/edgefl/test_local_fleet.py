@@ -1,4 +1,5 @@
 import signal
+import socket
 import sys
 import time
 
@@ -8,8 +9,7 @@ import pytest
 from edgefl.errors import ProcessFailed
 from edgefl.local_fleet import LocalFleet, LoggedProcess, free_ports
 
-CHILD = "import socket
-import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+CHILD = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
 
 
 def start(tmp_path, code):
