@@ -12,7 +12,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -220,13 +220,17 @@ def put(adapter: Adapter, weight: torch.Tensor, parameters: Tree) -> None:
 
 
 def without_adapters(model: torch.nn.Module, adapters: tuple[Adapter, ...]) -> torch.nn.Module:
-    """Replace each layer that has an adapter by its base, in place; return the model."""
+    """Replace each layer that has an adapter by its base, in place; return the model, without peft's wrapper.
+
+    The wrapper takes any arguments, so it would hide the names of the inputs.
+    """
     layers = {id(one.layer): one.layer.get_base_layer() for one in adapters}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in layers:
                 setattr(parent, name, layers[id(child)])
-    return model
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else cast("torch.nn.Module", inner())
 
 
 def _scaled(left: Array, scaling: float) -> Array:
