@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.config import JobConfig, TrainConfig, from_dict
-from edgefl.errors import MissingExtra
+from edgefl.errors import ConfigError, MissingExtra
 from edgefl.records import Failure, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import Job, run_rounds
+from edgefl.settings.split import SPLIT
 from edgefl.task import Task
 from edgefl.training.evaluation import evaluate
 from edgefl.training.local import initial_parameters, train_locally
@@ -93,6 +94,10 @@ def _server_app(task: Task, config: JobConfig, on_round: OnRound | None) -> Serv
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         chosen = _overridden(config, context.run_config)
+        if chosen.train.mode == SPLIT:
+            raise ConfigError(
+                f"train.mode={SPLIT!r} needs edgefl's agents: `edgefl run`. Nodes of Flower train whole models"
+            )
         parts = parts_of(task, chosen.train.seed)
         parameters = initial_parameters(task, chosen.train.seed)  # all of them are sent: a node keeps nothing
         gradient = chosen.train.algorithm == "fedsgd"
@@ -143,7 +148,11 @@ def client_name(context: Context) -> str:
 
 
 def _plan_record(plan: Plan) -> ConfigRecord:
-    train = {f"train.{key}": value for key, value in dataclasses.asdict(plan.train).items() if value != []}
+    train = {
+        f"train.{key}": value
+        for key, value in dataclasses.asdict(plan.train).items()
+        if value != [] and key != "split"  # of a mode that is refused here
+    }
     return ConfigRecord({"job": plan.job, "server-round": plan.round, **train})
 
 

@@ -139,6 +139,12 @@ def test_run_config_overrides_the_jobs_config():
         through_flower(make_task(), config(), run_config={"rounds.number": 1})
 
 
+def test_split_training_is_refused():
+    settings = {"train.mode": "split", "train.split.cut": "a", "train.split.server": "h:1"}
+    with pytest.raises(TaskError, match="Nodes of Flower train whole models"):
+        through_flower(make_task(), config(), run_config=settings)
+
+
 def spoilt(task, spoil):
     """Return the task's ClientApp, whose partition 1 has its reply spoilt."""
     _, inner = make_apps(task)
