@@ -183,10 +183,13 @@ def _inferred(graph: ModelGraph, names: Sequence[str]) -> dict[str, Any]:
     from onnx import shape_inference
 
     try:
-        found = shape_inference.infer_shapes(graph.model).graph.value_info
+        found = shape_inference.infer_shapes(graph.model).graph
+    except shape_inference.InferenceError:  # an operator that ONNX does not know
+        found = graph.model.graph
     except (ValueError, RuntimeError) as cause:
         raise ConfigError(f"{graph.path.name}: the shapes of its tensors cannot be inferred: {cause}") from cause
-    known = {one.name: one for one in found if _has_shape(one)}
+    known = {one.name: one for one in found.value_info if _has_shape(one)}
+    known |= {one.name: one for one in found.output}  # which need no shape
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"the shape of tensor {unknown[0]!r} is not known; cut {graph.path.name} at another one")
     return {name: known[name] for name in names}

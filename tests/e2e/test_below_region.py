@@ -37,7 +37,7 @@ def until(predicate):
 
 
 def test_every_command_for_a_device_reaches_one_below_a_region(fleet, tmp_path):
-    until(lambda: listed(fleet)["a"]["telemetry"] is not None)
+    until(lambda: all(one["telemetry"] is not None for one in listed(fleet).values()))
     a = listed(fleet)["a"]
     assert (a["online"], a["via"], a["tags"]) == (True, "r1", {"site": "a"})
     assert a["telemetry"].keys() == listed(fleet)["b"]["telemetry"].keys()

@@ -11,10 +11,20 @@ if TYPE_CHECKING:
 
 
 def has_channels_last(model: torch.nn.Module) -> bool:
-    """Whether a model trains with channels last: on a CPU this makes convolutions, and most of all pooling, faster."""
+    """Whether a model trains with channels last: on a CPU this makes convolutions, and most of all pooling, faster.
+
+    Not with a GroupNorm whose input may need no gradient, behind frozen layers or as the first one: with channels last,
+    the gradient of its weights ends the process (`native_group_norm_backward` of torch 2.13).
+    """
     import torch
 
-    return not torch.cuda.is_available() and any(isinstance(one, torch.nn.Conv2d) for one in model.modules())
+    kinds = (torch.nn.Conv2d, torch.nn.GroupNorm)
+    layers = [one for one in model.modules() if isinstance(one, kinds)]
+    if torch.cuda.is_available() or not any(isinstance(one, torch.nn.Conv2d) for one in layers):
+        return False
+    is_frozen = any(not one.requires_grad for one in model.parameters())
+    has_norm = any(isinstance(one, torch.nn.GroupNorm) for one in layers)
+    return not (has_norm and (is_frozen or isinstance(layers[0], torch.nn.GroupNorm)))
 
 
 def lay_out(model: torch.nn.Module) -> None:

@@ -353,7 +353,7 @@ def test_messages_at_a_cut_that_are_none(served) -> None:
             for wrong, words in (
                 (plain, "has one input, 'crossing', of datatype UINT8 and one dimension; got: t0 float32[1, 2]"),
                 (cut_off, "a message ends 1 bytes too early"),
-                (crossing("fp16", other=rows(1)["t0"]), "input other is unknown; model m takes: t0"),
+                (crossing("fp16", other=rows(1)["t0"]), "input 'other' is unknown; model m takes: t0"),
                 (
                     crossing("int8", t0=np.ones((1, 3), np.float32)),
                     "input 't0' has shape [1, 3]; model m takes [-1, 2]",
@@ -386,6 +386,6 @@ def test_a_request_begins_at_the_stage_of_its_model_s_name(served) -> None:
             about = await client().stub.ModelMetadata(pb.ModelMetadataRequest(name="m.4"), metadata=client().metadata)
             assert [one.name for one in about.inputs] == ["t1"]
             wrong = make_request("m.4", rows(1))
-            assert (await refusal(client().infer(wrong)))[1] == "input t0 is unknown; model m takes: t1"
+            assert (await refusal(client().infer(wrong)))[1] == "input 't0' is unknown; model m takes: t1"
 
     asyncio.run(run())

@@ -149,6 +149,8 @@ PARENT = {"name": "oslo", "url": "https://o:9480", "grpc": "o:9440", "broker": "
 EVERY: dict[type, dict[str, Any]] = {
     messages.BlobRef: PIECE,
     messages.Signed: {"text": "{}", "key_id": "k", "signature": "s"},
+    messages.Division: {"in_cloud": {"last.weight": "last.weight"}, "buffers": ["norm.count"], "device_frozen": PIECE},
+    messages.ModelReport: {"version": 1, "placement": "split:relu", "profile_ms": {"device": 1.5}},
     messages.Fit: {
         "job": "j", "round": 1, "model": PIECE, "model_blake3": "00", "train": {"lr": 0.5}, "deadline_s": 6.0,
         "bundle": {"text": "{}", "key_id": "k", "signature": "s"}, "max_update_bytes": 9,

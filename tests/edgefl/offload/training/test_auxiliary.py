@@ -30,7 +30,7 @@ def test_the_loss_falls_and_the_head_is_kept_for_the_next_round() -> None:
     assert losses[-1] < losses[0] - 0.01
     again = AuxiliaryLoss(task, config, auxiliary.state())
     assert again.learn(device.forward(parts, input_values(inputs), MICRO), targets) < losses[0] - 0.01
-    assert auxiliary.state()["auxiliary/weight"].shape == (10, 8)
+    assert auxiliary.state()["auxiliary/weight"].shape == (10, 8 + 4)  # channels of both tensors that cross
 
 
 def test_a_language_model_has_none() -> None:

@@ -22,9 +22,7 @@ from tests.edgefl.offload.training.models import NormedNet, adamw, decoder, mome
 STEPS, BATCH = 20, 8
 
 
-def made(
-    task: Task, model: torch.nn.Module, cut: str, last_cut: str, inputs: Any, known: dict[Any, ModelParts]
-) -> ModelParts:
+def made(model: torch.nn.Module, cut: str, last_cut: str, inputs: Any, known: dict[Any, ModelParts]) -> ModelParts:
     if is_decoder(model):
         return known.setdefault("blocks", decoder_parts(model, cut, last_cut))
     key = tuple(inputs.shape)

@@ -14,6 +14,15 @@ def test_convolutions_on_a_cpu_and_nothing_else_train_with_channels_last():
     assert not has_channels_last(torch.nn.Linear(2, 3))
 
 
+def test_a_group_norm_whose_input_needs_no_gradient_trains_as_it_is():
+    norm, conv = torch.nn.GroupNorm(1, 2), torch.nn.Conv2d(2, 2, 1)
+    assert not has_channels_last(torch.nn.Sequential(norm, conv))
+    frozen = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1).requires_grad_(False), torch.nn.GroupNorm(1, 2))
+    assert not has_channels_last(frozen)
+    assert has_channels_last(torch.nn.Sequential(conv, norm)) is not torch.cuda.is_available()
+    torch.autograd.grad(frozen(torch.ones(2, 2, 3, 3)).square().sum(), list(frozen[1].parameters()))  # it survives
+
+
 def test_kernels_and_images_keep_their_values():
     model = torch.nn.Conv2d(2, 3, 3)
     before = model.weight.detach().clone()
