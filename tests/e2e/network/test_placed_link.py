@@ -85,7 +85,7 @@ def split(tmp_path):
                 {by: new_session(path).run(["y"], {"x": x})[0] for by, path in (("whole", whole), ("small", small))},
             )
             one.popen.kill()
-            one.popen.wait()
+            one.popen.communicate()  # closes the pipes
 
 
 @pytest.mark.timeout(1500)
