@@ -33,8 +33,8 @@ from cloud.state.home import LOG_FILE, MAX_JOBS, AggregatorOptions, CloudHome
 from cloud.state.jobs import UNFINISHED, JobRow
 from cloud.trust.upkeep import Upkeep, interval_s
 from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.choosing.combined import LATE_NEXT
 from edgefl.choosing.history import History
-from edgefl.config import LATE_NEXT
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, JobPaused
 from edgefl.logs import event, logging_to
 from edgefl.protocols import fleet_pb2 as pb

@@ -133,6 +133,11 @@ class Store:
         files = (self._states / row["file"] for row in self._select(query, (job, before)))
         return next((file for file in files if file.exists()), None)
 
+    def has_state(self, job: str, number: int) -> bool:
+        """Whether there is a state that follows this round."""
+        rows = self._select("SELECT file FROM kept_states WHERE job = ? AND round = ?", (job, number))
+        return any((self._states / row["file"]).exists() for row in rows)
+
     def state_files(self, job: str, number: int) -> dict[str, Any]:
         """Return fields of a trainer's request: where a client's state is, and where its next one goes."""
         return {"state": str(self.state(job, before=number) or ""), "state_out": str(self.state_draft(job, number))}

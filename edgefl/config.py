@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 import dacite
 
+from edgefl.choosing.combined import LATE_NEXT, LATE_REFUSE, check_combined
 from edgefl.choosing.expression import parse
 from edgefl.choosing.settings import StopConfig, check_choice, check_share
 from edgefl.errors import ConfigError
@@ -34,7 +35,6 @@ from edgefl.terminal.values import shown_value
 
 ALGORITHMS = ("fedavg", "fedsgd")
 GRACE_NONE, GRACE_AUTO = "none", "auto"
-LATE_REFUSE, LATE_NEXT = "refuse", "next"
 STRATEGIES = ("ddp", "fsdp")
 AUTO = "auto"
 SCHEDULES = ("constant", "cosine", "step")
@@ -46,6 +46,7 @@ MAX_WORKERS = 64  # limit of processes that read a Dataset
 MAX_TIERS = 8
 MAX_PROCESSES = 1024
 MAX_RANK = 4096  # of adapters
+MAX_FRAGMENTS = 1000
 
 _T = TypeVar("_T")
 
@@ -131,6 +132,7 @@ class TrainConfig:
     round: int = 0  # number of the round, from 1; set in each round's plan, never by the user
     mode: str = "local"  # local: a device trains the whole model; split: its first layers, and the cloud the rest
     split: SplitConfig = field(default_factory=SplitConfig)  # of mode split
+    fragments: int = 1  # `server.fragments`; set in each round's plan, never by the user
 
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
@@ -153,6 +155,7 @@ class TrainConfig:
         require_within("train.step_factor", self.step_factor, 0, 1)
         require_within("train.workers", self.workers, 0, MAX_WORKERS)
         require_within("train.round", self.round, 0, MAX_COUNT)
+        require_within("train.fragments", self.fragments, 1, MAX_FRAGMENTS)
         require(
             not (self.keep_optimizer_state and self.algorithm == "fedsgd"),
             "train.keep_optimizer_state=true: fedsgd takes no local steps, so a client has no optimizer. Leave it out",
@@ -182,6 +185,11 @@ class TrainConfig:
             f"train.steps={self.steps}: fedsgd takes no local steps, but one gradient over all samples. Leave it out",
         )
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a client keeps anything between its rounds."""
+        return self.keep_optimizer_state or self.fragments > 1
+
     def num_steps(self, num_samples: int) -> int:
         """Return the training steps of a client with so many samples in a round."""
         return self.steps or self.epochs * -(-num_samples // self.batch_size)
@@ -201,10 +209,12 @@ class ServerConfig:
     optimizer: str = "SGD"  # any name in `torch.optim`; plain SGD needs no torch
     lr: float = 1.0  # learning rate of the server's optimizer
     options: Mapping[str, Any] = field(default_factory=dict)  # other arguments of the optimizer, e.g. `momentum = 0.9`
+    fragments: int = 1  # parts of the model, one of which is exchanged per round (Streaming DiLoCo); 1 = all of it
 
     def __post_init__(self) -> None:
         require_printable("server.optimizer", self.optimizer)
         require_above_zero("server.lr", self.lr, MAX_RATE)
+        require_within("server.fragments", self.fragments, 1, MAX_FRAGMENTS)
         for name, value in self.options.items():
             require_plain(f"server.options.{name}", value)
 
@@ -255,23 +265,14 @@ class JobConfig:
     tiers: TiersConfig = field(default_factory=TiersConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.tiers.region_rounds == 1 or self.train.algorithm == "fedavg",
-            f"tiers.region_rounds={self.tiers.region_rounds} needs train.algorithm=fedavg: a gradient is not a change",
+        check_combined(
+            algorithm=self.train.algorithm,
+            mode=self.train.mode,
+            region_rounds=self.tiers.region_rounds,
+            fan_out=self.tiers.fan_out,
+            late=self.rounds.late,
+            fragments=self.server.fragments,
         )
-        if self.rounds.late == LATE_NEXT:
-            require(
-                self.train.algorithm == "fedavg",
-                f"rounds.late={LATE_NEXT!r} needs train.algorithm=fedavg: a gradient is of its own version alone",
-            )
-            require(
-                self.tiers.region_rounds == 1,
-                f"rounds.late={LATE_NEXT!r} needs tiers.region_rounds=1: a region sends what it has",
-            )
-            require(
-                not self.tiers.fan_out,
-                f"rounds.late={LATE_NEXT!r} and tiers.fan_out: updates below a region cannot be late. Leave one out",
-            )
 
 
 def load_config(

@@ -33,6 +33,7 @@ from edgefl.trees import (
     read_block,
     spec_of,
 )
+from edgefl.trees.fragments import sent_part
 from edgefl.trees.views import joined, renamed
 
 MAX_WEIGHT = 2.0**53  # far above any number of samples; products with it cannot overflow the float64 sums
@@ -54,7 +55,7 @@ class RoundGuard:
     def __init__(self, plan: Plan, *, any_device: bool = False) -> None:
         """Check updates for a plan; with `any_device`, the caller knows that they are of its cohort."""
         self._plan = plan
-        self._spec = spec_of(plan.parameters)
+        self._spec = spec_of(sent_part(plan.parameters, plan.train))
         self._cohort = None if any_device else frozenset(plan.clients)
         self._admitted: set[str] = set()
         self._owed = set(plan.owed)

@@ -7,6 +7,7 @@ raises; the updates of a cohort are never all in memory.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from edgefl.aggregation.evaluations import FederatedEvaluation
 from edgefl.aggregation.rule import Rule
 from edgefl.aggregation.schedules import of_round, server_factor
 from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.choosing.combined import LATE_NEXT
 from edgefl.choosing.history import History
 from edgefl.choosing.utility import draw_by_utility
-from edgefl.config import LATE_NEXT, JobConfig
+from edgefl.config import JobConfig
 from edgefl.errors import QuorumNotMet, UpdateRejected
 from edgefl.exchange import cohort_size
 from edgefl.guards import DEVICES, RoundGuard, integer_moves, is_late, refuse_unsound
@@ -42,7 +44,9 @@ from edgefl.records import (
 from edgefl.stopping import EarlyStop
 from edgefl.terminal.text import grouped
 from edgefl.trees import Tree
+from edgefl.trees.fragments import sent_fragment, sent_part
 from edgefl.trees.scratch import settled
+from edgefl.trees.views import joined
 
 Clock = Callable[[], float]  # seconds, monotonic
 OnRefusal = Callable[[Plan, Update | Partial, str], None]
@@ -154,7 +158,8 @@ def run_round(job: Job, fleet: Fleet, plan: Plan, *, is_resumed: bool = False) -
     """
     start_s, before = job.clock(), fleet.traffic()
     wanted = job.config.rounds.clients or len(plan.clients)
-    guard, rule = RoundGuard(plan), make_rule(job.config.aggregation.rule, plan.parameters)
+    guard = RoundGuard(plan)
+    rule = make_rule(job.config.aggregation.rule, sent_part(plan.parameters, plan.train))
     tally = _Tally(evaluation=FederatedEvaluation(job.evaluation) if plan.evaluate and job.evaluation else None)
     answer: Answer | None = None
     for answer in fleet.collect(plan):
@@ -257,13 +262,16 @@ def _evaluations_in(answer: Answer) -> Mapping[str, DeviceEvaluation | str]:
 def _step(job: Job, plan: Plan, rule: Rule) -> Tree:
     """Return the parameters after the server's step; raises StepFailed if they leave the range of their dtypes.
 
-    Those of a large model are computed, and checked, when they are read.
+    Those of a large model are computed, and checked, when they are read. Other fragments than the round's stay.
     """
+    part = dataclasses.replace(plan, parameters=sent_part(plan.parameters, plan.train))
     with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the tensor's name
         mean = rule.result()
         moves = integer_moves(mean)
-        new = job.step.step(plan.parameters, mean, lr_factor=server_factor(job.config, plan.train))
-    return refuse_unsound(plan, moves, new, job.step.fault())
+        factor, fragment = server_factor(job.config, plan.train), sent_fragment(plan.train)
+        new = job.step.step(part.parameters, mean, lr_factor=factor, fragment=fragment)
+    new = refuse_unsound(part, moves, new, job.step.fault())
+    return new if plan.train.fragments == 1 else joined(plan.parameters, new)
 
 
 def select_clients(

@@ -26,8 +26,9 @@ from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
+from edgefl.choosing.combined import LATE_NEXT
 from edgefl.choosing.history import History
-from edgefl.config import GRACE_AUTO, LATE_NEXT
+from edgefl.config import GRACE_AUTO
 from edgefl.errors import JobPaused
 from edgefl.exchange import Announce, Close, Durations, GiveUp, Instruction, Terms, Yield
 from edgefl.logs import event
@@ -38,6 +39,7 @@ from edgefl.protocols.tiers import SumNote
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import NO_EVALUATION
 from edgefl.trees import SpooledTree, Tree, encoded_bytes, whole_bytes
+from edgefl.trees.fragments import changed_part, sent_part
 from edgefl.trees.views import joined
 
 HEADER_SLACK_BYTES = 64 << 10  # another safetensors writer may make a longer header than ours
@@ -75,6 +77,7 @@ class GrpcFleet:
         self._refused: set[str] = set()  # devices whose answer the guard has refused since it was yielded
         self.frozen = job.frozen  # all tensors that devices do not send
         self._model_sha256: str | None = None  # hash of the open round's model
+        self._fragment: BlobRef | None = None  # of the open round, made for it alone
         if job.owed:
             deps.rounds.hold(job.id, job.rounds_done, job.owed)
 
@@ -158,6 +161,7 @@ class GrpcFleet:
                 self._deps.rounds.hold(plan.job, plan.round, opened.missing())
             self._deps.rounds.remove(opened)
             self._close(plan)
+            self._drop_fragment()
             for left in opened.given_up():
                 self._execute(left, opened)
             self._tell_owed(opened)
@@ -177,6 +181,18 @@ class GrpcFleet:
             for device in opened.still_owed():
                 closed = RoundClosed(job=assignment.job, round=assignment.round - 1, job_ended=False)
                 self._deps.link.send_job(device, closed)
+
+    def _made_fragment(self, plan: Plan) -> BlobRef | None:
+        """Return the blob of what the round before has changed; None if that is the whole model."""
+        if plan.train.fragments == 1 or plan.round == 1:
+            return None
+        part = changed_part(plan.parameters, plan.train)
+        return self.insist(lambda: self._deps.blobs.put_tree(part), encoded_bytes(part))
+
+    def _drop_fragment(self) -> None:
+        if self._fragment is not None and not self._deps.rounds.asking_for(self._fragment.sha256):
+            self._deps.blobs.delete(self._fragment.sha256)
+        self._fragment = None
 
     def _settle(self, opened: OpenRound, answer: Answer) -> None:
         """Tell the round whether the guard has admitted an answer that was yielded."""
@@ -259,6 +275,7 @@ class GrpcFleet:
                 frozen=on_devices(job.frozen, job.division),
                 parted=job.parted,
             )
+        self._fragment = fragment = self._made_fragment(plan)
         return Fit(
             job=plan.job,
             round=plan.round,
@@ -267,11 +284,13 @@ class GrpcFleet:
             bundle=job.bundle,
             train=plan.train,
             deadline_s=plan.deadline_s,
-            max_update_bytes=whole_bytes(plan.parameters) + HEADER_SLACK_BYTES,
+            max_update_bytes=whole_bytes(sent_part(plan.parameters, plan.train)) + HEADER_SLACK_BYTES,
             frozen=on_devices(job.frozen, job.division),
             parted=job.parted,
             evaluate=plan.evaluate,
             takes_late=self._takes_late(plan),
+            fragment=fragment,
+            fragment_blake3="" if fragment is None else self._deps.blobs.check(fragment.sha256),
         )
 
     def _close(self, plan: Plan) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 from cloud.state.blobs import BlobStore
 from edgefl.errors import ConfigError
 from edgefl.protocols.messages import BlobRef
-from edgefl.trees import SpooledTree
+from edgefl.trees import SpooledTree, spec_of
+from edgefl.trees.fragments import fragments_of
 
 
 def check_parts(
     blobs: BlobStore, bundle: BlobRef, parameters: BlobRef, frozen: BlobRef | None, buffers: Sequence[str],
-    on_devices: BlobRef | None = None,
+    on_devices: BlobRef | None = None, fragments: int = 1,
 ) -> None:  # fmt: skip
     """Raise ConfigError for parts that are missing or do not fit, BlobDamaged for a damaged one."""
     named = {"bundle": bundle, "parameters": parameters, "frozen part": frozen, "devices' frozen part": on_devices}
@@ -26,6 +27,7 @@ def check_parts(
     tree = SpooledTree(blobs.path(parameters.sha256))
     if unknown := sorted(set(buffers) - set(tree)):
         raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
+    fragments_of(spec_of(tree), fragments)
     if frozen is not None and (twice := sorted(set(SpooledTree(blobs.path(frozen.sha256))) & set(tree))):
         raise ConfigError(f"tensors {', '.join(twice):.500} are both among the job's parameters and frozen")
 

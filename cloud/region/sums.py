@@ -26,6 +26,7 @@ from edgefl.protocols.tiers import RegionPart, SumNote
 from edgefl.records import Answer, DeviceEvaluation, Evaluated, Failure, Partial, Plan, RegionRound
 from edgefl.rounds import NO_EVALUATION, TRAIN_LOSS, MetricSums
 from edgefl.trees import TensorSpec, Tree, spec_of
+from edgefl.trees.fragments import sent_part
 
 TOLERANCE = 1e-9  # of the sum of weights, relative
 
@@ -193,7 +194,7 @@ class Folding:
 
     def _parts(self) -> tuple[RoundGuard, Merging]:
         if self._guard is None or self._rule is None:
-            rule = make_rule(self.rule_name, self.plan.parameters)
+            rule = make_rule(self.rule_name, sent_part(self.plan.parameters, self.plan.train))
             if not isinstance(rule, Merging):
                 raise ProtocolError(f"the rule {self.rule_name!r} does not merge partial sums")
             self._guard, self._rule = RoundGuard(self.plan, any_device=True), rule

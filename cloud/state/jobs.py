@@ -114,7 +114,8 @@ class Jobs:
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
             return job
-        check_parts(self._blobs, bundle, parameters, frozen, buffers, division.device_frozen if division else None)
+        device_frozen = division.device_frozen if division else None
+        check_parts(self._blobs, bundle, parameters, frozen, buffers, device_frozen, config.server.fragments)
         check_division(config, division, SpooledTree(self._blobs.path(frozen.sha256)) if frozen else None)
         check_rule(config)
         make_stop(config.rounds.stop)

@@ -28,7 +28,7 @@ from edge_agent.training import trainer_wire as wire
 from edge_agent.training.bundles import Bundles, work_folder
 from edge_agent.training.environments import Environments
 from edge_agent.training.frozen_parts import FrozenParts
-from edge_agent.training.queue_rules import goes_on_beside, is_given_up, is_over, queue_key
+from edge_agent.training.queue_rules import goes_on_beside, is_given_up, is_over, parameters_of, queue_key
 from edge_agent.training.trainer import Trainer
 from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
@@ -315,7 +315,7 @@ class Participant:
         frozen = await self._frozen.get(assignment.job, assignment.frozen) if assignment.frozen is not None else None
         return {
             "client": deps.device,
-            "model": str(await self._fetch(assignment.model, assignment.model_blake3)),
+            "model": str(await self._fetch(*parameters_of(assignment, deps.store.has_state))),
             "frozen": str(frozen or ""),
             "parted": assignment.parted,
             "bundle": str(bundle),

@@ -1,10 +1,10 @@
-"""How assignments stand to each other: which replace which, and which a closed round ends."""
+"""Rules about assignments: which replace which, which a closed round ends, and which parameters one begins with."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from edgefl.protocols.messages import Assignment, Fit, RoundClosed
+from edgefl.protocols.messages import Assignment, BlobRef, Evaluate, Fit, RoundClosed
 
 
 def queue_key(assignment: Assignment) -> tuple[str, int]:
@@ -37,3 +37,14 @@ def is_given_up(running: Assignment, still_open: Collection[Assignment]) -> bool
     if not isinstance(running, Fit) or not running.takes_late:
         return True
     return any(one.job == running.job and not goes_on_beside(running, one) for one in still_open)
+
+
+def parameters_of(assignment: Fit | Evaluate, has_state: Callable[[str, int], bool]) -> tuple[BlobRef, str]:
+    """Return the blob of the parameters that a device lacks, and its BLAKE3 hash.
+
+    That is what has changed since the round before, if the device has what it kept after that, else the whole model.
+    """
+    fragment = assignment.fragment if isinstance(assignment, Fit) else None
+    if isinstance(assignment, Fit) and fragment is not None and has_state(assignment.job, assignment.round - 1):
+        return fragment, assignment.fragment_blake3
+    return assignment.model, assignment.model_blake3

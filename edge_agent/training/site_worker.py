@@ -37,6 +37,7 @@ from edgefl.process.children import die_with_parent
 from edgefl.task import FitResult
 from edgefl.training.parallel.together import Assigned, Loaded, train_together
 from edgefl.training.parallel.workers import TrainingGroup
+from edgefl.training.steps.client_state import begin_from
 from edgefl.trees import SpooledTree
 
 RENDEZVOUS_S = 60.0
@@ -121,11 +122,12 @@ class Worker:
         return self._finish(loaded[0], result, request) if self._workers.leads else _nothing()
 
     def _finish(self, loaded: Loaded, result: FitResult, request: wire.FitRequest) -> wire.WorkDone:
-        check(loaded.task.name, result, loaded.parameters, request)
+        begun = begin_from(loaded.parameters, loaded.state, request.train)
+        check(loaded.task.name, result, begun.sent, request)
         done = write(result, request)
         if not request.evaluate:
             return done
-        return evaluated(done, loaded.task, loaded.parameters, request, loaded.frozen, self._tell)
+        return evaluated(done, loaded.task, begun.base, request, loaded.frozen, self._tell)
 
     def _with_files(self, request: wire.FitRequest) -> wire.FitRequest:
         """Return the request with paths of this machine; files that it lacks are copied from the leader's."""

@@ -44,6 +44,7 @@ from edgefl.task import FitResult, Task
 from edgefl.terminal.text import one_line
 from edgefl.training.local import train_locally
 from edgefl.training.local_evaluation import evaluate_locally
+from edgefl.training.steps.client_state import begin_from
 from edgefl.trees import SpooledTree, Tree, spec_of, write_tree
 
 NICENESS = 10
@@ -152,10 +153,11 @@ def train(fit: wire.FitRequest, tell: Callable[[wire.WorkDone], None] = _ignore)
             task, parameters, fit.train, options=fit.options, round=fit.round, client=fit.client, frozen=frozen,
             state=state_of(fit),
         )  # fmt: skip
-    check(task.name, result, parameters, fit)
+    begun = begin_from(parameters, state_of(fit), fit.train)
+    check(task.name, result, begun.sent, fit)
     done = write(result, fit)
     del result  # its memory is needed
-    return evaluated(done, task, parameters, fit, frozen, tell) if fit.evaluate else done
+    return evaluated(done, task, begun.base, fit, frozen, tell) if fit.evaluate else done
 
 
 def evaluated(

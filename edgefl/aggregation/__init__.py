@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.aggregation.rule import Rule, RuleKind
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import LATE_NEXT, LATE_REFUSE, JobConfig
+from edgefl.choosing.combined import LATE_NEXT, LATE_REFUSE
+from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.trees import Tree
 

@@ -33,10 +33,10 @@ def lr_factor(train: TrainConfig, num_rounds: int, number: int) -> float:
 
 
 def of_round(config: JobConfig, number: int) -> TrainConfig:
-    """Return the clients' configuration of a round: with its number, and its rate, which stays above 0."""
+    """Return the clients' configuration of a round: with its number, fragments, and rate, which stays above 0."""
     factor = lr_factor(config.train, config.rounds.count, number)
     lr = max(config.train.lr * factor, sys.float_info.min)
-    return dataclasses.replace(config.train, lr=lr, round=number)
+    return dataclasses.replace(config.train, lr=lr, round=number, fragments=config.server.fragments)
 
 
 def server_factor(config: JobConfig, train: TrainConfig) -> float:

@@ -45,6 +45,7 @@ from edgefl.trees.scratch import ScratchTree
 from edgefl.trees.tensors import array_of, tensor_of
 from edgefl.trees.views import joined, renamed
 
+_PART = "/"  # between a fragment's number and the names of its optimizer's state
 _BUCKET_ELEMENTS = 1 << 18  # size of a bucket of small tensors: its temporaries stay in the cache
 
 
@@ -60,18 +61,19 @@ class ServerOptimizer:
         self._config = config
         self._sign = -1.0 if gradient else 1.0
         self._buffers, self._frozen = frozenset(buffers), frozenset(frozen)
-        self._optimizer: _TorchOptimizer | None = None
+        self._optimizers: tuple[_TorchOptimizer, ...] = ()  # one for each fragment of the model
         if config.optimizer != "SGD" or config.options:
-            self._optimizer = _TorchOptimizer(config)
+            self._optimizers = tuple(_TorchOptimizer(config) for _ in range(config.fragments))
 
-    def step(self, parameters: Tree, mean: Tree, *, lr_factor: float = 1.0) -> Tree:
+    def step(self, parameters: Tree, mean: Tree, *, lr_factor: float = 1.0, fragment: int = 0) -> Tree:
         """Return the parameters of the next round. Overwrites `mean`: its arrays may become part of the result.
 
         If the mean is read by blocks, so are they; plain SGD computes them from both trees whenever they are read.
 
-        `lr_factor` multiplies the learning rate in this round.
+        `lr_factor` multiplies the learning rate in this round; both trees are of the fragment with this number.
         """
         lr = self._config.lr * lr_factor
+        optimizer = self._optimizers[fragment] if self._optimizers else None
         pairs = self._factors_after(parameters, mean, lr)
         if pairs:
             others = {name: name for name in parameters if name not in pairs}
@@ -80,13 +82,14 @@ class ServerOptimizer:
                 for name, pair in pairs.items()
                 for side, array in zip(factor_names(name), (pair.left, pair.right), strict=True)
             }
-            return joined(self._step(renamed(parameters, others), renamed(mean, others), lr), FactoredTree(stored))
-        return self._step(parameters, mean, lr)
+            new = self._step(optimizer, renamed(parameters, others), renamed(mean, others), lr)
+            return joined(new, FactoredTree(stored))
+        return self._step(optimizer, parameters, mean, lr)
 
     def _factors_after(self, parameters: Tree, mean: Tree, lr: float) -> dict[str, Factors]:
         """Return the new factors of the matrices that remain smaller as factors."""
         found: dict[str, Factors] = {}
-        if self._optimizer is not None or not isinstance(mean, BlockTree):
+        if self._optimizers or not isinstance(mean, BlockTree):
             return found
         for name in mean.factored:
             before, move = factors_of(parameters, name), factors_of(mean, name)
@@ -96,39 +99,47 @@ class ServerOptimizer:
             found[name] = stacked([before.scaled(1.0, dtype), move.scaled(self._sign * lr, dtype)])
         return found
 
-    def _step(self, parameters: Tree, mean: Tree, lr: float) -> Tree:
+    def _step(self, optimizer: _TorchOptimizer | None, parameters: Tree, mean: Tree, lr: float) -> Tree:
         if isinstance(mean, BlockTree):
             if mean.reads_blocks:
-                return self._step_by_blocks(parameters, mean, lr)
+                return self._step_by_blocks(optimizer, parameters, mean, lr)
             mean = {name: mean[name] for name in mean}
         trained = {name: array for name, array in parameters.items() if self._is_trained(name, array)}
         new = {name: self._untrained(name, array, mean) for name, array in parameters.items() if name not in trained}
-        if self._optimizer is not None:
-            new |= self._optimizer.step(trained, mean, lr, is_delta=self._sign > 0)
+        if optimizer is not None:
+            new |= optimizer.step(trained, mean, lr, is_delta=self._sign > 0)
         else:
             new |= {name: self._plain(array, mean[name], lr) for name, array in trained.items()}
         return {name: new[name] for name in parameters}
 
     def state(self) -> Tree:
         """Return the optimizer's state as a tree, for a checkpoint; empty for plain SGD."""
-        return self._optimizer.state() if self._optimizer is not None else {}
+        if len(self._optimizers) == 1:
+            return self._optimizers[0].state()
+        return joined(*(_of_fragment(index, one.state()) for index, one in enumerate(self._optimizers)))
 
     def fault(self) -> str | None:
         """Say which part of the optimizer's state is not finite, if any: no later step could recover from it."""
-        return not_finite_tree(self._optimizer.slots()) if self._optimizer is not None else None
+        return next(filter(None, (not_finite_tree(one.slots()) for one in self._optimizers)), None)
 
     def load(self, state: Tree) -> None:
         """Restore a state that `state` returned."""
-        if self._optimizer is not None:
-            self._optimizer.load(state)
+        if len(self._optimizers) == 1:
+            self._optimizers[0].load(state)
+            return
+        for index, one in enumerate(self._optimizers):
+            prefix = f"{index}{_PART}"
+            one.load(renamed(state, {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}))
 
-    def _step_by_blocks(self, parameters: Tree, mean: BlockTree, lr: float) -> BlockTree:
+    def _step_by_blocks(
+        self, optimizer: _TorchOptimizer | None, parameters: Tree, mean: BlockTree, lr: float
+    ) -> BlockTree:
         """Return the new parameters as a tree that is read by blocks."""
         spec = spec_of(parameters)
         trained = {name: one for name, one in spec.items() if self._is_trained(name, one)}
         by_torch = None
-        if self._optimizer is not None:
-            by_torch = self._optimizer.step_large(trained, parameters, mean, lr, is_delta=self._sign > 0)
+        if optimizer is not None:
+            by_torch = optimizer.step_large(trained, parameters, mean, lr, is_delta=self._sign > 0)
 
         def read(name: str, block: slice) -> Array:
             if by_torch is not None and name in trained:
@@ -154,6 +165,10 @@ class ServerOptimizer:
             flat_new[block] *= rate
             flat_new[block] += flat_old[block]
         return mean
+
+
+def _of_fragment(index: int, state: Tree) -> Tree:
+    return renamed(state, {f"{index}{_PART}{name}": name for name in state})
 
 
 class _TorchOptimizer:

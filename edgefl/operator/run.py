@@ -36,7 +36,7 @@ from edgefl.training.early_stop import with_stop_direction
 from edgefl.training.evaluation import Judge
 from edgefl.training.local_evaluation import evaluation_spec
 from edgefl.training.parts import parts_of
-from edgefl.training.steps.optimizer_state import refuse_no_optimizer
+from edgefl.training.steps.client_state import refuse_unkept
 from edgefl.trees import SpooledTree, Tree, write_tree
 from edgefl.trees.frozen import whole
 from edgefl.trees.views import joined
@@ -122,9 +122,9 @@ def submit(  # noqa: PLR0913 - one a thing that may be chosen
     if packed.left_out:
         on_note(left_out_text(packed.left_out))
     config = with_stop_direction(config, task)
-    refuse_no_optimizer(task, config.train)
     refuse_inexact(task, config)
     parts = parts_of(task, config.train.seed) if config.train.mode == LOCAL else divided_tensors(task, config.train)
+    refuse_unkept(task, config.train, config.server.fragments, parts.moving)
     sha256, key = hashlib.sha256(packed.data).hexdigest(), secrets.token_hex(16)
     bundle = insist(lambda: client.put_blob(packed.data, sha256), patience)
     tree = upload_tree(client, parts.moving, patience)

@@ -80,16 +80,18 @@ class Fit(Checked):
     parted: bool = False  # whether `model` holds only the trained tensors and the buffers
     evaluate: bool = False  # also evaluate `model` on the device's held-out samples
     takes_late: bool = False  # the next round takes the update, too: do not stop when that one begins
+    fragment: BlobRef | None = None  # safetensors: of `model`, what the round before has changed; None = not known
+    fragment_blake3: str = field(default="", metadata=limited(max_chars=64))
     kind: str = "fit"
 
     @property
     def keeps_state(self) -> bool:
         """Whether the client keeps something for its next round."""
-        return self.train.keep_optimizer_state or self.train.split.keeps_state
+        return self.train.keeps_state or self.train.split.keeps_state
 
     def blobs(self) -> tuple[BlobRef, ...]:
-        """Return what a device fetches for it, beside the bundle."""
-        return (self.model,) if self.frozen is None else (self.model, self.frozen)
+        """Return what a device may fetch for it, beside the bundle."""
+        return tuple(one for one in (self.model, self.frozen, self.fragment) if one is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

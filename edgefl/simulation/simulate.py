@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from edgefl.aggregation import refuse_unusable
+from edgefl.aggregation.schedules import of_round
 from edgefl.aggregation.server_opt import ServerOptimizer
+from edgefl.choosing.combined import LATE_NEXT
 from edgefl.choosing.history import History
 from edgefl.choosing.needs import reads_history
-from edgefl.config import LATE_NEXT, Config, JobConfig, config_of
+from edgefl.config import Config, JobConfig, config_of
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
@@ -62,7 +64,7 @@ from edgefl.training.local_evaluation import evaluation_spec
 from edgefl.training.parts import parts_of
 from edgefl.training.randomness import kept, seeded
 from edgefl.training.samples import require_torch
-from edgefl.training.steps.optimizer_state import refuse_no_optimizer
+from edgefl.training.steps.client_state import refuse_unkept
 from edgefl.trees.frozen import whole
 from edgefl.trees.scratch import in_memory
 
@@ -119,7 +121,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
         )
     with (
         kept(), open_checkpoints(folder, before, checkpoint_every) as checkpoints,
-        open_states(settings.train, folder, before, going_on.client_states if going_on else "") as states,
+        open_states(of_round(settings, 1), folder, before, going_on.client_states if going_on else "") as states,
     ):  # fmt: skip
         if checkpoints is not None and settings.rounds.late == LATE_NEXT:
             raise ConfigError(
@@ -135,7 +137,7 @@ def simulate(  # noqa: PLR0913 - one a thing to choose, all with a default
             chosen = _make_engine(engine, setup, saved, address)
             with closing(chosen.engine):
                 watching.on_engine(chosen.name, chosen.reason)
-                tiered = below_regions(chosen.engine, settings, setup.population.names())
+                tiered = below_regions(chosen.engine, settings, setup.population.names(), states)
                 virtual = virtual_time(setup, settings, chosen.engine, saved, tiered, selection)
                 read = history if reads_history(settings.rounds) else None
                 choice = _Choice(selection, read, make_stop(stop_config), tiered)
@@ -161,8 +163,8 @@ def _set_up(
     refuse_more_than_there_are(config, len(population.names()))
     if saved is not None:
         refuse_other_shapes(saved, initial_parameters(loaded, config.train.seed), len(population.names()))
-    refuse_no_optimizer(loaded, config.train)
     refuse_inexact(loaded, config)
+    refuse_unkept(loaded, config.train, config.server.fragments, parts_of(loaded, config.train.seed).moving)
     reference = None if isinstance(task, Task) else str(task)
     method = TrainingMethod(compiled=config.engine.compile, recorded=config.engine.record)
     names, there = population.names(), () if saved is None else np.flatnonzero(saved.took_part)

@@ -27,6 +27,7 @@ from edgefl.training.broadcast import MAX_SAMPLES, refuse_broadcast
 from edgefl.training.own_fit import arrays_of, fit_of, matrices_of
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, computing_device, require_torch, train_samples
+from edgefl.training.steps.client_state import begin_from, model_state
 from edgefl.training.steps.descent import Autograd, Descent, loss_of
 from edgefl.training.steps.layout import has_channels_last, laid_out, lay_out
 from edgefl.training.structures import call
@@ -79,14 +80,16 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
 ) -> FitResult:  # fmt: skip
     """Train on this device's samples; raises TaskError for every error of the user's code.
 
-    `parameters` are the tensors that change, and that the result has; `frozen` are the model's other tensors,
-    if known; `state` is what this client kept after its former training (`FitResult.state`), if it has any.
+    `parameters` are the tensors that change, and that the result has, or with fragments those that were received;
+    `frozen` are the model's other tensors, if known; `state` is what this client kept after its former training
+    (`FitResult.state`), if it has any.
     """
     if task.fit is not None:
         with seeded(derive_seed(config.seed, round, client)):
             return fit_of(task, parameters, config, options, frozen)
     rank, options = rank_of(task.name, config, options, client), loader_options(options)
-    model = make_model(task, whole(parameters, frozen), rank=rank)
+    begun = begin_from(parameters, state, config)
+    model = make_model(task, whole(begun.start, frozen), rank=rank)
     if frozen is not None:
         refuse_other_parts(task.name, model, frozen)
     adapters = adapters_of(task.name, model)
@@ -104,11 +107,13 @@ def train_locally(  # noqa: PLR0913 - what a plan asks, and of whom
     else:
         model.train()
         loss = train_epochs(task, model, samples, config, seed, descent)
-        tree = delta_of(task, model, parameters)
+        tree = delta_of(task, model, begun.sent)
     if frozen:
         still = {name: frozen[name] for name in frozen.keys() - {one.weight for one in adapters}}
         refuse_moved(task.name, views_of(task, model, still), still)
-    kept = descent.kept() if config.keep_optimizer_state else {}
+    kept = dict(descent.kept()) if config.keep_optimizer_state else {}
+    if config.fragments > 1:
+        kept |= model_state(begun, tree_of(task, model, begun.start), config)
     return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss}, state=kept)
 
 

@@ -190,6 +190,16 @@ def test_a_round_that_is_trained_again_starts_from_the_same_state(store, tmp_pat
     assert len(list((tmp_path / "states").iterdir())) == 2  # the newest two
 
 
+def test_there_is_a_state_after_a_round_only_if_its_file_is_there(store, tmp_path):
+    put(store, 1, state=b"one")
+    put(store, 2)  # an update without a state
+    assert [store.has_state("j", number) for number in (0, 1, 2)] == [False, True, False]
+    assert not store.has_state("other", 1)
+    for file in (tmp_path / "states").iterdir():
+        file.unlink()
+    assert not store.has_state("j", 1)
+
+
 def test_a_state_of_a_store_of_version_2_is_kept(tmp_path):
     Store(tmp_path).close()
     with contextlib.closing(sqlite3.connect(tmp_path / "agent.db")) as db:

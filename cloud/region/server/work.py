@@ -281,7 +281,9 @@ class RegionWork:
             self._deps.jobs.forget_round(key[0], number)
             self._deps.spool.drop_round(key[0], number)
         still = {ref.sha256 for other in self._rounds.values() for ref in other.work.assignment.blobs()}
-        for model in {one.work.assignment.model.sha256, *one.models} - still:
+        asked = one.work.assignment
+        fragments = {asked.fragment.sha256} if isinstance(asked, Fit) and asked.fragment is not None else set()
+        for model in {asked.model.sha256, *fragments, *one.models} - still:
             self._deps.blobs.delete(model)
 
 

@@ -8,21 +8,18 @@ earlier state, starts from the same state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
 
 from edgefl.config import TrainConfig
-from edgefl.trees import SpooledTree, Tree, write_tree
+from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Update
+from edgefl.trees import FactoredTree, SpooledTree, Tree, encoded_bytes, whole_bytes, write_tree
+from edgefl.trees.fragments import changed_part, sent_part
 
 FOLDER = "client-states"  # beside a checkpoint
-
-
-def keeps_state(train: TrainConfig) -> bool:
-    """Whether clients keep anything between rounds."""
-    return train.keep_optimizer_state
 
 
 class ClientStates:
@@ -35,6 +32,10 @@ class ClientStates:
         """Return what a client kept after its last round before this one; None if there is nothing."""
         earlier = [one for one in _rounds(self._of(client)) if one < round_number]
         return SpooledTree(self._of(client) / str(max(earlier))) if earlier else None
+
+    def has(self, client: str, round_number: int) -> bool:
+        """Whether a client kept something after this round."""
+        return (self._of(client) / str(round_number)).exists()
 
     def keep(self, client: str, round_number: int, state: Tree) -> None:
         """Store what a client keeps after a round."""
@@ -55,6 +56,36 @@ class ClientStates:
         return self.folder / hashlib.sha256(client.encode()).hexdigest()[:32]  # a name may not be a valid file name
 
 
+class RoundBytes:
+    """What a round transfers for one client: with fragments, one of them, to a client that was in the round before."""
+
+    def __init__(self, plan: Plan, states: ClientStates | None = None) -> None:
+        self._states, self._before = states, plan.round - 1
+        self.whole = self._changed = encoded_bytes(plan.parameters)
+        self.up = whole_bytes(plan.parameters)  # of one update; with adapters, the most that it may have
+        self._has_fragments = plan.fit and plan.train.fragments > 1
+        if self._has_fragments:
+            self.up = encoded_bytes(sent_part(plan.parameters, plan.train))
+            self._changed = encoded_bytes(changed_part(plan.parameters, plan.train))
+
+    def sent(self, answer: Answer) -> int:
+        """Return the bytes of the updates in an answer."""
+        if isinstance(answer, Failure | Evaluated):
+            return 0
+        if isinstance(answer, Update) and isinstance(answer.tree, FactoredTree):
+            return encoded_bytes(answer.tree)  # ranks differ
+        return self.up * (len(answer.contributors) if isinstance(answer, Partial) else 1)
+
+    def down(self, client: str) -> int:
+        """Return the bytes of the parameters that a client receives."""
+        is_part = self._has_fragments and self._states is not None and self._states.has(client, self._before)
+        return self._changed if is_part else self.whole
+
+    def down_all(self, clients: Collection[str]) -> int:
+        """Return the bytes of the parameters that all these clients receive."""
+        return sum(map(self.down, clients)) if self._has_fragments else len(clients) * self.whole
+
+
 @contextmanager
 def open_states(
     train: TrainConfig, checkpoint: Path | None, resume: Path | None, known: str = ""
@@ -63,7 +94,7 @@ def open_states(
 
     Those of `resume` are copied if it is another folder. `known` is the temporary folder of a process that was lost.
     """
-    if not keeps_state(train):
+    if not train.keeps_state:
         yield None
         return
     if beside := checkpoint or resume:

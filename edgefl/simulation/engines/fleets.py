@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from edgefl.choosing.combined import LATE_NEXT
 from edgefl.choosing.needs import reads_history
-from edgefl.config import GRACE_NONE, LATE_NEXT, JobConfig
-from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Traffic, Update
+from edgefl.config import GRACE_NONE, JobConfig
+from edgefl.records import Answer, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
-from edgefl.simulation.engines.client_states import ClientStates
+from edgefl.simulation.engines.client_states import ClientStates, RoundBytes
 from edgefl.task import Task
 from edgefl.training.samples import SampleSet, require_torch
-from edgefl.trees import FactoredTree, encoded_bytes
+from edgefl.trees import encoded_bytes
 from edgefl.trees.factors import is_low_rank
 
 
@@ -87,10 +88,10 @@ class SimulationSetup:
     def takes_sums(self, plan: Plan) -> bool:
         """Whether partial sums are allowed: not with over-selection, grace, late answers, or a choice by history.
 
-        Of adapters, each client's factors are smaller than any sum.
+        Of adapters, each client's factors are smaller than any sum; fragments are of the clients' own models.
         """
-        rounds = self.config.rounds
-        if any(map(is_low_rank, plan.parameters)):
+        rounds, has_fragments = self.config.rounds, self.config.server.fragments > 1
+        if has_fragments or any(map(is_low_rank, plan.parameters)):
             return False
         if rounds.grace != GRACE_NONE or rounds.late == LATE_NEXT or reads_history(rounds):
             return False
@@ -100,28 +101,22 @@ class SimulationSetup:
 class Meter:
     """Counts the bytes that would be transferred; frozen tensors once per client."""
 
-    def __init__(self, served: set[tuple[str, str]] | None = None) -> None:
+    def __init__(self, served: set[tuple[str, str]] | None = None, states: ClientStates | None = None) -> None:
         self._traffic = Traffic()
         self._served = set() if served is None else served
-        self._job, self._bytes, self._frozen_bytes = "", 0, 0
+        self._states = states
+        self._job, self._frozen_bytes = "", 0
 
     def begin(self, plan: Plan) -> None:
         """Record the sizes of this round's trees."""
-        self._job, self._bytes = plan.job, encoded_bytes(plan.parameters)
+        self._job, self._bytes = plan.job, RoundBytes(plan, self._states)
         self._frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
 
     def count(self, answer: Answer) -> None:
         """Count the models sent for an answer, and the updates in it."""
         clients = answer.contributors if isinstance(answer, Partial) else (answer.device,)
-        down_bytes = len(clients) * self._bytes + self._once(clients)
-        self._traffic += Traffic(up_bytes=self._up_bytes(answer, len(clients)), down_bytes=down_bytes)
-
-    def _up_bytes(self, answer: Answer, num_clients: int) -> int:
-        if isinstance(answer, Failure | Evaluated):
-            return 0
-        if isinstance(answer, Update) and isinstance(answer.tree, FactoredTree):
-            return encoded_bytes(answer.tree)
-        return num_clients * self._bytes
+        down_bytes = self._bytes.down_all(clients) + self._once(clients)
+        self._traffic += Traffic(up_bytes=self._bytes.sent(answer), down_bytes=down_bytes)
 
     def _once(self, clients: Sequence[str]) -> int:
         """Return the bytes of frozen tensors for the clients that did not have them yet."""

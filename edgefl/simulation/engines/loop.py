@@ -15,7 +15,7 @@ class LoopFleet:
     def __init__(self, setup: SimulationSetup) -> None:
         self._setup = setup
         self._trainer = LocalTrainer(setup.task, setup.population, setup.method, setup.states)
-        self._meter = Meter(setup.served)
+        self._meter = Meter(setup.served, setup.states)
 
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()

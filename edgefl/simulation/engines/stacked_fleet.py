@@ -21,7 +21,7 @@ class StackedFleet:
             raise ConfigError(f"the engine 'stacked' cannot run task {setup.task.name!r}: {reason}")
         self._setup = setup
         self._trainer = StackTrainer(setup.task, setup.population, setup.method)
-        self._meter = Meter(setup.served)
+        self._meter = Meter(setup.served, setup.states)
 
     def clients(self) -> Sequence[str]:
         return self._setup.population.names()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from edgefl.errors import ConfigError, TaskError
 from edgefl.guards import not_finite_tree
 from edgefl.records import Evaluated, Failure, Plan, Update
@@ -30,11 +32,14 @@ from edgefl.training.local import (
     set_parameters,
     train_epochs,
     train_locally,
+    tree_of,
     views_of,
 )
 from edgefl.training.samples import SampleSet
+from edgefl.training.steps.client_state import Begun, begin_from, model_state
 from edgefl.training.steps.layout import has_channels_last, lay_out
-from edgefl.trees import Tree
+from edgefl.trees import Tree, subtract
+from edgefl.trees.fragments import changed_part
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
 from edgefl.trees.tensors import array_of
 
@@ -106,12 +111,25 @@ class LocalTrainer:
             return result.tree, result.weight, result.metrics
         samples = samples_of(self._population, client, plan.train.seed)
         seed = derive_seed(plan.train.seed, plan.round, client)
-        before = None if self._states is None else self._states.before(client, plan.round)
         model = self._model_of(plan, rank_of(self._task.name, plan.train, {}, client))
-        tree, loss = model.trained(samples, plan, seed, before, borrow=borrow)
-        if self._states is not None and not not_finite_tree(tree):  # a device sends no such update, and keeps its state
-            self._states.keep(client, plan.round, model.kept())
+        if self._states is None:
+            tree, loss = model.trained(samples, plan, seed, borrow=borrow)
+        else:
+            tree, loss = self._kept(self._states, model, client, samples, seed)
         return tree, float(len(samples)), {"train_loss": loss}
+
+    def _kept(
+        self, states: ClientStates, model: _Model, client: str, samples: SampleSet, seed: int
+    ) -> tuple[Tree, float]:
+        """Train a client from what it kept, as a device does; return its update and its loss."""
+        plan = self._begun()
+        before, parameters = states.before(client, plan.round), plan.parameters
+        has_own = states.has(client, plan.round - 1)
+        begun = begin_from(changed_part(parameters, plan.train) if has_own else parameters, before, plan.train)
+        update, loss, state = model.trained_from(begun, samples, plan, seed, before)
+        if not not_finite_tree(update):  # else a device sends nothing, and keeps the former state
+            states.keep(client, plan.round, state)
+        return update, loss
 
 
 class _Model:
@@ -142,15 +160,23 @@ class _Model:
         matrices = {one.matrix for one in self._adapters}
         self.flat.start_from({**own, **{name: plan.parameters[name] for name in plan.parameters.keys() - matrices}})
 
-    def kept(self) -> Tree:
-        """Return what the client that trained last keeps for its next round."""
-        return self._step.kept()
-
-    def trained(
-        self, samples: SampleSet, plan: Plan, seed: int, before: Tree | None, *, borrow: bool
-    ) -> tuple[Tree, float]:
-        """Return a client's update, and its loss; `before` is what it kept after its former training."""
+    def trained_from(
+        self, begun: Begun, samples: SampleSet, plan: Plan, seed: int, before: Tree | None
+    ) -> tuple[Tree, float, Tree]:
+        """Return a client's update, its loss and what it keeps; `before` is what it kept after its former training."""
         self._step.before = before
+        if plan.train.fragments > 1:
+            self.flat.start_from(begun.start)
+        whole_update, loss = self.trained(samples, plan, seed, borrow=False)
+        state = dict(self._step.kept()) if plan.train.keep_optimizer_state else {}
+        if plan.train.fragments == 1:
+            return whole_update, loss, state
+        trained = tree_of(self._task, self.module, begun.start)
+        update = {name: np.asarray(subtract(trained[name], np.asarray(old))) for name, old in begun.sent.items()}
+        return update, loss, {**state, **model_state(begun, trained, plan.train)}
+
+    def trained(self, samples: SampleSet, plan: Plan, seed: int, *, borrow: bool) -> tuple[Tree, float]:
+        """Return a client's update, and its loss."""
         self.flat.reset()
         if plan.train.algorithm == "fedsgd":
             batch_size = plan.train.batch_size

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from edgefl.config import GRACE_AUTO, LATE_NEXT, RoundsConfig
+from edgefl.choosing.combined import LATE_NEXT
+from edgefl.config import GRACE_AUTO, RoundsConfig
 from edgefl.exchange import (
     Admitted,
     Answered,
@@ -38,6 +39,7 @@ from edgefl.exchange import (
 from edgefl.guards import is_late
 from edgefl.records import Answer, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import Fleet
+from edgefl.simulation.engines.client_states import ClientStates, RoundBytes
 from edgefl.simulation.world.devices import Devices
 from edgefl.simulation.world.schedule import NumSamples, Schedule, make_schedule
 from edgefl.simulation.world.tiers import TieredFleet
@@ -79,12 +81,13 @@ class VirtualFleet:
         self, inner: Fleet, devices: Devices, clock: VirtualClock, *,
         rounds: RoundsConfig, num_samples: NumSamples, first_round: int = 1, served: set[tuple[str, str]] | None = None,
         tiered: TieredFleet | None = None, noticed_s: float = 0.0, meets: Callable[[str, int], bool] | None = None,
+        states: ClientStates | None = None,
     ) -> None:  # fmt: skip
         """`noticed_s`: how long after a client went offline this is known, as a deployed fleet's keep-alive."""
         self._inner, self._devices, self._clock = inner, devices, clock
         self._rounds, self._num_samples = rounds, num_samples
         self._meets = meets  # whether a client may take part in a round; None = all may
-        self._next_round, self._noticed_s = first_round, noticed_s
+        self._next_round, self._noticed_s, self._states = first_round, noticed_s, states
         self._served = served if served is not None else set()  # see `SimulationSetup`
         self._tiered = tiered  # `inner`, if there are regions above the clients
         self._traffic = Traffic()
@@ -116,11 +119,12 @@ class VirtualFleet:
         have = {client for job, client in self._served if job == plan.job} if plan.frozen else set()
         owed = {client: self._at_work[client] for client in plan.owed if client in self._at_work}
         busy = {client: one.done_s for client, one in owed.items()}
-        schedule = make_schedule(self._devices, plan, self._num_samples, start_s, have, busy)
+        moved = RoundBytes(plan, self._states)
+        schedule = make_schedule(self._devices, plan, self._num_samples, start_s, have, busy=busy, moved=moved)
         if self._tiered is not None:
             schedule = self._tiered.delayed(schedule, plan, start_s)
         fetching = [client for client in plan.clients if client not in schedule.refused]
-        self._count(down_bytes=len(fetching) * encoded_bytes(plan.parameters))
+        self._count(down_bytes=moved.down_all(fetching))
         if plan.frozen:
             self._count(down_bytes=len(set(fetching) - have) * encoded_bytes(plan.frozen))
             self._served.update((plan.job, client) for client in fetching)
@@ -169,7 +173,7 @@ class VirtualFleet:
     def _until_closed(
         self, plan: Plan, schedule: Schedule, exchange: Exchange, late: deque[_Timed]
     ) -> Iterator[Answer]:
-        presence, model_bytes = deque(presence_in(schedule, self._noticed_s)), encoded_bytes(plan.parameters)
+        presence, moved = deque(presence_in(schedule, self._noticed_s)), RoundBytes(plan)
         for at_s, answer in self._timed(plan, schedule, late):
             clients, comes_late = _clients_of(answer), isinstance(answer, Update) and is_late(answer, plan)
             while presence and presence[0].at_s <= at_s:
@@ -179,8 +183,7 @@ class VirtualFleet:
             if exchange.closed_s is not None and exchange.closed_s < at_s:
                 break
             self._clock.move_to(at_s)
-            if not isinstance(answer, Failure):
-                self._count(up_bytes=len(clients) * model_bytes)
+            self._count(up_bytes=moved.sent(answer))
             yield answer  # also from an unknown client, or a second one: the guard refuses these by name
             if comes_late:
                 self._refused.difference_update(clients)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from edgefl.records import Plan
+from edgefl.simulation.engines.client_states import RoundBytes
 from edgefl.simulation.world.devices import Devices, SimulatedDevice
-from edgefl.trees import encoded_bytes, whole_bytes
+from edgefl.trees import encoded_bytes
 
 MODEL_COPIES = 4  # in a device's memory: weights, gradients, the optimizer's state, the update
 MIB = 2**20
@@ -35,16 +36,16 @@ class Schedule:
     begins: Mapping[str, float] = field(default_factory=dict)  # client -> when it starts, if later than the round
 
 
-def make_schedule(
-    devices: Devices, plan: Plan, num_samples: NumSamples, start_s: float, have_frozen: Collection[str] = (),
-    busy: Mapping[str, float] = MappingProxyType({}),
+def make_schedule(  # noqa: PLR0913 - what clients have and do before it
+    devices: Devices, plan: Plan, num_samples: NumSamples, start_s: float, have_frozen: Collection[str] = (), *,
+    busy: Mapping[str, float] = MappingProxyType({}), moved: RoundBytes | None = None,
 ) -> Schedule:  # fmt: skip
     """Compute a round's schedule; drains the devices' batteries accordingly.
 
     `have_frozen` are the clients that need not fetch the frozen tensors again; `busy` says until when some are busy.
     """
+    moved = moved or RoundBytes(plan)
     model_bytes, end_s = encoded_bytes(plan.parameters), start_s + plan.deadline_s
-    update_bytes = whole_bytes(plan.parameters)  # of adapters at most
     frozen_bytes = encoded_bytes(plan.frozen) if plan.frozen else 0
     arrivals, lost = dict[str, float](), dict[str, float]()
     refused, late = dict[str, str](), list[str]()
@@ -53,11 +54,11 @@ def make_schedule(
         if reason := _too_small(device, model_bytes, frozen_bytes):
             refused[client], answer_s = reason, begin_s + device.rtt_s
         else:
-            fetched_bytes = model_bytes + (0 if client in have_frozen else frozen_bytes)
+            fetched_bytes = moved.down(client) + (0 if client in have_frozen else frozen_bytes)
             ready_s = begin_s + devices.delay_s(client, plan.round) + device.download_s(fetched_bytes)
             samples = num_samples(client)
             training_s = device.compute_s(plan.train.num_trained(samples)) if samples else 0.0
-            answer_s = ready_s + training_s + device.upload_s(update_bytes if training_s else 0)  # without data: no
+            answer_s = ready_s + training_s + device.upload_s(moved.up if training_s else 0)  # without data: no
         silent_s = _silent_s(devices, client, plan.round, begin_s, answer_s)
         devices.spend(client, begin_s, training_s)  # last: the drain counts from the next round on
         if silent_s is not None and silent_s < end_s:

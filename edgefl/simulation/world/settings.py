@@ -104,7 +104,7 @@ def virtual_time(
     fleet = VirtualFleet(
         tiered or engine, devices, clock, rounds=config.rounds, num_samples=sizes, tiered=tiered,
         first_round=saved.round + 1 if saved is not None else 1, served=setup.served.copy(),
-        meets=None if selection is None else selection.meets,
+        meets=None if selection is None else selection.meets, states=setup.states,
     )  # fmt: skip
     if saved is not None:
         fleet.durations = Durations.from_json(saved.durations)

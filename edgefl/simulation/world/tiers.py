@@ -21,8 +21,10 @@ from edgefl.errors import ConfigError, UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Answer, DeviceEvaluation, Evaluated, Evaluations, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import NO_EVALUATION, Fleet, MetricSums
+from edgefl.simulation.engines.client_states import ClientStates, RoundBytes
 from edgefl.simulation.world.schedule import Schedule
-from edgefl.trees import FactoredTree, Tree, encoded_bytes, is_float, spec_of, whole_bytes
+from edgefl.trees import FactoredTree, Tree, encoded_bytes, is_float, spec_of
+from edgefl.trees.fragments import sent_part
 
 MBIT_BYTES = 125_000
 
@@ -102,6 +104,7 @@ class TieredFleet:
     tree: TierTree
     region_rounds: int = 1
     rule: str = "mean"
+    states: ClientStates | None = None
     links: list[TierTraffic] = field(default_factory=list)
     _traffic: Traffic = field(default_factory=Traffic)
 
@@ -121,20 +124,21 @@ class TieredFleet:
                     sent.append(encoded_bytes(answer.tree))
                 yield answer
         finally:
-            self._count(plan, answered, sum(sent) // len(sent) if sent else whole_bytes(plan.parameters))
+            self._count(plan, answered, sum(sent) // len(sent) if sent else RoundBytes(plan).up)
 
     def traffic(self) -> Traffic:
         return self._traffic
 
     def delayed(self, schedule: Schedule, plan: Plan, start_s: float) -> Schedule:
         """Return a round's schedule with the time that the regions' links take."""
-        model_bytes = encoded_bytes(plan.parameters)
-        return self.tree.delayed(schedule, start_s, model_bytes, _sum_bytes(plan, whole_bytes(plan.parameters)))
+        moved = RoundBytes(plan)
+        return self.tree.delayed(schedule, start_s, moved.whole, _sum_bytes(plan, moved.up))
 
     def _count(self, plan: Plan, answered: list[str], update_bytes: int) -> None:
         """Count what the links carried; sums of adapters at most, as wholes."""
-        down_bytes, up_bytes = encoded_bytes(plan.parameters), update_bytes if plan.fit else 0
-        sum_bytes = _sum_bytes(plan, whole_bytes(plan.parameters) if plan.fit else 0)
+        moved = RoundBytes(plan, self.states)
+        down_bytes, up_bytes = moved.whole, update_bytes if plan.fit else 0
+        sum_bytes = _sum_bytes(plan, moved.up if plan.fit else 0)
         asked, sent = self.tree.counts(plan.clients), self.tree.counts(answered)
         none = [TierTraffic(tier=tier, regions=0, up_bytes=0, down_bytes=0) for tier in range(len(asked))]
         times = [*[self.region_rounds] * (len(asked) - 1), 1]
@@ -144,7 +148,8 @@ class TieredFleet:
                 tier=tier,
                 regions=asked[tier],
                 up_bytes=old.up_bytes + sent[tier] * times[tier] * each[tier],
-                down_bytes=old.down_bytes + asked[tier] * times[tier] * down_bytes,
+                down_bytes=old.down_bytes
+                + times[tier] * (asked[tier] * down_bytes if tier else moved.down_all(plan.clients)),
             )
             for tier, old in enumerate(self.links or none)
         ]
@@ -229,12 +234,14 @@ def _sum_bytes(plan: Plan, update_bytes: int) -> int:
     """Return the bytes of a partial sum: float32 for tensors of at most 32 bits, float64 for others."""
     more = sum(
         one.size * ((4 if is_float(one.dtype) and one.dtype.itemsize <= 4 else 8) - one.dtype.itemsize)
-        for one in spec_of(plan.parameters).values()
+        for one in spec_of(sent_part(plan.parameters, plan.train)).values()
     )
     return update_bytes + more if update_bytes else 0
 
 
-def below_regions(inner: Fleet, config: JobConfig, names: Sequence[str]) -> TieredFleet | None:
+def below_regions(
+    inner: Fleet, config: JobConfig, names: Sequence[str], states: ClientStates | None = None
+) -> TieredFleet | None:
     """Put an engine's clients below the configured regions; None without any. Raises ConfigError."""
     if config.tiers.region_rounds > 1 and not config.tiers.fan_out:
         raise ConfigError(
@@ -243,7 +250,8 @@ def below_regions(inner: Fleet, config: JobConfig, names: Sequence[str]) -> Tier
         )
     if not config.tiers.fan_out:
         return None
-    return TieredFleet(inner, TierTree(config.tiers, names), config.tiers.region_rounds, config.aggregation.rule)
+    tree, times = TierTree(config.tiers, names), config.tiers.region_rounds
+    return TieredFleet(inner, tree, times, config.aggregation.rule, states)
 
 
 def tier_links(links: Sequence[TierTraffic]) -> list[Mapping[str, int]]:

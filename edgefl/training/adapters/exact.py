@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from edgefl.aggregation import rule_kind
+from edgefl.aggregation.schedules import of_round
 from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, TaskError
 from edgefl.task import Task
@@ -43,7 +44,7 @@ def _fault(config: JobConfig) -> str:
             "adapters' products. Use aggregation.rule=mean, or freeze the adapters' A (FFA-LoRA): then B is an "
             "ordinary parameter"
         )
-    return training_fault(config.train)
+    return training_fault(of_round(config, 1))
 
 
 def _refuse_unknown_factors(task: str, model: torch.nn.Module, adapters: Iterable[Adapter]) -> None:

@@ -22,6 +22,11 @@ def training_fault(train: TrainConfig) -> str:
         )
     if train.processes != 1:
         return f"train.processes={train.processes}: adapters are trained by one process. Use train.processes=1"
+    if train.fragments > 1:
+        return (
+            f"server.fragments={train.fragments}: adapters begin anew in each round, so the change of one does not go "
+            "on over several. Leave it out, or freeze the adapters' A: then B is divided like other tensors"
+        )
     return ""
 
 

@@ -27,6 +27,7 @@ from edgefl.training.parallel.gradients import SharedGradient, full, tensors_of
 from edgefl.training.parallel.workers import TrainingGroup
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, computing_device, train_samples
+from edgefl.training.steps.client_state import Begun, begin_from, model_state
 from edgefl.training.steps.descent import Descent
 from edgefl.training.steps.layout import has_channels_last, lay_out
 from edgefl.training.structures import leaves
@@ -71,24 +72,31 @@ def train_together(workers: TrainingGroup, load: Load, assigned: Assigned) -> Fi
     Raises TaskError: before the training, all processes do; later, this one alone, and the others wait for it (see
     `TrainingGroup.raise_alarm`).
     """
-    loaded = _agreed_task(workers, load)
+    loaded, config = _agreed_task(workers, load), assigned.config
     task, parameters, frozen = loaded.task, loaded.parameters, loaded.frozen
     if task.fit is not None:
         return _fit(workers, task, parameters, assigned, frozen)
-    model, samples = _agreed_model(workers, task, parameters, frozen, assigned)
-    gradient = _agreed_gradient(workers, task, model, samples, assigned.config)
-    state: Tree = {}
-    if assigned.config.algorithm == "fedsgd":
+    begun, model, samples = _agreed_model(workers, loaded, assigned)
+    gradient = _agreed_gradient(workers, task, model, samples, config)
+    state: dict[str, Array] = {}
+    if config.algorithm == "fedsgd":
         loss = _accumulate(workers, task, model, samples, assigned, gradient)
         tree = _gradient_tree(workers, model, parameters)
     else:
         descent = Descent(task, gradient, loaded.state)
         loss = _descend(workers, task, samples, assigned, gradient, descent)
-        if assigned.config.keep_optimizer_state:
-            state = descent.kept()  # of all processes together, if the model is sharded
-        tree = _delta_tree(workers, task, model, parameters, frozen)
-    kept = state if workers.leads else {}
-    return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss}, state=kept)
+        if config.keep_optimizer_state:
+            state |= descent.kept()  # of all processes together, if the model is sharded
+        trained = _trained_tree(workers, task, model, begun.start, frozen)
+        tree = {
+            name: np.asarray(subtract(trained[name], np.asarray(old)))
+            for name, old in begun.sent.items()
+            if workers.leads
+        }
+        state |= model_state(begun, trained, config)
+    if not workers.leads:
+        return FitResult(tree={}, weight=float(len(samples)), metrics={"train_loss": loss})
+    return FitResult(tree=tree, weight=float(len(samples)), metrics={"train_loss": loss}, state=state)
 
 
 def _fit(workers: TrainingGroup, task: Task, parameters: Tree, assigned: Assigned, frozen: Tree | None) -> FitResult:
@@ -110,15 +118,16 @@ def _agreed_task(workers: TrainingGroup, load: Load) -> Loaded:
 
 
 def _agreed_model(
-    workers: TrainingGroup, task: Task, parameters: Tree, frozen: Tree | None, assigned: Assigned
-) -> tuple[torch.nn.Module, SampleSet]:
+    workers: TrainingGroup, loaded: Loaded, assigned: Assigned
+) -> tuple[Begun, torch.nn.Module, SampleSet]:
     """Make the model, load the samples, and compare both with the other processes'."""
-    fault, said, config = None, dict[str, Any](), assigned.config
-    made: tuple[torch.nn.Module, SampleSet] | None = None
+    fault, said, config, task, frozen = None, dict[str, Any](), assigned.config, loaded.task, loaded.frozen
+    made: tuple[Begun, torch.nn.Module, SampleSet] | None = None
     try:
         workers.open(config.backend)
+        begun = begin_from(loaded.parameters, loaded.state, config)
         sharded = config.strategy == "fsdp"  # one device may not hold the complete model
-        model = make_model(task, whole(parameters, frozen), device="cpu" if sharded else None)
+        model = make_model(task, whole(begun.start, frozen), device="cpu" if sharded else None)
         if frozen is not None:
             refuse_other_parts(task.name, model, frozen)
         refuse_settings(task.name, adapters_of(task.name, model), config)
@@ -128,7 +137,7 @@ def _agreed_model(
         samples = train_samples(task, assigned.options, seed=seed, workers=config.workers)
         said = {"model": _described(model), "number of samples": len(samples), "first sample": _digest(samples)}
         _refuse_idle(workers, task, samples, config)
-        made = model, samples
+        made = begun, model, samples
     except TaskError as error:
         fault = error
     workers.agree(said, fault)
@@ -236,18 +245,18 @@ def _summed(number: torch.Tensor) -> float:
     return float(number)
 
 
-def _delta_tree(
+def _trained_tree(
     workers: TrainingGroup, task: Task, model: torch.nn.Module, parameters: Tree, frozen: Tree | None
 ) -> dict[str, Array]:
-    """Return the change of each tensor, in the order of the parameters; only the leader keeps them."""
-    deltas, still = {}, frozen or {}
+    """Return the trained tensors, in the order of the parameters; only the leader keeps them."""
+    trained, still = dict[str, Array](), frozen or {}
     _share_buffers(model)
     for name, tensor in tensors_of(model):
         if workers.leads and name in parameters:
-            deltas[name] = np.asarray(subtract(np.array(array_of(tensor), order="C"), np.asarray(parameters[name])))
+            trained[name] = np.array(array_of(tensor), order="C")
         elif workers.leads and name in still:
             refuse_moved(task.name, {name: array_of(tensor)}, {name: still[name]})
-    return {name: deltas[name] for name in parameters} if workers.leads else {}
+    return {name: trained[name] for name in parameters} if workers.leads else {}
 
 
 def _gradient_tree(workers: TrainingGroup, model: torch.nn.Module, parameters: Tree) -> dict[str, Array]:

@@ -19,5 +19,7 @@ def test_parts_that_are_missing_or_do_not_fit(tmp_path):
         check_parts(blobs, bundle, tree, BlobRef(sha256="0" * 64, size=1), [])
     with pytest.raises(ConfigError, match="buffers b are not among"):
         check_parts(blobs, bundle, tree, None, ["b"])
+    with pytest.raises(ConfigError, match=r"server\.fragments=2: the model has 1 tensors"):
+        check_parts(blobs, bundle, tree, None, [], fragments=2)
     with pytest.raises(ConfigError, match="tensors w are both"):
         check_parts(blobs, bundle, tree, tree, [])

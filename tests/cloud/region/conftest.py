@@ -133,12 +133,12 @@ class TierPlane:
         request = tls.new_request(identity, name)
         identity.cert.write_bytes(self.enrolment.enroll(secret, name, {}, request, role=role, parent=parent))
 
-    def open(self, number=1, cohort=("a", "b", "c", "d", "e"), deadline_s=600.0):
-        """Open a round; its instructions are in `done`."""
+    def open(self, number=1, cohort=("a", "b", "c", "d", "e"), deadline_s=600.0, **asked):
+        """Open a round; its instructions are in `done`. `asked` are other fields of its assignment."""
         row = self.jobs.load(self.job)
         plan = Fit(
-            job=self.job, round=number, model=row.model, model_blake3="00", bundle=row.bundle, train=row.config.train,
-            deadline_s=deadline_s, max_update_bytes=row.model.size + 1000,
+            job=self.job, round=number, model=row.model, model_blake3="00", bundle=row.bundle,
+            deadline_s=deadline_s, max_update_bytes=row.model.size + 1000, **{"train": row.config.train} | asked,
         )  # fmt: skip
         self.done = queue.SimpleQueue()
         opened = OpenRound(plan, cohort, Terms(deadline_s=deadline_s, offline_grace_s=5.0),

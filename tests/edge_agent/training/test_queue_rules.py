@@ -1,10 +1,11 @@
-"""Which assignments replace each other, and which a closed round ends."""
+"""Which assignments replace each other, which a closed round ends, and which parameters one begins with."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
-from edge_agent.training.queue_rules import goes_on_beside, is_given_up, is_over, queue_key
+from edge_agent.training.queue_rules import goes_on_beside, is_given_up, is_over, parameters_of, queue_key
 from edgefl.config import TrainConfig
 from edgefl.protocols.messages import BlobRef, Fit, RoundClosed, Signed
 
@@ -48,3 +49,14 @@ def test_a_training_is_not_given_up_because_its_round_is_not_open():
         assert is_given_up(one, [])
         assert is_given_up(one, [fit(2)])
         assert not is_given_up(one, [fit(1)])
+
+
+def test_a_fragment_is_fetched_only_after_a_round_whose_state_is_here():
+    part = BlobRef(sha256="1" * 64, size=1)
+    parted = replace(fit(3), fragment=part, fragment_blake3="11")
+    whole = (parted.model, "00")
+    assert parameters_of(parted, lambda job, number: (job, number) == ("j", 2)) == (part, "11")
+    assert parameters_of(parted, lambda _job, number: number == 1) == whole  # it has missed round 2
+    assert parameters_of(fit(3), lambda _job, _number: True) == whole
+    assert set(parted.blobs()) == {parted.model, part}
+    assert fit(3).blobs() == (parted.model,)

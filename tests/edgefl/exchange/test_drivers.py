@@ -252,7 +252,7 @@ def in_virtual_time(trace: Trace) -> Fate:
     before = dataclasses.replace(plan, round=1, owed=())
     fleet._at_work = {one.device: virtual._AtWork(before, one.at_s) for one in trace.events_of(Late)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(virtual, "make_schedule", lambda *_: schedule)
+        patch.setattr(virtual, "make_schedule", lambda *_, **__: schedule)
         patch.setattr(virtual, "presence_in", lambda *_: trace.events_of(Offline, Back, Paused, Resumed))
         came = tuple(named(one.device, late=one.round < plan.round) for one in fleet.collect(plan))
     return came, set(trace.devices) - set(came), clock()

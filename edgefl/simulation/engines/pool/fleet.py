@@ -28,7 +28,7 @@ class PoolFleet:
 
     def __init__(self, setup: SimulationSetup, num_workers: int | None = None) -> None:
         self._setup = setup
-        self._meter = Meter(setup.served)
+        self._meter = Meter(setup.served, setup.states)
         self._history = PoolHistory()
         self._written: Tree | None = None  # the frozen tensors in the shared memory
         parts = parts_of(setup.task, setup.config.train.seed)

@@ -31,7 +31,7 @@ class RayFleet:
         if setup.states is not None:
             raise ConfigError("the engine 'ray' has no place where clients keep their state; use 'loop' or 'pool'")
         self._setup = setup
-        self._meter = Meter(setup.served)
+        self._meter = Meter(setup.served, setup.states)
         self._history = PoolHistory()
         self._parameters: Any = None  # references into the object store: of the changing and the frozen tensors
         self._frozen: Any = None

@@ -15,6 +15,7 @@ from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.store import open_database
+from edgefl.config import TrainConfig
 from edgefl.errors import CloudStopping
 from edgefl.protocols.messages import Fit
 from edgefl.protocols.tiers import SumNote, Work, pack
@@ -41,6 +42,7 @@ class RegionSide:
         self.uplink = plane.uplink(name)
         self.link = FakeLink()
         self.link.here = set(here)
+        self.number = 1  # of the round
         self.start()
 
     def start(self):
@@ -62,29 +64,32 @@ class RegionSide:
         return state
 
     def ask(self, *devices, deadline_s=60.0):
-        opened = self.plane.rounds.get(self.plane.job, 1)
+        opened = self.plane.rounds.get(self.plane.job, self.number)
         self.assignment = opened.assignment
-        self.work.take(self.plane.job, 1, Work(fit=opened.assignment, devices=sorted(devices), offline_grace_s=5.0))
+        self.work.take(
+            self.plane.job, self.number, Work(fit=opened.assignment, devices=sorted(devices), offline_grace_s=5.0)
+        )
 
     def opened(self, device):
         def waiting():
-            one = self.rounds.get(self.plane.job, 1)
+            one = self.rounds.get(self.plane.job, self.number)
             return one if one is not None and one.waits_for(device) else None
 
         return until(waiting)
 
     def spooled(self, name, value):
-        file = self.spool.file(self.plane.job, 1, name)
+        file = self.spool.file(self.plane.job, self.number, name)
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
-    def answer(self, device, value, weight):
+    def answer(self, device, value, weight, tensors=("w", "n")):
         """A device's update has arrived."""
         opened, file = self.opened(device), self.spooled(device, value)
         with file.open("wb") as out:
-            write_tree({"w": np.full(500_000, value, np.float32), "n": np.array(1, np.int64)}, out)
-        row = AnswerRow(device=device, file=f"{self.plane.job}/1/{device}", weight=weight)
-        assert opened.accept(row, lambda one: self.jobs.record(self.plane.job, 1, one))
+            tree = {"w": np.full(500_000, value, np.float32), "n": np.array(1, np.int64)}
+            write_tree({name: tree[name] for name in tensors}, out)
+        row = AnswerRow(device=device, file=f"{self.plane.job}/{self.number}/{device}", weight=weight)
+        assert opened.accept(row, lambda one: self.jobs.record(self.plane.job, self.number, one))
 
     def answer_sum(self, region, number, value, weights):
         """The sum of a region below has arrived."""
@@ -92,9 +97,9 @@ class RegionSide:
         file = self.spooled(name, value)
         with file.open("wb") as out:
             write_tree({"w": np.full(500_000, value, np.float32), "n": np.array(1.0)}, out)
-        path, note = f"{self.plane.job}/1/{name}", SumNote(weights=weights)
+        path, note = f"{self.plane.job}/{self.number}/{name}", SumNote(weights=weights)
         rows = [AnswerRow(device=one, file=path, weight=weight, region=region) for one, weight in weights.items()]
-        keep = lambda some: self.jobs.record_sum(self.plane.job, 1, path, pack(note).decode(), some)  # noqa: E731
+        keep = lambda some: self.jobs.record_sum(self.plane.job, self.number, path, pack(note).decode(), some)  # noqa: E731
         assert opened.accept_all(rows, keep) == []
 
     def stop(self):
@@ -137,6 +142,37 @@ def test_updates_become_one_sum(tiers, region):
     until(lambda: not r1.spool.path(tiers.job).joinpath("1").exists())
     assert r1.jobs.open_round(tiers.job, 1, ()) == []
     assert not r1.blobs.has(opened.assignment.model.sha256)
+
+
+def test_a_sum_has_the_rounds_fragment_alone_and_its_devices_are_told_of_the_part_that_they_lack(tiers, region):
+    """Of two fragments, w is the first, and n the second: round 3 sends w, and devices lack n."""
+    part, r1 = tiers.blobs.put_tree({"n": tiers.parameters["n"]}), region("r1", "a", "b")
+    train = TrainConfig(round=3, fragments=2)
+    opened, r1.number = tiers.open(number=3, train=train, fragment=part, fragment_blake3="11"), 3
+    r1.ask("a", "b")
+    r1.fetch(part.sha256)  # as for a device that asks for it
+    r1.answer("a", 2.0, 1.0, tensors=["w"])
+    r1.answer("b", 6.0, 3.0, tensors=["w"])
+    until(lambda: opened.waiting() == {"c", "d", "e"})
+    row = next(one for one in tiers.jobs.open_round(tiers.job, 3, ()) if one.device == "a")
+    mean = SpooledTree(tiers.spool.path(row.file))
+    assert (set(mean), float(mean["w"][0]), mean["w"].dtype) == ({"w"}, 5.0, np.float32)
+    assert {message.fragment for _device, message in r1.link.told if isinstance(message, Fit)} == {part}
+    r1.work.take(tiers.job, 3, None)
+    until(lambda: not r1.blobs.has(part.sha256))
+    assert not r1.blobs.has(opened.assignment.model.sha256)
+
+
+def test_an_update_of_another_fragment_is_refused_by_the_region(tiers, region):
+    opened, r1 = tiers.open(number=2, train=TrainConfig(round=2, fragments=2)), region("r1", "a", "b")
+    r1.number = 2
+    r1.ask("a", "b")
+    r1.answer("a", 2.0, 1.0, tensors=["w"])  # of round 1
+    r1.answer("b", 6.0, 3.0, tensors=["n"])
+    until(lambda: opened.waiting() == {"c", "d", "e"})
+    rows = {one.device: one for one in tiers.jobs.open_round(tiers.job, 2, ())}
+    assert "tensors missing: n" in rows["a"].reason
+    assert set(SpooledTree(tiers.spool.path(rows["b"].file))) == {"n"}
 
 
 def test_a_device_that_joins_after_the_sum_is_in_a_further_one(tiers, region):

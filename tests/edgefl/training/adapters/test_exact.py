@@ -31,6 +31,7 @@ def config(**settings: Any) -> JobConfig:
         ({"train__algorithm": "fedsgd"}, "train.algorithm=fedsgd sends one gradient.*Use train.algorithm=fedavg"),
         ({"train__keep_optimizer_state": True}, "adapters begin anew in each round.*Leave it out"),
         ({"train__processes": 2}, "Use train.processes=1"),
+        ({"server__fragments": 2}, "server.fragments=2: adapters begin anew in each round.*Leave it out"),
         ({"aggregation__rule": "median"}, "is not the mean of the adapters' products. Use aggregation.rule=mean"),
     ],
 )

@@ -15,6 +15,7 @@ from edgefl.training.adapters.settings import refuse_settings, training_fault
         (TrainConfig(algorithm="fedsgd"), "Use train.algorithm=fedavg"),
         (TrainConfig(keep_optimizer_state=True), "adapters begin anew in each round"),
         (TrainConfig(processes="auto"), "Use train.processes=1"),
+        (TrainConfig(fragments=2), "server.fragments=2: adapters begin anew in each round"),
     ],
 )
 def test_a_fault_says_what_to_do(train: TrainConfig, fault: str) -> None:

@@ -20,6 +20,7 @@ from edgefl.training.local import initial_parameters, train_locally
 from edgefl.training.parallel.together import Assigned, Loaded, train_together
 from edgefl.training.parallel.workers import TrainingGroup
 from edgefl.trees import Tree, write_tree
+from edgefl.trees.fragments import changed_part
 
 
 class Net(nn.Module):
@@ -106,6 +107,11 @@ CASES = {
     "steps": ("adamw", {"batch_size": 5, "steps": 5, "lr": 0.01}),
     "kept": ("adamw", {"batch_size": 5, "lr": 0.01, "keep_optimizer_state": True}),
     "fsdp kept": ("adamw", {"strategy": "fsdp", "batch_size": 4, "lr": 0.01, "keep_optimizer_state": True}),
+    "fragments": ("adamw", {"batch_size": 5, "lr": 0.01, "fragments": 2, "round": 2}),
+    "fsdp fragments": (
+        "adamw",
+        {"strategy": "fsdp", "batch_size": 4, "lr": 0.01, "fragments": 2, "round": 2, "keep_optimizer_state": True},
+    ),
     "disk": ("disk", {"batch_size": 4}),
     "proximal": ("net", {"proximal_mu": 0.5, "batch_size": 4}),
     "last alone": ("net", {"batch_size": 5}),  # the last batch has one sample: two processes have none
@@ -141,17 +147,25 @@ def alone(name: str) -> FitResult:
 def trained_alone(task: Task, what: Assigned) -> FitResult:
     """Train in one process, from the state of a former training."""
     return train_locally(
-        task, initial_parameters(task), what.config, options={}, round=what.round, client=what.client,
+        task, received(task, what), what.config, options={}, round=what.round, client=what.client,
         state=before(task, what),
     )  # fmt: skip
 
 
 def before(task: Task, what: Assigned) -> Tree | None:
     """Return the state that a client has kept from its former training."""
-    if not what.config.keep_optimizer_state:
+    if not what.config.keeps_state:
         return None
+    start, config = initial_parameters(task), replace(what.config, round=1)
+    return train_locally(task, start, config, options={}, round=1, client=what.client).state
+
+
+def received(task: Task, what: Assigned) -> Tree:
+    """Return the parameters that a client receives: with fragments, those that the round before has changed."""
     start = initial_parameters(task)
-    return train_locally(task, start, what.config, options={}, round=1, client=what.client).state
+    if what.config.fragments == 1:
+        return start
+    return {name: array + 0.125 for name, array in changed_part(start, what.config).items()}
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -166,7 +180,7 @@ def main(rank: int, size: int, folder: Path) -> None:
             chosen, what = TASKS[task], assigned(changes)
 
             def load(task: Task = chosen, what: Assigned = what) -> Loaded:
-                return Loaded(task=task, parameters=initial_parameters(task), state=before(task, what))
+                return Loaded(task=task, parameters=received(task, what), state=before(task, what))
 
             result = train_together(workers, load, what)
         except TaskError as error:
