@@ -42,6 +42,7 @@ from edgefl.protocols.tiers import RECEIVES, MessageReply, SumNote
 from edgefl.protocols.tiers.version import stated, version_fault
 from edgefl.terminal.text import one_line
 from edgefl.trees import SpooledTree, TensorSpec, spec_of
+from edgefl.trees.fragments import sent_part
 
 MAX_REASON_CHARS = 2000
 TWICE = 2.1  # a mean in float32 or float64 has at most twice the bytes of the parameters
@@ -269,7 +270,8 @@ class TierService:
             return pb.UploadState(status="PARTIAL") if header.offset else self._refuse(opened, region, str(error))
         wanted: Mapping[str, TensorSpec] = {}
         if isinstance(assignment, Fit):
-            wanted = spec_of(SpooledTree(self.deps.blobs.path(assignment.model.sha256)))
+            model = SpooledTree(self.deps.blobs.path(assignment.model.sha256))
+            wanted = spec_of(sent_part(model, assignment.train))
         if fault := sum_fault(note, spec, wanted if note.weights else {}):
             return self._refuse(opened, region, fault)
         answers = answers_of(note, region, incoming.name)
