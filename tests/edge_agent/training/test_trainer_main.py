@@ -213,3 +213,40 @@ def test_an_evaluation_alone_is_an_update_without_tensors(evaluated, tmp_path):
     assert (done.size, done.blake3, done.weight) == (len(data), blake3(data).hexdigest(), 0.0)
     assert not read_tree(data)
     assert done.evaluation == DeviceEvaluation(metrics={"gain": 5.0}, weight=3.0)
+
+
+LINE = """
+import torch
+from edgefl import Task
+
+def one():
+    return torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+
+task = Task(
+    name="line", model=lambda: torch.nn.Linear(1, 1, dtype=torch.float64), loss=torch.nn.functional.mse_loss,
+    train_data=one, eval_data=one,
+)
+"""
+
+
+def test_with_fragments_the_global_model_is_evaluated_and_the_own_one_trained(tmp_path):
+    """Round 2 of two fragments: the bias, 2, was changed by round 1; the weight, globally 3, is 50 on this device."""
+    model, state, bundle = tmp_path / "model", tmp_path / "before", tmp_path / "bundle.zip"
+    with zipfile.ZipFile(bundle, "w") as archive:
+        archive.writestr("line_task.py", LINE)
+    kept = {"own/weight": [[50.0]], "own/bias": [60.0], "base/weight": [[3.0]], "base/bias": [7.0]}
+    for path, tree in ((model, {"bias": [2.0]}), (state, kept)):
+        with path.open("wb") as file:
+            write_tree({name: np.array(values) for name, values in tree.items()}, file)
+    done = child.work(fit_of(
+        train=TrainConfig(round=2, fragments=2, lr=1e-9), round=2, model=str(model), bundle=str(bundle),
+        task="line_task:task", out=str(tmp_path / "out"), state=str(state), state_out=str(tmp_path / "after"),
+        evaluate=True,
+    ))  # fmt: skip
+    assert done.evaluation.metrics["loss"] == 25.0  # (3 * 1 + 2 - 0) ** 2
+    [(name, update)] = read_tree((tmp_path / "out").read_bytes()).items()
+    assert name == "weight"
+    np.testing.assert_allclose(update, [[47.0]], atol=1e-6)  # 50, trained with almost no rate, since 3
+    after = read_tree((tmp_path / "after").read_bytes())
+    np.testing.assert_allclose([after["own/weight"][0, 0], after["own/bias"][0]], [50.0, 2.0], atol=1e-6)
+    assert (after["base/weight"].tolist(), after["base/bias"].tolist()) == ([[3.0]], [2.0])
