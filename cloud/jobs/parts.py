@@ -14,7 +14,7 @@ from edgefl.trees.fragments import fragments_of
 
 def check_parts(
     blobs: BlobStore, bundle: BlobRef, parameters: BlobRef, frozen: BlobRef | None, buffers: Sequence[str],
-    on_devices: BlobRef | None = None, fragments: int = 1,
+    on_devices: BlobRef | None = None,
 ) -> None:  # fmt: skip
     """Raise ConfigError for parts that are missing or do not fit, BlobDamaged for a damaged one."""
     named = {"bundle": bundle, "parameters": parameters, "frozen part": frozen, "devices' frozen part": on_devices}
@@ -27,9 +27,13 @@ def check_parts(
     tree = SpooledTree(blobs.path(parameters.sha256))
     if unknown := sorted(set(buffers) - set(tree)):
         raise ConfigError(f"buffers {', '.join(unknown)} are not among the job's parameters")
-    fragments_of(spec_of(tree), fragments)
     if frozen is not None and (twice := sorted(set(SpooledTree(blobs.path(frozen.sha256))) & set(tree))):
         raise ConfigError(f"tensors {', '.join(twice):.500} are both among the job's parameters and frozen")
+
+
+def check_fragments(blobs: BlobStore, parameters: BlobRef, count: int) -> None:
+    """Raise ConfigError for parameters that cannot be divided into so many fragments."""
+    fragments_of(spec_of(SpooledTree(blobs.path(parameters.sha256))), count)
 
 
 def frozen_of(row: Any) -> BlobRef | None:

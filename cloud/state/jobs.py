@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from cloud.jobs.division import check_division, division_of, frozen_values
 from cloud.jobs.kept_models import forget_state
 from cloud.jobs.participations import keep_history
-from cloud.jobs.parts import check_parts, frozen_of
+from cloud.jobs.parts import check_fragments, check_parts, frozen_of
 from cloud.jobs.round_metrics import round_json, store_metrics
 from cloud.state.blobs import BlobStore
 from cloud.state.followers import Followers
@@ -114,8 +114,8 @@ class Jobs:
         job = f"job-{key[:16] if key else secrets.token_hex(4)}"
         if key and self._is_known(job):
             return job
-        device_frozen = division.device_frozen if division else None
-        check_parts(self._blobs, bundle, parameters, frozen, buffers, device_frozen, config.server.fragments)
+        check_parts(self._blobs, bundle, parameters, frozen, buffers, division.device_frozen if division else None)
+        check_fragments(self._blobs, parameters, config.server.fragments)
         check_division(config, division, SpooledTree(self._blobs.path(frozen.sha256)) if frozen else None)
         check_rule(config)
         make_stop(config.rounds.stop)

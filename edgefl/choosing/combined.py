@@ -11,7 +11,7 @@ LATE_REFUSE, LATE_NEXT = "refuse", "next"
 _FEDAVG = "fedavg"
 
 
-def check_combined(  # noqa: PLR0913 - one for each setting
+def check_combined(
     *, algorithm: str, mode: str, region_rounds: int, fan_out: Sequence[int], late: str, fragments: int
 ) -> None:
     """Raise ConfigError for settings that cannot be used together."""
