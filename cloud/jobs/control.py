@@ -139,10 +139,11 @@ class JobControl:
                 f"rounds.count={config.rounds.count} counts all rounds, also the {number} of job {job} that it "
                 f"continues; set it above {number}"
             )
-        now = dataclasses.asdict(config)
+        now, defaults = dataclasses.asdict(config), dataclasses.asdict(JobConfig())
         for section in _SHARED:
-            if section in was and was[section] != now[section]:
+            before = defaults[section] | was.get(section, now[section])  # an older cloud knew fewer settings
+            if before != now[section]:
                 raise ConfigError(
-                    f"[{section}] is {now[section]}, but job {job} has {was[section]}; a job that continues from its "
+                    f"[{section}] is {now[section]}, but job {job} has {before}; a job that continues from its "
                     "state keeps it"
                 )

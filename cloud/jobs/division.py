@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgefl.config import LATE_REFUSE, JobConfig
+from edgefl.choosing.combined import LATE_REFUSE
+from edgefl.config import JobConfig
 from edgefl.errors import ConfigError
 from edgefl.protocols.messages import BlobRef, Division, from_json
 from edgefl.settings.split import SHARED, SPLIT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from cloud.jobs.choice import ChoiceBoard, Reason
 from cloud.jobs.control import JobControl
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import Jobs
+from cloud.state.store import jobs as table
 from cloud.state.store import open_database
 from edgefl.config import JobConfig, RoundsConfig, ServerConfig
 from edgefl.errors import ConfigError, NotFound
@@ -84,6 +87,22 @@ def test_a_job_continues_from_a_kept_round(home):
         control.continued(job, 3, JobConfig(rounds=RoundsConfig(count=3)))
     with pytest.raises(ConfigError, match=r"\[server\] is .*keeps it"):
         control.continued(job, 3, JobConfig(server=ServerConfig(lr=0.5)))
+
+
+def test_a_job_of_an_older_cloud_continues_though_it_knew_fewer_settings(home, tmp_path):
+    jobs, control, blobs, _ = home
+    job = submit(jobs, blobs, count=5)
+    finish(jobs, blobs, job, 1)
+    stored = asdict(JobConfig(rounds=RoundsConfig(count=5)))
+    del stored["server"]["fragments"]
+    engine = open_database(tmp_path / "cloud.db")
+    with engine.begin() as db:
+        db.execute(table.update().where(table.c.id == job).values(config=stored))
+    engine.dispose()
+    config = jobs.load(job).config
+    assert jobs.load(control.continued(job, 1, config)).rounds_done == 1
+    with pytest.raises(ConfigError, match=r"\[server\] is .*'fragments': 2.*but job .*'fragments': 1.*keeps it"):
+        control.continued(job, 1, replace(config, server=ServerConfig(fragments=2)))
 
 
 def test_devices_and_why_they_were_not_chosen(home):
