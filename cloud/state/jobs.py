@@ -134,8 +134,7 @@ class Jobs:
             "model_size": parameters.size,
             "created_s": time.time(),
             "parted": parted or frozen is not None,
-            "frozen_sha256": frozen.sha256 if frozen is not None else None,
-            "frozen_size": frozen.size if frozen is not None else None,
+            **frozen_values(frozen),
             "evaluation": sa.null() if evaluation is None else dataclasses.asdict(evaluation),
             "division": division and dataclasses.asdict(division),
         }

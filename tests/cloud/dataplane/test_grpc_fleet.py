@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cloud.broker.link import DeviceLinkCallbacks
-from cloud.dataplane.grpc_fleet import HEADER_SLACK_BYTES, FleetDependencies, GrpcFleet
+from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.dataplane.open_round import Presence
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.state.blobs import BlobStore
@@ -116,33 +116,6 @@ def in_thread(function):
     thread = threading.Thread(target=lambda: results.put(list(function())), name="job")
     thread.start()
     return lambda: (thread.join(20), results.get(timeout=5))[1]
-
-
-def test_a_fragment_is_there_while_its_round_is_open(centre):
-    """Round 2 of two fragments: devices lack what round 1 has changed, and send the other part."""
-    fleet = centre.fleet()
-    parameters = {"w": np.arange(4, dtype=np.float32), "v": np.ones(2, np.float32)}
-    plan = centre.plan(round=2, parameters=parameters, clients=("a",), train=TrainConfig(round=2, fragments=2))
-    answers = in_thread(lambda: fleet.collect(plan))
-    fit = centre.devices["a"].next()
-    assert set(SpooledTree(centre.blobs.path(fit.fragment.sha256))) == {"w"}
-    assert fit.fragment_blake3 == centre.blobs.check(fit.fragment.sha256)
-    assert set(SpooledTree(centre.blobs.path(fit.model.sha256))) == {"w", "v"}
-    assert fit.max_update_bytes < fit.model.size + HEADER_SLACK_BYTES  # the room of one part
-    centre.rounds.get(centre.job, 2).accept(AnswerRow(device="a", reason="no data"), lambda _answer: None)
-    assert [answer.reason for answer in answers()] == ["no data"]
-    assert not centre.blobs.has(fit.fragment.sha256)
-    assert centre.blobs.has(fit.model.sha256)
-
-
-def test_the_first_round_and_one_without_fragments_have_no_fragment(centre):
-    fleet = centre.fleet()
-    for train in (TrainConfig(round=1, fragments=2), TrainConfig(round=1)):
-        plan = centre.plan(parameters={**PARAMETERS, "v": np.ones(2, np.float32)}, clients=("a",), train=train)
-        answers = in_thread(lambda plan=plan: fleet.collect(plan))
-        assert centre.devices["a"].next().fragment is None
-        centre.rounds.get(centre.job, 1).accept(AnswerRow(device="a", reason="no data"), lambda _answer: None)
-        answers()
 
 
 def test_a_round_announces_collects_and_closes(centre):
