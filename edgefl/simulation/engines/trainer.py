@@ -36,7 +36,7 @@ from edgefl.training.local import (
     views_of,
 )
 from edgefl.training.samples import SampleSet
-from edgefl.training.steps.client_state import Begun, begin_from, model_state
+from edgefl.training.steps.client_state import RoundStart, begin_from, model_state
 from edgefl.training.steps.layout import has_channels_last, lay_out
 from edgefl.trees import Tree, subtract
 from edgefl.trees.fragments import changed_part
@@ -161,7 +161,7 @@ class _Model:
         self.flat.start_from({**own, **{name: plan.parameters[name] for name in plan.parameters.keys() - matrices}})
 
     def trained_from(
-        self, begun: Begun, samples: SampleSet, plan: Plan, seed: int, before: Tree | None
+        self, begun: RoundStart, samples: SampleSet, plan: Plan, seed: int, before: Tree | None
     ) -> tuple[Tree, float, Tree]:
         """Return a client's update, its loss and what it keeps; `before` is what it kept after its former training."""
         self._step.before = before

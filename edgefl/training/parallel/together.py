@@ -27,7 +27,7 @@ from edgefl.training.parallel.gradients import SharedGradient, full, tensors_of
 from edgefl.training.parallel.workers import TrainingGroup
 from edgefl.training.randomness import seeded
 from edgefl.training.samples import SampleSet, computing_device, train_samples
-from edgefl.training.steps.client_state import Begun, begin_from, model_state
+from edgefl.training.steps.client_state import RoundStart, begin_from, model_state
 from edgefl.training.steps.descent import Descent
 from edgefl.training.steps.layout import has_channels_last, lay_out
 from edgefl.training.structures import leaves
@@ -119,10 +119,10 @@ def _agreed_task(workers: TrainingGroup, load: Load) -> Loaded:
 
 def _agreed_model(
     workers: TrainingGroup, loaded: Loaded, assigned: Assigned
-) -> tuple[Begun, torch.nn.Module, SampleSet]:
+) -> tuple[RoundStart, torch.nn.Module, SampleSet]:
     """Make the model, load the samples, and compare both with the other processes'."""
     fault, said, config, task, frozen = None, dict[str, Any](), assigned.config, loaded.task, loaded.frozen
-    made: tuple[Begun, torch.nn.Module, SampleSet] | None = None
+    made: tuple[RoundStart, torch.nn.Module, SampleSet] | None = None
     try:
         workers.open(config.backend)
         begun = begin_from(loaded.parameters, loaded.state, config)

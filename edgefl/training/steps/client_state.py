@@ -28,7 +28,7 @@ OWN, BASE = "own/", "base/"
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class RoundStart:
     """Where a client's training of a round begins."""
 
     start: Tree  # the client's parameters
@@ -36,19 +36,19 @@ class Begun:
     sent: Tree  # those of `base` whose change is sent
 
 
-def begin_from(received: Tree, state: Tree | None, train: TrainConfig) -> Begun:
+def begin_from(received: Tree, state: Tree | None, train: TrainConfig) -> RoundStart:
     """Return where training begins, from what was received and what was kept; raises TaskError if tensors lack."""
     if train.fragments == 1:
-        return Begun(received, received, received)
+        return RoundStart(received, received, received)
     own, base = kept_part(state, OWN), kept_part(state, BASE)
     start, base = (joined(own, received), joined(base, received)) if own.keys() >= received.keys() else (received,) * 2
     try:
-        return Begun(start, base, sent_part(base, train))
+        return RoundStart(start, base, sent_part(base, train))
     except ConfigError as cause:
         raise TaskError(f"what this client has of the model cannot be divided: {cause}") from cause
 
 
-def model_state(begun: Begun, trained: Mapping[str, Array], train: TrainConfig) -> Tree:
+def model_state(begun: RoundStart, trained: Mapping[str, Array], train: TrainConfig) -> Tree:
     """Return what is kept of the model after a round; `trained` are all tensors that change."""
     if train.fragments == 1:
         return {}
