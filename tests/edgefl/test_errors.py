@@ -56,6 +56,10 @@ def test_what_a_module_keeps_to_itself_is_in_the_tree_too_or_never_leaves_it() -
         "Interrupted",  # a KeyboardInterrupt
         "Killed", "Stuck",  # of simulated programs: a simulation's own code catches them
         "RequestRefused", "SlotFull",  # the stage server answers with a status
+        "QuotaExceeded", "SessionEnded",  # the training server answers with a message
+        "LinkLost",  # a device connects to it again
+        "ApiError", "HttpError",  # answers of a device's endpoint
+        "TailFailed", "TailLost", "TailRefused", "Unanswered",  # the device falls back, tries again or answers
         "WorkerLost",  # the pool catches it and starts another worker
     }  # fmt: skip
 

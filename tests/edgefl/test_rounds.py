@@ -262,7 +262,7 @@ class Trusting(WeightedMean):
     """A mean that merges whatever it is given."""
 
     def merge(self, partial: Partial) -> None:
-        self._sums.add(partial.total, 1.0)
+        self._sums.add(partial.total, 1.0, list(partial.total))
         self._weight += partial.weight
 
 
