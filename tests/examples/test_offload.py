@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgefl.simulation import simulate
+import edgefl
 from edgefl.task import load_task
 from edgefl.training import initial_parameters
 
@@ -34,5 +34,5 @@ def test_the_fall_back_fits_the_large_model() -> None:
 
 @pytest.mark.parametrize(("folder", "least"), [(FOLDER, 0.85), (FOLDER / "small", 0.75)])
 def test_each_learns_in_three_rounds(folder, least) -> None:
-    found = simulate(str(folder), clients=2, config=FOLDER / "config.toml")
+    found = edgefl.simulate(str(folder), clients=2, config=FOLDER / "config.toml")
     assert found.final["accuracy"] >= least
