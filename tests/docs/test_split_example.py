@@ -58,8 +58,9 @@ def test_devices_below_a_region_share_a_model_with_the_cloud(tmp_path: Path) -> 
         assert len(urls) == 2
         for url in urls.values():
             assert accuracy(url, "split:node_max_pool2d") >= 0.85
-        for home in (tmp_path / ".local/state/edgefl/local").glob("local-*"):
-            sizes = {one.name: one.stat().st_size for one in (home / "models/digits/a").iterdir()}
+        for name in urls:
+            slot = tmp_path / ".local/state/edgefl/local" / name / "models/digits/a"
+            sizes = {one.name: one.stat().st_size for one in slot.iterdir()}
             assert "model.onnx" not in sizes
             assert sum(sizes.values()) < 2_000_000  # the model has 17 MB
         server.kill()
