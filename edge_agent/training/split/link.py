@@ -57,7 +57,7 @@ class SocketLink:
             raise LinkLost(f"the agent's socket {path} cannot be connected: {cause}") from cause
 
     def send(self, message: Message, *sections: bytes) -> None:
-        """Send a frame; raises LinkLost."""
+        """Send a frame; raises LinkLost, and TaskError if the stream has ended because the cloud refuses."""
         data = memoryview(pack(message, *sections))
         self.sent_bytes += len(data)
         try:
@@ -65,6 +65,8 @@ class SocketLink:
                 some = data[start : start + MAX_RECORD_BYTES]
                 self._socket.sendall(HEAD.pack(DATA, len(some)))
                 self._socket.sendall(some)
+        except BrokenPipeError as cause:  # the agent has ended the stream, and may have said why before
+            raise self._said_at_end() from cause
         except OSError as cause:
             raise self._lost(cause) from cause
 
@@ -87,6 +89,13 @@ class SocketLink:
 
     def close(self) -> None:
         self._socket.close()
+
+    def _said_at_end(self) -> LinkLost | TaskError:
+        try:
+            while True:
+                self.receive()
+        except (LinkLost, TaskError) as said:
+            return said
 
     def _exactly(self, length: int) -> bytes:
         data = bytearray()

@@ -15,8 +15,8 @@ from edgefl.app.cli import cli
 
 # Their results are those of `agent status`, `cloud status`, `devices tree` and `local status`.
 RUN_UNTIL_STOPPED = {
-    "edgefl agent join", "edgefl agent start", "edgefl cloud stages", "edgefl cloud start", "edgefl local hold",
-    "edgefl region start",
+    "edgefl agent join", "edgefl agent start", "edgefl cloud generate", "edgefl cloud stages", "edgefl cloud start",
+    "edgefl cloud train-stage", "edgefl local hold", "edgefl region start",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from pathlib import Path
@@ -13,8 +14,8 @@ from edgefl.errors import ProtocolError, TaskError
 from edgefl.protocols.split.messages import FinishTraining, Kept, StreamRefused, TrainingFinished, pack
 
 
-def serving(path: Path, *records: bytes) -> threading.Thread:
-    """Accept one connection, read a record, write these, and close."""
+def serving(path: Path, *records: bytes, is_read: bool = True) -> threading.Thread:
+    """Accept one connection, read something, write these records, and close."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
@@ -23,7 +24,8 @@ def serving(path: Path, *records: bytes) -> threading.Thread:
         with listener:
             connection, _ = listener.accept()
             with connection:
-                connection.recv(1 << 16)
+                if is_read:
+                    connection.recv(1 << 16)
                 for one in records:
                     connection.sendall(one)
 
@@ -54,6 +56,7 @@ def test_frames_come_in_records_of_any_size(tmp_path: Path) -> None:
     thread.join()
 
 
+@pytest.mark.parametrize("is_read", [True, False])
 @pytest.mark.parametrize(
     ("record", "error", "words"),
     [
@@ -63,15 +66,21 @@ def test_frames_come_in_records_of_any_size(tmp_path: Path) -> None:
         (HEAD.pack(END, 3) + b"???", ProtocolError, "an invalid end of a stream"),
         (data(b"\x02\x00\x00\x00"), ProtocolError, "a message of 2 bytes"),
     ],
+    ids=["refused", "refused-in-words", "nothing", "no-json", "no-frame"],
 )
-def test_how_a_stream_ends(tmp_path: Path, record: bytes, error: type[Exception], words: str) -> None:
-    thread = serving(tmp_path / "s", record)
-    link = SocketLink(tmp_path / "s", 5.0)
-    link.send(FinishTraining())
-    with pytest.raises(error, match=words):
-        link.receive()
-    link.close()
+def test_how_a_stream_ends(tmp_path: Path, record: bytes, error: type[Exception], words: str, is_read: bool) -> None:
+    thread = serving(tmp_path / "s", record, is_read=is_read)
+    with contextlib.closing(SocketLink(tmp_path / "s", 5.0)) as link:
+        if not is_read:
+            thread.join()  # it has ended before anything is sent
+        with pytest.raises(error, match=words):
+            answer_of(link)
     thread.join()
+
+
+def answer_of(link: SocketLink) -> object:
+    link.send(FinishTraining())
+    return link.receive()
 
 
 def test_no_answer_in_time_is_a_lost_link(tmp_path: Path) -> None:
