@@ -25,7 +25,7 @@ from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
 from edgefl.protocols.messages import Command, Deliver, Evaluate, Fit, JobMessage, RoundClosed, Signed, encode
-from edgefl.protocols.tiers import LogSent, Message, RegionState, Work
+from edgefl.protocols.tiers import LogSent, Member, Message, RegionState, Work
 from edgefl.protocols.tiers.mirror import Mirror, MirrorCopy
 from edgefl.protocols.tls import CLOUD_NAME, LEAF_DAYS
 
@@ -57,7 +57,7 @@ class Children:
 
     def __init__(self, deps: ChildrenDependencies) -> None:
         self._deps = deps
-        self._lock = threading.RLock()
+        self._lock, self._refreshing = threading.RLock(), threading.Lock()
         self._mirrors: dict[str, Mirror] = {}
         self._copies: dict[str, MirrorCopy] = {}
         self._streams: dict[str, object] = {}  # the newest of each region
@@ -80,8 +80,10 @@ class Children:
 
     def refresh(self) -> None:
         """Tell the regions who belongs to them; called when the fleet has changed."""
-        members = self._deps.members.members()
-        crl = self._deps.crl()
+        with self._refreshing:  # so that none writes what it read before a later change
+            self._refresh(self._deps.members.members(), self._deps.crl())
+
+    def _refresh(self, members: Mapping[str, Member], crl: bytes) -> None:
         with self._lock:
             before, self._inside = self._inside, {}
             for region in children(self._deps.name, members):

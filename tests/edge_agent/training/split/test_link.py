@@ -15,7 +15,7 @@ from edgefl.protocols.split.messages import FinishTraining, Kept, StreamRefused,
 
 
 def serving(path: Path, *records: bytes, is_read: bool = True) -> threading.Thread:
-    """Accept one connection, read something, write these records, and close."""
+    """Accept one connection, read a frame, write these records, and close."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
@@ -25,7 +25,7 @@ def serving(path: Path, *records: bytes, is_read: bool = True) -> threading.Thre
             connection, _ = listener.accept()
             with connection:
                 if is_read:
-                    connection.recv(1 << 16)
+                    connection.recv(len(data(pack(FinishTraining()))), socket.MSG_WAITALL)
                 for one in records:
                     connection.sendall(one)
 
