@@ -38,6 +38,14 @@ class SplitServerProcess:
             time.sleep(0.05)
         raise AssertionError(f"no checkpoint in round {round_number}")
 
+    def wait_until_empty(self):
+        """Wait until the files of the jobs that are over are deleted."""
+        for _ in range(1200):
+            if not self.folder.exists() or not any(self.folder.iterdir()):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{self.folder} still has {[one.name for one in self.folder.iterdir()]}")
+
     def trainers(self):
         """Return the training processes."""
         found = psutil.Process(self.process.pid).children(recursive=True)

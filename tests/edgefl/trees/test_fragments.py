@@ -38,6 +38,12 @@ def test_more_fragments_than_tensors_are_refused() -> None:
         fragments_of(spec_of(TREE), 6)
 
 
+def test_a_part_without_tensors_is_one_fragment() -> None:
+    assert fragments_of({}, 1) == ((),)  # all that a device has of a divided model may be frozen
+    with pytest.raises(ConfigError, match=r"server.fragments=2: the model has 0 tensors"):
+        fragments_of({}, 2)
+
+
 def test_adapters_are_refused() -> None:
     tree = {**TREE, "up@lora": np.zeros((2, 2), np.float32)}
     assert fragments_of(spec_of(tree), 1) == (tuple(tree),)

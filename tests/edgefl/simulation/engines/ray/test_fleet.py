@@ -39,7 +39,8 @@ class Nodes:
         self.second.kill()
 
     def _start(self, name, *options):
-        process = LoggedProcess([*RAY, *options], Path(self.folder) / f"{name}.log")
+        ports = ("--min-worker-port=0", "--max-worker-port=0")  # any: a range has to be without the head's port
+        process = LoggedProcess([*RAY, *options, *ports], Path(self.folder) / f"{name}.log")
         process.wait_for(STARTED)
         return process
 
