@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def _factor(update: Update, name: str, side: str) -> Array:
 
 def _learning(rounds: int) -> Iterable[Row]:
     adapted = load_task(str(EXAMPLE))
-    module = __import__(adapted.train_data.__module__)  # type: ignore[union-attr]
+    module = importlib.import_module(adapted.train_data.__module__)  # type: ignore[union-attr]
 
     def whole() -> object:
         model = module.VisionTransformer()

@@ -17,7 +17,7 @@ from edgefl.terminal.output import example
     "--home", type=click.Path(path_type=Path), required=True, help="The home of the cloud beside which it runs."
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=9460, show_default=True, type=click.IntRange(1, 65535), help="gRPC, mutual TLS.")
+@click.option("--port", default=9470, show_default=True, type=click.IntRange(1, 65535), help="gRPC, mutual TLS.")
 @click.option("--name", "names", multiple=True, help="Another name or address at which devices reach it.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0, 1024),
               help="Threads of each job's training process; 0 = one per core.")  # fmt: skip

@@ -8,15 +8,10 @@ task's code; the server itself never does.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import functools
 import logging
 import os
-import signal
-import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,34 +19,23 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from cloud.aggregator import keep_freed_memory
-from cloud.dataplane.callers import CallerChecks, Callers
+from cloud.dataplane.callers import Callers
 from cloud.dataplane.grpc_port import GrpcPort, PortPace
 from cloud.dataplane.running_calls import RunningCalls
-from cloud.servers import PortKind, serve_grpc, unwrapped
-from cloud.shares import Shares
+from cloud.servers import PortKind
 from cloud.split.jobs import SplitJobs, TrainingSpec
 from cloud.split.process import JobProcess, SessionEnded
 from cloud.split.records import SessionSpec
 from cloud.split.results import SplitFolder, folders_of_others
 from cloud.split.service import CHUNK_BYTES, SplitLimits, SplitService, split_handler
-from cloud.stages.known_devices import KnownDevices
-from cloud.stages.server import REMOVED
+from cloud.stages.beside_cloud import BesideCloud, refuse_insecure
 from cloud.state.blobs import BlobStore
-from cloud.state.enrolment import Enrolment
-from cloud.state.store import open_database
-from cloud.trust.own_certificates import renew_server
-from edgefl.errors import ConfigError, EdgeflError, HomeError, MissingExtra
+from edgefl.errors import MissingExtra
 from edgefl.logs import event
-from edgefl.process.descriptors import raise_limit
-from edgefl.process.home import check_home
-from edgefl.protocols.addresses import is_loopback
 from edgefl.protocols.manifest import load_private_key
 from edgefl.protocols.split.messages import BeginTraining
-from edgefl.protocols.tls import CLOUD_NAME, Identity
 
 MESSAGES = PortPace(per_s=4000.0, burst=8000.0)  # of a device: chunks of its stream
-_RENEW_S = 3600.0
 _LOOK_S = 2.0  # after jobs that have ended
 
 _log = logging.getLogger(__name__)
@@ -63,7 +47,7 @@ class SplitServerOptions:
 
     home: Path
     host: str = "127.0.0.1"
-    port: int = 9460
+    port: int = 9470
     names: tuple[str, ...] = ()  # more names and addresses at which devices reach it
     threads: int = 0  # of each training process; 0 = one per core
     memory_mb: int = 0  # of each training process; 0 = no limit
@@ -76,10 +60,7 @@ class SplitServerOptions:
     limits: SplitLimits = field(default_factory=SplitLimits)
 
     def __post_init__(self) -> None:
-        if self.insecure and not is_loopback(self.host):
-            raise ConfigError(
-                f"--insecure is for loopback only, --host is {self.host}; drop --insecure, or use a loopback address"
-            )
+        refuse_insecure(self.host, insecure=self.insecure)
 
 
 class SplitServer:
@@ -89,71 +70,31 @@ class SplitServer:
         self._options = options
         if find_spec("torch") is None:
             raise MissingExtra("training in parts", "train")
-        check_home(options.home, "cloud")
-        self._tls = options.home / "tls"
-        if not (self._tls / "ca.key").exists():
-            raise HomeError(f"{options.home} has no CA yet; start its cloud first: `edgefl cloud start`")
-        self._exit = contextlib.ExitStack()
-        self._shares = Shares.of(raise_limit(), builtin_broker=False)
-        engine = open_database(options.home / "cloud.db")
-        self._exit.callback(engine.dispose)
-        self._enrolment = Enrolment(engine, self._tls)
+        self._beside = BesideCloud(
+            options.home, options.host, options.port, names=options.names, insecure=options.insecure
+        )
         key = load_private_key(options.home / "fleet.key").public_key()
-        self._jobs = SplitJobs(engine, BlobStore(options.home / "blobs", is_ours=False), key)
+        self._jobs = SplitJobs(self._beside.engine, BlobStore(options.home / "blobs", is_ours=False), key)
         self._processes: dict[str, JobProcess] = {}
-        folder = options.home / "stages" / "training"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._identity = Identity(folder / "key.pem", folder / "cert.pem", self._tls / "ca.pem")
-        self._renew()
+        self._identity = self._beside.certified("training")
 
     def serve(self, on_ready: Callable[[str], None] = lambda _address: None) -> None:
         """Serve until SIGTERM or SIGINT; raises ConfigError for a port in use."""
-        keep_freed_memory()
-        with self._exit:
-            asyncio.run(self._serve(on_ready))
+        self._beside.run(lambda stop: self._serve(stop, on_ready))
 
-    async def _serve(self, on_ready: Callable[[str], None]) -> None:
-        options, stop, loop = self._options, asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        async with self._serve_port():
+    async def _serve(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
+        options = self._options
+
+        def handler(callers: Callers, calls: RunningCalls, port: GrpcPort) -> Any:
+            return split_handler(SplitService(callers, self._admit, options.limits, port.pace), calls.registered)
+
+        kind = PortKind(option="--port", max_message_bytes=16 * CHUNK_BYTES, pace=MESSAGES)
+        async with self._beside.serving(self._identity, handler, kind, [self._look_after_jobs]):
             event(_log, logging.INFO, "split.ready", port=options.port, home=options.home)
-            on_ready(f"{options.host}:{options.port}")
+            on_ready(self._beside.address)
             await stop.wait()
             event(_log, logging.INFO, "split.stopping")
             await asyncio.gather(*(one.stop() for one in self._processes.values()))
-
-    @contextlib.asynccontextmanager
-    async def _serve_port(self) -> AsyncIterator[None]:
-        options, loop = self._options, asyncio.get_running_loop()
-        known = KnownDevices(self._enrolment.is_known, loop.time)
-        calls = RunningCalls()
-        watches: list[Callable[[], Coroutine[Any, Any, None]]] = [self._keep_certificate, self._look_after_jobs]
-
-        def handlers(port: GrpcPort, workers: ThreadPoolExecutor) -> list[Any]:
-            def end(device: str) -> None:
-                calls.cut(device, REMOVED)
-                port.drop(device)
-
-            watches.append(functools.partial(known.watch, calls.devices, end, workers))
-            checks = CallerChecks(
-                is_known=known.is_known, was_known=known.was_known, insecure=options.insecure, admit=port.admit,
-                pace=port.pace,
-            )  # fmt: skip
-            service = SplitService(Callers(checks, calls, workers), self._admit, options.limits, port.pace)
-            return [split_handler(service, calls.registered)]
-
-        kind = PortKind(option="--port", max_message_bytes=16 * CHUNK_BYTES, pace=MESSAGES)
-        identity = None if options.insecure else self._identity
-        async with serve_grpc(options.host, options.port, identity, self._shares, handlers, kind):
-            with unwrapped():
-                async with asyncio.TaskGroup() as group:  # if one fails, which is a bug, the server stops
-                    tasks = [group.create_task(watch(), name="split-watch") for watch in watches]
-                    try:
-                        yield
-                    finally:
-                        for task in tasks:
-                            task.cancel()
 
     async def _admit(self, device: str, begin: BeginTraining) -> tuple[SessionSpec, JobProcess]:
         """Return a device's session and the process that it is for; raises SessionEnded."""
@@ -198,17 +139,3 @@ class SplitServer:
                     await asyncio.to_thread(folder.remove)
             except (SQLAlchemyError, OSError) as error:  # busy, or a full disk: look again
                 event(_log, logging.WARNING, "split.not_looked_after", reason=error)
-
-    async def _keep_certificate(self) -> None:
-        """Renew the certificate when a third of its lifetime is left; gRPC reads it at the next handshake."""
-        while True:
-            await asyncio.sleep(_RENEW_S)
-            try:
-                await asyncio.to_thread(self._renew)
-            except (EdgeflError, OSError, ValueError) as error:
-                event(_log, logging.ERROR, "certificates.not_looked_after", reason=error)
-
-    def _renew(self) -> None:
-        options = self._options
-        hosts = {options.host, "localhost", "127.0.0.1", socket.gethostname(), *options.names}
-        renew_server(self._tls, self._identity, sorted(hosts - {"0.0.0.0", "::"}), CLOUD_NAME)  # noqa: S104 - not bound

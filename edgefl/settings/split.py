@@ -87,7 +87,7 @@ class SplitConfig:
         host, colon, port = self.server.rpartition(":")
         if not (host and colon and port.isdecimal() and 0 < int(port) <= _MAX_PORT and self.server.isprintable()):
             raise ConfigError(
-                f"train.split.server={self.server[:200]!r} is not HOST:PORT, such as cloud.example.org:9460"
+                f"train.split.server={self.server[:200]!r} is not HOST:PORT, such as cloud.example.org:9470"
             )
 
     def _check_together(self) -> None:

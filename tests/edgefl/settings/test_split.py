@@ -11,14 +11,14 @@ from edgefl.errors import ConfigError
 from edgefl.protocols.fields import from_json, to_json
 from edgefl.settings.split import SplitConfig
 
-GOOD: dict[str, Any] = {"cut": "layer1", "server": "cloud.example.org:9460"}
+GOOD: dict[str, Any] = {"cut": "layer1", "server": "cloud.example.org:9470"}
 
 
 def test_a_job_in_parts_is_read_from_toml_and_goes_with_the_plan(tmp_path: Any) -> None:
     file = tmp_path / "job.toml"
-    file.write_text('[train]\nmode = "split"\n[train.split]\ncut = "6"\nlast_cut = "24"\nserver = "10.0.0.1:9460"\n')
+    file.write_text('[train]\nmode = "split"\n[train.split]\ncut = "6"\nlast_cut = "24"\nserver = "10.0.0.1:9470"\n')
     config = load_config(JobConfig, file, ["train.split.micro_batches=4"])
-    assert config.train.split == SplitConfig(cut="6", last_cut="24", server="10.0.0.1:9460", micro_batches=4)
+    assert config.train.split == SplitConfig(cut="6", last_cut="24", server="10.0.0.1:9470", micro_batches=4)
     assert from_json(TrainConfig, to_json(config.train)) == config.train
 
 
