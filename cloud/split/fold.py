@@ -2,6 +2,7 @@
 
     new = old + server.lr * rule({the part after device d's training - old: d was admitted in the round})
 
+Of a matrix of adapters, a device's result is the change (`edgefl.trees.factors`).
 A device's part in the cloud counts if, and only if, its update was admitted: the round's outcome says who. `shared`:
 the part that all devices have trained. Runs in the cloud's own process: numpy, no code of the user.
 """
@@ -23,26 +24,28 @@ from edgefl.logs import event
 from edgefl.protocols.messages import Division
 from edgefl.records import RoundOutcome, Update
 from edgefl.settings.split import SHARED
-from edgefl.trees import Array, SpooledTree, Tree, spec_of, subtract
+from edgefl.trees import SpooledTree, Tree, spec_of, subtract
+from edgefl.trees.factors import is_low_rank
+from edgefl.trees.views import joined, renamed
 
 _log = logging.getLogger(__name__)
 
 
 def folded(
     folder: SplitFolder, config: JobConfig, division: Division, before: Tree, outcome: RoundOutcome
-) -> dict[str, Array]:  # fmt: skip
+) -> Tree:  # fmt: skip
     """Return all tensors that devices do not send, after a round.
 
     `before` are those before it. Raises StepFailed if there is no usable part of any admitted device.
     """
     names = division.in_cloud
-    old = {one: np.asarray(before[one]) for one in dict.fromkeys(names.values())}
+    old = renamed(before, {one: one for one in names.values()})
     new = (
         _shared(folder, old, outcome)
         if config.train.split.cloud_part == SHARED
         else _mean(folder, config, division, old, outcome)
     )
-    return {name: np.asarray(new[names[name]] if name in names else before[name]) for name in before}
+    return joined(before, renamed(new, names))
 
 
 def _shared(folder: SplitFolder, old: Tree, outcome: RoundOutcome) -> Tree:
@@ -72,7 +75,12 @@ def _mean(folder: SplitFolder, config: JobConfig, division: Division, old: Tree,
             event(_log, logging.WARNING, "split.part_missing", job=outcome.job, round=outcome.round, device=device,
                   reason=fault)  # fmt: skip
             continue
-        tree = {name: np.asarray(subtract(np.asarray(found[0][name]), np.asarray(old[name]))) for name in old}
+        changed = {
+            name: np.asarray(subtract(np.asarray(found[0][name]), np.asarray(old[name])))
+            for name in old
+            if not is_low_rank(name)
+        }
+        tree = joined(changed, renamed(found[0], {name: name for name in old if is_low_rank(name)}))
         rule.add(Update(job=outcome.job, round=outcome.round, device=device, tree=tree, weight=float(found[1])))
         count += 1
     if not count:

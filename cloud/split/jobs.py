@@ -68,7 +68,7 @@ class SplitJobs:
             )
         session = SessionSpec(
             device=device, round=begin.round, tensors=str(self._blobs.path(row.frozen.sha256).absolute()), train=train,
-            inputs=begin.inputs, samples=begin.samples, steps=begin.steps,
+            inputs=begin.inputs, samples=begin.samples, steps=begin.steps, rank=begin.rank,
         )  # fmt: skip
         # The process is the same for all rounds: what a round changes comes with its sessions.
         settings = json.loads(session.encode())["train"] | {"round": 0, "lr": row.config.train.lr}

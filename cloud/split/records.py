@@ -32,6 +32,7 @@ class SessionSpec:
     inputs: str = ""  # the layout of the model's inputs
     samples: int = 1
     steps: int = 1
+    rank: int = 0  # of the device's adapters; 0 = the task's own
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from edgefl.trees import SpooledTree, Tree, write_tree
+from edgefl.trees.views import joined, renamed
 
 SAMPLES = "/samples"  # beside the tensors; no tensor of a model has such a name
 FOLDER = "split"
@@ -33,10 +34,10 @@ class SplitFolder:
         self._results, self.shared = self.path / "results", self.path / "shared"
 
     def write_result(self, round_number: int, device: str, tensors: Tree, samples: int) -> None:
-        """Make a device's result durable."""
+        """Make a device's result durable: new tensors, and of adapters' matrices the change."""
         folder = self._results / str(round_number)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_durably({**tensors, SAMPLES: np.asarray(samples)}, folder / file_name(device))
+        write_durably(joined(tensors, {SAMPLES: np.asarray(samples)}), folder / file_name(device))
 
     def result(self, round_number: int, device: str) -> tuple[Tree, int] | None:
         """Return a device's tensors and its number of samples; None if it has not finished."""
@@ -44,7 +45,7 @@ class SplitFolder:
         if not path.exists():
             return None
         tree = SpooledTree(path)
-        return {name: tree[name] for name in tree if name != SAMPLES}, int(tree[SAMPLES])
+        return renamed(tree, {name: name for name in tree if name != SAMPLES}), int(tree[SAMPLES])
 
     def forget_rounds(self, before: int) -> None:
         """Delete the results and the checkpoints of rounds before this one; raises OSError."""

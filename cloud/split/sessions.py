@@ -85,7 +85,7 @@ class CloudJob:
     def state(self, spec: SessionSpec) -> PartState:
         """Return the part from which a session begins."""
         if spec.train.split.cloud_part != SHARED:
-            return self.model.cloud_state(spec.inputs, SpooledTree(Path(spec.tensors)), spec.train)
+            return self.model.of_rank(spec.rank).cloud_state(spec.inputs, SpooledTree(Path(spec.tensors)), spec.train)
         if self.shared is None:
             self.shared = self.model.cloud_state(spec.inputs, SpooledTree(Path(spec.tensors)), spec.train)
             if self.folder.shared.exists():
@@ -114,7 +114,7 @@ class CloudSession:
     """One device's training in one round."""
 
     def __init__(self, job: CloudJob, spec: SessionSpec) -> None:
-        self._job, self.spec = job, spec
+        self._job, self.spec, self._model = job, spec, job.model.of_rank(spec.rank)
         self._seed = derive_seed(spec.train.seed, spec.round, spec.device)
         self._half = CloudHalf(job.model.task, job.state(spec), self._seed)
         self._step = 0  # the part's state is that before this step
@@ -201,7 +201,7 @@ class CloudSession:
         self._refuse_cached()
         self._enter(one)
         values = unpacked(_section(frame, 0))
-        parts = self._job.model.parts(one.inputs)
+        parts = self._model.parts(one.inputs)
         self._refuse_other(values, parts.parts[1].needs)
         micro = MicroBatch(step=one.step, number=one.number, share=one.share)
         here = self._half.forward(parts, values, micro, differentiable=one.differentiable)
@@ -284,7 +284,9 @@ class CloudSession:
         state, folder = self._half.state, self._job.folder
         if self._is_shared:
             write_durably(state.snapshot(), self._made(folder.shared))
-        folder.write_result(self.spec.round, self.spec.device, state.moving(), self.spec.samples)
+        moved, adapters = state.moving(), self._model.adapters
+        result = adapters.sent(moved, adapters.without_factors(moved))
+        folder.write_result(self.spec.round, self.spec.device, result, self.spec.samples)
         return TrainingFinished(), ()
 
     @staticmethod
@@ -335,7 +337,7 @@ class CloudSession:
             for side in (0, 1)
         )
         inputs, of_targets = self._known_layouts()
-        parts = self._job.model.parts(with_rows(inputs, len(found)))
+        parts = self._model.parts(with_rows(inputs, len(found)))
         self._refuse_other(values, parts.parts[1].needs)
         here = self._half.forward(parts, values, MicroBatch(step=one.step, number=0, share=1.0), differentiable=())
         loss = float(self._half.loss(here, filled(with_rows(of_targets, len(found)), targets)))

@@ -9,6 +9,7 @@ from edgefl.offload.training.model import tried_parts
 from edgefl.task import Task
 from edgefl.training.local import initial_parameters
 from edgefl.trees import Tree
+from edgefl.trees.views import joined
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +34,8 @@ def divided_tensors(task: Task, config: TrainConfig) -> DividedTensors:
     model, parts = tried_parts(task, config, tensors)
     trees = model.divided(parts, tensors)
     moving = model.moving_in_cloud(parts)
-    in_cloud = {name: one for name, one in model.names.items() if one in moving and name in tensors}
     return DividedTensors(
-        moving=trees.moving, others={**trees.in_cloud, **trees.on_device}, on_device=trees.on_device,
-        buffers=trees.buffers, in_cloud=in_cloud, cloud_buffers=sorted(moving - model.trained),
+        moving=trees.moving, others=joined(trees.in_cloud, trees.on_device), on_device=trees.on_device,
+        buffers=trees.buffers, in_cloud=model.trained_in_cloud(parts, tensors),
+        cloud_buffers=sorted(moving - model.trained),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from edgefl.task import load_task
 from edgefl.training.evaluation import Judge
 from edgefl.training.local import initial_parameters
 from edgefl.trees import SpooledTree
+from edgefl.trees.factors import is_low_rank
 from tests.docs.pages import blocks, written
 from tests.e2e.split_fleet import split_server
 
@@ -29,19 +30,22 @@ def test_the_documented_commands_train_in_parts(embedded_fleet, tmp_path, monkey
     fleet.start_region("hall")
     fleet.enroll("device-0")
     fleet.enroll("device-1", region="hall")
-    for part in range(2):
-        fleet.restart_agent(f"device-{part}", part=part)
+    agents = [fleet.restart_agent(f"device-{part}", part=part) for part in range(2)]
     with split_server(fleet) as server:
         for number, words in enumerate(documented()):
             assert words[:2] == ["edgefl", "run"]
             out, report = tmp_path / f"{number}.safetensors", tmp_path / f"{number}.json"
             words[words.index("--out") + 1] = str(out)
+            if "lora" in words[2]:
+                for part, agent in enumerate(agents):
+                    agent.stop()
+                    fleet.restart_agent(f"device-{part}", part=part, parts=2, lora_rank=2 + part)
             fleet.command(
                 *words[1:], "--cloud", fleet.url, "--json", report, "--set",
                 f"train.split.server=127.0.0.1:{server.port}", timeout_s=900,
             )  # fmt: skip
             results[words[words.index("--config") + 1]] = words[2], out, json.loads(report.read_text())
-    assert len(results) == 3
+    assert len(results) == 4
     for config, (folder, out, report) in results.items():
         assert [one["admitted"] for one in report["rounds"]] == [2, 2], config
         task, found = load_task(folder), SpooledTree(out)
@@ -51,6 +55,10 @@ def test_the_documented_commands_train_in_parts(embedded_fleet, tmp_path, monkey
         assert seen["loss"] < Judge(task)(begin)["loss"], config
         if "digits" in config:
             assert seen["accuracy"] > 0.8, config
+        if "lora" in config:
+            moved = {name for name in found if is_low_rank(name) and np.abs(found[name]).max() > 0}
+            assert {name.split(".")[3] for name in moved} == {"0", "1"}, moved  # the device's block, and the cloud's
+            assert all(np.array_equal(found[name], begin[name]) for name in found if not is_low_rank(name))
         if "frozen" in config:
             assert np.array_equal(found["eyes.0.weight"], begin["eyes.0.weight"])
             up = [one["metrics"]["train_cut_up_bytes"] for one in report["rounds"]]

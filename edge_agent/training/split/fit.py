@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from edge_agent.training.split.cached import CachedLoop
 from edge_agent.training.split.link import SocketLink
 from edge_agent.training.split.loop import DeviceLoop, DeviceRun
@@ -21,9 +19,10 @@ from edgefl.protocols.messages import MAX_SECONDS
 from edgefl.protocols.split.messages import VERSION, BeginTraining
 from edgefl.settings.split import AUXILIARY
 from edgefl.task import FitResult, Task
+from edgefl.training.adapters import loader_options, rank_of
 from edgefl.training.local import batch_order, data_seed, derive_seed
 from edgefl.training.samples import train_samples
-from edgefl.trees import Tree, subtract
+from edgefl.trees import Tree
 from edgefl.trees.frozen import whole
 
 
@@ -39,8 +38,9 @@ def train_in_parts(task: Task, parameters: Tree, fit: FitRequest, frozen: Tree |
         raise TaskError(
             f"task {task.name!r}: this agent gives the trainer no way to the cloud's part; update the agent"
         )
-    model = PartedModel(task=task, config=config)
-    samples = train_samples(task, fit.options, seed=data_seed(config.seed, fit.client), workers=config.workers)
+    rank, options = rank_of(task.name, config, fit.options, fit.client), loader_options(fit.options)
+    model = PartedModel(task=task, config=config, rank=rank)
+    samples = train_samples(task, options, seed=data_seed(config.seed, fit.client), workers=config.workers)
     seed = derive_seed(config.seed, fit.round, fit.client)
     order = list(batch_order(torch.nn.Module(), samples, config, seed))
     first = -(-len(order[0]) // split.micro_batches)
@@ -67,13 +67,14 @@ def train_in_parts(task: Task, parameters: Tree, fit: FitRequest, frozen: Tree |
         auxiliary=auxiliary,
         begin=BeginTraining(
             version=VERSION, job=fit.job, round=fit.round, bundle=Path(fit.bundle).stem, samples=len(samples),
-            steps=len(order), inputs=layout, remaining_s=min(fit.deadline_s or MAX_SECONDS, MAX_SECONDS),
+            steps=len(order), inputs=layout, rank=rank or 0,
+            remaining_s=min(fit.deadline_s or MAX_SECONDS, MAX_SECONDS),
         ),
     )  # fmt: skip
     loop = CachedLoop(run) if split.sends_once else DeviceLoop(run)
     loss = loop.train()
     moved = half.state.moving()
-    tree = {name: np.asarray(subtract(moved[model.names[name]], np.asarray(old))) for name, old in parameters.items()}
+    tree = model.update(moved, parameters)
     kept = {**(half.state.kept() if config.keep_optimizer_state else {}), **(auxiliary.state() if auxiliary else {})}
     metrics = {
         "train_loss": loss,

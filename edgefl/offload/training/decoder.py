@@ -46,14 +46,17 @@ def is_decoder(model: Any) -> bool:
     return all(hasattr(base, one) for one in ("embed_tokens", "layers", "norm")) and hasattr(model, "lm_head")
 
 
-def decoder_parts(model: torch.nn.Module, cut: str, last_cut: str = "", *, frozen: bool = False) -> ModelParts:
+def decoder_parts(
+    model: torch.nn.Module, cut: str, last_cut: str = "", *, frozen: bool = False,
+    names: Mapping[str, str] | None = None,
+) -> ModelParts:  # fmt: skip
     """Return the parts of a decoder, for tokens of any shape (N, T); raises ConfigError for cuts that it lacks.
 
-    `frozen`: the first part runs as in evaluation.
+    `frozen`: the first part runs as in evaluation. `names` are those of its tensors in the whole model, by its own.
     Stages are copies of the model's structure; their tensors may be on the meta device, since each run brings a state.
     """
     cuts = [_number(one) for one in (cut, last_cut) if one]
-    stages, names = split_decoder(model.train(), cuts), one_name_each(model)
+    stages, names = split_decoder(model.train(), cuts), names or one_name_each(model)
     parts: list[LayerRange] = [
         DecoderLayers(stage, at, names, trains=at > 0 or not frozen) for at, stage in enumerate(stages)
     ]

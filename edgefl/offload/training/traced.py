@@ -69,10 +69,12 @@ class TracedPart:
 
 
 def traced_parts(
-    module: torch.nn.Module, inputs: Structure, cut: str, last_cut: str = "", *, frozen: bool = False
+    module: torch.nn.Module, inputs: Structure, cut: str, last_cut: str = "", *, frozen: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> ModelParts:  # fmt: skip
     """Return the parts of a module for inputs of this shape; the module is not changed.
 
+    `names` are those of its tensors in the whole model, by its own; None = `one_name_each` of it.
     `frozen`: the first part runs as in evaluation, so that a sample's activations are always the same.
     Raises ConfigError for cuts that it does not have, and for a module that cannot be traced as one graph.
     """
@@ -85,7 +87,7 @@ def traced_parts(
             f"train.split.last_cut={last_cut!r} is not behind train.split.cut={cut!r} in {type(module).__name__}; the "
             "cloud would have no layer"
         )
-    names = one_name_each(module)
+    names = names or one_name_each(module)
     bounds = [0, *ends, len(operations)]
     ranges = [operations[start:end] for start, end in pairwise(bounds)]
     if frozen:
@@ -108,11 +110,15 @@ def list_cuts(module: torch.nn.Module, inputs: Structure) -> list[str]:
     return [node.name for at, node in enumerate(operations[:-1]) if operations[at + 1].target is not operator.getitem]
 
 
-def one_name_each(module: torch.nn.Module) -> dict[str, str]:
-    """Return for each name in the state dict the first name of the same tensor: tied tensors have several."""
+def one_name_each(module: torch.nn.Module, whole: torch.nn.Module | None = None) -> dict[str, str]:
+    """Return for each name in the state dict the first name of the same tensor: tied tensors have several.
+
+    With `whole`, it is the first name in that one, of which the module is a part.
+    """
     first: dict[int, str] = {}
-    state = module.state_dict(keep_vars=True)
-    return {name: first.setdefault(id(one), name) for name, one in state.items()}
+    for name, one in (whole or module).state_dict(keep_vars=True).items():
+        first.setdefault(id(one), name)
+    return {name: first[id(one)] for name, one in module.state_dict(keep_vars=True).items()}
 
 
 def value_name(node: fx.Node) -> str:

@@ -30,7 +30,7 @@ def halves_of(
     task: Task, model: torch.nn.Module, parts: ModelParts, config: TrainConfig
 ) -> tuple[DeviceHalf, CloudHalf]:
     """Return both halves of a model with its current tensors, in one process."""
-    tensors, names = tree_of(task, model), one_name_each(model)
+    tensors, names = tree_of(task, model, list(model.state_dict())), one_name_each(model)
     trained = {names[name] for name, one in model.named_parameters() if one.requires_grad}
     buffers = set(buffer_names(task))
     device, cloud = (

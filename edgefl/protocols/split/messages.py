@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgefl.config import MAX_RANK
 from edgefl.errors import ProtocolError
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json, prose, to_json
 from edgefl.protocols.messages import MAX_NAME_CHARS, MAX_ROUND, MAX_SECONDS
@@ -52,6 +53,7 @@ class BeginTraining(Checked):
     steps: int = field(metadata=limited(least=1, most=MAX_STEPS))  # that it will take
     inputs: str = field(metadata=limited(max_chars=MAX_LAYOUT_CHARS))  # the layout of its first micro-batch
     kept: Sequence[int] = ()  # steps before which it has its state
+    rank: int = field(default=0, metadata=limited(least=0, most=MAX_RANK))  # of the device's adapters; 0 = the task's
     remaining_s: float = field(default=MAX_SECONDS, metadata=limited(least=0, most=MAX_SECONDS))  # until its deadline
     kind: str = "begin"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -173,6 +174,23 @@ def refuse_begun(task: str, adapters: tuple[Adapter, ...]) -> None:
             )
 
 
+def begun_factors(model: torch.nn.Module, adapters: tuple[Adapter, ...], seed: int) -> dict[str, Array]:
+    """Return new factors B and A under their names in the state, as `restart` makes them.
+
+    Of a model without weights, its factors are made.
+    """
+    for one in adapters:
+        for side in (one.layer.lora_A[one.name], one.layer.lora_B[one.name]):
+            if side.weight.is_meta:
+                side.to_empty(device="cpu")
+    restart(model, adapters, seed)
+    return {
+        name: np.array(array_of(side))
+        for one in adapters
+        for name, side in zip(one.factor_names, (one.left, one.right), strict=True)
+    }
+
+
 def restart(model: torch.nn.Module, adapters: tuple[Adapter, ...], seed: int) -> None:
     """Begin a round: draw each A from a seed, as peft does at first, and set B to zero."""
     inits = {
@@ -197,13 +215,17 @@ def nothing(adapters: tuple[Adapter, ...]) -> dict[str, Array]:
     return stored
 
 
-def with_factors(adapters: tuple[Adapter, ...], others: Tree) -> Tree:
-    """Return an update: other tensors' changes, and of each adapter the smaller of its factors and its matrix."""
+def with_factors(adapters: tuple[Adapter, ...], others: Tree, state: Mapping[str, Array] | None = None) -> Tree:
+    """Return an update: other tensors' changes, and of each adapter the smaller of its factors and its matrix.
+
+    `state` has the factors by their names in the model's state; None = the model has them.
+    """
     if not adapters:
         return others
     stored = dict(others)
     for one in adapters:
-        pair = Factors(_scaled(array_of(one.left), one.scaling), np.array(array_of(one.right)))
+        left, right = (state[name] for name in one.factor_names) if state else (array_of(one.left), array_of(one.right))
+        pair = Factors(_scaled(left, one.scaling), np.array(right))
         if are_smaller(pair.rank, one.spec.shape):
             stored |= dict(zip(factor_names(one.matrix), (pair.left, pair.right), strict=True))
         else:
@@ -211,12 +233,17 @@ def with_factors(adapters: tuple[Adapter, ...], others: Tree) -> Tree:
     return FactoredTree(stored)
 
 
-def put(adapter: Adapter, weight: torch.Tensor, parameters: Tree) -> None:
-    """Set a base's weight to W + D."""
+def base_of(adapter: Adapter, parameters: Tree) -> Array:
+    """Return a base's weight W + D."""
     base, pair = np.asarray(parameters[adapter.weight]), factors_of(parameters, adapter.matrix)
     if pair is None or pair.rank:
-        base = adapter.moved(base, np.asarray(parameters[adapter.matrix]))
-    weight.copy_(tensor_of(np.array(base)))
+        return adapter.moved(base, np.asarray(parameters[adapter.matrix]))
+    return base
+
+
+def put(adapter: Adapter, weight: torch.Tensor, parameters: Tree) -> None:
+    """Set a base's weight to W + D."""
+    weight.copy_(tensor_of(np.array(base_of(adapter, parameters))))
 
 
 def without_adapters(model: torch.nn.Module, adapters: tuple[Adapter, ...]) -> torch.nn.Module:
@@ -229,6 +256,11 @@ def without_adapters(model: torch.nn.Module, adapters: tuple[Adapter, ...]) -> t
         for name, child in list(parent.named_children()):
             if id(child) in layers:
                 setattr(parent, name, layers[id(child)])
+    return unwrapped(model)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model in peft's wrapper, with its adapters; a model without a wrapper is returned."""
     inner = getattr(model, "get_base_model", None)
     return model if inner is None else cast("torch.nn.Module", inner())
 

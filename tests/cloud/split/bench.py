@@ -91,12 +91,14 @@ class Bench:
         begin = loop.run.begin
         return SessionSpec(
             device=device, round=begin.round, tensors=str(self.blob), inputs=begin.inputs, train=self.config,
-            samples=begin.samples, steps=begin.steps,
+            samples=begin.samples, steps=begin.steps, rank=begin.rank,
         )  # fmt: skip
 
-    def device(self, name: str = "device-1", cuts: Any = (), options: dict[str, str] | None = None) -> DeviceLoop:
+    def device(
+        self, name: str = "device-1", cuts: Any = (), options: dict[str, str] | None = None, rank: int | None = None
+    ) -> DeviceLoop:
         """Return a device's loop; its n-th connection is lost after `cuts[n]` frames."""
-        model, config = PartedModel(task=self.task, config=self.config), self.config
+        model, config = PartedModel(task=self.task, config=self.config, rank=rank), self.config
         samples = train_samples(self.task, options or {})
         seed = derive_seed(config.seed, config.round, name)
         order = list(batch_order(torch.nn.Module(), samples, config, seed))
@@ -118,7 +120,7 @@ class Bench:
             auxiliary=AuxiliaryLoss(self.task, config) if config.split.gradients == "auxiliary" else None,
             begin=BeginTraining(
                 version=VERSION, job="job-1", round=config.round, bundle="0" * 64, samples=len(samples),
-                steps=len(order), inputs=layout,
+                steps=len(order), inputs=layout, rank=rank or 0,
             ),
         )  # fmt: skip
         loop = (CachedLoop if config.split.sends_once else DeviceLoop)(run)
