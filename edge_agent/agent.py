@@ -347,7 +347,7 @@ class Agent:
         return RevokedList(self._config.home, self._chooser.current, self._supervisor.disconnect_clients)
 
     def _is_idle(self) -> bool:
-        return self._participant.current is None and self._outbox.is_empty()
+        return self._participant.current is None and self._outbox.may_leave()
 
     def _note_work(self) -> None:
         self._live.note_change()

@@ -50,6 +50,7 @@ class ChildrenDependencies:
     parent_lists: Callable[[], Mapping[str, Signed]] = dict  # of all devices that have one
     certificate_days: Callable[[], float] = lambda: LEAF_DAYS  # how long new ones are valid
     log: Callable[[str, LogSent], None] = lambda _device, _log: None  # the end of a device's log has come
+    is_over: Callable[[str, int], bool] = lambda _job, _round: True  # of a round that is not open: it will not be again
 
 
 class Children:
@@ -62,6 +63,7 @@ class Children:
         self._copies: dict[str, MirrorCopy] = {}
         self._streams: dict[str, object] = {}  # the newest of each region
         self._devices: dict[tuple[str, int], dict[str, dict[str, None]]] = {}  # job, round -> region -> its devices
+        self._told: dict[tuple[str, int], dict[str, Work]] = {}  # job, round -> region -> its work, as last told
         self._messages: dict[tuple[str, int], dict[str, None]] = {}  # relay, number -> the regions that have it
         self._states: dict[str, RegionState] = {}
         self._inside: dict[str, frozenset[str]] = {}  # region -> the members below it
@@ -248,6 +250,7 @@ class Children:
         """A round is over: no region is asked for anything of it."""
         self._take_back(job, number)
         with self._lock:
+            self._told.pop((job, number), None)
             regions = list(self._devices.pop((job, number), {}))
         for region in regions:
             if (mirror := self._mirror(region)) is not None:
@@ -348,23 +351,31 @@ class Children:
         return json.dumps(running).encode()
 
     def _work(self, job: str, number: int, region: str) -> bytes | None:
-        """Return a region's work as it is now, called when it is sent; None if the round is not open."""
+        """Return a region's work as it is now, called when it is sent; None if the round is over.
+
+        A region asks its devices several times in one round: between two times nobody below is asked, but the regions
+        below keep what they have.
+        """
         opened = self._deps.rounds.get(job, number)
         with self._lock:
             devices = list(self._devices.get((job, number), {}).get(region, {}))
+            told = self._told.get((job, number), {}).get(region)
         if opened is None or not isinstance(opened.assignment, Fit | Evaluate):
-            return None
+            if told is None or self._deps.is_over(job, number):
+                return None
+            return tiers.pack(dataclasses.replace(told, devices=[]))
         left_s, waiting = opened.left_s(), opened.waiting()
         asked = dataclasses.replace(opened.assignment, deadline_s=max(0.0, left_s - max(LEAD_S, LEAD_SHARE * left_s)))
-        return tiers.pack(
-            Work(
-                fit=asked if isinstance(asked, Fit) else None,
-                evaluate=asked if isinstance(asked, Evaluate) else None,
-                devices=sorted(waiting.intersection(devices)),  # others have answered elsewhere
-                offline_grace_s=opened.terms.offline_grace_s,
-                region_rounds=opened.region_rounds,
-            )
+        work = Work(
+            fit=asked if isinstance(asked, Fit) else None,
+            evaluate=asked if isinstance(asked, Evaluate) else None,
+            devices=sorted(waiting.intersection(devices)),  # others have answered elsewhere
+            offline_grace_s=opened.terms.offline_grace_s,
+            region_rounds=opened.region_rounds,
         )
+        with self._lock:
+            self._told.setdefault((job, number), {})[region] = work
+        return tiers.pack(work)
 
     def _mirror(self, region: str) -> Mirror | None:
         with self._lock:

@@ -36,6 +36,7 @@ class Outbox:
         self.on_answered: Callable[[], None] = lambda: None  # called when an answer has left, or is dropped
         self._started = {(update.job, update.round) for update in store.outbox()}  # perhaps by an earlier process
         self._sending: tuple[Key, asyncio.Task[None]] | None = None
+        self._is_held_up = False
         self.wake()
 
     def wake(self) -> None:
@@ -45,6 +46,10 @@ class Outbox:
     def is_empty(self) -> bool:
         """Whether nothing waits to be sent."""
         return not self._store.outbox() and not self._store.failures()
+
+    def may_leave(self) -> bool:
+        """Whether nothing waits that the present parent takes: it is sent to the next one."""
+        return self._is_held_up or self.is_empty()
 
     def put(self, update: Outgoing, state: Path | None = None) -> None:
         """Add an update, whose path is a complete and synced draft, and the client's new state."""
@@ -89,10 +94,12 @@ class Outbox:
         start_s = time.monotonic()
         try:
             state = await upload(self._channel, update, resume=key in self._started)
+            self._is_held_up = False
         except FileNotFoundError:
             return  # dropped in the meantime
         except (CloudUnreachable, OSError) as error:
             self._started.add(key)
+            self._is_held_up = _is_not_asked(error)
             event(_log, logging.WARNING, "outbox.waits", job=key[0], round=key[1], reason=error)
             if isinstance(error, OSError):  # of this device: a reachable cloud does not wake the outbox again
                 asyncio.get_running_loop().call_later(RETRY_S, self.wake)
@@ -111,3 +118,9 @@ class Outbox:
         else:
             self._started.discard(key)
             self.on_answered()
+
+
+def _is_not_asked(error: Exception) -> bool:
+    """Whether a region did not take an upload because it was not asked for it: perhaps another parent is."""
+    cause = error.__cause__
+    return isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.FAILED_PRECONDITION

@@ -72,6 +72,7 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         self.chunk_bytes = 1 << 20
         self.before_chunk: Callable[[str, int], None] = lambda _way, _offset: None  # may raise or wait
         self.answer: pb.UploadState | None = None  # to every upload, at its header
+        self.not_asked = ""  # why uploads are not taken yet, as a region says that was not asked for them
         self.is_due = False  # whether devices are told to renew their certificates
         self.renew: Callable[[bytes], pb.RenewReply] | None = None  # None = as a cloud does
         self.refusal: tuple[grpc.StatusCode, str] | None = None  # of every renewal
@@ -218,6 +219,8 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
         header = next(requests).header
         key = (header.key.job, header.key.round)
         self.note(f"upload {key[0]} {key[1]} {header.offset}")
+        if self.not_asked:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.not_asked)
         if self.answer is not None:
             return self.answer
         part = self.parts.setdefault(key, bytearray())

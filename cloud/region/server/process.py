@@ -121,6 +121,7 @@ class Region:
                 heard=self._link.hear,
                 told=self._upward.pass_on,
                 used=self._upward.note_serial,
+                is_over=self._is_over,
             )
         )
         self.membership.changed.append(self._children.refresh)
@@ -130,9 +131,7 @@ class Region:
         self._ends: list[Callable[[CutOff], object]] = []
         self._refusal: EnrolmentRefused | None = None  # this region does not belong to the fleet any more
         self._fleet = FleetDependencies(self._rounds, self._jobs, self._blobs, self._spool, self._link, self._storage)
-        self._work = RegionWork(
-            self._fleet, home / "sums", self._fetch, self._send_sum,
-        )  # fmt: skip
+        self._work = RegionWork(self._fleet, home / "sums", self._fetch, self._send_sum)
         self._work.place = (profile.name, profile.parent_name)
         self._work.on_crash = functools.partial(self.supervisor.report_failure, "rounds")
         self.supervisor.add_check("link", lambda: self._link.reason)

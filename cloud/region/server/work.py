@@ -80,6 +80,7 @@ class _Round:
     again: set[str] = field(default_factory=set)  # devices to be asked again, because a sum was given up
     is_running: bool = False
     is_over: bool = False
+    reopened: Work | None = None  # asked while it ends
 
 
 class RegionWork:
@@ -112,6 +113,9 @@ class RegionWork:
             for older in [one for one in self._rounds if one[0] == job and one[1] < number]:
                 self._end(older)
             one = self._rounds.setdefault(key, _Round(work, number))
+            if one.is_over:
+                one.reopened = work
+                return
             left = set(one.work.devices) - set(work.devices) - one.done
             one.work = work
             one.done -= set(work.devices)  # it is asked again: a sum that it was in was given up
@@ -173,6 +177,9 @@ class RegionWork:
             one.is_running = False
             if one.is_over:
                 self._drop(key)
+                if one.reopened is not None:
+                    self._ended.pop(job, None)
+                    self.take(job, number, one.reopened)
             else:
                 self._start(key, one)  # devices that joined meanwhile
 
@@ -265,7 +272,7 @@ class RegionWork:
             one = self._rounds.get(key)
             if one is None:
                 return
-            one.is_over = True
+            one.is_over, one.reopened = True, None
             self._ended[key[0]] = max(one.number, self._ended.get(key[0], 0))
             opened = self._deps.rounds.get(key[0], one.number)
             if opened is not None:

@@ -2,14 +2,18 @@
 
 Parameters are on torch's meta device, which has no memory; buffers are real, because those that are not in the state
 dict (the frequencies of rotary positions) are computed when the model is made. As accelerate's `init_empty_weights`.
+A large tensor that modules make without values (torch.empty), to fill it later, never has memory: not for a moment.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+LARGE = 1 << 18  # elements
 
 _HERE = threading.local()
 
@@ -23,6 +27,14 @@ def structure_only() -> bool:
 def without_weights() -> Iterator[None]:
     """Make modules inside whose parameters have no memory."""
     import torch
+    from torch.overrides import TorchFunctionMode
+
+    class LargeOnMeta(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = kwargs or {}
+            if func is torch.empty and _num_elements(args, given) >= LARGE:
+                given = {**given, "device": "meta"}
+            return func(*args, **given)
 
     register = torch.nn.Module.register_parameter
 
@@ -35,7 +47,14 @@ def without_weights() -> Iterator[None]:
     _HERE.is_bare = True
     torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:
-        yield
+        with LargeOnMeta():
+            yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
         _HERE.is_bare = False
+
+
+def _num_elements(args: Sequence[Any], given: Mapping[str, Any]) -> int:
+    """Return how many elements `torch.empty` makes with these arguments."""
+    size = given.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+    return math.prod(int(one) for one in size)

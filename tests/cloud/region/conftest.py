@@ -68,12 +68,13 @@ class TierPlane:
         self.told = queue.SimpleQueue()  # about regions: key, value
         self.logs = queue.SimpleQueue()  # device, LogSent
         self.desired = {}
+        self.paused = set()  # job, round: not open, and not over
         self.children = Children(
             ChildrenDependencies(
                 name="cloud", rounds=self.rounds, members=self.members, crl=self.enrolment.crl,
                 desired_for=lambda device: self.desired.get(device, []), running=self.jobs.running,
                 heard=lambda *said: self.heard.put(said), told=lambda *said: self.told.put(said),
-                log=lambda *said: self.logs.put(said),
+                log=lambda *said: self.logs.put(said), is_over=lambda job, number: (job, number) not in self.paused,
             )
         )  # fmt: skip
         self.members.changed.append(self.children.refresh)

@@ -102,6 +102,24 @@ def test_work_is_told_device_by_device_and_ends(tiers, r1):
     r1.until(lambda entries: r1.key not in entries)
 
 
+def test_between_two_times_of_asking_the_regions_below_keep_what_they_have(tiers, r1):
+    """If the round were over for them, they would delete answers that were acknowledged."""
+    opened = tiers.open()
+    ask(tiers, opened, "r1", "a", "b")
+    r1.work(r1.key, ["a", "b"])
+    tiers.paused.add((tiers.job, 1))
+    tiers.rounds.remove(opened)
+    tiers.children.withdraw("a", tiers.job, 1)
+    assert r1.work(r1.key, []).assignment.job == tiers.job
+    again = tiers.open()
+    ask(tiers, again, "r1", "b")
+    r1.work(r1.key, ["b"])
+    tiers.paused.clear()
+    tiers.rounds.remove(again)
+    tiers.children.withdraw("b", tiers.job, 1)
+    r1.until(lambda entries: r1.key not in entries)
+
+
 def test_a_round_with_no_time_left_is_told_all_the_same(tiers, r1):
     opened = tiers.open(deadline_s=0.9)
     ask(tiers, opened, "r1", "a")

@@ -162,3 +162,22 @@ def test_a_reason_with_a_lone_surrogate_reaches_the_cloud(fleet, with_sender):
         await sender.channel.fail("j", 1, "no such file: \udcff\x1b[2J")
 
     with_sender(run)
+
+
+def test_a_parent_that_was_not_asked_for_an_update_may_be_left_with_it(fleet, with_sender):
+    """It may never be asked: the device has another parent by now."""
+    fleet.not_asked = "this region has not been asked for the device's part in this round yet"
+
+    async def run(sender):
+        assert sender.outbox.may_leave()
+        sender.put(1)
+        assert not sender.outbox.may_leave()
+        await sender.until(sender.outbox.may_leave)
+        assert sender.store.outbox()
+        fleet.not_asked = ""
+        sender.outbox.wake()
+        await sender.until(lambda: not sender.store.outbox())
+        assert sender.outbox.may_leave()
+
+    with_sender(run)
+    assert ("j", 1) in fleet.updates

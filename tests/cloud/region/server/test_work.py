@@ -275,3 +275,17 @@ def test_a_round_is_over_when_the_next_one_begins_or_its_job_ends(tiers, region)
     r1.work.keep_only([])
     until(lambda: r1.rounds.get(tiers.job, 2) is None)
     assert r1.sent == []
+
+
+def test_a_round_that_is_asked_again_while_it_ends_begins_anew(tiers, region):
+    opened, r1 = tiers.open(), region("r1", "a", "b")
+    r1.ask("a", "b")
+    r1.opened("a")
+    with r1.work._lock:  # its thread cannot end it before it is asked again
+        r1.work.take(tiers.job, 1, None)
+        r1.ask("a", "b")
+    until(lambda: len([1 for device, message in r1.link.told if device == "a" and isinstance(message, Fit)]) == 2)
+    r1.answer("a", 2.0, 1.0)
+    r1.answer("b", 6.0, 3.0)
+    until(lambda: opened.waiting() == {"c", "d", "e"})
+    assert value_of(tiers, "a") == 5.0

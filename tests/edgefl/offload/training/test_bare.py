@@ -26,3 +26,15 @@ def test_a_parameter_that_is_frozen_stays_so() -> None:
         layer.weight = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
     assert layer.weight.device.type == "meta"
     assert not layer.weight.requires_grad
+
+
+def test_a_large_tensor_without_values_never_has_memory() -> None:
+    with without_weights():
+        one, other = torch.empty(1 << 20, 1 << 20), torch.empty((2, 3))  # 4 TB
+        layer = torch.nn.Linear(1 << 20, 1 << 20)
+        counted = torch.nn.BatchNorm1d(1 << 19)
+    assert one.is_meta
+    assert not other.is_meta
+    assert layer.weight.is_meta
+    assert counted.running_var.sum() == 1 << 19
+    assert not torch.empty(1 << 20).is_meta
