@@ -1,8 +1,9 @@
 """What a device knows of its link and of the load on both sides, from the requests that it sends anyway.
 
 The round trip is the median of the last pings. What a request takes beyond that and beyond the server's own time is
-spent on its bytes, which gives the rate. Rates and loads are running means, of the first measurements by their number,
-then exponential. No clock and no I/O.
+spent on its bytes. The rate is the mean of bytes by the mean of these times, so a request counts by its bytes: one of a
+few bytes says little about the rate. All means are running ones, of the first measurements by their number, then
+exponential. No clock and no I/O.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class LinkMeter:
 
     def __init__(self) -> None:
         self._pings_ms: deque[float] = deque(maxlen=PINGS)
-        self._mbps: float | None = None
+        self._num_calls = 0
+        self._bytes = self._on_bytes_ms = 0.0  # means
         self.device_load = self.cloud_load = 1.0  # 2 = twice as slow as was expected
         self._num_device = self._num_cloud = 1  # measurements, with what was expected
 
@@ -36,8 +38,10 @@ class LinkMeter:
         if not self._pings_ms:
             return
         on_bytes_ms = max(total_ms - server_ms - self._rtt_ms(), _LEAST_MS)
-        rate = min(8 * num_bytes / (on_bytes_ms * 1e3), MOST_MBPS)
-        self._mbps = rate if self._mbps is None else self._mbps + WEIGHT * (rate - self._mbps)
+        self._num_calls += 1
+        weight = max(WEIGHT, 1 / self._num_calls)
+        self._bytes += weight * (num_bytes - self._bytes)
+        self._on_bytes_ms += weight * (on_bytes_ms - self._on_bytes_ms)
 
     def note_device(self, took_ms: float, expected_ms: float) -> None:
         """Note how long the device's part took."""
@@ -54,9 +58,10 @@ class LinkMeter:
     @property
     def link(self) -> LinkSpeed | None:
         """The link; None before anything was measured. Both ways are taken to be as fast."""
-        if self._mbps is None:
+        if not self._num_calls:
             return None
-        return LinkSpeed(up_mbps=self._mbps, down_mbps=self._mbps, rtt_ms=self._rtt_ms())
+        mbps = min(8 * max(1.0, self._bytes) / (self._on_bytes_ms * 1e3), MOST_MBPS)
+        return LinkSpeed(up_mbps=mbps, down_mbps=mbps, rtt_ms=self._rtt_ms())
 
     def _rtt_ms(self) -> float:
         return statistics.median(self._pings_ms)

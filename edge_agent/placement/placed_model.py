@@ -34,6 +34,7 @@ PARTS = 4  # of one request that are on their way at the same time
 RESERVE = 3.0  # times the fall-back's own run is kept free of a request's time
 LEAST_RESERVE_S = 0.005
 KEPT = 256  # latencies for the median
+PROBE_BYTES = 64 << 10  # at most, of a probe where another placement has fewer
 
 Compute = Callable[[LoadedModel, Sequence[str], Mapping[str, Array]], Awaitable[list[Array]]]
 
@@ -140,10 +141,17 @@ class PlacedModel:
         await self.tail.close()
 
     async def probe(self, sample: Tree, timeout_s: float, compute: Compute) -> None:
-        """Send a sample through the first placement with a tail, for the breaker and the meter."""
-        placement = self.current if self.current.form else next((p for p in self.release.candidates if p.form), None)
-        if placement is None:
+        """Send a sample through a placement with a tail, for the breaker and the meter.
+
+        It is the current one, or that with the most bytes up to a limit: few bytes do not show how fast a link is.
+        """
+        remote = [one for one in self.release.candidates if one.form]
+        if not remote:
             return
+        small = [one for one in remote if one.up_bytes <= PROBE_BYTES]
+        placement = self.current
+        if not placement.form:
+            placement = max(small, key=lambda one: one.up_bytes) if small else min(remote, key=lambda one: one.up_bytes)
         try:
             self.meter.note_ping(await self.tail.ping_ms(timeout_s))
             names = [one.name for one in self.outputs]

@@ -57,8 +57,10 @@ class StageServer:
         self.fault, self.delay_s, self.digest, self.formats = None, 0.0, DIGEST, ",".join(FORMATS)
         self.seen, self.running, self.most = [], 0, 0  # requests; at the same time now, and at most
         self.timeouts_s = []
+        self.num_pings = 0
 
     async def ServerLive(self, _request, _context):  # noqa: N802
+        self.num_pings += 1
         return pb.ServerLiveResponse(live=True)
 
     ServerReady = ServerMetadata = ModelReady = ServerLive

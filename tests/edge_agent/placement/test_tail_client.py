@@ -33,6 +33,15 @@ def test_each_wire_format_and_what_a_call_costs(placed, form) -> None:
     asyncio.run(run())
 
 
+def test_a_ping_is_a_second_call_since_the_first_may_open_the_connection(placed) -> None:
+    async def run():
+        async with placed() as (model, server, _):
+            assert await model.tail.ping_ms(60) > 0
+            assert server.num_pings == 2
+
+    asyncio.run(run())
+
+
 def test_a_value_beyond_half_precision_is_sent_whole_and_nan_is_refused(placed) -> None:
     async def run():
         async with placed() as (model, server, _):
