@@ -29,7 +29,7 @@ from edge_agent.serving.wire import LoadModel, TailAccess
 from edge_agent.sessions import LoadedModel
 from edgefl.trees import Tree
 
-SLOWER = 5.0
+SLOWER = 8.0
 SETTLE_LOOKS = 8  # of the plan, before anything is measured
 
 

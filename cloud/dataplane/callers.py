@@ -34,6 +34,7 @@ class CallerChecks:
     admit: Callable[[str, str], str] = lambda _device, _peer: ""  # why a connection is refused; empty = it is not
     pace: Callable[[str], float] = lambda _key: 0.0  # how long a call with this certificate must wait (s)
     parents_for: Callable[[str], Signed | None] = lambda _device: None  # where a device may connect
+    unsure: Callable[[], str] = lambda: ""  # why this side may not know who is enrolled; empty = it knows
 
 
 class Callers:
@@ -82,12 +83,16 @@ class Callers:
             )
         known = self._checks.was_known(name, serial) or await run(self._workers, self._checks.is_known, name, serial)
         if not known:
+            caller = f"{'region' if of_region else 'device'} {name!r}"
             if (moved := self._checks.parents_for(name)) is not None:
                 context.set_trailing_metadata(((PARENTS_METADATA, encode(moved)),))
+            elif why := self._checks.unsure():
+                await context.abort(
+                    grpc.StatusCode.UNAVAILABLE, f"this region does not know {caller}, and cannot ask its parent: {why}"
+                )
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
-                f"{'region' if of_region else 'device'} {name!r} is not enrolled, or not with this certificate; enrol "
-                "it with a new token",
+                f"{caller} is not enrolled, or not with this certificate; enrol it with a new token",
             )
         if refusal := self._checks.admit(name, context.peer()):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)

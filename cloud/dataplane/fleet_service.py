@@ -71,6 +71,7 @@ class ServiceDependencies:
     is_known: Callable[[str, str | None], bool]  # device name, serial number of its certificate
     broker_url: str
     parents_for: Callable[[str], Signed | None] = lambda _device: None  # where a device may connect; None = here alone
+    unsure: Callable[[], str] = lambda: ""  # in a region: why it may not know who is enrolled
     renewals: Renewals | None = None  # None = a region, which passes requests on, or no renewals
     ca_pem: bytes = b""  # sent with a renewed certificate
     pass_renewal: PassRenewal | None = None  # in a region: asks its parent
@@ -113,13 +114,11 @@ class FleetService:
     """Implements `service Fleet` in the event loop; everything that blocks runs in `workers`."""
 
     def __init__(self, deps: ServiceDependencies, workers: ThreadPoolExecutor) -> None:
-        self._deps = deps
-        self._workers = workers
-        self._loop = asyncio.get_running_loop()
+        self._deps, self._workers, self._loop = deps, workers, asyncio.get_running_loop()
         self.calls = RunningCalls()
         checks = CallerChecks(
             is_known=deps.is_known, insecure=deps.insecure, admit=deps.admit, pace=deps.pace,
-            parents_for=deps.parents_for,
+            parents_for=deps.parents_for, unsure=deps.unsure,
         )  # fmt: skip
         self.callers = Callers(checks, self.calls, workers, deps.rounds)
         self._uploads = TransferLimiter(max_inside=deps.max_transfers)

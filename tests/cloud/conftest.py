@@ -41,6 +41,7 @@ class Plane:
         self.jobs, self.rounds = Jobs(self.engine, self.blobs, lambda bundle: sign(bundle, key)), OpenRounds()
         self.known = {"a", "b", "c"}
         self.paced = []  # who called
+        self.unsure = ""  # why a region may not know who is enrolled
         self.is_region = False  # whose parent says which rounds are over
         self.renewals = Renewals(self.engine, folder)
         self.model = self.blobs.put_tree({"w": np.arange(3_000_000, dtype=np.float32)})
@@ -67,6 +68,7 @@ class Plane:
             ended=lambda held: [job for job in held if job != self.job],
             is_known=lambda name, _serial: name in self.known, broker_url="mqtts://:8883", renewals=self.renewals,
             is_renewal_due=lambda cert: self.renewals is not None and self.renewals.is_due(cert),
+            unsure=lambda: self.unsure,
             pace=lambda who: self.paced.append(who) or 0.0,
             is_over=lambda _job, _number: not self.is_region,
             ca_pem=(self.folder / "ca.pem").read_bytes(),

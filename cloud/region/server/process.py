@@ -224,6 +224,7 @@ class Region:
                     ended=lambda held: sorted(set(held) - set(self.membership.running())),
                     is_known=self._is_known,
                     parents_for=self.membership.parents_for,
+                    unsure=lambda: self._uplink.reason,
                     pass_renewal=self._uplink.renew,
                     is_renewal_due=self._is_renewal_due,
                     storage=self._storage,

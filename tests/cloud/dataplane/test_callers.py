@@ -28,6 +28,17 @@ def test_who_is_refused_and_why(plane, domain, name, why):
     assert why in refused.value.details()
 
 
+def test_a_region_that_cannot_ask_its_parent_does_not_say_that_a_stranger_is_not_enrolled(plane):
+    """It may have been enrolled meanwhile, and a region that is refused for good stops."""
+    plane.unsure = "no connection to the cloud"
+    with pytest.raises(grpc.RpcError) as refused:
+        plane.stub("stranger").Next(pb.NextRequest(), timeout=10)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    said = "does not know device 'stranger', and cannot ask its parent: no connection to the cloud"
+    assert said in refused.value.details()
+    plane.stub("a").Next(pb.NextRequest(), timeout=10)
+
+
 def test_a_certificate_of_another_ca_does_not_get_in(plane, strange_ca):
     with pytest.raises(grpc.RpcError) as refused:
         plane.stub("a", ca_folder=strange_ca.folder).Next(pb.NextRequest(), timeout=10)
