@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from edgefl.errors import ProcessFailed
 
 
-def test_how_a_cloud_and_a_device_are(embedded_fleet, tmp_path):
+def test_how_a_cloud_and_a_device_are(embedded_fleet, tmp_path, eventually):
     fleet, facts = embedded_fleet, tmp_path / "facts.json"
 
     def status(program, home, *, fails=False):
@@ -41,6 +42,14 @@ def test_how_a_cloud_and_a_device_are(embedded_fleet, tmp_path):
     assert (token["state"], token["used_by"]) == ("used", "cam-1")
 
     fleet.agents["cam-1"].wait_for("agent.started")
+
+    def is_healthy():  # it says so in a file, a moment after it is
+        with contextlib.suppress(ProcessFailed):
+            status("agent", home)
+            return True
+        return False
+
+    eventually(is_healthy, "an agent that says that it is healthy")
     agent = status("agent", home)
     assert (agent["running"], agent["healthy"], agent["pid"]) == (True, True, fleet.agents["cam-1"].pid)
     assert (agent["broker_fault"], agent["training"]) == ("", "")
