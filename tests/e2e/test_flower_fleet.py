@@ -154,6 +154,7 @@ def test_agents_and_cloud_are_killed_in_mid_exchange_and_every_message_counts_on
     wait_until(lambda: not [file for name in data for file in (fleet.folder / name / "states").iterdir()], 10)
 
 
+@pytest.mark.soak
 def test_an_app_reaches_devices_below_regions_also_when_a_region_and_the_cloud_are_killed(
     builtin_fleet, counts, tmp_path
 ):

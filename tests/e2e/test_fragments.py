@@ -20,7 +20,7 @@ SETTINGS = {
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("region", [None, "north"])
+@pytest.mark.parametrize("region", [pytest.param(None, marks=pytest.mark.soak), "north"])
 def test_killed_agents_go_on_with_their_own_values(embedded_fleet: Fleet, tmp_path: Path, region: str | None) -> None:
     folder = tmp_path / "momentum"
     folder.mkdir()

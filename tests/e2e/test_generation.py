@@ -90,6 +90,7 @@ def streamed(client, num, **more):
     return client.completions.create(**given)
 
 
+@pytest.mark.soak
 def test_the_openai_client_and_whatever_is_killed(texts) -> None:
     client = texts.start_device("cam", "--generate-format", "fp32")
     assert [one.id for one in client.models.list().data] == ["tiny"]

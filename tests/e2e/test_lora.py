@@ -77,6 +77,7 @@ def test_a_region_that_is_killed_in_mid_round_changes_nothing(two_regions):
     assert_exact(model)
 
 
+@pytest.mark.soak
 def test_an_adapter_is_rolled_out_on_its_base(embedded_fleet, tmp_path):
     fleet, task = embedded_fleet, "tests/e2e/tasks/lora"
     for number, name in enumerate(("a", "b")):

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from edgefl.task import load_task
 from edgefl.training.evaluation import Judge
@@ -24,6 +25,7 @@ def documented():
     return [shlex.split(line) for one in found for line in one.text.splitlines()]
 
 
+@pytest.mark.soak
 def test_the_documented_commands_train_in_parts(embedded_fleet, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     fleet, results = embedded_fleet, {}

@@ -53,6 +53,7 @@ def test_rounds_in_parts_give_the_model_of_rounds_without_a_split(embedded_fleet
         assert result["rounds"][-1]["metrics"]["accuracy"] > 0.3  # evaluated by the operator, on the whole model
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_kills_of_every_side_change_nothing(embedded_fleet):
     """SIGKILL of the training process, of the server, and of a device with its trainer, each in mid-training."""

@@ -30,6 +30,7 @@ def both(app, folder, tolerance):
         np.testing.assert_allclose(mine, other, rtol=0, atol=tolerance)
 
 
+@pytest.mark.soak
 def test_scikit_learn(tmp_path):
     both("sklearn-app", tmp_path, 1e-6)
 

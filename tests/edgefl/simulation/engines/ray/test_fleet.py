@@ -77,7 +77,8 @@ def pid_of(fleet, worker):
     return fleet.cluster.ray.get(worker.actor.__ray_call__.remote(lambda _actor: os.getpid()))
 
 
-@pytest.mark.parametrize("killed", ["node", pytest.param("actor", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", ["node", "actor"])
 def test_rounds_agree_with_the_loop_whoever_is_killed(nodes, set_up, run, killed):
     data = {"empty": "2", "infinite": "3"}
     setup = set_up("dropout", clients=40, data=data, rounds={"count": 2, "deadline_s": 60.0})

@@ -28,6 +28,7 @@ def heard(worker):
     return worker.receive()
 
 
+@pytest.mark.soak
 def test_an_actor_answers_and_says_how_it_is_lost(set_up, plan_of):
     setup = set_up()
     plan = plan_of(setup)
