@@ -143,6 +143,7 @@ def profile(
               help="Only these wire formats; repeatable. By default all.")  # fmt: skip
 @click.option("--max-drop", default="0.02", show_default=True, help="What a wire format may cost.")
 @click.option("--samples", type=FILE, help="An .npz file of your own inputs, to judge wire formats and attack.")
+@click.option("--measure-all", is_flag=True, help="Make and time the stages of every cut, not of the best few.")
 @click.option("--leak", is_flag=True, help="Attack every cut with --samples, or a task's own data.")
 @click.option("--plot", type=FILE, help="Draw all cuts into a .png or .svg.")
 @connected

@@ -52,6 +52,7 @@ class PlanFlags:
     max_drop: str
     samples: Path | None
     leak: bool
+    measure_all: bool
     plot: Path | None
 
     def check(self) -> None:
@@ -76,7 +77,7 @@ class PlanFlags:
         )
         limits = PlanLimits(memory_bytes=memory, may_leave=self.may_leave, latency_ms=latency)
         return Wish(link=self.speed, objective=self.objective, limits=limits, max_drop=self.max_drop,
-                    formats=self.formats or FORMATS)  # fmt: skip
+                    formats=self.formats or FORMATS, measures_all=self.measure_all)  # fmt: skip
 
 
 def make_plan(source: ModelSource, request: PlanFlags, connection: CloudConnection, output: Output) -> None:
@@ -97,7 +98,12 @@ def make_plan(source: ModelSource, request: PlanFlags, connection: CloudConnecti
         from edgefl.simulation.screen.offload_plot import write_offload_plot
 
         title = f"{source.who}, device {request.device}, {request.link}, {request.objective}"
-        write_offload_plot(cuts, found.chosen, leaks, title, request.plot)
+        predicted = {
+            one.option.num_head: found.predicted_ms[one.option.num_head, one.option.form]
+            for one in cuts
+            if one.option.num_head in found.measured
+        }
+        write_offload_plot(cuts, found.chosen, predicted, leaks, title, request.plot)
         output.line(f"plot: {request.plot}")
     output.result(_as_json(source, found, leaks, request))
 
@@ -192,6 +198,7 @@ def _as_json(
         return {
             **one.as_json(),
             "measured": at in found.measured,
+            "predicted_ms": found.predicted_ms[at, form],
             "refused": found.limits.refusal(one) or (f"{refused.measure} {refused.drop:.3g}" if refused else None),
             "leak": None if leak is None else leak.as_json(),
         }

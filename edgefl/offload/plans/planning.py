@@ -53,6 +53,7 @@ class Wish:
     limits: PlanLimits = field(default_factory=PlanLimits)
     max_drop: float | str = 0.02
     formats: Sequence[str] = wire.FORMATS
+    measures_all: bool = False  # times the stages of every cut, not of the best few
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,7 @@ class OffloadPlan:
     measured: frozenset[int]  # layers on the device of the options that were measured
     refused: Mapping[tuple[int, str], Judged]  # by layers on the device and format: what the gate refused
     limits: PlanLimits
+    predicted_ms: Mapping[tuple[int, str], float]  # by layers on the device and format: latency by the layers' times
     leaks: Mapping[int, Leak] = field(default_factory=dict)  # by layers on the device
 
     def best_of_each_cut(self, objective: str) -> list[Prediction]:
@@ -115,7 +117,7 @@ class Planner:
             stages = _Stages(self, Path(folder))
             known = {
                 (one.option.num_head, one.option.form): self._measured(one, stages)
-                if one.option.num_head in self._stages_ms
+                if wish.measures_all or one.option.num_head in self._stages_ms
                 else one
                 for one in predicted
             }
@@ -134,6 +136,7 @@ class Planner:
                 return OffloadPlan(
                     chosen=best[0], judged=judged, options=list(known.values()),
                     measured=frozenset(self._stages_ms), refused=refused, limits=wish.limits,
+                    predicted_ms={(one.option.num_head, one.option.form): one.latency_ms for one in predicted},
                 )  # fmt: skip
 
     def leaks(self, inputs: Tree, told: Callable[[ModelCut], None] = lambda _: None) -> dict[int, Leak]:

@@ -20,11 +20,13 @@ _COLORS = {"device": "tab:green", "link": "tab:orange", "cloud": "tab:blue"}
 
 
 def write_offload_plot(
-    cuts: Sequence[Prediction], chosen: Prediction, leaks: Mapping[int, Leak], title: str, path: Path,
+    cuts: Sequence[Prediction], chosen: Prediction, predicted_ms: Mapping[int, float], leaks: Mapping[int, Leak],
+    title: str, path: Path,
 ) -> None:  # fmt: skip
     """Write the picture; its format follows from the file's name. Raises ConfigError, MissingExtra.
 
-    `cuts` are in the order of the layers; `leaks` are by layers on the device, empty if none was measured.
+    `cuts` are in the order of the layers. By layers on the device: `predicted_ms` of cuts whose stages were timed, and
+    `leaks`, empty if none was measured.
     """
     require_matplotlib()
     refuse_unknown_format(path)
@@ -35,7 +37,7 @@ def write_offload_plot(
     figure = Figure(figsize=(width, _ROW_INCHES * rows + 1.6), layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True)
     figure.suptitle(title, fontsize=10)
-    _draw_times(axes[0], cuts, chosen)
+    _draw_times(axes[0], cuts, chosen, predicted_ms)
     _draw_bytes(axes[1], cuts, chosen)
     if leaks:
         _draw_leaks(axes[2], cuts, chosen, leaks)
@@ -46,16 +48,22 @@ def write_offload_plot(
     figure.savefig(path, dpi=_PIXELS_PER_INCH)
 
 
-def _draw_times(axes: Axes, cuts: Sequence[Prediction], chosen: Prediction) -> None:
+def _draw_times(
+    axes: Axes, cuts: Sequence[Prediction], chosen: Prediction, predicted_ms: Mapping[int, float]
+) -> None:  # fmt: skip
     bottom = np.zeros(len(cuts))
     for part, color in _COLORS.items():
         height = np.array([getattr(one, f"{part}_ms") for one in cuts])
         axes.bar(range(len(cuts)), height, bottom=bottom, color=color, label=part, width=0.8)
         bottom += height
+    predicted = [predicted_ms.get(one.option.num_head, np.nan) for one in cuts]
+    if predicted_ms:
+        axes.plot(range(len(cuts)), predicted, "D", color="black", markersize=4, markerfacecolor="white",
+                  label="predicted, where measured")  # fmt: skip
     _mark(axes, cuts, chosen, f"chosen: {chosen.latency_ms:.3g} ms")
     axes.set_ylabel("ms for one request")
-    axes.legend(loc="upper right", fontsize=8, ncols=4)
-    axes.set_ylim(0, 1.18 * bottom.max())
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, ncols=5, frameon=False)
+    axes.set_ylim(0, 1.05 * max(bottom.max(), np.nanmax([0.0, *predicted])))
 
 
 def _draw_bytes(axes: Axes, cuts: Sequence[Prediction], chosen: Prediction) -> None:

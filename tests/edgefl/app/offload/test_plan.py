@@ -66,7 +66,7 @@ def test_a_profile_of_a_device_is_used_by_a_plan(edgefl, path, tmp_path):
 
 
 FLAGS = {"device": "5x", "link": "1mbit,1ms", "memory": None, "objective": "latency", "within": None,
-         "may_leave": "inputs", "formats": (), "max_drop": "0.02", "samples": None, "leak": False,
+         "may_leave": "inputs", "formats": (), "max_drop": "0.02", "samples": None, "leak": False, "measure_all": False,
          "plot": None}  # fmt: skip
 
 

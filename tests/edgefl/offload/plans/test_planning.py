@@ -61,6 +61,15 @@ def test_a_slow_link_sends_the_narrowest(tmp_path):
     assert found.chosen in cuts
 
 
+def test_all_cuts_are_measured_if_wished_beside_what_was_predicted(tmp_path):
+    made = planner(funnel(tmp_path / "m.onnx"))
+    found = made.plan(Wish(link=SLOW, measures_all=True))
+    assert found.measured == frozenset(range(6))
+    by_layers = {(one.option.num_head, one.option.form): one.latency_ms for one in made.predictions(SLOW)}
+    assert found.predicted_ms == by_layers
+    assert any(one.latency_ms != by_layers[one.option.num_head, one.option.form] for one in found.options)
+
+
 def test_all_on_the_device_and_all_in_the_cloud_are_candidates(tmp_path):
     made = planner(funnel(tmp_path / "m.onnx"))
     assert made.plan(Wish(link=SLOW)).chosen.option.name == ALL_DEVICE

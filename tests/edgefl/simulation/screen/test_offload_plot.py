@@ -17,10 +17,11 @@ def test_a_picture_is_drawn_in_any_format(tmp_path, leaks):
     told = {
         at: Leak(measure="SSIM", value=one, blind=0.1, attack="decoder", num_samples=8) for at, one in leaks.items()
     }
-    write_offload_plot(cuts, cuts[1], told, "a model", tmp_path / "p.svg")
+    write_offload_plot(cuts, cuts[1], {1: 3.0}, told, "a model", tmp_path / "p.svg")
     text = (tmp_path / "p.svg").read_text()
     assert text.count('<g id="axes_') == 2 + bool(leaks)
-    write_offload_plot(cuts, cuts[3], told, "a model", tmp_path / "p.png")
+    assert "predicted, where measured" in text
+    write_offload_plot(cuts, cuts[3], {}, told, "a model", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="the extension must be one of"):
-        write_offload_plot(cuts, cuts[0], told, "a model", tmp_path / "p.doc")
+        write_offload_plot(cuts, cuts[0], {}, told, "a model", tmp_path / "p.doc")
