@@ -2,7 +2,7 @@
 # Needed before: Python 3.11 or newer, make and, on Debian or Ubuntu, apt-get.
 #
 #   make demo DEMO_FLAGS="--devices 5"    the whole cycle on this machine, with real processes
-#   make test TEST_FLAGS="-k tls"         all tests except the slow ones, one process per core (-n 0: all in one)
+#   make test TEST_FLAGS="-k tls"         all tests except the slow ones, in several processes (-n 0: in one)
 #   make soak                             the slow ones, with TensorFlow for examples/keras-app
 #   make docs                             the documentation, into site/; warnings are errors
 #   make check                            lint, format, types, import contracts: as in CI
@@ -30,11 +30,11 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	sh deploy/system-packages.sh
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(TEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TEST_FLAGS)
 
 soak: $(VENV)/soak.stamp
 	sh deploy/system-packages.sh
-	$(BIN)/python -m pytest -m soak --timeout 3600 $(TEST_FLAGS)
+	$(BIN)/python -m pytest -m soak --timeout 3600 --numprocesses logical --maxprocesses 2 --dist worksteal $(TEST_FLAGS)
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/python -m mkdocs build --strict

@@ -52,6 +52,11 @@ from tests.threaded import Broker, Link
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return two workers per core, since most of the long tests wait for the processes that they start."""
+    return 2 * (os.cpu_count() or 1)
+
+
 @dataclass(frozen=True)
 class FleetCA:
     """A fleet's CA in a folder; `cloud` is its cloud, and its brokers' server certificate."""
