@@ -15,6 +15,8 @@ def test_a_rings_bytes_by_hand():
 
 @pytest.mark.soak
 def test_diloco_beside_synchronous_training():
-    loss, moved = diloco(rounds=2, steps=20)
-    assert loss.ours == pytest.approx(loss.theirs, rel=0.3)
+    loss, moved, loss_in_turn, moved_in_turn = diloco(rounds=2, steps=20)
+    for one in (loss, loss_in_turn):
+        assert one.ours == pytest.approx(one.theirs, rel=0.3)
     assert moved.ratio == pytest.approx(20 * 7 / 4, rel=0.05)
+    assert moved_in_turn.ratio > 1.4 * moved.ratio  # the first round still brings the whole model
