@@ -12,6 +12,7 @@ from typing import Any
 
 from cloud.dataplane.open_round import OpenRound
 from cloud.region.server.work import RegionWork
+from cloud.region.service import TierService
 from cloud.region.sums import Folding
 from cloud.state.jobs import AnswerRow, Jobs
 from edge_agent.link.lease import Lease
@@ -93,13 +94,19 @@ def _stay_for_ever(real: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG
     return is_over
 
 
-MUTANTS: Mapping[str, tuple[type, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
-    "early-acknowledgement": (Jobs, "record", _commit_after_acknowledgement),
-    "early-drop": (RegionWork, "_deliver", _drop_spool_early),
-    "unchecked-sum": (OpenRound, "accept_all", _accept_unchecked),
-    "early-forget": (Outbox, "_send", _forget_before_sent),
-    "unchecked-lease": (Lease, "is_over", _stay_for_ever),
-    "wrong-weight": (WeightedMean, "add", _add_without_weight),
+def _refuse_nothing(real: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG001 - in its place
+    """The parent does not look at a sum before it receives it."""
+    return lambda *_: None
+
+
+Change = tuple[type, str, Callable[[Callable[..., Any]], Callable[..., Any]]]  # class, method, what makes the wrong one
+MUTANTS: Mapping[str, Sequence[Change]] = {
+    "early-acknowledgement": [(Jobs, "record", _commit_after_acknowledgement)],
+    "early-drop": [(RegionWork, "_deliver", _drop_spool_early)],
+    "unchecked-sum": [(TierService, "_refusal", _refuse_nothing), (OpenRound, "accept_all", _accept_unchecked)],
+    "early-forget": [(Outbox, "_send", _forget_before_sent)],
+    "unchecked-lease": [(Lease, "is_over", _stay_for_ever)],
+    "wrong-weight": [(WeightedMean, "add", _add_without_weight)],
 }
 
 
@@ -109,10 +116,9 @@ def installed(name: str) -> Iterator[None]:
     if not name:
         yield
         return
-    owner, method, make = MUTANTS[name]
-    real = getattr(owner, method)
-    setattr(owner, method, make(real))
-    try:
+    with contextlib.ExitStack() as changes:
+        for owner, method, make in MUTANTS[name]:
+            real = getattr(owner, method)
+            changes.callback(setattr, owner, method, real)
+            setattr(owner, method, make(real))
         yield
-    finally:
-        setattr(owner, method, real)

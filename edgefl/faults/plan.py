@@ -17,6 +17,7 @@ HORIZON_S = 9.0  # faults begin before it
 MAX_FAULTS = 10
 DEADLINE_S = 400.0  # of a round: far beyond what heals a fleet after its last fault
 LONGEST_CUT_S, LONGEST_DOWN_S = 30.0, 8.0
+APART = 0.2  # of the seeds with regions
 GONE_S = 250.0  # how long a region is away; its devices have another parent by then
 
 
@@ -59,7 +60,7 @@ class Settings:
     def keeps_parents(self) -> bool:
         """Whether no device changes its parent, and no region is asked again because a sum was given up."""
         return self.topology != "region below a region" and not any(
-            one.kind in {"assign", "gone"} for one in self.faults
+            one.kind in {"assign", "gone", "apart"} for one in self.faults
         )
 
     def without(self, faults: Sequence[Fault]) -> Settings:
@@ -89,6 +90,7 @@ def draw(seed: int, topologies: Sequence[str] = tuple(TOPOLOGIES)) -> Settings:
         faults=(),
     )
     faults = [_fault(chance, topology) for _ in range(chance.randint(0, MAX_FAULTS))]
+    faults += _apart(random.Random(f"{seed}/apart"), topology)
     return settings.without(sorted(faults, key=lambda one: one.at_s))
 
 
@@ -117,6 +119,23 @@ def _fault(chance: random.Random, topology: Topology) -> Fault:
     elif kind.endswith("commit"):
         number = chance.randint(1, 8)
     return Fault(at_s=at_s, kind=kind, node=node, other=other, for_s=down_s, number=number)
+
+
+def _apart(chance: random.Random, topology: Topology) -> list[Fault]:
+    """Return, at times, a region that is cut off with an update whose device does not know it, and goes elsewhere."""
+    below = {
+        region: [one for one, parent in topology.devices.items() if parent == region] for region in topology.regions
+    }
+    regions = [region for region, devices in below.items() if len(devices) > 1]
+    if not regions or chance.random() > APART:
+        return []
+    region = chance.choice(regions)
+    return [
+        Fault(
+            at_s=round(chance.random() * 2.0, 3), kind="apart", node=region, other=chance.choice(below[region]),
+            for_s=GONE_S,
+        )
+    ]  # fmt: skip
 
 
 _KINDS = {

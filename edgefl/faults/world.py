@@ -41,6 +41,7 @@ from edgefl.trees import SpooledTree
 
 LIMIT_S = 1500.0  # a run that is not over then works for ever
 LEAVE_S = 3.0  # a region goes for long so much later than its devices are given another parent
+LONG = frozenset({"gone", "apart"})  # faults that outlast what a fleet waits for
 SETTLE_S = 45.0  # after the job's end, until every device has asked and knows
 POLL_S = 0.5
 KEY = "simulated"
@@ -88,6 +89,7 @@ class World(logging.Handler):
         self._job = ""
         self._cloud_home: Any = None
         self.ended_s: float | None = None
+        self._apart: list[Fault] = []  # that wait for their device's update
         self.last_fault_s = self.last_short_fault_s = 0.0  # the short ones: all but a region that is away for long
         for name in (*settings.fleet.servers, *settings.fleet.devices):
             self._homes[name] = folder / f"{name}.0"
@@ -190,7 +192,7 @@ class World(logging.Handler):
         self.say(f"fault {fault.kind} {fault.node} {fault.other} {fault.for_s:g} s")
         self.counts[fault.kind] += 1
         self.last_fault_s = max(self.last_fault_s, now_s + abs(fault.for_s))
-        if fault.kind != "gone":
+        if fault.kind not in LONG:
             self.last_short_fault_s = max(self.last_short_fault_s, now_s + abs(fault.for_s))
         if fault.kind == "cut":
             self.network.cut(fault.node, fault.other, now_s + fault.for_s)
@@ -200,6 +202,9 @@ class World(logging.Handler):
             self._assign(fault.node, fault.other.split(","))
         elif fault.kind == "gone":
             self._go(fault)
+        elif fault.kind == "apart":
+            self._assign(fault.other, [fault.node, CLOUD])
+            self._apart.append(fault)
         elif node is not None:
             self._befall(node, fault)
 
@@ -227,6 +232,13 @@ class World(logging.Handler):
             self._assign(device, [fault.node, CLOUD])
         self.kernel.call_at(self.kernel.now_s + LEAVE_S, leave)
 
+    def _part(self, fault: Fault) -> None:
+        """Cut a region off from its parent, and from a device whose acknowledgement is on its way."""
+        until_s = self.kernel.now_s + fault.for_s
+        self.last_fault_s = max(self.last_fault_s, until_s)
+        self.network.cut(fault.other, fault.node, until_s)
+        self.network.cut(fault.node, self.settings.fleet.regions[fault.node], until_s)
+
     def _assign(self, device: str, parents: Sequence[str]) -> None:
         """Give a device other parents, as `edgefl devices assign` does."""
         node, home = self.nodes.get(CLOUD), self._cloud_home
@@ -250,7 +262,7 @@ class World(logging.Handler):
             return
         self.say(f"killed {name}")
         self.last_fault_s = max(self.last_fault_s, self.kernel.now_s + fault.for_s)
-        if fault.kind != "gone":
+        if fault.kind not in LONG:
             self.last_short_fault_s = max(self.last_short_fault_s, self.kernel.now_s + fault.for_s)
         self.network.end_of(node, unnoticed=fault.kind == "power")
         self.kernel.kill(node)
@@ -292,6 +304,9 @@ class World(logging.Handler):
         if path == "/edgefl.v1.Fleet/Upload" and reply.status == _STORED:
             key = pb.UploadChunk.FromString(first).header.key
             self.note({"kind": "acknowledged", "by": server, "device": client, "job": key.job, "round": key.round})
+            for fault in [one for one in self._apart if (one.node, one.other) == (server, client)]:
+                self._apart.remove(fault)
+                self._part(fault)
 
     def _problem(self, text: str, error: BaseException | None) -> None:
         self.say(f"PROBLEM {text}")
@@ -326,7 +341,7 @@ class World(logging.Handler):
 
     def reaches(self) -> set[str]:
         """Return the devices that know a parent that is there, and none that is there but cut off from the cloud."""
-        away = {one.node for one in self.settings.faults if one.kind == "gone"}
+        away = {one.node for one in self.settings.faults if one.kind in LONG}
         regions = self.settings.fleet.regions
 
         def is_there(server: str) -> bool:
