@@ -27,6 +27,7 @@ def test_all_kinds_all_topologies_and_only_nodes_that_exist():
     assert kinds == {
         "kill", "power", "kill-before-commit", "kill-after-commit", "cut", "break", "pause", "clock", "full", "assign",
         "gone",
+        "apart",
     }  # fmt: skip
 
 
