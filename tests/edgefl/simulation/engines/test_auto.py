@@ -66,7 +66,6 @@ def test_a_short_simulation_starts_no_processes(set_up, run, monkeypatch):
     fleet = make_engine("auto", setup).engine
     run(setup, fleet)
     assert not {"pool"} & fleet._engines.keys()
-    assert "pool of stacks: what is left takes about" in fleet.reason
 
 
 def test_a_round_that_needs_no_more_answers_is_measured_too(set_up):
