@@ -63,7 +63,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
         yield Row(workload="split models over a link", metric="auto", unit="ms", skipped=reason)
         return
     best = 0.0
-    for model in ("alexnet",) if quick else tuple(offload_models.MODELS):
+    for model in ("alexnet",) if quick else (*offload_models.MODELS, offload_models.LARGE):
         with _Served(model) as served:
             for mbps in LINKS_MBPS[-1:] if quick else LINKS_MBPS:
                 row = served.auto(mbps, 10 if quick else 60)

@@ -2,8 +2,9 @@
 
 The round trip is the median of the last pings. What a request takes beyond that and beyond the server's own time is
 spent on its bytes. The rate is the mean of bytes by the mean of these times, so a request counts by its bytes: one of a
-few bytes says little about the rate. All means are running ones, of the first measurements by their number, then
-exponential. No clock and no I/O.
+few bytes says little about the rate. These means are running ones, of the first measurements by their number, then
+exponential. A load is the median of the last measurements, because the first run of a part, or one in a busy moment,
+takes ten times as long. No clock and no I/O.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from edgefl.offload.plans.link import LinkSpeed
 
 PINGS = 5
+LOADS, EXPECTED = 7, (1.0, 1.0)  # measurements of a load; before any, it is as expected
 WEIGHT = 0.2  # of a new measurement
 _LEAST_MS = 0.05  # on bytes: less is noise
 MOST_MBPS = 10_000.0
@@ -26,8 +28,7 @@ class LinkMeter:
         self._pings_ms: deque[float] = deque(maxlen=PINGS)
         self._num_calls = 0
         self._bytes = self._on_bytes_ms = 0.0  # means
-        self.device_load = self.cloud_load = 1.0  # 2 = twice as slow as was expected
-        self._num_device = self._num_cloud = 1  # measurements, with what was expected
+        self._device, self._cloud = deque(EXPECTED, LOADS), deque(EXPECTED, LOADS)
 
     def note_ping(self, rtt_ms: float) -> None:
         """Note the time of an empty call."""
@@ -46,14 +47,22 @@ class LinkMeter:
     def note_device(self, took_ms: float, expected_ms: float) -> None:
         """Note how long the device's part took."""
         if expected_ms > 0:
-            self._num_device += 1
-            self.device_load += max(WEIGHT, 1 / self._num_device) * (took_ms / expected_ms - self.device_load)
+            self._device.append(took_ms / expected_ms)
 
     def note_cloud(self, took_ms: float, expected_ms: float) -> None:
         """Note how long the server says that its part took, with waiting."""
         if expected_ms > 0:
-            self._num_cloud += 1
-            self.cloud_load += max(WEIGHT, 1 / self._num_cloud) * (took_ms / expected_ms - self.cloud_load)
+            self._cloud.append(took_ms / expected_ms)
+
+    @property
+    def device_load(self) -> float:
+        """How many times as long as expected the device's part takes."""
+        return statistics.median(self._device)
+
+    @property
+    def cloud_load(self) -> float:
+        """The same of the cloud's part."""
+        return statistics.median(self._cloud)
 
     @property
     def link(self) -> LinkSpeed | None:

@@ -157,6 +157,8 @@ class PlacedModel:
             names = [one.name for one in self.outputs]
             request = _PlacedRequest(self, names, sample, time.monotonic() + timeout_s, compute)
             await request.remote(placement, sample)
+            if placement.head is None and self._whole is not None:  # else nobody would see that the device is free
+                await request.whole(self._whole)
         except (TailFailed, ProtocolError) as error:
             self.breaker.failed(time.monotonic(), str(error), at_once=True)
 
@@ -193,11 +195,7 @@ class _PlacedRequest:
         placement, counts = model.current, model.counts
         if placement.name == DEVICE and model.whole is not None:
             counts.local += 1
-            begun_s = time.monotonic()
-            here = await self._here(model.whole)
-            if _rows(self._feeds) == 1:
-                model.meter.note_device(1e3 * (time.monotonic() - begun_s), 1e3 * model.whole.run_s)
-            return self._made(here, DEVICE)
+            return self._made(await self.whole(model.whole), DEVICE)
         if not offload.threshold or model.fallback is None:
             found, reason = await self._tried(placement, self._feeds)
             if found is not None:
@@ -205,6 +203,14 @@ class _PlacedRequest:
                 return self._made(found, placement.name)
             return await self._instead(reason)
         return await self._cascade(placement, offload.threshold, model.fallback)
+
+    async def whole(self, model: LoadedModel) -> Tree:
+        """Compute all outputs here, and note how long it took."""
+        begun_s = time.monotonic()
+        here = await self._here(model)
+        if _rows(self._feeds) == 1:
+            self._model.meter.note_device(1e3 * (time.monotonic() - begun_s), 1e3 * model.run_s)
+        return here
 
     async def _cascade(self, placement: Placement, threshold: float, first: LoadedModel) -> PlacedOutputs:
         """Have the small model answer, and the placement those rows of which it is not sure."""
