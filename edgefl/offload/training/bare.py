@@ -2,7 +2,8 @@
 
 Parameters are on torch's meta device, which has no memory; buffers are real, because those that are not in the state
 dict (the frequencies of rotary positions) are computed when the model is made. As accelerate's `init_empty_weights`.
-A large tensor that modules make without values (torch.empty), to fill it later, never has memory: not for a moment.
+A large tensor that modules make without values (torch.empty), to fill it later, never has memory: not for a moment. As
+a buffer outside the state dict it would have lost its values, so it is refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from edgefl.errors import ConfigError
 
 LARGE = 1 << 18  # elements
 
@@ -36,7 +39,16 @@ def without_weights() -> Iterator[None]:
                 given = {**given, "device": "meta"}
             return func(*args, **given)
 
-    register = torch.nn.Module.register_parameter
+    register, register_buffer = torch.nn.Module.register_parameter, torch.nn.Module.register_buffer
+
+    def not_on_meta(self: torch.nn.Module, name: str, tensor: Any, persistent: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's
+        if tensor is not None and tensor.is_meta and not persistent:
+            raise ConfigError(
+                f"buffer {name!r} of {type(self).__name__} {list(tensor.shape)} is made by torch.empty and filled "
+                "later, and is not in the state dict, so it has no values where a model is made without weights. Make "
+                "it with its values (torch.full, torch.zeros)"
+            )
+        register_buffer(self, name, tensor, persistent)
 
     def on_meta(self: torch.nn.Module, name: str, param: Any) -> None:
         register(self, name, param)
@@ -46,11 +58,13 @@ def without_weights() -> Iterator[None]:
 
     _HERE.is_bare = True
     torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    torch.nn.Module.register_buffer = not_on_meta  # type: ignore[method-assign]
     try:
         with LargeOnMeta():
             yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
         _HERE.is_bare = False
 
 

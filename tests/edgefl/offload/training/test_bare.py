@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from edgefl.errors import ConfigError
 from edgefl.offload.training.bare import structure_only, without_weights
 from tests.edgefl.offload.training.models import decoder
 
@@ -38,3 +40,21 @@ def test_a_large_tensor_without_values_never_has_memory() -> None:
     assert layer.weight.is_meta
     assert counted.running_var.sum() == 1 << 19
     assert not torch.empty(1 << 20).is_meta
+
+
+class Masked(torch.nn.Module):
+    """A mask that is filled after it is made."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.empty(1024, 1024).fill_(-1.0), persistent=persistent)
+
+
+def test_a_large_buffer_whose_values_would_be_lost_is_refused() -> None:
+    with without_weights():
+        assert Masked(persistent=True).mask.is_meta  # its values come with the job
+        with pytest.raises(
+            ConfigError, match=r"buffer 'mask' of Masked \[1024, 1024\] is made by torch.empty.*torch.full"
+        ):
+            Masked(persistent=False)
+    assert Masked(persistent=False).mask[0, 0] == -1
