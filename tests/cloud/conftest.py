@@ -20,11 +20,22 @@ from cloud.state.store import open_database
 from cloud.trust.renewal import Renewals
 from edgefl.config import JobConfig
 from edgefl.exchange import Terms, Yield
+from edgefl.process.home import create_home
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tls
 from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import Fit
+
+
+@pytest.fixture
+def home(tmp_path):
+    """Return the home of a cloud that has a CA and was never started."""
+    folder = tmp_path / "home"
+    create_home(folder, "cloud")
+    (folder / "tls").mkdir()
+    tls.create_ca(folder / "tls")
+    return folder
 
 
 class Plane:

@@ -14,22 +14,12 @@ from cloud.state.enrolment import Enrolment
 from cloud.state.store import open_database
 from edgefl.errors import ConfigError, HomeError
 from edgefl.local_fleet import LocalFleet
-from edgefl.process.home import create_home
 from edgefl.protocols import tls
 from edgefl.protocols.tls import Identity
 
 
 def invoke(*arguments):
     return CliRunner(mix_stderr=False).invoke(cloud, [str(one) for one in arguments])
-
-
-@pytest.fixture
-def home(tmp_path):
-    folder = tmp_path / "home"
-    create_home(folder, "cloud")
-    (folder / "tls").mkdir()
-    tls.create_ca(folder / "tls")
-    return folder
 
 
 def test_a_token_is_all_that_stdout_has_and_it_enrols(home, tmp_path):

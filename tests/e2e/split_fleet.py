@@ -7,6 +7,7 @@ import psutil
 
 from edgefl.local_fleet import free_ports
 
+WAIT_S = 300.0
 SPLIT = {"train.mode": "split", "train.split.cut": "first", "train.batch_size": 16, "train.epochs": 2, "train.lr": 0.05}
 
 
@@ -31,20 +32,19 @@ class SplitServerProcess:
 
     def wait_for_checkpoint(self, round_number):
         """Wait until some device has kept a state in this round, or a later one."""
-        for _ in range(6000):
+
+        def is_kept():
             found = self.folder.glob("*/kept/*/*")
-            if any(int(one.parent.name) >= round_number and one.suffix[1:].isdecimal() for one in found):
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"no checkpoint in round {round_number}")
+            return any(int(one.parent.name) >= round_number and one.suffix[1:].isdecimal() for one in found)
+
+        _wait(is_kept, lambda: f"no checkpoint in round {round_number}")
 
     def wait_until_empty(self):
         """Wait until the files of the jobs that are over are deleted."""
-        for _ in range(1200):
-            if not self.folder.exists() or not any(self.folder.iterdir()):
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"{self.folder} still has {[one.name for one in self.folder.iterdir()]}")
+        _wait(
+            lambda: not self.folder.exists() or not any(self.folder.iterdir()),
+            lambda: f"{self.folder} still has {[one.name for one in self.folder.iterdir()]}",
+        )
 
     def trainers(self):
         """Return the training processes."""
@@ -64,3 +64,10 @@ def split_server(fleet, *options):
         yield server
     finally:
         server.process.stop()
+
+
+def _wait(condition, fault):
+    end_s = time.monotonic() + WAIT_S
+    while not condition():  # files of another process: there is no event
+        assert time.monotonic() < end_s, fault()
+        time.sleep(0.05)

@@ -9,16 +9,6 @@ from cloud.stages.beside_cloud import BesideCloud, refuse_insecure
 from cloud.trust.own_certificates import hosts_of
 from edgefl.errors import ConfigError, HomeError
 from edgefl.process.home import create_home
-from edgefl.protocols import tls
-
-
-@pytest.fixture
-def home(tmp_path):
-    path = tmp_path / "cloud"
-    create_home(path, "cloud")
-    (path / "tls").mkdir()
-    tls.create_ca(path / "tls")
-    return path
 
 
 def test_its_certificate_names_where_devices_reach_it_and_is_kept(home) -> None:
