@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig, RoundsConfig, ServerConfig
+from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import QuorumNotMet
 from edgefl.records import Answer, Plan, Traffic, Update
 from edgefl.rounds import Job, run_rounds
+from edgefl.settings.server import ServerConfig
 from edgefl.simulation.world.clock import VirtualClock, VirtualFleet
 from edgefl.simulation.world.devices import Devices, DevicesConfig
 from edgefl.simulation.world.draws import Spread

@@ -28,10 +28,11 @@ from benchmarks.workload import RunFailedError
 from cloud.region.sums import Folding, partial_of
 from edgefl import trees
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig, ServerConfig, from_dict
+from edgefl.config import JobConfig, from_dict
 from edgefl.hashing import HashingFile
 from edgefl.records import Answer, Plan, Traffic, Update
 from edgefl.rounds import Job, run_rounds
+from edgefl.settings.server import ServerConfig
 from edgefl.trees import SpooledTree, TensorSpec, Tree, blocks, write_tree
 
 Weighted = Sequence[tuple[float, Path]]

@@ -21,10 +21,10 @@ import edgefl
 from benchmarks.report import Row, Target, command
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import ServerConfig
 from edgefl.records import Update
+from edgefl.settings.server import ServerConfig
 from edgefl.task import load_task
-from edgefl.trees import Array, FactoredTree, Tree, encoded_bytes
+from edgefl.trees import Array, EncodedTree, Tree, encoded_bytes
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "lora"
 LAYERS, QUICK_LAYERS = 30, 2
@@ -44,7 +44,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
 def _shapes(layers: int) -> Iterable[Row]:
     workload = f"{layers} layers of width 576, ranks 4 and 8, 8 devices in 2 regions"
     names = {f"layers.{number}.{name}": shape for number in range(layers) for name, shape in SHAPES.items()}
-    start = FactoredTree({
+    start = EncodedTree({
         f"{name}@lora_{side}": np.zeros((shape[0], 0) if side == "B" else (0, shape[1]), np.float32)
         for name, shape in names.items() for side in "BA"
     })  # fmt: skip
@@ -89,7 +89,7 @@ def _update(number: int, rank: int, names: dict[str, tuple[int, int]]) -> Update
     for name, (rows, columns) in names.items():
         stored[f"{name}@lora_B"] = rng.normal(scale=0.1, size=(rows, rank)).astype(np.float32)
         stored[f"{name}@lora_A"] = rng.normal(scale=columns**-0.5, size=(rank, columns)).astype(np.float32)
-    return Update(job="job", round=1, device=f"d{number}", tree=FactoredTree(stored), weight=1.0 + 3 * number)
+    return Update(job="job", round=1, device=f"d{number}", tree=EncodedTree(stored), weight=1.0 + 3 * number)
 
 
 def _centralised(name: str, updates: list[Update]) -> Array:
@@ -114,7 +114,7 @@ def _of_factors(name: str, updates: list[Update]) -> Array:
 
 
 def _factor(update: Update, name: str, side: str) -> Array:
-    stored = update.tree.stored() if isinstance(update.tree, FactoredTree) else update.tree
+    stored = update.tree.stored() if isinstance(update.tree, EncodedTree) else update.tree
     return np.asarray(stored[f"{name}@lora_{side}"].astype(np.float64))
 
 

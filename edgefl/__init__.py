@@ -13,15 +13,7 @@ from edgefl.process.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from edgefl.choosing.settings import StopConfig
-    from edgefl.config import (
-        AggregationConfig,
-        JobConfig,
-        RoundsConfig,
-        ServerConfig,
-        TiersConfig,
-        TrainConfig,
-        load_config,
-    )
+    from edgefl.config import JobConfig, RoundsConfig, TrainConfig, load_config
     from edgefl.errors import (
         AccuracyGateFailed,
         BlobDamaged,
@@ -61,6 +53,7 @@ if TYPE_CHECKING:
     from edgefl.flower.run import FlowerRunResult
     from edgefl.operator.run import RunResult, run
     from edgefl.records import RoundReport
+    from edgefl.settings.server import AggregationConfig, ServerConfig, TiersConfig
     from edgefl.settings.split import SplitConfig
     from edgefl.simulation.simulate import Watching, simulate
     from edgefl.simulation.study.report import CutShort, ProcessLost, SimulationResult
@@ -77,11 +70,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "edgefl.choosing.settings": ("StopConfig",),
     "edgefl.config": (
-        "AggregationConfig",
         "JobConfig",
         "RoundsConfig",
-        "ServerConfig",
-        "TiersConfig",
         "TrainConfig",
         "load_config",
     ),
@@ -133,6 +123,7 @@ _NAMES = {
     "edgefl.simulation.world.draws": ("Spread",),
     "edgefl.simulation.world.population": ("PopulationConfig",),
     "edgefl.simulation.world.settings": ("EngineConfig", "SimulationConfig"),
+    "edgefl.settings.server": ("AggregationConfig", "ServerConfig", "TiersConfig"),
     "edgefl.settings.split": ("SplitConfig",),
     "edgefl.task": ("EvalResult", "FitResult", "Task"),
     "edgefl.training.metrics": ("WholeSet",),

@@ -21,12 +21,15 @@ from edgefl.choosing.combined import LATE_NEXT, LATE_REFUSE, check_combined
 from edgefl.choosing.expression import parse
 from edgefl.choosing.settings import StopConfig, check_choice, check_share
 from edgefl.errors import ConfigError
+from edgefl.settings.server import EXACT, MAX_FRAGMENTS, UPDATE_WIRES, AggregationConfig, ServerConfig, TiersConfig
 from edgefl.settings.split import SplitConfig, check_mode
 from edgefl.terminal.bounds import (
+    MAX_COUNT,
     MAX_RATE,
+    MAX_SECONDS,
     require,
     require_above_zero,
-    require_plain,
+    require_one_of,
     require_printable,
     require_within,
 )
@@ -38,15 +41,11 @@ GRACE_NONE, GRACE_AUTO = "none", "auto"
 STRATEGIES = ("ddp", "fsdp")
 AUTO = "auto"
 SCHEDULES = ("constant", "cosine", "step")
-MAX_COUNT = 2**31 - 1  # limit of rounds, clients, epochs and samples: every layer can count so far
-MAX_SECONDS = 366 * 86_400.0  # limit of a wait: locks, sockets and event loops accept it, on 32-bit machines too
 MAX_SEED = 2**63 - 1
 
 MAX_WORKERS = 64  # limit of processes that read a Dataset
-MAX_TIERS = 8
 MAX_PROCESSES = 1024
 MAX_RANK = 4096  # of adapters
-MAX_FRAGMENTS = 1000
 
 _T = TypeVar("_T")
 
@@ -133,6 +132,7 @@ class TrainConfig:
     mode: str = "local"  # local: a device trains the whole model; split: its first layers, and the cloud the rest
     split: SplitConfig = field(default_factory=SplitConfig)  # of mode split
     fragments: int = 1  # `server.fragments`; set in each round's plan, never by the user
+    wire: str = "exact"  # in which form an update goes up: exact | bf16 (half the bytes) | int8 (a quarter)
 
     def __post_init__(self) -> None:
         known = ", ".join(ALGORITHMS)
@@ -162,6 +162,7 @@ class TrainConfig:
         )
         for rank in self.lora_ranks:
             require_within("train.lora_ranks", rank, 1, MAX_RANK)
+        require_one_of("train.wire", self.wire, UPDATE_WIRES)
         self._check_processes()
         check_mode(self.mode, self.split, self.algorithm, self.processes)
 
@@ -203,58 +204,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServerConfig:
-    """The server's step: a `torch.optim` optimizer over the aggregated update."""
-
-    optimizer: str = "SGD"  # any name in `torch.optim`; plain SGD needs no torch
-    lr: float = 1.0  # learning rate of the server's optimizer
-    options: Mapping[str, Any] = field(default_factory=dict)  # other arguments of the optimizer, e.g. `momentum = 0.9`
-    fragments: int = 1  # parts of the model, one of which is exchanged per round (Streaming DiLoCo); 1 = all of it
-
-    def __post_init__(self) -> None:
-        require_printable("server.optimizer", self.optimizer)
-        require_above_zero("server.lr", self.lr, MAX_RATE)
-        require_within("server.fragments", self.fragments, 1, MAX_FRAGMENTS)
-        for name, value in self.options.items():
-            require_plain(f"server.options.{name}", value)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AggregationConfig:
-    """Which rule aggregates the updates."""
-
-    rule: str = "mean"  # mean: weighted by the clients' numbers of samples
-
-    def __post_init__(self) -> None:
-        require_printable("aggregation.rule", self.rule)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TiersConfig:
-    """Regions between the clients and the cloud. In a fleet they are those that run; the rest is for simulations."""
-
-    region_rounds: int = 1  # rounds in each region below the cloud for one of the cloud (HierFAVG, Liu et al. 2020)
-    fan_out: Sequence[int] = field(default_factory=list)  # simulated: clients per region, regions per region, ..
-    uplink_mbps: Sequence[float] = field(default_factory=list)  # simulated: of each tier's regions, from below
-    downlink_mbps: Sequence[float] = field(default_factory=list)  # the same
-    rtt_s: Sequence[float] = field(default_factory=list)  # round-trip time of these links (s)
-
-    def __post_init__(self) -> None:
-        require_within("tiers.region_rounds", self.region_rounds, 1, 1000)
-        require(len(self.fan_out) <= MAX_TIERS, f"tiers.fan_out has {len(self.fan_out)} tiers, at most {MAX_TIERS}")
-        for number in self.fan_out:
-            require_within("tiers.fan_out", number, 1, MAX_COUNT)
-        for name in ("uplink_mbps", "downlink_mbps", "rtt_s"):
-            values = getattr(self, name)
-            require(
-                len(values) <= max(1, len(self.fan_out)),
-                f"tiers.{name} has {len(values)} values for {len(self.fan_out)} tiers of tiers.fan_out",
-            )
-            for value in values:
-                require_within(f"tiers.{name}", value, 0 if name == "rtt_s" else 1e-6, MAX_SECONDS)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
     """All settings of one federated training. Sections as in the TOML file."""
 
@@ -272,6 +221,11 @@ class JobConfig:
             fan_out=self.tiers.fan_out,
             late=self.rounds.late,
             fragments=self.server.fragments,
+        )
+        require(
+            self.server.wire == EXACT or self.tiers.region_rounds == 1,
+            f"server.wire={self.server.wire!r} needs tiers.region_rounds=1: in rounds of its own, a region sends the "
+            "model as it is",
         )
 
 

@@ -38,7 +38,7 @@ from edgefl.protocols.messages import BlobRef, Evaluate, Fit, RoundClosed, Updat
 from edgefl.protocols.tiers import SumNote
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import NO_EVALUATION
-from edgefl.trees import SpooledTree, Tree, encoded_bytes, whole_bytes
+from edgefl.trees import EncodedTree, SpooledTree, Tree, encoded_bytes, in_form, whole_bytes
 from edgefl.trees.fragments import changed_part, sent_part
 from edgefl.trees.views import joined
 
@@ -77,7 +77,7 @@ class GrpcFleet:
         self._refused: set[str] = set()  # devices whose answer the guard has refused since it was yielded
         self.frozen = job.frozen  # all tensors that devices do not send
         self._model_sha256: str | None = None  # hash of the open round's model
-        self._fragment: BlobRef | None = None  # of the open round, made for it alone
+        self._temporary: list[BlobRef] = []  # of the open round, made for it alone
         if job.owed:
             deps.rounds.hold(job.id, job.rounds_done, job.owed)
 
@@ -161,7 +161,7 @@ class GrpcFleet:
                 self._deps.rounds.hold(plan.job, plan.round, opened.missing())
             self._deps.rounds.remove(opened)
             self._close(plan)
-            self._drop_fragment()
+            self._drop_temporary()
             for left in opened.given_up():
                 self._execute(left, opened)
             self._tell_owed(opened)
@@ -182,17 +182,27 @@ class GrpcFleet:
                 closed = RoundClosed(job=assignment.job, round=assignment.round - 1, job_ended=False)
                 self._deps.link.send_job(device, closed)
 
-    def _made_fragment(self, plan: Plan) -> BlobRef | None:
+    def _sent_model(self, plan: Plan, kept: BlobRef) -> BlobRef:
+        """Return the blob of the parameters in the form in which devices receive them."""
+        sent = in_form(plan.parameters, self._job.config.server.wire)
+        return self._for_round(sent) if isinstance(sent, EncodedTree) and sent.narrow else kept
+
+    def _sent_fragment(self, plan: Plan) -> BlobRef | None:
         """Return the blob of what the round before has changed; None if that is the whole model."""
         if plan.train.fragments == 1 or plan.round == 1:
             return None
-        part = changed_part(plan.parameters, plan.train)
-        return self.insist(lambda: self._deps.blobs.put_tree(part), encoded_bytes(part))
+        return self._for_round(in_form(changed_part(plan.parameters, plan.train), self._job.config.server.wire))
 
-    def _drop_fragment(self) -> None:
-        if self._fragment is not None and not self._deps.rounds.asking_for(self._fragment.sha256):
-            self._deps.blobs.delete(self._fragment.sha256)
-        self._fragment = None
+    def _for_round(self, tree: Tree) -> BlobRef:
+        ref = self.insist(lambda: self._deps.blobs.put_tree(tree), encoded_bytes(tree))
+        self._temporary.append(ref)
+        return ref
+
+    def _drop_temporary(self) -> None:
+        for ref in self._temporary:
+            if not self._deps.rounds.asking_for(ref.sha256):
+                self._deps.blobs.delete(ref.sha256)
+        self._temporary.clear()
 
     def _settle(self, opened: OpenRound, answer: Answer) -> None:
         """Tell the round whether the guard has admitted an answer that was yielded."""
@@ -236,9 +246,9 @@ class GrpcFleet:
             self._deps.link.send_job(device, ended)
 
     def _open(self, plan: Plan) -> OpenRound:
-        model = self.published(plan.parameters)
-        self._model_sha256 = model.sha256
-        assignment = self._assignment(plan, model)
+        kept = self.published(plan.parameters)
+        self._model_sha256 = kept.sha256
+        assignment = self._assignment(plan, self._sent_model(plan, kept))
         around = Surroundings(clock=self._deps.clock, storage=self._deps.storage)
         opened = OpenRound(assignment, sorted(plan.clients), self._terms(plan), around, plan.owed)
         opened.region_rounds = self._job.config.tiers.region_rounds
@@ -275,7 +285,7 @@ class GrpcFleet:
                 frozen=on_devices(job.frozen, job.division),
                 parted=job.parted,
             )
-        self._fragment = fragment = self._made_fragment(plan)
+        fragment = self._sent_fragment(plan)
         return Fit(
             job=plan.job,
             round=plan.round,

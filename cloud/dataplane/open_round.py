@@ -20,7 +20,6 @@ from cloud.broker.link import DeviceLink
 from cloud.state.enrolment import REMOVED
 from cloud.state.jobs import AnswerRow
 from cloud.state.storage import LOOK_S, Storage
-from edgefl.config import MAX_SECONDS
 from edgefl.errors import EdgeflError
 from edgefl.exchange import (
     Admitted,
@@ -43,6 +42,7 @@ from edgefl.exchange import (
     Withdrawn,
 )
 from edgefl.protocols.messages import Assignment
+from edgefl.terminal.bounds import MAX_SECONDS
 
 Clock = Callable[[], float]  # seconds, monotonic
 

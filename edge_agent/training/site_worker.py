@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 from edge_agent.training import trainer_wire as wire
 from edge_agent.training.site import SiteSettings, connect
 from edge_agent.training.trainer_main import (
-    check,
     evaluated,
     failure,
     frozen_of,
@@ -123,8 +122,7 @@ class Worker:
 
     def _finish(self, loaded: Loaded, result: FitResult, request: wire.FitRequest) -> wire.WorkDone:
         begun = begin_from(loaded.parameters, loaded.state, request.train)
-        check(loaded.task.name, result, begun.sent, request)
-        done = write(result, request)
+        done = write(loaded.task.name, result, begun.sent, request)
         if not request.evaluate:
             return done
         return evaluated(done, loaded.task, begun.base, request, loaded.frozen, self._tell)

@@ -42,7 +42,7 @@ from edgefl.records import DeviceEvaluation, Update
 from edgefl.settings.split import SPLIT
 from edgefl.task import FitResult, Task
 from edgefl.terminal.text import one_line
-from edgefl.training.local import train_locally
+from edgefl.training.local import as_sent, train_locally
 from edgefl.training.local_evaluation import evaluate_locally
 from edgefl.training.steps.client_state import begin_from
 from edgefl.trees import SpooledTree, Tree, spec_of, write_tree
@@ -154,8 +154,7 @@ def train(fit: wire.FitRequest, tell: Callable[[wire.WorkDone], None] = _ignore)
             state=state_of(fit),
         )  # fmt: skip
     begun = begin_from(parameters, state_of(fit), fit.train)
-    check(task.name, result, begun.sent, fit)
-    done = write(result, fit)
+    done = write(task.name, result, begun.sent, fit)
     del result  # its memory is needed
     return evaluated(done, task, begun.base, fit, frozen, tell) if fit.evaluate else done
 
@@ -257,8 +256,13 @@ def check(task: str, result: FitResult, parameters: Tree, fit: wire.FitRequest) 
         raise TaskError(f"task {task!r}: the result of training is not a valid update: {fault}")
 
 
-def write(result: FitResult, fit: wire.FitRequest) -> wire.WorkDone:
-    """Write the client's next state, if it has one, then the update, over an existing file; sync both."""
+def write(task: str, result: FitResult, parameters: Tree, fit: wire.FitRequest) -> wire.WorkDone:
+    """Write the client's next state, if it has one, then the update, over an existing file; sync both.
+
+    The update is in the form that the plan asks for. Raises TaskError if the cloud would refuse it.
+    """
+    result = dataclasses.replace(result, tree=as_sent(result.tree, fit.train, fit.round, fit.client))
+    check(task, result, parameters, fit)
     if result.state:
         _overwrite(Path(fit.state_out), lambda file: write_tree(result.state, file))
     return dataclasses.replace(_write_update(result, Path(fit.out)), changed=bool(result.state))

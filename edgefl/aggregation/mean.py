@@ -25,7 +25,7 @@ from edgefl.trees import (
     Array,
     BlockTree,
     ComputedTree,
-    FactoredTree,
+    EncodedTree,
     TensorSpec,
     Tree,
     blocks,
@@ -127,7 +127,7 @@ class WeightedMean:
         for name in self._stacks.names():
             pair = self._stacks.total(name, factor, spec[name].dtype)
             stored |= dict(zip(factor_names(name), (pair.left, pair.right), strict=True))
-        return joined(tree, FactoredTree(stored)) if stored else tree
+        return joined(tree, EncodedTree(stored)) if stored else tree
 
     def _mean(self, name: str, total: Array) -> Array:
         """Return a block of the mean from that of the sum."""
@@ -179,7 +179,7 @@ class _LargeSums:
 
     def add(self, tree: Tree, weight: float, names: Collection[str]) -> None:
         factor = np.float64(weight)
-        if isinstance(tree, BlockTree):
+        if isinstance(tree, BlockTree) and not _is_in_memory(tree):
             for name in names:
                 self._files[name].append((factor, tree))
             return
@@ -207,6 +207,11 @@ class _LargeSums:
 
 
 _Sums = _SmallSums | _LargeSums
+
+
+def _is_in_memory(tree: BlockTree) -> bool:
+    """Whether a tree has its tensors in memory, in fewer bits: it is added at once, not kept."""
+    return bool(tree.narrow) and not isinstance(tree.stored(), BlockTree)
 
 
 def _whole(name: str, value: Array) -> Array:

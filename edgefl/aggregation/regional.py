@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import ServerConfig
+from edgefl.settings.server import ServerConfig
 from edgefl.trees import Array, Tree
 
 

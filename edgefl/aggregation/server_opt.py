@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from edgefl.aggregation.large_step import ELEMENTWISE, SCALARS, LargeStep
-from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.guards import not_finite_tree
+from edgefl.settings.server import ServerConfig
 from edgefl.trees import (
     Array,
     BlockTree,
     ComputedTree,
-    FactoredTree,
+    EncodedTree,
     Factors,
     TensorSpec,
     Tree,
@@ -83,7 +83,7 @@ class ServerOptimizer:
                 for side, array in zip(factor_names(name), (pair.left, pair.right), strict=True)
             }
             new = self._step(optimizer, renamed(parameters, others), renamed(mean, others), lr)
-            return joined(new, FactoredTree(stored))
+            return joined(new, EncodedTree(stored))
         return self._step(optimizer, parameters, mean, lr)
 
     def _factors_after(self, parameters: Tree, mean: Tree, lr: float) -> dict[str, Factors]:

@@ -27,10 +27,17 @@ from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.measure import num_cores, own_peak_mb
 from edgefl.records import RoundOutcome, RoundReport, count_clients, no_counts
 from edgefl.rounds import Fleet, Job, LastEvaluation, evaluate_last, ignored, run_rounds, without_devices
+from edgefl.settings.server import EXACT
 from edgefl.settings.split import SPLIT
 from edgefl.simulation.engines.auto import AUTO, AutoFleet, Chosen, make_engine
 from edgefl.simulation.engines.client_states import open_states
-from edgefl.simulation.engines.fleets import PopulationMaker, SimulationSetup, TrainingMethod, torch_threads
+from edgefl.simulation.engines.fleets import (
+    ModelInForm,
+    PopulationMaker,
+    SimulationSetup,
+    TrainingMethod,
+    torch_threads,
+)
 from edgefl.simulation.engines.ray.fleet import RayFleet
 from edgefl.simulation.selection import ClientSelection, SelectedFleet
 from edgefl.simulation.study.checkpoint import (
@@ -265,6 +272,8 @@ class _Run:
             clock, fleet = virtual.clock, virtual.fleet
         elif choice.selection is not None:
             fleet = SelectedFleet(fleet, choice.selection.meets, first)
+        if config.server.wire != EXACT:
+            fleet = ModelInForm(fleet, config.server.wire)
         if choice.stop is not None:
             for one in self._rounds:
                 choice.stop.note(one.round, one.metrics)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgefl.errors import ConfigError
 from edgefl.terminal.values import shown_value
 
 MAX_RATE = 3.4028234663852886e38  # the largest float32: a larger value would be infinity where it is used
+MAX_COUNT = 2**31 - 1  # limit of rounds, clients, epochs and samples: every layer can count so far
+MAX_SECONDS = 366 * 86_400.0  # limit of a wait: locks, sockets and event loops accept it, on 32-bit machines too
 MAX_NAME_CHARS = 200
 
 
@@ -19,6 +23,11 @@ def require_within(key: str, value: float, least: float, most: float) -> None:
     """Raise ConfigError for a number outside its bounds, or NaN."""
     if not least <= value <= most:
         raise ConfigError(f"{key}={shown_value(value)} must be {least} or more, and at most {most}")
+
+
+def require_one_of(key: str, value: str, known: Sequence[str]) -> None:
+    """Raise ConfigError for a text that is none of these."""
+    require(value in known, f"{key}={shown_value(value)} is not one of: {', '.join(known)}")
 
 
 def require_above_zero(key: str, value: float, most: float) -> None:

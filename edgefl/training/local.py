@@ -31,9 +31,10 @@ from edgefl.training.steps.client_state import begin_from, model_state
 from edgefl.training.steps.descent import Autograd, Descent, loss_of
 from edgefl.training.steps.layout import has_channels_last, laid_out, lay_out
 from edgefl.training.structures import call
-from edgefl.trees import Array, FactoredTree, Tree, spec_of, subtract, why_not_sent
+from edgefl.trees import Array, EncodedTree, Tree, in_form, spec_of, subtract, why_not_sent
 from edgefl.trees.factors import is_low_rank
 from edgefl.trees.frozen import refuse_moved, refuse_other_parts, whole
+from edgefl.trees.narrow import narrow_name
 from edgefl.trees.tensors import array_of, tensor_of
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ def initial_parameters(task: Task, seed: int = 0) -> Tree:
         return matrices_of(task, "initial", arrays_of(task, "initial", tree))
     model = make_model(task, seed=seed)
     tensors, adapters = tree_of(task, model), adapters_of(task.name, model)
-    if odd := next(filter(is_low_rank, tensors), ""):
-        raise TaskError(f"task {task.name!r}: its model's {odd!r} has a name that is for adapters; rename it")
-    return FactoredTree({**tensors, **nothing(adapters)}) if adapters else tensors
+    if odd := next((one for one in tensors if is_low_rank(one) or narrow_name(one) is not None), ""):
+        raise TaskError(f"task {task.name!r}: its model's {odd!r} has a name that is for another form; rename it")
+    return EncodedTree({**tensors, **nothing(adapters)}) if adapters else tensors
 
 
 def buffer_names(task: Task) -> tuple[str, ...]:
@@ -125,6 +126,11 @@ def _refuse_broadcast(task: Task, model: torch.nn.Module, samples: SampleSet) ->
     with torch.no_grad(), seeded(0), UserCode(task.name, "local training"):
         if task.loss is not None:
             refuse_broadcast(task.name, task.loss, call(model, few.inputs), few.targets)
+
+
+def as_sent(update: Tree, config: TrainConfig, round: int, client: str) -> Tree:  # noqa: A002 - the word of Plan
+    """Return a client's update in the form in which it is sent (`train.wire`)."""
+    return in_form(update, config.wire, derive_seed(config.seed, round, f"{client}/wire"))
 
 
 def derive_seed(seed: int, round_number: int, client: str) -> int:

@@ -16,7 +16,7 @@ from edgefl.config import TrainConfig
 from edgefl.errors import ProtocolError, TaskError
 from edgefl.guards import wrong_spec, wrong_weight
 from edgefl.task import FitResult, Task, UserCode
-from edgefl.trees import Array, FactoredTree, Tree, spec_of, why_not_sent
+from edgefl.trees import Array, EncodedTree, Tree, spec_of, why_not_sent
 from edgefl.trees.frozen import whole
 
 
@@ -48,7 +48,7 @@ def fit_of(
 def matrices_of(task: Task, what: str, arrays: Mapping[str, Array]) -> Tree:
     """Return a tree whose factors of low rank are matrices; raises TaskError if they are no pairs."""
     try:
-        tree = FactoredTree(arrays)
+        tree = EncodedTree(arrays)
     except ProtocolError as cause:
         raise TaskError(f"task {task.name!r}: what {what} returned cannot be sent: {cause}") from cause
     return tree if tree.factored else arrays

@@ -5,18 +5,18 @@ Its bytes are the safetensors format (https://github.com/huggingface/safetensors
 8 bytes little-endian header length, a JSON header, then the tensors' raw little-endian bytes in the
 header's order. We read and write the format ourselves for one reason: a tree that does not fit into memory is read,
 computed and written by blocks (`BlockTree`), so that a server folds an update of any size in little memory.
-In its bytes, a matrix may stand as two factors of low rank (`edgefl.trees.factors`); whoever reads it sees the matrix.
+In its bytes, a matrix may stand as two factors of low rank (`edgefl.trees.factors`), and numbers in fewer bits
+(`edgefl.trees.narrow`); whoever reads it sees the tensors.
 """
 
 from __future__ import annotations
 
-import abc
 import json
 import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,19 +24,30 @@ import numpy as np
 
 from edgefl.errors import ProtocolError
 from edgefl.hashing import HashingFile
-from edgefl.trees.factors import Factors, factor_names, whole_spec
+from edgefl.trees.block_tree import (
+    LARGE_BYTES,
+    BlockTree,
+    ComputedTree,
+    encoded,
+    factors_of,
+    parts,
+    read_block,
+    spec_of,
+)
+from edgefl.trees.encoded_tree import EncodedTree, in_form
+from edgefl.trees.factors import Factors
 from edgefl.trees.spec import BFLOAT16, BLOCK_ELEMENTS, Array, TensorSpec, Tree, bfloat16, blocks, is_float
 
 __all__ = [
     "BFLOAT16", "BLOCK_ELEMENTS", "LARGE_BYTES", "MAX_DIMENSIONS", "MAX_HEADER_BYTES", "Array", "BlockTree",
-    "ComputedTree", "FactoredTree", "Factors", "SpooledTree", "TensorSpec", "Tree", "apply", "bfloat16", "blocks",
-    "encoded", "encoded_bytes", "factors_of", "is_float", "is_large", "offsets", "parts", "read_array", "read_block",
-    "read_tree", "spec_of", "subtract", "tree_bytes", "whole_bytes", "why_not_sent", "write_tree",
+    "ComputedTree", "EncodedTree", "Factors", "SpooledTree", "TensorSpec", "Tree", "apply", "bfloat16", "blocks",
+    "encoded", "encoded_bytes", "factors_of", "file_bytes", "in_form", "is_float", "is_large", "offsets", "parts",
+    "read_array", "read_block", "read_tree", "spec_of", "subtract", "tree_bytes", "whole_bytes", "why_not_sent",
+    "write_tree",
 ]  # fmt: skip
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 32  # the limit of the oldest numpy that we support
-LARGE_BYTES = 128 << 20  # a tree with larger tensors is never in a server's memory as a whole
 _SMALL_BYTES = 256 << 10
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -66,13 +77,6 @@ def why_not_sent(dtype: np.dtype[Any]) -> str | None:
     return f"only {known} can be sent; convert it to one of them"
 
 
-def spec_of(tree: Tree) -> dict[str, TensorSpec]:
-    """Return the spec of each tensor. A `BlockTree` knows it without reading tensors."""
-    if isinstance(tree, BlockTree):
-        return dict(tree.spec)
-    return {name: TensorSpec(array.shape, array.dtype) for name, array in tree.items()}
-
-
 def tree_bytes(tree: Tree) -> int:
     """Return the size of the tensors in bytes, without the header."""
     return sum(spec.num_bytes for spec in spec_of(tree).values())
@@ -80,41 +84,22 @@ def tree_bytes(tree: Tree) -> int:
 
 def encoded_bytes(tree: Tree) -> int:
     """Return the size of `write_tree`'s output in bytes."""
-    stored = spec_of(encoded(tree))
+    return file_bytes(spec_of(encoded(tree)))
+
+
+def file_bytes(stored: Mapping[str, TensorSpec]) -> int:
+    """Return the size in bytes of a file with these tensors."""
     return len(_header(stored)) + sum(spec.num_bytes for spec in stored.values())
 
 
 def whole_bytes(tree: Tree) -> int:
-    """Return the size of `write_tree`'s output in bytes if no tensor were stored as factors: the most that is sent."""
-    return len(_header(spec_of(tree))) + tree_bytes(tree)
-
-
-def encoded(tree: Tree) -> Tree:
-    """Return the tensors as they are stored: with factors in place of matrices of low rank."""
-    return tree.stored() if isinstance(tree, BlockTree) else tree
-
-
-def factors_of(tree: Tree, name: str) -> Factors | None:
-    """Return the factors of a matrix; None if the tree has it as a whole."""
-    return tree.factors(name) if isinstance(tree, BlockTree) else None
+    """Return the size of `write_tree`'s output in bytes if no tensor had another form: the most that is sent."""
+    return file_bytes(spec_of(tree))
 
 
 def is_large(tree: Tree) -> bool:
     """Whether a server must not have this tree in memory as a whole."""
     return tree_bytes(tree) > LARGE_BYTES
-
-
-def read_block(tree: Tree, name: str, block: slice) -> Array:
-    """Return some elements of a flattened tensor, as a 1-D array: read, or a view of a tensor in memory."""
-    return tree.read(name, block) if isinstance(tree, BlockTree) else tree[name].reshape(-1)[block]
-
-
-def parts(tree: Tree, name: str) -> Iterator[Array]:
-    """Yield a tensor as 1-D arrays, in order: by blocks if the tree must not be in memory, else as one view."""
-    if isinstance(tree, BlockTree) and tree.reads_blocks:
-        yield from (tree.read(name, block) for block in blocks(tree.spec[name].size))
-    else:
-        yield tree[name].reshape(-1)
 
 
 def subtract(new: Array, old: Array) -> Array:
@@ -148,82 +133,6 @@ def read_tree(data: bytes | memoryview) -> dict[str, Array]:
     return _tensors(data, spec, start)
 
 
-class BlockTree(Mapping[str, Array]):
-    """A tree whose tensors are read by blocks. Indexing returns a whole tensor, in memory."""
-
-    reads_blocks = True  # False: it is small enough to be used as a whole
-    factored: Collection[str] = ()  # names of the matrices that it has as factors
-
-    def factors(self, _name: str) -> Factors | None:
-        """Return the factors of a matrix; None if it is there as a whole."""
-        return None
-
-    def stored(self) -> Tree:
-        """Return the tensors as they are written: with factors in place of matrices."""
-        return self
-
-    def __init__(self, spec: Mapping[str, TensorSpec]) -> None:
-        self.spec = spec
-
-    @abc.abstractmethod
-    def read(self, name: str, block: slice) -> Array:
-        """Return these elements of the flattened tensor in a new 1-D array; the same values at each call."""
-
-    def __getitem__(self, name: str) -> Array:
-        spec = self.spec[name]
-        whole = np.empty(spec.size, spec.dtype)
-        for block in blocks(whole.size):
-            whole[block] = self.read(name, block)
-        return whole.reshape(spec.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.spec)
-
-    def __len__(self) -> int:
-        return len(self.spec)
-
-
-class ComputedTree(BlockTree):
-    """A tree that is computed from others, block by block, each time that it is read."""
-
-    def __init__(self, spec: Mapping[str, TensorSpec], compute: Callable[[str, slice], Array]) -> None:
-        super().__init__(spec)
-        self._compute = compute
-
-    def read(self, name: str, block: slice) -> Array:
-        return self._compute(name, block)
-
-
-class FactoredTree(BlockTree):
-    """A tree with some matrices as factors, made of what is stored; raises ProtocolError if the factors do not fit."""
-
-    def __init__(self, stored: Tree) -> None:
-        self._stored = stored
-        self._known = spec_of(stored)
-        super().__init__(whole_spec(self._known))
-        self.factored = frozenset(self.spec.keys() - self._known.keys())
-        self.reads_blocks = isinstance(stored, BlockTree) and stored.reads_blocks
-
-    def __getitem__(self, name: str) -> Array:
-        pair = self.factors(name)
-        return self._stored[name] if pair is None else pair.product().astype(self.spec[name].dtype)
-
-    def read(self, name: str, block: slice) -> Array:
-        pair = self.factors(name)
-        if pair is not None:
-            return pair.block(block).astype(self.spec[name].dtype)
-        part = read_block(self._stored, name, block)
-        return part if isinstance(self._stored, BlockTree) else np.array(part)
-
-    def factors(self, name: str) -> Factors | None:
-        if name not in self.factored:
-            return None
-        return Factors(*(self._stored[side] for side in factor_names(name)))
-
-    def stored(self) -> Tree:
-        return self._stored
-
-
 class SpooledTree(BlockTree):
     """A tree in a file. It is mapped read-only when a tensor is first indexed, and unmapped with the object.
 
@@ -234,9 +143,9 @@ class SpooledTree(BlockTree):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = _StoredTree(path)
-        self._all = FactoredTree(self._file)
+        self._all = EncodedTree(self._file)
         super().__init__(self._all.spec)
-        self.factored, self.reads_blocks = self._all.factored, self._file.reads_blocks
+        self.factored, self.narrow, self.reads_blocks = self._all.factored, self._all.narrow, self._all.reads_blocks
 
     def __getitem__(self, name: str) -> Array:
         return self._all[name]
@@ -250,6 +159,9 @@ class SpooledTree(BlockTree):
 
     def stored(self) -> Tree:
         return self._file
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        return self._all.stored_names(name)
 
 
 class _StoredTree(BlockTree):

@@ -78,24 +78,26 @@ def product_dtype(left: np.dtype[np.generic], right: np.dtype[np.generic]) -> np
     return np.dtype(np.float64 if max(left.itemsize, right.itemsize) == 8 else np.float32)
 
 
-def whole_spec(stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Return the spec of a tree's tensors from that of its stored ones; raises ProtocolError for no pair of factors."""
-    found: dict[str, TensorSpec] = {}
-    for name, one in stored.items():
-        whole = name[: -len(_A)]
-        if name[-len(_A) :] not in {_A, _B} or not is_low_rank(whole):
-            if name in found:
-                raise ProtocolError(f"tensor {name!r} is there both whole and as factors; expected one form")
-            found[name] = one
-            continue
-        pair = [stored.get(side) for side in factor_names(whole)]
-        if whole in stored or any(side is None for side in pair):
-            there = "both whole and as a factor" if whole in stored else "as one factor only"
-            raise ProtocolError(
-                f"tensor {whole!r} is there {there}; expected {whole}{_B} and {whole}{_A}, or {whole} alone"
-            )
-        found[whole] = _product_spec(whole, *(side for side in pair if side is not None))
-    return found
+def factor_owner(stored: str) -> str | None:
+    """Return the name of the matrix of which this is a stored factor; None for any other tensor."""
+    whole = stored[: -len(_A)]
+    return whole if stored[-len(_A) :] in {_A, _B} and is_low_rank(whole) else None
+
+
+def is_factor(stored: str) -> bool:
+    """Whether this is the name of a stored factor."""
+    return factor_owner(stored) is not None
+
+
+def pair_spec(whole: str, stored: Mapping[str, TensorSpec]) -> TensorSpec:
+    """Return the spec of a matrix from those of its stored factors; raises ProtocolError for no pair of factors."""
+    pair = [stored.get(side) for side in factor_names(whole)]
+    if whole in stored or any(side is None for side in pair):
+        there = "both whole and as a factor" if whole in stored else "as one factor only"
+        raise ProtocolError(
+            f"tensor {whole!r} is there {there}; expected {whole}{_B} and {whole}{_A}, or {whole} alone"
+        )
+    return _product_spec(whole, *(side for side in pair if side is not None))
 
 
 def _product_spec(name: str, left: TensorSpec, right: TensorSpec) -> TensorSpec:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgefl.trees import Array, BlockTree, FactoredTree, TensorSpec, Tree, blocks, offsets, read_array, spec_of
+from edgefl.trees import Array, BlockTree, EncodedTree, TensorSpec, Tree, blocks, offsets, read_array, spec_of
 
 
 class ScratchTree(BlockTree):
@@ -56,8 +56,8 @@ def settled(tree: Tree) -> Tree:
     """Return a tree that no longer depends on what it was computed from: a copy in a temporary file if by blocks."""
     if not isinstance(tree, BlockTree) or isinstance(tree, ScratchTree) or not tree.reads_blocks:
         return tree
-    if tree.factored:
-        return FactoredTree(settled(tree.stored()))
+    if tree.factored or tree.narrow:
+        return EncodedTree(settled(tree.stored()))
     copy = ScratchTree(spec_of(tree))
     for name, spec in tree.spec.items():
         for block in blocks(spec.size):
@@ -66,7 +66,7 @@ def settled(tree: Tree) -> Tree:
 
 
 def in_memory(tree: Tree) -> Tree:
-    """Return a tree of arrays, in memory as a whole; matrices that are factors stay so."""
-    if isinstance(tree, BlockTree) and tree.factored:
-        return FactoredTree(in_memory(tree.stored()))
+    """Return a tree of arrays, in memory as a whole; what is in another form stays so."""
+    if isinstance(tree, BlockTree) and (tree.factored or tree.narrow):
+        return EncodedTree(in_memory(tree.stored()))
     return {name: tree[name] for name in tree} if isinstance(tree, BlockTree) and tree.reads_blocks else tree

@@ -10,11 +10,12 @@ import pytest
 
 from edgefl.aggregation import RULES, WeightedMean, check_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig, ServerConfig, from_dict
+from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Failure, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import Job, run_rounds
+from edgefl.settings.server import ServerConfig
 from edgefl.testing import make_update
 
 START = {"w": np.zeros(1, np.float32)}

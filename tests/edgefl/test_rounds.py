@@ -17,10 +17,11 @@ import pytest
 from edgefl import aggregation, rounds
 from edgefl.aggregation import WeightedMean
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig, ServerConfig, from_dict
+from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError, QuorumNotMet, StepFailed
 from edgefl.records import Failure, Partial, Plan, RoundOutcome, Update
 from edgefl.rounds import Job, run_rounds, select_clients
+from edgefl.settings.server import ServerConfig
 from edgefl.testing import ManualClock, ScriptedClient, ScriptedFleet, make_update
 from edgefl.trees import Tree
 

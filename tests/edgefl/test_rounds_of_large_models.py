@@ -10,10 +10,11 @@ import pytest
 
 from edgefl import trees
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig, ServerConfig, from_dict
+from edgefl.config import JobConfig, from_dict
 from edgefl.errors import StepFailed
 from edgefl.records import Plan, Update
 from edgefl.rounds import Job, run_rounds
+from edgefl.settings.server import ServerConfig
 from edgefl.testing import ScriptedClient, ScriptedFleet, make_update
 from edgefl.trees import SpooledTree, Tree, write_tree
 from edgefl.trees.scratch import ScratchTree

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig, ServerConfig, from_dict
+from edgefl.config import JobConfig, from_dict
 from edgefl.errors import UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import (
@@ -26,6 +26,7 @@ from edgefl.records import (
     Update,
 )
 from edgefl.rounds import Job, LastEvaluation, evaluate_last, run_rounds
+from edgefl.settings.server import ServerConfig
 from edgefl.testing import ScriptedClient, ScriptedFleet, make_update
 
 START = {"w": np.zeros(2, np.float32)}

@@ -8,9 +8,10 @@ import pytest
 
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.choosing.settings import StopConfig
-from edgefl.config import JobConfig, ServerConfig, from_dict
+from edgefl.config import JobConfig, from_dict
 from edgefl.errors import ConfigError
 from edgefl.rounds import Job, run_rounds
+from edgefl.settings.server import ServerConfig
 from edgefl.stopping import make_stop
 from edgefl.testing import ScriptedFleet, make_update
 

@@ -21,12 +21,12 @@ from cloud.dataplane.open_round import OpenRound, Surroundings
 from cloud.region.server.uplink import SumFile
 from cloud.state.blobs import blake3_of
 from cloud.state.jobs import AnswerRow
-from edgefl.config import MAX_SECONDS
 from edgefl.exchange import Announce, Instruction, Terms, Yield
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.messages import Deliver, RoundClosed
 from edgefl.protocols.tiers import Message, MessageReply
+from edgefl.terminal.bounds import MAX_SECONDS
 
 MAX_SENDING = 4  # replies at the same time
 

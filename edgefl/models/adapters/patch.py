@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from edgefl.errors import ConfigError, ProtocolError
-from edgefl.trees import Array, BlockTree, FactoredTree, Factors, Tree, factors_of
+from edgefl.trees import Array, BlockTree, EncodedTree, Factors, Tree, factors_of
 from edgefl.trees.factors import MARK, factor_names
 
 MAX_TRIED = 4  # places in the base that hold a weight's bytes, of which the right one is found
@@ -90,7 +90,7 @@ def _patch(before: mmap.mmap, after: mmap.mmap, moves: Sequence[Move]) -> Tree:
         "bytes": np.concatenate([np.empty(0, np.uint8), *(wanted[at : at + many] for at, many in runs)]),
     }
     del wanted  # it exports the map's buffer
-    return FactoredTree(stored)
+    return EncodedTree(stored)
 
 
 def _found(before: mmap.mmap, after: mmap.mmap, move: Move) -> tuple[int | None, Factors]:

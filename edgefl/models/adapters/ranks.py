@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from edgefl.errors import ConfigError
-from edgefl.trees import FactoredTree, Factors, Tree, encoded, factors_of
+from edgefl.trees import EncodedTree, Factors, Tree, encoded, factors_of
 from edgefl.trees.factors import factor_names, is_low_rank
 
 _NOISE = 1e-6  # singular values below this part of the largest are rounding in float32
@@ -48,4 +48,4 @@ def at_rank(tree: Tree, rank: int) -> tuple[Tree, float]:
         for side in (name, *factor_names(name)):
             stored.pop(side, None)
         stored |= dict(zip(factor_names(name), (pair.left, pair.right), strict=True))
-    return FactoredTree(stored), math.sqrt(lost / total) if total else 0.0
+    return EncodedTree(stored), math.sqrt(lost / total) if total else 0.0

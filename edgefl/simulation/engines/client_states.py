@@ -16,8 +16,9 @@ from tempfile import TemporaryDirectory
 
 from edgefl.config import TrainConfig
 from edgefl.records import Answer, Evaluated, Failure, Partial, Plan, Update
-from edgefl.trees import FactoredTree, SpooledTree, Tree, encoded_bytes, whole_bytes, write_tree
+from edgefl.trees import EncodedTree, SpooledTree, Tree, encoded_bytes, file_bytes, spec_of, write_tree
 from edgefl.trees.fragments import changed_part, sent_part
+from edgefl.trees.narrow import narrowed_spec
 
 FOLDER = "client-states"  # beside a checkpoint
 
@@ -62,17 +63,18 @@ class RoundBytes:
     def __init__(self, plan: Plan, states: ClientStates | None = None) -> None:
         self._states, self._before = states, plan.round - 1
         self.whole = self._changed = encoded_bytes(plan.parameters)
-        self.up = whole_bytes(plan.parameters)  # of one update; with adapters, the most that it may have
+        part = spec_of(sent_part(plan.parameters, plan.train) if plan.fit else plan.parameters)
+        self.exact_up = file_bytes(part)  # of one update as it is; with adapters, the most that it may have
+        self.up = file_bytes(narrowed_spec(part, plan.train.wire))
         self._has_fragments = plan.fit and plan.train.fragments > 1
         if self._has_fragments:
-            self.up = encoded_bytes(sent_part(plan.parameters, plan.train))
             self._changed = encoded_bytes(changed_part(plan.parameters, plan.train))
 
     def sent(self, answer: Answer) -> int:
         """Return the bytes of the updates in an answer."""
         if isinstance(answer, Failure | Evaluated):
             return 0
-        if isinstance(answer, Update) and isinstance(answer.tree, FactoredTree):
+        if isinstance(answer, Update) and isinstance(answer.tree, EncodedTree):
             return encoded_bytes(answer.tree)  # ranks differ
         return self.up * (len(answer.contributors) if isinstance(answer, Partial) else 1)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from edgefl.choosing.combined import LATE_NEXT
@@ -19,10 +19,11 @@ from edgefl.choosing.needs import reads_history
 from edgefl.config import GRACE_NONE, JobConfig
 from edgefl.records import Answer, Partial, Plan, Traffic
 from edgefl.rounds import Fleet
+from edgefl.settings.server import EXACT
 from edgefl.simulation.engines.client_states import ClientStates, RoundBytes
 from edgefl.task import Task
 from edgefl.training.samples import SampleSet, require_torch
-from edgefl.trees import encoded_bytes
+from edgefl.trees import encoded_bytes, in_form
 from edgefl.trees.factors import is_low_rank
 
 
@@ -88,14 +89,33 @@ class SimulationSetup:
     def takes_sums(self, plan: Plan) -> bool:
         """Whether partial sums are allowed: not with over-selection, grace, late answers, or a choice by history.
 
-        Of adapters, each client's factors are smaller than any sum; fragments are of the clients' own models.
+        Of adapters, each client's factors are smaller than any sum; fragments are of the clients' own models. Updates
+        in fewer bits are rounded one by one.
         """
         rounds, has_fragments = self.config.rounds, self.config.server.fragments > 1
-        if has_fragments or any(map(is_low_rank, plan.parameters)):
+        if has_fragments or self.config.train.wire != EXACT or any(map(is_low_rank, plan.parameters)):
             return False
         if rounds.grace != GRACE_NONE or rounds.late == LATE_NEXT or reads_history(rounds):
             return False
         return self.config.rounds.clients in {0, len(plan.clients)} or len(plan.clients) < self.config.rounds.clients
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInForm:
+    """A fleet whose clients receive the model in fewer bits."""
+
+    inner: Fleet
+    form: str  # `server.wire`
+
+    def clients(self) -> Sequence[str]:
+        return self.inner.clients()
+
+    def collect(self, plan: Plan) -> Iterator[Answer]:
+        """Send the plan with the model that clients see, and yield their answers."""
+        return self.inner.collect(replace(plan, parameters=in_form(plan.parameters, self.form)))
+
+    def traffic(self) -> Traffic:
+        return self.inner.traffic()
 
 
 class Meter:

@@ -13,6 +13,7 @@ from edgefl.aggregation.mean import WeightedMean
 from edgefl.errors import TaskError
 from edgefl.records import Failure, Partial, Plan, Update
 from edgefl.rounds import select_clients
+from edgefl.settings.server import EXACT
 from edgefl.simulation.engines.attempt import Attempt
 from edgefl.simulation.engines.fleets import SimulationSetup
 from edgefl.simulation.engines.stacked import NOT_IN_MEMORY, StackTrainer, joined, kind_of
@@ -185,7 +186,7 @@ class _Tried:
 
 def _shortened(plan: Plan, held: dict[str, Samples]) -> tuple[Plan, dict[str, Samples]]:
     """Return a trial of a full and a ragged step: after many steps, some models differ by rounding alone."""
-    plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1, steps=0))
+    plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, epochs=1, steps=0, wire=EXACT))
     few = plan.train.batch_size + max(1, plan.train.batch_size // 2)
     return plan, {client: one.first(few) for client, one in held.items()}
 

@@ -26,7 +26,7 @@ from edgefl.simulation.steps import Batch, FactoredGradients, StackedStep, make_
 from edgefl.simulation.world.evaluation import ClientEvaluations
 from edgefl.simulation.world.population import samples_of
 from edgefl.task import Task, UserCode
-from edgefl.training.local import derive_seed, make_model, set_parameters
+from edgefl.training.local import as_sent, derive_seed, make_model, set_parameters
 from edgefl.training.quiet import quiet_stacks
 from edgefl.training.samples import Samples
 from edgefl.training.structures import Structure, arguments, mapped
@@ -126,8 +126,9 @@ class Stack:
             for name, start in self.start.items()
         }
         metrics = {"train_loss": float(self.losses[k])}
+        sent = as_sent(tree, plan.train, plan.round, self.clients[k])
         return Update(
-            job=plan.job, round=plan.round, device=self.clients[k], tree=tree, weight=float(self.weights[k]),
+            job=plan.job, round=plan.round, device=self.clients[k], tree=sent, weight=float(self.weights[k]),
             metrics=metrics,
         )  # fmt: skip
 

@@ -26,6 +26,7 @@ from edgefl.training.adapters import adapters_of, rank_of, restart, with_factors
 from edgefl.training.local import (
     accumulate_gradient,
     adapter_seed,
+    as_sent,
     derive_seed,
     gradient_of,
     make_model,
@@ -87,8 +88,9 @@ class LocalTrainer:
             tree, weight, metrics = self._fit(plan, client, borrow=borrow)
         except TaskError as error:
             return Failure(job=plan.job, round=plan.round, device=client, reason=str(error))
+        sent = as_sent(tree, plan.train, plan.round, client)
         return Update(
-            job=plan.job, round=plan.round, device=client, tree=tree, weight=weight, metrics=metrics,
+            job=plan.job, round=plan.round, device=client, tree=sent, weight=weight, metrics=metrics,
             evaluation=self._evaluations.of(client) if plan.evaluate else None,
         )  # fmt: skip
 

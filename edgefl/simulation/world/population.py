@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefl.config import MAX_COUNT, MAX_SEED
+from edgefl.config import MAX_SEED
 from edgefl.errors import ConfigError, TaskError
 from edgefl.simulation.engines.fleets import Population
 from edgefl.simulation.isolation.at_work import turn_of
@@ -27,7 +27,7 @@ from edgefl.simulation.world.partition import Cut, Disjoint, Partition, filled, 
 from edgefl.simulation.world.schedule import NumSamples
 from edgefl.simulation.world.task_population import TaskPopulation, refuse_unknown_options
 from edgefl.task import Task
-from edgefl.terminal.bounds import require_within
+from edgefl.terminal.bounds import MAX_COUNT, require_within
 from edgefl.training.data.dataset import DatasetSamples
 from edgefl.training.local import data_seed
 from edgefl.training.randomness import seeded

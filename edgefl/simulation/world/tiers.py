@@ -16,14 +16,15 @@ import numpy as np
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.regional import change, regional_round, regional_step
 from edgefl.aggregation.rule import Merging
-from edgefl.config import JobConfig, TiersConfig
+from edgefl.config import JobConfig
 from edgefl.errors import ConfigError, UpdateRejected
 from edgefl.guards import RoundGuard
 from edgefl.records import Answer, DeviceEvaluation, Evaluated, Evaluations, Failure, Partial, Plan, Traffic, Update
 from edgefl.rounds import NO_EVALUATION, Fleet, MetricSums
+from edgefl.settings.server import TiersConfig
 from edgefl.simulation.engines.client_states import ClientStates, RoundBytes
 from edgefl.simulation.world.schedule import Schedule
-from edgefl.trees import FactoredTree, Tree, encoded_bytes, is_float, spec_of
+from edgefl.trees import EncodedTree, Tree, encoded_bytes, is_float, spec_of
 from edgefl.trees.fragments import sent_part
 
 MBIT_BYTES = 125_000
@@ -120,7 +121,7 @@ class TieredFleet:
             for answer in answers:
                 if not isinstance(answer, Failure):
                     answered += answer.contributors if isinstance(answer, Partial) else (answer.device,)
-                if isinstance(answer, Update) and isinstance(answer.tree, FactoredTree):
+                if isinstance(answer, Update) and isinstance(answer.tree, EncodedTree):
                     sent.append(encoded_bytes(answer.tree))
                 yield answer
         finally:
@@ -132,13 +133,13 @@ class TieredFleet:
     def delayed(self, schedule: Schedule, plan: Plan, start_s: float) -> Schedule:
         """Return a round's schedule with the time that the regions' links take."""
         moved = RoundBytes(plan)
-        return self.tree.delayed(schedule, start_s, moved.whole, _sum_bytes(plan, moved.up))
+        return self.tree.delayed(schedule, start_s, moved.whole, _sum_bytes(plan, moved.exact_up))
 
     def _count(self, plan: Plan, answered: list[str], update_bytes: int) -> None:
         """Count what the links carried; sums of adapters at most, as wholes."""
         moved = RoundBytes(plan, self.states)
         down_bytes, up_bytes = moved.whole, update_bytes if plan.fit else 0
-        sum_bytes = _sum_bytes(plan, moved.up if plan.fit else 0)
+        sum_bytes = _sum_bytes(plan, moved.exact_up if plan.fit else 0)
         asked, sent = self.tree.counts(plan.clients), self.tree.counts(answered)
         none = [TierTraffic(tier=tier, regions=0, up_bytes=0, down_bytes=0) for tier in range(len(asked))]
         times = [*[self.region_rounds] * (len(asked) - 1), 1]

@@ -19,7 +19,7 @@ import numpy as np
 
 from edgefl.errors import TaskError
 from edgefl.training.randomness import seeded
-from edgefl.trees import Array, FactoredTree, TensorSpec, Tree, factors_of
+from edgefl.trees import Array, EncodedTree, TensorSpec, Tree, factors_of
 from edgefl.trees.factors import MARK, Factors, are_smaller, factor_names
 from edgefl.trees.tensors import array_of, tensor_of
 
@@ -230,7 +230,7 @@ def with_factors(adapters: tuple[Adapter, ...], others: Tree, state: Mapping[str
             stored |= dict(zip(factor_names(one.matrix), (pair.left, pair.right), strict=True))
         else:
             stored[one.matrix] = pair.product().astype(one.spec.dtype)
-    return FactoredTree(stored)
+    return EncodedTree(stored)
 
 
 def base_of(adapter: Adapter, parameters: Tree) -> Array:

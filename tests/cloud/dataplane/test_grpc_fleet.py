@@ -24,6 +24,7 @@ from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.protocols.messages import DeviceState, Evaluate, Fit, RoundClosed, UpdateRefused, decode_job, encode
 from edgefl.protocols.mqtt import LinkConfig
 from edgefl.records import DeviceEvaluation, Evaluated, Failure, Plan
+from edgefl.settings.server import ServerConfig
 from edgefl.testing import ManualClock, make_update
 from edgefl.trees import SpooledTree, write_tree
 from tests.threaded import Broker, Link, ThreadedDeviceLink
@@ -69,9 +70,9 @@ class Centre:
         self.devices = {name: Device(self.broker, ca.device(name), name) for name in ("a", "b")}
         assert self.link.wait_until(lambda: self.link.online() == {"a", "b"}, 5)
 
-    def fleet(self, clock=None, storage=None, **rounds):
+    def fleet(self, clock=None, storage=None, server=None, **rounds):
         parameters = self.blobs.put_tree(PARAMETERS)
-        config = JobConfig(rounds=RoundsConfig(**rounds))
+        config = JobConfig(rounds=RoundsConfig(**rounds), server=server or ServerConfig())
         self.job = self.jobs.submit("t:t", self.blobs.put(b"zip"), parameters, (), config)
         clock = clock or ManualClock()
         storage = storage or Storage(None, clock)

@@ -13,10 +13,11 @@ from cloud.state.blobs import BlobStore
 from cloud.state.jobs import Jobs
 from cloud.state.store import jobs as table
 from cloud.state.store import open_database
-from edgefl.config import JobConfig, RoundsConfig, ServerConfig
+from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import ConfigError, NotFound
 from edgefl.protocols.manifest import new_fleet_key, sign
 from edgefl.records import RoundOutcome
+from edgefl.settings.server import ServerConfig
 
 
 @pytest.fixture

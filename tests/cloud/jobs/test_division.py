@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from cloud.jobs.division import check_division, division_of, frozen_values, on_devices
-from edgefl.config import JobConfig, RoundsConfig, ServerConfig, TiersConfig
+from edgefl.config import JobConfig, RoundsConfig
 from edgefl.errors import ConfigError
 from edgefl.protocols.fields import to_json
 from edgefl.protocols.messages import BlobRef, Division
+from edgefl.settings.server import ServerConfig, TiersConfig
 from tests.cloud.split.bench import settings
 
 REF = BlobRef(sha256="0" * 64, size=3)

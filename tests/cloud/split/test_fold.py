@@ -9,10 +9,11 @@ import pytest
 
 from cloud.split.fold import folded
 from cloud.split.results import SplitFolder, write_durably
-from edgefl.config import JobConfig, ServerConfig
+from edgefl.config import JobConfig
 from edgefl.errors import StepFailed
 from edgefl.protocols.messages import Division
 from edgefl.records import RoundOutcome
+from edgefl.settings.server import ServerConfig
 from tests.cloud.split.bench import settings
 
 BEFORE = {

@@ -6,12 +6,13 @@ import pytest
 from cloud.state.blobs import BlobStore
 from cloud.state.jobs import AnswerRow, Jobs
 from cloud.state.store import open_database
-from edgefl.config import JobConfig, ServerConfig, TrainConfig
+from edgefl.config import JobConfig, TrainConfig
 from edgefl.errors import ConfigError, MissingExtra, NotFound, ProtocolError
 from edgefl.protocols.manifest import Bundle, new_fleet_key, sign, verify
 from edgefl.protocols.messages import BlobRef
 from edgefl.records import DeviceEvaluation, EvaluationSpec, RoundOutcome
 from edgefl.rounds import LastEvaluation
+from edgefl.settings.server import ServerConfig
 
 
 @pytest.fixture

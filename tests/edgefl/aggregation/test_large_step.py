@@ -11,7 +11,7 @@ import pytest
 from edgefl.aggregation import large_step
 from edgefl.aggregation.large_step import ELEMENTWISE
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import ServerConfig
+from edgefl.settings.server import ServerConfig
 from edgefl.trees import Array, ComputedTree, Tree, bfloat16, spec_of
 from edgefl.trees.scratch import settled
 

@@ -321,7 +321,7 @@ def test_memory_does_not_grow_with_a_large_model(tmp_path: Path) -> None:
         from pathlib import Path
         from edgefl.aggregation.mean import WeightedMean
         from edgefl.aggregation.server_opt import ServerOptimizer
-        from edgefl.config import ServerConfig
+        from edgefl.settings.server import ServerConfig
         from edgefl.guards import not_finite_tree
         from edgefl.records import Update
         from edgefl.trees import SpooledTree, blocks

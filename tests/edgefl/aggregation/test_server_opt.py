@@ -10,8 +10,8 @@ import torch
 
 from edgefl.aggregation.large_step import ELEMENTWISE
 from edgefl.aggregation.server_opt import _BUCKET_ELEMENTS, ServerOptimizer
-from edgefl.config import ServerConfig
 from edgefl.errors import ConfigError
+from edgefl.settings.server import ServerConfig
 from edgefl.trees import Tree, bfloat16
 
 START = {"w": np.array([1.0, 2.0], np.float32), "s": np.array(3.0, np.float32)}

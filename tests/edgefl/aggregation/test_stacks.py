@@ -12,25 +12,26 @@ import pytest
 from edgefl import trees
 from edgefl.aggregation import WeightedMean
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import ServerConfig, TrainConfig
+from edgefl.config import TrainConfig
 from edgefl.errors import StepFailed, UpdateRejected
 from edgefl.guards import RoundGuard, refuse_unsound
 from edgefl.records import Plan, Update
-from edgefl.trees import Array, FactoredTree, SpooledTree, Tree, factors_of, spec_of, write_tree
+from edgefl.settings.server import ServerConfig
+from edgefl.trees import Array, EncodedTree, SpooledTree, Tree, factors_of, spec_of, write_tree
 
 ROWS, COLUMNS = 40, 30
 NAME = "up@lora"
 
 
-def start(rows: int = ROWS, columns: int = COLUMNS) -> FactoredTree:
-    return FactoredTree({
+def start(rows: int = ROWS, columns: int = COLUMNS) -> EncodedTree:
+    return EncodedTree({
         f"{NAME}_B": np.zeros((rows, 0), np.float32), f"{NAME}_A": np.zeros((0, columns), np.float32),
         "head": np.zeros(3, np.float32),
     })  # fmt: skip
 
 
 def update_of(device: str, left: Array, right: Array, weight: float = 1.0, head: float = 0.0) -> Update:
-    tree = FactoredTree({f"{NAME}_B": left, f"{NAME}_A": right, "head": np.full(3, head, np.float32)})
+    tree = EncodedTree({f"{NAME}_B": left, f"{NAME}_A": right, "head": np.full(3, head, np.float32)})
     return Update(job="job", round=1, device=device, tree=tree, weight=weight)
 
 
@@ -203,7 +204,7 @@ def test_large_factors_whose_product_is_small_are_admitted() -> None:
 def test_a_hostile_sum_is_refused_by_name() -> None:
     partial = rule_of(drawn([2])).partial_mean()
     pair = {f"{NAME}_B": np.full((ROWS, 1), np.nan, np.float32), f"{NAME}_A": np.ones((1, COLUMNS), np.float32)}
-    lie = FactoredTree({**pair, "head": np.zeros(3, np.float32)})
+    lie = EncodedTree({**pair, "head": np.zeros(3, np.float32)})
     with pytest.raises(UpdateRejected, match="partial sum: tensor 'up@lora' holds NaN"):
         WeightedMean(start()).merge(
             type(partial)(total=lie, weight=1.0, contributors=("d0",), is_mean=True)

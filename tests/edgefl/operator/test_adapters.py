@@ -13,7 +13,7 @@ from edgefl.operator.adapters import at_rank_in, base_release, on_base, untraine
 from edgefl.operator.client import CloudClient, load_credentials
 from edgefl.operator.publish import export, publish
 from edgefl.task import load_task
-from edgefl.trees import FactoredTree, SpooledTree, encoded, write_tree
+from edgefl.trees import EncodedTree, SpooledTree, encoded, write_tree
 
 FOLDER = Path(__file__).parents[2] / "e2e/tasks/lora"
 DOWN = "base_model.model.down@lora"
@@ -32,7 +32,7 @@ def adapted(tmp_path):
     left, right = (rng.normal(size=size).astype(np.float32) for size in ((24, 3), (3, 24)))
     path = tmp_path / "adapted.safetensors"
     with path.open("wb") as file:
-        write_tree(FactoredTree({**stored, f"{DOWN}_B": left, f"{DOWN}_A": right}), file)
+        write_tree(EncodedTree({**stored, f"{DOWN}_B": left, f"{DOWN}_A": right}), file)
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from edgefl.config import JobConfig, RoundsConfig, ServerConfig, TrainConfig
+from edgefl.config import JobConfig, RoundsConfig, TrainConfig
 from edgefl.operator.history import (
     changed_settings,
     compared,
@@ -15,6 +15,7 @@ from edgefl.operator.history import (
     seconds_of,
     settings_of,
 )
+from edgefl.settings.server import ServerConfig
 
 
 def round_of(number, metrics, **reasons):

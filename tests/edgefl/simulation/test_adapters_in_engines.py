@@ -15,7 +15,7 @@ from edgefl.errors import ConfigError
 from edgefl.training.adapters import rank_of
 from edgefl.training.local import train_locally
 from edgefl.training.parts import Parts, parts_of
-from edgefl.trees import Array, FactoredTree, SpooledTree, Tree, encoded_bytes, factors_of
+from edgefl.trees import Array, EncodedTree, SpooledTree, Tree, encoded_bytes, factors_of
 from tests.e2e.tasks.lora import lora_task
 
 FOLDER = Path(lora_task.__file__).parent
@@ -110,5 +110,5 @@ def test_bytes_are_those_of_factors_and_the_model_is_written_with_them(
     written = SpooledTree(tmp_path / "model.safetensors")
     assert DOWN in written.factored  # 6 factors of rank 1, of a matrix of 24 x 24
     assert UP not in written.factored  # which is as large as its factors
-    assert isinstance(few.parameters, FactoredTree)
+    assert isinstance(few.parameters, EncodedTree)
     assert np.array_equal(written[DOWN], few.parameters[DOWN])

@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from edgefl.aggregation import WeightedMean
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import ServerConfig, TrainConfig
+from edgefl.config import TrainConfig
 from edgefl.errors import TaskError
 from edgefl.records import Update
+from edgefl.settings.server import ServerConfig
 from edgefl.task import FitResult, Task
 from edgefl.training.local import (
     buffer_names,

@@ -13,7 +13,7 @@ from edgefl.errors import ProtocolError
 from edgefl.trees import (
     Array,
     BlockTree,
-    FactoredTree,
+    EncodedTree,
     Factors,
     SpooledTree,
     Tree,
@@ -45,7 +45,7 @@ def written(tree: Tree, path: Path) -> SpooledTree:
 
 
 def test_a_tree_shows_the_product_and_stores_the_factors(tmp_path: Path) -> None:
-    for tree in (FactoredTree(stored()), written(FactoredTree(stored()), tmp_path / "tree")):
+    for tree in (EncodedTree(stored()), written(EncodedTree(stored()), tmp_path / "tree")):
         assert list(tree) == ["head", "up@lora"]
         assert str(spec_of(tree)["up@lora"]) == "float32[3, 4]"
         assert tree["up@lora"].tolist() == PRODUCT
@@ -59,7 +59,7 @@ def test_a_tree_shows_the_product_and_stores_the_factors(tmp_path: Path) -> None
 
 def test_any_block_of_the_product_is_that_of_the_whole() -> None:
     whole_product = np.array(PRODUCT, np.float32).reshape(-1)
-    tree = FactoredTree(stored())
+    tree = EncodedTree(stored())
     for start in range(12):
         for stop in range(start, 13):
             assert tree.read("up@lora", slice(start, stop)).tolist() == whole_product[start:stop].tolist()
@@ -67,7 +67,7 @@ def test_any_block_of_the_product_is_that_of_the_whole() -> None:
 
 def test_the_size_is_that_of_the_factors() -> None:
     file = io.BytesIO()
-    tree = FactoredTree({"w@lora_B": np.zeros((64, 2), np.float32), "w@lora_A": np.zeros((2, 64), np.float32)})
+    tree = EncodedTree({"w@lora_B": np.zeros((64, 2), np.float32), "w@lora_A": np.zeros((2, 64), np.float32)})
     write_tree(tree, file)
     assert encoded_bytes(tree) == len(file.getvalue())
     assert whole_bytes(tree) > 64 * 64 * 4 > 4 * encoded_bytes(tree) > 4 * 4 * 64 * 4
@@ -75,7 +75,7 @@ def test_the_size_is_that_of_the_factors() -> None:
 
 def test_rank_0_is_a_matrix_of_zeros(tmp_path: Path) -> None:
     nothing = {"w@lora_B": np.zeros((3, 0), np.float32), "w@lora_A": np.zeros((0, 4), np.float32)}
-    tree = written(FactoredTree(nothing), tmp_path / "tree")
+    tree = written(EncodedTree(nothing), tmp_path / "tree")
     assert tree["w@lora"].tolist() == [[0.0] * 4] * 3
     assert tree.read("w@lora", slice(1, 5)).tolist() == [0.0] * 4
 
@@ -86,7 +86,7 @@ def test_rank_0_is_a_matrix_of_zeros(tmp_path: Path) -> None:
      (np.float64, np.float32, "float64")],
 )  # fmt: skip
 def test_the_product_is_of_32_bits_or_more(left: type, right: type, whole_dtype: str) -> None:
-    tree = FactoredTree({"w@lora_B": B.astype(left), "w@lora_A": A.astype(right)})
+    tree = EncodedTree({"w@lora_B": B.astype(left), "w@lora_A": A.astype(right)})
     assert spec_of(tree)["w@lora"].dtype.name == tree["w@lora"].dtype.name == whole_dtype
     assert tree["w@lora"].tolist() == PRODUCT
 
@@ -126,7 +126,7 @@ def test_no_pair_of_factors_is_refused_by_name(tensors: dict[str, Array], fault:
 
 
 def test_views_keep_factors(tmp_path: Path) -> None:
-    tree = written(FactoredTree(stored()), tmp_path / "tree")
+    tree = written(EncodedTree(stored()), tmp_path / "tree")
     more = joined({"body": np.zeros(1)}, tree)
     assert isinstance(more, BlockTree)
     assert set(more.factored) == {"up@lora"}
@@ -140,7 +140,7 @@ def test_views_keep_factors(tmp_path: Path) -> None:
 
 
 def test_a_later_tree_replaces_a_matrix_in_either_form() -> None:
-    tree = FactoredTree(stored())
+    tree = EncodedTree(stored())
     replaced = joined(tree, {"up@lora": np.zeros((3, 4), np.float32)})
     assert sorted(encoded(replaced)) == ["head", "up@lora"]
     assert joined({"up@lora": np.zeros((3, 4), np.float32)}, tree)["up@lora"].tolist() == PRODUCT

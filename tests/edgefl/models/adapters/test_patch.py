@@ -9,7 +9,7 @@ import pytest
 
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.models.adapters.patch import Move, apply_patch, make_patch
-from edgefl.trees import Array, FactoredTree, Factors, SpooledTree, Tree, encoded, write_tree
+from edgefl.trees import Array, EncodedTree, Factors, SpooledTree, Tree, encoded, write_tree
 
 ROWS, COLUMNS, RANK = 40, 30, 3
 
@@ -88,7 +88,7 @@ def test_another_base_is_refused(files: Files, tmp_path: Path) -> None:
 
 
 def spoilt(patch: Tree, **changes: Array) -> Tree:
-    return FactoredTree({**encoded(patch), **changes})
+    return EncodedTree({**encoded(patch), **changes})
 
 
 @pytest.mark.parametrize(

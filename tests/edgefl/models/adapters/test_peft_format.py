@@ -15,7 +15,7 @@ from edgefl.errors import ConfigError
 from edgefl.models.adapters.peft_format import write_adapter
 from edgefl.models.adapters.ranks import at_rank, factors_at
 from edgefl.training.local import initial_parameters, make_model
-from edgefl.trees import BlockTree, FactoredTree, Tree, encoded, spec_of
+from edgefl.trees import BlockTree, EncodedTree, Tree, encoded, spec_of
 from tests.e2e.tasks.lora import lora_task
 
 UP, DOWN = "base_model.model.up@lora", "base_model.model.down@lora"
@@ -27,7 +27,7 @@ def trained(*, whole: bool) -> Tree:
     rng, stored = np.random.default_rng(0), dict(encoded(initial_parameters(lora_task.task)))
     left, right = (rng.normal(size=size).astype(np.float32) for size in ((24, 3), (3, 24)))
     stored |= {f"{DOWN}_B": left, f"{DOWN}_A": right, HEAD: rng.normal(size=(3, 24)).astype(np.float32)}
-    tree = FactoredTree(stored)
+    tree = EncodedTree(stored)
     return {name: tree[name] for name in tree} if whole else tree
 
 

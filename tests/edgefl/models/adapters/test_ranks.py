@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from edgefl.models.adapters.ranks import at_rank, factors_at
-from edgefl.trees import FactoredTree, encoded
+from edgefl.trees import EncodedTree, encoded
 
 
-def of_rank(rank: int) -> FactoredTree:
+def of_rank(rank: int) -> EncodedTree:
     rng = np.random.default_rng(rank)
-    return FactoredTree({
+    return EncodedTree({
         "w@lora_B": rng.normal(size=(9, rank)).astype(np.float32),
         "w@lora_A": rng.normal(size=(rank, 7)).astype(np.float32), "head": np.ones(2, np.float32),
     })  # fmt: skip

@@ -11,10 +11,11 @@ import pytest
 
 from edgefl.aggregation.mean import WeightedMean
 from edgefl.aggregation.server_opt import ServerOptimizer
-from edgefl.config import JobConfig, ServerConfig, from_dict
+from edgefl.config import JobConfig, from_dict
 from edgefl.errors import QuorumNotMet
 from edgefl.records import Answer, Failure, Partial, Plan, RoundOutcome, Traffic, Update
 from edgefl.rounds import Job, run_rounds
+from edgefl.settings.server import ServerConfig
 from edgefl.simulation.world.clock import VirtualClock, VirtualFleet
 from edgefl.simulation.world.devices import Devices, DevicesConfig
 from edgefl.simulation.world.names import Names

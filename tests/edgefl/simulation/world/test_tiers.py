@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import edgefl
-from edgefl.config import TiersConfig
 from edgefl.errors import ConfigError
+from edgefl.settings.server import TiersConfig
 from edgefl.simulation.study.report import SimulationResult
 from edgefl.simulation.world.schedule import Schedule
 from edgefl.simulation.world.tiers import TierTree

@@ -19,7 +19,7 @@ from edgefl.training.adapters import adapters_of, restart, with_factors, without
 from edgefl.training.evaluation import evaluate
 from edgefl.training.local import adapter_seed, initial_parameters, make_model, train_locally
 from edgefl.training.parts import parts_of
-from edgefl.trees import BlockTree, FactoredTree, Tree, encoded, factors_of, spec_of
+from edgefl.trees import BlockTree, EncodedTree, Tree, encoded, factors_of, spec_of
 from tests.e2e.tasks.lora import lora_task
 
 TRAIN = TrainConfig(steps=5, lr=0.5, batch_size=8)
@@ -32,14 +32,14 @@ def trained(task: Task, parameters: Tree, frozen: Tree, *, rank: str = "2", numb
     ).tree
 
 
-def with_matrices(parameters: Tree, rng: np.random.Generator) -> FactoredTree:
+def with_matrices(parameters: Tree, rng: np.random.Generator) -> EncodedTree:
     """Return parameters in which both matrices have some rank 3."""
     stored = {name: np.array(one) for name, one in encoded(parameters).items() if "@" not in name}
     for name in (UP, DOWN):
         rows, columns = spec_of(parameters)[name].shape
         stored[f"{name}_B"] = rng.normal(size=(rows, 3)).astype(np.float32)
         stored[f"{name}_A"] = rng.normal(size=(3, columns)).astype(np.float32)
-    return FactoredTree(stored)
+    return EncodedTree(stored)
 
 
 def test_a_job_has_matrices_and_the_base_is_frozen() -> None:
