@@ -46,7 +46,11 @@ EXAMPLE = ROOT / "examples" / "diloco"
 SITES, PROCESSES = 4, 2
 EPOCHS, BATCH = 2, 64
 FLOAT_BYTES = 4
-FRAGMENTS = 3
+VARIANTS = {  # of what is exchanged
+    "": (),
+    ", updates in int8 and the model in bf16": ("train.wire=int8", "server.wire=bf16"),
+    ", 3 fragments in turn": ("server.fragments=3",),
+}
 PAPER = ("train.keep_optimizer_state=true", "server.lr=0.7", "server.options.momentum=0.9")
 
 
@@ -131,7 +135,7 @@ def _torchrun(folder: Path) -> Took:
 
 
 def diloco(rounds: int, steps: int = 50) -> Iterator[Row]:
-    """Train `examples/diloco` by rounds of so many steps, whole and in fragments, and in step."""
+    """Train `examples/diloco` by rounds of so many steps, with each of the variants, and in step."""
     task, settings = load_task(str(EXAMPLE)), [f"rounds.count={rounds}", f"train.steps={steps}", *PAPER]
     before = load_config(JobConfig, EXAMPLE / "config.toml", [*settings, "train.schedule=constant", "train.seed=1"])
     task = _beginning_with(task, _synchronous(task, before))
@@ -140,12 +144,11 @@ def diloco(rounds: int, steps: int = 50) -> Iterator[Row]:
     size = sum(int(np.prod(one.shape)) for one in theirs.values())
     ring, loss = ring_bytes(processes=SITES * PROCESSES, steps=total, parameters=size), evaluate(task, theirs)["loss"]
     rival = "synchronous data-parallel, same samples"
-    for fragments in (1, FRAGMENTS):
-        chosen = load_config(JobConfig, EXAMPLE / "config.toml", [*settings, f"server.fragments={fragments}"])
+    for variant, more in VARIANTS.items():
+        chosen = load_config(JobConfig, EXAMPLE / "config.toml", [*settings, *more])
         result = simulate(task, clients=SITES, config=chosen, engine="loop")
         moved = sum(one.up_bytes + one.down_bytes for one in result.rounds) / SITES
-        what = f"small GPT, {SITES} sites x {PROCESSES} processes, H={steps}, {total} steps"
-        what += f", {fragments} fragments in turn" if fragments > 1 else ""
+        what = f"small GPT, {SITES} sites x {PROCESSES} processes, H={steps}, {total} steps{variant}"
         detail = {"parameters": size, "ours_bytes": moved, "theirs_bytes": ring}
         yield Row(
             workload=what, metric="held-out loss", unit="nats", ours=result.final["loss"], rival=rival, theirs=loss,

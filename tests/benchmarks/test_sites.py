@@ -15,8 +15,9 @@ def test_a_rings_bytes_by_hand():
 
 @pytest.mark.soak
 def test_diloco_beside_synchronous_training():
-    loss, moved, loss_in_turn, moved_in_turn = diloco(rounds=2, steps=20)
-    for one in (loss, loss_in_turn):
+    loss, moved, loss_in_few_bits, moved_in_few_bits, loss_in_turn, moved_in_turn = diloco(rounds=2, steps=20)
+    for one in (loss, loss_in_few_bits, loss_in_turn):
         assert one.ours == pytest.approx(one.theirs, rel=0.3)
     assert moved.ratio == pytest.approx(20 * 7 / 4, rel=0.05)
+    assert moved_in_few_bits.ratio == pytest.approx(20 * 7 / 4 * 8 / 3, rel=0.05)
     assert moved_in_turn.ratio > 1.4 * moved.ratio  # the first round still brings the whole model
