@@ -19,6 +19,7 @@ from tests.edgefl.offload.graphs import node, value, weight, write
 
 WITHIN_S = 300.0
 OUTPUT = value("y", ("n", 3))
+CONFIDENCE = 0.9  # of the cascade
 
 
 def write_models(folder, seed):
@@ -35,7 +36,7 @@ class Client:
 
     def __init__(self, fleet, name) -> None:
         self._fleet, self._name = fleet, name
-        self.models, self._rows = {}, np.random.default_rng(0)
+        self.models, self.num_sure, self._rows = {}, 0, np.random.default_rng(0)
 
     def ask(self):
         """Return who answered and why, or None while the device cannot be reached."""
@@ -50,9 +51,19 @@ class Client:
             return None
         answer = response.json()
         assert response.status_code == 200, answer
-        by = answer["parameters"]["placement"]
-        wanted = self.models["fallback" if by == "fallback" else "whole"].run(["y"], {"x": x})[0]
+        by, rows = answer["parameters"]["placement"], answer["parameters"].get("cascade_rows", 0)
+        whole, small = (self.models[name].run(["y"], {"x": x})[0] for name in ("whole", "fallback"))
+        sure = np.exp(small - small.max(1, keepdims=True))
+        sure = 1 / sure.sum(1) >= CONFIDENCE
+        if by == "fallback":
+            wanted = small
+        elif "cascade_rows" in answer["parameters"]:
+            assert rows == sure.sum() < 2
+            wanted = np.where(sure[:, None], small, whole)
+        else:
+            wanted = whole
         np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (2, 3)), wanted, rtol=1e-4, atol=1e-4)
+        self.num_sure += rows
         return by, answer["parameters"].get("fallback_reason", "")
 
     def until(self, by, words=""):
@@ -103,12 +114,12 @@ def split(builtin_fleet, tmp_path):
         servers[-1].wait_for("stages.ready")
         return servers[-1]
 
-    def publish(seed):
+    def publish(seed, *more):
         models = write_models(tmp_path, seed)
         fleet.command(
             "offload", "publish", tmp_path / f"net-{seed}.onnx", "--name", "net", "--cut", "split:Relu_h",
             "--fallback", tmp_path / f"small-{seed}.onnx", "--stages", f"127.0.0.1:{port}", "--within", "5s",
-            "--format", "fp32",
+            "--format", "fp32", *more,
             timeout_s=WITHIN_S,
         )  # fmt: skip
         return models
@@ -187,3 +198,52 @@ def test_a_device_s_own_placement_and_stage_servers(split) -> None:
     near = Client(fleet, "near")
     near.models = models
     assert "UNAVAILABLE" in near.until("fallback")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "more",
+    [("--cascade", CONFIDENCE), ("--whole", "cloud"), ("--whole", "device", "--whole", "cloud")],
+    ids=["cascade", "auto", "auto with the device"],
+)
+def test_kills_in_the_other_modes_cost_no_wrong_answer(split, more) -> None:
+    """The stage server, the cloud and the agent are killed while requests come; each answer is what it says it is."""
+    fleet, serve, publish = split
+    models = publish(1, *more)
+    server = serve(1)
+    fleet.command("rollout", "start", "net", "--wait", 200, timeout_s=WITHIN_S)
+    near, far = clients = [Client(fleet, name) for name in ("near", "far")]
+    for one in clients:
+        one.models = models
+        until_the_model(one)
+    streams = [Stream(one) for one in clients]
+    for one in streams:
+        one.start()
+    for _ in range(2):
+        server.kill()
+        if "device" not in more:  # else it has the whole model
+            near.until("fallback", "UNAVAILABLE")
+            far.until("fallback", "UNAVAILABLE")
+        server = serve(1)
+        until_the_model(near)
+        until_the_model(far)
+    fleet.cloud.kill()
+    until_the_model(near)
+    until_the_model(far)
+    fleet.start_cloud()
+    fleet.agents["near"].kill()
+    fleet.start_agent("near").wait_for("release.serves")
+    until_the_model(near)
+    until_the_model(far)
+    for one in streams:
+        one.stop()
+    assert [bool(one.num_sure) for one in clients] == ["--cascade" in more] * 2
+
+
+def until_the_model(client):
+    """Ask until the whole model has answered, wherever it runs."""
+    end_s = time.monotonic() + WITHIN_S
+    while (found := client.ask()) is None or found[0] == "fallback":
+        assert time.monotonic() < end_s, f"only the fall-back answers: {found}"
+        time.sleep(0.05)

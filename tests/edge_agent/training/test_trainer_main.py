@@ -22,7 +22,8 @@ from edgefl.flower.fleet import wire as wire_of_flower
 from edgefl.flower.internals import give_id, task_identity
 from edgefl.records import DeviceEvaluation
 from edgefl.task import FitResult
-from edgefl.trees import read_tree, write_tree
+from edgefl.training.local import as_sent
+from edgefl.trees import SpooledTree, read_tree, write_tree
 
 PARAMETERS = {"w": np.zeros((2, 3), np.float32)}
 
@@ -43,17 +44,32 @@ def test_an_update_is_written_over_old_bytes_and_hashed(tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"old" * 1000)
     tree = {"w": np.arange(500_000, dtype=np.float32), "scalar": np.float32(3).reshape(())}
-    done = child.write(result(weight=2.0, metrics={"a": 0.5}, **tree), fit_of(out=str(path)))
+    done = child.write("t", result(weight=2.0, metrics={"a": 0.5}, **tree), tree, fit_of(out=str(path)))
     data = path.read_bytes()
     assert (done.size, done.blake3) == (len(data), blake3(data).hexdigest())
     assert (done.weight, done.metrics) == (2.0, {"a": 0.5})
     assert all(np.array_equal(read_tree(data)[name], tree[name]) for name in tree)
 
 
+@pytest.mark.parametrize(("form", "share"), [("bf16", 0.5), ("int8", 0.26)])
+def test_an_update_is_written_in_the_form_that_is_asked_for(tmp_path, form, share):
+    values = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
+    fit = fit_of(out=str(tmp_path / "out"), train=TrainConfig(wire=form))
+    done = child.write("t", result(w=values), {"w": values}, fit)
+    assert done.size < share * values.nbytes + 500
+    sent = SpooledTree(tmp_path / "out")
+    assert np.array_equal(sent["w"], as_sent({"w": values}, fit.train, fit.round, fit.client)["w"])
+    assert np.abs(sent["w"] - values).max() < 0.05
+    values[7] = 3.4e38  # finite, but not in bfloat16
+    if form == "bf16":
+        with pytest.raises(TaskError, match="tensor 'w' holds NaN or infinity"):
+            child.write("t", result(w=values), {"w": values}, fit)
+
+
 def test_a_state_is_written_beside_the_update_and_read_for_the_next_round(tmp_path):
     state = {"optimizer/0/step": np.float32(3).reshape(())}
     trained = dataclasses.replace(result(w=np.ones((2, 3), np.float32)), state=state)
-    done = child.write(trained, fit_of(out=str(tmp_path / "out"), state_out=str(tmp_path / "state")))
+    done = child.write("t", trained, PARAMETERS, fit_of(out=str(tmp_path / "out"), state_out=str(tmp_path / "state")))
     assert done.changed
     assert child.state_of(fit_of(state=str(tmp_path / "state")))["optimizer/0/step"] == 3
     assert child.state_of(fit_of()) is None
@@ -71,9 +87,10 @@ def test_a_state_is_written_beside_the_update_and_read_for_the_next_round(tmp_pa
         (result(w=np.full((2, 3), np.nan, np.float32)), "tensor 'w' holds NaN or infinity"),
     ],
 )
-def test_what_the_cloud_would_refuse_does_not_travel(bad, said):
+def test_what_the_cloud_would_refuse_does_not_travel(bad, said, tmp_path):
     with pytest.raises(TaskError, match=said):
-        child.check("t", bad, PARAMETERS, fit_of())
+        child.write("t", bad, PARAMETERS, fit_of(out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_of_memory_is_told_apart_however_deep():

@@ -234,28 +234,6 @@ def test_a_refusal_names_the_way_out() -> None:
     assert "convert it to one of them" in (trees.why_not_sent(np.dtype("O")) or "")
 
 
-def test_a_tree_is_written_by_blocks_as_it_is_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = everything() | {"long": sample("f4", (2 * trees.BLOCK_ELEMENTS + 3,)), "next": sample("i8", (3,))}
-    wanted = encode(tree)
-    spooled = spool(tmp_path, wanted)
-    monkeypatch.setattr(trees, "LARGE_BYTES", 0)
-    by_blocks = spool(tmp_path, wanted)
-    assert (spooled.reads_blocks, by_blocks.reads_blocks) == (False, True)
-    assert encode(by_blocks) == encode(spooled) == wanted
-    computed = trees.ComputedTree(by_blocks.spec, by_blocks.read)
-    assert_same(computed, tree)
-    assert encode(computed) == wanted
-
-
-def test_a_block_is_the_same_from_memory_and_from_a_file(tmp_path: Path) -> None:
-    tree = {"w": sample("f4", (4, 5)), "s": sample("i8", ())}
-    spooled = spool(tmp_path, encode(tree))
-    for block in (slice(0, 7), slice(6, 20), slice(None), slice(3, 3)):
-        assert np.array_equal(trees.read_block(spooled, "w", block), trees.read_block(tree, "w", block))
-    assert trees.read_block(spooled, "s", slice(0, 1)).tolist() == [int(tree["s"])]
-    assert [part.tolist() for part in trees.parts(tree, "s")] == [[int(tree["s"])]]
-
-
 def test_only_tensors_above_the_limit_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trees, "LARGE_BYTES", 100)
     assert not trees.is_large({"w": np.zeros(25, np.float32)})
