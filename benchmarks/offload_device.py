@@ -42,9 +42,9 @@ class SlowDevice:
     async def compute(self, model: LoadedModel, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
         """Run a part, and pause for the slower device."""
         async with self._lock:
-            begun_s = time.perf_counter()
+            begun_s = time.thread_time()  # else a moment in which the stage server has the core counts eight times
             made = model.run(names, feeds)
-            await asyncio.sleep((SLOWER - 1) * (time.perf_counter() - begun_s))
+            await asyncio.sleep((SLOWER - 1) * (time.thread_time() - begun_s))
             return made
 
 

@@ -25,7 +25,8 @@ from benchmarks.family import Family
 from benchmarks.report import Row, Target, command, installed, median
 from benchmarks.workload import RunFailedError
 from edge_agent.serving.api import bind
-from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
+from edge_agent.serving.model_file import ModelFile
+from edge_agent.serving.supervisor import ServingCallbacks, ServingConfig, ServingSupervisor
 from edgefl.local_fleet import free_ports
 
 ROOT = Path(__file__).parents[1]

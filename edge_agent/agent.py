@@ -14,16 +14,18 @@ import dataclasses
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from edge_agent.generation.supervisor import GenerationConfig, GenerationSupervisor
+from edge_agent.config import AgentConfig
+from edge_agent.generation.supervisor import (
+    GenerationCallbacks,
+    GenerationPlace,
+    GenerationSupervisor,
+)
 from edge_agent.install.notify import keep_alive, notify
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.chooser import ParentChooser, ParentRules
-from edge_agent.link.lease import LeasePolicy
 from edge_agent.link.link import CloudLink
 from edge_agent.link.log_sender import LOG_FILE, LogSender
 from edge_agent.link.outbox import Outbox
@@ -32,25 +34,24 @@ from edge_agent.link.profile import SERVING_FILE, Profile, load_profile
 from edge_agent.live import LiveFile, LiveState
 from edge_agent.placement.text import placement_text
 from edge_agent.policy.machine import Machine
-from edge_agent.policy.rules import DevicePolicy, parse_policy, refuse_never_true
+from edge_agent.policy.rules import refuse_never_true
 from edge_agent.policy.watch import PolicyWatch, refusal_text
+from edge_agent.releases.host import ReleaseHost
 from edge_agent.releases.updater import Updater, UpdaterDependencies
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
-from edge_agent.serving.access import Access
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
+from edge_agent.serving.model_file import ModelFile
+from edge_agent.serving.supervisor import ServingCallbacks, ServingConfig, ServingSupervisor
 from edge_agent.serving.wire import PlacementNote, TailAccess
 from edge_agent.store import Store
 from edge_agent.training.bundles import Bundles
 from edge_agent.training.environments import Environments
 from edge_agent.training.participant import Participant, ParticipantDependencies
-from edge_agent.training.site_network import own_address, require_machines
 from edge_agent.training.split.tunnel import SplitTunnel
-from edge_agent.training.trainer import IDLE_S, Trainer
-from edgefl.errors import ConfigError, PartFailed, ProtocolError
+from edge_agent.training.trainer import Trainer
+from edgefl.errors import ConfigError, PartFailed
 from edgefl.logs import event, logging_to
 from edgefl.process.home import lock_home, replace_file
-from edgefl.protocols.inference.placement import AUTO, CLOUD, DEVICE, SPLIT, split_address
 from edgefl.protocols.messages import (
     Assignment,
     JobMessage,
@@ -66,69 +67,9 @@ from edgefl.terminal.text import one_line
 if TYPE_CHECKING:
     from edge_agent.serving.revoked import RevokedList
 
-MAX_IDLE_S = 86_400.0
-MAX_LOAD_S = 3600.0
-
 MAX_REASON_CHARS = 300
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AgentConfig:
-    """How to run an agent. Its name and the cloud's addresses are in its home (`Profile`)."""
-
-    home: Path
-    data: Mapping[str, str] = field(default_factory=dict)  # options of the task's loaders
-    serve_host: str = "127.0.0.1"
-    serve_port: int = 8000  # 0 = any free port
-    serve_tls: bool = False  # mutual TLS with the device's certificate
-    serve_token_file: Path | None = None
-    serve_memory_mb: int = 0  # 0 = a third of the machine's
-    generation: GenerationConfig | None = None  # a language model's head, to generate texts with
-    model_load_s: float = 60.0  # time limit to load a release and run it once
-    trainer_memory_mb: int = 0  # 0 = three quarters of the machine's
-    trainer_socket: Path | None = None  # of a trainer run by systemd; None = our child process
-    trainer_idle_s: float = IDLE_S
-    policy: str = ""  # when this device works for the fleet, see `edge_agent.policy.rules`; empty = always
-    parents: LeasePolicy = field(default_factory=LeasePolicy)  # when the device changes its parent
-    install_dependencies: bool = False  # whether packages that a task needs may be installed, for the trainer only
-    placement: str = ""  # of releases that are placed: auto, device, cloud or split:NODE; empty = the release's own
-    stages: Sequence[str] = ()  # host:port of stage servers; empty = those that a release names
-    site_rendezvous: str = ""  # HOST:PORT of this machine where others join its training; empty = it trains alone
-    site_machines: int = 2  # how many train together, if there is a rendezvous
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.serve_port <= 65535:
-            raise ConfigError(f"--serve-port {self.serve_port} must be in 0..65535")
-        self.access()
-        self.device_policy()
-        for address in self.stages:
-            try:
-                split_address(address)
-            except ProtocolError as cause:
-                raise ConfigError(f"--stages: {cause}") from cause
-        if self.placement not in {"", AUTO, DEVICE, CLOUD} and not self.placement.startswith(SPLIT):
-            raise ConfigError(f"--placement {self.placement!r} is not one of: auto, device, cloud, split:NODE")
-        if self.trainer_memory_mb < 0:
-            raise ConfigError(f"--trainer-memory-mb {self.trainer_memory_mb} must be 0 (three quarters) or more")
-        if not 0 <= self.trainer_idle_s <= MAX_IDLE_S:
-            raise ConfigError(f"--trainer-idle-s {self.trainer_idle_s} must be in 0..{MAX_IDLE_S:g}")
-        if self.site_rendezvous:
-            own_address(self.site_rendezvous, leads=True)
-        require_machines(self.site_machines)
-        if self.serve_memory_mb < 0:
-            raise ConfigError(f"--serve-memory-mb {self.serve_memory_mb} must be 0 (a third) or more")
-        if not 0 < self.model_load_s <= MAX_LOAD_S:
-            raise ConfigError(f"--model-load-s {self.model_load_s} must be above 0 and at most {MAX_LOAD_S}")
-
-    def device_policy(self) -> DevicePolicy | None:
-        """Return the policy, None = the device always works; raises ConfigError for one that cannot be read."""
-        return parse_policy(self.policy) if self.policy else None
-
-    def access(self) -> Access:
-        """Return who may request predictions; raises ConfigError if the network could, without a token or TLS."""
-        return Access(host=self.serve_host, token_file=self.serve_token_file, mutual_tls=self.serve_tls)
 
 
 async def run_agent(config: AgentConfig) -> None:
@@ -177,11 +118,14 @@ class Agent:
         self._channel = CloudChannel(self._chooser.current, home)
         self._placements: dict[str, PlacementNote] = {}  # by model
         serving_mb = config.serve_memory_mb or default_serving_memory_mb()
-        self._generation: GenerationSupervisor | None = None
-        if config.generation is not None:
-            self._generation = GenerationSupervisor(
-                config.generation, device=profile.device, tls_home=None if profile.insecure else home
-            )
+        self._generation = GenerationSupervisor(
+            config.generation,
+            GenerationPlace(
+                device=profile.device, tls_home=None if profile.insecure else home, memory_mb=config.generate_memory_mb,
+                load_s=config.model_load_s,
+            ),
+            GenerationCallbacks(address=self._on_generation, failing=self._on_failing),
+        )  # fmt: skip
         self._supervisor = ServingSupervisor(
             listener,
             ServingConfig(
@@ -192,10 +136,11 @@ class Agent:
                 tail=TailAccess(
                     home="" if profile.insecure else str(home), device=profile.device, addresses=config.stages
                 ),
-                generation=self._generation.address if self._generation else "",
+                generation=self._generation.address,
             ),
             ServingCallbacks(serving=self._on_serving, failing=self._on_failing, placed=self._on_placed),
         )
+        self._host = ReleaseHost(self._supervisor, self._generation)
         self._started = False
         self._moved_with: Assignment | None = None  # that ran when the parent was changed
         self._environments = Environments(home, may_install=config.install_dependencies)
@@ -234,7 +179,7 @@ class Agent:
                 home=home,
                 fleet_key=fleet_key,
                 channel=self._channel,
-                host=self._supervisor,
+                host=self._host,
                 report=self._report,
                 changed=self._announce,
                 placement=config.placement,
@@ -265,7 +210,7 @@ class Agent:
                     "watchdog": keep_alive(),
                     "policy": self._policy.run(),
                     **({"revoked": self._revoked.run()} if self._revoked else {}),
-                    **({"generation": self._generation.run()} if self._generation else {}),
+                    "generation": self._generation.run(),
                 }.items()
             ]
             event(_log, logging.INFO, "agent.started", device=self._profile.device, pid=os.getpid(), serves=self._url,
@@ -324,13 +269,16 @@ class Agent:
     def _on_failing(self, model: ModelFile, reason: str) -> None:
         self._updater.handle_failing(model, reason)
 
+    def _on_generation(self, address: str) -> None:
+        self._supervisor.set_generation(address)
+
     def _on_placed(self, note: PlacementNote) -> None:
         self._placements[note.model] = note
         self._live.note_change()
 
     def _model_reports(self) -> dict[str, ModelReport]:
         """Return how the models that are served are placed, and what a run of each takes here."""
-        served = self._supervisor.versions()
+        served = self._host.versions()
         return {
             name: ModelReport(version=note.version, placement=placement_text(note.facts), profile_ms=note.profile_ms)
             for name, note in self._placements.items()
@@ -378,7 +326,7 @@ class Agent:
         self._link.report(note)
 
     def _announce(self) -> None:
-        self._link.serve(self._supervisor.versions(), self._url)
+        self._link.serve(self._host.versions(), self._url)
 
 
 def _policy_watch(config: AgentConfig, trainer: Trainer, on_change: Callable[[Mapping[str, str]], None]) -> PolicyWatch:

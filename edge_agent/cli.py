@@ -164,16 +164,18 @@ def enroll(  # noqa: PLR0913 - one a flag
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def start(log_level: str, data: Sequence[str], parent_lease_s: float, parent_return: str, **options: Any) -> None:
     """Run the agent until SIGTERM or Ctrl-C."""
-    from edge_agent.agent import AgentConfig, run_agent
+    from edge_agent.agent import run_agent
+    from edge_agent.config import AgentConfig
     from edge_agent.link.lease import LeasePolicy, ReturnPolicy
     from edgefl.process.descriptors import raise_limit
 
     raise_limit()
     set_up_logging(logging.getLevelNamesMapping()[log_level.upper()])
     parents = LeasePolicy(lease_s=parent_lease_s, comes_back=ReturnPolicy(parent_return))
-    generation = _generation(**{name: options.pop(name) for name in list(options) if name.startswith("generate")})
+    texts = {name: options.pop(name) for name in list(options) if name.startswith("generate")}
     config = AgentConfig(
-        data=_located(pairs_of("--data", data)), parents=parents, generation=generation, **options
+        data=_located(pairs_of("--data", data)), parents=parents, generation=_generation(**texts),
+        generate_memory_mb=texts["generate_memory_mb"], **options,
     )  # fmt: skip
     asyncio.run(run_agent(config))
 
@@ -205,8 +207,9 @@ def _generation(
         return GenerationConfig(
             folder=generate, tail=generate_tail, format=generate_format, memory_mb=generate_memory_mb
         )  # fmt: skip
-    if generate_tail or generate_memory_mb:
-        raise ConfigError("--generate-tail and --generate-memory-mb are for --generate FOLDER, which is missing")
+    if generate_tail:
+        raise ConfigError("--generate-tail is for --generate FOLDER, which is missing; a release says itself where its "
+                          "tail is")  # fmt: skip
     return None
 
 

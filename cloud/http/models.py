@@ -17,6 +17,7 @@ from cloud.http.shared import HEARTBEAT, Body, Here, known, stream_lines
 from cloud.state.registry import Tensors
 from edgefl.errors import ConfigError, NotFound, ProtocolError
 from edgefl.protocols.inference.placement import Offload
+from edgefl.protocols.inference.texts import TextStage
 from edgefl.protocols.messages import BlobRef, from_json
 
 operator = APIRouter()
@@ -33,6 +34,7 @@ class ReleaseRequest(Body):
     offload: dict[str, Any] | None = None  # how it is placed, as `edgefl.protocols.inference.placement.Offload`
     base: BlobRef | None = None  # the file to which `patch` adds adapters
     patch: BlobRef | None = None
+    text: dict[str, Any] | None = None  # of a language model: `edgefl.protocols.inference.texts.TextStage`
     new_signature: bool = False  # allows other inputs and outputs than those of the version before
 
 
@@ -50,9 +52,12 @@ def publish(name: str, body: ReleaseRequest, here: Here) -> dict[str, Any]:
     """Sign an uploaded model as the next version."""
     try:
         offload = None if body.offload is None else from_json(Offload, body.offload)
+        text = None if body.text is None else from_json(TextStage, body.text)
     except ProtocolError as cause:
         raise ConfigError(str(cause)) from cause
-    tensors = Tensors(sample=body.sample, inputs=body.inputs, outputs=body.outputs, base=body.base, patch=body.patch)
+    tensors = Tensors(
+        sample=body.sample, inputs=body.inputs, outputs=body.outputs, base=body.base, patch=body.patch, text=text
+    )  # fmt: skip
     signed = here.registry.publish(
         name, body.blob, body.metrics, tensors, new_signature=body.new_signature, offload=offload
     )

@@ -22,12 +22,14 @@ from cloud.state.store import releases
 from edgefl.errors import ConfigError, NotFound
 from edgefl.models.sample import MAX_SAMPLE_BYTES
 from edgefl.protocols.inference.placement import Offload
+from edgefl.protocols.inference.texts import TextStage
 from edgefl.protocols.manifest import Release, check_model_name, check_same_signature, sign, verify
 from edgefl.protocols.messages import BlobRef, Signed, from_json
 
 Rows = list[dict[str, Any]]
 
 MAX_METRICS = 64
+MAX_RECORD_BYTES, MAX_TOKENIZER_BYTES = 1 << 20, 256 << 20  # of a language model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,7 @@ class Tensors:
     outputs: Mapping[str, str] = field(default_factory=dict)
     base: BlobRef | None = None  # see `Release`
     patch: BlobRef | None = None
+    text: TextStage | None = None
 
 
 class Registry:
@@ -71,6 +74,9 @@ class Registry:
         for part, files in ({} if offload is None else offload.all_parts()).items():
             self._refuse_blob(f"part {part}", files.blob)
             self._refuse_blob(f"sample of part {part}", files.sample, MAX_SAMPLE_BYTES)
+        if tensors.text is not None:
+            self._refuse_blob("record", tensors.text.record, MAX_RECORD_BYTES)
+            self._refuse_blob("tokenizer", tensors.text.tokenizer, MAX_TOKENIZER_BYTES)
         if (tensors.base is None) != (tensors.patch is None):
             raise ConfigError("a release on a base has both, the base's file and the patch; one of them is missing")
         if tensors.base is not None and tensors.patch is not None:
@@ -83,7 +89,7 @@ class Registry:
             release = Release(
                 model=model, version=before.version + 1 if before else 1, blob=blob, metrics=dict(metrics),
                 sample=tensors.sample, inputs=dict(tensors.inputs), outputs=dict(tensors.outputs),
-                offload=offload, base=tensors.base, patch=tensors.patch,
+                offload=offload, base=tensors.base, patch=tensors.patch, text=tensors.text,
             )  # fmt: skip
             if before is not None and not new_signature:
                 check_same_signature(release, before)

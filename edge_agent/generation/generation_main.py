@@ -25,14 +25,15 @@ from edge_agent.generation.generator import Generator
 from edge_agent.generation.memory import check_memory
 from edge_agent.generation.tail_link import TailAddress, TailLink
 from edge_agent.generation.text import TextCodec
-from edgefl.errors import ConfigError, EdgeflError, ProtocolError
+from edgefl.errors import EdgeflError, ProtocolError
 from edgefl.logs import event, set_up_logging
 from edgefl.offload.generation.blocks import numpy_engine
 from edgefl.offload.generation.generate import load_part
-from edgefl.offload.generation.stage_info import StageInfo, read_stage
+from edgefl.offload.generation.stage_info import check_first, read_stage
 from edgefl.process.children import die_with_parent, limit_own_memory
 
 READ_S = 30.0  # time limit to receive a request from the serving process
+LOADING_S = 30.0  # a request waits so long while the model is loaded
 
 _log = logging.getLogger(__name__)
 
@@ -45,16 +46,23 @@ class GenerationProcess:
         self._worker = ThreadPoolExecutor(1, "head")
         self._endpoint = OpenAiEndpoint()
         self._link: TailLink | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._connections: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Serve until SIGTERM."""
+        """Serve until SIGTERM, then to the end of the texts that are generated.
+
+        The agent holds the listening socket, too: new requests wait there for the next process.
+        """
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, stop.set)
-        loading = asyncio.create_task(self._load(), name="load-head")
-        server = await asyncio.start_unix_server(self._serve, sock=self._listener, limit=wire.MAX_LINE_BYTES)
-        async with server:
-            await stop.wait()
+        self._loading = loading = asyncio.create_task(self._load(), name="load-head")
+        server = await asyncio.start_unix_server(self._accept, sock=self._listener, limit=wire.MAX_LINE_BYTES)
+        await stop.wait()
+        server.close()
         loading.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections)  # the agent ends the process when that takes too long
         if self._link is not None:
             await self._link.close()
 
@@ -75,7 +83,7 @@ class GenerationProcess:
         """Return the model, its generator and its tokenizer; raises ConfigError if it cannot be used here."""
         given = self._arguments
         info = read_stage(given.folder)
-        check_stage(info, given.tail)
+        check_first(info, given.tail, "--generate-tail")
         check_memory(info, given.memory_mb)
         codec = TextCodec(given.folder, info)
         part = load_part(given.folder, numpy_engine())
@@ -88,6 +96,11 @@ class GenerationProcess:
         return TextModel(
             info=info, codec=codec, generator=Generator(part, self._worker, self._link, given.format)
         )  # fmt: skip
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer), name="connection")
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the one request of a connection; its text ends with the connection."""
@@ -114,20 +127,10 @@ class GenerationProcess:
             writer.write(wire.line(message) if isinstance(message, wire.ResponseHead) else wire.piece(message))
             await writer.drain()
 
+        if self._loading is not None and not self._loading.done():
+            await asyncio.wait([self._loading], timeout=LOADING_S)
         await self._endpoint.answer(request.method, request.path, body, send)
         await send(b"")
-
-
-def check_stage(info: StageInfo, tail: str) -> None:
-    """Raise ConfigError unless a stage can generate with, or without, a tail."""
-    if not info.is_first:
-        raise ConfigError(f"the folder has {info.what}; a device takes the folder `head`, or `whole`")
-    if info.is_last and tail:
-        raise ConfigError(f"the folder has {info.what}, which needs no tail: leave out --generate-tail")
-    if not info.is_last and not tail:
-        raise ConfigError(
-            f"the folder has {info.what}: its tail is needed, --generate-tail HOST:PORT of `edgefl cloud generate`"
-        )
 
 
 async def _main(arguments: argparse.Namespace, listener: socket.socket, control: socket.socket) -> None:

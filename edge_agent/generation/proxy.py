@@ -32,7 +32,10 @@ class GenerationProxy:
     async def forward(self, method: str, path: str, body: bytes, send: _Send, receive: _Receive) -> None:
         """Answer a request; when its client is gone, the generation of its text ends."""
         if not self._address:
-            none = "this device generates no texts; its agent does with --generate FOLDER"
+            none = (
+                "this device generates no texts: roll out a language model (`edgefl offload publish-decoder`), or "
+                "start its agent with --generate FOLDER"
+            )
             await send_error(send, ApiError(404, none, code="no_generation"))
             return
         if len(body) > wire.MAX_BODY_BYTES:

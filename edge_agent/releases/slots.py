@@ -17,8 +17,10 @@ from pathlib import Path
 
 from edgefl.errors import HomeError, ManifestRejected, ProtocolError
 from edgefl.logs import event
+from edgefl.offload.generation.stage_info import STAGE_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 from edgefl.process.home import replace_file
 from edgefl.protocols.inference.placement import ModelPart, Offload
+from edgefl.protocols.inference.texts import TextStage
 from edgefl.protocols.messages import BlobRef, RolloutNote, from_json
 
 _log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class Installed:
     placements: Sequence[str] = field(default_factory=list)  # those whose files are in the slot
     inputs: Mapping[str, str] = field(default_factory=dict)  # of a placed release: datatype and shape by name
     outputs: Mapping[str, str] = field(default_factory=dict)
+    text: TextStage | None = None  # of a language model
 
     def parts(self) -> Mapping[str, ModelPart]:
         """Return the files that a placed release needs here, by name."""
@@ -46,7 +49,11 @@ class Installed:
         """Whether the files of another release are the same."""
         if (self.offload is None) != (other.offload is None):
             return False
-        return (self.blob, self.sample, self.parts()) == (other.blob, other.sample, other.parts())
+        ours, theirs = (
+            (one.blob, one.sample, one.parts(), None if one.text is None else (one.text.record, one.text.tokenizer))
+            for one in (self, other)
+        )
+        return ours == theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,12 @@ class ModelSlots:
     def files(self, slot: str, installed: Installed) -> list[SlotFile]:
         """Return the files of a release in a slot."""
         name, folder = f"{self.state.model} version {installed.version}", self._folder / slot
+        if (text := installed.text) is not None:
+            return [
+                SlotFile(name, installed.blob, folder / WEIGHTS_FILE),
+                SlotFile(f"the record of {name}", text.record, folder / STAGE_FILE),
+                SlotFile(f"the tokenizer of {name}", text.tokenizer, folder / TOKENIZER_FILE),
+            ]
         found = [] if installed.offload else [SlotFile(name, installed.blob, self.path(slot))]
         for part, files in installed.parts().items():
             found += [

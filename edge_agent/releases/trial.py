@@ -13,6 +13,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from edge_agent.sessions import load
 from edgefl.errors import EdgeflError, ProtocolError
@@ -29,12 +30,22 @@ async def try_model(
 
     Cancelling kills the process.
     """
+    arguments = ["--name", name, "--version", str(version), "--memory-mb", str(memory_mb)]
+    for path, sample in files:
+        arguments += ["--path", str(path), "--sample", "" if sample is None else str(sample)]
+    await _tried("edge_agent.releases.trial", arguments, f"model {name} version {version}", within_s)
+
+
+async def try_stage(name: str, version: int, folder: Path, *, tail: str, memory_mb: int, within_s: float) -> None:
+    """Load the stage of a language model in a separate process and run it on a few tokens; raises ProtocolError."""
+    arguments = ["--folder", str(folder), "--tail", tail, "--memory-mb", str(memory_mb)]
+    await _tried("edge_agent.generation.stage_trial", arguments, f"model {name} version {version}", within_s)
+
+
+async def _tried(module: str, arguments: Sequence[str], what: str, within_s: float) -> None:
     ours, theirs = os.pipe()
     try:
-        arguments = ["--name", name, "--version", str(version), "--memory-mb", str(memory_mb)]
-        for path, sample in files:
-            arguments += ["--path", str(path), "--sample", "" if sample is None else str(sample)]
-        child = Child("edge_agent.releases.trial", *arguments, "--say", str(theirs), descriptors=[theirs])
+        child = Child(module, *arguments, "--say", str(theirs), descriptors=[theirs])
     finally:
         os.close(theirs)
     try:
@@ -42,12 +53,12 @@ async def try_model(
             await child.ended.wait()
         reason = os.read(ours, MAX_REASON_BYTES).decode(errors="replace")
     except TimeoutError as cause:
-        raise ProtocolError(f"model {name} version {version} was not loaded and run within {within_s:g} s") from cause
+        raise ProtocolError(f"{what} was not loaded and run within {within_s:g} s") from cause
     finally:
         os.close(ours)
         await asyncio.shield(asyncio.create_task(child.kill()))
     if child.end != "ended with exit status 0":
-        raise ProtocolError(reason or f"the process that tried model {name} version {version} {child.end}")
+        raise ProtocolError(reason or f"the process that tried {what} {child.end}")
 
 
 def main() -> None:
@@ -61,15 +72,25 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with_parent()
     limit_own_memory(arguments.memory_mb)
-    os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+    yield_to_serving()
     try:
         loaded = []  # all at once, as they will be served
         for path, sample in zip(arguments.path, arguments.sample, strict=True):
             loaded.append(load(arguments.name, arguments.version, path, Path(sample) if sample else None))
     except (EdgeflError, OSError) as error:
-        os.write(arguments.say, str(error).encode()[:MAX_REASON_BYTES])
-        os._exit(1)
+        say_why(arguments.say, error)
     os._exit(0)  # skips the slow teardown of the session
+
+
+def yield_to_serving() -> None:
+    """Lower this process's priority: predictions go first."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
+def say_why(descriptor: int, error: BaseException) -> NoReturn:
+    """Tell the agent why the trial failed, and exit."""
+    os.write(descriptor, str(error).encode()[:MAX_REASON_BYTES])
+    os._exit(1)
 
 
 if __name__ == "__main__":

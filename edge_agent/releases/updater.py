@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -25,9 +26,10 @@ from edge_agent.link.transfer import download
 from edge_agent.placement.placed_file import PlacedFile, text_of
 from edge_agent.releases.patched import make_from_base
 from edge_agent.releases.slots import Installed, ModelSlots, SlotState, held_models, open_slots
-from edge_agent.serving.supervisor import ModelFile
+from edge_agent.serving.model_file import ModelFile
 from edgefl.errors import CloudUnreachable, EdgeflError, ManifestRejected, ProtocolError
 from edgefl.logs import event
+from edgefl.protocols.fields import to_json
 from edgefl.protocols.manifest import Desired, Release, check_blob, check_version, verify
 from edgefl.protocols.messages import RolloutNote, Signed
 
@@ -56,13 +58,10 @@ class PreparedModel(Protocol):
 
 
 class ModelHost(Protocol):
-    """The process that loads and serves models; implemented by `edge_agent.serving.supervisor`."""
+    """The process that loads and serves models; implemented by `edge_agent.releases.host`."""
 
     async def prepare(self, model: ModelFile, *, trial: bool) -> PreparedModel:
         """Load a model while others serve, with `trial` in a separate process first; raises ProtocolError."""
-
-    def drop(self, name: str) -> None:
-        """Stop serving a model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,7 +248,9 @@ class Updater:
             chosen = offload.chosen(self._deps.placement, self._deps.serving_bytes)
             placed = {"offload": offload, "placements": [one.name for one in chosen], "inputs": release.inputs,
                       "outputs": release.outputs}  # fmt: skip
-        return Installed(version=release.version, blob=release.blob, sample=release.sample, **placed)
+        return Installed(
+            version=release.version, blob=release.blob, sample=release.sample, text=release.text, **placed
+        )  # fmt: skip
 
     def _refuse_other_placement(self, installed: Installed) -> None:
         """Raise ProtocolError if the files in a slot are for another placement than this agent was started with."""
@@ -303,8 +304,20 @@ class Updater:
             return
         ready.switch()
         self._unfinished.discard(release.model)
+        if installed.text is not None:
+            self._remove_other_texts(slots)
         self._finish(slots, desired, "active")
         self._deps.changed()
+
+    def _remove_other_texts(self, serving: ModelSlots) -> None:
+        """Remove other language models: a device generates texts with one at a time, the last that was rolled out."""
+        for slots in filter(None, map(self._slots_of, held_models(self._folder))):
+            state = slots.state
+            if slots is not serving and any(one.text is not None for one in state.slots.values()):
+                event(_log, logging.INFO, "release.replaced", model=state.model, by=serving.state.model)
+                slots.note(dataclasses.replace(state, active=None, slots={}))
+                for slot in state.slots:
+                    slots.clear(slot, [])
 
     def _count_try(self, slots: ModelSlots, desired: Desired) -> None:
         state = slots.state
@@ -372,6 +385,7 @@ def _model_file(slots: ModelSlots, slot: str, installed: Installed) -> ModelFile
     return ModelFile(
         name=slots.state.model, version=installed.version, path=slots.path(slot),
         sample=None if installed.sample is None else slots.sample_path(slot), placed=text_of(placed),
+        text="" if installed.text is None else json.dumps(to_json(installed.text), sort_keys=True),
     )  # fmt: skip
 
 

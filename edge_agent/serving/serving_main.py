@@ -101,6 +101,8 @@ class ServingProcess:
                 self._drop_placed(message.name)
             case wire.SetReady():
                 self._serving.ready = message.ready
+            case wire.SetGeneration():
+                self._serving.generation = GenerationProxy(message.address)
             case wire.DisconnectClients():
                 self._serving.disconnect_clients()
             case _:

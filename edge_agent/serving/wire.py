@@ -5,6 +5,7 @@
              load {id, name, version, path, sample, placed} load and warm up; models being served are not affected
              switch {id} | forget {id}              serve the loaded model, or unload it
              drop {name} | ready {ready}
+             generation {address}                   where texts are generated from now on
              admit_anew {}                          disconnect all clients, because access rights have changed
     process: loaded {id, error}                     the error is empty if the model can serve
              stuck {model}                          a computation cannot be stopped
@@ -111,6 +112,14 @@ class SetReady:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SetGeneration:
+    """Where the generation process listens from now on; empty = there is no language model."""
+
+    address: str
+    kind: str = "generation"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DisconnectClients:
     """Close all client connections; new ones are checked against the current certificates and revocation list."""
 
@@ -145,6 +154,7 @@ Message = (
     | ForgetModel
     | DropModel
     | SetReady
+    | SetGeneration
     | DisconnectClients
     | ModelStuck
     | PlacementNote
@@ -158,6 +168,7 @@ _KINDS: Mapping[str, type[Any]] = {
     "forget": ForgetModel,
     "drop": DropModel,
     "ready": SetReady,
+    "generation": SetGeneration,
     "admit_anew": DisconnectClients,
     "stuck": ModelStuck,
     "placed": PlacementNote,

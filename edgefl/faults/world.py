@@ -23,7 +23,8 @@ from cloud.region.server.enrolment import load_profile as load_region
 from cloud.region.server.options import RegionOptions
 from cloud.region.server.process import Region
 from cloud.state.storage import waits_for
-from edge_agent.agent import Agent, AgentConfig
+from edge_agent.agent import Agent
+from edge_agent.config import AgentConfig
 from edge_agent.link.lease import LeasePolicy
 from edge_agent.link.parents import KnownParents, load_fleet_key, parent_name
 from edge_agent.link.profile import load_profile

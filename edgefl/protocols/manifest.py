@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from edgefl.errors import ConfigError, ManifestRejected, ProtocolError, SignatureChanged
 from edgefl.protocols.fields import Checked, from_json, limited, parse_json
 from edgefl.protocols.inference.placement import Offload
+from edgefl.protocols.inference.texts import TextStage
 from edgefl.protocols.messages import MAX_NAME_CHARS, BlobRef, Signed
 
 MAX_TASK_CHARS = 500
@@ -50,7 +51,7 @@ class Release(Checked):
 
     model: str = field(metadata=limited(max_chars=MAX_NAME_CHARS))
     version: int = field(metadata=limited(least=0))  # from 1
-    blob: BlobRef  # the ONNX file
+    blob: BlobRef  # the ONNX file, or a language model's weights
     metrics: Mapping[str, float] = field(default_factory=dict)  # e.g. accuracy, accuracy_drop
     sample: BlobRef | None = None  # inputs and expected outputs (`edgefl.models.sample`); None in older releases
     inputs: Mapping[str, str] = field(default_factory=dict)  # datatype and shape by name; empty = not known
@@ -58,6 +59,7 @@ class Release(Checked):
     offload: Offload | None = None  # how it is placed; None = on the device. Older devices serve the whole model
     base: BlobRef | None = None  # another ONNX file, from which the patch makes this one (`edgefl.models.adapters`)
     patch: BlobRef | None = None
+    text: TextStage | None = None  # of a language model, whose `blob` are weights; None = `blob` is an ONNX file
     kind: str = "release"
 
 

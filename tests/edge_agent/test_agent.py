@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from edge_agent import agent as agent_module
-from edge_agent.agent import AgentConfig
+from edge_agent.config import AgentConfig
 from edge_agent.install.status import read_status
 from edgefl.errors import ConfigError, PartFailed
 from edgefl.protocols import tls

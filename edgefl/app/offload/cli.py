@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edgefl.app.offload.decoder import split_decoder
+from edgefl.app.offload.decoder import publish_decoder, split_decoder
 from edgefl.app.offload.options import FILE, of_model
 from edgefl.errors import ConfigError
 from edgefl.operator.connection import CloudConnection, connected
@@ -37,6 +37,7 @@ def offload() -> None:
 
 
 offload.add_command(split_decoder)
+offload.add_command(publish_decoder)
 
 
 @offload.command(

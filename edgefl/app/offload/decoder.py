@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from edgefl.operator.connection import CloudConnection, connected
 from edgefl.terminal.output import Output, example, json_option
 
 _MB = 1e6
@@ -45,3 +46,35 @@ def split_decoder(model: Path, cut: int | None, out: Path, name: str, output: Ou
         output.line(f"on a device:  edgefl agent start --home HOME --generate {folders[0]} --generate-tail HOST:9460")
     stages = [{"folder": str(folder), **dataclasses.asdict(one)} for folder, one in zip(folders, infos, strict=True)]
     output.result({"model": infos[0].name, "stages": stages})
+
+
+@click.command(
+    epilog=example(
+        "edgefl offload publish-decoder smollm2/head --tail cloud.example.org:9460",
+        "edgefl offload publish-decoder tiny/whole --name assistant",
+    )
+)
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--name", default="", help="The release's name. [default: that of the model]")
+@click.option("--tail", default="", metavar="HOST:PORT", help="Where devices reach `edgefl cloud generate`.")
+@click.option("--format", "form", default="fp16", show_default=True, type=click.Choice(["fp32", "fp16", "bf16"]),
+              help="Wire format of what crosses the cut.")  # fmt: skip
+@connected
+@json_option
+def publish_decoder(folder: Path, name: str, tail: str, form: str, connection: CloudConnection, output: Output) -> None:
+    """Publish the stage in FOLDER as a release: devices that get it generate texts.
+
+    FOLDER is `head` or `whole` of `edgefl offload split-decoder`. The release is signed, rolled out and rolled back
+    like any other. A device generates texts with one language model at a time, the last that was rolled out to it.
+    """
+    from edgefl.operator.texts import TextRelease, publish_text
+
+    release = TextRelease(folder=folder, name=name, tail=tail, form=form)
+    with connection.open() as client:
+        found = publish_text(client, release)
+    info = release.info
+    output.line(f"{found['model']} version {found['version']}: {info.what}; clients name the model {info.name!r}")
+    if tail:
+        output.line(f"serve its tail there: edgefl cloud generate FOLDER/tail --home HOME, at {tail}")
+    output.line(f"deliver it to the devices: edgefl rollout start {found['model']} --version {found['version']}")
+    output.result(found)

@@ -104,6 +104,18 @@ class StageInfo:
         return f"the {part} of {self.name} (blocks {self.start} to {self.end} of {self.spec.num_blocks})"
 
 
+def check_first(info: StageInfo, tail: str, option: str) -> None:
+    """Raise ConfigError unless a stage can generate with a tail (HOST:PORT), or without; `option` gives the tail."""
+    if not info.is_first:
+        raise ConfigError(f"the folder has {info.what}; a device takes the folder `head`, or `whole`")
+    if info.is_last and tail:
+        raise ConfigError(f"the folder has {info.what}, which needs no tail: leave out {option}")
+    if not info.is_last and not tail:
+        raise ConfigError(
+            f"the folder has {info.what}: its tail is needed, {option} HOST:PORT of `edgefl cloud generate`"
+        )
+
+
 def write_stage(folder: Path, info: StageInfo) -> None:
     """Write the record; the other files are there."""
     text = json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False)

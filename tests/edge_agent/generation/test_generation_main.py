@@ -13,9 +13,7 @@ import signal
 import pytest
 
 from edge_agent.generation import wire
-from edge_agent.generation.generation_main import GenerationProcess, check_stage
-from edgefl.errors import ConfigError
-from edgefl.offload.generation.stage_info import read_stage
+from edge_agent.generation.generation_main import GenerationProcess
 from tests.language_models import write_stages
 
 
@@ -24,19 +22,6 @@ def folders(tmp_path):
     write_stages(tmp_path, 2)
     write_stages(tmp_path, None)
     return tmp_path
-
-
-def test_a_head_needs_a_tail_and_a_whole_model_none(folders) -> None:
-    head, tail, whole = (read_stage(folders / one) for one in ("head", "tail", "whole"))
-    check_stage(head, "host:1")
-    check_stage(whole, "")
-    for info, given, words in (
-        (head, "", "its tail is needed, --generate-tail HOST:PORT"),
-        (whole, "host:1", "which needs no tail"),
-        (tail, "host:1", "a device takes the folder `head`, or `whole`"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            check_stage(info, given)
 
 
 @contextlib.asynccontextmanager

@@ -12,7 +12,8 @@ import pytest
 
 from edge_agent.serving import supervisor as module
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.supervisor import ModelFile, ServingCallbacks, ServingConfig, ServingSupervisor
+from edge_agent.serving.model_file import ModelFile
+from edge_agent.serving.supervisor import ServingCallbacks, ServingConfig, ServingSupervisor
 from edgefl.errors import ProtocolError
 from tests import onnx_models
 

@@ -1,0 +1,61 @@
+"""Tries the stage of a language model in a separate process, before texts may be generated with it.
+
+    python -P -m edge_agent.generation.stage_trial --folder DIR --tail HOST:PORT --memory-mb N --say N
+
+It loads the stage and its tokenizer, and runs a few tokens, with a deadline and a memory limit. The tail is not asked:
+it may be there later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+
+from edge_agent.generation.memory import check_memory
+from edge_agent.generation.text import TextCodec
+from edge_agent.releases.trial import say_why, yield_to_serving
+from edgefl.errors import EdgeflError, ProtocolError
+from edgefl.offload.generation.blocks import Rows, numpy_engine
+from edgefl.offload.generation.generate import load_part
+from edgefl.offload.generation.stage_info import check_first, read_stage
+from edgefl.process.children import die_with_parent, limit_own_memory
+
+TOKENS = 4
+
+
+def check_stage(folder: Path, tail: str, memory_mb: int) -> None:
+    """Raise EdgeflError unless the stage in a folder can generate here."""
+    info = read_stage(folder)
+    check_first(info, tail, "publish it with --tail")
+    check_memory(info, memory_mb)
+    TextCodec(folder, info)
+    part = load_part(folder, numpy_engine())
+    tokens = [one % info.spec.vocabulary for one in range(TOKENS)]
+    hidden = part.engine.numpy(part.run(part.embed(tokens), [Rows(part.new_cache(), TOKENS)]))
+    if not np.isfinite(hidden).all():
+        raise ProtocolError(f"{info.what} computes NaN or infinity; split the model again")
+
+
+def main() -> None:
+    """Try the stage, report an error, and exit."""
+    parser = argparse.ArgumentParser(prog="edgefl-stage-trial", description="Loads a language model's stage, runs it.")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--tail", default="", help="HOST:PORT; empty = the folder has the whole model")
+    for option in ("--memory-mb", "--say"):
+        parser.add_argument(option, type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent()
+    limit_own_memory(arguments.memory_mb)
+    yield_to_serving()
+    try:
+        check_stage(arguments.folder, arguments.tail, arguments.memory_mb)
+    except (EdgeflError, OSError, MemoryError) as error:
+        say_why(arguments.say, error if str(error) else MemoryError("there is too little memory to load the model"))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
