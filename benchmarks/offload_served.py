@@ -45,7 +45,7 @@ from edgefl.offload.plans.link import LinkSpeed
 from edgefl.offload.plans.planning import Planner, Wish
 from edgefl.offload.plans.timing import machine_name, measure_layers
 from edgefl.offload.source import source_of_file
-from edgefl.operator.placing import PlacingRequest, make_placed
+from edgefl.operator.publishing.placing import PlacingRequest, make_placed
 from edgefl.protocols import tls
 from edgefl.protocols.inference.placement import AUTO, CLOUD, DEVICE, ModelPart, Offload, Placement
 from edgefl.protocols.messages import BlobRef

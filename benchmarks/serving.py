@@ -24,8 +24,8 @@ from benchmarks import serving_mlserver, serving_model
 from benchmarks.family import Family
 from benchmarks.report import Row, Target, command, installed, median
 from benchmarks.workload import RunFailedError
+from edge_agent.releases.model_file import ModelFile
 from edge_agent.serving.api import bind
-from edge_agent.serving.model_file import ModelFile
 from edge_agent.serving.supervisor import ServingCallbacks, ServingConfig, ServingSupervisor
 from edgefl.local_fleet import free_ports
 

@@ -37,10 +37,10 @@ from edge_agent.policy.machine import Machine
 from edge_agent.policy.rules import refuse_never_true
 from edge_agent.policy.watch import PolicyWatch, refusal_text
 from edge_agent.releases.host import ReleaseHost
+from edge_agent.releases.model_file import ModelFile
 from edge_agent.releases.updater import Updater, UpdaterDependencies
 from edge_agent.resources import default_memory_limit_mb, default_serving_memory_mb
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.model_file import ModelFile
 from edge_agent.serving.supervisor import ServingCallbacks, ServingConfig, ServingSupervisor
 from edge_agent.serving.wire import PlacementNote, TailAccess
 from edge_agent.store import Store

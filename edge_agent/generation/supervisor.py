@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.generation.wire import listen_privately
+from edge_agent.releases.model_file import ModelFile
 from edge_agent.releases.trial import try_stage
-from edge_agent.serving.model_file import ModelFile
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.logs import event
 from edgefl.offload.generation.stage_info import CUT_FORMATS

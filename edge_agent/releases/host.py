@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_agent.generation.supervisor import GenerationSupervisor, StagedText
-from edge_agent.serving.model_file import ModelFile
+from edge_agent.releases.model_file import ModelFile
 from edge_agent.serving.supervisor import ServingSupervisor, StagedModel
 
 

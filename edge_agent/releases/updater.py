@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.transfer import download
 from edge_agent.placement.placed_file import PlacedFile, text_of
+from edge_agent.releases.model_file import ModelFile
 from edge_agent.releases.patched import make_from_base
 from edge_agent.releases.slots import Installed, ModelSlots, SlotState, held_models, open_slots
-from edge_agent.serving.model_file import ModelFile
 from edgefl.errors import CloudUnreachable, EdgeflError, ManifestRejected, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols.fields import to_json

@@ -21,10 +21,10 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from edge_agent.releases.model_file import ModelFile
 from edge_agent.releases.trial import try_model
 from edge_agent.serving import wire
 from edge_agent.serving.board import Board, new_descriptor
-from edge_agent.serving.model_file import ModelFile
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.process.children import Child

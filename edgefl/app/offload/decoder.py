@@ -67,7 +67,7 @@ def publish_decoder(folder: Path, name: str, tail: str, form: str, connection: C
     FOLDER is `head` or `whole` of `edgefl offload split-decoder`. The release is signed, rolled out and rolled back
     like any other. A device generates texts with one language model at a time, the last that was rolled out to it.
     """
-    from edgefl.operator.texts import TextRelease, publish_text
+    from edgefl.operator.publishing.texts import TextRelease, publish_text
 
     release = TextRelease(folder=folder, name=name, tail=tail, form=form)
     with connection.open() as client:

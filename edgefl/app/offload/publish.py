@@ -62,8 +62,8 @@ def publish(  # noqa: PLR0913 - one a flag
     release is signed, rolled out and rolled back like any other; devices fetch the files that their placement needs.
     """
     from edgefl.app.offload.plan import own_samples
-    from edgefl.operator.placing import PlacingRequest, make_placed, placements_text, publish_placed
     from edgefl.operator.publish import refuse_unreachable
+    from edgefl.operator.publishing.placing import PlacingRequest, make_placed, placements_text, publish_placed
     from edgefl.operator.splitting import open_fallback, open_source
 
     parse_max_drop(max_drop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ from cloud.state.blobs import BlobStore
 from cloud.state.registry import Registry, Tensors
 from cloud.state.store import open_database, releases
 from edgefl.errors import ConfigError, ManifestRejected, NotFound, SignatureChanged
+from edgefl.protocols.inference.texts import TextStage
 from edgefl.protocols.manifest import Release, new_fleet_key, verify
 from edgefl.protocols.messages import BlobRef
 from edgefl.testing import ManualClock
@@ -57,6 +59,15 @@ def test_a_sample_that_is_not_there_or_too_large_is_refused(registry, blobs, mon
     monkeypatch.setattr("cloud.state.registry.MAX_SAMPLE_BYTES", 5)
     with pytest.raises(ConfigError, match="sample has 6 bytes, allowed: 5"):
         registry.publish("m", blobs.put(b"onnx"), {}, Tensors(sample=blobs.put(b"sample")))
+
+
+def test_a_language_model_is_published_with_its_files(registry, blobs):
+    stage = TextStage(record=blobs.put(b"record"), tokenizer=blobs.put(b"tokenizer"), tail="h:1")
+    registry.publish("tiny", blobs.put(b"weights"), {}, Tensors(text=stage))
+    assert registry.release("tiny").text == stage
+    absent = dataclasses.replace(stage, tokenizer=BlobRef(sha256="0" * 64, size=4))
+    with pytest.raises(ConfigError, match=r"the model's tokenizer 0+\.\.\. is not in the cloud"):
+        registry.publish("tiny", blobs.put(b"weights"), {}, Tensors(text=absent))
 
 
 def test_another_signature_needs_consent(registry, blobs):

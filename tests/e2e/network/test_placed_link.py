@@ -19,7 +19,7 @@ from benchmarks.offload_served import digest_of, enrol
 from edge_agent.placement.placed_file import PlacedFile, text_of
 from edgefl.models.session import new_session
 from edgefl.offload.source import source_of_file
-from edgefl.operator.placing import PlacingRequest, make_placed
+from edgefl.operator.publishing.placing import PlacingRequest, make_placed
 from tests.edgefl.offload.graphs import node, value, weight, write
 
 ROOT = Path(__file__).parents[3]

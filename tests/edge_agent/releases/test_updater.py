@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 
+from edge_agent.releases.model_file import ModelFile
 from edge_agent.releases.slots import ModelSlots
-from edge_agent.serving.model_file import ModelFile
 from edgefl.protocols.manifest import new_fleet_key
 from tests.edge_agent.updater_device import Device
 

@@ -10,9 +10,9 @@ import signal
 import httpx
 import pytest
 
+from edge_agent.releases.model_file import ModelFile
 from edge_agent.serving import supervisor as module
 from edge_agent.serving.api import bind, url_of
-from edge_agent.serving.model_file import ModelFile
 from edge_agent.serving.supervisor import ServingCallbacks, ServingConfig, ServingSupervisor
 from edgefl.errors import ProtocolError
 from tests import onnx_models

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from edgefl.errors import BlobDamaged, ConfigError
-from edgefl.offload.generation.stage_info import STAGE_FILE, WEIGHTS_FILE, DecoderSpec, read_stage
+from edgefl.offload.generation.stage_info import STAGE_FILE, WEIGHTS_FILE, DecoderSpec, check_first, read_stage
 from tests.language_models import SPEC, write_stages
 
 
@@ -71,3 +71,18 @@ def test_records_of_other_versions_are_refused(tmp_path, changes, words) -> None
 def test_sizes_that_no_decoder_has_are_refused(changes) -> None:
     with pytest.raises(ConfigError):
         DecoderSpec(**dataclasses.asdict(SPEC) | changes)
+
+
+def test_a_head_needs_a_tail_and_a_whole_model_none(tmp_path) -> None:
+    write_stages(tmp_path, 2)
+    write_stages(tmp_path, None)
+    head, tail, whole = (read_stage(tmp_path / one) for one in ("head", "tail", "whole"))
+    check_first(head, "host:1", "--tail")
+    check_first(whole, "", "--tail")
+    for info, given, words in (
+        (head, "", "its tail is needed, --tail HOST:PORT"),
+        (whole, "host:1", "which needs no tail: leave out --tail"),
+        (tail, "host:1", "a device takes the folder `head`, or `whole`"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_first(info, given, "--tail")

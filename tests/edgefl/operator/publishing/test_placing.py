@@ -16,7 +16,7 @@ from edgefl.models.session import new_session
 from edgefl.offload.source import source_of_file
 from edgefl.operator.client import CloudClient
 from edgefl.operator.credentials import load_credentials
-from edgefl.operator.placing import PlacingRequest, make_placed, placements_text, publish_placed
+from edgefl.operator.publishing.placing import PlacingRequest, make_placed, placements_text, publish_placed
 from edgefl.protocols.fields import from_json
 from edgefl.protocols.manifest import Release
 from tests.edgefl.offload.graphs import node, rows, value, weight, write

@@ -1,0 +1,1 @@
+"""Releases of models in parts: split ones, and language models."""
