@@ -73,6 +73,7 @@ COMMANDS = {
     "offload plan": (("m", "--device", "5x", "--link", "1mbit,1ms", *NOWHERE), "train"),
     "offload profile": (("m", *NOWHERE), "train"),
     "offload publish": (("m", "--cut", "c", *NOWHERE), "train"),
+    "offload publish-decoder": ((".", *NOWHERE), ""),
     "offload split-decoder": ((".", "--out", "o"), "train,offload"),
     "region start": (HOME, "cloud"),
     "rollout start": (("m", *NOWHERE), ""),
