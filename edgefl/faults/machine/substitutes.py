@@ -211,6 +211,7 @@ def _by_name(seen: Seen) -> dict[tuple[str, str], Any]:
         ("cloud.aggregator", "run_rounds"): _noted(run_rounds, seen),
         ("edge_agent.agent", "Trainer"): seen.trainer,
         ("edge_agent.agent", "ServingSupervisor"): _Inert,
+        ("edge_agent.agent", "GenerationSupervisor"): _Inert,
         ("edge_agent.agent", "LiveFile"): _Inert,
         ("edge_agent.agent", "keep_alive"): _Inert().run,
         ("edge_agent.agent", "notify"): lambda _state: None,
