@@ -6,7 +6,8 @@
     int8   floats in groups of 32 neighbours with a common scale: error at most half of the group's largest value / 127.
            Channels whose values are far larger than the others' (Dettmers et al. 2022) are sent apart, in fp16
 
-Integers and booleans are sent as they are in every format, and floats with infinities, such as masks, as in fp16.
+Integers and booleans are sent as they are in every format. In int8, so are 0-d tensors, and floats with infinities,
+such as masks, as in fp16.
 A message begins with b"EFW1", uint8 number of tensors, then for each tensor
 
     uint8 format, uint8 dtype, uint8 dimensions, uint8 length of the name, the name in UTF-8, uint32 for each dimension
@@ -97,7 +98,9 @@ def _form_of(name: str, array: Array, form: str) -> str:
         return FORMATS[0]
     if np.isnan(array).any():
         raise ProtocolError(f"tensor {name!r} {array.dtype}{list(array.shape)} has NaN; the stage before it failed")
-    if form == "int8" and (array.ndim == 0 or array.size == 0 or not np.isfinite(array).all()):
+    if form == "int8" and (array.ndim == 0 or array.size == 0):  # no group: half precision could make it 0
+        return FORMATS[0]
+    if form == "int8" and not np.isfinite(array).all():
         return "fp16"
     return form
 

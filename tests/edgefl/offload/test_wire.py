@@ -86,6 +86,13 @@ def test_every_type_comes_back_as_what_it_was(dtype, form):
     assert np.allclose(seen["x"].astype(float), sent.astype(float), atol=0.03 if form == "int8" else 0.0)
 
 
+@pytest.mark.parametrize("value", [6.1482628e-30, -3e38, 1e-45, 0.0])
+def test_a_single_number_is_exact_in_int8(value):
+    """In half precision, a number as small as an epsilon would be 0, and a large one be refused."""
+    array = np.array(value, np.float32)
+    assert through({"x": array}, "int8")["x"] == array
+
+
 def test_a_mask_with_infinities_survives():
     mask = np.array([[0.0, -np.inf]], np.float32)
     for form in FORMATS:
