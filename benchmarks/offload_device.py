@@ -57,9 +57,10 @@ def load(folder: Path, placement: str) -> PlacedModel:
         id=1, name="model", version=1, path=str(folder / "model.onnx"), sample=str(folder / "sample.safetensors"),
         placed=text_of(placed),
     )  # fmt: skip
-    model = load_placed(request, TailAccess(home=str(folder), device="device"), random.Random(0))  # noqa: S311 - jitter
-    model.parts = {name: dataclasses.replace(one, run_s=SLOWER * one.run_s) for name, one in model.parts.items()}
-    return model
+    draws = random.Random(0)  # noqa: S311 - jitter
+    model = load_placed(request, TailAccess(home=str(folder), device="device"), draws)
+    slower = {name: dataclasses.replace(one, run_s=SLOWER * one.run_s) for name, one in model.parts.items()}
+    return PlacedModel(model.release, slower, model.tail, draws)
 
 
 async def settled(model: PlacedModel, sample: Tree, device: SlowDevice) -> None:
