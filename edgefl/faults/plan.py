@@ -90,7 +90,8 @@ def draw(seed: int, topologies: Sequence[str] = tuple(TOPOLOGIES)) -> Settings:
         faults=(),
     )
     faults = [_fault(chance, topology) for _ in range(chance.randint(0, MAX_FAULTS))]
-    faults += _apart(random.Random(f"{seed}/apart"), topology)
+    if not any(one.kind == "gone" for one in faults):  # one after the other, both outlast a round's deadline
+        faults += _apart(random.Random(f"{seed}/apart"), topology)
     return settings.without(sorted(faults, key=lambda one: one.at_s))
 
 

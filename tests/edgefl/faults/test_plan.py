@@ -36,3 +36,11 @@ def test_a_plan_with_other_faults_is_otherwise_the_same():
     left = settings.without(settings.faults[1:])
     assert left.faults == settings.faults[1:]
     assert left.without(settings.faults) == settings
+
+
+def test_no_plan_takes_longer_than_a_round_waits() -> None:
+    """A region that is gone, and then one that is cut off, would keep devices from the cloud for 500 s of 400 s."""
+    kinds = [{one.kind for one in draw(seed).faults} for seed in range(1000)]
+    assert any("gone" in one for one in kinds)
+    assert any("apart" in one for one in kinds)
+    assert not any({"gone", "apart"} <= one for one in kinds)
