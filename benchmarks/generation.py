@@ -1,18 +1,22 @@
 """A language model split between device and cloud: what fits, what the split costs, and many devices at one tail.
 
 SmolLM2-135M-Instruct in float32, cut behind 6 of 30 blocks. The device's part runs in the agent's generation process,
-whose memory the kernel limits to 512 MB (RLIMIT_DATA), or in this process; the tail in `edgefl cloud generate` on
-torch.
+whose memory the kernel limits to 512 MB (RLIMIT_DATA), or in this process; the tail in `edgefl cloud generate`.
 
     python -m benchmarks.generation [--quick] [--json F]
 """
 
 from __future__ import annotations
 
+import os
+
+from edgefl.process.children import SHORT_WAITS
+
+os.environ.update(SHORT_WAITS)  # as the agent's generation process has it, before numpy is imported
+
 import asyncio
 import contextlib
 import itertools
-import os
 import signal
 import statistics
 import sys

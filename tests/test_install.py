@@ -33,7 +33,7 @@ COMMANDS = {
     "agent status": (HOME, "agent"),
     "agent uninstall": (("--dry-run",), "agent"),
     "cloud broker-config": (HOME, "cloud"),
-    "cloud generate": ((".", *HOME), "cloud,offload"),
+    "cloud generate": ((".", *HOME), "cloud"),
     "cloud start": ((*HOME, "--grpc-port", "0"), "cloud"),
     "cloud stages": (("m", *HOME), "cloud,stages"),
     "cloud status": (HOME, "cloud"),

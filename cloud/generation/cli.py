@@ -23,7 +23,10 @@ from edgefl.terminal.output import example
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=9460, show_default=True, type=click.IntRange(1, 65535), help="gRPC, mutual TLS.")
 @click.option("--name", "names", multiple=True, help="Another name or address at which devices reach it.")
-@click.option("--engine", default="torch", show_default=True, help="What computes: torch, torch:DEVICE, or numpy.")
+@click.option(
+    "--engine", default="auto", show_default=True,
+    help="What computes: torch, torch:DEVICE, or numpy. auto: torch on a GPU, else numpy, which is faster on a CPU.",
+)  # fmt: skip
 @click.option("--max-sequences", default=32, show_default=True, type=click.IntRange(1, 1024),
               help="Sequences whose next tokens are computed together.")  # fmt: skip
 @click.option("--prompt-rows", default=256, show_default=True, type=click.IntRange(1, 8192),

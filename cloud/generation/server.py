@@ -44,7 +44,7 @@ class TailOptions:
     host: str = "127.0.0.1"
     port: int = 9460
     names: tuple[str, ...] = ()  # more names and addresses at which devices reach it
-    engine: str = "torch"  # torch, torch:DEVICE or numpy
+    engine: str = "auto"  # auto, torch, torch:DEVICE or numpy
     memory_mb: int = 0  # of the tail's process; 0 = no limit
     cache_mb: int = 1024  # for keys and values
     device_sequences: int = 8
@@ -57,8 +57,8 @@ class TailOptions:
 
     def __post_init__(self) -> None:
         refuse_insecure(self.host, insecure=self.insecure)
-        if self.engine.partition(":")[0] not in {"torch", "numpy"}:
-            raise ConfigError(f"--engine {self.engine!r} is unknown; expected torch, torch:DEVICE or numpy")
+        if self.engine.partition(":")[0] not in {"auto", "torch", "numpy"}:
+            raise ConfigError(f"--engine {self.engine!r} is unknown; expected auto, torch, torch:DEVICE or numpy")
 
 
 class TailServer:
@@ -66,7 +66,7 @@ class TailServer:
 
     def __init__(self, options: TailOptions) -> None:
         self._options = options
-        if options.engine != "numpy" and find_spec("torch") is None:
+        if options.engine.startswith("torch") and find_spec("torch") is None:
             raise MissingExtra("the tail of a language model", "offload")
         self._beside = BesideCloud(
             options.home, options.host, options.port, names=options.names, insecure=options.insecure

@@ -1,6 +1,6 @@
 """A tail's process: the last blocks of a language model, with the keys and values of all its sequences.
 
-    python -P -m cloud.generation.tail_main --control N --folder DIR [--engine torch] [--cores 0,1] [--memory-mb N]
+    python -P -m cloud.generation.tail_main --control N --folder DIR [--engine auto] [--cores 0,1] [--memory-mb N]
 
 A child of the stage server; it ends with it. It computes one step after the other; what to compute is the server's
 decision. A sequence that it does not know, or knows with another length, is an error of that sequence alone.
@@ -9,6 +9,7 @@ decision. A sequence that it does not know, or knows with another length, is an 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -41,6 +42,8 @@ from edgefl.protocols.inference.tensors import dtype_of
 from edgefl.trees import Array
 
 _TRIED = StepItem(key=0, num=1, datatype="FP32", position=0, room=1, wants_token=True)  # once, when the stage is loaded
+
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA's and AMD's drivers
 
 
 class Tail:
@@ -153,7 +156,24 @@ def load_tail(folder: Path, engine_name: str, threads: int) -> tuple[Tail | None
     return tail, TailUp(pid=os.getpid())
 
 
+def chosen_engine(name: str) -> str:
+    """Return what computes: with `auto` torch on a GPU that it can use, else numpy, which is faster on a CPU.
+
+    torch is loaded only on a machine with a GPU: it takes seconds and 200 MB.
+    """
+    if name != "auto":
+        return name
+    if any(Path(one).exists() for one in GPU_FILES):
+        with contextlib.suppress(ImportError):
+            import torch
+
+            if torch.cuda.is_available():
+                return "torch:cuda"
+    return "numpy"
+
+
 def _engine(name: str, threads: int) -> ArrayLibrary:
+    name = chosen_engine(name)
     if name == "numpy":
         return numpy_engine()
     made = torch_engine("" if name == "torch" else name.partition(":")[2])
@@ -168,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="edgefl-tail", description="The process of a language model's tail.")
     parser.add_argument("--control", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--engine", default="torch", help="torch, torch:DEVICE or numpy")
+    parser.add_argument("--engine", default="auto", help="auto, torch, torch:DEVICE or numpy")
     parser.add_argument("--cores", default="", help="numbers of the cores to use, separated by commas")
     parser.add_argument("--memory-mb", type=int, default=0, help="memory limit; 0 = none")
     arguments = parser.parse_args()

@@ -18,7 +18,7 @@ from typing import Protocol
 from cloud.generation import wire
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
-from edgefl.process.children import Child
+from edgefl.process.children import SHORT_WAITS, Child
 from edgefl.protocols.backoff import Backoff
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # before the process starts again
@@ -34,7 +34,7 @@ class TailSpec:
     """A tail: its folder and what it may use."""
 
     folder: Path
-    engine: str = "torch"  # torch, torch:DEVICE or numpy
+    engine: str = "auto"  # auto, torch, torch:DEVICE or numpy
     cores: tuple[int, ...] = ()  # numbers of CPU cores; empty = those of the server
     memory_mb: int = 0  # limit; 0 = none
     load_s: float = 120.0  # time limit to start and load
@@ -120,7 +120,9 @@ class TailProcess:
         spec = self._spec
         options = (f"--control={control}", f"--folder={spec.folder}", f"--engine={spec.engine}")
         limits = (f"--cores={','.join(map(str, spec.cores))}", f"--memory-mb={spec.memory_mb}")
-        return Child("cloud.generation.tail_main", *options, *limits, descriptors=(control,))
+        return Child(
+            "cloud.generation.tail_main", *options, *limits, descriptors=(control,), environment=SHORT_WAITS
+        )  # fmt: skip
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError):  # it ended: `_run_child` sees that

@@ -21,7 +21,7 @@ from edge_agent.releases.trial import try_stage
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.logs import event
 from edgefl.offload.generation.stage_info import CUT_FORMATS
-from edgefl.process.children import Child
+from edgefl.process.children import SHORT_WAITS, Child
 from edgefl.protocols.backoff import Backoff
 
 STOP_S = 5.0
@@ -202,7 +202,9 @@ class GenerationSupervisor:
             f"--log-level={logging.getLogger().getEffectiveLevel()}",
         )  # fmt: skip
         descriptors = (self._listener.fileno(), control)
-        return Child("edge_agent.generation.generation_main", *options, descriptors=descriptors)
+        return Child(
+            "edge_agent.generation.generation_main", *options, descriptors=descriptors, environment=SHORT_WAITS
+        )  # fmt: skip
 
 
 def _check_memory(limit_mb: int) -> None:

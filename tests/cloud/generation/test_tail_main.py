@@ -9,7 +9,8 @@ import threading
 import numpy as np
 import pytest
 
-from cloud.generation.tail_main import Tail, load_tail, serve
+from cloud.generation import tail_main
+from cloud.generation.tail_main import Tail, chosen_engine, load_tail, serve
 from cloud.generation.wire import (
     HEAD,
     RunStep,
@@ -123,3 +124,13 @@ def test_a_stage_that_cannot_be_loaded_is_told(tmp_path) -> None:
     assert "is not a stage" in message.error
     write_stages(tmp_path, 2)
     assert isinstance(load_tail(tmp_path / "tail", "numpy", 1)[1], TailUp)
+
+
+def test_numpy_computes_where_there_is_no_gpu(monkeypatch, tmp_path) -> None:
+    assert [chosen_engine(one) for one in ("numpy", "torch", "torch:cuda")] == ["numpy", "torch", "torch:cuda"]
+    monkeypatch.setattr(tail_main, "GPU_FILES", (str(tmp_path / "none"),))
+    assert chosen_engine("auto") == "numpy"
+    (tmp_path / "driver").touch()
+    monkeypatch.setattr(tail_main, "GPU_FILES", (str(tmp_path / "driver"),))
+    torch = pytest.importorskip("torch")
+    assert chosen_engine("auto") == ("torch:cuda" if torch.cuda.is_available() else "numpy")

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from edgefl.process.children import Child
+from edgefl.process.children import SHORT_WAITS, Child
 
 WAITS = """
     import sys, time
@@ -104,3 +104,19 @@ def test_its_memory_is_bounded_and_its_own_fault(module, tmp_path):
 
     asyncio.run(run())
     assert int((tmp_path / "bounded").read_text()) >= 500
+
+
+def test_variables_replace_the_parent_s_own(module, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("KEPT", "yes")
+    name = module("""
+        import os, sys
+        open(sys.argv[1], "w").write(os.environ["KEPT"] + os.environ["OPENBLAS_THREAD_TIMEOUT"])
+    """)
+
+    async def run():
+        child = Child(name, str(tmp_path / "said"), environment=SHORT_WAITS)
+        await child.ended.wait()
+        return child.end
+
+    assert asyncio.run(run()) == "ended with exit status 0"
+    assert (tmp_path / "said").read_text() == "yes" + SHORT_WAITS["OPENBLAS_THREAD_TIMEOUT"]
