@@ -1,9 +1,9 @@
-"""The planner's choice against every cut: three models, five links, and what each cut really takes.
+"""The planner's choice against every cut: four models, five links, and what each cut really takes.
 
 Each cut in each wire format is run: a session for the head and one for the tail, the message encoded and decoded. The
 device is slower than this machine by a factor, and the link is a pause. So all options are compared by their measured
 parts; then the chosen option and the best one run as whole requests, in turn, with pauses for the slower device and for
-the bytes on the link. The planner knows only its own measurements. Quick runs take every third cut.
+the bytes on the link. The planner knows only its own measurements. Quick runs take three models and every third cut.
 A ratio is the best option's time over the chosen one's: 1.0 = nothing is faster.
 Then split models are served by real processes over a real link: see `benchmarks.offload_served`.
 
@@ -60,7 +60,7 @@ class Parts:
 def measure(*, quick: bool) -> Iterator[Row]:
     """Yield a row for each model and link, then those on real processes."""
     with tempfile.TemporaryDirectory(prefix="edgefl-offload-") as name:
-        for model in offload_models.MODELS:
+        for model in offload_models.MODELS if quick else (*offload_models.MODELS, offload_models.LARGE):
             folder = Path(name) / model
             folder.mkdir()
             offload_models.export(model, folder / "model.onnx")

@@ -33,6 +33,7 @@ from edgefl.exchange import (
     Instruction,
     Joined,
     Late,
+    Left,
     Offline,
     Paused,
     Resumed,
@@ -142,11 +143,18 @@ class OpenRound:
         return []
 
     def join(self, devices: Iterable[str]) -> None:
-        """Ask more devices, unless the round is over."""
+        """Ask more devices, unless the round is over; also those that have left it."""
         with self._lock:
-            more = [one for one in devices if one not in self.asked]
+            more = [one for one in devices if one not in self.asked] if self._exchange.closed_s is None else []
             self.asked |= frozenset(more)
             self._do(*(Joined(device, at_s=self._now_s()) for device in more))
+
+    def leave(self, devices: Iterable[str]) -> None:
+        """Do not ask these devices any more, and do not take their answers."""
+        with self._lock:
+            left = [one for one in devices if one in self._exchange.waiting]
+            self.asked -= frozenset(left)
+            self._do(*(Left(device, at_s=self._now_s()) for device in left))
 
     def forget(self, device: str, make_durable: Callable[[AnswerRow], None]) -> None:
         """Record a refusal for a device that was removed from the fleet, also if its answer is not taken yet."""

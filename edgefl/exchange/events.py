@@ -31,6 +31,13 @@ class Joined(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Left(Event):
+    """A device is no longer asked: it is not waited for, and may join again."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answered(Event):
     """A device sent an update, or a reply."""
 

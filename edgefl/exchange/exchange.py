@@ -36,6 +36,7 @@ from edgefl.exchange.events import (
     Instruction,
     Joined,
     Late,
+    Left,
     Offline,
     Paused,
     Resumed,
@@ -141,7 +142,7 @@ class Exchange:
         match event:
             case Begin():
                 return self._begin(event)
-            case Answered() | Failed() | Late():
+            case Answered() | Failed() | Late() | Left():
                 return self._answer(event)
             case Joined() | Resumed():
                 return self._ask(event)
@@ -164,7 +165,7 @@ class Exchange:
             return self._close(GiveUpReason.STOPPED)
         return [] if event.is_announced else self._announce()
 
-    def _answer(self, event: Answered | Failed | Late) -> list[Instruction]:
+    def _answer(self, event: Answered | Failed | Late | Left) -> list[Instruction]:
         if isinstance(event, Late):
             return self._take_late(event.device)
         if event.device not in self._missing:
@@ -175,7 +176,8 @@ class Exchange:
             self._updates.add(event.device)
             if self._begin_s < math.inf:  # not from before a restart
                 self._took_s[event.device] = self._own_s() - self._begin_s
-        return [Yield(event.device), *(() if self._missing else self._close(GiveUpReason.STOPPED))]
+        given = [] if isinstance(event, Left) else [Yield(event.device)]
+        return [*given, *(() if self._missing else self._close(GiveUpReason.STOPPED))]
 
     def _take_late(self, device: str) -> list[Instruction]:
         if device not in self._owed:

@@ -26,7 +26,7 @@ from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.region.server.uplink import SumFile
 from cloud.region.sums import Folding
 from cloud.state.blobs import blake3_of
-from cloud.state.jobs import AnswerRow, JobRow
+from cloud.state.jobs import JobRow
 from edgefl.aggregation.regional import regional_round, regional_step
 from edgefl.config import JobConfig, TrainConfig
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, ProtocolError
@@ -35,12 +35,11 @@ from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.messages import BlobRef, Evaluate, Fit
 from edgefl.protocols.tiers import Work
-from edgefl.records import Failure, Plan, RegionRound
+from edgefl.records import Plan, RegionRound
 from edgefl.trees import SpooledTree, Tree, write_tree
 
 MAX_ROUNDS = 16  # at work at the same time
 RETRY_S = 1.0  # after a failure of a round here, e.g. of its model's download
-MOVED = "it is no longer asked through this region"
 
 _log = logging.getLogger(__name__)
 Key = tuple[str, int]  # job, round
@@ -122,8 +121,7 @@ class RegionWork:
             opened = self._deps.rounds.get(job, one.number)
             if one.is_running and opened is not None:
                 opened.join(set(work.devices) - one.refused)
-                for device in left:  # it is elsewhere; do not wait for it
-                    opened.accept(AnswerRow(device=device, reason=MOVED), lambda _answer: None)
+                opened.leave(left)  # they are elsewhere
             else:
                 self._start(key, one)
 
@@ -222,8 +220,7 @@ class RegionWork:
         folding = Folding(plan)
         try:
             for answer in fleet.collect(plan):
-                if not (isinstance(answer, Failure) and answer.reason == MOVED):
-                    folding.add(answer)
+                folding.add(answer)
         finally:
             fleet.leave()
         return folding, fleet

@@ -57,6 +57,25 @@ def test_a_closed_round_takes_nothing():
     assert not round_.accept(AnswerRow(device="b", file="f"), ignore)
 
 
+def test_a_device_that_leaves_gives_nothing_and_may_be_asked_again():
+    """A region is told for a moment that a device is elsewhere; meanwhile it acknowledges nothing of it."""
+    done = []
+    round_ = opened(act=done.append)
+    round_.leave(["a", "x"])
+    assert (done, round_.asked, round_.waiting()) == ([], {"b"}, {"b"})
+    assert not round_.has_answered("a")  # or its update would be taken for stored, and dropped by the device
+    assert not round_.accept(AnswerRow(device="a", file="f"), ignore)
+    round_.join(["a"])
+    assert done == [Announce("a")]
+    assert round_.accept(AnswerRow(device="a", file="f"), ignore)
+    round_.leave(["a"])  # its answer is here
+    assert round_.has_answered("a")
+    round_.leave(["b"])
+    assert done == [Announce("a"), Yield("a"), Close()]
+    round_.join(["b"])  # it is over: nobody takes b's answer
+    assert not round_.has_answered("b")
+
+
 def test_of_a_hundred_racing_duplicates_one_is_taken():
     round_ = opened()
     taken = []

@@ -18,6 +18,8 @@ from edgefl.exchange import (
     Failed,
     GiveUp,
     GiveUpReason,
+    Joined,
+    Left,
     Offline,
     Paused,
     Resumed,
@@ -36,6 +38,16 @@ def begun(*devices: str, terms: Terms = TERMS) -> Exchange:
     exchange = Exchange(devices, terms)
     assert exchange.handle(Begin(at_s=0.0)) == [Announce(device) for device in devices]
     return exchange
+
+
+def test_one_that_leaves_is_not_waited_for_and_may_join_again() -> None:
+    exchange = begun("a", "b")
+    assert exchange.handle(Left("a", at_s=1.0), Left("x", at_s=1.0)) == []
+    assert exchange.handle(Answered("a", at_s=2.0)) == []
+    assert exchange.handle(Joined("a", at_s=3.0)) == [Announce("a")]
+    assert exchange.handle(Answered("a", at_s=4.0)) == [Yield("a")]
+    assert exchange.handle(Left("b", at_s=5.0)) == [Close()]
+    assert exchange.handle(Joined("b", at_s=6.0)) == []
 
 
 def test_all_answer_and_it_is_over() -> None:

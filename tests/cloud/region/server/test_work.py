@@ -196,6 +196,21 @@ def test_a_device_that_moves_away_is_not_waited_for(tiers, region):
     assert "b" in opened.waiting()
 
 
+def test_a_device_that_is_away_for_a_moment_is_in_the_same_sum(tiers, region):
+    """The parent's wish lacks it while the parent starts again; what it sends then is not taken, and not lost."""
+    opened, r1 = tiers.open(), region("r1", "a", "b")
+    r1.ask("a", "b")
+    own = r1.opened("b")
+    r1.ask("a")
+    assert (own.waiting(), own.has_answered("b")) == ({"a"}, False)
+    r1.ask("a", "b")
+    assert own.waiting() == {"a", "b"}
+    r1.answer("b", 6.0, 3.0)
+    r1.answer("a", 2.0, 1.0)
+    until(lambda: not {"a", "b"} & opened.waiting())
+    until(lambda: [one for one, _ in r1.sent] == [["a", "b"]])
+
+
 def test_a_device_that_is_counted_elsewhere_is_left_out(tiers, region):
     tiers.members.assign("b", ["r1", "r2"])
     opened, r1, other = tiers.open(), region("r1", "a", "b"), tiers.uplink("r2")
