@@ -111,7 +111,7 @@ def vit(side: int = 32, patch: int = 8, width: int = 64, blocks: int = 4) -> tor
 
 
 MODELS: Mapping[str, Callable[[], torch.nn.Module]] = {"alexnet": alexnet, "mobilenet": mobilenet, "vit": vit}
-LARGE = "alexnet-224"  # served only: planning it takes long
+LARGE = "alexnet-224"  # not in quick runs: measuring all its cuts takes a minute
 SIDES: Mapping[str, int] = {"alexnet": 96, "mobilenet": 96, "vit": 32, LARGE: 224}  # of their pictures
 
 
