@@ -9,19 +9,17 @@ it may be there later.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 
 from edge_agent.generation.memory import check_memory
 from edge_agent.generation.text import TextCodec
-from edge_agent.releases.trial import say_why, yield_to_serving
-from edgefl.errors import EdgeflError, ProtocolError
+from edge_agent.releases.trial import run_trial
+from edgefl.errors import ProtocolError
 from edgefl.offload.generation.blocks import Rows, numpy_engine
 from edgefl.offload.generation.generate import load_part
 from edgefl.offload.generation.stage_info import check_first, read_stage
-from edgefl.process.children import die_with_parent, limit_own_memory
 
 TOKENS = 4
 
@@ -47,14 +45,9 @@ def main() -> None:
     for option in ("--memory-mb", "--say"):
         parser.add_argument(option, type=int, required=True)
     arguments = parser.parse_args()
-    die_with_parent()
-    limit_own_memory(arguments.memory_mb)
-    yield_to_serving()
-    try:
-        check_stage(arguments.folder, arguments.tail, arguments.memory_mb)
-    except (EdgeflError, OSError, MemoryError) as error:
-        say_why(arguments.say, error if str(error) else MemoryError("there is too little memory to load the model"))
-    os._exit(0)
+    run_trial(
+        lambda: check_stage(arguments.folder, arguments.tail, arguments.memory_mb), arguments.memory_mb, arguments.say
+    )
 
 
 if __name__ == "__main__":

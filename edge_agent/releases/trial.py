@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -70,27 +70,27 @@ def main() -> None:
     for option in ("--version", "--memory-mb", "--say"):
         parser.add_argument(option, type=int, required=True)
     arguments = parser.parse_args()
-    die_with_parent()
-    limit_own_memory(arguments.memory_mb)
-    yield_to_serving()
-    try:
+
+    def load_all() -> None:
         loaded = []  # all at once, as they will be served
         for path, sample in zip(arguments.path, arguments.sample, strict=True):
             loaded.append(load(arguments.name, arguments.version, path, Path(sample) if sample else None))
-    except (EdgeflError, OSError) as error:
-        say_why(arguments.say, error)
-    os._exit(0)  # skips the slow teardown of the session
+
+    run_trial(load_all, arguments.memory_mb, arguments.say)
 
 
-def yield_to_serving() -> None:
-    """Lower this process's priority: predictions go first."""
+def run_trial(attempt: Callable[[], None], memory_mb: int, say: int) -> NoReturn:
+    """Run a trial in this process, and exit; an error is written to the descriptor `say`. Predictions go first."""
+    die_with_parent()
+    limit_own_memory(memory_mb)
     os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
-
-
-def say_why(descriptor: int, error: BaseException) -> NoReturn:
-    """Tell the agent why the trial failed, and exit."""
-    os.write(descriptor, str(error).encode()[:MAX_REASON_BYTES])
-    os._exit(1)
+    try:
+        attempt()
+    except (EdgeflError, OSError, MemoryError) as error:
+        reason = str(error) or "there is too little memory to load the model"
+        os.write(say, reason.encode()[:MAX_REASON_BYTES])
+        os._exit(1)
+    os._exit(0)  # skips the slow teardown of the session
 
 
 if __name__ == "__main__":

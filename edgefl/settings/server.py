@@ -20,7 +20,7 @@ from edgefl.terminal.bounds import (
 
 MAX_TIERS = 8
 MAX_FRAGMENTS = 1000
-EXACT, BF16, INT8 = "exact", "bf16", "int8"  # see `edgefl.trees.narrow`
+EXACT, BF16, INT8 = "exact", "bf16", "int8"  # forms of `edgefl.trees.narrow`
 MODEL_WIRES = (EXACT, BF16)
 UPDATE_WIRES = (EXACT, BF16, INT8)
 

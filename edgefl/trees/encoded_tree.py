@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edgefl.settings.server import EXACT
 from edgefl.trees.block_tree import LARGE_BYTES, BlockTree, encoded, read_block, spec_of
 from edgefl.trees.factors import Factors, factor_names, factor_owner, pair_spec
-from edgefl.trees.narrow import EXACT, narrow_name, narrow_parts, narrow_spec, narrowed, widened
+from edgefl.trees.narrow import narrow_name, narrow_parts, narrow_spec, narrowed, widened
 from edgefl.trees.spec import Array, TensorSpec, Tree
 
 

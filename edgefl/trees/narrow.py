@@ -16,11 +16,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgefl.errors import ProtocolError
+from edgefl.settings.server import BF16, EXACT
 from edgefl.trees.block_tree import BlockTree, ComputedTree, read_block
 from edgefl.trees.factors import is_factor
 from edgefl.trees.spec import BFLOAT16, Array, TensorSpec, Tree, bfloat16, blocks
 
-EXACT, BF16, INT8 = "exact", "bf16", "int8"
 GROUP = 256  # elements of one scale; divides BLOCK_ELEMENTS
 LEAST = 1024  # elements: of fewer, the names would cost more than the bits save
 LARGEST = 127

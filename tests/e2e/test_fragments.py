@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import edgefl
 from tests.e2e.conftest import Fleet
+from tests.e2e.killed_run import run_with_a_kill
 from tests.e2e.test_client_state import NAMES, TASK
 
 ROUNDS = 6
@@ -22,27 +22,7 @@ SETTINGS = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("region", [pytest.param(None, marks=pytest.mark.soak), "north"])
 def test_killed_agents_go_on_with_their_own_values(embedded_fleet: Fleet, tmp_path: Path, region: str | None) -> None:
-    folder = tmp_path / "momentum"
-    folder.mkdir()
-    (folder / "pyproject.toml").write_text('[tool.edgefl]\ntask = "momentum:task"\n')
-    (folder / "momentum.py").write_text(TASK)
-    if region is not None:
-        embedded_fleet.start_region(region)
-    data = {name: {"part": index, "parts": len(NAMES)} for index, name in enumerate(NAMES)}
-    for name, options in data.items():
-        embedded_fleet.enroll(name, **({} if region is None else {"region": region}))
-        embedded_fleet.restart_agent(name, **options)
-    settings = [f"{key}={str(value).lower()}" for key, value in SETTINGS.items()]
-    run = embedded_fleet.start_run(folder, *settings, "rounds.clients=3", "rounds.offline_grace_s=120", rounds=ROUNDS)
-    agent = embedded_fleet.agents[NAMES[0]]
-    agent.wait_for("update.made", after=agent.num_lines())
-    agent.kill()
-    embedded_fleet.restart_agent(NAMES[0], **data[NAMES[0]])
-    result, model = embedded_fleet.finish_run(run)
-    assert [one["admitted"] for one in result["rounds"]] == [3] * ROUNDS
-    simulated = edgefl.simulate(folder, clients=3, rounds=ROUNDS, engine="loop", set=SETTINGS)
-    for name, array in model.items():
-        np.testing.assert_allclose(simulated.parameters[name], array, rtol=0, atol=1e-6)
+    run_with_a_kill(embedded_fleet, tmp_path / "momentum", TASK, SETTINGS, rounds=ROUNDS, region=region)
 
 
 @pytest.mark.timeout(600)

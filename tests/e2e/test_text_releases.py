@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from edge_agent.generation.supervisor import MAX_DEATHS
 from edgefl.errors import ProcessFailed
 from edgefl.offload.generation.blocks import numpy_engine
 from edgefl.offload.generation.generate import generate, load_part
@@ -125,6 +126,23 @@ def test_another_model_replaces_it_and_what_does_not_fit_changes_nothing(release
     ):
         with pytest.raises(ProcessFailed, match=words):
             releases.publish(*options)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_release_whose_process_ends_again_and_again_gives_way_to_the_one_before(releases) -> None:
+    releases.publish_head()
+    releases.roll_out("tiny")
+    releases.publish(releases.models / "second" / "whole")
+    releases.roll_out("tiny", "--to", "name:near")
+    assert releases.generated("near") == releases.second_text()
+    near, seen = releases.agents["near"], 0
+    for _ in range(MAX_DEATHS):
+        os.kill(releases.child_of("near", "generation_main").pid, signal.SIGKILL)
+        seen = near.wait_for("generation.up", START_S, after=max(seen, near.num_lines()))
+    near.wait_for("release.failing", START_S)
+    assert releases.generated("near") == releases.text_of(20)
+    assert releases.served("near") == {"tiny": 1}
 
 
 @pytest.mark.soak

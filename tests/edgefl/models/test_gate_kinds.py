@@ -57,7 +57,9 @@ def fitted(hidden, inputs, targets, last):
         with torch.no_grad():
             features = body(torch.from_numpy(inputs))
         flat = features.movedim(1, -1).flatten(0, -2) if features.dim() > 2 else features
-        weights = torch.linalg.lstsq(flat, torch.from_numpy(targets)).solution.T.contiguous()
+        # By singular values: the default, with pivots, gives different solutions at times, as some features are zero.
+        solved = torch.linalg.lstsq(flat.double(), torch.from_numpy(targets).double(), driver="gelsd")
+        weights = solved.solution.T.contiguous()
         head = last(*reversed(weights.shape))
         with torch.no_grad():
             head.weight.copy_(weights.reshape(head.weight.shape))

@@ -10,38 +10,24 @@ import pytest
 
 from edgefl.errors import ProtocolError
 from edgefl.guards import not_finite_tree
+from edgefl.settings.server import BF16
 from edgefl.trees import (
     LARGE_BYTES,
     Array,
     BlockTree,
     ComputedTree,
-    SpooledTree,
     TensorSpec,
-    Tree,
     encoded,
     encoded_bytes,
     file_bytes,
     in_form,
     spec_of,
     whole_bytes,
-    write_tree,
 )
-from edgefl.trees.narrow import BF16, GROUP, INT8, LEAST, narrowed_spec
+from edgefl.trees.narrow import GROUP, LEAST, narrowed_spec
 from edgefl.trees.scratch import in_memory, settled
 from edgefl.trees.views import joined, renamed
-
-SIZE = 3 * LEAST + 77  # the last group is not full
-FORMS = (BF16, INT8)
-
-
-def draw(seed: int = 0, size: int = SIZE) -> Array:
-    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
-
-
-def written(tree: Tree, path: Path) -> SpooledTree:
-    with path.open("wb") as file:
-        write_tree(tree, file)
-    return SpooledTree(path)
+from tests.edgefl.trees.forms import FORMS, SIZE, draw, written
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -16,7 +16,6 @@ from edgefl.trees import (
     EncodedTree,
     Factors,
     SpooledTree,
-    Tree,
     encoded,
     encoded_bytes,
     factors_of,
@@ -28,6 +27,7 @@ from edgefl.trees.factors import are_smaller, stacked
 from edgefl.trees.frozen import whole
 from edgefl.trees.scratch import in_memory, settled
 from edgefl.trees.views import joined, renamed
+from tests.edgefl.trees.forms import written
 
 B = np.array([[1, 2], [3, 4], [5, 6]], np.float32)  # (3, 2)
 A = np.array([[1, 0, 2, 0], [0, 1, 0, 3]], np.float32)  # (2, 4)
@@ -36,12 +36,6 @@ PRODUCT = [[1, 2, 2, 6], [3, 4, 6, 12], [5, 6, 10, 18]]
 
 def stored(**others: Array) -> dict[str, Array]:
     return {"head": np.ones(2, np.float32), "up@lora_B": B, "up@lora_A": A, **others}
-
-
-def written(tree: Tree, path: Path) -> SpooledTree:
-    with path.open("wb") as file:
-        write_tree(tree, file)
-    return SpooledTree(path)
 
 
 def test_a_tree_shows_the_product_and_stores_the_factors(tmp_path: Path) -> None:

@@ -12,31 +12,18 @@ import pytest
 from edgefl.aggregation import make_rule
 from edgefl.guards import not_finite_tree
 from edgefl.records import Update
+from edgefl.settings.server import BF16, INT8
 from edgefl.trees import (
     LARGE_BYTES,
-    Array,
     EncodedTree,
-    SpooledTree,
     Tree,
     encoded,
     in_form,
     read_block,
     write_tree,
 )
-from edgefl.trees.narrow import BF16, GROUP, INT8, LEAST
-
-SIZE = 3 * LEAST + 77  # the last group is not full
-FORMS = (BF16, INT8)
-
-
-def draw(seed: int = 0, size: int = SIZE) -> Array:
-    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
-
-
-def written(tree: Tree, path: Path) -> SpooledTree:
-    with path.open("wb") as file:
-        write_tree(tree, file)
-    return SpooledTree(path)
+from edgefl.trees.narrow import GROUP, LEAST
+from tests.edgefl.trees.forms import FORMS, SIZE, draw, written
 
 
 def test_int8_by_hand() -> None:
