@@ -18,6 +18,8 @@ from edgefl.local_fleet import LocalFleet
 
 START_S = 120.0
 ECHO = Path(__file__).parent / "echo_task"
+# server.lr of an echo, whose update is the model itself: every round has a new model to send, and it stays finite.
+ECHO_LR = 1e-3
 
 
 @contextmanager

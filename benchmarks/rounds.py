@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks import floor, flower_rival
-from benchmarks.fleet import connected_fleet, echo_task, run_job
+from benchmarks.fleet import ECHO_LR, connected_fleet, echo_task, run_job
 from benchmarks.memory import tree_peak_rss_mb, tree_rss_mb
 from benchmarks.report import Row, Target, command, median
 from benchmarks.workload import TENSORS, RunFailedError, RunResult, Workload
@@ -31,7 +31,6 @@ RUN_S = 600.0  # deadline of any one run
 ROUND_S = 120.0  # deadline of one round
 SPEEDUP: Mapping[Workload, float] = {TEN_SMALL: 100, TWO_SMALL: 150, TEN_LARGE: 7}
 SECONDS: Mapping[Workload, float] = {TEN_SMALL: 0.1, TEN_LARGE: 4.5}
-_STILL = 1e-9  # server.lr: an echo doubles the model, and 128 doublings exceed float32
 
 
 @dataclass
@@ -153,7 +152,7 @@ def run_ours(workload: Workload, rounds: int, deadline_s: float) -> RunResult:
             "rounds.clients": workload.clients,
             "rounds.quorum": workload.clients,
             "rounds.deadline_s": ROUND_S,
-            "server.lr": _STILL,
+            "server.lr": ECHO_LR,
         }
         report = run_job(fleet, task, rounds=rounds + 1, settings=settings, deadline_s=deadline_s)
         centre_mb = tree_peak_rss_mb(fleet.cloud.pid)
@@ -165,6 +164,8 @@ def seconds_of(rounds: list[dict[str, Any]], workload: Workload) -> tuple[float,
     """Return the seconds of the first round and of the others: by the job, or by the clock if that is longer."""
     if any(one["admitted"] != workload.clients for one in rounds):
         raise RunFailedError(f"{workload}: not every agent was in every round: {[one['admitted'] for one in rounds]}")
+    if any(one["down_bytes"] < workload.model_bytes for one in rounds):
+        raise RunFailedError(f"{workload}: rounds without a new model: {[one['down_bytes'] for one in rounds]} bytes")
     said = tuple(float(one["seconds"]) for one in rounds)
     fits_s = [float(one["metrics"]["train_fit_s"]) for one in rounds]  # means over the agents
     by_clock = tuple(after - before for before, after in pairwise(fits_s))

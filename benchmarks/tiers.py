@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import edgefl
-from benchmarks.fleet import START_S, echo_task, run_job
+from benchmarks.fleet import ECHO_LR, START_S, echo_task, run_job
 from benchmarks.report import Row, Target, command
 from benchmarks.rounds import seconds_of
 from benchmarks.workload import TENSORS, RunFailedError, Workload
@@ -33,7 +33,6 @@ DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 EXACT = 1e-6
 DIFFERENCE = "largest difference of a parameter from flat"
 RUN_S = 900.0
-STILL = 1e-9  # server.lr: an echo doubles the model
 FLAT: Mapping[str, str] = {}  # no region
 TWO_REGIONS = {"north": "", "south": ""}  # region -> its parent; empty = the cloud
 DEEP = {"north": "", "south": "", "far-south": "south"}
@@ -149,7 +148,7 @@ def _echo(regions: Mapping[str, str], workload: Workload, rounds: int) -> tuple[
     places = [list(regions or {"": ""})[index % max(1, len(regions))] for index in range(workload.clients)]
     with _fleet(regions, places, [()] * workload.clients) as fleet:
         task = echo_task(fleet.folder, workload.model_bytes, TENSORS)
-        settings = {"rounds.clients": workload.clients, "rounds.quorum": workload.clients, "server.lr": STILL}
+        settings = {"rounds.clients": workload.clients, "rounds.quorum": workload.clients, "server.lr": ECHO_LR}
         report = run_job(fleet, task, rounds=rounds + 1, settings=settings, deadline_s=RUN_S)
     return seconds_of(report["rounds"], workload)[1]
 

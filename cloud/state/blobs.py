@@ -83,10 +83,23 @@ class BlobStore:
 
     def put_tree(self, tree: Tree) -> BlobRef:
         """Store a tree in safetensors format, tensor by tensor."""
-        fast = blake3()
-        ref = self.write(lambda file: write_tree(tree, file), _Both(hashlib.sha256(), fast))
-        self._remember(ref.sha256, fast.hexdigest())
+        both = BlobDigest()
+        ref = self.write(lambda file: write_tree(tree, file), both)
+        self._remember(ref.sha256, both.blake3())
         return ref
+
+    def adopt(self, file: Path, sha256: str, digest: BlobDigest) -> None:
+        """Move a file, whose bytes have been hashed while they were written, into the store.
+
+        Raises BlobDamaged, and deletes the file, if its bytes do not have this hash.
+        """
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        if digest.hexdigest() != sha256:
+            file.unlink()
+            raise BlobDamaged(f"the bytes of blob {sha256[:16]}... have the hash {digest.hexdigest()[:16]}...")
+        file.replace(self.path(sha256))
+        self._remember(sha256, digest.blake3())
 
     def write(self, fill: Callable[[HashingFile], object], digest: Digest | None = None) -> BlobRef:
         """Store the bytes that `fill` writes to its file."""
@@ -112,27 +125,37 @@ class BlobStore:
             self._known.pop(sha256, None)
 
 
-class _Both:
-    """Computes two hashes of the written data in one pass."""
+class BlobDigest:
+    """Computes both hashes of a blob, SHA-256 and BLAKE3, in one pass."""
 
-    def __init__(self, name: Digest, fast: blake3) -> None:
-        self._name, self._fast = name, fast
+    def __init__(self) -> None:
+        self._sha256, self._blake3 = hashlib.sha256(), blake3()
 
     def update(self, data: memoryview, /) -> None:
-        self._name.update(data)
-        self._fast.update(data)
+        self._sha256.update(data)
+        self._blake3.update(data)
 
     def hexdigest(self) -> str:
-        return self._name.hexdigest()
+        """Return the SHA-256, the blob's name."""
+        return self._sha256.hexdigest()
+
+    def blake3(self) -> str:
+        return self._blake3.hexdigest()
 
 
 def blake3_of(path: Path) -> str:
-    """Return a file's BLAKE3, read in blocks: a mapped file would count as memory of this process."""
-    digest, block = blake3(), memoryview(bytearray(_READ_BYTES))
+    """Return a file's BLAKE3."""
+    digest = blake3()
+    hash_file(path, digest)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path, digest: Digest) -> None:
+    """Add a file's bytes to a hash, read in blocks: a mapped file would count as memory of this process."""
+    block = memoryview(bytearray(_READ_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
             digest.update(block[:size])
-    return digest.hexdigest()
 
 
 def _sha256_of(path: Path) -> str:

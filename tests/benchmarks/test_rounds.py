@@ -5,8 +5,8 @@ from benchmarks.rounds import TEN_LARGE, TEN_SMALL, TWO_LARGE, TWO_SMALL
 from benchmarks.workload import RunFailedError, RunResult
 
 
-def one_round(seconds: float, fit_s: float, admitted: int = 2) -> dict:
-    return {"seconds": seconds, "admitted": admitted, "metrics": {"train_fit_s": fit_s}}
+def one_round(seconds: float, fit_s: float, admitted: int = 2, down_bytes: int = 200_000) -> dict:
+    return {"seconds": seconds, "admitted": admitted, "down_bytes": down_bytes, "metrics": {"train_fit_s": fit_s}}
 
 
 def test_the_longer_of_what_is_said_and_what_the_clock_shows() -> None:
@@ -19,6 +19,11 @@ def test_the_longer_of_what_is_said_and_what_the_clock_shows() -> None:
 def test_a_round_without_an_agent_is_no_result() -> None:
     with pytest.raises(RunFailedError, match=r"\[2, 1\]"):
         rounds.seconds_of([one_round(1, 1), one_round(1, 2, admitted=1)], TWO_SMALL)
+
+
+def test_a_round_without_a_new_model_is_no_result() -> None:
+    with pytest.raises(RunFailedError, match=r"without a new model: \[200000, 0\] bytes"):
+        rounds.seconds_of([one_round(1, 1), one_round(1, 2, down_bytes=0)], TWO_SMALL)
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ It reconnects by itself; without it the region serves its devices, ends its roun
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import mmap
-import os
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -20,9 +18,10 @@ from typing import Any
 import grpc
 
 from cloud.region.server.enrolment import RegionProfile
-from cloud.state.blobs import BlobStore
+from cloud.state.blobs import BlobDigest, BlobStore, hash_file
 from cloud.state.storage import waits_for
-from edgefl.errors import CloudUnreachable, EnrolmentRefused, ManifestRejected, ParentLeft, ProtocolError
+from edgefl.errors import BlobDamaged, CloudUnreachable, EnrolmentRefused, ManifestRejected, ParentLeft, ProtocolError
+from edgefl.hashing import HashingFile
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import tiers
@@ -201,8 +200,8 @@ class Uplink:
         while True:
             before = part.stat().st_size if part.exists() else 0
             try:
-                await self._receive(sha256, part)
-                return await asyncio.to_thread(self._adopt, part, sha256)
+                digest = await self._receive(sha256, part)
+                return await asyncio.to_thread(self._adopt, part, sha256, digest)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     raise FileNotFoundError(error.details()) from error
@@ -218,30 +217,32 @@ class Uplink:
                 raise CloudUnreachable(f"the download of {sha256[:16]}... from the parent was given up; last: {reason}")
             await asyncio.sleep(pauses.next_s())
 
-    async def _receive(self, sha256: str, part: Path) -> None:
+    async def _receive(self, sha256: str, part: Path) -> BlobDigest:
+        """Receive what `part` still lacks; return the hashes of all of it."""
+        digest = BlobDigest()
         with part.open("ab") as file:
-            request = pb.DownloadRequest(sha256=sha256, offset=file.tell())
+            offset, hashing = file.tell(), HashingFile(file, digest)
+            if offset:
+                await asyncio.to_thread(hash_file, part, digest)
+            request = pb.DownloadRequest(sha256=sha256, offset=offset)
             call = self._begin(self._download(request, wait_for_ready=True))
             try:
                 while True:
                     async with asyncio.timeout(STALL_S):
                         message = await answered(call.read())
                     if not isinstance(message, bytes):
-                        return
+                        return digest
                     data = chunk_data(message)
                     self.down_bytes += len(data)
-                    await asyncio.to_thread(file.write, data)
+                    await asyncio.to_thread(hashing.write, data)
             finally:
                 call.cancel()
 
-    def _adopt(self, part: Path, sha256: str) -> None:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            part.unlink()
-            raise ManifestRejected(f"the parent's blob {sha256[:16]}... does not match its hash")
-        part.replace(self._blobs.path(sha256))
+    def _adopt(self, part: Path, sha256: str, digest: BlobDigest) -> None:
+        try:
+            self._blobs.adopt(part, sha256, digest)
+        except BlobDamaged as error:
+            raise ManifestRejected(f"the parent's blob {sha256[:16]}... does not match its hash") from error
 
     async def renew(self, request: pb.RenewRequest) -> pb.RenewReply:
         """Send this region's request for a certificate, or pass on that of a member below; raises AioRpcError."""

@@ -20,17 +20,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blake3 import blake3
 from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.region.server.uplink import SumFile
 from cloud.region.sums import Folding
-from cloud.state.blobs import blake3_of
 from cloud.state.jobs import JobRow
 from edgefl.aggregation.regional import regional_round, regional_step
 from edgefl.config import JobConfig, TrainConfig
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, ProtocolError
 from edgefl.exchange import Terms
+from edgefl.hashing import HashingFile
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.messages import BlobRef, Evaluate, Fit
@@ -233,10 +234,8 @@ class RegionWork:
             count = secrets.randbits(31)  # no number of an earlier process
             path = self._folder / f"{job}-{number}-{count}"
             try:
-                fleet.insist(functools.partial(_write, folding.mean(), path))
-                state = self._send(SumFile(
-                    job=job, round=number, number=count, path=path, blake3=blake3_of(path), note=note,
-                ))  # fmt: skip
+                digest = fleet.insist(functools.partial(_write, folding.mean(), path))
+                state = self._send(SumFile(job=job, round=number, number=count, path=path, blake3=digest, note=note))
             finally:
                 path.unlink(missing_ok=True)
             event(_log, logging.INFO, f"sum.{pb.UploadState.Status.Name(state.status).lower()}", job=job, round=number,
@@ -326,6 +325,9 @@ def _job_row(assignment: Fit | Evaluate) -> JobRow:
     )  # fmt: skip
 
 
-def _write(tree: Tree, path: Path) -> None:
+def _write(tree: Tree, path: Path) -> str:
+    """Write a sum; return the file's BLAKE3."""
+    digest = blake3()
     with path.open("wb") as file:
-        write_tree(tree, file)
+        write_tree(tree, HashingFile(file, digest))
+    return digest.hexdigest()
