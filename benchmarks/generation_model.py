@@ -34,7 +34,8 @@ def stage_folders() -> Path:
     try:
         head, tail, _ = (read_stage(folder / one) for one in ("head", "tail", "whole"))
     except EdgeflError:
-        from edgefl.offload.generation.splitting import open_language_model, split_language_model
+        from edgefl.offload.generation.language_model import open_language_model
+        from edgefl.offload.generation.splitting import split_language_model
 
         model = open_language_model(model_file(), "smollm2")
         split_language_model(model, None, folder)

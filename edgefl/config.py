@@ -245,7 +245,7 @@ def load_config(
         except (ValueError, RecursionError) as cause:  # also an integer with too many digits
             raise ConfigError(f"{file} is not TOML: {cause}") from cause
     for setting in settings:
-        _apply(data, setting)
+        _apply(schema, data, setting)
     _refuse_both(data)
     return from_dict(schema, data)
 
@@ -319,15 +319,24 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def _apply(data: dict[str, Any], setting: str) -> None:
+def _apply(schema: type[Any], data: dict[str, Any], setting: str) -> None:
     key, text = pair_of("--set", setting, "section.key=value")
     value = parse_value(text)
     *sections, last = key.split(".")
+    if not isinstance(value, str) and _type_of(schema, sections, last) is str:
+        value = text  # such as --set train.split.cut=6: on a command line, a name may look like a number
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {setting!r}: {section!r} is a value, not a section")
     data[last] = value
+
+
+def _type_of(schema: Any, sections: Sequence[str], key: str) -> Any:
+    """Return the type of a key; None if there is no such key."""
+    for section in sections:
+        schema = get_type_hints(schema).get(section) if dataclasses.is_dataclass(schema) else None
+    return get_type_hints(schema).get(key) if dataclasses.is_dataclass(schema) else None
 
 
 def _refuse_both(data: Mapping[str, Any]) -> None:

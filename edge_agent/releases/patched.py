@@ -50,7 +50,7 @@ async def make_from_base(channel: CloudChannel, release: Release, slots: ModelSl
 
 def _held(slots: ModelSlots, base: BlobRef) -> Path | None:
     """Return a file with the base's bytes: the one that was kept, or one in a slot, also in the one to write to."""
-    for path in (slots.base_path(), slots.path("a"), slots.path("b")):
+    for path in (slots.base_path(), *slots.whole_files()):
         try:
             check_blob("the base", base, path)
         except (ManifestRejected, OSError):

@@ -105,6 +105,10 @@ class ModelSlots:
         """Return the path of a slot's model file."""
         return self._folder / slot / "model.onnx"
 
+    def whole_files(self) -> list[Path]:
+        """Return where a slot has the file of a whole release, if there is one: of which others may be made."""
+        return [self._folder / slot / name for slot in _OTHER for name in ("model.onnx", WEIGHTS_FILE)]
+
     def sample_path(self, slot: str) -> Path:
         """Return the path of the sample of a slot's model."""
         return self._folder / slot / "sample.safetensors"

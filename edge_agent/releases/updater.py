@@ -339,7 +339,7 @@ class Updater:
         slots.save(dataclasses.replace(state, slots=left))
         files = slots.files(state.spare, wanted)
         for one in files:
-            is_whole = one.path == slots.path(state.spare)
+            is_whole = one.path in slots.whole_files()
             if not (is_whole and await make_from_base(self._deps.channel, desired.release, slots, one.path)):
                 if one.path.exists() and one.path.stat().st_nlink > 1:  # it is a base, too, which stays as it is
                     one.path.unlink()

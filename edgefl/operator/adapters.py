@@ -7,7 +7,10 @@ base's, which is checked before it is published.
 from __future__ import annotations
 
 import dataclasses
+import filecmp
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgefl.errors import ConfigError
 from edgefl.operator.client import CloudClient
@@ -17,6 +20,9 @@ from edgefl.protocols.manifest import Release
 from edgefl.protocols.messages import from_json
 from edgefl.task import Task
 from edgefl.trees import SpooledTree, factors_of, write_tree
+
+if TYPE_CHECKING:
+    from edgefl.models.adapters.patch import Move
 
 
 def untrained(task: Task, folder: Path) -> Path:
@@ -50,7 +56,7 @@ def base_release(client: CloudClient, model: str, version: int) -> Release:
 
 def on_base(client: CloudClient, base: Release, exported: Exported, task: Task, parameters: Path) -> Exported:
     """Return an export with the patch that makes it of a published version; raises ConfigError for another base."""
-    from edgefl.models.adapters.patch import Move, apply_patch, make_patch
+    from edgefl.models.adapters.patch import Move
     from edgefl.training.adapters import adapters_of
     from edgefl.training.local import make_model
 
@@ -64,19 +70,32 @@ def on_base(client: CloudClient, base: Release, exported: Exported, task: Task, 
         if pair is not None and pair.rank and weight.dtype.itemsize == 4:
             turned = one.layer.fan_in_fan_out
             moves.append(Move(one.weight, weight.T if turned else weight, pair))
-    before, patch, again = (folder / name for name in ("base.onnx", "patch.safetensors", "again.onnx"))
+    before = folder / "base.onnx"
     download(client, base.blob.sha256, before)
-    with patch.open("wb") as file:
-        write_tree(make_patch(before, exported.path, moves), file)
-    apply_patch(before, SpooledTree(patch), again)
-    if again.read_bytes() != exported.path.read_bytes():
-        raise AssertionError("a patch does not make the file that it was made for")
-    small, whole = patch.stat().st_size, exported.path.stat().st_size
-    note = (
-        f"an adapter on version {base.version}: a device that has it fetches {small / 1024:.0f} KiB instead of "
-        f"{whole / 1024:.0f} KiB"
-    )
+    patch, note = patch_of(before, exported.path, moves, base.version, folder)
     if len(moves) < len(adapters):
         note += "; some layers have as high a rank as their weights: choose a lower one with --rank"
     notes = "; ".join(one for one in (exported.note, note) if one)
     return dataclasses.replace(exported, base=base.blob, patch=patch, note=notes)
+
+
+def patch_of(base: Path, new: Path, moves: Sequence[Move], version: int, folder: Path) -> tuple[Path, str]:
+    """Write the patch that makes a file of that of a base, and try it; return it with a note for the operator.
+
+    Raises ConfigError for another base.
+    """
+    from edgefl.models.adapters.patch import apply_patch, make_patch
+
+    patch, again = folder / "patch.safetensors", folder / "again"
+    with patch.open("wb") as file:
+        write_tree(make_patch(base, new, moves), file)
+    apply_patch(base, SpooledTree(patch), again)
+    if not filecmp.cmp(again, new, shallow=False):
+        raise AssertionError("a patch does not make the file that it was made for")
+    again.unlink()
+    small, whole = patch.stat().st_size, new.stat().st_size
+    note = (
+        f"an adapter on version {version}: a device that has it fetches {small / 1024:.0f} KiB instead of "
+        f"{whole / 1024:.0f} KiB"
+    )
+    return patch, note

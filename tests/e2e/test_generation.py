@@ -68,12 +68,13 @@ class TextFleet(LocalFleet):
         parent = self.tail if name == "tail" else self.agents[name]
         return next(one for one in psutil.Process(parent.pid).children() if module in " ".join(one.cmdline()))
 
-    def text_of(self, num, sampling=None):
+    def text_of(self, num, sampling=None, models=None):
+        """Return what the whole model generates after PROMPT."""
         from edge_agent.generation.text import TextCodec
 
-        head = self.models / "head"
-        stream = TextCodec(head, read_stage(head)).decoding()
-        tokens = generate([load_part(self.models / "whole", numpy_engine())], PROMPT, num, sampling or Sampling())
+        folder = (models or self.models) / "whole"
+        stream = TextCodec(folder, read_stage(folder)).decoding()
+        tokens = generate([load_part(folder, numpy_engine())], PROMPT, num, sampling or Sampling())
         return "".join([stream.add(one) for one in tokens]) + stream.rest()
 
 

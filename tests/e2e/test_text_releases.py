@@ -10,10 +10,7 @@ import pytest
 
 from edge_agent.generation.supervisor import MAX_DEATHS
 from edgefl.errors import ProcessFailed
-from edgefl.offload.generation.blocks import numpy_engine
-from edgefl.offload.generation.generate import generate, load_part
-from edgefl.offload.generation.sampling import Sampling
-from tests.e2e.test_generation import PROMPT, START_S, TextFleet, streamed
+from tests.e2e.test_generation import START_S, TextFleet, streamed
 from tests.language_models import write_stages
 
 openai = pytest.importorskip("openai", reason="the client of OpenAI's API is not installed")
@@ -46,15 +43,9 @@ class ReleaseFleet(TextFleet):
     def generated(self, name, num=20) -> str:
         return "".join(one.choices[0].text for one in streamed(self.client(name), num))
 
-    def second_text(self, num=20) -> str:
+    def second_text(self) -> str:
         """What the whole model of the other weights generates."""
-        from edge_agent.generation.text import TextCodec
-        from edgefl.offload.generation.stage_info import read_stage
-
-        folder = self.models / "second" / "whole"
-        stream = TextCodec(folder, read_stage(folder)).decoding()
-        tokens = generate([load_part(folder, numpy_engine())], PROMPT, num, Sampling())
-        return "".join([stream.add(one) for one in tokens]) + stream.rest()
+        return self.text_of(20, models=self.models / "second")
 
     def served(self, name) -> dict[str, int]:
         return json.loads(self.command("agent", "status", "--home", self.folder / name, "--json", "-"))["models"]

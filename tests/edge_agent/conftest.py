@@ -33,6 +33,7 @@ from edgefl.process.home import create_home
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc, manifest, messages, tls
 from edgefl.protocols.assignments import pack
+from edgefl.protocols.inference.texts import TextStage
 from edgefl.protocols.messages import BlobRef, Fit, Signed
 from edgefl.trees import encoded_bytes, read_tree, write_tree
 from tests import onnx_models
@@ -161,10 +162,10 @@ class FleetServer(fleet_pb2_grpc.FleetServicer):
 
     def release(self, onnx: bytes, version: int, *, sequence: int, rollback: bool = False, device: str = "cam-1",
                 model: str = "digits", sample: bytes | None = None, base: bytes | None = None,
-                patch: bytes | None = None) -> Signed:  # fmt: skip
+                patch: bytes | None = None, text: TextStage | None = None) -> Signed:  # fmt: skip
         known, on, change = (None if one is None else self.blob(one) for one in (sample, base, patch))
         release = manifest.Release(
-            model=model, version=version, blob=self.blob(onnx), sample=known, base=on, patch=change
+            model=model, version=version, blob=self.blob(onnx), sample=known, base=on, patch=change, text=text
         )
         desired = manifest.Desired(device=device, release=release, sequence=sequence, rollback=rollback)
         return manifest.sign(desired, self.key)

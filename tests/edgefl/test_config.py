@@ -33,6 +33,13 @@ def test_a_bare_word_is_a_string() -> None:
     assert load_config(JobConfig, settings=["server.optimizer=Adam"]).server.optimizer == "Adam"
 
 
+def test_a_number_is_a_string_where_one_is_expected() -> None:
+    settings = ["train.mode=split", "train.split.server=cloud:9470", "train.split.cut=6"]
+    assert load_config(JobConfig, settings=settings).train.split.cut == "6"
+    with pytest.raises(ConfigError, match="'true' is not one of"):  # text, so the value's own check refuses it
+        load_config(JobConfig, settings=["train.algorithm=true"])
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

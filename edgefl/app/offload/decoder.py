@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,22 +18,31 @@ _MB = 1e6
     epilog=example(
         "edgefl offload split-decoder SmolLM2-135M-Instruct.Q4_1.gguf --cut 6 --out smollm2",
         "edgefl offload split-decoder ./Qwen2.5-0.5B-Instruct --cut 4 --name qwen --out qwen",
+        "edgefl offload split-decoder SmolLM2-135M-Instruct.Q4_1.gguf --parameters adapted.safetensors --cut 6 "
+        "--out adapted",
     )
 )
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.option("--cut", type=click.IntRange(min=0), help="Blocks in the head. [default: do not split; write the whole]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the stages.")
 @click.option("--name", default="", help="The model's name for clients. [default: the file's or folder's]")
+@click.option("--parameters", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="What a job has made of this model: the file of `edgefl run --out`.")  # fmt: skip
+@click.option("--adapter", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="Adapters for this model, in peft's format, as `edgefl models adapter` writes them.")  # fmt: skip
 @json_option
-def split_decoder(model: Path, cut: int | None, out: Path, name: str, output: Output) -> None:
+def split_decoder(model: Path, cut: int | None, out: Path, name: str, output: Output, **learnt: Path | None) -> None:
     """Split a language MODEL behind some of its blocks: a .gguf file, or a folder of Hugging Face transformers.
 
     Writes OUT/head for devices (embedding and the first blocks, with the tokenizer) and OUT/tail for the cloud. Before
     they can be used, both together are compared with the whole model.
     """
-    from edgefl.offload.generation.splitting import open_language_model, split_language_model
+    from edgefl.offload.generation.adapted import with_learnt
+    from edgefl.offload.generation.language_model import open_language_model
+    from edgefl.offload.generation.splitting import split_language_model
 
-    infos = split_language_model(open_language_model(model, name), cut, out)
+    whole = with_learnt(open_language_model(model, name), **learnt)
+    infos = split_language_model(whole, cut, out)
     folders = [out / part for part in (["whole"] if cut is None else ["head", "tail"])]
     rows = [
         (str(folder), f"{one.start} to {one.end} of {one.spec.num_blocks}", f"{one.weight_bytes / _MB:.0f} MB",
@@ -52,6 +62,7 @@ def split_decoder(model: Path, cut: int | None, out: Path, name: str, output: Ou
     epilog=example(
         "edgefl offload publish-decoder smollm2/head --tail cloud.example.org:9460",
         "edgefl offload publish-decoder tiny/whole --name assistant",
+        "edgefl offload publish-decoder adapted/head --base 1 --tail cloud.example.org:9461",
     )
 )
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -59,9 +70,11 @@ def split_decoder(model: Path, cut: int | None, out: Path, name: str, output: Ou
 @click.option("--tail", default="", metavar="HOST:PORT", help="Where devices reach `edgefl cloud generate`.")
 @click.option("--format", "form", default="fp16", show_default=True, type=click.Choice(["fp32", "fp16", "bf16"]),
               help="Wire format of what crosses the cut.")  # fmt: skip
+@click.option("--base", type=click.IntRange(min=1), metavar="VERSION",
+              help="Version without these adapters: a device that has it fetches them alone.")  # fmt: skip
 @connected
 @json_option
-def publish_decoder(folder: Path, name: str, tail: str, form: str, connection: CloudConnection, output: Output) -> None:
+def publish_decoder(folder: Path, connection: CloudConnection, output: Output, **given: Any) -> None:
     """Publish the stage in FOLDER as a release: devices that get it generate texts.
 
     FOLDER is `head` or `whole` of `edgefl offload split-decoder`. The release is signed, rolled out and rolled back
@@ -69,12 +82,14 @@ def publish_decoder(folder: Path, name: str, tail: str, form: str, connection: C
     """
     from edgefl.operator.publishing.texts import TextRelease, publish_text
 
-    release = TextRelease(folder=folder, name=name, tail=tail, form=form)
+    release = TextRelease(folder=folder, **given)
     with connection.open() as client:
         found = publish_text(client, release)
     info = release.info
+    if found["note"]:
+        output.line(found["note"])
     output.line(f"{found['model']} version {found['version']}: {info.what}; clients name the model {info.name!r}")
-    if tail:
-        output.line(f"serve its tail there: edgefl cloud generate FOLDER/tail --home HOME, at {tail}")
+    if release.tail:
+        output.line(f"serve its tail there: edgefl cloud generate FOLDER/tail --home HOME, at {release.tail}")
     output.line(f"deliver it to the devices: edgefl rollout start {found['model']} --version {found['version']}")
     output.result(found)

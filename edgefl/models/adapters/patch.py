@@ -110,6 +110,11 @@ def _found(before: mmap.mmap, after: mmap.mmap, move: Move) -> tuple[int | None,
     return None, pair
 
 
+def added(weight: Array, pair: Factors) -> Array:
+    """Return a weight in 32 bits with a matrix of low rank added: the bits that a device makes of a patch."""
+    return np.asarray(weight + _product(pair, 0, len(weight)))
+
+
 def _product(pair: Factors, first: int, last: int) -> Array:
     """Return rows of the product in float32: summed in float64 in order of the rank, rounded alike on all machines."""
     total = np.zeros((last - first, pair.shape[1]))

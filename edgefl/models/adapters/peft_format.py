@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from edgefl.errors import ConfigError, TaskError
 from edgefl.models.adapters.ranks import factors_at
 from edgefl.task import Task
-from edgefl.training.adapters import Adapter, adapters_of
+from edgefl.training.adapters import adapters_of
 from edgefl.training.local import make_model
 from edgefl.trees import Array, Tree, write_tree
 
@@ -30,12 +31,12 @@ _PREFIX = "base_model.model."
 _SAVED = ".modules_to_save."
 
 
-def base_digest(tree: Tree, adapters: tuple[Adapter, ...]) -> str:
-    """Return the SHA-256 of the weights to which adapters are added: the base that they belong to."""
+def base_digest(weights: Iterable[tuple[str, Array]]) -> str:
+    """Return the SHA-256 of the weights, by name, to which adapters are added: the base that they belong to."""
     digest = hashlib.sha256()
-    for one in adapters:
-        digest.update(one.weight.encode())
-        digest.update(np.ascontiguousarray(tree[one.weight]).view(np.uint8).data)
+    for name, weight in weights:
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(weight).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -62,7 +63,10 @@ def write_adapter(task: Task, tree: Tree, folder: Path, rank: int | None = None)
     said.rank_pattern = {path.removeprefix(_PREFIX): one for path, one in ranks.items()}
     said.alpha_pattern = dict(said.rank_pattern)
     said.use_rslora, said.inference_mode = False, True
-    said.base_model_name_or_path, said.revision = said.base_model_name_or_path or task.name, base_digest(tree, adapters)
+    said.base_model_name_or_path, said.revision = (
+        said.base_model_name_or_path or task.name,
+        base_digest((one.weight, tree[one.weight]) for one in adapters),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     said.save_pretrained(str(folder))
     with (folder / "adapter_model.safetensors").open("wb") as file:

@@ -1,25 +1,24 @@
 """Write a language model as stage folders: a head for the device and a tail for the cloud, or the whole for one.
 
-The model is one that transformers loads: its folder, or a GGUF file. What the stages compute is compared with it
-before they can be used, so a model that does more than `edgefl.offload.generation.blocks` does is refused.
+What the stages compute is compared with the model before they can be used, so a model that does more than
+`edgefl.offload.generation.blocks` does is refused.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
-import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from edgefl.errors import ConfigError, MissingExtra, ParityError
+from edgefl.errors import ConfigError, ParityError
 from edgefl.offload.generation.blocks import EMBEDDING, HEAD, ROTARY, Rows, numpy_engine, tensors_of
 from edgefl.offload.generation.generate import load_part
+from edgefl.offload.generation.language_model import LanguageModel
 from edgefl.offload.generation.stage_info import (
+    CHANGES_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     DecoderSpec,
@@ -28,67 +27,12 @@ from edgefl.offload.generation.stage_info import (
     sha256_of,
     write_stage,
 )
-from edgefl.trees import Array, write_tree
+from edgefl.trees import Array, EncodedTree, write_tree
+from edgefl.trees.factors import MARK, factor_names
 from edgefl.trees.tensors import array_of
-
-if TYPE_CHECKING:
-    import torch
 
 HEAD_FOLDER, TAIL_FOLDER, WHOLE_FOLDER = "head", "tail", "whole"
 _ALLOWED = 1e-4  # of the largest logit: float32, in another order of additions
-_NAME = re.compile(r"[^A-Za-z0-9._-]+")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LanguageModel:
-    """A whole decoder in memory."""
-
-    name: str
-    module: torch.nn.Module  # of transformers, in float32
-    tokenizer: str  # tokenizer.json
-    text: TextFacts
-
-
-def open_language_model(path: Path, name: str = "") -> LanguageModel:
-    """Load a folder of transformers or a .gguf file; raises ConfigError for anything else, MissingExtra."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
-    except ImportError as cause:
-        raise MissingExtra("splitting a language model", "offload") from cause
-    quiet: Any = transformers_logging
-    quiet.disable_progress_bar()  # a reader of a log does not want its hundreds of lines
-    is_file = path.suffix == ".gguf" and path.is_file()
-    if not is_file and not (path / "config.json").is_file():
-        raise ConfigError(
-            f"{path} is no language model: expected a folder of transformers (config.json, *.safetensors, "
-            "tokenizer.json), or a .gguf file"
-        )
-    folder, options = (path.parent, {"gguf_file": path.name}) if is_file else (path, {})
-    try:
-        module: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, **options
-        )
-        module.eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error) as cause:
-        raise ConfigError(f"{path} cannot be loaded by transformers: {cause}") from cause
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ConfigError(f"{path} has a tokenizer without a tokenizer.json, which devices need; convert it first")
-    ends = getattr(module.generation_config, "eos_token_id", None)
-    return LanguageModel(
-        name=_NAME.sub("-", name or path.stem.partition(".Q")[0]).strip("-.").lower(),
-        module=module,
-        tokenizer=backend.to_str(),
-        text=TextFacts(
-            chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
-            end_tokens=tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
-        ),
-    )
 
 
 def split_language_model(model: LanguageModel, cut: int | None, folder: Path) -> list[StageInfo]:
@@ -117,6 +61,7 @@ def split_language_model(model: LanguageModel, cut: int | None, folder: Path) ->
         own[ROTARY] = state[ROTARY]
         with (into / WEIGHTS_FILE).open("wb") as file:
             write_tree(own, file)
+        _write_changes(model, own, into / CHANGES_FILE)
         if at == 0:
             (into / TOKENIZER_FILE).write_text(model.tokenizer, encoding="utf-8")
         info = StageInfo(
@@ -129,6 +74,19 @@ def split_language_model(model: LanguageModel, cut: int | None, folder: Path) ->
         infos.insert(0, info)
     _check_parity(model, [folder / name for name in names])
     return infos
+
+
+def _write_changes(model: LanguageModel, own: Mapping[str, Array], file: Path) -> None:
+    """Write the adapters that were added to a stage's weights, if there are any: a release on its base needs them."""
+    stored = {
+        side: array
+        for name, pair in model.changes.items()
+        if name in own
+        for side, array in zip(factor_names(name + MARK), (pair.left, pair.right), strict=True)
+    }
+    if stored:
+        with file.open("wb") as opened:
+            write_tree(EncodedTree(stored), opened)
 
 
 def _spec(module: Any) -> DecoderSpec:

@@ -3,6 +3,7 @@
     FOLDER/stage.json          this record
     FOLDER/model.safetensors   its tensors, by their names in the whole model (of Hugging Face transformers)
     FOLDER/tokenizer.json      of the first stage: the format of Hugging Face tokenizers
+    FOLDER/changes.safetensors for the publisher alone: the adapters that are in the tensors, as factors
 
 A stage needs no code of others to run: the record says what its blocks compute (`DecoderSpec`).
 Invariant: `read_stage` returns a record whose files have the digests in it, or raises.
@@ -21,6 +22,7 @@ from typing import Any
 from edgefl.errors import BlobDamaged, ConfigError
 
 STAGE_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "stage.json", "model.safetensors", "tokenizer.json"
+CHANGES_FILE = "changes.safetensors"
 FORMAT = 1
 CUT_FORMATS = ("fp32", "fp16", "bf16")  # of what crosses the cut of a language model
 _MAX_SIZE = 1 << 24  # of one dimension

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from edgefl.errors import ConfigError
+from edgefl.models.adapters.patch import Move
 from edgefl.offload.generation.stage_info import (
+    CHANGES_FILE,
     CUT_FORMATS,
     STAGE_FILE,
     TOKENIZER_FILE,
@@ -15,12 +19,16 @@ from edgefl.offload.generation.stage_info import (
     check_first,
     read_stage,
 )
+from edgefl.operator.adapters import base_release, patch_of
 from edgefl.operator.client import CloudClient, Json
-from edgefl.operator.run import upload_file
+from edgefl.operator.run import download, upload_file
 from edgefl.protocols.fields import to_json
 from edgefl.protocols.inference.placement import split_address
 from edgefl.protocols.inference.texts import TextStage
 from edgefl.protocols.manifest import check_model_name
+from edgefl.protocols.messages import BlobRef
+from edgefl.trees import Factors, SpooledTree, Tree, factors_of
+from edgefl.trees.factors import MARK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +39,7 @@ class TextRelease:
     name: str = ""  # of the release; empty = the model's
     tail: str = ""  # HOST:PORT of `edgefl cloud generate`, as devices reach it; empty = the whole model
     form: str = "fp16"  # wire format
+    base: int | None = None  # version of the release to whose weights this one's adapters were added
     info: StageInfo = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,9 +58,43 @@ class TextRelease:
 
 
 def publish_text(client: CloudClient, release: TextRelease) -> Json:
-    """Upload and sign; return the release."""
+    """Upload and sign; return the release, with a note for the operator. Raises ConfigError for another base."""
+    on_base, note = _on_base(client, release)
     weights, record, tokenizer = (
         upload_file(client, release.folder / name) for name in (WEIGHTS_FILE, STAGE_FILE, TOKENIZER_FILE)
     )
     text = TextStage(record=record, tokenizer=tokenizer, tail=release.tail, form=release.form)
-    return client.publish(release.release_name, weights, {}, text=to_json(text))
+    return client.publish(release.release_name, weights, {}, text=to_json(text), **on_base) | {"note": note}
+
+
+def _on_base(client: CloudClient, release: TextRelease) -> tuple[dict[str, BlobRef], str]:
+    """Upload the patch of a release on a base; return what the release says of it, and a note."""
+    if release.base is None:
+        return {}, ""
+    changes = release.folder / CHANGES_FILE
+    if not changes.is_file():
+        raise ConfigError(
+            f"--base: {release.folder} has no adapters. `edgefl offload split-decoder` with --parameters or --adapter "
+            "writes them; or publish it without --base"
+        )
+    base = base_release(client, release.release_name, release.base)
+    if base.text is None:
+        raise ConfigError(f"--base: version {release.base} of {base.model} is no language model")
+    with tempfile.TemporaryDirectory(prefix="edgefl-patch-") as folder:
+        before = Path(folder) / "base"
+        download(client, base.blob.sha256, before)
+        weights = SpooledTree(before)
+        moves = []
+        for name, pair in _factors(SpooledTree(changes)):
+            if name not in weights:
+                raise ConfigError(f"--base: version {release.base} of {base.model} has no weight {name!r}")
+            moves.append(Move(name, weights[name], pair))
+        patch, note = patch_of(before, release.folder / WEIGHTS_FILE, moves, base.version, Path(folder))
+        return {"base": base.blob, "patch": upload_file(client, patch)}, note
+
+
+def _factors(changes: Tree) -> Iterator[tuple[str, Factors]]:
+    for name in changes:
+        pair = factors_of(changes, name)
+        if pair is not None:
+            yield name.removesuffix(MARK), pair

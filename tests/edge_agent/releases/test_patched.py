@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from edge_agent.releases.slots import ModelSlots
-from edgefl.models.adapters.patch import make_patch
-from edgefl.trees import write_tree
+from edgefl.models.adapters.patch import Move, added, make_patch
+from edgefl.offload.generation.stage_info import WEIGHTS_FILE
+from edgefl.protocols.inference.texts import TextStage
+from edgefl.trees import Factors, write_tree
 
 
 @pytest.fixture
@@ -97,3 +102,42 @@ def test_a_base_that_was_damaged_is_not_used(fleet, home, on_device, versions, o
         assert digest(onnx_model(4.0)) in fetched(fleet)
 
     on_device(run)
+
+
+def test_a_head_of_a_language_model_is_made_of_its_base(fleet, home, on_device) -> None:
+    rng = np.random.default_rng(0)
+    base = {"model.embed.weight": rng.normal(size=(64, 16)).astype(np.float32)}
+    pair = Factors(rng.normal(size=(64, 2)).astype(np.float32), rng.normal(size=(2, 16)).astype(np.float32))
+    moved = {name: added(weight, pair) for name, weight in base.items()}
+    files = [home / name for name in ("old", "new")]
+    for path, tree in zip(files, (base, moved), strict=True):
+        with path.open("wb") as file:
+            write_tree(tree, file)
+    moves = [Move(name, weight, pair) for name, weight in base.items()]
+    patch = io.BytesIO()
+    write_tree(make_patch(*files, moves), patch)
+    old, new = (path.read_bytes() for path in files)
+    other = old[:-4] + bytes(4)  # which its patch does not make: the whole is fetched
+    stage = TextStage(record=fleet.blob(b"record"), tokenizer=fleet.blob(b"tokenizer"))
+    wishes = [
+        fleet.release(old, 1, sequence=1, model="tiny", text=stage),
+        fleet.release(new, 2, sequence=2, model="tiny", text=stage, base=old, patch=patch.getvalue()),
+        fleet.release(other, 3, sequence=3, model="tiny", text=stage, base=old, patch=patch.getvalue()),
+    ]
+
+    class Texts:
+        """The process that generates texts: it is given the folder."""
+
+        async def prepare(self, model, *, trial):
+            served.append((model.folder / WEIGHTS_FILE).read_bytes())
+            return SimpleNamespace(switch=lambda: None, forget=lambda: None)
+
+    async def run(device):
+        device.updater._deps = dataclasses.replace(device.updater._deps, host=Texts())
+        await device.install(*wishes)
+
+    served = []
+    on_device(run)
+    assert served == [old, new, other]
+    whole = {digest(one) for one in (old, new, other)}
+    assert [one for one in fetched(fleet) if one in whole] == [digest(old), digest(other)]

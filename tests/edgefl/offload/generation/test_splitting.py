@@ -8,8 +8,9 @@ import torch
 from edgefl.errors import ConfigError, ParityError
 from edgefl.offload.generation.blocks import numpy_engine
 from edgefl.offload.generation.generate import generate, load_part
+from edgefl.offload.generation.language_model import LanguageModel, open_language_model
 from edgefl.offload.generation.sampling import Sampling
-from edgefl.offload.generation.splitting import LanguageModel, open_language_model, split_language_model
+from edgefl.offload.generation.splitting import split_language_model
 from edgefl.offload.generation.stage_info import TextFacts, read_stage
 from tests.language_models import CHAT, byte_tokenizer
 

@@ -1,0 +1,175 @@
+"""What a job has learnt, put into a language model before it is split: adapters, and weights that were trained whole.
+
+A job's tensors have the names of its task's model, which may have the language model inside (peft's wrapper, a module
+of the task's own): they are found by the end of their names. Matrices of low rank, `PATH@lora`, are added to the
+weights `PATH.weight`, all other tensors replace those of the model. Sums are made as devices make them of a patch
+(`edgefl.models.adapters.patch`), bit for bit, so a device that has the base fetches the adapters alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgefl.errors import ConfigError, MissingExtra, TaskError
+from edgefl.models.adapters.patch import added
+from edgefl.offload.generation.language_model import LanguageModel
+from edgefl.trees import Array, Factors, SpooledTree, Tree, factors_of
+from edgefl.trees.factors import MARK, is_low_rank
+from edgefl.trees.tensors import array_of, tensor_of
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_CONFIG = "adapter_config.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def with_learnt(model: LanguageModel, parameters: Path | None = None, adapter: Path | None = None) -> LanguageModel:
+    """Return the model with a job's parameters, or with an adapter; without both as it is. Raises as those do."""
+    if parameters is not None and adapter is not None:
+        raise ConfigError("give either --parameters or --adapter: a job's parameters have its adapters already")
+    if parameters is not None:
+        return with_parameters(model, parameters)
+    return model if adapter is None else with_adapter(model, adapter)
+
+
+def with_parameters(model: LanguageModel, file: Path) -> LanguageModel:
+    """Return the model with the parameters that a job has made, as `edgefl run --out` writes them.
+
+    The model's weights are changed in place. Raises ConfigError for parameters of another model, or that are not
+    finite, ProtocolError for a file that is no tree.
+    """
+    return _with_tree(model, SpooledTree(file), str(file))
+
+
+def with_adapter(model: LanguageModel, folder: Path) -> LanguageModel:
+    """Return the model with an adapter in peft's format (adapter_config.json), in place.
+
+    Raises ConfigError for an adapter of another model, or that is more than a sum of products; MissingExtra.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{folder} is no adapter of peft: it has no {ADAPTER_CONFIG}. `edgefl models adapter` writes such folders; "
+            "for the file of a job's parameters use --parameters"
+        )
+    try:
+        from peft import PeftModel
+    except ImportError as cause:
+        raise MissingExtra("reading an adapter of peft", "lora") from cause
+    from edgefl.training.adapters import adapters_of, with_factors
+
+    module: Any = model.module
+    try:
+        wrapped: Any = PeftModel.from_pretrained(module, str(folder), is_trainable=True)
+        adapters = adapters_of(model.name, wrapped)
+    except (OSError, ValueError, KeyError, RuntimeError, TaskError) as cause:
+        raise ConfigError(f"the adapter in {folder} cannot be put into {model.name}: {cause}") from cause
+    weights = {one.weight: one.layer.get_base_layer().weight for one in adapters}
+    _refuse_other_base(model, folder, wrapped.peft_config[wrapped.active_adapter].revision, weights)
+    products = with_factors(adapters, {})
+    whole = dataclasses.replace(model, module=wrapped.unload())
+    return _with_tree(whole, products, str(folder))
+
+
+def _refuse_other_base(
+    model: LanguageModel, folder: Path, revision: str | None, weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise ConfigError if edgefl has written the adapter for other weights; the job may have had them in 16 bits."""
+    import torch
+
+    from edgefl.models.adapters.peft_format import base_digest
+
+    if revision is None or not _SHA256.fullmatch(revision):
+        return  # by another program, which names no weights
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if base_digest((name, array_of(one.detach().to(dtype))) for name, one in weights.items()) == revision:
+            return
+    raise ConfigError(
+        f"the adapter in {folder} was trained on other weights than those of {model.name}: their SHA-256 is not "
+        f"{revision[:16]}.... Name the model that the job's task has loaded"
+    )
+
+
+def _with_tree(model: LanguageModel, tree: Tree, what: str) -> LanguageModel:
+    import torch
+
+    module: Any = model.module
+    state: dict[str, torch.Tensor] = module.state_dict()
+    places = _places(tree, state, model.name, what)
+    changes: dict[str, Factors] = {}
+    replaced = [name for name in places if not is_low_rank(name)]
+    with torch.no_grad():
+        for name in replaced:
+            state[places[name]].copy_(tensor_of(_checked(tree[name], name, what)))
+        for name in replaced:
+            if not np.array_equal(array_of(state[places[name]]), tree[name].astype(np.float32)):
+                raise ConfigError(
+                    f"{what}: {name} differs from a tensor that {model.name} has in its place, too: they are tied in "
+                    "the model, and were trained apart"
+                )
+        for name in places.keys() - replaced:
+            weight, target = array_of(state[places[name]]), state[places[name]]
+            pair = factors_of(tree, name)
+            if pair is None:  # of as high a rank as the weight
+                target.copy_(tensor_of(weight + _checked(tree[name], name, what)))
+            elif pair.rank:
+                changes[places[name]] = pair = pair.scaled(1.0, np.dtype(np.float32))
+                _checked(pair.left, name, what)
+                _checked(pair.right, name, what)
+                target.copy_(tensor_of(added(weight, pair)))
+    return dataclasses.replace(model, changes={**model.changes, **changes})
+
+
+def _places(tree: Tree, state: Mapping[str, torch.Tensor], model: str, what: str) -> dict[str, str]:
+    """Return the tensor of the model for each of a job's."""
+    own = {name: _own_name(name) for name in tree}
+    prefix = _prefix(own.values(), state)
+    places = {name: one.removeprefix(prefix) for name, one in own.items()}
+    for name, place in places.items():
+        if place not in state:
+            raise ConfigError(
+                f"{what} has a tensor {name!r}, which {model} has not: it has tensors such as {next(iter(state))!r}. "
+                "Expected the parameters of a job whose task trains this language model"
+            )
+        if tree[name].shape != tuple(state[place].shape):
+            raise ConfigError(
+                f"{what}: {name} has shape {list(tree[name].shape)}, expected {list(state[place].shape)} as in {model}"
+            )
+    return places
+
+
+def _own_name(name: str) -> str:
+    """Return the name that a tensor has without adapters."""
+    own = name.removesuffix(MARK) + ".weight" if is_low_rank(name) else name
+    return own.replace(".base_layer.", ".")
+
+
+def _prefix(names: Iterable[str], state: Mapping[str, object]) -> str:
+    """Return what stands before the model's own names in all of a job's; empty if nothing common does."""
+    found: set[str] | None = None
+    for name in names:
+        here = {name[: len(name) - len(end)] for end in _ends(name) if end in state}
+        found = here if found is None else found & here
+    return min(found or {""}, key=len)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a name without the first of its parts, without the first two, ..; first the whole."""
+    parts = name.split(".")
+    return (".".join(parts[number:]) for number in range(len(parts)))
+
+
+def _checked(array: Array, name: str, what: str) -> Array:
+    """Return a copy in float32; raises ConfigError for values that are not finite numbers."""
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise ConfigError(f"{what}: {name} has dtype {array.dtype}, expected floating-point numbers")
+    copy = array.astype(np.float32)
+    if not np.isfinite(copy).all():
+        raise ConfigError(f"{what}: {name} has NaN or infinite values; such a model generates nothing")
+    return copy
