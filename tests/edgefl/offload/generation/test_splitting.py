@@ -8,11 +8,11 @@ import torch
 from edgefl.errors import ConfigError, ParityError
 from edgefl.offload.generation.blocks import numpy_engine
 from edgefl.offload.generation.generate import generate, load_part
-from edgefl.offload.generation.language_model import LanguageModel, open_language_model
+from edgefl.offload.generation.language_model import LanguageModel
 from edgefl.offload.generation.sampling import Sampling
 from edgefl.offload.generation.splitting import split_language_model
-from edgefl.offload.generation.stage_info import TextFacts, read_stage
-from tests.language_models import CHAT, byte_tokenizer
+from edgefl.offload.generation.stage_info import TextFacts
+from tests.language_models import byte_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the [offload] extra")
 SIZES = {
@@ -61,24 +61,6 @@ def test_stages_of_a_decoder_generate_its_tokens(tmp_path, kind, changes) -> Non
         assert head.weight_bytes + tail.weight_bytes - whole.weight_bytes == embedding + 4 * 4
 
 
-def test_a_folder_of_transformers_is_read_with_its_tokenizer(tmp_path) -> None:
-    folder = tmp_path / "Small-Model"
-    make().module.save_pretrained(folder)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), eos_token="<end>")  # noqa: S106
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    model = open_language_model(folder)
-    assert (model.name, model.text.eos_token, model.text.chat_template) == ("small-model", "<end>", CHAT)
-    split_language_model(model, 2, tmp_path)
-    assert read_stage(tmp_path / "head").text.end_tokens == (2,)  # of its generation configuration
-
-
-def _tokenizer():
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(byte_tokenizer())
-
-
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -102,11 +84,6 @@ def test_a_model_that_does_more_is_refused(tmp_path) -> None:
         split_language_model(model, 1, tmp_path)
 
 
-def test_cuts_and_paths_that_do_not_exist_are_refused(tmp_path) -> None:
+def test_cuts_that_do_not_exist_are_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="must be a number of blocks from 0 to 3, which m has"):
         split_language_model(make(), 4, tmp_path)
-    with pytest.raises(ConfigError, match="is no language model: expected a folder"):
-        open_language_model(tmp_path / "none")
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF....")
-    with pytest.raises(ConfigError, match="cannot be loaded by transformers"):
-        open_language_model(tmp_path / "bad.gguf")
