@@ -13,6 +13,7 @@ from edgefl.terminal.output import example
     epilog=example(
         "edgefl cloud generate smollm2/tail --home /var/lib/edgefl-cloud --host 0.0.0.0 --name cloud.example.org",
         "edgefl cloud generate smollm2/tail --home /var/lib/edgefl-cloud --engine torch:cuda --cache-mb 8192",
+        "edgefl cloud generate large/tail --home /var/lib/edgefl-cloud --join /run/edgefl/tail.sock",
     )
 )
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -27,6 +28,8 @@ from edgefl.terminal.output import example
     "--engine", default="auto", show_default=True,
     help="What computes: torch, torch:DEVICE, or numpy. auto: torch on a GPU, else numpy, which is faster on a CPU.",
 )  # fmt: skip
+@click.option("--join", type=click.Path(path_type=Path, dir_okay=False), metavar="SOCKET",
+              help="Instead of a process of its own: torchrun's, of which the first connects here.")  # fmt: skip
 @click.option("--max-sequences", default=32, show_default=True, type=click.IntRange(1, 1024),
               help="Sequences whose next tokens are computed together.")  # fmt: skip
 @click.option("--prompt-rows", default=256, show_default=True, type=click.IntRange(1, 8192),

@@ -6,6 +6,7 @@ It reads who is enrolled from the cloud's database, and its CA. It does not lock
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from typing import Any
 from cloud.dataplane.callers import Callers
 from cloud.dataplane.grpc_port import GrpcPort, PortPace
 from cloud.dataplane.running_calls import RunningCalls
+from cloud.generation.joined_tail import JoinedTail
 from cloud.generation.service import SequenceService, ServedTail
 from cloud.generation.sessions import SessionLimits
 from cloud.generation.tail import LanguageTail, TailLimits
-from cloud.generation.tail_process import TailSpec
+from cloud.generation.tail_process import TailProcess, TailSpec
 from cloud.servers import PortKind
 from cloud.stages.beside_cloud import BesideCloud, refuse_insecure
 from edgefl.errors import ConfigError, MissingExtra
@@ -45,6 +47,7 @@ class TailOptions:
     port: int = 9460
     names: tuple[str, ...] = ()  # more names and addresses at which devices reach it
     engine: str = "auto"  # auto, torch, torch:DEVICE or numpy
+    join: Path | None = None  # socket at which torchrun's first process connects; None = a process of our own
     memory_mb: int = 0  # of the tail's process; 0 = no limit
     cache_mb: int = 1024  # for keys and values
     device_sequences: int = 8
@@ -59,6 +62,9 @@ class TailOptions:
         refuse_insecure(self.host, insecure=self.insecure)
         if self.engine.partition(":")[0] not in {"auto", "torch", "numpy"}:
             raise ConfigError(f"--engine {self.engine!r} is unknown; expected auto, torch, torch:DEVICE or numpy")
+        if self.join is not None and (self.engine != "auto" or self.memory_mb):
+            raise ConfigError("--engine and --memory-mb are for a process of the server's own; with --join, torchrun's "
+                              "processes have their own options")  # fmt: skip
 
 
 class TailServer:
@@ -89,14 +95,16 @@ class TailServer:
         options = self._options
         info = self._served.info
         spec = TailSpec(
-            folder=options.folder.absolute(), engine=options.engine, cores=tuple(sorted(os.sched_getaffinity(0))),
-            memory_mb=options.memory_mb, load_s=options.load_s, run_s=options.run_s,
+            folder=options.folder.absolute(), digest=info.digest, engine=options.engine,
+            cores=tuple(sorted(os.sched_getaffinity(0))), memory_mb=options.memory_mb, load_s=options.load_s,
+            run_s=options.run_s,
         )  # fmt: skip
         sessions = SessionLimits(
             context=info.spec.context, token_bytes=max(1, info.cache_bytes), of_device=options.device_sequences,
             cache_bytes=options.cache_mb << 20, lease_s=options.lease_s,
         )  # fmt: skip
-        tail = LanguageTail(spec, options.limits, sessions)
+        make = TailProcess if options.join is None else functools.partial(JoinedTail, options.join)
+        tail = LanguageTail(spec, options.limits, sessions, make)
 
         def handler(callers: Callers, calls: RunningCalls, port: GrpcPort) -> Any:
             return inference_handler(SequenceService(self._served, tail, callers, port.pace), calls.registered)

@@ -12,9 +12,11 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import select
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +122,14 @@ def _hidden(items: list[StepItem], body: bytes) -> list[Array]:
     return arrays
 
 
-def serve(control: socket.socket, tail: Tail) -> None:
-    """Compute steps until the server is gone."""
-    while head := _exactly(control, HEAD.size):
+def serve(control: socket.socket, tail: Tail, idle: Callable[[], object] = lambda: None, idle_s: float = 0.0) -> None:
+    """Compute steps until the server is gone; call `idle` whenever it says nothing for `idle_s`; 0 = never."""
+    while True:
+        while idle_s and not select.select([control], [], [], idle_s)[0]:
+            idle()
+        head = _exactly(control, HEAD.size)
+        if not head:
+            return
         header, body = sizes_of(head)
         message = parse_header(_exactly(control, header))
         if not isinstance(message, RunStep):
@@ -145,15 +152,19 @@ def _exactly(control: socket.socket, num_bytes: int) -> bytes:
 def load_tail(folder: Path, engine_name: str, threads: int) -> tuple[Tail | None, Message]:
     """Load the stage; return it with the message that says how that went."""
     try:
-        engine = _engine(engine_name, threads)
-        part = load_part(folder, engine)
-        tail = Tail(part)
-        width = part.info.spec.hidden
-        tail.step(RunStep(step=0, items=[dataclasses.asdict(_TRIED)], drop=[]), np.zeros((1, width), "<f4").tobytes())
-        tail.step(RunStep(step=0, items=[], drop=[_TRIED.key]), b"")
+        part = load_part(folder, engine_of(engine_name, threads))
+        tail = tried(part)
     except (EdgeflError, OSError, MemoryError, RuntimeError) as error:
         return None, TailNotLoaded(error=(str(error) or type(error).__name__)[:MAX_ERROR_CHARS])
-    return tail, TailUp(pid=os.getpid())
+    return tail, TailUp(pid=os.getpid(), digest=part.info.digest)
+
+
+def tried(part: DecoderPart) -> Tail:
+    """Return the tail of a stage, after one row was computed."""
+    tail, width = Tail(part), part.info.spec.hidden
+    tail.step(RunStep(step=0, items=[dataclasses.asdict(_TRIED)], drop=[]), np.zeros((1, width), "<f4").tobytes())
+    tail.step(RunStep(step=0, items=[], drop=[_TRIED.key]), b"")
+    return tail
 
 
 def chosen_engine(name: str) -> str:
@@ -172,7 +183,8 @@ def chosen_engine(name: str) -> str:
     return "numpy"
 
 
-def _engine(name: str, threads: int) -> ArrayLibrary:
+def engine_of(name: str, threads: int) -> ArrayLibrary:
+    """Return what computes, by its name in the options."""
     name = chosen_engine(name)
     if name == "numpy":
         return numpy_engine()

@@ -24,7 +24,7 @@ from edgefl.protocols.backoff import Backoff
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # before the process starts again
 STEADY_S = 30.0  # a process that lived so long is started again without a longer pause
 STOP_S = 2.0
-_STOPPED = "the stage server is stopping"
+STOPPED = "the stage server is stopping"
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class TailSpec:
     """A tail: its folder and what it may use."""
 
     folder: Path
+    digest: str = ""  # of the stage
     engine: str = "auto"  # auto, torch, torch:DEVICE or numpy
     cores: tuple[int, ...] = ()  # numbers of CPU cores; empty = those of the server
     memory_mb: int = 0  # limit; 0 = none
@@ -106,7 +107,7 @@ class TailProcess:
             with contextlib.suppress(OSError):  # what it said before it ended
                 await reading
         except asyncio.CancelledError:
-            self._killed_for = _STOPPED
+            self._killed_for = STOPPED
             with contextlib.suppress(TimeoutError):
                 await asyncio.shield(asyncio.create_task(child.stop(STOP_S)))
             raise
@@ -152,7 +153,7 @@ class TailProcess:
     def _note_down(self, reason: str) -> None:
         self._end_limit()
         self.is_up, self.reason = False, reason
-        level = logging.INFO if reason == _STOPPED else logging.ERROR
+        level = logging.INFO if reason == STOPPED else logging.ERROR
         event(_log, level, "tail.ended", pid=self.pid, reason=reason)
         if not self.first_load.done():
             self.first_load.set_exception(ProtocolError(f"the tail does not start: {reason}"))

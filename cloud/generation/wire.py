@@ -29,6 +29,7 @@ class TailUp:
     """The stage is loaded."""
 
     pid: int
+    digest: str = ""  # of the stage
     kind: str = "up"
 
 

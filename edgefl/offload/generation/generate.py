@@ -18,9 +18,13 @@ Transport = Callable[[Array], Array]  # hidden states at a cut -> as they arrive
 
 def load_part(folder: Path, engine: ArrayLibrary) -> DecoderPart:
     """Return the stage of a folder; raises ConfigError or BlobDamaged for one that cannot be used."""
-    info = read_stage(folder)
+    return DecoderPart(read_stage(folder), weights_of(folder), engine)
+
+
+def weights_of(folder: Path) -> SpooledTree:
+    """Return the tensors of a stage, which are read when they are needed; raises ConfigError for a damaged file."""
     try:
-        return DecoderPart(info, SpooledTree(folder / WEIGHTS_FILE), engine)
+        return SpooledTree(folder / WEIGHTS_FILE)
     except ProtocolError as cause:
         raise ConfigError(f"{folder / WEIGHTS_FILE} is damaged: {cause}. Split the model again") from cause
 

@@ -34,6 +34,7 @@ def test_folders_and_homes_that_cannot_be_served(home, tmp_path) -> None:
 def test_options_that_cannot_be_used(tmp_path) -> None:
     for changes, words in (
         ({"insecure": True, "host": "10.0.0.1"}, "--insecure is for loopback only"),
+        ({"join": tmp_path / "s", "engine": "numpy"}, "--engine and --memory-mb are for a process of the server's own"),
         ({"engine": "tensorflow"}, "--engine 'tensorflow' is unknown; expected auto, torch, torch:DEVICE or numpy"),
     ):
         with pytest.raises(ConfigError, match=words):
