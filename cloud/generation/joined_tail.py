@@ -11,8 +11,9 @@ import contextlib
 import logging
 from pathlib import Path
 
+from cloud.beside.restarted import STOPPED
 from cloud.generation import wire
-from cloud.generation.tail_process import STOPPED, StepCallbacks, TailProcess, TailSpec
+from cloud.generation.tail_process import StepCallbacks, TailProcess, TailSpec
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.logs import event
 

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cloud.beside.beside_cloud import BesideCloud, refuse_insecure
 from cloud.dataplane.callers import Callers
 from cloud.dataplane.grpc_port import GrpcPort, PortPace
 from cloud.dataplane.running_calls import RunningCalls
@@ -24,7 +25,6 @@ from cloud.generation.sessions import SessionLimits
 from cloud.generation.tail import LanguageTail, TailLimits
 from cloud.generation.tail_process import TailProcess, TailSpec
 from cloud.servers import PortKind
-from cloud.stages.beside_cloud import BesideCloud, refuse_insecure
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.logs import event
 from edgefl.offload.generation.stage_info import read_stage

@@ -17,12 +17,12 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from cloud.beside.health import HealthCalls
 from cloud.dataplane.callers import Callers, Context
 from cloud.generation.tail import LanguageTail
 from cloud.stages.work import RequestRefused
 from edgefl.errors import ProtocolError
 from edgefl.offload.generation.stage_info import StageInfo
-from edgefl.process.version import __version__
 from edgefl.protocols.inference import open_inference_grpc_pb2 as pb
 from edgefl.protocols.inference.sequences import HIDDEN, TOKEN, parse_sequence_request
 from edgefl.protocols.inference.service import REQUEST_DIGEST, REQUEST_TIMEOUT, STREAM_STATUS
@@ -44,35 +44,20 @@ class ServedTail:
     info: StageInfo
 
 
-class SequenceService:
+class SequenceService(HealthCalls):
     """Implements `GRPCInferenceService` in the event loop."""
+
+    _extensions = ("sequence",)
 
     def __init__(
         self, served: ServedTail, tail: LanguageTail, callers: Callers, pace: Callable[[str], float] = lambda _: 0.0
     ) -> None:
-        self._served, self._tail, self._callers, self._pace = served, tail, callers, pace
+        super().__init__(callers)
+        self._served, self._tail, self._pace = served, tail, pace
         self._streams: Counter[str] = Counter()  # and unary calls
 
-    async def ServerLive(self, _request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: N802
-        await self._callers.any(context)
-        return pb.ServerLiveResponse(live=True)
-
-    async def ServerReady(  # noqa: N802
-        self, _request: pb.ServerReadyRequest, context: Context
-    ) -> pb.ServerReadyResponse:
-        await self._callers.any(context)
-        return pb.ServerReadyResponse(ready=not self._tail.reason)
-
-    async def ServerMetadata(  # noqa: N802
-        self, _request: pb.ServerMetadataRequest, context: Context
-    ) -> pb.ServerMetadataResponse:
-        await self._callers.any(context)
-        return pb.ServerMetadataResponse(name="edgefl-stages", version=__version__, extensions=["sequence"])
-
-    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802
-        await self._callers.any(context)
-        await self._find(request.name, request.version, context)
-        return pb.ModelReadyResponse(ready=not self._tail.reason)
+    def _reason(self) -> str:
+        return self._tail.reason
 
     async def ModelMetadata(  # noqa: N802
         self, request: pb.ModelMetadataRequest, context: Context

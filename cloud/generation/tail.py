@@ -15,12 +15,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from cloud.beside.suspects import Suspects
 from cloud.generation.schedule import Piece, StepSchedule, Turn
 from cloud.generation.sessions import SessionLimits, TailSequence, TailSequences
 from cloud.generation.tail_process import TailProcess, TailSpec
 from cloud.generation.wire import RunStep, StepDone, StepItem
 from cloud.servers import unwrapped
-from cloud.stages.suspects import Suspects
 from cloud.stages.work import RequestRefused
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.logs import event

@@ -9,22 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from cloud.beside.restarted import STOPPED, RestartedProcess
 from cloud.generation import wire
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.process.children import SHORT_WAITS, Child
-from edgefl.protocols.backoff import Backoff
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # before the process starts again
-STEADY_S = 30.0  # a process that lived so long is started again without a longer pause
-STOP_S = 2.0
-STOPPED = "the stage server is stopping"
 
 _log = logging.getLogger(__name__)
 
@@ -52,32 +46,14 @@ class StepCallbacks(Protocol):
     def lost(self, reason: str) -> None: ...
 
 
-class TailProcess:
+class TailProcess(RestartedProcess[None]):
     """Starts and feeds the process. Used in the event loop only."""
 
     def __init__(self, spec: TailSpec, callbacks: StepCallbacks) -> None:
+        super().__init__()
         self._spec, self._callbacks = spec, callbacks
-        self.is_up = False
-        self.reason = "it is starting"  # why it is not up
-        self.pid = 0
-        self.first_load: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer: asyncio.StreamWriter | None = None
-        self._child: Child | None = None
-        self._killed_for = ""
         self._limit: asyncio.TimerHandle | None = None
-
-    async def run(self) -> None:
-        """Keep the process running until cancelled."""
-        loop, pauses = asyncio.get_running_loop(), Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
-        while True:
-            begun_s = loop.time()
-            try:
-                await self._run_child()
-            except OSError as error:  # no process, no descriptor
-                self._note_down(f"it cannot be started: {error}")
-            if loop.time() - begun_s > STEADY_S:
-                pauses.reset()
-            await asyncio.sleep(pauses.next_s())
 
     def send(self, step: wire.RunStep, body: bytes) -> None:
         """Have a step computed. The process must be up."""
@@ -96,26 +72,21 @@ class TailProcess:
             except OSError:
                 ours.close()
                 raise
-        self._child, self.pid, self._killed_for = child, child.pid, ""
+        self._begin(child)
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_HEADER_BYTES)
         reading = asyncio.create_task(self._read(reader), name="tail-process")
         self._limit = asyncio.get_running_loop().call_later(
             self._spec.load_s, self._kill, f"the stage was not loaded in {self._spec.load_s:g} s"
         )
         try:
-            await child.ended.wait()
+            await self._ended(child)
             with contextlib.suppress(OSError):  # what it said before it ended
                 await reading
-        except asyncio.CancelledError:
-            self._killed_for = STOPPED
-            with contextlib.suppress(TimeoutError):
-                await asyncio.shield(asyncio.create_task(child.stop(STOP_S)))
-            raise
         finally:
             reading.cancel()
             self._writer.close()
             self._child = self._writer = None
-            self._note_down(self._killed_for or f"its process {child.end}")
+            self._note_down(self._why_ended(child))
 
     def _start(self, control: int) -> Child:
         spec = self._spec
@@ -163,8 +134,3 @@ class TailProcess:
         if self._limit is not None:
             self._limit.cancel()
             self._limit = None
-
-    def _kill(self, reason: str) -> None:
-        if self._child is not None:
-            self._killed_for = reason
-            self._child.signal(signal.SIGKILL)

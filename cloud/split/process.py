@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cloud.beside.suspects import Suspects
 from cloud.split.records import END, FORGET, FRAME, GONE, HEAD, OPEN, READY, TAKEN, SessionSpec, record
-from cloud.stages.suspects import Suspects
 from edgefl.logs import event
 from edgefl.process.children import Child
 

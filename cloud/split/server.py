@@ -19,6 +19,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from cloud.beside.beside_cloud import BesideCloud, refuse_insecure
 from cloud.dataplane.callers import Callers
 from cloud.dataplane.grpc_port import GrpcPort, PortPace
 from cloud.dataplane.running_calls import RunningCalls
@@ -28,7 +29,6 @@ from cloud.split.process import JobProcess, SessionEnded
 from cloud.split.records import SessionSpec
 from cloud.split.results import SplitFolder, folders_of_others
 from cloud.split.service import CHUNK_BYTES, SplitLimits, SplitService, split_handler
-from cloud.stages.beside_cloud import BesideCloud, refuse_insecure
 from cloud.state.blobs import BlobStore
 from edgefl.errors import MissingExtra
 from edgefl.logs import event

@@ -19,11 +19,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cloud.beside.suspects import Suspects
 from cloud.servers import unwrapped
 from cloud.stages.fair_queue import BatchRule, FairQueue
 from cloud.stages.slots import Placed, Slots
 from cloud.stages.stage_process import BatchCallbacks, StageFacts, StageProcess, StageSpec
-from cloud.stages.suspects import Suspects
 from cloud.stages.work import Output, Part, RequestRefused, StageRequest
 from edgefl.errors import ConfigError
 from edgefl.models.tensors import TensorInfo

@@ -18,11 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cloud.beside.beside_cloud import BesideCloud, refuse_insecure
 from cloud.dataplane.callers import Callers
 from cloud.dataplane.grpc_port import GrpcPort, PortPace
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.servers import PortKind
-from cloud.stages.beside_cloud import BesideCloud, refuse_insecure
 from cloud.stages.pipeline import Pipeline, PipelineLimits
 from cloud.stages.service import ServedModel, StageService
 from cloud.stages.stage_process import StageSpec

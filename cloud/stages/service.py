@@ -19,13 +19,13 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from cloud.beside.health import HealthCalls
 from cloud.dataplane.callers import Callers, Context
 from cloud.stages.pipeline import Pipeline
 from cloud.stages.work import Output, RequestRefused, StageRequest
 from edgefl.errors import ProtocolError
 from edgefl.models.tensors import TensorInfo
 from edgefl.offload.wire import FORMATS, decode
-from edgefl.process.version import __version__
 from edgefl.protocols.inference import open_inference_grpc_pb2 as pb
 from edgefl.protocols.inference.service import (
     REQUEST_DIGEST,
@@ -72,36 +72,19 @@ class _Asked:
     arrived_s: float = 0.0  # on the event loop's clock
 
 
-class StageService:
+class StageService(HealthCalls):
     """Implements `GRPCInferenceService` in the event loop."""
 
     def __init__(
         self, model: ServedModel, pipeline: Pipeline, callers: Callers, pace: Callable[[str], float] = lambda _: 0.0
     ) -> None:
-        self._model, self._pipeline, self._callers, self._pace = model, pipeline, callers, pace
+        super().__init__(callers)
+        self._model, self._pipeline, self._pace = model, pipeline, pace
         self._calls: Counter[str] = Counter()
         self._streams: Counter[str] = Counter()
 
-    async def ServerLive(self, _request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: N802
-        await self._callers.any(context)
-        return pb.ServerLiveResponse(live=True)
-
-    async def ServerReady(  # noqa: N802
-        self, _request: pb.ServerReadyRequest, context: Context
-    ) -> pb.ServerReadyResponse:
-        await self._callers.any(context)
-        return pb.ServerReadyResponse(ready=not self._pipeline.reason)
-
-    async def ServerMetadata(  # noqa: N802
-        self, _request: pb.ServerMetadataRequest, context: Context
-    ) -> pb.ServerMetadataResponse:
-        await self._callers.any(context)
-        return pb.ServerMetadataResponse(name="edgefl-stages", version=__version__)
-
-    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802
-        await self._callers.any(context)
-        await self._find(request.name, request.version, context)
-        return pb.ModelReadyResponse(ready=not self._pipeline.reason)
+    def _reason(self) -> str:
+        return self._pipeline.reason
 
     async def ModelMetadata(  # noqa: N802
         self, request: pb.ModelMetadataRequest, context: Context

@@ -10,25 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from cloud.beside.restarted import STOPPED, RestartedProcess
 from cloud.stages import wire
 from cloud.stages.slots import Placed, Slots
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.models.tensors import TensorInfo
 from edgefl.process.children import Child
-from edgefl.protocols.backoff import Backoff
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # before the process starts again
-STEADY_S = 30.0  # a process that lived so long is started again without a longer pause
-STOP_S = 2.0
-_STOPPED = "the stage server is stopping"
 
 _log = logging.getLogger(__name__)
 
@@ -63,38 +57,20 @@ class BatchCallbacks(Protocol):
     def changed(self, stage: StageProcess, lost: list[int], reason: str) -> None: ...
 
 
-class StageProcess:
+class StageProcess(RestartedProcess[StageFacts]):
     """Starts and feeds the process of one stage. Used in the event loop only."""
 
     def __init__(self, number: int, spec: StageSpec, memory: Slots, callbacks: BatchCallbacks) -> None:
+        super().__init__()
         self.number, self._spec, self._memory, self._callbacks = number, spec, memory, callbacks
         self.facts: StageFacts | None = None  # of the loaded model
-        self.is_up = False
-        self.reason = "it is starting"  # why it is not up
-        self.pid = 0
-        self.first_load: asyncio.Future[StageFacts] = asyncio.get_running_loop().create_future()
         self._control: socket.socket | None = None
-        self._child: Child | None = None
         self._running: dict[int, asyncio.TimerHandle | None] = {}  # batches, the oldest first
         self._load_limit: asyncio.TimerHandle | None = None
-        self._killed_for = ""  # why this process is ended; empty = it ends by itself
 
     @property
     def num_running(self) -> int:
         return len(self._running)
-
-    async def run(self) -> None:
-        """Keep the process running until cancelled."""
-        loop, pauses = asyncio.get_running_loop(), Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
-        while True:
-            begun_s = loop.time()
-            try:
-                await self._run_child()
-            except OSError as error:  # no process, no descriptor
-                self._note_down(f"it cannot be started: {error}")
-            if loop.time() - begun_s > STEADY_S:
-                pauses.reset()
-            await asyncio.sleep(pauses.next_s())
 
     def send(self, batch: int, tensors: Mapping[str, Placed], free: int, end: int) -> None:
         """Have a batch computed. The process must be up."""
@@ -115,25 +91,21 @@ class StageProcess:
             with theirs:
                 child = self._start(theirs.fileno())
             ours.setblocking(False)  # noqa: FBT003 - its only parameter has no name
-            self._child, self._control, self.pid = child, ours, child.pid
+            self._begin(child)
+            self._control = ours
             loop.add_reader(ours, self._read)
             overdue = loop.call_later(
                 self._spec.load_s, self._kill, f"the model was not loaded in {self._spec.load_s:g} s"
             )
-            self._load_limit, self._killed_for = overdue, ""
+            self._load_limit = overdue
             try:
-                await child.ended.wait()
+                await self._ended(child)
                 self._read()  # what it said before it ended
-            except asyncio.CancelledError:
-                self._killed_for = _STOPPED
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.shield(asyncio.create_task(child.stop(STOP_S)))
-                raise
             finally:
                 overdue.cancel()
                 loop.remove_reader(ours)
                 self._control = self._child = None
-                self._note_down(self._killed_for or f"its process {child.end}")
+                self._note_down(self._why_ended(child))
 
     def _start(self, control: int) -> Child:
         spec = self._spec
@@ -188,7 +160,7 @@ class StageProcess:
         for batch in lost:
             self._settle(batch)
         self.is_up, self.reason = False, reason
-        level = logging.INFO if reason == _STOPPED else logging.ERROR
+        level = logging.INFO if reason == STOPPED else logging.ERROR
         event(_log, level, "stage.ended", stage=self.number, pid=self.pid, reason=reason, lost=len(lost))
         if not self.first_load.done():
             self.first_load.set_exception(ProtocolError(f"stage {self.number} does not start: {reason}"))
@@ -210,11 +182,6 @@ class StageProcess:
             limit_s = self._spec.run_s
             reason = f"a batch took longer than {limit_s:g} s"
             self._running[oldest] = asyncio.get_running_loop().call_later(limit_s, self._kill, reason)
-
-    def _kill(self, reason: str) -> None:
-        if self._child is not None:
-            self._killed_for = reason
-            self._child.signal(signal.SIGKILL)
 
 
 def _infos(described: list[list[object]]) -> tuple[TensorInfo, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cloud.stages.suspects import SUSPECT_S, Suspects
+from cloud.beside.suspects import SUSPECT_S, Suspects
 from edgefl.testing import ManualClock
 
 

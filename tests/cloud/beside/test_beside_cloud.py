@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cryptography import x509
 
-from cloud.stages.beside_cloud import BesideCloud, refuse_insecure
+from cloud.beside.beside_cloud import BesideCloud, refuse_insecure
 from cloud.trust.own_certificates import hosts_of
 from edgefl.errors import ConfigError, HomeError
 from edgefl.process.home import create_home

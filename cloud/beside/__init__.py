@@ -1,0 +1,1 @@
+"""What the servers beside a cloud share: split models, language models, training in parts."""
