@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from cloud.beside.known_devices import FRESH_S, KnownDevices
-from cloud.stages import known_devices
+from cloud.beside import known_devices
 from edgefl.testing import ManualClock
 
 
