@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from cloud.beside.known_devices import FRESH_S, KnownDevices
 from cloud.beside import known_devices
+from cloud.beside.known_devices import FRESH_S, KnownDevices
 from edgefl.testing import ManualClock
 
 
