@@ -17,7 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from cloud.state.enrolment_tokens import check_token_label
-from cloud.state.store import devices, revoked, tokens, updates
+from cloud.state.store import SERIAL_OF, devices, revoked, tokens, updates
 from cloud.trust.crl import make_crl
 from cloud.trust.renewal import Renewals, forget_next
 from edgefl.errors import ConfigError, EnrolmentRefused, NotFound
@@ -121,9 +121,8 @@ class Enrolment:
 
     def is_known(self, name: str, serial: str | None = None) -> bool:
         """Whether a device is in the fleet; with a serial number, whether it is of its current or next certificate."""
-        found = sa.select(devices.c.serial).where(devices.c.name == name)
         with self._engine.connect() as db:
-            valid = db.scalar(found)
+            valid = db.scalar(SERIAL_OF, {"name": name})
         if valid is None or serial in {None, valid}:
             return valid is not None
         return self.renewals.first_use(name, serial)

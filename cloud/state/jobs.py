@@ -26,7 +26,7 @@ from cloud.jobs.parts import check_fragments, check_parts, frozen_of
 from cloud.jobs.round_metrics import round_json, store_metrics
 from cloud.state.blobs import BlobStore
 from cloud.state.followers import Followers
-from cloud.state.store import jobs, rounds, sums, updates
+from cloud.state.store import NEW_UPDATE, jobs, rounds, sums, updates
 from edgefl.aggregation import check_rule
 from edgefl.aggregation.server_opt import ServerOptimizer
 from edgefl.choosing.history import Participation
@@ -215,7 +215,7 @@ class Jobs:
     def record(self, job: str, number: int, answer: AnswerRow) -> None:
         """Make an answer durable, before it is acknowledged."""
         with self._engine.begin() as db:
-            db.execute(updates.insert().values(answer.of_round(job, number)))
+            db.execute(NEW_UPDATE, answer.of_round(job, number))
 
     def record_sum(self, job: str, number: int, file: str, note: str, answers: Sequence[AnswerRow]) -> None:
         """Make the sum of a region durable, with the answers of all its devices; `note` is its SumNote as JSON."""

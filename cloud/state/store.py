@@ -123,6 +123,10 @@ updates = sa.Table(
     sa.Column("refused", sa.Boolean),  # by the guard of its region
 )
 
+# What runs for each device of each round: SQLAlchemy takes longer to make a statement than to run it.
+NEW_UPDATE = updates.insert()
+SERIAL_OF = sa.select(devices.c.serial).where(devices.c.name == sa.bindparam("name"))
+
 sums = sa.Table(  # of regions, accepted
     "sums",
     TABLES,

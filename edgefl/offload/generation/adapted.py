@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
+# In a module that is trained whole beside adapters, peft has the original, too.
+_SAVED, _ORIGINAL = re.compile(r"\.modules_to_save\.[^.]+\."), ".original_module."
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -128,7 +130,7 @@ def _with_tree(model: LanguageModel, tree: Tree, what: str) -> LanguageModel:
 
 def _places(tree: Tree, state: Mapping[str, torch.Tensor], model: str, what: str) -> dict[str, str]:
     """Return the tensor of the model for each of a job's."""
-    own = {name: _own_name(name) for name in tree}
+    own = {name: _own_name(name) for name in tree if _ORIGINAL not in name}
     prefix = _prefix(own.values(), state)
     places = {name: one.removeprefix(prefix) for name, one in own.items()}
     for name, place in places.items():
@@ -145,9 +147,9 @@ def _places(tree: Tree, state: Mapping[str, torch.Tensor], model: str, what: str
 
 
 def _own_name(name: str) -> str:
-    """Return the name that a tensor has without adapters."""
+    """Return the name that a tensor has without peft's wrappers."""
     own = name.removesuffix(MARK) + ".weight" if is_low_rank(name) else name
-    return own.replace(".base_layer.", ".")
+    return _SAVED.sub(".", own.replace(".base_layer.", "."))
 
 
 def _prefix(names: Iterable[str], state: Mapping[str, object]) -> str:

@@ -159,6 +159,20 @@ def test_a_model_that_was_trained_whole_replaces_all_weights(tmp_path) -> None:
     assert made.changes == {}
 
 
+def test_a_module_that_was_trained_whole_beside_adapters(tmp_path) -> None:
+    task = Task(
+        name="with-head", model=lambda: wrapped(modules_to_save=["lm_head"]), loss=loss, train_data=texts
+    )  # fmt: skip
+    file = tmp_path / "whole-head.safetensors"
+    simulate(task, clients=1, rounds=1, engine="loop", set={"train.lr": 5.0}, out=file)
+    made = with_parameters(language_model(), file)
+    [head] = [name for name in SpooledTree(file) if "lm_head.modules_to_save" in name]
+    assert np.array_equal(made.module.state_dict()["lm_head.weight"].numpy(), SpooledTree(file)[head])
+    assert not torch.equal(made.module.state_dict()["lm_head.weight"], base().state_dict()["lm_head.weight"])
+    assert len(made.changes) == 6
+    split_language_model(made, 1, tmp_path)
+
+
 def test_a_matrix_that_is_not_in_factors_is_added_too(tmp_path) -> None:
     change = np.full((16, 16), 0.25, np.float32)
     made = with_parameters(language_model(), written(tmp_path, {f"{QUERY.removesuffix('.weight')}@lora": change}))
