@@ -184,13 +184,16 @@ class Folding:
         _, rule = self._parts()
         if not self.weights or not self.plan.fit:
             return {}
-        mean = rule.partial_mean().total
         if self.base is None:
-            return mean
+            return rule.partial_mean().total
         first, last = self.base
-        spec = spec_of(mean)
-        whole = change(first, regional_step(last, mean))
-        return {name: whole[name].astype(one.dtype) for name, one in spec.items()}
+        whole, spec = change(first, self.step(last)), partial_spec(spec_of(first), is_mean=True)
+        return {name: array.astype(spec[name].dtype) for name, array in whole.items()}
+
+    def step(self, parameters: Tree) -> Tree:
+        """Return a region's parameters after this round, in their dtypes; ends the sum."""
+        _, rule = self._parts()
+        return regional_step(parameters, rule.result())
 
     def _parts(self) -> tuple[RoundGuard, Merging]:
         if self._guard is None or self._rule is None:

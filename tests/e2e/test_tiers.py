@@ -74,3 +74,37 @@ def test_a_parent_that_is_away_in_mid_round_changes_nothing(tree):
     tree.start_cloud()
     result, model = tree.finish_run(run)
     assert_exact(result, model, 2)
+
+
+DEADLINE_S = 25.0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "mode",
+    [(), ("tiers.region_rounds=2",), ("rounds.grace=auto",), ("rounds.late=next",), ("server.wire=bf16",)],
+    ids=["regions", "region rounds", "grace", "late", "wire"],
+)
+def test_who_is_dead_for_good_ends_no_job_and_no_deadline(tree, tmp_path, mode):
+    """First a device, then a region, which never come back; the rest is counted in each round."""
+    tree.start_devices(seconds=0.5)
+    settings = ("rounds.clients=4", "rounds.quorum=1", f"rounds.deadline_s={DEADLINE_S}", "rounds.offline_grace_s=2")
+    if "rounds.late=next" in mode:  # not below regions
+        for name in PLACES:
+            tree.agents[name].stop()
+            tree.command("devices", "assign", name, "--parents", "cloud")
+            delta, weight = DEVICES[name]
+            tree.restart_agent(name, delta=delta, weight=weight, calls=tmp_path / f"{name}.calls", seconds=0.5)
+    run = tree.start_run("numbers", *settings, *mode, rounds=8)
+    seen = tree.cloud.wait_for("round.done")
+    tree.agents["a"].signal(signal.SIGKILL)
+    tree.agents["a"].kill()
+    tree.cloud.wait_for("round.done", after=seen + 1)
+    tree.regions["r2"].signal(signal.SIGKILL)  # and with it r2a below it
+    tree.regions["r2"].kill()
+    result, _ = tree.finish_run(run)
+    assert len(result["rounds"]) == 8
+    assert all(entry["admitted"] >= 1 for entry in result["rounds"])
+    assert max(entry["seconds"] for entry in result["rounds"]) <= DEADLINE_S + 1
+    assert result["rounds"][-1]["admitted"] == (3 if "rounds.late=next" in mode else 1)

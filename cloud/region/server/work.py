@@ -27,7 +27,7 @@ from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.region.server.uplink import SumFile
 from cloud.region.sums import Folding
 from cloud.state.jobs import JobRow
-from edgefl.aggregation.regional import regional_round, regional_step
+from edgefl.aggregation.regional import regional_round
 from edgefl.config import JobConfig, TrainConfig
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, ProtocolError
 from edgefl.exchange import Terms
@@ -198,7 +198,7 @@ class RegionWork:
             folding, fleet = self._ask(key, one, asked, parameters)
             evaluated = evaluated or folding
             if regional < times - 1 and folding.weights:
-                kept = fleet.keep(regional_step(parameters, folding.mean()))
+                kept = fleet.keep(folding.step(parameters))
                 parameters, one.models = kept, {*one.models, kept.path.name}
         folding.evaluated = evaluated
         moved, (name, parent) = self._deps.rounds.traffic(key[0]) - before, self.place

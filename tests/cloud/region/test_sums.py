@@ -13,6 +13,7 @@ from cloud.state.jobs import AnswerRow
 from edgefl.aggregation import make_rule
 from edgefl.config import TrainConfig
 from edgefl.errors import ConfigError, ProtocolError
+from edgefl.guards import partial_spec
 from edgefl.protocols.messages import BlobRef, Evaluate, Signed
 from edgefl.protocols.tiers import RegionPart, SumNote
 from edgefl.records import DeviceEvaluation, Evaluated, Failure, Plan, RegionRound
@@ -278,3 +279,36 @@ def test_a_sum_of_an_evaluation_has_no_training():
     note = SumNote(weights={"a": 1.0}, metrics={"loss": [1.0, 1.0]})
     assert "only evaluates" in wrong_kind(note, evaluation)
     assert wrong_kind(note, training) == wrong_kind(SumNote(weights={"a": 1.0}), evaluation) == ""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "deltas", "stepped", "travels"),
+    [
+        (np.float32, (1.0, 4.0), 3.0, 3.0),  # weights 1 and 2
+        (np.float64, (1.0, 4.0), 3.0, 3.0),
+        (ml_dtypes.bfloat16, (1.0, 4.0), 3.0, 3.0),
+        (np.int64, (1, 2), 2, 2.0),  # 5/3, rounded in each round, as a cloud does
+        (np.int8, (-1, -2), -2, -2.0),
+        (np.bool_, (False, True), True, 1.0),  # more than half of the weight has changed
+    ],
+)
+def test_a_regional_round_keeps_the_dtypes(dtype, deltas, stepped, travels) -> None:
+    """Devices get the parameters of a region's second round in the dtypes of the first, also as scalars."""
+    first = {"w": np.zeros((), dtype)}
+
+    def one_round():
+        answers = [
+            update(name, own, w=np.array(delta, dtype))
+            for name, own, delta in zip("ab", (1.0, 2.0), deltas, strict=True)
+        ]
+        return folded(answers, plan_for(first))
+
+    second = one_round().step(first)
+    assert (second["w"].dtype, second["w"].shape, second["w"].item()) == (dtype, (), stepped)
+    last = one_round()
+    last.base = (first, first)
+    mean = last.mean()
+    assert (mean["w"].shape, float(mean["w"])) == ((), travels)
+    assert {name: one.dtype for name, one in mean.items()} == {
+        name: one.dtype for name, one in partial_spec(spec_of(first), is_mean=True).items()
+    }
