@@ -82,31 +82,43 @@ class Ring:
         self.ranks, self._first = dist.get_world_size(), _first(leads=leads)
         self.rank = (dist.get_rank() - self._first) % self.ranks  # in the order of the blocks
         self._sent: list[tuple[Any, Any]] = []
+        self._told = self._forth = self._back = None  # the groups; None = all processes, with the limit for loading
+
+    def begin(self, limit: timedelta) -> None:
+        """Wait until all processes have loaded their blocks; from now on `limit` is for each message.
+
+        What comes back to the first process has a group of its own: with NCCL, the messages between two processes keep
+        one order in both directions, and two processes would wait for each other.
+        """
+        self._dist.barrier()
+        self._told, self._forth, self._back = (self._dist.new_group(timeout=limit) for _ in range(3))
 
     def tell(self, command: dict[str, Any]) -> None:
         """From the first process to all others."""
         data = np.frombuffer(json.dumps(command).encode(), np.uint8).copy()
         for part in (np.array([len(data)]), data):
-            self._dist.broadcast(self._torch.from_numpy(part), src=self._first)
+            self._dist.broadcast(self._torch.from_numpy(part), src=self._first, group=self._told)
 
     def hear(self) -> dict[str, Any]:
         """Return what the first process tells."""
         size = self._torch.zeros(1, dtype=self._torch.int64)
-        self._dist.broadcast(size, src=self._first)
+        self._dist.broadcast(size, src=self._first, group=self._told)
         data = self._torch.empty(int(size), dtype=self._torch.uint8)
-        self._dist.broadcast(data, src=self._first)
+        self._dist.broadcast(data, src=self._first, group=self._told)
         command: dict[str, Any] = json.loads(data.numpy().tobytes())
         return command
 
     def send(self, hidden_ne: Any) -> None:
         """Begin to send hidden states (N, E) to the next rank; behind the last is the first."""
         whole = self._torch.from_numpy(np.ascontiguousarray(hidden_ne)) if self._engine.xp is np else hidden_ne
-        self._sent.append((self._dist.isend(whole.contiguous(), self._peer(1)), whole))
+        group = self._back if self.rank == self.ranks - 1 else self._forth
+        whole = whole.contiguous()
+        self._sent.append((self._dist.isend(whole, self._peer(1), group=group), whole))
 
     def receive(self, num: int) -> Any:
         """Return hidden states (num, E) from the rank before; behind the first is the last."""
         hidden = self._torch.empty(num, self._width, device=self._engine.device or None)
-        self._dist.recv(hidden, self._peer(-1))
+        self._dist.recv(hidden, self._peer(-1), group=self._forth if self.rank else self._back)
         return hidden.numpy() if self._engine.xp is np else hidden
 
     def _peer(self, steps: int) -> int:
@@ -130,6 +142,10 @@ def _first(*, leads: bool) -> int:
     if not found:
         raise ConfigError("no process has --join; give it on the machine where `edgefl cloud generate --join` runs")
     return found[0]
+
+
+class RankFailed(Exception):
+    """The processes are out of step. Not an error of one sequence: this process ends, and all are started again."""
 
 
 class RankedCache(SequenceCache):
@@ -160,9 +176,16 @@ class RankedPart(DecoderPart):
         return cache
 
     def run(self, hidden_ne: Any, rows: Sequence[Rows]) -> Any:
-        """Return hidden states behind the blocks of all ranks."""
+        """Return hidden states behind the blocks of all ranks; raises RankFailed, after which nothing can go on."""
         groups = grouped(rows, self._ring.ranks)
-        self._tell(groups)
+        try:
+            self._tell(groups)
+            parts = self._through_all(hidden_ne, groups)
+        except Exception as cause:
+            raise RankFailed(f"a step through {self._ring.ranks} processes failed: {cause}") from cause
+        return self.engine.xp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _through_all(self, hidden_ne: Any, groups: Sequence[Sequence[Rows]]) -> list[Any]:
         at, parts = 0, []
         for group in groups:
             num = sum(one.num for one in group)
@@ -175,7 +198,7 @@ class RankedPart(DecoderPart):
         if self._ring.ranks > 1:
             parts = [self._ring.receive(sum(one.num for one in group)) for group in groups]
             self._ring.wait_for_sent()
-        return self.engine.xp.concatenate(parts) if len(parts) > 1 else parts[0]
+        return parts
 
     def logits(self, hidden_ne: Any) -> Array:
         return self._end.logits(hidden_ne)
@@ -272,7 +295,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="the tail; the same on each machine")
     parser.add_argument("--join", type=Path, help="the socket of `edgefl cloud generate --join`, on its machine")
     parser.add_argument("--engine", default="auto", help="auto, torch, torch:cuda or numpy")
-    parser.add_argument("--run-s", type=float, default=60.0, help="time limit for what one rank waits for another")
+    parser.add_argument("--load-s", type=float, default=1800.0, help="time limit until all processes are loaded")
+    parser.add_argument("--run-s", type=float, default=60.0, help="time limit for what one waits for another")
     arguments = parser.parse_args()
     set_up_logging()
     import torch
@@ -284,15 +308,18 @@ def main() -> None:
     info, tensors = read_stage(arguments.folder), weights_of(arguments.folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun ends its processes
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if engine.device == "cuda" else "gloo", timeout=timedelta(seconds=arguments.run_s)
+        "cpu:gloo,cuda:nccl" if engine.device == "cuda" else "gloo", timeout=timedelta(seconds=arguments.load_s)
     )
-    ring = Ring(engine, info.spec.hidden, leads=arguments.join is not None)
+    ring, limit = Ring(engine, info.spec.hidden, leads=arguments.join is not None), timedelta(seconds=arguments.run_s)
     if ring.rank == 0:
+        whole = RankedPart(info, tensors, engine, ring)
+        ring.begin(limit)
         event(_log, logging.INFO, "rank.leads", of=ring.ranks)
-        _lead(RankedPart(info, tensors, engine, ring), arguments.join, arguments.run_s)
+        _lead(whole, arguments.join, arguments.run_s)
         return
     own = _span_of(info, tensors, ring)
     part = DecoderPart(own, _tensors(tensors, own), engine)
+    ring.begin(limit)
     event(_log, logging.INFO, "rank.up", rank=ring.rank, of=ring.ranks, blocks=f"{own.start}-{own.end}")
     follow(part, ring)
 

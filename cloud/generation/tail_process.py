@@ -99,10 +99,14 @@ class TailProcess(RestartedProcess[None]):
     async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError):  # it ended: `_run_child` sees that
             while True:
-                header, body = wire.sizes_of(await reader.readexactly(wire.HEAD.size))
-                message = wire.parse_header(await reader.readexactly(header))
-                await reader.readexactly(body)
-                self._handle(message)
+                self._handle(await self._message(reader))
+
+    @staticmethod
+    async def _message(reader: asyncio.StreamReader) -> wire.Message:
+        header, body = wire.sizes_of(await reader.readexactly(wire.HEAD.size))
+        message = wire.parse_header(await reader.readexactly(header))
+        await reader.readexactly(body)
+        return message
 
     def _handle(self, message: wire.Message) -> None:
         match message:

@@ -15,7 +15,7 @@ from edge_agent.disk import space_for
 from edge_agent.link.channel import CloudChannel
 from edge_agent.link.transfer import download
 from edge_agent.releases.slots import ModelSlots
-from edgefl.errors import ManifestRejected, ProtocolError
+from edgefl.errors import DiskFull, ManifestRejected, ProtocolError
 from edgefl.logs import event
 from edgefl.protocols.manifest import Release, check_blob
 from edgefl.protocols.messages import BlobRef
@@ -37,7 +37,7 @@ async def make_from_base(channel: CloudChannel, release: Release, slots: ModelSl
         with space_for(made, release.blob.size, f"{release.model} version {release.version}"):
             await asyncio.to_thread(_make, held, fetched, made, release)
         await asyncio.to_thread(_keep, slots, held)
-    except (ProtocolError, ManifestRejected) as error:
+    except (ProtocolError, ManifestRejected, DiskFull) as error:
         event(_log, logging.WARNING, "release.not_patched", model=release.model, version=release.version, reason=error)
         return False
     finally:

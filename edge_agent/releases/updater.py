@@ -318,6 +318,7 @@ class Updater:
                 slots.note(dataclasses.replace(state, active=None, slots={}))
                 for slot in state.slots:
                     slots.clear(slot, [])
+                slots.base_path().unlink(missing_ok=True)
 
     def _count_try(self, slots: ModelSlots, desired: Desired) -> None:
         state = slots.state

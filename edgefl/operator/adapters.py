@@ -79,16 +79,18 @@ def on_base(client: CloudClient, base: Release, exported: Exported, task: Task, 
     return dataclasses.replace(exported, base=base.blob, patch=patch, note=notes)
 
 
-def patch_of(base: Path, new: Path, moves: Sequence[Move], version: int, folder: Path) -> tuple[Path, str]:
+def patch_of(
+    base: Path, new: Path, moves: Sequence[Move], version: int, folder: Path, most: float = 1.0
+) -> tuple[Path, str]:
     """Write the patch that makes a file of that of a base, and try it; return it with a note for the operator.
 
-    Raises ConfigError for another base.
+    Raises ConfigError for another base, or if more than the share `most` of the bytes differ beside the moves.
     """
     from edgefl.models.adapters.patch import apply_patch, make_patch
 
     patch, again = folder / "patch.safetensors", folder / "again"
     with patch.open("wb") as file:
-        write_tree(make_patch(base, new, moves), file)
+        write_tree(make_patch(base, new, moves, most), file)
     apply_patch(base, SpooledTree(patch), again)
     if not filecmp.cmp(again, new, shallow=False):
         raise AssertionError("a patch does not make the file that it was made for")

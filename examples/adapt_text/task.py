@@ -75,7 +75,7 @@ def _samples(lines: Iterable[str], tokenizer: str, num: int) -> tuple[torch.Tens
         tokens += [*codec.encode(line).ids, END]
         if len(tokens) > num * LENGTH:
             break
-    count = (len(tokens) - 1) // LENGTH
+    count = min(num, (len(tokens) - 1) // LENGTH)
     if not count:
         message = f"the texts have {len(tokens)} tokens; a sample has {LENGTH + 1}"
         raise ValueError(message)

@@ -37,10 +37,11 @@ class Move:
     matrix: Factors  # of the same shape
 
 
-def make_patch(base: Path, new: Path, moves: Sequence[Move]) -> Tree:
+def make_patch(base: Path, new: Path, moves: Sequence[Move], most: float = 1.0) -> Tree:
     """Return the patch that makes `new` of `base`.
 
-    Raises ConfigError if the files are not two versions of one graph, or if the base has other weights.
+    Raises ConfigError if the files are not two versions of one graph, if the base has other weights, or if more than
+    the share `most` of the file's bytes would have to be replaced.
     """
     with base.open("rb") as one, new.open("rb") as other:
         sizes = [os.fstat(file.fileno()).st_size for file in (one, other)]
@@ -54,7 +55,7 @@ def make_patch(base: Path, new: Path, moves: Sequence[Move]) -> Tree:
             mmap.mmap(one.fileno(), 0, access=mmap.ACCESS_READ) as before,
             mmap.mmap(other.fileno(), 0, access=mmap.ACCESS_READ) as after,
         ):
-            return _patch(before, after, moves)
+            return _patch(before, after, moves, most)
 
 
 def apply_patch(base: Path, patch: Tree, target: Path) -> None:
@@ -67,7 +68,7 @@ def apply_patch(base: Path, patch: Tree, target: Path) -> None:
         _replace(file.fileno(), patch, size)
 
 
-def _patch(before: mmap.mmap, after: mmap.mmap, moves: Sequence[Move]) -> Tree:
+def _patch(before: mmap.mmap, after: mmap.mmap, moves: Sequence[Move], most: float) -> Tree:
     stored: dict[str, Array] = {}
     places: list[tuple[int, int, int]] = []
     moved = np.frombuffer(bytearray(before), np.uint8)  # what the places alone make of the base
@@ -83,7 +84,14 @@ def _patch(before: mmap.mmap, after: mmap.mmap, moves: Sequence[Move]) -> Tree:
         part = moved[offset : offset + 4 * pair.shape[0] * pair.shape[1]].view(np.float32)
         part += _product(pair, 0, pair.shape[0]).reshape(-1)
     wanted = np.frombuffer(after, np.uint8)
-    runs = _runs(np.flatnonzero(moved != wanted))
+    differ = moved != wanted
+    if (count := int(np.count_nonzero(differ))) > most * moved.size:
+        del wanted
+        raise ConfigError(
+            f"{count} of {moved.size} bytes differ from the base, beside the adapters: this is another model. Publish "
+            "it without --base"
+        )
+    runs = _runs(np.flatnonzero(differ))
     stored |= {
         "places": np.array(places, np.int64).reshape(-1, 3),
         "runs": runs,

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgefl.errors import ConfigError, MissingExtra, TaskError
+from edgefl.errors import ConfigError, MissingExtra, ParityError
 from edgefl.models.adapters.patch import added
 from edgefl.offload.generation.language_model import LanguageModel
 from edgefl.trees import Array, Factors, SpooledTree, Tree, factors_of
@@ -26,7 +28,9 @@ from edgefl.trees.tensors import array_of, tensor_of
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ALLOWED = 1e-4  # of the largest logit: float32, in another order of additions
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.")
 # In a module that is trained whole beside adapters, peft has the original, too.
 _SAVED, _ORIGINAL = re.compile(r"\.modules_to_save\.[^.]+\."), ".original_module."
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -53,30 +57,70 @@ def with_parameters(model: LanguageModel, file: Path) -> LanguageModel:
 def with_adapter(model: LanguageModel, folder: Path) -> LanguageModel:
     """Return the model with an adapter in peft's format (adapter_config.json), in place.
 
-    Raises ConfigError for an adapter of another model, or that is more than a sum of products; MissingExtra.
+    Raises ConfigError for an adapter of another model, that is more than a sum of products, or of which anything would
+    be lost; MissingExtra.
     """
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise ConfigError(
-            f"{folder} is no adapter of peft: it has no {ADAPTER_CONFIG}. `edgefl models adapter` writes such folders; "
-            "for the file of a job's parameters use --parameters"
-        )
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder} is no adapter of peft: it has no {name}. `edgefl models adapter` writes such folders; "
+                "for the file of a job's parameters use --parameters"
+            )
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as cause:
         raise MissingExtra("reading an adapter of peft", "lora") from cause
     from edgefl.training.adapters import adapters_of, with_factors
 
+    what = f"the adapter in {folder}"
+    stored = SpooledTree(folder / ADAPTER_WEIGHTS)
+    for name in stored:
+        _checked(stored[name], name, what)
     module: Any = model.module
     try:
-        wrapped: Any = PeftModel.from_pretrained(module, str(folder), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that are missing: refused below
+            wrapped: Any = PeftModel.from_pretrained(module, str(folder.absolute()), is_trainable=True).eval()
+        known = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         adapters = adapters_of(model.name, wrapped)
-    except (OSError, ValueError, KeyError, RuntimeError, TaskError) as cause:
-        raise ConfigError(f"the adapter in {folder} cannot be put into {model.name}: {cause}") from cause
+    except Exception as cause:  # a damaged file, in whatever way peft, torch or re notice it
+        raise ConfigError(f"{what} cannot be put into {model.name}: {cause}") from cause
+    config = wrapped.peft_config[wrapped.active_adapter]
+    _refuse_lost(what, config, stored, known, wrapped.state_dict())
     weights = {one.weight: one.layer.get_base_layer().weight for one in adapters}
-    _refuse_other_base(model, folder, wrapped.peft_config[wrapped.active_adapter].revision, weights)
-    products = with_factors(adapters, {})
-    whole = dataclasses.replace(model, module=wrapped.unload())
-    return _with_tree(whole, products, str(folder))
+    _refuse_other_base(model, folder, config.revision, weights)
+    wanted, products = _logits(wrapped), with_factors(adapters, {})
+    made = _with_tree(dataclasses.replace(model, module=wrapped.unload()), products, what, is_whole=False)
+    difference = float(np.abs(_logits(made.module) - wanted).max() / max(1e-12, np.abs(wanted).max()))
+    if not difference <= _ALLOWED:
+        raise ParityError(
+            f"{what}: with it in its weights, {model.name} differs from what peft computes by {difference:.3g} of the "
+            f"largest logit, allowed: {_ALLOWED:g}. The adapter does more than to add products to weights"
+        )
+    return made
+
+
+def _refuse_lost(
+    what: str, config: Any, stored: Tree, known: Mapping[str, object], state: Mapping[str, object]
+) -> None:
+    """Raise ConfigError if a part of an adapter's file is not loaded, or if something is missing there."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA" or getattr(config, "trainable_token_indices", None):
+        odd = kind if kind != "LORA" else "LoRA with trainable_token_indices"
+        raise ConfigError(f"{what} is of the kind {odd}; only LoRA can be added to weights")
+    if missing := sorted(known.keys() - set(stored)):
+        raise ConfigError(f"{what} lacks {len(missing)} tensors that its configuration says, such as {missing[0]!r}")
+    if extra := sorted(set(stored) - known.keys() - state.keys()):
+        raise ConfigError(f"{what} has {len(extra)} tensors that this model has no place for, such as {extra[0]!r}")
+
+
+def _logits(module: Any) -> Array:
+    """Return a model's logits for random tokens."""
+    import torch
+
+    tokens = np.random.default_rng(0).integers(0, module.config.vocab_size, 12)
+    with torch.no_grad():
+        return array_of(module(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits)
 
 
 def _refuse_other_base(
@@ -98,15 +142,19 @@ def _refuse_other_base(
     )
 
 
-def _with_tree(model: LanguageModel, tree: Tree, what: str) -> LanguageModel:
+def _with_tree(model: LanguageModel, tree: Tree, what: str, *, is_whole: bool = True) -> LanguageModel:
     import torch
 
     module: Any = model.module
     state: dict[str, torch.Tensor] = module.state_dict()
     places = _places(tree, state, model.name, what)
-    changes: dict[str, Factors] = {}
+    matrices = [name for name in places if is_low_rank(name)]
     replaced = [name for name in places if not is_low_rank(name)]
-    with torch.no_grad():
+    _refuse_tied(state, [places[name] for name in matrices], what)
+    if is_whole:
+        _refuse_missing(state, [places[name] for name in replaced], model.name, what)
+    changes: dict[str, Factors] = {}
+    with torch.no_grad(), np.errstate(over="ignore", invalid="ignore"):  # checked below, with the tensor's name
         for name in replaced:
             state[places[name]].copy_(tensor_of(_checked(tree[name], name, what)))
         for name in replaced:
@@ -115,22 +163,49 @@ def _with_tree(model: LanguageModel, tree: Tree, what: str) -> LanguageModel:
                     f"{what}: {name} differs from a tensor that {model.name} has in its place, too: they are tied in "
                     "the model, and were trained apart"
                 )
-        for name in places.keys() - replaced:
+        for name in matrices:
             weight, target = array_of(state[places[name]]), state[places[name]]
             pair = factors_of(tree, name)
             if pair is None:  # of as high a rank as the weight
                 target.copy_(tensor_of(weight + _checked(tree[name], name, what)))
             elif pair.rank:
                 changes[places[name]] = pair = pair.scaled(1.0, np.dtype(np.float32))
-                _checked(pair.left, name, what)
-                _checked(pair.right, name, what)
-                target.copy_(tensor_of(added(weight, pair)))
+                target.copy_(tensor_of(_checked(added(weight, pair), name, what)))
+    for name, one in state.items():
+        _checked(array_of(one), name, what)
     return dataclasses.replace(model, changes={**model.changes, **changes})
+
+
+def _refuse_tied(state: Mapping[str, torch.Tensor], moved: Iterable[str], what: str) -> None:
+    """Raise ConfigError if something is added to a weight that the model has at another place, too."""
+    for name in moved:
+        others = [one for one in state if one != name and state[one].data_ptr() == state[name].data_ptr()]
+        if others:
+            raise ConfigError(
+                f"{what}: adapters were trained on {name}, which is {others[0]} in this model, too. Untie them in the "
+                "model's folder, as the task has done"
+            )
+
+
+def _refuse_missing(state: Mapping[str, torch.Tensor], found: Iterable[str], model: str, what: str) -> None:
+    """Raise ConfigError if some tensors of the model are not among a job's."""
+    here = {state[name].data_ptr() for name in found}
+    missing = [name for name, one in state.items() if one.data_ptr() not in here]
+    if missing:
+        raise ConfigError(
+            f"{what} lacks {len(missing)} of the {len(state)} tensors of {model}, such as {missing[0]!r}. Expected all "
+            "parameters of a job whose task trains this model, as `edgefl run --out` writes them"
+        )
 
 
 def _places(tree: Tree, state: Mapping[str, torch.Tensor], model: str, what: str) -> dict[str, str]:
     """Return the tensor of the model for each of a job's."""
     own = {name: _own_name(name) for name in tree if _ORIGINAL not in name}
+    if factors := [name for name in own if _FACTOR.search(name)]:
+        raise ConfigError(
+            f"{what} has {factors[0]!r}, a factor that was trained alone, without its scaling (frozen A). Train both "
+            "factors, or add the adapters in the task's own code"
+        )
     prefix = _prefix(own.values(), state)
     places = {name: one.removeprefix(prefix) for name, one in own.items()}
     for name, place in places.items():
@@ -153,12 +228,9 @@ def _own_name(name: str) -> str:
 
 
 def _prefix(names: Iterable[str], state: Mapping[str, object]) -> str:
-    """Return what stands before the model's own names in all of a job's; empty if nothing common does."""
-    found: set[str] | None = None
-    for name in names:
-        here = {name[: len(name) - len(end)] for end in _ends(name) if end in state}
-        found = here if found is None else found & here
-    return min(found or {""}, key=len)
+    """Return what stands before the model's own names in most of a job's."""
+    fits = Counter(name[: len(name) - len(end)] for name in names for end in _ends(name) if end in state)
+    return min(fits, key=lambda prefix: (-fits[prefix], len(prefix)), default="")
 
 
 def _ends(name: str) -> Iterator[str]:

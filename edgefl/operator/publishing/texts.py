@@ -30,6 +30,8 @@ from edgefl.protocols.messages import BlobRef
 from edgefl.trees import Factors, SpooledTree, Tree, factors_of
 from edgefl.trees.factors import MARK
 
+MOST = 0.5  # of the bytes of a model with adapters that may differ from its base beside them
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TextRelease:
@@ -71,12 +73,7 @@ def _on_base(client: CloudClient, release: TextRelease) -> tuple[dict[str, BlobR
     """Upload the patch of a release on a base; return what the release says of it, and a note."""
     if release.base is None:
         return {}, ""
-    changes = release.folder / CHANGES_FILE
-    if not changes.is_file():
-        raise ConfigError(
-            f"--base: {release.folder} has no adapters. `edgefl offload split-decoder` with --parameters or --adapter "
-            "writes them; or publish it without --base"
-        )
+    changes = release.folder / CHANGES_FILE  # there is none if all adapters are in other stages
     base = base_release(client, release.release_name, release.base)
     if base.text is None:
         raise ConfigError(f"--base: version {release.base} of {base.model} is no language model")
@@ -85,11 +82,17 @@ def _on_base(client: CloudClient, release: TextRelease) -> tuple[dict[str, BlobR
         download(client, base.blob.sha256, before)
         weights = SpooledTree(before)
         moves = []
-        for name, pair in _factors(SpooledTree(changes)):
-            if name not in weights:
-                raise ConfigError(f"--base: version {release.base} of {base.model} has no weight {name!r}")
+        for name, pair in _factors(SpooledTree(changes)) if changes.is_file() else ():
+            if name not in weights or weights[name].shape != pair.shape:
+                raise ConfigError(f"--base: version {release.base} of {base.model} has no weight {name!r} {pair.shape}")
             moves.append(Move(name, weights[name], pair))
-        patch, note = patch_of(before, release.folder / WEIGHTS_FILE, moves, base.version, Path(folder))
+        try:
+            patch, note = patch_of(before, release.folder / WEIGHTS_FILE, moves, base.version, Path(folder), MOST)
+        except ConfigError as cause:
+            raise ConfigError(
+                f"--base: {release.folder} is not version {release.base} of {base.model} with adapters added to it: "
+                "name the version of the same model, cut at the same block, or publish without --base"
+            ) from cause
         return {"base": base.blob, "patch": upload_file(client, patch)}, note
 
 

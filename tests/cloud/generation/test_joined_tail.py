@@ -44,24 +44,32 @@ def test_other_stages_second_processes_and_stuck_steps_are_told(tmp_path, caplog
             writer.write(said(other))
             assert await ended(reader) == b""
             writer.close()
-        assert "its processes have the stage 0000000000000000..., this server has" in await heard.events.get()
-        assert "a message between server and tail has a header of" in await heard.events.get()
+        assert heard.events.empty()  # they were never this tail
         reader, writer = await asyncio.open_unix_connection(socket)
         writer.write(said(digest))
         assert await heard.events.get() == "up"
         second, other = await asyncio.open_unix_connection(socket)
+        other.write(said(digest))
         assert await ended(second) == b""  # and the first one stays
         other.close()
         process.send(STEP, BODY)
         assert await heard.events.get() == "a step took longer than 0.2 s"
         assert not process.is_up
         writer.close()
-        running.cancel()
+        reader, writer = await asyncio.open_unix_connection(socket)
+        writer.write(said(digest))
+        assert await heard.events.get() == "up"
+        running.cancel()  # with a connection, for which the server must not wait
         with pytest.raises(asyncio.CancelledError):
-            await running
+            await asyncio.wait_for(running, WAIT_S)
+        assert await ended(reader) == b""
+        writer.close()
+        assert not socket.exists()
 
     asyncio.run(run())
     assert "another process has connected; stop one of them" in caplog.text
+    assert "its processes have the stage 0000000000000000..., this server has" in caplog.text
+    assert "a message between server and tail has a header of" in caplog.text
 
 
 def test_a_socket_that_cannot_be_made_is_refused(tmp_path) -> None:
@@ -71,3 +79,25 @@ def test_a_socket_that_cannot_be_made_is_refused(tmp_path) -> None:
             await tail.run()
 
     asyncio.run(run())
+
+
+def test_what_is_at_the_path_stays(tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+
+    async def run():
+        for name in ("file", "folder"):
+            with pytest.raises(ConfigError, match="it is no socket; choose another path"):
+                await JoinedTail(tmp_path / name, TailSpec(folder=tmp_path), Heard()).run()
+        first = asyncio.create_task(JoinedTail(tmp_path / "s", TailSpec(folder=tmp_path), Heard()).run())
+        while not (tmp_path / "s").exists():  # noqa: ASYNC110 - made by the task, which has no event for it
+            await asyncio.sleep(0.01)
+        with pytest.raises(ConfigError, match="another server has it; stop that one"):
+            await JoinedTail(tmp_path / "s", TailSpec(folder=tmp_path), Heard()).run()
+        assert (tmp_path / "s").exists()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+    asyncio.run(run())
+    assert (tmp_path / "file").read_text() == "mine"

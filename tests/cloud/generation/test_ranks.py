@@ -13,14 +13,15 @@ import psutil
 import pytest
 
 from cloud.generation.joined_tail import JoinedTail
-from cloud.generation.ranks import grouped, spans
+from cloud.generation.ranks import RankedPart, RankFailed, grouped, spans
 from cloud.generation.sessions import SessionLimits
 from cloud.generation.tail import LanguageTail, TailLimits
+from cloud.generation.tail_main import tried
 from cloud.generation.tail_process import TailSpec
 from cloud.stages.work import RequestRefused
 from edgefl.errors import ConfigError
 from edgefl.offload.generation.blocks import Rows, numpy_engine
-from edgefl.offload.generation.generate import generate, load_part
+from edgefl.offload.generation.generate import generate, load_part, weights_of
 from edgefl.offload.generation.sampling import Sampling
 from edgefl.offload.generation.stage_info import read_stage
 from tests.cloud.generation.conftest import Device
@@ -73,9 +74,18 @@ class Torchrun:
 
     def ranks(self):
         """Return the processes, the first one first."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        found = [one for one in children if "cloud.generation.ranks" in " ".join(one.cmdline())]
-        return sorted(found, key=lambda one: one.environ()["RANK"])
+        found = {}
+        for one in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it ends at this moment
+                if "cloud.generation.ranks" in " ".join(one.cmdline()):
+                    found[one.environ()["RANK"]] = one
+        return [found[rank] for rank in sorted(found)]
+
+    async def all_ranks(self):
+        """Return both when both are there: one may be between two lives."""
+        while len(found := self.ranks()) < 2:  # noqa: ASYNC110 - processes of another one
+            await asyncio.sleep(0.05)
+        return found
 
     def stop(self) -> str:
         left = self.ranks()
@@ -137,11 +147,11 @@ def test_two_ranks_compute_the_tokens_of_the_whole_also_when_one_is_killed(tmp_p
             for rank in (1, 0):
                 texts = asyncio.create_task(all_tokens(f"killed-{rank}"))
                 await asyncio.sleep(0.05)
-                os.kill(torchrun.ranks()[rank].pid, signal.SIGKILL)
+                os.kill((await torchrun.all_ranks())[rank].pid, signal.SIGKILL)
                 assert await texts == expected
-            assert process.pid == torchrun.ranks()[0].pid
+            assert process.pid == (await torchrun.all_ranks())[0].pid
         # the server starts again, the ranks stay
-        first = torchrun.ranks()[0].pid
+        first = (await torchrun.all_ranks())[0].pid
         async with asyncio.timeout(WAIT_S), joined(tmp_path, socket) as (tail, process):
             assert process.pid == first
             assert await tokens_of(Device(tail, head), prompts["cam-0"], 12, "b") == expected["cam-0"]
@@ -153,6 +163,27 @@ def test_two_ranks_compute_the_tokens_of_the_whole_also_when_one_is_killed(tmp_p
         said = torchrun.stop()
     assert "rank.up rank=1 of=2 blocks=2-4" in said, said  # the first has one block and the end
     assert not socket.exists()
+
+
+class BrokenRing:
+    """Two ranks, of which this is the first; nothing can be sent."""
+
+    rank, ranks = 0, 2
+
+    def tell(self, command) -> None:
+        self.told = command
+
+    def send(self, hidden) -> None:
+        raise MemoryError("too little memory for what is sent")
+
+
+def test_too_little_memory_in_the_middle_of_a_step_ends_the_process(tmp_path) -> None:
+    """As an error of one sequence it would leave the other ranks waiting, with rows of another step."""
+    write_stages(tmp_path, 1)
+    folder = tmp_path / "tail"
+    part = RankedPart(read_stage(folder), weights_of(folder), numpy_engine(), BrokenRing())
+    with pytest.raises(RankFailed, match="a step through 2 processes failed: too little memory for what is sent"):
+        tried(part)
 
 
 @pytest.mark.timeout(300)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -175,9 +172,16 @@ def test_a_module_that_was_trained_whole_beside_adapters(tmp_path) -> None:
 
 def test_a_matrix_that_is_not_in_factors_is_added_too(tmp_path) -> None:
     change = np.full((16, 16), 0.25, np.float32)
-    made = with_parameters(language_model(), written(tmp_path, {f"{QUERY.removesuffix('.weight')}@lora": change}))
+    made = with_parameters(
+        language_model(), written(tmp_path, every({f"{QUERY.removesuffix('.weight')}@lora": change}))
+    )
     assert np.array_equal(made.module.state_dict()[QUERY], base().state_dict()[QUERY] + torch.from_numpy(change))
     assert made.changes == {}
+
+
+def every(more, module=None):
+    """Return all tensors of the base, with some others."""
+    return {name: one.numpy() for name, one in (module or base()).state_dict().items()} | more
 
 
 def written(folder, stored):
@@ -195,19 +199,100 @@ def written(folder, stored):
         ({QUERY: np.zeros((16, 15), np.float32)}, r"has shape \[16, 15\], expected \[16, 16\] as in m"),
         ({QUERY: np.full((16, 16), np.nan, np.float32)}, "has NaN or infinite values"),
         ({QUERY: np.zeros((16, 16), np.int64)}, "has dtype int64, expected floating-point numbers"),
+        ({f"{QUERY.removesuffix('.weight')}@lora": np.full((16, 16), 3e38, np.float32),
+          QUERY: np.full((16, 16), 3e38, np.float32)}, "has NaN or infinite values"),  # the sum
+        ({"model.layers.0.mlp.down_proj.lora_B.default.weight": np.zeros((16, 2), np.float32)},
+         "a factor that was trained alone, without its scaling"),
     ],
 )  # fmt: skip
 def test_parameters_of_another_model_are_refused(tmp_path, stored, words) -> None:
     with pytest.raises(ConfigError, match=words):
-        with_parameters(language_model(), written(tmp_path, stored))
+        with_parameters(language_model(), written(tmp_path, every(stored)))
+
+
+def test_a_part_of_the_parameters_is_refused(tmp_path) -> None:
+    two_of_three = {name: one for name, one in every({}).items() if "layers.2." not in name}
+    for stored, words in (
+        (two_of_three, "lacks 9 of the 30 tensors of m, such as 'model.layers.2."),
+        ({}, "lacks 30 of"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            with_parameters(language_model(), written(tmp_path, stored))
 
 
 def test_tied_weights_that_were_trained_apart_are_refused(tmp_path) -> None:
+    tied = base(tied=True)
     ends = {name: np.zeros((260, 16), np.float32) for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    assert with_parameters(language_model(base(tied=True)), written(tmp_path, ends)).changes == {}
+    once = every(ends, tied)
+    assert with_parameters(language_model(base(tied=True)), written(tmp_path, once)).changes == {}
+    del once["lm_head.weight"]  # a job has tied tensors once
+    assert with_parameters(language_model(base(tied=True)), written(tmp_path, once)).changes == {}
     ends["lm_head.weight"] += 1
     with pytest.raises(ConfigError, match="they are tied in the model, and were trained apart"):
-        with_parameters(language_model(base(tied=True)), written(tmp_path, ends))
+        with_parameters(language_model(base(tied=True)), written(tmp_path, every(ends, tied)))
+    on_head = every({"lm_head@lora": np.ones((260, 16), np.float32)}, tied)
+    with pytest.raises(ConfigError, match=r"trained on lm_head\.weight, which is model\.embed_tokens"):
+        with_parameters(language_model(base(tied=True)), written(tmp_path, on_head))
+
+
+def saved(folder, config, change=lambda stored: stored):
+    """Save an adapter of the base whose numbers are drawn, after a change of its tensors."""
+    theirs = peft.get_peft_model(base(), config)
+    for one in filter(lambda one: one.requires_grad, theirs.parameters()):
+        one.data.normal_(std=0.1)
+    theirs.save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    write_adapter_file(file, change({name: np.array(array) for name, array in SpooledTree(file).items()}))
+    return folder
+
+
+def write_adapter_file(file, stored):
+    with file.open("wb") as opened:
+        write_tree(stored, opened)
+
+
+def lora(**more):
+    return peft.LoraConfig(r=2, target_modules=TARGETS, **more)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "words"),
+    [
+        (lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"), dict,
+         "is of the kind IA3; only LoRA"),
+        (lambda: peft.LoHaConfig(r=2, target_modules=TARGETS), dict, "is of the kind LOHA; only LoRA"),
+        (lambda: lora(trainable_token_indices=[1, 2]), dict, "LoRA with trainable_token_indices"),
+        (lora, lambda stored: {}, "lacks 12 tensors that its configuration says"),
+        (lora, lambda stored: {name: one for name, one in stored.items() if "layers.0" in name}, "lacks 8 tensors"),
+        (lora, lambda stored: {f"x.{name}": one for name, one in stored.items()}, "lacks 12 tensors"),
+        (lora, lambda stored: stored | {"base_model.model.model.layers.9.q.lora_A.weight": np.ones((2, 2), np.float32)},
+         "has 1 tensors that this model has no place for"),
+        (lora, lambda stored: {name: one.astype(np.int64) for name, one in stored.items()}, "has dtype int64"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_which_a_part_would_be_lost_is_refused(tmp_path, config, change, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        with_adapter(language_model(), saved(tmp_path, config(), change))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"peft_type": "LORA", "r": "two"}', '{"peft_type": "LORA", "target_modules": "("}']
+)
+def test_a_damaged_configuration_is_refused(tmp_path, text) -> None:
+    saved(tmp_path, lora())
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigError, match="cannot be put into m"):
+        with_adapter(language_model(), tmp_path)
+
+
+def test_whatever_peft_trains_beside_products_is_in_the_weights(tmp_path) -> None:
+    for number, config in enumerate(
+        (lora(modules_to_save=["lm_head"]), lora(bias="all"), lora(rank_pattern={"q_proj": 5}))
+    ):
+        folder = saved(tmp_path / str(number), config)
+        theirs = peft.PeftModel.from_pretrained(base(), folder).eval()
+        made = with_adapter(language_model(), folder)
+        assert logits(made.module) == pytest.approx(logits(theirs), abs=1e-5)
 
 
 def test_folders_and_options_that_say_nothing_are_refused(tmp_path) -> None:
@@ -218,5 +303,5 @@ def test_folders_and_options_that_say_nothing_are_refused(tmp_path) -> None:
     model = language_model()
     assert with_learnt(model) is model
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="cannot be put into m"):
-        with_adapter(dataclasses.replace(model, module=copy.deepcopy(model.module)), tmp_path)
+    with pytest.raises(ConfigError, match=r"it has no adapter_model\.safetensors"):  # peft would look for it on a hub
+        with_adapter(model, tmp_path)

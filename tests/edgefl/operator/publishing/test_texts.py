@@ -106,18 +106,23 @@ def test_adapters_go_up_as_a_patch_of_their_base(folders) -> None:
 def test_a_base_that_is_none_is_refused(folders) -> None:
     cloud, tail = Cloud(), {"tail": "cloud.example.org:9460"}
     publish_text(cloud, TextRelease(folder=folders / "head", **tail))
-    with pytest.raises(ConfigError, match=r"has no adapters\. `edgefl offload split-decoder` with --parameters or"):
-        publish_text(cloud, TextRelease(folder=folders / "head", base=1, **tail))
+    same = publish_text(cloud, TextRelease(folder=folders / "head", base=1, **tail))  # all adapters are in the tail
+    assert "fetches 0 KiB instead of" in same["note"]
     on_base = adapted(folders)
     with pytest.raises(ConfigError, match="tiny has no version 7"):
         publish_text(cloud, TextRelease(folder=on_base, base=7, **tail))
     publish_text(cloud, TextRelease(folder=folders / "whole"))
-    with pytest.raises(ConfigError, match="so they are not the same graph"):
-        publish_text(cloud, TextRelease(folder=on_base, base=2, **tail))
+    write_stages(folders / "other", 2, name="Tiny", seed=4)
+    publish_text(cloud, TextRelease(folder=folders / "other" / "head", **tail))
+    for version in (3, 4):  # of another size, of other weights
+        with pytest.raises(ConfigError, match=f"is not version {version} of tiny with adapters added to it: name the"):
+            publish_text(cloud, TextRelease(folder=on_base, base=version, **tail))
+    with pytest.raises(ConfigError, match="is not version 1 of tiny with adapters"):
+        publish_text(cloud, TextRelease(folder=folders / "other" / "head", base=1, **tail))
     cloud.texts[1] = None
     with pytest.raises(ConfigError, match="version 1 of tiny is no language model"):
         publish_text(cloud, TextRelease(folder=on_base, base=1, **tail))
-    assert len(cloud.published) == 2
+    assert len(cloud.published) == 4
 
 
 @pytest.mark.parametrize(
