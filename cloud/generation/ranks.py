@@ -31,7 +31,7 @@ import numpy as np
 
 from cloud.generation.tail_main import Tail, engine_of, serve, tried
 from cloud.generation.wire import TailUp, packed
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, PartFailed
 from edgefl.logs import event, set_up_logging
 from edgefl.offload.generation.blocks import (
     HEAD,
@@ -144,10 +144,6 @@ def _first(*, leads: bool) -> int:
     return found[0]
 
 
-class RankFailed(Exception):
-    """The processes are out of step. Not an error of one sequence: this process ends, and all are started again."""
-
-
 class RankedCache(SequenceCache):
     """The first rank's cache of one sequence; the other ranks know theirs by its key."""
 
@@ -176,13 +172,13 @@ class RankedPart(DecoderPart):
         return cache
 
     def run(self, hidden_ne: Any, rows: Sequence[Rows]) -> Any:
-        """Return hidden states behind the blocks of all ranks; raises RankFailed, after which nothing can go on."""
+        """Return hidden states behind the blocks of all ranks; raises PartFailed: the processes are out of step, and end."""
         groups = grouped(rows, self._ring.ranks)
         try:
             self._tell(groups)
             parts = self._through_all(hidden_ne, groups)
         except Exception as cause:
-            raise RankFailed(f"a step through {self._ring.ranks} processes failed: {cause}") from cause
+            raise PartFailed(f"a step through {self._ring.ranks} processes failed: {cause}") from cause
         return self.engine.xp.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _through_all(self, hidden_ne: Any, groups: Sequence[Sequence[Rows]]) -> list[Any]:

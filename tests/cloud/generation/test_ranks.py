@@ -13,13 +13,13 @@ import psutil
 import pytest
 
 from cloud.generation.joined_tail import JoinedTail
-from cloud.generation.ranks import RankedPart, RankFailed, grouped, spans
+from cloud.generation.ranks import RankedPart, grouped, spans
 from cloud.generation.sessions import SessionLimits
 from cloud.generation.tail import LanguageTail, TailLimits
 from cloud.generation.tail_main import tried
 from cloud.generation.tail_process import TailSpec
 from cloud.stages.work import RequestRefused
-from edgefl.errors import ConfigError
+from edgefl.errors import ConfigError, PartFailed
 from edgefl.offload.generation.blocks import Rows, numpy_engine
 from edgefl.offload.generation.generate import generate, load_part, weights_of
 from edgefl.offload.generation.sampling import Sampling
@@ -182,7 +182,7 @@ def test_too_little_memory_in_the_middle_of_a_step_ends_the_process(tmp_path) ->
     write_stages(tmp_path, 1)
     folder = tmp_path / "tail"
     part = RankedPart(read_stage(folder), weights_of(folder), numpy_engine(), BrokenRing())
-    with pytest.raises(RankFailed, match="a step through 2 processes failed: too little memory for what is sent"):
+    with pytest.raises(PartFailed, match="a step through 2 processes failed: too little memory for what is sent"):
         tried(part)
 
 
