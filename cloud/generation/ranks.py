@@ -172,7 +172,7 @@ class RankedPart(DecoderPart):
         return cache
 
     def run(self, hidden_ne: Any, rows: Sequence[Rows]) -> Any:
-        """Return hidden states behind the blocks of all ranks; raises PartFailed: the processes are out of step, and end."""
+        """Return hidden states behind the blocks of all ranks; raises PartFailed, after which all begin again."""
         groups = grouped(rows, self._ring.ranks)
         try:
             self._tell(groups)
