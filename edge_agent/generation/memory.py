@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,4 @@ def _limits(limit_mb: int) -> Iterator[tuple[float, str]]:
 
 
 def _machine_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # imports nothing: there may be no memory for it
