@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from cloud.dataplane.callers import Callers, Context
@@ -9,7 +10,7 @@ from edgefl import __version__
 from edgefl.protocols.inference import open_inference_grpc_pb2 as pb
 
 
-class HealthCalls:
+class HealthCalls(ABC):
     """A service of one model, which is ready as soon as nothing is in the way (`_reason`)."""
 
     _extensions: tuple[str, ...] = ()
@@ -17,13 +18,13 @@ class HealthCalls:
     def __init__(self, callers: Callers) -> None:
         self._callers = callers
 
+    @abstractmethod
     def _reason(self) -> str:
         """Return why nothing is computed now; empty = it is ready."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _find(self, name: str, version: str, context: Context) -> Any:
         """Abort a call for a model or a version that is not here."""
-        raise NotImplementedError
 
     async def ServerLive(self, _request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: N802
         await self._callers.any(context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 from edgefl.process.children import Child
@@ -18,7 +19,7 @@ STOPPED = "the stage server is stopping"
 _Facts = TypeVar("_Facts")
 
 
-class RestartedProcess(Generic[_Facts]):
+class RestartedProcess(ABC, Generic[_Facts]):
     """Keeps a process running. Used in the event loop only.
 
     A class of it starts the process and talks to it in `_run_child`, and tells in `_note_down` what was lost with it.
@@ -45,12 +46,13 @@ class RestartedProcess(Generic[_Facts]):
                 pauses.reset()
             await asyncio.sleep(pauses.next_s())
 
+    @abstractmethod
     async def _run_child(self) -> None:
         """Run one process to its end; raises OSError if it cannot be started."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _note_down(self, reason: str) -> None:
-        raise NotImplementedError
+        """The process is not up, for this reason: what it was given is lost."""
 
     def _begin(self, child: Child) -> None:
         """A process was started."""

@@ -307,17 +307,17 @@ def main() -> None:
         "cpu:gloo,cuda:nccl" if engine.device == "cuda" else "gloo", timeout=timedelta(seconds=arguments.load_s)
     )
     ring, limit = Ring(engine, info.spec.hidden, leads=arguments.join is not None), timedelta(seconds=arguments.run_s)
-    if ring.rank == 0:
-        whole = RankedPart(info, tensors, engine, ring)
-        ring.begin(limit)
-        event(_log, logging.INFO, "rank.leads", of=ring.ranks)
-        _lead(whole, arguments.join, arguments.run_s)
-        return
     own = _span_of(info, tensors, ring)
-    part = DecoderPart(own, _tensors(tensors, own), engine)
+    if ring.rank == 0:
+        part: DecoderPart = RankedPart(info, tensors, engine, ring)
+    else:
+        part = DecoderPart(own, _tensors(tensors, own), engine)
     ring.begin(limit)
     event(_log, logging.INFO, "rank.up", rank=ring.rank, of=ring.ranks, blocks=f"{own.start}-{own.end}")
-    follow(part, ring)
+    if isinstance(part, RankedPart):
+        _lead(part, arguments.join, arguments.run_s)
+    else:
+        follow(part, ring)
 
 
 if __name__ == "__main__":

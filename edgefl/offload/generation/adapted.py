@@ -20,7 +20,7 @@ import numpy as np
 
 from edgefl.errors import ConfigError, MissingExtra, ParityError
 from edgefl.models.adapters.patch import added
-from edgefl.offload.generation.language_model import LanguageModel
+from edgefl.offload.generation.language_model import ALLOWED, TRIED_TOKENS, LanguageModel, difference, logits_of
 from edgefl.trees import Array, Factors, SpooledTree, Tree, factors_of
 from edgefl.trees.factors import MARK, is_low_rank
 from edgefl.trees.tensors import array_of, tensor_of
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ALLOWED = 1e-4  # of the largest logit: float32, in another order of additions
 _FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.")
 # In a module that is trained whole beside adapters, peft has the original, too.
 _SAVED, _ORIGINAL = re.compile(r"\.modules_to_save\.[^.]+\."), ".original_module."
@@ -89,13 +88,14 @@ def with_adapter(model: LanguageModel, folder: Path) -> LanguageModel:
     _refuse_lost(what, config, stored, known, wrapped.state_dict())
     weights = {one.weight: one.layer.get_base_layer().weight for one in adapters}
     _refuse_other_base(model, folder, config.revision, weights)
-    wanted, products = _logits(wrapped), with_factors(adapters, {})
+    tokens = np.random.default_rng(0).integers(0, module.config.vocab_size, TRIED_TOKENS)
+    wanted, products = logits_of(wrapped, tokens), with_factors(adapters, {})
     made = _with_tree(dataclasses.replace(model, module=wrapped.unload()), products, what, is_whole=False)
-    difference = float(np.abs(_logits(made.module) - wanted).max() / max(1e-12, np.abs(wanted).max()))
-    if not difference <= _ALLOWED:
+    differ = difference(wanted, logits_of(made.module, tokens))
+    if not differ <= ALLOWED:
         raise ParityError(
-            f"{what}: with it in its weights, {model.name} differs from what peft computes by {difference:.3g} of the "
-            f"largest logit, allowed: {_ALLOWED:g}. The adapter does more than to add products to weights"
+            f"{what}: with it in its weights, {model.name} differs from what peft computes by {differ:.3g} of the "
+            f"largest logit, allowed: {ALLOWED:g}. The adapter does more than to add products to weights"
         )
     return made
 
@@ -112,15 +112,6 @@ def _refuse_lost(
         raise ConfigError(f"{what} lacks {len(missing)} tensors that its configuration says, such as {missing[0]!r}")
     if extra := sorted(set(stored) - known.keys() - state.keys()):
         raise ConfigError(f"{what} has {len(extra)} tensors that this model has no place for, such as {extra[0]!r}")
-
-
-def _logits(module: Any) -> Array:
-    """Return a model's logits for random tokens."""
-    import torch
-
-    tokens = np.random.default_rng(0).integers(0, module.config.vocab_size, 12)
-    with torch.no_grad():
-        return array_of(module(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits)
 
 
 def _refuse_other_base(

@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgefl.errors import ConfigError, MissingExtra
 from edgefl.offload.generation.stage_info import TextFacts
-from edgefl.trees import Factors
+from edgefl.trees import Array, Factors
+from edgefl.trees.tensors import array_of
 
 if TYPE_CHECKING:
     import torch
 
+ALLOWED = 1e-4  # difference of logits that should be the same: float32, in another order of additions
+TRIED_TOKENS = 12
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -70,3 +75,16 @@ def open_language_model(path: Path, name: str = "") -> LanguageModel:
             end_tokens=tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
         ),
     )
+
+
+def logits_of(module: Any, tokens: Array) -> Array:
+    """Return a whole model's logits (T, V) for tokens (T,)."""
+    import torch
+
+    with torch.no_grad():
+        return array_of(module(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0])
+
+
+def difference(wanted: Array, seen: Array) -> float:
+    """Return the largest difference of logits, as a share of the largest logit; NaN if there is one."""
+    return float(np.abs(wanted - seen).max() / max(1e-12, np.abs(wanted).max()))

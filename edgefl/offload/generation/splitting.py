@@ -16,7 +16,7 @@ import numpy as np
 from edgefl.errors import ConfigError, ParityError
 from edgefl.offload.generation.blocks import EMBEDDING, HEAD, ROTARY, Rows, numpy_engine, tensors_of
 from edgefl.offload.generation.generate import load_part
-from edgefl.offload.generation.language_model import LanguageModel
+from edgefl.offload.generation.language_model import ALLOWED, TRIED_TOKENS, LanguageModel, difference, logits_of
 from edgefl.offload.generation.stage_info import (
     CHANGES_FILE,
     TOKENIZER_FILE,
@@ -32,7 +32,6 @@ from edgefl.trees.factors import MARK, factor_names
 from edgefl.trees.tensors import array_of
 
 HEAD_FOLDER, TAIL_FOLDER, WHOLE_FOLDER = "head", "tail", "whole"
-_ALLOWED = 1e-4  # of the largest logit: float32, in another order of additions
 
 
 def split_language_model(model: LanguageModel, cut: int | None, folder: Path) -> list[StageInfo]:
@@ -141,13 +140,9 @@ _ENDS = frozenset({EMBEDDING, HEAD, "model.norm.weight"})
 
 def _check_parity(model: LanguageModel, folders: Sequence[Path]) -> None:
     """Raise ParityError unless the stages give the model's logits, for a prompt and a next token."""
-    import torch
-
     module: Any = model.module
-    vocabulary = module.config.vocab_size
-    tokens = np.random.default_rng(0).integers(0, vocabulary, 12)
-    with torch.no_grad():
-        wanted = module(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    tokens = np.random.default_rng(0).integers(0, module.config.vocab_size, TRIED_TOKENS)
+    wanted = logits_of(module, tokens)
     seen: list[Array] = []
     parts = [load_part(one, numpy_engine()) for one in folders]
     caches = [part.new_cache() for part in parts]
@@ -156,9 +151,9 @@ def _check_parity(model: LanguageModel, folders: Sequence[Path]) -> None:
         for part, cache in zip(parts, caches, strict=True):
             hidden = part.run(hidden, [Rows(cache, len(some))])
         seen.append(parts[-1].logits(hidden))
-    difference = float(np.abs(wanted - np.concatenate(seen)).max() / max(1e-12, np.abs(wanted).max()))
-    if not difference <= _ALLOWED:
+    differ = difference(wanted, np.concatenate(seen))
+    if not differ <= ALLOWED:
         raise ParityError(
-            f"the stages of {model.name} differ from the whole model by {difference:.3g} of its largest logit, "
-            f"allowed: {_ALLOWED:g}. {type(model.module).__name__} computes more than these stages do"
+            f"the stages of {model.name} differ from the whole model by {differ:.3g} of its largest logit, "
+            f"allowed: {ALLOWED:g}. {type(model.module).__name__} computes more than these stages do"
         )

@@ -16,7 +16,7 @@ class Kept(RestartedProcess[None]):
     def __init__(self, *modules) -> None:
         super().__init__()
         self._modules, self.ends, self.number = list(modules), [], 0
-        self.ended = asyncio.Event()
+        self.begun, self.ended = asyncio.Event(), asyncio.Event()
 
     async def _run_child(self) -> None:
         module = self._modules[min(self.number, len(self._modules) - 1)]
@@ -25,6 +25,7 @@ class Kept(RestartedProcess[None]):
             raise OSError("no descriptor is left")
         child = Child(*module)
         self._begin(child)
+        self.begun.set()
         try:
             await self._ended(child)
         finally:
@@ -32,6 +33,7 @@ class Kept(RestartedProcess[None]):
 
     def _note_down(self, reason) -> None:
         self._child = None
+        self.begun.clear()
         self.ends.append(reason)
         self.ended.set()
 
@@ -51,8 +53,7 @@ def test_it_is_started_again_whatever_ended_it() -> None:
         async with asyncio.timeout(60):
             await kept.has_ended(2)
             assert kept.ends == ["its process ended with exit status 0", "it cannot be started: no descriptor is left"]
-            while kept.number < 3 or kept._child is None:  # noqa: ASYNC110 - nothing tells of a start
-                await asyncio.sleep(0.01)
+            await kept.begun.wait()
             kept._kill("a batch took longer than 9 s")
             await kept.has_ended(3)
         assert kept.ends[2] == "a batch took longer than 9 s"
@@ -67,7 +68,7 @@ def test_a_stop_ends_the_process() -> None:
     async def run():
         kept = Kept(LIVES)
         running = asyncio.create_task(kept.run())
-        await asyncio.sleep(0.3)
+        await asyncio.wait_for(kept.begun.wait(), 60)
         child = kept._child
         running.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -18,6 +18,13 @@ from tests.language_models import write_stages
 WAIT_S = 60.0
 
 
+async def made(socket):
+    """Wait until the socket is there: the server has no event for it."""
+    async with asyncio.timeout(WAIT_S):
+        while not socket.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.timeout(300)
 def test_other_stages_second_processes_and_stuck_steps_are_told(tmp_path, caplog) -> None:
     write_stages(tmp_path, 1)
@@ -36,8 +43,7 @@ def test_other_stages_second_processes_and_stuck_steps_are_told(tmp_path, caplog
         heard = Heard()
         process = JoinedTail(socket, spec, heard)
         running = asyncio.create_task(process.run())
-        while not socket.exists():  # noqa: ASYNC110 - made by the task, which has no event for it
-            await asyncio.sleep(0.01)
+        await made(socket)
         assert "no process has connected to" in process.reason
         for other in ("0" * 64, ""):
             reader, writer = await asyncio.open_unix_connection(socket)
@@ -90,8 +96,7 @@ def test_what_is_at_the_path_stays(tmp_path) -> None:
             with pytest.raises(ConfigError, match="it is no socket; choose another path"):
                 await JoinedTail(tmp_path / name, TailSpec(folder=tmp_path), Heard()).run()
         first = asyncio.create_task(JoinedTail(tmp_path / "s", TailSpec(folder=tmp_path), Heard()).run())
-        while not (tmp_path / "s").exists():  # noqa: ASYNC110 - made by the task, which has no event for it
-            await asyncio.sleep(0.01)
+        await made(tmp_path / "s")
         with pytest.raises(ConfigError, match="another server has it; stop that one"):
             await JoinedTail(tmp_path / "s", TailSpec(folder=tmp_path), Heard()).run()
         assert (tmp_path / "s").exists()
