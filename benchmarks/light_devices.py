@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+import uvloop
 
 from benchmarks.folding import write_model
 from benchmarks.light_device import CONNECT_S, LightDevice, Told, Update, Where
@@ -106,7 +107,7 @@ class LightDevices:
 def _work(where: Where, homes: Sequence[Path], told: Queue[Told], stop: Event) -> None:
     die_with_parent()
     raise_limit()
-    asyncio.run(_run(where, homes, told, stop))
+    uvloop.run(_run(where, homes, told, stop))  # the devices share the machine with the cloud, and should take little
 
 
 async def _run(where: Where, homes: Sequence[Path], told: Queue[Told], stop: Event) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cloud.aggregator import keep_freed_memory
-from cloud.beside.known_devices import KnownDevices
 from cloud.dataplane.callers import CallerChecks, Callers
 from cloud.dataplane.grpc_port import GrpcPort
+from cloud.dataplane.known_devices import KnownDevices
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.servers import PortKind, serve_grpc, unwrapped
 from cloud.shares import Shares

@@ -112,6 +112,7 @@ class DeviceLink:
             keepalive_s=10,
         )
         self._lost: set[str] = set()  # devices whose region was lost: they may be about to connect elsewhere
+        self._encoded: tuple[JobMessage | None, bytes] = None, b""  # the last message of a job
         self._via: dict[str, str] = {}  # device -> the region through which it is reached; missing = directly
         self.children: RegionLink | None = None  # the regions below, if there can be any
         self._inbox: Inbox[tuple[str, bytes, str] | None] = Inbox("mqtt-inbox", self._process)
@@ -205,7 +206,11 @@ class DeviceLink:
         if self.children is not None and (region := self.via(device)):
             self.children.send_job(region, device, message)
             return
-        self._send(topics.down(device, "job"), encode(message))
+        former, data = self._encoded
+        if former is not message:  # all devices of a round get the same
+            data = encode(message)
+            self._encoded = message, data
+        self._send(topics.down(device, "job"), data)
 
     def send_command(self, device: str, command: Command) -> None:
         """Send a command; the caller notices by itself if it is lost."""

@@ -2,13 +2,12 @@
 
 A device is identified by its certificate. An upload is acknowledged after it is checked, on disk and in the
 database. Files are read and written in worker threads, and transfers are limited (`cloud.dataplane.transfer_limiter`).
-Handing work to a thread costs as much as the work itself, so a small update or model is handed over twice only.
+Handing work to a thread costs as much as the work itself, so for a small update or model that happens rarely.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -22,30 +21,32 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.dataplane.callers import CallerChecks, Callers, certificate_of
 from cloud.dataplane.device_logs import LogReader, receive_log
+from cloud.dataplane.known_devices import KnownDevices
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
-from cloud.dataplane.transfer_limiter import MAX_INSIDE, Transfer, TransferLimiter
-from cloud.dataplane.upload_header import answer_of, header_fault, overlong
+from cloud.dataplane.transfer_limiter import MAX_INSIDE, TransferLimiter
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import MOVED, REMOVED
-from cloud.state.jobs import AnswerRow, Jobs
-from cloud.state.spool import Arrival, Incoming, Spool
+from cloud.state.jobs import Jobs
+from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.trust.renewal import Renewals
+from cloud.uploads.receiving import Uploads, state
+from cloud.uploads.upload_header import header_fault
 from edgefl.errors import CloudUnreachable, EnrolmentRefused, ManifestRejected, ProtocolError, UploadCutOff
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.assignments import UPDATE_AGENT, pack
-from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk, upload_data
-from edgefl.protocols.messages import MAX_NAME_CHARS, Deliver, Fit, Signed, encode
+from edgefl.protocols.chunks import CHUNK_BYTES, encode_chunk
+from edgefl.protocols.messages import MAX_NAME_CHARS, Deliver, Signed, encode
 from edgefl.terminal.text import one_line
-from edgefl.trees import SpooledTree
 
-MAX_REASON_CHARS = 2000
 MAX_HOLDING = 10_000  # jobs per device for which it keeps a state
 MAX_ASSIGNMENTS = 24  # per reply to `Next`, to stay below 1 MB
 MAX_DOWNLOADS = 4  # per device at a time: a model, a bundle, releases
+_KNOWN_S = 30.0  # a certificate is looked up again after so long: a removal is heard of at once
+_MAX_SMALL = 8  # files of one chunk that are kept in memory, since all devices of a round want the same
 
 _STALLED = "the transfer made no progress for too long, or newer transfers of this device replaced it"
 
@@ -116,28 +117,34 @@ class FleetService:
     def __init__(self, deps: ServiceDependencies, workers: ThreadPoolExecutor) -> None:
         self._deps, self._workers, self._loop = deps, workers, asyncio.get_running_loop()
         self.calls = RunningCalls()
+        self._known_devices = known = KnownDevices(deps.is_known, self._loop.time, _KNOWN_S)
         checks = CallerChecks(
-            is_known=deps.is_known, insecure=deps.insecure, admit=deps.admit, pace=deps.pace,
-            parents_for=deps.parents_for, unsure=deps.unsure,
+            is_known=known.is_known, was_known=known.was_known, insecure=deps.insecure, admit=deps.admit,
+            pace=deps.pace, parents_for=deps.parents_for, unsure=deps.unsure,
         )  # fmt: skip
         self.callers = Callers(checks, self.calls, workers, deps.rounds)
+        self._updates = Uploads(deps.jobs, deps.spool, deps.storage, workers)
         self._uploads = TransferLimiter(max_inside=deps.max_transfers)
         self._downloads = TransferLimiter(max_inside=deps.max_transfers, max_each=MAX_DOWNLOADS)
+        self._small: dict[tuple[int, ...], bytes] = {}  # messages of whole files, the oldest first
 
     async def Next(self, request: pb.NextRequest, context: Context) -> pb.NextReply:  # noqa: N802 - gRPC's name
         device = await self.callers.device(context)
         self._deps.rounds.note_kinds(device, request.knows)
-        desired = await self._run(self._deps.desired_for, device)
-        parents = await self._run(self._deps.parents_for, device)
+        desired, parents, ended = await self._run(self._looked_up, device, request.holding[:MAX_HOLDING])
         waiting = await self._known(device, request, context)
         return pb.NextReply(
             assignments=[pack(one.assignment) for one in waiting[:MAX_ASSIGNMENTS]],
             desired=[encode(signed) for signed in desired],
             broker=self._deps.broker_url,
-            ended=await self._run(self._deps.ended, request.holding[:MAX_HOLDING]),
+            ended=ended,
             renew=self._is_renewal_due(context),
             parents=b"" if parents is None else encode(parents),
         )
+
+    def _looked_up(self, device: str, holding: Sequence[str]) -> tuple[list[Signed], Signed | None, list[str]]:
+        """Return what the database says to a device: its releases, its parents, and those of its jobs that are over."""
+        return self._deps.desired_for(device), self._deps.parents_for(device), self._deps.ended(holding)
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:  # noqa: N802
         device = await self.callers.device(context)
@@ -168,6 +175,11 @@ class FleetService:
                 try:
                     size = os.fstat(descriptor).st_size
                     offset = min(request.offset, size)
+                    if not offset and 0 < size <= CHUNK_BYTES:
+                        await context.write(await self._whole(descriptor))
+                        offset = size
+                        for one in opened:
+                            one.down_bytes += size
                     while offset < size and (data := await self._run(os.pread, descriptor, CHUNK_BYTES, offset)):
                         offset += len(data)
                         for one in opened:
@@ -189,9 +201,9 @@ class FleetService:
         device = await self.callers.device(context)
         opened, final = self._find(request, device)
         if final is not None or opened is None:
-            return await self._unless_stopping(final or _state("STALE"), request, device, context)
+            return await self._unless_stopping(final or state("STALE"), request, device, context)
         offset = await self._run(self._deps.spool.received_bytes, request.job, request.round, device)
-        return _state("PARTIAL", offset=offset)
+        return state("PARTIAL", offset=offset)
 
     async def Upload(  # noqa: N802
         self, requests: AsyncIterator[bytes], context: Context
@@ -204,12 +216,12 @@ class FleetService:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be the header")
                 opened, final = self._find(first.header.key, device)
                 if final is not None or opened is None:
-                    return await self._unless_stopping(final or _state("STALE"), first.header.key, device, context)
+                    return await self._unless_stopping(final or state("STALE"), first.header.key, device, context)
                 if fault := header_fault(first.header, opened.assignment.max_update_bytes):
-                    return await self._run(self._refuse, opened, device, fault, first.header.key.round)
+                    return await self._run(self._updates.refuse, opened, device, fault, first.header.key.round)
                 num_bytes = first.header.size - first.header.offset
-                state = await self._receive(_moving(requests, transfer), first.header, opened, device)
-                return await self._unless_stopping(state, first.header.key, device, context)
+                sent = await self._updates.receive(requests, first.header, opened, device, transfer)
+                return await self._unless_stopping(sent, first.header.key, device, context)
         except DecodeError:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message is not an UploadChunk")
         except (UploadCutOff, TimeoutError) as error:
@@ -222,7 +234,7 @@ class FleetService:
         opened, _ = self._find(request.key, device)
         if opened is not None:
             try:
-                await self._run(self._refuse, opened, device, request.reason, request.key.round)
+                await self._run(self._updates.refuse, opened, device, request.reason, request.key.round)
             except (OSError, SQLAlchemyError) as error:
                 await self._not_stored(error, device, context)
         return pb.FailureReply()
@@ -230,6 +242,16 @@ class FleetService:
     async def SendLog(self, request: pb.LogReport, context: Context) -> pb.LogReply:  # noqa: N802
         await receive_log(self._deps.logs, await self.callers.device(context), request, context)
         return pb.LogReply()
+
+    async def _whole(self, descriptor: int) -> bytes:
+        """Return the message with all bytes of a small file."""
+        key = _identity(os.fstat(descriptor))
+        if (message := self._small.get(key)) is None:
+            message = encode_chunk(await self._run(os.pread, descriptor, CHUNK_BYTES, 0))
+            while len(self._small) >= _MAX_SMALL:
+                del self._small[next(iter(self._small))]
+            self._small[key] = message
+        return message
 
     async def _known(self, device: str, request: pb.NextRequest, context: Context) -> list[OpenRound]:
         """Return the rounds that wait for a device, training first; fail those whose kind its agent does not know."""
@@ -243,7 +265,7 @@ class FleetService:
                     known.append(opened)
                 else:
                     why = f"{agent} {kind!r}; {UPDATE_AGENT}"
-                    await self._run(self._refuse, opened, device, why, opened.assignment.round)
+                    await self._run(self._updates.refuse, opened, device, why, opened.assignment.round)
         except (OSError, SQLAlchemyError) as error:
             await self._not_stored(error, device, context)
         return known
@@ -256,74 +278,20 @@ class FleetService:
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the cloud cannot store it now: {cause}")
         raise error  # not reached: an aborted call raises
 
-    async def _receive(
-        self, requests: AsyncIterator[bytes], header: pb.UploadHeader, opened: OpenRound, device: str
-    ) -> pb.UploadState:
-        """Write the chunks; the last one is written and the update finished in one call of a worker."""
-        key, size = header.key, header.offset
-        if size and size > (here := await self._run(self._deps.spool.received_bytes, key.job, key.round, device)):
-            return _state("PARTIAL", offset=here)
-        arrival = Arrival(self._deps.spool, key.job, key.round, device, header.offset)
-        try:
-            async for message in requests:
-                data = upload_data(message)
-                size += len(data)
-                if size > header.size:
-                    return await self._run(self._refuse, opened, device, overlong(header.size), key.round)
-                opened.up_bytes += len(data)
-                if arrival.last:
-                    await self._run(arrival.write)
-                arrival.last = data
-            return await self._run(self._finish, arrival, header, opened, device)
-        finally:
-            # In a worker, which waits for a running write: its descriptor must not be closed and reused meanwhile.
-            if not arrival.ended:
-                await asyncio.shield(self._run(arrival.end))
-
-    def _finish(self, arrival: Arrival, header: pb.UploadHeader, opened: OpenRound, device: str) -> pb.UploadState:
-        try:
-            incoming = arrival.write()
-            if incoming.size < header.size:
-                state = _state("PARTIAL", offset=incoming.size)
-            else:
-                state = self._accept(opened, device, header, incoming)
-        finally:
-            arrival.end()
-        self._deps.storage.worked(header.size - header.offset)
-        return state
-
     async def _unless_stopping(
-        self, state: pb.UploadState, key: pb.UpdateKey, device: str, context: Context
+        self, sent: pb.UploadState, key: pb.UpdateKey, device: str, context: Context
     ) -> pb.UploadState:
         """Return the state; but while the cloud is stopping, STALE would be wrong, because rounds will be resumed."""
-        if state.status == pb.UploadState.STALE and self._deps.rounds.wants_late(key.job, key.round, device):
+        if sent.status == pb.UploadState.STALE and self._deps.rounds.wants_late(key.job, key.round, device):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the next round takes this update; send it again")
-        if state.status == pb.UploadState.STALE and not self._deps.is_over(key.job, key.round):
+        if sent.status == pb.UploadState.STALE and not self._deps.is_over(key.job, key.round):
             await context.abort(  # the device keeps its update, and sends it when it is asked here
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "this region has not been asked for the device's part in this round yet",
             )
-        if state.status == pb.UploadState.STALE and self._deps.rounds.stopping:
+        if sent.status == pb.UploadState.STALE and self._deps.rounds.stopping:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the cloud is stopping; its rounds continue later")
-        return state
-
-    def _accept(self, opened: OpenRound, device: str, header: pb.UploadHeader, incoming: Incoming) -> pb.UploadState:
-        """Check an update, make it durable and hand it to its round; the caller then acknowledges it."""
-        try:
-            incoming.finish(header.blake3)
-            if isinstance(opened.assignment, Fit):  # the operator reads replies to other assignments
-                SpooledTree(incoming.path)
-        except ProtocolError as error:
-            if header.offset:  # the stored part may be damaged: restart the upload
-                return _state("PARTIAL")
-            return self._refuse(opened, device, str(error), header.key.round)
-        answer = answer_of(header, device, incoming.name, late=header.key.round < opened.assignment.round)
-
-        def keep(one: AnswerRow) -> None:
-            incoming.place()
-            self._record(opened, one)
-
-        return _state("STORED", offset=header.size) if opened.accept(answer, keep) else _state("STALE")
+        return sent
 
     def forget(self, device: str, *, is_moved: bool = False) -> None:
         """Abort a device's calls; unless it `is_moved` in the tree, refuse its answers that are not aggregated yet.
@@ -331,23 +299,9 @@ class FleetService:
         Call it in any thread but the event loop's. The calls end shortly after, without further changes.
         """
         for opened in () if is_moved else self._deps.rounds.having(device):
-            opened.forget(device, functools.partial(self._record, opened))
+            opened.forget(device, lambda one, opened=opened: self._updates.record(opened, [one]))  # type: ignore[misc]
+        self._known_devices.forget(device)
         self._loop.call_soon_threadsafe(self.calls.cut, device, MOVED if is_moved else REMOVED)
-
-    def _refuse(self, opened: OpenRound, device: str, reason: str, number: int) -> pb.UploadState:
-        """Record that the device sends no update in its round `number`; a late one is just not taken."""
-        reason = one_line(reason, MAX_REASON_CHARS)  # it may quote what the device sent
-        job = opened.assignment.job
-        event(_log, logging.WARNING, "update.failed", job=job, round=number, device=device, reason=reason)
-        if number == opened.assignment.round:
-            opened.accept(AnswerRow(device=device, reason=reason), lambda one: self._record(opened, one))
-        return _state("REFUSED", reason=reason)
-
-    def _record(self, opened: OpenRound, answer: AnswerRow) -> None:
-        if opened.record is not None:
-            opened.record(answer)
-            return
-        self._deps.jobs.record(opened.assignment.job, opened.assignment.round, answer)
 
     def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
         """Return the open round that waits for this device, or the final state of its upload."""
@@ -355,27 +309,32 @@ class FleetService:
         if opened is None:
             return self._find_late(key, device)
         if device not in opened.asked and not self._deps.is_over(key.job, key.round):
-            return None, _state("STALE")  # of a region, which may be asked for this device yet
+            return None, state("STALE")  # of a region, which may be asked for this device yet
         if device not in opened.asked:
-            return None, _state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
+            return None, state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
         if opened.has_answered(device):
-            return None, _state("STORED")
+            return None, state("STORED")
         return opened, None
 
     def _find_late(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
         """Return the same of a round that is over: the next one may take its update."""
         later = self._deps.rounds.get(key.job, key.round + 1)
         if later is not None and later.has_late(device):
-            return None, _state("STORED")
+            return None, state("STORED")
         if later is not None and later.takes_late(device):
             return later, None
-        return None, _state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
+        return None, state("STALE", reason=f"round {key.round} of job {one_line(key.job, 80)} is not open")
 
     def _is_renewal_due(self, context: Context) -> bool:
         return not self._deps.insecure and self._deps.is_renewal_due(certificate_of(context))
 
     async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what is another one for a file with other bytes."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 async def passed_renewal(ask: PassRenewal | None, request: pb.RenewRequest, context: Context) -> pb.RenewReply:
@@ -387,13 +346,3 @@ async def passed_renewal(ask: PassRenewal | None, request: pb.RenewRequest, cont
     except grpc.aio.AioRpcError as error:
         await context.abort(error.code(), error.details() or "the parent gave no reason")
         raise
-
-
-def _state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:
-    return pb.UploadState(status=status, offset=offset, reason=reason)
-
-
-async def _moving(requests: AsyncIterator[bytes], transfer: Transfer) -> AsyncIterator[bytes]:
-    async for message in requests:
-        transfer.moved()
-        yield message

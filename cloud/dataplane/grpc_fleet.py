@@ -340,7 +340,7 @@ class GrpcFleet:
             return Failure(job=job, round=number, device=device, reason=reason, refused=bool(answer.refused))
         if not plan.fit:
             return Evaluated(job=job, round=number, device=device, evaluation=answer.evaluation or NO_EVALUATION)
-        tree = SpooledTree(self._deps.spool.path(answer.file))
+        tree = self._deps.spool.tree(answer.file)
         return Update(
             job=job, round=number, device=device, tree=tree, weight=answer.weight, metrics=answer.metrics,
             evaluation=answer.evaluation,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
 import os
@@ -30,6 +31,7 @@ CONNECTIONS_OF_A_DEVICE = 4
 STREAMS_OF_A_CONNECTION = 32
 LEAST_PENDING, PENDING_OF_A_SEAT = 1000, 2  # calls that may wait to be accepted at the same time
 HANDSHAKE_S = 10
+MAX_PEERS = 4096  # parsed addresses in the cache, which each call of a connection has
 _DESCRIPTORS = "/dev/fd"
 
 Peer = tuple[str, int]  # address and port
@@ -204,6 +206,7 @@ def shut(found: Found) -> None:
             connection.shutdown(socket.SHUT_RDWR)
 
 
+@functools.lru_cache(MAX_PEERS)
 def parse_peer(peer: str) -> Peer:
     """Return address and port of gRPC's `ipv4:1.2.3.4:5` or `ipv6:[::1]:5`."""
     address, _, number = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")

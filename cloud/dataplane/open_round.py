@@ -11,10 +11,11 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from cloud.broker.link import DeviceLink
 from cloud.state.enrolment import REMOVED
@@ -45,6 +46,7 @@ from edgefl.exchange import (
 from edgefl.protocols.messages import Assignment
 from edgefl.terminal.bounds import MAX_SECONDS
 
+_K = TypeVar("_K")
 Clock = Callable[[], float]  # seconds, monotonic
 
 
@@ -122,11 +124,23 @@ class OpenRound:
         """Accept a device's answer once; False if the round is over, or has an answer of the device."""
         with self._lock:
             at_s = self._now_s()
-            exchange = self._exchange
-            if not (exchange.takes_late if answer.late else exchange.waits_for)(answer.device, at_s):
+            if not self._awaits(answer, at_s):
                 return False
             self._take(answer, make_durable, at_s)
             return True
+
+    def accept_each(
+        self, answers: Mapping[_K, AnswerRow], make_durable: Callable[[Collection[_K]], Collection[_K]]
+    ) -> Collection[_K]:
+        """Accept those answers that the round waits for and that `make_durable` could keep; return their keys."""
+        with self._lock:
+            at_s = self._now_s()
+            awaited = [key for key, answer in answers.items() if self._awaits(answer, at_s)]
+            kept = make_durable(awaited) if awaited else ()
+            for answer in map(answers.__getitem__, kept):
+                (self._late if answer.late else self._answers)[answer.device] = answer
+            self._do(*(_event_of(answers[key])(answers[key].device, at_s=at_s) for key in kept))
+        return kept
 
     def accept_all(
         self, answers: Sequence[AnswerRow], make_durable: Callable[[Sequence[AnswerRow]], None]
@@ -289,6 +303,10 @@ class OpenRound:
         return any(ref.sha256 == sha256 for ref in self.assignment.blobs())
 
     # Below: the caller has the lock.
+
+    def _awaits(self, answer: AnswerRow, at_s: float) -> bool:
+        exchange = self._exchange
+        return (exchange.takes_late if answer.late else exchange.waits_for)(answer.device, at_s)
 
     def _take(self, answer: AnswerRow, make_durable: Callable[[AnswerRow], None], at_s: float) -> None:
         make_durable(answer)

@@ -25,11 +25,22 @@ class Transfer:
     def __init__(self, scope: asyncio.Timeout, stall_s: float) -> None:
         self._scope, self._stall_s = scope, stall_s
         self._cut_off = False
+        self._turns: asyncio.Semaphore | None = None  # of which it has one
 
     def moved(self) -> None:
         """Record progress: restart the deadline, unless the transfer was cut off."""
         if not self._cut_off:
             self._scope.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+
+    def take_turn(self, turns: asyncio.Semaphore) -> None:
+        """Hold one of the turns, which was acquired."""
+        self._turns = turns
+
+    def pass_turn(self) -> None:
+        """Give the turn to the next transfer, if it is not given yet; this one goes on beside it."""
+        if self._turns is not None:
+            self._turns.release()
+            self._turns = None
 
     def cut_off(self) -> None:
         self._cut_off = True
@@ -50,7 +61,7 @@ class TransferLimiter:
 
     @contextlib.asynccontextmanager
     async def turn(self, device: str) -> AsyncIterator[Transfer]:
-        """Wait for a turn. The turn ends with the block or after `turn_s`, whichever comes first.
+        """Wait for a turn. It ends with the block, after `turn_s` or when it is passed on, whichever comes first.
 
         Raises TimeoutError if the transfer does not report progress (`moved`) in time, or is cut off.
         """
@@ -58,14 +69,14 @@ class TransferLimiter:
             with self._place(device, Transfer(scope, self._stall_s)) as transfer:
                 async with self._inside:
                     await self._turns.acquire()
-                    timer = asyncio.get_running_loop().call_later(self._turn_s, self._turns.release)
+                    transfer.take_turn(self._turns)
+                    timer = asyncio.get_running_loop().call_later(self._turn_s, transfer.pass_turn)
                     transfer.moved()
                     try:
                         yield transfer
                     finally:
-                        if asyncio.get_running_loop().time() < timer.when():
-                            timer.cancel()
-                            self._turns.release()
+                        timer.cancel()
+                        transfer.pass_turn()
 
     @contextlib.contextmanager
     def _place(self, device: str, transfer: Transfer) -> Iterator[Transfer]:

@@ -212,10 +212,10 @@ class Jobs:
                 for row in found
             ]
 
-    def record(self, job: str, number: int, answer: AnswerRow) -> None:
-        """Make an answer durable, before it is acknowledged."""
+    def record(self, job: str, number: int, *answers: AnswerRow) -> None:
+        """Make answers durable, in one commit, before they are acknowledged."""
         with self._engine.begin() as db:
-            db.execute(NEW_UPDATE, answer.of_round(job, number))
+            db.execute(NEW_UPDATE, [one.of_round(job, number) for one in answers])
 
     def record_sum(self, job: str, number: int, file: str, note: str, answers: Sequence[AnswerRow]) -> None:
         """Make the sum of a region durable, with the answers of all its devices; `note` is its SumNote as JSON."""

@@ -2,8 +2,9 @@
 
 An update is `<device>~part` until it is complete, checked and on disk; then it is renamed. The length of a part is
 the offset at which an interrupted upload resumes. Files of finished rounds are kept and overwritten by later ones
-(`<device>~reused` meanwhile, whose length has no meaning), because existing pages cost a tenth of new ones. Device
-names have no `~`.
+(`<device>~reused` meanwhile, whose length has no meaning), because existing pages cost a tenth of new ones. Small
+updates that are complete together are packed: they are parts of one file (`<number>~packed`), because to make and flush
+a file takes longer than to receive one of them. Device names have no `~`.
 
 Invariant: only one upload writes an update at a time, and none writes to a finished file, so the checked bytes are
 the aggregated ones. A newer upload cuts off the older one, whose connection is usually dead.
@@ -13,20 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import os
+import secrets
 import shutil
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from blake3 import blake3
 
 from edgefl.errors import ProtocolError, UploadCutOff
+from edgefl.trees import SpooledTree
 
 MAX_FREE_FILES = 16
 MAX_FREE_BYTES = 2 << 30
 _READ_BYTES = 4 << 20
-_PART, _REUSED = "~part", "~reused"
+_PART, _REUSED, _PACKED = "~part", "~reused", "~packed"
 
 
 class Spool:
@@ -41,7 +45,7 @@ class Spool:
             unfinished.unlink()
         self._lock = threading.Lock()
         self._free: list[Path] = []
-        self._num_freed = 0
+        self._num_freed = self._num_packed = 0
         self._writing: dict[Path, Incoming] = {}  # by target
 
     def keep_only(self, jobs: Iterable[str]) -> None:
@@ -63,6 +67,40 @@ class Spool:
     def path(self, name: str) -> Path:
         """Return the path for the `name` of an `Incoming`."""
         return self._folder / name
+
+    def tree(self, name: str) -> SpooledTree:
+        """Return an update by the `name` of an `Incoming`, or as `pack` returned it."""
+        path, _, span = name.partition(":")
+        if not span:
+            return SpooledTree(self.path(path))
+        offset, _, size = span.partition("+")
+        return SpooledTree(self.path(path), (int(offset), int(size)))
+
+    def pack(self, job: str, number: int, updates: Sequence[memoryview]) -> list[str]:
+        """Write complete updates of a round into one new file, and flush it; return the name of each.
+
+        A name is that of the file with the part: `job/1/3~packed:4096+100000`.
+        """
+        folder = self._folder / job / str(number)
+        with self._lock:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._num_packed += 1
+            target = folder / f"{self._num_packed}-{secrets.token_hex(4)}{_PACKED}"
+            path = _part(target)
+            if self._free:
+                self._free.pop().replace(path)
+        starts = [0]
+        for data in updates:
+            starts.append(_aligned(starts[-1] + len(data)))
+        try:
+            _write_all(path, zip(starts, updates, strict=False))
+            path.replace(target)
+        except OSError:
+            path.unlink(missing_ok=True)  # a full disk needs its space
+            raise
+        flush_folder(folder)
+        name = target.relative_to(self._folder)
+        return [f"{name}:{start}+{len(data)}" for start, data in zip(starts, updates, strict=False)]
 
     def incoming(self, job: str, number: int, device: str, offset: int) -> Incoming:
         """Start or resume an update at an offset up to `received_bytes`; raises UploadCutOff if there are fewer."""
@@ -171,22 +209,19 @@ class Incoming:
             if self._digest.hexdigest() != expected:
                 self._close()
                 self.path.unlink()
-                raise ProtocolError(
-                    f"the update's bytes have BLAKE3 {self._digest.hexdigest()[:16]}..., expected {expected[:16]}... "
-                    "from its header"
-                )
+                raise _other_bytes(self._digest.hexdigest(), expected)
 
     def place(self) -> None:
-        """Move a finished update to its final path."""
+        """Move a finished update to its final path; raises UploadCutOff."""
+        self.move()
+        flush_folder(self.target.parent)
+
+    def move(self) -> None:
+        """Move a finished update to its final path, which is durable after `flush_folder`; raises UploadCutOff."""
         with self._lock:
             self._refuse_cut_off()
             self._close()
             self.path.replace(self.target)
-        folder = os.open(self.target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def stop(self) -> None:
         """Close the file, and keep it for a resumed upload. Does nothing after `place`."""
@@ -219,12 +254,31 @@ class Arrival:
         self._incoming: Incoming | None = None
         self._lock = threading.Lock()
 
+    @property
+    def is_written(self) -> bool:
+        """Whether a part of the update is written, because it has several chunks."""
+        return self._incoming is not None
+
     def write(self) -> Incoming:
         """Write the last received chunk; raises UploadCutOff."""
         with self._lock:
             if self.ended:
                 raise UploadCutOff("the upload has ended")
             return self._write()
+
+    def take(self, expected: str) -> memoryview:
+        """Return all bytes of an update that is not written anywhere yet, and end the upload.
+
+        Raises UploadCutOff, and ProtocolError if they have another hash.
+        """
+        with self._lock:
+            if self.ended:
+                raise UploadCutOff("the upload has ended")
+            self.ended = True
+            data, self.last = self.last, memoryview(b"")
+        if (seen := blake3(data).hexdigest()) != expected:
+            raise _other_bytes(seen, expected)
+        return data
 
     def end(self) -> None:
         """Close the file; received bytes are kept if possible, and a resumed upload asks for their number."""
@@ -244,6 +298,38 @@ class Arrival:
         data, self.last = self.last, memoryview(b"")
         self._incoming.write(data)
         return self._incoming
+
+
+def flush_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_all(path: Path, parts: Iterable[tuple[int, memoryview]]) -> None:
+    """Write parts of a file at their offsets, and flush it."""
+    descriptor, end = os.open(path, os.O_RDWR | os.O_CREAT, 0o600), 0
+    try:
+        for start, data in parts:
+            left, end = data, start + len(data)
+            while left:
+                left = left[os.pwrite(descriptor, left, end - len(left)) :]
+        os.ftruncate(descriptor, end)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _aligned(offset: int) -> int:
+    """Return where the next part begins, so that each can be mapped into memory by itself."""
+    return -(-offset // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+def _other_bytes(seen: str, expected: str) -> ProtocolError:
+    return ProtocolError(f"the update's bytes have BLAKE3 {seen[:16]}..., expected {expected[:16]}... from its header")
 
 
 def _part(target: Path) -> Path:

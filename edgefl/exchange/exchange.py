@@ -127,11 +127,16 @@ class Exchange:
         return device in self._owed and self.closed_s is None and at_s <= self.due_s
 
     def handle(self, *events: Event) -> list[Instruction]:
-        """Process events in order, and return the instructions."""
+        """Process events in order, and return the instructions.
+
+        Events of one call with the same time are simultaneous: the time ends the exchange before or after all of them.
+        """
         instructions: list[Instruction] = []
+        before_s = -math.inf
         for event in events:
-            if self.due_s < event.at_s:
+            if before_s < event.at_s and self.due_s < event.at_s:
                 instructions += self._close_in_time()
+            before_s = event.at_s
             self._now_s = max(self._now_s, event.at_s)
             if self.closed_s is None:
                 self._window_s = None

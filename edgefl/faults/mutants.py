@@ -26,12 +26,12 @@ LATE_S = 0.5
 def _commit_after_acknowledgement(real: Callable[..., Any]) -> Callable[..., Any]:
     """The cloud acknowledges an update, and commits it a little later."""
 
-    def record(self: Jobs, job: str, number: int, answer: AnswerRow) -> None:
+    def record(self: Jobs, job: str, number: int, *answers: AnswerRow) -> None:
         node = kernel().node
 
         def later() -> None:
             kernel().wait(None, LATE_S)
-            real(self, job, number, answer)
+            real(self, job, number, *answers)
 
         if node is not None:
             node.spawn(later, "late-commit")

@@ -137,12 +137,13 @@ class SpooledTree(BlockTree):
     """A tree in a file. It is mapped read-only when a tensor is first indexed, and unmapped with the object.
 
     Blocks are read instead, because mapped pages count as memory of the process. A small file is always mapped.
-    Raises ProtocolError if the file is not a safetensors file, is truncated or too long.
+    With a `span` (offset, bytes) the tree is that part of the file. Raises ProtocolError if the file or its part is not
+    a safetensors file, is truncated or too long.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, span: tuple[int, int] | None = None) -> None:
         self.path = path
-        self._file = _StoredTree(path)
+        self._file = _StoredTree(path, span)
         self._all = EncodedTree(self._file)
         super().__init__(self._all.spec)
         self.factored, self.narrow, self.reads_blocks = self._all.factored, self._all.narrow, self._all.reads_blocks
@@ -165,24 +166,31 @@ class SpooledTree(BlockTree):
 
 
 class _StoredTree(BlockTree):
-    """The tensors that a file holds."""
+    """The tensors that a file, or a part of it, holds."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, span: tuple[int, int] | None = None) -> None:
         self._path = path
         with path.open("rb") as file:
+            length_here = os.fstat(file.fileno()).st_size
+            offset, size = span or (0, length_here)
+            if offset + size > length_here:
+                raise ProtocolError(f"a file of trees has {length_here} bytes, expected {offset + size} or more")
+            file.seek(offset)
             head = file.read(8)
             length = _header_length(head)
-            spec, self._start = _parse_header(head + file.read(length), path.stat().st_size)
+            spec, start = _parse_header(head + file.read(length), size)
         super().__init__(spec)
+        self._start, self._end = offset + start, offset + size
         self._tensors: dict[str, Array] | None = None
         self._offsets: dict[str, int] | None = None
         self.reads_blocks = is_large(self)
 
     def __getitem__(self, name: str) -> Array:
         if self._tensors is None:
+            begin = self._start - self._start % mmap.ALLOCATIONGRANULARITY
             with self._path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._tensors = _tensors(data, self.spec, self._start)
+                data = mmap.mmap(file.fileno(), self._end - begin, access=mmap.ACCESS_READ, offset=begin)
+            self._tensors = _tensors(data, self.spec, self._start - begin)
         return self._tensors[name]
 
     def read(self, name: str, block: slice) -> Array:

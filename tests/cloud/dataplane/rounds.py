@@ -1,9 +1,14 @@
 """An open round of two devices, and a link that a test is the other end of."""
 
+import io
+
+import numpy as np
+
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from edgefl.config import TrainConfig
 from edgefl.exchange import Terms
 from edgefl.protocols.messages import BlobRef, Fit, RoundClosed, Signed
+from edgefl.trees import write_tree
 
 TERMS = Terms(deadline_s=100.0, offline_grace_s=5.0, quorum=1, return_s=20.0)
 
@@ -15,6 +20,13 @@ def opened(job="job", number=1, cohort=("a", "b"), terms=TERMS, **around):
         train=TrainConfig(), deadline_s=1.0, max_update_bytes=10,
     )  # fmt: skip
     return OpenRound(plan, cohort, terms, Surroundings(**around))
+
+
+def small_update(value=1.0):
+    """Return the bytes of an update that is received in one chunk."""
+    file = io.BytesIO()
+    write_tree({"w": np.full(1000, value, np.float32)}, file)
+    return file.getvalue()
 
 
 def ignore(_answer):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import math
+import os
 import threading
 
 import grpc
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
+from cloud.dataplane import fleet_service
 from cloud.dataplane.open_round import OpenRound
 from edgefl.errors import CloudStopping, CloudUnreachable
 from edgefl.exchange import Terms
@@ -102,6 +104,20 @@ def test_a_download_goes_on_at_an_offset_and_is_counted(plane):
     assert plane.round.down_bytes == 2 * len(whole) - 5_000_000
 
 
+def test_a_small_file_is_read_once_for_all_devices_and_again_when_it_is_another(plane, monkeypatch):
+    reads, pread = [], os.pread
+    monkeypatch.setattr(fleet_service.os, "pread", lambda *given: reads.append(given[1:]) or pread(*given))
+    for content, times in ((b"first", 2), (b"other", 1), (b"", 1)):
+        path = plane.blobs.path("ab" * 32)
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        for _ in range(times):
+            for device in "ab":
+                request = pb.DownloadRequest(sha256="ab" * 32)
+                assert b"".join(one.data for one in plane.stub(device).Download(request, timeout=30)) == content
+    assert len(reads) == 2
+
+
 def test_a_region_that_cannot_fetch_a_blob_says_why(plane):
     async def fetch(_sha256):
         raise CloudUnreachable("the download was given up: this region waits for disk space")
@@ -162,7 +178,8 @@ def test_an_upload_that_was_cut_goes_on(plane):
     ("changes", "reason"),
     [
         ({"size": 100_000_000}, "has 100000000 bytes; at most"),
-        ({"size": 1_000_000}, "more than the 1000000 bytes"),
+        ({"size": 1_000_001}, "more than the 1000001 bytes"),
+        ({"size": 1_000_000}, "BLAKE3"),  # what comes after is not read
         ({"blake3": "0" * 64}, "BLAKE3"),
     ],
 )

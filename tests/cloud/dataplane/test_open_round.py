@@ -43,6 +43,21 @@ def test_an_answer_that_cannot_be_made_durable_is_not_taken():
     assert round_.accept(AnswerRow(device="a", file="f"), ignore)
 
 
+def test_of_several_answers_those_are_taken_that_are_awaited_and_durable():
+    done = []
+    round_ = opened(act=done.append)
+    answers = {number: AnswerRow(device=device, file="f") for number, device in enumerate(("a", "stranger", "b"))}
+
+    def all_but_a(keys):
+        assert keys == [0, 2]
+        return [2]
+
+    assert list(round_.accept_each(answers, all_but_a)) == [2]
+    assert done == [Yield("b")]
+    assert round_.waiting() == {"a"}
+    assert not round_.accept_each({1: answers[1]}, lambda _keys: pytest.fail("nothing is to be made durable"))
+
+
 def test_a_round_that_is_about_to_begin_has_all_its_time():
     assert opened(clock=ManualClock()).left_s() == 100.0
 

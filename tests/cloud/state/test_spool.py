@@ -1,8 +1,14 @@
+import errno
+import io
+
+import numpy as np
 import pytest
 from blake3 import blake3
 
+from cloud.state import spool as module
 from cloud.state.spool import Arrival, Spool
 from edgefl.errors import ProtocolError, UploadCutOff
+from edgefl.trees import write_tree
 
 DATA = bytes(range(256)) * 100
 
@@ -248,3 +254,57 @@ def test_what_an_owed_device_has_sent_so_far_is_kept_and_its_upload_goes_on(tmp_
         other.write(DATA)
     spool.drop_round("job", 1)
     assert not (tmp_path / "spool" / "job" / "1").exists()
+
+
+def encoded(value: float, size: int) -> memoryview:
+    file = io.BytesIO()
+    write_tree({"w": np.full(size, value, np.float32)}, file)
+    return memoryview(file.getvalue())
+
+
+def test_small_updates_are_parts_of_one_file(tmp_path):
+    spool, sizes = Spool(tmp_path), (3, 5000, 0)
+    names = spool.pack("job", 1, [encoded(float(number), size) for number, size in enumerate(sizes)])
+    [path] = (tmp_path / "job" / "1").iterdir()
+    assert {one.partition(":")[0] for one in names} == {str(path.relative_to(tmp_path))}
+    for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        tree = spool.tree(name)
+        np.testing.assert_array_equal(tree["w"], np.full(size, number, np.float32))
+        np.testing.assert_array_equal(tree.read("w", slice(0, 2)), np.full(min(size, 2), number, np.float32))
+    again = spool.pack("job", 1, [encoded(7.0, 3)])
+    assert again[0].partition(":")[0] not in {one.partition(":")[0] for one in names}
+    held = spool.tree(names[1])["w"]
+    spool.drop_round("job", 1)
+    assert not (tmp_path / "job" / "1").exists()
+    assert held[-1] == 1.0  # who reads it still has it
+
+
+def test_a_packed_file_takes_the_place_of_a_finished_rounds_file(tmp_path):
+    spool = Spool(tmp_path)
+    spool.pack("job", 1, [encoded(1.0, 50_000)])
+    spool.drop_round("job", 1)
+    [name] = spool.pack("job", 2, [encoded(2.0, 10)])
+    assert spool.path(name.partition(":")[0]).stat().st_size == len(encoded(2.0, 10))
+    np.testing.assert_array_equal(spool.tree(name)["w"], np.full(10, 2.0, np.float32))
+    assert list((tmp_path / ".free").iterdir()) == []
+
+
+def test_a_packed_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    spool = Spool(tmp_path)
+
+    def full(_descriptor, _data, _offset):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(module.os, "pwrite", full)
+    with pytest.raises(OSError, match="no space"):
+        spool.pack("job", 1, [encoded(1.0, 10)])
+    assert list((tmp_path / "job" / "1").iterdir()) == []
+
+
+def test_a_packed_file_that_was_cut_is_no_tree(tmp_path):
+    spool = Spool(tmp_path)
+    [_, name] = spool.pack("job", 1, [encoded(1.0, 10), encoded(2.0, 10)])
+    path = spool.path(name.partition(":")[0])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ProtocolError, match="a file of trees has"):
+        spool.tree(name)

@@ -50,6 +50,14 @@ def test_one_that_leaves_is_not_waited_for_and_may_join_again() -> None:
     assert exchange.handle(Joined("b", at_s=6.0)) == []
 
 
+def test_simultaneous_answers_are_all_yielded_also_if_the_first_one_ends_the_waiting() -> None:
+    """The quorum is there with the first: then all others have been offline for longer than the grace time."""
+    exchange = begun("a", "b", "c")
+    exchange.handle(Offline("b", was_seen=True, at_s=1.0), Offline("c", was_seen=True, at_s=1.0))
+    assert exchange.handle(Answered("a", at_s=10.0), Answered("b", at_s=10.0)) == [Yield("a"), Yield("b")]
+    assert exchange.handle(Tick(at_s=10.0)) == [GiveUp("c", GiveUpReason.OFFLINE), Close()]
+
+
 def test_all_answer_and_it_is_over() -> None:
     exchange = begun("a", "b", "c")
     assert exchange.handle(Answered("b", at_s=1.0)) == [Yield("b")]

@@ -183,7 +183,7 @@ def test_a_region_that_was_removed_gives_up_after_some_refusals(tiers, monkeypat
     until(lambda: not uplink.reason)
     tiers.enrolment.remove("r1")
     tiers.members.note_change()
-    tiers.thread.loop.call_soon_threadsafe(tiers.service.calls.cut, "r1", "removed")
+    tiers.service.forget("r1")
     until(tiers.uplinks[-1].done)
     with pytest.raises(EnrolmentRefused, match=r"region 'r1' stops, .*: region 'r1' is not enrolled"):
         tiers.uplinks[-1].result()

@@ -1,4 +1,4 @@
-"""Which devices a process beside the cloud knows."""
+"""Which devices the data plane and a process beside the cloud know."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from cloud.beside import known_devices
-from cloud.beside.known_devices import FRESH_S, KnownDevices
+from cloud.dataplane import known_devices
+from cloud.dataplane.known_devices import FRESH_S, KnownDevices
 from edgefl.testing import ManualClock
 
 
@@ -37,7 +37,32 @@ def test_a_stranger_with_another_certificate_does_not_make_it_forget_the_device(
     known = KnownDevices(lambda *who: who == ("a", "1"), ManualClock())
     assert known.is_known("a", "1")
     assert not known.is_known("a", "2")
-    assert known._serials == {"a": "1"}  # its open streams are still watched
+    assert known.was_known("a", "1")  # its open streams are still watched
+
+
+def test_a_device_that_is_forgotten_is_asked_for_again_also_if_the_answer_was_under_way() -> None:
+    clock = ManualClock()
+    known = KnownDevices(lambda *_: True, clock, fresh_s=100.0)
+    assert known.is_known("a", "1")
+    clock.advance(99.0)
+    assert known.was_known("a", "1")
+    known.forget("a")
+    assert not known.was_known("a", "1")
+
+    def removed_meanwhile(device, _serial):
+        slow.forget(device)
+        return True
+
+    slow = KnownDevices(removed_meanwhile, clock)
+    assert slow.is_known("a", "1")
+    assert not slow.was_known("a", "1")
+
+
+def test_a_new_certificate_takes_the_place_of_the_former() -> None:
+    known = KnownDevices(lambda *_: True, ManualClock())
+    assert known.is_known("a", "1")
+    assert known.is_known("a", "2")
+    assert not known.was_known("a", "1")
 
 
 @pytest.mark.parametrize("busy_database", [False, True])
@@ -54,7 +79,7 @@ def test_a_device_with_a_running_call_is_reported_when_it_is_removed(monkeypatch
         known, gone = KnownDevices(is_known, asyncio.get_running_loop().time), asyncio.Queue()
         with ThreadPoolExecutor(1) as workers:
             for device in "ab":
-                known._serials[device] = "1"
+                known._seen[device] = "1", 0.0
             watch = asyncio.create_task(known.watch(lambda: ["a", "b", "stranger"], gone.put_nowait, workers))
             fleet.discard("b")
             assert await gone.get() == "b"

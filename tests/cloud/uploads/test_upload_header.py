@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cloud.dataplane.upload_header import answer_of, evaluation_in, header_fault
+from cloud.uploads.upload_header import answer_of, evaluation_in, header_fault
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.records import DeviceEvaluation
 from edgefl.terminal.text import is_safe

@@ -1,0 +1,1 @@
+"""Updates of devices, from their first byte until they are durable."""
