@@ -33,7 +33,7 @@ class Cnn(nn.Module):
 
 def load() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    return rng.normal(size=(SAMPLES, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, SAMPLES)
+    return rng.random((SAMPLES, 3, 32, 32), np.float32) - 0.5, rng.integers(0, 10, SAMPLES)
 
 
 task = Task(name="sites-cnn", model=Cnn, loss=cross_entropy, train_data=load)
@@ -44,21 +44,22 @@ def plain(epochs: int, batch: int, out: Path) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    inputs, targets = (torch.from_numpy(one) for one in load())
     model = nn.parallel.DistributedDataParallel(Cnn().to(memory_format=torch.channels_last))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     sampler = torch.utils.data.DistributedSampler(range(SAMPLES))
-    own = batch // dist.get_world_size()
-    dist.barrier()
-    start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        order = torch.tensor(list(sampler))
-        for which in order.split(own):
-            optimizer.zero_grad()
-            pictures = inputs[which].contiguous(memory_format=torch.channels_last)
-            cross_entropy(model(pictures), targets[which]).backward()
-            optimizer.step()
+    own, start_s, start_cpu_s = batch // dist.get_world_size(), 0.0, 0.0
+    for _ in range(2):  # the first one warms up, as ours does
+        dist.barrier()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        inputs, targets = (torch.from_numpy(one) for one in load())  # as an agent does in each round
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            order = torch.tensor(list(sampler))
+            for which in order.split(own):
+                optimizer.zero_grad()
+                pictures = inputs[which].contiguous(memory_format=torch.channels_last)
+                cross_entropy(model(pictures), targets[which]).backward()
+                optimizer.step()
     cpu_s = torch.tensor(time.process_time() - start_cpu_s)
     dist.all_reduce(cpu_s)
     if dist.get_rank() == 0:
