@@ -70,11 +70,11 @@ class Spool:
 
     def tree(self, name: str) -> SpooledTree:
         """Return an update by the `name` of an `Incoming`, or as `pack` returned it."""
-        path, _, span = name.partition(":")
-        if not span:
-            return SpooledTree(self.path(path))
+        path, is_packed, span = name.partition(f"{_PACKED}:")
+        if not is_packed:
+            return SpooledTree(self.path(name))
         offset, _, size = span.partition("+")
-        return SpooledTree(self.path(path), (int(offset), int(size)))
+        return SpooledTree(self.path(path + _PACKED), (int(offset), int(size)))
 
     def pack(self, job: str, number: int, updates: Sequence[memoryview]) -> list[str]:
         """Write complete updates of a round into one new file, and flush it; return the name of each.

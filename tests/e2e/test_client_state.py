@@ -33,6 +33,7 @@ ROUNDS = 6
 SETTINGS = {"train.keep_optimizer_state": True, "train.lr": 0.05, "train.batch_size": 4, "rounds.quorum": 3}
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_killed_agents_go_on_with_their_optimizers(embedded_fleet: Fleet, tmp_path: Path) -> None:
     folder = tmp_path / "momentum"

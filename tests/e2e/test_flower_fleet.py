@@ -53,7 +53,11 @@ KERAS = [
 
 @pytest.mark.parametrize(
     ("name", "rounds", "tolerance"),
-    [("sklearn-app", 3, 1e-6), ("flower-app", 1, 1e-5), pytest.param("keras-app", 1, 1e-4, marks=KERAS)],
+    [
+        ("sklearn-app", 3, 1e-6),
+        pytest.param("flower-app", 1, 1e-5, marks=pytest.mark.soak),
+        pytest.param("keras-app", 1, 1e-4, marks=KERAS),
+    ],
 )
 def test_an_unmodified_app_gives_on_agents_what_it_gives_in_simulation(agents, name, rounds, tolerance):
     result, model = run(agents, EXAMPLES / name, "--rounds", rounds)

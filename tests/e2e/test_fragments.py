@@ -19,8 +19,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("region", [pytest.param(None, marks=pytest.mark.soak), "north"])
+@pytest.mark.parametrize("region", [None, "north"])
 def test_killed_agents_go_on_with_their_own_values(embedded_fleet: Fleet, tmp_path: Path, region: str | None) -> None:
     run_with_a_kill(embedded_fleet, tmp_path / "momentum", TASK, SETTINGS, rounds=ROUNDS, region=region)
 

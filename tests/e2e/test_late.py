@@ -13,6 +13,7 @@ from tests.e2e.test_faults import calls
 ROUNDS, WINDOW_S, SLOW_S = 4, 12.0, 18
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_slow_device_counts_one_round_later_and_once(embedded_fleet: Fleet, tmp_path: Path) -> None:
     of = {"a": (1.0, 1.0, 1), "b": (4.0, 2.0, SLOW_S)}  # delta, weight, seconds

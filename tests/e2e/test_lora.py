@@ -62,6 +62,7 @@ def test_eight_devices_of_ranks_4_and_8_in_two_regions_equal_the_centralised_sum
     assert sum(one["up_bytes"] for one in first["regions"].values()) < 8 * whole
 
 
+@pytest.mark.soak
 def test_a_region_that_is_killed_in_mid_round_changes_nothing(two_regions):
     start_devices(two_regions, seconds=1.5)
     run = two_regions.start_run("low_rank", *COHORT, rounds=ROUNDS)

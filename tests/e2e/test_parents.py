@@ -90,6 +90,7 @@ def test_a_device_of_a_killed_region_is_counted_once_and_comes_back(regions, tmp
     assert shown(fleet)["a"]["via"] == "r1"
 
 
+@pytest.mark.soak
 def test_a_region_that_is_killed_with_an_acknowledged_update_loses_nothing(regions, tmp_path):
     fleet = regions
     agent = start(fleet, "a", tmp_path)

@@ -43,6 +43,7 @@ def assert_close(one, other, tolerance=1e-5):
         assert np.abs(np.asarray(one[name]) - np.asarray(other[name])).max() <= tolerance, name
 
 
+@pytest.mark.soak
 def test_rounds_in_parts_give_the_model_of_rounds_without_a_split(embedded_fleet):
     fleet = embedded_fleet
     fleet.add_agent("device-0", part=0)

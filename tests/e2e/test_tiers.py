@@ -65,6 +65,7 @@ def test_a_region_that_is_killed_in_mid_round_changes_nothing(tree, tmp_path):
     assert_exact(result, model, 3)
 
 
+@pytest.mark.soak
 def test_a_parent_that_is_away_in_mid_round_changes_nothing(tree):
     tree.start_devices(seconds=2.0)
     run = tree.start_run("numbers", *COHORT, "rounds.deadline_s=300", rounds=2)

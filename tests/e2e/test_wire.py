@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("region", [None, "north"])
+@pytest.mark.parametrize("region", [pytest.param(None, marks=pytest.mark.soak), "north"])
 def test_a_killed_agent_sends_the_same_bits(embedded_fleet: Fleet, tmp_path: Path, region: str | None) -> None:
     folder = tmp_path / "rows"
     result = run_with_a_kill(embedded_fleet, folder, TASK, SETTINGS, rounds=ROUNDS, region=region)

@@ -139,6 +139,7 @@ def test_numpy_is_never_replaced_and_the_conflict_is_told_in_one_line(tmp_path, 
     assert list((tmp_path / "environments").iterdir()) == []
 
 
+@pytest.mark.soak
 def test_distutils_stays_in_the_process_if_setuptools_has_its_hook(tmp_path, index, monkeypatch):
     index("ours_words", "1.2")
     distutils = ModuleType("distutils")

@@ -89,8 +89,25 @@ class Bench:
         return [int(pid) for pid in self.log.read_text().split()]
 
 
-def test_processes_train_round_after_round_whatever_becomes_of_them(tmp_path, until, alive):
-    """One start, because it takes seconds: two rounds, a kill -9, faults of one process, a cancellation, the end."""
+def with_trainer(bench, until, alive, rounds):
+    """Run rounds with a trainer, whose processes end with it."""
+
+    async def inside():
+        trainer = Trainer()
+        running = asyncio.create_task(trainer.run())
+        try:
+            async with asyncio.timeout(300):
+                await rounds(trainer)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        await until(lambda: not any(alive(pid) for pid in bench.pids()))
+
+    asyncio.run(inside())
+
+
+def test_processes_train_round_after_round_and_over_a_kill(tmp_path, until, alive):
+    """One start, because it takes seconds."""
     bench = Bench(tmp_path)
 
     async def rounds(trainer):
@@ -109,6 +126,15 @@ def test_processes_train_round_after_round_whatever_becomes_of_them(tmp_path, un
         await working
         assert bench.is_as_alone(3, epochs=3)
 
+    with_trainer(bench, until, alive, rounds)
+
+
+@pytest.mark.soak
+def test_processes_train_on_whatever_becomes_of_a_round(tmp_path, until, alive):
+    """Faults of one process, an evaluation, a cancellation."""
+    bench = Bench(tmp_path)
+
+    async def rounds(trainer):
         with pytest.raises(TaskError, match=r"process 1 on 127\.0\.0\.1: .*train_data raised ValueError: no disk"):
             await trainer.run_request(bench.fit(4, log=True, fault="data"))
         with pytest.raises(TaskError, match=r"process 1 on 127\.0\.0\.1: .*local training raised ValueError: no power"):
@@ -125,18 +151,7 @@ def test_processes_train_round_after_round_whatever_becomes_of_them(tmp_path, un
         await trainer.run_request(bench.fit(8, log=True))
         assert bench.is_as_alone(8)
 
-    async def inside():
-        trainer = Trainer()
-        running = asyncio.create_task(trainer.run())
-        try:
-            async with asyncio.timeout(300):
-                await rounds(trainer)
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-        await until(lambda: not any(alive(pid) for pid in bench.pids()))
-
-    asyncio.run(inside())
+    with_trainer(bench, until, alive, rounds)
 
 
 def test_one_process_is_no_site(tmp_path):

@@ -46,7 +46,7 @@ def test_the_whole_loop(tmp_path, broker):
     assert processes_of(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_it_cleans_up_when_it_is_interrupted(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "edgefl", "demo"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

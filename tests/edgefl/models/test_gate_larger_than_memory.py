@@ -73,6 +73,7 @@ def judged(folder, number: int) -> tuple[str, float, int]:
     return measure, float(before), int(peak_mb)
 
 
+@pytest.mark.soak
 def test_memory_does_not_grow_with_the_test_set(tmp_path):
     few, many = (judged(tmp_path, number) for number in (1280, 5376))  # of each, 256 calibrate
     assert few[:2] == many[:2] == ("loss", 0.01)  # 0.1 squared, by construction

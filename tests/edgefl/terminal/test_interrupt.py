@@ -51,7 +51,7 @@ def pressed_in_mid_run(words, folder):
     return json.loads(target.read_text())
 
 
-@pytest.mark.parametrize("engine", ["loop", "stacked", "pool"])
+@pytest.mark.parametrize("engine", [pytest.param("loop", marks=pytest.mark.soak), "stacked", "pool"])
 def test_the_command_keeps_what_there_is(tasks, tmp_path, engine):
     said = pressed_in_mid_run([tasks("task"), "--clients", "40", "--engine", engine], tmp_path)
     assert said["interrupted"]
@@ -60,7 +60,7 @@ def test_the_command_keeps_what_there_is(tasks, tmp_path, engine):
     assert {"accuracy", "loss"} <= said["final"].keys()
 
 
-@pytest.mark.parametrize("engine", ["loop", "pool"])
+@pytest.mark.parametrize("engine", ["loop", pytest.param("pool", marks=pytest.mark.soak)])
 def test_a_flower_app_keeps_what_there_is(tmp_path, engine):
     app = Path(__file__).parents[3] / "examples" / "flower-app"
     said = pressed_in_mid_run([app, "--clients", "3", "--engine", engine], tmp_path)
