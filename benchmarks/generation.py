@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -62,7 +61,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
     whole = list(generate([load_part(folder / "whole", numpy_engine())], prompt, num, GREEDY))
     yield from _small_device(folder, prompt, whole, formats=CUT_FORMATS[:1] if quick else CUT_FORMATS)
     with tail_server(folder / "tail") as port:
-        yield asyncio.run(_overhead(folder, port, prompt, num))
+        yield asyncio.run(_overhead(folder, port, prompt, num, turns=2 if quick else 8))
         yield asyncio.run(_many_devices(folder, port, prompt, whole, 16))
 
 
@@ -161,52 +160,57 @@ def tail_server(tail: Path) -> Iterator[int]:
             yield port
 
 
-async def _overhead(folder: Path, port: int, prompt: list[int], num: int) -> Row:
-    """Return the time of a token of the split against that of the unsplit model, which take turns."""
+async def _overhead(folder: Path, port: int, prompt: list[int], num: int, turns: int) -> Row:
+    """Return the time of a token of the split against that of the unsplit model, as an agent generates both.
+
+    They take turns, because a machine's speed changes in minutes by more than what is measured.
+    """
     head = load_part(folder / "head", numpy_engine())
     wholes = {"numpy": load_part(folder / "whole", numpy_engine())}
     with contextlib.suppress(ImportError):
         wholes["torch"] = load_part(folder / "whole", torch_engine())
-    split: list[float] = []
-    unsplit: dict[str, list[float]] = {name: [] for name in wholes}
-    with ThreadPoolExecutor(1) as worker:
+    ms: dict[str, list[float]] = {name: [] for name in ("split", "bare loop", *wholes)}
+    with ThreadPoolExecutor(1, initializer=_without_gradients) as worker:
         link = TailLink(_address(head, port, DEVICES[0]))
-        generator = Generator(head, worker, link)
-        for _ in range(2):  # the first one warms up
-            split = await _gaps(generator, prompt, num)
-            for name, part in wholes.items():
-                unsplit[name] = await asyncio.to_thread(_whole_gaps, part, prompt, num)
-        await generator.close()
+        split = Generator(head, worker, link)
+        others = {name: Generator(part, worker, None) for name, part in wholes.items()}
+        for _ in range(1 + turns):  # the first one warms up
+            ms["split"].append(await _token_ms(split, prompt, num))
+            for name, one in others.items():
+                ms[name].append(await _token_ms(one, prompt, num))
+            ms["bare loop"].append(await asyncio.to_thread(_bare_token_ms, wholes["numpy"], prompt, num))
+        await split.close()
         await link.close()
-    medians = {name: statistics.median(gaps) for name, gaps in unsplit.items()}
-    best = min(medians, key=lambda name: medians[name])
+    medians = {name: statistics.median(some[1:]) for name, some in ms.items()}
+    best = min(wholes, key=lambda name: medians[name])
     return Row(
         workload=f"{WORKLOAD}, one device, no link", metric="time of a token", unit="ms",
-        ours=statistics.median(split), rival=f"edgefl, unsplit, on {best}", theirs=medians[best],
-        targets=(Target(of="ratio", at_least=1 / 1.1),), detail={"unsplit_ms": medians},
+        ours=medians["split"], rival=f"edgefl, unsplit, on {best}", theirs=medians[best],
+        targets=(Target(of="ratio", at_least=1 / 1.1),), detail={"medians_ms": medians, "turns_ms": ms},
     )  # fmt: skip
 
 
-async def _gaps(generator: Generator, prompt: list[int], num: int) -> list[float]:
-    """Return the times (ms) between a text's tokens."""
-    times = [
-        time.perf_counter() async for _ in generator.tokens(TextJob(prompt=prompt, max_tokens=num, sampling=GREEDY))
-    ]
-    return [1e3 * (after - before) for before, after in itertools.pairwise(times)]
+async def _token_ms(generator: Generator, prompt: list[int], num: int) -> float:
+    """Return the median time between a text's tokens."""
+    job = TextJob(prompt=prompt, max_tokens=num, sampling=GREEDY)
+    return _median_ms([time.perf_counter() async for _ in generator.tokens(job)])
 
 
-def _whole_gaps(part: DecoderPart, prompt: list[int], num: int) -> list[float]:
-    with _no_gradients():
-        times = [time.perf_counter() for _ in generate([part], prompt, num, GREEDY)]
-    return [1e3 * (after - before) for before, after in itertools.pairwise(times)]
+def _bare_token_ms(part: DecoderPart, prompt: list[int], num: int) -> float:
+    """Return the same of a loop without an agent."""
+    return _median_ms([time.perf_counter() for _ in generate([part], prompt, num, GREEDY)])
 
 
-def _no_gradients() -> contextlib.AbstractContextManager[Any]:
-    try:
+def _median_ms(times_s: list[float]) -> float:
+    return 1e3 * statistics.median(after - before for before, after in itertools.pairwise(times_s))
+
+
+def _without_gradients() -> None:
+    """Let torch record nothing in this thread."""
+    with contextlib.suppress(ImportError):
         import torch
-    except ImportError:
-        return contextlib.nullcontext()
-    return torch.no_grad()
+
+        torch.set_grad_enabled(False)
 
 
 async def _many_devices(folder: Path, port: int, prompt: list[int], whole: list[int], num_devices: int) -> Row:
