@@ -26,11 +26,12 @@ from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayDependencies, Relays
 from cloud.http.api import make_app, serve_http
 from cloud.http.services import Services
+from cloud.jobs.answers import AnswerRow
 from cloud.jobs.choice import ChoiceBoard
 from cloud.jobs.control import JobControl
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import Enrolment
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.jobs import Jobs
 from cloud.state.members import Members
 from cloud.state.registry import Registry
 from cloud.state.relay_rows import RelayRows

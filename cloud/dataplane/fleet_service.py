@@ -298,10 +298,12 @@ class FleetService:
 
         Call it in any thread but the event loop's. The calls end shortly after, without further changes.
         """
-        for opened in () if is_moved else self._deps.rounds.having(device):
-            opened.forget(device, lambda one, opened=opened: self._updates.record(opened, [one]))  # type: ignore[misc]
         self._known_devices.forget(device)
-        self._loop.call_soon_threadsafe(self.calls.cut, device, MOVED if is_moved else REMOVED)
+        try:
+            for opened in () if is_moved else self._deps.rounds.having(device):
+                opened.forget(device, lambda one, opened=opened: self._updates.record(opened, [one]))  # type: ignore[misc]
+        finally:
+            self._loop.call_soon_threadsafe(self.calls.cut, device, MOVED if is_moved else REMOVED)
 
     def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
         """Return the open round that waits for this device, or the final state of its upload."""

@@ -15,6 +15,7 @@ from typing import TypeVar
 from cloud.broker.link import DeviceLink
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
+from cloud.jobs.answers import AnswerRow
 from cloud.jobs.choice import ChoiceBoard, DeviceChoice
 from cloud.jobs.device_shares import DeviceShares
 from cloud.jobs.division import on_devices
@@ -23,7 +24,7 @@ from cloud.region.sums import partial_of
 from cloud.split.fold import folded
 from cloud.split.results import SplitFolder
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import AnswerRow, JobRow, Jobs
+from cloud.state.jobs import JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from edgefl.choosing.combined import LATE_NEXT

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from cloud.broker.link import DeviceLink
+from cloud.jobs.answers import AnswerRow
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import AnswerRow
 from cloud.state.storage import LOOK_S, Storage
 from edgefl.errors import EdgeflError
 from edgefl.exchange import (
@@ -132,10 +132,14 @@ class OpenRound:
     def accept_each(
         self, answers: Mapping[_K, AnswerRow], make_durable: Callable[[Collection[_K]], Collection[_K]]
     ) -> Collection[_K]:
-        """Accept those answers that the round waits for and that `make_durable` could keep; return their keys."""
+        """Accept those answers that the round waits for and that `make_durable` could keep; return their keys.
+
+        `make_durable` gets the keys of the answers that are waited for, and returns some of them in their order.
+        """
         with self._lock:
             at_s = self._now_s()
             awaited = [key for key, answer in answers.items() if self._awaits(answer, at_s)]
+            awaited.sort(key=lambda key: not answers[key].late)  # the last answer of the round itself ends it
             kept = make_durable(awaited) if awaited else ()
             for answer in map(answers.__getitem__, kept):
                 (self._late if answer.late else self._answers)[answer.device] = answer

@@ -23,8 +23,8 @@ from cloud.broker.link import DeviceLink
 from cloud.dataplane.live_relay import Line, LiveRelay, RelayTiming, SentMessage
 from cloud.dataplane.open_round import OpenRound, Presence, Surroundings
 from cloud.dataplane.open_rounds import OpenRounds
+from cloud.jobs.answers import AnswerRow
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import AnswerRow
 from cloud.state.relay_rows import RelayMessage, RelayRows, Rows
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage

@@ -25,10 +25,11 @@ from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.running_calls import RunningCalls
 from cloud.dataplane.transfer_limiter import Transfer, TransferLimiter
+from cloud.jobs.answers import AnswerRow
 from cloud.region.children import Children
 from cloud.region.sums import answers_of, sum_fault, wrong_kind
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.jobs import Jobs
 from cloud.state.spool import Arrival, Incoming, Spool
 from cloud.state.storage import Storage
 from cloud.uploads.upload_header import answer_of, header_fault

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cloud.state.jobs import AnswerRow
+from cloud.jobs.answers import AnswerRow
 from edgefl.aggregation import make_rule
 from edgefl.aggregation.regional import change, regional_step
 from edgefl.aggregation.rule import Merging

@@ -19,6 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cloud.jobs.answers import AnswerRow
 from cloud.jobs.division import check_division, division_of, frozen_values
 from cloud.jobs.kept_models import forget_state
 from cloud.jobs.participations import keep_history
@@ -65,26 +66,6 @@ class JobRow:
     frozen: BlobRef | None = None  # the model's other tensors
     evaluation: EvaluationSpec | None = None  # what devices evaluate; None = nothing
     division: Division | None = None  # of a job in parts
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerRow:
-    """One device's answer to an assignment, as stored: a file, or the reason why there is none."""
-
-    device: str
-    file: str | None = None  # below the spool's folder
-    weight: float = 0.0
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    reason: str | None = None
-    evaluation: DeviceEvaluation | None = None
-    region: str | None = None  # that sent the answer, within a sum; its file and its number are the sum's
-    refused: bool | None = None  # by the guard of its region
-    late: bool = False  # it is of the round before, and is stored as that round's
-
-    def of_round(self, job: str, number: int) -> dict[str, Any]:
-        """Return the row of an answer that is taken in round `number`."""
-        values = dataclasses.asdict(self)
-        return {"job": job, "round": number - 1 if values.pop("late") else number} | values
 
 
 class Jobs:
@@ -216,6 +197,12 @@ class Jobs:
         """Make answers durable, in one commit, before they are acknowledged."""
         with self._engine.begin() as db:
             db.execute(NEW_UPDATE, [one.of_round(job, number) for one in answers])
+
+    def has_answers(self, job: str, number: int, files: Sequence[str]) -> bool:
+        """Whether `record` has stored an answer with one of these files."""
+        here = (updates.c.job == job) & (updates.c.round == number) & updates.c.file.in_(files)
+        with self._engine.connect() as db:
+            return db.scalar(sa.select(updates.c.file).where(here).limit(1)) is not None
 
     def record_sum(self, job: str, number: int, file: str, note: str, answers: Sequence[AnswerRow]) -> None:
         """Make the sum of a region durable, with the answers of all its devices; `note` is its SumNote as JSON."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cloud.state.jobs import AnswerRow
+from cloud.jobs.answers import AnswerRow
 from cloud.state.store import errands, relays
 from edgefl.errors import NotFound
 from edgefl.protocols.messages import Signed, from_json

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import mmap
 import os
 import secrets
@@ -45,7 +46,8 @@ class Spool:
             unfinished.unlink()
         self._lock = threading.Lock()
         self._free: list[Path] = []
-        self._num_freed = self._num_packed = 0
+        self._num_freed = 0
+        self._numbers = itertools.count(1)  # of packed files
         self._writing: dict[Path, Incoming] = {}  # by target
 
     def keep_only(self, jobs: Iterable[str]) -> None:
@@ -79,14 +81,12 @@ class Spool:
     def pack(self, job: str, number: int, updates: Sequence[memoryview]) -> list[str]:
         """Write complete updates of a round into one new file, and flush it; return the name of each.
 
-        A name is that of the file with the part: `job/1/3~packed:4096+100000`.
+        A name is that of the file with the part: `job/1/3-5e0c~packed:4096+100000`. Raises UploadCutOff if the round is
+        dropped meanwhile.
         """
-        folder = self._folder / job / str(number)
+        target = self._folder / job / str(number) / f"{next(self._numbers)}-{secrets.token_hex(4)}{_PACKED}"
+        path = _part(self._free_folder / target.name)  # not in the round's folder, which may be dropped meanwhile
         with self._lock:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._num_packed += 1
-            target = folder / f"{self._num_packed}-{secrets.token_hex(4)}{_PACKED}"
-            path = _part(target)
             if self._free:
                 self._free.pop().replace(path)
         starts = [0]
@@ -94,13 +94,25 @@ class Spool:
             starts.append(_aligned(starts[-1] + len(data)))
         try:
             _write_all(path, zip(starts, updates, strict=False))
-            path.replace(target)
+            with self._lock:
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                path.replace(target)
         except OSError:
             path.unlink(missing_ok=True)  # a full disk needs its space
             raise
-        flush_folder(folder)
+        try:
+            flush_folder(target.parent)
+        except FileNotFoundError as cause:
+            raise UploadCutOff("the round is over") from cause
         name = target.relative_to(self._folder)
         return [f"{name}:{start}+{len(data)}" for start, data in zip(starts, updates, strict=False)]
+
+    def discard(self, name: str) -> None:
+        """Delete the file in which `pack` put an update, because none of its updates is accepted."""
+        path = self.path(name.partition(f"{_PACKED}:")[0] + _PACKED)
+        with self._lock, contextlib.suppress(OSError):  # it is dropped with its round at the latest
+            path.unlink(missing_ok=True)
+            path.parent.rmdir()  # if it is empty
 
     def incoming(self, job: str, number: int, device: str, offset: int) -> Incoming:
         """Start or resume an update at an offset up to `received_bytes`; raises UploadCutOff if there are fewer."""

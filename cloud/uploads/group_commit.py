@@ -41,21 +41,29 @@ class GroupCommit(Generic[_T, _R]):
         if self._is_running or not self._waiting:
             return
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+        try:
+            done = asyncio.get_running_loop().run_in_executor(self._workers, self._work, [piece for piece, _ in batch])
+        except RuntimeError as error:  # no thread, or none any more
+            for _, settled in batch:
+                if not settled.done():
+                    settled.set_exception(error)
+            return
         self._is_running = True
-        done = asyncio.get_running_loop().run_in_executor(self._workers, self._work, [piece for piece, _ in batch])
         done.add_done_callback(functools.partial(self._settle, batch))
 
     def _settle(
         self, batch: Sequence[tuple[_T, asyncio.Future[_R]]], done: asyncio.Future[Sequence[_R | Exception]]
     ) -> None:
         self._is_running = False
-        self._start()
-        error = done.exception()
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
         results: Sequence[_R | BaseException] = [error] * len(batch) if error is not None else done.result()
         for (_, settled), result in zip(batch, results, strict=True):
             if settled.done():  # its caller was cancelled
                 continue
-            if isinstance(result, BaseException):
+            if isinstance(result, asyncio.CancelledError):
+                settled.cancel()
+            elif isinstance(result, BaseException):
                 settled.set_exception(result)
             else:
                 settled.set_result(result)
+        self._start()

@@ -7,6 +7,7 @@ written into one file and committed together, by one call of a worker.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -18,7 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.transfer_limiter import Transfer
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.jobs.answers import AnswerRow
+from cloud.state.jobs import Jobs
 from cloud.state.spool import Arrival, Incoming, Spool, flush_folder
 from cloud.state.storage import Storage
 from cloud.uploads.group_commit import GroupCommit
@@ -26,7 +28,7 @@ from cloud.uploads.upload_header import answer_of, overlong
 from edgefl.errors import ProtocolError, UploadCutOff
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb
-from edgefl.protocols.chunks import upload_data
+from edgefl.protocols.chunks import CHUNK_BYTES, upload_data
 from edgefl.protocols.messages import Fit
 from edgefl.terminal.text import one_line
 from edgefl.trees import EncodedTree, SpooledTree, read_tree
@@ -57,10 +59,14 @@ class Received:
         return self.header.key.round < self.opened.assignment.round
 
     @property
+    def is_small(self) -> bool:
+        """Whether it came in one chunk: the others in a batch do not wait long for it."""
+        return not self.arrival.is_written and not self.header.offset and self.header.size <= CHUNK_BYTES
+
+    @property
     def can_be_packed(self) -> bool:
         """Whether it is an update of its round that came whole, and of which nothing is written yet."""
-        here, header = self.arrival, self.header
-        is_whole = not here.is_written and not header.offset and len(here.last) == header.size > 0
+        is_whole = self.is_small and len(self.arrival.last) == self.header.size > 0
         return is_whole and isinstance(self.opened.assignment, Fit) and not self.is_late
 
 
@@ -93,7 +99,7 @@ class Uploads:
                 arrival.last = data
             transfer.pass_turn()
             received = Received(arrival, header, opened, device)
-            if not arrival.is_written:
+            if received.is_small:
                 return await self._commits.submit(received)
             return await self._run(self._finish_alone, received)
         finally:
@@ -125,7 +131,7 @@ class Uploads:
         finally:
             for one in several:
                 one.arrival.end()
-        if stored := [one.header for one in several if isinstance(one.result, pb.UploadState)]:
+        if stored := [one.header for one in several if _is_written(one.result)]:
             self._storage.worked(max(header.size - header.offset for header in stored))
         return [one.result or state("STALE") for one in several]
 
@@ -153,18 +159,31 @@ class Uploads:
 
     def _commit(self, opened: OpenRound, several: Sequence[Received]) -> None:
         """Store checked updates of one round and record them in one commit, if it waits for them."""
+        packed: dict[Received, AnswerRow] = {}
         try:
+            packed = self._packed(opened, [one for one in several if one.content is not None])
             answers = {one: self._answer(one, one.incoming.name) for one in several if one.incoming is not None}
-            answers |= self._packed(opened, [one for one in several if one.incoming is None])
+            answers |= packed
             for one in opened.accept_each(answers, functools.partial(self._keep, opened, answers)):
                 one.result = state("STORED", offset=one.header.size)
-        except (OSError, SQLAlchemyError) as error:
+        except (UploadCutOff, OSError, SQLAlchemyError) as error:
             for one in several:
                 one.result = one.result or error
+        if packed and not any(isinstance(one.result, pb.UploadState) for one in packed):
+            self._discard(opened, [answer.file for answer in packed.values() if answer.file is not None])
+
+    def _discard(self, opened: OpenRound, names: Sequence[str]) -> None:
+        """Delete a file of small updates of which none is accepted, so that those that come again do not fill the disk.
+
+        A commit that failed may be durable all the same; then the file is needed after a restart.
+        """
+        with contextlib.suppress(SQLAlchemyError):
+            if not self._jobs.has_answers(opened.assignment.job, opened.assignment.round, names):
+                self._spool.discard(names[0])
 
     def _packed(self, opened: OpenRound, several: Sequence[Received]) -> dict[Received, AnswerRow]:
-        """Write small updates into one file."""
-        if not several:
+        """Write small updates that the round waits for into one file."""
+        if not (several := [one for one in several if opened.waits_for(one.device)]):
             return {}
         contents = [one.content for one in several if one.content is not None]
         names = self._spool.pack(opened.assignment.job, opened.assignment.round, contents)
@@ -213,6 +232,10 @@ class Uploads:
 
     async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+def _is_written(result: pb.UploadState | Exception | None) -> bool:
+    return isinstance(result, pb.UploadState) and result.status in {pb.UploadState.STORED, pb.UploadState.PARTIAL}
 
 
 def state(status: str, *, offset: int = 0, reason: str = "") -> pb.UploadState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cloud.state.jobs import AnswerRow
+from cloud.jobs.answers import AnswerRow
 from edgefl.guards import MAX_EVALUATED, MAX_NAME_CHARS
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.records import DeviceEvaluation

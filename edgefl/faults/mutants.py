@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cloud.dataplane.open_round import OpenRound
+from cloud.jobs.answers import AnswerRow
 from cloud.region.server.work import RegionWork
 from cloud.region.service import TierService
 from cloud.region.sums import Folding
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.jobs import Jobs
 from edge_agent.link.lease import Lease
 from edge_agent.link.outbox import Outbox
 from edgefl.aggregation.mean import WeightedMean

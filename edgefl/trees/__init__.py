@@ -187,7 +187,8 @@ class _StoredTree(BlockTree):
 
     def __getitem__(self, name: str) -> Array:
         if self._tensors is None:
-            begin = self._start - self._start % mmap.ALLOCATIONGRANULARITY
+            # From before the first byte, because there may be none: a map has one byte at least.
+            begin = (self._start - 1) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             with self._path.open("rb") as file:
                 data = mmap.mmap(file.fileno(), self._end - begin, access=mmap.ACCESS_READ, offset=begin)
             self._tensors = _tensors(data, self.spec, self._start - begin)

@@ -6,8 +6,8 @@ import grpc
 import numpy as np
 from blake3 import blake3
 
+from cloud.jobs.answers import AnswerRow
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import AnswerRow
 from edgefl.protocols import fleet_pb2 as pb
 
 

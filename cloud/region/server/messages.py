@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from cloud.dataplane.grpc_fleet import FleetDependencies
 from cloud.dataplane.open_round import OpenRound, Surroundings
+from cloud.jobs.answers import AnswerRow
 from cloud.region.server.uplink import SumFile
 from cloud.state.blobs import blake3_of
-from cloud.state.jobs import AnswerRow
 from edgefl.exchange import Announce, Instruction, Terms, Yield
 from edgefl.logs import event
 from edgefl.protocols import fleet_pb2 as pb

@@ -13,13 +13,13 @@ from edgefl.trees import write_tree
 TERMS = Terms(deadline_s=100.0, offline_grace_s=5.0, quorum=1, return_s=20.0)
 
 
-def opened(job="job", number=1, cohort=("a", "b"), terms=TERMS, **around):
+def opened(job="job", number=1, cohort=("a", "b"), terms=TERMS, owed=(), **around):
     blob = BlobRef(sha256="0" * 64, size=1)
     plan = Fit(
         job=job, round=number, model=blob, model_blake3="00", bundle=Signed(text="", key_id="", signature=""),
         train=TrainConfig(), deadline_s=1.0, max_update_bytes=10,
     )  # fmt: skip
-    return OpenRound(plan, cohort, terms, Surroundings(**around))
+    return OpenRound(plan, cohort, terms, Surroundings(**around), owed)
 
 
 def small_update(value=1.0):

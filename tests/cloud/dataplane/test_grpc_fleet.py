@@ -11,9 +11,10 @@ from cloud.broker.link import DeviceLinkCallbacks
 from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from cloud.dataplane.open_round import Presence
 from cloud.dataplane.open_rounds import OpenRounds
+from cloud.jobs.answers import AnswerRow
 from cloud.state.blobs import BlobStore
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.jobs import Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
 from cloud.state.store import open_database

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cloud.dataplane.grpc_fleet import HEADER_SLACK_BYTES
-from cloud.state.jobs import AnswerRow
+from cloud.jobs.answers import AnswerRow
 from edgefl.config import TrainConfig
 from edgefl.trees import SpooledTree
 from tests.cloud.dataplane.test_grpc_fleet import PARAMETERS, centre, in_thread

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from cloud.dataplane.open_round import Presence
+from cloud.jobs.answers import AnswerRow
 from cloud.state.enrolment import REMOVED
-from cloud.state.jobs import AnswerRow
 from cloud.state.storage import LOOK_S, Storage
 from edgefl.exchange import Announce, Close, GiveUp, GiveUpReason, Terms, Yield
 from edgefl.testing import ManualClock
@@ -56,6 +56,16 @@ def test_of_several_answers_those_are_taken_that_are_awaited_and_durable():
     assert done == [Yield("b")]
     assert round_.waiting() == {"a"}
     assert not round_.accept_each({1: answers[1]}, lambda _keys: pytest.fail("nothing is to be made durable"))
+
+
+def test_a_late_answer_is_taken_before_the_last_one_of_the_round_which_ends_it():
+    done = []
+    round_ = opened(act=done.append, owed=("late",))
+    round_.accept(AnswerRow(device="a", file="f"), ignore)
+    answers = {"b": AnswerRow(device="b", file="f"), "late": AnswerRow(device="late", file="g", late=True)}
+    assert list(round_.accept_each(answers, list)) == ["late", "b"]
+    assert done == [Yield("a"), Yield("late", is_late=True), Yield("b"), Close()]
+    assert round_.still_owed() == []
 
 
 def test_a_round_that_is_about_to_begin_has_all_its_time():

@@ -4,7 +4,7 @@ import pytest
 
 from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.open_rounds import OpenRounds
-from cloud.state.jobs import AnswerRow
+from cloud.jobs.answers import AnswerRow
 from edgefl.errors import CloudStopping, JobCancelled
 from edgefl.exchange import Announce
 from edgefl.records import Traffic

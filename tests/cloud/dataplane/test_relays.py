@@ -12,7 +12,7 @@ from blake3 import blake3
 from cloud.dataplane.live_relay import RelayTiming
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayDependencies, Relays
-from cloud.state.jobs import AnswerRow
+from cloud.jobs.answers import AnswerRow
 from cloud.state.relay_rows import RelayMessage, RelayRows
 from cloud.state.spool import Spool
 from cloud.state.storage import LOOK_S, Storage

@@ -11,9 +11,9 @@ import pytest
 from blake3 import blake3
 
 from cloud.dataplane.open_round import OpenRound, Surroundings
+from cloud.jobs.answers import AnswerRow
 from cloud.region.children import LEAD_S
 from cloud.region.server.uplink import SumFile
-from cloud.state.jobs import AnswerRow
 from edgefl.exchange import Terms
 from edgefl.protocols import tiers as protocol
 from edgefl.protocols.messages import BlobRef, Deliver, DeviceState, LogWanted, RoundClosed, Signed, encode

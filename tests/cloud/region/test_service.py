@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from cloud.state.jobs import AnswerRow
+from cloud.jobs.answers import AnswerRow
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tiers as protocol

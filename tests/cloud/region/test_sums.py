@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloud.jobs.answers import AnswerRow
 from cloud.region.sums import Folding, answers_of, partial_of, sum_fault, wrong_kind
-from cloud.state.jobs import AnswerRow
 from edgefl.aggregation import make_rule
 from edgefl.config import TrainConfig
 from edgefl.errors import ConfigError, ProtocolError

@@ -3,8 +3,9 @@ import threading
 import numpy as np
 import pytest
 
+from cloud.jobs.answers import AnswerRow
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.jobs import Jobs
 from cloud.state.store import open_database
 from edgefl.config import JobConfig, TrainConfig
 from edgefl.errors import ConfigError, MissingExtra, NotFound, ProtocolError

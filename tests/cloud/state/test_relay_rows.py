@@ -2,7 +2,7 @@
 
 import pytest
 
-from cloud.state.jobs import AnswerRow
+from cloud.jobs.answers import AnswerRow
 from cloud.state.relay_rows import RelayMessage, RelayRows
 from cloud.state.store import open_database
 from edgefl.errors import NotFound

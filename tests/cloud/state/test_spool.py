@@ -1,5 +1,6 @@
 import errno
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -298,7 +299,7 @@ def test_a_packed_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypat
     monkeypatch.setattr(module.os, "pwrite", full)
     with pytest.raises(OSError, match="no space"):
         spool.pack("job", 1, [encoded(1.0, 10)])
-    assert list((tmp_path / "job" / "1").iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_packed_file_that_was_cut_is_no_tree(tmp_path):
@@ -308,3 +309,43 @@ def test_a_packed_file_that_was_cut_is_no_tree(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ProtocolError, match="a file of trees has"):
         spool.tree(name)
+
+
+def test_a_round_is_dropped_while_updates_are_packed(tmp_path):
+    spool, done = Spool(tmp_path), threading.Event()
+    errors = []
+
+    def pack_on():
+        while not done.is_set():
+            try:
+                spool.pack("job", 1, [encoded(1.0, 10)] * 3)
+            except UploadCutOff as error:
+                errors.append(error)
+
+    packing = threading.Thread(target=pack_on)
+    packing.start()
+    try:
+        for number in range(200):
+            for device in range(20):
+                keep(written(spool.incoming("job", 1, f"cam-{number}-{device}", 0)))
+            spool.drop_round("job", 1)
+    finally:
+        done.set()
+        packing.join()
+    spool.drop_job("job")
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_file_of_which_nothing_is_accepted_is_deleted(tmp_path):
+    spool = Spool(tmp_path)
+    one, other = (spool.pack("job", 1, [encoded(1.0, 10)])[0] for _ in range(2))
+    spool.discard(one)
+    assert spool.tree(other)["w"].shape == (10,)
+    spool.discard(other)
+    assert list((tmp_path / "job").iterdir()) == []
+    spool.discard(other)  # it is gone already
+
+
+def written(incoming):
+    incoming.write(DATA)
+    return incoming

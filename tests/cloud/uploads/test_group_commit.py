@@ -101,3 +101,17 @@ def test_a_batch_is_bounded(monkeypatch):
         assert work.seen == [[1], [2, 3], [4]]
 
     run(scenario)
+
+
+def test_workers_that_take_no_work_are_an_error_of_each_call_and_not_for_ever():
+    async def main():
+        work, workers = Batches(), ThreadPoolExecutor(1)
+        work.may_go_on.set()
+        commits = GroupCommit(work, workers)
+        assert await commits.submit(1) == 2
+        workers.shutdown()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="shutdown"):
+                await commits.submit(2)
+
+    asyncio.run(main())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import math
+
 import numpy as np
 import pytest
 from blake3 import blake3
@@ -92,3 +95,57 @@ def test_a_database_that_is_busy_refuses_all_and_they_may_come_again(plane, monk
     assert plane.round.waiting() == {"a", "b"}
     assert plane.jobs.open_round(plane.job, 1, ()) == []
     assert [one.status for one in finish(plane, *(received(plane, one) for one in "ab"))] == [Status.STORED] * 2
+
+
+def test_what_is_tried_again_while_the_database_is_busy_does_not_fill_the_disk(plane, monkeypatch):
+    def busy(*_given):
+        raise OperationalError("", {}, Exception("busy"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plane.jobs, "record", busy)
+        for _ in range(5):
+            assert all(isinstance(one, OperationalError) for one in finish(plane, received(plane, "a")))
+    assert files_of(plane) == []
+
+
+def test_a_commit_that_failed_and_is_durable_all_the_same_keeps_its_file(plane, monkeypatch):
+    record = plane.jobs.record
+
+    def broken(*given):
+        record(*given)
+        raise OperationalError("", {}, Exception("disk I/O error"))
+
+    monkeypatch.setattr(plane.jobs, "record", broken)
+    finish(plane, received(plane, "a"))
+    [answer] = plane.jobs.open_round(plane.job, 1, ())  # as after a restart
+    assert plane.spool.tree(answer.file)["w"].shape == (1000,)
+
+
+def test_updates_of_a_round_that_is_over_leave_nothing(plane):
+    late = received(plane, "a")
+    plane.round.close()
+    plane.spool.drop_round(plane.job, 1)
+    assert [one.status for one in finish(plane, late)] == [Status.STALE]
+    assert files_of(plane) == []
+
+
+def test_a_resumed_upload_is_finished_alone(plane):
+    """The bytes before its offset are read again, which takes long for a large one."""
+    assert received(plane, "a").is_small
+    assert not received(plane, "a", size=5_000_000).is_small
+    assert not received(plane, "a", offset=500).is_small
+
+
+def test_a_refused_update_does_not_end_a_pause_of_the_disk(plane):
+    storage = plane.service._deps.storage
+    assert storage.refused(OSError(errno.ENOSPC, "no space"))
+    storage._looked_s = math.inf  # it is not tried meanwhile
+    finish(plane, received(plane, "a", blake3="0" * 64))
+    assert storage._waits_for
+    finish(plane, received(plane, "b"))
+    assert not storage._waits_for
+
+
+def files_of(plane):
+    """Return the files of the job in the spool."""
+    return [path for path in plane.spool.path(plane.job).rglob("*") if path.is_file()]

@@ -23,8 +23,9 @@ from cloud.dataplane.live_relay import RelayTiming
 from cloud.dataplane.open_round import Presence
 from cloud.dataplane.open_rounds import OpenRounds
 from cloud.dataplane.relays import RelayDependencies, Relays
+from cloud.jobs.answers import AnswerRow
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.jobs import Jobs
 from cloud.state.relay_rows import RelayMessage, RelayRows
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage

@@ -238,3 +238,17 @@ def test_only_tensors_above_the_limit_are_large(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(trees, "LARGE_BYTES", 100)
     assert not trees.is_large({"w": np.zeros(25, np.float32)})
     assert trees.is_large({"w": np.zeros(25, np.float32), "b": np.zeros(1, np.uint8)})
+
+
+@pytest.mark.parametrize("length", [8, 4096 - 8, 4096, 2 * 4096 - 8])
+def test_a_tree_without_bytes_is_read_wherever_its_data_would_begin(tmp_path: Path, length: int) -> None:
+    """A part of a file that ends with it, at the border of a page: nothing is left that could be mapped."""
+    head = json.dumps({"w": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}}).encode()
+    head = head.ljust(max(length, len(head)))
+    data = struct.pack("<Q", len(head)) + head
+    for before in (0, 4096):
+        path = tmp_path / f"{before}"
+        path.write_bytes(bytes(before) + data)
+        tree = SpooledTree(path, (before, len(data)))
+        assert (tree["w"].shape, tree["w"].dtype) == ((0, 3), np.float32)
+        assert tree.read("w", slice(0, 0)).size == 0

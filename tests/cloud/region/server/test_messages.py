@@ -9,9 +9,10 @@ import pytest
 
 from cloud.dataplane.grpc_fleet import FleetDependencies
 from cloud.dataplane.open_rounds import OpenRounds
+from cloud.jobs.answers import AnswerRow
 from cloud.region.server.messages import RegionMessages
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.jobs import Jobs
 from cloud.state.spool import Arrival, Spool
 from cloud.state.store import open_database
 from edgefl.protocols import fleet_pb2 as pb

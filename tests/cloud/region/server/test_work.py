@@ -10,9 +10,10 @@ import pytest
 
 from cloud.dataplane.grpc_fleet import FleetDependencies
 from cloud.dataplane.open_rounds import OpenRounds
+from cloud.jobs.answers import AnswerRow
 from cloud.region.server.work import RegionWork
 from cloud.state.blobs import BlobStore
-from cloud.state.jobs import AnswerRow, Jobs
+from cloud.state.jobs import Jobs
 from cloud.state.spool import Spool
 from cloud.state.store import open_database
 from edgefl.config import TrainConfig
