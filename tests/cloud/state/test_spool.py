@@ -312,7 +312,7 @@ def test_a_packed_file_that_was_cut_is_no_tree(tmp_path):
 
 
 def test_a_round_is_dropped_while_updates_are_packed(tmp_path):
-    spool, done = Spool(tmp_path), threading.Event()
+    spool, folder, done = Spool(tmp_path), tmp_path / "job" / "1", threading.Event()
     errors = []
 
     def pack_on():
@@ -325,9 +325,10 @@ def test_a_round_is_dropped_while_updates_are_packed(tmp_path):
     packing = threading.Thread(target=pack_on)
     packing.start()
     try:
-        for number in range(200):
-            for device in range(20):
-                keep(written(spool.incoming("job", 1, f"cam-{number}-{device}", 0)))
+        for _ in range(50):  # among many files, so that it takes a while
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(200):
+                (folder / f"cam-{number}").write_bytes(b"an update")
             spool.drop_round("job", 1)
     finally:
         done.set()
@@ -344,8 +345,3 @@ def test_a_file_of_which_nothing_is_accepted_is_deleted(tmp_path):
     spool.discard(other)
     assert list((tmp_path / "job").iterdir()) == []
     spool.discard(other)  # it is gone already
-
-
-def written(incoming):
-    incoming.write(DATA)
-    return incoming
