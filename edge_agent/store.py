@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 
 from edge_agent.disk import require_space
 from edgefl.errors import HomeError
+from edgefl.process.durable import flush
 from edgefl.protocols.fields import to_json
 from edgefl.protocols.messages import MAX_ROUND
 from edgefl.records import DeviceEvaluation
@@ -110,10 +110,10 @@ class Store:
         """
         path = self._file(update.job, update.round)
         update.path.replace(path)
-        _sync_folder(self.folder)
+        flush(self.folder)
         if state is not None:
             state = state.replace(state.with_suffix(".state"))
-            _sync_folder(self._states)
+            flush(self._states)
         try:
             self._insert(update, path, state)
         except HomeError:
@@ -338,11 +338,3 @@ def _outgoing(folder: Path, row: sqlite3.Row) -> Outgoing:
         metrics=json.loads(row["metrics"]),
         evaluation=None if row["evaluation"] is None else DeviceEvaluation(**json.loads(row["evaluation"])),
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ Handing work to a thread costs as much as the work itself, so for a small update
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -301,7 +302,7 @@ class FleetService:
         self._known_devices.forget(device)
         try:
             for opened in () if is_moved else self._deps.rounds.having(device):
-                opened.forget(device, lambda one, opened=opened: self._updates.record(opened, [one]))  # type: ignore[misc]
+                opened.forget(device, functools.partial(self._updates.record, opened))
         finally:
             self._loop.call_soon_threadsafe(self.calls.cut, device, MOVED if is_moved else REMOVED)
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from edgefl.errors import ProtocolError, UploadCutOff
+from edgefl.process.durable import flush
 from edgefl.trees import SpooledTree
 
 MAX_FREE_FILES = 16
@@ -101,7 +102,7 @@ class Spool:
             path.unlink(missing_ok=True)  # a full disk needs its space
             raise
         try:
-            flush_folder(target.parent)
+            flush(target.parent)
         except FileNotFoundError as cause:
             raise UploadCutOff("the round is over") from cause
         name = target.relative_to(self._folder)
@@ -226,10 +227,10 @@ class Incoming:
     def place(self) -> None:
         """Move a finished update to its final path; raises UploadCutOff."""
         self.move()
-        flush_folder(self.target.parent)
+        flush(self.target.parent)
 
     def move(self) -> None:
-        """Move a finished update to its final path, which is durable after `flush_folder`; raises UploadCutOff."""
+        """Move a finished update to its final path, durable once its folder is flushed; raises UploadCutOff."""
         with self._lock:
             self._refuse_cut_off()
             self._close()
@@ -310,15 +311,6 @@ class Arrival:
         data, self.last = self.last, memoryview(b"")
         self._incoming.write(data)
         return self._incoming
-
-
-def flush_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _write_all(path: Path, parts: Iterable[tuple[int, memoryview]]) -> None:

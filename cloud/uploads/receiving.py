@@ -21,12 +21,13 @@ from cloud.dataplane.open_round import OpenRound
 from cloud.dataplane.transfer_limiter import Transfer
 from cloud.jobs.answers import AnswerRow
 from cloud.state.jobs import Jobs
-from cloud.state.spool import Arrival, Incoming, Spool, flush_folder
+from cloud.state.spool import Arrival, Incoming, Spool
 from cloud.state.storage import Storage
 from cloud.uploads.group_commit import GroupCommit
 from cloud.uploads.upload_header import answer_of, overlong
 from edgefl.errors import ProtocolError, UploadCutOff
 from edgefl.logs import event
+from edgefl.process.durable import flush
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.chunks import CHUNK_BYTES, upload_data
 from edgefl.protocols.messages import Fit
@@ -208,8 +209,8 @@ class Uploads:
                 folders.add(one.incoming.target.parent)
             kept.append(one)
         for folder in folders:
-            flush_folder(folder)
-        self.record(opened, [answers[one] for one in kept])
+            flush(folder)
+        self.record(opened, *(answers[one] for one in kept))
         return kept
 
     def refuse(self, opened: OpenRound, device: str, reason: str, number: int) -> pb.UploadState:
@@ -218,17 +219,16 @@ class Uploads:
         job = opened.assignment.job
         event(_log, logging.WARNING, "update.failed", job=job, round=number, device=device, reason=reason)
         if number == opened.assignment.round:
-            opened.accept(AnswerRow(device=device, reason=reason), lambda one: self.record(opened, [one]))
+            opened.accept(AnswerRow(device=device, reason=reason), functools.partial(self.record, opened))
         return state("REFUSED", reason=reason)
 
-    def record(self, opened: OpenRound, answers: Sequence[AnswerRow]) -> None:
+    def record(self, opened: OpenRound, *answers: AnswerRow) -> None:
         """Make answers of a round durable."""
-        if opened.record is None and answers:
+        if opened.record is not None:
+            for answer in answers:
+                opened.record(answer)
+        elif answers:
             self._jobs.record(opened.assignment.job, opened.assignment.round, *answers)
-        if opened.record is None:
-            return
-        for answer in answers:
-            opened.record(answer)
 
     async def _run(self, function: Callable[_P, _T], *arguments: _P.args, **_named: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)

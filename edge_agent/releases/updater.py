@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from edge_agent.releases.patched import make_from_base
 from edge_agent.releases.slots import Installed, ModelSlots, SlotState, held_models, open_slots
 from edgefl.errors import CloudUnreachable, EdgeflError, ManifestRejected, ProtocolError
 from edgefl.logs import event
+from edgefl.process.durable import flush
 from edgefl.protocols.fields import to_json
 from edgefl.protocols.manifest import Desired, Release, check_blob, check_version, verify
 from edgefl.protocols.messages import RolloutNote, Signed
@@ -346,7 +346,8 @@ class Updater:
                     one.path.unlink()
                 await download(self._deps.channel, one.ref, one.path, reuse=one.path)  # the old file is overwritten
             check_blob(one.what, one.ref, one.path)
-            _sync(one.path)
+            flush(one.path)
+            flush(one.path.parent)
         slots.clear(state.spare, files)
         return state.spare
 
@@ -388,13 +389,3 @@ def _model_file(slots: ModelSlots, slot: str, installed: Installed) -> ModelFile
         sample=None if installed.sample is None else slots.sample_path(slot), placed=text_of(placed),
         text="" if installed.text is None else json.dumps(to_json(installed.text), sort_keys=True),
     )  # fmt: skip
-
-
-def _sync(path: Path) -> None:
-    """Sync a file and its folder to disk."""
-    for target in (path, path.parent):
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

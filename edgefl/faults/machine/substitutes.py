@@ -38,7 +38,13 @@ from edgefl.rounds import run_rounds
 EPOCH_S = 1_750_000_000.0  # the time of day when a simulation begins
 CHUNK_BYTES = 96  # so that small updates are several chunks
 PROGRAMS = ("cloud.aggregator", "cloud.region.server.process", "edge_agent.agent")
-_WRITERS = ("cloud.state.spool", "cloud.state.blobs", "cloud.state.storage", "edgefl.process.home")
+_WRITERS = (
+    "cloud.state.spool",
+    "cloud.state.blobs",
+    "cloud.state.storage",
+    "edgefl.process.durable",
+    "edgefl.process.home",
+)
 _networks: list[Network] = []
 
 

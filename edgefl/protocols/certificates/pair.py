@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+from edgefl.process.durable import flush
 from edgefl.protocols.tls import Identity, serial_number, write_private
 
 LINK = "pair"
@@ -22,7 +23,7 @@ def replace_pair(home: Path, key_pem: bytes, cert_pem: bytes) -> None:
     """Replace a home's key and certificate, and delete the old ones."""
     _become_links(home)
     _point(home / LINK, _written(home, key_pem, cert_pem))
-    _sync(home)
+    flush(home)
     in_use = (home / LINK).readlink().name
     for folder in home.glob("pair-*"):
         if folder.name != in_use:
@@ -47,8 +48,8 @@ def _written(home: Path, key_pem: bytes, cert_pem: bytes) -> str:
     folder.mkdir(mode=0o700)
     for name, data in zip(NAMES, (key_pem, cert_pem), strict=True):
         write_private(folder / name, data)
-        _sync(folder / name)
-    _sync(folder)
+        flush(folder / name)
+    flush(folder)
     return folder.name
 
 
@@ -58,11 +59,3 @@ def _point(link: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
