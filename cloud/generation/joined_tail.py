@@ -7,12 +7,12 @@ socket, which is this user, is believed. A step that takes longer than its limit
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from pathlib import Path
 
 from cloud.beside.restarted import STOPPED
 from cloud.generation import wire
+from cloud.generation.connection import TailConnection
 from cloud.generation.tail_process import StepCallbacks, TailProcess, TailSpec
 from edgefl.errors import ConfigError, ProtocolError
 from edgefl.logs import event
@@ -28,7 +28,6 @@ class JoinedTail(TailProcess):
     def __init__(self, path: Path, spec: TailSpec, callbacks: StepCallbacks) -> None:
         super().__init__(spec, callbacks)
         self._path = path
-        self._first = wire.TailUp(pid=0)  # the first words of the latest connection
         self.reason = f"no process has connected to {path} yet"
 
     async def run(self) -> None:
@@ -49,7 +48,7 @@ class JoinedTail(TailProcess):
         try:
             if not self._path.exists() or (self._path.is_socket() and not await _is_served(self._path)):
                 self._path.unlink(missing_ok=True)  # of a killed server
-                server = await asyncio.start_unix_server(self._take, self._path, limit=wire.MAX_HEADER_BYTES)
+                server = await asyncio.get_running_loop().create_unix_server(self._taken, self._path)
                 self._path.chmod(0o600)
                 return server
             if self._path.is_socket():
@@ -58,51 +57,58 @@ class JoinedTail(TailProcess):
             raise ConfigError(f"--join {self._path}: a socket cannot be made there: {cause}") from cause
         raise ConfigError(f"--join {self._path}: {fault}")
 
-    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection to its end, if its first words are those of this tail."""
-        if fault := await self._why_not(reader):
-            event(_log, logging.WARNING, "tail.refused", socket=self._path, reason=fault)
-            writer.close()
-            return
-        self._writer, self._killed_for = writer, ""
-        self._handle(self._first)
-        reason = STOPPED
-        try:
-            await self._read(reader)
-            reason = self._killed_for or "its first process has ended or lost the connection"
-        except (ProtocolError, OSError) as error:
-            reason = self._killed_for or str(error)
-        finally:
-            writer.close()
-            self._writer = None
-            self._note_down(reason)
+    def _taken(self) -> TailConnection:
+        """Return the protocol of a new connection: it is served if its first words are those of this tail."""
+        is_served = False
 
-    async def _why_not(self, reader: asyncio.StreamReader) -> str:
-        """Return why a connection is not served; empty = its process is up (`_first`)."""
-        try:
-            async with asyncio.timeout(FIRST_WORDS_S):
-                message = await self._message(reader)
-        except TimeoutError:
-            return f"it said nothing for {FIRST_WORDS_S:g} s"
-        except (ProtocolError, OSError, asyncio.IncompleteReadError) as error:
-            return str(error)
+        def handle(message: wire.Message) -> None:
+            nonlocal is_served
+            if not is_served:
+                self._check(message)
+                is_served = True
+                first_words.cancel()
+                self._begin_with(connection)
+            self._handle(message)
+
+        def refuse(reason: str) -> None:
+            if is_served:
+                self._kill(reason)
+            elif not connection.ended.done():
+                event(_log, logging.WARNING, "tail.refused", socket=self._path, reason=reason)
+                connection.abort()
+
+        connection = TailConnection(handle, refuse)
+        first_words = asyncio.get_running_loop().call_later(
+            FIRST_WORDS_S, refuse, f"it said nothing for {FIRST_WORDS_S:g} s"
+        )
+        connection.ended.add_done_callback(lambda _: first_words.cancel())
+        return connection
+
+    def _check(self, message: wire.Message) -> None:
+        """Raise ProtocolError if a connection that begins with this message is not served."""
         if not isinstance(message, wire.TailUp):
-            return f"it began with {message}"
+            raise ProtocolError(f"it began with {message}")
         if message.digest != self._spec.digest:
-            return (
+            raise ProtocolError(
                 f"its processes have the stage {message.digest[:16]}..., this server has "
                 f"{self._spec.digest[:16]}...: give both the same folder"
             )
-        if self._writer is not None:
-            return "another process has connected; stop one of them"
-        self._first, self.pid = message, message.pid
-        return ""
+        if self._connection is not None:
+            raise ProtocolError("another process has connected; stop one of them")
+        self.pid = message.pid
+
+    def _begin_with(self, connection: TailConnection) -> None:
+        self._connection, self._killed_for = connection, ""
+        connection.ended.add_done_callback(lambda _: self._note_lost())
+
+    def _note_lost(self) -> None:
+        self._connection = None
+        self._note_down(self._killed_for or "its first process has ended or lost the connection")
 
     def _kill(self, reason: str) -> None:
         self._killed_for = reason
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.transport.abort()
+        if self._connection is not None:
+            self._connection.abort()
 
 
 async def _is_served(path: Path) -> bool:

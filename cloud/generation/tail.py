@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -215,15 +214,14 @@ class LanguageTail:
             turn = piece.turn
             rows = turn.hidden[turn.num_done : turn.num_done + piece.num]
             bodies.append(rows.tobytes())
-            item = StepItem(
+            items.append(StepItem(
                 key=turn.session.key, num=piece.num, datatype=datatype_of(rows.dtype), position=turn.session.length,
-                room=turn.session.max_tokens,
-                wants_token=turn.wants_token and piece.is_last, temperature=turn.sampling.temperature,
+                room=turn.session.max_tokens, wants_token=turn.wants_token and piece.is_last,
+                temperature=turn.sampling.temperature,
                 top_p=turn.sampling.top_p, seed=turn.sampling.seed,
-            )  # fmt: skip
-            items.append(dataclasses.asdict(item))
+            ))  # fmt: skip
         dropped, self._dropped = self._dropped, []
-        self._process.send(RunStep(step=next(self._steps), items=items, drop=dropped), b"".join(bodies))
+        self._process.send(RunStep(next(self._steps), items, dropped), b"".join(bodies))
 
     async def _load(self) -> None:
         try:

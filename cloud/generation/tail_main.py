@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ class Tail:
         begun_s = time.perf_counter()
         for key in request.drop:
             self._caches.pop(key, None)
-        items = request.parsed()
+        items = request.items
         errors = [self._why_not(one) for one in items]
         tokens: list[int | None] = [None] * len(items)
         lacks_memory = False
@@ -90,7 +89,12 @@ class Tail:
         return ""
 
     def _compute(
-        self, items: list[StepItem], chosen: list[int], hidden: list[Array], tokens: list[int | None], errors: list[str]
+        self,
+        items: Sequence[StepItem],
+        chosen: list[int],
+        hidden: list[Array],
+        tokens: list[int | None],
+        errors: list[str],
     ) -> None:
         part, rows = self._part, [Rows(self._caches[items[number].key], items[number].num) for number in chosen]
         joined = part.engine.array(hidden[0] if len(hidden) == 1 else np.concatenate(hidden))
@@ -109,7 +113,7 @@ class Tail:
                 errors[chosen[at]] = str(error)
 
 
-def _hidden(items: list[StepItem], body: bytes) -> list[Array]:
+def _hidden(items: Sequence[StepItem], body: bytes) -> list[Array]:
     """Return the items' hidden states (T, E) in float32."""
     arrays, at = [], 0
     total = sum(one.num * dtype_of(one.datatype).itemsize for one in items)
@@ -162,7 +166,7 @@ def load_tail(folder: Path, engine_name: str, threads: int) -> tuple[Tail | None
 def tried(part: DecoderPart) -> Tail:
     """Return the tail of a stage, after one row was computed."""
     tail, width = Tail(part), part.info.spec.hidden
-    tail.step(RunStep(step=0, items=[dataclasses.asdict(_TRIED)], drop=[]), np.zeros((1, width), "<f4").tobytes())
+    tail.step(RunStep(step=0, items=[_TRIED]), np.zeros((1, width), "<f4").tobytes())
     tail.step(RunStep(step=0, items=[], drop=[_TRIED.key]), b"")
     return tail
 

@@ -7,7 +7,6 @@ A step that takes longer than its limit ends the process. Invariant: each step t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Protocol
 
 from cloud.beside.restarted import STOPPED, RestartedProcess
 from cloud.generation import wire
+from cloud.generation.connection import TailConnection
 from edgefl.errors import ProtocolError
 from edgefl.logs import event
 from edgefl.process.children import SHORT_WAITS, Child
@@ -52,16 +52,16 @@ class TailProcess(RestartedProcess[None]):
     def __init__(self, spec: TailSpec, callbacks: StepCallbacks) -> None:
         super().__init__()
         self._spec, self._callbacks = spec, callbacks
-        self._writer: asyncio.StreamWriter | None = None
+        self._connection: TailConnection | None = None
         self._limit: asyncio.TimerHandle | None = None
 
     def send(self, step: wire.RunStep, body: bytes) -> None:
         """Have a step computed. The process must be up."""
-        if self._writer is None or not self.is_up:
+        if self._connection is None or not self.is_up:
             raise RuntimeError("the tail's process is not up")
         reason = f"a step took longer than {self._spec.run_s:g} s"
         self._limit = asyncio.get_running_loop().call_later(self._spec.run_s, self._kill, reason)
-        self._writer.write(wire.packed(step, body))  # one step at a time: the buffer is bounded by its size
+        self._connection.send(step, body)  # one step at a time: the buffer is bounded by its size
 
     async def _run_child(self) -> None:
         """Run one process to its end."""
@@ -73,19 +73,18 @@ class TailProcess(RestartedProcess[None]):
                 ours.close()
                 raise
         self._begin(child)
-        reader, self._writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_HEADER_BYTES)
-        reading = asyncio.create_task(self._read(reader), name="tail-process")
-        self._limit = asyncio.get_running_loop().call_later(
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: TailConnection(self._handle, self._kill), sock=ours)
+        self._connection = connection
+        self._limit = loop.call_later(
             self._spec.load_s, self._kill, f"the stage was not loaded in {self._spec.load_s:g} s"
         )
         try:
             await self._ended(child)
-            with contextlib.suppress(OSError):  # what it said before it ended
-                await reading
+            await connection.ended  # what it said before it ended
         finally:
-            reading.cancel()
-            self._writer.close()
-            self._child = self._writer = None
+            connection.abort()
+            self._child = self._connection = None
             self._note_down(self._why_ended(child))
 
     def _start(self, control: int) -> Child:
@@ -95,18 +94,6 @@ class TailProcess(RestartedProcess[None]):
         return Child(
             "cloud.generation.tail_main", *options, *limits, descriptors=(control,), environment=SHORT_WAITS
         )  # fmt: skip
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError):  # it ended: `_run_child` sees that
-            while True:
-                self._handle(await self._message(reader))
-
-    @staticmethod
-    async def _message(reader: asyncio.StreamReader) -> wire.Message:
-        header, body = wire.sizes_of(await reader.readexactly(wire.HEAD.size))
-        message = wire.parse_header(await reader.readexactly(header))
-        await reader.readexactly(body)
-        return message
 
     def _handle(self, message: wire.Message) -> None:
         match message:

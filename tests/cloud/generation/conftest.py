@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -63,7 +62,7 @@ class InlineProcess:
     def _compute(self, step, body) -> None:
         if self.is_up:
             done = self._tail.step(step, body)
-            self._callbacks.done(dataclasses.replace(done, seconds=done.seconds + self.step_s))
+            self._callbacks.done(done._replace(seconds=done.seconds + self.step_s))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 import threading
 
@@ -36,7 +35,7 @@ def tail(tmp_path):
 
 
 def step(*items, drop=()):
-    return RunStep(step=1, items=[dataclasses.asdict(one) for one in items], drop=list(drop))
+    return RunStep(step=1, items=list(items), drop=list(drop))
 
 
 def item(key, num, position, **more):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 
@@ -16,7 +15,7 @@ from edgefl.errors import ProtocolError
 from tests.language_models import write_stages
 
 ITEM = StepItem(key=1, num=1, datatype="FP32", position=0, room=9, wants_token=True)
-STEP = RunStep(step=1, items=[dataclasses.asdict(ITEM)], drop=[])
+STEP = RunStep(step=1, items=[ITEM], drop=[])
 BODY = np.ones((1, 32), np.float32).tobytes()
 
 
