@@ -29,14 +29,14 @@ from edgefl.protocols.fields import to_json
 from edgefl.protocols.messages import MAX_ROUND
 from edgefl.records import DeviceEvaluation
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 LOW_DISK_BYTES = 64 << 20  # with less free space no spare file is kept
 MAX_ANSWERED = 10_000  # answered rounds to remember; the cloud never sends plans older than that again
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
   job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, blake3 TEXT NOT NULL, weight REAL NOT NULL,
-  metrics TEXT NOT NULL, evaluation TEXT, PRIMARY KEY (job, round));
+  metrics TEXT NOT NULL, evaluation TEXT, model TEXT NOT NULL DEFAULT '', PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS failures (job TEXT, round INTEGER, reason TEXT NOT NULL, PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS answered (
   id INTEGER PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, UNIQUE (job, round));
@@ -56,6 +56,7 @@ class Outgoing:
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     evaluation: DeviceEvaluation | None = None
+    model: str = ""  # SHA-256 of the model that it was trained from; empty = an older agent has made it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,11 +175,12 @@ class Store:
                 values = (update.job, update.round, state.name)
                 self._db.execute("INSERT OR REPLACE INTO kept_states VALUES (?, ?, ?)", values)
             self._db.execute(
-                "INSERT OR REPLACE INTO outbox (job, round, file, size, blake3, weight, metrics, evaluation) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO outbox (job, round, file, size, blake3, weight, metrics, evaluation, model) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (update.job, update.round, path.name, update.size, update.blake3, update.weight,
                  json.dumps(dict(update.metrics)),
-                 None if update.evaluation is None else json.dumps(to_json(update.evaluation))),
+                 None if update.evaluation is None else json.dumps(to_json(update.evaluation)),
+                 update.model),
             )  # fmt: skip
 
     def outbox(self) -> list[Outgoing]:
@@ -316,8 +318,11 @@ def _connect(path: Path, *, locking: str) -> sqlite3.Connection:
             )
         if version < SCHEMA_VERSION:
             db.executescript(_SCHEMA)
-            if "evaluation" not in {row["name"] for row in db.execute("PRAGMA table_info(outbox)")}:  # version 1
+            columns = {row["name"] for row in db.execute("PRAGMA table_info(outbox)")}
+            if "evaluation" not in columns:  # version 1
                 db.execute("ALTER TABLE outbox ADD COLUMN evaluation TEXT")
+            if "model" not in columns:  # version 3
+                db.execute("ALTER TABLE outbox ADD COLUMN model TEXT NOT NULL DEFAULT ''")
             if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'states'").fetchone():  # version 2
                 db.execute("INSERT INTO kept_states SELECT job, 0, file FROM states")
                 db.execute("DROP TABLE states")
@@ -337,4 +342,5 @@ def _outgoing(folder: Path, row: sqlite3.Row) -> Outgoing:
         weight=row["weight"],
         metrics=json.loads(row["metrics"]),
         evaluation=None if row["evaluation"] is None else DeviceEvaluation(**json.loads(row["evaluation"])),
+        model=row["model"],
     )

@@ -259,7 +259,7 @@ class FleetService:
         known = []
         agent = f"agent {one_line(request.agent_version, MAX_NAME_CHARS)} does not know assignments of the kind"
         try:
-            waiting = self._deps.rounds.waiting_for(device)
+            waiting = [one for one in self._deps.rounds.waiting_for(device) if not one.unreachable("")]
             waiting.sort(key=lambda one: (isinstance(one.assignment, Deliver), one.assignment.round))
             for opened in waiting:
                 if (kind := opened.assignment.kind) in request.knows:
@@ -282,9 +282,14 @@ class FleetService:
     async def _unless_stopping(
         self, sent: pb.UploadState, key: pb.UpdateKey, device: str, context: Context
     ) -> pb.UploadState:
-        """Return the state; but while the cloud is stopping, STALE would be wrong, because rounds will be resumed."""
+        """Return the state, but abort where STALE would be wrong: the device keeps its update, to send it later."""
         if sent.status == pb.UploadState.STALE and self._deps.rounds.wants_late(key.job, key.round, device):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the next round takes this update; send it again")
+        opened = self._deps.rounds.get(key.job, key.round)
+        if sent.status == pb.UploadState.STALE and opened is not None and opened.waits_for(device):
+            if why := opened.unreachable(""):  # it may come back to a parent at which it can answer
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
+            return sent  # of another model: it trains again
         if sent.status == pb.UploadState.STALE and not self._deps.is_over(key.job, key.round):
             await context.abort(  # the device keeps its update, and sends it when it is asked here
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -317,6 +322,8 @@ class FleetService:
             return None, state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
         if opened.has_answered(device):
             return None, state("STORED")
+        if opened.unreachable("") or not opened.is_of(key):
+            return None, state("STALE", reason="it was trained from another model than this round's")
         return opened, None
 
     def _find_late(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:

@@ -5,6 +5,7 @@ The exchange (`edgefl.exchange`) decides which devices are waited for; the job's
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -27,6 +28,7 @@ from cloud.state.blobs import BlobStore
 from cloud.state.jobs import JobRow, Jobs
 from cloud.state.spool import Spool
 from cloud.state.storage import Storage
+from edgefl.aggregation import rule_kind
 from edgefl.choosing.combined import LATE_NEXT
 from edgefl.choosing.history import History
 from edgefl.config import GRACE_AUTO
@@ -253,6 +255,7 @@ class GrpcFleet:
         around = Surroundings(clock=self._deps.clock, storage=self._deps.storage)
         opened = OpenRound(assignment, sorted(plan.clients), self._terms(plan), around, plan.owed)
         opened.region_rounds = self._job.config.tiers.region_rounds
+        opened.unreachable = functools.partial(unreachable, self._job.config)
         self._choice.chosen(plan.clients)
         self._choice.next_round = plan.round + 1
         for answer in self.insist(
@@ -320,7 +323,12 @@ class GrpcFleet:
             self.insist(functools.partial(opened.accept, AnswerRow(device=device, reason=reason), record))
 
     def _presence(self) -> Presence:
-        return Presence.of(self._deps.link)
+        """Return who is online; a device that has a parent at which it cannot answer is away until it has another."""
+        found, config = Presence.of(self._deps.link), self._job.config
+        if config.tiers.region_rounds == 1 and rule_kind(config.aggregation.rule).merges:
+            return found
+        away = frozenset(one for one in found.online if unreachable(config, self._deps.link.via(one)))
+        return dataclasses.replace(found, online=found.online - away, offline=found.offline | away)
 
     def _execute(self, instruction: Instruction, opened: OpenRound) -> None:
         """Send a device its assignment, or that its round is closed."""

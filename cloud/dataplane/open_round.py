@@ -43,7 +43,8 @@ from edgefl.exchange import (
     Tick,
     Withdrawn,
 )
-from edgefl.protocols.messages import Assignment
+from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.messages import Assignment, Evaluate, Fit
 from edgefl.terminal.bounds import MAX_SECONDS
 
 _K = TypeVar("_K")
@@ -99,6 +100,8 @@ class OpenRound:
         self.asked, self.owed = frozenset(asked), frozenset(owed)
         self.terms = terms
         self.region_rounds = 1  # rounds in each region for this one
+        # Why a device that is connected through a region ("" = directly) cannot answer; empty = it can.
+        self.unreachable: Callable[[str], str] = lambda _region: ""
         self.up_bytes = self.down_bytes = 0
         self.record: Callable[[AnswerRow], None] | None = None  # makes an answer durable; None = `Jobs.record`
         self.source: Path | None = None  # the file that devices download for it; None = blobs
@@ -266,6 +269,13 @@ class OpenRound:
         """Accept no more answers, and give up the devices that have not answered."""
         with self._lock:
             self._do(Stop(at_s=self._now_s()))
+
+    def is_of(self, key: pb.UpdateKey) -> bool:
+        """Whether an answer began with this round's model: that of another parent's round of this number may not."""
+        assignment = self.assignment
+        if not key.model or key.round != assignment.round or not isinstance(assignment, Fit | Evaluate):
+            return True
+        return key.model == assignment.model.sha256
 
     def waits_for(self, device: str) -> bool:
         """Whether the device has not answered yet, and the round is open."""

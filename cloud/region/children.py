@@ -243,7 +243,7 @@ class Children:
             if not here:
                 if not isinstance(assignment, Deliver):  # the other region may still have the reply to a message
                     self.withdraw(device, assignment.job, assignment.round)
-                if region:
+                if region and not opened.unreachable(region):
                     self.send_job(region, device, assignment)
 
     def close_round(self, job: str, number: int) -> None:

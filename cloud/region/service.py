@@ -227,6 +227,7 @@ class TierService:
         fault = wrong_kind(note, opened.assignment)
         if header.size > most:
             fault = fault or f"the sum has {header.size} bytes; at most {most:.0f} are allowed in this round"
+        fault = fault or opened.unreachable(region)
         speaks_for = functools.partial(self.deps.children.speaks_for, region)
         if others := sorted(name for name in note.regions if name != region and not speaks_for(name)):
             fault = fault or f"it has a part of region {others[0]!r}, which is not below region {region!r}"
@@ -235,6 +236,8 @@ class TierService:
         waiting = opened.waiting()
         if not waiting:
             return pb.UploadState(status="STALE", reason="the round is over")
+        if not opened.is_of(header.key):
+            return pb.UploadState(status="STALE", reason="it was trained from another model than this round's")
         # Also of an honest region: a device may have been removed, or assigned elsewhere, after it answered.
         strangers = sorted(name for name in note.devices if not speaks_for(name))
         if counted := sorted((note.devices - waiting).union(strangers)):

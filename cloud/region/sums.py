@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from cloud.jobs.answers import AnswerRow
 from edgefl.aggregation import make_rule
@@ -28,6 +29,7 @@ from edgefl.rounds import NO_EVALUATION, TRAIN_LOSS, MetricSums
 from edgefl.trees import TensorSpec, Tree, spec_of
 from edgefl.trees.fragments import sent_part
 
+_T = TypeVar("_T")
 TOLERANCE = 1e-9  # of the sum of weights, relative
 
 
@@ -151,11 +153,17 @@ class Folding:
 
     def note(self) -> SumNote:
         measured = self.evaluated or self
+
+        def of_contributors(found: dict[str, _T]) -> dict[str, _T]:  # a device may leave between two regional rounds
+            return {device: one for device, one in found.items() if device in self.weights}
+
         return SumNote(
             weights=self.weights, failed=self.failed, rejected=self.rejected,
             metrics={name: list(pair) for name, pair in self._metrics.sums.items()},
-            evaluations=measured.evaluations, evaluation_weights=measured.evaluation_weights,
-            evaluation_faults=measured.evaluation_faults, losses=self.losses, regions=self._parts_of_regions(),
+            evaluations=of_contributors(measured.evaluations),
+            evaluation_weights=of_contributors(measured.evaluation_weights),
+            evaluation_faults=of_contributors(measured.evaluation_faults), losses=self.losses,
+            regions=self._parts_of_regions(),
         )  # fmt: skip
 
     def _parts_of_regions(self) -> dict[str, RegionPart]:

@@ -134,9 +134,8 @@ class CloudChannel:
         )
         return reply
 
-    async def resume(self, job: str, number: int) -> pb.UploadState:
+    async def resume(self, key: pb.UpdateKey) -> pb.UploadState:
         """Ask how much of an update the cloud has received."""
-        key = pb.UpdateKey(job=job, round=number)
         state: pb.UploadState = await answered(
             self._begin(self._resume(key, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True))
         )

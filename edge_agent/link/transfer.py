@@ -127,7 +127,7 @@ class _OutgoingUpdate(_Progress):
         attempt asks for it.
         """
         if self._ask:
-            self.state = await self._channel.resume(self._update.job, self._update.round)
+            self.state = await self._channel.resume(_key(self._update))
         _refuse_unknown(self.state)
         if self.state.status == pb.UploadState.PARTIAL:
             self._ask = True  # whatever happens now, ask before the next attempt
@@ -153,7 +153,7 @@ class _OutgoingUpdate(_Progress):
     async def _write(self, call: grpc.aio.StreamUnaryCall[bytes, pb.UploadState], start: int) -> None:
         update = self._update
         header = pb.UploadHeader(
-            key=pb.UpdateKey(job=update.job, round=update.round),
+            key=_key(update),
             offset=start,
             size=update.size,
             blake3=update.blake3,
@@ -179,6 +179,10 @@ class _OutgoingUpdate(_Progress):
                 await answered(call.done_writing())
             except asyncio.InvalidStateError:
                 return  # the cloud answered before it received everything
+
+
+def _key(update: Outgoing) -> pb.UpdateKey:
+    return pb.UpdateKey(job=update.job, round=update.round, model=update.model)
 
 
 async def _receive(channel: CloudChannel, incoming: _IncomingBlob) -> bool:

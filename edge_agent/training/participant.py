@@ -266,15 +266,10 @@ class Participant:
             state.unlink(missing_ok=True)
             raise
         update = Outgoing(
-            job=job,
-            round=number,
-            path=draft,
-            size=done.size,
-            blake3=done.blake3,
-            weight=done.weight,
-            metrics=done.metrics,
-            evaluation=done.evaluation,
-        )
+            job=job, round=number, path=draft, size=done.size, blake3=done.blake3, weight=done.weight,
+            metrics=done.metrics, evaluation=done.evaluation,
+            model=assignment.model.sha256 if isinstance(assignment, Fit | Evaluate) else "",
+        )  # fmt: skip
         self._tell_fault(job, done.evaluation)
         return update, state if done.changed else None
 

@@ -11,7 +11,9 @@ say which outcome holds. What must be true:
 - an update that a region has acknowledged counts, or is named; it may be late only shortly after a fault;
 - a round that begins when all is well but a region that is away misses no device that knows a parent that is there;
 - a device does not train again for a round for which the server that it still has acknowledged its update;
-- a device trains for one round at most once more than faults can explain.
+- a device trains for one round at most once more than faults can explain;
+- with regional rounds, a contributor's last update began at a model that is the mean of a region's updates before it
+  (`edgefl.faults.regional`), and the model after a round is the mean of where their last updates have led.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from edgefl.faults.regional import RegionalRounds
 
 TOLERANCE = 1e-6
 HEAL_S = 60.0  # after the last fault, nothing is late any more
@@ -50,6 +54,7 @@ class AuditedRun:
     reaches: Collection[str]  # devices that know a parent that is there, also while a region is away
     num_faults: int
     waits_for_all: bool  # whether a round waits for every device that is there
+    region_rounds: int = 1
     keeps_parents: bool  # whether no device changes its parent, and no region is asked for a sum again
     problems: Sequence[str] = field(default_factory=tuple)  # that the simulation saw
 
@@ -88,6 +93,8 @@ def _round(
     outcome = computed[-1]
     wrong += [f"{where}: {device} is counted {times} times"
               for device, times in Counter(outcome["admitted"]).items() if times > 1]  # fmt: skip
+    if run.region_rounds > 1:
+        return [*wrong, *_regional(run, outcome, before, before_name, after)], after
     updates = {one["device"]: one for one in run.log if one["kind"] == "trained" and one["round"] == number
                and one["base"] == before_name}  # fmt: skip
     strangers = sorted(set(outcome["admitted"]) - updates.keys())
@@ -96,6 +103,45 @@ def _round(
     chosen = [updates[device] for device in outcome["admitted"]]
     wrong += _model(where, chosen, outcome["weight"], before, after, run.factor)
     return [*wrong, *_kept(run, number, outcome)], after
+
+
+def _regional(
+    run: AuditedRun, outcome: Mapping[str, Any], before: Mapping[str, np.ndarray], before_name: str,
+    after: Mapping[str, np.ndarray],
+) -> list[str]:  # fmt: skip
+    """Return what is wrong with a round of several regional ones."""
+    number, admitted = outcome["round"], outcome["admitted"]
+    where = f"round {number}"
+    regional = RegionalRounds(run.log, number, run.region_rounds, before_name, before)
+    wrong = [f"{where}: {one}" for one in regional.wrong]
+    if strangers := sorted(set(admitted) - regional.devices):
+        return [*wrong, f"{where}: {', '.join(strangers)} contributed, but did not train on a region's model"]
+    weight = regional.weight(admitted)
+    if abs(weight - outcome["weight"]) > TOLERANCE * max(1.0, weight):
+        wrong.append(f"{where}: the weight is {outcome['weight']}, expected {weight}")
+    worst = min(_distance(before, mean, after, run.factor) for mean in regional.means(admitted))
+    if not worst <= TOLERANCE:
+        wrong.append(f"{where}: the model differs by {worst:.3g} from the mean of its regions")
+    if not run.num_faults and run.waits_for_all:
+        wrong += [
+            f"{where}: {one['device']}'s update of round {one['round']} is in no region's model"
+            for one in run.log
+            if one["kind"] == "acknowledged" and (one["round"] - 1) // run.region_rounds == number - 1
+            and one["round"] < regional.last and (one["device"], one["round"]) not in regional.counted
+        ]  # fmt: skip
+    return [*wrong, *_kept(run, regional.last, outcome)]
+
+
+def _distance(
+    before: Mapping[str, np.ndarray], mean: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], factor: float
+) -> float:
+    """Return how far a model is from the one before it, moved by a mean, of the largest number or 1."""
+    worst = 0.0
+    for name, old in before.items():
+        wanted = old.astype(np.float64) + factor * mean[name]
+        scale = max(1.0, float(np.max(np.abs(wanted), initial=0.0)))
+        worst = max(worst, float(np.max(np.abs(wanted - after[name]), initial=0.0)) / scale)
+    return worst
 
 
 def _model(

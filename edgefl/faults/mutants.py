@@ -43,9 +43,9 @@ def _commit_after_acknowledgement(real: Callable[..., Any]) -> Callable[..., Any
 def _drop_spool_early(real: Callable[..., Any]) -> Callable[..., Any]:
     """A region forgets its devices' updates when it sends their sum, not when its parent has closed the round."""
 
-    def deliver(self: RegionWork, key: Any, one: Any, folding: Folding, fleet: Any) -> None:
+    def deliver(self: RegionWork, key: Any, one: Any, folding: Folding, fleet: Any, model: str) -> None:
         self._deps.jobs.forget_round(key[0], one.number)
-        real(self, key, one, folding, fleet)
+        real(self, key, one, folding, fleet, model)
 
     return deliver
 
@@ -100,6 +100,11 @@ def _refuse_nothing(real: Callable[..., Any]) -> Callable[..., Any]:  # noqa: AR
     return lambda *_: None
 
 
+def _any_model(real: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG001 - in its place
+    """A round takes updates that began with another model: of another region's round of this number."""
+    return lambda *_: True
+
+
 Change = tuple[type, str, Callable[[Callable[..., Any]], Callable[..., Any]]]  # class, method, what makes the wrong one
 MUTANTS: Mapping[str, Sequence[Change]] = {
     "early-acknowledgement": [(Jobs, "record", _commit_after_acknowledgement)],
@@ -107,6 +112,7 @@ MUTANTS: Mapping[str, Sequence[Change]] = {
     "unchecked-sum": [(TierService, "_refusal", _refuse_nothing), (OpenRound, "accept_all", _accept_unchecked)],
     "early-forget": [(Outbox, "_send", _forget_before_sent)],
     "unchecked-lease": [(Lease, "is_over", _stay_for_ever)],
+    "any-model": [(OpenRound, "is_of", _any_model)],
     "wrong-weight": [(WeightedMean, "add", _add_without_weight)],
 }
 

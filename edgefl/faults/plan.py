@@ -18,6 +18,7 @@ MAX_FAULTS = 10
 DEADLINE_S = 400.0  # of a round: far beyond what heals a fleet after its last fault
 LONGEST_CUT_S, LONGEST_DOWN_S = 30.0, 8.0
 APART = 0.2  # of the seeds with regions
+REGIONAL = 0.25  # of the seeds with regions and FedAvg
 GONE_S = 250.0  # how long a region is away; its devices have another parent by then
 
 
@@ -45,6 +46,7 @@ class Settings:
     grace: float | str
     offline_grace_s: float
     server_lr: float
+    region_rounds: int
     faults: tuple[Fault, ...]
 
     @property
@@ -87,12 +89,28 @@ def draw(seed: int, topologies: Sequence[str] = tuple(TOPOLOGIES)) -> Settings:
         grace=chance.choice(graces),
         offline_grace_s=chance.choice([5.0, 60.0]),
         server_lr=chance.choice([1.0, 0.5]),
+        region_rounds=1,
         faults=(),
     )
+    settings = _with_regional_rounds(random.Random(f"{seed}/regional"), settings)
     faults = [_fault(chance, topology) for _ in range(chance.randint(0, MAX_FAULTS))]
+    if settings.region_rounds > 1:  # a round whose only device is given to the cloud cannot end well
+        faults = [
+            dataclasses.replace(one, other=_regions_of(one.other)) if one.kind == "assign" else one for one in faults
+        ]
     if not any(one.kind == "gone" for one in faults):  # one after the other, both outlast a round's deadline
         faults += _apart(random.Random(f"{seed}/apart"), topology)
     return settings.without(sorted(faults, key=lambda one: one.at_s))
+
+
+def _with_regional_rounds(chance: random.Random, settings: Settings) -> Settings:
+    """Return the settings, at times with several rounds in each region for one of the cloud.
+
+    Devices without a region are not used then, so no more than one can be asked for.
+    """
+    if not settings.fleet.regions or settings.algorithm != "fedavg" or chance.random() > REGIONAL:
+        return settings
+    return dataclasses.replace(settings, region_rounds=chance.choice([2, 2, 3]), quorum=1)
 
 
 def _fault(chance: random.Random, topology: Topology) -> Fault:
@@ -120,6 +138,10 @@ def _fault(chance: random.Random, topology: Topology) -> Fault:
     elif kind.endswith("commit"):
         number = chance.randint(1, 8)
     return Fault(at_s=at_s, kind=kind, node=node, other=other, for_s=down_s, number=number)
+
+
+def _regions_of(parents: str) -> str:
+    return ",".join(one for one in parents.split(",") if one != CLOUD)
 
 
 def _apart(chance: random.Random, topology: Topology) -> list[Fault]:

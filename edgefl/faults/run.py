@@ -113,7 +113,7 @@ def _run_of(world: World) -> AuditedRun:
         factor=settings.server_lr * (-1.0 if settings.algorithm == "fedsgd" else 1.0), ended_s=world.ended_s,
         last_fault_s=world.last_fault_s, last_short_fault_s=world.last_short_fault_s, reaches=world.reaches(),
         num_faults=len(settings.faults), waits_for_all=settings.waits_for_all,
-        keeps_parents=settings.keeps_parents,
+        keeps_parents=settings.keeps_parents, region_rounds=settings.region_rounds,
         problems=tuple(world.kernel.problems),
     )  # fmt: skip
 

@@ -30,8 +30,9 @@ class SimTrainer:
 
     pid = None
 
-    def __init__(self, log: Callable[[dict[str, Any]], None]) -> None:
-        self._log = log
+    def __init__(self, log: Callable[[dict[str, Any]], None], *, tells_base: bool = False) -> None:
+        """`tells_base`: write down the parameters, too: those of a region are in no file of the cloud."""
+        self._log, self._tells_base = log, tells_base
 
     async def run(self) -> None:
         await asyncio.get_running_loop().create_future()
@@ -45,16 +46,18 @@ class SimTrainer:
     async def run_request(self, request: wire.FitRequest, _evaluate_until: float | None = None) -> wire.WorkDone:
         """Train, which takes some time; raises nothing."""
         asked = {"device": request.client, "job": request.job, "round": request.round}
-        self._log({"kind": "started", **asked})
         base, parameters = _read(Path(request.model))
+        told = {"base_values": _lists(parameters)} if self._tells_base else {}
+        self._log({"kind": "started", **asked, "base": base, **told})
         await asyncio.sleep(kernel().order.random() ** 2 * LONGEST_S)
         update, weight = trained(request.client, request.round, parameters, request.train.algorithm)
         data = _written(update, Path(request.out))
-        self._log({
-            "kind": "trained", **asked, "base": base, "weight": weight,
-            "update": {name: value.astype(np.float64).tolist() for name, value in update.items()},
-        })  # fmt: skip
+        self._log({"kind": "trained", **asked, "base": base, "weight": weight, "update": _lists(update)})
         return wire.WorkDone(size=len(data), blake3=blake3(data).hexdigest(), weight=weight, metrics={"loss": weight})
+
+
+def _lists(tree: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: value.astype(np.float64).tolist() for name, value in tree.items()}
 
 
 def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:

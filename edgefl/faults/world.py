@@ -46,6 +46,7 @@ LONG = frozenset({"gone", "apart"})  # faults that outlast what a fleet waits fo
 SETTLE_S = 45.0  # after the job's end, until every device has asked and knows
 POLL_S = 0.5
 KEY = "simulated"
+UNTOLD = frozenset({"update", "base_values"})  # numbers, which the trace need not have
 _STORED = pb.UploadState.STORED
 
 
@@ -166,6 +167,7 @@ class World(logging.Handler):
                 "offline_grace_s": one.offline_grace_s, "wait_s": DEADLINE_S,
             },
             "train": {"algorithm": one.algorithm}, "server": {"lr": one.server_lr},
+            "tiers": {"region_rounds": one.region_rounds},
         })  # fmt: skip
         blobs = home.blobs
         return str(
@@ -281,7 +283,7 @@ class World(logging.Handler):
 
     def trainer(self, *_: object) -> SimTrainer:
         """Make the trainer of the device that starts."""
-        return SimTrainer(self.note)
+        return SimTrainer(self.note, tells_base=self.settings.region_rounds > 1)
 
     def outcome(self, outcome: RoundOutcome) -> None:
         """Note who contributed to a round; it may be computed again after a kill, and then be another."""
@@ -295,7 +297,7 @@ class World(logging.Handler):
     def note(self, entry: dict[str, Any]) -> None:
         """Add an entry to the auditor's log."""
         self.log.append({"at_s": round(self.kernel.now_s, 6), **entry})
-        self.say(" ".join(f"{key}={value}" for key, value in entry.items() if key != "update"))
+        self.say(" ".join(f"{key}={value}" for key, value in entry.items() if key not in UNTOLD))
 
     def say(self, text: str) -> None:
         """Add a line to the trace."""
@@ -352,6 +354,8 @@ class World(logging.Handler):
         for device in self.settings.fleet.devices:
             home = self._homes[device]
             known = {parent_name(one) for one in KnownParents(home, load_profile(home), load_fleet_key(home)).profiles}
+            if self.settings.region_rounds > 1:
+                known = {one for one in known if one != CLOUD}  # these rounds are regions'
             if any(map(is_there, known)) and all(is_there(one) or one in away for one in known):
                 found.add(device)
         return found

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65\x64gefl/protocols/fleet.proto\x12\tedgefl.v1\"I\n\x08TierItem\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x0f\n\x07\x64\x65leted\x18\x03 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\"D\n\x0bNextRequest\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x0f\n\x07holding\x18\x02 \x03(\t\x12\r\n\x05knows\x18\x03 \x03(\t\"\x9a\x01\n\tNextReply\x12\x11\n\x05plans\x18\x01 \x03(\x0c\x42\x02\x18\x01\x12\x0f\n\x07\x64\x65sired\x18\x02 \x03(\x0c\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\x12\r\n\x05\x65nded\x18\x04 \x03(\t\x12\r\n\x05renew\x18\x05 \x01(\x08\x12*\n\x0b\x61ssignments\x18\x06 \x03(\x0b\x32\x15.edgefl.v1.Assignment\x12\x0f\n\x07parents\x18\x07 \x01(\x0c\"K\n\nAssignment\x12\r\n\x03\x66it\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07\x64\x65liver\x18\x02 \x01(\x0cH\x00\x12\x12\n\x08\x65valuate\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05\x61sked\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"4\n\tUpdateKey\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0b\n\x03sum\x18\x03 \x01(\r\"\x8e\x02\n\x0cUploadHeader\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.edgefl.v1.UpdateKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06\x62lake3\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x35\n\x07metrics\x18\x06 \x03(\x0b\x32$.edgefl.v1.UploadHeader.MetricsEntry\x12)\n\nevaluation\x18\x07 \x01(\x0b\x32\x15.edgefl.v1.Evaluation\x12\x0b\n\x03sum\x18\x08 \x01(\x0c\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x90\x01\n\nEvaluation\x12\x0e\n\x06weight\x18\x01 \x01(\x01\x12\x33\n\x07metrics\x18\x02 \x03(\x0b\x32\".edgefl.v1.Evaluation.MetricsEntry\x12\r\n\x05\x66\x61ult\x18\x03 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"P\n\x0bUploadChunk\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.edgefl.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xb4\x01\n\x0bUploadState\x12-\n\x06status\x18\x01 \x01(\x0e\x32\x1d.edgefl.v1.UploadState.Status\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07without\x18\x04 \x03(\t\"E\n\x06Status\x12\x0b\n\x07PARTIAL\x10\x00\x12\n\n\x06STORED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\x0b\n\x07REFUSED\x10\x03\x12\n\n\x06REFOLD\x10\x04\"B\n\rFailureReport\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.edgefl.v1.UpdateKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0e\n\x0c\x46\x61ilureReply\"7\n\tLogReport\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0b\n\x03\x63ut\x18\x03 \x01(\x08\"\n\n\x08LogReply\"C\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"-\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\n\n\x02\x63\x61\x18\x02 \x01(\x0c\x32\x97\x03\n\x05\x46leet\x12\x34\n\x04Next\x12\x16.edgefl.v1.NextRequest\x1a\x14.edgefl.v1.NextReply\x12:\n\x08\x44ownload\x12\x1a.edgefl.v1.DownloadRequest\x1a\x10.edgefl.v1.Chunk0\x01\x12\x36\n\x06Resume\x12\x14.edgefl.v1.UpdateKey\x1a\x16.edgefl.v1.UploadState\x12:\n\x06Upload\x12\x16.edgefl.v1.UploadChunk\x1a\x16.edgefl.v1.UploadState(\x01\x12\x39\n\x04\x46\x61il\x12\x18.edgefl.v1.FailureReport\x1a\x17.edgefl.v1.FailureReply\x12\x37\n\x05Renew\x12\x17.edgefl.v1.RenewRequest\x1a\x15.edgefl.v1.RenewReply\x12\x34\n\x07SendLog\x12\x14.edgefl.v1.LogReport\x1a\x13.edgefl.v1.LogReply2\xeb\x01\n\x04Tier\x12\x36\n\x06\x41ttach\x12\x13.edgefl.v1.TierItem\x1a\x13.edgefl.v1.TierItem(\x01\x30\x01\x12\x36\n\x06Resume\x12\x14.edgefl.v1.UpdateKey\x1a\x16.edgefl.v1.UploadState\x12:\n\x06Upload\x12\x16.edgefl.v1.UploadChunk\x1a\x16.edgefl.v1.UploadState(\x01\x12\x37\n\x05Renew\x12\x17.edgefl.v1.RenewRequest\x1a\x15.edgefl.v1.RenewReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65\x64gefl/protocols/fleet.proto\x12\tedgefl.v1\"I\n\x08TierItem\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x0f\n\x07\x64\x65leted\x18\x03 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\"D\n\x0bNextRequest\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x0f\n\x07holding\x18\x02 \x03(\t\x12\r\n\x05knows\x18\x03 \x03(\t\"\x9a\x01\n\tNextReply\x12\x11\n\x05plans\x18\x01 \x03(\x0c\x42\x02\x18\x01\x12\x0f\n\x07\x64\x65sired\x18\x02 \x03(\x0c\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\x12\r\n\x05\x65nded\x18\x04 \x03(\t\x12\r\n\x05renew\x18\x05 \x01(\x08\x12*\n\x0b\x61ssignments\x18\x06 \x03(\x0b\x32\x15.edgefl.v1.Assignment\x12\x0f\n\x07parents\x18\x07 \x01(\x0c\"K\n\nAssignment\x12\r\n\x03\x66it\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07\x64\x65liver\x18\x02 \x01(\x0cH\x00\x12\x12\n\x08\x65valuate\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05\x61sked\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"C\n\tUpdateKey\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0b\n\x03sum\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\"\x8e\x02\n\x0cUploadHeader\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.edgefl.v1.UpdateKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06\x62lake3\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x35\n\x07metrics\x18\x06 \x03(\x0b\x32$.edgefl.v1.UploadHeader.MetricsEntry\x12)\n\nevaluation\x18\x07 \x01(\x0b\x32\x15.edgefl.v1.Evaluation\x12\x0b\n\x03sum\x18\x08 \x01(\x0c\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x90\x01\n\nEvaluation\x12\x0e\n\x06weight\x18\x01 \x01(\x01\x12\x33\n\x07metrics\x18\x02 \x03(\x0b\x32\".edgefl.v1.Evaluation.MetricsEntry\x12\r\n\x05\x66\x61ult\x18\x03 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"P\n\x0bUploadChunk\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.edgefl.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xb4\x01\n\x0bUploadState\x12-\n\x06status\x18\x01 \x01(\x0e\x32\x1d.edgefl.v1.UploadState.Status\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07without\x18\x04 \x03(\t\"E\n\x06Status\x12\x0b\n\x07PARTIAL\x10\x00\x12\n\n\x06STORED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\x0b\n\x07REFUSED\x10\x03\x12\n\n\x06REFOLD\x10\x04\"B\n\rFailureReport\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.edgefl.v1.UpdateKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0e\n\x0c\x46\x61ilureReply\"7\n\tLogReport\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0b\n\x03\x63ut\x18\x03 \x01(\x08\"\n\n\x08LogReply\"C\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"-\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\n\n\x02\x63\x61\x18\x02 \x01(\x0c\x32\x97\x03\n\x05\x46leet\x12\x34\n\x04Next\x12\x16.edgefl.v1.NextRequest\x1a\x14.edgefl.v1.NextReply\x12:\n\x08\x44ownload\x12\x1a.edgefl.v1.DownloadRequest\x1a\x10.edgefl.v1.Chunk0\x01\x12\x36\n\x06Resume\x12\x14.edgefl.v1.UpdateKey\x1a\x16.edgefl.v1.UploadState\x12:\n\x06Upload\x12\x16.edgefl.v1.UploadChunk\x1a\x16.edgefl.v1.UploadState(\x01\x12\x39\n\x04\x46\x61il\x12\x18.edgefl.v1.FailureReport\x1a\x17.edgefl.v1.FailureReply\x12\x37\n\x05Renew\x12\x17.edgefl.v1.RenewRequest\x1a\x15.edgefl.v1.RenewReply\x12\x34\n\x07SendLog\x12\x14.edgefl.v1.LogReport\x1a\x13.edgefl.v1.LogReply2\xeb\x01\n\x04Tier\x12\x36\n\x06\x41ttach\x12\x13.edgefl.v1.TierItem\x1a\x13.edgefl.v1.TierItem(\x01\x30\x01\x12\x36\n\x06Resume\x12\x14.edgefl.v1.UpdateKey\x1a\x16.edgefl.v1.UploadState\x12:\n\x06Upload\x12\x16.edgefl.v1.UploadChunk\x1a\x16.edgefl.v1.UploadState(\x01\x12\x37\n\x05Renew\x12\x17.edgefl.v1.RenewRequest\x1a\x15.edgefl.v1.RenewReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,35 +50,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHUNK']._serialized_start=473
   _globals['_CHUNK']._serialized_end=494
   _globals['_UPDATEKEY']._serialized_start=496
-  _globals['_UPDATEKEY']._serialized_end=548
-  _globals['_UPLOADHEADER']._serialized_start=551
-  _globals['_UPLOADHEADER']._serialized_end=821
-  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_start=775
-  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_end=821
-  _globals['_EVALUATION']._serialized_start=824
-  _globals['_EVALUATION']._serialized_end=968
-  _globals['_EVALUATION_METRICSENTRY']._serialized_start=775
-  _globals['_EVALUATION_METRICSENTRY']._serialized_end=821
-  _globals['_UPLOADCHUNK']._serialized_start=970
-  _globals['_UPLOADCHUNK']._serialized_end=1050
-  _globals['_UPLOADSTATE']._serialized_start=1053
-  _globals['_UPLOADSTATE']._serialized_end=1233
-  _globals['_UPLOADSTATE_STATUS']._serialized_start=1164
-  _globals['_UPLOADSTATE_STATUS']._serialized_end=1233
-  _globals['_FAILUREREPORT']._serialized_start=1235
-  _globals['_FAILUREREPORT']._serialized_end=1301
-  _globals['_FAILUREREPLY']._serialized_start=1303
-  _globals['_FAILUREREPLY']._serialized_end=1317
-  _globals['_LOGREPORT']._serialized_start=1319
-  _globals['_LOGREPORT']._serialized_end=1374
-  _globals['_LOGREPLY']._serialized_start=1376
-  _globals['_LOGREPLY']._serialized_end=1386
-  _globals['_RENEWREQUEST']._serialized_start=1388
-  _globals['_RENEWREQUEST']._serialized_end=1455
-  _globals['_RENEWREPLY']._serialized_start=1457
-  _globals['_RENEWREPLY']._serialized_end=1502
-  _globals['_FLEET']._serialized_start=1505
-  _globals['_FLEET']._serialized_end=1912
-  _globals['_TIER']._serialized_start=1915
-  _globals['_TIER']._serialized_end=2150
+  _globals['_UPDATEKEY']._serialized_end=563
+  _globals['_UPLOADHEADER']._serialized_start=566
+  _globals['_UPLOADHEADER']._serialized_end=836
+  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_start=790
+  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_end=836
+  _globals['_EVALUATION']._serialized_start=839
+  _globals['_EVALUATION']._serialized_end=983
+  _globals['_EVALUATION_METRICSENTRY']._serialized_start=790
+  _globals['_EVALUATION_METRICSENTRY']._serialized_end=836
+  _globals['_UPLOADCHUNK']._serialized_start=985
+  _globals['_UPLOADCHUNK']._serialized_end=1065
+  _globals['_UPLOADSTATE']._serialized_start=1068
+  _globals['_UPLOADSTATE']._serialized_end=1248
+  _globals['_UPLOADSTATE_STATUS']._serialized_start=1179
+  _globals['_UPLOADSTATE_STATUS']._serialized_end=1248
+  _globals['_FAILUREREPORT']._serialized_start=1250
+  _globals['_FAILUREREPORT']._serialized_end=1316
+  _globals['_FAILUREREPLY']._serialized_start=1318
+  _globals['_FAILUREREPLY']._serialized_end=1332
+  _globals['_LOGREPORT']._serialized_start=1334
+  _globals['_LOGREPORT']._serialized_end=1389
+  _globals['_LOGREPLY']._serialized_start=1391
+  _globals['_LOGREPLY']._serialized_end=1401
+  _globals['_RENEWREQUEST']._serialized_start=1403
+  _globals['_RENEWREQUEST']._serialized_end=1470
+  _globals['_RENEWREPLY']._serialized_start=1472
+  _globals['_RENEWREPLY']._serialized_end=1517
+  _globals['_FLEET']._serialized_start=1520
+  _globals['_FLEET']._serialized_end=1927
+  _globals['_TIER']._serialized_start=1930
+  _globals['_TIER']._serialized_end=2165
 # @@protoc_insertion_point(module_scope)

@@ -72,14 +72,16 @@ class Chunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class UpdateKey(_message.Message):
-    __slots__ = ("job", "round", "sum")
+    __slots__ = ("job", "round", "sum", "model")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     SUM_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     job: str
     round: int
     sum: int
-    def __init__(self, job: _Optional[str] = ..., round: _Optional[int] = ..., sum: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, job: _Optional[str] = ..., round: _Optional[int] = ..., sum: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
     __slots__ = ("key", "offset", "size", "blake3", "weight", "metrics", "evaluation", "sum")

@@ -248,3 +248,21 @@ def test_an_evaluation_survives_with_its_update_also_in_a_store_of_version_1(tmp
         store.put(Outgoing(job="j", round=2, path=draft, size=6, blake3="00", weight=1.0, evaluation=found))
     with contextlib.closing(Store(tmp_path)) as again:
         assert [one.evaluation for one in again.outbox()] == [None, found]
+
+
+def test_an_update_knows_its_model_also_in_a_store_of_version_3(tmp_path):
+    db = sqlite3.connect(tmp_path / "agent.db")
+    db.executescript(
+        "CREATE TABLE outbox (job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, blake3 TEXT NOT "
+        "NULL, weight REAL NOT NULL, metrics TEXT NOT NULL, evaluation TEXT, PRIMARY KEY (job, round)); "
+        "INSERT INTO outbox VALUES ('j', 1, 'old.update', 3, '00', 1.0, '{}', NULL); PRAGMA user_version = 3;"
+    )
+    db.close()
+    (tmp_path / "outbox").mkdir()
+    (tmp_path / "outbox" / "old.update").write_bytes(b"old")
+    with contextlib.closing(Store(tmp_path)) as store:
+        draft = store.draft("j", 2)
+        draft.write_bytes(b"update")
+        store.put(Outgoing(job="j", round=2, path=draft, size=6, blake3="00", weight=1.0, model="ab"))
+    with contextlib.closing(Store(tmp_path)) as again:
+        assert [one.model for one in again.outbox()] == ["", "ab"]

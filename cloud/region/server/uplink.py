@@ -58,6 +58,11 @@ class SumFile:
     path: Path | None  # None = a reply without content
     blake3: str
     note: SumNote | MessageReply
+    model: str = ""  # of a sum: SHA-256 of the model from which it was trained
+
+    @property
+    def key(self) -> pb.UpdateKey:
+        return pb.UpdateKey(job=self.job, round=self.round, sum=self.number, model=self.model)
 
 
 class Uplink:
@@ -257,9 +262,8 @@ class Uplink:
             await self._is_up.wait()  # to a parent that refuses this region, nothing is sent
             try:
                 if ask:
-                    key = pb.UpdateKey(job=one.job, round=one.round, sum=one.number)
                     state: pb.UploadState = await answered(
-                        self._begin(self._resume(key, wait_for_ready=True, metadata=stated()))
+                        self._begin(self._resume(one.key, wait_for_ready=True, metadata=stated()))
                     )
                     if state.status != pb.UploadState.PARTIAL:
                         return state
@@ -283,7 +287,7 @@ class Uplink:
     async def _send(self, one: SumFile, offset: int) -> pb.UploadState:
         size = 0 if one.path is None else one.path.stat().st_size
         header = pb.UploadHeader(
-            key=pb.UpdateKey(job=one.job, round=one.round, sum=one.number), offset=offset, size=size,
+            key=one.key, offset=offset, size=size,
             blake3=one.blake3, sum=tiers.pack(one.note),
         )  # fmt: skip
         call = self._begin(self._upload(wait_for_ready=True, metadata=stated()))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import secrets
 import threading
@@ -33,6 +34,8 @@ from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, ProtocolErro
 from edgefl.exchange import Terms
 from edgefl.hashing import HashingFile
 from edgefl.logs import event
+from edgefl.process.durable import flush
+from edgefl.process.home import replace_file
 from edgefl.protocols import fleet_pb2 as pb
 from edgefl.protocols.messages import BlobRef, Evaluate, Fit
 from edgefl.protocols.tiers import Work
@@ -42,6 +45,7 @@ from edgefl.trees import SpooledTree, Tree, write_tree
 MAX_ROUNDS = 16  # at work at the same time
 RETRY_S = 1.0  # after a failure of a round here, e.g. of its model's download
 
+_REACHED = ".reached"  # files that say at which regional round, and from which model, a round continues
 _log = logging.getLogger(__name__)
 Key = tuple[str, int]  # job, round
 
@@ -93,7 +97,8 @@ class RegionWork:
         self._deps, self._folder, self._fetch, self._send = deps, folder, fetch, send
         folder.mkdir(mode=0o700, exist_ok=True)
         for left_over in folder.iterdir():  # of a killed process
-            left_over.unlink()
+            if left_over.suffix != _REACHED:
+                left_over.unlink()
         self._lock = threading.RLock()
         self._rounds: dict[Key, _Round] = {}
         self._ended: dict[str, int] = {}  # job -> its latest round that is over
@@ -112,6 +117,10 @@ class RegionWork:
         with self._lock:
             for older in [one for one in self._rounds if one[0] == job and one[1] < number]:
                 self._end(older)
+            one = self._rounds.get(key)
+            if one is not None and one.work.assignment.model != work.assignment.model:
+                self._end(key)  # the parent begins again, from another model
+                self._ended.pop(job, None)
             one = self._rounds.setdefault(key, _Round(work, number))
             if one.is_over:
                 one.reopened = work
@@ -132,11 +141,13 @@ class RegionWork:
             for key in [one for one in self._rounds if one[0] not in jobs]:
                 self._end(key)
             self._ended = {job: number for job, number in self._ended.items() if job in jobs}
+            self._forget_notes(lambda job, _: job not in jobs)  # they ended while this region was down
 
     def is_over(self, job: str, number: int) -> bool:
         """Whether a round of a job that has not ended is known to be over."""
         with self._lock:
-            return number <= self._ended.get(job, -1)
+            now = [one.number for key, one in self._rounds.items() if key[0] == job and not one.is_over]
+            return number <= self._ended.get(job, -1) or number < min(now, default=number)
 
     def close(self) -> None:
         """Stop all rounds; they continue at the next start."""
@@ -153,7 +164,7 @@ class RegionWork:
     def _pending(self, key: Key, one: _Round) -> set[str]:
         """Return the devices that are asked, or whose answers are here, perhaps nowhere else, and not yet sent."""
         here = set()
-        if one.work.region_rounds == 1:  # otherwise they belong to one of several rounds
+        if one.work.region_rounds == 1 or one.number in one.numbers:  # before the first ask it is the parent's number
             here = {row.device for row in self._deps.jobs.open_round(key[0], one.number, ())}
         return {*one.work.devices, *one.again, *here} - one.done - one.refused
 
@@ -190,9 +201,10 @@ class RegionWork:
         self._fetch(assignment.model.sha256)
         first: Tree = SpooledTree(self._deps.blobs.path(assignment.model.sha256))
         begin_s, before = self._deps.clock(), self._deps.rounds.traffic(key[0])
-        parameters, end_s = first, begin_s + assignment.deadline_s
-        evaluated: Folding | None = None
-        for regional in range(times):
+        begun, parameters = self._reached(key, one, first)
+        end_s = begin_s + assignment.deadline_s
+        evaluated = self._evaluated(key, work, first) if begun and work.fit is not None and work.fit.evaluate else None
+        for regional in range(begun, times):
             left_s = max(0.0, end_s - self._deps.clock()) / (times - regional)
             asked = _in_region(work, key[1], regional, left_s)
             folding, fleet = self._ask(key, one, asked, parameters)
@@ -200,6 +212,8 @@ class RegionWork:
             if regional < times - 1 and folding.weights:
                 kept = fleet.keep(folding.step(parameters))
                 parameters, one.models = kept, {*one.models, kept.path.name}
+            if regional < times - 1:
+                fleet.insist(functools.partial(self._reach, key, regional + 1, parameters))
         folding.evaluated = evaluated
         moved, (name, parent) = self._deps.rounds.traffic(key[0]) - before, self.place
         took = RegionRound(
@@ -207,7 +221,44 @@ class RegionWork:
         )
         folding.part = (name, took) if name else None
         folding.base = None if parameters is first else (first, parameters)
-        self._deliver(key, one, folding, fleet)
+        self._deliver(key, one, folding, fleet, assignment.model.sha256)
+
+    def _reach(self, key: Key, regional: int, parameters: Tree) -> None:
+        """Note durably where a round continues: what devices send for it belongs to this model and no other."""
+        if not isinstance(parameters, SpooledTree):
+            raise TypeError("a region's model is a file")
+        replace_file(self._file(key), json.dumps({"regional": regional, "model": parameters.path.name}).encode())
+        flush(self._folder)
+
+    def _reached(self, key: Key, one: _Round, first: Tree) -> tuple[int, Tree]:
+        """Return the regional round (from 0) at which a round continues, and its parameters."""
+        self._forget_notes(lambda job, number: job == key[0] and number < key[1])
+        try:
+            noted = json.loads(self._file(key).read_bytes())
+        except FileNotFoundError:
+            return 0, first
+        one.models |= {noted["model"]}
+        return noted["regional"], SpooledTree(self._deps.blobs.path(noted["model"]))
+
+    def _forget_notes(self, is_over: Callable[[str, int], bool]) -> None:
+        """Delete the notes of rounds that are over, and their models."""
+        for path in self._folder.glob(f"*{_REACHED}"):
+            job, _, number = path.stem.rpartition("-")
+            if is_over(job, int(number)):
+                self._deps.blobs.delete(json.loads(path.read_bytes())["model"])
+                path.unlink()
+
+    def _file(self, key: Key) -> Path:
+        return self._folder / f"{key[0]}-{key[1]}{_REACHED}"
+
+    def _evaluated(self, key: Key, work: Work, first: Tree) -> Folding:
+        """Return what the devices sent for the first regional round of one that continues: their evaluations."""
+        asked = _in_region(work, key[1], 0, work.assignment.deadline_s)
+        plan = _plan(asked.assignment, (), first)
+        folding, rows = Folding(plan), self._deps.jobs.open_round(key[0], plan.round, ())
+        for answer in RegionFleet(_job_row(asked.assignment), self._deps, asked).records(rows, plan):
+            folding.add(answer)
+        return folding
 
     def _ask(self, key: Key, one: _Round, work: Work, parameters: Tree) -> tuple[Folding, GrpcFleet]:
         """Run one round of this region's devices, from these parameters; return what they sent."""
@@ -226,8 +277,8 @@ class RegionWork:
             fleet.leave()
         return folding, fleet
 
-    def _deliver(self, key: Key, one: _Round, folding: Folding, fleet: GrpcFleet) -> None:
-        """Send a sum; fold it again without the devices that the parent names."""
+    def _deliver(self, key: Key, one: _Round, folding: Folding, fleet: GrpcFleet, model: str) -> None:
+        """Send a sum, which began at the parent's `model`; fold it again without the devices that the parent names."""
         job, number = key
         without: set[str] = set()
         while (note := folding.note()).devices and not one.is_over:
@@ -235,7 +286,9 @@ class RegionWork:
             path = self._folder / f"{job}-{number}-{count}"
             try:
                 digest = fleet.insist(functools.partial(_write, folding.mean(), path))
-                state = self._send(SumFile(job=job, round=number, number=count, path=path, blake3=digest, note=note))
+                state = self._send(SumFile(
+                    job=job, round=number, number=count, path=path, blake3=digest, note=note, model=model,
+                ))  # fmt: skip
             finally:
                 path.unlink(missing_ok=True)
             event(_log, logging.INFO, f"sum.{pb.UploadState.Status.Name(state.status).lower()}", job=job, round=number,
@@ -279,6 +332,7 @@ class RegionWork:
     def _drop(self, key: Key) -> None:
         """Forget a round. The caller has the lock."""
         one = self._rounds.pop(key)
+        self._file(key).unlink(missing_ok=True)
         for number in one.numbers:
             self._deps.link.close_round(key[0], number)
             self._deps.jobs.forget_round(key[0], number)

@@ -138,8 +138,8 @@ class TierPlane:
         """Open a round; its instructions are in `done`. `asked` are other fields of its assignment."""
         row = self.jobs.load(self.job)
         plan = Fit(
-            job=self.job, round=number, model=row.model, model_blake3="00", bundle=row.bundle,
-            deadline_s=deadline_s, max_update_bytes=row.model.size + 1000, **{"train": row.config.train} | asked,
+            job=self.job, round=number, model_blake3="00", bundle=row.bundle, deadline_s=deadline_s,
+            max_update_bytes=row.model.size + 1000, **{"train": row.config.train, "model": row.model} | asked,
         )  # fmt: skip
         self.done = queue.SimpleQueue()
         opened = OpenRound(plan, cohort, Terms(deadline_s=deadline_s, offline_grace_s=5.0),
@@ -188,13 +188,13 @@ class TierPlane:
 
         self.thread.run(end())
 
-    def sum_file(self, note, mean, number=1, round_number=1, name="sum"):
+    def sum_file(self, note, mean, number=1, round_number=1, name="sum", model=""):
         path = self.folder / f"{name}-{number}"
         with path.open("wb") as file:
             write_tree(mean, file)
         return SumFile(
             job=self.job, round=round_number, number=number, path=path, blake3=blake3(path.read_bytes()).hexdigest(),
-            note=note,
+            note=note, model=model,
         )  # fmt: skip
 
     def mean(self, value=1.0):

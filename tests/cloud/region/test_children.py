@@ -178,6 +178,15 @@ def test_a_device_that_moves_in_mid_round_is_asked_where_it_is(tiers, r1):
     r1.work(r1.key, ["a", "b"])
 
 
+def test_a_device_that_cannot_answer_through_its_new_parent_is_not_asked_there(tiers, r1):
+    opened = tiers.open()
+    opened.unreachable = lambda region: f"region {region} sends sums" if region else ""
+    tiers.children.moved("b", "r1")
+    r1.uplink.mirror.set("state/a", ONLINE)  # whatever comes next is no work
+    ask(tiers, opened, "r1", "a")
+    r1.work(r1.key, ["a"])
+
+
 def test_a_region_is_not_asked_any_more_for_a_device_that_is_not_below_it(tiers, r1):
     opened = tiers.open()
     ask(tiers, opened, "r1", "a", "b")

@@ -349,3 +349,18 @@ def test_a_parent_that_is_killed_before_it_acknowledged_has_the_sum_once(tiers):
     state = tiers.send(uplink, number=2)
     assert (state.status, sorted(state.without)) == (REFOLD, ["a", "b"])
     assert opened.waiting() == {"c", "d", "e"}
+
+
+def test_a_sum_that_began_with_another_model_is_stale(tiers):
+    opened, uplink = tiers.open(), tiers.uplink("r1")
+    assert tiers.send(uplink, model="1" * 64).status == STALE
+    assert opened.waiting() == {"a", "b", "c", "d", "e"}
+    assert tiers.send(uplink, model=opened.assignment.model.sha256, number=2).status == STORED
+
+
+def test_a_sum_for_a_rule_that_needs_each_update_is_refused(tiers):
+    """Its devices have moved below a region during the round."""
+    opened, uplink = tiers.open(), tiers.uplink("r1")
+    opened.unreachable = lambda region: f"region {region} sends sums" if region else ""
+    state = tiers.send(uplink)
+    assert (state.status, state.reason) == (REFUSED, "region r1 sends sums")

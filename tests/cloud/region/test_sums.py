@@ -312,3 +312,15 @@ def test_a_regional_round_keeps_the_dtypes(dtype, deltas, stepped, travels) -> N
     assert {name: one.dtype for name, one in mean.items()} == {
         name: one.dtype for name, one in partial_spec(spec_of(first), is_mean=True).items()
     }
+
+
+def test_the_evaluation_of_a_device_that_left_between_two_regional_rounds_is_not_in_the_sum() -> None:
+    """It is no contributor: the parent would refuse the whole sum."""
+    first = folded([update("a", 1.0, w=np.ones(2, np.float32)), update("b", 1.0, w=np.ones(2, np.float32))])
+    for device in ("a", "b"):
+        first._add_evaluation(device, DeviceEvaluation(metrics={"accuracy": 0.5}, weight=2.0))
+    last = folded([update("a", 3.0, w=np.ones(2, np.float32))])
+    last.evaluated = first
+    note, mean = last.note(), last.mean()
+    assert (set(note.evaluations), set(note.evaluation_weights), note.weights) == ({"a"}, {"a"}, {"a": 3.0})
+    assert sum_fault(note, spec_of(mean), spec_of(PARAMETERS)) == ""

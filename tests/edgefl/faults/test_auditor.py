@@ -125,3 +125,35 @@ def test_a_refused_update_is_no_loss():
 
 def test_an_outcome_that_a_kill_undid_does_not_matter():
     assert audit(run(outcome(model="0" * 64, admitted=["a"], at_s=2.9))) == []
+
+
+def regional(update, model=None, **changes):
+    """Return a run of one round with two regional ones: a and b, then a alone."""
+    one = [2.0, 4.0]  # [1, 2] + ([2, 0] + [0, 4]) / 2
+    log = [
+        {**trained("a", [2.0, 0.0]), "kind": "started", "base_values": {"w": [1.0, 2.0]}}, trained("a", [2.0, 0.0]),
+        trained("b", [0.0, 4.0]), acknowledged("a", by="r1"), acknowledged("b", by="r1"),
+        {**trained("a", update, base=file_of(one)), "kind": "started", "round": 2, "base_values": {"w": one}},
+        {**trained("a", update, base=file_of(one)), "round": 2}, {**acknowledged("a", by="r1"), "round": 2},
+        outcome(admitted=["a"], missing=["b"], weight=1.0),
+    ]  # fmt: skip
+    return run(log=log, region_rounds=2, models={name_of(AFTER): model or AFTER}, **changes)
+
+
+def test_regional_rounds_by_hand():
+    right = regional([1.0, -2.0])  # [2, 4] + [1, -2] = [3, 2]
+    assert audit(right) == []
+    log = [*right.log[:-1], outcome(admitted=["b"], weight=1.0)]
+    assert "b contributed, but did not train on a region's model" in audit(dataclasses.replace(right, log=log))[0]
+    log = [*right.log[:-1], outcome(admitted=["a"], missing=["b"], weight=2.0)]
+    assert "the weight is 2.0, expected 1.0" in audit(dataclasses.replace(right, log=log))[0]
+    assert "the model differs by 0.25 from the mean of its regions" in audit(regional([2.0, -2.0]))[0]
+    late = {**acknowledged("b", by="r1"), "round": 2}
+    assert "b's update was acknowledged by r1, and is late" in audit(
+        dataclasses.replace(right, log=[*right.log, late], last_fault_s=-100.0)
+    )[0]  # fmt: skip
+    lost = {**acknowledged("c", by="r1"), "round": 1}
+    assert (
+        "c's update of round 1 is in no region's model" in audit(dataclasses.replace(right, log=[*right.log, lost]))[0]
+    )
+    assert audit(dataclasses.replace(right, log=[*right.log, lost], num_faults=1)) == []

@@ -31,6 +31,16 @@ def test_all_kinds_all_topologies_and_only_nodes_that_exist():
     }  # fmt: skip
 
 
+def test_some_seeds_have_regional_rounds_and_their_devices_stay_below_regions():
+    """A round whose only device is given to the cloud would have nobody."""
+    found = [one for one in map(draw, range(400)) if one.region_rounds > 1]
+    assert {one.region_rounds for one in found} == {2, 3}
+    assert all(one.fleet.regions and one.algorithm == "fedavg" and one.quorum == 1 for one in found)
+    parents = [fault.other.split(",") for one in found for fault in one.faults if fault.kind == "assign"]
+    assert parents
+    assert all(each and "cloud" not in each for each in parents)
+
+
 def test_a_plan_with_other_faults_is_otherwise_the_same():
     settings = next(one for one in map(draw, range(100)) if len(one.faults) > 2)
     left = settings.without(settings.faults[1:])
