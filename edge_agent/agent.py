@@ -151,6 +151,7 @@ class Agent:
         self._link = CloudLink(home, self._chooser, self._channel, self, on_reachable)
         self._link.on_parent = self._note_parent
         self._outbox.on_answered = self._link.note_idle
+        self._outbox.on_stale = self._link.ask
         self._link.refusals = self._policy.refusals
         self._link.models = self._model_reports
         self._live = LiveFile(home, self._live_state)

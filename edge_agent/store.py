@@ -37,7 +37,8 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
   job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, blake3 TEXT NOT NULL, weight REAL NOT NULL,
   metrics TEXT NOT NULL, evaluation TEXT, model TEXT NOT NULL DEFAULT '', PRIMARY KEY (job, round));
-CREATE TABLE IF NOT EXISTS failures (job TEXT, round INTEGER, reason TEXT NOT NULL, PRIMARY KEY (job, round));
+CREATE TABLE IF NOT EXISTS failures (
+  job TEXT, round INTEGER, reason TEXT NOT NULL, model TEXT NOT NULL DEFAULT '', PRIMARY KEY (job, round));
 CREATE TABLE IF NOT EXISTS answered (
   id INTEGER PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, UNIQUE (job, round));
 CREATE TABLE IF NOT EXISTS kept_states (job TEXT, round INTEGER, file TEXT NOT NULL, PRIMARY KEY (job, round));
@@ -66,6 +67,7 @@ class FailureNote:
     job: str
     round: int
     reason: str
+    model: str = ""  # as of an update
 
 
 class Store:
@@ -196,14 +198,15 @@ class Store:
         with contextlib.suppress(HomeError):
             with self._change():
                 self._db.execute(
-                    "INSERT OR REPLACE INTO failures VALUES (?, ?, ?)", (note.job, note.round, note.reason)
+                    "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)",
+                    (note.job, note.round, note.reason, note.model),
                 )
             del self._in_memory[note.job, note.round]  # committed
 
     def failures(self) -> list[FailureNote]:
         """Return the failures that the cloud is not informed of yet."""
-        rows = self._select("SELECT job, round, reason FROM failures ORDER BY rowid")
-        kept = [FailureNote(job=job, round=number, reason=reason) for job, number, reason in rows]
+        rows = self._select("SELECT job, round, reason, model FROM failures ORDER BY rowid")
+        kept = [FailureNote(**row) for row in rows]
         return [*kept, *self._in_memory.values()]
 
     def mark_answered(self, job: str, number: int) -> None:
@@ -323,6 +326,8 @@ def _connect(path: Path, *, locking: str) -> sqlite3.Connection:
                 db.execute("ALTER TABLE outbox ADD COLUMN evaluation TEXT")
             if "model" not in columns:  # version 3
                 db.execute("ALTER TABLE outbox ADD COLUMN model TEXT NOT NULL DEFAULT ''")
+                if "model" not in {row["name"] for row in db.execute("PRAGMA table_info(failures)")}:
+                    db.execute("ALTER TABLE failures ADD COLUMN model TEXT NOT NULL DEFAULT ''")
             if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'states'").fetchone():  # version 2
                 db.execute("INSERT INTO kept_states SELECT job, 0, file FROM states")
                 db.execute("DROP TABLE states")

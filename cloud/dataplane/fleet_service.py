@@ -285,10 +285,12 @@ class FleetService:
         """Return the state, but abort where STALE would be wrong: the device keeps its update, to send it later."""
         if sent.status == pb.UploadState.STALE and self._deps.rounds.wants_late(key.job, key.round, device):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the next round takes this update; send it again")
-        opened = self._deps.rounds.get(key.job, key.round)
+        regional, opened = self._deps.rounds.regional(key.job), self._deps.rounds.get(key.job, key.round)
+        if sent.status == pb.UploadState.STALE and regional is not None:
+            if regional.is_around(key) and regional.waits_for(device):  # it may come back to its region
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, regional.unreachable(""))
+            return sent
         if sent.status == pb.UploadState.STALE and opened is not None and opened.waits_for(device):
-            if why := opened.unreachable(""):  # it may come back to a parent at which it can answer
-                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
             return sent  # of another model: it trains again
         if sent.status == pb.UploadState.STALE and not self._deps.is_over(key.job, key.round):
             await context.abort(  # the device keeps its update, and sends it when it is asked here
@@ -314,7 +316,7 @@ class FleetService:
     def _find(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
         """Return the open round that waits for this device, or the final state of its upload."""
         opened = self._deps.rounds.get(key.job, key.round)
-        if opened is None:
+        if opened is None or self._deps.rounds.regional(key.job) is not None:
             return self._find_late(key, device)
         if device not in opened.asked and not self._deps.is_over(key.job, key.round):
             return None, state("STALE")  # of a region, which may be asked for this device yet
@@ -322,12 +324,14 @@ class FleetService:
             return None, state("REFUSED", reason=f"device {device} is not in the cohort of round {key.round}")
         if opened.has_answered(device):
             return None, state("STORED")
-        if opened.unreachable("") or not opened.is_of(key):
+        if not opened.is_of(key):
             return None, state("STALE", reason="it was trained from another model than this round's")
         return opened, None
 
     def _find_late(self, key: pb.UpdateKey, device: str) -> tuple[OpenRound | None, pb.UploadState | None]:
         """Return the same of a round that is over: the next one may take its update."""
+        if self._deps.rounds.regional(key.job) is not None:
+            return None, state("STALE", reason="in this job regions answer to the cloud, not devices")
         later = self._deps.rounds.get(key.job, key.round + 1)
         if later is not None and later.has_late(device):
             return None, state("STORED")

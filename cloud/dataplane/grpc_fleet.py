@@ -325,15 +325,21 @@ class GrpcFleet:
     def _presence(self) -> Presence:
         """Return who is online; a device that has a parent at which it cannot answer is away until it has another."""
         found, config = Presence.of(self._deps.link), self._job.config
-        if config.tiers.region_rounds == 1 and rule_kind(config.aggregation.rule).merges:
+        if self._takes_any_parent():
             return found
         away = frozenset(one for one in found.online if unreachable(config, self._deps.link.via(one)))
         return dataclasses.replace(found, online=found.online - away, offline=found.offline | away)
+
+    def _takes_any_parent(self) -> bool:
+        """Whether devices can answer wherever they are connected."""
+        return self._job.config.tiers.region_rounds == 1 and rule_kind(self._job.config.aggregation.rule).merges
 
     def _execute(self, instruction: Instruction, opened: OpenRound) -> None:
         """Send a device its assignment, or that its round is closed."""
         assignment, link = opened.assignment, self._deps.link
         if isinstance(instruction, Announce):
+            if not self._takes_any_parent() and opened.unreachable(link.via(instruction.device)):
+                return
             link.send_job(instruction.device, assignment)
         # Not for an interrupted job: `end` tells all devices, or this round is resumed after a restart.
         elif isinstance(assignment, Fit) and assignment.takes_late:

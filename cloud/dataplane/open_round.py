@@ -277,6 +277,10 @@ class OpenRound:
             return True
         return key.model == assignment.model.sha256
 
+    def is_around(self, key: pb.UpdateKey) -> bool:
+        """Whether a device's round is one of the regional rounds for this one."""
+        return (key.round - 1) // self.region_rounds + 1 == self.assignment.round
+
     def waits_for(self, device: str) -> bool:
         """Whether the device has not answered yet, and the round is open."""
         return device in self._exchange.waiting

@@ -79,6 +79,12 @@ class OpenRounds:
         with self._lock:
             return self._open.get((job, number))
 
+    def regional(self, job: str) -> OpenRound | None:
+        """Return the job's open round, if regions train several rounds for it: the numbers of devices' are others."""
+        with self._lock:
+            found = [one for (of, _), one in self._open.items() if of == job and one.region_rounds > 1]
+        return found[0] if found else None
+
     def hold(self, job: str, number: int, owed: Iterable[str]) -> None:
         """Note which devices may still answer a round that is over, when the next one is open."""
         with self._lock:

@@ -128,6 +128,10 @@ class LanguageTail:
         self._pump()
 
     def done(self, result: StepDone) -> None:
+        if {len(result.tokens), len(result.errors)} != {len(self._running)}:
+            raise ProtocolError(
+                f"the tail's process has results of {len(result.tokens)} sequences, expected {len(self._running)}"
+            )
         pieces, self._running = self._running, []
         now_s, answered = self._loop.time(), []
         for piece, token, error in zip(pieces, result.tokens, result.errors, strict=True):

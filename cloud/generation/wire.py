@@ -115,9 +115,17 @@ def parse_header(data: bytes) -> Message:
             case b"D":
                 return _parsed_result(data)
         value = json.loads(data)
-        message: Message = _KINDS[value["kind"]](**value)
+        message: Message = _word(_KINDS[value["kind"]](**value))
     except (ValueError, LookupError, TypeError, RecursionError, struct.error) as cause:
         raise ProtocolError(f"not a message between server and tail: {data[:80]!r}") from cause
+    return message
+
+
+def _word(message: TailUp | TailNotLoaded) -> TailUp | TailNotLoaded:
+    """Return a message that was JSON; raises TypeError for values of other types."""
+    for one in dataclasses.fields(message):
+        if type(getattr(message, one.name)) is not (int if one.name == "pid" else str):
+            raise TypeError(one.name)
     return message
 
 

@@ -146,9 +146,9 @@ class CloudChannel:
         report = pb.LogReport(request=request, text=text, cut=cut)
         await answered(self._begin(self._send_log(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata)))
 
-    async def fail(self, job: str, number: int, reason: str) -> None:
+    async def fail(self, key: pb.UpdateKey, reason: str) -> None:
         """Report to the cloud that there will be no update for a round."""
-        report = pb.FailureReport(key=pb.UpdateKey(job=job, round=number), reason=one_line(reason, MAX_REASON_CHARS))
+        report = pb.FailureReport(key=key, reason=one_line(reason, MAX_REASON_CHARS))
         call = self._fail(report, timeout=CALL_TIMEOUT_S, metadata=self._metadata, wait_for_ready=True)
         await answered(self._begin(call))
 

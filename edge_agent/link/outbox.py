@@ -34,6 +34,7 @@ class Outbox:
         self._store, self._channel = store, channel
         self._wake = asyncio.Event()
         self.on_answered: Callable[[], None] = lambda: None  # called when an answer has left, or is dropped
+        self.on_stale: Callable[[], None] = lambda: None  # called when an update was not wanted: perhaps another is
         self._started = {(update.job, update.round) for update in store.outbox()}  # perhaps by an earlier process
         self._sending: tuple[Key, asyncio.Task[None]] | None = None
         self._is_held_up = False
@@ -82,7 +83,8 @@ class Outbox:
 
     async def _send_all(self) -> None:
         for note in self._store.failures():
-            await self._channel.fail(note.job, note.round, note.reason)
+            failed = pb.UpdateKey(job=note.job, round=note.round, model=note.model)
+            await self._channel.fail(failed, note.reason)
             self._mark_answered((note.job, note.round))
         for update in self._store.outbox():
             key = (update.job, update.round)
@@ -108,6 +110,8 @@ class Outbox:
         event(_log, level, f"update.{pb.UploadState.Status.Name(state.status).lower()}", job=key[0], round=key[1],
               bytes=update.size, seconds=time.monotonic() - start_s, reason=state.reason or "-")  # fmt: skip
         self._mark_answered(key)
+        if state.status == pb.UploadState.STALE:
+            self.on_stale()
 
     def _mark_answered(self, key: Key) -> None:
         try:

@@ -33,6 +33,7 @@ from edge_agent.training.trainer import Trainer
 from edgefl.errors import CloudUnreachable, EdgeflError, HomeError, ProtocolError, TaskError, TrainerLost
 from edgefl.logs import event
 from edgefl.measure import give_back_memory
+from edgefl.protocols.assignments import model_of
 from edgefl.protocols.backoff import Backoff
 from edgefl.protocols.messages import (
     Assignment,
@@ -268,7 +269,7 @@ class Participant:
         update = Outgoing(
             job=job, round=number, path=draft, size=done.size, blake3=done.blake3, weight=done.weight,
             metrics=done.metrics, evaluation=done.evaluation,
-            model=assignment.model.sha256 if isinstance(assignment, Fit | Evaluate) else "",
+            model=model_of(assignment),
         )  # fmt: skip
         self._tell_fault(job, done.evaluation)
         return update, state if done.changed else None
@@ -379,7 +380,9 @@ class Participant:
     def _fail(self, assignment: Assignment, reason: str) -> None:
         event(_log, logging.WARNING, "round.failed", job=assignment.job, round=assignment.round, reason=reason)
         try:
-            self._deps.outbox.put_failure(FailureNote(job=assignment.job, round=assignment.round, reason=reason))
+            self._deps.outbox.put_failure(
+                FailureNote(job=assignment.job, round=assignment.round, reason=reason, model=model_of(assignment))
+            )
         except HomeError as error:  # full disk: serving continues, and `Next` brings the assignment back
             event(_log, logging.ERROR, "round.not_noted", job=assignment.job, round=assignment.round, reason=error)
 

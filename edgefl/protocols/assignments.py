@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from edgefl.errors import ProtocolError
 from edgefl.protocols import fleet_pb2 as pb
-from edgefl.protocols.messages import ASSIGNMENTS, Assignment, decode, encode
+from edgefl.protocols.messages import ASSIGNMENTS, Assignment, Evaluate, Fit, decode, encode
 
 UPDATE_AGENT = "update the agent: pip install --upgrade edgefl-fleet"
 
@@ -32,3 +32,8 @@ def _unpacked(packed: pb.Assignment) -> Assignment:
     if assignment.kind != kind:
         raise ProtocolError(f"an assignment of kind {kind} says that it is {assignment.kind!r:.100}")
     return assignment
+
+
+def model_of(assignment: Assignment) -> str:
+    """Return the SHA-256 of the model with which an assignment begins; empty if it has none."""
+    return assignment.model.sha256 if isinstance(assignment, Fit | Evaluate) else ""

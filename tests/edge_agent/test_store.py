@@ -255,7 +255,9 @@ def test_an_update_knows_its_model_also_in_a_store_of_version_3(tmp_path):
     db.executescript(
         "CREATE TABLE outbox (job TEXT, round INTEGER, file TEXT NOT NULL, size INTEGER NOT NULL, blake3 TEXT NOT "
         "NULL, weight REAL NOT NULL, metrics TEXT NOT NULL, evaluation TEXT, PRIMARY KEY (job, round)); "
-        "INSERT INTO outbox VALUES ('j', 1, 'old.update', 3, '00', 1.0, '{}', NULL); PRAGMA user_version = 3;"
+        "INSERT INTO outbox VALUES ('j', 1, 'old.update', 3, '00', 1.0, '{}', NULL); CREATE TABLE failures "
+        "(job TEXT, round INTEGER, reason TEXT NOT NULL, PRIMARY KEY (job, round)); "
+        "INSERT INTO failures VALUES ('j', 5, 'why'); PRAGMA user_version = 3;"
     )
     db.close()
     (tmp_path / "outbox").mkdir()
@@ -264,5 +266,7 @@ def test_an_update_knows_its_model_also_in_a_store_of_version_3(tmp_path):
         draft = store.draft("j", 2)
         draft.write_bytes(b"update")
         store.put(Outgoing(job="j", round=2, path=draft, size=6, blake3="00", weight=1.0, model="ab"))
+        store.note_failure(FailureNote(job="j", round=6, reason="no", model="cd"))
     with contextlib.closing(Store(tmp_path)) as again:
         assert [one.model for one in again.outbox()] == ["", "ab"]
+        assert [(one.round, one.model) for one in again.failures()] == [(5, ""), (6, "cd")]

@@ -10,9 +10,7 @@ a sum can be folded again after a kill of any tier.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import logging
 import secrets
 import threading
@@ -25,50 +23,24 @@ from blake3 import blake3
 from sqlalchemy.exc import SQLAlchemyError
 
 from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
+from cloud.region.region_fleet import CLOSED, RegionFleet, in_region, job_row, plan_of
+from cloud.region.server.regional_notes import SUFFIX, Reached, RegionalNotes
 from cloud.region.server.uplink import SumFile
 from cloud.region.sums import Folding
-from cloud.state.jobs import JobRow
-from edgefl.aggregation.regional import regional_round
-from edgefl.config import JobConfig, TrainConfig
 from edgefl.errors import CloudStopping, EdgeflError, JobCancelled, ProtocolError
-from edgefl.exchange import Terms
 from edgefl.hashing import HashingFile
 from edgefl.logs import event
-from edgefl.process.durable import flush
-from edgefl.process.home import replace_file
 from edgefl.protocols import fleet_pb2 as pb
-from edgefl.protocols.messages import BlobRef, Evaluate, Fit
+from edgefl.protocols.messages import Fit
 from edgefl.protocols.tiers import Work
-from edgefl.records import Plan, RegionRound
+from edgefl.records import RegionRound
 from edgefl.trees import SpooledTree, Tree, write_tree
 
 MAX_ROUNDS = 16  # at work at the same time
 RETRY_S = 1.0  # after a failure of a round here, e.g. of its model's download
 
-_REACHED = ".reached"  # files that say at which regional round, and from which model, a round continues
 _log = logging.getLogger(__name__)
 Key = tuple[str, int]  # job, round
-
-
-class RegionFleet(GrpcFleet):
-    """The devices of one region in one round, asked as the parent says, or from the region's own parameters."""
-
-    def __init__(self, job: JobRow, deps: FleetDependencies, work: Work) -> None:
-        super().__init__(job, deps)
-        self._work = work
-
-    def _assignment(self, plan: Plan, model: BlobRef) -> Fit | Evaluate:  # noqa: ARG002 - all else is the parent's
-        asked = self._work.assignment
-        if model != asked.model:
-            asked = dataclasses.replace(asked, model=model, model_blake3=self._deps.blobs.check(model.sha256))
-        # The parent ends the region's part in a round with the round, so that nothing here can be late.
-        return dataclasses.replace(asked, takes_late=False) if isinstance(asked, Fit) else asked
-
-    def _close(self, plan: Plan) -> None:
-        """Leave the regions below their work: they keep their answers until the parent has closed the round."""
-
-    def _terms(self, plan: Plan) -> Terms:
-        return Terms(deadline_s=plan.deadline_s, offline_grace_s=self._work.offline_grace_s)
 
 
 @dataclass(slots=True)
@@ -80,6 +52,7 @@ class _Round:
     done: set[str] = field(default_factory=set)  # devices in a sum that the parent has answered for
     numbers: set[int] = field(default_factory=set)  # of all of the devices' rounds
     models: set[str] = field(default_factory=set)  # of regional rounds, by SHA-256
+    reached: Reached | None = None  # the regional round that is open; None = the first, or there is but one
     refused: set[str] = field(default_factory=set)  # devices in a sum that the parent has refused
     again: set[str] = field(default_factory=set)  # devices to be asked again, because a sum was given up
     is_running: bool = False
@@ -97,8 +70,9 @@ class RegionWork:
         self._deps, self._folder, self._fetch, self._send = deps, folder, fetch, send
         folder.mkdir(mode=0o700, exist_ok=True)
         for left_over in folder.iterdir():  # of a killed process
-            if left_over.suffix != _REACHED:
+            if left_over.suffix != SUFFIX:
                 left_over.unlink()
+        self._notes = RegionalNotes(folder)
         self._lock = threading.RLock()
         self._rounds: dict[Key, _Round] = {}
         self._ended: dict[str, int] = {}  # job -> its latest round that is over
@@ -121,7 +95,9 @@ class RegionWork:
             if one is not None and one.work.assignment.model != work.assignment.model:
                 self._end(key)  # the parent begins again, from another model
                 self._ended.pop(job, None)
-            one = self._rounds.setdefault(key, _Round(work, number))
+            one = self._rounds.get(key)
+            if one is None:
+                one = self._rounds[key] = self._begun(key, work)
             if one.is_over:
                 one.reopened = work
                 return
@@ -130,10 +106,27 @@ class RegionWork:
             one.done -= set(work.devices)  # it is asked again: a sum that it was in was given up
             opened = self._deps.rounds.get(job, one.number)
             if one.is_running and opened is not None:
-                opened.join(set(work.devices) - one.refused)
+                if new := set(work.devices) - one.refused - opened.asked:
+                    # Those whose answers are here already, in a sum that was given up, are folded again afterwards.
+                    opened.join(new - {row.device for row in self._deps.jobs.open_round(job, one.number, ())})
                 opened.leave(left)  # they are elsewhere
             else:
                 self._start(key, one)
+
+    def _begun(self, key: Key, work: Work) -> _Round:
+        """Return a round that is new to this process. The caller has the lock."""
+        job, number = key
+        for older in [one for one in self._notes.noted() if one[0] == job and one[1] < number]:
+            if older not in self._rounds:  # otherwise it ends by itself
+                self._forget(older)
+        reached = self._notes.get(key)
+        if reached is None:
+            return _Round(work, number)
+        if reached.first != work.assignment.model.sha256 or not all(map(self._deps.blobs.has, reached.models)):
+            self._forget(key)
+            return _Round(work, number)
+        numbers = reached.numbers(number)
+        return _Round(work, numbers[-1], numbers=set(numbers), models=set(reached.models), reached=reached)
 
     def keep_only(self, jobs: Collection[str]) -> None:
         """End the rounds of all other jobs, which have ended."""
@@ -141,7 +134,8 @@ class RegionWork:
             for key in [one for one in self._rounds if one[0] not in jobs]:
                 self._end(key)
             self._ended = {job: number for job, number in self._ended.items() if job in jobs}
-            self._forget_notes(lambda job, _: job not in jobs)  # they ended while this region was down
+            for key in [one for one in self._notes.noted() if one[0] not in jobs and one not in self._rounds]:
+                self._forget(key)  # it ended while this region was down
 
     def is_over(self, job: str, number: int) -> bool:
         """Whether a round of a job that has not ended is known to be over."""
@@ -164,7 +158,7 @@ class RegionWork:
     def _pending(self, key: Key, one: _Round) -> set[str]:
         """Return the devices that are asked, or whose answers are here, perhaps nowhere else, and not yet sent."""
         here = set()
-        if one.work.region_rounds == 1 or one.number in one.numbers:  # before the first ask it is the parent's number
+        if one.work.region_rounds == 1 or one.number in one.numbers:  # otherwise it is still the parent's number
             here = {row.device for row in self._deps.jobs.open_round(key[0], one.number, ())}
         return {*one.work.devices, *one.again, *here} - one.done - one.refused
 
@@ -201,19 +195,20 @@ class RegionWork:
         self._fetch(assignment.model.sha256)
         first: Tree = SpooledTree(self._deps.blobs.path(assignment.model.sha256))
         begin_s, before = self._deps.clock(), self._deps.rounds.traffic(key[0])
-        begun, parameters = self._reached(key, one, first)
-        end_s = begin_s + assignment.deadline_s
-        evaluated = self._evaluated(key, work, first) if begun and work.fit is not None and work.fit.evaluate else None
+        parameters, end_s, begun = first, begin_s + assignment.deadline_s, 0
+        evaluated: Folding | None = None
+        if one.reached is not None:
+            begun, parameters = one.reached.regional, SpooledTree(self._deps.blobs.path(one.reached.models[-1]))
+            evaluated = self._evaluated(key, work, first) if work.fit is not None and work.fit.evaluate else None
         for regional in range(begun, times):
             left_s = max(0.0, end_s - self._deps.clock()) / (times - regional)
-            asked = _in_region(work, key[1], regional, left_s)
+            asked = in_region(work, key[1], regional, left_s)
             folding, fleet = self._ask(key, one, asked, parameters)
             evaluated = evaluated or folding
-            if regional < times - 1 and folding.weights:
-                kept = fleet.keep(folding.step(parameters))
-                parameters, one.models = kept, {*one.models, kept.path.name}
             if regional < times - 1:
-                fleet.insist(functools.partial(self._reach, key, regional + 1, parameters))
+                if folding.weights:
+                    parameters = fleet.keep(folding.step(parameters))
+                self._reach(key, one, fleet, regional + 1, parameters)
         folding.evaluated = evaluated
         moved, (name, parent) = self._deps.rounds.traffic(key[0]) - before, self.place
         took = RegionRound(
@@ -223,40 +218,35 @@ class RegionWork:
         folding.base = None if parameters is first else (first, parameters)
         self._deliver(key, one, folding, fleet, assignment.model.sha256)
 
-    def _reach(self, key: Key, regional: int, parameters: Tree) -> None:
-        """Note durably where a round continues: what devices send for it belongs to this model and no other."""
+    def _reach(self, key: Key, one: _Round, fleet: GrpcFleet, regional: int, parameters: Tree) -> None:
+        """Note durably with which model the next regional round begins."""
         if not isinstance(parameters, SpooledTree):
             raise TypeError("a region's model is a file")
-        replace_file(self._file(key), json.dumps({"regional": regional, "model": parameters.path.name}).encode())
-        flush(self._folder)
+        former = [] if one.reached is None else one.reached.models
+        reached = Reached(
+            first=one.work.assignment.model.sha256, regional=regional, region_rounds=one.work.region_rounds,
+            models=[*former, parameters.path.name],
+        )  # fmt: skip
+        one.models = {*reached.models}
+        fleet.insist(functools.partial(self._notes.put, key, reached))
+        one.reached = reached
 
-    def _reached(self, key: Key, one: _Round, first: Tree) -> tuple[int, Tree]:
-        """Return the regional round (from 0) at which a round continues, and its parameters."""
-        self._forget_notes(lambda job, number: job == key[0] and number < key[1])
-        try:
-            noted = json.loads(self._file(key).read_bytes())
-        except FileNotFoundError:
-            return 0, first
-        one.models |= {noted["model"]}
-        return noted["regional"], SpooledTree(self._deps.blobs.path(noted["model"]))
-
-    def _forget_notes(self, is_over: Callable[[str, int], bool]) -> None:
-        """Delete the notes of rounds that are over, and their models."""
-        for path in self._folder.glob(f"*{_REACHED}"):
-            job, _, number = path.stem.rpartition("-")
-            if is_over(job, int(number)):
-                self._deps.blobs.delete(json.loads(path.read_bytes())["model"])
-                path.unlink()
-
-    def _file(self, key: Key) -> Path:
-        return self._folder / f"{key[0]}-{key[1]}{_REACHED}"
+    def _forget(self, key: Key) -> None:
+        """Forget a round of which this process knows no more than what is noted."""
+        if (reached := self._notes.get(key)) is not None:
+            for number in reached.numbers(key[1]):
+                self._deps.jobs.forget_round(key[0], number)
+                self._deps.spool.drop_round(key[0], number)
+            for model in reached.models:
+                self._deps.blobs.delete(model)
+            self._notes.drop(key)
 
     def _evaluated(self, key: Key, work: Work, first: Tree) -> Folding:
         """Return what the devices sent for the first regional round of one that continues: their evaluations."""
-        asked = _in_region(work, key[1], 0, work.assignment.deadline_s)
-        plan = _plan(asked.assignment, (), first)
+        asked = in_region(work, key[1], 0, work.assignment.deadline_s)
+        plan = plan_of(asked.assignment, (), first)
         folding, rows = Folding(plan), self._deps.jobs.open_round(key[0], plan.round, ())
-        for answer in RegionFleet(_job_row(asked.assignment), self._deps, asked).records(rows, plan):
+        for answer in RegionFleet(job_row(asked.assignment), self._deps, asked).records(rows, plan):
             folding.add(answer)
         return folding
 
@@ -264,11 +254,13 @@ class RegionWork:
         """Run one round of this region's devices, from these parameters; return what they sent."""
         assignment = work.assignment
         with self._lock:
+            if one.is_over:
+                raise JobCancelled(CLOSED)
             one.number = assignment.round
             one.numbers.add(one.number)
             devices = tuple(sorted(self._pending(key, one)))
-        plan = _plan(assignment, devices, parameters)
-        fleet = RegionFleet(_job_row(assignment), self._deps, work)
+        plan = plan_of(assignment, devices, parameters)
+        fleet = RegionFleet(job_row(assignment), self._deps, work, lambda: one.is_over)
         folding = Folding(plan)
         try:
             for answer in fleet.collect(plan):
@@ -325,14 +317,14 @@ class RegionWork:
             self._ended[key[0]] = max(one.number, self._ended.get(key[0], 0))
             opened = self._deps.rounds.get(key[0], one.number)
             if opened is not None:
-                opened.interrupt(JobCancelled("the parent has closed the round"))
+                opened.interrupt(JobCancelled(CLOSED))
             if not one.is_running:
                 self._drop(key)
 
     def _drop(self, key: Key) -> None:
         """Forget a round. The caller has the lock."""
         one = self._rounds.pop(key)
-        self._file(key).unlink(missing_ok=True)
+        self._notes.drop(key)
         for number in one.numbers:
             self._deps.link.close_round(key[0], number)
             self._deps.jobs.forget_round(key[0], number)
@@ -350,33 +342,6 @@ def round_in(key: str) -> tuple[str, int]:
     if not job or not number.isdecimal() or key.count("/") != 2:
         raise ProtocolError(f"{key[:80]!r} is no work of a round")
     return job, int(number)
-
-
-def _in_region(work: Work, number: int, regional: int, deadline_s: float) -> Work:
-    """Return what the devices are asked in one of the regional rounds (from 0) of the parent's round."""
-    if work.fit is None or work.region_rounds == 1:
-        return work
-    fit = dataclasses.replace(
-        work.fit, round=regional_round(number, regional, work.region_rounds), deadline_s=deadline_s,
-        evaluate=work.fit.evaluate and regional == 0,
-    )  # fmt: skip
-    return dataclasses.replace(work, fit=fit)
-
-
-def _plan(assignment: Fit | Evaluate, devices: tuple[str, ...], parameters: Tree) -> Plan:
-    is_fit = isinstance(assignment, Fit)
-    return Plan(
-        job=assignment.job, round=assignment.round, parameters=parameters, clients=devices,
-        train=assignment.train if isinstance(assignment, Fit) else TrainConfig(seed=assignment.seed),
-        deadline_s=assignment.deadline_s, evaluate=not isinstance(assignment, Fit) or assignment.evaluate, fit=is_fit,
-    )  # fmt: skip
-
-
-def _job_row(assignment: Fit | Evaluate) -> JobRow:
-    return JobRow(
-        id=assignment.job, state="running", bundle=assignment.bundle, config=JobConfig(), buffers=(), rounds_done=0,
-        model=assignment.model, optimizer_sha256=None, cohort=(), parted=assignment.parted, frozen=assignment.frozen,
-    )  # fmt: skip
 
 
 def _write(tree: Tree, path: Path) -> str:

@@ -5,7 +5,9 @@ import pytest
 
 from cloud.dataplane.grpc_fleet import FleetDependencies, GrpcFleet
 from edgefl.config import JobConfig
+from edgefl.exchange import Announce
 from edgefl.protocols import fleet_pb2 as pb
+from edgefl.protocols.messages import Fit
 from edgefl.settings.server import TiersConfig
 from tests.cloud.dataplane.rounds import FakeLink
 from tests.cloud.dataplane.test_fleet_service import Status, update_bytes
@@ -23,19 +25,23 @@ def test_an_update_that_began_with_another_model_is_no_answer_and_its_device_tra
     state = plane.upload(stub, data, key=other)
     assert (state.status, state.reason) == (Status.STALE, "it was trained from another model than this round's")
     assert stub.Resume(other).status == Status.STALE
+    stub.Fail(pb.FailureReport(key=other, reason="no disk"))  # nor is its failure
     assert len(stub.Next(pb.NextRequest(knows=["fit"])).assignments) == 1
     key = pb.UpdateKey(job=plane.job, round=1, model=plane.model.sha256)
     assert plane.upload(stub, data, key=key).status == Status.STORED
 
 
 def test_a_device_that_cannot_answer_at_this_parent_is_not_asked_and_keeps_its_update(plane):
-    plane.round.unreachable = lambda region: "" if region else "it needs a region"
+    plane.round.unreachable, plane.round.region_rounds = lambda region: "" if region else "it needs a region", 2
     stub, data = plane.stub("a"), update_bytes()
     assert not stub.Next(pb.NextRequest(knows=["fit"])).assignments
     for call in (lambda: plane.upload(stub, data), lambda: stub.Resume(pb.UpdateKey(job=plane.job, round=1))):
         with pytest.raises(grpc.RpcError, match="it needs a region") as refused:
             call()
         assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    with pytest.raises(grpc.RpcError, match="it needs a region"):  # the second regional round
+        stub.Resume(pb.UpdateKey(job=plane.job, round=2))
+    assert stub.Resume(pb.UpdateKey(job=plane.job, round=3)).status == Status.STALE  # of another round of the cloud
     stub.Fail(pb.FailureReport(key=pb.UpdateKey(job=plane.job, round=1), reason="no disk"))
     assert plane.round.waits_for("a")
 
@@ -55,6 +61,9 @@ def test_a_device_at_a_parent_where_it_cannot_answer_is_away_until_it_has_anothe
     assert (opened.unreachable("oslo"), "needs a region" in opened.unreachable("")) == ("", True)
     seen = fleet._presence()
     assert (seen.online, seen.offline) == ({"a"}, {"b"})
+    fleet._execute(Announce("a"), opened)
+    fleet._execute(Announce("b"), opened)
+    assert [device for device, message in link.told if isinstance(message, Fit)] == ["a"]
     places["b"] = "oslo"
     assert fleet._presence().online == {"a", "b"}
     fleet.leave()

@@ -7,7 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 
+from cloud.generation.wire import StepDone
 from cloud.stages.work import RequestRefused
+from edgefl.errors import ProtocolError
 from edgefl.offload.generation.blocks import numpy_engine
 from edgefl.offload.generation.generate import generate, load_part
 from edgefl.offload.generation.sampling import Sampling
@@ -199,3 +201,22 @@ def test_a_thousand_sequences_of_one_device_leave_room_for_another(tails, folder
             return await device("b").tokens(PROMPTS[0], 5)
 
     assert asyncio.run(run()) == expected(folders, PROMPTS[0], 5)
+
+
+def test_results_of_another_step_are_refused_and_nobody_is_forgotten(tails):
+    """A process that says nonsense is ended: whoever waits for the step hears of it."""
+
+    async def run():
+        async with tails() as (tail, process, _):
+            process.is_held = True
+            waiting = asyncio.create_task(tail.submit("a", request()))
+            while not process.held:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            for tokens, errors in (([1, 2], ["", ""]), ([], []), ([1], [])):
+                with pytest.raises(ProtocolError, match=f"results of {len(tokens)} sequences, expected 1"):
+                    tail.done(StepDone(step=1, tokens=tokens, errors=errors))
+            process.die()
+            with pytest.raises(RequestRefused, match="the tail's process ended"):
+                await waiting
+
+    asyncio.run(run())

@@ -47,7 +47,7 @@ STEP, DONE = (packed(one)[HEAD.size :] for one in MESSAGES[2:4])
 @pytest.mark.parametrize(
     "data",
     [
-        *(b"", b"[]", b"{}", b'{"kind":"what"}', b'{"kind":"up"}', b"[" * 100_000),
+        *(b"", b"[]", b"{}", b'{"kind":"what"}', b'{"kind":"up"}', b'{"kind":"up","pid":1,"digest":5}', b"[" * 100_000),
         *(b"R", STEP[:20], STEP[:-1], STEP + b"x", STEP.replace(b"\x02\0\0\0\x01", b"\x02\0\0\0\x07")),  # FP16's number
         *(b"D", DONE[:20], DONE[:-1], DONE + b"x", DONE.replace(b'["", "x"]', b"[]")),
     ],

@@ -159,7 +159,7 @@ def test_an_update_that_cannot_be_read_for_a_while_is_sent_later(fleet, with_sen
 
 def test_a_reason_with_a_lone_surrogate_reaches_the_cloud(fleet, with_sender):
     async def run(sender):
-        await sender.channel.fail("j", 1, "no such file: \udcff\x1b[2J")
+        await sender.channel.fail(pb.UpdateKey(job="j", round=1), "no such file: \udcff\x1b[2J")
 
     with_sender(run)
 

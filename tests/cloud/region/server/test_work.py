@@ -307,70 +307,6 @@ def test_a_round_that_is_asked_again_while_it_ends_begins_anew(tiers, region):
     assert value_of(tiers, "a") == 5.0
 
 
-class Regional(RegionSide):
-    """A region with two rounds for each of its parent's."""
-
-    def ask(self, *devices, deadline_s=60.0):
-        opened = self.plane.rounds.get(self.plane.job, 1)
-        self.work.take(
-            self.plane.job, 1,
-            Work(fit=opened.assignment, devices=sorted(devices), offline_grace_s=0.2, region_rounds=2),
-        )  # fmt: skip
-
-    def at(self, number):
-        """Wait for one of its rounds; return the first number of its model."""
-        self.number = number
-        opened = until(lambda: self.rounds.get(self.plane.job, number))
-        return float(SpooledTree(self.blobs.path(opened.assignment.model.sha256))["w"][1])
-
-
-def test_a_killed_region_goes_on_with_the_regional_round_in_which_it_was(tiers):
-    """What its devices have sent for it began with its model; from another subset of devices it would be another."""
-    opened, r1 = tiers.open(), Regional(tiers, "r1", "a", "b")
-    try:
-        r1.link.gone, r1.link.here = {"b"}, {"a"}
-        r1.ask("a", "b")
-        assert r1.at(1) == 1.0
-        r1.answer("a", 2.0, 1.0)
-        assert r1.at(2) == 3.0
-        r1.answer("a", 4.0, 1.0)
-        until(lambda: opened.waiting() == {"b", "c", "d", "e"})
-        assert value_of(tiers, "a") == 6.0  # 2, and then 4
-        r1.stop()
-        r1.start()
-        r1.link.gone, r1.link.here = set(), {"a", "b"}
-        r1.ask("b")  # it is back: it begins where the others were
-        assert r1.at(2) == 3.0
-        assert r1.rounds.get(tiers.job, 1) is None
-        r1.answer("b", 8.0, 3.0)
-        until(lambda: opened.waiting() == {"c", "d", "e"})
-        assert value_of(tiers, "b") == 10.0
-        until(lambda: r1.sent == [(["a", "b"], 4), (["b"], 1)])
-    finally:
-        r1.stop()
-
-
-def test_a_regional_round_of_an_older_round_or_an_ended_job_is_forgotten(tiers):
-    _, r1 = tiers.open(), Regional(tiers, "r1", "a", "b")
-    try:
-        r1.ask("a")
-        r1.at(1)
-        r1.answer("a", 2.0, 1.0)
-        r1.at(2)
-        model = r1.blobs.path(r1.rounds.get(tiers.job, 2).assignment.model.sha256)
-        notes = lambda: list((r1.folder / "sums").iterdir())  # noqa: E731
-        assert (len(notes()), model.exists()) == (1, True)
-        r1.stop()
-        r1.start()
-        assert (len(notes()), model.exists()) == (1, True)
-        r1.work.keep_only([tiers.job])
-        assert len(notes()) == 1
-        r1.work.keep_only([])
-        assert (notes(), model.exists()) == ([], False)
-    finally:
-        r1.stop()
-
-
 def test_a_parent_that_begins_again_from_another_model_gets_new_answers(tiers, region):
     """As a region does that has lost its own notes: what was sent for its former model is no answer."""
     opened, r1 = tiers.open(), region("r1", "a", "b")
@@ -387,3 +323,21 @@ def test_a_parent_that_begins_again_from_another_model_gets_new_answers(tiers, r
     r1.answer("b", 4.0, 1.0)
     until(lambda: again.waiting() == {"c", "d", "e"})
     assert value_of(tiers, "a") == 4.0
+
+
+def test_a_device_in_a_sum_that_was_given_up_is_folded_again_and_not_asked(tiers, region):
+    """Its answer is here: sent again, the database would refuse it for ever."""
+    opened, r1 = tiers.open(), region("r1", "a", "b")
+    r1.ask("a")
+    r1.answer("a", 2.0, 1.0)
+    until(lambda: "a" not in opened.waiting())
+    r1.ask("b")
+    waiting = r1.opened("b")
+    tiers.jobs.withdraw_sums(tiers.job, 1, {"x"} | {"a"})
+    tiers.rounds.remove(opened)
+    again = tiers.open()
+    r1.ask("a", "b")
+    assert waiting.waiting() == {"b"}
+    r1.answer("b", 6.0, 3.0)
+    until(lambda: again.waiting() == {"c", "d", "e"})
+    assert (value_of(tiers, "a"), value_of(tiers, "b")) == (2.0, 6.0)
