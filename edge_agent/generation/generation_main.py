@@ -84,7 +84,8 @@ class GenerationProcess:
         given = self._arguments
         info = read_stage(given.folder)
         check_first(info, given.tail, "--generate-tail")
-        check_memory(info, given.memory_mb)
+        check_memory(info, given.memory_mb)  # before the limit, in which there may be no memory to say so
+        limit_own_memory(given.memory_mb)
         codec = TextCodec(given.folder, info)
         part = load_part(given.folder, numpy_engine())
         if given.tail:
@@ -159,7 +160,6 @@ def main() -> None:
     parser.add_argument("--log-level", type=int, default=logging.INFO)
     arguments = parser.parse_args()
     die_with_parent()
-    limit_own_memory(arguments.memory_mb)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging(arguments.log_level)
     listener, control = socket.socket(fileno=arguments.listen), socket.socket(fileno=arguments.control)

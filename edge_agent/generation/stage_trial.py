@@ -9,6 +9,7 @@ it may be there later.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,16 @@ from edgefl.offload.generation.stage_info import check_first, read_stage
 TOKENS = 4
 
 
-def check_stage(folder: Path, tail: str, memory_mb: int) -> None:
-    """Raise EdgeflError unless the stage in a folder can generate here."""
+def check_folder(folder: Path, tail: str, memory_mb: int) -> None:
+    """Raise EdgeflError unless the stage in a folder is for devices and fits into so much memory (0 = no limit)."""
     info = read_stage(folder)
     check_first(info, tail, "publish it with --tail")
     check_memory(info, memory_mb)
+
+
+def run_stage(folder: Path) -> None:
+    """Raise EdgeflError unless the stage in a folder can generate here."""
+    info = read_stage(folder)
     TextCodec(folder, info)
     part = load_part(folder, numpy_engine())
     tokens = [one % info.spec.vocabulary for one in range(TOKENS)]
@@ -45,9 +51,9 @@ def main() -> None:
     for option in ("--memory-mb", "--say"):
         parser.add_argument(option, type=int, required=True)
     arguments = parser.parse_args()
-    run_trial(
-        lambda: check_stage(arguments.folder, arguments.tail, arguments.memory_mb), arguments.memory_mb, arguments.say
-    )
+    folder, memory_mb = arguments.folder, arguments.memory_mb
+    check = functools.partial(check_folder, folder, arguments.tail, memory_mb)
+    run_trial(functools.partial(run_stage, folder), memory_mb, arguments.say, check)
 
 
 if __name__ == "__main__":

@@ -79,12 +79,16 @@ def main() -> None:
     run_trial(load_all, arguments.memory_mb, arguments.say)
 
 
-def run_trial(attempt: Callable[[], None], memory_mb: int, say: int) -> NoReturn:
-    """Run a trial in this process, and exit; an error is written to the descriptor `say`. Predictions go first."""
+def run_trial(attempt: Callable[[], None], memory_mb: int, say: int, check: Callable[[], object] = int) -> NoReturn:
+    """Run a trial in this process, and exit; an error is written to the descriptor `say`. Predictions go first.
+
+    `check` comes before the limit: where that is small, there would be no memory to say what is needed.
+    """
     die_with_parent()
-    limit_own_memory(memory_mb)
     os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     try:
+        check()
+        limit_own_memory(memory_mb)
         attempt()
     except (EdgeflError, OSError, MemoryError) as error:
         reason = str(error) or "there is too little memory to load the model"

@@ -1,6 +1,6 @@
 """Child processes that run a Python module: start them, notice when they end, and end them with their parent.
 
-The child calls `die_with_parent` and `limit_own_memory` first of all.
+The child calls `die_with_parent` first of all, and `limit_own_memory` before it loads anything large.
 Invariant: `Child.ended` is set once, after the process is reaped, whatever ended it.
 """
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from edge_agent.generation.stage_trial import check_stage
+from edge_agent.generation.stage_trial import check_folder, run_stage
 from edge_agent.releases.trial import try_stage
 from edgefl.errors import EdgeflError, ProtocolError
 from edgefl.offload.generation.stage_info import STAGE_FILE, TOKENIZER_FILE, WEIGHTS_FILE, sha256_of
@@ -24,8 +24,9 @@ def folders(tmp_path):
 
 
 def test_good_ones_pass(folders) -> None:
-    check_stage(folders / "whole", "", 0)
-    check_stage(folders / "head", "host:1", 0)
+    for part, tail in (("whole", ""), ("head", "host:1")):
+        check_folder(folders / part, tail, 0)
+        run_stage(folders / part)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_good_ones_pass(folders) -> None:
 )
 def test_what_cannot_generate_here_says_why(folders, part, tail, memory_mb, words) -> None:
     with pytest.raises(EdgeflError, match=words):
-        check_stage(folders / part, tail, memory_mb)
+        check_folder(folders / part, tail, memory_mb)
 
 
 def test_a_stage_that_computes_nan_is_refused(folders) -> None:
@@ -49,13 +50,20 @@ def test_a_stage_that_computes_nan_is_refused(folders) -> None:
         write_tree(tree, file)
     _sign(folders / "whole")
     with pytest.raises(EdgeflError, match="computes NaN or infinity"):
-        check_stage(folders / "whole", "", 0)
+        run_stage(folders / "whole")
 
 
 def _sign(folder) -> None:
     record = json.loads((folder / STAGE_FILE).read_text())
     record |= {"digest": sha256_of(folder / WEIGHTS_FILE), "tokenizer_digest": sha256_of(folder / TOKENIZER_FILE)}
     (folder / STAGE_FILE).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("memory_mb", [8, 64])
+def test_with_little_memory_its_process_says_what_is_needed(folders, memory_mb) -> None:
+    """Also where the limit leaves no memory to say so."""
+    with pytest.raises(ProtocolError, match=rf"needs about .* there are {memory_mb} MB"):
+        asyncio.run(try_stage("tiny", 3, folders / "whole", tail="", memory_mb=memory_mb, within_s=60.0))
 
 
 def test_in_its_process(folders) -> None:
