@@ -146,6 +146,8 @@ class TierService:
                     await context.send_initial_metadata(((RECEIVES, "1"),))
                     name, accept = _spooled(region, header.key.sum), functools.partial(self._accept, note=note)
                     state = await self._receive(_moving(requests, transfer), header, opened, region, name, accept)
+                if state.status == pb.UploadState.STALE and opened.is_of(header.key):
+                    await self._unless_open_later(header.key, context)  # a region opens a round again and again
                 return await self._unless_stopping(state, context)
         except (DecodeError, ProtocolError) as error:
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, one_line(str(error), MAX_REASON_CHARS))

@@ -112,6 +112,7 @@ class TierPlane:
                 TierDependencies(
                     children=self.children, callers=self.service.callers, calls=self.service.calls,
                     rounds=self.rounds, jobs=self.jobs, blobs=self.blobs, spool=self.spool, storage=Storage(),
+                    is_over=lambda job, number: (job, number) not in self.paused,
                 ),
                 workers,
             )  # fmt: skip

@@ -364,3 +364,20 @@ def test_a_sum_for_a_rule_that_needs_each_update_is_refused(tiers):
     opened.unreachable = lambda region: f"region {region} sends sums" if region else ""
     state = tiers.send(uplink)
     assert (state.status, state.reason) == (REFUSED, "region r1 sends sums")
+
+
+def test_a_sum_is_not_given_up_while_a_region_opens_its_round_again(tiers):
+    """Its round is closed, and open again a moment later: the region below sends the sum once more."""
+    opened, uplink = tiers.open(), tiers.uplink("r1")
+    tiers.paused.add((tiers.job, 1))
+    opened.close()
+    sending = threading.Thread(target=lambda: states.append(tiers.send(uplink)))
+    states = []
+    sending.start()
+    sending.join(1.0)
+    assert sending.is_alive()
+    tiers.rounds.remove(opened)
+    again = tiers.open()
+    sending.join(30)
+    assert [one.status for one in states] == [STORED]
+    assert again.waiting() == {"c", "d", "e"}
