@@ -20,13 +20,13 @@ def run(test):
     async def main():
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
-        handed, reasons = [], []
+        handed, reasons = asyncio.Queue(), []
         loop = asyncio.get_running_loop()
 
         def handle(message) -> None:
             if isinstance(message, RunStep):
                 raise ProtocolError("a process computes no steps of others")
-            handed.append(message)
+            handed.put_nowait(message)
 
         _, connection = await loop.create_connection(lambda: TailConnection(handle, reasons.append), sock=ours)
         with theirs:
@@ -42,13 +42,11 @@ def test_messages_are_whole_however_their_bytes_arrive() -> None:
     async def test(connection, theirs, handed, reasons):
         loop = asyncio.get_running_loop()
         for size in (1, 7, len(data)):
-            handed.clear()
             for at in range(0, len(data), size):
                 await loop.sock_sendall(theirs, data[at : at + size])
                 await asyncio.sleep(0)
-            while len(handed) < 3:  # noqa: ASYNC110 -- the connection has no event for it
-                await asyncio.sleep(0)
-            assert handed == [UP, DONE, DONE]
+            assert [await handed.get() for _ in range(3)] == [UP, DONE, DONE]
+            assert handed.empty()
         assert reasons == []
 
     run(test)
@@ -80,7 +78,8 @@ def test_anything_else_ends_the_connection_with_its_reason(data, reason) -> None
     async def test(connection, theirs, handed, reasons):
         await asyncio.get_running_loop().sock_sendall(theirs, packed(UP) + data + packed(UP))
         await connection.ended
-        assert handed == [UP]  # nothing behind the refused one
+        assert handed.get_nowait() == UP
+        assert handed.empty()  # nothing behind the refused one
         assert len(reasons) == 1
         assert reason in reasons[0]
         assert await asyncio.get_running_loop().sock_recv(theirs, 1) == b""
@@ -94,7 +93,7 @@ def test_an_end_is_told_also_in_the_middle_of_a_message(words) -> None:
         await asyncio.get_running_loop().sock_sendall(theirs, words)
         theirs.close()
         await connection.ended
-        assert (handed, reasons) == ([], [])
+        assert (handed.empty(), reasons) == (True, [])
         connection.send(RunStep(step=1, items=[]))  # to nobody; the next process hears of its own steps only
 
     run(test)

@@ -16,6 +16,7 @@ from edgefl.protocols import fleet_pb2_grpc as rpc
 from edgefl.protocols import tiers as protocol
 from edgefl.protocols.tiers import RegionPart, SumNote
 from edgefl.protocols.tiers.version import stated
+from tests.cloud.region.server.test_work import until
 
 STATED = stated()
 PARTIAL, STORED, STALE, REFUSED, REFOLD = range(5)
@@ -366,7 +367,7 @@ def test_a_sum_for_a_rule_that_needs_each_update_is_refused(tiers):
     assert (state.status, state.reason) == (REFUSED, "region r1 sends sums")
 
 
-def test_a_sum_is_not_given_up_while_a_region_opens_its_round_again(tiers):
+def test_a_sum_is_not_given_up_while_a_region_opens_its_round_again(tiers, caplog):
     """Its round is closed, and open again a moment later: the region below sends the sum once more."""
     opened, uplink = tiers.open(), tiers.uplink("r1")
     tiers.paused.add((tiers.job, 1))
@@ -374,8 +375,7 @@ def test_a_sum_is_not_given_up_while_a_region_opens_its_round_again(tiers):
     sending = threading.Thread(target=lambda: states.append(tiers.send(uplink)))
     states = []
     sending.start()
-    sending.join(1.0)
-    assert sending.is_alive()
+    until(lambda: "sum.waits" in caplog.text)
     tiers.rounds.remove(opened)
     again = tiers.open()
     sending.join(30)
